@@ -1,0 +1,372 @@
+"""The answers of `reference`, fast: nothing is computed that a patch cannot change.
+
+The clean and the corrupt input are run once each. Then the blocks of Hugging Face's model are
+called again with many rows at once, one row a patch. A row begins as a copy of the base run and
+joins at the layer of its own site, where a hook writes the source run's values into it; the layers
+below are not recomputed. Rows that read the same image share its cross-attention keys and values,
+which are computed once a layer. A patch that copies what is already there, or that the read-out
+position cannot see, needs no row.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from itertools import groupby
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+
+from vlmscope.inputs import Edit, Inputs, Pair
+from vlmscope.metrics import Patched, Score, score
+from vlmscope.model import Model, hooks
+from vlmscope.sites import Point, Site
+
+BUDGET = 192 * 2**20
+"""Bytes that the intermediate results of one batch of rows may take, if there is room."""
+
+
+@dataclass(frozen=True, eq=False)
+class Row:
+    """One patch: its number in the sweep, what it names, and the stage of its tower it joins at.
+
+    Stage L is the entrance of block L; the stage behind the last block is its output.
+    """
+
+    number: int
+    site: Site
+    at: tuple[int, ...]
+    tower: int
+    stage: int
+
+
+@dataclass(eq=False)
+class Trace:
+    """What one run left: logits, activations at points, and how each block was called."""
+
+    logits: Tensor
+    values: dict[Point, Tensor]
+    outputs: dict[str, Tensor] = field(default_factory=dict)
+    """Each tower's output, before edits of it."""
+    ends: dict[str, Tensor] = field(default_factory=dict)
+    """What the last block of each tower gave."""
+    calls: dict[tuple[str, int], tuple[tuple[Any, ...], dict[str, Any]]] = field(
+        default_factory=dict
+    )
+
+
+def patch(
+    model: Model,
+    pair: Pair,
+    sites: Sequence[tuple[Site, tuple[int, ...]]],
+    direction: str = "denoise",
+    *,
+    seen: dict[int, Tensor] | None = None,
+) -> Patched:
+    """Patch every site; the same answers as `reference.patch`, in the order they are ready.
+
+    `seen` keeps the vision tower's outputs from one call to the next, for pairs that share an
+    image.
+    """
+    sweep = Sweep(model, pair, sites, direction, {} if seen is None else seen)
+    return Patched(*sweep.baselines, sweep.chunks())
+
+
+class Sweep:
+    """All patches of one pair."""
+
+    def __init__(
+        self,
+        model: Model,
+        pair: Pair,
+        sites: Sequence[tuple[Site, tuple[int, ...]]],
+        direction: str,
+        seen: dict[int, Tensor],
+    ) -> None:
+        self.model, self.pair = model, pair
+        self.towers = list(model.family.towers)
+        points = {site.point for site, _ in sites}
+        runs = [(pair.clean, ()), (pair.corrupt, pair.edits)]
+        traces = [self._trace(inputs, edits, points, seen) for inputs, edits in runs]
+        self.baselines = [score(t.logits, pair.answer, pair.foil) for t in traces]
+        forward = direction == "denoise"
+        self.source = traces[0] if forward else traces[1]
+        self.base = traces[1] if forward else traces[0]
+        self.inputs, self.edits = runs[1] if forward else runs[0]
+        self.unchanged = self.baselines[1] if forward else self.baselines[0]
+        self.rows, self.idle = self._plan(sites)
+        self.kept = {tower: model.family.cache() for tower in self.towers}
+
+    # -- the two plain runs ----------------------------------------------------------------------
+
+    @torch.inference_mode()
+    def _trace(
+        self, inputs: Inputs, edits: Sequence[Edit], points: set[Point], seen: dict[int, Tensor]
+    ) -> Trace:
+        """One plain run. An image that was seen is not encoded again, unless it is looked into."""
+        model, first = self.model, self.towers[0]
+        inside = any(p.tower == first and p.kind != "output" for p in points)
+        key = id(inputs.tensors["pixel_values"])
+        known = None if inside else seen.get(key)
+        trace = Trace(torch.empty(0), {})
+        with self._recording(trace), model.editing(inputs, edits), self._ends(trace):
+            if known is None:
+                trace.logits, trace.values = model.record(inputs, points)
+                seen[key] = trace.outputs[first]
+                return trace
+            trace.outputs[first] = known
+            output = self._edited_output(known, first, inputs, edits)
+            for point in points:
+                if point.tower == first:
+                    trace.values[point] = output
+            with hooks() as hook:
+                for point in points:
+                    if point.tower != first:
+                        found = lambda x, p=point: trace.values.update({p: x.clone()}) or x  # noqa: E731
+                        hook(*model.module(point), found)
+                trace.logits = model.family.finish(model.hf, inputs, first, output)[0]
+        return trace
+
+    @contextmanager
+    def _recording(self, trace: Trace) -> Iterator[None]:
+        """Record every block's call and every tower's output, before any edits of them."""
+        handles = []
+        for tower, table in self.model.family.towers.items():
+            blocks = self.model.blocks(tower)
+            for layer, block in enumerate(blocks):
+
+                def called(m: nn.Module, args: Any, kwargs: Any, key: Any = (tower, layer)) -> None:
+                    trace.calls[key] = (args, kwargs)
+
+                handles.append(block.register_forward_pre_hook(called, with_kwargs=True))
+            if table.output:
+
+                def left(m: nn.Module, args: Any, out: Any, tower: str = tower) -> None:
+                    trace.outputs[tower] = out.last_hidden_state
+
+                handles.append(self.model.hf.get_submodule(table.output).register_forward_hook(left))
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    @contextmanager
+    def _ends(self, trace: Trace) -> Iterator[None]:
+        """Record what the last block of every tower gives, after edits of it."""
+        with hooks() as hook:
+            for tower in self.towers:
+                keep = lambda x, tower=tower: trace.ends.update({tower: x}) or x  # noqa: E731
+                hook(self.model.blocks(tower)[-1], False, keep)
+            yield
+
+    def _edited_output(
+        self, output: Tensor, tower: str, inputs: Inputs, edits: Sequence[Edit]
+    ) -> Tensor:
+        """A tower's output with the run's own edits of it (its module is not called for rows)."""
+        for edit in edits:
+            if edit.site.tower == tower and edit.site.kind == "output":
+                for site, at in self.model.placed(edit.site, inputs):
+                    output = self.model.edited(output, Edit(site, edit.op, edit.value), at)
+        return output
+
+    # -- which patches need a row ----------------------------------------------------------------
+
+    def _plan(self, sites: Sequence[tuple[Site, tuple[int, ...]]]) -> tuple[list[Row], list[int]]:
+        changed = {point: self._changed(point) for point in {site.point for site, _ in sites}}
+        rows, idle = [], []
+        for number, (site, at) in enumerate(sites):
+            there = changed[site.point][list(at)]
+            there = there if site.index is None else there[:, site.index]
+            if there.any() and self._reaches(site, at):
+                late = {"resid": 1, "output": 2}.get(site.kind, 0)
+                tower = self.towers.index(site.tower)
+                rows.append(Row(number, site, at, tower, int(site.layer) + late))
+            else:
+                idle.append(number)
+        return sorted(rows, key=lambda row: (row.tower, row.stage)), idle
+
+    def _changed(self, point: Point) -> Bool[Tensor, "pos *units"]:
+        """Where the two runs differ at a point."""
+        differ = self.source.values[point][0] != self.base.values[point][0]
+        many = self.model.units(point)
+        return (differ if many is None else differ.unflatten(-1, (many, -1))).any(-1)
+
+    def _reaches(self, site: Site, at: tuple[int, ...]) -> bool:
+        """Whether the read-out position can see the patch: in the last block only its own."""
+        last = site.tower == self.towers[-1] and int(site.layer) == self._depth(site.tower) - 1
+        own = len(self.inputs.layout[site.tower].tokens) - 1
+        return not last or site.kind == "resid_pre" or own in at
+
+    def _depth(self, tower: str) -> int:
+        return self.model.shapes[tower].layers
+
+    # -- rows ------------------------------------------------------------------------------------
+
+    def chunks(self) -> Iterator[tuple[list[int], Score]]:
+        """The scores of all patches, a batch of rows at a time."""
+        if self.idle:
+            many = len(self.idle)
+            yield self.idle, Score(*(v.expand(many).clone() for v in self.unchanged))
+        for (number, _), group in groupby(self.rows, key=lambda row: (row.tower, row.site.kind == "output")):
+            tower, rows = self.towers[number], list(group)
+            most = self._most(tower)
+            while rows:
+                try:
+                    result = self._chunk(tower, rows[:most])
+                except (MemoryError, RuntimeError) as error:
+                    if not _out_of_memory(error) or most == 1:
+                        raise
+                    most = max(1, min(most, len(rows)) // 2)
+                    continue
+                yield [row.number for row in rows[:most]], result
+                rows = rows[most:]
+
+    def _most(self, tower: str) -> int:
+        """How many rows of a tower fit the budget: its widest intermediate results, from here on."""
+        model, floats = self.model, 0
+        for name in self.towers[self.towers.index(tower) :]:
+            shape, many = model.shapes[name], len(self.inputs.layout[name].tokens)
+            read = len(self.inputs.layout[self.towers[0]].tokens)
+            heads = max(shape.heads.values())
+            attention = 3 * heads * many * max(many, read if "cross" in shape.kinds else 0)
+            floats = max(floats, many * (2 * shape.neurons + 6 * shape.width) + attention)
+        size = torch.finfo(model.dtype).bits // 8
+        room = min(BUDGET, _free_memory(model.device) // 4)
+        return max(1, room // (floats * size))
+
+    @torch.inference_mode()
+    def _chunk(self, tower: str, rows: list[Row]) -> Score:
+        """Take rows of one tower, in the order of their stages, to their scores."""
+        model, family = self.model, self.model.family
+        if rows[0].site.kind == "output":
+            output = self._edited_output(
+                self.base.outputs[tower], tower, self.inputs, self.edits
+            )
+            output = self._join(output[:0], output, rows, rows[0].stage)
+        else:
+            output = family.leave(model.hf, tower, self._through(tower, rows))
+            output = self._edited_output(output, tower, self.inputs, self.edits)
+        with model.editing(self.inputs, self.edits):
+            logits = family.finish(model.hf, self.inputs, tower, output)
+        return score(logits, self.pair.answer, self.pair.foil)
+
+    def _through(self, tower: str, rows: list[Row]) -> Float[Tensor, "rows pos width"]:
+        """From each row's stage through the last block of its tower."""
+        depth, hidden = self._depth(tower), self.base.ends[tower][:0]
+        with self.model.editing(self.inputs, self.edits), self._folding(tower):
+            for layer in range(rows[0].stage, depth):
+                hidden = self._join(hidden, self._entrance(tower, layer), rows, layer)
+                hidden = self._block(tower, layer, hidden, rows)
+        return self._join(hidden, self.base.ends[tower], rows, depth)
+
+    def _entrance(self, tower: str, layer: int) -> Tensor:
+        """What block `layer` got in the base run, before edits of it."""
+        hidden: Tensor = self.base.calls[tower, layer][0][0]
+        return hidden
+
+    def _join(self, hidden: Tensor, base: Tensor, rows: list[Row], stage: int) -> Tensor:
+        """Add the rows of this stage as copies of the base run; outputs of blocks are patched here."""
+        new = [row for row in rows if row.stage == stage]
+        if not new:
+            return hidden
+        joined = base.expand(len(new), -1, -1).clone()
+        self._write(joined, [(i, r) for i, r in enumerate(new) if r.site.kind in ("resid", "output")])
+        return torch.cat([hidden, joined]) if len(hidden) else joined
+
+    def _block(self, tower: str, layer: int, hidden: Tensor, rows: list[Row]) -> Tensor:
+        """One block over all rows that have joined, with the patches of those that join here."""
+        by_point = defaultdict(list)
+        for i, row in enumerate(rows):
+            if row.stage == layer and row.site.kind not in ("resid", "output"):
+                by_point[row.site.point].append((i, row))
+        args, kwargs = self.base.calls[tower, layer]
+        if "past_key_values" in kwargs:
+            kwargs = {**kwargs, "past_key_values": None}
+        with hooks() as hook:
+            for point, patches in by_point.items():
+                write = lambda x, p=patches, like=hidden: self._write(x, p, like)  # noqa: E731
+                hook(*self.model.module(point), write)
+            out = self.model.blocks(tower)[layer](hidden, *args[1:], **kwargs)
+        return out if isinstance(out, Tensor) else out[0]
+
+    def _write(
+        self, x: Tensor, patches: list[tuple[int, Row]], like: Tensor | None = None
+    ) -> Tensor:
+        """Write the source run's values into (row, positions, unit) of an activation, in place.
+
+        `like` gives the rows and positions where they have been laid end to end.
+        """
+        if not patches:
+            return x
+        point = patches[0][1].site.point
+        view = x if like is None else x.view(*like.shape[:2], -1)
+        many = self.model.units(point)
+        source = self.source.values[point][0]
+        rows = torch.tensor([i for i, row in patches for _ in row.at], device=x.device)
+        at = torch.tensor([p for _, row in patches for p in row.at], device=x.device)
+        if many is None:
+            view[rows, at] = source[at]
+        else:
+            unit = torch.tensor([r.site.index for _, r in patches for _ in r.at], device=x.device)
+            view.unflatten(-1, (many, -1))[rows, at, unit] = source.unflatten(-1, (many, -1))[at, unit]
+        return x
+
+    @contextmanager
+    def _folding(self, tower: str) -> Iterator[None]:
+        """Lay rows that attend to the same image end to end, and keep its keys and values.
+
+        Cross-attention looks at each query position alone, so this changes no result; it saves
+        copying the keys and values for every row. The run's own edits inside cross-attention count
+        positions of a row, so with such edits rows stay apart.
+        """
+        path = self.model.family.towers[tower].fold
+        if path is None or any(e.site.kind == "cross" and e.site.tower == tower for e in self.edits):
+            yield
+            return
+        handles = []
+
+        def lay(m: nn.Module, args: Any, kwargs: Any) -> Any:
+            (hidden,) = args
+            mask = kwargs.get("attention_mask")
+            rows.append(hidden.shape)
+            return (hidden.reshape(1, -1, hidden.shape[-1]),), {
+                **kwargs,
+                "attention_mask": None if mask is None else mask[:, :, :1],
+                "past_key_values": self.kept[tower],
+            }
+
+        def part(m: nn.Module, args: Any, out: Any) -> Any:
+            return (out[0].view(rows.pop()), *out[1:])
+
+        rows: list[torch.Size] = []
+        for block in self.model.blocks(tower):
+            module = block.get_submodule(path)
+            handles.append(module.register_forward_pre_hook(lay, with_kwargs=True))
+            handles.append(module.register_forward_hook(part))
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+
+def _out_of_memory(error: BaseException) -> bool:
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or (
+        "alloc" in str(error).lower() and "memory" in str(error).lower()
+    )
+
+
+def _free_memory(device: torch.device) -> int:
+    """Bytes of free memory on the device."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    try:
+        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (ValueError, OSError):  # not every system tells
+        return 4 * BUDGET

@@ -1,0 +1,71 @@
+"""One table a model family: where its towers and sublayers are, and how an input becomes tensors.
+
+A family adds no arithmetic: everything is computed by the modules of Hugging Face's own model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from jaxtyping import Float
+from torch import Tensor
+from transformers import PreTrainedModel, ProcessorMixin
+
+from vlmscope.inputs import Inputs
+
+
+@dataclass(frozen=True)
+class Tower:
+    """The paths of one tower. `attn`, `cross`, `mlp` and `fold` are paths inside a block.
+
+    `attn`, `cross` and `mlp` name the output projection of a sublayer: its input is the heads (or
+    neurons) side by side, its output what the sublayer adds to the residual stream. `output` is
+    the module whose output is the tower's, where a final norm follows the last block. `fold` is
+    the cross-attention module: no query position of it looks at another, so that rows which share
+    the attended image can be laid end to end, as one row.
+    """
+
+    blocks: str
+    config: str
+    attn: str
+    mlp: str
+    cross: str | None = None
+    output: str | None = None
+    fold: str | None = None
+
+
+@dataclass(frozen=True)
+class Family:
+    """A family of models: a Hugging Face class, its towers in the order of the computation.
+
+    - `encode(hf, processor, image, prompt, roles, prefix)`: the `Inputs` of one run; `prefix` are
+      the answer's token ids that are fed before the read-out position.
+    - `blank(hf)`: the smallest valid `Inputs`, for `verify`.
+    - `leave(hf, tower, hidden)`: from the last block's output to the tower's output.
+    - `finish(hf, inputs, tower, output)`: from a tower's output, many rows of it, to the logits at
+      the read-out position, through all that follows.
+    - `generate(hf, inputs, **options)`: the answer's token ids, by the model's own generation.
+    - `cache()`: an object in which a `fold` module keeps the image's keys and values.
+    """
+
+    name: str
+    architecture: str
+    model: type[PreTrainedModel]
+    processor: type[ProcessorMixin]
+    towers: Mapping[str, Tower]
+    logits: str
+    encode: Callable[..., Inputs]
+    blank: Callable[[Any], Inputs]
+    leave: Callable[[Any, str, Float[Tensor, "rows pos width"]], Float[Tensor, "rows pos width"]]
+    finish: Callable[..., Float[Tensor, "rows vocabulary"]]
+    generate: Callable[..., Tensor]
+    cache: Callable[[], Any]
+
+
+def families() -> dict[str, Family]:
+    """The supported families, by the name of their Hugging Face class."""
+    from vlmscope.families import blip
+
+    return {blip.VQA.architecture: blip.VQA}

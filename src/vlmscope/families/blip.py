@@ -1,0 +1,184 @@
+"""BLIP: a vision tower, a question encoder and an answer decoder.
+
+The question encoder reads the image by cross-attention, the answer decoder reads the encoder's
+output by cross-attention. Text blocks are post-norm: what `attn`, `cross` and `mlp` add to the
+residual stream is the output of their dense layer, before the sum is normalised.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from jaxtyping import Float, Int
+from PIL import Image
+from torch import Tensor
+from transformers import (
+    BatchEncoding,
+    BlipForQuestionAnswering,
+    BlipProcessor,
+    DynamicCache,
+    EncoderDecoderCache,
+)
+
+from vlmscope.errors import ExampleError
+from vlmscope.example import Span
+from vlmscope.families import Family, Tower
+from vlmscope.inputs import Inputs
+from vlmscope.sites import Layout
+
+
+def _side(value: int | Sequence[int]) -> tuple[int, int]:
+    return (value, value) if isinstance(value, int) else (value[0], value[1])
+
+
+def _vision_layout(hf: BlipForQuestionAnswering, pixels: Tensor) -> Layout:
+    height, width = _side(hf.config.vision_config.patch_size)
+    rows, columns = pixels.shape[-2] // height, pixels.shape[-1] // width
+    cells = {1 + r * columns + c: (r, c) for r in range(rows) for c in range(columns)}
+    return Layout(("[CLS]", *(f"{r},{c}" for r, c in cells.values())), cells=cells)
+
+
+def _text_layout(encoding: BatchEncoding, roles: Mapping[str, Span]) -> Layout:
+    """Tokens of the prompt, and each role's tokens: those that overlap its characters."""
+    tokens = encoding.tokens()
+    spans = encoding["offset_mapping"]
+    found = {
+        role: tuple(i for i, (a, b) in enumerate(spans) if a < end and b > start)
+        for role, (start, end) in roles.items()
+    }
+    everywhere = tuple(range(len(tokens)))
+    return Layout(tuple(tokens), everywhere, {r: at for r, at in found.items() if at})
+
+
+def encode(
+    hf: BlipForQuestionAnswering,
+    processor: BlipProcessor,
+    image: Image.Image,
+    prompt: str,
+    roles: Mapping[str, Span],
+    prefix: Sequence[int],
+) -> Inputs:
+    """The tensors of one run, as `BlipProcessor` makes them; the decoder gets its start token."""
+    pixels = processor.image_processor(images=image, return_tensors="pt")["pixel_values"]
+    encoding = processor.tokenizer(prompt, return_offsets_mapping=True)
+    ids = torch.tensor([encoding["input_ids"]])
+    longest = hf.config.text_config.max_position_embeddings
+    if ids.shape[1] > longest:
+        raise ExampleError(
+            f"the prompt has {ids.shape[1]} tokens, the model takes at most {longest}; shorten it"
+        )
+    start = [hf.decoder_start_token_id, *prefix]
+    return Inputs(
+        {
+            "pixel_values": pixels,
+            "input_ids": ids,
+            "attention_mask": torch.ones_like(ids),
+            "decoder_input_ids": torch.tensor([start]),
+        },
+        {
+            "vision": _vision_layout(hf, pixels),
+            "encoder": _text_layout(encoding, roles),
+            "decoder": Layout(
+                tuple(processor.tokenizer.convert_ids_to_tokens(start)), tuple(range(len(start)))
+            ),
+        },
+    )
+
+
+def blank(hf: BlipForQuestionAnswering) -> Inputs:
+    """A picture of one patch and a prompt of two tokens."""
+    pixels = torch.zeros(1, 3, *_side(hf.config.vision_config.patch_size))
+    ids = torch.zeros(1, 2, dtype=torch.long)
+    tensors = {
+        "pixel_values": pixels,
+        "input_ids": ids,
+        "attention_mask": torch.ones_like(ids),
+        "decoder_input_ids": ids[:, :1],
+    }
+    text = Layout(("", ""), (0, 1))
+    layout = {"vision": _vision_layout(hf, pixels), "encoder": text, "decoder": Layout(("",), (0,))}
+    return Inputs(tensors, layout)
+
+
+def leave(
+    hf: BlipForQuestionAnswering, tower: str, hidden: Float[Tensor, "rows pos width"]
+) -> Float[Tensor, "rows pos width"]:
+    """The vision tower ends with a norm, the text towers with their last block."""
+    return hf.vision_model.post_layernorm(hidden) if tower == "vision" else hidden
+
+
+def finish(
+    hf: BlipForQuestionAnswering,
+    inputs: Inputs,
+    tower: str,
+    output: Float[Tensor, "rows pos width"],
+) -> Float[Tensor, "rows vocabulary"]:
+    """What `BlipForQuestionAnswering.forward` does after a tower, for many rows at once."""
+    rows = output.shape[0]
+    tensors = inputs.tensors
+    mask = tensors["attention_mask"].expand(rows, -1)
+    if tower == "vision":
+        output = hf.text_encoder(
+            input_ids=tensors["input_ids"].expand(rows, -1),
+            attention_mask=mask,
+            encoder_hidden_states=output,
+            encoder_attention_mask=torch.ones(output.shape[:2], dtype=torch.long),
+        ).last_hidden_state
+    if tower == "decoder":
+        return hf.text_decoder.cls(output[:, -1])
+    return hf.text_decoder(
+        input_ids=tensors["decoder_input_ids"].expand(rows, -1),
+        encoder_hidden_states=output,
+        encoder_attention_mask=mask,
+        logits_to_keep=1,
+        use_cache=False,
+    ).logits[:, -1]
+
+
+def generate(hf: BlipForQuestionAnswering, inputs: Inputs, **options: object) -> Int[Tensor, "pos"]:
+    """The answer's token ids by the model's own greedy generation."""
+    tensors = {k: v for k, v in inputs.tensors.items() if k != "decoder_input_ids"}
+    return hf.generate(**tensors, do_sample=False, num_beams=1, **options)[0]
+
+
+def cache() -> EncoderDecoderCache:
+    """Keeps the image's keys and values over calls of a `crossattention` module."""
+    return EncoderDecoderCache(DynamicCache(), DynamicCache())
+
+
+def _text(path: str) -> Tower:
+    return Tower(
+        blocks=path,
+        config="text_config",
+        attn="attention.output.dense",
+        cross="crossattention.output.dense",
+        mlp="output.dense",
+        fold="crossattention",
+    )
+
+
+VQA = Family(
+    name="BLIP-VQA",
+    architecture="BlipForQuestionAnswering",
+    model=BlipForQuestionAnswering,
+    processor=BlipProcessor,
+    towers={
+        "vision": Tower(
+            blocks="vision_model.encoder.layers",
+            config="vision_config",
+            attn="self_attn.projection",
+            mlp="mlp.fc2",
+            output="vision_model",
+        ),
+        "encoder": _text("text_encoder.encoder.layer"),
+        "decoder": _text("text_decoder.bert.encoder.layer"),
+    },
+    logits="text_decoder",
+    encode=encode,
+    blank=blank,
+    leave=leave,
+    finish=finish,
+    generate=generate,
+    cache=cache,
+)

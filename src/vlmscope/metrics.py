@@ -1,0 +1,60 @@
+"""Metrics: functions of the logits at the read-out position.
+
+Formulas as in NOTICE (arXiv 2406.16320) and Zhang & Nanda (arXiv 2309.16042). All are computed in
+float64, whatever the model's precision.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from jaxtyping import Float
+from torch import Tensor
+
+GAP = 1e-6
+"""Smallest |LD(clean) − LD(corrupt)| in logits that `effect` is divided by."""
+
+
+class Score(NamedTuple):
+    """P(answer) and LD = logit(answer) − logit(foil), a value a row."""
+
+    p: Float[Tensor, "*rows"]
+    ld: Float[Tensor, "*rows"]
+
+
+def score(logits: Float[Tensor, "*rows vocabulary"], answer: int, foil: int) -> Score:
+    """P(answer) over the whole vocabulary, and the logit difference.
+
+    >>> import torch
+    >>> p, ld = score(torch.tensor([2.0, 0.0, 0.0]), answer=0, foil=1)
+    >>> round(p.item(), 4), ld.item()
+    (0.787, 2.0)
+    """
+    logits = logits.double()
+    answers = logits[..., answer]
+    return Score((answers - logits.logsumexp(-1)).exp(), answers - logits[..., foil])
+
+
+def effect(ld: float, ld_clean: float, ld_corrupt: float) -> float | None:
+    """(LD − LD(corrupt)) / (LD(clean) − LD(corrupt)); None where the gap is too small.
+
+    >>> effect(1.0, 3.0, -1.0)
+    0.5
+    >>> effect(1.0, 1.0, 1.0) is None
+    True
+    """
+    gap = ld_clean - ld_corrupt
+    return (ld - ld_corrupt) / gap if abs(gap) > GAP else None
+
+
+class Patched(NamedTuple):
+    """What a sweep over one pair gives: two baselines, and chunks of rows as they are computed.
+
+    A chunk is the numbers of its sites (in the sweep's order, each exactly once over all chunks)
+    and their scores.
+    """
+
+    clean: Score
+    corrupt: Score
+    chunks: Iterator[tuple[list[int], Score]]

@@ -1,0 +1,434 @@
+"""A Hugging Face model with its processor: load, prepare, run, capture, verify; the hooks.
+
+The model runs unmodified. Everything vlmscope reads or writes goes through forward hooks on the
+modules that the family's table names.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from safetensors import SafetensorError
+from torch import Tensor, nn
+from transformers import PreTrainedModel, ProcessorMixin
+
+from vlmscope.errors import ExampleError, ModelError, SiteError
+from vlmscope.example import Example, Picture, open_image
+from vlmscope.families import Family, families
+from vlmscope.inputs import Edit, Inputs, Logits, Pair
+from vlmscope.sites import Layout, Point, Shape, Site, expand, place
+
+DTYPES = {
+    "float64": torch.float64,
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
+TOYS = Path(__file__).parent / "toys"
+
+
+class Model:
+    """A vision-language model that can be run with edits and looked into.
+
+    `hf` is the Hugging Face model (in evaluation mode), `shapes` says which sites each tower has.
+    Make one with `vlmscope.load`, or from objects you have: `Model(hf, processor)`.
+
+    Raises `ModelError` if the model is of no supported family or does not fit its family's table.
+    """
+
+    def __init__(self, hf: PreTrainedModel, processor: ProcessorMixin, name: str = "model") -> None:
+        self.hf = hf.eval()
+        self.processor = processor
+        self.name = name
+        self.family = _family([type(hf).__name__], name)
+        self.shapes = {tower: self._shape(tower) for tower in self.family.towers}
+
+    # -- what there is ---------------------------------------------------------------------------
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.hf.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.hf.device
+
+    def blocks(self, tower: str) -> Sequence[nn.Module]:
+        """The blocks of a tower, in order."""
+        return list(self._module(self.family.towers[tower].blocks).children())
+
+    def module(self, point: Point) -> tuple[nn.Module, bool]:
+        """The module at a point, and whether its input (True) or its output is meant."""
+        table = self.family.towers[point.tower]
+        if point.kind == "output":
+            return self._module(table.output or ""), False
+        block = self.blocks(point.tower)[point.layer]
+        if point.kind in ("resid", "resid_pre"):
+            return block, point.kind == "resid_pre"
+        return block.get_submodule(getattr(table, point.kind)), bool(point.part)
+
+    def units(self, point: Point) -> int | None:
+        """How many heads or neurons lie side by side at a point; None for a kind itself."""
+        shape = self.shapes[point.tower]
+        return {"h": shape.heads.get(point.kind), "n": shape.neurons}.get(point.part)
+
+    def fingerprint(self) -> str:
+        """SHA-256 over the names, types and bytes of all weights, as hexadecimal digits."""
+        digest = hashlib.sha256()
+        for name, tensor in sorted(self.hf.state_dict().items()):
+            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+            digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+        return digest.hexdigest()
+
+    # -- from an example to tensors --------------------------------------------------------------
+
+    def prepare(self, example: Example) -> Pair:
+        """The clean and the corrupt run of an example, and the tokens that are scored.
+
+        What the example leaves out of the corrupt run (image or prompt) is as in the clean one.
+        Answers of several tokens are scored at the first one in which the two options differ,
+        after what they share has been fed.
+
+        Raises `ExampleError` if an image cannot be read, the prompts do not align token for token,
+        or an option is empty, unknown to the tokenizer, or the same as the other.
+        """
+        prefix, answer, foil = self._options(example.answer, example.foil)
+        prompt = example.clean_prompt
+        corrupt_prompt = prompt if example.corrupt_prompt is None else example.corrupt_prompt
+        self._check_alignment(prompt, corrupt_prompt)
+        clean = self._encode(example.clean_image, prompt, example.roles, prefix)
+        if example.corrupt_image is None and corrupt_prompt == prompt:
+            return Pair(clean, clean, answer, foil)
+        image = example.corrupt_image or example.clean_image
+        corrupt = self._encode(image, corrupt_prompt, {}, prefix)
+        tensors, layout = dict(corrupt.tensors), dict(corrupt.layout)
+        if example.corrupt_image is None:  # the same tensor, so that nobody encodes it twice
+            tensors["pixel_values"] = clean.tensors["pixel_values"]
+        for tower, there in clean.layout.items():  # the prompts align: roles stand where they stood
+            layout[tower] = Layout(layout[tower].tokens, there.text, there.roles, there.cells)
+        return Pair(clean, Inputs(tensors, layout), answer, foil)
+
+    def _encode(
+        self, image: Picture, prompt: str, roles: Mapping[str, Any], prefix: Sequence[int]
+    ) -> Inputs:
+        inputs = self.family.encode(
+            self.hf, self.processor, open_image(image), prompt, roles, prefix
+        )
+        return Inputs({k: v.to(self.device) for k, v in inputs.tensors.items()}, inputs.layout)
+
+    def _options(self, answer: str, foil: str) -> tuple[list[int], int, int]:
+        tokenizer = self.processor.tokenizer
+        ids = []
+        for what, text in (("answer", answer), ("foil", foil)):
+            tokens = tokenizer(text, add_special_tokens=False)["input_ids"]
+            if not tokens:
+                raise ExampleError(f"the {what} '{text}' is empty; give it a word")
+            if tokenizer.unk_token_id in tokens:
+                raise ExampleError(f"the {what} '{text}' is unknown to the model's tokenizer")
+            ids.append([*tokens, tokenizer.sep_token_id])  # the end tells "red" from "red wine"
+        same = 0
+        while same < min(map(len, ids)) and ids[0][same] == ids[1][same]:
+            same += 1
+        if same == min(map(len, ids)):
+            raise ExampleError(f"answer '{answer}' and foil '{foil}' are the same tokens")
+        return ids[0][:same], ids[0][same], ids[1][same]
+
+    def _check_alignment(self, clean: str, corrupt: str) -> None:
+        tokenizer = self.processor.tokenizer
+        pieces = [[len(tokenizer(w, add_special_tokens=False)["input_ids"]) for w in p.split()]
+                  for p in (clean, corrupt)]  # fmt: skip
+        if pieces[0] == pieces[1]:
+            return
+        words = [p.split() for p in (clean, corrupt)]
+        if len(words[0]) != len(words[1]):
+            why = f"the clean one has {len(words[0])} words, the corrupt one {len(words[1])}"
+        else:
+            n = next(i for i, (a, b) in enumerate(zip(*pieces, strict=True)) if a != b)
+            why = (f"word {n + 1} is '{words[0][n]}' ({pieces[0][n]} tokens) in the clean one, "
+                   f"'{words[1][n]}' ({pieces[1][n]} tokens) in the corrupt one")  # fmt: skip
+        raise ExampleError(f"the prompts do not align token for token: {why}; choose other words")
+
+    # -- runs ------------------------------------------------------------------------------------
+
+    @torch.inference_mode()
+    def run(self, inputs: Inputs, edits: Iterable[Edit] = ()) -> Logits:
+        """The logits at the read-out position, with the edits made as the model computes.
+
+        Without edits this is a plain forward of the Hugging Face model, bit for bit.
+        """
+        return self.record(inputs, (), edits)[0]
+
+    @torch.inference_mode()
+    def capture(
+        self, inputs: Inputs, sites: Iterable[Site | str], edits: Iterable[Edit] = ()
+    ) -> dict[str, Float[Tensor, "pos width"]]:
+        """The activations at sites, by site; one row a position that the site names.
+
+        The width is that of the kind, of one head, or 1 for a neuron.
+        """
+        parsed = [Site.parse(s) if isinstance(s, str) else s for s in sites]
+        placed = [p for s in expand(parsed, self.shapes) for p in place(s, inputs.layout[s.tower])]
+        _, values = self.record(inputs, {site.point for site, _ in placed}, edits)
+        return {str(site): self.read(values[site.point], site, at) for site, at in placed}
+
+    def read(self, value: Tensor, site: Site, at: Sequence[int]) -> Float[Tensor, "pos width"]:
+        """A site's part of the activation `(1, pos, width)` recorded at its point."""
+        value = value[0, list(at)]
+        many = self.units(site.point)
+        return value if many is None else value.unflatten(-1, (many, -1))[:, site.index]
+
+    @torch.inference_mode()
+    def record(
+        self, inputs: Inputs, points: Collection[Point], edits: Iterable[Edit] = ()
+    ) -> tuple[Logits, dict[Point, Float[Tensor, "1 pos width"]]]:
+        """One run: its logits, and the whole activation at each point (after the edits)."""
+        found: dict[Point, Tensor] = {}
+        logits: list[Tensor] = []
+        with self.editing(inputs, edits), hooks() as hook:
+            for point in points:
+                hook(*self.module(point), lambda x, p=point: found.update({p: x.clone()}) or x)
+            module = self._module(self.family.logits)
+            handle = module.register_forward_hook(lambda m, args, out: logits.append(out.logits))
+            try:
+                self.hf(**inputs.tensors)
+            finally:
+                handle.remove()
+        return logits[0][0, -1].clone(), found
+
+    @torch.inference_mode()
+    def answer(self, inputs: Inputs, edits: Iterable[Edit] = ()) -> str:
+        """What the model says: its own greedy generation, as text."""
+        edits = list(edits)
+        # Edits count positions from the start: in the tower that generates, every step sees all.
+        whole = any(e.site.tower == list(self.family.towers)[-1] for e in edits)
+        with self.editing(inputs, edits):
+            ids = self.family.generate(self.hf, inputs, max_new_tokens=20, use_cache=not whole)
+        return self.processor.tokenizer.decode(ids, skip_special_tokens=True).strip()
+
+    @contextmanager
+    def editing(self, inputs: Inputs, edits: Iterable[Edit]) -> Iterator[None]:
+        """Within this context every run of the model, in any number of rows, has the edits."""
+        with hooks() as hook:
+            for edit in edits:
+                for site, at in self.placed(edit.site, inputs):
+                    one = Edit(site, edit.op, edit.value)
+                    hook(*self.module(site.point), lambda x, e=one, at=at: self.edited(x, e, at))
+            yield
+
+    def placed(self, site: Site, inputs: Inputs) -> list[tuple[Site, tuple[int, ...]]]:
+        """The places that the site of an edit names: one layer and unit, one or more positions."""
+        sites = expand([site], self.shapes)
+        if len(sites) != 1:
+            raise SiteError(f"an edit is of one layer and unit; '{site}' names {len(sites)}")
+        return place(sites[0], inputs.layout[site.tower])
+
+    def edited(self, x: Float[Tensor, "rows pos width"], edit: Edit, at: Sequence[int]) -> Tensor:
+        """A copy of an activation with one edit made at the positions `at`, in every row."""
+        x = x.clone()
+        many = self.units(edit.site.point)
+        view = x if many is None else x.unflatten(-1, (many, -1))[:, :, edit.site.index]
+        now = view[:, list(at)]
+        value = edit.value
+        if isinstance(value, Tensor):
+            value = value.to(now)
+        new = {"set": lambda: value, "add": lambda: now + value, "scale": lambda: now * value}
+        view[:, list(at)] = torch.as_tensor(new[edit.op](), dtype=x.dtype).expand_as(now)
+        return x
+
+    # -- fitting the family's table --------------------------------------------------------------
+
+    def verify(self) -> None:
+        """Check that the model fits its family's table; raises `ModelError` naming what does not.
+
+        Every path resolves, head counts and widths divide, and an activation set to NaN at each
+        kind of site in each tower reaches the logits (a NaN shows the connection whatever the
+        weights are).
+        """
+        inputs = self.family.blank(self.hf)
+        inputs = Inputs({k: v.to(self.device) for k, v in inputs.tensors.items()}, inputs.layout)
+        if self.run(inputs).isnan().any():
+            raise self._misfit("a run without edits gives NaN")
+        for tower, shape in self.shapes.items():
+            for kind in shape.kinds:
+                units = ["", *(["h0"] if kind in shape.heads else []), *(["n0"] * (kind == "mlp"))]
+                for unit in units:
+                    site = Site(tower, str(shape.layers - 1), kind, unit or None, "all")
+                    if not self.run(inputs, [Edit(site, "set", torch.nan)]).isnan().any():
+                        raise self._misfit(f"an edit at {site} does not reach the logits")
+
+    def _misfit(self, what: str) -> ModelError:
+        import transformers
+
+        return ModelError(
+            f"{self.name}: the table of family {self.family.name} does not fit this model under "
+            f"transformers {transformers.__version__}: {what}"
+        )
+
+    def _module(self, path: str) -> nn.Module:
+        try:
+            return self.hf.get_submodule(path)
+        except AttributeError as error:
+            raise self._misfit(f"no module '{path}'") from error
+
+    def _shape(self, tower: str) -> Shape:
+        table = self.family.towers[tower]
+        config = getattr(self.hf.config, table.config)
+        blocks = self.blocks(tower)
+        kinds = ["resid_pre", "attn", *(["cross"] if table.cross else []), "mlp", "resid"]
+        widths = {}
+        for kind in ("attn", "cross", "mlp"):
+            path = getattr(table, kind)
+            for number, block in enumerate(blocks):
+                try:
+                    module = block.get_submodule(path) if path else None
+                except AttributeError as error:
+                    raise self._misfit(f"no module '{path}' in block {number} of {tower}") from error
+                if module is not None:
+                    widths[kind] = module.in_features
+        heads = {kind: config.num_attention_heads for kind in ("attn", "cross") if kind in widths}
+        for kind, many in heads.items():
+            if widths[kind] % many:
+                raise self._misfit(f"{tower}.{kind} is {widths[kind]} wide, not a multiple of its {many} heads")
+        if table.output:
+            kinds.append("output")
+        return Shape(len(blocks), tuple(kinds), heads, widths["mlp"], config.hidden_size)
+
+
+def load(name: str | Path, *, dtype: str = "float32", device: str | None = None) -> Model:
+    """Load a model and its processor, and check that it fits its family's table.
+
+    `name` is a built-in toy's name, a folder written by `save_pretrained` (of the model and of the
+    processor), or a Hugging Face id; only the last may use the network. Weights are read from
+    safetensors only, and no code that comes with a checkpoint is run. `device` is the GPU where
+    there is one, by default.
+
+    Raises `ModelError` in one line if that cannot be done.
+
+    >>> model = load("toy-blip")
+    >>> model.shapes["encoder"].heads
+    {'attn': 4, 'cross': 4}
+    """
+    if dtype not in DTYPES:
+        raise ModelError(f"unknown dtype '{dtype}'; expected one of {', '.join(DTYPES)}")
+    place = _device(device)
+    path = toys().get(str(name), name)
+    if not Path(path).exists() and (isinstance(name, Path) or not _HUB_ID.fullmatch(str(name))):
+        raise ModelError(f"no model '{name}': not a folder, not a Hugging Face id, and not one of the "
+                         f"built-in toys ({', '.join(toys())})")  # fmt: skip
+    family = _family(_config(path).get("architectures") or [], str(name))
+    if Path(path).is_dir():
+        _check_weights(Path(path))
+    with _one_line(name):
+        options: dict[str, Any] = {"trust_remote_code": False}
+        hf, info = family.model.from_pretrained(
+            path, dtype=DTYPES[dtype], use_safetensors=True, output_loading_info=True, **options
+        )
+        processor = family.processor.from_pretrained(path, **options)
+    lost = sorted(info["missing_keys"])
+    if lost:
+        raise ModelError(f"{name}: {len(lost)} weights are missing from the checkpoint, the first is "
+                         f"'{lost[0]}'; save the whole model with save_pretrained")  # fmt: skip
+    model = Model(hf.to(place), processor, str(name))
+    model.verify()
+    return model
+
+
+_HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+
+
+def toys() -> dict[str, Path]:
+    """The trained toys that ship with the package: name to folder."""
+    return {path.parent.name: path.parent for path in sorted(TOYS.glob("*/config.json"))}
+
+
+def _device(device: str | None) -> torch.device:
+    if device is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        torch.empty(0, device=device)
+        return torch.device(device)
+    except (RuntimeError, AssertionError) as error:
+        raise ModelError(f"no device '{device}' here; expected cpu, or cuda where torch sees a GPU") from error
+
+
+def _family(architectures: Sequence[str], name: str) -> Family:
+    known = families()
+    for architecture in architectures:
+        if architecture in known:
+            return known[architecture]
+    what = f"is a {architectures[0]}" if architectures else "does not say what model it is"
+    supported = ", ".join(f"{f.name} ({f.architecture})" for f in known.values())
+    raise ModelError(f"{name} {what}, which is not supported; supported: {supported}")
+
+
+def _config(path: str | Path) -> dict[str, Any]:
+    """The checkpoint's config.json, without any of its code."""
+    from transformers.utils import cached_file
+
+    if Path(path).is_dir() and not (Path(path) / "config.json").exists():
+        raise ModelError(f"{path} has no config.json; expected a folder written by save_pretrained")
+    with _one_line(path):
+        return dict(json.loads(Path(cached_file(str(path), "config.json") or "").read_text("utf-8")))
+
+
+def _check_weights(path: Path) -> None:
+    if any(path.glob("*.safetensors")):
+        return
+    if any(path.glob("*.bin")) or any(path.glob("*.pt")) or any(path.glob("*.pth")):
+        raise ModelError(
+            f"{path} has its weights as pickle only, which can run code when it is opened and is not "
+            "loaded; convert it: load it in transformers where you trust it, then save_pretrained"
+        )
+    raise ModelError(f"{path} has no weights; expected a model.safetensors beside config.json")
+
+
+@contextmanager
+def _one_line(name: str | Path) -> Iterator[None]:
+    """Turn what transformers and the hub raise while loading into one line."""
+    try:
+        yield
+    except (OSError, ValueError, RuntimeError, KeyError, TypeError, SafetensorError) as error:
+        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        where = "" if Path(name).exists() else (
+            "; it needs the network or a copy in the local cache (or give a folder)"
+        )  # fmt: skip
+        raise ModelError(f"cannot load {name}: {first}{where}") from error
+
+
+@contextmanager
+def hooks() -> Iterator[Any]:
+    """Registers functions of a module's first input or its output, and removes them at the end.
+
+    Yields `hook(module, before, function)`; `function` gets the hidden states and may return new
+    ones. Modules that return a tuple or a Hugging Face output are handled.
+    """
+    handles = []
+
+    def hook(module: nn.Module, before: bool, function: Any) -> None:
+        def pre(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+            return (function(args[0]), *args[1:])
+
+        def post(module: nn.Module, args: tuple[Any, ...], out: Any) -> Any:
+            if isinstance(out, Tensor):
+                return function(out)
+            if isinstance(out, tuple):
+                return (function(out[0]), *out[1:])
+            out.last_hidden_state = function(out.last_hidden_state)
+            return out
+
+        register = module.register_forward_pre_hook if before else module.register_forward_hook
+        handles.append(register(pre if before else post))
+
+    try:
+        yield hook
+    finally:
+        for handle in handles:
+            handle.remove()
