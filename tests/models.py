@@ -36,7 +36,6 @@ def blip(
     width: int = 8,
     vision_heads: int = 2,
     vision_layers: int = 2,
-    vision_width: int = 8,
     size: int = 12,
     dtype: torch.dtype = torch.float64,
     seed: int = 0,
@@ -58,8 +57,8 @@ def blip(
             "initializer_range": 0.5,
         },
         vision_config={
-            "hidden_size": vision_width,
-            "intermediate_size": 2 * vision_width + 1,
+            "hidden_size": width,  # the answer decoder wants the two to be equal
+            "intermediate_size": 2 * width + 1,
             "num_hidden_layers": vision_layers,
             "num_attention_heads": vision_heads,
             "image_size": size,

@@ -1,0 +1,46 @@
+"""vlmscope: which part of a vision-language model carries the evidence to its answer?
+
+>>> import vlmscope
+>>> model = vlmscope.load("toy-blip")
+>>> examples = vlmscope.examples("states", limit=2)
+>>> table = vlmscope.sweep(model, examples, "encoder.*.cross.h*@answer", corrupt="image")
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from importlib.metadata import version
+from typing import Any
+
+__version__ = version("vlmscope")
+
+_HOME = {
+    "Edit": "inputs",
+    "Example": "example",
+    "Inputs": "inputs",
+    "Model": "model",
+    "Noise": "corrupt",
+    "Pair": "inputs",
+    "Site": "sites",
+    "VlmscopeError": "errors",
+    "baselines": "study",
+    "examples": "data",
+    "load": "model",
+    "read_csv": "example",
+    "read_run": "store",
+    "sweep": "study",
+    "write_csv": "example",
+    "write_report": "report",
+}
+__all__ = ["__version__", *_HOME]
+
+
+def __getattr__(name: str) -> Any:
+    """The public names, imported when they are first used: torch is not needed to read a table."""
+    if name not in _HOME:
+        raise AttributeError(f"module 'vlmscope' has no attribute '{name}'")
+    return getattr(import_module(f"vlmscope.{_HOME[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

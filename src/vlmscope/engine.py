@@ -13,8 +13,8 @@ from __future__ import annotations
 import os
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field, replace
 from itertools import groupby
 from typing import Any
 
@@ -27,8 +27,10 @@ from vlmscope.metrics import Patched, Score, score
 from vlmscope.model import Model, hooks
 from vlmscope.sites import Point, Site
 
-BUDGET = 192 * 2**20
+BUDGET = 112 * 2**20
 """Bytes that the intermediate results of one batch of rows may take, if there is room."""
+
+SUBLAYERS = ("attn", "cross", "mlp")
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,6 +45,16 @@ class Row:
     at: tuple[int, ...]
     tower: int
     stage: int
+
+
+@dataclass(frozen=True, eq=False)
+class Cell:
+    """One write: a row and position of a batch gets the source run's value at `source`."""
+
+    row: int
+    position: int
+    site: Site
+    source: int
 
 
 @dataclass(eq=False)
@@ -91,8 +103,16 @@ class Sweep:
         self.model, self.pair = model, pair
         self.towers = list(model.family.towers)
         points = {site.point for site, _ in sites}
+        for site, _ in sites:
+            if site.kind in SUBLAYERS:
+                points.update(_around(site.tower, int(site.layer)))
         runs = [(pair.clean, ()), (pair.corrupt, pair.edits)]
-        traces = [self._trace(inputs, edits, points, seen) for inputs, edits in runs]
+        self.kept = {tower: model.family.cache() for tower in self.towers}
+        traces = []
+        for number, (inputs, edits) in enumerate(runs):
+            is_base = number == (direction == "denoise")
+            with self._keeping() if is_base else nullcontext():
+                traces.append(self._trace(inputs, edits, points, seen))
         self.baselines = [score(t.logits, pair.answer, pair.foil) for t in traces]
         forward = direction == "denoise"
         self.source = traces[0] if forward else traces[1]
@@ -100,7 +120,6 @@ class Sweep:
         self.inputs, self.edits = runs[1] if forward else runs[0]
         self.unchanged = self.baselines[1] if forward else self.baselines[0]
         self.rows, self.idle = self._plan(sites)
-        self.kept = {tower: model.family.cache() for tower in self.towers}
 
     # -- the two plain runs ----------------------------------------------------------------------
 
@@ -157,6 +176,24 @@ class Sweep:
                 handle.remove()
 
     @contextmanager
+    def _keeping(self) -> Iterator[None]:
+        """Keep the keys and values of all that is attended to across towers."""
+        handles = []
+        for tower, table in self.model.family.towers.items():
+            for block in self.model.blocks(tower) if table.fold else ():
+
+                def keep(m: nn.Module, args: Any, kwargs: Any, tower: str = tower) -> Any:
+                    return args, {**kwargs, "past_key_values": self.kept[tower]}
+
+                module = block.get_submodule(table.fold or "")
+                handles.append(module.register_forward_pre_hook(keep, with_kwargs=True))
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    @contextmanager
     def _ends(self, trace: Trace) -> Iterator[None]:
         """Record what the last block of every tower gives, after edits of it."""
         with hooks() as hook:
@@ -184,12 +221,22 @@ class Sweep:
             there = changed[site.point][list(at)]
             there = there if site.index is None else there[:, site.index]
             if there.any() and self._reaches(site, at):
-                late = {"resid": 1, "output": 2}.get(site.kind, 0)
                 tower = self.towers.index(site.tower)
-                rows.append(Row(number, site, at, tower, int(site.layer) + late))
+                rows.append(Row(number, site, at, tower, self._stage(site)))
             else:
                 idle.append(number)
         return sorted(rows, key=lambda row: (row.tower, row.stage)), idle
+
+    def _stage(self, site: Site) -> int:
+        """Where the row of a site joins: behind its block, unless the whole block must be redone."""
+        if site.kind == "resid_pre" or (site.kind in SUBLAYERS and self._whole(site.tower)):
+            return int(site.layer)
+        return int(site.layer) + (2 if site.kind == "output" else 1)
+
+    def _whole(self, tower: str) -> bool:
+        """Whether the run's own edits are within a tower's blocks, where they count all positions."""
+        within = (*SUBLAYERS, "resid")
+        return any(e.site.tower == tower and e.site.kind in within for e in self.edits)
 
     def _changed(self, point: Point) -> Bool[Tensor, "pos *units"]:
         """Where the two runs differ at a point."""
@@ -217,15 +264,16 @@ class Sweep:
             tower, rows = self.towers[number], list(group)
             most = self._most(tower)
             while rows:
+                many = -(-len(rows) // -(-len(rows) // most))  # batches of about equal size
                 try:
-                    result = self._chunk(tower, rows[:most])
+                    result = self._chunk(tower, rows[:many])
                 except (MemoryError, RuntimeError) as error:
                     if not _out_of_memory(error) or most == 1:
                         raise
-                    most = max(1, min(most, len(rows)) // 2)
+                    most = max(1, many // 2)
                     continue
-                yield [row.number for row in rows[:most]], result
-                rows = rows[most:]
+                yield [row.number for row in rows[:many]], result
+                rows = rows[many:]
 
     def _most(self, tower: str) -> int:
         """How many rows of a tower fit the budget: its widest intermediate results, from here on."""
@@ -259,7 +307,7 @@ class Sweep:
     def _through(self, tower: str, rows: list[Row]) -> Float[Tensor, "rows pos width"]:
         """From each row's stage through the last block of its tower."""
         depth, hidden = self._depth(tower), self.base.ends[tower][:0]
-        with self.model.editing(self.inputs, self.edits), self._folding(tower):
+        with self._folding(tower):
             for layer in range(rows[0].stage, depth):
                 hidden = self._join(hidden, self._entrance(tower, layer), rows, layer)
                 hidden = self._block(tower, layer, hidden, rows)
@@ -271,50 +319,75 @@ class Sweep:
         return hidden
 
     def _join(self, hidden: Tensor, base: Tensor, rows: list[Row], stage: int) -> Tensor:
-        """Add the rows of this stage as copies of the base run; outputs of blocks are patched here."""
+        """Add the rows of this stage: copies of the base run, patched where that can be done here."""
         new = [row for row in rows if row.stage == stage]
         if not new:
             return hidden
         joined = base.expand(len(new), -1, -1).clone()
-        self._write(joined, [(i, r) for i, r in enumerate(new) if r.site.kind in ("resid", "output")])
+        cells = [Cell(i, p, row.site, p) for i, row in enumerate(new) for p in row.at]
+        self._write(joined, [c for c in cells if c.site.kind in ("resid", "output")])
+        within = [c for c in cells if c.site.kind in SUBLAYERS and int(c.site.layer) < stage]
+        if within:
+            self._behind(joined, within)
         return torch.cat([hidden, joined]) if len(hidden) else joined
 
-    def _block(self, tower: str, layer: int, hidden: Tensor, rows: list[Row]) -> Tensor:
-        """One block over all rows that have joined, with the patches of those that join here."""
-        by_point = defaultdict(list)
-        for i, row in enumerate(rows):
-            if row.stage == layer and row.site.kind not in ("resid", "output"):
-                by_point[row.site.point].append((i, row))
-        args, kwargs = self.base.calls[tower, layer]
-        if "past_key_values" in kwargs:
-            kwargs = {**kwargs, "past_key_values": None}
+    def _behind(self, joined: Tensor, cells: list[Cell]) -> None:
+        """Write what patches inside a block change behind it, at their own positions.
+
+        Within a block positions meet in self-attention alone, which these patches leave as it is:
+        so each patched position passes its block by itself, with the base run's self-attention
+        written over its own, and the patch after that.
+        """
+        tower, layer = cells[0].site.tower, int(cells[0].site.layer)
+        at = torch.tensor([c.source for c in cells], device=joined.device)
+        heads, entrance = _around(tower, layer)
+        own = self.base.values[heads][0, at, None]
+        alone = [replace(c, row=n, position=0) for n, c in enumerate(cells)]
         with hooks() as hook:
-            for point, patches in by_point.items():
-                write = lambda x, p=patches, like=hidden: self._write(x, p, like)  # noqa: E731
+            hook(*self.model.module(heads), lambda x: own)
+            hidden = self.base.values[entrance][0, at, None]
+            out = self._call(tower, layer, hidden, alone, attention_mask=None)
+        joined[torch.tensor([c.row for c in cells], device=joined.device), at] = out[:, 0]
+
+    def _block(self, tower: str, layer: int, hidden: Tensor, rows: list[Row]) -> Tensor:
+        """One block over all rows that have joined, with the patches that are made in it."""
+        here = [(i, r) for i, r in enumerate(rows) if r.stage == layer == int(r.site.layer)]
+        with self.model.editing(self.inputs, self.edits):
+            return self._call(
+                tower, layer, hidden, [Cell(i, p, row.site, p) for i, row in here for p in row.at]
+            )
+
+    def _call(
+        self, tower: str, layer: int, hidden: Tensor, cells: list[Cell], **changes: object
+    ) -> Tensor:
+        """Call a block as the base run called it, with other rows, and patch cells on the way."""
+        args, kwargs = self.base.calls[tower, layer]
+        changes = {"past_key_values": None, **changes}
+        kwargs = {name: changes.get(name, value) for name, value in kwargs.items()}
+        by_point = defaultdict(list)
+        for cell in cells:
+            by_point[cell.site.point].append(cell)
+        with hooks() as hook:
+            for point, some in by_point.items():
+                write = lambda x, some=some: self._write(x, some, hidden.shape)  # noqa: E731
                 hook(*self.model.module(point), write)
             out = self.model.blocks(tower)[layer](hidden, *args[1:], **kwargs)
         return out if isinstance(out, Tensor) else out[0]
 
-    def _write(
-        self, x: Tensor, patches: list[tuple[int, Row]], like: Tensor | None = None
-    ) -> Tensor:
-        """Write the source run's values into (row, positions, unit) of an activation, in place.
+    def _write(self, x: Tensor, cells: list[Cell], shape: torch.Size | None = None) -> Tensor:
+        """Write the source run's values into cells of one point's activation, in place.
 
-        `like` gives the rows and positions where they have been laid end to end.
+        `shape` gives the rows and positions where they have been laid end to end.
         """
-        if not patches:
+        if not cells:
             return x
-        point = patches[0][1].site.point
-        view = x if like is None else x.view(*like.shape[:2], -1)
-        many = self.model.units(point)
-        source = self.source.values[point][0]
-        rows = torch.tensor([i for i, row in patches for _ in row.at], device=x.device)
-        at = torch.tensor([p for _, row in patches for p in row.at], device=x.device)
-        if many is None:
-            view[rows, at] = source[at]
-        else:
-            unit = torch.tensor([r.site.index for _, r in patches for _ in r.at], device=x.device)
-            view.unflatten(-1, (many, -1))[rows, at, unit] = source.unflatten(-1, (many, -1))[at, unit]
+        point = cells[0].site.point
+        many = self.model.units(point) or 1
+        view = (x if shape is None else x.view(*shape[:2], -1)).unflatten(-1, (many, -1))
+        numbers = [(c.row, c.position, c.source, c.site.index or 0) for c in cells]
+        row, position, source, unit = torch.tensor(numbers, device=x.device).T
+        values = self.source.values[point][0].unflatten(-1, (many, -1))
+        view[row, position, unit] = values[source, unit]
         return x
 
     @contextmanager
@@ -354,6 +427,11 @@ class Sweep:
         finally:
             for handle in handles:
                 handle.remove()
+
+
+def _around(tower: str, layer: int) -> tuple[Point, Point]:
+    """What a position needs to pass a block alone: its heads' outputs, and the block's input."""
+    return Point(tower, layer, "attn", "h"), Point(tower, layer, "resid_pre", "")
 
 
 def _out_of_memory(error: BaseException) -> bool:

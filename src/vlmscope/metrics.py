@@ -1,7 +1,7 @@
 """Metrics: functions of the logits at the read-out position.
 
-Formulas as in NOTICE (arXiv 2406.16320) and Zhang & Nanda (arXiv 2309.16042). All are computed in
-float64, whatever the model's precision.
+Formulas as in NOTICE (arXiv 2406.16320) and Zhang & Nanda (arXiv 2309.16042). They are
+computed in float32 at least, whatever the model's precision, and given in float64.
 """
 
 from __future__ import annotations
@@ -31,9 +31,11 @@ def score(logits: Float[Tensor, "*rows vocabulary"], answer: int, foil: int) -> 
     >>> round(p.item(), 4), ld.item()
     (0.787, 2.0)
     """
-    logits = logits.double()
-    answers = logits[..., answer]
-    return Score((answers - logits.logsumexp(-1)).exp(), answers - logits[..., foil])
+    if logits.dtype.itemsize < 4:
+        logits = logits.float()
+    total = logits.logsumexp(-1).double()
+    answers, foils = logits[..., answer].double(), logits[..., foil].double()
+    return Score((answers - total).exp(), answers - foils)
 
 
 def effect(ld: float, ld_clean: float, ld_corrupt: float) -> float | None:

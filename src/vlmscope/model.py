@@ -16,15 +16,17 @@ from typing import Any
 
 import torch
 from jaxtyping import Float
+from PIL import Image
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import PreTrainedModel, ProcessorMixin
+from transformers.utils import cached_file, logging
 
 from vlmscope.errors import ExampleError, ModelError, SiteError
-from vlmscope.example import Example, Picture, open_image
+from vlmscope.example import Example, Picture, find_roles, open_image
 from vlmscope.families import Family, families
 from vlmscope.inputs import Edit, Inputs, Logits, Pair
-from vlmscope.sites import Layout, Point, Shape, Site, expand, place
+from vlmscope.sites import Layout, Point, Shape, Site, expand, grid, place
 
 DTYPES = {
     "float64": torch.float64,
@@ -344,6 +346,49 @@ def load(name: str | Path, *, dtype: str = "float32", device: str | None = None)
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
+def supported() -> str:
+    """The supported families and the toys that ship, as text."""
+    lines = ["families"]
+    lines += [f"  {f.name:<12} {f.architecture}; towers {', '.join(f.towers)}" for f in families().values()]
+    lines += ["toys", *(f"  {name}" for name in toys())]
+    return "\n".join(lines)
+
+
+def describe(model: Model) -> str:
+    """One model's towers, layers, heads, widths, token layout and example sites, as text."""
+    lines = [f"{model.name}: {model.family.name} ({model.family.architecture})", ""]
+    lines.append(f"{'tower':<9}{'layers':>7}{'width':>7}{'heads':>7}{'neurons':>9}  kinds")
+    for tower, shape in model.shapes.items():
+        heads = max(shape.heads.values())
+        kinds = ", ".join(f"{k}[.h]" if k in shape.heads else f"{k}[.n]" if k == "mlp" else k
+                          for k in shape.kinds)  # fmt: skip
+        lines.append(f"{tower:<9}{shape.layers:>7}{shape.width:>7}{heads:>7}{shape.neurons:>9}  {kinds}")
+    lines += ["", "positions"]
+    inputs = model.prepare(_EXAMPLE).clean
+    for tower, layout in inputs.layout.items():
+        rows, columns = grid(layout)
+        what = f"image[r,c], a grid of {rows} x {columns} patches after [CLS]; image, all" if rows else (
+            f"{' '.join(layout.tokens)}; text, all, last"
+            + ("; roles such as answer, foil, noun" if layout.roles else "")
+        )  # fmt: skip
+        lines.append(f"  {tower:<9}0-{len(layout.tokens) - 1}: {what}")
+    lines += ["", "example sites"]
+    for tower, shape in model.shapes.items():
+        for kind in shape.kinds:
+            lines.append(f"  {tower}.*.{kind}@*")
+        for kind in shape.heads:
+            lines.append(f"  {tower}.*.{kind}.h*@" + ("all" if tower == "vision" else "last"))
+        lines.append(f"  {tower}.{shape.layers - 1}.mlp.n0@last")
+    return "\n".join(lines)
+
+
+_PROMPT = "is this circle red or blue?"
+_EXAMPLE = Example(
+    "example", Image.new("RGB", (64, 64)), _PROMPT, "red", "blue",
+    roles=find_roles(_PROMPT, {"answer": "red", "foil": "blue", "noun": "circle"}),
+)  # fmt: skip
+
+
 def toys() -> dict[str, Path]:
     """The trained toys that ship with the package: name to folder."""
     return {path.parent.name: path.parent for path in sorted(TOYS.glob("*/config.json"))}
@@ -371,8 +416,6 @@ def _family(architectures: Sequence[str], name: str) -> Family:
 
 def _config(path: str | Path) -> dict[str, Any]:
     """The checkpoint's config.json, without any of its code."""
-    from transformers.utils import cached_file
-
     if Path(path).is_dir() and not (Path(path) / "config.json").exists():
         raise ModelError(f"{path} has no config.json; expected a folder written by save_pretrained")
     with _one_line(path):
@@ -392,7 +435,9 @@ def _check_weights(path: Path) -> None:
 
 @contextmanager
 def _one_line(name: str | Path) -> Iterator[None]:
-    """Turn what transformers and the hub raise while loading into one line."""
+    """Load without a bar of its own; turn what transformers and the hub raise into one line."""
+    bar = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
     try:
         yield
     except (OSError, ValueError, RuntimeError, KeyError, TypeError, SafetensorError) as error:
@@ -401,6 +446,9 @@ def _one_line(name: str | Path) -> Iterator[None]:
             "; it needs the network or a copy in the local cache (or give a folder)"
         )  # fmt: skip
         raise ModelError(f"cannot load {name}: {first}{where}") from error
+    finally:
+        if bar:
+            logging.enable_progress_bar()
 
 
 @contextmanager

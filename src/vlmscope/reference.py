@@ -25,9 +25,10 @@ def patch(
     logits = [score(model.run(inputs, edits), pair.answer, pair.foil) for inputs, edits in runs]
     (source, source_edits), (base, base_edits) = runs if direction == "denoise" else runs[::-1]
 
+    _, found = model.record(source, {site.point for site, _ in sites}, source_edits)
+
     def chunks() -> Iterator[tuple[list[int], Score]]:
         for number, (site, at) in enumerate(sites):
-            _, found = model.record(source, [site.point], source_edits)
             edit = Edit(site, "set", model.read(found[site.point], site, at))
             patched = model.run(base, [*base_edits, edit])
             yield [number], score(patched[None], pair.answer, pair.foil)

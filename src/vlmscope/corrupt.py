@@ -1,0 +1,120 @@
+"""Corruption: from an example to the pairs of runs that are compared.
+
+- `image`: the corrupt image, the clean prompt (a semantic image pair of NOTICE, arXiv 2406.16320).
+- `text`: the clean image, the corrupt prompt (symmetric token replacement of NOTICE).
+- `noise`: the clean input, with noise on the vision tower's output, as in causal tracing for BLIP
+  (Palit et al., arXiv 2308.14179), or on the text embeddings, as in ROME (arXiv 2202.05262).
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from vlmscope.errors import ExampleError, VlmscopeError
+from vlmscope.example import Example
+from vlmscope.inputs import Edit, Inputs, Pair
+from vlmscope.model import Model
+from vlmscope.sites import Point, Site
+
+FORMS = {"multiply": 5.0, "add": 3.0, "factor": 0.7691}
+
+
+@dataclass(frozen=True)
+class Noise:
+    """How noise corrupts a run; `draws` pairs an example, whose results are averaged.
+
+    - `multiply`: x·ε, ε ~ N(1, scale²), by element; 5 in causal tracing for BLIP.
+    - `add`: x + ε, ε ~ N(0, (scale·σ)²), σ the standard deviation of x; 3 in ROME.
+    - `factor`: x·scale, no randomness; 0.7691 in a later notebook of the BLIP tracing authors.
+
+    `at` is the vision tower's output (`image`) or the text embeddings (`text`).
+    """
+
+    form: Literal["multiply", "add", "factor"] = "multiply"
+    at: Literal["image", "text"] = "image"
+    scale: float | None = None
+    draws: int = 10
+
+    def __post_init__(self) -> None:
+        if self.form not in FORMS:
+            raise VlmscopeError(f"unknown noise '{self.form}'; expected one of {', '.join(FORMS)}")
+        if self.at not in ("image", "text"):
+            raise VlmscopeError(f"noise at '{self.at}' is unknown; expected image or text")
+        if self.draws < 1:
+            raise VlmscopeError(f"{self.draws} draws of noise give no result; expected 1 or more")
+        if self.scale is None:
+            object.__setattr__(self, "scale", FORMS[self.form])
+        if self.form == "factor":  # nothing is drawn, so one draw says it all
+            object.__setattr__(self, "draws", 1)
+
+
+Corruption = Literal["image", "text"] | Noise
+
+
+def parse(corrupt: str | Noise) -> Corruption:
+    """`image`, `text`, `noise` (with the published defaults) or a `Noise`.
+
+    >>> parse("noise")
+    Noise(form='multiply', at='image', scale=5.0, draws=10)
+    """
+    if isinstance(corrupt, Noise):
+        return corrupt
+    if corrupt == "noise":
+        return Noise()
+    if corrupt == "image":
+        return "image"
+    if corrupt == "text":
+        return "text"
+    raise VlmscopeError(f"unknown corruption '{corrupt}'; expected image, text or noise")
+
+
+def pairs(model: Model, example: Example, corruption: Corruption, seed: int = 0) -> list[Pair]:
+    """The pairs of runs of one example: one, or one a draw of noise.
+
+    Every site of a draw sees the same noise. Raises `ExampleError` if the example lacks what the
+    corruption needs, or changes nothing.
+    """
+    if isinstance(corruption, Noise):
+        pair = model.prepare(replace(example, corrupt_image=None, corrupt_prompt=None))
+        return [
+            replace(pair, edits=(edit,))
+            for edit in _noise(model, pair.clean, corruption, f"{seed}/{example.id}")
+        ]
+    if corruption == "image":
+        if example.corrupt_image is None:
+            raise ExampleError("there is no corrupt image; fill corrupt_image_path or corrupt the text")
+        return [model.prepare(replace(example, corrupt_prompt=None))]
+    if example.corrupt_prompt is None:
+        raise ExampleError("there is no corrupt prompt; fill corrupt_prompt or corrupt the image")
+    if example.corrupt_prompt == example.clean_prompt:
+        raise ExampleError("the corrupt prompt is the clean one; nothing would be corrupted")
+    return [model.prepare(replace(example, corrupt_image=None))]
+
+
+def _noise(model: Model, inputs: Inputs, noise: Noise, seed: str) -> list[Edit]:
+    """One edit a draw, drawn on the CPU in float32, so that every device and precision agree."""
+    tower = "vision" if noise.at == "image" else "encoder"
+    kind, layer = ("output", model.shapes[tower].layers - 1) if noise.at == "image" else ("resid_pre", 0)
+    site = Site(tower, str(layer), kind, None, "all")
+    assert noise.scale is not None
+    if noise.form == "factor":
+        return [Edit(site, "scale", noise.scale)]
+    shape = (len(inputs.layout[tower].tokens), model.shapes[tower].width)
+    draws = [_draw(shape, seed, number) for number in range(noise.draws)]
+    if noise.form == "multiply":
+        return [Edit(site, "scale", 1 + noise.scale * draw) for draw in draws]
+    value = model.record(inputs, [Point(tower, layer, kind, "")])[1][site.point]
+    sigma = noise.scale * value.float().std().item()
+    return [Edit(site, "add", sigma * draw) for draw in draws]
+
+
+def _draw(shape: tuple[int, int], seed: str, number: int) -> Tensor:
+    """Standard normal numbers that depend on the words of the seed and on nothing else."""
+    digest = hashlib.sha256(f"{seed}/{number}".encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big", signed=True))
+    return torch.randn(shape, generator=generator)

@@ -1,0 +1,331 @@
+"""The one loop: examples × sites, into a table or a run folder."""
+
+from __future__ import annotations
+
+import os
+import sys
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from typing import Any, Literal
+
+import pandas as pd
+
+from vlmscope import corrupt as corruptions
+from vlmscope import engine as fast
+from vlmscope import reference
+from vlmscope.corrupt import Corruption, Noise
+from vlmscope.errors import DataError, ExampleError, SiteError, VlmscopeError
+from vlmscope.example import Example, fingerprint
+from vlmscope.inputs import Pair
+from vlmscope.metrics import effect
+from vlmscope.model import Model
+from vlmscope.sites import Layout, Site, expand, grid, place
+from vlmscope.store import BASELINES, EFFECTS, Writer, open_run, read_run
+
+Direction = Literal["denoise", "noise"]
+Engine = Literal["fast", "reference"]
+Placed = tuple[Site, tuple[int, ...]]
+
+SHOWN = 4
+"""How many examples a run folder keeps to look at."""
+
+
+def sweep(
+    model: Model,
+    examples: Iterable[Example],
+    sites: str | Site | Sequence[str | Site],
+    corrupt: str | Noise = "image",
+    *,
+    direction: Direction = "denoise",
+    engine: Engine = "fast",
+    seed: int = 0,
+    out: str | os.PathLike[str] | None = None,
+    data: str = "examples",
+) -> pd.DataFrame:
+    """Patch every site of every example; one row a patch (columns as in `store.EFFECTS`).
+
+    `corrupt` is `image`, `text`, `noise` or a `Noise`. `denoise` copies clean activations into the
+    corrupt run, `noise` corrupt ones into the clean run; the columns mean the same in both:
+    `logit_diff` = LD(patched) − LD(corrupt), so a noising patch that changes nothing has the
+    effect 1. Examples that cannot be run are left out with a warning.
+
+    With `out`, the table is written to a run folder as it is computed; called again with the same
+    arguments, it goes on where it stopped. `data` is the name of the examples in that folder.
+
+    Raises `SiteError` for a site that this model or this data does not have, `StoreError` for a
+    folder of another run, `DataError` if no example at all can be run.
+
+    >>> import vlmscope
+    >>> model = vlmscope.load("toy-blip")
+    >>> table = sweep(model, vlmscope.examples("states", limit=1), "encoder.*.cross.h*@answer")
+    >>> len(table), table.columns[0]
+    (12, 'example')
+    """
+    examples = list(examples)
+    task = _Task(model, examples, sites, corrupt, direction, engine, seed)
+    if out is None:
+        tables = [effects for _, effects, _ in task.run(task.numbers())]
+        return pd.concat(tables, ignore_index=True) if tables else _frame([], EFFECTS.names)
+    with open_run(out, task.spec(data), task.description()) as writer:
+        left = [n for n in task.numbers() if n not in writer.done]
+        for number, effects, baseline in task.run(left, len(writer.done)):
+            writer.add(number, effects, baseline)
+            if number < SHOWN:
+                _show(writer, number, examples[number], corrupt)
+        writer.finish()
+    return read_run(out).effects()
+
+
+def baselines(
+    model: Model,
+    examples: Iterable[Example],
+    corrupt: str | Noise = "image",
+    *,
+    seed: int = 0,
+) -> pd.DataFrame:
+    """How the model does on each example, clean and corrupt (columns as in `store.BASELINES`).
+
+    `predicted` is the model's own generation on the clean input; `correct` compares it with the
+    answer, without regard to case and outer spaces.
+
+    >>> import vlmscope
+    >>> model = vlmscope.load("toy-blip")
+    >>> table = baselines(model, vlmscope.examples("states", limit=2))
+    >>> list(table["correct"])
+    [True, True]
+    """
+    task = _Task(model, list(examples), [], corrupt, "denoise", "fast", seed)
+    tables = [baseline for _, _, baseline in task.run(task.numbers(), strict=False)]
+    return pd.concat(tables, ignore_index=True) if tables else _frame([], BASELINES.names)
+
+
+class _Task:
+    """What is to be computed, checked against the model and the data before anything runs."""
+
+    def __init__(
+        self,
+        model: Model,
+        examples: Sequence[Example],
+        sites: str | Site | Sequence[str | Site],
+        corrupt: str | Noise,
+        direction: str,
+        engine: str,
+        seed: int,
+    ) -> None:
+        if direction not in ("denoise", "noise"):
+            raise VlmscopeError(f"unknown direction '{direction}'; expected denoise or noise")
+        if engine not in ("fast", "reference"):
+            raise VlmscopeError(f"unknown engine '{engine}'; expected fast or reference")
+        if not examples:
+            raise DataError("there are no examples; nothing to run")
+        given = [sites] if isinstance(sites, (str, Site)) else sites
+        self.sites = [Site.parse(s) if isinstance(s, str) else s for s in given]
+        self.patterns = expand(self.sites, model.shapes)
+        _check_roles(self.sites, examples)
+        self.model, self.examples, self.seed = model, examples, seed
+        self.corruption: Corruption = corruptions.parse(corrupt)
+        self.direction, self.engine = direction, engine
+
+    def numbers(self) -> list[int]:
+        return list(range(len(self.examples)))
+
+    def spec(self, data: str) -> dict[str, Any]:
+        """All that decides what is in the table."""
+        from importlib.metadata import version
+
+        noise = isinstance(self.corruption, Noise)
+        corrupt = {"kind": "noise", **asdict(self.corruption)} if noise else {"kind": self.corruption}  # type: ignore[call-overload]
+        return {
+            "model": self.model.name,
+            "weights": self.model.fingerprint(),
+            "data": data,
+            "data_hash": fingerprint(self.examples),
+            "n_examples": len(self.examples),
+            "sites": [str(site) for site in self.sites],
+            "corrupt": corrupt,
+            "direction": self.direction,
+            "engine": self.engine,
+            "dtype": str(self.model.dtype).removeprefix("torch."),
+            "device": self.model.device.type,
+            "seed": self.seed,
+            "versions": {p: version(p) for p in ("vlmscope", "torch", "transformers")},
+        }
+
+    def description(self) -> dict[str, Any]:
+        """The model's towers, for the report."""
+        towers = {
+            tower: {"layers": shape.layers, "heads": max(shape.heads.values())}
+            for tower, shape in self.model.shapes.items()
+        }
+        return {"towers": towers}
+
+    def run(
+        self, numbers: Sequence[int], done: int = 0, strict: bool = True
+    ) -> Iterator[tuple[int, pd.DataFrame, pd.DataFrame]]:
+        """Number, effects and baseline of each example; reports what was left out at the end."""
+        reasons = {}
+        with _progress(len(numbers) + done, done) as step:
+            for finished, number in enumerate(numbers, start=done):
+                try:
+                    effects, baseline = self._one(
+                        self.examples[number],
+                        lambda sites, share, before=finished: step(sites, before + share),
+                    )
+                except (ExampleError, SiteError) as error:
+                    reasons[self.examples[number].id] = str(error)
+                    effects, baseline = self._excluded(self.examples[number], str(error))
+                yield number, effects, baseline
+                step(0, finished + 1)
+        if reasons and strict:
+            name, reason = next(iter(reasons.items()))
+            if len(reasons) == len(self.examples):
+                raise DataError(f"none of {len(reasons)} examples could be run; '{name}': {reason}")
+            warnings.warn(
+                f"{len(reasons)} of {len(self.examples)} examples were left out; '{name}': {reason}",
+                stacklevel=3,
+            )
+
+    def _one(self, example: Example, step: Any) -> tuple[pd.DataFrame, pd.DataFrame]:
+        pairs = corruptions.pairs(self.model, example, self.corruption, self.seed)
+        layout = pairs[0].clean.layout
+        placed = [p for site in self.patterns for p in place(site, layout[site.tower])]
+        totals = [[0.0, 0.0] for _ in placed]
+        base = dict.fromkeys(("p_clean", "p_corrupt", "ld_clean", "ld_corrupt"), 0.0)
+        seen: dict[int, Any] = {}
+        count = 0
+        for pair in pairs:
+            patched = self._patch(pair, placed, seen)
+            for name, score in (("clean", patched.clean), ("corrupt", patched.corrupt)):
+                base[f"p_{name}"] += score.p.item() / len(pairs)
+                base[f"ld_{name}"] += score.ld.item() / len(pairs)
+            for numbers, scores in patched.chunks:
+                for n, p, ld in zip(numbers, scores.p.tolist(), scores.ld.tolist(), strict=True):
+                    totals[n][0] += p / len(pairs)
+                    totals[n][1] += ld / len(pairs)
+                count += len(numbers)
+                step(len(numbers), count / len(placed) / len(pairs))
+        said = self.model.answer(pairs[0].clean)
+        baseline = {
+            "example": example.id,
+            "corruption": self._kind,
+            **base,
+            "predicted": said,
+            "correct": said.strip().lower() == example.answer.strip().lower(),
+            "excluded": False,
+            "reason": None,
+        }
+        rows = [
+            self._row(example, site, at, layout[site.tower], base, *total)
+            for (site, at), total in zip(placed, totals, strict=True)
+        ]
+        return _frame(rows, EFFECTS.names), _frame([baseline], BASELINES.names)
+
+    def _patch(self, pair: Pair, placed: Sequence[Placed], seen: dict[int, Any]) -> Any:
+        if self.engine == "reference":
+            return reference.patch(self.model, pair, placed, self.direction)
+        return fast.patch(self.model, pair, placed, self.direction, seen=seen)
+
+    @property
+    def _kind(self) -> str:
+        return "noise" if isinstance(self.corruption, Noise) else self.corruption
+
+    def _row(
+        self,
+        example: Example,
+        site: Site,
+        at: tuple[int, ...],
+        layout: Layout,
+        base: dict[str, float],
+        p: float,
+        ld: float,
+    ) -> dict[str, Any]:
+        one = at[0] if len(at) == 1 else None
+        at_role = next((role for role, where in layout.roles.items() if one in where), None)
+        return {
+            "example": example.id,
+            "corruption": self._kind,
+            "site": str(site),
+            "tower": site.tower,
+            "layer": int(site.layer),
+            "kind": site.kind,
+            "unit": site.unit,
+            "position": one,
+            "token": None if one is None else layout.tokens[one],
+            "role": site.role if site.role in layout.roles else at_role,
+            "p_patched": p,
+            "p_restored": p - base["p_corrupt"],
+            "logit_diff": ld - base["ld_corrupt"],
+            "effect": effect(ld, base["ld_clean"], base["ld_corrupt"]),
+        }
+
+    def _excluded(self, example: Example, reason: str) -> tuple[pd.DataFrame, pd.DataFrame]:
+        baseline = {
+            "example": example.id,
+            "corruption": self._kind,
+            "excluded": True,
+            "reason": reason,
+        }
+        return _frame([], EFFECTS.names), _frame([baseline], BASELINES.names)
+
+
+def _frame(rows: list[dict[str, Any]], columns: Sequence[str]) -> pd.DataFrame:
+    return pd.DataFrame(rows, columns=list(columns))
+
+
+def _check_roles(sites: Sequence[Site], examples: Sequence[Example]) -> None:
+    roles = {role: None for example in examples for role in example.roles}
+    for site in sites:
+        if site.role is not None and site.role not in roles:
+            raise SiteError(
+                f"bad site '{site}': no example has a role '{site.role}'; "
+                f"the roles of this data: {', '.join(roles) or 'none'}"
+            )
+
+
+def _show(writer: Writer, number: int, example: Example, corrupt: str | Noise) -> None:
+    """Keep what a person wants to see of an example: only what this corruption uses."""
+    shown = vars(example).copy()
+    if corrupt != "image":
+        shown["corrupt_image"] = None
+    if corrupt != "text":
+        shown["corrupt_prompt"] = None
+    try:
+        writer.add_pictures(number, shown)
+    except ExampleError:
+        pass  # the example is excluded, with this reason
+
+
+@contextmanager
+def _progress(total: int, done: int) -> Iterator[Any]:
+    """A bar with rate and time left on standard error; nothing where that is not a terminal.
+
+    Yields `step(patches, examples)`: patches since the last call, examples in all.
+    """
+    if not sys.stderr.isatty():
+        yield lambda sites, examples: None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+    columns = (
+        TextColumn("{task.completed:.0f}/{task.total:.0f} examples"),
+        BarColumn(),
+        TextColumn("{task.fields[rate]}"),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(elapsed_when_finished=False),
+    )
+    with Progress(*columns, console=Console(stderr=True)) as bar:
+        task = bar.add_task("", total=total, completed=done, rate="")
+        count = 0
+
+        def step(sites: int, examples: float) -> None:
+            nonlocal count
+            count += sites
+            seconds = bar.tasks[0].elapsed or 0.0
+            rate = f"{count / seconds:,.0f} patches/s" if seconds else ""
+            bar.update(task, completed=examples, rate=rate)
+
+        yield step

@@ -1,0 +1,232 @@
+"""The engine gives what the reference gives."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import replace
+
+import pytest
+import torch
+from models import blip, example
+
+from vlmscope import corrupt, engine, reference
+from vlmscope.corrupt import Noise
+from vlmscope.inputs import Pair
+from vlmscope.model import Model, load
+from vlmscope.sites import Site, expand, place
+
+TEXT = ("resid_pre", "resid", "attn", "cross", "mlp", "attn.h*", "cross.h*", "mlp.n*")
+SITES = [
+    *(f"vision.*.{kind}@*" for kind in ("resid_pre", "resid", "attn", "mlp", "attn.h*", "output")),
+    "vision.*.mlp.n*@image[1,1]",
+    "vision.*.resid@image",
+    "vision.*.attn.h*@image",
+    "vision.*.output@image",
+    *(f"{tower}.*.{kind}@*" for tower in ("encoder", "decoder") for kind in TEXT),
+    *(f"{tower}.*.{kind}@all" for tower in ("encoder", "decoder") for kind in TEXT),
+    "encoder.*.cross.h*@answer",
+]
+SHAPES = {
+    "plain": {},
+    "one layer": {"layers": 1, "vision_layers": 1},
+    "odd heads": {"heads": 3, "width": 15, "vision_heads": 5, "layers": 3},
+    "deep vision": {"layers": 1, "vision_layers": 4, "heads": 4},
+}
+CORRUPTIONS = {
+    "image": "image",
+    "text": "text",
+    "noise on the image": Noise("multiply", "image", draws=1),
+    "added noise": Noise("add", "image", draws=1),
+    "factor": Noise("factor", "image"),
+    "noise on the text": Noise("multiply", "text", draws=1),
+    "added to the text": Noise("add", "text", draws=1),
+}
+
+
+def placed(model: Model, pair: Pair, expressions: list[str]) -> list[tuple[Site, tuple[int, ...]]]:
+    sites = expand([Site.parse(text) for text in expressions], model.shapes)
+    return [p for site in sites for p in place(site, pair.clean.layout[site.tower])]
+
+
+def some(model: Model, pair: Pair, expressions: list[str], each: int = 3):
+    """A few sites of each expression, drawn by a fixed seed: the reference is slow."""
+    draw = random.Random(0)
+    found = [placed(model, pair, [text]) for text in expressions]
+    return [p for sites in found for p in draw.sample(sites, min(each, len(sites)))]
+
+
+def both(model: Model, pair: Pair, expressions: list[str], direction: str = "denoise"):
+    """(p, ld) of some sites of each expression, by the engine and by the reference."""
+    sites = some(model, pair, expressions)
+    found = []
+    for one in (engine, reference):
+        table = torch.full((2, len(sites)), torch.nan, dtype=torch.float64)
+        patched = one.patch(model, pair, sites, direction)
+        for numbers, scores in patched.chunks:
+            assert table[:, numbers].isnan().all(), "each site comes once"
+            table[0, numbers], table[1, numbers] = scores.p, scores.ld
+        base = torch.stack([*patched.clean, *patched.corrupt])
+        found.append((table, base))
+    (fast, fast_base), (slow, slow_base) = found
+    torch.testing.assert_close(fast_base, slow_base, rtol=1e-12, atol=1e-12)
+    return fast, slow
+
+
+@pytest.mark.parametrize("direction", ["denoise", "noise"])
+@pytest.mark.parametrize("corruption", CORRUPTIONS)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_engine_equals_reference(shape, corruption, direction):
+    model = blip(**SHAPES[shape])
+    (pair,) = corrupt.pairs(model, example(), CORRUPTIONS[corruption])
+    fast, slow = both(model, pair, SITES, direction)
+    torch.testing.assert_close(fast, slow, rtol=1e-9, atol=1e-12)
+    assert slow.std(dim=1).min() > 1e-6, "patches of a random model differ"
+
+
+@pytest.mark.parametrize(
+    "prompt", ["red or blue", "is the dark dark circle or the dark square red or blue ? ? ?"]
+)
+@pytest.mark.parametrize("direction", ["denoise", "noise"])
+def test_prompts_of_other_lengths(prompt, direction):
+    model = blip()
+    (pair,) = corrupt.pairs(model, example(prompt), "image")
+    fast, slow = both(model, pair, SITES, direction)
+    torch.testing.assert_close(fast, slow, rtol=1e-9, atol=1e-12)
+
+
+def test_answers_that_share_a_beginning():
+    """The decoder then reads more than its start token, and is causal."""
+    model = blip()
+    (pair,) = corrupt.pairs(model, example(answer="unhappy", foil="unly"), "image")
+    assert pair.clean.layout["decoder"].tokens == ("[DEC]", "un")
+    for direction in ("denoise", "noise"):
+        fast, slow = both(model, pair, SITES, direction)
+        torch.testing.assert_close(fast, slow, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_image_and_text_corrupt_together(seed):
+    model = blip(seed=seed)
+    fast, slow = both(model, model.prepare(example()), SITES)
+    torch.testing.assert_close(fast, slow, rtol=1e-9, atol=1e-12)
+
+
+def test_float32_within_its_tolerance():
+    """Rounding only: batches of rows and single rows differ by some units in the last place."""
+    model = blip(dtype=torch.float32)
+    fast, slow = both(model, model.prepare(example()), SITES)
+    torch.testing.assert_close(fast, slow, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["states", "scenes", "faces"])
+def test_engine_equals_reference_on_the_toy(name):
+    from vlmscope.data import examples
+
+    model = load("toy-blip", dtype="float64")
+    (one,) = examples(name, limit=1)
+    for kind in ("image", "text"):
+        (pair,) = corrupt.pairs(model, one, kind)
+        sites = [
+            "encoder.*.attn.h*@answer",
+            "encoder.*.cross.h*@noun",
+            "encoder.*.resid@*",
+            "decoder.*.cross.h*@last",
+            "vision.1.attn.h*@image[2,3]",
+            "vision.2.resid@image[3,3]",
+        ]
+        fast, slow = both(model, pair, sites)
+        torch.testing.assert_close(fast, slow, rtol=1e-9, atol=1e-12)
+
+
+def test_small_batches_give_the_same(monkeypatch):
+    model = blip()
+    pair = model.prepare(example())
+    sites = placed(model, pair, SITES)
+    whole = dict(_rows(engine.patch(model, pair, sites)))
+    monkeypatch.setattr(engine, "BUDGET", 1)
+    single = dict(_rows(engine.patch(model, pair, sites)))
+    assert whole.keys() == single.keys() == set(range(len(sites)))
+    for number, ld in whole.items():
+        assert single[number] == pytest.approx(ld, rel=1e-9, abs=1e-12)
+
+
+def _rows(patched):
+    for numbers, scores in patched.chunks:
+        yield from zip(numbers, scores.ld.tolist(), strict=True)
+
+
+def test_a_batch_that_does_not_fit_is_halved(monkeypatch):
+    model = blip()
+    pair = model.prepare(example())
+    sites = placed(model, pair, ["encoder.*.attn.h*@*"])
+    expected = dict(_rows(engine.patch(model, pair, sites)))
+    tried = []
+    honest = engine.Sweep._chunk
+
+    def short(self, tower, rows):
+        tried.append(len(rows))
+        if len(rows) > 5:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return honest(self, tower, rows)
+
+    monkeypatch.setattr(engine.Sweep, "_chunk", short)
+    assert dict(_rows(engine.patch(model, pair, sites))) == pytest.approx(expected, rel=1e-9)
+    assert tried[0] > 5 and max(tried[-3:]) <= 5
+
+
+def test_other_errors_are_not_taken_for_missing_memory(monkeypatch):
+    model = blip()
+    pair = model.prepare(example())
+    sites = placed(model, pair, ["encoder.*.attn.h*@*"])
+
+    def broken(self, tower, rows):
+        raise RuntimeError("shapes do not match")
+
+    monkeypatch.setattr(engine.Sweep, "_chunk", broken)
+    with pytest.raises(RuntimeError, match="shapes do not match"):
+        list(engine.patch(model, pair, sites).chunks)
+
+
+def test_clean_into_clean_changes_nothing():
+    model = blip(dtype=torch.float32)
+    same = model.prepare(replace(example(), corrupt_image=None, corrupt_prompt=None))
+    for one in (engine, reference):
+        patched = one.patch(model, same, placed(model, same, ["encoder.*.cross.h*@*", "vision.*.resid@*"]))
+        for _, scores in patched.chunks:
+            assert (scores.ld == patched.clean.ld).all()
+
+
+@pytest.mark.parametrize(("corruption", "tower"), [("image", "vision"), ("text", "encoder")])
+def test_the_whole_first_input_gives_the_clean_logits(corruption, tower):
+    model = blip()
+    (pair,) = corrupt.pairs(model, example(), corruption)
+    for one in (engine, reference):
+        patched = one.patch(model, pair, placed(model, pair, [f"{tower}.0.resid_pre@all"]))
+        ((_, scores),) = patched.chunks
+        torch.testing.assert_close(scores.ld[0], patched.clean.ld, rtol=1e-12, atol=1e-12)
+        assert abs(patched.clean.ld - patched.corrupt.ld) > 1e-3
+
+
+def test_a_patch_that_cannot_reach_the_answer_has_no_effect():
+    """The last block's other positions in a causal decoder; a tower the corruption cannot touch."""
+    model = blip()
+    (pair,) = corrupt.pairs(model, example(answer="unhappy", foil="unly"), "image")
+    for one in (engine, reference):
+        sites = placed(model, pair, ["decoder.1.cross.h*@0", "decoder.1.resid@0", "encoder.0.attn@*"])
+        patched = one.patch(model, pair, sites)
+        for _, scores in patched.chunks:
+            assert (scores.ld == patched.corrupt.ld).all()
+
+
+def test_one_image_is_encoded_once(monkeypatch):
+    """Over a text pair and all draws of noise, and however many sites there are."""
+    model = blip()
+    calls = []
+    model.hf.vision_model.register_forward_hook(lambda *_: calls.append(1))
+    for corruption in ("text", Noise(draws=4)):
+        calls.clear()
+        seen = {}
+        for pair in corrupt.pairs(model, example(), corruption):
+            sites = placed(model, pair, ["encoder.*.cross.h*@*", "decoder.*.resid@*"])
+            list(engine.patch(model, pair, sites, seen=seen).chunks)
+        assert len(calls) == 1

@@ -1,0 +1,174 @@
+"""The direction of imports, what must stay light, and the public names.
+
+The layers are read from the picture in docs/architecture.md, so the page cannot go stale.
+"""
+
+from __future__ import annotations
+
+import ast
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import vlmscope
+
+SOURCE = Path(vlmscope.__file__).parent
+PAGE = Path(__file__).parents[1] / "docs" / "architecture.md"
+FILES = sorted(SOURCE.rglob("*.py"))
+
+TOP = ("__init__", "__main__")
+"""Above the picture: what a user imports or starts, which may use everything below."""
+
+LIGHT = ("cli", "data", "store", "plots", "report", "example", "sites")
+HEAVY = ("torch", "transformers")
+
+PUBLIC = [
+    "Edit",
+    "Example",
+    "Inputs",
+    "Model",
+    "Pair",
+    "Site",
+    "VlmscopeError",
+    "__version__",
+    "baselines",
+    "load",
+    "read_csv",
+    "read_run",
+    "sweep",
+    "write_csv",
+    "write_report",
+]
+
+
+def read_layers() -> dict[str, int]:
+    """The height of each module in the picture; neighbours on a line have the same."""
+    picture = re.search(r"## Layers\n.*?```\n(.*?)```", PAGE.read_text("utf-8"), re.DOTALL)
+    assert picture, f"no picture under '## Layers' in {PAGE.name}"
+    lines = picture[1].strip().splitlines()
+    return {
+        name.strip(): len(lines) - depth
+        for depth, line in enumerate(lines)
+        for name in line.split("|")
+    }
+
+
+LAYERS = read_layers()
+
+
+def part_of(file: Path) -> str:
+    """The name in the picture to which a source file belongs."""
+    return file.relative_to(SOURCE).with_suffix("").parts[0]
+
+
+def imported(source: str, package: str) -> Iterator[str]:
+    """The full names of all that a source file imports, anywhere in it.
+
+    >>> list(imported("import os.path; from . import a", "vlmscope.data"))
+    ['os.path', 'vlmscope.data.a']
+    """
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            above = package.split(".")[: len(package.split(".")) - node.level + 1]
+            base = ".".join([*(above if node.level else []), *filter(None, [node.module])])
+            yield from (f"{base}.{alias.name}" for alias in node.names)
+
+
+def own_parts(source: str, package: str = "vlmscope") -> set[str]:
+    """The parts of vlmscope that a source file imports; `__init__` for a name of its top.
+
+    >>> sorted(own_parts("from vlmscope import load, sites; from vlmscope.errors import DataError"))
+    ['__init__', 'errors', 'sites']
+    """
+    parts = set()
+    for name in imported(source, package):
+        first, _, rest = name.partition(".")
+        if first == "vlmscope" and rest != "__version__":
+            part = rest.split(".")[0]
+            module = part in LAYERS or (SOURCE / part / "__init__.py").is_file()
+            module = module or (SOURCE / f"{part}.py").is_file()
+            parts.add(part if part and module else "__init__")
+    return parts
+
+
+def package_of(file: Path) -> str:
+    return ".".join(["vlmscope", *file.relative_to(SOURCE).parts[:-1]])
+
+
+def wrong_imports(part: str, others: set[str]) -> list[str]:
+    """What a part of the picture imports from its own height or from above."""
+    return sorted(
+        other
+        for other in others - {part}
+        if part not in TOP and (other in TOP or LAYERS[other] >= LAYERS[part])
+    )
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(SOURCE)))
+def test_imports_run_downward(file: Path) -> None:
+    part, others = part_of(file), own_parts(file.read_text("utf-8"), package_of(file))
+    strangers = ({part} | others) - set(LAYERS) - set(TOP)
+    assert not strangers, f"not in the picture in docs/architecture.md: {sorted(strangers)}"
+    assert not wrong_imports(part, others), f"{part} must not import these"
+
+
+def test_the_check_sees_imports_upward_sideways_and_hidden() -> None:
+    hidden = "def f():\n    from vlmscope.engine import sweep\n"
+    assert wrong_imports("model", own_parts(hidden)) == ["engine"]
+    assert wrong_imports("store", own_parts("from vlmscope import data")) == ["data"]
+    assert wrong_imports("data", own_parts("from ..study import x", "vlmscope.data")) == ["study"]
+    assert wrong_imports("cli", own_parts("from vlmscope import load")) == ["__init__"]
+    assert wrong_imports("cli", own_parts("from vlmscope import __version__, report")) == []
+    assert wrong_imports("data", own_parts("from vlmscope.data import drawing")) == []
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(SOURCE)))
+def test_only_model_and_families_import_transformers(file: Path) -> None:
+    names = {name.split(".")[0] for name in imported(file.read_text("utf-8"), package_of(file))}
+    assert part_of(file) in ("model", "families") or "transformers" not in names
+
+
+@pytest.mark.parametrize(
+    "file", sorted((SOURCE / "data").rglob("*.py")), ids=lambda file: file.name
+)
+def test_data_knows_only_example(file: Path) -> None:
+    assert own_parts(file.read_text("utf-8"), package_of(file)) <= {"data", "example", "errors"}
+
+
+def test_light_modules_bring_in_no_heavy_ones() -> None:
+    """In a process of its own, one after the other, so that the first to blame is named."""
+    script = f"""
+import importlib, sys
+for name in {LIGHT}:
+    importlib.import_module("vlmscope." + name)
+    brought = [heavy for heavy in {HEAVY} if heavy in sys.modules]
+    if brought:
+        sys.exit(f"vlmscope.{{name}} brings in {{brought}}")
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_importing_the_package_brings_in_no_heavy_module() -> None:
+    script = f"import sys, vlmscope; sys.exit(str([m for m in {HEAVY} if m in sys.modules] or ''))"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert not done.stderr.strip(), done.stderr
+
+
+def test_the_public_names() -> None:
+    assert sorted(vlmscope.__all__) == PUBLIC
+    for name in vlmscope.__all__:
+        assert getattr(vlmscope, name) is not None, name
+    assert set(vlmscope.__all__) <= set(dir(vlmscope))
+
+
+def test_the_version_is_the_one_that_is_installed() -> None:
+    from importlib.metadata import version
+
+    assert vlmscope.__version__ == version("vlmscope")
