@@ -343,7 +343,7 @@ def load(name: str | Path, *, dtype: str = "float32", device: str | None = None)
     return model
 
 
-_HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+_HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 
 
 def supported() -> str:

@@ -262,11 +262,11 @@ class Run:
 
     def effects(self) -> pd.DataFrame:
         """The table of patches (columns as in `EFFECTS`), in the order of the examples."""
-        return _read(self.path, "effects", EFFECTS).astype({"position": "Int32"})
+        return _read(self.path, "effects", EFFECTS)
 
     def baselines(self) -> pd.DataFrame:
         """The table of examples (columns as in `BASELINES`), in their order."""
-        return _read(self.path, "baselines", BASELINES).astype({"correct": "boolean"})
+        return _read(self.path, "baselines", BASELINES)
 
     def pictures(self) -> list[dict[str, Any]]:
         """The examples kept to look at: `index`, the words that `Writer.add_pictures` was given,
@@ -313,7 +313,18 @@ def _read(folder: Path, name: str, schema: pa.Schema) -> pd.DataFrame:
     pieces.sort(key=lambda piece: piece[0])
     plain = schema.remove_metadata()
     tables = [t.replace_schema_metadata(None).cast(plain) for _, t in pieces]
-    return pa.concat_tables([plain.empty_table(), *tables]).to_pandas()
+    return _frame(pa.concat_tables([plain.empty_table(), *tables]))
+
+
+def typed(frame: pd.DataFrame, schema: pa.Schema) -> pd.DataFrame:
+    """A table in memory with the columns and types that one read from a run folder has."""
+    return _frame(_table(frame, schema))
+
+
+def _frame(table: pa.Table) -> pd.DataFrame:
+    # Whole numbers and truths that may be null stay what they are.
+    types = {"position": "Int32", "correct": "boolean"}
+    return table.to_pandas().astype({k: t for k, t in types.items() if k in table.schema.names})
 
 
 def _parts(folder: Path) -> list[Path]:

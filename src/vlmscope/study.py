@@ -22,7 +22,7 @@ from vlmscope.inputs import Pair
 from vlmscope.metrics import effect
 from vlmscope.model import Model
 from vlmscope.sites import Layout, Site, expand, grid, place
-from vlmscope.store import BASELINES, EFFECTS, Writer, open_run, read_run
+from vlmscope.store import BASELINES, EFFECTS, Writer, open_run, read_run, typed
 
 Direction = Literal["denoise", "noise"]
 Engine = Literal["fast", "reference"]
@@ -67,7 +67,7 @@ def sweep(
     task = _Task(model, examples, sites, corrupt, direction, engine, seed)
     if out is None:
         tables = [effects for _, effects, _ in task.run(task.numbers())]
-        return pd.concat(tables, ignore_index=True) if tables else _frame([], EFFECTS.names)
+        return typed(pd.concat(tables, ignore_index=True), EFFECTS)
     with open_run(out, task.spec(data), task.description()) as writer:
         left = [n for n in task.numbers() if n not in writer.done]
         for number, effects, baseline in task.run(left, len(writer.done)):
@@ -98,7 +98,7 @@ def baselines(
     """
     task = _Task(model, list(examples), [], corrupt, "denoise", "fast", seed)
     tables = [baseline for _, _, baseline in task.run(task.numbers(), strict=False)]
-    return pd.concat(tables, ignore_index=True) if tables else _frame([], BASELINES.names)
+    return typed(pd.concat(tables, ignore_index=True), BASELINES)
 
 
 class _Task:

@@ -1,0 +1,5 @@
+"""`python -m vlmscope`."""
+
+from vlmscope.cli import main
+
+main()

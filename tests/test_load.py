@@ -1,0 +1,143 @@
+"""Loading: folders of save_pretrained, toys, and what is refused."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+import torch
+from models import blip, example
+from transformers import BlipForImageTextRetrieval
+
+from vlmscope.errors import ModelError
+from vlmscope.model import load, toys
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """A folder written by `save_pretrained`, of model and processor."""
+    folder = tmp_path_factory.mktemp("models") / "tiny"
+    model = blip(dtype=torch.float32)
+    model.hf.save_pretrained(folder)
+    model.processor.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def copy(saved, tmp_path):
+    return shutil.copytree(saved, tmp_path / "copy")
+
+
+def test_a_saved_folder_gives_the_same_model(saved):
+    model, again = blip(dtype=torch.float32), load(saved)
+    assert model.fingerprint() == again.fingerprint()
+    # Weights that lie elsewhere in memory may be multiplied in another order.
+    torch.testing.assert_close(
+        model.run(model.prepare(example()).clean),
+        again.run(again.prepare(example()).clean),
+        rtol=1e-4,
+        atol=1e-5,
+    )
+    assert again.name == str(saved)
+
+
+def test_dtypes(saved):
+    for name, dtype in {"float64": torch.float64, "bfloat16": torch.bfloat16}.items():
+        model = load(saved, dtype=name)
+        assert model.dtype == dtype
+        assert model.run(model.prepare(example()).clean).dtype == dtype
+
+
+def test_the_fingerprint_is_of_the_weights(saved):
+    model = load(saved)
+    before = model.fingerprint()
+    with torch.no_grad():
+        model.hf.text_encoder.embeddings.word_embeddings.weight[3, 2] += 1
+    assert model.fingerprint() != before
+
+
+def test_the_toy_is_built_in():
+    assert "toy-blip" in toys()
+    assert load("toy-blip").name == "toy-blip"
+
+
+def test_a_model_that_is_not_there():
+    with pytest.raises(ModelError, match=r"no model './nowhere'.*toy-blip"):
+        load("./nowhere")
+
+
+def test_no_network():
+    with pytest.raises(ModelError, match="cannot load nobody/nothing: .*network or a copy in the local"):
+        load("nobody/nothing")
+
+
+def test_a_folder_without_a_config(tmp_path):
+    with pytest.raises(ModelError, match=r"has no config.json; expected a folder written by"):
+        load(tmp_path)
+
+
+def test_a_folder_without_weights(copy):
+    (copy / "model.safetensors").unlink()
+    with pytest.raises(ModelError, match="has no weights; expected a model.safetensors"):
+        load(copy)
+
+
+def test_pickled_weights_are_refused(copy):
+    (copy / "model.safetensors").rename(copy / "pytorch_model.bin")
+    with pytest.raises(ModelError, match="as pickle only.*save_pretrained"):
+        load(copy)
+
+
+def test_an_unsupported_family(copy):
+    config = json.loads((copy / "config.json").read_text())
+    config["architectures"] = [BlipForImageTextRetrieval.__name__]
+    (copy / "config.json").write_text(json.dumps(config))
+    with pytest.raises(
+        ModelError, match=r"is a BlipForImageTextRetrieval.*supported: BLIP-VQA \(BlipForQuestion"
+    ):
+        load(copy)
+
+
+def test_truncated_weights(copy):
+    data = (copy / "model.safetensors").read_bytes()
+    (copy / "model.safetensors").write_bytes(data[: len(data) // 2])
+    with pytest.raises(ModelError, match="cannot load .*copy"):
+        load(copy)
+
+
+def test_missing_weights(copy):
+    from safetensors.torch import load_file, save_file
+
+    weights = load_file(copy / "model.safetensors")
+    del weights["text_encoder.encoder.layer.0.attention.self.query.weight"]
+    save_file(weights, copy / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ModelError, match=r"1 weights are missing.*'text_encoder.encoder.layer.0"):
+        load(copy)
+
+
+def test_a_folder_without_a_processor(copy):
+    for name in ("processor_config.json", "tokenizer.json", "tokenizer_config.json"):
+        (copy / name).unlink()
+    with pytest.raises(ModelError, match="cannot load"):
+        load(copy)
+
+
+def test_a_broken_config(copy):
+    (copy / "config.json").write_text("{")
+    with pytest.raises(ModelError, match="cannot load"):
+        load(copy)
+
+
+def test_unknown_dtype_and_device(saved):
+    with pytest.raises(ModelError, match="unknown dtype 'float8'; expected one of float64"):
+        load(saved, dtype="float8")
+    with pytest.raises(ModelError, match="no device 'tpu9'"):
+        load(saved, device="tpu9")
+
+
+@pytest.mark.gpu
+def test_on_a_gpu(saved):
+    model, gpu = load(saved, device="cpu"), load(saved, device="cuda")
+    logits = gpu.run(gpu.prepare(example()).clean).cpu()
+    torch.testing.assert_close(logits, model.run(model.prepare(example()).clean), rtol=1e-3, atol=1e-4)

@@ -1,0 +1,183 @@
+"""The model: preparing, running with edits, capturing, verifying."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from models import WORDS, blip, example, picture
+
+from vlmscope.errors import ExampleError, ModelError, SiteError
+from vlmscope.families import blip as table
+from vlmscope.inputs import Edit
+from vlmscope.model import Model
+from vlmscope.sites import Site
+
+
+def test_a_run_without_edits_is_plain_hugging_face_bit_for_bit():
+    for dtype in (torch.float32, torch.float64):
+        model = blip(dtype=dtype)
+        hf, one = model.hf, example()
+        inputs = model.processor(images=one.clean_image, text=one.clean_prompt, return_tensors="pt")
+        with torch.inference_mode():
+            image = hf.vision_model(pixel_values=inputs["pixel_values"]).last_hidden_state
+            asked = hf.text_encoder(
+                input_ids=inputs["input_ids"],
+                attention_mask=inputs["attention_mask"],
+                encoder_hidden_states=image,
+                encoder_attention_mask=torch.ones(image.shape[:2], dtype=torch.long),
+            ).last_hidden_state
+            logits = hf.text_decoder(
+                input_ids=torch.tensor([[WORDS.index("[DEC]")]]),
+                encoder_hidden_states=asked,
+                encoder_attention_mask=inputs["attention_mask"],
+            ).logits[0, -1]
+        assert torch.equal(model.run(model.prepare(one).clean), logits)
+
+
+def test_the_logits_are_those_of_generate():
+    model = blip()
+    inputs = model.prepare(example()).clean
+    asked = {k: v for k, v in inputs.tensors.items() if k != "decoder_input_ids"}
+    made = model.hf.generate(
+        **asked, max_new_tokens=1, output_scores=True, return_dict_in_generate=True
+    )
+    scores = made.scores[0][0]  # generate works on the scores in float32
+    assert torch.equal(model.run(inputs).float(), scores)
+
+
+def test_positions_of_roles_and_patches():
+    layout = model_layout()
+    assert layout["encoder"].tokens[4:7] == ("red", "or", "blue")
+    assert layout["encoder"].roles == {"answer": (4,), "foil": (6,), "noun": (3,)}
+    assert layout["vision"].cells[1] == (0, 0) and layout["vision"].cells[9] == (2, 2)
+    assert layout["decoder"].tokens == ("[DEC]",)
+
+
+def model_layout():
+    return blip().prepare(example()).clean.layout
+
+
+def test_capture_gives_what_hooks_see():
+    model = blip()
+    inputs = model.prepare(example()).clean
+    seen = {}
+    dense = model.hf.text_encoder.encoder.layer[1].crossattention.output.dense
+    dense.register_forward_hook(lambda m, args, out: seen.update(heads=args[0], added=out))
+    sites = ["encoder.1.cross.h1@answer", "encoder.1.cross@4", "encoder.1.mlp.n3@*"]
+    found = model.capture(inputs, sites)
+    assert torch.equal(found["encoder.1.cross.h1@answer"], seen["heads"][0, [4], 4:])
+    assert torch.equal(found["encoder.1.cross@4"], seen["added"][0, [4]])
+    assert found["encoder.1.mlp.n3@0"].shape == (1, 1)
+
+
+def test_what_the_sublayers_add_makes_the_residual_stream():
+    """Post-norm blocks: each sum is normalised. Vision blocks add to the stream as it is."""
+    model = blip()
+    inputs = model.prepare(example()).clean
+    sites = [f"vision.1.{kind}@all" for kind in ("resid_pre", "attn", "mlp", "resid")]
+    before, attn, mlp, after = model.capture(inputs, sites).values()
+    torch.testing.assert_close(before + attn + mlp, after, rtol=1e-12, atol=1e-12)
+    text = model.capture(inputs, ["encoder.0.resid@all", "encoder.1.resid_pre@all"])
+    assert torch.equal(*text.values())
+
+
+@pytest.mark.parametrize("op", ["set", "add", "scale"])
+def test_edits_do_what_they_say(op):
+    model = blip()
+    inputs = model.prepare(example()).clean
+    site = Site.parse("encoder.0.attn.h1@2")
+    (before,) = model.capture(inputs, [site]).values()
+    (after,) = model.capture(inputs, [site], [Edit(site, op, 3.0)]).values()
+    expected = {"set": torch.full_like(before, 3.0), "add": before + 3, "scale": before * 3}[op]
+    assert torch.equal(after, expected)
+    others = model.capture(inputs, ["encoder.0.attn.h0@2"], [Edit(site, op, 3.0)])
+    assert torch.equal(
+        others["encoder.0.attn.h0@2"], model.capture(inputs, ["encoder.0.attn.h0@2"])["encoder.0.attn.h0@2"]
+    )
+
+
+def test_edits_leave_the_model_as_it_was():
+    model = blip()
+    inputs = model.prepare(example()).clean
+    before = model.run(inputs)
+    edit = Edit(Site.parse("encoder.0.resid@all"), "set", 0.0)
+    assert not torch.equal(model.run(inputs, [edit]), before)
+    with pytest.raises(RuntimeError):
+        model.run(inputs, [Edit(edit.site, "set", torch.zeros(3, 3))])
+    assert torch.equal(model.run(inputs), before)
+
+
+def test_edits_that_make_no_sense_are_refused():
+    model = blip()
+    inputs = model.prepare(example()).clean
+    with pytest.raises(Exception, match="'mul'"):  # the tests' type checker speaks first
+        Edit(Site.parse("encoder.0.resid@all"), "mul", 0.0)
+    with pytest.raises(SiteError, match="names 2"):
+        model.run(inputs, [Edit(Site.parse("encoder.*.resid@all"), "set", 0.0)])
+
+
+def test_an_answer_under_an_edit():
+    model = blip()
+    inputs = model.prepare(example()).clean
+    assert isinstance(model.answer(inputs), str)
+    plain = model.hf.generate(
+        **{k: v for k, v in inputs.tensors.items() if k != "decoder_input_ids"}, max_new_tokens=20
+    )
+    assert model.answer(inputs) == model.processor.decode(plain[0], skip_special_tokens=True).strip()
+    same = [Edit(Site.parse("decoder.0.resid@0"), "scale", 1.0)]
+    assert model.answer(inputs, same) == model.answer(inputs)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"answer": "  "}, "answer '  ' is empty"),
+        ({"foil": "zebra"}, "foil 'zebra' is unknown to the model's tokenizer"),
+        ({"foil": "RED"}, "'red' and foil 'RED' are the same tokens"),
+        ({"corrupt_prompt": "is this circle green ?"}, "7 words, the corrupt one 5"),
+        (
+            {"corrupt_prompt": "is this circle unhappy or yellow ?"},
+            r"word 4 is 'red' \(1 tokens\) in the clean one, 'unhappy' \(2 tokens\)",
+        ),
+        ({"clean_prompt": "red " * 30, "corrupt_prompt": None}, "32 tokens.*at most 24"),
+    ],
+)
+def test_an_example_that_cannot_be_run_says_why(changes, message):
+    with pytest.raises(ExampleError, match=message):
+        blip().prepare(replace(example(), **changes))
+
+
+def test_answers_of_several_tokens_are_scored_where_they_differ():
+    model = blip()
+    pair = model.prepare(example(answer="unhappy", foil="unly"))
+    assert pair.clean.tensors["decoder_input_ids"].tolist() == [[WORDS.index("[DEC]"), WORDS.index("un")]]
+    assert (WORDS[pair.answer], WORDS[pair.foil]) == ("##happy", "##ly")
+    pair = model.prepare(example(answer="red", foil="red circle"))
+    assert (WORDS[pair.answer], WORDS[pair.foil]) == ("[SEP]", "circle")
+
+
+def test_verify_accepts_what_fits_and_names_what_does_not(monkeypatch):
+    model = blip()
+    model.verify()
+    tower = replace(table.VQA.towers["encoder"], cross="crossattention.gone")
+    family = replace(table.VQA, towers={**table.VQA.towers, "encoder": tower})
+    monkeypatch.setattr("vlmscope.model.families", lambda: {family.architecture: family})
+    with pytest.raises(ModelError, match=r"BLIP-VQA does not fit.*transformers 5.*'crossattention.gone'"):
+        Model(model.hf, model.processor)
+
+
+def test_verify_notices_a_site_that_is_not_connected(monkeypatch):
+    model = blip()
+    layer = model.hf.text_decoder.bert.encoder.layer[1]
+    honest = layer.forward
+    monkeypatch.setattr(layer, "forward", lambda h, *a, **k: honest(h.nan_to_num(), *a, **k).nan_to_num())
+    with pytest.raises(ModelError, match="an edit at .* does not reach the logits"):
+        model.verify()
+
+
+def test_a_picture_of_any_size_becomes_the_model_s():
+    model = blip()
+    pair = model.prepare(example(clean_image=picture(1, 40)))
+    assert pair.clean.tensors["pixel_values"].shape == (1, 3, 12, 12)

@@ -1,0 +1,247 @@
+"""The loop: tables, run folders, what is left out, going on after a kill."""
+
+from __future__ import annotations
+
+import math
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+
+import pandas as pd
+import pytest
+from models import blip, example
+
+import vlmscope
+from vlmscope.corrupt import Noise
+from vlmscope.errors import DataError, SiteError, StoreError, VlmscopeError
+from vlmscope.example import find_roles
+from vlmscope.inputs import Edit
+from vlmscope.metrics import score
+from vlmscope.sites import Site
+from vlmscope.store import BASELINES, EFFECTS
+from vlmscope.study import baselines, sweep
+
+SITES = ["encoder.*.cross.h*@answer", "encoder.*.resid@*"]
+
+
+def several(count: int = 3):
+    return [replace(example(), id=f"e{n}") for n in range(count)]
+
+
+def test_the_columns_and_their_values_by_plain_runs():
+    """Every column of one row, against runs of the model itself."""
+    model = blip()
+    table = sweep(model, [example()], "encoder.1.cross.h1@answer", "image")
+    assert list(table.columns) == EFFECTS.names
+    (row,) = table.to_dict("records")
+    one = replace(example(), corrupt_prompt=None)
+    pair = model.prepare(one)
+    site = Site.parse("encoder.1.cross.h1@answer")
+    (value,) = model.capture(pair.clean, [site]).values()
+    runs = {
+        "clean": model.run(pair.clean),
+        "corrupt": model.run(pair.corrupt),
+        "patched": model.run(pair.corrupt, [Edit(site, "set", value)]),
+    }
+    p = {name: logits.softmax(-1)[pair.answer].item() for name, logits in runs.items()}
+    ld = {name: (logits[pair.answer] - logits[pair.foil]).item() for name, logits in runs.items()}
+    words = {k: row[k] for k in ("example", "corruption", "site", "tower", "kind", "unit", "token", "role")}
+    assert words == {
+        "example": "one",
+        "corruption": "image",
+        "site": "encoder.1.cross.h1@answer",
+        "tower": "encoder",
+        "kind": "cross",
+        "unit": "h1",
+        "token": "red",
+        "role": "answer",
+    }
+    assert (row["layer"], row["position"]) == (1, 4)
+    assert row["p_patched"] == pytest.approx(p["patched"], rel=1e-12)
+    assert row["p_restored"] == pytest.approx(p["patched"] - p["corrupt"], rel=1e-9)
+    assert row["logit_diff"] == pytest.approx(ld["patched"] - ld["corrupt"], rel=1e-9)
+    assert row["effect"] == pytest.approx(
+        (ld["patched"] - ld["corrupt"]) / (ld["clean"] - ld["corrupt"]), rel=1e-9
+    )
+
+
+def test_several_positions_at_once_have_no_position():
+    table = sweep(blip(), [example()], ["encoder.0.resid@all", "encoder.0.resid@noun"])
+    assert table["position"].isna().tolist() == [True, False]
+    assert table["token"].isna().tolist() == [True, False] and table["token"][1] == "circle"
+
+
+def test_effect_is_null_where_nothing_was_corrupted():
+    same = example(corrupt_image=example().clean_image)
+    table = sweep(blip(), [same], "encoder.0.resid@*")
+    assert table["effect"].isna().all() and (table["logit_diff"] == 0).all()
+
+
+def test_directions_ask_the_same_question_of_the_ends():
+    """Noising what does nothing leaves the clean run (1); everything at once, the corrupt (0)."""
+    model = blip()
+    table = sweep(model, [example()], ["encoder.0.attn@*", "vision.0.resid_pre@all"], direction="noise")
+    assert table["effect"].iloc[:-1].tolist() == pytest.approx([1.0] * (len(table) - 1))
+    assert table["effect"].iloc[-1] == pytest.approx(0.0, abs=1e-9)
+
+
+def test_the_two_engines_give_the_same_table():
+    model = blip()
+    for corrupt in ("image", "text", Noise(draws=3)):
+        fast = sweep(model, several(2), SITES, corrupt)
+        slow = sweep(model, several(2), SITES, corrupt, engine="reference")
+        pd.testing.assert_frame_equal(fast, slow, rtol=1e-9, atol=1e-12)
+
+
+def test_noise_is_the_same_for_the_same_seed_only():
+    model = blip()
+    tables = [sweep(model, [example()], SITES, Noise(draws=2), seed=s) for s in (0, 0, 1)]
+    pd.testing.assert_frame_equal(tables[0], tables[1])
+    assert not tables[0]["logit_diff"].equals(tables[2]["logit_diff"])
+    other = sweep(model, [replace(example(), id="other")], SITES, Noise(draws=2), seed=0)
+    assert not tables[0]["logit_diff"].equals(other["logit_diff"])
+
+
+def test_noise_is_averaged_over_draws():
+    model = blip()
+    from vlmscope import corrupt, reference
+    from vlmscope.sites import expand, place
+
+    noise = Noise("add", "text", 2.0, draws=3)
+    table = sweep(model, [example()], "encoder.1.resid@2", noise)
+    lds = []
+    for pair in corrupt.pairs(model, example(), noise):
+        sites = [p for s in expand([Site.parse("encoder.1.resid@2")], model.shapes)
+                 for p in place(s, pair.clean.layout["encoder"])]  # fmt: skip
+        patched = reference.patch(model, pair, sites)
+        ((_, scores),) = patched.chunks
+        lds.append(scores.ld.item() - patched.corrupt.ld.item())
+    assert table["logit_diff"].item() == pytest.approx(sum(lds) / 3, rel=1e-9)
+
+
+def test_baselines():
+    model = blip()
+    table = baselines(model, several(2))
+    assert list(table.columns) == BASELINES.names
+    pair = model.prepare(replace(example(), corrupt_prompt=None))
+    p, ld = score(model.run(pair.clean), pair.answer, pair.foil)
+    assert table["p_clean"].tolist() == pytest.approx([p.item()] * 2)
+    assert table["ld_clean"].tolist() == pytest.approx([ld.item()] * 2)
+    assert table["predicted"].tolist() == [model.answer(pair.clean)] * 2
+
+
+def test_a_bad_example_is_left_out_and_the_rest_goes_on(tmp_path):
+    examples = several(3)
+    examples[1] = replace(examples[1], clean_image=tmp_path / "gone.png")
+    with pytest.warns(UserWarning, match=r"1 of 3 examples were left out; 'e1': .*gone.png"):
+        table = sweep(blip(), examples, SITES, out=tmp_path / "run")
+    assert table["example"].unique().tolist() == ["e0", "e2"]
+    found = vlmscope.read_run(tmp_path / "run").baselines()
+    assert found["excluded"].tolist() == [False, True, False]
+    assert "gone.png" in found["reason"][1]
+
+
+def test_a_role_that_some_examples_lack_leaves_those_out():
+    examples = several(2)
+    prompt = "is a square red or blue ?"
+    roles = find_roles(prompt, {"answer": "red", "foil": "blue"})
+    examples[1] = replace(examples[1], clean_prompt=prompt, corrupt_prompt=None, roles=roles)
+    with pytest.warns(UserWarning, match="'e1': .*no position 'noun'"):
+        table = sweep(blip(), examples, "encoder.0.resid@noun")
+    assert table["example"].tolist() == ["e0"]
+
+
+def test_no_example_at_all_is_an_error(tmp_path):
+    examples = [replace(e, corrupt_image=None) for e in several(2)]
+    with pytest.raises(DataError, match="none of 2 examples could be run; 'e0': there is no corrupt image"):
+        sweep(blip(), examples, SITES)
+    with pytest.raises(DataError, match="there are no examples"):
+        sweep(blip(), [], SITES)
+    same = [example(corrupt_prompt=example().clean_prompt)]
+    with pytest.raises(DataError, match="the corrupt prompt is the clean one"):
+        sweep(blip(), same, SITES, "text")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"sites": "encoder.9.resid@*"}, SiteError, "no layer 9"),
+        ({"sites": "encoder.0.resid@verb"}, SiteError, "no example has a role 'verb'; the roles .*answer, foil, noun"),
+        ({"corrupt": "sound"}, VlmscopeError, "unknown corruption 'sound'; expected image, text or noise"),
+        ({"direction": "up"}, VlmscopeError, "unknown direction 'up'"),
+        ({"engine": "warp"}, VlmscopeError, "unknown engine 'warp'"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_is_refused_before_anything_runs(arguments, error, message, tmp_path):
+    given = {"sites": SITES, "corrupt": "image", **arguments}
+    with pytest.raises(error, match=message):
+        sweep(blip(), several(), out=tmp_path / "run", **given)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_folder_goes_on_where_it_stopped_and_ends_with_the_same_table(tmp_path, monkeypatch):
+    model, whole = blip(), sweep(blip(), several(4), SITES, out=tmp_path / "whole")
+    from vlmscope import engine
+
+    honest, count = engine.patch, []
+
+    def stop(*args, **kwargs):
+        count.append(1)
+        if len(count) == 3:
+            raise KeyboardInterrupt
+        return honest(*args, **kwargs)
+
+    monkeypatch.setattr(engine, "patch", stop)
+    with pytest.raises(KeyboardInterrupt):
+        sweep(model, several(4), SITES, out=tmp_path / "run")
+    assert len(vlmscope.read_run(tmp_path / "run").baselines()) == 2
+    again = sweep(model, several(4), SITES, out=tmp_path / "run")
+    assert len(count) == 5, "two examples before, one interrupted, two after"
+    pd.testing.assert_frame_equal(again, whole)
+
+
+def test_another_specification_is_never_mixed_in(tmp_path):
+    model = blip()
+    sweep(model, several(), SITES, out=tmp_path / "run")
+    for changes, what in (({"direction": "noise"}, "direction"), ({"seed": 3}, "seed")):
+        with pytest.raises(StoreError, match=what):
+            sweep(model, several(), SITES, out=tmp_path / "run", **changes)
+    with pytest.raises(StoreError, match="data_hash"):
+        sweep(model, several()[::-1], SITES, out=tmp_path / "run")
+    with pytest.raises(StoreError, match="weights"):
+        sweep(blip(seed=1), several(), SITES, out=tmp_path / "run")
+
+
+def test_a_run_that_is_killed_at_any_moment(tmp_path):
+    """SIGKILL at several moments, then once to the end: the table of an undisturbed run."""
+    command = [
+        sys.executable, "-m", "vlmscope", "sweep", "--model", "toy-blip", "--data", "faces",
+        "--limit", "40", "--corrupt", "text", "--sites", "encoder.*.cross.h*@*", "--out",
+    ]  # fmt: skip
+    for moment in (0.2, 0.5, 0.9):
+        process = subprocess.Popen([*command, str(tmp_path / "run")], stdout=subprocess.DEVNULL)
+        deadline = time.monotonic() + 30
+        while not (tmp_path / "run" / "run.json").exists() and time.monotonic() < deadline:
+            time.sleep(0.01)
+        time.sleep(moment)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    subprocess.run([*command, str(tmp_path / "run")], check=True, stdout=subprocess.DEVNULL)
+    subprocess.run([*command, str(tmp_path / "whole")], check=True, stdout=subprocess.DEVNULL)
+    run, whole = (vlmscope.read_run(tmp_path / name) for name in ("run", "whole"))
+    assert run.finished and len(run.effects()) == len(whole.effects()) > 0
+    pd.testing.assert_frame_equal(run.effects(), whole.effects())
+    pd.testing.assert_frame_equal(run.baselines(), whole.baselines())
+
+
+def test_patching_matters_where_the_toy_reads_the_image():
+    """Corrupting the image: the question's words read it; restoring all of it gives the answer."""
+    model = vlmscope.load("toy-blip")
+    examples = vlmscope.examples("states", limit=6)
+    table = sweep(model, examples, ["encoder.*.cross@all", "encoder.*.attn@0", "vision.2.resid@all"])
+    mean = table.groupby(["tower", "kind", "layer"])["effect"].mean()
+    assert mean["vision", "resid", 2] == pytest.approx(1.0, abs=1e-3)
+    assert max(mean["encoder", "cross"]) > 0.2
+    assert math.isfinite(mean.sum())
