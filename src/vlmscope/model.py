@@ -158,6 +158,12 @@ class Model:
                    f"'{words[1][n]}' ({pieces[1][n]} tokens) in the corrupt one")  # fmt: skip
         raise ExampleError(f"the prompts do not align token for token: {why}; choose other words")
 
+    def layouts(self) -> Mapping[str, Layout]:
+        """What stands at each position of each tower, for a blank picture and a short question."""
+        prompt = "is this circle red or blue?"
+        roles = find_roles(prompt, {"answer": "red", "foil": "blue", "noun": "circle"})
+        return self._encode(Image.new("RGB", (64, 64)), prompt, roles, []).layout
+
     # -- runs ------------------------------------------------------------------------------------
 
     @torch.inference_mode()
@@ -364,8 +370,7 @@ def describe(model: Model) -> str:
                           for k in shape.kinds)  # fmt: skip
         lines.append(f"{tower:<9}{shape.layers:>7}{shape.width:>7}{heads:>7}{shape.neurons:>9}  {kinds}")
     lines += ["", "positions"]
-    inputs = model.prepare(_EXAMPLE).clean
-    for tower, layout in inputs.layout.items():
+    for tower, layout in model.layouts().items():
         rows, columns = grid(layout)
         what = f"image[r,c], a grid of {rows} x {columns} patches after [CLS]; image, all" if rows else (
             f"{' '.join(layout.tokens)}; text, all, last"
@@ -380,13 +385,6 @@ def describe(model: Model) -> str:
             lines.append(f"  {tower}.*.{kind}.h*@" + ("all" if tower == "vision" else "last"))
         lines.append(f"  {tower}.{shape.layers - 1}.mlp.n0@last")
     return "\n".join(lines)
-
-
-_PROMPT = "is this circle red or blue?"
-_EXAMPLE = Example(
-    "example", Image.new("RGB", (64, 64)), _PROMPT, "red", "blue",
-    roles=find_roles(_PROMPT, {"answer": "red", "foil": "blue", "noun": "circle"}),
-)  # fmt: skip
 
 
 def toys() -> dict[str, Path]:

@@ -155,8 +155,13 @@ class _Task:
 
     def description(self) -> dict[str, Any]:
         """The model's towers, for the report."""
+        layouts = self.model.layouts()
         towers = {
-            tower: {"layers": shape.layers, "heads": max(shape.heads.values())}
+            tower: {
+                "layers": shape.layers,
+                "heads": max(shape.heads.values()),
+                "grid": grid(layouts[tower]),
+            }
             for tower, shape in self.model.shapes.items()
         }
         return {"towers": towers}
