@@ -94,7 +94,9 @@ class Published:
         return {**found, "decoder_input_ids": self.start}
 
     def site(self, site: Site, at: tuple[int, ...]) -> torch.Tensor:
-        clean, corrupt = (self.inputs(p) for p in (self.example.clean_image, self.example.corrupt_image))
+        clean, corrupt = (
+            self.inputs(p) for p in (self.example.clean_image, self.example.corrupt_image)
+        )
         kept: dict[str, torch.Tensor] = {}
 
         def keep(x: torch.Tensor) -> None:
@@ -114,7 +116,9 @@ class Published:
 
     def forward(self, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
         found: list[torch.Tensor] = []
-        handle = self.hf.text_decoder.register_forward_hook(lambda m, a, out: found.append(out.logits))
+        handle = self.hf.text_decoder.register_forward_hook(
+            lambda m, a, out: found.append(out.logits)
+        )
         self.hf(**inputs)
         handle.remove()
         return found[0][0, -1]
@@ -286,7 +290,9 @@ def measure(threads: int) -> dict[str, Any]:
             rate.append(matmul_rate())
             slow = (slow + slow_again) / 2
             error = max(abs(found[n] - e) for n, e in zip(sample, expected + more, strict=True))
-            error = max(error, *(abs(found[n] - e) for n, e in zip(sample, expected_plain, strict=True)))
+            error = max(
+                error, *(abs(found[n] - e) for n, e in zip(sample, expected_plain, strict=True))
+            )
             assert error < TOLERANCE, f"{name}: the answers differ by {error}"
             results[name] = {
                 "sites": len(sites),

@@ -191,7 +191,9 @@ def test_clean_into_clean_changes_nothing():
     model = blip(dtype=torch.float32)
     same = model.prepare(replace(example(), corrupt_image=None, corrupt_prompt=None))
     for one in (engine, reference):
-        patched = one.patch(model, same, placed(model, same, ["encoder.*.cross.h*@*", "vision.*.resid@*"]))
+        patched = one.patch(
+            model, same, placed(model, same, ["encoder.*.cross.h*@*", "vision.*.resid@*"])
+        )
         for _, scores in patched.chunks:
             assert (scores.ld == patched.clean.ld).all()
 
@@ -212,7 +214,9 @@ def test_a_patch_that_cannot_reach_the_answer_has_no_effect():
     model = blip()
     (pair,) = corrupt.pairs(model, example(answer="unhappy", foil="unly"), "image")
     for one in (engine, reference):
-        sites = placed(model, pair, ["decoder.1.cross.h*@0", "decoder.1.resid@0", "encoder.0.attn@*"])
+        sites = placed(
+            model, pair, ["decoder.1.cross.h*@0", "decoder.1.resid@0", "encoder.0.attn@*"]
+        )
         patched = one.patch(model, pair, sites)
         for _, scores in patched.chunks:
             assert (scores.ld == patched.corrupt.ld).all()

@@ -68,7 +68,9 @@ def test_a_model_that_is_not_there():
 
 
 def test_no_network():
-    with pytest.raises(ModelError, match="cannot load nobody/nothing: .*network or a copy in the local"):
+    with pytest.raises(
+        ModelError, match="cannot load nobody/nothing: .*network or a copy in the local"
+    ):
         load("nobody/nothing")
 
 
@@ -140,4 +142,6 @@ def test_unknown_dtype_and_device(saved):
 def test_on_a_gpu(saved):
     model, gpu = load(saved, device="cpu"), load(saved, device="cuda")
     logits = gpu.run(gpu.prepare(example()).clean).cpu()
-    torch.testing.assert_close(logits, model.run(model.prepare(example()).clean), rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(
+        logits, model.run(model.prepare(example()).clean), rtol=1e-3, atol=1e-4
+    )

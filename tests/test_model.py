@@ -94,7 +94,8 @@ def test_edits_do_what_they_say(op):
     assert torch.equal(after, expected)
     others = model.capture(inputs, ["encoder.0.attn.h0@2"], [Edit(site, op, 3.0)])
     assert torch.equal(
-        others["encoder.0.attn.h0@2"], model.capture(inputs, ["encoder.0.attn.h0@2"])["encoder.0.attn.h0@2"]
+        others["encoder.0.attn.h0@2"],
+        model.capture(inputs, ["encoder.0.attn.h0@2"])["encoder.0.attn.h0@2"],
     )
 
 
@@ -125,7 +126,9 @@ def test_an_answer_under_an_edit():
     plain = model.hf.generate(
         **{k: v for k, v in inputs.tensors.items() if k != "decoder_input_ids"}, max_new_tokens=20
     )
-    assert model.answer(inputs) == model.processor.decode(plain[0], skip_special_tokens=True).strip()
+    assert (
+        model.answer(inputs) == model.processor.decode(plain[0], skip_special_tokens=True).strip()
+    )
     same = [Edit(Site.parse("decoder.0.resid@0"), "scale", 1.0)]
     assert model.answer(inputs, same) == model.answer(inputs)
 
@@ -152,7 +155,9 @@ def test_an_example_that_cannot_be_run_says_why(changes, message):
 def test_answers_of_several_tokens_are_scored_where_they_differ():
     model = blip()
     pair = model.prepare(example(answer="unhappy", foil="unly"))
-    assert pair.clean.tensors["decoder_input_ids"].tolist() == [[WORDS.index("[DEC]"), WORDS.index("un")]]
+    assert pair.clean.tensors["decoder_input_ids"].tolist() == [
+        [WORDS.index("[DEC]"), WORDS.index("un")]
+    ]
     assert (WORDS[pair.answer], WORDS[pair.foil]) == ("##happy", "##ly")
     pair = model.prepare(example(answer="red", foil="red circle"))
     assert (WORDS[pair.answer], WORDS[pair.foil]) == ("[SEP]", "circle")
@@ -164,7 +169,9 @@ def test_verify_accepts_what_fits_and_names_what_does_not(monkeypatch):
     tower = replace(table.VQA.towers["encoder"], cross="crossattention.gone")
     family = replace(table.VQA, towers={**table.VQA.towers, "encoder": tower})
     monkeypatch.setattr("vlmscope.model.families", lambda: {family.architecture: family})
-    with pytest.raises(ModelError, match=r"BLIP-VQA does not fit.*transformers 5.*'crossattention.gone'"):
+    with pytest.raises(
+        ModelError, match=r"BLIP-VQA does not fit.*transformers 5.*'crossattention.gone'"
+    ):
         Model(model.hf, model.processor)
 
 
@@ -172,7 +179,9 @@ def test_verify_notices_a_site_that_is_not_connected(monkeypatch):
     model = blip()
     layer = model.hf.text_decoder.bert.encoder.layer[1]
     honest = layer.forward
-    monkeypatch.setattr(layer, "forward", lambda h, *a, **k: honest(h.nan_to_num(), *a, **k).nan_to_num())
+    monkeypatch.setattr(
+        layer, "forward", lambda h, *a, **k: honest(h.nan_to_num(), *a, **k).nan_to_num()
+    )
     with pytest.raises(ModelError, match="an edit at .* does not reach the logits"):
         model.verify()
 

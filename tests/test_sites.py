@@ -18,7 +18,9 @@ TEXT = Layout(
     (0, 1, 2, 3, 4, 5),
     {"answer": (2, 3), "noun": (4,)},
 )
-IMAGE = Layout(("[CLS]", "0,0", "0,1", "1,0", "1,1"), cells={1: (0, 0), 2: (0, 1), 3: (1, 0), 4: (1, 1)})
+IMAGE = Layout(
+    ("[CLS]", "0,0", "0,1", "1,0", "1,1"), cells={1: (0, 0), 2: (0, 1), 3: (1, 0), 4: (1, 1)}
+)
 
 
 @pytest.mark.parametrize(
@@ -135,5 +137,7 @@ def test_a_position_that_is_not_there_is_refused(text, layout, message):
 
 
 def test_role_of_a_position():
-    roles = {p: Site.parse(f"encoder.0.resid@{p}").role for p in ("answer", "answer*", "last", "3", "*")}
+    roles = {
+        p: Site.parse(f"encoder.0.resid@{p}").role for p in ("answer", "answer*", "last", "3", "*")
+    }
     assert roles == {"answer": "answer", "answer*": "answer", "last": None, "3": None, "*": None}

@@ -47,7 +47,10 @@ def test_the_columns_and_their_values_by_plain_runs():
     }
     p = {name: logits.softmax(-1)[pair.answer].item() for name, logits in runs.items()}
     ld = {name: (logits[pair.answer] - logits[pair.foil]).item() for name, logits in runs.items()}
-    words = {k: row[k] for k in ("example", "corruption", "site", "tower", "kind", "unit", "token", "role")}
+    words = {
+        k: row[k]
+        for k in ("example", "corruption", "site", "tower", "kind", "unit", "token", "role")
+    }
     assert words == {
         "example": "one",
         "corruption": "image",
@@ -82,7 +85,9 @@ def test_effect_is_null_where_nothing_was_corrupted():
 def test_directions_ask_the_same_question_of_the_ends():
     """Noising what does nothing leaves the clean run (1); everything at once, the corrupt (0)."""
     model = blip()
-    table = sweep(model, [example()], ["encoder.0.attn@*", "vision.0.resid_pre@all"], direction="noise")
+    table = sweep(
+        model, [example()], ["encoder.0.attn@*", "vision.0.resid_pre@all"], direction="noise"
+    )
     assert table["effect"].iloc[:-1].tolist() == pytest.approx([1.0] * (len(table) - 1))
     assert table["effect"].iloc[-1] == pytest.approx(0.0, abs=1e-9)
 
@@ -155,7 +160,9 @@ def test_a_role_that_some_examples_lack_leaves_those_out():
 
 def test_no_example_at_all_is_an_error(tmp_path):
     examples = [replace(e, corrupt_image=None) for e in several(2)]
-    with pytest.raises(DataError, match="none of 2 examples could be run; 'e0': there is no corrupt image"):
+    with pytest.raises(
+        DataError, match="none of 2 examples could be run; 'e0': there is no corrupt image"
+    ):
         sweep(blip(), examples, SITES)
     with pytest.raises(DataError, match="there are no examples"):
         sweep(blip(), [], SITES)
@@ -240,7 +247,9 @@ def test_patching_matters_where_the_toy_reads_the_image():
     """Corrupting the image: the question's words read it; restoring all of it gives the answer."""
     model = vlmscope.load("toy-blip")
     examples = vlmscope.examples("states", limit=6)
-    table = sweep(model, examples, ["encoder.*.cross@all", "encoder.*.attn@0", "vision.2.resid@all"])
+    table = sweep(
+        model, examples, ["encoder.*.cross@all", "encoder.*.attn@0", "vision.2.resid@all"]
+    )
     mean = table.groupby(["tower", "kind", "layer"])["effect"].mean()
     assert mean["vision", "resid", 2] == pytest.approx(1.0, abs=1e-3)
     assert max(mean["encoder", "cross"]) > 0.2

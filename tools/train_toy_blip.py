@@ -1,12 +1,12 @@
 """Train `toy-blip`, the model that ships with the package, from nothing.
 
-    python tools/train_toy_blip.py [--steps 16000] [--out src/vlmscope/toys/toy-blip]
+    python tools/train_toy_blip.py [--out src/vlmscope/toys/toy-blip]
 
 Pictures are drawn from seeds of a million and more, so that the smaller seeds, which users get,
 are held out. The vision tower runs once a picture and several questions are asked of it. Linear
 heads on its patches, which are thrown away afterwards, learn what covers each patch from the exact
-masks: features appear at once, and the text towers have only to find them. The state of the
-training is kept in `build/toy-blip`; started again, it goes on from there.
+masks: features appear at once, and the text towers have only to find them. Finished phases are
+kept in `build/toy-blip`; started again, the training goes on with the next.
 """
 
 from __future__ import annotations
@@ -96,9 +96,11 @@ def pool(count: int) -> dict[str, Tensor]:
     for n in range(count):
         picture, facts_n, things = draw(n)
         small = picture.resize((SIDE, SIDE), Image.Resampling.BICUBIC)
-        pixels[n] = torch.frombuffer(bytearray(small.tobytes()), dtype=torch.uint8).view(
-            SIDE, SIDE, 3
-        ).permute(2, 0, 1)
+        pixels[n] = (
+            torch.frombuffer(bytearray(small.tobytes()), dtype=torch.uint8)
+            .view(SIDE, SIDE, 3)
+            .permute(2, 0, 1)
+        )
         facts[n] = torch.tensor(facts_n)
         for mask, known in things:
             share = mask.resize((GRID, GRID), Image.Resampling.BOX).tobytes()
@@ -166,7 +168,9 @@ def _about_scene(rng: random.Random, known: dict[str, str], how: str) -> tuple[s
             "object": f"the {subject} is {relation} what?",
         }[kind], answer
     values = scenes.RELATIONS if kind == "relation" else drawing.SHAPES
-    wrong = [v for v in values if v not in ((relation,) if kind == "relation" else (subject, other))]
+    wrong = [
+        v for v in values if v not in ((relation,) if kind == "relation" else (subject, other))
+    ]
     options, answer = _choose(rng, how, answer, wrong)
     first, second = options
     return {
@@ -190,7 +194,9 @@ def processor() -> BlipProcessor:
     return BlipProcessor(BlipImageProcessorPil(size={"height": SIDE, "width": SIDE}), tokenizer)
 
 
-def model(tokenizer: BertTokenizer, width: int, layers: int, heads: int) -> BlipForQuestionAnswering:
+def model(
+    tokenizer: BertTokenizer, width: int, layers: int, heads: int
+) -> BlipForQuestionAnswering:
     """A small BLIP-VQA, the position of each patch told by sines and cosines from the start."""
     size = {
         "hidden_size": width,
@@ -255,9 +261,7 @@ class Trainee(nn.Module):
         return said.loss + 0.3 * torch.stack(losses).mean()
 
 
-def encode(
-    tokenizer: BertTokenizer, questions: list[tuple[str, str]]
-) -> dict[str, Tensor]:
+def encode(tokenizer: BertTokenizer, questions: list[tuple[str, str]]) -> dict[str, Tensor]:
     found = tokenizer([q for q, _ in questions], padding=True, return_tensors="pt")
     start, end = tokenizer.convert_tokens_to_ids("[DEC]"), tokenizer.sep_token_id
     answers = [[start, tokenizer.convert_tokens_to_ids(a), end] for _, a in questions]
@@ -270,24 +274,52 @@ def encode(
 
 # -- training ------------------------------------------------------------------------------------
 
+# Steps, learning rate, and how often pictures of each set are drawn. Scenes come last: two objects
+# and their relation take longest.
+PHASES = ((16_000, 1e-3, (1, 1, 1)), (14_000, 7e-4, (1, 4, 1)))
+
 
 def train(arguments: argparse.Namespace) -> None:
-    torch.manual_seed(arguments.seed)
+    """All phases, each kept when it is done; started again, the next one goes on from there."""
     made = processor()
-    trainee = Trainee(model(made.tokenizer, arguments.width, 3, 4), arguments.width)
-    print(sum(p.numel() for p in trainee.hf.parameters()), "parameters", flush=True)
+    torch.manual_seed(arguments.seed)
+    hf = model(made.tokenizer, arguments.width, 3, 4)
+    print(sum(p.numel() for p in hf.parameters()), "parameters", flush=True)
     data = pool(arguments.pictures)
+    for number, (steps, rate, shares) in enumerate(PHASES):
+        kept = WORK / f"phase-{number}"
+        if (kept / "model.safetensors").exists():
+            hf = BlipForQuestionAnswering.from_pretrained(kept)
+            continue
+        torch.manual_seed(arguments.seed + number)
+        phase(arguments, hf, made, data, steps, rate, shares)
+        save(hf, made, kept)
+    save(hf, made, Path(arguments.out))
+    report(hf, made, 600)
+
+
+def phase(
+    arguments: argparse.Namespace,
+    hf: BlipForQuestionAnswering,
+    made: BlipProcessor,
+    data: dict[str, Tensor],
+    steps: int,
+    rate: float,
+    shares: tuple[int, ...],
+) -> None:
+    trainee = Trainee(hf, arguments.width).train()
     images = made.image_processor
     mean, std = (torch.tensor(v)[:, None, None] for v in (images.image_mean, images.image_std))
-    optimizer = torch.optim.AdamW(trainee.parameters(), lr=arguments.rate, weight_decay=0.01)
-    steps = arguments.steps
+    optimizer = torch.optim.AdamW(trainee.parameters(), lr=rate, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, arguments.rate, total_steps=steps + 1, pct_start=0.05
+        optimizer, rate, total_steps=steps + 1, pct_start=0.05
     )
     began, total = time.time(), 0.0
     for step in range(steps):
-        rng = random.Random(f"{arguments.seed}/{step}")
-        which = torch.tensor(rng.sample(range(arguments.pictures), arguments.batch))
+        rng = random.Random(f"{arguments.seed}/{steps}/{step}")
+        sets = rng.choices(range(3), shares, k=arguments.batch)
+        # picture number n is of set n % 3
+        which = torch.tensor([3 * rng.randrange(arguments.pictures // 3) + s for s in sets])
         facts = data["facts"][which].tolist()
         questions = [question(rng, f) for f in facts for _ in range(arguments.ask)]
         pixels = (data["pixels"][which].float() / 255 - mean) / std
@@ -303,9 +335,9 @@ def train(arguments: argparse.Namespace) -> None:
             speed = (step + 1) / (time.time() - began)
             print(f"step {step + 1} loss {total / 200:.4f} ({speed:.1f} steps/s)", flush=True)
             total = 0.0
-        if (step + 1) % 1000 == 0 or step + 1 == steps:
-            save(trainee.hf, made, Path(arguments.out))
-            report(trainee.hf, made, 120 if step + 1 < steps else 600)
+        if (step + 1) % 1000 == 0:
+            save(hf, made, WORK / "latest")
+            report(hf, made, 120)
 
 
 def save(hf: BlipForQuestionAnswering, made: BlipProcessor, out: Path) -> None:
@@ -330,7 +362,9 @@ def answers(
             padding=True,
             return_tensors="pt",
         )
-        yield from made.batch_decode(hf.generate(**inputs, max_new_tokens=5), skip_special_tokens=True)
+        yield from made.batch_decode(
+            hf.generate(**inputs, max_new_tokens=5), skip_special_tokens=True
+        )
 
 
 def report(hf: BlipForQuestionAnswering, made: BlipProcessor, count: int) -> None:
@@ -357,12 +391,10 @@ def report(hf: BlipForQuestionAnswering, made: BlipProcessor, count: int) -> Non
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--steps", type=int, default=16_000)
     parser.add_argument("--pictures", type=int, default=30_000)
     parser.add_argument("--batch", type=int, default=32, help="pictures a step")
     parser.add_argument("--ask", type=int, default=4, help="questions a picture")
     parser.add_argument("--width", type=int, default=64)
-    parser.add_argument("--rate", type=float, default=1e-3)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", default="src/vlmscope/toys/toy-blip")
     train(parser.parse_args())

@@ -171,12 +171,14 @@ def models(
 
 def main() -> None:
     """Run the command line; an error that a person can mend is one line and exit status 1."""
-    warnings.showwarning = lambda message, *_, **__: print(f"warning: {message}", file=sys.stderr)
-    try:
-        app(standalone_mode=True)
-    except VlmscopeError as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        sys.exit(1)
-    except KeyboardInterrupt:
-        print("interrupted; run the same command again to go on", file=sys.stderr)
-        sys.exit(130)
+    with warnings.catch_warnings():
+        warnings.simplefilter("default")
+        warnings.showwarning = lambda text, *_, **__: print(f"warning: {text}", file=sys.stderr)
+        try:
+            app(prog_name="vlmscope")
+        except VlmscopeError as error:
+            print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+            sys.exit(1)
+        except KeyboardInterrupt:
+            print("interrupted; run the same command again to go on", file=sys.stderr)
+            sys.exit(130)

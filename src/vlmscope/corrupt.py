@@ -87,7 +87,9 @@ def pairs(model: Model, example: Example, corruption: Corruption, seed: int = 0)
         ]
     if corruption == "image":
         if example.corrupt_image is None:
-            raise ExampleError("there is no corrupt image; fill corrupt_image_path or corrupt the text")
+            raise ExampleError(
+                "there is no corrupt image; fill corrupt_image_path or corrupt the text"
+            )
         return [model.prepare(replace(example, corrupt_prompt=None))]
     if example.corrupt_prompt is None:
         raise ExampleError("there is no corrupt prompt; fill corrupt_prompt or corrupt the image")
@@ -99,7 +101,9 @@ def pairs(model: Model, example: Example, corruption: Corruption, seed: int = 0)
 def _noise(model: Model, inputs: Inputs, noise: Noise, seed: str) -> list[Edit]:
     """One edit a draw, drawn on the CPU in float32, so that every device and precision agree."""
     tower = "vision" if noise.at == "image" else "encoder"
-    kind, layer = ("output", model.shapes[tower].layers - 1) if noise.at == "image" else ("resid_pre", 0)
+    kind, layer = (
+        ("output", model.shapes[tower].layers - 1) if noise.at == "image" else ("resid_pre", 0)
+    )
     site = Site(tower, str(layer), kind, None, "all")
     assert noise.scale is not None
     if noise.form == "factor":

@@ -23,7 +23,12 @@ def run(out: Path, limit: int) -> Path:
         for corrupt in ("image", "text"):
             folder = out / f"{name}-{corrupt}"
             table = sweep(
-                model, examples(name, limit=limit), [*HEADS, *MODULES], corrupt, out=folder, data=name
+                model,
+                examples(name, limit=limit),
+                [*HEADS, *MODULES],
+                corrupt,
+                out=folder,
+                data=name,
             )
             runs.append(folder)
             accuracy = read_run(folder).baselines()["correct"].mean()

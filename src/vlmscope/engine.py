@@ -86,7 +86,7 @@ def patch(
     image.
     """
     sweep = Sweep(model, pair, sites, direction, {} if seen is None else seen)
-    return Patched(*sweep.baselines, sweep.chunks())
+    return Patched(sweep.baselines[0], sweep.baselines[1], sweep.chunks())
 
 
 class Sweep:
@@ -168,7 +168,9 @@ class Sweep:
                 def left(m: nn.Module, args: Any, out: Any, tower: str = tower) -> None:
                     trace.outputs[tower] = out.last_hidden_state
 
-                handles.append(self.model.hf.get_submodule(table.output).register_forward_hook(left))
+                handles.append(
+                    self.model.hf.get_submodule(table.output).register_forward_hook(left)
+                )
         try:
             yield
         finally:
@@ -260,7 +262,9 @@ class Sweep:
         if self.idle:
             many = len(self.idle)
             yield self.idle, Score(*(v.expand(many).clone() for v in self.unchanged))
-        for (number, _), group in groupby(self.rows, key=lambda row: (row.tower, row.site.kind == "output")):
+        for (number, _), group in groupby(
+            self.rows, key=lambda row: (row.tower, row.site.kind == "output")
+        ):
             tower, rows = self.towers[number], list(group)
             most = self._most(tower)
             while rows:
@@ -293,9 +297,7 @@ class Sweep:
         """Take rows of one tower, in the order of their stages, to their scores."""
         model, family = self.model, self.model.family
         if rows[0].site.kind == "output":
-            output = self._edited_output(
-                self.base.outputs[tower], tower, self.inputs, self.edits
-            )
+            output = self._edited_output(self.base.outputs[tower], tower, self.inputs, self.edits)
             output = self._join(output[:0], output, rows, rows[0].stage)
         else:
             output = family.leave(model.hf, tower, self._through(tower, rows))
@@ -399,7 +401,9 @@ class Sweep:
         positions of a row, so with such edits rows stay apart.
         """
         path = self.model.family.towers[tower].fold
-        if path is None or any(e.site.kind == "cross" and e.site.tower == tower for e in self.edits):
+        if path is None or any(
+            e.site.kind == "cross" and e.site.tower == tower for e in self.edits
+        ):
             yield
             return
         handles = []

@@ -40,7 +40,9 @@ class Edit:
 
     def __post_init__(self) -> None:
         if self.op not in ("set", "add", "scale"):
-            raise VlmscopeError(f"unknown operation '{self.op}' of an edit; expected set, add or scale")
+            raise VlmscopeError(
+                f"unknown operation '{self.op}' of an edit; expected set, add or scale"
+            )
 
 
 @dataclass(frozen=True, eq=False)

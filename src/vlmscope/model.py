@@ -291,20 +291,26 @@ class Model:
         config = getattr(self.hf.config, table.config)
         blocks = self.blocks(tower)
         kinds = ["resid_pre", "attn", *(["cross"] if table.cross else []), "mlp", "resid"]
-        widths = {}
+        widths: dict[str, int] = {}
         for kind in ("attn", "cross", "mlp"):
             path = getattr(table, kind)
             for number, block in enumerate(blocks):
                 try:
                     module = block.get_submodule(path) if path else None
                 except AttributeError as error:
-                    raise self._misfit(f"no module '{path}' in block {number} of {tower}") from error
+                    raise self._misfit(
+                        f"no module '{path}' in block {number} of {tower}"
+                    ) from error
                 if module is not None:
-                    widths[kind] = module.in_features
-        heads = {kind: config.num_attention_heads for kind in ("attn", "cross") if kind in widths}
+                    widths[kind] = int(module.in_features)  # type: ignore[arg-type]
+        heads: dict[str, int] = {
+            kind: config.num_attention_heads for kind in ("attn", "cross") if kind in widths
+        }
         for kind, many in heads.items():
             if widths[kind] % many:
-                raise self._misfit(f"{tower}.{kind} is {widths[kind]} wide, not a multiple of its {many} heads")
+                raise self._misfit(
+                    f"{tower}.{kind} is {widths[kind]} wide, not a multiple of its {many} heads"
+                )
         if table.output:
             kinds.append("output")
         return Shape(len(blocks), tuple(kinds), heads, widths["mlp"], config.hidden_size)
@@ -355,7 +361,10 @@ _HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 def supported() -> str:
     """The supported families and the toys that ship, as text."""
     lines = ["families"]
-    lines += [f"  {f.name:<12} {f.architecture}; towers {', '.join(f.towers)}" for f in families().values()]
+    lines += [
+        f"  {f.name:<12} {f.architecture}; towers {', '.join(f.towers)}"
+        for f in families().values()
+    ]
     lines += ["toys", *(f"  {name}" for name in toys())]
     return "\n".join(lines)
 
@@ -368,7 +377,9 @@ def describe(model: Model) -> str:
         heads = max(shape.heads.values())
         kinds = ", ".join(f"{k}[.h]" if k in shape.heads else f"{k}[.n]" if k == "mlp" else k
                           for k in shape.kinds)  # fmt: skip
-        lines.append(f"{tower:<9}{shape.layers:>7}{shape.width:>7}{heads:>7}{shape.neurons:>9}  {kinds}")
+        lines.append(
+            f"{tower:<9}{shape.layers:>7}{shape.width:>7}{heads:>7}{shape.neurons:>9}  {kinds}"
+        )
     lines += ["", "positions"]
     for tower, layout in model.layouts().items():
         rows, columns = grid(layout)
@@ -399,7 +410,9 @@ def _device(device: str | None) -> torch.device:
         torch.empty(0, device=device)
         return torch.device(device)
     except (RuntimeError, AssertionError) as error:
-        raise ModelError(f"no device '{device}' here; expected cpu, or cuda where torch sees a GPU") from error
+        raise ModelError(
+            f"no device '{device}' here; expected cpu, or cuda where torch sees a GPU"
+        ) from error
 
 
 def _family(architectures: Sequence[str], name: str) -> Family:
@@ -417,7 +430,9 @@ def _config(path: str | Path) -> dict[str, Any]:
     if Path(path).is_dir() and not (Path(path) / "config.json").exists():
         raise ModelError(f"{path} has no config.json; expected a folder written by save_pretrained")
     with _one_line(path):
-        return dict(json.loads(Path(cached_file(str(path), "config.json") or "").read_text("utf-8")))
+        return dict(
+            json.loads(Path(cached_file(str(path), "config.json") or "").read_text("utf-8"))
+        )
 
 
 def _check_weights(path: Path) -> None:
@@ -470,8 +485,10 @@ def hooks() -> Iterator[Any]:
             out.last_hidden_state = function(out.last_hidden_state)
             return out
 
-        register = module.register_forward_pre_hook if before else module.register_forward_hook
-        handles.append(register(pre if before else post))
+        if before:
+            handles.append(module.register_forward_pre_hook(pre))
+        else:
+            handles.append(module.register_forward_hook(post))
 
     try:
         yield hook

@@ -14,7 +14,10 @@ from vlmscope.sites import Site
 
 
 def patch(
-    model: Model, pair: Pair, sites: Sequence[tuple[Site, tuple[int, ...]]], direction: str = "denoise"
+    model: Model,
+    pair: Pair,
+    sites: Sequence[tuple[Site, tuple[int, ...]]],
+    direction: str = "denoise",
 ) -> Patched:
     """Patch every site, one at a time.
 
@@ -33,4 +36,4 @@ def patch(
             patched = model.run(base, [*base_edits, edit])
             yield [number], score(patched[None], pair.answer, pair.foil)
 
-    return Patched(*logits, chunks())
+    return Patched(logits[0], logits[1], chunks())

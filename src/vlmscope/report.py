@@ -149,7 +149,9 @@ def _section(number: int, name: str, run: Run, effects: pd.DataFrame, figures: _
 
 def _facts(run: Run) -> str:
     spec = run.spec
-    source, base = ("clean", "corrupt") if spec.get("direction") != "noise" else ("corrupt", "clean")
+    source, base = (
+        ("clean", "corrupt") if spec.get("direction") != "noise" else ("corrupt", "clean")
+    )
     versions = spec.get("versions") or {}
     rows = {
         "model": f"{spec.get('model')} (weights {str(spec.get('weights'))[:12]}…)",
@@ -324,11 +326,11 @@ def _together(names: Sequence[str], tables: Sequence[pd.DataFrame], figures: _Fi
         if len(panels) > 1:
             title = f"{_upper(plots.KINDS[kind])} heads, {plots.TOWERS[tower]}"
             parts.append(f"<h3>{escape(title)}</h3>")
-            parts.append(figures.show(f"all-{tower}-{kind}", plots.panels(panels), _say(panels, "head")))
+            parts.append(
+                figures.show(f"all-{tower}-{kind}", plots.panels(panels), _say(panels, "head"))
+            )
     return "<h2>All runs</h2>" + "".join(parts) if parts else ""
 
 
 def _upper(text: str) -> str:
     return text[:1].upper() + text[1:]
-
-

@@ -225,7 +225,9 @@ def _numbers(text: str, what: str, part: str, many: int) -> list[int]:
         return list(range(many))
     first, last = (int(p) for p in (part.split("-") if "-" in part else (part, part)))
     if first > last or last >= many:
-        raise SiteError(f"bad site '{text}': no {what} {part}; this tower has {what}s 0 to {many - 1}")
+        raise SiteError(
+            f"bad site '{text}': no {what} {part}; this tower has {what}s 0 to {many - 1}"
+        )
     return list(range(first, last + 1))
 
 
@@ -275,7 +277,9 @@ def _named(site: Site, name: str, layout: Layout) -> tuple[int, ...]:
         found = known.get(name, ())
         size = "positions with a name here: " + ", ".join(n for n, at in known.items() if at)
     if not found:
-        raise SiteError(f"bad site '{site}': no position '{name}' in the {site.tower} tower; {size}")
+        raise SiteError(
+            f"bad site '{site}': no position '{name}' in the {site.tower} tower; {size}"
+        )
     return found
 
 

@@ -6,7 +6,7 @@ import os
 import sys
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from typing import Any, Literal
 
@@ -135,8 +135,9 @@ class _Task:
         """All that decides what is in the table."""
         from importlib.metadata import version
 
-        noise = isinstance(self.corruption, Noise)
-        corrupt = {"kind": "noise", **asdict(self.corruption)} if noise else {"kind": self.corruption}  # type: ignore[call-overload]
+        corrupt: dict[str, Any] = {"kind": self._kind}
+        if isinstance(self.corruption, Noise):
+            corrupt |= asdict(self.corruption)
         return {
             "model": self.model.name,
             "weights": self.model.fingerprint(),
@@ -296,10 +297,8 @@ def _show(writer: Writer, number: int, example: Example, corrupt: str | Noise) -
         shown["corrupt_image"] = None
     if corrupt != "text":
         shown["corrupt_prompt"] = None
-    try:
+    with suppress(ExampleError):  # the example is excluded, with this reason
         writer.add_pictures(number, shown)
-    except ExampleError:
-        pass  # the example is excluded, with this reason
 
 
 @contextmanager
@@ -312,7 +311,13 @@ def _progress(total: int, done: int) -> Iterator[Any]:
         yield lambda sites, examples: None
         return
     from rich.console import Console
-    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+    from rich.progress import (
+        BarColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
 
     columns = (
         TextColumn("{task.completed:.0f}/{task.total:.0f} examples"),

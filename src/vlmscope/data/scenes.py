@@ -194,11 +194,7 @@ def _options(rng: random.Random, kind: str, scene: Scene) -> tuple[str, str, lis
     if kind == "relation":
         answer = scene.relation
         foil = rng.choice(
-            [
-                one
-                for one in possible(scene.subject.radius < scene.object.radius)
-                if one != answer
-            ]
+            [one for one in possible(scene.subject.radius < scene.object.radius) if one != answer]
         )
         rest = [one for one in RELATIONS if one not in (answer, foil)]
     else:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import Any
 
 from PIL import Image
 
@@ -68,6 +69,12 @@ def ask(kind: str, noun: str, first: str, second: str) -> str:
     return f"is this {noun} {first} or {second}?"
 
 
+def change(state: State, kind: str, value: str) -> State:
+    """The same object with another color, texture or shape."""
+    changes: dict[str, Any] = {kind: value}
+    return replace(state, thing=replace(state.thing, **changes))
+
+
 def load(n: int = 200, *, seed: int = 0) -> Iterator[Example]:
     """The first `n` examples of the set that `seed` draws.
 
@@ -98,7 +105,7 @@ def _example(seed: int, i: int) -> Example:
         clean_prompt=prompt,
         answer=answer,
         foil=foil,
-        corrupt_image=replace(state, thing=replace(state.thing, **{kind: foil})).draw(),
+        corrupt_image=change(state, kind, foil).draw(),
         corrupt_prompt=ask(kind, noun, *others),
         roles=find_roles(prompt, {"answer": answer, "foil": foil, "noun": noun}),
         groups={"kind": kind, "order": order},

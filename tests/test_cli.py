@@ -1,0 +1,283 @@
+"""The command line, as a person types it: what it prints, and how it says what is wrong."""
+
+from __future__ import annotations
+
+import csv
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from models import blip, picture
+
+import vlmscope
+from vlmscope import cli
+from vlmscope.store import EFFECTS
+
+SWEEP = ["sweep", "--model", "toy-blip", "--data", "faces", "--limit", "2", "--corrupt", "image"]
+SITES = ["--sites", "encoder.*.cross.h*@answer"]
+
+
+@pytest.fixture
+def run(monkeypatch, capsys):
+    """Run the command line; gives its exit status, standard output and standard error."""
+
+    def go(*arguments: object):
+        monkeypatch.setattr(sys, "argv", ["vlmscope", *map(str, arguments)])
+        try:
+            cli.main()
+            status = 0
+        except SystemExit as end:
+            status = end.code or 0
+        return status, *capsys.readouterr()
+
+    return go
+
+
+def refused(result, *words: str) -> None:
+    """One line on standard error, a status that is not zero, no traceback."""
+    status, _, err = result
+    assert status != 0
+    assert err.startswith("error: ") and err.count("\n") == 1 and "Traceback" not in err, err
+    for word in words:
+        assert word in err
+
+
+def table(folder, rows, name="data.csv", columns=None):
+    columns = columns or [
+        "id", "clean_image_path", "corrupt_image_path", "clean_prompt", "corrupt_prompt",
+        "correct_answer", "incorrect_answer",
+    ]  # fmt: skip
+    for n in (1, 2):
+        picture(n, 60).save(folder / f"{n}.png")
+    file = folder / name
+    with file.open("w", newline="", encoding="utf-8") as handle:
+        writer = csv.writer(handle)
+        writer.writerow(columns)
+        writer.writerows(rows)
+    return file
+
+
+GOOD = [
+    "a",
+    "1.png",
+    "2.png",
+    "is this circle red or blue?",
+    "is this circle green or purple?",
+    "red",
+    "blue",
+]
+
+
+def test_sweep_writes_the_table_that_python_gives(run, tmp_path):
+    status, out, err = run(*SWEEP, *SITES, "--out", tmp_path / "run")
+    assert (status, err) == (0, "")
+    assert out == f"24 patches of 2 examples in {tmp_path / 'run'}\n"
+    found = vlmscope.read_run(tmp_path / "run").effects()
+    again = vlmscope.sweep(
+        vlmscope.load("toy-blip"), vlmscope.examples("faces", limit=2), "encoder.*.cross.h*@answer"
+    )
+    assert list(found.columns) == EFFECTS.names
+    assert found.equals(again)
+    spec = json.loads((tmp_path / "run" / "run.json").read_text())["spec"]
+    assert spec["data"] == "faces" and spec["corrupt"] == {"kind": "image"}
+
+
+def test_several_sites_in_either_way_of_writing(run, tmp_path):
+    a, b = "encoder.0.resid@last", "encoder.1.resid@last"
+    for number, sites in enumerate((["--sites", a, b], ["--sites", a, "--sites", b])):
+        status, out, _ = run(*SWEEP, *sites, "--out", tmp_path / str(number))
+        assert status == 0 and out.startswith("4 patches")
+
+
+def test_noise_and_direction_and_engine(run, tmp_path):
+    options = ["--corrupt", "noise", "--noise", "add", "--noise-at", "text", "--draws", "2"]
+    more = ["--direction", "noise", "--engine", "reference", "--dtype", "float64"]
+    status, _, _ = run(*SWEEP[:-2], *options, *more, *SITES, "--out", tmp_path / "run")
+    assert status == 0
+    spec = vlmscope.read_run(tmp_path / "run").spec
+    assert spec["corrupt"] == {
+        "kind": "noise",
+        "form": "add",
+        "at": "text",
+        "scale": 3.0,
+        "draws": 2,
+    }
+    assert (spec["direction"], spec["engine"], spec["dtype"]) == ("noise", "reference", "float64")
+
+
+def test_your_own_images_and_a_report(run, tmp_path):
+    data = table(tmp_path, [GOOD, ["b", *GOOD[1:]]])
+    arguments = ["sweep", "--model", "toy-blip", "--data", data, "--corrupt", "text", *SITES]
+    assert run(*arguments, "--out", tmp_path / "run")[0] == 0
+    status, out, _ = run("report", tmp_path / "run", "--out", tmp_path / "report.html")
+    assert status == 0 and out.strip() == str(tmp_path / "report.html")
+    assert "<html" in (tmp_path / "report.html").read_text()
+    assert list((tmp_path / "report-figures").glob("*.png"))
+
+
+def test_a_saved_model_of_your_own(run, tmp_path):
+    model = blip()
+    model.hf.save_pretrained(tmp_path / "mine")
+    model.processor.save_pretrained(tmp_path / "mine")
+    data = table(tmp_path, [[*GOOD[:4], "is this circle green or yellow?", *GOOD[5:]]])
+    status, out, _ = run(
+        "sweep", "--model", tmp_path / "mine", "--data", data, "--corrupt", "text",
+        "--sites", "encoder.*.resid@*", "--out", tmp_path / "run",
+    )  # fmt: skip
+    assert status == 0 and out.startswith("18 patches of 1 examples")
+
+
+def test_demo(run, tmp_path):
+    status, out, _ = run("demo", "--out", tmp_path / "demo", "--limit", "2")
+    assert status == 0
+    for name in ("states", "scenes", "faces"):
+        for corrupt in ("image", "text"):
+            assert f"{name}, {corrupt} corrupted" in out
+    assert (tmp_path / "demo" / "report.html").exists()
+
+
+def test_models(run):
+    status, out, _ = run("models")
+    assert status == 0 and "BlipForQuestionAnswering" in out and "toy-blip" in out
+    status, out, _ = run("models", "toy-blip")
+    assert status == 0
+    for word in ("vision", "encoder", "decoder", "heads", "grid of 6 x 6", "encoder.*.cross.h*@"):
+        assert word in out
+
+
+def test_help_and_version(run):
+    for command in ((), ("demo",), ("sweep",), ("report",), ("models",)):
+        status, out, _ = run(*command, "--help")
+        assert status == 0 and "Usage: vlmscope" in out
+    assert run("--version")[1] == f"vlmscope {vlmscope.__version__}\n"
+
+
+def test_a_module_can_be_run_and_says_errors_in_one_line():
+    command = [sys.executable, "-m", "vlmscope", "models", "./nowhere"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 1 and done.stdout == ""
+    assert done.stderr.startswith("error: no model './nowhere'") and done.stderr.count("\n") == 1
+
+
+# -- bad input -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("site", "words"),
+    [
+        ("encoder.*.crss.h*@answer", ("'crss'", "character 11", "cross")),
+        ("encoder.9.resid@*", ("no layer 9", "0 to 2")),
+        ("encoder.0.resid@verb", ("no example has a role 'verb'", "answer, foil, noun")),
+        ("decoder.0.resid@noun", ("no position 'noun' in the decoder",)),
+    ],
+)
+def test_sites_that_are_not_there(run, tmp_path, site, words):
+    refused(run(*SWEEP, "--sites", site, "--out", tmp_path / "run"), *words)
+
+
+@pytest.mark.parametrize(
+    ("row", "words"),
+    [
+        (["a", "gone.png", *GOOD[2:]], ("gone.png",)),
+        (["a", "text.png", *GOOD[2:]], ("text.png",)),
+        (["a", "half.png", *GOOD[2:]], ("half.png",)),
+        ([*GOOD[:6], "zebra crossing €"], ("unknown",)),
+        ([*GOOD[:6], "red"], ("line 2", "red")),
+        ([*GOOD[:5], "", "blue"], ("line 2", "correct_answer")),
+        ([*GOOD[:4], "is it green or purple now and then?", *GOOD[5:]], ("do not align",)),
+    ],
+)
+def test_rows_that_cannot_be_run(run, tmp_path, row, words):
+    (tmp_path / "text.png").write_text("not a picture")
+    data = table(tmp_path, [row])
+    whole = (tmp_path / "1.png").read_bytes()
+    (tmp_path / "half.png").write_bytes(whole[: len(whole) // 2])
+    corrupt = "text" if "now and then" in row[4] else "image"
+    arguments = ["sweep", "--model", "toy-blip", "--data", data, "--corrupt", corrupt, *SITES]
+    refused(run(*arguments, "--out", tmp_path / "run"), *words)
+
+
+def test_one_bad_row_does_not_stop_the_others(run, tmp_path):
+    data = table(tmp_path, [GOOD, ["b", "gone.png", *GOOD[2:]], ["c", *GOOD[1:]]])
+    arguments = ["sweep", "--model", "toy-blip", "--data", data, "--corrupt", "image", *SITES]
+    status, out, err = run(*arguments, "--out", tmp_path / "run")
+    assert err.startswith("warning: 1 of 3 examples were left out; 'b': ") and "gone.png" in err
+    assert status == 0 and "of 2 examples" in out
+    assert vlmscope.read_run(tmp_path / "run").baselines()["excluded"].tolist() == [
+        False,
+        True,
+        False,
+    ]
+
+
+def test_tables_that_cannot_be_read(run, tmp_path):
+    start = [
+        "sweep",
+        "--model",
+        "toy-blip",
+        "--corrupt",
+        "image",
+        *SITES,
+        "--out",
+        tmp_path / "run",
+    ]
+    refused(run(*start, "--data", tmp_path / "gone.csv"), "gone.csv")
+    refused(run(*start, "--data", "colours"), "no data set 'colours'", "states, scenes, faces")
+    short = table(tmp_path, [GOOD[:3]], columns=["id", "clean_image_path", "clean_prompt"])
+    refused(run(*start, "--data", short), "correct_answer")
+    twice = table(tmp_path, [GOOD, GOOD])
+    refused(run(*start, "--data", twice), "'a'", "2", "3")
+    odd = tmp_path / "odd.csv"
+    odd.write_bytes(twice.read_bytes().replace(b"red", b"r\xe9d"))
+    refused(run(*start, "--data", odd), "UTF-8", "line 2")
+
+
+def test_models_that_cannot_be_loaded(run, tmp_path):
+    rest = [*SWEEP[3:], *SITES, "--out", tmp_path / "run"]
+    (tmp_path / "empty").mkdir()
+    refused(run("sweep", "--model", tmp_path / "empty", *rest), "no config.json")
+    refused(run("sweep", "--model", "nobody/nothing", *rest), "nobody/nothing", "network")
+
+
+def test_a_folder_of_another_run(run, tmp_path):
+    assert run(*SWEEP, *SITES, "--out", tmp_path / "run")[0] == 0
+    before = vlmscope.read_run(tmp_path / "run").effects()
+    refused(run(*SWEEP, "--sites", "encoder.0.resid@*", "--out", tmp_path / "run"), "sites")
+    assert vlmscope.read_run(tmp_path / "run").effects().equals(before)
+    (tmp_path / "own").mkdir()
+    (tmp_path / "own" / "thesis.tex").write_text("mine")
+    refused(run(*SWEEP, *SITES, "--out", tmp_path / "own"), "not empty")
+
+
+def test_reports_that_cannot_be_written(run, tmp_path):
+    refused(run("report", tmp_path / "gone", "--out", tmp_path / "r.html"), "no such folder")
+    assert run(*SWEEP, *SITES, "--out", tmp_path / "run")[0] == 0
+    (tmp_path / "file").write_text("")
+    refused(run("report", tmp_path / "run", "--out", tmp_path / "file" / "r.html"), "cannot write")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a disk that is full")
+def test_a_full_disk(run, tmp_path, monkeypatch):
+    """What is safe on disk stays; the rest is said in one line."""
+    from vlmscope import store
+
+    assert run(*SWEEP[:5], "--limit", "1", *SWEEP[7:], *SITES, "--out", tmp_path / "one")[0] == 0
+    honest = store._write
+
+    def full(file, content):
+        if file.suffix == ".parquet":
+            with Path("/dev/full").open("wb", buffering=0) as disk, store._storing(file.parent):
+                disk.write(content)
+        honest(file, content)
+
+    monkeypatch.setattr(store, "_write", full)
+    refused(run(*SWEEP, *SITES, "--out", tmp_path / "run"), "free some space")
+    monkeypatch.setattr(store, "_write", honest)
+    assert run(*SWEEP, *SITES, "--out", tmp_path / "run")[0] == 0
+
+
+def test_a_wrong_flag_is_told(run):
+    status, _, err = run("sweep", "--modle", "toy-blip")
+    assert status == 2 and "--modle" in err and "Traceback" not in err
