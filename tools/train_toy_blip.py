@@ -274,8 +274,8 @@ def encode(tokenizer: BertTokenizer, questions: list[tuple[str, str]]) -> dict[s
 
 # -- training ------------------------------------------------------------------------------------
 
-# Steps, learning rate, and how often pictures of each set are drawn. Scenes come last: two objects
-# and their relation take longest.
+# Steps, learning rate, and how often each picture of a set may be drawn. Scenes come last: two
+# objects and their relation take longest.
 PHASES = ((16_000, 1e-3, (1, 1, 1)), (14_000, 7e-4, (1, 4, 1)))
 
 
@@ -286,14 +286,17 @@ def train(arguments: argparse.Namespace) -> None:
     hf = model(made.tokenizer, arguments.width, 3, 4)
     print(sum(p.numel() for p in hf.parameters()), "parameters", flush=True)
     data = pool(arguments.pictures)
+    first = 0
     for number, (steps, rate, shares) in enumerate(PHASES):
         kept = WORK / f"phase-{number}"
         if (kept / "model.safetensors").exists():
             hf = BlipForQuestionAnswering.from_pretrained(kept)
-            continue
-        torch.manual_seed(arguments.seed + number)
-        phase(arguments, hf, made, data, steps, rate, shares)
-        save(hf, made, kept)
+        else:
+            if number:  # the same whether the training went on or was started again
+                torch.manual_seed(arguments.seed + number)
+            phase(arguments, hf, made, data, range(first, first + steps), rate, shares)
+            save(hf, made, kept)
+        first += steps
     save(hf, made, Path(arguments.out))
     report(hf, made, 600)
 
@@ -303,7 +306,7 @@ def phase(
     hf: BlipForQuestionAnswering,
     made: BlipProcessor,
     data: dict[str, Tensor],
-    steps: int,
+    steps: range,
     rate: float,
     shares: tuple[int, ...],
 ) -> None:
@@ -312,14 +315,16 @@ def phase(
     mean, std = (torch.tensor(v)[:, None, None] for v in (images.image_mean, images.image_std))
     optimizer = torch.optim.AdamW(trainee.parameters(), lr=rate, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, rate, total_steps=steps + 1, pct_start=0.05
+        optimizer, rate, total_steps=len(steps) + 1, pct_start=0.05
     )
+    # Picture number n is of set n % 3.
+    drawn = [
+        n for turn in range(max(shares)) for n in range(arguments.pictures) if turn < shares[n % 3]
+    ]
     began, total = time.time(), 0.0
-    for step in range(steps):
-        rng = random.Random(f"{arguments.seed}/{steps}/{step}")
-        sets = rng.choices(range(3), shares, k=arguments.batch)
-        # picture number n is of set n % 3
-        which = torch.tensor([3 * rng.randrange(arguments.pictures // 3) + s for s in sets])
+    for step in steps:
+        rng = random.Random(f"{arguments.seed}/{step}")
+        which = torch.tensor(rng.sample(drawn, arguments.batch))
         facts = data["facts"][which].tolist()
         questions = [question(rng, f) for f in facts for _ in range(arguments.ask)]
         pixels = (data["pixels"][which].float() / 255 - mean) / std
@@ -332,7 +337,7 @@ def phase(
         schedule.step()
         total += loss.item()
         if (step + 1) % 200 == 0:
-            speed = (step + 1) / (time.time() - began)
+            speed = (step + 1 - steps.start) / (time.time() - began)
             print(f"step {step + 1} loss {total / 200:.4f} ({speed:.1f} steps/s)", flush=True)
             total = 0.0
         if (step + 1) % 1000 == 0:
