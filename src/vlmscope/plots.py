@@ -168,7 +168,7 @@ def _mean(rows: pd.DataFrame, value: str) -> pd.DataFrame:
 def _at(rows: pd.DataFrame) -> pd.Series[str]:
     """What stands after the @: the role, or else the position, or else what the site says."""
     position = rows["position"].astype("Int32").astype("string")
-    said = rows["site"].astype("string").str.rpartition("@")[2]
+    said = rows["site"].astype("string").str.replace(r"^.*@", "", regex=True)
     return rows["role"].astype("string").fillna(position).fillna(said).astype(object)
 
 
