@@ -95,12 +95,16 @@ def test_bert_s_pieces(model, examples):
 
     prompt = "is this giraffe striped or spotted?"
     roles = find_roles(prompt, {"noun": "giraffe", "answer": "spotted"})
-    pair = model.prepare(replace(examples[0], clean_prompt=prompt, corrupt_prompt=None, roles=roles))
+    pair = model.prepare(
+        replace(examples[0], clean_prompt=prompt, corrupt_prompt=None, roles=roles)
+    )
     layout = pair.clean.layout["encoder"]
     pieces = [layout.tokens[i] for i in layout.roles["noun"]]
     assert len(pieces) > 1
     assert "".join(piece.removeprefix("##") for piece in pieces) == "giraffe"
     with pytest.raises(ExampleError, match="word 3 is 'giraffe'"):
         model.prepare(
-            replace(examples[0], clean_prompt=prompt, corrupt_prompt=prompt.replace("giraffe", "dog"))
+            replace(
+                examples[0], clean_prompt=prompt, corrupt_prompt=prompt.replace("giraffe", "dog")
+            )
         )

@@ -85,7 +85,10 @@ def test_panels_share_one_scale_that_is_centred():
     tables = {"weak": plots.token_table(rows()), "strong": plots.head_table(rows())}
     figure = plots.panels(tables)
     scales = {
-        mesh.get_clim() for axes in figure.axes for mesh in axes.collections if mesh.get_array() is not None
+        mesh.get_clim()
+        for axes in figure.axes
+        for mesh in axes.collections
+        if mesh.get_array() is not None
     }
     (limits,) = {s for s in scales if s[0] < 0}
     assert limits[0] == -limits[1]

@@ -276,7 +276,7 @@ def encode(tokenizer: BertTokenizer, questions: list[tuple[str, str]]) -> dict[s
 
 # Steps, learning rate, and how often each picture of a set may be drawn. Scenes come last: two
 # objects and their relation take longest.
-PHASES = ((16_000, 1e-3, (1, 1, 1)), (14_000, 7e-4, (1, 4, 1)))
+PHASES = ((16_000, 1e-3, (1, 1, 1)), (8_000, 7e-4, (1, 4, 1)))
 
 
 def train(arguments: argparse.Namespace) -> None:

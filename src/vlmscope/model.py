@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from jaxtyping import Float
 from PIL import Image
 from safetensors import SafetensorError
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel, ProcessorMixin
 from transformers.utils import cached_file, logging
 
@@ -200,15 +201,12 @@ class Model:
         """One run: its logits, and the whole activation at each point (after the edits)."""
         found: dict[Point, Tensor] = {}
         logits: list[Tensor] = []
-        with self.editing(inputs, edits), hooks() as hook:
+        with self.editing(inputs, edits), hooks() as hook, handles() as held:
             for point in points:
                 hook(*self.module(point), lambda x, p=point: found.update({p: x.clone()}) or x)
             module = self._module(self.family.logits)
-            handle = module.register_forward_hook(lambda m, args, out: logits.append(out.logits))
-            try:
-                self.hf(**inputs.tensors)
-            finally:
-                handle.remove()
+            held(module.register_forward_hook(lambda m, args, out: logits.append(out.logits)))
+            self.hf(**inputs.tensors)
         return logits[0][0, -1].clone(), found
 
     @torch.inference_mode()
@@ -316,7 +314,9 @@ class Model:
         return Shape(len(blocks), tuple(kinds), heads, widths["mlp"], config.hidden_size)
 
 
-def load(name: str | Path, *, dtype: str = "float32", device: str | None = None) -> Model:
+def load(
+    name: str | Path, *, dtype: str | torch.dtype = "float32", device: str | None = None
+) -> Model:
     """Load a model and its processor, and check that it fits its family's table.
 
     `name` is a built-in toy's name, a folder written by `save_pretrained` (of the model and of the
@@ -330,6 +330,7 @@ def load(name: str | Path, *, dtype: str = "float32", device: str | None = None)
     >>> model.shapes["encoder"].heads
     {'attn': 4, 'cross': 4}
     """
+    dtype = str(dtype).removeprefix("torch.")
     if dtype not in DTYPES:
         raise ModelError(f"unknown dtype '{dtype}'; expected one of {', '.join(DTYPES)}")
     place = _device(device)
@@ -465,33 +466,40 @@ def _one_line(name: str | Path) -> Iterator[None]:
 
 
 @contextmanager
+def handles() -> Iterator[Callable[[RemovableHandle], None]]:
+    """Collects what registering a hook returns, and removes the hooks at the end."""
+    held: list[RemovableHandle] = []
+    try:
+        yield held.append
+    finally:
+        for handle in held:
+            handle.remove()
+
+
+@contextmanager
 def hooks() -> Iterator[Any]:
     """Registers functions of a module's first input or its output, and removes them at the end.
 
     Yields `hook(module, before, function)`; `function` gets the hidden states and may return new
     ones. Modules that return a tuple or a Hugging Face output are handled.
     """
-    handles = []
+    with handles() as held:
 
-    def hook(module: nn.Module, before: bool, function: Any) -> None:
-        def pre(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-            return (function(args[0]), *args[1:])
+        def hook(module: nn.Module, before: bool, function: Any) -> None:
+            def pre(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+                return (function(args[0]), *args[1:])
 
-        def post(module: nn.Module, args: tuple[Any, ...], out: Any) -> Any:
-            if isinstance(out, Tensor):
-                return function(out)
-            if isinstance(out, tuple):
-                return (function(out[0]), *out[1:])
-            out.last_hidden_state = function(out.last_hidden_state)
-            return out
+            def post(module: nn.Module, args: tuple[Any, ...], out: Any) -> Any:
+                if isinstance(out, Tensor):
+                    return function(out)
+                if isinstance(out, tuple):
+                    return (function(out[0]), *out[1:])
+                out.last_hidden_state = function(out.last_hidden_state)
+                return out
 
-        if before:
-            handles.append(module.register_forward_pre_hook(pre))
-        else:
-            handles.append(module.register_forward_hook(post))
+            if before:
+                held(module.register_forward_pre_hook(pre))
+            else:
+                held(module.register_forward_hook(post))
 
-    try:
         yield hook
-    finally:
-        for handle in handles:
-            handle.remove()
