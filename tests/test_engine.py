@@ -104,6 +104,34 @@ def test_answers_that_share_a_beginning():
         torch.testing.assert_close(fast, slow, rtol=1e-9, atol=1e-12)
 
 
+def test_a_padded_prompt():
+    """Masks of attention, within the encoder and from the decoder to it, reach the rows."""
+    model = blip()
+    (pair,) = corrupt.pairs(model, example(answer="unhappy", foil="unly"), "image")
+    clean, other = (
+        replace(i, tensors={**i.tensors, "attention_mask": _padded(i)})
+        for i in (pair.clean, pair.corrupt)
+    )
+    assert not torch.equal(model.run(clean), model.run(pair.clean)), "the mask matters"
+    fast, slow = both(model, replace(pair, clean=clean, corrupt=other), SITES)
+    torch.testing.assert_close(fast, slow, rtol=1e-9, atol=1e-12)
+
+
+def _padded(inputs):
+    mask = inputs.tensors["attention_mask"].clone()
+    mask[0, -2:] = 0
+    return mask
+
+
+@pytest.mark.parametrize("corruption", CORRUPTIONS)
+def test_sites_that_leave_the_vision_tower_alone(corruption):
+    """The vision tower's output may then be shared, but only by the same image."""
+    model = blip()
+    (pair,) = corrupt.pairs(model, example(), CORRUPTIONS[corruption])
+    fast, slow = both(model, pair, ["encoder.*.cross.h*@*", "vision.*.output@*"])
+    torch.testing.assert_close(fast, slow, rtol=1e-9, atol=1e-12)
+
+
 @pytest.mark.parametrize("seed", [0, 1])
 def test_image_and_text_corrupt_together(seed):
     model = blip(seed=seed)
@@ -220,6 +248,19 @@ def test_a_patch_that_cannot_reach_the_answer_has_no_effect():
         patched = one.patch(model, pair, sites)
         for _, scores in patched.chunks:
             assert (scores.ld == patched.corrupt.ld).all()
+
+
+def test_such_patches_need_no_row(monkeypatch):
+    model = blip()
+    (pair,) = corrupt.pairs(model, example(answer="unhappy", foil="unly"), "image")
+    sites = placed(model, pair, ["decoder.1.cross.h*@0", "decoder.1.resid@0", "encoder.0.attn@*"])
+
+    def refuse(self, tower, rows):
+        raise AssertionError("nothing is to be computed")
+
+    monkeypatch.setattr(engine.Sweep, "_chunk", refuse)
+    ((numbers, _),) = engine.patch(model, pair, sites).chunks
+    assert sorted(numbers) == list(range(len(sites)))
 
 
 def test_one_image_is_encoded_once(monkeypatch):

@@ -246,6 +246,7 @@ class Trainee(nn.Module):
         losses = [
             F.cross_entropy(head(seen[:, 1:]).flatten(0, 1), labels[:, k].flatten())
             for k, head in enumerate(self.heads)
+            if (labels[:, k] != NONE).any()  # a batch may lack a set
         ]
         asked = hf.text_encoder(
             input_ids=text["ids"],
@@ -276,7 +277,7 @@ def encode(tokenizer: BertTokenizer, questions: list[tuple[str, str]]) -> dict[s
 
 # Steps, learning rate, and how often each picture of a set may be drawn. Scenes come last: two
 # objects and their relation take longest.
-PHASES = ((16_000, 1e-3, (1, 1, 1)), (8_000, 7e-4, (1, 4, 1)))
+PHASES = ((16_000, 1e-3, (1, 1, 1)), (10_000, 7e-4, (1, 4, 1)))
 
 
 def train(arguments: argparse.Namespace) -> None:
