@@ -243,6 +243,25 @@ def test_a_run_that_is_killed_at_any_moment(tmp_path):
     pd.testing.assert_frame_equal(run.baselines(), whole.baselines())
 
 
+def test_ctrl_c_says_how_to_go_on(tmp_path):
+    command = [
+        sys.executable, "-m", "vlmscope", "sweep", "--model", "toy-blip", "--data", "states",
+        "--corrupt", "image", "--sites", "vision.*.attn.h*@*", "--out", str(tmp_path / "run"),
+    ]  # fmt: skip
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 30
+    while not (tmp_path / "run" / "run.json").exists() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    time.sleep(1)
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=30)
+    assert (process.returncode, said) == (
+        130,
+        "interrupted; run the same command again to go on\n",
+    )
+    assert len(vlmscope.read_run(tmp_path / "run").baselines()) > 0, "what was done is kept"
+
+
 def test_patching_matters_where_the_toy_reads_the_image():
     """Corrupting the image: the question's words read it; restoring all of it gives the answer."""
     model = vlmscope.load("toy-blip")

@@ -179,6 +179,7 @@ def main() -> None:
         except VlmscopeError as error:
             print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
             sys.exit(1)
-        except KeyboardInterrupt:
-            print("interrupted; run the same command again to go on", file=sys.stderr)
-            sys.exit(130)
+        except SystemExit as end:
+            if end.code == 130:  # what typer makes of Ctrl-C
+                print("interrupted; run the same command again to go on", file=sys.stderr)
+            raise
