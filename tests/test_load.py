@@ -145,3 +145,15 @@ def test_on_a_gpu(saved):
     torch.testing.assert_close(
         logits, model.run(model.prepare(example()).clean), rtol=1e-3, atol=1e-4
     )
+
+
+@pytest.mark.checkpoint
+def test_the_published_checkpoint():
+    model = load("Salesforce/blip-vqa-base")
+    assert {tower: shape.layers for tower, shape in model.shapes.items()} == {
+        "vision": 12,
+        "encoder": 12,
+        "decoder": 12,
+    }
+    assert model.shapes["encoder"].heads == {"attn": 12, "cross": 12}
+    assert len(model.layouts()["vision"].cells) == 24 * 24

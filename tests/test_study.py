@@ -164,6 +164,9 @@ def test_no_example_at_all_is_an_error(tmp_path):
         DataError, match="none of 2 examples could be run; 'e0': there is no corrupt image"
     ):
         sweep(blip(), examples, SITES)
+    for _ in range(2):  # also when it is typed again
+        with pytest.raises(DataError, match="none of 2 examples could be run"):
+            sweep(blip(), examples, SITES, out=tmp_path / "run")
     with pytest.raises(DataError, match="there are no examples"):
         sweep(blip(), [], SITES)
     same = [example(corrupt_prompt=example().clean_prompt)]

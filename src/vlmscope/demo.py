@@ -34,8 +34,8 @@ def run(out: Path, limit: int) -> Path:
             accuracy = read_run(folder).baselines()["correct"].mean()
             print(f"\n{name}, {corrupt} corrupted: {accuracy:.0%} of {limit} answers right; "
                   "the strongest heads (mean change of the logit difference):")  # fmt: skip
-            heads = strongest(table[table["unit"].notna()], n=10)
-            print(heads.to_string(index=False, float_format="{:+.2f}".format))
+            heads = strongest(table[table["unit"].notna()], n=10).drop(columns="corruption")
+            print(heads.to_string(index=False, float_format="{:+.2f}".format, na_rep=""))
     report = write_report(runs, out / "report.html")
     print(f"\nThe report: {report}")
     return report

@@ -210,7 +210,8 @@ class Sweep:
     # -- which patches need a row ----------------------------------------------------------------
 
     def _plan(self, sites: Sequence[tuple[Site, tuple[int, ...]]]) -> tuple[list[Row], list[int]]:
-        changed = {point: self._changed(point) for point in {site.point for site, _ in sites}}
+        points = {site.point for site, _ in sites}
+        changed = {point: self._changed(point).cpu().numpy() for point in points}
         rows, idle = [], []
         for number, (site, at) in enumerate(sites):
             there = changed[site.point][list(at)]

@@ -66,16 +66,19 @@ def sweep(
     examples = list(examples)
     task = _Task(model, examples, sites, corrupt, direction, engine, seed)
     if out is None:
-        tables = [effects for _, effects, _ in task.run(task.numbers())]
-        return typed(pd.concat(tables, ignore_index=True), EFFECTS)
+        _, effects, baselines = zip(*task.run(task.numbers()), strict=True)
+        _tell(pd.concat(baselines, ignore_index=True))
+        return typed(pd.concat(effects, ignore_index=True), EFFECTS)
     with open_run(out, task.spec(data), task.description()) as writer:
         left = [n for n in task.numbers() if n not in writer.done]
-        for number, effects, baseline in task.run(left, len(writer.done)):
-            writer.add(number, effects, baseline)
+        for number, table, baseline in task.run(left, len(writer.done)):
+            writer.add(number, table, baseline)
             if number < SHOWN:
                 _show(writer, number, examples[number], corrupt)
         writer.finish()
-    return read_run(out).effects()
+    run = read_run(out)
+    _tell(run.baselines())
+    return run.effects()
 
 
 def baselines(
@@ -97,7 +100,7 @@ def baselines(
     [True, True]
     """
     task = _Task(model, list(examples), [], corrupt, "denoise", "fast", seed)
-    tables = [baseline for _, _, baseline in task.run(task.numbers(), strict=False)]
+    tables = [baseline for _, _, baseline in task.run(task.numbers())]
     return typed(pd.concat(tables, ignore_index=True), BASELINES)
 
 
@@ -168,10 +171,9 @@ class _Task:
         return {"towers": towers}
 
     def run(
-        self, numbers: Sequence[int], done: int = 0, strict: bool = True
+        self, numbers: Sequence[int], done: int = 0
     ) -> Iterator[tuple[int, pd.DataFrame, pd.DataFrame]]:
-        """Number, effects and baseline of each example; reports what was left out at the end."""
-        reasons = {}
+        """Number, effects and baseline of each example; one that cannot be run has no effects."""
         with _progress(len(numbers) + done, done) as step:
             for finished, number in enumerate(numbers, start=done):
                 try:
@@ -180,18 +182,9 @@ class _Task:
                         lambda sites, share, before=finished: step(sites, before + share),
                     )
                 except (ExampleError, SiteError) as error:
-                    reasons[self.examples[number].id] = str(error)
                     effects, baseline = self._excluded(self.examples[number], str(error))
                 yield number, effects, baseline
                 step(0, finished + 1)
-        if reasons and strict:
-            name, reason = next(iter(reasons.items()))
-            if len(reasons) == len(self.examples):
-                raise DataError(f"none of {len(reasons)} examples could be run; '{name}': {reason}")
-            warnings.warn(
-                f"{len(reasons)} of {len(self.examples)} examples were left out; '{name}': {reason}",
-                stacklevel=3,
-            )
 
     def _one(self, example: Example, step: Any) -> tuple[pd.DataFrame, pd.DataFrame]:
         pairs = corruptions.pairs(self.model, example, self.corruption, self.seed)
@@ -278,6 +271,18 @@ class _Task:
 
 def _frame(rows: list[dict[str, Any]], columns: Sequence[str]) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=list(columns))
+
+
+def _tell(baselines: pd.DataFrame) -> None:
+    """Warn of examples that were left out; an error if that is all of them."""
+    left = baselines[baselines["excluded"].astype(bool)]
+    if left.empty:
+        return
+    name, reason = left["example"].iloc[0], left["reason"].iloc[0]
+    if len(left) == len(baselines):
+        raise DataError(f"none of {len(left)} examples could be run; '{name}': {reason}")
+    text = f"{len(left)} of {len(baselines)} examples were left out; '{name}': {reason}"
+    warnings.warn(text, stacklevel=3)
 
 
 def _check_roles(sites: Sequence[Site], examples: Sequence[Example]) -> None:
