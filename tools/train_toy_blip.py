@@ -275,9 +275,13 @@ def encode(tokenizer: BertTokenizer, questions: list[tuple[str, str]]) -> dict[s
 
 # -- training ------------------------------------------------------------------------------------
 
-# Steps, learning rate, and how often each picture of a set may be drawn. Scenes come last: two
-# objects and their relation take longest.
-PHASES = ((16_000, 1e-3, (1, 1, 1)), (10_000, 7e-4, (1, 4, 1)))
+# Steps, learning rate, how many pictures, and how often each of a set may be taken. Scenes come
+# last: two objects and their relation take longest, and more pictures than the others.
+PHASES = (
+    (16_000, 1e-3, 30_000, (1, 1, 1)),
+    (10_000, 7e-4, 30_000, (1, 4, 1)),
+    (6_000, 5e-4, 90_000, (1, 4, 1)),
+)
 
 
 def train(arguments: argparse.Namespace) -> None:
@@ -286,16 +290,15 @@ def train(arguments: argparse.Namespace) -> None:
     torch.manual_seed(arguments.seed)
     hf = model(made.tokenizer, arguments.width, 3, 4)
     print(sum(p.numel() for p in hf.parameters()), "parameters", flush=True)
-    data = pool(arguments.pictures)
     first = 0
-    for number, (steps, rate, shares) in enumerate(PHASES):
+    for number, (steps, rate, pictures, shares) in enumerate(PHASES):
         kept = WORK / f"phase-{number}"
         if (kept / "model.safetensors").exists():
             hf = BlipForQuestionAnswering.from_pretrained(kept)
         else:
             if number:  # the same whether the training went on or was started again
                 torch.manual_seed(arguments.seed + number)
-            phase(arguments, hf, made, data, range(first, first + steps), rate, shares)
+            phase(arguments, hf, made, range(first, first + steps), rate, pictures, shares)
             save(hf, made, kept)
         first += steps
     save(hf, made, Path(arguments.out))
@@ -306,12 +309,13 @@ def phase(
     arguments: argparse.Namespace,
     hf: BlipForQuestionAnswering,
     made: BlipProcessor,
-    data: dict[str, Tensor],
     steps: range,
     rate: float,
+    pictures: int,
     shares: tuple[int, ...],
 ) -> None:
     trainee = Trainee(hf, arguments.width).train()
+    data = pool(pictures)
     images = made.image_processor
     mean, std = (torch.tensor(v)[:, None, None] for v in (images.image_mean, images.image_std))
     optimizer = torch.optim.AdamW(trainee.parameters(), lr=rate, weight_decay=0.01)
@@ -319,9 +323,7 @@ def phase(
         optimizer, rate, total_steps=len(steps) + 1, pct_start=0.05
     )
     # Picture number n is of set n % 3.
-    drawn = [
-        n for turn in range(max(shares)) for n in range(arguments.pictures) if turn < shares[n % 3]
-    ]
+    drawn = [n for turn in range(max(shares)) for n in range(pictures) if turn < shares[n % 3]]
     began, total = time.time(), 0.0
     for step in steps:
         rng = random.Random(f"{arguments.seed}/{step}")
@@ -397,7 +399,6 @@ def report(hf: BlipForQuestionAnswering, made: BlipProcessor, count: int) -> Non
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--pictures", type=int, default=30_000)
     parser.add_argument("--batch", type=int, default=32, help="pictures a step")
     parser.add_argument("--ask", type=int, default=4, help="questions a picture")
     parser.add_argument("--width", type=int, default=64)
