@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import torch
+
 from vlmscope.data import BUILT_IN, examples
 from vlmscope.model import load
 from vlmscope.plots import strongest
@@ -17,7 +19,8 @@ MODULES = ("vision.*.resid@image*", "encoder.*.resid@*", "decoder.*.resid@last")
 
 def run(out: Path, limit: int) -> Path:
     """Sweep `toy-blip` over its three sets, print the strongest heads, and write the report."""
-    model = load("toy-blip")
+    torch.set_num_threads(1)  # the toy is so small that a second thread only gets in the way
+    model = load("toy-blip", device="cpu")
     runs = []
     for name in BUILT_IN:
         for corrupt in ("image", "text"):
