@@ -251,13 +251,22 @@ def test_ctrl_c_says_how_to_go_on(tmp_path):
         sys.executable, "-m", "vlmscope", "sweep", "--model", "toy-blip", "--data", "states",
         "--corrupt", "image", "--sites", "vision.*.attn.h*@*", "--out", str(tmp_path / "run"),
     ]  # fmt: skip
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
-    deadline = time.monotonic() + 30
+    process = subprocess.Popen(
+        command,
+        stderr=subprocess.PIPE,
+        text=True,
+        # a test run in the background ignores Ctrl-C, and so would its children
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
+    deadline = time.monotonic() + 60
     while not (tmp_path / "run" / "run.json").exists() and time.monotonic() < deadline:
         time.sleep(0.01)
-    time.sleep(1)
+    time.sleep(2)
     process.send_signal(signal.SIGINT)
-    _, said = process.communicate(timeout=30)
+    try:
+        _, said = process.communicate(timeout=60)
+    finally:
+        process.kill()
     assert (process.returncode, said) == (
         130,
         "interrupted; run the same command again to go on\n",

@@ -126,15 +126,18 @@ def sweep(
     more: Annotated[list[str] | None, typer.Argument(hidden=True)] = None,  # --sites A B C
 ) -> None:
     """Patch every site of every example; write the table of effects to a folder."""
-    import vlmscope
+    from vlmscope import study
+    from vlmscope.corrupt import Noise
+    from vlmscope.data import examples
+    from vlmscope.model import load
 
     kind: Any = corrupt.value
     if corrupt is Corrupt.noise:
-        kind = vlmscope.Noise(noise.value, noise_at.value, noise_scale, draws)
-    examples = vlmscope.examples(data, limit=limit, seed=seed)
-    table = vlmscope.sweep(
-        vlmscope.load(model, dtype=dtype.value, device=device),
-        examples,
+        kind = Noise(noise.value, noise_at.value, noise_scale, draws)
+    given = examples(data, limit=limit, seed=seed)
+    table = study.sweep(
+        load(model, dtype=dtype.value, device=device),
+        given,
         [*sites, *(more or [])],
         kind,
         direction=direction.value,

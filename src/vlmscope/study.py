@@ -96,7 +96,7 @@ def baselines(
     >>> import vlmscope
     >>> model = vlmscope.load("toy-blip")
     >>> table = baselines(model, vlmscope.examples("states", limit=2))
-    >>> list(table["correct"])
+    >>> table["correct"].tolist()
     [True, True]
     """
     task = _Task(model, list(examples), [], corrupt, "denoise", "fast", seed)

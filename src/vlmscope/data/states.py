@@ -84,7 +84,7 @@ def load(n: int = 200, *, seed: int = 0) -> Iterator[Example]:
 
     >>> first = next(load(1))
     >>> first.id, first.clean_prompt, first.answer, first.foil
-    ('states-0-0000', 'is this triangle purple or blue?', 'purple', 'blue')
+    ('states-0-0000', 'is this cross yellow or green?', 'yellow', 'green')
     """
     for i in range(n):
         yield _example(seed, i)
