@@ -123,7 +123,9 @@ def sweep(
         float | None, typer.Option(help="Strength of the noise.  [default: 5, 3 or 0.7691]")
     ] = None,
     draws: Annotated[int, typer.Option(min=1, help="Draws of noise to average over.")] = 10,
-    more: Annotated[list[str] | None, typer.Argument(hidden=True)] = None,  # --sites A B C
+    more: Annotated[
+        list[str] | None, typer.Argument(hidden=True, metavar="EXPR")
+    ] = None,  # --sites A B C
 ) -> None:
     """Patch every site of every example; write the table of effects to a folder."""
     from vlmscope import study

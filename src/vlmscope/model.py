@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.utils import logging as hub_logging
 from jaxtyping import Float
 from PIL import Image
 from safetensors import SafetensorError
@@ -450,17 +451,19 @@ def _check_weights(path: Path) -> None:
 @contextmanager
 def _one_line(name: str | Path) -> Iterator[None]:
     """Load without a bar of its own; turn what transformers and the hub raise into one line."""
-    bar = logging.is_progress_bar_enabled()
+    bar, verbosity = logging.is_progress_bar_enabled(), hub_logging.get_verbosity()
     logging.disable_progress_bar()
+    hub_logging.set_verbosity_error()  # the hub would tell of each of its five tries
     try:
         yield
     except (OSError, ValueError, RuntimeError, KeyError, TypeError, SafetensorError) as error:
-        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        first = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
         where = "" if Path(name).exists() else (
             "; it needs the network or a copy in the local cache (or give a folder)"
         )  # fmt: skip
         raise ModelError(f"cannot load {name}: {first}{where}") from error
     finally:
+        hub_logging.set_verbosity(verbosity)
         if bar:
             logging.enable_progress_bar()
 
