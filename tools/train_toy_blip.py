@@ -25,7 +25,7 @@ from torch.nn import functional as F
 from transformers import BertTokenizer, BlipConfig, BlipForQuestionAnswering, BlipProcessor
 from transformers.models.blip.image_processing_pil_blip import BlipImageProcessorPil
 
-from vlmscope.data import drawing, faces, scenes, states
+from vlmscope.data.drawn import drawing, faces, scenes, states
 from vlmscope.example import Example, Picture
 
 SETS = {"states": states, "scenes": scenes, "faces": faces}

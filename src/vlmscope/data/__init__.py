@@ -1,4 +1,4 @@
-"""Data sets: one file each, `load(...)` gives `Example`s. Three are drawn by the package itself."""
+"""Data sets: one file each. `drawn` holds those that the package draws by itself."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def examples(name: str | Path, *, limit: int | None = None, seed: int = 0) -> li
     if limit is not None and limit < 1:
         raise DataError(f"a limit of {limit} leaves no examples; expected 1 or more")
     if str(name) in BUILT_IN:
-        module = import_module(f"vlmscope.data.{name}")
+        module = import_module(f"vlmscope.data.drawn.{name}")
         return list(module.load(limit or SIZE, seed=seed))
     if not Path(name).exists() and "." not in Path(name).name:
         raise DataError(

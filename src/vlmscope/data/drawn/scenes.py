@@ -12,8 +12,8 @@ from dataclasses import dataclass, replace
 
 from PIL import Image
 
-from vlmscope.data import drawing
-from vlmscope.data.drawing import COLORS, ROOM, SHAPES, Color, Thing
+from vlmscope.data.drawn import drawing
+from vlmscope.data.drawn.drawing import COLORS, ROOM, SHAPES, Color, Thing
 from vlmscope.example import Example, find_roles
 
 KINDS = ("subject", "relation", "object")

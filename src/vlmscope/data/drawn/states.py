@@ -13,8 +13,8 @@ from typing import Any
 
 from PIL import Image
 
-from vlmscope.data import drawing
-from vlmscope.data.drawing import COLORS, SHAPES, TEXTURES, Color, Thing
+from vlmscope.data.drawn import drawing
+from vlmscope.data.drawn.drawing import COLORS, SHAPES, TEXTURES, Color, Thing
 from vlmscope.example import Example, find_roles
 
 KINDS = ("color", "texture", "shape")

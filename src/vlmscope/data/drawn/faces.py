@@ -11,8 +11,8 @@ from dataclasses import dataclass, replace
 
 from PIL import Image, ImageDraw
 
-from vlmscope.data import drawing
-from vlmscope.data.drawing import SCALE, Color, mix
+from vlmscope.data.drawn import drawing
+from vlmscope.data.drawn.drawing import SCALE, Color, mix
 from vlmscope.example import Example, find_roles
 
 EXPRESSIONS = ("happy", "sad", "angry", "surprised", "calm", "sleepy")

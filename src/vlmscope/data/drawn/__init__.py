@@ -1,0 +1,1 @@
+"""The sets that the package draws from a seed: `states`, `scenes` and `faces`."""
