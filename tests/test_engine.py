@@ -25,12 +25,16 @@ SITES = [
     *(f"{tower}.*.{kind}@*" for tower in ("encoder", "decoder") for kind in TEXT),
     *(f"{tower}.*.{kind}@all" for tower in ("encoder", "decoder") for kind in TEXT),
     "encoder.*.cross.h*@answer",
+    *(f"vision.*/3.{kind}@*" for kind in ("resid_pre", "resid", "attn", "mlp", "attn.h*")),
+    *(f"{tower}.*/3.{kind}@*" for tower in ("encoder", "decoder") for kind in TEXT),
+    *(f"{tower}.*/5.{kind}@all" for tower in ("encoder", "decoder") for kind in TEXT[:5]),
 ]
 SHAPES = {
     "plain": {},
     "one layer": {"layers": 1, "vision_layers": 1},
     "odd heads": {"heads": 3, "width": 15, "vision_heads": 5, "layers": 3},
     "deep vision": {"layers": 1, "vision_layers": 4, "heads": 4},
+    "deep text": {"layers": 4, "vision_layers": 1},
 }
 CORRUPTIONS = {
     "image": "image",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from vlmscope.errors import SiteError
-from vlmscope.sites import Layout, Shape, Site, expand, place
+from vlmscope.sites import Layout, Shape, Site, expand, members, place
 
 SHAPES = {
     "vision": Shape(2, ("resid_pre", "attn", "mlp", "resid", "output"), {"attn": 3}, 5, 6),
@@ -141,3 +141,23 @@ def test_role_of_a_position():
         p: Site.parse(f"encoder.0.resid@{p}").role for p in ("answer", "answer*", "last", "3", "*")
     }
     assert roles == {"answer": "answer", "answer*": "answer", "last": None, "3": None, "*": None}
+
+
+def test_windows_of_layers():
+    shapes = {"encoder": Shape(4, ("resid", "attn"), {"attn": 2}, 8, 4)}
+    found = expand([Site.parse("encoder.*/3.attn.h1@answer")], shapes)
+    assert [str(s) for s in found] == [f"encoder.{n}/3.attn.h1@answer" for n in range(4)]
+    assert [s.center for s in found] == [0, 1, 2, 3] and found[0].window == 3
+    assert [s.layer for s in members(found[0], shapes)] == ["0", "1"]
+    assert [s.layer for s in members(found[2], shapes)] == ["1", "2", "3"]
+    assert [str(s) for s in expand([Site.parse("encoder.1-2/1.resid@*")], shapes)] == [
+        "encoder.1.resid@*",
+        "encoder.2.resid@*",
+    ]
+    with pytest.raises(SiteError, match="an odd window"):
+        Site.parse("encoder.3/2.resid@*")
+    with pytest.raises(SiteError, match="a window of layers; expected one layer"):
+        _ = found[0].point
+    vision = {"vision": Shape(4, ("resid", "output"), {}, 8, 4)}
+    with pytest.raises(SiteError, match="there is one 'output'"):
+        expand([Site.parse("vision.*/3.output@all")], vision)

@@ -17,7 +17,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field, replace
 from functools import cache
-from itertools import groupby
+from itertools import dropwhile, groupby
 from typing import Any
 
 import torch
@@ -27,7 +27,7 @@ from torch import Tensor
 from vlmscope.inputs import Edit, Inputs, Pair
 from vlmscope.metrics import Patched, Score, score
 from vlmscope.model import Model, handles, hooks
-from vlmscope.sites import Point, Site
+from vlmscope.sites import Point, Site, members
 
 BUDGET = 128 * 2**20
 """Bytes that the intermediate results of one batch of rows may take, if there is room."""
@@ -37,13 +37,14 @@ SUBLAYERS = ("attn", "cross", "mlp")
 
 @dataclass(frozen=True, eq=False)
 class Row:
-    """One patch: its number in the sweep, what it names, and the stage of its tower it joins at.
+    """One patch: its number in the sweep, what it sets, and the stage of its tower it joins at.
 
-    Stage L is the entrance of block L; the stage behind the last block is its output.
+    `sites` are of one layer each, lowest first; a window of layers has several. Stage L is the
+    entrance of block L; the stage behind the last block is its output.
     """
 
     number: int
-    site: Site
+    sites: tuple[Site, ...]
     at: tuple[int, ...]
     tower: int
     stage: int
@@ -105,10 +106,10 @@ class Sweep:
         _keep_freed_memory()
         self.model, self.pair = model, pair
         self.towers = list(model.family.towers)
-        points = {site.point for site, _ in sites}
-        for site, _ in sites:
-            if site.kind in SUBLAYERS:
-                points.update(_around(site.tower, int(site.layer)))
+        points = {one.point for site, _ in sites for one in members(site, model.shapes)}
+        for point in list(points):
+            if point.kind in SUBLAYERS:
+                points.update(_around(point.tower, point.layer))
         runs = [(pair.clean, ()), (pair.corrupt, pair.edits)]
         self.kept = {tower: model.family.cache() for tower in self.towers}
         traces = []
@@ -210,15 +211,23 @@ class Sweep:
     # -- which patches need a row ----------------------------------------------------------------
 
     def _plan(self, sites: Sequence[tuple[Site, tuple[int, ...]]]) -> tuple[list[Row], list[int]]:
-        points = {site.point for site, _ in sites}
+        parts = [members(site, self.model.shapes) for site, _ in sites]
+        points = {one.point for some in parts for one in some}
         changed = {point: self._changed(point).cpu().numpy() for point in points}
-        rows, idle = [], []
-        for number, (site, at) in enumerate(sites):
+
+        def changes(site: Site, at: tuple[int, ...]) -> bool:
             there = changed[site.point][list(at)]
-            there = there if site.index is None else there[:, site.index]
-            if there.any() and self._reaches(site, at):
-                tower = self.towers.index(site.tower)
-                rows.append(Row(number, site, at, tower, self._stage(site)))
+            return bool((there if site.index is None else there[:, site.index]).any())
+
+        rows, idle = [], []
+        for number, (some, (_, at)) in enumerate(zip(parts, sites, strict=True)):
+            # What comes before the first change writes what is there already; after it, a value
+            # that both runs share still undoes what the change has done to it.
+            reaching = [one for one in some if self._reaches(one, at)]
+            live = tuple(dropwhile(lambda one, at=at: not changes(one, at), reaching))
+            if live:
+                tower = self.towers.index(live[0].tower)
+                rows.append(Row(number, live, at, tower, self._stage(live[0])))
             else:
                 idle.append(number)
         return sorted(rows, key=lambda row: (row.tower, row.stage)), idle
@@ -226,8 +235,8 @@ class Sweep:
     def _stage(self, site: Site) -> int:
         """Where the row of a site joins: behind its block, unless the whole block must be redone."""
         if site.kind == "resid_pre" or (site.kind in SUBLAYERS and self._whole(site.tower)):
-            return int(site.layer)
-        return int(site.layer) + (2 if site.kind == "output" else 1)
+            return site.center
+        return site.center + (2 if site.kind == "output" else 1)
 
     def _whole(self, tower: str) -> bool:
         """Whether the run's own edits are within a tower's blocks, where they count all positions."""
@@ -242,7 +251,7 @@ class Sweep:
 
     def _reaches(self, site: Site, at: tuple[int, ...]) -> bool:
         """Whether the read-out position can see the patch: in the last block only its own."""
-        last = site.tower == self.towers[-1] and int(site.layer) == self._depth(site.tower) - 1
+        last = site.tower == self.towers[-1] and site.center == self._depth(site.tower) - 1
         own = len(self.inputs.layout[site.tower].tokens) - 1
         return not last or site.kind == "resid_pre" or own in at
 
@@ -257,7 +266,7 @@ class Sweep:
             many = len(self.idle)
             yield self.idle, Score(*(v.expand(many).clone() for v in self.unchanged))
         for (number, _), group in groupby(
-            self.rows, key=lambda row: (row.tower, row.site.kind == "output")
+            self.rows, key=lambda row: (row.tower, row.sites[0].kind == "output")
         ):
             tower, rows = self.towers[number], list(group)
             most = self._most(tower)
@@ -290,7 +299,7 @@ class Sweep:
     def _chunk(self, tower: str, rows: list[Row]) -> Score:
         """Take rows of one tower, in the order of their stages, to their scores."""
         model, family = self.model, self.model.family
-        if rows[0].site.kind == "output":
+        if rows[0].sites[0].kind == "output":
             output = self._edited_output(self.base.outputs[tower], tower, self.inputs, self.edits)
             output = self._join(output[:0], output, rows, rows[0].stage)
         else:
@@ -320,9 +329,9 @@ class Sweep:
         if not new:
             return hidden
         joined = base.expand(len(new), -1, -1).clone()
-        cells = [Cell(i, p, row.site, p) for i, row in enumerate(new) for p in row.at]
+        cells = [Cell(i, p, row.sites[0], p) for i, row in enumerate(new) for p in row.at]
         self._write(joined, [c for c in cells if c.site.kind in ("resid", "output")])
-        within = [c for c in cells if c.site.kind in SUBLAYERS and int(c.site.layer) < stage]
+        within = [c for c in cells if c.site.kind in SUBLAYERS and c.site.center < stage]
         if within:
             self._behind(joined, within)
         return torch.cat([hidden, joined]) if len(hidden) else joined
@@ -334,7 +343,7 @@ class Sweep:
         so each patched position passes its block by itself, with the base run's self-attention
         written over its own, and the patch after that.
         """
-        tower, layer = cells[0].site.tower, int(cells[0].site.layer)
+        tower, layer = cells[0].site.tower, cells[0].site.center
         at = torch.tensor([c.source for c in cells], device=joined.device)
         heads, entrance = _around(tower, layer)
         own = self.base.values[heads][0, at, None]
@@ -347,11 +356,15 @@ class Sweep:
 
     def _block(self, tower: str, layer: int, hidden: Tensor, rows: list[Row]) -> Tensor:
         """One block over all rows that have joined, with the patches that are made in it."""
-        here = [(i, r) for i, r in enumerate(rows) if r.stage == layer == int(r.site.layer)]
+        cells = [
+            Cell(i, p, site, p)
+            for i, row in enumerate(rows)
+            for site in row.sites
+            if row.stage <= layer == site.center
+            for p in row.at
+        ]
         with self.model.editing(self.inputs, self.edits):
-            return self._call(
-                tower, layer, hidden, [Cell(i, p, row.site, p) for i, row in here for p in row.at]
-            )
+            return self._call(tower, layer, hidden, cells)
 
     def _call(
         self, tower: str, layer: int, hidden: Tensor, cells: list[Cell], **changes: object

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from vlmscope.inputs import Edit, Pair
 from vlmscope.metrics import Patched, Score, score
 from vlmscope.model import Model
-from vlmscope.sites import Site
+from vlmscope.sites import Site, members
 
 
 def patch(
@@ -28,12 +28,15 @@ def patch(
     logits = [score(model.run(inputs, edits), pair.answer, pair.foil) for inputs, edits in runs]
     (source, source_edits), (base, base_edits) = runs if direction == "denoise" else runs[::-1]
 
-    _, found = model.record(source, {site.point for site, _ in sites}, source_edits)
+    parts = [members(site, model.shapes) for site, _ in sites]
+    _, found = model.record(source, {one.point for some in parts for one in some}, source_edits)
 
     def chunks() -> Iterator[tuple[list[int], Score]]:
-        for number, (site, at) in enumerate(sites):
-            edit = Edit(site, "set", model.read(found[site.point], site, at))
-            patched = model.run(base, [*base_edits, edit])
+        for number, (_, at) in enumerate(sites):
+            edits = [
+                Edit(one, "set", model.read(found[one.point], one, at)) for one in parts[number]
+            ]
+            patched = model.run(base, [*base_edits, *edits])
             yield [number], score(patched[None], pair.answer, pair.foil)
 
     return Patched(logits[0], logits[1], chunks())

@@ -7,7 +7,8 @@ token. An expression is parsed once into a frozen `Site`, which prints back as i
 
 ========  =========================================================================================
 tower     `vision`, `qformer`, `encoder`, `decoder`: what the model has
-layer     `5`, a range `3-7` (each layer on its own), `*`
+layer     `5`, a range `3-7` (each layer on its own), `*`; `5/3`: a window of three layers around
+          layer 5, together as one patch (at the ends of the tower it is cut off), `*/3`: each of them
 kind      `resid` (a block's output), `resid_pre` (its input), `attn`, `cross`, `mlp` (what the
           sublayer adds to the residual stream, before it is added), `output` (the tower's output
           after its final norm; only the last layer has it, and only where there is such a norm)
@@ -102,8 +103,20 @@ class Site:
 
     @property
     def point(self) -> Point:
-        """The activation this site lies in; the layer must be a number."""
-        return Point(self.tower, int(self.layer), self.kind, self.unit[0] if self.unit else "")
+        """The activation this site lies in; raises `SiteError` for a window of layers."""
+        if self.window > 1:
+            raise SiteError(f"bad site '{self}': a window of layers; expected one layer here")
+        return Point(self.tower, self.center, self.kind, self.unit[0] if self.unit else "")
+
+    @property
+    def center(self) -> int:
+        """The layer, or the middle one of a window."""
+        return int(self.layer.partition("/")[0])
+
+    @property
+    def window(self) -> int:
+        """How many layers are patched together; 1 for a single layer."""
+        return int(self.layer.partition("/")[2] or 1)
 
     @property
     def index(self) -> int | None:
@@ -152,8 +165,10 @@ def _parse(text: str) -> Site:
     unit = parts[3] if len(parts) == 4 else None
     if tower not in TOWERS:
         raise _wrong(text, tower, starts[0], f"is not a tower{_one_of(tower, TOWERS)}")
-    if not re.fullmatch(r"\*|\d+|\d+-\d+", layer):
-        raise _wrong(text, layer, starts[1], "is not a layer; expected 5, 3-7 or *")
+    if not re.fullmatch(r"(\*|\d+|\d+-\d+)(/\d*[13579])?", layer):
+        raise _wrong(
+            text, layer, starts[1], "is not a layer; expected 5, 3-7 or *, or 5/3 (an odd window)"
+        )
     if kind not in KINDS:
         raise _wrong(text, kind, starts[2], f"is not a kind{_one_of(kind, KINDS)}")
     if unit is not None:
@@ -206,18 +221,38 @@ def _expand(site: Site, shapes: Mapping[str, Shape]) -> list[Site]:
     if site.kind not in shape.kinds:
         raise SiteError(f"bad site '{text}': the {site.tower} tower of this model has no "
                         f"'{site.kind}'{_one_of(site.kind, shape.kinds)}")  # fmt: skip
-    layers = _numbers(text, "layer", site.layer, shape.layers)
+    numbers, _, window = site.layer.partition("/")
+    layers = _numbers(text, "layer", numbers, shape.layers)
+    window = f"/{window}" if window not in ("", "1") else ""
     if site.kind == "output":
-        if site.layer != "*" and layers != [shape.layers - 1]:
+        if window:
+            raise SiteError(f"bad site '{text}': there is one 'output', so no window of layers")
+        if numbers != "*" and layers != [shape.layers - 1]:
             raise SiteError(f"bad site '{text}': only the last layer, {shape.layers - 1}, has "
                             "'output'")  # fmt: skip
         layers = [shape.layers - 1]
     if site.unit is None:
-        return [replace(site, layer=str(n)) for n in layers]
+        return [replace(site, layer=f"{n}{window}") for n in layers]
     many = shape.heads[site.kind] if site.unit[0] == "h" else shape.neurons
     name = UNITS[site.unit[0]][0]
     units = _numbers(text, name, site.unit[1:], many)
-    return [replace(site, layer=str(n), unit=f"{site.unit[0]}{u}") for n in layers for u in units]
+    return [
+        replace(site, layer=f"{n}{window}", unit=f"{site.unit[0]}{u}")
+        for n in layers
+        for u in units
+    ]
+
+
+def members(site: Site, shapes: Mapping[str, Shape]) -> list[Site]:
+    """The sites of one layer each that an expanded site patches together, lowest layer first.
+
+    >>> shapes = {"vision": Shape(4, ("resid",), {}, 8, 4)}
+    >>> [str(s) for s in members(Site.parse("vision.3/3.resid@all"), shapes)]
+    ['vision.2.resid@all', 'vision.3.resid@all']
+    """
+    reach, depth = site.window // 2, shapes[site.tower].layers
+    layers = range(max(0, site.center - reach), min(depth, site.center + reach + 1))
+    return [replace(site, layer=str(n)) for n in layers]
 
 
 def _numbers(text: str, what: str, part: str, many: int) -> list[int]:

@@ -247,7 +247,7 @@ class _Task:
             "corruption": self._kind,
             "site": str(site),
             "tower": site.tower,
-            "layer": int(site.layer),
+            "layer": site.center,
             "kind": site.kind,
             "unit": site.unit,
             "position": one,
