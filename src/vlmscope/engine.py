@@ -17,7 +17,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field, replace
 from functools import cache
-from itertools import dropwhile, groupby
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -224,7 +224,8 @@ class Sweep:
             # What comes before the first change writes what is there already; after it, a value
             # that both runs share still undoes what the change has done to it.
             reaching = [one for one in some if self._reaches(one, at)]
-            live = tuple(dropwhile(lambda one, at=at: not changes(one, at), reaching))
+            first = next((n for n, one in enumerate(reaching) if changes(one, at)), len(reaching))
+            live = tuple(reaching[first:])
             if live:
                 tower = self.towers.index(live[0].tower)
                 rows.append(Row(number, live, at, tower, self._stage(live[0])))

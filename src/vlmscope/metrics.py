@@ -6,11 +6,14 @@ computed in float32 at least, whatever the model's precision, and given in float
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from typing import NamedTuple
 
 from jaxtyping import Float
 from torch import Tensor
+
+_NOISE = re.compile(r"[^\w\s]|\b(a|an|the)\b")
 
 GAP = 1e-6
 """Smallest |LD(clean) − LD(corrupt)| in logits that `effect` is divided by."""
@@ -48,6 +51,16 @@ def effect(ld: float, ld_clean: float, ld_corrupt: float) -> float | None:
     """
     gap = ld_clean - ld_corrupt
     return (ld - ld_corrupt) / gap if abs(gap) > GAP else None
+
+
+def agrees(said: str, answer: str) -> bool:
+    """Whether two answers are the same but for case, punctuation, articles and blanks.
+
+    >>> agrees("A red-brown dog.", "red brown Dog"), agrees("dog", "dogs")
+    (True, False)
+    """
+    plain = [_NOISE.sub(" ", text.casefold()).split() for text in (said, answer)]
+    return plain[0] == plain[1]
 
 
 class Patched(NamedTuple):

@@ -321,6 +321,11 @@ def typed(frame: pd.DataFrame, schema: pa.Schema) -> pd.DataFrame:
     return _frame(_table(frame, schema))
 
 
+def bytes_of(effects: pd.DataFrame) -> int:
+    """How many bytes a table of patches takes on disk."""
+    return len(_parquet({0: _table(effects, EFFECTS)}))
+
+
 def _frame(table: pa.Table) -> pd.DataFrame:
     # Whole numbers and truths that may be null stay what they are.
     types = {"position": "Int32", "correct": "boolean"}

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import pandas as pd
 
@@ -19,10 +20,10 @@ from vlmscope.corrupt import Corruption, Noise
 from vlmscope.errors import DataError, ExampleError, SiteError, VlmscopeError
 from vlmscope.example import Example, fingerprint
 from vlmscope.inputs import Pair
-from vlmscope.metrics import effect
+from vlmscope.metrics import agrees, effect
 from vlmscope.model import Model
 from vlmscope.sites import Layout, Site, expand, grid, place
-from vlmscope.store import BASELINES, EFFECTS, Writer, open_run, read_run, typed
+from vlmscope.store import BASELINES, EFFECTS, Run, Writer, bytes_of, open_run, read_run, typed
 
 Direction = Literal["denoise", "noise"]
 Engine = Literal["fast", "reference"]
@@ -30,6 +31,8 @@ Placed = tuple[Site, tuple[int, ...]]
 
 SHOWN = 4
 """How many examples a run folder keeps to look at."""
+TRIED = 20
+"""How many examples an estimate tries, until two of them are of those that are kept."""
 
 
 def sweep(
@@ -63,12 +66,39 @@ def sweep(
     >>> len(table), table.columns[0]
     (12, 'example')
     """
+    if out is not None:
+        run = sweep_to(out, model, examples, sites, corrupt, direction=direction, engine=engine,
+                       seed=seed, data=data)  # fmt: skip
+        _tell(run.baselines())
+        return run.effects()
+    task = _Task(model, list(examples), sites, corrupt, direction, engine, seed)
+    _, effects, baselines = zip(*task.run(task.numbers()), strict=True)
+    _tell(pd.concat(baselines, ignore_index=True))
+    return typed(pd.concat(effects, ignore_index=True), EFFECTS)
+
+
+def sweep_to(
+    out: str | os.PathLike[str],
+    model: Model,
+    examples: Iterable[Example],
+    sites: str | Site | Sequence[str | Site],
+    corrupt: str | Noise = "image",
+    *,
+    direction: Direction = "denoise",
+    engine: Engine = "fast",
+    seed: int = 0,
+    data: str = "examples",
+    select: bool = False,
+) -> Run:
+    """`sweep` into a run folder, without holding the table in memory; goes on where it stopped.
+
+    With `select`, only examples are patched that the model answers rightly (by its own generation,
+    compared by `metrics.agrees`) and whose answer follows the corruption: it becomes the foil when
+    the image is the foil's, and is no longer the answer when the text or noise is what corrupts.
+    The others stay in `baselines` as excluded, with what the model said.
+    """
     examples = list(examples)
-    task = _Task(model, examples, sites, corrupt, direction, engine, seed)
-    if out is None:
-        _, effects, baselines = zip(*task.run(task.numbers()), strict=True)
-        _tell(pd.concat(baselines, ignore_index=True))
-        return typed(pd.concat(effects, ignore_index=True), EFFECTS)
+    task = _Task(model, examples, sites, corrupt, direction, engine, seed, select)
     with open_run(out, task.spec(data), task.description()) as writer:
         left = [n for n in task.numbers() if n not in writer.done]
         for number, table, baseline in task.run(left, len(writer.done)):
@@ -76,9 +106,43 @@ def sweep(
             if number < SHOWN:
                 _show(writer, number, examples[number], corrupt)
         writer.finish()
-    run = read_run(out)
-    _tell(run.baselines())
-    return run.effects()
+    return read_run(out)
+
+
+class Estimate(NamedTuple):
+    """What a sweep will take: seconds of computing, bytes on disk, patches of one example."""
+
+    seconds: float
+    bytes: int
+    patches: int
+
+
+def estimate(
+    model: Model,
+    examples: Sequence[Example],
+    sites: str | Site | Sequence[str | Site],
+    corrupt: str | Noise = "image",
+    *,
+    seed: int = 0,
+    select: bool = False,
+) -> Estimate:
+    """What these examples will take, from running one or two of them (the first one warms up).
+
+    An upper bound where `select` leaves some out, and of the bytes (parts compress better than a
+    single example).
+    """
+    task = _Task(model, examples, sites, corrupt, "denoise", "fast", seed, select)
+    seconds, size, patches, counted = 0.0, 0, 0, 0
+    for number in task.numbers()[:TRIED]:
+        start = time.perf_counter()
+        [(_, effects, _)] = task.run([number], quiet=True)
+        if effects.empty:
+            continue
+        seconds, counted = time.perf_counter() - start, counted + 1
+        size, patches = bytes_of(effects), len(effects)
+        if counted == 2 or seconds > 10.0:  # a long one has warmed up by itself
+            break
+    return Estimate(seconds * len(examples), size * len(examples), patches)
 
 
 def baselines(
@@ -91,7 +155,7 @@ def baselines(
     """How the model does on each example, clean and corrupt (columns as in `store.BASELINES`).
 
     `predicted` is the model's own generation on the clean input; `correct` compares it with the
-    answer, without regard to case and outer spaces.
+    answer, by `metrics.agrees`.
 
     >>> import vlmscope
     >>> model = vlmscope.load("toy-blip")
@@ -116,6 +180,7 @@ class _Task:
         direction: str,
         engine: str,
         seed: int,
+        select: bool = False,
     ) -> None:
         if direction not in ("denoise", "noise"):
             raise VlmscopeError(f"unknown direction '{direction}'; expected denoise or noise")
@@ -129,7 +194,7 @@ class _Task:
         _check_roles(self.sites, examples)
         self.model, self.examples, self.seed = model, examples, seed
         self.corruption: Corruption = corruptions.parse(corrupt)
-        self.direction, self.engine = direction, engine
+        self.direction, self.engine, self.select = direction, engine, select
 
     def numbers(self) -> list[int]:
         return list(range(len(self.examples)))
@@ -154,6 +219,7 @@ class _Task:
             "dtype": str(self.model.dtype).removeprefix("torch."),
             "device": self.model.device.type,
             "seed": self.seed,
+            "select": self.select,
             "versions": {p: version(p) for p in ("vlmscope", "torch", "transformers")},
         }
 
@@ -171,10 +237,10 @@ class _Task:
         return {"towers": towers}
 
     def run(
-        self, numbers: Sequence[int], done: int = 0
+        self, numbers: Sequence[int], done: int = 0, quiet: bool = False
     ) -> Iterator[tuple[int, pd.DataFrame, pd.DataFrame]]:
         """Number, effects and baseline of each example; one that cannot be run has no effects."""
-        with _progress(len(numbers) + done, done) as step:
+        with _progress(len(numbers) + done, done, quiet) as step:
             for finished, number in enumerate(numbers, start=done):
                 try:
                     effects, baseline = self._one(
@@ -182,12 +248,16 @@ class _Task:
                         lambda sites, share, before=finished: step(sites, before + share),
                     )
                 except (ExampleError, SiteError) as error:
-                    effects, baseline = self._excluded(self.examples[number], str(error))
+                    effects, baseline = self._excluded(self.examples[number], reason=str(error))
                 yield number, effects, baseline
                 step(0, finished + 1)
 
     def _one(self, example: Example, step: Any) -> tuple[pd.DataFrame, pd.DataFrame]:
         pairs = corruptions.pairs(self.model, example, self.corruption, self.seed)
+        said = self.model.answer(pairs[0].clean)
+        correct = agrees(said, example.answer)
+        if self.select and (reason := self._unfit(example, pairs[0], said)):
+            return self._excluded(example, predicted=said, correct=correct, reason=reason)
         layout = pairs[0].clean.layout
         placed = [p for site in self.patterns for p in place(site, layout[site.tower])]
         totals = [[0.0, 0.0] for _ in placed]
@@ -205,13 +275,12 @@ class _Task:
                     totals[n][1] += ld / len(pairs)
                 count += len(numbers)
                 step(len(numbers), count / len(placed) / len(pairs))
-        said = self.model.answer(pairs[0].clean)
         baseline = {
             "example": example.id,
             "corruption": self._kind,
             **base,
             "predicted": said,
-            "correct": said.strip().lower() == example.answer.strip().lower(),
+            "correct": correct,
             "excluded": False,
             "reason": None,
         }
@@ -259,12 +328,23 @@ class _Task:
             "effect": effect(ld, base["ld_clean"], base["ld_corrupt"]),
         }
 
-    def _excluded(self, example: Example, reason: str) -> tuple[pd.DataFrame, pd.DataFrame]:
+    def _unfit(self, example: Example, pair: Pair, said: str) -> str | None:
+        """Why an example is not one to learn from, if so."""
+        if not agrees(said, example.answer):
+            return f"the model answers '{said}', not '{example.answer}'"
+        then = self.model.answer(pair.corrupt, pair.edits)
+        if self._kind == "image" and not agrees(then, example.foil):
+            return f"with the corrupt image the model answers '{then}', not '{example.foil}'"
+        if self._kind != "image" and agrees(then, example.answer):
+            return f"with the corrupt input ({self._kind}) the model still answers '{then}'"
+        return None
+
+    def _excluded(self, example: Example, **fields: Any) -> tuple[pd.DataFrame, pd.DataFrame]:
         baseline = {
             "example": example.id,
             "corruption": self._kind,
             "excluded": True,
-            "reason": reason,
+            **fields,
         }
         return _frame([], EFFECTS.names), _frame([baseline], BASELINES.names)
 
@@ -307,12 +387,12 @@ def _show(writer: Writer, number: int, example: Example, corrupt: str | Noise) -
 
 
 @contextmanager
-def _progress(total: int, done: int) -> Iterator[Any]:
+def _progress(total: int, done: int, quiet: bool) -> Iterator[Any]:
     """A bar with rate and time left on standard error; nothing where that is not a terminal.
 
     Yields `step(patches, examples)`: patches since the last call, examples in all.
     """
-    if not sys.stderr.isatty():
+    if quiet or not sys.stderr.isatty():
         yield lambda sites, examples: None
         return
     from rich.console import Console
