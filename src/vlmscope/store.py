@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 import pandas as pd
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from vlmscope.errors import ExampleError, StoreError
@@ -260,9 +261,13 @@ class Run:
         """Whether the run came to its end."""
         return (self.path / "done.json").exists()
 
-    def effects(self) -> pd.DataFrame:
-        """The table of patches (columns as in `EFFECTS`), in the order of the examples."""
-        return _read(self.path, "effects", EFFECTS)
+    def effects(self, where: pc.Expression | None = None) -> pd.DataFrame:
+        """The table of patches (columns as in `EFFECTS`), in the order of the examples.
+
+        `where` keeps the rows of which it is true, such as `pc.field("tower") == "encoder"`; only
+        those are ever held in memory together.
+        """
+        return _read(self.path, "effects", EFFECTS, where)
 
     def baselines(self) -> pd.DataFrame:
         """The table of examples (columns as in `BASELINES`), in their order."""
@@ -295,7 +300,9 @@ def read_run(path: str | os.PathLike[str]) -> Run:
     return Run(folder, manifest["spec"], manifest.get("description") or {})
 
 
-def _read(folder: Path, name: str, schema: pa.Schema) -> pd.DataFrame:
+def _read(
+    folder: Path, name: str, schema: pa.Schema, where: pc.Expression | None = None
+) -> pd.DataFrame:
     pieces: list[tuple[int, pa.Table]] = []
     for part in _parts(folder):
         file = folder / name / part.name
@@ -308,7 +315,8 @@ def _read(folder: Path, name: str, schema: pa.Schema) -> pd.DataFrame:
                 raise ValueError("not the columns or rows that were written")
         start = 0
         for index, rows in sizes:
-            pieces.append((index, table.slice(start, rows)))
+            piece = table.slice(start, rows)
+            pieces.append((index, piece if where is None else piece.filter(where)))
             start += rows
     pieces.sort(key=lambda piece: piece[0])
     plain = schema.remove_metadata()
