@@ -11,7 +11,7 @@ from models import blip, example
 
 from vlmscope import corrupt, engine, reference
 from vlmscope.corrupt import Noise
-from vlmscope.inputs import Pair
+from vlmscope.inputs import Edit, Pair
 from vlmscope.model import Model, load
 from vlmscope.sites import Site, expand, place
 
@@ -279,3 +279,29 @@ def test_one_image_is_encoded_once(monkeypatch):
             sites = placed(model, pair, ["encoder.*.cross.h*@*", "decoder.*.resid@*"])
             list(engine.patch(model, pair, sites, seen=seen).chunks)
         assert len(calls) == 1
+
+
+def test_ablate_sets_what_it_is_given():
+    """Against plain runs with one edit each, in every tower."""
+    model = blip(layers=3, heads=2)
+    pair = model.prepare(example())
+    expressions = ["vision.*.attn.h*@all", "encoder.*.cross.h*@answer", "encoder.*.attn.h1@*",
+                   "encoder.1.mlp@*", "decoder.*.cross.h*@last", "encoder.*.resid@0"]  # fmt: skip
+    sites = placed(model, pair, expressions)
+    noise = torch.Generator().manual_seed(0)
+    values = {}
+    for number, (site, at) in enumerate(sites):
+        width = model.capture(pair.clean, [replace(site, position="0")]).popitem()[1].shape[-1]
+        shape = (len(at), width) if number % 2 else (1, width)
+        values[site] = torch.randn(shape, generator=noise, dtype=torch.float64)
+    patched = engine.ablate(model, pair.clean, pair.answer, pair.foil, sites, values)
+    found = torch.full((len(sites),), torch.nan, dtype=torch.float64)
+    for numbers, scores in patched.chunks:
+        found[numbers] = scores.ld
+    wanted = []
+    for site, _ in sites:
+        logits = model.run(pair.clean, [Edit(site, "set", values[site])])
+        wanted.append(logits[pair.answer] - logits[pair.foil])
+    torch.testing.assert_close(found, torch.stack(wanted), rtol=1e-9, atol=1e-12)
+    plain = model.run(pair.clean)
+    assert patched.clean.ld == plain[pair.answer] - plain[pair.foil]

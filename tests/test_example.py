@@ -622,3 +622,30 @@ def test_the_fingerprint_reads_a_file_once(tmp_path: Path, monkeypatch: pytest.M
     )
     fingerprint([made(str(number), clean_image=tmp_path / "a.png") for number in range(5)])
     assert len(reads) == 1
+
+
+def test_boxes_come_and_go(tmp_path: Path) -> None:
+    """`box` is the box of `object`; it is neither a group nor a role."""
+    file = tmp_path / "boxes.csv"
+    file.write_text(
+        "clean_image_path,clean_prompt,correct_answer,incorrect_answer,box,box_left hand\n"
+        'a.png,red or blue?,red,blue,"[1, 2, 30.5, 40]",0 0 9 9\n'
+        "b.png,red or blue?,red,blue,,\n"
+    )
+    one, two = read_csv(file)
+    assert one.masks == {"object": (1, 2, 30.5, 40), "left hand": (0, 0, 9, 9)}
+    assert (two.masks, one.groups, one.roles.keys()) == ({}, {}, {"answer", "foil"})
+    write_csv(tmp_path / "back.csv", [one, two])
+    assert [e.masks for e in read_csv(tmp_path / "back.csv")] == [one.masks, {}]
+    assert fingerprint([one]) != fingerprint([replace(one, masks={"object": (1, 2, 3, 4)})])
+
+
+@pytest.mark.parametrize("cell", ["1 2 3", "a b c d", "5 5 5 9", "1 2 nan 4", "-1 0 2 2"])
+def test_a_box_that_is_none(tmp_path: Path, cell: str) -> None:
+    file = tmp_path / "boxes.csv"
+    file.write_text(
+        "clean_image_path,clean_prompt,correct_answer,incorrect_answer,box\n"
+        f"a.png,red or blue?,red,blue,{cell}\n"
+    )
+    with pytest.raises(DataError, match=r"line 2: box_object is .* \(write left top right bottom"):
+        read_csv(file)

@@ -190,3 +190,24 @@ def test_a_picture_of_any_size_becomes_the_model_s():
     model = blip()
     pair = model.prepare(example(clean_image=picture(1, 40)))
     assert pair.clean.tensors["pixel_values"].shape == (1, 3, 12, 12)
+
+
+def test_attention_is_the_models_own():
+    """Rows sum to one, over the positions of the tower that is attended to."""
+    model = blip(layers=3, heads=2)
+    inputs = model.prepare(example()).clean
+    for tower, kind, keys in (
+        ("vision", "attn", "vision"),
+        ("encoder", "attn", "encoder"),
+        ("encoder", "cross", "vision"),
+        ("decoder", "cross", "encoder"),
+    ):
+        assert model.attended(tower, kind) == keys
+        rows = model.attention(inputs, tower, kind, [0])
+        shape = model.shapes[tower]
+        many = len(inputs.layout[keys].tokens)
+        assert rows.shape == (shape.layers, shape.heads[kind], 1, many)
+        torch.testing.assert_close(rows.sum(-1), torch.ones(rows.shape[:-1]))
+    by_hand = model.hf(**inputs.tensors, output_attentions=True)
+    whole = model.attention(inputs, "vision", "attn", range(10))
+    torch.testing.assert_close(whole, torch.cat(by_hand.attentions).float())

@@ -13,7 +13,7 @@ from __future__ import annotations
 import ctypes
 import os
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field, replace
 from functools import cache
@@ -92,6 +92,27 @@ def patch(
     return Patched(sweep.baselines[0], sweep.baselines[1], sweep.chunks())
 
 
+def ablate(
+    model: Model,
+    inputs: Inputs,
+    answer: int,
+    foil: int,
+    sites: Sequence[tuple[Site, tuple[int, ...]]],
+    values: Mapping[Site, Tensor],
+    *,
+    seen: dict[int, Tensor] | None = None,
+) -> Patched:
+    """Set each site, one at a time, to its value; the scores of `inputs` with that edit.
+
+    A value broadcasts to `(positions, width of the site)`. The same as
+    `model.run(inputs, [Edit(site, "set", value)])` for each; sites of the towers' inside, without
+    windows of layers.
+    """
+    pair = Pair(inputs, inputs, answer, foil)
+    sweep = Sweep(model, pair, sites, "noise", {} if seen is None else seen, values)
+    return Patched(sweep.baselines[0], sweep.baselines[1], sweep.chunks())
+
+
 class Sweep:
     """All patches of one pair."""
 
@@ -102,6 +123,7 @@ class Sweep:
         sites: Sequence[tuple[Site, tuple[int, ...]]],
         direction: str,
         seen: dict[int, Tensor],
+        values: Mapping[Site, Tensor] | None = None,
     ) -> None:
         _keep_freed_memory()
         self.model, self.pair = model, pair
@@ -111,12 +133,16 @@ class Sweep:
             if point.kind in SUBLAYERS:
                 points.update(_around(point.tower, point.layer))
         runs = [(pair.clean, ()), (pair.corrupt, pair.edits)]
+        runs = runs[:1] if values is not None else runs
         self.kept = {tower: model.family.cache() for tower in self.towers}
         traces = []
         for number, (inputs, edits) in enumerate(runs):
-            is_base = number == (direction == "denoise")
+            is_base = number == (direction == "denoise" and len(runs) == 2)
             with self._keeping() if is_base else nullcontext():
                 traces.append(self._trace(inputs, edits, points, seen))
+        if values is not None:
+            traces.append(self._given(traces[0], sites, values))
+            runs *= 2
         self.baselines = [score(t.logits, pair.answer, pair.foil) for t in traces]
         forward = direction == "denoise"
         self.source = traces[0] if forward else traces[1]
@@ -124,6 +150,19 @@ class Sweep:
         self.inputs, self.edits = runs[1] if forward else runs[0]
         self.unchanged = self.baselines[1] if forward else self.baselines[0]
         self.rows, self.idle = self._plan(sites)
+
+    def _given(
+        self,
+        trace: Trace,
+        sites: Sequence[tuple[Site, tuple[int, ...]]],
+        values: Mapping[Site, Tensor],
+    ) -> Trace:
+        """A run that has the given values at the sites; elsewhere nobody asks."""
+        found = {p: value.clone() for p, value in trace.values.items()}
+        for site, at in sites:
+            value = found[site.point]
+            found[site.point] = self.model.edited(value, Edit(site, "set", values[site]), at)
+        return Trace(trace.logits, found)
 
     # -- the two plain runs ----------------------------------------------------------------------
 

@@ -12,12 +12,13 @@ import difflib
 import hashlib
 import io
 import json
+import math
 import re
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TypeAlias, cast
+from typing import TypeAlias, TypeGuard, cast
 
 from PIL import Image, ImageOps, UnidentifiedImageError
 
@@ -25,6 +26,7 @@ from vlmscope.errors import DataError, ExampleError
 
 Picture: TypeAlias = Path | Image.Image
 Span: TypeAlias = tuple[int, int]
+Box: TypeAlias = tuple[float, float, float, float]
 
 COLUMNS = (
     "clean_image_path",
@@ -41,6 +43,8 @@ PROMPTS = ("clean_prompt", "corrupt_prompt")
 """Taken with the blanks around them, which a model's tokens may depend on."""
 MASK = "mask_path"
 """A column of this name holds the mask of `object`; `mask_path_NAME` the mask of NAME."""
+BOX = "box"
+"""The same for a box around it, written `left top right bottom`, in pixels of the clean image."""
 MAX_PIXELS = 89_000_000
 """A larger picture is refused before it is decoded (Pillow warns from about this size on)."""
 SHOWN = 5
@@ -54,7 +58,7 @@ class Example:
     `roles` maps a role's name to the character spans `(start, end)` of its words, in
     `clean_prompt` (by token alignment the same words hold it in `corrupt_prompt`). `masks` maps
     an object's name to a black and white picture of the size of `clean_image`, white where the
-    object is.
+    object is, or to the box around it: left, top, right, bottom in pixels of `clean_image`.
     """
 
     id: str
@@ -66,7 +70,7 @@ class Example:
     corrupt_prompt: str | None = None
     roles: Mapping[str, Span] = field(default_factory=dict)
     groups: Mapping[str, str] = field(default_factory=dict)
-    masks: Mapping[str, Picture] = field(default_factory=dict)
+    masks: Mapping[str, Picture | Box] = field(default_factory=dict)
 
 
 def find_roles(prompt: str, words: Mapping[str, str]) -> dict[str, Span]:
@@ -91,8 +95,8 @@ def read_csv(path: Path | str) -> list[Example]:
 
     The columns are `COLUMNS`, the published NOTICE code's own; the two of the corrupt input may
     be absent, and their cells empty. `id` is optional: by default an example's id is the number
-    of its row, counted from 0 as pandas does. `mask_path` and `mask_path_NAME` give masks. Every
-    further column is a group, and where its words stand in the clean prompt also a role of that
+    of its row, counted from 0 as pandas does. `mask_path` and `mask_path_NAME` give masks,
+    `box` and `box_NAME` boxes instead. Every further column is a group, and where its words stand in the clean prompt also a role of that
     name; the roles `answer` and `foil` are always looked up. Columns without a name, as pandas
     writes an index, are left out. Image paths are relative to the file's folder, and are not
     opened here.
@@ -240,7 +244,9 @@ def fingerprint(examples: Iterable[Example]) -> str:
     known: dict[Path, str] = {}
     for example in examples:
         pictures = {"clean": example.clean_image, "corrupt": example.corrupt_image}
-        pictures |= {f"mask {name}": mask for name, mask in sorted(example.masks.items())}
+        boxes = {name: mask for name, mask in sorted(example.masks.items()) if is_box(mask)}
+        pictures |= {f"mask {name}": cast(Picture, mask)
+                     for name, mask in sorted(example.masks.items()) if name not in boxes}  # fmt: skip
         record = {
             "id": example.id,
             "prompts": [example.clean_prompt, example.corrupt_prompt],
@@ -248,6 +254,7 @@ def fingerprint(examples: Iterable[Example]) -> str:
             "roles": {name: list(span) for name, span in sorted(example.roles.items())},
             "pictures": {name: _content(one, known) for name, one in pictures.items()},
         }
+        record |= {"boxes": boxes} if boxes else {}
         total.update(json.dumps(record).encode() + b"\n")
     return total.hexdigest()
 
@@ -292,8 +299,9 @@ def _parse(path: Path, text: str) -> Iterator[tuple[int, list[str]]]:
 
 
 def _check_header(path: Path, header: Sequence[str]) -> list[str]:
-    """The names of the columns, with `mask_path` in its long form."""
-    names = [f"{MASK}_object" if name.strip() == MASK else name.strip() for name in header]
+    """The names of the columns, with `mask_path` and `box` in their long form."""
+    short = {MASK: f"{MASK}_object", BOX: f"{BOX}_object"}
+    names = [short.get(name.strip(), name.strip()) for name in header]
     named = [name for name in names if not _is_index(name)]
     missing = [name for name in COLUMNS if name not in named and name not in OPTIONAL]
     if missing:
@@ -332,13 +340,24 @@ def _problem(row: Mapping[str, str]) -> str | None:
     if row["correct_answer"].casefold() == row["incorrect_answer"].casefold():
         word = row["correct_answer"]
         return f"correct_answer and incorrect_answer are both {word!r} (they must differ)"
+    for name, cell in row.items():
+        if cell and name.startswith(f"{BOX}_"):
+            try:
+                _box(cell)
+            except ValueError:
+                return f"{name} is {cell!r} (write left top right bottom, in pixels)"
     return None
 
 
 def _example(folder: Path, row: Mapping[str, str]) -> Example:
     """The example in a row that `_problem` has nothing against."""
-    masks = {name: cell for name, cell in row.items() if _is_mask(name) and cell}
-    fixed = {"id", *COLUMNS, *masks}
+    masks: dict[str, Picture | Box] = {}
+    for name, cell in row.items():
+        if _is_mask(name) and cell:
+            kind = MASK if name.startswith(MASK) else BOX
+            of = name.removeprefix(f"{kind}_")
+            masks[of] = folder / cell if kind == MASK else _box(cell)
+    fixed = {"id", *COLUMNS}
     groups = {
         name: cell
         for name, cell in row.items()
@@ -356,12 +375,25 @@ def _example(folder: Path, row: Mapping[str, str]) -> Example:
         corrupt_prompt=row.get("corrupt_prompt") or None,
         roles=find_roles(row["clean_prompt"], {**groups, "answer": answer, "foil": foil}),
         groups=groups,
-        masks={name.removeprefix(f"{MASK}_"): folder / cell for name, cell in masks.items()},
+        masks=masks,
     )
 
 
 def _is_mask(name: str) -> bool:
-    return re.fullmatch(rf"{MASK}_.+", name) is not None
+    return re.fullmatch(rf"({MASK}|{BOX})_.+", name) is not None
+
+
+def is_box(mask: Picture | Box) -> TypeGuard[Box]:
+    """Whether an object's place is given as a box, not as a picture."""
+    return isinstance(mask, tuple)
+
+
+def _box(cell: str) -> Box:
+    """The four numbers of a cell; raises `ValueError` if they are no box."""
+    left, top, right, bottom = (float(part) for part in re.split(r"[,;\s]+", cell.strip("()[] ")))
+    if not (0 <= left < right < math.inf and 0 <= top < bottom < math.inf):
+        raise ValueError(cell)
+    return left, top, right, bottom
 
 
 def _row(path: Path, number: int, example: Example) -> dict[str, str]:
@@ -377,6 +409,11 @@ def _row(path: Path, number: int, example: Example) -> dict[str, str]:
         here, there = path.parent.absolute(), Path(picture).absolute()
         return (there.relative_to(here) if there.is_relative_to(here) else there).as_posix()
 
+    def place_mask(name: str, mask: Picture | Box, index: int) -> tuple[str, str]:
+        if is_box(mask):
+            return f"{BOX}_{name}", " ".join(f"{x:.10g}" for x in mask)
+        return f"{MASK}_{name}", place(mask, f"mask{index}")
+
     words = {
         name: example.clean_prompt[slice(*span)]
         for name, span in example.roles.items()
@@ -390,10 +427,7 @@ def _row(path: Path, number: int, example: Example) -> dict[str, str]:
         "corrupt_prompt": example.corrupt_prompt or "",
         "correct_answer": example.answer,
         "incorrect_answer": example.foil,
-        **{
-            f"{MASK}_{name}": place(mask, f"mask{index}")
-            for index, (name, mask) in enumerate(example.masks.items())
-        },
+        **dict(place_mask(*item, index) for index, item in enumerate(example.masks.items())),
         **words,
         **example.groups,
     }

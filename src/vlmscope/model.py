@@ -211,6 +211,30 @@ class Model:
         return logits[0][0, -1].clone(), found
 
     @torch.inference_mode()
+    def attention(
+        self, inputs: Inputs, tower: str, kind: str, at: Sequence[int]
+    ) -> Float[Tensor, "layers heads at keys"]:
+        """What every head of a tower's `attn` or `cross` pays attention to, from the positions `at`.
+
+        Keys are the positions of `attended(tower, kind)`. Only these rows are kept, in float32.
+        """
+        rows: list[Tensor] = []
+        path = self.family.towers[tower].weights[kind]
+        with handles() as held:
+            for block in self.blocks(tower):
+
+                def keep(m: nn.Module, args: Any, out: Any) -> None:
+                    rows.append(out[1][0][:, list(at)].float())
+
+                held(block.get_submodule(path).register_forward_hook(keep))
+            self.hf(**inputs.tensors)
+        return torch.stack(rows)
+
+    def attended(self, tower: str, kind: str) -> str:
+        """The tower whose positions `attn` or `cross` of a tower attends to."""
+        return tower if kind == "attn" else self.family.towers[tower].reads or tower
+
+    @torch.inference_mode()
     def answer(self, inputs: Inputs, edits: Iterable[Edit] = ()) -> str:
         """What the model says: its own greedy generation, as text."""
         edits = list(edits)

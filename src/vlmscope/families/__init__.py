@@ -6,7 +6,7 @@ A family adds no arithmetic: everything is computed by the modules of Hugging Fa
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from jaxtyping import Float
@@ -24,7 +24,8 @@ class Tower:
     neurons) side by side, its output what the sublayer adds to the residual stream. `output` is
     the module whose output is the tower's, where a final norm follows the last block. `fold` is
     the cross-attention module: no query position of it looks at another, so that rows which share
-    the attended image can be laid end to end, as one row.
+    the attended image can be laid end to end, as one row. `weights` names, by kind, the modules
+    whose second output is the attention they paid; `reads` is the tower that `cross` attends to.
     """
 
     blocks: str
@@ -34,6 +35,8 @@ class Tower:
     cross: str | None = None
     output: str | None = None
     fold: str | None = None
+    weights: Mapping[str, str] = field(default_factory=dict)
+    reads: str | None = None
 
 
 @dataclass(frozen=True)

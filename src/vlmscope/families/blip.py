@@ -147,7 +147,7 @@ def cache() -> EncoderDecoderCache:
     return EncoderDecoderCache(DynamicCache(), DynamicCache())
 
 
-def _text(path: str) -> Tower:
+def _text(path: str, reads: str) -> Tower:
     return Tower(
         blocks=path,
         config="text_config",
@@ -155,6 +155,8 @@ def _text(path: str) -> Tower:
         cross="crossattention.output.dense",
         mlp="output.dense",
         fold="crossattention",
+        weights={"attn": "attention.self", "cross": "crossattention.self"},
+        reads=reads,
     )
 
 
@@ -170,9 +172,10 @@ VQA = Family(
             attn="self_attn.projection",
             mlp="mlp.fc2",
             output="vision_model",
+            weights={"attn": "self_attn"},
         ),
-        "encoder": _text("text_encoder.encoder.layer"),
-        "decoder": _text("text_decoder.bert.encoder.layer"),
+        "encoder": _text("text_encoder.encoder.layer", reads="vision"),
+        "decoder": _text("text_decoder.bert.encoder.layer", reads="encoder"),
     },
     logits="text_decoder",
     encode=encode,
