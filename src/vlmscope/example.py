@@ -410,7 +410,7 @@ def _row(path: Path, number: int, example: Example) -> dict[str, str]:
         return (there.relative_to(here) if there.is_relative_to(here) else there).as_posix()
 
     def place_mask(name: str, mask: Picture | Box, index: int) -> tuple[str, str]:
-        if is_box(mask):
+        if isinstance(mask, tuple):
             return f"{BOX}_{name}", " ".join(f"{x:.10g}" for x in mask)
         return f"{MASK}_{name}", place(mask, f"mask{index}")
 

@@ -146,9 +146,7 @@ class Model:
         return ids[0][:same], ids[0][same], ids[1][same]
 
     def _check_alignment(self, clean: str, corrupt: str) -> None:
-        tokenizer = self.processor.tokenizer
-        pieces = [[len(tokenizer(w, add_special_tokens=False)["input_ids"]) for w in p.split()]
-                  for p in (clean, corrupt)]  # fmt: skip
+        pieces = [[self.pieces(word) for word in p.split()] for p in (clean, corrupt)]
         if pieces[0] == pieces[1]:
             return
         words = [p.split() for p in (clean, corrupt)]
@@ -159,6 +157,10 @@ class Model:
             why = (f"word {n + 1} is '{words[0][n]}' ({pieces[0][n]} tokens) in the clean one, "
                    f"'{words[1][n]}' ({pieces[1][n]} tokens) in the corrupt one")  # fmt: skip
         raise ExampleError(f"the prompts do not align token for token: {why}; choose other words")
+
+    def pieces(self, word: str) -> int:
+        """How many tokens a word is."""
+        return len(self.processor.tokenizer(word, add_special_tokens=False)["input_ids"])
 
     def layouts(self) -> Mapping[str, Layout]:
         """What stands at each position of each tower, for a blank picture and a short question."""

@@ -240,7 +240,7 @@ class _Task:
         self, numbers: Sequence[int], done: int = 0, quiet: bool = False
     ) -> Iterator[tuple[int, pd.DataFrame, pd.DataFrame]]:
         """Number, effects and baseline of each example; one that cannot be run has no effects."""
-        with _progress(len(numbers) + done, done, quiet) as step:
+        with progress(len(numbers) + done, done, quiet) as step:
             for finished, number in enumerate(numbers, start=done):
                 try:
                     effects, baseline = self._one(
@@ -387,7 +387,9 @@ def _show(writer: Writer, number: int, example: Example, corrupt: str | Noise) -
 
 
 @contextmanager
-def _progress(total: int, done: int, quiet: bool) -> Iterator[Any]:
+def progress(
+    total: int, done: int = 0, quiet: bool = False, what: str = "examples"
+) -> Iterator[Any]:
     """A bar with rate and time left on standard error; nothing where that is not a terminal.
 
     Yields `step(patches, examples)`: patches since the last call, examples in all.
@@ -405,7 +407,7 @@ def _progress(total: int, done: int, quiet: bool) -> Iterator[Any]:
     )
 
     columns = (
-        TextColumn("{task.completed:.0f}/{task.total:.0f} examples"),
+        TextColumn("{task.completed:.0f}/{task.total:.0f} " + what),
         BarColumn(),
         TextColumn("{task.fields[rate]}"),
         TimeElapsedColumn(),
@@ -420,7 +422,7 @@ def _progress(total: int, done: int, quiet: bool) -> Iterator[Any]:
             nonlocal count
             count += sites
             seconds = bar.tasks[0].elapsed or 0.0
-            rate = f"{count / seconds:,.0f} patches/s" if seconds else ""
+            rate = f"{count / seconds:,.0f} patches/s" if seconds and count else ""
             bar.update(task, completed=examples, rate=rate)
 
         yield step

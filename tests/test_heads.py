@@ -1,0 +1,199 @@
+"""Planted functions are found, shuffled masks find none, and knock-outs are what they say."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from models import blip, example, picture
+from PIL import Image
+from planted import TRUTH, planted, planted_examples
+
+from vlmscope import heads
+from vlmscope.errors import DataError, ExampleError, SiteError
+from vlmscope.inputs import Edit
+from vlmscope.sites import Site
+
+SITES = "encoder.0.cross.h*@all"
+
+
+@pytest.fixture(scope="module")
+def found():
+    return heads.functions(planted(), planted_examples(60), SITES)
+
+
+def test_the_planted_model_answers_what_it_sees():
+    model = planted()
+    for one in planted_examples(10):
+        pair = model.prepare(one)
+        for inputs, word in ((pair.clean, one.answer), (pair.corrupt, one.foil)):
+            token = int(model.run(inputs).argmax())
+            assert model.processor.tokenizer.decode([token]) == word
+
+
+def test_planted_functions_are_labelled(found):
+    labels = dict(zip(found.functions["head"], found.functions["label"], strict=True))
+    assert labels == TRUTH, found.functions["evidence"].tolist()
+
+
+def test_the_numbers_beside_the_labels(found):
+    value = found.measures.pivot_table(index="head", columns="measure", values="value")
+    assert value.loc[0, "auc"] > 0.95 and value.loc[1, "auc"] > 0.95
+    assert value.loc[0, "iou_fixed"] > 0.9
+    assert value.loc[2, "outlier_mass"] > 0.9 and value.loc[2, "norm_rank"] > 0.9
+    assert value.loc[0, "mean"] < 0 < value.loc[1, "mean"]
+    assert value.loc[3, ["zero", "mean", "resample", "effect"]].abs().max() == 0.0
+    auc = found.measures.query("head == 0 and measure == 'auc'").iloc[0]
+    assert auc["low"] <= auc["value"] <= auc["high"] and abs(auc["null"] - 0.5) < 0.1
+    assert auc["q_value"] < 0.01
+
+
+def test_shuffled_masks_label_nothing():
+    examples = planted_examples(60)
+    strange = planted_examples(60, seed=1)
+    moved = [replace(e, masks=s.masks) for e, s in zip(examples, strange, strict=True)]
+    table = heads.functions(planted(), moved, SITES)
+    labels = table.functions.set_index("head")["label"]
+    assert not set(labels) & {"detection", "suppression"}
+    assert table.measures.query("measure == 'auc'")["q_value"].min() > 0.05
+
+
+def test_a_box_says_the_same_as_its_mask(found):
+    boxed = [
+        replace(e, masks={"object": tuple(map(float, e.masks["object"].getbbox()))})
+        for e in planted_examples(60)
+    ]
+    again = heads.functions(planted(), boxed, SITES)
+    assert again.measures.equals(found.measures)
+
+
+def test_the_foils_object_counts_too():
+    """A head that looks at the foil's object and, knocked out, makes the foil likelier."""
+    examples = [replace(e, masks={"foil": e.masks["object"]}) for e in planted_examples(30)]
+    table = heads.functions(planted(), examples, SITES)
+    labels = table.functions.set_index("head")["label"]
+    assert labels[0] == "suppression" and labels[1] == "unclear"
+
+
+def test_without_masks_only_what_needs_none_is_said():
+    examples = [replace(e, masks={}) for e in planted_examples(30)]
+    labels = heads.functions(planted(), examples, SITES).functions.set_index("head")["label"]
+    assert labels.to_dict() == {0: "unclear", 1: "unclear", 2: "outlier suppression", 3: "none"}
+
+
+def test_knock_outs_are_plain_runs_with_one_edit():
+    """Against `run` with the edit written out, by zero, by the mean and by another example's value."""
+    model = blip(layers=2, heads=2)
+    examples = [
+        example(id=f"e{n}", clean_image=picture(n), corrupt_image=picture(50 + n)) for n in range(5)
+    ]
+    study = heads._Study(model, examples, "encoder.1.cross.h1@answer", "image", 0)
+    site = Site.parse("encoder.1.cross.h1@answer")
+    means = study._means()
+    changes = study._knock_out(means)
+    own = [model.capture(s.pair.clean, [site])[str(site)] for s in study.seen]
+    torch.testing.assert_close(means["encoder", "cross"][1, 1][None], torch.stack(own).mean(0))
+
+    def ld(seen, value):
+        logits = model.run(seen.pair.clean, [Edit(site, "set", value)])
+        return float(logits[seen.pair.answer] - logits[seen.pair.foil])
+
+    for number, seen in enumerate(study.seen):
+        plain = model.run(seen.pair.clean)
+        base = float(plain[seen.pair.answer] - plain[seen.pair.foil])
+        mean = torch.stack(own).mean(0)
+        assert changes["zero"][number, 0] == pytest.approx(ld(seen, 0.0) - base, rel=1e-9)
+        assert changes["mean"][number, 0] == pytest.approx(ld(seen, mean) - base, rel=1e-9)
+        others = [ld(seen, value) - base for n, value in enumerate(own) if n != number]
+        assert any(changes["resample"][number, 0] == pytest.approx(x, rel=1e-9) for x in others)
+
+
+def test_heads_knocked_out_together(found):
+    table = found.together
+    assert table["set"].value_counts().to_dict() == {
+        "none": 1,
+        "these heads": 2,
+    }, "there are no other heads to draw"
+    assert table.loc[table["set"] == "none", "accuracy"].item() == 1.0
+    assert table.loc[table["set"] == "these heads", "accuracy"].max() < 0.8
+
+
+def test_random_heads_are_of_the_same_layers_where_there_are_enough():
+    model = blip(layers=3, heads=4)
+    examples = [example(id=f"e{n}", clean_image=picture(n)) for n in range(2)]
+    chosen = ["encoder.1.cross.h0@answer", "encoder.1.cross.h2@answer", "decoder.2.cross.h1@last"]
+    study = heads._Study(model, examples, chosen, None, 0)
+    for _ in range(20):
+        drawn = [str(s) for s in study._random()]
+        assert len(set(drawn)) == 3 and not set(drawn) & set(chosen)
+        assert sorted(x.split(".h")[0] for x in drawn) == [
+            "decoder.2.cross",
+            "encoder.1.cross",
+            "encoder.1.cross",
+        ]
+    study = heads._Study(model, examples, "encoder.1.cross.h*@answer", None, 0)
+    assert all(".1.cross" not in str(s) for s in study._random())
+
+
+def test_the_tables_are_written(tmp_path):
+    model, examples = planted(), planted_examples(6)
+    table = heads.write(tmp_path / "heads", model, examples, SITES, data="planted")
+    names = {p.name for p in (tmp_path / "heads").iterdir()}
+    assert names == {
+        "functions.csv",
+        "heads.json",
+        "maps.parquet",
+        "measures.csv",
+        "patches",
+        "together.csv",
+    }
+    assert len(table.functions) == 4
+
+
+def test_covered_patches():
+    mask = Image.new("L", (40, 20))
+    mask.paste(255, (0, 0, 20, 12))
+    one = example(clean_image=Image.new("RGB", (40, 20)), masks={"object": mask})
+    assert heads.covered(one, "object", (2, 4)).tolist() == [
+        [True, True, False, False],
+        [False, False, False, False],
+    ]
+    small = example(clean_image=Image.new("RGB", (40, 20)), masks={"object": (0, 0, 2, 2)})
+    assert heads.covered(small, "object", (2, 4)).sum() == 1
+    with pytest.raises(ExampleError, match="the mask of 'object' is empty"):
+        heads.covered(example(masks={"object": Image.new("L", (9, 9))}), "object", (2, 2))
+
+
+@pytest.mark.parametrize(
+    ("sites", "message"),
+    [
+        ("encoder.*.resid@answer", "not a head"),
+        ("encoder.*.cross.h*@*", "many positions"),
+        (["encoder.0.cross.h0@answer", "encoder.0.cross.h1@last"], "one position a kind"),
+        ("encoder.0/3.cross.h0@answer", "a window of layers"),
+    ],
+)
+def test_sites_that_are_no_heads(sites, message):
+    with pytest.raises(SiteError, match=message):
+        heads.functions(planted(), planted_examples(2), sites)
+
+
+def test_too_few_examples():
+    with pytest.raises(DataError, match="takes at least two"):
+        heads.functions(planted(), planted_examples(1), SITES)
+
+
+def test_means_of_nothing_new():
+    """The maps are the attention of the model, and their difference to the mean of all heads."""
+    model = planted()
+    study = heads._Study(model, planted_examples(2), SITES, "image", 0)
+    maps = study.maps()
+    assert len(maps) == 2 * 4 * 36
+    total = maps.groupby(["example", "site"])["attention"].sum()
+    assert (total <= 1 + 1e-9).all() and np.allclose(
+        total.xs("encoder.0.cross.h0@all", level=1), 1, atol=0.05
+    )
+    mean = maps.groupby(["example", "row", "column"])["difference"].mean()
+    assert np.allclose(mean, 0, atol=1e-12)
