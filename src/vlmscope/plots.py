@@ -31,6 +31,7 @@ VALUES = {
     "effect": "normalised effect (1: as the clean run)",
     "p_restored": "change in P(answer)",
     "p_patched": "P(answer) after the patch",
+    "restored": "share of P(answer) restored (0: corrupted, 1: clean)",
 }
 """The columns that can be drawn, with what stands at the colour bar."""
 
@@ -130,7 +131,7 @@ def head_table(
 
 
 def _strongest_place(rows: pd.DataFrame, value: str) -> tuple[str, pd.DataFrame]:
-    labels = _columns(rows)["column"]
+    labels = columns_of(rows)["column"]
     cells = rows.assign(column=labels).groupby(["column", "layer", "unit"])[value].mean()
     strength = cells.abs().groupby("column").mean().fillna(0.0)
     named = strength.drop(OTHER, errors="ignore")
@@ -145,7 +146,7 @@ def _select(effects: pd.DataFrame, tower: str, kind: str, value: str) -> pd.Data
 
 
 def _by_token(rows: pd.DataFrame, value: str) -> pd.DataFrame:
-    labels = _columns(rows)
+    labels = columns_of(rows)
     table = _mean(rows.assign(column=labels["column"]), value)
     order = labels.groupby("column")["order"].mean().sort_values(kind="stable")
     table = table[[c for c in order.index if c in table]]
@@ -172,8 +173,11 @@ def _at(rows: pd.DataFrame) -> pd.Series[str]:
     return rows["role"].astype("string").fillna(position).fillna(said).astype(object)
 
 
-def _columns(rows: pd.DataFrame) -> pd.DataFrame:
-    """The token column each row belongs to: `column`, `order` (from left to right), `is_role`."""
+def columns_of(rows: pd.DataFrame) -> pd.DataFrame:
+    """The token column of a figure that each patch belongs to.
+
+    Columns: `column`, its label; `order`, from left to right; `is_role`.
+    """
     role, token = rows["role"].astype(object), rows["token"].astype(object).fillna("")
     position = rows["position"].astype("Int32")
     is_role, is_one = role.notna(), position.notna()
