@@ -1,0 +1,303 @@
+"""SVO-Probes: two photographs that differ in the subject, the verb or the object.
+
+As distributed: `svo_probes.csv` with a triplet, an address and a number for both images of a row.
+The images lie in `images/NUMBER.jpg` (or another suffix). Questions are made from the triplets, as
+in NOTICE (Golovanevsky et al., arXiv 2406.16320): "is a man or a woman riding a horse?", "is the
+man riding or feeding the horse?", "is the man riding a horse or a bike?".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from vlmscope.data.english import (
+    PREPOSITIONS,
+    definite,
+    indefinite,
+    ing,
+    is_located,
+    is_plural,
+    is_somebody,
+    lemma,
+    preposition,
+)
+from vlmscope.data.layout import Pictures, by_stem, count, not_here, read_table
+from vlmscope.data.sampling import Drawn, balanced, example, in_order, shuffled
+from vlmscope.data.synonyms import near
+from vlmscope.errors import DataError
+from vlmscope.example import Example
+
+NAME = "svo-probes"
+TABLE = "svo_probes.csv"
+SIZE = 500
+KINDS = {"subject": "subj_neg", "verb": "verb_neg", "object": "obj_neg"}
+COLUMNS = (
+    "id",
+    "sentence",
+    "pos_triplet",
+    "neg_triplet",
+    "pos_url",
+    "neg_url",
+    "pos_image_id",
+    "neg_image_id",
+    *KINDS.values(),
+)
+
+FLAGS = "not exactly one of subj_neg, verb_neg and obj_neg is true"
+PARTS = "a triplet lacks a part"
+DIFFERS = "the triplets do not differ in the flagged word alone"
+NEAR = "the two words are near-synonyms"
+MULTI = "a verb of several words"
+NO_ING = "a verb without an -ing form that asks what is going on"
+NUMBER = "one subject is singular and the other plural"
+JOINED = "the two options need different prepositions"
+PEOPLE = "a verb of place with a person as its object"
+TWICE = "a word would stand in the question twice"
+SAME = "the same id or image pair as an earlier row"
+MISSING = "an image is not there"
+FAILED = "an image could not be downloaded"
+UNFETCHED = "left over: enough others were downloaded"
+
+Fetch = Callable[[Mapping[str, Path]], Mapping[str, str]]
+
+
+@dataclass(frozen=True)
+class Row:
+    """A row that makes a question; `answer` and `foil` as they stand in it."""
+
+    name: str
+    kind: str
+    triplet: tuple[str, str, str]
+    other: str
+    images: tuple[str, str]
+    urls: tuple[str, str]
+
+
+class Unfit(Exception):  # noqa: N818 (no error: the row is dropped and counted)
+    """Why a row makes no question."""
+
+
+def ask(kind: str, triplet: tuple[str, str, str], options: tuple[str, str]) -> str:
+    """The question with its two options in their order; words are those of the triplets.
+
+    >>> ask("subject", ("man", "ride", "horse"), ("man", "woman"))
+    'is a man or a woman riding a horse?'
+    >>> ask("verb", ("girl", "lie", "grass"), ("lie", "sit"))
+    'is the girl lying or sitting on the grass?'
+    >>> ask("object", ("people", "eat", "rice"), ("rice", "apple"))
+    'are the people eating rice or an apple?'
+    """
+    subject, verb, thing = triplet
+    action, joint = _verb(verb, thing)
+    be = "are" if is_plural(options[0] if kind == "subject" else subject) else "is"
+    first, second = options
+    if kind == "subject":
+        who = f"{indefinite(first)} or {indefinite(second)}"
+        said = [be, who, action, joint, indefinite(thing, located=_is_place(verb, joint))]
+    elif kind == "verb":
+        both = f"{_verb(first, thing)[0]} or {_verb(second, thing)[0]}"
+        said = [be, definite(subject), both, joint, definite(thing)]
+    else:
+        place = _is_place(verb, joint)
+        what = f"{indefinite(first, located=place)} or {indefinite(second, located=place)}"
+        said = [be, definite(subject), action, joint, what]
+    return " ".join(filter(None, said)) + "?"
+
+
+def load(
+    root: Path, limit: int | None, seed: int, dropped: dict[str, int], fetch: Fetch | None = None
+) -> list[Example]:
+    """The examples of the release in `root`; why rows were dropped is counted in `dropped`.
+
+    `fetch` downloads images that are missing (addresses to files) and returns those it could not
+    have; without it, rows without images are dropped.
+    """
+    table = root / TABLE
+    if not table.is_file():
+        raise not_here(NAME, root, f"file {TABLE}")
+    rows = read_rows(read_table(table, COLUMNS), dropped)
+    decks = {
+        kind: shuffled((row for row in rows if row.kind == kind), NAME, kind, seed)
+        for kind in KINDS
+    }
+    folder = root / "images"
+    if fetch:
+        _fetch_wanted(decks, limit, folder, fetch, dropped)
+    files = by_stem([folder])
+    lacking = UNFETCHED if fetch else MISSING
+    decks = {kind: _with_images(deck, files, dropped, lacking) for kind, deck in decks.items()}
+    if rows and not any(decks.values()):
+        way = "none could be downloaded; see download-failures.csv" if fetch else "pass --download"
+        raise DataError(
+            f"{folder}: no image of any row of {TABLE} that makes a question; expected "
+            f"{rows[0].images[0]}.jpg and the like; {way}"
+        )
+    pictures = Pictures(dropped)
+
+    def make(row: Row) -> Row | None:
+        return row if all(pictures.readable(files[image]) for image in row.images) else None
+
+    drawn = balanced(decks, make, size=SIZE, limit=limit, dropped=dropped)
+    return [_example(one, files) for one in drawn]
+
+
+def read_rows(table: Iterable[Mapping[str, str]], dropped: dict[str, int]) -> list[Row]:
+    """The rows of the table that make a question, in their order."""
+    rows: list[Row] = []
+    seen: set[object] = set()
+    for cells in table:
+        try:
+            row = _row(cells)
+        except Unfit as why:
+            count(dropped, str(why))
+            continue
+        keys = {row.name, frozenset(row.images)}
+        if keys & seen:
+            count(dropped, SAME)
+            continue
+        seen |= keys
+        rows.append(row)
+    return rows
+
+
+def _row(cells: Mapping[str, str]) -> Row:
+    flagged = [kind for kind, flag in KINDS.items() if _is_true(cells[flag])]
+    if len(flagged) != 1:
+        raise Unfit(FLAGS)
+    [kind] = flagged
+    one, other = _triplet(cells["pos_triplet"]), _triplet(cells["neg_triplet"])
+    place = list(KINDS).index(kind)
+    if [i for i in range(3) if one[i] != other[i]] != [place]:
+        raise Unfit(DIFFERS)
+    _check_question(kind, one, other, place)
+    return Row(
+        name=f"svo-{_whole(cells['id'])}-{kind}",
+        kind=kind,
+        triplet=one,
+        other=other[place],
+        images=(_whole(cells["pos_image_id"]), _whole(cells["neg_image_id"])),
+        urls=(cells["pos_url"], cells["neg_url"]),
+    )
+
+
+def _check_question(
+    kind: str, one: tuple[str, str, str], other: tuple[str, str, str], place: int
+) -> None:
+    """Refuse two triplets of which no question that reads well can be made."""
+    if near(lemma(one[1]), lemma(other[1])) if kind == "verb" else near(one[place], other[place]):
+        raise Unfit(NEAR)
+    (_, joint), (_, other_joint) = _verb(one[1], one[2]), _verb(other[1], other[2])
+    if joint != other_joint:
+        raise Unfit(JOINED)
+    for subject, verb, thing in (one, other):
+        if subject == thing or (kind == "subject" and thing in (one[0], other[0])):
+            raise Unfit(TWICE)
+        if kind == "object" and subject in (one[2], other[2]):
+            raise Unfit(TWICE)
+        if joint in ("on", "in") and is_somebody(thing) and is_located(verb):
+            raise Unfit(PEOPLE)
+    if kind == "subject" and is_plural(one[0]) != is_plural(other[0]):
+        raise Unfit(NUMBER)
+
+
+def _triplet(cell: str) -> tuple[str, str, str]:
+    parts = [" ".join(part.lower().replace("_", " ").split()) for part in cell.split(",")]
+    if len(parts) != 3 or not all(parts):
+        raise Unfit(PARTS)
+    return parts[0], parts[1], parts[2]
+
+
+def _verb(verb: str, thing: str) -> tuple[str, str]:
+    """The -ing form of a verb, and the preposition before its object."""
+    words = verb.split()
+    if len(words) > 2 or (len(words) == 2 and words[1] not in PREPOSITIONS):
+        raise Unfit(MULTI)
+    if words[0] == "lay" and preposition("lie", thing) and thing not in ("egg", "eggs", "brick"):
+        words[0] = "lie"  # captions say "laying on the bed"
+    action = ing(words[0])
+    if action is None:
+        raise Unfit(NO_ING)
+    return action, words[1] if len(words) == 2 else preposition(words[0], thing)
+
+
+def _is_place(verb: str, joint: str) -> bool:
+    return bool(joint) and (
+        is_located(verb.split()[0]) or joint in ("in", "on", "into", "at", "for")
+    )
+
+
+def _is_true(cell: str) -> bool:
+    return cell.strip().casefold() in ("true", "1", "1.0", "yes", "t")
+
+
+def _whole(cell: str) -> str:
+    """A number as pandas may have written it, without its point."""
+    return cell.removesuffix(".0")
+
+
+def _with_images(
+    deck: list[Row], files: Mapping[str, Path], dropped: dict[str, int], lacking: str
+) -> list[Row]:
+    kept = [row for row in deck if all(image in files for image in row.images)]
+    count(dropped, lacking, len(deck) - len(kept))
+    return kept
+
+
+def _fetch_wanted(
+    decks: dict[str, list[Row]],
+    limit: int | None,
+    folder: Path,
+    fetch: Fetch,
+    dropped: dict[str, int],
+) -> None:
+    """Download the images of the rows that would be drawn; a row that fails makes way for more.
+
+    Rows that are not wanted stay in `decks`, behind, and count as rows without images.
+    """
+    while kinds := [kind for kind, deck in decks.items() if deck]:
+        most = SIZE if limit is None else -(-limit // len(kinds))
+        quota = min(most, *(len(decks[kind]) for kind in kinds))
+        files = by_stem([folder])
+        wanted = [row for kind in kinds for row in decks[kind][:quota]]
+        jobs = {
+            url: folder / f"{image}.jpg"
+            for row in wanted
+            for image, url in zip(row.images, row.urls, strict=True)
+            if image not in files
+        }
+        if not jobs:
+            return
+        failed = set(fetch(jobs)) & set(jobs)
+        if not failed:
+            return
+        for kind in kinds:
+            kept = [row for row in decks[kind] if not failed & set(_lacking(row, files))]
+            count(dropped, FAILED, len(decks[kind]) - len(kept))
+            decks[kind] = kept
+
+
+def _lacking(row: Row, files: Mapping[str, Path]) -> Iterator[str]:
+    """The addresses of the images of a row that were not there before."""
+    for image, url in zip(row.images, row.urls, strict=True):
+        if image not in files:
+            yield url
+
+
+def _example(drawn: Drawn[Row], files: Mapping[str, Path]) -> Example:
+    row = drawn.made
+    answer, foil = row.triplet[list(KINDS).index(row.kind)], row.other
+    prompt = ask(row.kind, row.triplet, in_order(drawn.order, answer, foil))
+    if row.kind == "verb":
+        answer, foil = (_verb(word, row.triplet[2])[0] for word in (answer, foil))
+    words = dict(zip(KINDS, row.triplet, strict=True))
+    words["verb"] = _verb(row.triplet[1], row.triplet[2])[0]
+    return example(
+        row.name,
+        (files[row.images[0]], files[row.images[1]]),
+        prompt,
+        (answer, foil),
+        groups={"kind": row.kind, "order": drawn.order},
+        words=words,
+    )

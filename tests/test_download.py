@@ -1,0 +1,467 @@
+"""The downloader, against a server on this machine that does all that servers do wrong."""
+
+from __future__ import annotations
+
+import io
+import socket
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from email.utils import formatdate
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from vlmscope.data import download
+from vlmscope.data.download import fetch, fetch_and_log, is_permanent, is_public
+from vlmscope.errors import DataError
+
+Answer = Callable[[BaseHTTPRequestHandler], None]
+HERE = frozenset({"127.0.0.1"})
+
+
+def picture(kind: str = "JPEG", size: tuple[int, int] = (32, 24)) -> bytes:
+    file = io.BytesIO()
+    Image.effect_noise(size, 60).convert("RGB").save(file, kind)
+    return file.getvalue()
+
+
+PHOTO = picture(size=(160, 120))
+
+
+def send(
+    handler: BaseHTTPRequestHandler,
+    body: bytes,
+    status: int = 200,
+    kind: str = "image/jpeg",
+    **headers: str,
+) -> None:
+    handler.send_response(status)
+    handler.send_header("Content-Type", kind)
+    headers = {name.replace("_", "-"): value for name, value in headers.items()}
+    for name, value in {"Content-Length": str(len(body)), **headers}.items():
+        handler.send_header(name, value)
+    handler.end_headers()
+    handler.wfile.write(body)
+
+
+class Server:
+    """Answers what the test says for a path, and keeps what was asked for."""
+
+    def __init__(self) -> None:
+        self.answers: dict[str, Answer] = {}
+        self.asked: Counter[str] = Counter()
+        self.headers: list[dict[str, str]] = []
+        self.stop = threading.Event()
+        outer = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_GET(self) -> None:
+                outer.asked[self.path] += 1
+                outer.headers.append(dict(self.headers))
+                try:
+                    outer.answers[self.path](self)
+                except (BrokenPipeError, ConnectionResetError):
+                    self.close_connection = True
+
+            def log_message(self, *_: object) -> None:
+                pass
+
+        self.http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.http.daemon_threads = True
+        self.url = f"http://127.0.0.1:{self.http.server_port}"
+        self.thread = threading.Thread(target=self.http.serve_forever, args=(0.01,), daemon=True)
+        self.thread.start()
+
+    def add(self, path: str, answer: Answer | bytes) -> str:
+        self.answers[path] = answer if callable(answer) else lambda one: send(one, answer)
+        return self.url + path
+
+    def close(self) -> None:
+        self.stop.set()
+        self.http.shutdown()
+        self.http.server_close()
+        self.thread.join()
+
+
+@pytest.fixture
+def server() -> Iterator[Server]:
+    one = Server()
+    yield one
+    one.close()
+
+
+def get(url: str, path: Path, **options: object) -> str | None:
+    """Why an address could not be had; quick, and allowed on this machine."""
+    quick = {"timeout": 2.0, "total": 5.0, "retries": 0, "backoff": 0.01, "_allowed": HERE}
+    return fetch({url: path}, **{**quick, **options}).get(url)
+
+
+# What is had
+
+
+@pytest.mark.parametrize(
+    ("kind", "suffix"), [("JPEG", "jpg"), ("PNG", "png"), ("WEBP", "webp"), ("GIF", "gif")]
+)
+def test_a_file_has_the_suffix_of_its_content(
+    server: Server, tmp_path: Path, kind: str, suffix: str
+) -> None:
+    body = picture(kind)
+    url = server.add("/a.php", body)
+    assert get(url, tmp_path / "images" / "7.jpg") is None
+    assert [one.name for one in (tmp_path / "images").iterdir()] == [f"7.{suffix}"]
+    assert (tmp_path / "images" / f"7.{suffix}").read_bytes() == body
+
+
+def test_sends_no_more_than_it_must(server: Server, tmp_path: Path) -> None:
+    url = server.add("/a", lambda one: send(one, PHOTO, Set_Cookie="id=1"))
+    other = server.add("/b", PHOTO)
+    assert fetch({url: tmp_path / "a", other: tmp_path / "b"}, workers=1, _allowed=HERE) == {}
+    assert len(server.headers) == 2
+    for headers in server.headers:
+        assert set(headers) == {"Host", "User-Agent", "Accept", "Accept-Encoding"}
+
+
+def test_what_is_there_is_not_fetched_again(server: Server, tmp_path: Path) -> None:
+    (tmp_path / "1.png").write_bytes(picture("PNG"))
+    jobs = {server.add(f"/{n}", PHOTO): tmp_path / f"{n}.jpg" for n in (1, 2, 3)}
+    seen: list[tuple[int, int]] = []
+    assert fetch(jobs, _allowed=HERE, progress=lambda *now: seen.append(now)) == {}
+    assert server.asked == {"/2": 1, "/3": 1}
+    assert seen == [(2, 3), (3, 3)]
+    assert fetch(jobs, _allowed=HERE) == {}
+    assert sum(server.asked.values()) == 2
+
+
+def test_follows_redirects_by_hand(server: Server, tmp_path: Path) -> None:
+    server.add("/end", PHOTO)
+    url = server.add("/0", lambda one: send(one, b"", 302, Location="/end"))
+    assert get(url, tmp_path / "a") is None
+    for n in range(7):
+        server.add(f"/r{n}", lambda one, n=n: send(one, b"", 301, Location=f"r{n + 1}"))
+    assert get(server.url + "/r0", tmp_path / "b") == "too many redirects (more than 5)"
+    assert server.asked["/r5"] == 1
+    assert server.asked["/r6"] == 0
+
+
+# Addresses
+
+
+@pytest.mark.parametrize(
+    "address",
+    [
+        "127.0.0.1",
+        "10.1.2.3",
+        "172.16.0.1",
+        "192.168.1.1",
+        "169.254.169.254",
+        "100.64.0.1",
+        "0.0.0.0",
+        "224.0.0.1",
+        "255.255.255.255",
+        "::1",
+        "::",
+        "fe80::1%eth0",
+        "fc00::1",
+        "::ffff:127.0.0.1",
+        "64:ff9b::7f00:1",
+        "2002:7f00:1::",
+    ],
+)
+def test_knows_what_is_not_public(address: str) -> None:
+    assert not is_public(address)
+
+
+@pytest.mark.parametrize("address", ["8.8.8.8", "2606:4700::1111", "::ffff:8.8.8.8"])
+def test_knows_what_is_public(address: str) -> None:
+    assert is_public(address)
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "127.1", "2130706433", "0.0.0.0"])
+def test_refuses_a_private_address_before_it_sends_a_byte(tmp_path: Path, host: str) -> None:
+    """A bare socket sees the connection, and nothing on it."""
+    with socket.create_server(("127.0.0.1", 0)) as line:
+        url = f"http://{host}:{line.getsockname()[1]}/a.jpg"
+        reason = get(url, tmp_path / "a", _allowed=frozenset())
+        assert reason.startswith("address not public (")
+        line.settimeout(2)
+        connection, _ = line.accept()
+        with connection:
+            connection.settimeout(2)
+            assert connection.recv(100) == b""
+
+
+def test_refuses_a_private_address_before_the_handshake(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as line:
+        url = f"https://127.0.0.1:{line.getsockname()[1]}/a.jpg"
+        assert get(url, tmp_path / "a", _allowed=frozenset()).startswith("address not public")
+        connection, _ = line.accept()
+        with connection:
+            connection.settimeout(2)
+            assert connection.recv(100) == b""
+
+
+def test_refuses_a_redirect_to_a_private_address(server: Server, tmp_path: Path) -> None:
+    """127.0.0.1 stands for a public server here, 127.0.0.2 for what lies behind it."""
+    inner = ThreadingHTTPServer(("127.0.0.2", 0), BaseHTTPRequestHandler)
+    with inner:
+        target = f"http://127.0.0.2:{inner.server_port}/secret"
+        url = server.add("/a", lambda one: send(one, b"", 302, Location=target))
+        assert get(url, tmp_path / "a") == "address not public (127.0.0.2)"
+    assert server.asked["/a"] == 1
+
+
+def test_a_name_that_resolves_to_a_private_address_gains_nothing(
+    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What counts is the socket: the name may have looked public to anybody who asked before."""
+    real = socket.getaddrinfo
+    monkeypatch.setattr(
+        socket,
+        "getaddrinfo",
+        lambda host, *rest, **more: real(
+            "127.0.0.1" if host == "photos.example.com" else host, *rest, **more
+        ),
+    )
+    server.add("/a", PHOTO)
+    url = f"http://photos.example.com:{server.http.server_port}/a"
+    assert get(url, tmp_path / "a", _allowed=frozenset()) == "address not public (127.0.0.1)"
+    assert not server.asked
+
+
+@pytest.mark.parametrize(
+    ("url", "reason"),
+    [
+        ("file:///etc/passwd", "not an http or https address"),
+        ("ftp://example.com/a.jpg", "not an http or https address"),
+        ("a.jpg", "not an http or https address"),
+        ("", "not an http or https address"),
+        ("http://", "not an http or https address"),
+        ("http://[::1/a.jpg", "not an http or https address"),
+        ("http://me:secret@127.0.0.1/a.jpg", "credentials in the address"),
+        ("http://me@127.0.0.1/a.jpg", "credentials in the address"),
+    ],
+)
+def test_refuses_other_addresses(tmp_path: Path, url: str, reason: str) -> None:
+    assert get(url, tmp_path / "a") == reason
+    assert is_permanent(reason)
+
+
+def test_refuses_a_redirect_with_credentials_or_to_a_file(server: Server, tmp_path: Path) -> None:
+    url = server.add("/a", lambda one: send(one, b"", 302, Location="file:///etc/passwd"))
+    assert get(url, tmp_path / "a") == "not an http or https address"
+    url = server.add("/b", lambda one: send(one, b"", 302, Location="http://me:x@127.0.0.1/"))
+    assert get(url, tmp_path / "b") == "credentials in the address"
+
+
+# What is no image
+
+
+@pytest.mark.parametrize(
+    ("body", "kind", "reason"),
+    [
+        (b"<html>gone</html>", "text/html; charset=utf-8", "not an image (text/html)"),
+        (b"<html>gone</html>", "image/jpeg", "not an image (image/jpeg)"),
+        (b"%!PS-Adobe-3.0 EPSF-3.0\n", "image/x\x07", "not an image (image/x?)"),
+        (picture("TIFF"), "image/tiff", "not an image (image/tiff)"),
+        (b"", "image/jpeg", "an empty answer"),
+        (PHOTO[: len(PHOTO) // 2], "image/jpeg", "a broken image, or one that was cut off"),
+        (picture("GIF", (1, 1)), "image/gif", "too small: 1x1 pixels, a placeholder"),
+    ],
+)
+def test_refuses_what_is_no_image(
+    server: Server, tmp_path: Path, body: bytes, kind: str, reason: str
+) -> None:
+    url = server.add("/a", lambda one: send(one, body, kind=kind))
+    assert get(url, tmp_path / "a.jpg") == reason
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_decodes_only_what_photographs_come_in() -> None:
+    """Others, such as EPS, start other programs."""
+    assert set(download.DECODERS) == {"JPEG", "PNG", "WEBP", "GIF", "BMP"}
+
+
+def test_refuses_an_image_of_too_many_pixels(server: Server, tmp_path: Path) -> None:
+    file = io.BytesIO()
+    Image.new("1", (10_000, 9_000)).save(file, "PNG")
+    url = server.add("/a", file.getvalue())
+    assert get(url, tmp_path / "a") == "too large: more pixels than are read"
+
+
+# Too much, too slow
+
+
+def test_refuses_a_length_that_is_too_large_at_once(server: Server, tmp_path: Path) -> None:
+    url = server.add("/a", lambda one: send(one, PHOTO, Content_Length="99999999"))
+    assert get(url, tmp_path / "a") == "too large: more than 20,971,520 bytes"
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_cuts_off_an_endless_body(server: Server, tmp_path: Path) -> None:
+    sent = []
+
+    def endless(handler: BaseHTTPRequestHandler) -> None:
+        handler.send_response(200)
+        handler.end_headers()
+        while not server.stop.is_set():
+            handler.wfile.write(b"x" * 10_000)
+            sent.append(10_000)
+
+    url = server.add("/a", endless)
+    assert get(url, tmp_path / "a", max_bytes=100_000) == "too large: more than 100,000 bytes"
+    assert sum(sent) < 20_000_000  # what the buffers of the system hold
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("where", ["head", "body"])
+def test_ends_a_slow_drip(server: Server, tmp_path: Path, where: str) -> None:
+    """Every wait is short, so only the limit in all ends it."""
+
+    def drip(handler: BaseHTTPRequestHandler) -> None:
+        if where == "body":
+            handler.send_response(200)
+            handler.end_headers()
+        else:
+            handler.wfile.write(b"HTTP/1.0 200 OK\r\nX-Slow: ")
+        while not server.stop.wait(0.05):
+            handler.wfile.write(b"x")
+            handler.wfile.flush()
+
+    begun = time.monotonic()
+    assert get(server.add("/a", drip), tmp_path / "a", total=0.5) == "timed out after 0.5 s"
+    assert time.monotonic() - begun < 2
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_ends_a_silence(server: Server, tmp_path: Path) -> None:
+    url = server.add("/a", lambda _: server.stop.wait(10) and None)
+    assert get(url, tmp_path / "a", timeout=0.2) == "timed out after 0.2 s of silence"
+
+
+def test_a_body_that_breaks_off_is_no_image(server: Server, tmp_path: Path) -> None:
+    def broken(handler: BaseHTTPRequestHandler) -> None:
+        send(handler, PHOTO[:100], Content_Length=str(len(PHOTO)))
+
+    reason = get(server.add("/a", broken), tmp_path / "a")
+    assert reason.startswith("the connection broke (")
+    assert not is_permanent(reason)
+
+
+# Trying again
+
+
+def test_tries_again_what_may_pass(server: Server, tmp_path: Path) -> None:
+    def busy(handler: BaseHTTPRequestHandler) -> None:
+        if server.asked["/a"] < 3:
+            return send(handler, b"busy", 503)
+        return send(handler, PHOTO)
+
+    assert get(server.add("/a", busy), tmp_path / "a", retries=3) is None
+    assert server.asked["/a"] == 3
+
+
+def test_gives_up_after_so_many_tries(server: Server, tmp_path: Path) -> None:
+    url = server.add("/a", lambda one: send(one, b"", 500))
+    assert get(url, tmp_path / "a", retries=2) == "HTTP 500 Internal Server Error"
+    assert server.asked["/a"] == 3
+
+
+def test_what_is_gone_is_not_tried_again(server: Server, tmp_path: Path) -> None:
+    url = server.add("/a", lambda one: send(one, b"", 404))
+    assert get(url, tmp_path / "a", retries=3) == "HTTP 404 Not Found"
+    assert server.asked["/a"] == 1
+
+
+def test_waits_as_long_as_the_server_says(server: Server, tmp_path: Path) -> None:
+    def busy(handler: BaseHTTPRequestHandler) -> None:
+        if server.asked["/a"] < 2:
+            return send(handler, b"", 429, Retry_After="1")
+        return send(handler, PHOTO)
+
+    begun = time.monotonic()
+    assert get(server.add("/a", busy), tmp_path / "a", retries=1) is None
+    assert 1 <= time.monotonic() - begun < 3
+    url = server.add("/b", lambda one: send(one, b"", 503, Retry_After="9999"))
+    assert get(url, tmp_path / "b", retries=3) == "HTTP 503 Service Unavailable"
+    assert server.asked["/b"] == 1
+    later = download._wait(formatdate(time.time() + 30, usegmt=True))
+    assert later is not None and 25 < later <= 30
+
+
+def test_the_pauses_grow(server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pauses: list[float] = []
+    monkeypatch.setattr(threading.Event, "wait", _recording(threading.Event.wait, pauses))
+    url = server.add("/a", lambda one: send(one, b"", 503))
+    get(url, tmp_path / "a", retries=4, backoff=0.01)
+    assert len(pauses) == 4
+    for attempt, pause in enumerate(pauses):
+        assert 0.5 <= pause / (0.01 * 2**attempt) <= 1.5
+
+
+def _recording(
+    wait: Callable[[threading.Event, float | None], bool], pauses: list[float]
+) -> Callable[..., bool]:
+    def record(event: threading.Event, timeout: float | None = None) -> bool:
+        # The downloader's threads wait for nothing else with so short a limit.
+        if timeout and timeout < 0.4 and threading.current_thread().name.startswith("download"):
+            pauses.append(timeout)
+        return wait(event, timeout)
+
+    return record
+
+
+# The log
+
+
+def test_logs_what_failed_and_leaves_alone_what_failed_for_good(
+    server: Server, tmp_path: Path
+) -> None:
+    gone = server.add("/gone", lambda one: send(one, b"", 404))
+    busy = server.add("/busy", lambda one: send(one, b"", 503))
+    good = server.add("/good", PHOTO)
+    jobs = {url: tmp_path / url.rpartition("/")[2] for url in (gone, busy, good)}
+    log = tmp_path / "download-failures.csv"
+    first = fetch_and_log(jobs, log, retries=0, _allowed=HERE)
+    assert first == {gone: "HTTP 404 Not Found", busy: "HTTP 503 Service Unavailable"}
+    assert log.read_text().splitlines() == [
+        "url,reason",
+        f"{gone},HTTP 404 Not Found",
+        f"{busy},HTTP 503 Service Unavailable",
+    ]
+
+    server.add("/busy", PHOTO)
+    server.add("/gone", PHOTO)
+    assert fetch_and_log(jobs, log, retries=0, _allowed=HERE) == {gone: "HTTP 404 Not Found"}
+    assert server.asked == {"/gone": 1, "/busy": 2, "/good": 1}
+
+    log.unlink()
+    assert fetch_and_log(jobs, log, retries=0, _allowed=HERE) == {}
+    assert server.asked == {"/gone": 2, "/busy": 2, "/good": 1}
+    assert not log.exists()
+
+
+def test_says_that_a_log_cannot_be_read(tmp_path: Path) -> None:
+    (tmp_path / "log.csv").write_text("a,b\n1,2\n")
+    with pytest.raises(DataError, match=r"log\.csv: not a list of failures .*; delete it"):
+        fetch_and_log({"http://a/": tmp_path / "a"}, tmp_path / "log.csv")
+
+
+def test_ctrl_c_leaves_what_is_whole(server: Server, tmp_path: Path) -> None:
+    jobs = {server.add(f"/{n}", PHOTO): tmp_path / f"{n}.jpg" for n in range(30)}
+
+    def interrupt(done: int, _: int) -> None:
+        if done == 5:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        fetch(jobs, workers=1, progress=interrupt, _allowed=HERE)
+    names = sorted(one.name for one in tmp_path.iterdir())
+    assert 5 <= len(names) < 30
+    assert all(name.endswith(".jpg") for name in names)
+    assert fetch(jobs, _allowed=HERE) == {}
+    assert all(server.asked[f"/{name.removesuffix('.jpg')}"] == 1 for name in names)
+    assert len(list(tmp_path.iterdir())) == 30
