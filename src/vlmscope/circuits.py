@@ -365,12 +365,12 @@ def overlap(heads: pd.DataFrame) -> pd.DataFrame:
         for one, other in itertools.combinations(wide.columns, 2):
             a, b = wide[one].astype(bool), wide[other].astype(bool)
             both = int((a & b).sum())
-            chance = stats.hypergeom(len(wide), int(a.sum()), int(b.sum()))
+            sizes = (len(wide), int(a.sum()), int(b.sum()))
             rows.append(
                 {
                     "run": one, "other": other, "tower": tower, "kind": kind, "heads": len(wide),
                     "important": int(a.sum()), "important_other": int(b.sum()), "both": both,
-                    "expected": float(chance.mean()), "p_value": float(chance.sf(both - 1)),
+                    "expected": sizes[1] * sizes[2] / sizes[0], "p_value": float(stats.hypergeom.sf(both - 1, *sizes)),
                 }
             )  # fmt: skip
     columns = ["run", "other", "tower", "kind", "heads", "important", "important_other", "both",

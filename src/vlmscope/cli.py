@@ -79,7 +79,7 @@ def demo(
     ),
     limit: Annotated[int, typer.Option(min=1, help="Examples of each set.")] = 20,
 ) -> None:
-    """Trace the toy that ships with the package: three sets, image and text corruption."""
+    """The NOTICE pipeline on the toy and the three sets that ship with the package."""
     from vlmscope.demo import run
 
     run(out, limit)
@@ -128,16 +128,17 @@ def sweep(
     ] = None,  # --sites A B C
 ) -> None:
     """Patch every site of every example; write the table of effects to a folder."""
-    from vlmscope import study
     from vlmscope.corrupt import Noise
     from vlmscope.data import examples
     from vlmscope.model import load
+    from vlmscope.study import sweep_to
 
     kind: Any = corrupt.value
     if corrupt is Corrupt.noise:
         kind = Noise(noise.value, noise_at.value, noise_scale, draws)
     given = examples(data, limit=limit, seed=seed)
-    table = study.sweep(
+    run = sweep_to(
+        out,
         load(model, dtype=dtype.value, device=device),
         given,
         [*sites, *(more or [])],
@@ -145,15 +146,236 @@ def sweep(
         direction=direction.value,
         engine=engine.value,
         seed=seed,
-        out=out,
         data=data,
     )
-    print(f"{len(table):,} patches of {table['example'].nunique()} examples in {out}")
+    _left_out(run)
+    print(f"{run.patches():,} patches of {run.ran()} examples in {out}")
+
+
+@app.command()
+def notice(
+    out: Annotated[Path, typer.Option(help="The folder; an unfinished one goes on.")],
+    spec: Annotated[
+        Path | None, typer.Option(help="A TOML file; options given beside it take precedence.")
+    ] = None,
+    model: Annotated[
+        str | None, typer.Option(help="A toy's name, a Hugging Face id, or a folder.")
+    ] = None,
+    data: Annotated[
+        list[str] | None, typer.Option(metavar="D...", help="Built-in sets or CSV files.")
+    ] = None,
+    corrupt: Annotated[
+        list[Corrupt] | None,
+        typer.Option(help="Give it once for each.  [default: image and text]"),
+    ] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Examples of each set.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of drawing and testing.")] = None,
+    position: Annotated[
+        str | None,
+        typer.Option(help="Role at which heads are read out.  [default: answer, or else the last]"),
+    ] = None,
+    dtype: Annotated[DType | None, typer.Option(help="Precision.  [default: float32]")] = None,
+    device: Annotated[
+        str | None, typer.Option(help="cpu, cuda …  [default: the GPU if there is one]")
+    ] = None,
+    more: Annotated[list[str] | None, typer.Argument(hidden=True, metavar="D")] = None,
+) -> None:
+    """The NOTICE pipeline: selection, all modules and heads, circuits, head functions, report."""
+    from vlmscope.notice import Spec, run
+
+    given: dict[str, Any] = {
+        "model": model,
+        "data": (*(data or []), *(more or [])) or None,
+        "corrupt": tuple(one.value for one in corrupt) if corrupt else None,
+        "limit": limit,
+        "seed": seed,
+        "position": position,
+        "dtype": dtype.value if dtype else None,
+        "device": device,
+    }
+    if spec is None and not (model and data):
+        raise VlmscopeError("notice needs --model and --data, or --spec FILE with both")
+    settings = {name: value for name, value in given.items() if value is not None}
+    run(Spec.from_toml(spec, **settings) if spec else Spec(**settings), out, print)
+
+
+@app.command()
+def tracing(
+    model: Annotated[str, typer.Option(help="A toy's name, a Hugging Face id, or a folder.")],
+    data: Annotated[str, typer.Option(help="states, scenes, faces, or a CSV file.")],
+    out: Annotated[Path, typer.Option(help="The folder; an unfinished one goes on.")],
+    windows: Annotated[
+        list[int] | None,
+        typer.Option(help="Widths of windows of layers, each once.  [default: 1, 3, 5]"),
+    ] = None,
+    kinds: Annotated[
+        list[str] | None,
+        typer.Option(help="What is restored, each once.  [default: resid, attn, cross, mlp]"),
+    ] = None,
+    by: Annotated[
+        str, typer.Option(help="Average tokens by role, or by length of question.")
+    ] = "role",
+    repeats: Annotated[int, typer.Option(min=1, help="Draws of noise.")] = 10,
+    noise: Annotated[Form, typer.Option(help="x·ε, x+ε, or x·scale.")] = Form.multiply,
+    noise_scale: Annotated[
+        float | None, typer.Option(help="Strength of the noise.  [default: 5, 3 or 0.7691]")
+    ] = None,
+    dtype: Annotated[DType, typer.Option(help="Precision of the model.")] = DType.float32,
+    device: Annotated[
+        str | None, typer.Option(help="cpu, cuda …  [default: the GPU if there is one]")
+    ] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Only the first so many.")] = None,
+    seed: Annotated[int, typer.Option(help="Seed of built-in sets and of noise.")] = 0,
+) -> None:
+    """Causal tracing: noise on the image, clean states restored layer by layer, token by token."""
+    from vlmscope.corrupt import Noise
+    from vlmscope.data import examples
+    from vlmscope.model import load
+    from vlmscope.report import write_report
+    from vlmscope.tracing import KINDS, WINDOWS, trace
+
+    loaded = load(model, dtype=dtype.value, device=device)
+    table = trace(
+        out,
+        loaded,
+        examples(data, limit=limit, seed=seed),
+        noise=Noise(noise.value, "image", noise_scale, repeats),
+        windows=windows or WINDOWS,
+        kinds=kinds or [k for k in KINDS if any(k in s.kinds for s in loaded.shapes.values())],
+        by=by,
+        seed=seed,
+        data=data,
+    )
+    best = table.nlargest(5, "restored")
+    print("what restores most of P(answer):")
+    for row in best.itertuples():
+        print(
+            f"  {row.tower} layer {row.layer} {row.kind} at {row.at}, window of {row.window}: "
+            f"{row.restored:.1%} (SD over repeats {row.spread:.1%})"
+        )
+    print(
+        f"{len(table):,} rows in {out / 'tracing.parquet'}; {write_report([out], out / 'report.html')}"
+    )
+
+
+@app.command()
+def circuits(
+    runs: Annotated[list[Path], typer.Argument(help="Run folders, as sweep or notice write them.")],
+    out: Annotated[Path, typer.Option(help="The folder for the tables.")],
+    position: Annotated[
+        str | None,
+        typer.Option(help="Role at which heads are read out.  [default: answer, or else the last]"),
+    ] = None,
+    across_models: Annotated[
+        bool, typer.Option("--across-models", help="The runs are of models with the same heads.")
+    ] = False,
+    seed: Annotated[int, typer.Option(help="Seed of permutations and halves.")] = 0,
+) -> None:
+    """Important heads of each run, and the universal ones over all runs."""
+    from vlmscope.circuits import expressions, write
+
+    found = write(runs, out, position=position, across_models=across_models, seed=seed)
+    columns = ["run", "tower", "layer", "kind", "head", "position", "mean", "ci_low", "ci_high",
+               "q_value", "confirmed"]  # fmt: skip
+    important = found.heads[found.heads["important"]].sort_values("mean", key=abs, ascending=False)
+    print(f"{len(important)} important of {len(found.heads)} heads; the strongest:")
+    print(important[columns].head(15).to_string(index=False, float_format="{:.3g}".format))
+    everywhere = expressions(found.universal[found.universal["universal"]])
+    print(f"important in every run: {' '.join(everywhere) or 'none'}")
+    print(f"tables in {out}; `--sites $(cat {out / 'sites.txt'})` sweeps the important heads again")
+
+
+@app.command()
+def heads(
+    model: Annotated[str, typer.Option(help="A toy's name, a Hugging Face id, or a folder.")],
+    data: Annotated[str, typer.Option(help="states, scenes, faces, or a CSV file.")],
+    sites: Annotated[
+        list[str],
+        typer.Option(metavar="EXPR...", help="Heads, such as 'encoder.*.cross.h*@answer'."),
+    ],
+    out: Annotated[Path, typer.Option(help="The folder for the tables.")],
+    corrupt: Annotated[
+        Corrupt, typer.Option(help="What the corrupt run has changed.")
+    ] = Corrupt.image,
+    dtype: Annotated[DType, typer.Option(help="Precision of the model.")] = DType.float32,
+    device: Annotated[
+        str | None, typer.Option(help="cpu, cuda …  [default: the GPU if there is one]")
+    ] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Only the first so many.")] = None,
+    seed: Annotated[int, typer.Option(help="Seed of built-in sets, shuffles and knock-outs.")] = 0,
+    more: Annotated[list[str] | None, typer.Argument(hidden=True, metavar="EXPR")] = None,
+) -> None:
+    """What heads do: where they look, what they move, and what happens without them."""
+    from vlmscope.data import examples
+    from vlmscope.heads import write
+    from vlmscope.model import load
+    from vlmscope.report import write_report
+
+    found = write(
+        out,
+        load(model, dtype=dtype.value, device=device),
+        examples(data, limit=limit, seed=seed),
+        [*sites, *(more or [])],
+        corrupt.value,
+        seed=seed,
+        data=data,
+    )
+    for row in found.functions.itertuples():
+        print(f"{row.site}: {row.label}\n  {row.evidence}")
+    accuracy = found.together.groupby(["set", "knockout"], sort=False)["accuracy"].mean()
+    print("accuracy with heads knocked out together:")
+    for (name, how), value in accuracy.items():  # type: ignore[misc]
+        print(f"  {name}{f' ({how})' if how else ''}: {value:.1%}")
+    print(f"tables in {out}; {write_report([out], out / 'report.html')}")
+
+
+@app.command()
+def data(
+    name: Annotated[
+        str, typer.Argument(help="svo-probes, mit-states, faces, coco-qa, clevr or folder.")
+    ],
+    root: Annotated[Path, typer.Option(help="The folder of the unpacked data set.")],
+    out: Annotated[Path, typer.Option(help="The CSV file to write.")],
+    model: Annotated[
+        str | None,
+        typer.Option(
+            help="Whose tokenizer replaced words align with.  [default: one word, one token]"
+        ),
+    ] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="So many examples in all.")] = None,
+    seed: Annotated[int, typer.Option(help="Seed of the sampling.")] = 0,
+    download: Annotated[
+        bool, typer.Option("--download", help="Fetch missing images (svo-probes).")
+    ] = False,
+) -> None:
+    """Build a contrast set from a downloaded data set; says what each rule dropped, and why."""
+    from vlmscope.data import build
+    from vlmscope.example import write_csv
+
+    pieces = None
+    if model:
+        from vlmscope.model import tokenizer
+
+        pieces = tokenizer(model)
+
+    def fetched(done: int, of: int) -> None:
+        if sys.stderr.isatty():
+            end = "\n" if done == of else ""
+            print(f"\r{done:,} of {of:,} images", end=end, file=sys.stderr, flush=True)
+
+    built = build(
+        name, root, limit=limit, seed=seed, pieces=pieces, download=download, progress=fetched
+    )
+    write_csv(out, built.examples)
+    print(f"{built.summary()}\n{out}")
 
 
 @app.command()
 def report(
-    runs: Annotated[list[Path], typer.Argument(help="Run folders.")],
+    runs: Annotated[
+        list[Path],
+        typer.Argument(help="Folders of sweep, circuits, heads, tracing or notice."),
+    ],
     out: Annotated[Path, typer.Option(help="The HTML file; its figures go beside it.")],
 ) -> None:
     """Write one self-contained HTML file about one or more runs."""
@@ -172,6 +394,13 @@ def models(
     from vlmscope.model import describe, load, supported
 
     print(describe(load(model)) if model else supported())
+
+
+def _left_out(run: Any) -> None:
+    """Warn of examples that could not be run; an error if that is all of them."""
+    from vlmscope.study import tell
+
+    tell(run.baselines())
 
 
 def main() -> None:

@@ -669,7 +669,8 @@ def label(found: Mapping[str, Any], gap: float) -> tuple[str, str]:
     else:
         name = "unclear"
     shown = ("auc", "auc_foil", "outlier_mass", "effect", "mean")
-    return name, "; ".join(_words(n, found[n]) for n in shown if n in found)
+    said = [_words(n, found[n]) for n in shown if n in found]
+    return name, "; ".join([*([] if "entropy" in found else ["does not look at the image"]), *said])
 
 
 def _words(name: str, one: Any) -> str:

@@ -386,6 +386,19 @@ def load(
 _HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 
 
+def tokenizer(name: str | Path) -> Callable[[str], int]:
+    """How many tokens a word is for a model, without loading its weights; as `Model.pieces`.
+
+    >>> tokenizer("toy-blip")("circle")
+    1
+    """
+    path = toys().get(str(name), name)
+    family = _family(_config(path).get("architectures") or [], str(name))
+    with _one_line(name):
+        own = family.processor.from_pretrained(path, trust_remote_code=False).tokenizer
+    return lambda word: len(own(word, add_special_tokens=False)["input_ids"])
+
+
 def supported() -> str:
     """The supported families and the toys that ship, as text."""
     lines = ["families"]

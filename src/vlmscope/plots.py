@@ -11,7 +11,7 @@ Red is towards the answer, blue towards the foil, white is no change, grey was n
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -73,14 +73,17 @@ def strongest(effects: pd.DataFrame, n: int = 10) -> pd.DataFrame:
     columns = ["site", "corruption", "token", "mean", "sd", "n"]
     if effects.empty:
         return pd.DataFrame(columns=columns)
-    rows = effects.assign(at=_at(effects), unit=effects["unit"].astype(object).fillna(""))
+    layer = effects["site"].str.split(".", n=2).str[1]  # with the window, where it has one
+    rows = effects.assign(
+        at=_at(effects), layer=layer, unit=effects["unit"].astype(object).fillna("")
+    )
     each = rows.groupby([*keys, "example"], as_index=False)["logit_diff"].mean()
     found = each.groupby(keys)["logit_diff"].agg(["mean", "std", "count"])
     tokens = rows.groupby(keys)["token"].agg(["first", "nunique"])
     found["token"] = tokens["first"].where(tokens["nunique"] == 1)
     found = found.rename(columns={"std": "sd", "count": "n"}).reset_index()
     unit = found["unit"].where(found["unit"] == "", "." + found["unit"])
-    place = found["tower"] + "." + found["layer"].astype(str) + "." + found["kind"]
+    place = found["tower"] + "." + found["layer"] + "." + found["kind"]
     found["site"] = place + unit + "@" + found["at"]
     order = found["mean"].abs().sort_values(ascending=False, kind="stable").index
     return found.loc[order, columns].head(n).reset_index(drop=True)
@@ -130,6 +133,27 @@ def head_table(
     return table
 
 
+def tracing_tables(
+    table: pd.DataFrame, *, tower: str = "encoder", window: int = 1, length: int = 0
+) -> dict[str, pd.DataFrame]:
+    """Layer × token tables of the share restored, by kind, from the table of `tracing.trace`.
+
+    `length` is that of the questions in tokens, 0 where tokens are averaged by role.
+    """
+    same = (table["window"] == window) & (table["length"] == length)
+    rows = table[(table["tower"] == tower) & same]
+    found = {}
+    for kind in [k for k in KINDS if k in set(rows["kind"])]:
+        some = rows[rows["kind"] == kind]
+        wide = some.pivot_table(index="layer", columns="at", values="restored")
+        wide = wide[list(some.groupby("at")["order"].mean().sort_values(kind="stable").index)]
+        wide.columns.name = "token"
+        wide.attrs["roles"] = set(some.loc[some["is_role"].astype(bool), "at"])
+        wide.attrs["examples"] = round(some["n"].max())
+        found[kind] = wide
+    return found
+
+
 def _strongest_place(rows: pd.DataFrame, value: str) -> tuple[str, pd.DataFrame]:
     labels = columns_of(rows)["column"]
     cells = rows.assign(column=labels).groupby(["column", "layer", "unit"])[value].mean()
@@ -142,7 +166,8 @@ def _strongest_place(rows: pd.DataFrame, value: str) -> tuple[str, pd.DataFrame]
 def _select(effects: pd.DataFrame, tower: str, kind: str, value: str) -> pd.DataFrame:
     if value not in VALUES:
         raise ValueError(f"no value '{value}' to draw; expected one of {', '.join(VALUES)}")
-    return effects[(effects["tower"] == tower) & (effects["kind"] == kind)]
+    single = ~effects["site"].str.contains("/", regex=False)  # no windows of layers
+    return effects[(effects["tower"] == tower) & (effects["kind"] == kind) & single]
 
 
 def _by_token(rows: pd.DataFrame, value: str) -> pd.DataFrame:
@@ -244,10 +269,16 @@ def layer_by_head(
     return panels({title or f"{name}{at}\n{_over(effects, table)}": table}, value=value)
 
 
-def panels(tables: Mapping[str, pd.DataFrame], *, value: str = "logit_diff") -> Figure:
+def panels(
+    tables: Mapping[str, pd.DataFrame],
+    *,
+    value: str = "logit_diff",
+    marks: Mapping[str, Iterable[tuple[int, int]]] | None = None,
+) -> Figure:
     """Tables of `token_table` or `head_table` side by side, with one colour scale for all.
 
-    The keys are the titles.
+    The keys are the titles. `marks` names cells, (row label, column label), that get a dot, by title;
+    without it the strongest cells of a head table are outlined.
     """
     scale = _scale(list(tables.values()), value)
     across = min(len(tables), 3 if _width(tables) <= 5 else 2 if _width(tables) <= 7.5 else 1)
@@ -261,7 +292,7 @@ def panels(tables: Mapping[str, pd.DataFrame], *, value: str = "logit_diff") -> 
     axes = figure.subplots(max(down, 1), max(across, 1), squeeze=False)
     flat = list(axes.flat)
     for spot, (title, table) in zip(flat, tables.items(), strict=False):
-        _heat_map(spot, table, scale)
+        _heat_map(spot, table, scale, None if marks is None else marks.get(title, ()))
         spot.set_title(_drawable(title, 90), fontsize=10, color=_INK, parse_math=False)
     for spot in flat[len(tables) :]:
         spot.set_axis_off()
@@ -316,6 +347,130 @@ def image_grid(
     return figure
 
 
+def universal(heads: pd.DataFrame, *, most: int = 30) -> Figure:
+    """Heads (rows) over runs (columns): the mean `logit_diff`, a dot where a head is important.
+
+    `heads` is the table of `circuits.find`. Heads that are important somewhere are shown, those
+    important in most runs first, `most` at the most; a ring marks what the other half confirms.
+    """
+    rows = heads.assign(
+        name=heads["tower"] + " L" + heads["layer"].astype(str) + " " + heads["kind"]
+        + " H" + heads["head"].astype(str) + " @" + heads["position"]
+    )  # fmt: skip
+    runs = list(dict.fromkeys(rows["run"]))
+    count = rows.groupby("name")["important"].sum()
+    size = rows.assign(size=rows["mean"].abs()).groupby("name")["size"].mean()
+    order = pd.DataFrame({"count": count, "size": size}).query("count > 0")
+    names = list(order.sort_values(["count", "size"], ascending=False).index[:most])[::-1]
+    table = rows.pivot_table(index="name", columns="run", values="mean").reindex(names)[runs]
+    scale = _scale([table], "logit_diff")
+    wide, high = 0.62 * len(runs) + 3.6, 0.27 * max(len(names), 3) + 1.9
+    figure = _Shown(figsize=(wide, high), layout="constrained", facecolor="white")
+    axes = figure.subplots()
+    if not names:
+        _heat_map(axes, table, scale)
+        return figure
+    axes.set_facecolor(_MISSING)
+    cells = np.ma.masked_invalid(table.to_numpy(dtype=float))
+    axes.pcolormesh(cells, cmap=scale.cmap, norm=scale.norm, edgecolors="white", linewidth=0.8)  # type: ignore[arg-type]
+    axes.tick_params(length=0, labelsize=8, colors=_INK)
+    axes.spines[:].set_visible(False)
+    everywhere = {n for n in names if count[n] == len(runs)}
+    axes.set_yticks([i + 0.5 for i in range(len(names))], names)
+    for tick, name in zip(axes.get_yticklabels(), names, strict=True):
+        tick.set_fontweight("bold" if name in everywhere else "normal")
+    labels = [_drawable(run, 24) for run in runs]
+    axes.set_xticks([i + 0.5 for i in range(len(runs))], labels, rotation=45, ha="right",
+                    rotation_mode="anchor", parse_math=False)  # fmt: skip
+    where = {name: i for i, name in enumerate(names)}
+    shown = rows[rows["important"] & rows["name"].isin(names)]
+    places = [(where[r.name_], runs.index(r.run)) for r in shown.rename(columns={"name": "name_"}).itertuples()]  # fmt: skip
+    _dots(axes, places)
+    sure = shown[shown["confirmed"]].rename(columns={"name": "name_"})
+    axes.scatter([runs.index(r.run) + 0.5 for r in sure.itertuples()],
+                 [where[r.name_] + 0.5 for r in sure.itertuples()],
+                 s=75, facecolors="none", edgecolors=_INK, linewidths=1.0)  # fmt: skip
+    bar = figure.colorbar(scale, ax=axes, shrink=min(1.0, 4.0 / high), pad=0.03)
+    _label_bar(bar, "logit_diff")
+    return figure
+
+
+def attention(
+    maps: pd.DataFrame,
+    pictures: Mapping[str, _Picture],
+    patches: pd.DataFrame | None = None,
+    *,
+    titles: Mapping[str, str] | None = None,
+) -> Figure:
+    """A row an example: its picture, the attention of each head, and what its patches do.
+
+    `maps` is the table that `heads.write` keeps: attention minus the all-heads mean, on one scale for
+    all; the object's patches have an outline. `patches` are effects of patching the image's patches,
+    on a scale of their own at the right. `titles` are for the sites of the heads.
+    """
+    names = [n for n in dict.fromkeys(maps["example"]) if n in pictures]
+    sites = list(dict.fromkeys(maps["site"]))
+    across = 1 + len(sites) + (patches is not None)
+    figure = _Shown(figsize=(1.75 * across + 1.6, 1.95 * len(names) + 0.3), layout="constrained",
+                    facecolor="white")  # fmt: skip
+    axes = figure.subplots(len(names), across, squeeze=False)
+    scale = _scale([maps[["difference"]]], "logit_diff")
+    own = None if patches is None else _scale([patches[["logit_diff"]]], "logit_diff")
+    for line, name in zip(axes, names, strict=True):
+        shown = _open(pictures[name])
+        mine = maps[maps["example"] == name]
+        size = (int(mine["rows"].iloc[0]), int(mine["columns"].iloc[0]))
+        line[0].imshow(shown, extent=(0, 1, 0, 1))
+        for spot, site in zip(line[1:], sites, strict=False):
+            cells = _cells(mine[mine["site"] == site], "difference", size)
+            _overlay(spot, shown, cells, scale)
+            _outline(spot, _cells(mine[mine["site"] == site], "object", size))
+        if patches is not None and own is not None:
+            some = patches[(patches["example"] == name) & patches["token"].notna()]
+            places = some["token"].str.split(",", expand=True).astype(int)
+            some = some.assign(row=places[0], column=places[1])
+            _overlay(line[-1], shown, _cells(some, "logit_diff", size), own)
+            _outline(line[-1], _cells(mine[mine["site"] == sites[0]], "object", size))
+        for spot in line:
+            spot.set_axis_off()
+    heads = [(titles or {}).get(site, site) for site in sites]
+    said = ["picture", *heads, *(["patched in"] if patches is not None else [])]
+    for spot, title in zip(axes[0], said, strict=True):
+        spot.set_title(title, fontsize=8.5, color=_INK)
+    height = 1.95 * len(names)
+    bars = [(scale, "attention minus all-heads mean", axes[:, : 1 + len(sites)])]
+    bars += [(own, VALUES["logit_diff"], axes[:, -1:])] if own is not None else []
+    for mapped, text, where in bars:
+        bar = figure.colorbar(mapped, ax=list(where.flat), shrink=min(1.0, 2.6 / height), pad=0.02)
+        _label_bar(bar, "logit_diff")
+        bar.set_label(text, fontsize=9, color=_INK)
+    return figure
+
+
+def _cells(rows: pd.DataFrame, value: str, size: tuple[int, int]) -> np.ndarray[Any, Any]:
+    found = np.full(size, np.nan)
+    found[rows["row"].to_numpy(int), rows["column"].to_numpy(int)] = rows[value].to_numpy(float)
+    return found
+
+
+def _outline(axes: Axes, cells: np.ndarray[Any, Any]) -> None:
+    """A line around the cells that are set."""
+    inside = np.pad(np.nan_to_num(cells) > 0, 1)
+    rows, columns = cells.shape
+    for r, c in zip(*np.nonzero(inside), strict=True):
+        left, top = (c - 1) / columns, 1 - (r - 1) / rows
+        right, bottom = c / columns, 1 - r / rows
+        for beyond, xs, ys in (
+            (inside[r - 1, c], (left, right), (top, top)),
+            (inside[r + 1, c], (left, right), (bottom, bottom)),
+            (inside[r, c - 1], (left, left), (top, bottom)),
+            (inside[r, c + 1], (right, right), (top, bottom)),
+        ):
+            if not beyond:
+                axes.plot(xs, ys, color="white", lw=2.4, solid_capstyle="round")
+                axes.plot(xs, ys, color=_INK, lw=1.2, solid_capstyle="round")
+
+
 def _overlay(
     axes: Axes, picture: Image.Image, cells: np.ndarray[Any, Any], scale: ScalarMappable
 ) -> None:
@@ -359,7 +514,12 @@ def _label_bar(bar: Any, value: str) -> None:
     bar.outline.set_visible(False)
 
 
-def _heat_map(axes: Axes, table: pd.DataFrame, scale: ScalarMappable) -> None:
+def _heat_map(
+    axes: Axes,
+    table: pd.DataFrame,
+    scale: ScalarMappable,
+    marks: Iterable[tuple[int, int]] | None = None,
+) -> None:
     if table.empty:
         axes.set_axis_off()
         axes.text(0.5, 0.5, "nothing of this kind\nin the table", ha="center", va="center")
@@ -377,7 +537,9 @@ def _heat_map(axes: Axes, table: pd.DataFrame, scale: ScalarMappable) -> None:
     name = str(table.columns.name or "")
     _label_columns(axes, [str(c) for c in table.columns], table.attrs.get("roles", set()))
     axes.set_xlabel(name, fontsize=9, color=_INK)
-    if name == "head":
+    if marks is not None:
+        _dots(axes, [(table.index.get_loc(r), table.columns.get_loc(c)) for r, c in marks])
+    elif name == "head":
         _mark(axes, cells, scale)
 
 
@@ -396,6 +558,13 @@ def _label_columns(axes: Axes, names: list[str], roles: set[str]) -> None:
         if not is_flat:
             tick.set(rotation=90 if len(shown) > 24 else 45, rotation_mode="anchor")
             tick.set(ha="right", va="center" if len(shown) > 24 else "top")
+
+
+def _dots(axes: Axes, places: Sequence[tuple[Any, Any]]) -> None:
+    """A dot with a light rim, to be seen on any colour."""
+    if places:
+        axes.scatter([c + 0.5 for _, c in places], [r + 0.5 for r, _ in places],
+                     s=22, color=_INK, edgecolors="white", linewidths=1.0)  # fmt: skip
 
 
 def _mark(axes: Axes, cells: np.ma.MaskedArray[Any, Any], scale: ScalarMappable) -> None:

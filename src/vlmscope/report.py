@@ -1,21 +1,23 @@
-"""One self-contained HTML file about one or more runs, its figures also beside it as PNG.
+"""One self-contained HTML file about runs, circuits, head functions and tracing.
 
-Everything is read from run folders; no model and no network is needed. Whatever comes from data is
-escaped.
+Everything is read from the folders that the other commands write; no model and no network is needed.
+Each figure is also beside the file as PNG, with its data as CSV. Whatever comes from data is escaped.
 """
 
 from __future__ import annotations
 
 import base64
 import io
+import json
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from html import escape
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
+import pyarrow.compute as pc
 from matplotlib.figure import Figure
 
 from vlmscope import plots
@@ -49,22 +51,23 @@ figcaption { font-size: .92rem; max-width: 62rem; }
 """
 
 
-def write_report(runs: Sequence[str | os.PathLike[str]], out: str | os.PathLike[str]) -> Path:
-    """Write the report of these run folders to `out`, and its figures to `<stem>-figures/`.
+def write_report(parts: Sequence[str | os.PathLike[str]], out: str | os.PathLike[str]) -> Path:
+    """Write the report of these folders to `out`, and its figures and data to `<stem>-figures/`.
 
-    Raises `StoreError` if a folder is no run, or `out` cannot be written.
+    A folder is a run, or what `circuits`, `heads`, `tracing` or `notice` wrote. Raises `StoreError` if
+    one is none of these, or `out` cannot be written.
     """
-    if not runs:
+    if not parts:
         raise StoreError("no runs to report on; name at least one run folder")
     out = Path(out)
-    opened = [read_run(run) for run in runs]
+    folders = [folder for part in parts for folder in _unfold(Path(part))]
     figures = out.with_name(f"{out.stem}-figures")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         if figures.exists():
             shutil.rmtree(figures)
         figures.mkdir()
-        page = _page(opened, _Figures(figures))
+        page = _page(folders, _Figures(figures))
         temporary = out.with_name(f".{out.name}.part")
         temporary.write_text(page, encoding="utf-8")
         temporary.replace(out)
@@ -73,21 +76,35 @@ def write_report(runs: Sequence[str | os.PathLike[str]], out: str | os.PathLike[
     return out
 
 
+def _unfold(part: Path) -> list[tuple[str, Path]]:
+    """What a folder is, and the folders in it where it is of `notice`: `(what, folder)`."""
+    for what in ("circuits", "heads", "tracing"):
+        if (part / f"{what}.json").is_file():
+            return [(what, part)]
+    if (part / "notice.toml").is_file():
+        inner = [part / "circuits", *sorted(part.glob("heads/*")), *sorted(part.glob("runs/*"))]
+        return [one for path in inner if path.is_dir() for one in _unfold(path)]
+    return [("run", part)]
+
+
 class _Figures:
-    """Saves each figure as a PNG file and gives the HTML that shows it."""
+    """Saves each figure as PNG, and its data as CSV, and gives the HTML that shows it."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
-    def show(self, name: str, figure: Figure, sentence: str) -> str:
+    def show(self, name: str, figure: Figure, sentence: str, data: pd.DataFrame) -> str:
         buffer = io.BytesIO()
         figure.savefig(buffer, format="png", dpi=144)
-        file = self.folder / f"{name}.png"
-        file.write_bytes(buffer.getvalue())
+        (self.folder / f"{name}.png").write_bytes(buffer.getvalue())
+        data.to_csv(self.folder / f"{name}.csv", index=False)
+        links = " ".join(
+            f'<a href="{escape(f"{self.folder.name}/{name}.{end}")}" download>{text}</a>'
+            for end, text in (("png", "PNG"), ("csv", "data"))
+        )
         return (
             f'<figure><img class="plot" alt="{escape(sentence)}" src="{_inline(buffer.getvalue())}">'
-            f"<figcaption>{escape(sentence)} "
-            f'<a href="{escape(f"{self.folder.name}/{file.name}")}" download>PNG</a></figcaption></figure>'
+            f"<figcaption>{escape(sentence)} {links}</figcaption></figure>"
         )
 
 
@@ -95,16 +112,40 @@ def _inline(png: bytes) -> str:
     return f"data:image/png;base64,{base64.b64encode(png).decode()}"
 
 
-def _page(runs: Sequence[Run], figures: _Figures) -> str:
+def _long(tables: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
+    """The panels of a figure as one table: panel, layer, column, value."""
+    parts = []
+    for panel, table in tables.items():
+        name = str(table.columns.name or "column")
+        part = table.rename_axis(columns=name).stack().rename("value").reset_index()
+        parts.append(part.assign(panel=panel))
+    return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame()
+
+
+def _page(folders: Sequence[tuple[str, Path]], figures: _Figures) -> str:
+    runs = [read_run(path) for what, path in folders if what == "run"]
+    circuits = [path for what, path in folders if what == "circuits"]
     names = [_name(run, number) for number, run in enumerate(runs)]
-    links = "".join(f'<li><a href="#run{n}">{escape(x)}</a></li>' for n, x in enumerate(names))
-    tables = [run.effects() for run in runs]
-    together = _together(names, tables, figures) if len(runs) > 1 else ""
-    sections = "".join(
-        _section(number, name, run, effects, figures)
-        for number, (name, run, effects) in enumerate(zip(names, runs, tables, strict=True))
+    sections: list[tuple[str, str]] = []
+    for path in circuits:
+        sections.append(("Important and universal heads", _circuits(path, len(sections), figures)))
+    for what, path in folders:
+        if what in ("heads", "tracing"):
+            title, text = (_functions if what == "heads" else _tracing)(
+                path, len(sections), figures
+            )
+            sections.append((title, text))
+    if len(runs) > 1 and not circuits and (text := _together(names, runs, figures)):
+        sections.append(("All runs", text))
+    for number, (name, run) in enumerate(zip(names, runs, strict=True)):
+        sections.append((name, _section(number, run, figures)))
+    links = "".join(
+        f'<li><a href="#part{n}">{escape(t)}</a></li>' for n, (t, _) in enumerate(sections)
     )
-    contents = f"<nav><ul>{links}</ul></nav>" if len(runs) > 1 else ""
+    body = "".join(
+        f'<h2 id="part{n}">{escape(title)}</h2>{text}' for n, (title, text) in enumerate(sections)
+    )
+    contents = f"<nav><ul>{links}</ul></nav>" if len(sections) > 1 else ""
     return (
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
@@ -114,7 +155,7 @@ def _page(runs: Sequence[Run], figures: _Figures) -> str:
         "activations of one run are copied into the other, one site at a time; a figure shows how "
         "far that moves the answer. LD is the logit of the answer minus that of the foil; a "
         "change is LD after the patch minus LD of the corrupt run.</p>"
-        f"{contents}{together}{sections}</body></html>\n"
+        f"{contents}{body}</body></html>\n"
     )
 
 
@@ -133,17 +174,196 @@ def _corruption(spec: dict[str, Any]) -> str:
     )
 
 
+# -- circuits, head functions, tracing -----------------------------------------------------------
+
+
+def _json(file: Path) -> dict[str, Any]:
+    try:
+        return dict(json.loads(file.read_text("utf-8")))
+    except ValueError as error:
+        raise StoreError(f"{file}: is damaged ({error}); write that folder anew") from error
+
+
+def _circuits(folder: Path, number: int, figures: _Figures) -> str:
+    about, heads = _json(folder / "circuits.json"), pd.read_parquet(folder / "heads.parquet")
+    universal = pd.read_csv(folder / "universal.csv")
+    runs = list(dict.fromkeys(heads["run"]))
+    everywhere = universal[universal["universal"]]
+    said = [f"{r.tower} L{r.layer} {r.kind} H{r.head}" for r in everywhere.itertuples()]
+    important, sure = heads["important"], heads["important"] & heads["confirmed"]
+    chance = "; ".join(
+        f"{c['tower']} {c['kind']}: {c['in_every_run']} of {c['heads']}, {c['expected']:.2g} expected, "
+        f"p = {c['p_value']:.2g}"
+        for c in about.get("chance", [])
+        if c["in_every_run"]
+    )
+    parts = [
+        "<p>A head is important in a run if its mean change of LD is not zero (sign-flip permutation "
+        "test over examples, false discovery rate 5 % over the heads of a kind), and its size is at "
+        "least the average head's and 1 % of the gap between the clean and the corrupt run. It is "
+        "confirmed if one random half of the examples finds it and the other half agrees.</p>",
+        figures.show(
+            f"part{number}-universal",
+            plots.universal(heads),
+            f"{important.sum()} head{'s' if important.sum() != 1 else ''} over {len(runs)} "
+            f"run{'s' if len(runs) != 1 else ''} are important (dots), {sure.sum()} of these confirmed "
+            f"(rings). Important in every run: {', '.join(said) or 'none'}. "
+            + (f"Against chance: {chance}." if chance and len(runs) > 1 else ""),
+            heads,
+        ),
+    ]
+    for (tower, kind), rows in heads.groupby(["tower", "kind"], sort=False):
+        tables, marks = {}, {}
+        for run, table in rows.groupby("run", sort=False):
+            title = f"{run}, at {table['position'].iloc[0]}"
+            wide = table.pivot_table(index="layer", columns="head", values="mean")
+            wide.attrs["examples"] = int(table["n"].max())
+            tables[title] = wide
+            shown = table[table["important"]]
+            marks[title] = list(zip(shown["layer"], shown["head"], strict=True))
+        name = f"{plots.KINDS[str(kind)]} heads, {plots.TOWERS[str(tower)]}"
+        many = sum(map(len, marks.values()))
+        parts.append(f"<h3>{escape(_upper(name))}</h3>")
+        parts.append(
+            figures.show(
+                f"part{number}-{tower}-{kind}",
+                plots.panels(tables, marks=marks),
+                f"{_say(tables, 'head')} A dot marks an important head ({many} in all).",
+                rows,
+            )
+        )
+    return "".join(parts)
+
+
+def _functions(folder: Path, number: int, figures: _Figures) -> tuple[str, str]:
+    about = _json(folder / "heads.json")
+    table, together = (pd.read_csv(folder / f"{n}.csv") for n in ("functions", "together"))
+    measures = pd.read_csv(folder / "measures.csv")
+    maps = pd.read_parquet(folder / "maps.parquet")
+    counts = ", ".join(f"{n} {label}" for label, n in table["label"].value_counts().items())
+    parts = [
+        f"<p>{len(table)} heads of {escape(str(about['model']))} on {table['n'].max()} examples: "
+        f"{escape(counts)}. {escape(_say_together(together))}</p>",
+        '<div class="wide"><table><tr><th>head</th><th>label</th><th>evidence</th></tr>',
+        *(
+            f"<tr><td><code>{escape(r.site)}</code></td><td>{escape(r.label)}</td>"
+            f"<td>{escape(r.evidence)}</td></tr>"
+            for r in table.itertuples()
+        ),
+        "</table></div>",
+    ]
+    if (folder / "patches" / "run.json").is_file() and len(maps):
+        run = read_run(folder / "patches")
+        pictures = {e["id"]: e["clean_image"] for e in run.pictures() if e.get("clean_image")}
+        order = table.assign(size=_size(measures, table)).sort_values("size", ascending=False)
+        shown = [s for s in order["site"] if s in set(maps["site"])][:5]
+        titles = {r.site: f"{r.tower} L{r.layer} H{r.head}\n{r.label}" for r in table.itertuples()}
+        some = maps[maps["site"].isin(shown)].sort_values(
+            "site", key=lambda s: s.map(shown.index), kind="stable"
+        )
+        if shown and set(some["example"]) & set(pictures):
+            parts.append("<h3>Where they look, and what the patches do</h3>")
+            parts.append(
+                figures.show(
+                    f"part{number}-attention",
+                    plots.attention(some, pictures, run.effects(), titles=titles),
+                    "Attention minus the mean over all heads, for the heads that move LD most; the line "
+                    "is the object's outline in patches. At the right the change of LD when a single "
+                    "patch of the vision tower's output is taken from the clean image.",
+                    some,
+                )
+            )
+    return f"What heads do: {Path(str(about['data'])).name}", "".join(parts)
+
+
+def _size(measures: pd.DataFrame, table: pd.DataFrame) -> pd.Series[float]:
+    """How far each head moves LD: patched in where that was done, else knocked out."""
+    by = measures.pivot_table(index="site", columns="measure", values="value").abs()
+    column = "effect" if "effect" in by else "mean"
+    return table["site"].map(by[column]).fillna(0.0)
+
+
+def _say_together(table: pd.DataFrame) -> str:
+    whole = table.loc[table["set"] == "none", "accuracy"].iloc[0]
+    is_mean = (table["set"] == "these heads") & (table["knockout"] == "mean")
+    these = table.loc[is_mean, "accuracy"].iloc[0]
+    text = f"With all of them set to their mean at once, accuracy falls from {whole:.0%} to {these:.0%}"
+    random = table.loc[table["set"] == "random heads", "accuracy"]
+    if random.empty:
+        return f"{text}; there are too few other heads to compare with."
+    return (
+        f"{text}; with equally many random heads of the same layers, to {random.mean():.0%} "
+        f"({len(random)} draws, from {random.min():.0%} to {random.max():.0%})."
+    )
+
+
+def _tracing(folder: Path, number: int, figures: _Figures) -> tuple[str, str]:
+    about = _json(folder / "tracing.json")
+    table = pd.read_parquet(folder / "tracing.parquet")
+    noise = about["noise"]
+    left = about["left_out_of_each_repeat"]
+    parts = [
+        f"<p>{about['examples']} examples, {noise['draws']} repeats of noise on the image embedding "
+        f"({escape(str(noise['form']))}, scale {noise['scale']}). A figure shows the share of P(answer) "
+        "that comes back when clean states are restored at one token, in a window of layers around one "
+        f"layer. Left out where ceiling and floor nearly meet: {min(left)} to {max(left)} examples a "
+        "repeat.</p>"
+    ]
+    for tower in dict.fromkeys(table["tower"]):
+        for length in sorted(table["length"].unique()):
+            for window in sorted(table["window"].unique()):
+                tables = plots.tracing_tables(
+                    table, tower=str(tower), window=int(window), length=int(length)
+                )
+                if not tables:
+                    continue
+                rows = table.query("tower == @tower and length == @length and window == @window")
+                title = f"{_upper(plots.TOWERS[str(tower)])}, windows of {window}"
+                title += f", questions of {length} tokens" if length else ""
+                spread = rows["spread"].max()
+                best = rows.loc[rows["restored"].idxmax()]
+                parts.append(f"<h3>{escape(title)}</h3>")
+                parts.append(
+                    figures.show(
+                        f"part{number}-{tower}-{length}-{window}",
+                        plots.panels(
+                            {plots.KINDS[k]: t for k, t in tables.items()}, value="restored"
+                        ),
+                        f"The most that comes back is {best['restored']:.0%}, by {best['kind']} of layer "
+                        f"{best['layer']} at {best['at']}; mean over at most {rows['n'].max():.0f} "
+                        f"examples and {rows['repeats'].max()} repeats"
+                        + (
+                            "."
+                            if pd.isna(spread)
+                            else f", which differ by {spread:.2g} (SD) at the most."
+                        ),
+                        rows,
+                    )
+                )
+    return f"Causal tracing: {Path(str(about['data'])).name}", "".join(parts)
+
+
 # -- one run -------------------------------------------------------------------------------------
 
 
-def _section(number: int, name: str, run: Run, effects: pd.DataFrame, figures: _Figures) -> str:
-    parts = [f'<h2 id="run{number}">{escape(name)}</h2>', _facts(run), _pictures(run)]
+def _section(number: int, run: Run, figures: _Figures) -> str:
+    parts = [_facts(run), _pictures(run)]
     parts.append("<h3>The runs without patches</h3>" + _baselines(run.baselines()))
-    if effects.empty:
+    best = []
+    for tower in plots.TOWERS:
+        # A tower's modules, then its heads: the whole table of a long run would not fit.
+        for is_unit in (False, True):
+            here = (pc.field("tower") == tower) & (pc.field("unit").is_valid() == is_unit)
+            rows = run.effects(here)
+            if len(rows):
+                best.append(plots.strongest(rows, n=15))
+                parts.extend(_figures(f"run{number}", run, tower, rows, figures))
+    if best:
+        table = pd.concat(best, ignore_index=True)
+        order = table["mean"].abs().sort_values(ascending=False, kind="stable").index
+        parts.append("<h3>The strongest sites</h3>" + _strongest(table.loc[order].head(15)))
+    else:
         parts.append("<p>There are no patches in this run.</p>")
-    parts.extend(_figures(f"run{number}", run, effects, figures))
-    if len(effects):
-        parts.append("<h3>The strongest sites</h3>" + _strongest(effects))
     return "".join(parts)
 
 
@@ -213,8 +433,7 @@ def _baselines(table: pd.DataFrame) -> str:
     return f"<p>{escape(text)} {len(left)} were left out:</p><ul>{reasons}{more}</ul>"
 
 
-def _strongest(effects: pd.DataFrame) -> str:
-    table = plots.strongest(effects, n=15)
+def _strongest(table: pd.DataFrame) -> str:
     head = ("site", "token", "mean change of LD", "SD", "examples")
     names = "".join(
         f'<th class="{"n" if i > 1 else ""}">{escape(name)}</th>' for i, name in enumerate(head)
@@ -232,25 +451,25 @@ def _strongest(effects: pd.DataFrame) -> str:
 # -- figures -------------------------------------------------------------------------------------
 
 
-def _figures(name: str, run: Run, effects: pd.DataFrame, figures: _Figures) -> Iterator[str]:
-    for tower in ("vision", "qformer", "encoder", "decoder"):
-        rows = effects[effects["tower"] == tower]
-        if rows.empty:
-            continue
-        title = escape(plots.TOWERS[tower])
-        whole = rows[rows["unit"].isna() & (tower != "vision")]
-        kinds = [k for k in plots.KINDS if k in set(whole["kind"])]
-        tables = {k: plots.token_table(whole, kind=k, tower=tower) for k in kinds}
-        if tables:
-            named = {_upper(plots.KINDS[k]): t for k, t in tables.items()}
-            yield f"<h3>Layers and tokens, {title}</h3>"
-            yield figures.show(f"{name}-{tower}-tokens", plots.panels(named), _say(named, "token"))
+def _figures(
+    name: str, run: Run, tower: str, rows: pd.DataFrame, figures: _Figures
+) -> Iterator[str]:
+    """The figures of one tower's modules, or of its heads."""
+    title = escape(plots.TOWERS[tower])
+    if rows["unit"].notna().any():
         heads = _heads(rows, tower)
         if heads:
             yield f"<h3>Heads, {title}</h3>"
-            yield figures.show(f"{name}-{tower}-heads", plots.panels(heads), _say(heads, "head"))
-        if tower == "vision":
-            yield from _image(name, run, rows, figures)
+            yield figures.show(f"{name}-{tower}-heads", plots.panels(heads), _say(heads, "head"), _long(heads))  # fmt: skip
+        return
+    if tower == "vision":
+        yield from _image(name, run, rows, figures)
+        return
+    kinds = [k for k in plots.KINDS if k in set(rows["kind"])]
+    tables = {k: plots.token_table(rows, kind=k, tower=tower) for k in kinds}
+    named = {_upper(plots.KINDS[k]): t for k, t in tables.items()}
+    yield f"<h3>Layers and tokens, {title}</h3>"
+    yield figures.show(f"{name}-{tower}-tokens", plots.panels(named), _say(named, "token"), _long(named))  # fmt: skip
 
 
 def _heads(rows: pd.DataFrame, tower: str) -> dict[str, pd.DataFrame]:
@@ -290,6 +509,7 @@ def _image(name: str, run: Run, rows: pd.DataFrame, figures: _Figures) -> Iterat
             f"Each patch of the image on its own, over the clean picture of {first}. The largest "
             f"change of LD is {plots.short_number(best['logit_diff'])}, at layer {best['layer']}, "
             f"patch {best['token']} (row,column).",
+            one,
         )
 
 
@@ -311,13 +531,14 @@ def _say(tables: dict[str, pd.DataFrame], column: str) -> str:
     )
 
 
-def _together(names: Sequence[str], tables: Sequence[pd.DataFrame], figures: _Figures) -> str:
+def _together(names: Sequence[str], runs: Sequence[Run], figures: _Figures) -> str:
     """The heads of all runs beside each other, where they were patched at a common role."""
     parts = []
     for tower, kind in (("encoder", "attn"), ("encoder", "cross"), ("decoder", "cross")):
         panels = {}
-        for number, (name, effects) in enumerate(zip(names, tables, strict=True)):
-            rows = effects[(effects["tower"] == tower) & (effects["kind"] == kind)]
+        for number, (name, run) in enumerate(zip(names, runs, strict=True)):
+            here = (pc.field("tower") == tower) & (pc.field("kind") == kind)
+            rows = run.effects(here & pc.field("unit").is_valid())
             role = "answer" if "answer" in set(rows["role"].dropna()) else None
             table = plots.head_table(rows, kind=kind, tower=tower, role=role)
             if not table.empty:
@@ -327,9 +548,11 @@ def _together(names: Sequence[str], tables: Sequence[pd.DataFrame], figures: _Fi
             title = f"{_upper(plots.KINDS[kind])} heads, {plots.TOWERS[tower]}"
             parts.append(f"<h3>{escape(title)}</h3>")
             parts.append(
-                figures.show(f"all-{tower}-{kind}", plots.panels(panels), _say(panels, "head"))
+                figures.show(
+                    f"all-{tower}-{kind}", plots.panels(panels), _say(panels, "head"), _long(panels)
+                )
             )
-    return "<h2>All runs</h2>" + "".join(parts) if parts else ""
+    return "".join(parts)
 
 
 def _upper(text: str) -> str:

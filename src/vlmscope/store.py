@@ -197,7 +197,7 @@ class Writer:
             "examples": len(self.done),
             "excluded": int(baselines["excluded"].sum()),
             "baselines": len(baselines),
-            "effects": sum(_rows(p, "effects") for p in _parts(self.path)),
+            "effects": run.patches(),
         }
         _write_json(self.path / "done.json", counts)
 
@@ -272,6 +272,14 @@ class Run:
     def baselines(self) -> pd.DataFrame:
         """The table of examples (columns as in `BASELINES`), in their order."""
         return _read(self.path, "baselines", BASELINES)
+
+    def patches(self) -> int:
+        """How many patches there are."""
+        return sum(_rows(part, "effects") for part in _parts(self.path))
+
+    def ran(self) -> int:
+        """How many examples were patched."""
+        return int((~self.baselines()["excluded"]).sum())
 
     def pictures(self) -> list[dict[str, Any]]:
         """The examples kept to look at: `index`, the words that `Writer.add_pictures` was given,

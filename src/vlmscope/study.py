@@ -69,11 +69,11 @@ def sweep(
     if out is not None:
         run = sweep_to(out, model, examples, sites, corrupt, direction=direction, engine=engine,
                        seed=seed, data=data)  # fmt: skip
-        _tell(run.baselines())
+        tell(run.baselines())
         return run.effects()
     task = _Task(model, list(examples), sites, corrupt, direction, engine, seed)
     _, effects, baselines = zip(*task.run(task.numbers()), strict=True)
-    _tell(pd.concat(baselines, ignore_index=True))
+    tell(pd.concat(baselines, ignore_index=True))
     return typed(pd.concat(effects, ignore_index=True), EFFECTS)
 
 
@@ -353,7 +353,7 @@ def _frame(rows: list[dict[str, Any]], columns: Sequence[str]) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=list(columns))
 
 
-def _tell(baselines: pd.DataFrame) -> None:
+def tell(baselines: pd.DataFrame) -> None:
     """Warn of examples that were left out; an error if that is all of them."""
     left = baselines[baselines["excluded"].astype(bool)]
     if left.empty:

@@ -13,9 +13,7 @@ import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import pandas as pd
 import pyarrow.compute as pc
 
@@ -25,7 +23,7 @@ from vlmscope.example import Example
 from vlmscope.model import Model
 from vlmscope.plots import columns_of
 from vlmscope.sites import Site
-from vlmscope.store import Run, read_run
+from vlmscope.store import Run
 from vlmscope.study import sweep_to
 
 FORMAT = "vlmscope-tracing-1"
@@ -202,35 +200,3 @@ def _by_length(rows: pd.DataFrame) -> pd.DataFrame:
             "length": length,
         }
     )
-
-
-def panels_of(table: pd.DataFrame, tower: str, window: int, length: int) -> dict[str, Any]:
-    """Layer × token tables of `restored`, by kind, as `plots.panels` draws them."""
-    rows = table[
-        (table["tower"] == tower) & (table["window"] == window) & (table["length"] == length)
-    ]
-    found = {}
-    for kind in [k for k in KINDS if k in set(rows["kind"])]:
-        some = rows[rows["kind"] == kind]
-        wide = some.pivot_table(index="layer", columns="at", values="restored")
-        order = some.groupby("at")["order"].mean().sort_values(kind="stable").index
-        wide = wide[[at for at in order if at in wide]]
-        wide.columns.name = "token"
-        wide.attrs["roles"] = set(some.loc[some["is_role"].astype(bool), "at"])
-        wide.attrs["examples"] = int(np.round(some["n"].max()))
-        found[kind] = wide
-    return found
-
-
-def read(folder: Path) -> tuple[dict[str, Any], pd.DataFrame]:
-    """What `trace` wrote: its `tracing.json` and its table."""
-    try:
-        about = json.loads((folder / "tracing.json").read_text("utf-8"))
-        return about, pd.read_parquet(folder / "tracing.parquet")
-    except (OSError, ValueError) as error:
-        raise StoreError(f"{folder}: not a folder of vlmscope tracing ({error})") from error
-
-
-def first_run(folder: Path) -> Run:
-    """The run of the first repeat, whose pictures and settings are those of all."""
-    return read_run(folder / "repeats" / "00")

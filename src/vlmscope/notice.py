@@ -1,0 +1,414 @@
+"""The NOTICE pipeline (arXiv 2406.16320) in one call: from data to what the universal heads do.
+
+    DIR/notice.toml          the whole specification
+    DIR/data/NAME.csv        built-in sets, drawn once, so that pictures need no memory
+    DIR/runs/NAME-image/     a sweep of all modules and heads (a run folder)
+    DIR/selection.csv        how many the model answers rightly, and how many are kept, by group
+    DIR/circuits/            important heads of each run, universal heads over all
+    DIR/heads/NAME/          what the important heads do
+    DIR/report.html          all of it to look at
+
+Killed at any moment, the same call goes on where it stopped and ends with the same tables.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import shutil
+import tomllib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields, replace
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import tomli_w
+
+from vlmscope import circuits, heads
+from vlmscope.data import BUILT_IN, SIZE, examples
+from vlmscope.data.replacement import replace_words
+from vlmscope.errors import DataError, StoreError, VlmscopeError
+from vlmscope.example import Example, read_csv, write_csv
+from vlmscope.model import Model, load
+from vlmscope.report import write_report
+from vlmscope.store import Run, read_run
+from vlmscope.study import Estimate, estimate, sweep_to
+
+Say = Callable[[str], None]
+Sweep = tuple[str, str]
+"""The name of a data set, and a corruption."""
+
+MODULES = ("resid", "attn", "cross", "mlp")
+MANY = 12
+"""A group with more values than this (an id, a noun) is no group to report on."""
+
+
+@dataclass(frozen=True)
+class Spec:
+    """Everything that decides what the pipeline computes; `save` and `from_toml` keep it in a file.
+
+    `data` are names of built-in sets or CSV files. `sites` are patched (by default every module and
+    every head of the text towers, at every text token); `select` keeps only examples that the model
+    answers rightly and whose answer follows the corruption; `position` is where heads are read out
+    (see `circuits.find`); what heads do is measured on the first `function_examples` that are kept.
+
+    >>> Spec("toy-blip", ("states",), limit=5).corrupt
+    ('image', 'text')
+    """
+
+    model: str
+    data: tuple[str, ...]
+    corrupt: tuple[str, ...] = ("image", "text")
+    sites: tuple[str, ...] = ()
+    limit: int | None = None
+    seed: int = 0
+    select: bool = True
+    position: str | None = None
+    function_examples: int = 200
+    dtype: str = "float32"
+    device: str | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("data", "corrupt"):
+            if not getattr(self, name):
+                raise VlmscopeError(f"notice: {name} is empty; name at least one")
+        for kind in self.corrupt:
+            if kind not in ("image", "text", "noise"):
+                raise VlmscopeError(
+                    f"notice: unknown corruption '{kind}'; expected image, text, noise"
+                )
+        names = [name_of(one) for one in self.data]
+        if twice := [name for name in names if names.count(name) > 1]:
+            raise VlmscopeError(f"notice: two data sets are called '{twice[0]}'; rename one's file")
+
+    @classmethod
+    def from_toml(cls, path: str | os.PathLike[str], **changes: Any) -> Spec:
+        """Read a specification; `changes` that are not None take the place of what it says.
+
+        Paths of CSV files are relative to the file. Raises `VlmscopeError` for what is no TOML, an
+        unknown key (naming the nearest known one) or a value of another type.
+        """
+        path = Path(path)
+        try:
+            content = tomllib.loads(path.read_text("utf-8"))
+        except OSError as error:
+            raise VlmscopeError(f"{path}: cannot be read ({error.strerror})") from error
+        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+            raise VlmscopeError(f"{path}: not a TOML file ({error})") from error
+        given: dict[str, Any] = _checked(path, content)
+        given |= {name: value for name, value in changes.items() if value is not None}
+        if "data" not in changes or changes["data"] is None:
+            names: tuple[str, ...] = given.get("data", ())
+            given["data"] = tuple(d if d in BUILT_IN else str(path.parent / d) for d in names)
+        if missing := [name for name in ("model", "data") if not given.get(name)]:
+            raise VlmscopeError(f"{path}: no {missing[0]}; add it, or give --{missing[0]}")
+        return cls(**given)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the specification as TOML; paths of CSV files become absolute."""
+        content = {k: v for k, v in asdict(self).items() if v not in (None, ())}
+        content["data"] = [d if d in BUILT_IN else str(Path(d).resolve()) for d in self.data]
+        Path(path).write_text(tomli_w.dumps(content), "utf-8")
+
+
+def _checked(path: Path, content: Mapping[str, Any]) -> dict[str, Any]:
+    """The keys of a TOML file, each of the type that `Spec` wants."""
+    wanted: dict[str, type] = {
+        "model": str, "data": list, "corrupt": list, "sites": list, "limit": int, "seed": int,
+        "select": bool, "position": str, "function_examples": int, "dtype": str, "device": str,
+    }  # fmt: skip
+    assert wanted.keys() == {field.name for field in fields(Spec)}
+    words = {str: "a text", list: "a list of texts", int: "a whole number", bool: "true or false"}
+    found: dict[str, Any] = {}
+    for key, value in content.items():
+        if key not in wanted:
+            near = difflib.get_close_matches(key, wanted, n=1, cutoff=0.5)
+            hint = f"did you mean '{near[0]}'? " if near else ""
+            raise VlmscopeError(f"{path}: unknown key '{key}'; {hint}(known: {', '.join(wanted)})")
+        kind = wanted[key]
+        if kind is list and isinstance(value, str):
+            value = [value]
+        right = type(value) is kind
+        right = right and (kind is not list or all(isinstance(v, str) for v in value))
+        if not right or (kind is int and key != "seed" and value < 1):
+            raise VlmscopeError(f"{path}: {key} is {value!r}; expected {words[kind]}")
+        found[key] = tuple(value) if kind is list else value
+    return found
+
+
+def name_of(data: str) -> str:
+    """What a data set is called in the results: a built-in set's name, or that of the CSV file."""
+    return data if data in BUILT_IN else Path(data).stem
+
+
+def run(spec: Spec, out: str | os.PathLike[str], say: Say = lambda text: None) -> Path:
+    """Run the pipeline into the folder `out`, and give the report; `say` gets lines to show.
+
+    Raises `StoreError` if the folder holds another specification or the disk is too small for
+    what is estimated, and what its parts raise.
+    """
+    folder = Path(out)
+    _claim(spec, folder)
+    model = load(spec.model, dtype=spec.dtype, device=spec.device)
+    sites = spec.sites or default_sites(model)
+    sets = {name_of(one): _examples(spec, one, folder, model, say) for one in spec.data}
+    sweeps = list(_sweeps(spec, sets, say))
+    _estimate(spec, model, sets, sweeps, sites, folder, say)
+    runs = {}
+    for name, corrupt in sweeps:
+        say(f"{name}, {corrupt} corrupted")
+        runs[name, corrupt] = sweep_to(
+            folder / "runs" / f"{name}-{corrupt}", model, sets[name], sites, corrupt,
+            seed=spec.seed, data=name, select=spec.select,
+        )  # fmt: skip
+    chosen = selection(runs, sets)
+    chosen.to_csv(folder / "selection.csv", index=False)
+    say(_say_selection(chosen))
+    useful = [one for one in runs.values() if not one.baselines()["excluded"].all()]
+    if not useful:
+        first = next(iter(runs.values())).baselines().iloc[0]
+        raise DataError(
+            f"no example of any set is kept ('{first['example']}': {first['reason']}); "
+            "the model must answer some rightly (or set select = false)"
+        )
+    found = circuits.write(
+        [one.path for one in useful], folder / "circuits", position=spec.position, seed=spec.seed
+    )
+    say(_say_heads(found))
+    parts = [*(one.path for one in useful), folder / "circuits"]
+    done = [_functions(spec, model, name, sets[name], runs, found, folder, say) for name in sets]
+    parts += [path for path in done if path]
+    report = write_report(parts, folder / "report.html")
+    say(f"The report: {report}")
+    return report
+
+
+def default_sites(model: Model) -> tuple[str, ...]:
+    """Every module and every head of the text towers, at every text token."""
+    found = []
+    for tower, shape in model.shapes.items():
+        if tower != "vision":
+            found += [f"{tower}.*.{kind}@text*" for kind in MODULES if kind in shape.kinds]
+            found += [f"{tower}.*.{kind}.h*@text*" for kind in shape.heads]
+    return tuple(found)
+
+
+def _claim(spec: Spec, folder: Path) -> None:
+    """Keep the specification in the folder; refuse the folder of another."""
+    file = folder / "notice.toml"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if file.exists():
+            there = Spec.from_toml(file)
+            here = replace(spec, data=tuple(d if d in BUILT_IN else str(Path(d).resolve()) for d in spec.data))  # fmt: skip
+            if there != here:
+                odd = [k for k, v in asdict(there).items() if v != getattr(here, k)]
+                raise StoreError(
+                    f"{folder}: holds another notice run ({', '.join(odd)} differ); choose another "
+                    "--out or delete the folder"
+                )
+            return
+        temporary = folder / ".notice.toml.tmp"
+        spec.save(temporary)
+        temporary.replace(file)
+    except OSError as error:
+        raise StoreError(f"{folder}: cannot be written ({error.strerror or error})") from error
+
+
+# --- examples --------------------------------------------------------------------------------
+
+
+def _examples(spec: Spec, data: str, folder: Path, model: Model, say: Say) -> list[Example]:
+    """The examples of one set, their pictures on disk, with corrupt prompts that align."""
+    if data in BUILT_IN:
+        file = folder / "data" / f"{data}.csv"
+        if not file.exists():
+            drawn = import_module(f"vlmscope.data.drawn.{data}").load(
+                spec.limit or SIZE, seed=spec.seed
+            )
+            write_csv(file, drawn)
+        found = read_csv(file)
+    else:
+        found = examples(data, limit=spec.limit)
+    if "text" in spec.corrupt:
+        found, counts = replace_words(found, pieces=model.pieces, seed=spec.seed)
+        lines = ", ".join(f"{many} {what}" for what, many in counts.items() if many)
+        say(f"{name_of(data)}: {len(found)} examples; corrupt prompts: {lines}")
+    return found
+
+
+def _sweeps(spec: Spec, sets: Mapping[str, Sequence[Example]], say: Say) -> Iterator[Sweep]:
+    for name, some in sets.items():
+        for corrupt in spec.corrupt:
+            lacks = {"image": "corrupt_image", "text": "corrupt_prompt"}.get(corrupt)
+            if lacks and all(getattr(one, lacks) is None for one in some):
+                say(
+                    f"{name}: no example has a {lacks.replace('_', ' ')}; that corruption is left out"
+                )
+            else:
+                yield name, corrupt
+
+
+# --- what it will take -----------------------------------------------------------------------
+
+
+def _estimate(
+    spec: Spec,
+    model: Model,
+    sets: Mapping[str, list[Example]],
+    sweeps: Sequence[Sweep],
+    sites: Sequence[str],
+    folder: Path,
+    say: Say,
+) -> None:
+    """Say what the sweeps will take, before they start; raise `StoreError` if the disk is too small."""
+    lines, left = [], []
+    for name, corrupt in sweeps:
+        path = folder / "runs" / f"{name}-{corrupt}"
+        done = len(read_run(path).baselines()) if (path / "run.json").exists() else 0
+        many = len(sets[name]) - done
+        one = Estimate(0.0, 0, 0)
+        if many > 0:
+            one = estimate(
+                model, sets[name][done:], sites, corrupt, seed=spec.seed, select=spec.select
+            )
+            left.append(one)
+        what = f"{many} examples" if not done else f"{many} of {len(sets[name])} examples left"
+        lines.append(f"  {f'{name}, {corrupt}':<24}{what:<28}{one.patches:>7,} patches each"
+                     f"{_time(one.seconds):>16}{_size(one.bytes):>10}")  # fmt: skip
+    seconds, size = sum(one.seconds for one in left), sum(one.bytes for one in left)
+    free = shutil.disk_usage(folder).free
+    total = f"  {'all sweeps, at most':<68}{_time(seconds):>16}{_size(size):>10}"
+    say("\n".join(["Estimated from one example of each:", *lines, total]))
+    if size > free:
+        raise StoreError(
+            f"{folder}: the results may take {_size(size)}, and {_size(free)} are free; "
+            "free some space or choose another --out"
+        )
+
+
+def _time(seconds: float) -> str:
+    """A span of time in two units at most.
+
+    >>> _time(3.2), _time(200), _time(40_000)
+    ('3 s', '3 min 20 s', '11 h 7 min')
+    """
+    whole = round(seconds)
+    hours, minutes = whole // 3600, whole // 60 % 60
+    if hours:
+        return f"{hours} h {minutes} min"
+    return f"{minutes} min {whole % 60} s" if minutes else f"{whole} s"
+
+
+def _size(many: float) -> str:
+    """A number of bytes in the unit that fits.
+
+    >>> _size(900), _size(2_400_000)
+    ('0.9 kB', '2.4 MB')
+    """
+    units = ("kB", "MB", "GB", "TB")
+    power = next((n for n in range(len(units)) if many < 1000 ** (n + 2)), len(units) - 1)
+    return f"{many / 1000 ** (power + 1):.1f} {units[power]}"
+
+
+# --- what came of it -------------------------------------------------------------------------
+
+
+def selection(runs: Mapping[Sweep, Run], sets: Mapping[str, Sequence[Example]]) -> pd.DataFrame:
+    """How many examples of each group are answered rightly and how many are kept.
+
+    Columns: `data`, `corruption`, `group`, `value` (`all` for all), `n`, `ran` (could be run at all),
+    `correct`, `accuracy` (of those that ran), `kept`, `dropped_wrong`, `dropped_not_following`,
+    `dropped_not_run`.
+    """
+    rows = []
+    for (name, corrupt), one in runs.items():
+        base = one.baselines().set_index("example")
+        groups = pd.DataFrame({e.id: dict(e.groups) for e in sets[name]}).T.reindex(base.index)
+        few = [c for c in groups if groups[c].nunique() <= MANY]
+        parts = [("all", "all", base)]
+        parts += [
+            (c, str(v), base[groups[c] == v])
+            for c in few
+            for v in sorted(groups[c].dropna().unique())
+        ]
+        for group, value, part in parts:
+            ran, correct = part["correct"].notna(), part["correct"].fillna(False).astype(bool)
+            kept = ~part["excluded"]
+            rows.append(
+                {
+                    "data": name, "corruption": corrupt, "group": group, "value": value,
+                    "n": len(part), "ran": int(ran.sum()), "correct": int(correct.sum()),
+                    "accuracy": float(correct.sum() / ran.sum()) if ran.any() else None,
+                    "kept": int(kept.sum()),
+                    "dropped_wrong": int((~kept & ran & ~correct).sum()),
+                    "dropped_not_following": int((~kept & correct).sum()),
+                    "dropped_not_run": int((~ran).sum()),
+                }
+            )  # fmt: skip
+    return pd.DataFrame(rows)
+
+
+def _say_selection(table: pd.DataFrame) -> str:
+    lines = ["Kept for patching (answered rightly, and the answer follows the corruption):"]
+    lines += [
+        f"  {f'{r.data}, {r.corruption}':<24}{r.kept:>5} of {r.n:<5} right {r.accuracy:>6.1%}   dropped: "
+        f"{r.dropped_wrong} wrong, {r.dropped_not_following} not following, {r.dropped_not_run} not run"
+        for r in table[table["group"] == "all"].itertuples()
+    ]
+    return "\n".join(lines)
+
+
+def _say_heads(found: circuits.Found) -> str:
+    lines = [
+        "Important heads (significant, at least the average head's size; * confirmed on the other half):"
+    ]
+    for run_name, table in found.heads[found.heads["important"]].groupby("run", sort=False):
+        table = table.sort_values("mean", key=abs, ascending=False)
+        shown = [
+            f"{r.tower}.L{r.layer}.{r.kind}.H{r.head} {r.mean:+.2f}{'*' if r.confirmed else ''}"
+            for r in table.head(6).itertuples()
+        ]
+        more = f" and {len(table) - 6} more" if len(table) > 6 else ""
+        lines.append(f"  {run_name:<24}" + ", ".join(shown) + more)
+    everywhere = found.universal[found.universal["universal"]]
+    names = [f"{r.tower}.L{r.layer}.{r.kind}.H{r.head}" for r in everywhere.itertuples()]
+    lines.append(
+        f"Universal over all {found.heads['run'].nunique()} runs: {', '.join(names) or 'none'}"
+    )
+    return "\n".join(lines)
+
+
+def _functions(
+    spec: Spec,
+    model: Model,
+    name: str,
+    some: Sequence[Example],
+    runs: Mapping[Sweep, Run],
+    found: circuits.Found,
+    folder: Path,
+    say: Say,
+) -> Path | None:
+    """What the important heads of one set do, where there are any; its folder."""
+    corrupt = next((c for c in ("image", "noise", "text") if (name, c) in runs), "image")
+    one = runs.get((name, corrupt))
+    if one is None:
+        return None
+    important = found.heads[found.heads["important"] & (found.heads["run"] == one.path.name)]
+    everywhere = found.universal[found.universal["universal"]]
+    sites = circuits.expressions(pd.concat([important, everywhere]))
+    base = one.baselines()
+    kept = set(base.loc[~base["excluded"], "example"])
+    chosen = [e for e in some if e.id in kept][: spec.function_examples]
+    if not sites or len(chosen) < 2:
+        say(f"{name}: no important heads (or too few examples), so no head functions")
+        return None
+    say(f"{name}: what {len(sites)} heads do, on {len(chosen)} examples")
+    table = heads.write(
+        folder / "heads" / name, model, chosen, sites, corrupt, seed=spec.seed, data=name
+    )
+    counts = table.functions["label"].value_counts()
+    say("  " + ", ".join(f"{many} {label}" for label, many in counts.items()))
+    return folder / "heads" / name
