@@ -116,7 +116,7 @@ def read_csv(path: Path | str) -> list[Example]:
     >>> example.id, example.answer, example.foil, dict(example.groups)
     ('0', 'black', 'white', {'noun': 'cat'})
     >>> example.roles
-    {'noun': (8, 11), 'answer': (12, 17), 'foil': (21, 26)}
+    {'answer': (12, 17), 'foil': (21, 26), 'noun': (8, 11)}
     """
     path = Path(path)
     lines = _parse(path, _read_text(path))
@@ -364,6 +364,8 @@ def _example(folder: Path, row: Mapping[str, str]) -> Example:
         if name not in fixed and not _is_mask(name) and cell
     }
     answer, foil = row["correct_answer"], row["incorrect_answer"]
+    # A token of two roles is called by the first of them, so the options come first.
+    words = {name: cell for name, cell in groups.items() if name not in ("answer", "foil")}
     corrupt_image = row.get("corrupt_image_path")
     return Example(
         id=row["id"],
@@ -373,7 +375,7 @@ def _example(folder: Path, row: Mapping[str, str]) -> Example:
         foil=foil,
         corrupt_image=folder / corrupt_image if corrupt_image else None,
         corrupt_prompt=row.get("corrupt_prompt") or None,
-        roles=find_roles(row["clean_prompt"], {**groups, "answer": answer, "foil": foil}),
+        roles=find_roles(row["clean_prompt"], {"answer": answer, "foil": foil} | words),
         groups=groups,
         masks=masks,
     )

@@ -10,7 +10,8 @@ rules over measures, each with its interval and its null:
   is *more* likely.
 - `outlier suppression`: most of its attention is on few patches of outlying norm or on the class
   token, and without the head the answer hardly changes.
-- `none`: no such attention, and hardly any effect. `unclear`: the evidence does not fit together.
+- `none`: no such attention, and no effect that counts. `unclear`: the evidence does not fit together,
+  or the head does not look at the image.
 """
 
 from __future__ import annotations
@@ -656,6 +657,7 @@ def label(found: Mapping[str, Any], gap: float) -> tuple[str, str]:
         for n in ("mean", "effect")
         if n in found
     )
+    acts = any(up(name, sign) for name in ("mean", "effect") for sign in (1, -1))
     outliers = "outlier_mass" in found and found["outlier_mass"].low > MASS
     favours = up("effect") if "effect" in found else up("mean", -1)
     if outliers and little:
@@ -664,7 +666,7 @@ def label(found: Mapping[str, Any], gap: float) -> tuple[str, str]:
         name = "detection"
     elif (lands("auc") and up("mean") and not favours) or (lands("auc_foil") and up("mean", -1)):
         name = "suppression"
-    elif little and not outliers and not lands("auc") and not lands("auc_foil"):
+    elif little and not acts and not outliers and not lands("auc") and not lands("auc_foil"):
         name = "none"
     else:
         name = "unclear"

@@ -36,7 +36,7 @@ h1 { font-size: 1.9rem; margin: 0 0 .25rem; } h2 { font-size: 1.4rem; margin: 3r
   border-top: 1px solid var(--line); padding-top: 1.5rem; } h3 { font-size: 1.1rem; margin: 2rem 0 .5rem; }
 a { color: var(--accent); } nav ul { columns: 2; padding-left: 1.2rem; }
 .soft, figcaption { color: var(--soft); } code { font-size: .9em; overflow-wrap: anywhere; }
-.wide { overflow-x: auto; } table { border-collapse: collapse; font-size: .9rem; margin: .5rem 0; }
+.wide { overflow-x: auto; } td.site code { white-space: nowrap; overflow-wrap: normal; } table { border-collapse: collapse; font-size: .9rem; margin: .5rem 0; }
 th, td { text-align: left; padding: .3rem .8rem .3rem 0; border-bottom: 1px solid var(--line);
   vertical-align: top; } td.n, th.n { text-align: right; font-variant-numeric: tabular-nums; }
 figure { margin: 1.25rem 0; } figure img.plot { max-width: 100%; height: auto; background: #fff;
@@ -246,7 +246,7 @@ def _functions(folder: Path, number: int, figures: _Figures) -> tuple[str, str]:
         f"{escape(counts)}. {escape(_say_together(together))}</p>",
         '<div class="wide"><table><tr><th>head</th><th>label</th><th>evidence</th></tr>',
         *(
-            f"<tr><td><code>{escape(r.site)}</code></td><td>{escape(r.label)}</td>"
+            f'<tr><td class="site"><code>{escape(r.site)}</code></td><td>{escape(r.label)}</td>'
             f"<td>{escape(r.evidence)}</td></tr>"
             for r in table.itertuples()
         ),

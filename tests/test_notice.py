@@ -1,0 +1,237 @@
+"""The pipeline: its specification, its folder, going on after kills, its selection."""
+
+from __future__ import annotations
+
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pandas as pd
+import pytest
+from models import blip, example, picture
+
+from vlmscope import notice
+from vlmscope.errors import DataError, StoreError, VlmscopeError
+from vlmscope.model import load
+from vlmscope.notice import Spec
+from vlmscope.store import read_run
+from vlmscope.study import estimate, sweep_to
+
+SMALL = Spec("toy-blip", ("states", "faces"), limit=14, function_examples=6, device="cpu")
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("notice") / "out"
+    lines: list[str] = []
+    notice.run(SMALL, folder, lines.append)
+    return folder, lines
+
+
+def tables(folder: Path) -> dict[str, pd.DataFrame]:
+    """All that the pipeline computes."""
+    found = {"selection": pd.read_csv(folder / "selection.csv")}
+    for path in sorted(folder.glob("runs/*")):
+        found[path.name] = read_run(path).effects()
+        found[f"{path.name} baselines"] = read_run(path).baselines()
+    for path in sorted([*folder.glob("circuits/*.csv"), *folder.glob("heads/*/*.csv")]):
+        found[str(path.relative_to(folder))] = pd.read_csv(path)
+    return found
+
+
+def test_everything_is_there(done):
+    folder, lines = done
+    found = tables(folder)
+    for name in ("states-image", "states-text", "faces-image", "faces-text", "selection",
+                 "circuits/heads.csv", "circuits/universal.csv", "heads/states/functions.csv",
+                 "heads/faces/together.csv"):  # fmt: skip
+        assert len(found[name]), name
+    page = (folder / "report.html").read_text("utf-8")
+    for text in ("Important and universal heads", "What heads do: states", "faces, text corrupted"):
+        assert text in page, text
+    said = "\n".join(lines)
+    for text in ("Estimated from one example", "Kept for patching", "Universal over all 4 runs"):
+        assert text in said, text
+
+
+def test_modules_and_heads_at_every_token(done):
+    effects = read_run(done[0] / "runs" / "states-image").effects()
+    one = effects[effects["example"] == effects["example"][0]]
+    tokens = one.loc[one["tower"] == "encoder", "position"].nunique()
+    kinds = one.groupby(["tower", "kind", one["unit"].notna()]).size().to_dict()
+    for kind in ("resid", "attn", "cross", "mlp"):
+        assert kinds["encoder", kind, False] == 3 * tokens and kinds["decoder", kind, False] == 3
+    for kind in ("attn", "cross"):
+        assert kinds["encoder", kind, True] == 12 * tokens and kinds["decoder", kind, True] == 12
+
+
+def test_killed_at_random_moments_it_ends_with_the_same_tables(done, tmp_path):
+    wanted = tables(done[0])
+    spec = tmp_path / "spec.toml"
+    SMALL.save(spec)
+    command = [
+        sys.executable,
+        "-m",
+        "vlmscope",
+        "notice",
+        "--spec",
+        spec,
+        "--out",
+        tmp_path / "out",
+    ]
+    draw = random.Random(4)
+    kills = 0
+    for _ in range(4):
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        time.sleep(draw.uniform(3.0, 8.0))
+        if process.poll() is None:
+            process.send_signal(signal.SIGKILL)
+            kills += 1
+        process.wait()
+    last = subprocess.run(command, capture_output=True, text=True)
+    assert last.returncode == 0, last.stderr
+    assert kills, "it was never killed"
+    found = tables(tmp_path / "out")
+    assert found.keys() == wanted.keys()
+    for name, table in wanted.items():
+        pd.testing.assert_frame_equal(found[name], table, rtol=0, atol=0, obj=name)
+
+
+def test_done_again_it_only_reads(done, tmp_path, monkeypatch):
+    folder = shutil.copytree(done[0], tmp_path / "out")
+    monkeypatch.setattr(notice.heads, "_Study", None)
+    monkeypatch.setattr("vlmscope.engine.patch", None)
+    notice.run(SMALL, folder)
+
+
+def test_another_specification_is_refused(done):
+    with pytest.raises(StoreError, match=r"another notice run \(limit, seed differ\)"):
+        notice.run(replace(SMALL, limit=5, seed=3), done[0])
+
+
+# --- selection -------------------------------------------------------------------------------
+
+
+def test_only_right_answers_that_follow_are_kept(tmp_path):
+    """Against the model's own generations."""
+    model = load("toy-blip")
+    from vlmscope.data import examples
+
+    given = examples("states", limit=6)
+    wrong = [replace(given[0], id="wrong", answer="purple", roles={})]
+    same = [replace(given[1], id="still", corrupt_image=given[1].clean_image)]
+    gone = [replace(given[2], id="gone", clean_image=tmp_path / "gone.png")]
+    everything = [*given, *wrong, *same, *gone]
+    run = sweep_to(tmp_path / "r", model, everything, "decoder.0.cross@last", "image", select=True)
+    base = run.baselines().set_index("example")
+    kept = [
+        e.id
+        for e in given
+        if model.answer(model.prepare(e).clean) == e.answer
+        and model.answer(model.prepare(replace(e, corrupt_prompt=None)).corrupt) == e.foil
+    ]
+    assert base.index[~base["excluded"]].tolist() == kept
+    assert "not 'purple'" in base.loc["wrong", "reason"] and not base.loc["wrong", "correct"]
+    assert "with the corrupt image" in base.loc["still", "reason"] and base.loc["still", "correct"]
+    assert "no such file" in base.loc["gone", "reason"] and pd.isna(base.loc["gone", "correct"])
+    table = notice.selection({("s", "image"): run}, {"s": everything}).set_index(["group", "value"])
+    row = table.loc[("all", "all")]
+    dropped = row[["dropped_wrong", "dropped_not_following", "dropped_not_run"]].tolist()
+    assert row["n"] == 9 and row["kept"] == len(kept) and sum(dropped) == 9 - len(kept)
+    assert dropped[2] == 1 and ("kind", "color") in table.index
+
+
+def test_nothing_kept_is_said(tmp_path):
+    blip().hf.save_pretrained(tmp_path / "model")
+    blip().processor.save_pretrained(tmp_path / "model")
+    for n in (1, 2):
+        picture(n, 20).save(tmp_path / f"{n}.png")
+    file = tmp_path / "data.csv"
+    file.write_text(
+        "clean_image_path,corrupt_image_path,clean_prompt,correct_answer,incorrect_answer\n"
+        "1.png,2.png,is this red or blue ?,red,blue\n"
+    )
+    spec = Spec(str(tmp_path / "model"), (str(file),), ("image",), dtype="float64")
+    with pytest.raises(DataError, match="no example of any set is kept .* select = false"):
+        notice.run(spec, tmp_path / "out")
+
+
+def test_corruptions_that_the_data_cannot_have_are_left_out(tmp_path):
+    lines: list[str] = []
+    sets = {"one": [replace(example(), corrupt_image=None)]}
+    found = list(notice._sweeps(Spec("m", ("one.csv",)), sets, lines.append))
+    assert found == [("one", "text")] and "no example has a corrupt image" in lines[0]
+
+
+# --- estimate --------------------------------------------------------------------------------
+
+
+def test_the_estimate_is_near(done):
+    """Twice as many examples take about twice as long and as much room; not a timed test."""
+    model = load("toy-blip")
+    from vlmscope.data import examples
+
+    given = examples("faces", limit=8)
+    one = estimate(model, given, notice.default_sites(model), "image")
+    effects = read_run(done[0] / "runs" / "faces-image").effects()
+    assert one.patches == len(effects[effects["example"] == effects["example"][0]])
+    size = sum(p.stat().st_size for p in (done[0] / "runs" / "faces-image" / "effects").iterdir())
+    assert size * 8 / 14 <= one.bytes <= size * 4
+    assert one.seconds > 0
+
+
+def test_a_disk_that_is_too_small(tmp_path, monkeypatch):
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=10))
+    with pytest.raises(StoreError, match=r"may take .* and 0.0 kB are free"):
+        notice.run(replace(SMALL, data=("faces",), limit=2), tmp_path / "out")
+
+
+# --- the specification -----------------------------------------------------------------------
+
+
+def test_a_specification_comes_back(tmp_path):
+    spec = Spec("m", ("states", str(tmp_path / "my.csv")), ("text",), sites=("encoder.0.resid@*",),
+                limit=3, seed=-1, select=False, position="noun", dtype="bfloat16")  # fmt: skip
+    spec.save(tmp_path / "s.toml")
+    assert Spec.from_toml(tmp_path / "s.toml") == spec
+    changed = Spec.from_toml(tmp_path / "s.toml", limit=9, model=None)
+    assert changed == replace(spec, limit=9)
+
+
+def test_paths_are_relative_to_the_file(tmp_path):
+    (tmp_path / "s.toml").write_text('model = "m"\ndata = ["my.csv", "faces"]\n')
+    assert Spec.from_toml(tmp_path / "s.toml").data == (str(tmp_path / "my.csv"), "faces")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (
+            'model = "m"\ndata = ["faces"]\nlimti = 3',
+            r"unknown key 'limti'; did you mean 'limit'\?",
+        ),
+        ('model = "m"\ndata = ["faces"]\nlimit = "3"', "limit is '3'; expected a whole number"),
+        ('model = "m"\ndata = ["faces"]\nlimit = 0', "limit is 0; expected a whole number"),
+        ('model = "m"\ndata = ["faces"]\nselect = 1', "select is 1; expected true or false"),
+        ('model = "m"\ndata = [1]', "data is .*; expected a list of texts"),
+        ('model = "m"', "no data; add it, or give --data"),
+        ("model = m", "not a TOML file"),
+        ('model = "m"\ndata = ["faces"]\ncorrupt = ["blur"]', "unknown corruption 'blur'"),
+        ('model = "m"\ndata = ["a/x.csv", "b/x.csv"]', "two data sets are called 'x'"),
+    ],
+)
+def test_a_bad_specification(tmp_path, text, message):
+    (tmp_path / "s.toml").write_text(text)
+    with pytest.raises(VlmscopeError, match=message):
+        Spec.from_toml(tmp_path / "s.toml")
+
+
+def test_no_such_specification(tmp_path):
+    with pytest.raises(VlmscopeError, match="cannot be read"):
+        Spec.from_toml(tmp_path / "gone.toml")

@@ -1,0 +1,141 @@
+"""Causal tracing: its shares by plain runs, its averages by hand, what it leaves out."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import pandas as pd
+import pytest
+import torch
+from models import blip, example, picture
+
+from vlmscope import corrupt, plots, tracing
+from vlmscope.corrupt import Noise
+from vlmscope.errors import DataError, VlmscopeError
+from vlmscope.inputs import Edit
+from vlmscope.sites import Site
+from vlmscope.store import read_run
+
+NOISE = Noise("multiply", "image", 5.0, draws=3)
+
+
+@pytest.fixture(autouse=True)
+def all_examples_count(monkeypatch):
+    """A random model's gaps are small; what is left out has its own test."""
+    monkeypatch.setattr(tracing, "MIN_P", -1.0)
+    monkeypatch.setattr(tracing, "MIN_LD", -1e9)
+
+
+def several():
+    prompts = ["is this circle red or blue ?", "is this dark circle red or blue ?"]
+    return [replace(example(prompts[n % 2]), id=f"e{n}", clean_image=picture(n)) for n in range(4)]
+
+
+@pytest.fixture
+def traced(tmp_path):
+    model = blip(layers=4)
+    table = tracing.trace(tmp_path / "t", model, several(), noise=NOISE, kinds=("resid", "cross"))
+    return model, table, tmp_path / "t"
+
+
+def test_a_share_by_plain_runs(traced):
+    """One cell: restored in a window of three layers at the answer, over examples and repeats."""
+    model, table, _ = traced
+    shares = torch.zeros(3, 4, dtype=torch.float64)
+    for repeat in range(3):
+        for n, one in enumerate(several()):
+            (pair,) = corrupt.pairs(model, one, replace(NOISE, draws=1), seed=repeat)
+            edits = [
+                Edit(site, "set", model.capture(pair.clean, [site])[str(site)])
+                for site in (Site.parse(f"encoder.{layer}.cross@answer") for layer in (1, 2, 3))
+            ]
+            runs = (
+                model.run(pair.clean),
+                model.run(pair.corrupt, pair.edits),
+                model.run(pair.corrupt, [*pair.edits, *edits]),
+            )
+            clean, floor, restored = (run.softmax(-1)[pair.answer] for run in runs)
+            shares[repeat, n] = (restored - floor) / (clean - floor)
+    row = table.query(
+        "tower == 'encoder' and kind == 'cross' and window == 3 and layer == 2 and at == 'answer'"
+    ).iloc[0]
+    each = shares.mean(1)
+    assert row["restored"] == pytest.approx(float(each.mean()), rel=1e-9)
+    assert row["spread"] == pytest.approx(float(each.std()), rel=1e-9)
+    assert (row["n"], row["repeats"]) == (4, 3)
+
+
+def test_each_repeat_is_a_run_and_has_its_own_noise(traced):
+    _, _, folder = traced
+    runs = [read_run(path) for path in sorted((folder / "repeats").iterdir())]
+    assert len(runs) == 3 and all(run.finished for run in runs)
+    floors = [run.baselines()["p_corrupt"][0] for run in runs]
+    assert len(set(floors)) == 3
+
+
+def test_it_goes_on_where_it_stopped(traced, monkeypatch):
+    model, table, folder = traced
+    monkeypatch.setattr(model, "run", None)
+    monkeypatch.setattr(model, "record", None)
+    again = tracing.trace(folder, model, several(), noise=NOISE, kinds=("resid", "cross"))
+    pd.testing.assert_frame_equal(again, table)
+
+
+def test_by_length(traced):
+    model, by_role, folder = traced
+    table = tracing.trace(
+        folder, model, several(), noise=NOISE, kinds=("resid", "cross"), by="length"
+    )
+    encoder = table[table["tower"] == "encoder"]
+    assert sorted(encoder["length"].unique()) == [9, 10]
+    labels = encoder.query("length == 9").drop_duplicates("at").sort_values("order")["at"]
+    assert labels.tolist() == [
+        "0 [CLS]", "1 is", "2 this", "3 circle", "4 red", "5 or", "6 blue", "7 ?", "8 [SEP]",
+    ]  # fmt: skip
+    keys = "kind == 'resid' and window == 1 and layer == 1 and tower == 'encoder'"
+    nine, ten = (encoder.query(f"{keys} and length == {n} and at == '{a} red'")["restored"].item()
+                 for n, a in ((9, 4), (10, 5)))  # fmt: skip
+    both = by_role.query(f"{keys} and at == 'answer'")["restored"].item()
+    assert both == pytest.approx((nine + ten) / 2)
+
+
+def test_what_is_left_out_is_counted(tmp_path, monkeypatch):
+    monkeypatch.setattr(tracing, "MIN_P", 0.0)
+    model = blip(seed=1)
+    table = tracing.trace(tmp_path / "t", model, several(), noise=NOISE, kinds=("resid",))
+    about = json.loads((tmp_path / "t" / "tracing.json").read_text())
+    falls = [
+        (lambda b: int((b["p_clean"] <= b["p_corrupt"]).sum()))(read_run(p).baselines())
+        for p in sorted((tmp_path / "t" / "repeats").iterdir())
+    ]
+    assert about["left_out_of_each_repeat"] == falls and 0 < sum(falls) < 12
+    assert table["n"].max() < 4
+    monkeypatch.setattr(tracing, "MIN_P", 2.0)
+    with pytest.raises(DataError, match="the noise hardly changes"):
+        tracing.trace(tmp_path / "t", model, several(), noise=NOISE, kinds=("resid",))
+
+
+def test_the_tables_of_the_figures(traced):
+    _, table, _ = traced
+    found = plots.tracing_tables(table, tower="encoder", window=1)
+    assert list(found) == ["resid", "cross"]
+    assert found["resid"].shape[0] == 4
+    assert (
+        list(found["resid"].columns)[:4] == ["[CLS]", "is", "this", "noun"]
+        or "other" in found["resid"]
+    )
+    assert "answer" in found["resid"].attrs["roles"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"by": "word"}, "expected role or length"),
+        ({"windows": (2,)}, "has no middle"),
+        ({"kinds": ("output",)}, "no kind 'output' to trace"),
+    ],
+)
+def test_what_cannot_be_traced(tmp_path, options, message):
+    with pytest.raises(VlmscopeError, match=message):
+        tracing.trace(tmp_path / "t", blip(), several(), noise=NOISE, **options)
