@@ -281,3 +281,86 @@ def test_a_full_disk(run, tmp_path, monkeypatch):
 def test_a_wrong_flag_is_told(run):
     status, _, err = run("sweep", "--modle", "toy-blip")
     assert status == 2 and "--modle" in err and "Traceback" not in err
+
+
+# --- notice, tracing, circuits, heads, data --------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def swept(tmp_path_factory):
+    from vlmscope.study import sweep_to
+
+    model = vlmscope.load("toy-blip")
+    folder = tmp_path_factory.mktemp("swept")
+    sites = ["encoder.*.cross.h*@answer", "decoder.*.cross.h*@last"]
+    for corrupt in ("image", "text"):
+        sweep_to(folder / corrupt, model, vlmscope.examples("faces", limit=14), sites, corrupt)
+    return [folder / "image", folder / "text"]
+
+
+def test_circuits_heads_and_report(run, swept, tmp_path):
+    status, out, _ = run("circuits", *swept, "--out", tmp_path / "c")
+    assert status == 0 and "important of 48 heads" in out and "important in every run" in out
+    sites = (tmp_path / "c" / "sites.txt").read_text().split()
+    assert sites and f"$(cat {tmp_path / 'c' / 'sites.txt'})" in out
+    again = run("sweep", "--model", "toy-blip", "--data", "faces", "--limit", "1", "--corrupt",
+                "image", "--sites", *sites, "--out", tmp_path / "again")  # fmt: skip
+    assert again[0] == 0 and f"{len(sites)} patches of 1 examples" in again[1]
+    status, out, _ = run("heads", "--model", "toy-blip", "--data", "faces", "--limit", "4",
+                         "--sites", *sites[:2], "--out", tmp_path / "h")  # fmt: skip
+    assert status == 0 and "accuracy with heads knocked out together" in out
+    assert (tmp_path / "h" / "report.html").is_file()
+    status, out, _ = run(
+        "report", tmp_path / "c", tmp_path / "h", *swept, "--out", tmp_path / "r.html"
+    )
+    assert status == 0 and (tmp_path / "r.html").is_file()
+
+
+def test_circuits_that_cannot_be(run, swept, tmp_path):
+    refused(run("circuits", swept[0], swept[0], "--out", tmp_path / "c"), "given twice")
+    refused(run("circuits", tmp_path, "--out", tmp_path / "c"), "not a run folder")
+    refused(run("circuits", swept[0], "--position", "verb", "--out", tmp_path / "c"), "role 'verb'")
+
+
+def test_tracing(run, tmp_path):
+    base = ["tracing", "--model", "toy-blip", "--data", "states", "--limit", "2", "--repeats", "2"]
+    status, out, _ = run(*base, "--kinds", "cross", "--windows", "3", "--out", tmp_path / "t")
+    assert status == 0 and "what restores most of P(answer)" in out
+    assert (tmp_path / "t" / "report.html").is_file()
+    refused(run(*base, "--kinds", "output", "--out", tmp_path / "u"), "no kind 'output' to trace")
+    refused(run(*base, "--windows", "4", "--out", tmp_path / "u"), "has no middle")
+
+
+def test_notice(run, tmp_path):
+    status, out, _ = run("notice", "--model", "toy-blip", "--data", "faces", "states", "--limit", "14",
+                         "--corrupt", "image", "--out", tmp_path / "n")  # fmt: skip
+    assert status == 0 and "faces, image" in out and "Universal over all 2 runs" in out
+    spec = tmp_path / "n" / "notice.toml"
+    status, out, _ = run("notice", "--spec", spec, "--out", tmp_path / "n")
+    assert status == 0 and "0 of 14 examples left" in out
+    refused(run("notice", "--spec", spec, "--limit", "3", "--out", tmp_path / "n"), "limit differ")
+    refused(run("notice", "--model", "toy-blip", "--out", tmp_path / "m"), "--model and --data")
+    spec.write_text(spec.read_text().replace("limit", "limits"))
+    refused(run("notice", "--spec", spec, "--out", tmp_path / "m"), "did you mean 'limit'?")
+
+
+def test_data(run, tmp_path):
+    for label in ("cat", "dog", "owl", "cow"):
+        (tmp_path / "root" / label).mkdir(parents=True)
+        for n in range(4):
+            picture(n, 20).save(tmp_path / "root" / label / f"{n}.png")
+    (tmp_path / "root" / "cat" / "broken.png").write_bytes(b"not an image")
+    status, out, _ = run("data", "folder", "--root", tmp_path / "root", "--out", tmp_path / "f.csv")
+    assert status == 0 and "examples" in out and str(tmp_path / "f.csv") in out
+    assert len(vlmscope.read_csv(tmp_path / "f.csv")) > 4
+    again = run("data", "folder", "--root", tmp_path / "root", "--out", tmp_path / "g.csv",
+                "--model", "toy-blip", "--limit", "4")  # fmt: skip
+    assert again[0] == 0 and len(vlmscope.read_csv(tmp_path / "g.csv")) == 4
+    refused(run("data", "coco", "--root", tmp_path, "--out", tmp_path / "x.csv"), "coco-qa")
+    gone = tmp_path / "gone"
+    refused(run("data", "faces", "--root", gone, "--out", tmp_path / "x.csv"), str(gone))
+    (tmp_path / "empty").mkdir()
+    for name in ("svo-probes", "mit-states", "faces", "coco-qa", "clevr", "folder"):
+        refused(
+            run("data", name, "--root", tmp_path / "empty", "--out", tmp_path / "x.csv"), "empty"
+        )
