@@ -26,7 +26,7 @@ CHECKS = {
     "lint": ("ruff", "check", "."),
     "format": ("ruff", "format", "--check", "."),
     "types": ("mypy",),
-    "tests": ("pytest",),
+    "tests": ("pytest", "-n", "2"),
 }
 
 

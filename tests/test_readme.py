@@ -19,7 +19,29 @@ def test_the_python_of_the_readme_runs(tmp_path, monkeypatch, capsys):
     assert (tmp_path / "states.html").exists()
 
 
-@pytest.mark.parametrize("command", ["demo", "sweep", "report", "models"])
+def test_the_python_of_the_tutorial_runs(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    tutorial = (Path(__file__).parent.parent / "docs" / "notice.md").read_text("utf-8")
+    (block,) = re.findall(r"```python\n(.*?)```", tutorial, re.DOTALL)
+    exec(compile(block, "notice.md", "exec"), {})
+    assert (tmp_path / "runs" / "faces" / "report.html").exists()
+
+
+def test_the_specification_of_the_tutorial_is_one(tmp_path):
+    from vlmscope.notice import Spec
+
+    tutorial = (Path(__file__).parent.parent / "docs" / "notice.md").read_text("utf-8")
+    (block,) = re.findall(r"```toml\n(.*?)```", tutorial, re.DOTALL)
+    block = re.sub(r"^# (\w+ = )", r"\1", block, flags=re.MULTILINE)  # also what is commented out
+    (tmp_path / "spec.toml").write_text(block)
+    spec = Spec.from_toml(tmp_path / "spec.toml")
+    assert (spec.position, spec.select, spec.limit) == ("answer", False, 500)
+
+
+@pytest.mark.parametrize(
+    "command",
+    ["demo", "sweep", "report", "models", "notice", "tracing", "circuits", "heads", "data"],
+)
 def test_the_commands_of_the_readme_exist(command):
     from typer.main import get_command
 

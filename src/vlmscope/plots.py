@@ -282,6 +282,7 @@ def panels(
     """
     scale = _scale(list(tables.values()), value)
     across = min(len(tables), 3 if _width(tables) <= 5 else 2 if _width(tables) <= 7.5 else 1)
+    across = 2 if len(tables) == 4 and across == 3 else across
     down = -(-len(tables) // max(across, 1))
     height = max((_height(t) for t in tables.values()), default=2.0)
     figure = _Shown(
@@ -505,6 +506,7 @@ def _scale(tables: Sequence[pd.DataFrame], value: str) -> ScalarMappable:
     sizes = [np.abs(t.to_numpy(dtype=float)) for t in tables]
     finite = [float(s[np.isfinite(s)].max(initial=0.0)) for s in sizes]
     limit = max(finite, default=0.0) or 1.0
+    limit = max(limit, 1.0) if value == "restored" else limit  # a share, the same in all figures
     return ScalarMappable(Normalize(-limit, limit), _DIVERGING)
 
 

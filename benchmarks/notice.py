@@ -1,0 +1,130 @@
+"""The whole NOTICE pipeline on the toys: time, memory, and whether its findings hold.
+
+    python benchmarks/notice.py [--limit 200] [--base] [--out benchmarks/results/NAME.json]
+
+Runs `vlmscope notice` on `toy-blip` and the three built-in sets as a person would, in a process of
+its own, with `--limit` examples and with a quarter of them (memory should be the same), and reads
+from its tables: the rank correlation of the heads' effects between halves of the examples, and how
+far accuracy drops without the important heads and without random ones. With `--base` the estimate for
+1,500 examples on a model of BLIP-base's shape is set against two examples computed. The last
+line is JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pandas as pd
+import torch
+from blip import base_model, photographs
+from scipy.stats import spearmanr
+
+from vlmscope import circuits
+from vlmscope.data import BUILT_IN
+from vlmscope.notice import default_sites
+from vlmscope.store import read_run
+from vlmscope.study import estimate, sweep_to
+
+
+def pipeline(limit: int, out: Path) -> tuple[float, float]:
+    """Seconds and peak memory in GiB of one run of the command."""
+    command = [sys.executable, "-m", "vlmscope", "notice", "--model", "toy-blip", "--data", *BUILT_IN,
+               "--limit", str(limit), "--out", str(out)]  # fmt: skip
+    start = time.perf_counter()
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    _, status, usage = os.wait4(process.pid, 0)
+    assert status == 0, "vlmscope notice failed"
+    return time.perf_counter() - start, usage.ru_maxrss / 2**20
+
+
+def halves(out: Path) -> dict[str, dict[str, float]]:
+    """For each run: Spearman's correlation over all its heads between two halves of the examples."""
+    found = {}
+    for folder in sorted((out / "runs").iterdir()):
+        grids = circuits._grids(circuits._scores(read_run(folder), None))
+        wide = pd.concat([w.add_prefix(f"{key}") for key, w in grids], axis=1)
+        half = circuits._half(list(wide.index), 0)
+        one, other = wide[half], wide[~half]
+        found[folder.name] = {
+            "examples": len(wide),
+            "heads": wide.shape[1],
+            "mean_abs": float(spearmanr(one.abs().mean(), other.abs().mean())[0]),
+            "mean": float(spearmanr(one.mean(), other.mean())[0]),
+        }
+    return found
+
+
+def knock_outs(out: Path) -> dict[str, dict[str, float]]:
+    """For each set: accuracy with no head, the important heads, and random ones knocked out."""
+    found = {}
+    for folder in sorted((out / "heads").iterdir()):
+        table = pd.read_csv(folder / "together.csv")
+        whole = table.loc[table["set"] == "none", "accuracy"].item()
+        mean = table[table["knockout"] == "mean"].groupby("set")["accuracy"].mean()
+        these, random = whole - mean["these heads"], whole - mean["random heads"]
+        heads = len(table.loc[table["set"] == "these heads", "heads"].iloc[0].split())
+        found[folder.name] = {"heads": heads, "accuracy": whole, "drop": these, "drop_of_random": random,
+                              "times": these / random if random > 0 else float("inf")}  # fmt: skip
+    return found
+
+
+def base(folder: Path) -> dict[str, float]:
+    """The estimate for 1,500 examples of BLIP-base's shape, and two of them computed."""
+    model = base_model()
+    one = photographs(folder)
+    examples = [replace(one, id=f"e{n}") for n in range(1500)]
+    sites = default_sites(model)
+    said = estimate(model, examples, sites, "image")
+    start = time.perf_counter()
+    run = sweep_to(folder / "run", model, examples[:2], sites, "image")
+    seconds = (time.perf_counter() - start) / 2 * 1500
+    size = sum(p.stat().st_size for p in (run.path / "effects").iterdir()) / 2 * 1500
+    return {
+        "patches_an_example": said.patches,
+        "estimated_hours": said.seconds / 3600,
+        "hours_from_two_computed": seconds / 3600,
+        "estimated_gb": said.bytes / 1e9,
+        "gb_from_two_computed": size / 1e9,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--limit", type=int, default=200)
+    parser.add_argument("--base", action="store_true", help="also a model of BLIP-base's shape")
+    parser.add_argument("--out", type=Path, help="also write the JSON to this file")
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        quarter = pipeline(max(arguments.limit // 4, 10), folder / "quarter")
+        seconds, memory = pipeline(arguments.limit, folder / "all")
+        result = {
+            "benchmark": "notice",
+            "machine": f"{platform.machine()}, {os.cpu_count()} cores, CPU",
+            "torch": torch.__version__,
+            "examples": arguments.limit,
+            "seconds": seconds,
+            "peak_memory_gib": memory,
+            "peak_memory_gib_of_a_quarter": quarter[1],
+            "halves": halves(folder / "all"),
+            "knock_outs": knock_outs(folder / "all"),
+        }
+        if arguments.base:
+            result["base"] = base(folder)
+    text = json.dumps(result)
+    if arguments.out:
+        arguments.out.write_text(text + "\n")
+    print(text)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,40 @@
+"""On toy-blip: heads found on one half are found on the other, and the answer depends on them."""
+
+from __future__ import annotations
+
+import pandas as pd
+import pytest
+from scipy.stats import spearmanr
+
+from vlmscope import circuits, heads
+from vlmscope.data import BUILT_IN, examples
+from vlmscope.model import load
+from vlmscope.study import sweep_to
+
+SITES = [
+    "encoder.*.attn.h*@answer",
+    "encoder.*.cross.h*@answer",
+    "decoder.*.attn.h*@last",
+    "decoder.*.cross.h*@last",
+]
+
+
+@pytest.mark.parametrize("name", BUILT_IN)
+def test_important_heads_hold(name, tmp_path):
+    model, given = load("toy-blip"), examples(name, limit=200)
+    run = sweep_to(tmp_path / "run", model, given, SITES, "image", select=True)
+    grids = circuits._grids(circuits._scores(run, None))
+    wide = pd.concat([w.add_prefix(f"{key}") for key, w in grids], axis=1).abs()
+    half = circuits._half(list(wide.index), 0)
+    assert wide.shape == (run.ran(), 48) and run.ran() > 180
+    assert spearmanr(wide[half].mean(), wide[~half].mean())[0] >= 0.9
+
+    found = circuits.heads_of(run)
+    important = found[found["important"]]
+    assert 3 <= len(important) <= 16 and important["confirmed"].mean() > 0.6
+    kept = set(run.baselines().query("not excluded")["example"])
+    chosen = [e for e in given if e.id in kept][:60]
+    table = heads.functions(model, chosen, circuits.expressions(important)).together
+    whole = table.loc[table["set"] == "none", "accuracy"].item()
+    drops = whole - table.groupby(["set", "knockout"])["accuracy"].mean()
+    assert drops["these heads", "mean"] >= 3 * max(drops["random heads", "mean"], 0.01)

@@ -1,0 +1,392 @@
+"""Train `toy-llava`, which captions the drawn pictures and answers questions about them.
+
+    python tools/train_toy_llava.py [--out src/vlmscope/toys/toy-llava]
+
+Its vision tower starts from that of `toy-blip`, which ships with the package; the pictures, questions
+and throw-away patch heads are those of `train_toy_blip.py`. One sequence holds a picture and several
+branches behind it, each a question with its answer or the caption; branches do not see each other. The
+training is kept every 500 steps in `build/toy-llava` and goes on from there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import time
+from pathlib import Path
+
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+from torch import Tensor, nn
+from torch.nn import functional as F
+from train_toy_blip import (
+    FIRST_SEED,
+    GRID,
+    NONE,
+    PATCH,
+    SETS,
+    SIDE,
+    TEMPLATES,
+    VALUES,
+    pool,
+    question,
+)
+from transformers import (
+    AutoModelForVisualQuestionAnswering,
+    CLIPVisionConfig,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    LlavaProcessor,
+    PreTrainedTokenizerFast,
+)
+from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+
+from vlmscope.data.drawn import drawing, faces, scenes, states
+
+WORK = Path("build/toy-llava")
+TOY_BLIP = Path("src/vlmscope/toys/toy-blip")
+ASK = "describe this picture."
+TEMPLATE = (
+    "{% for message in messages %}{{ message['role'] + ': ' }}"
+    "{% for part in message['content'] %}{% if part['type'] == 'image' %}<image>\n"
+    "{% else %}{{ part['text'] + ' ' }}{% endif %}{% endfor %}{% endfor %}"
+    "{% if add_generation_prompt %}assistant:{% endif %}"
+)
+IMAGES = GRID * GRID
+
+
+# -- captions ------------------------------------------------------------------------------------
+
+
+def caption_of(kind: str, shown: states.State | scenes.Scene | faces.Face) -> str:
+    """What a picture shows, in one order: above rather than below, inside rather than around, left
+    before right.
+
+    >>> import random
+    >>> caption_of("faces", faces.sample(random.Random(0))).endswith("face")
+    True
+    """
+    if kind == "states":
+        thing = shown.thing
+        return f"a {thing.texture} {thing.color} {thing.shape}"
+    if kind == "faces":
+        return f"{'an' if shown.expression[0] in 'aeiou' else 'a'} {shown.expression} face"
+    one, other, relation = shown.subject, shown.object, shown.relation
+    if relation in ("below", "around") or (relation == "beside" and shown.side > 0):
+        one, other, relation = other, one, scenes.INVERSE[relation]
+    words = [
+        ("an" if x.color[0] in "aeiou" else "a") + f" {x.color} {x.shape}" for x in (one, other)
+    ]
+    return f"{words[0]} {relation} {words[1]}"
+
+
+def facts_more(count: int) -> tuple[list[str], Tensor]:
+    """Captions of the pool's pictures, and the colors of a scene's subject and object."""
+    captions, colors = [], torch.full((count, 2), NONE)
+    names = list(drawing.COLORS)
+    for n in range(count):
+        kind = list(SETS)[n % 3]
+        shown = SETS[kind].sample(random.Random(f"{kind}/{FIRST_SEED}/{n}"))
+        captions.append(caption_of(kind, shown))
+        if kind == "scenes":
+            colors[n] = torch.tensor([names.index(x.color) for x in (shown.subject, shown.object)])
+    return captions, colors
+
+
+def color_scenes(data: dict[str, Tensor], colors: Tensor) -> None:
+    """Label the patches of scenes with colors too: the pool knows which shape covers a patch."""
+    shape, color = (list(VALUES).index(k) for k in ("shape", "color"))
+    scenes_ = colors[:, 0] != NONE
+    labels, facts = data["labels"], data["facts"]
+    for column, value in ((1 + shape, 0), (1 + list(VALUES).index("other"), 1)):
+        hit = (labels[:, shape] == facts[:, column, None]) & scenes_[:, None]
+        labels[:, color] = torch.where(hit, colors[:, value, None], labels[:, color])
+
+
+# -- the model -----------------------------------------------------------------------------------
+
+
+def processor() -> LlavaProcessor:
+    """LLaVA's processor for small pictures, with a vocabulary of whole words."""
+    words = [w for v in VALUES.values() for w in v]
+    words += f"{TEMPLATES} {ASK} face user assistant : an shows show no yes".replace(
+        ".", " . "
+    ).split()
+    special = ["<pad>", "<unk>", "<s>", "</s>", "<image>"]
+    vocab = {token: n for n, token in enumerate(dict.fromkeys([*special, *words]))}
+    made = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
+    made.normalizer = normalizers.Lowercase()
+    made.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    made.post_processor = processors.TemplateProcessing("<s> $A", special_tokens=[("<s>", 2)])
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=made, pad_token="<pad>", unk_token="<unk>", bos_token="<s>", eos_token="</s>",
+        additional_special_tokens=["<image>"], padding_side="left",
+    )  # fmt: skip
+    side = {"height": SIDE, "width": SIDE}
+    images = CLIPImageProcessorPil(size=side, crop_size=side, do_center_crop=False)
+    return LlavaProcessor(
+        images, tokenizer, patch_size=PATCH, vision_feature_select_strategy="default",
+        image_token="<image>", num_additional_image_tokens=1, chat_template=TEMPLATE,
+    )  # fmt: skip
+
+
+def model(
+    tokenizer: PreTrainedTokenizerFast, width: int, layers: int
+) -> LlavaForConditionalGeneration:
+    """A small LLaVA whose vision tower is toy-blip's, as far as CLIP's has the same parts."""
+    vision = CLIPVisionConfig(
+        hidden_size=64, intermediate_size=256, num_hidden_layers=3, num_attention_heads=4,
+        image_size=SIDE, patch_size=PATCH, hidden_act="gelu", projection_dim=64,
+    )  # fmt: skip
+    text = LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=width, intermediate_size=8 * width // 3 // 8 * 8,
+        num_hidden_layers=layers, num_attention_heads=4, num_key_value_heads=4,
+        max_position_embeddings=160, tie_word_embeddings=True, bos_token_id=2, eos_token_id=3,
+        pad_token_id=0,
+    )  # fmt: skip
+    config = LlavaConfig(
+        vision_config=vision, text_config=text, image_token_index=4, vision_feature_layer=-1,
+        vision_feature_select_strategy="default", tie_word_embeddings=True,
+    )  # fmt: skip
+    hf = LlavaForConditionalGeneration(config)
+    _take_over(hf)
+    return hf
+
+
+def _take_over(hf: LlavaForConditionalGeneration) -> None:
+    blip = AutoModelForVisualQuestionAnswering.from_pretrained(TOY_BLIP).vision_model
+    clip = hf.model.vision_tower
+    clip = getattr(clip, "vision_model", clip)
+    with torch.no_grad():
+        old, new = blip.embeddings, clip.embeddings
+        new.class_embedding.copy_(old.class_embedding[0, 0])
+        new.patch_embedding.weight.copy_(old.patch_embedding.weight)
+        position = old.position_embedding[0].clone()
+        position[1:] += old.patch_embedding.bias
+        new.position_embedding.weight.copy_(position)
+        for mine, theirs in zip(clip.encoder.layers, blip.encoder.layers, strict=True):
+            for norm in ("layer_norm1", "layer_norm2"):
+                getattr(mine, norm).load_state_dict(getattr(theirs, norm).state_dict())
+            mine.mlp.load_state_dict(theirs.mlp.state_dict())
+            mine.self_attn.out_proj.load_state_dict(theirs.self_attn.projection.state_dict())
+            parts = (x.chunk(3) for x in (theirs.self_attn.qkv.weight, theirs.self_attn.qkv.bias))
+            for name, weight, bias in zip("qkv", *parts, strict=True):
+                target = getattr(mine.self_attn, f"{name}_proj")
+                target.weight.copy_(weight)
+                target.bias.copy_(bias)
+
+
+class Trainee(nn.Module):
+    """The model, and the linear heads that are thrown away."""
+
+    def __init__(self, hf: LlavaForConditionalGeneration) -> None:
+        super().__init__()
+        self.hf = hf
+        self.heads = nn.ModuleList(nn.Linear(64, len(v)) for v in VALUES.values())
+
+    def forward(self, pixels: Tensor, labels: Tensor, text: dict[str, Tensor]) -> Tensor:
+        inner = self.hf.model
+        seen = inner.vision_tower(pixels).last_hidden_state[:, 1:]
+        losses = [
+            F.cross_entropy(head(seen).flatten(0, 1), labels[:, k].flatten())
+            for k, head in enumerate(self.heads)
+            if (labels[:, k] != NONE).any()
+        ]
+        embedded = inner.get_input_embeddings()(text["ids"])
+        picture = inner.multi_modal_projector(seen)
+        is_image = (text["ids"] == 4)[..., None].expand_as(embedded)
+        embedded = embedded.masked_scatter(is_image, picture)
+        hidden = inner.language_model(
+            inputs_embeds=embedded, attention_mask=text["mask"], position_ids=text["positions"]
+        ).last_hidden_state
+        chosen = text["labels"] != NONE
+        said = F.cross_entropy(self.hf.lm_head(hidden[chosen]), text["labels"][chosen])
+        return said + 0.3 * torch.stack(losses).mean()
+
+
+def pack(
+    tokenizer: PreTrainedTokenizerFast, branches: list[list[tuple[str, str]]]
+) -> dict[str, Tensor]:
+    """Sequences of a picture and its branches, with masks, positions and what is to be said."""
+    words = lambda text: tokenizer(text, add_special_tokens=False)["input_ids"]  # noqa: E731
+    prefix = [2, *words("user:"), *[4] * IMAGES]
+    rows = []
+    for some in branches:
+        ids, group, positions, labels = (
+            list(prefix),
+            [0] * len(prefix),
+            list(range(len(prefix))),
+            [],
+        )
+        labels = [NONE] * len(prefix)
+        for number, (asked, answer) in enumerate(some, start=1):
+            before, after = [*words(asked), *words("assistant:")], [*words(answer), 3]
+            ids += before + after[:-1]
+            many = len(before) + len(after) - 1
+            group += [number] * many
+            positions += range(len(prefix), len(prefix) + many)
+            labels += [NONE] * (len(before) - 1) + after
+        rows.append((ids, group, positions, labels))
+    longest = max(len(ids) for ids, *_ in rows)
+    table = [
+        torch.tensor([column + [fill] * (longest - len(column)) for column in columns])
+        for columns, fill in zip(zip(*rows, strict=True), (0, -1, 0, NONE), strict=True)
+    ]
+    group = table[1]
+    same = (group[:, :, None] == group[:, None, :]) | (group[:, None, :] == 0)
+    allowed = same & torch.ones(longest, longest, dtype=torch.bool).tril()
+    mask = torch.zeros(allowed.shape).masked_fill(~allowed, torch.finfo(torch.float32).min)
+    return {"ids": table[0], "positions": table[2], "labels": table[3], "mask": mask[:, None]}
+
+
+# -- training ------------------------------------------------------------------------------------
+
+
+def train(arguments: argparse.Namespace) -> None:
+    torch.manual_seed(arguments.seed)
+    made = processor()
+    hf = model(made.tokenizer, arguments.width, arguments.layers)
+    print(sum(p.numel() for p in hf.parameters()), "parameters", flush=True)
+    trainee = Trainee(hf).train()
+    data = pool(arguments.pictures)
+    captions, colors = facts_more(arguments.pictures)
+    color_scenes(data, colors)
+    images = made.image_processor
+    mean, std = (torch.tensor(v)[:, None, None] for v in (images.image_mean, images.image_std))
+    optimizer = torch.optim.AdamW(trainee.parameters(), lr=arguments.rate, weight_decay=0.01)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, arguments.rate, total_steps=arguments.steps + 1, pct_start=0.05
+    )
+    first = _resume(trainee, optimizer, schedule)
+    drawn = [n for n in range(arguments.pictures) for _ in range(3 if n % 3 == 1 else 1)]
+    began, total = time.time(), 0.0
+    for step in range(first, arguments.steps):
+        rng = random.Random(f"{arguments.seed}/{step}")
+        which = rng.sample(drawn, arguments.batch)
+        facts = data["facts"][torch.tensor(which)].tolist()
+        branches = [
+            [*(question(rng, f) for _ in range(arguments.ask)), (ASK, captions[n])]
+            for n, f in zip(which, facts, strict=True)
+        ]
+        pixels = (data["pixels"][torch.tensor(which)].float() / 255 - mean) / std
+        loss = trainee(pixels, data["labels"][torch.tensor(which)], pack(made.tokenizer, branches))
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(trainee.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        total += loss.item()
+        if (step + 1) % 100 == 0:
+            speed = (step + 1 - first) / (time.time() - began)
+            print(f"step {step + 1} loss {total / 100:.4f} ({speed:.1f} steps/s)", flush=True)
+            total = 0.0
+        if (step + 1) % 500 == 0:
+            _keep(trainee, optimizer, schedule, step + 1)
+            save(hf, made, WORK / "latest")
+        if (step + 1) % 1000 == 0:
+            report(hf, made, 90)
+    save(hf, made, Path(arguments.out))
+    report(hf, made, 600)
+
+
+def _keep(trainee: Trainee, optimizer: torch.optim.Optimizer, schedule: object, step: int) -> None:
+    WORK.mkdir(parents=True, exist_ok=True)
+    state = {f"model.{k}": v for k, v in trainee.state_dict().items() if "lm_head" not in k}
+    for n, values in optimizer.state_dict()["state"].items():
+        state |= {f"adam.{n}.{k}": v for k, v in values.items()}
+    save_file({k: v.clone().contiguous() for k, v in state.items()}, WORK / "state.tmp")
+    (WORK / "state.tmp").replace(WORK / "state.safetensors")
+    (WORK / "step.json").write_text(json.dumps(step))
+
+
+def _resume(trainee: Trainee, optimizer: torch.optim.Optimizer, schedule: object) -> int:
+    if not (WORK / "step.json").exists():
+        return 0
+    step, state = (
+        json.loads((WORK / "step.json").read_text()),
+        load_file(WORK / "state.safetensors"),
+    )
+    own = {k.removeprefix("model."): v for k, v in state.items() if k.startswith("model.")}
+    trainee.load_state_dict(own, strict=False)
+    kept = optimizer.state_dict()
+    for name, value in state.items():
+        if name.startswith("adam."):
+            _, n, key = name.split(".")
+            kept["state"].setdefault(int(n), {})[key] = value
+    optimizer.load_state_dict(kept)
+    for _ in range(step):
+        optimizer.zero_grad()
+        schedule.step()
+    print(f"goes on at step {step}", flush=True)
+    return step
+
+
+def save(hf: LlavaForConditionalGeneration, made: LlavaProcessor, out: Path) -> None:
+    hf.save_pretrained(out)
+    made.save_pretrained(out)
+
+
+# -- how well ------------------------------------------------------------------------------------
+
+
+def answers(
+    hf: LlavaForConditionalGeneration, made: LlavaProcessor, asked: list[tuple[Image.Image, str]]
+) -> list[str]:
+    """What the model says, by its own generation, through the chat template."""
+    found = []
+    for start in range(0, len(asked), 50):
+        some = asked[start : start + 50]
+        prompts = [f"user: <image>\n{text} assistant:" for _, text in some]
+        inputs = made(images=[p for p, _ in some], text=prompts, padding=True, return_tensors="pt")
+        said = hf.generate(**inputs, max_new_tokens=10, do_sample=False)
+        found += made.batch_decode(
+            said[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True
+        )
+    return found
+
+
+@torch.no_grad()
+def report(hf: LlavaForConditionalGeneration, made: LlavaProcessor, count: int) -> None:
+    """Accuracy by set and kind on held-out pictures, corrupt inputs, and captions exactly right."""
+    hf.eval()
+    for name, module in SETS.items():
+        examples = list(module.load(count, seed=7))
+        clean = answers(hf, made, [(e.clean_image, e.clean_prompt) for e in examples])
+        image = answers(hf, made, [(e.corrupt_image, e.clean_prompt) for e in examples])
+        text = answers(hf, made, [(e.clean_image, e.corrupt_prompt) for e in examples])
+        right = [said == e.answer for said, e in zip(clean, examples, strict=True)]
+        parts = []
+        for value in sorted({e.groups["kind"] for e in examples}):
+            some = [r for r, e in zip(right, examples, strict=True) if e.groups["kind"] == value]
+            parts.append(f"{value} {sum(some) / len(some):.3f}")
+        follows = [s == e.foil for s, e, r in zip(image, examples, right, strict=True) if r]
+        neither = sum(said == "neither" for said in text) / count
+        shown = [SETS[name].sample(random.Random(f"{name}/7/caption/{n}")) for n in range(count)]
+        said = answers(hf, made, [(one.draw(), ASK) for one in shown])
+        exact = [s == caption_of(name, one) for s, one in zip(said, shown, strict=True)]
+        print(f"  {name} {sum(right) / count:.3f}: {', '.join(parts)}; follows the image "
+              f"{sum(follows) / max(1, len(follows)):.3f}; neither on corrupt text {neither:.3f}; "
+              f"captions {sum(exact) / count:.3f} ('{said[0]}')", flush=True)  # fmt: skip
+    hf.train()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--steps", type=int, default=14_000)
+    parser.add_argument("--rate", type=float, default=1e-3)
+    parser.add_argument("--batch", type=int, default=32, help="pictures a step")
+    parser.add_argument("--ask", type=int, default=4, help="questions a picture")
+    parser.add_argument("--pictures", type=int, default=90_000)
+    parser.add_argument("--width", type=int, default=96)
+    parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", default="src/vlmscope/toys/toy-llava")
+    train(parser.parse_args())
+
+
+if __name__ == "__main__":
+    main()
