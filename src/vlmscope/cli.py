@@ -79,7 +79,7 @@ def demo(
     ),
     limit: Annotated[int, typer.Option(min=1, help="Examples of each set.")] = 20,
 ) -> None:
-    """The NOTICE pipeline on the toy and the three sets that ship with the package."""
+    """Run `notice` on the toy and the sets that ship with it."""
     from vlmscope.demo import run
 
     run(out, limit)
@@ -127,7 +127,7 @@ def sweep(
         list[str] | None, typer.Argument(hidden=True, metavar="EXPR")
     ] = None,  # --sites A B C
 ) -> None:
-    """Patch every site of every example; write the table of effects to a folder."""
+    """Patch every site of every example, into a run folder."""
     from vlmscope.corrupt import Noise
     from vlmscope.data import examples
     from vlmscope.model import load
@@ -180,7 +180,10 @@ def notice(
     ] = None,
     more: Annotated[list[str] | None, typer.Argument(hidden=True, metavar="D")] = None,
 ) -> None:
-    """The NOTICE pipeline: selection, all modules and heads, circuits, head functions, report."""
+    """The NOTICE pipeline, from examples to a report.
+
+    Selection, sweeps of all modules and heads, circuits, what the heads do, and a report.
+    """
     from vlmscope.notice import Spec, run
 
     given: dict[str, Any] = {
@@ -227,7 +230,10 @@ def tracing(
     limit: Annotated[int | None, typer.Option(min=1, help="Only the first so many.")] = None,
     seed: Annotated[int, typer.Option(help="Seed of built-in sets and of noise.")] = 0,
 ) -> None:
-    """Causal tracing: noise on the image, clean states restored layer by layer, token by token."""
+    """Causal tracing with noise on the image.
+
+    Clean states are restored layer by layer, token by token.
+    """
     from vlmscope.corrupt import Noise
     from vlmscope.data import examples
     from vlmscope.model import load
@@ -271,7 +277,7 @@ def circuits(
     ] = False,
     seed: Annotated[int, typer.Option(help="Seed of permutations and halves.")] = 0,
 ) -> None:
-    """Important heads of each run, and the universal ones over all runs."""
+    """Important heads of each run, universal ones over all."""
     from vlmscope.circuits import expressions, write
 
     found = write(runs, out, position=position, across_models=across_models, seed=seed)
@@ -305,7 +311,10 @@ def heads(
     seed: Annotated[int, typer.Option(help="Seed of built-in sets, shuffles and knock-outs.")] = 0,
     more: Annotated[list[str] | None, typer.Argument(hidden=True, metavar="EXPR")] = None,
 ) -> None:
-    """What heads do: where they look, what they move, and what happens without them."""
+    """What heads do.
+
+    Where they look, what they move, and what happens without them.
+    """
     from vlmscope.data import examples
     from vlmscope.heads import write
     from vlmscope.model import load
@@ -348,7 +357,10 @@ def data(
         bool, typer.Option("--download", help="Fetch missing images (svo-probes).")
     ] = False,
 ) -> None:
-    """Build a contrast set from a downloaded data set; says what each rule dropped, and why."""
+    """Build a contrast set from a downloaded data set.
+
+    Says how many rows each rule dropped, and why.
+    """
     from vlmscope.data import build
     from vlmscope.example import write_csv
 
@@ -378,7 +390,7 @@ def report(
     ],
     out: Annotated[Path, typer.Option(help="The HTML file; its figures go beside it.")],
 ) -> None:
-    """Write one self-contained HTML file about one or more runs."""
+    """Write one self-contained HTML file."""
     from vlmscope.report import write_report
 
     print(write_report(runs, out))
@@ -390,7 +402,7 @@ def models(
         str | None, typer.Argument(help="A toy's name, a Hugging Face id, or a folder.")
     ] = None,
 ) -> None:
-    """List the supported families and toys, or one model's towers, layers, heads and sites."""
+    """List the families, or what one model has."""
     from vlmscope.model import describe, load, supported
 
     print(describe(load(model)) if model else supported())
