@@ -14,7 +14,7 @@ import ctypes
 import os
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field, replace
 from functools import cache
 from itertools import groupby
@@ -24,6 +24,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from vlmscope import suffix
 from vlmscope.inputs import Edit, Inputs, Pair
 from vlmscope.metrics import Patched, Score, score
 from vlmscope.model import Model, handles, hooks
@@ -73,6 +74,8 @@ class Trace:
     calls: dict[tuple[str, int], tuple[tuple[Any, ...], dict[str, Any]]] = field(
         default_factory=dict
     )
+    memory: dict[str, suffix.Memory] = field(default_factory=dict)
+    """What the attention of causal decoders kept."""
 
 
 def patch(
@@ -131,15 +134,21 @@ class Sweep:
         points = {one.point for site, _ in sites for one in members(site, model.shapes)}
         for point in list(points):
             if point.kind in SUBLAYERS:
-                points.update(_around(point.tower, point.layer))
+                around = _around(point.tower, point.layer)
+                has_heads = point.layer in model.shapes[point.tower].having("attn")
+                points.update(around if has_heads else around[1:])
         runs = [(pair.clean, ()), (pair.corrupt, pair.edits)]
         runs = runs[:1] if values is not None else runs
         self.kept = {tower: model.family.cache() for tower in self.towers}
         traces = []
         for number, (inputs, edits) in enumerate(runs):
             is_base = number == (direction == "denoise" and len(runs) == 2)
-            with self._keeping() if is_base else nullcontext():
+            with self._keeping() if is_base else nullcontext(), ExitStack() as stack:
+                memory = {tower: suffix.Memory() for tower in self.towers if is_base and self._flow(tower) == "suffix"}  # fmt: skip
+                for tower, one in memory.items():
+                    stack.enter_context(suffix.remembering(model, tower, one))
                 traces.append(self._trace(inputs, edits, points, seen))
+                traces[-1].memory = memory
         if values is not None:
             traces.append(self._given(traces[0], sites, values))
             runs *= 2
@@ -149,7 +158,11 @@ class Sweep:
         self.base = traces[1] if forward else traces[0]
         self.inputs, self.edits = runs[1] if forward else runs[0]
         self.unchanged = self.baselines[1] if forward else self.baselines[0]
+        self.starts = {t: suffix.starts(m) for t, m in self.base.memory.items()}
         self.rows, self.idle = self._plan(sites)
+
+    def _flow(self, tower: str) -> str:
+        return self.model.family.towers[tower].flow
 
     def _given(
         self,
@@ -174,12 +187,14 @@ class Sweep:
         model, first = self.model, self.towers[0]
         inside = any(p.tower == first and p.kind != "output" for p in points)
         key = id(inputs.tensors["pixel_values"])
-        known = None if inside else seen.get(key)
+        whole = self.model.family.towers[first].output
+        known = None if inside or not whole else seen.get(key)
         trace = Trace(torch.empty(0), {})
         with self._recording(trace), model.editing(inputs, edits), self._ends(trace):
             if known is None:
                 trace.logits, trace.values = model.record(inputs, points)
-                seen[key] = trace.outputs[first]
+                if whole:
+                    seen[key] = trace.outputs[first]
                 return trace
             trace.outputs[first] = known
             output = self._edited_output(known, first, inputs, edits)
@@ -309,36 +324,60 @@ class Sweep:
             self.rows, key=lambda row: (row.tower, row.sites[0].kind == "output")
         ):
             tower, rows = self.towers[number], list(group)
-            most = self._most(tower)
+            room = self._room(tower)
             while rows:
-                many = -(-len(rows) // -(-len(rows) // most))  # batches of about equal size
+                many = self._fit(tower, rows, room)
                 try:
                     result = self._chunk(tower, rows[:many])
                 except (MemoryError, RuntimeError) as error:
-                    if not _out_of_memory(error) or most == 1:
+                    if not _out_of_memory(error) or many == 1:
                         raise
-                    most = max(1, many // 2)
+                    room //= 2
                     continue
                 yield [row.number for row in rows[:many]], result
                 rows = rows[many:]
 
-    def _most(self, tower: str) -> int:
-        """How many rows of a tower fit the budget: its widest intermediate results, from here on."""
+    def _room(self, tower: str) -> int:
+        """How many positions, over all rows, fit the budget with what is computed from here on."""
         model, floats = self.model, 0
         for name in self.towers[self.towers.index(tower) :]:
             shape, many = model.shapes[name], len(self.inputs.layout[name].tokens)
             read = len(self.inputs.layout[self.towers[0]].tokens)
             heads = max(shape.heads.values())
-            attention = 3 * heads * many * max(many, read if "cross" in shape.kinds else 0)
-            floats = max(floats, many * (2 * shape.neurons + 6 * shape.width) + attention)
+            attention = 3 * heads * max(many, read if "cross" in shape.kinds else 0)
+            floats = max(floats, 2 * shape.neurons + 6 * shape.width + attention)
         size = torch.finfo(model.dtype).bits // 8
-        room = min(BUDGET, _free_memory(model.device) // 4)
-        return max(1, room // (floats * size))
+        return max(1, min(BUDGET, _free_memory(model.device) // 4) // (floats * size))
+
+    def _fit(self, tower: str, rows: list[Row], room: int) -> int:
+        """How many of the next rows to take: batches of about equal size, at least one row each."""
+        if self._flow(tower) == "plain":
+            return 1
+        lengths = self._lengths(tower, rows)
+        batches = max(1, -(-sum(lengths) // room))
+        share, many = sum(lengths) / batches, 0
+        while many < len(rows) and (not many or sum(lengths[: many + 1]) <= share * 1.001):
+            many += 1
+        return many
+
+    def _lengths(self, tower: str, rows: list[Row]) -> list[int]:
+        """How many positions of its tower, or of the longest behind it, each row carries."""
+        after = self.towers[self.towers.index(tower) :]
+        whole = max(len(self.inputs.layout[name].tokens) for name in after)
+        if tower not in self.starts:
+            return [whole] * len(rows)
+        return [whole - self.starts[tower][min(row.at)] for row in rows]
 
     @torch.inference_mode()
     def _chunk(self, tower: str, rows: list[Row]) -> Score:
         """Take rows of one tower, in the order of their stages, to their scores."""
         model, family = self.model, self.model.family
+        if self._flow(tower) == "plain":
+            return self._plain(rows[0])
+        if self._flow(tower) == "suffix":
+            output = family.leave(model.hf, tower, self._suffixes(tower, rows))
+            logits = family.finish(model.hf, self.inputs, tower, output)
+            return score(logits, self.pair.answer, self.pair.foil)
         if rows[0].sites[0].kind == "output":
             output = self._edited_output(self.base.outputs[tower], tower, self.inputs, self.edits)
             output = self._join(output[:0], output, rows, rows[0].stage)
@@ -358,9 +397,114 @@ class Sweep:
                 hidden = self._block(tower, layer, hidden, rows)
         return self._join(hidden, self.base.ends[tower], rows, depth)
 
+    def _plain(self, row: Row) -> Score:
+        """One forward with the patch, where a tower's blocks do not take rows."""
+        edits = [*self.edits]
+        for site in row.sites:
+            value = self.model.read(self.source.values[site.point], site, row.at)
+            edits.append(Edit(site, "set", value))
+        logits = self.model.run(self.inputs, edits)
+        return score(logits[None], self.pair.answer, self.pair.foil)
+
+    def _suffixes(self, tower: str, rows: list[Row]) -> Float[Tensor, "rows 1 width"]:
+        """What the last position of each row is behind the last block; rows are only suffixes."""
+        starts = self.starts[tower]
+        begins = [starts[min(row.at)] for row in rows]
+        ragged = suffix.Rows(self.model, tower, self.base.memory[tower], begins)
+        depth, hidden = self._depth(tower), self.base.ends[tower][:, :0]
+        for stage in range(rows[0].stage, depth + 1):
+            base = self.base.ends[tower] if stage == depth else self._entrance(tower, stage)
+            new = [(i, row) for i, row in enumerate(rows) if row.stage == stage]
+            if new:
+                parts = [hidden, *(base[:, begins[i] :] for i, _ in new)]
+                hidden = torch.cat(parts, 1)
+                self._patch_joined(tower, ragged, hidden, new)
+                ragged.take(new[-1][0] + 1)
+            if stage < depth:
+                hidden = self._ragged_block(tower, stage, hidden, rows, ragged)
+        return hidden[0, ragged.last(), None]
+
+    def _patch_joined(
+        self, tower: str, ragged: suffix.Rows, hidden: Tensor, new: list[tuple[int, Row]]
+    ) -> None:
+        """Write the first patch of rows that join, behind the block that it is in."""
+        cells = [Cell(0, ragged.place(i, p), row.sites[0], p) for i, row in new for p in row.at]
+        self._write(hidden, [c for c in cells if c.site.kind == "resid"])
+        within = [c for c in cells if c.site.kind in SUBLAYERS and c.site.center < new[0][1].stage]
+        if not within:
+            return
+        layer = within[0].site.center
+        at = torch.tensor([c.source for c in within], device=hidden.device)
+        heads, entrance = _around(tower, layer)
+        inside = [replace(c, position=n) for n, c in enumerate(within)]
+        with hooks() as hook, suffix.alone(self.model, tower):
+            if heads in self.base.values:
+                own = self.base.values[heads][:, at]
+                hook(*self.model.module(heads), lambda x: own.clone())
+            out = self._call_at(tower, layer, self.base.values[entrance][:, at], inside, at)
+        hidden[0, [c.position for c in within]] = out[0]
+
+    def _ragged_block(
+        self, tower: str, layer: int, hidden: Tensor, rows: list[Row], ragged: suffix.Rows
+    ) -> Tensor:
+        """One block over all rows that have joined, with the run's own edits and the patches in it."""
+        joined = [(i, row) for i, row in enumerate(rows) if row.stage <= layer]
+        cells = [
+            Cell(0, ragged.place(i, p), site, p)
+            for i, row in joined
+            for site in row.sites
+            if site.center == layer
+            for p in row.at
+        ]
+        with hooks() as hook:
+            for edit in self.edits:
+                if edit.site.tower == tower and edit.site.center == layer:
+                    self._edit_ragged(hook, edit, joined, ragged)
+            with ragged.attending():
+                return self._call_at(tower, layer, hidden, cells, ragged.tokens)
+
+    def _edit_ragged(
+        self, hook: Any, edit: Edit, joined: list[tuple[int, Row]], ragged: suffix.Rows
+    ) -> None:
+        """One of the run's own edits, at the places that its positions have in each row."""
+        for site, at in self.model.placed(edit.site, self.inputs):
+            found = [
+                (ragged.place(i, p), n)
+                for i, _ in joined
+                for n, p in enumerate(at)
+                if p >= ragged.begins[i]
+            ]
+            if found:
+                places, numbers = zip(*found, strict=True)
+                value = edit.value
+                if isinstance(value, Tensor) and value.ndim > 1 and len(value) > 1:
+                    value = value[list(numbers)]
+                one = Edit(site, edit.op, value)
+                hook(
+                    *self.model.module(site.point),
+                    lambda x, e=one, a=places: self.model.edited(x, e, a),
+                )
+
+    def _call_at(
+        self, tower: str, layer: int, hidden: Tensor, cells: list[Cell], tokens: Tensor
+    ) -> Tensor:
+        """Call a block on a sequence of the base run's positions, and patch cells on the way."""
+        _, kwargs = self.base.calls[tower, layer]
+        kwargs = suffix.at_positions(kwargs, tokens)
+        kwargs.pop("hidden_states", None)
+        by_point = defaultdict(list)
+        for cell in cells:
+            by_point[cell.site.point].append(cell)
+        with hooks() as hook:
+            for point, some in by_point.items():
+                hook(*self.model.module(point), lambda x, some=some: self._write(x, some))
+            out = self.model.blocks(tower)[layer](hidden, **kwargs)
+        return out if isinstance(out, Tensor) else out[0]
+
     def _entrance(self, tower: str, layer: int) -> Tensor:
         """What block `layer` got in the base run, before edits of it."""
-        hidden: Tensor = self.base.calls[tower, layer][0][0]
+        args, kwargs = self.base.calls[tower, layer]
+        hidden: Tensor = args[0] if args else kwargs["hidden_states"]
         return hidden
 
     def _join(self, hidden: Tensor, base: Tensor, rows: list[Row], stage: int) -> Tensor:

@@ -9,10 +9,13 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import sys
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from huggingface_hub.utils import logging as hub_logging
@@ -22,6 +25,8 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel, ProcessorMixin
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import cached_file, logging
 
 from vlmscope.errors import ExampleError, ModelError, SiteError
@@ -37,6 +42,8 @@ DTYPES = {
     "float16": torch.float16,
 }
 TOYS = Path(__file__).parent / "toys"
+OURS = "vlmscope"
+"""The name of the attention function that `Model.attending` puts in."""
 
 
 class Model:
@@ -66,8 +73,10 @@ class Model:
         return self.hf.device
 
     def blocks(self, tower: str) -> Sequence[nn.Module]:
-        """The blocks of a tower, in order."""
-        return list(self._module(self.family.towers[tower].blocks).children())
+        """The blocks of a tower that are used, in order."""
+        table = self.family.towers[tower]
+        blocks = list(self._module(table.blocks).children())
+        return blocks if table.depth is None else blocks[: table.depth(self.hf.config)]
 
     def module(self, point: Point) -> tuple[nn.Module, bool]:
         """The module at a point, and whether its input (True) or its output is meant."""
@@ -104,8 +113,8 @@ class Model:
         Raises `ExampleError` if an image cannot be read, the prompts do not align token for token,
         or an option is empty, unknown to the tokenizer, or the same as the other.
         """
-        prefix, answer, foil = self._options(example.answer, example.foil)
         prompt = example.clean_prompt
+        prefix, answer, foil = self._options(prompt, example.answer, example.foil)
         corrupt_prompt = prompt if example.corrupt_prompt is None else example.corrupt_prompt
         self._check_alignment(prompt, corrupt_prompt)
         clean = self._encode(example.clean_image, prompt, example.roles, prefix)
@@ -113,6 +122,7 @@ class Model:
             return Pair(clean, clean, answer, foil)
         image = example.corrupt_image or example.clean_image
         corrupt = self._encode(image, corrupt_prompt, {}, prefix)
+        self._check_positions(clean, corrupt)
         tensors, layout = dict(corrupt.tensors), dict(corrupt.layout)
         if example.corrupt_image is None:  # the same tensor, so that nobody encodes it twice
             tensors["pixel_values"] = clean.tensors["pixel_values"]
@@ -128,16 +138,17 @@ class Model:
         )
         return Inputs({k: v.to(self.device) for k, v in inputs.tensors.items()}, inputs.layout)
 
-    def _options(self, answer: str, foil: str) -> tuple[list[int], int, int]:
-        tokenizer = self.processor.tokenizer
+    def _options(self, prompt: str, answer: str, foil: str) -> tuple[list[int], int, int]:
+        unknown = self.processor.tokenizer.unk_token_id
         ids = []
         for what, text in (("answer", answer), ("foil", foil)):
-            tokens = tokenizer(text, add_special_tokens=False)["input_ids"]
-            if not tokens:
+            if not self.pieces(text):
                 raise ExampleError(f"the {what} '{text}' is empty; give it a word")
-            if tokenizer.unk_token_id in tokens:
+            # Its end belongs to an option, and tells "red" from "red wine".
+            tokens = self.family.options(self.processor, prompt, text)
+            if unknown is not None and unknown in tokens:
                 raise ExampleError(f"the {what} '{text}' is unknown to the model's tokenizer")
-            ids.append([*tokens, tokenizer.sep_token_id])  # the end tells "red" from "red wine"
+            ids.append(tokens)
         same = 0
         while same < min(map(len, ids)) and ids[0][same] == ids[1][same]:
             same += 1
@@ -157,6 +168,22 @@ class Model:
             why = (f"word {n + 1} is '{words[0][n]}' ({pieces[0][n]} tokens) in the clean one, "
                    f"'{words[1][n]}' ({pieces[1][n]} tokens) in the corrupt one")  # fmt: skip
         raise ExampleError(f"the prompts do not align token for token: {why}; choose other words")
+
+    def _check_positions(self, clean: Inputs, corrupt: Inputs) -> None:
+        """Positions of the two runs must correspond: as many tokens, and the same grid of patches."""
+        for tower, there in clean.layout.items():
+            here = corrupt.layout[tower]
+            if there.cells != here.cells:
+                sizes = [" x ".join(map(str, grid(x))) for x in (there, here)]
+                raise ExampleError(
+                    f"the clean image has a grid of {sizes[0]} patches, the corrupt one of {sizes[1]}, so "
+                    "their positions do not correspond; resize the corrupt image to the clean one's size"
+                )
+            if len(there.tokens) != len(here.tokens):
+                raise ExampleError(
+                    f"the clean run has {len(there.tokens)} positions in the {tower} tower, the corrupt "
+                    f"one {len(here.tokens)}, so they do not correspond; choose other words or images"
+                )
 
     def pieces(self, word: str) -> int:
         """How many tokens a word is."""
@@ -209,7 +236,7 @@ class Model:
                 hook(*self.module(point), lambda x, p=point: found.update({p: x.clone()}) or x)
             module = self._module(self.family.logits)
             held(module.register_forward_hook(lambda m, args, out: logits.append(out.logits)))
-            self.hf(**inputs.tensors)
+            self.hf(**inputs.tensors, **self.family.keywords)
         return logits[0][0, -1].clone(), found
 
     @torch.inference_mode()
@@ -221,6 +248,18 @@ class Model:
         Keys are the positions of `attended(tower, kind)`. Only these rows are kept, in float32.
         """
         rows: list[Tensor] = []
+        if self.family.towers[tower].flow == "suffix":
+
+            def pay(
+                plain: Any, module: nn.Module, q: Tensor, k: Tensor, *rest: Any, **kw: Any
+            ) -> Any:
+                weights = _paid(q[:, :, list(at)], k, rest[1], list(at), kw.get("scaling"))
+                rows.append(weights[0].float())
+                return plain(module, q, k, *rest, **kw)
+
+            with self.attending(tower, pay):
+                self.hf(**inputs.tensors, **self.family.keywords)
+            return torch.stack(rows)
         path = self.family.towers[tower].weights[kind]
         with handles() as held:
             for block in self.blocks(tower):
@@ -231,6 +270,26 @@ class Model:
                 held(block.get_submodule(path).register_forward_hook(keep))
             self.hf(**inputs.tensors)
         return torch.stack(rows)
+
+    @contextmanager
+    def attending(self, tower: str, function: Callable[..., Any]) -> Iterator[None]:
+        """Within this context the attention of a tower calls `function(plain, module, q, k, v, mask,
+        **keywords)`, where `plain` is the attention function that it would call otherwise."""
+        table = self.family.towers[tower]
+        modules: list[Any] = [b.get_submodule(table.attention or "") for b in self.blocks(tower)]
+        name = modules[0].config._attn_implementation
+        eager = sys.modules[type(modules[0]).__module__].eager_attention_forward
+        plain = ALL_ATTENTION_FUNCTIONS.get_interface(name, eager)
+        ALL_ATTENTION_FUNCTIONS[OURS] = partial(function, plain)
+        ALL_MASK_ATTENTION_FUNCTIONS[OURS] = ALL_MASK_ATTENTION_FUNCTIONS[name]
+        try:
+            for module in modules:
+                module.config._attn_implementation = OURS
+            yield
+        finally:
+            for module in modules:
+                module.config._attn_implementation = name
+            del ALL_ATTENTION_FUNCTIONS[OURS], ALL_MASK_ATTENTION_FUNCTIONS[OURS]
 
     def attended(self, tower: str, kind: str) -> str:
         """The tower whose positions `attn` or `cross` of a tower attends to."""
@@ -293,7 +352,8 @@ class Model:
             for kind in shape.kinds:
                 units = ["", *(["h0"] if kind in shape.heads else []), *(["n0"] * (kind == "mlp"))]
                 for unit in units:
-                    site = Site(tower, str(shape.layers - 1), kind, unit or None, "all")
+                    last = str(shape.having(kind)[-1])
+                    site = Site(tower, last, kind, unit or None, "all")
                     if not self.run(inputs, [Edit(site, "set", torch.nan)]).isnan().any():
                         raise self._misfit(f"an edit at {site} does not reach the logits")
 
@@ -313,23 +373,28 @@ class Model:
 
     def _shape(self, tower: str) -> Shape:
         table = self.family.towers[tower]
-        config = getattr(self.hf.config, table.config)
+        config = self.hf.config
+        for part in table.config.split("."):
+            config = getattr(config, part)
         blocks = self.blocks(tower)
-        kinds = ["resid_pre", "attn", *(["cross"] if table.cross else []), "mlp", "resid"]
         widths: dict[str, int] = {}
+        lacks: dict[str, frozenset[int]] = {}
+        width = 0
         for kind in ("attn", "cross", "mlp"):
             path = getattr(table, kind)
-            for number, block in enumerate(blocks):
-                try:
-                    module = block.get_submodule(path) if path else None
-                except AttributeError as error:
-                    raise self._misfit(
-                        f"no module '{path}' in block {number} of {tower}"
-                    ) from error
-                if module is not None:
-                    widths[kind] = int(module.in_features)  # type: ignore[arg-type]
+            found = {n: block.get_submodule(path) for n, block in enumerate(blocks)
+                     if path and _has(block, path)}  # fmt: skip
+            missing = frozenset(range(len(blocks))) - set(found)
+            if path and (not found or (missing and table.cross is None)):
+                raise self._misfit(f"no module '{path}' in block {min(missing)} of {tower}")
+            if found:
+                modules = list(found.values())
+                widths[kind], width = (_size(modules[0], side) for side in ("in", "out"))
+                if missing:
+                    lacks[kind] = missing
+        kinds = ["resid_pre", *(k for k in ("attn", "cross", "mlp") if k in widths), "resid"]
         heads: dict[str, int] = {
-            kind: config.num_attention_heads for kind in ("attn", "cross") if kind in widths
+            kind: getattr(config, table.heads) for kind in ("attn", "cross") if kind in widths
         }
         for kind, many in heads.items():
             if widths[kind] % many:
@@ -338,7 +403,42 @@ class Model:
                 )
         if table.output:
             kinds.append("output")
-        return Shape(len(blocks), tuple(kinds), heads, widths["mlp"], config.hidden_size)
+        return Shape(len(blocks), tuple(kinds), heads, widths["mlp"], width, lacks)
+
+
+def _has(block: nn.Module, path: str) -> bool:
+    try:
+        block.get_submodule(path)
+    except AttributeError:
+        return False
+    return True
+
+
+def _size(module: nn.Module, side: str) -> int:
+    """The width of a linear module's input or output (4-bit ones know it, too)."""
+    return int(getattr(module, f"{side}_features"))
+
+
+def _paid(
+    q: Float[Tensor, "rows heads at width"],
+    k: Float[Tensor, "rows kv_heads keys width"],
+    mask: Tensor | None,
+    at: Sequence[int],
+    scaling: float | None,
+) -> Float[Tensor, "rows heads at keys"]:
+    """The attention of a few queries: softmax of their products with the keys, in float32."""
+    k = k.repeat_interleave(q.shape[1] // k.shape[1], 1)
+    scores = (q.float() @ k.float().mT) * (q.shape[-1] ** -0.5 if scaling is None else scaling)
+    if mask is None:
+        later = (
+            torch.arange(k.shape[2], device=k.device) > torch.tensor(at, device=k.device)[:, None]
+        )
+        scores = scores.masked_fill(later, -torch.inf)
+    elif mask.dtype == torch.bool:
+        scores = scores.masked_fill(~mask[:, :, list(at)], -torch.inf)
+    else:
+        scores = scores + mask[:, :, list(at)].float()
+    return scores.softmax(-1)
 
 
 def load(
@@ -518,6 +618,10 @@ def handles() -> Iterator[Callable[[RemovableHandle], None]]:
             handle.remove()
 
 
+_OURS: WeakKeyDictionary[nn.Module, set[int]] = WeakKeyDictionary()
+"""The numbers of our hooks, by module; a number is never given twice."""
+
+
 @contextmanager
 def hooks() -> Iterator[Any]:
     """Registers functions of a module's first input or its output, and removes them at the end.
@@ -528,8 +632,10 @@ def hooks() -> Iterator[Any]:
     with handles() as held:
 
         def hook(module: nn.Module, before: bool, function: Any) -> None:
-            def pre(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-                return (function(args[0]), *args[1:])
+            def pre(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+                if args:
+                    return (function(args[0]), *args[1:]), kwargs
+                return args, {**kwargs, "hidden_states": function(kwargs["hidden_states"])}
 
             def post(module: nn.Module, args: tuple[Any, ...], out: Any) -> Any:
                 if isinstance(out, Tensor):
@@ -540,8 +646,15 @@ def hooks() -> Iterator[Any]:
                 return out
 
             if before:
-                held(module.register_forward_pre_hook(pre))
+                held(module.register_forward_pre_hook(pre, with_kwargs=True))
             else:
-                held(module.register_forward_hook(post))
+                handle = module.register_forward_hook(post)
+                held(handle)
+                # transformers records hidden states by hooks of its own, which some families read
+                # image features from: they have to see what ours have changed.
+                ours = _OURS.setdefault(module, set())
+                ours.add(handle.id)
+                for number in [n for n in module._forward_hooks if n not in ours]:
+                    module._forward_hooks.move_to_end(number)
 
         yield hook

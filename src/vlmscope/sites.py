@@ -52,13 +52,21 @@ class Point(NamedTuple):
 
 @dataclass(frozen=True)
 class Shape:
-    """What one tower of a model has: the sites that exist in it."""
+    """What one tower of a model has: the sites that exist in it.
+
+    `lacks` names, by kind, the layers that do not have it.
+    """
 
     layers: int
     kinds: tuple[str, ...]
     heads: Mapping[str, int]
     neurons: int
     width: int
+    lacks: Mapping[str, frozenset[int]] = field(default_factory=dict)
+
+    def having(self, kind: str) -> list[int]:
+        """The layers that have a kind."""
+        return [n for n in range(self.layers) if n not in self.lacks.get(kind, ())]
 
 
 @dataclass(frozen=True)
@@ -224,6 +232,11 @@ def _expand(site: Site, shapes: Mapping[str, Shape]) -> list[Site]:
     numbers, _, window = site.layer.partition("/")
     layers = _numbers(text, "layer", numbers, shape.layers)
     window = f"/{window}" if window not in ("", "1") else ""
+    there = shape.having(site.kind)
+    if numbers != "*" and "-" not in numbers and layers[0] not in there:
+        raise SiteError(f"bad site '{text}': layer {numbers} of the {site.tower} tower has no "
+                        f"'{site.kind}'; these have: {', '.join(map(str, there))}")  # fmt: skip
+    layers = [n for n in layers if n in there]
     if site.kind == "output":
         if window:
             raise SiteError(f"bad site '{text}': there is one 'output', so no window of layers")
@@ -252,7 +265,8 @@ def members(site: Site, shapes: Mapping[str, Shape]) -> list[Site]:
     """
     reach, depth = site.window // 2, shapes[site.tower].layers
     layers = range(max(0, site.center - reach), min(depth, site.center + reach + 1))
-    return [replace(site, layer=str(n)) for n in layers]
+    there = shapes[site.tower].having(site.kind)
+    return [replace(site, layer=str(n)) for n in layers if n in there]
 
 
 def _numbers(text: str, what: str, part: str, many: int) -> list[int]:

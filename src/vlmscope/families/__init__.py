@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from jaxtyping import Float
 from torch import Tensor
@@ -37,6 +37,10 @@ class Tower:
     fold: str | None = None
     weights: Mapping[str, str] = field(default_factory=dict)
     reads: str | None = None
+    heads: str = "num_attention_heads"
+    depth: Callable[[Any], int] | None = None
+    flow: Literal["rows", "suffix", "plain"] = "rows"
+    attention: str | None = None
 
 
 @dataclass(frozen=True)
@@ -51,6 +55,9 @@ class Family:
       the read-out position, through all that follows.
     - `generate(hf, inputs, **options)`: the answer's token ids, by the model's own generation.
     - `cache()`: an object in which a `fold` module keeps the image's keys and values.
+    - `options(processor, prompt, answer)`: the token ids of an answer as they would follow the prompt,
+      with the token that ends it.
+    - `keywords`: what else the model is called with.
     """
 
     name: str
@@ -65,10 +72,13 @@ class Family:
     finish: Callable[..., Float[Tensor, "rows vocabulary"]]
     generate: Callable[..., Tensor]
     cache: Callable[[], Any]
+    options: Callable[[Any, str, str], list[int]]
+    keywords: Mapping[str, Any] = field(default_factory=dict)
 
 
 def families() -> dict[str, Family]:
     """The supported families, by the name of their Hugging Face class."""
-    from vlmscope.families import blip
+    from vlmscope.families import blip, llava
 
-    return {blip.VQA.architecture: blip.VQA}
+    known = (blip.VQA, llava.LLAVA)
+    return {family.architecture: family for family in known}

@@ -142,6 +142,12 @@ def generate(hf: BlipForQuestionAnswering, inputs: Inputs, **options: object) ->
     return hf.generate(**tensors, do_sample=False, num_beams=1, **options)[0]
 
 
+def options(processor: BlipProcessor, prompt: str, answer: str) -> list[int]:
+    """The answer decoder starts anew, so the prompt does not matter."""
+    tokenizer = processor.tokenizer
+    return [*tokenizer(answer, add_special_tokens=False)["input_ids"], tokenizer.sep_token_id]
+
+
 def cache() -> EncoderDecoderCache:
     """Keeps the image's keys and values over calls of a `crossattention` module."""
     return EncoderDecoderCache(DynamicCache(), DynamicCache())
@@ -184,4 +190,5 @@ VQA = Family(
     finish=finish,
     generate=generate,
     cache=cache,
+    options=options,
 )

@@ -1,0 +1,159 @@
+"""What families with one causal decoder over image and text tokens have in common.
+
+Their processors write the prompt (through the chat template where there is one), put as many image
+tokens in the place of the placeholder as the image has, and the model puts the image's features there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from jaxtyping import Int
+from PIL import Image
+from torch import Tensor
+
+from vlmscope.errors import ExampleError
+from vlmscope.example import Span
+from vlmscope.inputs import Inputs
+from vlmscope.sites import Layout
+
+Cells = Callable[[Any, Any, Mapping[str, Tensor], Sequence[int]], dict[int, tuple[int, int]]]
+
+KEYWORDS = {"use_cache": False, "logits_to_keep": 1}
+"""A run needs the logits of the last position only, and nothing is generated after it."""
+
+
+def written(processor: Any, prompt: str) -> tuple[str, int]:
+    """The whole text of a prompt, and where the prompt begins in it.
+
+    A prompt that holds the image placeholder is taken as it is.
+    """
+    mark = processor.image_token
+    if mark in prompt:
+        if prompt.count(mark) > 1:
+            raise ExampleError(
+                f"the prompt has {prompt.count(mark)} placeholders '{mark}' and there is one image; "
+                "leave one"
+            )
+        return prompt, 0
+    if not getattr(processor, "chat_template", None):
+        text = f"{mark}\n{prompt}"
+        return text, len(text) - len(prompt)
+    content = [{"type": "image"}, {"type": "text", "text": prompt}]
+    text = processor.apply_chat_template(
+        [{"role": "user", "content": content}], add_generation_prompt=True
+    )
+    start = text.rfind(prompt)
+    if start < 0 or mark not in text:
+        raise ExampleError(
+            f"the processor's chat template does not write the prompt and one '{mark}'; "
+            f"put '{mark}' into the prompt, which is then used as it is"
+        )
+    return text, start
+
+
+def options(processor: Any, prompt: str, answer: str) -> list[int]:
+    """The answer's tokens as they follow the prompt, behind a blank unless it ends with one."""
+    text, _ = written(processor, prompt)
+    tokenizer = processor.tokenizer
+    before = tokenizer(text)["input_ids"]
+    joined = tokenizer(text + ("" if text[-1:].isspace() else " ") + answer)["input_ids"]
+    if joined[: len(before)] != before:  # the last token of the prompt grew: take the words alone
+        joined = [*before, *tokenizer(answer, add_special_tokens=False)["input_ids"]]
+    return [*joined[len(before) :], tokenizer.eos_token_id]
+
+
+def encode(
+    cells: Cells,
+    vision: Callable[[Any, Mapping[str, Tensor]], Layout],
+    hf: Any,
+    processor: Any,
+    image: Image.Image,
+    prompt: str,
+    roles: Mapping[str, Span],
+    prefix: Sequence[int],
+) -> Inputs:
+    """The tensors of one run as the processor makes them, with the answer's beginning behind."""
+    text, start = written(processor, prompt)
+    tensors = dict(processor(images=[image], text=[text], return_tensors="pt"))
+    if prefix:
+        tensors = {name: _longer(name, value, prefix) for name, value in tensors.items()}
+    ids = tensors["input_ids"][0].tolist()
+    longest = getattr(hf.config.get_text_config(), "max_position_embeddings", None)
+    if longest and len(ids) > longest:
+        raise ExampleError(
+            f"image and prompt are {len(ids)} tokens, the model takes at most {longest}; "
+            "shorten the prompt or take a smaller image"
+        )
+    images = [n for n, token in enumerate(ids) if token == hf.config.image_token_id]
+    if not images:
+        raise ExampleError(f"the prompt has no image; put '{processor.image_token}' into it")
+    there = set(images)
+    layout = Layout(
+        tuple(processor.tokenizer.convert_ids_to_tokens(ids)),
+        tuple(n for n in range(len(ids)) if n not in there),
+        _roles(processor, text, start, roles, ids, len(prefix)),
+        cells(hf, processor, tensors, images),
+    )
+    return Inputs(tensors, {"vision": vision(hf, tensors), "decoder": layout})
+
+
+def _longer(name: str, value: Tensor, prefix: Sequence[int]) -> Tensor:
+    """What has an entry for each token gets some for the answer's beginning."""
+    many = len(prefix)
+    if name == "input_ids":
+        return torch.cat([value, torch.tensor([prefix])], 1)
+    if name == "attention_mask":
+        return torch.cat([value, torch.ones_like(value[:, :1]).expand(-1, many)], 1)
+    if name in ("token_type_ids", "mm_token_type_ids"):
+        return torch.cat([value, torch.zeros_like(value[:, :1]).expand(-1, many)], 1)
+    if name == "cross_attention_mask":
+        return torch.cat([value, value[:, -1:].expand(-1, many, -1, -1)], 1)
+    return value
+
+
+def _roles(
+    processor: Any,
+    text: str,
+    start: int,
+    roles: Mapping[str, Span],
+    ids: Sequence[int],
+    after: int,
+) -> dict[str, tuple[int, ...]]:
+    """Positions of each role's tokens, in the text with its image tokens written out.
+
+    The text's own tokens are the same before and behind the image, so positions behind it are
+    counted from the end.
+    """
+    if not roles:
+        return {}
+    encoding = processor.tokenizer(text, return_offsets_mapping=True)
+    own, spans = encoding["input_ids"], encoding["offset_mapping"]
+    mark = processor.tokenizer.convert_tokens_to_ids(processor.image_token)
+    first = own.index(mark) if mark in own else len(own)
+    shift = len(ids) - after - len(own)
+    found = {}
+    for role, (begin, end) in roles.items():
+        at = [n for n, (a, b) in enumerate(spans) if a < start + end and b > start + begin]
+        at = [n if n < first else n + shift for n in at]
+        if at:
+            found[role] = tuple(at)
+    return found
+
+
+def generate(hf: Any, inputs: Inputs, **options: object) -> Int[Tensor, "pos"]:
+    """What the model says after the prompt, by its own greedy generation."""
+    found = hf.generate(**inputs.tensors, do_sample=False, num_beams=1, **options)
+    return found[0, inputs.tensors["input_ids"].shape[1] :]
+
+
+def square(
+    hf: Any, processor: Any, tensors: Mapping[str, Tensor], images: Sequence[int]
+) -> dict[int, tuple[int, int]]:
+    """Image tokens in rows from the upper left, as many rows as columns."""
+    side = round(len(images) ** 0.5)
+    if side * side != len(images):
+        return {}
+    return {at: divmod(n, side) for n, at in enumerate(images)}

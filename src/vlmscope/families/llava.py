@@ -1,0 +1,108 @@
+"""LLaVA 1.5: CLIP's vision tower, a projector, and a causal decoder."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import partial
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from transformers import AutoProcessor, LlavaForConditionalGeneration
+
+from vlmscope.families import Family, Tower, causal
+from vlmscope.inputs import Inputs
+from vlmscope.sites import Layout
+
+
+def used(config: Any) -> int:
+    """How many blocks of the vision tower the image features come from."""
+    layers = config.vision_feature_layer
+    many = config.vision_config.num_hidden_layers + 1  # hidden states: the embeddings come first
+    return max(n % many for n in ([layers] if isinstance(layers, int) else layers))
+
+
+def vision_layout(hf: Any, tensors: Mapping[str, Tensor]) -> Layout:
+    """Patches in rows, behind the class token."""
+    size = hf.config.vision_config.patch_size
+    rows, columns = (n // size for n in tensors["pixel_values"].shape[-2:])
+    cells = {1 + r * columns + c: (r, c) for r in range(rows) for c in range(columns)}
+    return Layout(("[CLS]", *(f"{r},{c}" for r, c in cells.values())), cells=cells)
+
+
+def blank(hf: LlavaForConditionalGeneration) -> Inputs:
+    """An empty picture and two tokens of text."""
+    vision = hf.config.vision_config
+    pixels = torch.zeros(1, 3, vision.image_size, vision.image_size)
+    many = (vision.image_size // vision.patch_size) ** 2
+    many += hf.config.vision_feature_select_strategy == "full"
+    ids = torch.tensor([[0, *[hf.config.image_token_id] * many, 0]])
+    tensors = {"pixel_values": pixels, "input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    layout = Layout(("",) * ids.shape[1], (0, ids.shape[1] - 1))
+    return Inputs(tensors, {"vision": vision_layout(hf, tensors), "decoder": layout})
+
+
+def leave(
+    hf: LlavaForConditionalGeneration, tower: str, hidden: Float[Tensor, "rows pos width"]
+) -> Float[Tensor, "rows pos width"]:
+    """Features are taken from within the vision tower; the decoder ends with a norm."""
+    return hidden if tower == "vision" else hf.model.language_model.norm(hidden)
+
+
+def finish(
+    hf: LlavaForConditionalGeneration,
+    inputs: Inputs,
+    tower: str,
+    output: Float[Tensor, "rows pos width"],
+) -> Float[Tensor, "rows vocabulary"]:
+    """What `LlavaForConditionalGeneration.forward` does after a tower, for many rows at once."""
+    if tower == "decoder":
+        return hf.lm_head(output[:, -1])
+    if hf.config.vision_feature_select_strategy == "default":
+        output = output[:, 1:]
+    features = hf.model.multi_modal_projector(output)
+    ids = inputs.tensors["input_ids"].expand(len(output), -1)
+    embedded = hf.get_input_embeddings()(ids)
+    where = (ids == hf.config.image_token_id)[..., None].expand_as(embedded)
+    embedded = embedded.masked_scatter(where, features.to(embedded.dtype))
+    mask = inputs.tensors["attention_mask"].expand(len(output), -1)
+    hidden = hf.model.language_model(
+        inputs_embeds=embedded, attention_mask=mask, use_cache=False
+    ).last_hidden_state
+    return hf.lm_head(hidden[:, -1])
+
+
+LLAVA = Family(
+    name="LLaVA",
+    architecture="LlavaForConditionalGeneration",
+    model=LlavaForConditionalGeneration,
+    processor=AutoProcessor,
+    towers={
+        "vision": Tower(
+            blocks="model.vision_tower.encoder.layers",
+            config="vision_config",
+            attn="self_attn.out_proj",
+            mlp="mlp.fc2",
+            depth=used,
+            weights={"attn": "self_attn"},
+        ),
+        "decoder": Tower(
+            blocks="model.language_model.layers",
+            config="text_config",
+            attn="self_attn.o_proj",
+            mlp="mlp.down_proj",
+            flow="suffix",
+            attention="self_attn",
+        ),
+    },
+    logits="",
+    encode=partial(causal.encode, causal.square, vision_layout),
+    blank=blank,
+    leave=leave,
+    finish=finish,
+    generate=causal.generate,
+    cache=lambda: None,
+    options=causal.options,
+    keywords=causal.KEYWORDS,
+)
