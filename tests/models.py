@@ -88,8 +88,8 @@ TEMPLATE = (
 )
 
 
-def words_tokenizer(*special: str) -> PreTrainedTokenizerFast:
-    """Whole words and single letters, with the special tokens that a family wants."""
+def words_tokenizer(*special: str, **named: str) -> PreTrainedTokenizerFast:
+    """Whole words, with the special tokens that a family wants, some as attributes by name."""
     own = ["<pad>", "<unk>", "<s>", "</s>", *special]
     words = [w for w in WORDS if not w.startswith(("[", "##"))] + [
         "user",
@@ -106,7 +106,7 @@ def words_tokenizer(*special: str) -> PreTrainedTokenizerFast:
     )
     return PreTrainedTokenizerFast(
         tokenizer_object=made, pad_token="<pad>", unk_token="<unk>", bos_token="<s>",
-        eos_token="</s>", additional_special_tokens=list(special), padding_side="left",
+        eos_token="</s>", extra_special_tokens=named or list(special), padding_side="left",
     )  # fmt: skip
 
 

@@ -19,7 +19,7 @@ from vlmscope.errors import ExampleError, VlmscopeError
 from vlmscope.example import Example
 from vlmscope.inputs import Edit, Inputs, Pair
 from vlmscope.model import Model
-from vlmscope.sites import Point, Site
+from vlmscope.sites import Site
 
 FORMS = {"multiply": 5.0, "add": 3.0, "factor": 0.7691}
 
@@ -32,7 +32,8 @@ class Noise:
     - `add`: x + ε, ε ~ N(0, (scale·σ)²), σ the standard deviation of x; 3 in ROME.
     - `factor`: x·scale, no randomness; 0.7691 in a later notebook of the BLIP tracing authors.
 
-    `at` is the vision tower's output (`image`) or the text embeddings (`text`).
+    `at` is the image as the language model first sees it (`image`: the vision tower's output, or the
+    image tokens that enter the decoder) or the text embeddings (`text`).
     """
 
     form: Literal["multiply", "add", "factor"] = "multiply"
@@ -100,21 +101,30 @@ def pairs(model: Model, example: Example, corruption: Corruption, seed: int = 0)
 
 def _noise(model: Model, inputs: Inputs, noise: Noise, seed: str) -> list[Edit]:
     """One edit a draw, drawn on the CPU in float32, so that every device and precision agree."""
-    tower = "vision" if noise.at == "image" else "encoder"
-    kind, layer = (
-        ("output", model.shapes[tower].layers - 1) if noise.at == "image" else ("resid_pre", 0)
-    )
-    site = Site(tower, str(layer), kind, None, "all")
+    site = _noisy(model, inputs, noise.at)
     assert noise.scale is not None
     if noise.form == "factor":
         return [Edit(site, "scale", noise.scale)]
-    shape = (len(inputs.layout[tower].tokens), model.shapes[tower].width)
+    ((_, at),) = model.placed(site, inputs)
+    shape = (len(at), model.shapes[site.tower].width)
     draws = [_draw(shape, seed, number) for number in range(noise.draws)]
     if noise.form == "multiply":
         return [Edit(site, "scale", 1 + noise.scale * draw) for draw in draws]
-    value = model.record(inputs, [Point(tower, layer, kind, "")])[1][site.point]
+    value = model.record(inputs, [site.point])[1][site.point][0, list(at)]
     sigma = noise.scale * value.float().std().item()
     return [Edit(site, "add", sigma * draw) for draw in draws]
+
+
+def _noisy(model: Model, inputs: Inputs, at: str) -> Site:
+    """Where noise is: the image as the text's tower first sees it, or the embeddings of the text."""
+    text = "encoder" if "encoder" in model.shapes else "decoder"
+    if at == "text":
+        name = "all" if text == "encoder" else "text"
+        return Site(text, "0", "resid_pre", None, name)
+    if "output" in model.shapes["vision"].kinds or not inputs.layout[text].cells:
+        last, kinds = model.shapes["vision"].layers - 1, model.shapes["vision"].kinds
+        return Site("vision", str(last), "output" if "output" in kinds else "resid", None, "all")
+    return Site(text, "0", "resid_pre", None, "image")
 
 
 def _draw(shape: tuple[int, int], seed: str, number: int) -> Tensor:

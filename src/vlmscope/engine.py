@@ -249,7 +249,7 @@ class Sweep:
         with hooks() as hook:
             for tower in self.towers:
                 keep = lambda x, tower=tower: trace.ends.update({tower: x}) or x  # noqa: E731
-                hook(self.model.blocks(tower)[-1], False, keep)
+                hook(self.model.blocks(tower)[-1], False, False, keep)
             yield
 
     def _edited_output(

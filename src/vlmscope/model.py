@@ -12,7 +12,7 @@ import re
 import sys
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import partial
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -78,15 +78,17 @@ class Model:
         blocks = list(self._module(table.blocks).children())
         return blocks if table.depth is None else blocks[: table.depth(self.hf.config)]
 
-    def module(self, point: Point) -> tuple[nn.Module, bool]:
-        """The module at a point, and whether its input (True) or its output is meant."""
+    def module(self, point: Point) -> tuple[nn.Module, bool, bool]:
+        """The module at a point, whether its input (True) or its output is meant, and whether what it
+        handles is to be laid end to end: image tiles, or patches without a batch."""
         table = self.family.towers[point.tower]
+        flat = table.flow == "plain"
         if point.kind == "output":
-            return self._module(table.output or ""), False
+            return self._module(table.output or ""), False, flat
         block = self.blocks(point.tower)[point.layer]
         if point.kind in ("resid", "resid_pre"):
-            return block, point.kind == "resid_pre"
-        return block.get_submodule(getattr(table, point.kind)), bool(point.part)
+            return block, point.kind == "resid_pre", flat
+        return block.get_submodule(getattr(table, point.kind) or ""), bool(point.part), flat
 
     def units(self, point: Point) -> int | None:
         """How many heads or neurons lie side by side at a point; None for a kind itself."""
@@ -127,7 +129,7 @@ class Model:
         if example.corrupt_image is None:  # the same tensor, so that nobody encodes it twice
             tensors["pixel_values"] = clean.tensors["pixel_values"]
         for tower, there in clean.layout.items():  # the prompts align: roles stand where they stood
-            layout[tower] = Layout(layout[tower].tokens, there.text, there.roles, there.cells)
+            layout[tower] = replace(there, tokens=layout[tower].tokens)
         return Pair(clean, Inputs(tensors, layout), answer, foil)
 
     def _encode(
@@ -253,7 +255,8 @@ class Model:
             def pay(
                 plain: Any, module: nn.Module, q: Tensor, k: Tensor, *rest: Any, **kw: Any
             ) -> Any:
-                weights = _paid(q[:, :, list(at)], k, rest[1], list(at), kw.get("scaling"))
+                causal = kw.get("is_causal", getattr(module, "is_causal", True))
+                weights = _paid(q[:, :, list(at)], k, rest[1], list(at), kw.get("scaling"), causal)
                 rows.append(weights[0].float())
                 return plain(module, q, k, *rest, **kw)
 
@@ -276,12 +279,22 @@ class Model:
         """Within this context the attention of a tower calls `function(plain, module, q, k, v, mask,
         **keywords)`, where `plain` is the attention function that it would call otherwise."""
         table = self.family.towers[tower]
-        modules: list[Any] = [b.get_submodule(table.attention or "") for b in self.blocks(tower)]
+        path = table.attention or ""
+        modules: list[Any] = [b.get_submodule(path) for b in self.blocks(tower) if _has(b, path)]
         name = modules[0].config._attn_implementation
         eager = sys.modules[type(modules[0]).__module__].eager_attention_forward
         plain = ALL_ATTENTION_FUNCTIONS.get_interface(name, eager)
-        ALL_ATTENTION_FUNCTIONS[OURS] = partial(function, plain)
-        ALL_MASK_ATTENTION_FUNCTIONS[OURS] = ALL_MASK_ATTENTION_FUNCTIONS[name]
+        own = set(modules)
+
+        def attend(module: Any, *args: Any, **kwargs: Any) -> Any:
+            # Cross-attention of the same decoder may go by the same name.
+            if module not in own:
+                return plain(module, *args, **kwargs)
+            return function(plain, module, *args, **kwargs)
+
+        ALL_ATTENTION_FUNCTIONS.register(OURS, attend)
+        # The masks are made by name, too.
+        ALL_MASK_ATTENTION_FUNCTIONS.register(OURS, ALL_MASK_ATTENTION_FUNCTIONS[name])
         try:
             for module in modules:
                 module.config._attn_implementation = OURS
@@ -289,7 +302,8 @@ class Model:
         finally:
             for module in modules:
                 module.config._attn_implementation = name
-            del ALL_ATTENTION_FUNCTIONS[OURS], ALL_MASK_ATTENTION_FUNCTIONS[OURS]
+            for known in (ALL_ATTENTION_FUNCTIONS, ALL_MASK_ATTENTION_FUNCTIONS):
+                known._global_mapping.pop(OURS)
 
     def attended(self, tower: str, kind: str) -> str:
         """The tower whose positions `attn` or `cross` of a tower attends to."""
@@ -344,7 +358,10 @@ class Model:
         kind of site in each tower reaches the logits (a NaN shows the connection whatever the
         weights are).
         """
-        inputs = self.family.blank(self.hf)
+        if self.family.blank is None:
+            inputs = self._encode(Image.new("RGB", (64, 64)), "a", {}, [])
+        else:
+            inputs = self.family.blank(self.hf)
         inputs = Inputs({k: v.to(self.device) for k, v in inputs.tensors.items()}, inputs.layout)
         if self.run(inputs).isnan().any():
             raise self._misfit("a run without edits gives NaN")
@@ -425,18 +442,19 @@ def _paid(
     mask: Tensor | None,
     at: Sequence[int],
     scaling: float | None,
+    causal: bool,
 ) -> Float[Tensor, "rows heads at keys"]:
     """The attention of a few queries: softmax of their products with the keys, in float32."""
     k = k.repeat_interleave(q.shape[1] // k.shape[1], 1)
     scores = (q.float() @ k.float().mT) * (q.shape[-1] ** -0.5 if scaling is None else scaling)
-    if mask is None:
+    if mask is None and causal:
         later = (
             torch.arange(k.shape[2], device=k.device) > torch.tensor(at, device=k.device)[:, None]
         )
         scores = scores.masked_fill(later, -torch.inf)
-    elif mask.dtype == torch.bool:
+    elif mask is not None and mask.dtype == torch.bool:
         scores = scores.masked_fill(~mask[:, :, list(at)], -torch.inf)
-    else:
+    elif mask is not None:
         scores = scores + mask[:, :, list(at)].float()
     return scores.softmax(-1)
 
@@ -626,23 +644,29 @@ _OURS: WeakKeyDictionary[nn.Module, set[int]] = WeakKeyDictionary()
 def hooks() -> Iterator[Any]:
     """Registers functions of a module's first input or its output, and removes them at the end.
 
-    Yields `hook(module, before, function)`; `function` gets the hidden states and may return new
-    ones. Modules that return a tuple or a Hugging Face output are handled.
+    Yields `hook(module, before, flat, function)`; `function` gets the hidden states, as `(rows, pos,
+    width)` or, if `flat`, as `(1, all positions, width)`, and may return new ones. Modules that return
+    a tuple or a Hugging Face output are handled.
     """
     with handles() as held:
 
-        def hook(module: nn.Module, before: bool, function: Any) -> None:
+        def hook(module: nn.Module, before: bool, flat: bool, function: Any) -> None:
+            def change(x: Tensor) -> Tensor:
+                if not flat:
+                    return function(x)
+                return function(x.reshape(1, -1, x.shape[-1])).reshape(x.shape)
+
             def pre(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
                 if args:
-                    return (function(args[0]), *args[1:]), kwargs
-                return args, {**kwargs, "hidden_states": function(kwargs["hidden_states"])}
+                    return (change(args[0]), *args[1:]), kwargs
+                return args, {**kwargs, "hidden_states": change(kwargs["hidden_states"])}
 
             def post(module: nn.Module, args: tuple[Any, ...], out: Any) -> Any:
                 if isinstance(out, Tensor):
-                    return function(out)
+                    return change(out)
                 if isinstance(out, tuple):
-                    return (function(out[0]), *out[1:])
-                out.last_hidden_state = function(out.last_hidden_state)
+                    return (change(out[0]), *out[1:])
+                out.last_hidden_state = change(out.last_hidden_state)
                 return out
 
             if before:
@@ -654,7 +678,8 @@ def hooks() -> Iterator[Any]:
                 # image features from: they have to see what ours have changed.
                 ours = _OURS.setdefault(module, set())
                 ours.add(handle.id)
-                for number in [n for n in module._forward_hooks if n not in ours]:
-                    module._forward_hooks.move_to_end(number)
+                others: Any = module._forward_hooks
+                for number in [n for n in others if n not in ours]:
+                    others.move_to_end(number)
 
         yield hook

@@ -293,7 +293,7 @@ def _time(seconds: float) -> str:
     """A span of time in two units at most.
 
     >>> _time(3.2), _time(200), _time(40_000)
-    ('3 s', '3 min 20 s', '11 h 7 min')
+    ('3 s', '3 min 20 s', '11 h 6 min')
     """
     whole = round(seconds)
     hours, minutes = whole // 3600, whole // 60 % 60

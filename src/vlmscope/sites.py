@@ -74,13 +74,15 @@ class Layout:
     """What stands at each position of one tower in one run.
 
     `text` are the positions of text tokens, `roles` maps a role to its positions, `cells` maps an
-    image position to its grid cell `(row, column)`.
+    image position to its grid cell `(row, column)`. `image` are all positions of the image, where some
+    have no cell in the grid (further views of it, ends of lines).
     """
 
     tokens: tuple[str, ...]
     text: tuple[int, ...] = ()
     roles: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     cells: Mapping[int, tuple[int, int]] = field(default_factory=dict)
+    image: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -322,7 +324,7 @@ def _named(site: Site, name: str, layout: Layout) -> tuple[int, ...]:
         rows, columns = grid(layout)
         size = f"the image here has {rows} rows and {columns} columns of patches"
     else:
-        known = {"text": layout.text, "image": tuple(layout.cells), **layout.roles}
+        known = {"text": layout.text, "image": layout.image or tuple(layout.cells), **layout.roles}
         found = known.get(name, ())
         size = "positions with a name here: " + ", ".join(n for n, at in known.items() if at)
     if not found:

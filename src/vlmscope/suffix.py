@@ -39,6 +39,7 @@ class Memory:
     keys: list[Float[Tensor, "heads pos width"]] = field(default_factory=list)
     values: list[Float[Tensor, "heads pos width"]] = field(default_factory=list)
     masks: list[Tensor | None] = field(default_factory=list)
+    causal: list[bool] = field(default_factory=list)
     modules: list[Any] = field(default_factory=list)
 
 
@@ -50,6 +51,7 @@ def remembering(model: Model, tower: str, memory: Memory) -> Iterator[None]:
         memory.keys.append(k[0].clone())
         memory.values.append(v[0].clone())
         memory.masks.append(None if mask is None else mask.clone())
+        memory.causal.append(kw.get("is_causal", getattr(module, "is_causal", True)))
         memory.modules.append(module)
         return plain(module, q, k, v, mask, **kw)
 
@@ -60,8 +62,9 @@ def remembering(model: Model, tower: str, memory: Memory) -> Iterator[None]:
 def allowed(memory: Memory, layer: int) -> Bool[Tensor, "pos pos"]:
     """Which position (row) may attend to which (column) in a layer."""
     mask, many = memory.masks[layer], memory.keys[layer].shape[1]
-    if mask is None:
-        return torch.ones(many, many, dtype=torch.bool, device=memory.keys[layer].device).tril()
+    if mask is None:  # nothing is masked, or just what comes later: the module says which
+        every = torch.ones(many, many, dtype=torch.bool, device=memory.keys[layer].device)
+        return every.tril() if memory.causal[layer] else every
     mask = mask[0, 0, :, :many]
     return mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
 
@@ -162,7 +165,9 @@ class Rows:
         paid = scores.float().softmax(-1) if scores.dtype.itemsize < 4 else scores.softmax(-1)
         paid = paid.to(q.dtype)
         left, right = paid[..., :begin], paid[..., begin:]
-        out = (left.reshape(kv, heads // kv * rows * own, begin) @ shared_v).view(heads, rows, own, width)
+        out = (left.reshape(kv, heads // kv * rows * own, begin) @ shared_v).view(
+            heads, rows, own, width
+        )
         mine = right.reshape(kv, heads // kv, rows, own, own) @ v[:, None]
         return out + mine.view(heads, rows, own, width)
 

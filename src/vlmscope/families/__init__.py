@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from jaxtyping import Float
 from torch import Tensor
-from transformers import PreTrainedModel, ProcessorMixin
+from transformers import PreTrainedModel
 
 from vlmscope.inputs import Inputs
 
@@ -49,7 +49,7 @@ class Family:
 
     - `encode(hf, processor, image, prompt, roles, prefix)`: the `Inputs` of one run; `prefix` are
       the answer's token ids that are fed before the read-out position.
-    - `blank(hf)`: the smallest valid `Inputs`, for `verify`.
+    - `blank(hf)`: the smallest valid `Inputs`, for `verify`; by default a small picture is encoded.
     - `leave(hf, tower, hidden)`: from the last block's output to the tower's output.
     - `finish(hf, inputs, tower, output)`: from a tower's output, many rows of it, to the logits at
       the read-out position, through all that follows.
@@ -63,11 +63,11 @@ class Family:
     name: str
     architecture: str
     model: type[PreTrainedModel]
-    processor: type[ProcessorMixin]
+    processor: Any
     towers: Mapping[str, Tower]
     logits: str
     encode: Callable[..., Inputs]
-    blank: Callable[[Any], Inputs]
+    blank: Callable[[Any], Inputs] | None
     leave: Callable[[Any, str, Float[Tensor, "rows pos width"]], Float[Tensor, "rows pos width"]]
     finish: Callable[..., Float[Tensor, "rows vocabulary"]]
     generate: Callable[..., Tensor]
@@ -78,7 +78,7 @@ class Family:
 
 def families() -> dict[str, Family]:
     """The supported families, by the name of their Hugging Face class."""
-    from vlmscope.families import blip, llava
+    from vlmscope.families import blip, gemma, llava, mllama
 
-    known = (blip.VQA, llava.LLAVA)
+    known = (blip.VQA, llava.LLAVA, llava.NEXT, gemma.GEMMA3, gemma.PALIGEMMA, mllama.MLLAMA)
     return {family.architecture: family for family in known}

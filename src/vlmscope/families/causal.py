@@ -7,15 +7,19 @@ tokens in the place of the placeholder as the image has, and the model puts the 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from PIL import Image
 from torch import Tensor
+from transformers import AutoProcessor, PreTrainedModel
 
 from vlmscope.errors import ExampleError
 from vlmscope.example import Span
+from vlmscope.families import Family, Tower
 from vlmscope.inputs import Inputs
 from vlmscope.sites import Layout
 
@@ -74,12 +78,18 @@ def encode(
     prompt: str,
     roles: Mapping[str, Span],
     prefix: Sequence[int],
+    *,
+    kind: int = 0,
 ) -> Inputs:
-    """The tensors of one run as the processor makes them, with the answer's beginning behind."""
+    """The tensors of one run as the processor makes them, with the answer's beginning behind.
+
+    `kind` is the token type of what the model says.
+    """
     text, start = written(processor, prompt)
     tensors = dict(processor(images=[image], text=[text], return_tensors="pt"))
+    tensors.pop("labels", None)
     if prefix:
-        tensors = {name: _longer(name, value, prefix) for name, value in tensors.items()}
+        tensors = {name: _longer(name, value, prefix, kind) for name, value in tensors.items()}
     ids = tensors["input_ids"][0].tolist()
     longest = getattr(hf.config.get_text_config(), "max_position_embeddings", None)
     if longest and len(ids) > longest:
@@ -94,13 +104,14 @@ def encode(
     layout = Layout(
         tuple(processor.tokenizer.convert_ids_to_tokens(ids)),
         tuple(n for n in range(len(ids)) if n not in there),
-        _roles(processor, text, start, roles, ids, len(prefix)),
+        _roles(processor, text, start, roles, ids),
         cells(hf, processor, tensors, images),
+        tuple(images),
     )
     return Inputs(tensors, {"vision": vision(hf, tensors), "decoder": layout})
 
 
-def _longer(name: str, value: Tensor, prefix: Sequence[int]) -> Tensor:
+def _longer(name: str, value: Tensor, prefix: Sequence[int], kind: int) -> Tensor:
     """What has an entry for each token gets some for the answer's beginning."""
     many = len(prefix)
     if name == "input_ids":
@@ -108,38 +119,38 @@ def _longer(name: str, value: Tensor, prefix: Sequence[int]) -> Tensor:
     if name == "attention_mask":
         return torch.cat([value, torch.ones_like(value[:, :1]).expand(-1, many)], 1)
     if name in ("token_type_ids", "mm_token_type_ids"):
-        return torch.cat([value, torch.zeros_like(value[:, :1]).expand(-1, many)], 1)
+        return torch.cat([value, torch.full_like(value[:, :1], kind).expand(-1, many)], 1)
     if name == "cross_attention_mask":
         return torch.cat([value, value[:, -1:].expand(-1, many, -1, -1)], 1)
     return value
 
 
 def _roles(
-    processor: Any,
-    text: str,
-    start: int,
-    roles: Mapping[str, Span],
-    ids: Sequence[int],
-    after: int,
+    processor: Any, text: str, start: int, roles: Mapping[str, Span], ids: Sequence[int]
 ) -> dict[str, tuple[int, ...]]:
-    """Positions of each role's tokens, in the text with its image tokens written out.
+    """Positions of each role's tokens among all tokens.
 
-    The text's own tokens are the same before and behind the image, so positions behind it are
-    counted from the end.
+    What the processor writes around the prompt differs by family, so the prompt's own tokens are
+    looked up: the last place where they stand as they do in the text.
     """
     if not roles:
         return {}
+    first, last = min(a for a, _ in roles.values()), max(b for _, b in roles.values())
     encoding = processor.tokenizer(text, return_offsets_mapping=True)
-    own, spans = encoding["input_ids"], encoding["offset_mapping"]
-    mark = processor.tokenizer.convert_tokens_to_ids(processor.image_token)
-    first = own.index(mark) if mark in own else len(own)
-    shift = len(ids) - after - len(own)
+    own = [
+        (token, span)
+        for token, span in zip(encoding["input_ids"], encoding["offset_mapping"], strict=True)
+        if span[0] < start + last and span[1] > start + first
+    ]
+    tokens = [token for token, _ in own]
+    places = [n for n in range(len(ids)) if list(ids[n : n + len(tokens)]) == tokens]
+    if not places:
+        raise ExampleError("the words of the prompt are not found among the tokens of the input")
     found = {}
     for role, (begin, end) in roles.items():
-        at = [n for n, (a, b) in enumerate(spans) if a < start + end and b > start + begin]
-        at = [n if n < first else n + shift for n in at]
+        at = [n for n, (_, (a, b)) in enumerate(own) if a < start + end and b > start + begin]
         if at:
-            found[role] = tuple(at)
+            found[role] = tuple(places[-1] + n for n in at)
     return found
 
 
@@ -157,3 +168,65 @@ def square(
     if side * side != len(images):
         return {}
     return {at: divmod(n, side) for n, at in enumerate(images)}
+
+
+def family(
+    name: str,
+    architecture: type[PreTrainedModel],
+    *,
+    vision: Tower,
+    decoder: Tower,
+    cells: Cells,
+    layout: Callable[[Any, Mapping[str, Tensor]], Layout],
+    norm: str = "model.language_model.norm",
+    head: str = "lm_head",
+    kind: int = 0,
+    capped: bool = False,
+) -> Family:
+    """A family whose vision tower is followed by one causal decoder.
+
+    `norm` and `head` are what follows the decoder's last block, `capped` says that the model bounds its
+    logits where its config asks for that, and `kind` is the token type of what it says. Patches in the vision tower are one
+    forward each: what comes between the towers differs by family, and is left to the model.
+    """
+
+    def leave(
+        hf: Any, tower: str, hidden: Float[Tensor, "rows pos width"]
+    ) -> Float[Tensor, "rows pos width"]:
+        return hf.get_submodule(norm)(hidden)
+
+    def finish(
+        hf: Any, inputs: Inputs, tower: str, output: Float[Tensor, "rows pos width"]
+    ) -> Float[Tensor, "rows vocabulary"]:
+        logits = hf.get_submodule(head)(output[:, -1])
+        cap = getattr(hf.config.get_text_config(), "final_logit_softcapping", None)
+        return logits if cap is None or not capped else cap * torch.tanh(logits / cap)
+
+    return Family(
+        name=name,
+        architecture=architecture.__name__,
+        model=architecture,
+        processor=AutoProcessor,
+        towers={"vision": replace(vision, flow="plain"), "decoder": decoder},
+        logits="",
+        encode=partial(encode, cells, layout, kind=kind),
+        blank=None,
+        leave=leave,
+        finish=finish,
+        generate=generate,
+        cache=lambda: None,
+        options=options,
+        keywords=KEYWORDS,
+    )
+
+
+def llama(blocks: str = "model.language_model.layers", config: str = "text_config") -> Tower:
+    """The decoder of LLaMA and of all that are built like it."""
+    return Tower(
+        blocks=blocks,
+        config=config,
+        attn="self_attn.o_proj",
+        mlp="mlp.down_proj",
+        flow="suffix",
+        attention="self_attn",
+    )

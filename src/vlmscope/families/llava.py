@@ -1,15 +1,24 @@
-"""LLaVA 1.5: CLIP's vision tower, a projector, and a causal decoder."""
+"""LLaVA 1.5 and LLaVA-NeXT: CLIP's vision tower, a projector, and a causal decoder."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from transformers import AutoProcessor, LlavaForConditionalGeneration
+from transformers import (
+    AutoProcessor,
+    LlavaForConditionalGeneration,
+    LlavaNextForConditionalGeneration,
+)
+from transformers.models.llava_next.modeling_llava_next import (
+    get_anyres_image_grid_shape,
+    unpad_image,
+)
 
 from vlmscope.families import Family, Tower, causal
 from vlmscope.inputs import Inputs
@@ -73,6 +82,41 @@ def finish(
     return hf.lm_head(hidden[:, -1])
 
 
+def tiles_layout(hf: Any, tensors: Mapping[str, Tensor]) -> Layout:
+    """The whole picture and its tiles one after the other, patches in rows behind each class token."""
+    size = hf.config.vision_config.patch_size
+    rows, columns = (n // size for n in tensors["pixel_values"].shape[-2:])
+    tokens = [
+        token
+        for tile in range(tensors["pixel_values"].shape[1])
+        for token in (
+            f"{tile}:[CLS]",
+            *(f"{tile}:{r},{c}" for r in range(rows) for c in range(columns)),
+        )
+    ]
+    return Layout(tuple(tokens), image=tuple(n for n, t in enumerate(tokens) if "[" not in t))
+
+
+def tiled(
+    hf: Any, processor: Any, tensors: Mapping[str, Tensor], images: Sequence[int]
+) -> dict[int, tuple[int, int]]:
+    """The grid of the tiles put back together, without padding; each line ends with a newline token.
+
+    The whole picture, which comes first, has no cells, unless there are no tiles.
+    """
+    vision = hf.config.vision_config
+    side = vision.image_size // vision.patch_size
+    size = tensors["image_sizes"][0]
+    shape = get_anyres_image_grid_shape(size, hf.config.image_grid_pinpoints, vision.image_size)
+    if tensors["pixel_values"].shape[1] == 1:
+        return {at: divmod(n, side) for n, at in enumerate(images[: side * side])}
+    columns = unpad_image(torch.zeros(1, shape[0] * side, shape[1] * side), size).shape[2]
+    behind = images[side * side :]
+    return {
+        at: divmod(n, columns + 1) for n, at in enumerate(behind) if n % (columns + 1) < columns
+    }
+
+
 LLAVA = Family(
     name="LLaVA",
     architecture="LlavaForConditionalGeneration",
@@ -105,4 +149,13 @@ LLAVA = Family(
     cache=lambda: None,
     options=causal.options,
     keywords=causal.KEYWORDS,
+)
+
+NEXT = causal.family(
+    "LLaVA-NeXT",
+    LlavaNextForConditionalGeneration,
+    vision=replace(LLAVA.towers["vision"], depth=used),
+    decoder=causal.llama(),
+    cells=tiled,
+    layout=tiles_layout,
 )

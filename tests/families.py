@@ -1,0 +1,148 @@
+"""Small random models of every family, with processors as their checkpoints have them."""
+
+from __future__ import annotations
+
+import torch
+from models import words_tokenizer
+from transformers import (
+    Gemma3Config,
+    Gemma3ForConditionalGeneration,
+    Gemma3Processor,
+    LlavaNextConfig,
+    LlavaNextForConditionalGeneration,
+    LlavaNextProcessor,
+    MllamaConfig,
+    MllamaForConditionalGeneration,
+    MllamaProcessor,
+    PaliGemmaConfig,
+    PaliGemmaForConditionalGeneration,
+    PaliGemmaProcessor,
+)
+from transformers.models.gemma3.image_processing_pil_gemma3 import Gemma3ImageProcessorPil
+from transformers.models.llava_next.image_processing_pil_llava_next import (
+    LlavaNextImageProcessorPil,
+)
+from transformers.models.mllama.image_processing_pil_mllama import MllamaImageProcessorPil
+from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
+
+from vlmscope.model import Model
+
+CHAT = (
+    "{% for message in messages %}{{ message['role'] + ': ' }}"
+    "{% for part in message['content'] %}{% if part['type'] == 'image' %}IMAGE\n"
+    "{% else %}{{ part['text'] + ' ' }}{% endif %}{% endfor %}{% endfor %}"
+    "{% if add_generation_prompt %}assistant:{% endif %}"
+)
+SPREAD = {"initializer_range": 0.4}
+
+
+def text(vocabulary: int, **more: object) -> dict[str, object]:
+    """A decoder of three layers whose queries share keys."""
+    return {
+        "vocab_size": vocabulary, "hidden_size": 16, "intermediate_size": 33, "num_hidden_layers": 3,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 6,
+        "max_position_embeddings": 512, "bos_token_id": 2, "eos_token_id": 3, "pad_token_id": 0,
+        **SPREAD, **more,
+    }  # fmt: skip
+
+
+def siglip(size: int = 12, patch: int = 4) -> dict[str, object]:
+    return {
+        "hidden_size": 8, "intermediate_size": 17, "num_hidden_layers": 2, "num_attention_heads": 2,
+        "image_size": size, "patch_size": patch, "vision_use_head": False,
+    }  # fmt: skip
+
+
+def loud(hf: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
+    """Weights so large that every part of the model counts."""
+    torch.manual_seed(seed)
+    with torch.no_grad():
+        for name, weight in hf.named_parameters():
+            if weight.ndim > 1:
+                weight.normal_(0.0, 0.5)
+            elif name.endswith("gate") or "newline" in name:
+                weight.fill_(0.7)
+    return hf.double().eval()
+
+
+def gemma3() -> Model:
+    tokenizer = words_tokenizer(
+        "<image_soft_token>", "<start_of_image>", "<end_of_image>", image_token="<image_soft_token>",
+        boi_token="<start_of_image>", eoi_token="<end_of_image>",
+    )  # fmt: skip
+    config = Gemma3Config(
+        text_config=text(len(tokenizer), sliding_window=8, query_pre_attn_scalar=6,
+                         layer_types=["sliding_attention", "full_attention", "sliding_attention"]),
+        vision_config=siglip(16), mm_tokens_per_image=4, image_token_id=4, image_token_index=4,
+        boi_token_index=5, eoi_token_index=6,
+    )  # fmt: skip
+    hf = loud(Gemma3ForConditionalGeneration(config))
+    images = Gemma3ImageProcessorPil(size={"height": 16, "width": 16})
+    processor = Gemma3Processor(images, tokenizer, image_seq_length=4,
+                                chat_template=CHAT.replace("IMAGE", "<start_of_image>"))  # fmt: skip
+    return Model(hf, processor, "tiny Gemma 3")
+
+
+def paligemma() -> Model:
+    tokenizer = words_tokenizer("<image>")
+    config = PaliGemmaConfig(
+        text_config=text(len(tokenizer), model_type="gemma"), vision_config=siglip(),
+        image_token_index=4, image_token_id=4, projection_dim=16, num_image_tokens=9,
+    )  # fmt: skip
+    hf = loud(PaliGemmaForConditionalGeneration(config))
+    images = SiglipImageProcessorPil(size={"height": 12, "width": 12})
+    images.image_seq_length = 9
+    return Model(hf, PaliGemmaProcessor(images, tokenizer), "tiny PaliGemma")
+
+
+def clip(size: int = 12) -> dict[str, object]:
+    return {
+        "hidden_size": 8, "intermediate_size": 17, "num_hidden_layers": 3, "num_attention_heads": 2,
+        "image_size": size, "patch_size": 4, "projection_dim": 8, "model_type": "clip_vision_model",
+    }  # fmt: skip
+
+
+def llava_next() -> Model:
+    tokenizer = words_tokenizer("<image>")
+    pinpoints = [[12, 24], [24, 12], [24, 24]]
+    config = LlavaNextConfig(
+        text_config=text(len(tokenizer), model_type="llama"), vision_config=clip(),
+        image_token_index=4, image_grid_pinpoints=pinpoints, vision_feature_layer=-2,
+        vision_feature_select_strategy="default",
+    )  # fmt: skip
+    images = LlavaNextImageProcessorPil(
+        size={"shortest_edge": 12},
+        crop_size={"height": 12, "width": 12},
+        image_grid_pinpoints=pinpoints,
+    )
+    processor = LlavaNextProcessor(
+        images, tokenizer, patch_size=4, vision_feature_select_strategy="default",
+        image_token="<image>", num_additional_image_tokens=1,
+        chat_template=CHAT.replace("IMAGE", "<image>"),
+    )  # fmt: skip
+    return Model(loud(LlavaNextForConditionalGeneration(config)), processor, "tiny LLaVA-NeXT")
+
+
+def mllama() -> Model:
+    tokenizer = words_tokenizer("<|image|>", "<|python_tag|>")
+    config = MllamaConfig(
+        text_config=text(len(tokenizer), head_dim=4, num_hidden_layers=4, cross_attention_layers=[1, 3],
+                         rope_parameters={"rope_type": "default", "rope_theta": 10000.0}),
+        vision_config={"hidden_size": 8, "intermediate_size": 17, "num_hidden_layers": 2,
+                       "num_global_layers": 1, "attention_heads": 2, "image_size": 8, "patch_size": 4,
+                       "vision_output_dim": 24, "intermediate_layers_indices": [0, 1],
+                       "max_num_tiles": 4,
+                        "supported_aspect_ratios": [[1, 1], [1, 2], [1, 3], [1, 4], [2, 1], [2, 2], [3, 1], [4, 1]]},
+        image_token_index=4,
+    )  # fmt: skip
+    images = MllamaImageProcessorPil(size={"height": 8, "width": 8}, max_image_tiles=4)
+    processor = MllamaProcessor(images, tokenizer, chat_template=CHAT.replace("IMAGE", "<|image|>"))
+    return Model(loud(MllamaForConditionalGeneration(config)), processor, "tiny Mllama")
+
+
+FAMILIES = {
+    "gemma3": gemma3,
+    "paligemma": paligemma,
+    "llava-next": llava_next,
+    "mllama": mllama,
+}

@@ -1,0 +1,153 @@
+"""Every family: exact against plain Hugging Face, and the engine against the reference."""
+
+from __future__ import annotations
+
+import random
+from functools import cache
+
+import pytest
+import torch
+from families import FAMILIES
+from models import example, llava
+
+from vlmscope import corrupt, engine, reference
+from vlmscope.errors import ExampleError, SiteError
+from vlmscope.model import Model
+from vlmscope.sites import Site, expand, place
+
+TEXT = ("resid", "resid_pre", "attn", "mlp", "attn.h*")
+SITES = [
+    *(f"decoder.*.{kind}@*" for kind in TEXT),
+    *(f"decoder.*.{kind}@all" for kind in TEXT),
+    "decoder.*.mlp.n3@*",
+    "decoder.*/3.attn@*",
+    "decoder.*/3.resid@*",
+    "decoder.*.resid@image",
+    "decoder.*.resid@answer",
+    "vision.*.resid@*",
+    "vision.*.attn.h*@*",
+    "vision.*.mlp@all",
+]
+MADE = {"llava": llava, **FAMILIES}
+
+
+@cache
+def made(name: str) -> Model:
+    return MADE[name]()
+
+
+def expressions(model: Model) -> list[str]:
+    cross = ["decoder.*.cross@*", "decoder.*.cross.h*@*"]
+    return SITES + (cross if "cross" in model.shapes["decoder"].kinds else [])
+
+
+@pytest.mark.parametrize("name", MADE)
+def test_a_run_is_hugging_faces(name):
+    """The logits of a plain forward and of generation's first step; the table fits the model."""
+    model = made(name)
+    model.verify()
+    inputs = model.prepare(example()).clean
+    plain = model.hf(**inputs.tensors).logits[0, -1]
+    torch.testing.assert_close(model.run(inputs), plain, rtol=1e-12, atol=1e-12)
+    first = model.hf.generate(
+        **inputs.tensors, max_new_tokens=1, do_sample=False, output_logits=True,
+        return_dict_in_generate=True,
+    ).logits[0][0]  # fmt: skip
+    torch.testing.assert_close(model.run(inputs), first.to(plain), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("direction", ["denoise", "noise"])
+@pytest.mark.parametrize("corruption", ["image", "text", "noise"])
+@pytest.mark.parametrize("name", MADE)
+def test_engine_equals_reference(name, corruption, direction):
+    model = made(name)
+    pair = corrupt.pairs(model, example(), corrupt.parse(corruption))[0]
+    draw = random.Random(0)
+    for text in expressions(model):
+        found = expand([Site.parse(text)], model.shapes)
+        sites = [p for s in found for p in place(s, pair.clean.layout[s.tower])]
+        sites = draw.sample(sites, min(3, len(sites)))
+        results = []
+        for one in (engine, reference):
+            patched = one.patch(model, pair, sites, direction)
+            table = torch.full((2, len(sites)), torch.nan, dtype=torch.float64)
+            for numbers, scores in patched.chunks:
+                table[0, numbers], table[1, numbers] = scores.p, scores.ld
+            results.append(table)
+        torch.testing.assert_close(
+            *results, rtol=1e-9, atol=1e-11, msg=lambda m, t=text: f"{t}: {m}"
+        )
+
+
+@pytest.mark.parametrize("name", MADE)
+def test_where_words_and_patches_are(name):
+    model = made(name)
+    layout = model.prepare(example()).clean.layout["decoder"]
+    for role, word in (("answer", "red"), ("foil", "blue"), ("noun", "circle")):
+        assert [layout.tokens[n] for n in layout.roles[role]] == [word]
+    assert set(layout.text).isdisjoint(layout.image) and layout.image
+    assert set(layout.cells) <= set(layout.image)
+    rows = set(layout.cells.values())
+    assert len(rows) == len(layout.cells), "each patch has a cell of its own"
+
+
+@pytest.mark.parametrize("name", MADE)
+def test_attention_is_what_the_model_pays(name):
+    """Its heads' outputs are the attention times the values: rows of weights that sum to one."""
+    model = made(name)
+    inputs = model.prepare(example()).clean
+    last = len(inputs.layout["decoder"].tokens) - 1
+    paid = model.attention(inputs, "decoder", "attn", [last, 2])
+    torch.testing.assert_close(paid.sum(-1), torch.ones(paid.shape[:-1]))
+    assert (paid >= 0).all()
+
+
+def test_an_answer_of_several_tokens():
+    model = made("llava")
+    pair = model.prepare(example(answer="un happy", foil="un sad"))
+    assert pair.clean.layout["decoder"].tokens[-1] == "un"
+    found = engine.patch(model, pair, place_all(model, pair, "decoder.*.resid@text*"))
+    wanted = reference.patch(model, pair, place_all(model, pair, "decoder.*.resid@text*"))
+    results = []
+    for patched in (found, wanted):
+        table = torch.zeros(200, dtype=torch.float64)
+        for numbers, scores in patched.chunks:
+            table[numbers] = scores.ld
+        results.append(table)
+    torch.testing.assert_close(*results, rtol=1e-9, atol=1e-12)
+
+
+def place_all(model, pair, text):
+    found = expand([Site.parse(text)], model.shapes)
+    return [p for s in found for p in place(s, pair.clean.layout[s.tower])]
+
+
+def test_heads_of_a_layer_that_has_none():
+    model = made("mllama")
+    with pytest.raises(
+        SiteError, match="layer 1 of the decoder tower has no 'attn'; these have: 0, 2"
+    ):
+        expand([Site.parse("decoder.1.attn.h0@last")], model.shapes)
+    with pytest.raises(
+        SiteError, match="layer 0 of the decoder tower has no 'cross'; these have: 1, 3"
+    ):
+        expand([Site.parse("decoder.0.cross@last")], model.shapes)
+    assert len(expand([Site.parse("decoder.*.cross.h*@last")], model.shapes)) == 8
+
+
+def test_placeholders():
+    model = made("llava")
+    with pytest.raises(ExampleError, match="2 placeholders '<image>'"):
+        model.prepare(example("<image> <image> is this circle red or blue ?"))
+    own = model.prepare(example("<image> is this circle red or blue ?", corrupt_prompt=None))
+    assert own.clean.layout["decoder"].tokens[1] == "<image>", "taken as it is"
+
+
+def test_grids_that_differ(monkeypatch):
+    model = made("llava-next")
+    from models import picture
+
+    wide = picture(1).resize((24, 12))
+    tall = picture(2).resize((12, 24))
+    with pytest.raises(ExampleError, match="positions do not correspond; resize the corrupt image"):
+        model.prepare(example(clean_image=wide, corrupt_image=tall, corrupt_prompt=None))
