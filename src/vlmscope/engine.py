@@ -74,6 +74,8 @@ class Trace:
     calls: dict[tuple[str, int], tuple[tuple[Any, ...], dict[str, Any]]] = field(
         default_factory=dict
     )
+    given: dict[tuple[str, int], Tensor] = field(default_factory=dict)
+    """What each block gave, where the model adds to it before the next block."""
     memory: dict[str, suffix.Memory] = field(default_factory=dict)
     """What the attention of causal decoders kept."""
 
@@ -220,6 +222,12 @@ class Sweep:
                         trace.calls[key] = (args, kwargs)
 
                     held(block.register_forward_pre_hook(called, with_kwargs=True))
+                    if table.between:
+
+                        def given(m: Any, args: Any, out: Any, key: Any = (tower, layer)) -> None:
+                            trace.given[key] = out if isinstance(out, Tensor) else out[0]
+
+                        held(block.register_forward_hook(given))
                 if table.output:
 
                     def left(m: Any, args: Any, out: Any, tower: str = tower) -> None:
@@ -429,7 +437,13 @@ class Sweep:
     ) -> None:
         """Write the first patch of rows that join, behind the block that it is in."""
         cells = [Cell(0, ragged.place(i, p), row.sites[0], p) for i, row in new for p in row.at]
-        self._write(hidden, [c for c in cells if c.site.kind == "resid"])
+        behind = [c for c in cells if c.site.kind == "resid"]
+        self._write(hidden, behind)
+        if behind:
+            places = [c.position for c in behind]
+            at = torch.tensor([c.source for c in behind], device=hidden.device)
+            layer = behind[0].site.center
+            hidden[:, places] = self._added(tower, layer, hidden[:, places], at)
         within = [c for c in cells if c.site.kind in SUBLAYERS and c.site.center < new[0][1].stage]
         if not within:
             return
@@ -442,7 +456,7 @@ class Sweep:
                 own = self.base.values[heads][:, at]
                 hook(*self.model.module(heads), lambda x: own.clone())
             out = self._call_at(tower, layer, self.base.values[entrance][:, at], inside, at)
-        hidden[0, [c.position for c in within]] = out[0]
+        hidden[0, [c.position for c in within]] = self._added(tower, layer, out, at)[0]
 
     def _ragged_block(
         self, tower: str, layer: int, hidden: Tensor, rows: list[Row], ragged: suffix.Rows
@@ -461,7 +475,15 @@ class Sweep:
                 if edit.site.tower == tower and edit.site.center == layer:
                     self._edit_ragged(hook, edit, joined, ragged)
             with ragged.attending():
-                return self._call_at(tower, layer, hidden, cells, ragged.tokens)
+                hidden = self._call_at(tower, layer, hidden, cells, ragged.tokens)
+        return self._added(tower, layer, hidden, ragged.tokens)
+
+    def _added(self, tower: str, layer: int, hidden: Tensor, tokens: Tensor) -> Tensor:
+        """With what the model adds between this block and the next one, at these positions."""
+        if (tower, layer) not in self.base.given or layer + 1 == self._depth(tower):
+            return hidden
+        added = self._entrance(tower, layer + 1) - self.base.given[tower, layer]
+        return hidden + added[:, tokens]
 
     def _edit_ragged(
         self, hook: Any, edit: Edit, joined: list[tuple[int, Row]], ragged: suffix.Rows

@@ -41,6 +41,7 @@ class Tower:
     depth: Callable[[Any], int] | None = None
     flow: Literal["rows", "suffix", "plain"] = "rows"
     attention: str | None = None
+    between: bool = False
 
 
 @dataclass(frozen=True)
@@ -78,7 +79,10 @@ class Family:
 
 def families() -> dict[str, Family]:
     """The supported families, by the name of their Hugging Face class."""
-    from vlmscope.families import blip, gemma, llava, mllama
+    from vlmscope.families import blip, gemma, llava, mllama, qwen, tiled
 
-    known = (blip.VQA, llava.LLAVA, llava.NEXT, gemma.GEMMA3, gemma.PALIGEMMA, mllama.MLLAMA)
+    known = (
+        blip.VQA, llava.LLAVA, llava.NEXT, tiled.ONEVISION, qwen.QWEN2, qwen.QWEN2_5, qwen.QWEN3,
+        gemma.GEMMA3, gemma.PALIGEMMA, tiled.SMOLVLM, tiled.IDEFICS3, tiled.INTERNVL, mllama.MLLAMA,
+    )  # fmt: skip
     return {family.architecture: family for family in known}

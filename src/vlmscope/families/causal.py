@@ -6,6 +6,7 @@ tokens in the place of the placeholder as the image has, and the model puts the 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -158,6 +159,37 @@ def generate(hf: Any, inputs: Inputs, **options: object) -> Int[Tensor, "pos"]:
     """What the model says after the prompt, by its own greedy generation."""
     found = hf.generate(**inputs.tensors, do_sample=False, num_beams=1, **options)
     return found[0, inputs.tensors["input_ids"].shape[1] :]
+
+
+def tiles(
+    patch: Callable[[Any], int], *, class_token: bool = False
+) -> Callable[[Any, Mapping[str, Tensor]], Layout]:
+    """The layout of a vision tower: each tile's patches in rows, behind a class token if it has one."""
+
+    def layout(hf: Any, tensors: Mapping[str, Tensor]) -> Layout:
+        *many, _, height, width = tensors["pixel_values"].shape
+        rows, columns = height // patch(hf.config), width // patch(hf.config)
+        names = [
+            *(["[CLS]"] * class_token),
+            *(f"{r},{c}" for r in range(rows) for c in range(columns)),
+        ]
+        tokens = [f"{tile}:{name}" for tile in range(math.prod(many)) for name in names]
+        return Layout(tuple(tokens), image=tuple(n for n, t in enumerate(tokens) if "[" not in t))
+
+    return layout
+
+
+def last_square(side: Callable[[Any, Any], int]) -> Cells:
+    """The whole picture, which comes behind its tiles: the last tokens, in a square of `side(hf,
+    processor)` a side; tiles have no cells."""
+
+    def cells(
+        hf: Any, processor: Any, tensors: Mapping[str, Tensor], images: Sequence[int]
+    ) -> dict[int, tuple[int, int]]:
+        many = side(hf, processor)
+        return {at: divmod(n, many) for n, at in enumerate(images[-many * many :])}
+
+    return cells
 
 
 def square(
