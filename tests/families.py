@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 import torch
-from models import words_tokenizer
+from models import blip, blip_processor, words_tokenizer
 from transformers import (
+    Blip2Config,
+    Blip2ForConditionalGeneration,
+    Blip2Processor,
+    BlipForConditionalGeneration,
     Gemma3Config,
     Gemma3ForConditionalGeneration,
     Gemma3Processor,
+    InstructBlipConfig,
+    InstructBlipForConditionalGeneration,
+    InstructBlipProcessor,
     LlavaNextConfig,
     LlavaNextForConditionalGeneration,
     LlavaNextProcessor,
@@ -18,6 +25,7 @@ from transformers import (
     PaliGemmaForConditionalGeneration,
     PaliGemmaProcessor,
 )
+from transformers.models.blip.image_processing_pil_blip import BlipImageProcessorPil
 from transformers.models.gemma3.image_processing_pil_gemma3 import Gemma3ImageProcessorPil
 from transformers.models.llava_next.image_processing_pil_llava_next import (
     LlavaNextImageProcessorPil,
@@ -140,7 +148,66 @@ def mllama() -> Model:
     return Model(loud(MllamaForConditionalGeneration(config)), processor, "tiny Mllama")
 
 
+def blip2_parts(language: dict[str, object]) -> dict[str, object]:
+    return {
+        "vision_config": {"hidden_size": 8, "intermediate_size": 17, "num_hidden_layers": 2,
+                          "num_attention_heads": 2, "image_size": 12, "patch_size": 4},
+        "qformer_config": {"hidden_size": 12, "intermediate_size": 25, "num_hidden_layers": 3,
+                           "num_attention_heads": 2, "encoder_hidden_size": 8,
+                           "cross_attention_frequency": 2, "vocab_size": 107},
+        "text_config": language, "num_query_tokens": 5, "image_token_index": 4, "image_token_id": 4,
+        "image_text_hidden_size": 8,
+    }  # fmt: skip
+
+
+def opt(vocabulary: int) -> dict[str, object]:
+    return {
+        "model_type": "opt", "vocab_size": vocabulary, "hidden_size": 16, "ffn_dim": 33,
+        "num_hidden_layers": 3, "num_attention_heads": 4, "max_position_embeddings": 64,
+        "word_embed_proj_dim": 16, "bos_token_id": 2, "eos_token_id": 3, "pad_token_id": 0,
+    }  # fmt: skip
+
+
+def t5(vocabulary: int) -> dict[str, object]:
+    return {
+        "model_type": "t5", "vocab_size": vocabulary, "d_model": 16, "d_kv": 5, "d_ff": 33,
+        "num_layers": 3, "num_decoder_layers": 2, "num_heads": 4, "decoder_start_token_id": 0,
+        "eos_token_id": 3, "pad_token_id": 0, "feed_forward_proj": "gated-gelu",
+        "is_encoder_decoder": True,
+    }  # fmt: skip
+
+
+def blip2(language=opt) -> Model:
+    tokenizer = words_tokenizer("<image>")
+    config = Blip2Config(**blip2_parts(language(len(tokenizer))))
+    images = BlipImageProcessorPil(size={"height": 12, "width": 12})
+    processor = Blip2Processor(images, tokenizer, num_query_tokens=5)
+    return Model(loud(Blip2ForConditionalGeneration(config)), processor, "tiny BLIP-2")
+
+
+def instructblip(language=lambda vocabulary: text(vocabulary, model_type="llama")) -> Model:
+    tokenizer = words_tokenizer("<image>")
+    config = InstructBlipConfig(**blip2_parts(language(len(tokenizer))))
+    images = BlipImageProcessorPil(size={"height": 12, "width": 12})
+    processor = InstructBlipProcessor(
+        images, tokenizer, qformer_tokenizer=blip_processor().tokenizer, num_query_tokens=5
+    )
+    return Model(loud(InstructBlipForConditionalGeneration(config)), processor, "tiny InstructBLIP")
+
+
+def blip_captioning() -> Model:
+    config = blip(layers=3).hf.config
+    config.text_config.max_position_embeddings = 64
+    hf = loud(BlipForConditionalGeneration(config))
+    return Model(hf, blip_processor(), "tiny BLIP captioning")
+
+
 FAMILIES = {
+    "blip-captioning": blip_captioning,
+    "blip2-opt": blip2,
+    "blip2-t5": lambda: blip2(t5),
+    "instructblip-vicuna": instructblip,
+    "instructblip-t5": lambda: instructblip(t5),
     "gemma3": gemma3,
     "paligemma": paligemma,
     "llava-next": llava_next,

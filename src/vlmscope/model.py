@@ -42,6 +42,11 @@ DTYPES = {
     "float16": torch.float16,
 }
 TOYS = Path(__file__).parent / "toys"
+FLOWS = {
+    "rows": "many patches in one pass",
+    "suffix": "the same, and each row computes only what its patch can change",
+    "plain": "one forward a patch",
+}
 OURS = "vlmscope"
 """The name of the attention function that `Model.attending` puts in."""
 
@@ -59,7 +64,8 @@ class Model:
         self.hf = hf.eval()
         self.processor = processor
         self.name = name
-        self.family = _family([type(hf).__name__], name)
+        language = getattr(hf.config.get_text_config(), "model_type", None)
+        self.family = _family([type(hf).__name__], language, name)
         self.shapes = {tower: self._shape(tower) for tower in self.family.towers}
 
     # -- what there is ---------------------------------------------------------------------------
@@ -483,7 +489,7 @@ def load(
     if not Path(path).exists() and (isinstance(name, Path) or not _HUB_ID.fullmatch(str(name))):
         raise ModelError(f"no model '{name}': not a folder, not a Hugging Face id, and not one of the "
                          f"built-in toys ({', '.join(toys())})")  # fmt: skip
-    family = _family(_config(path).get("architectures") or [], str(name))
+    family = _family(*_kind(_config(path)), str(name))
     if Path(path).is_dir():
         _check_weights(Path(path))
     with _one_line(name):
@@ -511,7 +517,7 @@ def tokenizer(name: str | Path) -> Callable[[str], int]:
     1
     """
     path = toys().get(str(name), name)
-    family = _family(_config(path).get("architectures") or [], str(name))
+    family = _family(*_kind(_config(path)), str(name))
     with _one_line(name):
         own = family.processor.from_pretrained(path, trust_remote_code=False).tokenizer
     return lambda word: len(own(word, add_special_tokens=False)["input_ids"])
@@ -521,9 +527,13 @@ def supported() -> str:
     """The supported families and the toys that ship, as text."""
     lines = ["families"]
     lines += [
-        f"  {f.name:<12} {f.architecture}; towers {', '.join(f.towers)}"
-        for f in families().values()
+        f"  {f.name:<16}{f.architecture + (f' ({f.variant})' if f.variant else ''):<46}"
+        f"{', '.join(f'{t}: {table.flow}' for t, table in f.towers.items())}"
+        for f in families()
     ]
+    lines += ["", "how a tower is patched, exactly in every case"]
+    lines += [f"  {short:<7}{long}" for short, long in FLOWS.items()]
+    lines.append("")
     lines += ["toys", *(f"  {name}" for name in toys())]
     return "\n".join(lines)
 
@@ -574,14 +584,27 @@ def _device(device: str | None) -> torch.device:
         ) from error
 
 
-def _family(architectures: Sequence[str], name: str) -> Family:
+def _family(architectures: Sequence[str], language: str | None, name: str) -> Family:
+    """The family of a checkpoint, by its class and, if that has several, its language model."""
     known = families()
-    for architecture in architectures:
-        if architecture in known:
-            return known[architecture]
+    of_class = [f for f in known if f.architecture in architectures]
+    for family in of_class:
+        if family.variant in (None, language):
+            return family
     what = f"is a {architectures[0]}" if architectures else "does not say what model it is"
-    supported = ", ".join(f"{f.name} ({f.architecture})" for f in known.values())
-    raise ModelError(f"{name} {what}, which is not supported; supported: {supported}")
+    if of_class:
+        what += f" with a language model of type '{language}'"
+    names = dict.fromkeys(f"{f.name} ({f.architecture}{f' with {f.variant}' if f.variant else ''})" for f in known)  # fmt: skip
+    raise ModelError(
+        f"{name} {what}, which is not supported; docs/add-a-family.md says how to add it; "
+        f"supported: {', '.join(names)}"
+    )
+
+
+def _kind(config: Mapping[str, Any]) -> tuple[list[str], str | None]:
+    """The classes and the type of the language model that a config.json names."""
+    text = config.get("text_config") or {}
+    return config.get("architectures") or [], text.get("model_type")
 
 
 def _config(path: str | Path) -> dict[str, Any]:
@@ -652,7 +675,7 @@ def hooks() -> Iterator[Any]:
 
         def hook(module: nn.Module, before: bool, flat: bool, function: Any) -> None:
             def change(x: Tensor) -> Tensor:
-                if not flat:
+                if not flat and x.ndim == 3:
                     return function(x)
                 return function(x.reshape(1, -1, x.shape[-1])).reshape(x.shape)
 

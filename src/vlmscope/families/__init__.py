@@ -59,6 +59,7 @@ class Family:
     - `options(processor, prompt, answer)`: the token ids of an answer as they would follow the prompt,
       with the token that ends it.
     - `keywords`: what else the model is called with.
+    - `variant`: the type of the language model, where a class of Hugging Face has several.
     """
 
     name: str
@@ -75,14 +76,15 @@ class Family:
     cache: Callable[[], Any]
     options: Callable[[Any, str, str], list[int]]
     keywords: Mapping[str, Any] = field(default_factory=dict)
+    variant: str | None = None
 
 
-def families() -> dict[str, Family]:
-    """The supported families, by the name of their Hugging Face class."""
-    from vlmscope.families import blip, gemma, llava, mllama, qwen, tiled
+def families() -> tuple[Family, ...]:
+    """The supported families."""
+    from vlmscope.families import blip, blip2, gemma, llava, mllama, qwen, tiled
 
-    known = (
-        blip.VQA, llava.LLAVA, llava.NEXT, tiled.ONEVISION, qwen.QWEN2, qwen.QWEN2_5, qwen.QWEN3,
-        gemma.GEMMA3, gemma.PALIGEMMA, tiled.SMOLVLM, tiled.IDEFICS3, tiled.INTERNVL, mllama.MLLAMA,
+    return (
+        blip.VQA, blip.CAPTION, *blip2.FAMILIES, llava.LLAVA, llava.NEXT, tiled.ONEVISION,
+        qwen.QWEN2, qwen.QWEN2_5, qwen.QWEN3, gemma.GEMMA3, gemma.PALIGEMMA, tiled.SMOLVLM,
+        tiled.IDEFICS3, tiled.INTERNVL, mllama.MLLAMA,
     )  # fmt: skip
-    return {family.architecture: family for family in known}

@@ -8,6 +8,7 @@ residual stream is the output of their dense layer, before the sum is normalised
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from jaxtyping import Float, Int
@@ -15,10 +16,12 @@ from PIL import Image
 from torch import Tensor
 from transformers import (
     BatchEncoding,
+    BlipForConditionalGeneration,
     BlipForQuestionAnswering,
     BlipProcessor,
     DynamicCache,
     EncoderDecoderCache,
+    PreTrainedModel,
 )
 
 from vlmscope.errors import ExampleError
@@ -32,7 +35,7 @@ def _side(value: int | Sequence[int]) -> tuple[int, int]:
     return (value, value) if isinstance(value, int) else (value[0], value[1])
 
 
-def _vision_layout(hf: BlipForQuestionAnswering, pixels: Tensor) -> Layout:
+def _vision_layout(hf: PreTrainedModel, pixels: Tensor) -> Layout:
     height, width = _side(hf.config.vision_config.patch_size)
     rows, columns = pixels.shape[-2] // height, pixels.shape[-1] // width
     cells = {1 + r * columns + c: (r, c) for r in range(rows) for c in range(columns)}
@@ -102,7 +105,7 @@ def blank(hf: BlipForQuestionAnswering) -> Inputs:
 
 
 def leave(
-    hf: BlipForQuestionAnswering, tower: str, hidden: Float[Tensor, "rows pos width"]
+    hf: PreTrainedModel, tower: str, hidden: Float[Tensor, "rows pos width"]
 ) -> Float[Tensor, "rows pos width"]:
     """The vision tower ends with a norm, the text towers with their last block."""
     return hf.vision_model.post_layernorm(hidden) if tower == "vision" else hidden
@@ -191,4 +194,98 @@ VQA = Family(
     generate=generate,
     cache=cache,
     options=options,
+)
+
+
+# -- captions ------------------------------------------------------------------------------------
+
+
+def encode_caption(
+    hf: BlipForConditionalGeneration,
+    processor: BlipProcessor,
+    image: Image.Image,
+    prompt: str,
+    roles: Mapping[str, Span],
+    prefix: Sequence[int],
+) -> Inputs:
+    """The decoder reads the prompt, which the caption goes on, behind its own start token."""
+    pixels = processor.image_processor(images=image, return_tensors="pt")["pixel_values"]
+    encoding = processor.tokenizer(prompt, return_offsets_mapping=True)
+    whole = _text_layout(encoding, roles)
+    ids = [hf.config.text_config.bos_token_id, *encoding["input_ids"][1:-1], *prefix]
+    longest = hf.config.text_config.max_position_embeddings
+    if len(ids) > longest:
+        raise ExampleError(
+            f"the prompt has {len(ids)} tokens, the model takes at most {longest}; shorten it"
+        )
+    tokens = tuple(processor.tokenizer.convert_ids_to_tokens(ids))
+    tensors = {
+        "pixel_values": pixels,
+        "input_ids": torch.tensor([ids]),
+        "attention_mask": torch.ones(1, len(ids), dtype=torch.long),
+    }
+    decoder = Layout(tokens, tuple(range(len(ids))), whole.roles)
+    return Inputs(tensors, {"vision": _vision_layout(hf, pixels), "decoder": decoder})
+
+
+def blank_caption(hf: BlipForConditionalGeneration) -> Inputs:
+    """A picture of one patch and a prompt of two tokens."""
+    pixels = torch.zeros(1, 3, *_side(hf.config.vision_config.patch_size))
+    ids = torch.zeros(1, 2, dtype=torch.long)
+    tensors = {"pixel_values": pixels, "input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    return Inputs(
+        tensors, {"vision": _vision_layout(hf, pixels), "decoder": Layout(("", ""), (0, 1))}
+    )
+
+
+def finish_caption(
+    hf: BlipForConditionalGeneration,
+    inputs: Inputs,
+    tower: str,
+    output: Float[Tensor, "rows pos width"],
+) -> Float[Tensor, "rows vocabulary"]:
+    """What `BlipForConditionalGeneration.forward` does after a tower, for many rows at once."""
+    if tower == "decoder":
+        return hf.text_decoder.cls(output[:, -1])
+    rows = output.shape[0]
+    return hf.text_decoder(
+        input_ids=inputs.tensors["input_ids"].expand(rows, -1),
+        attention_mask=inputs.tensors["attention_mask"].expand(rows, -1),
+        encoder_hidden_states=output,
+        logits_to_keep=1,
+        use_cache=False,
+    ).logits[:, -1]
+
+
+def generate_caption(
+    hf: BlipForConditionalGeneration, inputs: Inputs, **options: object
+) -> Int[Tensor, "pos"]:
+    """What follows the prompt, by the model's own greedy generation, which drops the last token."""
+    tensors = {
+        name: torch.cat([inputs.tensors[name], inputs.tensors[name][:, -1:]], 1)
+        for name in ("input_ids", "attention_mask")
+    }
+    found = hf.generate(
+        pixel_values=inputs.tensors["pixel_values"],
+        **tensors,
+        do_sample=False,
+        num_beams=1,
+        **options,
+    )
+    return found[0, inputs.tensors["input_ids"].shape[1] :]
+
+
+CAPTION = replace(
+    VQA,
+    name="BLIP captioning",
+    architecture="BlipForConditionalGeneration",
+    model=BlipForConditionalGeneration,
+    towers={
+        "vision": VQA.towers["vision"],
+        "decoder": _text("text_decoder.bert.encoder.layer", reads="vision"),
+    },
+    encode=encode_caption,
+    blank=blank_caption,
+    finish=finish_caption,
+    generate=generate_caption,
 )

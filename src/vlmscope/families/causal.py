@@ -59,9 +59,15 @@ def written(processor: Any, prompt: str) -> tuple[str, int]:
     return text, start
 
 
-def options(processor: Any, prompt: str, answer: str) -> list[int]:
+def options(
+    processor: Any,
+    prompt: str,
+    answer: str,
+    *,
+    write: Callable[[Any, str], tuple[str, int]] = written,
+) -> list[int]:
     """The answer's tokens as they follow the prompt, behind a blank unless it ends with one."""
-    text, _ = written(processor, prompt)
+    text, _ = write(processor, prompt)
     tokenizer = processor.tokenizer
     before = tokenizer(text)["input_ids"]
     joined = tokenizer(text + ("" if text[-1:].isspace() else " ") + answer)["input_ids"]
@@ -81,12 +87,13 @@ def encode(
     prefix: Sequence[int],
     *,
     kind: int = 0,
+    write: Callable[[Any, str], tuple[str, int]] = written,
 ) -> Inputs:
     """The tensors of one run as the processor makes them, with the answer's beginning behind.
 
-    `kind` is the token type of what the model says.
+    `kind` is the token type of what the model says; `write` gives the text that the processor gets.
     """
-    text, start = written(processor, prompt)
+    text, start = write(processor, prompt)
     tensors = dict(processor(images=[image], text=[text], return_tensors="pt"))
     tensors.pop("labels", None)
     if prefix:

@@ -1,0 +1,183 @@
+"""BLIP-2 and InstructBLIP: a vision tower, a Q-Former that reads it, and a language model.
+
+The language model is a causal decoder (OPT, Vicuna) or an encoder and a decoder (T5); which of them decides
+the table. The Q-Former's positions are its queries: only these have cross-attention and an MLP of
+their own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import torch
+from jaxtyping import Int
+from PIL import Image
+from torch import Tensor
+from transformers import (
+    Blip2ForConditionalGeneration,
+    InstructBlipForConditionalGeneration,
+    PreTrainedModel,
+)
+
+from vlmscope.errors import ExampleError
+from vlmscope.example import Span
+from vlmscope.families import Family, Tower, causal
+from vlmscope.inputs import Inputs
+from vlmscope.sites import Layout
+
+VISION = Tower(
+    blocks="vision_model.encoder.layers",
+    config="vision_config",
+    attn="self_attn.projection",
+    mlp="mlp.fc2",
+    weights={"attn": "self_attn"},
+    flow="plain",
+)
+QFORMER = Tower(
+    blocks="qformer.encoder.layer",
+    config="qformer_config",
+    attn="attention.output.dense",
+    cross="crossattention.output.dense",
+    mlp="output_query.dense",
+    reads="vision",
+    flow="plain",
+)
+OPT = Tower(
+    blocks="language_model.model.decoder.layers",
+    config="text_config",
+    attn="self_attn.out_proj",
+    mlp="fc2",
+    flow="suffix",
+    attention="self_attn",
+)
+T5_ENCODER = Tower(
+    blocks="language_model.encoder.block",
+    config="text_config",
+    attn="layer.0.SelfAttention.o",
+    mlp="layer.1.DenseReluDense.wo",
+    heads="num_heads",
+    flow="plain",
+)
+T5_DECODER = replace(
+    T5_ENCODER,
+    blocks="language_model.decoder.block",
+    cross="layer.1.EncDecAttention.o",
+    mlp="layer.2.DenseReluDense.wo",
+    reads="encoder",
+)
+
+
+def written(processor: Any, prompt: str) -> tuple[str, int]:
+    """The processor itself puts the image's tokens before the prompt."""
+    mark = str(processor.image_token)
+    if mark in prompt:
+        raise ExampleError(f"this model's prompts have no placeholder; leave '{mark}' out")
+    return prompt, 0
+
+
+def vision_layout(hf: Any, tensors: Mapping[str, Tensor]) -> Layout:
+    """Patches in rows, behind the class token."""
+    size = hf.config.vision_config.patch_size
+    rows, columns = (n // size for n in tensors["pixel_values"].shape[-2:])
+    cells = {1 + r * columns + c: (r, c) for r in range(rows) for c in range(columns)}
+    return Layout(("[CLS]", *(f"{r},{c}" for r, c in cells.values())), cells=cells)
+
+
+def _queries(hf: Any) -> Layout:
+    return Layout(tuple(f"query {n}" for n in range(hf.config.num_query_tokens)))
+
+
+def encode(*arguments: Any, **keywords: Any) -> Inputs:
+    """As for other decoders, and the queries."""
+    inputs = causal.encode(*arguments, **keywords)
+    hf = arguments[2]
+    towers = {"vision": inputs.layout["vision"], "qformer": _queries(hf), "decoder": inputs.layout["decoder"]}  # fmt: skip
+    return replace(inputs, layout=towers)
+
+
+def encode_t5(
+    hf: Any,
+    processor: Any,
+    image: Image.Image,
+    prompt: str,
+    roles: Mapping[str, Span],
+    prefix: Sequence[int],
+) -> Inputs:
+    """The encoder reads image and prompt; the decoder begins with its start token."""
+    inputs = causal.encode(
+        no_cells, vision_layout, hf, processor, image, prompt, roles, [], write=written
+    )
+    start = [hf.config.text_config.decoder_start_token_id, *prefix]
+    decoder = Layout(
+        tuple(processor.tokenizer.convert_ids_to_tokens(start)), tuple(range(len(start)))
+    )
+    return Inputs(
+        {**inputs.tensors, "decoder_input_ids": torch.tensor([start])},
+        {
+            "vision": inputs.layout["vision"],
+            "qformer": _queries(hf),
+            "encoder": inputs.layout["decoder"],
+            "decoder": decoder,
+        },
+    )
+
+
+def no_cells(
+    hf: Any, processor: Any, tensors: Mapping[str, Tensor], images: Sequence[int]
+) -> dict[int, tuple[int, int]]:
+    """Queries are nowhere in the picture."""
+    return {}
+
+
+def options_t5(processor: Any, prompt: str, answer: str) -> list[int]:
+    """The decoder starts anew, so the prompt does not matter."""
+    tokenizer = processor.tokenizer
+    return [*tokenizer(answer, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
+
+
+def generate_t5(hf: Any, inputs: Inputs, **options: object) -> Int[Tensor, "pos"]:
+    """What the model says, by its own greedy generation, without the start token."""
+    tensors = {k: v for k, v in inputs.tensors.items() if k != "decoder_input_ids"}
+    return hf.generate(**tensors, do_sample=False, num_beams=1, **options)[0, 1:]
+
+
+def _decoder_only(
+    name: str, model: type[PreTrainedModel], variant: str, decoder: Tower, norm: str
+) -> Family:
+    base = causal.family(
+        name, model, vision=VISION, decoder=decoder, cells=no_cells, layout=vision_layout,
+        norm=norm, head="language_model.lm_head",
+    )  # fmt: skip
+    return replace(
+        base,
+        variant=variant,
+        towers={"vision": VISION, "qformer": QFORMER, "decoder": decoder},
+        encode=partial(encode, no_cells, vision_layout, write=written),
+        options=partial(causal.options, write=written),
+    )
+
+
+def _t5(name: str, model: type[PreTrainedModel]) -> Family:
+    base = _decoder_only(name, model, "t5", OPT, "")
+    return replace(
+        base,
+        towers={"vision": VISION, "qformer": QFORMER, "encoder": T5_ENCODER, "decoder": T5_DECODER},
+        encode=encode_t5,
+        generate=generate_t5,
+        options=options_t5,
+        keywords={"use_cache": False},
+    )
+
+
+LLAMA = causal.llama("language_model.model.layers")
+FAMILIES = (
+    _decoder_only("BLIP-2", Blip2ForConditionalGeneration, "opt", OPT,
+                  "language_model.model.decoder.final_layer_norm"),
+    _t5("BLIP-2", Blip2ForConditionalGeneration),
+    _decoder_only("InstructBLIP", InstructBlipForConditionalGeneration, "llama", LLAMA,
+                  "language_model.model.norm"),
+    _t5("InstructBLIP", InstructBlipForConditionalGeneration),
+)  # fmt: skip
