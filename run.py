@@ -54,6 +54,20 @@ def set_up() -> None:
     subprocess.run(
         [*pip, "install", "-c", "constraints.txt", "-e", ".[test]"], cwd=ROOT, check=True
     )
+    # For tests of processors that also read videos; beside the environment, since importing it fails
+    # where torch is a CPU build, unless the tests help.
+    subprocess.run(
+        [
+            *pip,
+            "install",
+            "--no-deps",
+            "--target",
+            str(VENV / "torchvision"),
+            "torchvision==0.28.0",
+        ],
+        cwd=ROOT,
+        check=True,
+    )
     STAMP.write_text(wanted())
 
 

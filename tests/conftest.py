@@ -6,6 +6,16 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # Processes that the tests start compute on one thread, too: then their numbers are the same.
 os.environ["OMP_NUM_THREADS"] = "1"
 
+import sys
+
 import torch
+
+if torchvision := os.environ.get("VLMSCOPE_TORCHVISION"):
+    # For processors that also read videos. Its compiled operators do not load beside a CPU build of
+    # torch, and importing it needs the schemas of two of them; resizing needs none.
+    sys.path.insert(0, torchvision)
+    operators = torch.library.Library("torchvision", "DEF")
+    for name in ("nms", "qnms"):
+        operators.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
 
 torch.set_num_threads(1)  # the models are tiny: a second thread only waits

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import random
 from functools import cache
 
 import pytest
 import torch
 from families import FAMILIES
-from models import example, llava
+from models import example, llava, picture
 
 from vlmscope import corrupt, engine, reference
 from vlmscope.errors import ExampleError, SiteError
@@ -16,7 +17,10 @@ from vlmscope.model import Model
 from vlmscope.sites import Site, expand, place
 
 TEXT = ("resid", "resid_pre", "attn", "mlp", "attn.h*")
-MADE = {"llava": llava, **FAMILIES}
+if os.environ.get("VLMSCOPE_TORCHVISION"):  # see test_video_families.py
+    from video_families import FAMILIES as MADE
+else:
+    MADE = {"llava": llava, **FAMILIES}
 
 
 @cache
@@ -106,7 +110,7 @@ def test_attention_is_what_the_model_pays(name):
 
 
 def test_an_answer_of_several_tokens():
-    model = made("llava")
+    model = llava()
     pair = model.prepare(example(answer="un happy", foil="un sad"))
     assert pair.clean.layout["decoder"].tokens[-1] == "un"
     found = engine.patch(model, pair, place_all(model, pair, "decoder.*.resid@text*"))
@@ -126,7 +130,7 @@ def place_all(model, pair, text):
 
 
 def test_heads_of_a_layer_that_has_none():
-    model = made("mllama")
+    model = FAMILIES["mllama"]()
     with pytest.raises(
         SiteError, match="layer 1 of the decoder tower has no 'attn'; these have: 0, 2"
     ):
@@ -139,17 +143,15 @@ def test_heads_of_a_layer_that_has_none():
 
 
 def test_placeholders():
-    model = made("llava")
+    model = llava()
     with pytest.raises(ExampleError, match="2 placeholders '<image>'"):
         model.prepare(example("<image> <image> is this circle red or blue ?"))
     own = model.prepare(example("<image> is this circle red or blue ?", corrupt_prompt=None))
     assert own.clean.layout["decoder"].tokens[1] == "<image>", "taken as it is"
 
 
-def test_grids_that_differ(monkeypatch):
-    model = made("llava-next")
-    from models import picture
-
+def test_grids_that_differ():
+    model = FAMILIES["llava-next"]()
     wide = picture(1).resize((24, 12))
     tall = picture(2).resize((12, 24))
     with pytest.raises(ExampleError, match="positions do not correspond; resize the corrupt image"):
