@@ -364,3 +364,26 @@ def test_data(run, tmp_path):
         refused(
             run("data", name, "--root", tmp_path / "empty", "--out", tmp_path / "x.csv"), "empty"
         )
+
+
+def test_generate(run, tmp_path):
+    (one,) = vlmscope.examples("states", limit=1)
+    one.clean_image.save(tmp_path / "a.png")
+    one.corrupt_image.save(tmp_path / "b.png")
+    base = ["generate", "--model", "toy-llava", "--image", tmp_path / "a.png"]
+    base += ["--prompt", "describe this picture."]
+    status, plain, _ = run(*base)
+    assert status == 0 and f" {one.answer} cross" in plain and plain.count("\n") == 1
+    whole = ["--patch", "decoder.0.resid_pre@image", "--other", tmp_path / "b.png"]
+    status, out, _ = run(*base, *whole)
+    other, without, edited = out.splitlines()
+    assert one.foil in other and one.answer in without
+    assert edited.split(maxsplit=3)[-1] == other.split(maxsplit=3)[-1], (
+        "all of the image is patched"
+    )
+    status, out, _ = run(*base, "--edit", "decoder.2.mlp@all scale 0")
+    assert status == 0 and out.splitlines()[1].startswith("with 1 edit:")
+    refused(run(*base, "--edit", "decoder.2.mlp@all twice"), "bad edit", "scale 0")
+    refused(run(*base, "--edit", "decoder.9.mlp@all scale 0"), "no layer 9")
+    refused(run(*base, "--patch", "decoder.2.mlp@all"), "--other")
+    refused(run(*base[:-1], "<image> <image> what ?"), "2 placeholders")

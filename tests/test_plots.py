@@ -121,7 +121,7 @@ def test_the_image_grid():
     cells = cells[cells["unit"].isna()].assign(tower="vision", kind="resid")
     figure = plots.image_grid(cells, Image.new("RGB", (30, 20)), (2, 3))
     titles = [axes.get_title() for axes in figure.axes]
-    assert titles[:4] == ["picture", "layer 0", "layer 1", "layer 2"]
+    assert titles[:5] == ["picture", "mean of 3 layers", "layer 0", "layer 1", "layer 2"]
 
 
 def test_an_unknown_value_is_refused():

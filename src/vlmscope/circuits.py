@@ -65,8 +65,8 @@ def find(
 ) -> Found:
     """The important heads of each run and the universal ones over all (see the columns below).
 
-    `position` is the role at which heads are read out; by default `answer` in a tower whose tokens
-    have that role, and the last token elsewhere.
+    `position` is the role at which heads are read out; by default the last token of a decoder, where its
+    logits are, and the answer's token in an encoder.
 
     Raises `StoreError` if a folder is no run or has no heads at that position, and `VlmscopeError`
     if the runs are of different models (with `across_models`, of different head grids) or patch
@@ -282,9 +282,11 @@ def _scores(run: Run, position: str | None) -> pd.DataFrame:
     table = run.effects(pc.match_substring_regex(pc.field("unit"), "^h[0-9]+$"))
     table = table[~table["site"].str.contains("/", regex=False)]
     parts = []
-    for (_, kind), rows in table.groupby(["tower", "kind"], sort=False):
-        at = rows[rows["role"] == (position or "answer")].assign(at=position or "answer")
-        if at.empty and position in (None, "last"):
+    for (tower, kind), rows in table.groupby(["tower", "kind"], sort=False):
+        # A decoder's logits are those of its last token; an encoder has no such place.
+        wanted = position or ("last" if tower == "decoder" else "answer")
+        at = rows[rows["role"] == wanted].assign(at=wanted)
+        if at.empty and (position is None or wanted == "last"):
             last = rows.groupby("example")["position"].transform("max")
             at = rows[rows["position"] == last].assign(at="last")
         parts.append(at)

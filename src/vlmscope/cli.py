@@ -383,6 +383,52 @@ def data(
 
 
 @app.command()
+def generate(
+    model: Annotated[str, typer.Option(help="A toy's name, a Hugging Face id, or a folder.")],
+    image: Annotated[Path, typer.Option(help="The picture.")],
+    prompt: Annotated[str, typer.Option(help="What is asked.")],
+    edit: Annotated[
+        list[str] | None, typer.Option(help="'SITE set|add|scale NUMBER'; once for each.")
+    ] = None,
+    patch: Annotated[
+        list[str] | None, typer.Option(help="SITE to copy from --other; once for each.")
+    ] = None,
+    other: Annotated[
+        Path | None, typer.Option(help="The picture that --patch copies from.")
+    ] = None,
+    dtype: Annotated[DType, typer.Option(help="Precision of the model.")] = DType.float32,
+    device: Annotated[
+        str | None, typer.Option(help="cpu, cuda …  [default: the GPU if there is one]")
+    ] = None,
+) -> None:
+    """What a model says, without and with edits.
+
+    An edit holds while the whole answer is generated; positions count from the start of the prompt.
+    """
+    from vlmscope.inputs import Edit, parse_edit
+    from vlmscope.model import load
+    from vlmscope.sites import Site
+
+    edits = [parse_edit(text) for text in edit or []]
+    sites = [Site.parse(text) for text in patch or []]
+    if sites and other is None:
+        raise VlmscopeError("--patch copies from another picture; name it with --other")
+    loaded = load(model, dtype=dtype.value, device=device)
+    inputs = loaded.inputs(image, prompt)
+    if sites and other is not None:
+        source = loaded.inputs(other, prompt)
+        found = loaded.capture(source, sites)
+        edits += [Edit(Site.parse(site), "set", value) for site, value in found.items()]
+        print(f"the other picture: {loaded.answer(source)}")
+    print(f"without edits:     {loaded.answer(inputs)}")
+    if edits:
+        print(
+            f"with {len(edits)} edit{'s' if len(edits) > 1 else ''}: ".ljust(19)
+            + loaded.answer(inputs, edits)
+        )
+
+
+@app.command()
 def report(
     runs: Annotated[
         list[Path],

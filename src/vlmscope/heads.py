@@ -173,15 +173,21 @@ def write(
             table.to_csv(folder / f"{name}.csv", index=False)
         study.maps().to_parquet(folder / "maps.parquet", index=False)
         shown = [e for e in examples if e.id in study.shown and e.corrupt_image is not None]
-        if shown:
-            layer = model.shapes["vision"].layers - 1
-            kind = "output" if "output" in model.shapes["vision"].kinds else "resid"
-            sweep_to(folder / "patches", model, shown, f"vision.{layer}.{kind}@image*", data=data)
+        if shown and len(study.maps()):
+            sweep_to(folder / "patches", model, shown, _patches(model), data=data)
         text = json.dumps(about, indent=2, ensure_ascii=False) + "\n"
         (folder / "heads.json").write_text(text, "utf-8")
     except OSError as error:
         raise StoreError(f"{folder}: cannot be written ({error.strerror or error})") from error
     return found
+
+
+def _patches(model: Model) -> str:
+    """The image's patches, as the language model first sees them."""
+    vision = model.shapes["vision"]
+    if "output" in vision.kinds:
+        return f"vision.{vision.layers - 1}.output@image*"
+    return "decoder.0.resid_pre@image*"
 
 
 def _read(folder: Path, about: Mapping[str, Any]) -> Functions | None:

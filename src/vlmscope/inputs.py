@@ -45,6 +45,25 @@ class Edit:
             )
 
 
+def parse_edit(text: str) -> Edit:
+    """An edit written as `SITE set|add|scale NUMBER`.
+
+    >>> edit = parse_edit("decoder.2.attn.h1@all scale 0")
+    >>> str(edit.site), edit.op, edit.value
+    ('decoder.2.attn.h1@all', 'scale', 0.0)
+    """
+    parts = text.split()
+    try:
+        site, op, number = parts
+        value = float(number)
+    except ValueError:
+        raise VlmscopeError(
+            f"bad edit '{text}'; expected 'SITE set|add|scale NUMBER', such as "
+            "'decoder.2.attn.h1@all scale 0'"
+        ) from None
+    return Edit(Site.parse(site), op, value)  # type: ignore[arg-type]
+
+
 @dataclass(frozen=True, eq=False)
 class Pair:
     """Two runs that differ by one corruption, and the two tokens that are scored.

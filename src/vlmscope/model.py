@@ -138,6 +138,17 @@ class Model:
             layout[tower] = replace(there, tokens=layout[tower].tokens)
         return Pair(clean, Inputs(tensors, layout), answer, foil)
 
+    def inputs(self, image: Picture, prompt: str) -> Inputs:
+        """The tensors of one run on a picture and a prompt, with nothing to be scored.
+
+        >>> from PIL import Image
+        >>> model = load("toy-llava")
+        >>> inputs = model.inputs(Image.new("RGB", (48, 48), "white"), "describe this picture.")
+        >>> len(inputs.layout["decoder"].cells)
+        36
+        """
+        return self._encode(image, prompt, {}, [])
+
     def _encode(
         self, image: Picture, prompt: str, roles: Mapping[str, Any], prefix: Sequence[int]
     ) -> Inputs:

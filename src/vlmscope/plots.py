@@ -311,27 +311,26 @@ def image_grid(
     tower: str = "vision",
     value: str = "logit_diff",
     layers: Sequence[int] | None = None,
-    first: int | None = None,
 ) -> Figure:
-    """Effects at image patches, drawn over the picture, a panel per layer.
+    """Effects at image patches, drawn over the picture: the mean of all layers, and a panel a layer.
 
-    `grid` is (rows, columns) of the patches, `first` the position of the upper left one (by
-    default 1 if there is a class token before it, else 0). At most six layers are drawn unless
-    `layers` names them. `effects` should hold one example: the one of `picture`.
+    `grid` is (rows, columns) of the patches; patches are told by their token, `row,column`. At most
+    six layers are drawn unless `layers` names them. `effects` should hold one example: the one of
+    `picture`.
     """
     rows = _select(effects, tower, kind, value)
-    rows = rows[rows["unit"].isna() & rows["position"].notna()]
-    cells = grid[0] * grid[1]
-    if first is None:
-        first = 0 if len(rows) and int(rows["position"].max()) == cells - 1 else 1
-    rows = rows.assign(column=rows["position"].astype(int) - first)
-    table = _mean(rows[rows["column"].between(0, cells - 1)], value)
-    table = table.reindex(columns=range(cells))
+    rows = rows[rows["unit"].isna() & rows["position"].notna() & is_patch(rows)]
+    places = rows["token"].str.split(",", expand=True).astype(int)
+    table = _mean(rows.assign(column=places[0] * grid[1] + places[1]), value)
+    table = table.reindex(columns=range(grid[0] * grid[1]))
     layers = _spread(list(table.index), 6) if layers is None else list(layers)
-    scale = _scale([table.reindex(layers)], value)
+    drawn = {f"layer {layer}": table.loc[layer] for layer in layers}
+    if len(table) > 1 and value != "p_patched":
+        drawn = {f"mean of {len(table)} layers": table.mean(), **drawn}
+    scale = _scale([pd.DataFrame(drawn)], value)
     shown = _open(picture)
-    across = min(len(layers) + 1, 4)
-    down = -(-(len(layers) + 1) // across)
+    across = min(len(drawn) + 1, 4)
+    down = -(-(len(drawn) + 1) // across)
     figure = _Shown(
         figsize=(2.5 * across + 1.1, 2.75 * down), layout="constrained", facecolor="white"
     )
@@ -340,9 +339,9 @@ def image_grid(
         spot.set_axis_off()
     flat[0].imshow(shown, extent=(0, 1, 0, 1))
     flat[0].set_title("picture", fontsize=10, color=_INK)
-    for spot, layer in zip(flat[1:], layers, strict=False):
-        _overlay(spot, shown, table.loc[layer].to_numpy(dtype=float).reshape(grid), scale)
-        spot.set_title(f"layer {layer}", fontsize=10, color=_INK)
+    for spot, (title, cells) in zip(flat[1:], drawn.items(), strict=False):
+        _overlay(spot, shown, cells.to_numpy(dtype=float).reshape(grid), scale)
+        spot.set_title(title, fontsize=10, color=_INK)
     bar = figure.colorbar(scale, ax=flat, shrink=min(1.0, 3.5 / (2.75 * down)), pad=0.02)
     _label_bar(bar, value)
     return figure
@@ -470,6 +469,12 @@ def _outline(axes: Axes, cells: np.ndarray[Any, Any]) -> None:
             if not beyond:
                 axes.plot(xs, ys, color="white", lw=2.4, solid_capstyle="round")
                 axes.plot(xs, ys, color=_INK, lw=1.2, solid_capstyle="round")
+
+
+def is_patch(rows: pd.DataFrame) -> pd.Series[bool]:
+    """Which patches are of one patch of the image: their token is `row,column`."""
+    token = rows["token"].astype("string")
+    return token.str.fullmatch(r"\d+,\d+").fillna(False).astype(bool)
 
 
 def _overlay(

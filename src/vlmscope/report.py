@@ -462,8 +462,11 @@ def _figures(
             yield f"<h3>Heads, {title}</h3>"
             yield figures.show(f"{name}-{tower}-heads", plots.panels(heads), _say(heads, "head"), _long(heads))  # fmt: skip
         return
-    if tower == "vision":
-        yield from _image(name, run, rows, figures)
+    patches = plots.is_patch(rows)
+    if patches.any():
+        yield from _image(name, run, tower, rows[patches], figures)
+    rows = rows[~patches]
+    if tower == "vision" or rows.empty:
         return
     kinds = [k for k in plots.KINDS if k in set(rows["kind"])]
     tables = {k: plots.token_table(rows, kind=k, tower=tower) for k in kinds}
@@ -489,22 +492,23 @@ def _heads(rows: pd.DataFrame, tower: str) -> dict[str, pd.DataFrame]:
     return tables
 
 
-def _image(name: str, run: Run, rows: pd.DataFrame, figures: _Figures) -> Iterator[str]:
-    """The effect of image patches over the first kept picture, and over the mean of all examples."""
-    grid = ((run.description.get("towers") or {}).get("vision") or {}).get("grid")
+def _image(name: str, run: Run, tower: str, rows: pd.DataFrame, figures: _Figures) -> Iterator[str]:
+    """The effect of image patches, over the first kept picture."""
+    places = rows["token"].str.split(",", expand=True).astype(int)
+    grid = [int(places[0].max()) + 1, int(places[1].max()) + 1]
     kept = {e["id"]: e for e in run.pictures() if e.get("clean_image")}
     single = rows[rows["unit"].isna() & rows["position"].notna() & rows["example"].isin(list(kept))]
     for kind in [k for k in plots.KINDS if k in set(single["kind"])]:
         first = single[single["kind"] == kind]["example"].iloc[0]
         one = single[(single["kind"] == kind) & (single["example"] == first)]
-        if not grid or len(one) < 2:
+        if len(one) < 2:
             continue
         picture = kept[first]["clean_image"]
-        figure = plots.image_grid(one, picture, tuple(grid), kind=kind)
+        figure = plots.image_grid(one, picture, (grid[0], grid[1]), kind=kind, tower=tower)
         best = one.loc[one["logit_diff"].abs().idxmax()]
         yield f"<h3>Image patches, {escape(plots.KINDS[kind])}</h3>"
         yield figures.show(
-            f"{name}-vision-{kind}",
+            f"{name}-{tower}-{kind}-image",
             figure,
             f"Each patch of the image on its own, over the clean picture of {first}. The largest "
             f"change of LD is {plots.short_number(best['logit_diff'])}, at layer {best['layer']}, "

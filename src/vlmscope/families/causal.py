@@ -108,12 +108,13 @@ def encode(
     images = [n for n, token in enumerate(ids) if token == hf.config.image_token_id]
     if not images:
         raise ExampleError(f"the prompt has no image; put '{processor.image_token}' into it")
-    there = set(images)
+    there, grid = set(images), cells(hf, processor, tensors, images)
+    tokens = processor.tokenizer.convert_ids_to_tokens(ids)
     layout = Layout(
-        tuple(processor.tokenizer.convert_ids_to_tokens(ids)),
+        tuple("{},{}".format(*grid[n]) if n in grid else token for n, token in enumerate(tokens)),
         tuple(n for n in range(len(ids)) if n not in there),
         _roles(processor, text, start, roles, ids),
-        cells(hf, processor, tensors, images),
+        grid,
         tuple(images),
     )
     return Inputs(tensors, {"vision": vision(hf, tensors), "decoder": layout})
