@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+from dataclasses import replace
 from functools import cache
 
 import pytest
@@ -12,7 +13,7 @@ from families import FAMILIES
 from models import example, llava, picture
 
 from vlmscope import corrupt, engine, reference
-from vlmscope.errors import ExampleError, SiteError
+from vlmscope.errors import ExampleError, ModelError, SiteError
 from vlmscope.model import Model
 from vlmscope.sites import Site, expand, place
 
@@ -122,6 +123,41 @@ def test_an_answer_of_several_tokens():
             table[numbers] = scores.ld
         results.append(table)
     torch.testing.assert_close(*results, rtol=1e-9, atol=1e-12)
+
+
+def test_a_processor_of_another_model():
+    """It writes another number of image tokens than the model has features."""
+    model = llava(size=12)
+    model.processor = llava(size=16).processor
+    inputs = model.prepare(example()).clean
+    tokens = {**inputs.tensors, "pixel_values": inputs.tensors["pixel_values"][..., :12, :12]}
+    with pytest.raises(ModelError, match="refuses what its processor made"):
+        model.run(replace(inputs, tensors=tokens))
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("name", sorted({"llava", "gemma3", "qwen2-vl", "llava-next"} & set(MADE)))
+def test_batches_with_padding(name, side):
+    """Two prompts of other lengths in one batch, as Hugging Face runs them: the same logits.
+
+    To 1e-9, and to 1e-5 where padding on the left moves positions: transformers computes the angles of
+    rotary positions in float32, also in a float64 model.
+    """
+    close = 1e-5 if side == "left" else 1e-9
+    from vlmscope.families.causal import written
+
+    model = made(name)
+    processor = model.processor
+    texts = [written(processor, p)[0] for p in ("is this circle red or blue ?", "red or blue ?")]
+    images = [[picture(1)], [picture(2)]]
+    batch = processor(
+        images=images, text=texts, padding=True, padding_side=side, return_tensors="pt"
+    )
+    logits = model.hf(**batch).logits
+    for n, text in enumerate(texts):
+        own = model.run(model.inputs(images[n][0], text))
+        last = int(batch["attention_mask"][n].nonzero()[-1])
+        torch.testing.assert_close(logits[n, last], own, rtol=close, atol=close)
 
 
 def place_all(model, pair, text):

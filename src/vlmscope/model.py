@@ -255,7 +255,13 @@ class Model:
                 hook(*self.module(point), lambda x, p=point: found.update({p: x.clone()}) or x)
             module = self._module(self.family.logits)
             held(module.register_forward_hook(lambda m, args, out: logits.append(out.logits)))
-            self.hf(**inputs.tensors, **self.family.keywords)
+            try:
+                self.hf(**inputs.tensors, **self.family.keywords)
+            except ValueError as error:  # how the model says that it was given the wrong thing
+                raise ModelError(
+                    f"{self.name} refuses what its processor made of the example: {error}; "
+                    "load the processor that was saved with the model"
+                ) from error
         return logits[0][0, -1].clone(), found
 
     @torch.inference_mode()
