@@ -168,7 +168,7 @@ def test_verify_accepts_what_fits_and_names_what_does_not(monkeypatch):
     model.verify()
     tower = replace(table.VQA.towers["encoder"], cross="crossattention.gone")
     family = replace(table.VQA, towers={**table.VQA.towers, "encoder": tower})
-    monkeypatch.setattr("vlmscope.model.families", lambda: {family.architecture: family})
+    monkeypatch.setattr("vlmscope.model.families", lambda: (family,))
     with pytest.raises(
         ModelError, match=r"BLIP-VQA does not fit.*transformers 5.*'crossattention.gone'"
     ):

@@ -15,7 +15,6 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from huggingface_hub.utils import logging as hub_logging
@@ -676,8 +675,9 @@ def handles() -> Iterator[Callable[[RemovableHandle], None]]:
             handle.remove()
 
 
-_OURS: WeakKeyDictionary[nn.Module, set[int]] = WeakKeyDictionary()
-"""The numbers of our hooks, by module; a number is never given twice."""
+BEHIND = ("output_capturing_hook", "given")
+"""Names of hooks that see a module's output after ours: transformers' own, and the engine's record of
+what blocks gave."""
 
 
 @contextmanager
@@ -712,14 +712,12 @@ def hooks() -> Iterator[Any]:
             if before:
                 held(module.register_forward_pre_hook(pre, with_kwargs=True))
             else:
-                handle = module.register_forward_hook(post)
-                held(handle)
-                # transformers records hidden states by hooks of its own, which some families read
-                # image features from: they have to see what ours have changed.
-                ours = _OURS.setdefault(module, set())
-                ours.add(handle.id)
+                held(module.register_forward_hook(post))
+                # transformers records hidden states by a hook of its own, which some families read
+                # image features from: it has to see what ours have changed.
                 others: Any = module._forward_hooks
-                for number in [n for n in others if n not in ours]:
-                    others.move_to_end(number)
+                for number, other in list(others.items()):
+                    if getattr(other, "__name__", "") in BEHIND:
+                        others.move_to_end(number)
 
         yield hook
