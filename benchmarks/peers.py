@@ -1,7 +1,7 @@
 """The same patches by nnsight and TransformerLens, as their documentation does patching.
 
     python -m venv peers && peers/bin/pip install torch==2.13.0 transformer-lens==4.3.0 nnsight==0.8.1 .
-    peers/bin/python benchmarks/peers.py [--out benchmarks/results/NAME.json]
+    HF_HUB_OFFLINE=1 peers/bin/python benchmarks/peers.py [--out benchmarks/results/NAME.json]
 
 All 256 heads at the last token on LLaVA-1.5's layout (see `llava.py`), in an environment of its own. The
 peers keep the clean activations and run one patched forward a site; a few sites are timed, and their
@@ -59,6 +59,7 @@ def with_transformer_lens(hf: Any, pair: Any, width: int) -> Patcher:
 
     words = Tokenizer(models.WordLevel({"<unk>": 0, "</s>": 1}, unk_token="<unk>"))
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<unk>", eos_token="</s>")
+    hf.config.architectures = [type(hf).__name__]
     bridge = TransformerBridge.boot_transformers(
         "llava-hf/llava-1.5-7b-hf", hf_model=hf, tokenizer=tokenizer
     )
