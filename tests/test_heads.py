@@ -163,7 +163,9 @@ def test_covered_patches():
     small = example(clean_image=Image.new("RGB", (40, 20)), masks={"object": (0, 0, 2, 2)})
     assert heads.covered(small, "object", (2, 4)).sum() == 1
     with pytest.raises(ExampleError, match="the mask of 'object' is empty"):
-        heads.covered(example(masks={"object": Image.new("L", (9, 9))}), "object", (2, 2))
+        heads.covered(example(masks={"object": Image.new("L", (12, 12))}), "object", (2, 2))
+    with pytest.raises(ExampleError, match="the mask of 'object' is 9x9, its picture 12x12"):
+        heads.covered(example(masks={"object": Image.new("L", (9, 9), 255)}), "object", (2, 2))
 
 
 @pytest.mark.parametrize(

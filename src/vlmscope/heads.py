@@ -576,12 +576,18 @@ def covered(example: Example, name: str, size: tuple[int, int]) -> NDArray[np.bo
     The picture is taken as the model sees it whole, scaled to the grid.
     """
     mask = example.masks[name]
+    whole = open_image(example.clean_image).size
     if isinstance(mask, tuple):
-        shown = Image.new("L", open_image(example.clean_image).size, 0)
+        shown = Image.new("L", whole, 0)
         left, top, right, bottom = (round(x) for x in mask)
         shown.paste(255, (left, top, right, bottom))
     else:
         shown = open_image(mask).convert("L")
+        if shown.size != whole:
+            raise ExampleError(
+                f"the mask of '{name}' is {shown.size[0]}x{shown.size[1]}, its picture {whole[0]}x{whole[1]}; "
+                "draw it in the picture's size"
+            )
     share = np.asarray(shown.convert("F").resize(size[::-1], Image.Resampling.BOX)) / 255
     if share.max() <= 0:
         raise ExampleError(f"the mask of '{name}' is empty; draw the object white")
