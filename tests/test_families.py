@@ -14,7 +14,7 @@ from models import example, llava, picture
 
 from vlmscope import corrupt, engine, reference
 from vlmscope.errors import ExampleError, ModelError, SiteError
-from vlmscope.model import Model
+from vlmscope.model import Model, load
 from vlmscope.sites import Site, expand, place
 
 TEXT = ("resid", "resid_pre", "attn", "mlp", "attn.h*")
@@ -83,6 +83,18 @@ def test_engine_equals_reference(name, corruption, direction):
         torch.testing.assert_close(
             *results, rtol=1e-9, atol=1e-11, msg=lambda m, t=text: f"{t}: {m}"
         )
+
+
+@pytest.mark.parametrize("name", MADE)
+def test_a_saved_folder_is_loaded(name, tmp_path):
+    """By the loading code that published checkpoints go through."""
+    model = made(name)
+    model.hf.save_pretrained(tmp_path)
+    model.processor.save_pretrained(tmp_path)
+    loaded = load(tmp_path, dtype="float64", device="cpu")
+    one = replace(example(), corrupt_prompt=None)
+    mine, theirs = (m.run(m.prepare(one).corrupt) for m in (model, loaded))
+    torch.testing.assert_close(theirs, mine, rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("name", MADE)
