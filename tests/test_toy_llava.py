@@ -66,3 +66,20 @@ def test_the_answer_comes_from_the_image_tokens(model):
     table = sweep(model, given, "decoder.0.resid_pre@image", "image")
     assert table["effect"].tolist() == pytest.approx([1.0] * len(table), abs=1e-4)
     assert agrees(model.answer(model.prepare(given[0]).clean), given[0].answer)
+
+
+def test_a_word_of_a_caption_is_scored_behind_what_was_said(model):
+    """Options that begin alike are scored where they part, with the rest fed before: here the color."""
+    one = next(e for e in examples("states", limit=30) if e.groups["kind"] == "color")
+    said = model.answer(model.inputs(one.clean_image, ASK)).split()
+    assert said[2] == one.answer, "a plain red circle"
+    begins = " ".join(said[:2])
+    asked = replace(
+        one, clean_prompt=ASK, corrupt_prompt=None, roles={}, answer=f"{begins} {one.answer}",
+        foil=f"{begins} {one.foil}",
+    )  # fmt: skip
+    layout = model.prepare(asked).clean.layout["decoder"]
+    assert layout.tokens[-2:] == tuple(said[:2])
+    table = sweep(model, [asked], ["decoder.0.resid_pre@image", "decoder.*.resid@last"], "image")
+    assert table["effect"].iloc[0] == pytest.approx(1.0, abs=1e-4)
+    assert table["effect"].iloc[-1] == pytest.approx(1.0, abs=1e-4)

@@ -13,6 +13,7 @@ import sys
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +44,7 @@ DTYPES = {
 TOYS = Path(__file__).parent / "toys"
 FLOWS = {
     "rows": "many patches in one pass",
-    "suffix": "the same, and each row computes only what its patch can change",
+    "suffix": "many patches in one pass, each computing only what it can change",
     "plain": "one forward a patch",
 }
 OURS = "vlmscope"
@@ -567,12 +568,10 @@ def describe(model: Model) -> str:
         )
     lines += ["", "positions"]
     for tower, layout in model.layouts().items():
-        rows, columns = grid(layout)
-        what = f"image[r,c], a grid of {rows} x {columns} patches after [CLS]; image, all" if rows else (
-            f"{' '.join(layout.tokens)}; text, all, last"
-            + ("; roles such as answer, foil, noun" if layout.roles else "")
-        )  # fmt: skip
-        lines.append(f"  {tower:<9}0-{len(layout.tokens) - 1}: {what}")
+        lines.append(f"  {tower:<9}0-{len(layout.tokens) - 1}: {_positions(layout)}")
+    lines += ["", "patches (exact in every case)"]
+    for tower, table in model.family.towers.items():
+        lines.append(f"  {tower:<9}{FLOWS[table.flow]}")
     lines += ["", "example sites"]
     for tower, shape in model.shapes.items():
         for kind in shape.kinds:
@@ -581,6 +580,22 @@ def describe(model: Model) -> str:
             lines.append(f"  {tower}.*.{kind}.h*@" + ("all" if tower == "vision" else "last"))
         lines.append(f"  {tower}.{shape.layers - 1}.mlp.n0@last")
     return "\n".join(lines)
+
+
+def _positions(layout: Layout) -> str:
+    """The tokens of a tower, its image in brackets, and the names of positions."""
+    image = set(layout.image or layout.cells)
+    words: list[str] = []
+    for is_image, some in groupby(enumerate(layout.tokens), key=lambda one: one[0] in image):
+        tokens = [token for _, token in some]
+        words += [f"[{len(tokens)} of the image]"] if is_image else tokens
+    shown = words if len(words) <= 40 else [*words[:20], "...", *words[-10:]]
+    names = ["all", "last"] + ["image"] * bool(image) + ["text"] * bool(layout.text)
+    text = f"{' '.join(shown)}; {', '.join(names)}"
+    if layout.roles:
+        text += "; roles such as answer, foil, noun"
+    rows, columns = grid(layout)
+    return text + (f"; image[row,column], {rows} x {columns} patches" if rows else "")
 
 
 def toys() -> dict[str, Path]:
