@@ -143,7 +143,7 @@ def test_models(run):
     assert status == 0 and "BlipForQuestionAnswering" in out and "toy-blip" in out
     status, out, _ = run("models", "toy-blip")
     assert status == 0
-    for word in ("vision", "encoder", "decoder", "heads", "grid of 6 x 6", "encoder.*.cross.h*@"):
+    for word in ("vision", "encoder", "decoder", "heads", "6 x 6 patches", "encoder.*.cross.h*@"):
         assert word in out
 
 
