@@ -102,6 +102,12 @@ def test_killed_at_random_moments_it_ends_with_the_same_tables(done, tmp_path):
         pd.testing.assert_frame_equal(found[name], table, rtol=0, atol=0, obj=name)
 
 
+def test_circuits_of_the_whole_folder(done):
+    found = notice.circuits.find([done[0]]).heads
+    wanted = pd.read_csv(done[0] / "circuits" / "heads.csv")
+    assert sorted(found["mean"]) == pytest.approx(sorted(wanted["mean"]))
+
+
 def test_done_again_it_only_reads(done, tmp_path, monkeypatch):
     folder = shutil.copytree(done[0], tmp_path / "out")
     monkeypatch.setattr(notice.heads, "_Study", None)

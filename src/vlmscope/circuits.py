@@ -65,6 +65,8 @@ def find(
 ) -> Found:
     """The important heads of each run and the universal ones over all (see the columns below).
 
+    A folder of `notice` stands for all its runs.
+
     `position` is the role at which heads are read out; by default the last token of a decoder, where its
     logits are, and the answer's token in an encoder.
 
@@ -72,7 +74,7 @@ def find(
     if the runs are of different models (with `across_models`, of different head grids) or patch
     corrupt activations into clean runs.
     """
-    opened = [read_run(run) for run in runs]
+    opened = [read_run(run) for run in _unfold(runs)]
     _check(opened, across_models)
     names = _names(opened)
     heads = pd.concat(
@@ -100,10 +102,10 @@ def write(
     everywhere = found.universal[found.universal["universal"]]
     about = {
         "format": FORMAT,
-        "runs": [str(run) for run in runs],
+        "runs": [str(run) for run in _unfold(runs)],
         "seed": seed,
         "level": LEVEL,
-        "model": read_run(runs[0]).spec.get("model"),
+        "model": read_run(_unfold(runs)[0]).spec.get("model"),
         "chance": _chance(found.heads),
     }
     try:
@@ -416,6 +418,15 @@ def in_common(total: int, sizes: Sequence[int]) -> Scores:
             start=np.zeros(len(counts)),
         )
     return spread
+
+
+def _unfold(runs: Sequence[str | os.PathLike[str]]) -> list[Path]:
+    """The run folders, with all runs of a folder of `notice` in its place."""
+    found: list[Path] = []
+    for run in map(Path, runs):
+        is_notice = (run / "notice.toml").is_file()
+        found += sorted(run.glob("runs/*")) if is_notice else [run]
+    return found
 
 
 def _check(runs: Sequence[Run], across_models: bool) -> None:
