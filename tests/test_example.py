@@ -244,6 +244,20 @@ def made(key: str = "one", **changes: object) -> Example:
     return replace(plain, **changes)  # type: ignore[arg-type]
 
 
+def test_further_pictures(table: Callable[..., Path], tmp_path: Path) -> None:
+    [one, two] = read_csv(table(HEADER + ",image_path_2,image_path_3", ROW + ",b.png,", ROW + ",,"))
+    assert (one.more_images, one.groups) == ((tmp_path / "b.png",), {})
+    assert two.more_images == ()
+    many = made(more_images=(drawn("green"), drawn("pink")))
+    write_csv(tmp_path / "new" / "set.csv", [many, replace(many, id="two", more_images=())])
+    [one, two] = read_csv(tmp_path / "new" / "set.csv")
+    assert [open_image(x).getpixel((0, 0)) for x in one.more_images] == [
+        open_image(x).getpixel((0, 0)) for x in many.more_images
+    ]
+    assert two.more_images == ()
+    assert fingerprint([many]) != fingerprint([replace(many, more_images=many.more_images[::-1])])
+
+
 def test_what_is_written_reads_back(tmp_path: Path) -> None:
     path = tmp_path / "new" / "set.csv"
     plain = Example("two", drawn(), "Red or blue?", "red", "blue")

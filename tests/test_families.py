@@ -15,7 +15,7 @@ from models import example, llava, picture
 from vlmscope import corrupt, engine, reference
 from vlmscope.errors import ExampleError, ModelError, SiteError
 from vlmscope.model import Model, load
-from vlmscope.sites import Site, expand, place
+from vlmscope.sites import Site, expand, grid, place
 
 TEXT = ("resid", "resid_pre", "attn", "mlp", "attn.h*")
 if os.environ.get("VLMSCOPE_TORCHVISION"):  # see test_video_families.py
@@ -67,7 +67,10 @@ def test_a_run_is_hugging_faces(name):
 @pytest.mark.parametrize("name", MADE)
 def test_engine_equals_reference(name, corruption, direction):
     model = made(name)
-    pair = corrupt.pairs(model, example(), corrupt.parse(corruption))[0]
+    compare(model, corrupt.pairs(model, example(), corrupt.parse(corruption))[0], direction)
+
+
+def compare(model, pair, direction):
     draw = random.Random(0)
     for text in expressions(model):
         found = expand([Site.parse(text)], model.shapes)
@@ -83,6 +86,32 @@ def test_engine_equals_reference(name, corruption, direction):
         torch.testing.assert_close(
             *results, rtol=1e-9, atol=1e-11, msg=lambda m, t=text: f"{t}: {m}"
         )
+
+
+ONE_PICTURE = {"blip-captioning", "blip2-opt", "blip2-t5", "instructblip-vicuna", "instructblip-t5"}
+
+
+@pytest.mark.parametrize("name", sorted(set(MADE) - ONE_PICTURE))
+def test_two_pictures(name):
+    """A run is Hugging Face's, the engine equals the reference, and cells are the first picture's."""
+    model = made(name)
+    two = example(more_images=(picture(3).resize((24, 12)),), corrupt_prompt=None)
+    pair = model.prepare(two)
+    plain = model.hf(**pair.clean.tensors).logits[0, -1]
+    torch.testing.assert_close(model.run(pair.clean), plain, rtol=1e-12, atol=1e-12)
+    assert not torch.allclose(plain, model.run(model.prepare(replace(two, more_images=())).clean))
+    layout = pair.clean.layout[reader(model)]
+    alone = model.prepare(replace(two, more_images=())).clean.layout[reader(model)]
+    if name != "llava-onevision":  # it does not cut pictures into tiles where there are several
+        assert list(layout.cells.values()) == list(alone.cells.values())
+    assert max(layout.image) > max(layout.cells, default=0), "the second picture's, too"
+    compare(model, pair, "denoise")
+
+
+@pytest.mark.parametrize("name", sorted(set(MADE) & ONE_PICTURE))
+def test_families_of_one_picture(name):
+    with pytest.raises(ExampleError, match="takes one image, the example has 2; leave one"):
+        made(name).prepare(example(more_images=(picture(3),)))
 
 
 @pytest.mark.parametrize("name", MADE)
@@ -192,10 +221,57 @@ def test_heads_of_a_layer_that_has_none():
 
 def test_placeholders():
     model = llava()
-    with pytest.raises(ExampleError, match="2 placeholders '<image>'"):
+    with pytest.raises(
+        ExampleError, match="2 placeholders '<image>' and there is one image; write one"
+    ):
         model.prepare(example("<image> <image> is this circle red or blue ?"))
     own = model.prepare(example("<image> is this circle red or blue ?", corrupt_prompt=None))
     assert own.clean.layout["decoder"].tokens[:2] == ("<s>", "0,0"), "taken as it is"
+
+
+@pytest.mark.parametrize(
+    "name",
+    sorted({"llava-next", "llava-onevision", "idefics3", "smolvlm", "internvl"} & set(MADE)),
+)
+def test_tiles_are_put_back(name):
+    """What is changed in one tile of a picture changes that tile's cells, and no other tile's."""
+    model = made(name)
+    tile = 12 if name.startswith("llava") else 16
+    one = picture(1).resize((2 * tile, 2 * tile))
+    for right, down in ((0, 0), (1, 0), (0, 1)):
+        other = one.copy()
+        other.paste(picture(2).resize((tile - 4, tile - 4)), (right * tile + 2, down * tile + 2))
+        tokens = [
+            next(iter(model.capture(inputs, ["decoder.0.resid_pre@all"]).values()))
+            for inputs in (model.inputs(x, "what color is this circle ?") for x in (one, other))
+        ]
+        layout = model.inputs(one, "what color is this circle ?").layout["decoder"]
+        rows, columns = grid(layout)
+        changed = {
+            cell
+            for at, cell in layout.cells.items()
+            if not torch.equal(tokens[0][at], tokens[1][at])
+        }
+        inside = {
+            (r, c)
+            for r, c in layout.cells.values()
+            if r * 2 // rows == down and c * 2 // columns == right
+        }
+        assert len(inside) * 4 == len(layout.cells) > 4
+        assert changed == inside
+
+
+def test_a_picture_without_patches():
+    with pytest.raises(ExampleError, match="1 x 3000 pixels is so narrow that none of its patches"):
+        FAMILIES["llava-next"]().inputs(picture(1).resize((1, 3000)), "red or blue ?")
+
+
+@pytest.mark.skipif("qwen2-vl" not in MADE, reason="its processor needs torchvision")
+def test_a_picture_that_the_processor_refuses():
+    with pytest.raises(
+        ExampleError, match="cannot take 1 image.* of 1 x 3000 pixels.*aspect ratio"
+    ):
+        made("qwen2-vl").inputs(picture(1).resize((1, 3000)), "red or blue ?")
 
 
 def test_grids_that_differ():

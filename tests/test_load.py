@@ -7,11 +7,13 @@ import shutil
 
 import pytest
 import torch
-from models import blip, example
-from transformers import BlipForImageTextRetrieval
+from models import blip, example, llava
+from transformers import BlipForImageTextRetrieval, LlavaForConditionalGeneration
 
+from vlmscope import corrupt, engine, reference
 from vlmscope.errors import ModelError
 from vlmscope.model import load, toys
+from vlmscope.sites import Site, expand, place
 
 
 @pytest.fixture(scope="module")
@@ -138,12 +140,93 @@ def test_unknown_dtype_and_device(saved):
         load(saved, device="tpu9")
 
 
+@pytest.fixture(scope="module")
+def larger(tmp_path_factory):
+    """A LLaVA whose matrices are large enough to be quantized on a CPU."""
+    small = llava(width=64, dtype=torch.float32)
+    config = small.hf.config
+    config.text_config.intermediate_size = config.vision_config.intermediate_size = 128
+    config.vision_config.hidden_size = config.text_config.vocab_size = 64
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("larger")
+    LlavaForConditionalGeneration(config).save_pretrained(folder)
+    small.processor.save_pretrained(folder)
+    return folder
+
+
+def compare(model, close):
+    """The engine's answers and the reference's; returns the latter."""
+    pair = corrupt.pairs(model, example(), "image")[0]
+    texts = [
+        "decoder.*.attn.h*@last",
+        "decoder.*.resid@text*",
+        "vision.1.resid@*",
+        "decoder.*.mlp@3",
+    ]
+    found = expand([Site.parse(text) for text in texts], model.shapes)
+    sites = [p for s in found for p in place(s, pair.clean.layout[s.tower])]
+    results = []
+    for one in (engine, reference):
+        table = torch.full((len(sites),), torch.nan, dtype=torch.float64)
+        for numbers, scores in one.patch(model, pair, sites).chunks:
+            table[numbers] = scores.ld.double().cpu()
+        results.append(table)
+    torch.testing.assert_close(*results, rtol=close, atol=close)
+    assert results[1].std() > 4 * close
+    return results[1]
+
+
+def test_weights_of_four_bits(larger, monkeypatch):
+    model = load(larger, dtype="4bit", device="cpu")
+    assert "Linear4bit" in str(model.hf.model.language_model.layers[0].mlp.down_proj)
+    assert model.precision == "4bit"
+    # Both ways round to bfloat16 after each layer, in another order.
+    compare(model, 0.15)
+    monkeypatch.setattr("vlmscope.model.find_spec", lambda name: None)
+    with pytest.raises(ModelError, match=r"4bit needs accelerate.*pip install 'vlmscope\[4bit\]'"):
+        load(larger, dtype="4bit")
+
+
+@pytest.mark.parametrize(
+    ("dtype", "close"), [("bfloat16", 0.15), ("float16", 0.02), ("float32", 1e-5)]
+)
+def test_the_engine_in_other_precisions(larger, dtype, close):
+    compare(load(larger, dtype=dtype, device="cpu"), close)
+
+
+def test_a_model_spread_over_devices(larger):
+    """accelerate moves what each module gets to where its weights are: here, from the CPU to itself."""
+    from accelerate import dispatch_model
+
+    wanted = compare(load(larger, device="cpu"), 1e-4)
+    model = load(larger, device="auto")
+    dispatch_model(model.hf, {"": "cpu"}, force_hooks=True)
+    assert hasattr(model.hf.model.language_model.layers[0].mlp.down_proj, "_hf_hook")
+    torch.testing.assert_close(compare(model, 1e-4), wanted, rtol=1e-4, atol=1e-4)
+
+
+def test_a_model_that_does_not_fit(larger, monkeypatch):
+    monkeypatch.setattr("vlmscope.model.free_memory", lambda device: 100_000)
+    with pytest.raises(
+        ModelError, match=r"billion weights, .* GB in float32, and 0.0 GB are free on cpu"
+    ):
+        load(larger, device="cpu")
+
+
 @pytest.mark.gpu
 def test_on_a_gpu(saved):
     model, gpu = load(saved, device="cpu"), load(saved, device="cuda")
     logits = gpu.run(gpu.prepare(example()).clean).cpu()
     torch.testing.assert_close(
         logits, model.run(model.prepare(example()).clean), rtol=1e-3, atol=1e-4
+    )
+
+
+@pytest.mark.gpu
+def test_over_all_gpus(larger):
+    wanted = compare(load(larger, device="cpu"), 1e-4)
+    torch.testing.assert_close(
+        compare(load(larger, device="auto"), 1e-2), wanted, rtol=1e-2, atol=1e-2
     )
 
 

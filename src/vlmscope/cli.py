@@ -55,6 +55,7 @@ class DType(StrEnum):
     float32 = "float32"
     bfloat16 = "bfloat16"
     float16 = "float16"
+    four_bits = "4bit"
 
 
 def _version(wanted: bool) -> None:
@@ -107,7 +108,8 @@ def sweep(
     ] = Engine.fast,
     dtype: Annotated[DType, typer.Option(help="Precision of the model.")] = DType.float32,
     device: Annotated[
-        str | None, typer.Option(help="cpu, cuda, cuda:1 …  [default: the GPU if there is one]")
+        str | None,
+        typer.Option(help="cpu, cuda, cuda:1, auto (all GPUs)  [default: the GPU if any]"),
     ] = None,
     limit: Annotated[
         int | None, typer.Option(min=1, help="Only the first so many examples.")
@@ -176,7 +178,8 @@ def notice(
     ] = None,
     dtype: Annotated[DType | None, typer.Option(help="Precision.  [default: float32]")] = None,
     device: Annotated[
-        str | None, typer.Option(help="cpu, cuda …  [default: the GPU if there is one]")
+        str | None,
+        typer.Option(help="cpu, cuda, cuda:1, auto (all GPUs)  [default: the GPU if any]"),
     ] = None,
     more: Annotated[list[str] | None, typer.Argument(hidden=True, metavar="D")] = None,
 ) -> None:
@@ -225,7 +228,8 @@ def tracing(
     ] = None,
     dtype: Annotated[DType, typer.Option(help="Precision of the model.")] = DType.float32,
     device: Annotated[
-        str | None, typer.Option(help="cpu, cuda …  [default: the GPU if there is one]")
+        str | None,
+        typer.Option(help="cpu, cuda, cuda:1, auto (all GPUs)  [default: the GPU if any]"),
     ] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Only the first so many.")] = None,
     seed: Annotated[int, typer.Option(help="Seed of built-in sets and of noise.")] = 0,
@@ -305,7 +309,8 @@ def heads(
     ] = Corrupt.image,
     dtype: Annotated[DType, typer.Option(help="Precision of the model.")] = DType.float32,
     device: Annotated[
-        str | None, typer.Option(help="cpu, cuda …  [default: the GPU if there is one]")
+        str | None,
+        typer.Option(help="cpu, cuda, cuda:1, auto (all GPUs)  [default: the GPU if any]"),
     ] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Only the first so many.")] = None,
     seed: Annotated[int, typer.Option(help="Seed of built-in sets, shuffles and knock-outs.")] = 0,
@@ -398,7 +403,8 @@ def generate(
     ] = None,
     dtype: Annotated[DType, typer.Option(help="Precision of the model.")] = DType.float32,
     device: Annotated[
-        str | None, typer.Option(help="cpu, cuda …  [default: the GPU if there is one]")
+        str | None,
+        typer.Option(help="cpu, cuda, cuda:1, auto (all GPUs)  [default: the GPU if any]"),
     ] = None,
 ) -> None:
     """What a model says, without and with edits.

@@ -11,7 +11,6 @@ position cannot see, needs no row.
 from __future__ import annotations
 
 import ctypes
-import os
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
@@ -164,7 +163,7 @@ class Sweep:
         self.rows, self.idle = self._plan(sites)
 
     def _flow(self, tower: str) -> str:
-        return self.model.family.towers[tower].flow
+        return self.model.flow(tower, self.pair.clean)
 
     def _given(
         self,
@@ -207,7 +206,7 @@ class Sweep:
                 for point in points:
                     if point.tower != first:
                         found = lambda x, p=point: trace.values.update({p: x.clone()}) or x  # noqa: E731
-                        hook(*model.module(point), found)
+                        hook(*model.module(point, inputs), found)
                 trace.logits = model.family.finish(model.hf, inputs, first, output)[0]
         return trace
 
@@ -355,7 +354,7 @@ class Sweep:
             attention = 3 * heads * max(many, read if "cross" in shape.kinds else 0)
             floats = max(floats, 2 * shape.neurons + 6 * shape.width + attention)
         size = torch.finfo(model.dtype).bits // 8
-        return max(1, min(BUDGET, _free_memory(model.device) // 4) // (floats * size))
+        return max(1, min(BUDGET, model.free_memory() // 4) // (floats * size))
 
     def _fit(self, tower: str, rows: list[Row], room: int) -> int:
         """How many of the next rows to take: batches of about equal size, at least one row each."""
@@ -424,7 +423,7 @@ class Sweep:
             base = self.base.ends[tower] if stage == depth else self._entrance(tower, stage)
             new = [(i, row) for i, row in enumerate(rows) if row.stage == stage]
             if new:
-                parts = [hidden, *(base[:, begins[i] :] for i, _ in new)]
+                parts = [hidden.to(base.device), *(base[:, begins[i] :] for i, _ in new)]
                 hidden = torch.cat(parts, 1)
                 self._patch_joined(tower, ragged, hidden, new)
                 ragged.take(new[-1][0] + 1)
@@ -453,9 +452,10 @@ class Sweep:
         inside = [replace(c, position=n) for n, c in enumerate(within)]
         with hooks() as hook, suffix.alone(self.model, tower):
             if heads in self.base.values:
-                own = self.base.values[heads][:, at]
-                hook(*self.model.module(heads), lambda x: own.clone())
-            out = self._call_at(tower, layer, self.base.values[entrance][:, at], inside, at)
+                own = self.base.values[heads].to(at.device)[:, at]
+                hook(*self.model.module(heads, self.inputs), lambda x: own.clone())
+            before = self.base.values[entrance].to(at.device)[:, at]
+            out = self._call_at(tower, layer, before, inside, at)
         hidden[0, [c.position for c in within]] = self._added(tower, layer, out, at)[0]
 
     def _ragged_block(
@@ -483,7 +483,7 @@ class Sweep:
         if (tower, layer) not in self.base.given or layer + 1 == self._depth(tower):
             return hidden
         added = self._entrance(tower, layer + 1) - self.base.given[tower, layer]
-        return hidden + added[:, tokens]
+        return hidden + added[:, tokens.to(added.device)]
 
     def _edit_ragged(
         self, hook: Any, edit: Edit, joined: list[tuple[int, Row]], ragged: suffix.Rows
@@ -503,7 +503,7 @@ class Sweep:
                     value = value[list(numbers)]
                 one = Edit(site, edit.op, value)
                 hook(
-                    *self.model.module(site.point),
+                    *self.model.module(site.point, self.inputs),
                     lambda x, e=one, a=places: self.model.edited(x, e, a),
                 )
 
@@ -519,7 +519,10 @@ class Sweep:
             by_point[cell.site.point].append(cell)
         with hooks() as hook:
             for point, some in by_point.items():
-                hook(*self.model.module(point), lambda x, some=some: self._write(x, some))
+                hook(
+                    *self.model.module(point, self.inputs),
+                    lambda x, some=some: self._write(x, some),
+                )
             out = self.model.blocks(tower)[layer](hidden, **kwargs)
         return out if isinstance(out, Tensor) else out[0]
 
@@ -552,11 +555,11 @@ class Sweep:
         tower, layer = cells[0].site.tower, cells[0].site.center
         at = torch.tensor([c.source for c in cells], device=joined.device)
         heads, entrance = _around(tower, layer)
-        own = self.base.values[heads][0, at, None]
+        own = self.base.values[heads].to(at.device)[0, at, None]
         alone = [replace(c, row=n, position=0) for n, c in enumerate(cells)]
         with hooks() as hook:
-            hook(*self.model.module(heads), lambda x: own)
-            hidden = self.base.values[entrance][0, at, None]
+            hook(*self.model.module(heads, self.inputs), lambda x: own)
+            hidden = self.base.values[entrance].to(at.device)[0, at, None]
             out = self._call(tower, layer, hidden, alone, attention_mask=None)
         joined[torch.tensor([c.row for c in cells], device=joined.device), at] = out[:, 0]
 
@@ -585,7 +588,7 @@ class Sweep:
         with hooks() as hook:
             for point, some in by_point.items():
                 write = lambda x, some=some: self._write(x, some, hidden.shape)  # noqa: E731
-                hook(*self.model.module(point), write)
+                hook(*self.model.module(point, self.inputs), write)
             out = self.model.blocks(tower)[layer](hidden, *args[1:], **kwargs)
         return out if isinstance(out, Tensor) else out[0]
 
@@ -664,13 +667,3 @@ def _keep_freed_memory() -> None:
         mallopt = ctypes.CDLL("libc.so.6").mallopt
         for option in (-1, -3):  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD
             mallopt(option, 2**30)
-
-
-def _free_memory(device: torch.device) -> int:
-    """Bytes of free memory on the device."""
-    if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
-    try:
-        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (ValueError, OSError):  # not every system tells
-        return 4 * BUDGET

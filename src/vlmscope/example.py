@@ -47,6 +47,8 @@ BOX = "box"
 """The same for a box around it, written `left top right bottom`, in pixels of the clean image."""
 MAX_PIXELS = 89_000_000
 """A larger picture is refused before it is decoded (Pillow warns from about this size on)."""
+MORE = "image_path"
+"""Columns `image_path_2`, `image_path_3`… hold the further pictures of an example."""
 SHOWN = 5
 """How many bad lines of a CSV an error lists."""
 
@@ -59,6 +61,8 @@ class Example:
     `clean_prompt` (by token alignment the same words hold it in `corrupt_prompt`). `masks` maps
     an object's name to a black and white picture of the size of `clean_image`, white where the
     object is, or to the box around it: left, top, right, bottom in pixels of `clean_image`.
+    `more_images` are further pictures that the prompt is about, behind the first and the same in
+    both runs, for models that take several.
     """
 
     id: str
@@ -71,6 +75,7 @@ class Example:
     roles: Mapping[str, Span] = field(default_factory=dict)
     groups: Mapping[str, str] = field(default_factory=dict)
     masks: Mapping[str, Picture | Box] = field(default_factory=dict)
+    more_images: tuple[Picture, ...] = ()
 
 
 def find_roles(prompt: str, words: Mapping[str, str]) -> dict[str, Span]:
@@ -96,7 +101,8 @@ def read_csv(path: Path | str) -> list[Example]:
     The columns are `COLUMNS`, the published NOTICE code's own; the two of the corrupt input may
     be absent, and their cells empty. `id` is optional: by default an example's id is the number
     of its row, counted from 0 as pandas does. `mask_path` and `mask_path_NAME` give masks,
-    `box` and `box_NAME` boxes instead. Every further column is a group, and where its words stand in the clean prompt also a role of that
+    `box` and `box_NAME` boxes instead; `image_path_2`, `image_path_3`… are further pictures of an
+    example, the same in both runs. Every further column is a group, and where its words stand in the clean prompt also a role of that
     name; the roles `answer` and `foil` are always looked up. Columns without a name, as pandas
     writes an index, are left out. Image paths are relative to the file's folder, and are not
     opened here.
@@ -255,6 +261,8 @@ def fingerprint(examples: Iterable[Example]) -> str:
             "pictures": {name: _content(one, known) for name, one in pictures.items()},
         }
         record |= {"boxes": boxes} if boxes else {}
+        more = [_content(one, known) for one in example.more_images]
+        record |= {"more": more} if more else {}
         total.update(json.dumps(record).encode() + b"\n")
     return total.hexdigest()
 
@@ -361,8 +369,9 @@ def _example(folder: Path, row: Mapping[str, str]) -> Example:
     groups = {
         name: cell
         for name, cell in row.items()
-        if name not in fixed and not _is_mask(name) and cell
+        if name not in fixed and not _is_mask(name) and not _is_more(name) and cell
     }
+    further = sorted(name for name in row if _is_more(name) and row[name])
     answer, foil = row["correct_answer"], row["incorrect_answer"]
     # A token of two roles is called by the first of them, so the options come first.
     words = {name: cell for name, cell in groups.items() if name not in ("answer", "foil")}
@@ -378,11 +387,16 @@ def _example(folder: Path, row: Mapping[str, str]) -> Example:
         roles=find_roles(row["clean_prompt"], {"answer": answer, "foil": foil} | words),
         groups=groups,
         masks=masks,
+        more_images=tuple(folder / row[name] for name in further),
     )
 
 
 def _is_mask(name: str) -> bool:
     return re.fullmatch(rf"({MASK}|{BOX})_.+", name) is not None
+
+
+def _is_more(name: str) -> bool:
+    return re.fullmatch(rf"{MORE}_[2-9]", name) is not None
 
 
 def is_box(mask: Picture | Box) -> TypeGuard[Box]:
@@ -429,6 +443,7 @@ def _row(path: Path, number: int, example: Example) -> dict[str, str]:
         "corrupt_prompt": example.corrupt_prompt or "",
         "correct_answer": example.answer,
         "incorrect_answer": example.foil,
+        **{f"{MORE}_{n}": place(one, f"image{n}") for n, one in enumerate(example.more_images, 2)},
         **dict(place_mask(*item, index) for index, item in enumerate(example.masks.items())),
         **words,
         **example.groups,
@@ -443,7 +458,8 @@ def _check_row(row: Mapping[str, str], example: Example, duplicate: bool) -> Non
     if problem := _problem(row):
         raise DataError(f"{where}: {problem}")
     for name in (*example.roles, *example.groups):
-        if name in ("id", *COLUMNS) or _is_mask(name) or _is_index(name) or name != name.strip():
+        own = _is_mask(name) or _is_more(name) or _is_index(name)
+        if name in ("id", *COLUMNS) or own or name != name.strip():
             raise DataError(f"{where}: a role or group cannot be called {name!r}; rename it")
     back = _example(Path(), row)
     if lost := [name for name, span in example.roles.items() if back.roles.get(name) != span]:

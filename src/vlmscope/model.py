@@ -11,8 +11,9 @@ import json
 import re
 import sys
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
+from importlib.util import find_spec
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from PIL import Image
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
-from transformers import PreTrainedModel, ProcessorMixin
+from transformers import BitsAndBytesConfig, PreTrainedModel, ProcessorMixin
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import cached_file, logging
@@ -41,6 +42,8 @@ DTYPES = {
     "bfloat16": torch.bfloat16,
     "float16": torch.float16,
 }
+QUANTIZED = "4bit"
+"""Weights of 4 bits (NF4, by bitsandbytes), which compute in bfloat16."""
 TOYS = Path(__file__).parent / "toys"
 FLOWS = {
     "rows": "many patches in one pass",
@@ -75,8 +78,19 @@ class Model:
         return self.hf.dtype
 
     @property
+    def precision(self) -> str:
+        """The type of the weights, as `load` takes it."""
+        four = getattr(self.hf, "is_loaded_in_4bit", False)
+        return QUANTIZED if four else str(self.dtype).removeprefix("torch.")
+
+    @property
     def device(self) -> torch.device:
+        """Where inputs go; a model that is spread over several devices begins there."""
         return self.hf.device
+
+    def free_memory(self) -> int:
+        """Bytes of free memory on the fullest device of the model."""
+        return min(free_memory(one) for one in {p.device for p in self.hf.parameters()})
 
     def blocks(self, tower: str) -> Sequence[nn.Module]:
         """The blocks of a tower that are used, in order."""
@@ -84,11 +98,16 @@ class Model:
         blocks = list(self._module(table.blocks).children())
         return blocks if table.depth is None else blocks[: table.depth(self.hf.config)]
 
-    def module(self, point: Point) -> tuple[nn.Module, bool, bool]:
+    def flow(self, tower: str, inputs: Inputs) -> str:
+        """How patches of a tower are computed: one forward a patch where a batch holds several pictures."""
+        spread = inputs.layout[tower].sequences > 1
+        return "plain" if spread else self.family.towers[tower].flow
+
+    def module(self, point: Point, inputs: Inputs) -> tuple[nn.Module, bool, bool]:
         """The module at a point, whether its input (True) or its output is meant, and whether what it
         handles is to be laid end to end: image tiles, or patches without a batch."""
         table = self.family.towers[point.tower]
-        flat = table.flow == "plain"
+        flat = self.flow(point.tower, inputs) == "plain"
         if point.kind == "output":
             return self._module(table.output or ""), False, flat
         block = self.blocks(point.tower)[point.layer]
@@ -125,11 +144,12 @@ class Model:
         prefix, answer, foil = self._options(prompt, example.answer, example.foil)
         corrupt_prompt = prompt if example.corrupt_prompt is None else example.corrupt_prompt
         self._check_alignment(prompt, corrupt_prompt)
-        clean = self._encode(example.clean_image, prompt, example.roles, prefix)
+        more = example.more_images
+        clean = self._encode([example.clean_image, *more], prompt, example.roles, prefix)
         if example.corrupt_image is None and corrupt_prompt == prompt:
             return Pair(clean, clean, answer, foil)
         image = example.corrupt_image or example.clean_image
-        corrupt = self._encode(image, corrupt_prompt, {}, prefix)
+        corrupt = self._encode([image, *more], corrupt_prompt, {}, prefix)
         self._check_positions(clean, corrupt)
         tensors, layout = dict(corrupt.tensors), dict(corrupt.layout)
         if example.corrupt_image is None:  # the same tensor, so that nobody encodes it twice
@@ -138,8 +158,8 @@ class Model:
             layout[tower] = replace(there, tokens=layout[tower].tokens)
         return Pair(clean, Inputs(tensors, layout), answer, foil)
 
-    def inputs(self, image: Picture, prompt: str) -> Inputs:
-        """The tensors of one run on a picture and a prompt, with nothing to be scored.
+    def inputs(self, image: Picture, prompt: str, more: Sequence[Picture] = ()) -> Inputs:
+        """The tensors of one run on a picture (or `more`) and a prompt, with nothing to be scored.
 
         >>> from PIL import Image
         >>> model = load("toy-llava")
@@ -147,13 +167,17 @@ class Model:
         >>> len(inputs.layout["decoder"].cells)
         36
         """
-        return self._encode(image, prompt, {}, [])
+        return self._encode([image, *more], prompt, {}, [])
 
     def _encode(
-        self, image: Picture, prompt: str, roles: Mapping[str, Any], prefix: Sequence[int]
+        self,
+        images: Sequence[Picture],
+        prompt: str,
+        roles: Mapping[str, Any],
+        prefix: Sequence[int],
     ) -> Inputs:
         inputs = self.family.encode(
-            self.hf, self.processor, open_image(image), prompt, roles, prefix
+            self.hf, self.processor, [open_image(image) for image in images], prompt, roles, prefix
         )
         return Inputs({k: v.to(self.device) for k, v in inputs.tensors.items()}, inputs.layout)
 
@@ -212,7 +236,7 @@ class Model:
         """What stands at each position of each tower, for a blank picture and a short question."""
         prompt = "is this circle red or blue?"
         roles = find_roles(prompt, {"answer": "red", "foil": "blue", "noun": "circle"})
-        return self._encode(Image.new("RGB", (64, 64)), prompt, roles, []).layout
+        return self._encode([Image.new("RGB", (64, 64))], prompt, roles, []).layout
 
     # -- runs ------------------------------------------------------------------------------------
 
@@ -252,7 +276,10 @@ class Model:
         logits: list[Tensor] = []
         with self.editing(inputs, edits), hooks() as hook, handles() as held:
             for point in points:
-                hook(*self.module(point), lambda x, p=point: found.update({p: x.clone()}) or x)
+                hook(
+                    *self.module(point, inputs),
+                    lambda x, p=point: found.update({p: x.clone()}) or x,
+                )
             module = self._module(self.family.logits)
             held(module.register_forward_hook(lambda m, args, out: logits.append(out.logits)))
             try:
@@ -285,7 +312,7 @@ class Model:
 
             with self.attending(tower, pay):
                 self.hf(**inputs.tensors, **self.family.keywords)
-            return torch.stack(rows)
+            return torch.stack([row.to(self.device) for row in rows])
         path = self.family.towers[tower].weights[kind]
         with handles() as held:
             for block in self.blocks(tower):
@@ -295,7 +322,7 @@ class Model:
 
                 held(block.get_submodule(path).register_forward_hook(keep))
             self.hf(**inputs.tensors)
-        return torch.stack(rows)
+        return torch.stack([row.to(self.device) for row in rows])
 
     @contextmanager
     def attending(self, tower: str, function: Callable[..., Any]) -> Iterator[None]:
@@ -349,7 +376,10 @@ class Model:
             for edit in edits:
                 for site, at in self.placed(edit.site, inputs):
                     one = Edit(site, edit.op, edit.value)
-                    hook(*self.module(site.point), lambda x, e=one, at=at: self.edited(x, e, at))
+                    hook(
+                        *self.module(site.point, inputs),
+                        lambda x, e=one, at=at: self.edited(x, e, at),
+                    )
             yield
 
     def placed(self, site: Site, inputs: Inputs) -> list[tuple[Site, tuple[int, ...]]]:
@@ -382,7 +412,7 @@ class Model:
         weights are).
         """
         if self.family.blank is None:
-            inputs = self._encode(Image.new("RGB", (64, 64)), "a", {}, [])
+            inputs = self._encode([Image.new("RGB", (64, 64))], "a", {}, [])
         else:
             inputs = self.family.blank(self.hf)
         inputs = Inputs({k: v.to(self.device) for k, v in inputs.tensors.items()}, inputs.layout)
@@ -490,7 +520,8 @@ def load(
     `name` is a built-in toy's name, a folder written by `save_pretrained` (of the model and of the
     processor), or a Hugging Face id; only the last may use the network. Weights are read from
     safetensors only, and no code that comes with a checkpoint is run. `device` is the GPU where
-    there is one, by default.
+    there is one, by default; `auto` spreads the model over all GPUs (with accelerate). `dtype` is one
+    of `DTYPES`, or `4bit` for quantized weights (with bitsandbytes: `pip install vlmscope[4bit]`).
 
     Raises `ModelError` in one line if that cannot be done.
 
@@ -499,9 +530,15 @@ def load(
     {'attn': 4, 'cross': 4}
     """
     dtype = str(dtype).removeprefix("torch.")
-    if dtype not in DTYPES:
-        raise ModelError(f"unknown dtype '{dtype}'; expected one of {', '.join(DTYPES)}")
-    place = _device(device)
+    if dtype not in (*DTYPES, QUANTIZED):
+        known = ", ".join((*DTYPES, QUANTIZED))
+        raise ModelError(f"unknown dtype '{dtype}'; expected one of {known}")
+    spread = device == "auto"
+    place = _device(None if spread else device)
+    for package in ["accelerate"] * spread + ["accelerate", "bitsandbytes"] * (dtype == QUANTIZED):
+        if not find_spec(package):
+            raise ModelError(f"{'--device auto' if spread else dtype} needs {package}, which is not "
+                             "installed; pip install 'vlmscope[4bit]' brings both")  # fmt: skip
     path = toys().get(str(name), name)
     if not Path(path).exists() and (isinstance(name, Path) or not _HUB_ID.fullmatch(str(name))):
         raise ModelError(f"no model '{name}': not a folder, not a Hugging Face id, and not one of the "
@@ -511,17 +548,55 @@ def load(
         _check_weights(Path(path))
     with _one_line(name):
         options: dict[str, Any] = {"trust_remote_code": False}
+        if not (spread and place.type == "cuda"):
+            _check_memory(family, path, dtype, place)
+        where: dict[str, Any] = {"device_map": "auto"} if spread else {}
+        if dtype == QUANTIZED:
+            how = BitsAndBytesConfig(
+                load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16
+            )
+            where = {"device_map": {"": place}, **where, "quantization_config": how}
         hf, info = family.model.from_pretrained(
-            path, dtype=DTYPES[dtype], use_safetensors=True, output_loading_info=True, **options
-        )
+            path, dtype=DTYPES.get(dtype, torch.bfloat16), use_safetensors=True,
+            output_loading_info=True, **where, **options,
+        )  # fmt: skip
         processor = family.processor.from_pretrained(path, **options)
     lost = sorted(info["missing_keys"])
     if lost:
         raise ModelError(f"{name}: {len(lost)} weights are missing from the checkpoint, the first is "
                          f"'{lost[0]}'; save the whole model with save_pretrained")  # fmt: skip
-    model = Model(hf.to(place), processor, str(name))
+    elsewhere = {str(d) for d in getattr(hf, "hf_device_map", {}).values()} & {"cpu", "disk"}
+    if elsewhere and place.type == "cuda":
+        raise ModelError(f"{name} does not fit into the memory of the GPUs in {dtype}: part of it would "
+                         "be fetched again for every patch; load it in bfloat16 or 4bit")  # fmt: skip
+    model = Model(hf if where else hf.to(place), processor, str(name))
     model.verify()
     return model
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes of free memory on a device; where the system does not tell, half a gigabyte."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    with suppress(OSError, ValueError):  # Linux counts what it would give up for a program
+        lines = Path("/proc/meminfo").read_text("utf-8").splitlines()
+        return next(int(x.split()[1]) * 1024 for x in lines if x.startswith("MemAvailable"))
+    return 2**29
+
+
+def _check_memory(family: Family, path: str | Path, dtype: str, place: torch.device) -> None:
+    """Refuse weights that do not fit, before the system stops the process."""
+    config = family.model.config_class.from_pretrained(path)
+    with torch.device("meta"):
+        weights = sum(one.numel() for one in family.model(config).parameters())
+    bits = 4.5 if dtype == QUANTIZED else torch.finfo(DTYPES[dtype]).bits
+    need, free = weights * bits / 8, free_memory(place)
+    if need > free:
+        raise ModelError(
+            f"{path} has {weights / 1e9:.1f} billion weights, {need / 1e9:.1f} GB in {dtype}, and "
+            f"{free / 1e9:.1f} GB are free on {place}; load it in bfloat16 or 4bit, or over several "
+            "GPUs (device auto)"
+        )
 
 
 _HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")

@@ -75,7 +75,8 @@ class Layout:
 
     `text` are the positions of text tokens, `roles` maps a role to its positions, `cells` maps an
     image position to its grid cell `(row, column)`. `image` are all positions of the image, where some
-    have no cell in the grid (further views of it, ends of lines).
+    have no cell in the grid (further views of it, ends of lines). `sequences` says over how many
+    sequences of a batch the positions are spread, laid end to end (several pictures).
     """
 
     tokens: tuple[str, ...]
@@ -83,6 +84,7 @@ class Layout:
     roles: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     cells: Mapping[int, tuple[int, int]] = field(default_factory=dict)
     image: tuple[int, ...] = ()
+    sequences: int = 1
 
 
 @dataclass(frozen=True)

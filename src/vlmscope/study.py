@@ -216,7 +216,7 @@ class _Task:
             "corrupt": corrupt,
             "direction": self.direction,
             "engine": self.engine,
-            "dtype": str(self.model.dtype).removeprefix("torch."),
+            "dtype": self.model.precision,
             "device": self.model.device.type,
             "seed": self.seed,
             "select": self.select,

@@ -134,6 +134,7 @@ class Rows:
         scale = q.shape[-1] ** -0.5 if scale is None else scale
         out = torch.empty_like(q[0])  # heads, tokens, width
         for begin, at in self.groups:
+            at = at.to(q.device)
             out[:, at] = self._group(
                 q[0][:, at], k[0][:, at], v[0][:, at], layer, begin, scale, kw.get("softcap")
             )

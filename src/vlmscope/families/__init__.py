@@ -13,6 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from vlmscope.errors import ExampleError
 from vlmscope.inputs import Inputs
 
 
@@ -48,7 +49,7 @@ class Tower:
 class Family:
     """A family of models: a Hugging Face class, its towers in the order of the computation.
 
-    - `encode(hf, processor, image, prompt, roles, prefix)`: the `Inputs` of one run; `prefix` are
+    - `encode(hf, processor, images, prompt, roles, prefix)`: the `Inputs` of one run; `prefix` are
       the answer's token ids that are fed before the read-out position.
     - `blank(hf)`: the smallest valid `Inputs`, for `verify`; by default a small picture is encoded.
     - `leave(hf, tower, hidden)`: from the last block's output to the tower's output.
@@ -77,6 +78,12 @@ class Family:
     options: Callable[[Any, str, str], list[int]]
     keywords: Mapping[str, Any] = field(default_factory=dict)
     variant: str | None = None
+
+
+def one_picture(many: int) -> None:
+    """Raises `ExampleError` if a family whose inputs have one picture is given more."""
+    if many > 1:
+        raise ExampleError(f"this model takes one image, the example has {many}; leave one")
 
 
 def families() -> tuple[Family, ...]:

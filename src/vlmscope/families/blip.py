@@ -26,7 +26,7 @@ from transformers import (
 
 from vlmscope.errors import ExampleError
 from vlmscope.example import Span
-from vlmscope.families import Family, Tower
+from vlmscope.families import Family, Tower, one_picture
 from vlmscope.inputs import Inputs
 from vlmscope.sites import Layout
 
@@ -57,13 +57,14 @@ def _text_layout(encoding: BatchEncoding, roles: Mapping[str, Span]) -> Layout:
 def encode(
     hf: BlipForQuestionAnswering,
     processor: BlipProcessor,
-    image: Image.Image,
+    images: Sequence[Image.Image],
     prompt: str,
     roles: Mapping[str, Span],
     prefix: Sequence[int],
 ) -> Inputs:
     """The tensors of one run, as `BlipProcessor` makes them; the decoder gets its start token."""
-    pixels = processor.image_processor(images=image, return_tensors="pt")["pixel_values"]
+    one_picture(len(images))
+    pixels = processor.image_processor(images=images[0], return_tensors="pt")["pixel_values"]
     encoding = processor.tokenizer(prompt, return_offsets_mapping=True)
     ids = torch.tensor([encoding["input_ids"]])
     longest = hf.config.text_config.max_position_embeddings
@@ -203,13 +204,14 @@ VQA = Family(
 def encode_caption(
     hf: BlipForConditionalGeneration,
     processor: BlipProcessor,
-    image: Image.Image,
+    images: Sequence[Image.Image],
     prompt: str,
     roles: Mapping[str, Span],
     prefix: Sequence[int],
 ) -> Inputs:
     """The decoder reads the prompt, which the caption goes on, behind its own start token."""
-    pixels = processor.image_processor(images=image, return_tensors="pt")["pixel_values"]
+    one_picture(len(images))
+    pixels = processor.image_processor(images=images[0], return_tensors="pt")["pixel_values"]
     encoding = processor.tokenizer(prompt, return_offsets_mapping=True)
     whole = _text_layout(encoding, roles)
     ids = [hf.config.text_config.bos_token_id, *encoding["input_ids"][1:-1], *prefix]

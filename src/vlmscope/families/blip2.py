@@ -24,7 +24,7 @@ from transformers import (
 
 from vlmscope.errors import ExampleError
 from vlmscope.example import Span
-from vlmscope.families import Family, Tower, causal
+from vlmscope.families import Family, Tower, causal, one_picture
 from vlmscope.inputs import Inputs
 from vlmscope.sites import Layout
 
@@ -70,8 +70,9 @@ T5_DECODER = replace(
 )
 
 
-def written(processor: Any, prompt: str) -> tuple[str, int]:
+def written(processor: Any, prompt: str, images: int = 1) -> tuple[str, int]:
     """The processor itself puts the image's tokens before the prompt."""
+    one_picture(images)
     mark = str(processor.image_token)
     if mark in prompt:
         raise ExampleError(f"this model's prompts have no placeholder; leave '{mark}' out")
@@ -101,14 +102,14 @@ def encode(*arguments: Any, **keywords: Any) -> Inputs:
 def encode_t5(
     hf: Any,
     processor: Any,
-    image: Image.Image,
+    pictures: Sequence[Image.Image],
     prompt: str,
     roles: Mapping[str, Span],
     prefix: Sequence[int],
 ) -> Inputs:
     """The encoder reads image and prompt; the decoder begins with its start token."""
     inputs = causal.encode(
-        no_cells, vision_layout, hf, processor, image, prompt, roles, [], write=written
+        causal.no_cells, vision_layout, hf, processor, pictures, prompt, roles, [], write=written
     )
     start = [hf.config.text_config.decoder_start_token_id, *prefix]
     decoder = Layout(
@@ -123,13 +124,6 @@ def encode_t5(
             "decoder": decoder,
         },
     )
-
-
-def no_cells(
-    hf: Any, processor: Any, tensors: Mapping[str, Tensor], images: Sequence[int]
-) -> dict[int, tuple[int, int]]:
-    """Queries are nowhere in the picture."""
-    return {}
 
 
 def options_t5(processor: Any, prompt: str, answer: str) -> list[int]:
@@ -148,14 +142,14 @@ def _decoder_only(
     name: str, model: type[PreTrainedModel], variant: str, decoder: Tower, norm: str
 ) -> Family:
     base = causal.family(
-        name, model, vision=VISION, decoder=decoder, cells=no_cells, layout=vision_layout,
+        name, model, vision=VISION, decoder=decoder, cells=causal.no_cells, layout=vision_layout,
         norm=norm, head="language_model.lm_head",
     )  # fmt: skip
     return replace(
         base,
         variant=variant,
         towers={"vision": VISION, "qformer": QFORMER, "decoder": decoder},
-        encode=partial(encode, no_cells, vision_layout, write=written),
+        encode=partial(encode, causal.no_cells, vision_layout, write=written),
         options=partial(causal.options, write=written),
     )
 

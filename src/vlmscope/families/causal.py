@@ -24,29 +24,28 @@ from vlmscope.families import Family, Tower
 from vlmscope.inputs import Inputs
 from vlmscope.sites import Layout
 
-Cells = Callable[[Any, Any, Mapping[str, Tensor], Sequence[int]], dict[int, tuple[int, int]]]
+Cells = Callable[
+    [Any, Any, Image.Image, Mapping[str, Tensor], Sequence[int]], dict[int, tuple[int, int]]
+]
+"""`cells(hf, processor, image, tensors, at)`: the row and column of each position in `at` that shows a
+place of the (first) image."""
 
 KEYWORDS = {"use_cache": False, "logits_to_keep": 1}
 """A run needs the logits of the last position only, and nothing is generated after it."""
 
 
-def written(processor: Any, prompt: str) -> tuple[str, int]:
-    """The whole text of a prompt, and where the prompt begins in it.
+def written(processor: Any, prompt: str, images: int = 1) -> tuple[str, int]:
+    """The whole text of a prompt about some images, and where the prompt begins in it.
 
     A prompt that holds the image placeholder is taken as it is.
     """
-    mark = processor.image_token
+    mark = str(processor.image_token)
     if mark in prompt:
-        if prompt.count(mark) > 1:
-            raise ExampleError(
-                f"the prompt has {prompt.count(mark)} placeholders '{mark}' and there is one image; "
-                "leave one"
-            )
         return prompt, 0
     if not getattr(processor, "chat_template", None):
-        text = f"{mark}\n{prompt}"
+        text = f"{mark * images}\n{prompt}"
         return text, len(text) - len(prompt)
-    content = [{"type": "image"}, {"type": "text", "text": prompt}]
+    content = [*({"type": "image"} for _ in range(images)), {"type": "text", "text": prompt}]
     text = processor.apply_chat_template(
         [{"role": "user", "content": content}], add_generation_prompt=True
     )
@@ -64,7 +63,7 @@ def options(
     prompt: str,
     answer: str,
     *,
-    write: Callable[[Any, str], tuple[str, int]] = written,
+    write: Callable[..., tuple[str, int]] = written,
 ) -> list[int]:
     """The answer's tokens as they follow the prompt, behind a blank unless it ends with one."""
     text, _ = write(processor, prompt)
@@ -81,21 +80,27 @@ def encode(
     vision: Callable[[Any, Mapping[str, Tensor]], Layout],
     hf: Any,
     processor: Any,
-    image: Image.Image,
+    pictures: Sequence[Image.Image],
     prompt: str,
     roles: Mapping[str, Span],
     prefix: Sequence[int],
     *,
     kind: int = 0,
-    write: Callable[[Any, str], tuple[str, int]] = written,
+    write: Callable[..., tuple[str, int]] = written,
 ) -> Inputs:
     """The tensors of one run as the processor makes them, with the answer's beginning behind.
 
     `kind` is the token type of what the model says; `write` gives the text that the processor gets.
     """
-    text, start = write(processor, prompt)
-    tensors = dict(processor(images=[image], text=[text], return_tensors="pt"))
-    tensors.pop("labels", None)
+    text, start = write(processor, prompt, len(pictures))
+    mark = str(processor.image_token)
+    if prompt.count(mark) not in (0, len(pictures)):
+        given = f"there are {len(pictures)} images" if len(pictures) > 1 else "there is one image"
+        raise ExampleError(
+            f"the prompt has {prompt.count(mark)} placeholders '{mark}' and {given}; "
+            "write one for each"
+        )
+    tensors = processed(processor, pictures, text)
     if prefix:
         tensors = {name: _longer(name, value, prefix, kind) for name, value in tensors.items()}
     ids = tensors["input_ids"][0].tolist()
@@ -108,7 +113,14 @@ def encode(
     images = [n for n, token in enumerate(ids) if token == hf.config.image_token_id]
     if not images:
         raise ExampleError(f"the prompt has no image; put '{processor.image_token}' into it")
-    there, grid = set(images), cells(hf, processor, tensors, images)
+    first, own = tensors, images
+    if len(pictures) > 1:  # which tokens are the first picture's: as many as it has by itself
+        text_of_one = write(processor, "", 1)[0]
+        alone = [processed(processor, [one], text_of_one) for one in pictures]
+        counts = [int((one["input_ids"] == hf.config.image_token_id).sum()) for one in alone]
+        first, own = alone[0], images[: counts[0]] if sum(counts) == len(images) else []
+    there = set(images)
+    grid = cells(hf, processor, pictures[0], first, own) if own else {}
     tokens = processor.tokenizer.convert_ids_to_tokens(ids)
     layout = Layout(
         tuple("{},{}".format(*grid[n]) if n in grid else token for n, token in enumerate(tokens)),
@@ -118,6 +130,21 @@ def encode(
         tuple(images),
     )
     return Inputs(tensors, {"vision": vision(hf, tensors), "decoder": layout})
+
+
+def processed(processor: Any, pictures: Sequence[Image.Image], text: str) -> dict[str, Tensor]:
+    """What the processor makes of some pictures and the text that places them."""
+    try:
+        tensors = dict(processor(images=[list(pictures)], text=[text], return_tensors="pt"))
+    except (ValueError, TypeError, IndexError, ZeroDivisionError, RuntimeError) as error:
+        sizes = ", ".join(f"{one.width} x {one.height}" for one in pictures)
+        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ExampleError(
+            f"the model's processor cannot take {len(pictures)} image(s) of {sizes} pixels with this "
+            f"prompt: {first}"
+        ) from error
+    tensors.pop("labels", None)
+    return tensors
 
 
 def _longer(name: str, value: Tensor, prefix: Sequence[int], kind: int) -> Tensor:
@@ -169,39 +196,78 @@ def generate(hf: Any, inputs: Inputs, **options: object) -> Int[Tensor, "pos"]:
     return found[0, inputs.tensors["input_ids"].shape[1] :]
 
 
+def every_tile(hf: Any, tensors: Mapping[str, Tensor]) -> int:
+    """How many tiles there are in all."""
+    return math.prod(tensors["pixel_values"].shape[:-3])
+
+
 def tiles(
-    patch: Callable[[Any], int], *, class_token: bool = False
+    patch: Callable[[Any], int],
+    *,
+    class_token: bool = False,
+    count: Callable[[Any, Mapping[str, Tensor]], int] = every_tile,
 ) -> Callable[[Any, Mapping[str, Tensor]], Layout]:
-    """The layout of a vision tower: each tile's patches in rows, behind a class token if it has one."""
+    """The layout of a vision tower that sees `count` tiles: each one's patches in rows, behind a class
+    token if it has one."""
 
     def layout(hf: Any, tensors: Mapping[str, Tensor]) -> Layout:
-        *many, _, height, width = tensors["pixel_values"].shape
+        height, width = tensors["pixel_values"].shape[-2:]
         rows, columns = height // patch(hf.config), width // patch(hf.config)
         names = [
             *(["[CLS]"] * class_token),
             *(f"{r},{c}" for r in range(rows) for c in range(columns)),
         ]
-        tokens = [f"{tile}:{name}" for tile in range(math.prod(many)) for name in names]
+        tokens = [f"{tile}:{name}" for tile in range(count(hf, tensors)) for name in names]
         return Layout(tuple(tokens), image=tuple(n for n, t in enumerate(tokens) if "[" not in t))
 
     return layout
 
 
-def last_square(side: Callable[[Any, Any], int]) -> Cells:
-    """The whole picture, which comes behind its tiles: the last tokens, in a square of `side(hf,
-    processor)` a side; tiles have no cells."""
+def put_back(
+    side: Callable[[Any, Any], int], tiles: Callable[[Any, Image.Image], tuple[int, int]]
+) -> Cells:
+    """Tiles put back where they belong: squares of `side(hf, processor)` tokens a side, in as many rows
+    and columns as `tiles(processor, image)`. The whole picture, which comes behind them, has no cells,
+    unless there are no tiles."""
 
     def cells(
-        hf: Any, processor: Any, tensors: Mapping[str, Tensor], images: Sequence[int]
+        hf: Any,
+        processor: Any,
+        image: Image.Image,
+        tensors: Mapping[str, Tensor],
+        at: Sequence[int],
     ) -> dict[int, tuple[int, int]]:
-        many = side(hf, processor)
-        return {at: divmod(n, many) for n, at in enumerate(images[-many * many :])}
+        many, (rows, columns) = side(hf, processor), tiles(processor, image)
+        if rows * columns <= 1:
+            return {p: divmod(n, many) for n, p in enumerate(at)}
+        found = {}
+        for n, p in enumerate(at[: rows * columns * many * many]):
+            tile, within = divmod(n, many * many)
+            down, right = divmod(tile, columns)
+            row, column = divmod(within, many)
+            found[p] = (down * many + row, right * many + column)
+        return found
 
     return cells
 
 
+def no_cells(
+    hf: Any,
+    processor: Any,
+    image: Image.Image,
+    tensors: Mapping[str, Tensor],
+    images: Sequence[int],
+) -> dict[int, tuple[int, int]]:
+    """For tokens that are nowhere in the picture."""
+    return {}
+
+
 def square(
-    hf: Any, processor: Any, tensors: Mapping[str, Tensor], images: Sequence[int]
+    hf: Any,
+    processor: Any,
+    image: Image.Image,
+    tensors: Mapping[str, Tensor],
+    images: Sequence[int],
 ) -> dict[int, tuple[int, int]]:
     """Image tokens in rows from the upper left, as many rows as columns."""
     side = round(len(images) ** 0.5)

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from jaxtyping import Float
+from PIL import Image
 from torch import Tensor
 from transformers import (
     AutoProcessor,
@@ -17,9 +18,11 @@ from transformers import (
 )
 from transformers.models.llava_next.modeling_llava_next import (
     get_anyres_image_grid_shape,
+    image_size_to_num_patches,
     unpad_image,
 )
 
+from vlmscope.errors import ExampleError
 from vlmscope.families import Family, Tower, causal
 from vlmscope.inputs import Inputs
 from vlmscope.sites import Layout
@@ -33,11 +36,15 @@ def used(config: Any) -> int:
 
 
 def vision_layout(hf: Any, tensors: Mapping[str, Tensor]) -> Layout:
-    """Patches in rows, behind the class token."""
+    """Patches in rows, behind the class token; further pictures behind the first, without cells."""
     size = hf.config.vision_config.patch_size
+    many = len(tensors["pixel_values"])
     rows, columns = (n // size for n in tensors["pixel_values"].shape[-2:])
     cells = {1 + r * columns + c: (r, c) for r in range(rows) for c in range(columns)}
-    return Layout(("[CLS]", *(f"{r},{c}" for r, c in cells.values())), cells=cells)
+    tokens = ["[CLS]", *(f"{r},{c}" for r, c in cells.values())]
+    further = [f"{n}:{token}" for n in range(1, many) for token in tokens]
+    images = tuple(n for n in range(many * len(tokens)) if n % len(tokens)) if many > 1 else ()
+    return Layout((*tokens, *further), cells=cells, image=images, sequences=many)
 
 
 def blank(hf: LlavaForConditionalGeneration) -> Inputs:
@@ -74,7 +81,7 @@ def finish(
     ids = inputs.tensors["input_ids"].expand(len(output), -1)
     embedded = hf.get_input_embeddings()(ids)
     where = (ids == hf.config.image_token_id)[..., None].expand_as(embedded)
-    embedded = embedded.masked_scatter(where, features.to(embedded.dtype))
+    embedded = embedded.masked_scatter(where, features.to(embedded))
     mask = inputs.tensors["attention_mask"].expand(len(output), -1)
     hidden = hf.model.language_model(
         inputs_embeds=embedded, attention_mask=mask, use_cache=False
@@ -82,23 +89,23 @@ def finish(
     return hf.lm_head(hidden[:, -1])
 
 
-def tiles_layout(hf: Any, tensors: Mapping[str, Tensor]) -> Layout:
-    """The whole picture and its tiles one after the other, patches in rows behind each class token."""
-    size = hf.config.vision_config.patch_size
-    rows, columns = (n // size for n in tensors["pixel_values"].shape[-2:])
-    tokens = [
-        token
-        for tile in range(tensors["pixel_values"].shape[1])
-        for token in (
-            f"{tile}:[CLS]",
-            *(f"{tile}:{r},{c}" for r in range(rows) for c in range(columns)),
+def tiles(hf: Any, tensors: Mapping[str, Tensor]) -> int:
+    """How many tiles the vision tower sees: the model leaves out again what fills up a batch."""
+    config = hf.config
+    return sum(
+        image_size_to_num_patches(
+            size, config.image_grid_pinpoints, config.vision_config.image_size
         )
-    ]
-    return Layout(tuple(tokens), image=tuple(n for n, t in enumerate(tokens) if "[" not in t))
+        for size in tensors["image_sizes"]
+    )
 
 
 def tiled(
-    hf: Any, processor: Any, tensors: Mapping[str, Tensor], images: Sequence[int]
+    hf: Any,
+    processor: Any,
+    image: Image.Image,
+    tensors: Mapping[str, Tensor],
+    images: Sequence[int],
 ) -> dict[int, tuple[int, int]]:
     """The grid of the tiles put back together, without padding; each line ends with a newline token.
 
@@ -110,7 +117,12 @@ def tiled(
     shape = get_anyres_image_grid_shape(size, hf.config.image_grid_pinpoints, vision.image_size)
     if tensors["pixel_values"].shape[1] == 1:
         return {at: divmod(n, side) for n, at in enumerate(images[: side * side])}
-    columns = unpad_image(torch.zeros(1, shape[0] * side, shape[1] * side), size).shape[2]
+    rows, columns = unpad_image(torch.zeros(1, shape[0] * side, shape[1] * side), size).shape[1:]
+    if not rows * columns:
+        raise ExampleError(
+            f"an image of {image.width} x {image.height} pixels is so narrow that none of its patches is "
+            "left in the tiles; crop it"
+        )
     behind = images[side * side :]
     return {
         at: divmod(n, columns + 1) for n, at in enumerate(behind) if n % (columns + 1) < columns
@@ -157,5 +169,7 @@ NEXT = causal.family(
     vision=replace(LLAVA.towers["vision"], depth=used),
     decoder=causal.llama(),
     cells=tiled,
-    layout=tiles_layout,
+    layout=causal.tiles(
+        lambda config: config.vision_config.patch_size, class_token=True, count=tiles
+    ),
 )

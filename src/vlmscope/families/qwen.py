@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+from PIL import Image
 from torch import Tensor
 from transformers import (
     Qwen2_5_VLForConditionalGeneration,
@@ -37,7 +38,11 @@ def vision_layout(hf: Any, tensors: Mapping[str, Tensor]) -> Layout:
 
 
 def cells(
-    hf: Any, processor: Any, tensors: Mapping[str, Tensor], images: Sequence[int]
+    hf: Any,
+    processor: Any,
+    image: Image.Image,
+    tensors: Mapping[str, Tensor],
+    images: Sequence[int],
 ) -> dict[int, tuple[int, int]]:
     """Rows and columns of merged patches."""
     columns = int(tensors["image_grid_thw"][0, 2]) // hf.config.vision_config.spatial_merge_size

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+from PIL import Image
 from torch import Tensor
 from transformers import (
     Idefics3ForConditionalGeneration,
@@ -13,6 +14,7 @@ from transformers import (
     LlavaOnevisionForConditionalGeneration,
     SmolVLMForConditionalGeneration,
 )
+from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import get_optimal_tiled_canvas
 
 from vlmscope.families import Tower, causal, llava
 from vlmscope.families.gemma import SIGLIP
@@ -33,11 +35,37 @@ def _shuffled(hf: Any, processor: Any) -> int:
     return int(processor.image_seq_length**0.5)
 
 
+def _split(processor: Any, image: Image.Image) -> tuple[int, int]:
+    """Rows and columns of the tiles that Idefics3's and SmolVLM's processors split a picture into."""
+    made = processor.image_processor([[image]], return_row_col_info=True)
+    return int(made["rows"][0][0]), int(made["cols"][0][0])
+
+
+def _cropped(processor: Any, image: Image.Image) -> tuple[int, int]:
+    """Rows and columns of the tiles that InternVL's processor cuts a picture into."""
+    images = processor.image_processor
+    tile = (images.size["height"], images.size["width"])
+    columns, rows = get_optimal_tiled_canvas(
+        (image.height, image.width), tile, images.min_patches, images.max_patches
+    )
+    return rows, columns
+
+
+def _tiles(hf: Any, tensors: Mapping[str, Tensor]) -> int:
+    """Only a picture that is alone is cut into tiles."""
+    many = len(tensors["pixel_values"])
+    return many if many > 1 else causal.every_tile(hf, tensors)
+
+
 def tiles_or_nothing(
-    hf: Any, processor: Any, tensors: Mapping[str, Tensor], images: Sequence[int]
+    hf: Any,
+    processor: Any,
+    image: Image.Image,
+    tensors: Mapping[str, Tensor],
+    images: Sequence[int],
 ) -> dict[int, tuple[int, int]]:
     """As LLaVA-NeXT; no cells where the tiles were shrunk to fit."""
-    cells = llava.tiled(hf, processor, tensors, images)
+    cells = llava.tiled(hf, processor, image, tensors, images)
     side = hf.config.vision_config.image_size // hf.config.vision_config.patch_size
     rows = max((row for row, _ in cells.values()), default=0) + 1
     columns = max((column for _, column in cells.values()), default=0) + 1
@@ -51,14 +79,14 @@ ONEVISION = causal.family(
     vision=replace(SIGLIP, depth=llava.used),
     decoder=causal.llama(),
     cells=tiles_or_nothing,
-    layout=causal.tiles(_patch),
+    layout=causal.tiles(_patch, count=_tiles),
 )
 IDEFICS3 = causal.family(
     "Idefics3",
     Idefics3ForConditionalGeneration,
     vision=replace(SIGLIP, blocks="model.vision_model.encoder.layers"),
     decoder=causal.llama("model.text_model.layers"),
-    cells=causal.last_square(_merged),
+    cells=causal.put_back(_merged, _split),
     layout=causal.tiles(_patch),
     norm="model.text_model.norm",
 )
@@ -67,7 +95,7 @@ SMOLVLM = causal.family(
     SmolVLMForConditionalGeneration,
     vision=replace(SIGLIP, blocks="model.vision_model.encoder.layers"),
     decoder=causal.llama("model.text_model.layers"),
-    cells=causal.last_square(_merged),
+    cells=causal.put_back(_merged, _split),
     layout=causal.tiles(_patch),
     norm="model.text_model.norm",
 )
@@ -83,6 +111,6 @@ INTERNVL = causal.family(
         depth=llava.used,
     ),
     decoder=causal.llama(),
-    cells=causal.last_square(_shuffled),
+    cells=causal.put_back(_shuffled, _cropped),
     layout=causal.tiles(_patch, class_token=True),
 )
