@@ -149,6 +149,18 @@ def test_attention_is_what_the_model_pays(name):
     paid = model.attention(inputs, "decoder", "attn", [last, 2])
     torch.testing.assert_close(paid.sum(-1), torch.ones(paid.shape[:-1]))
     assert (paid >= 0).all()
+    for tower, table in model.family.towers.items():
+        for kind in table.attention:
+            paid = model.attention(inputs, tower, kind, [0])
+            assert paid.shape[0] == len(model.shapes[tower].having(kind))
+            assert paid.shape[-1] == len(inputs.layout[model.attended(tower, kind)].tokens)
+            torch.testing.assert_close(paid.sum(-1), torch.ones(paid.shape[:-1]))
+
+
+def test_attention_that_is_not_told():
+    model = FAMILIES["blip2-t5"]()
+    with pytest.raises(ModelError, match="BLIP-2 do not tell what the attn heads of the encoder"):
+        model.attention(model.prepare(example()).clean, "encoder", "attn", [0])
 
 
 def test_an_answer_of_several_tokens():

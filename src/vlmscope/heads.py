@@ -38,7 +38,7 @@ from vlmscope import engine
 from vlmscope.circuits import bootstrap, sign_flip
 from vlmscope.corrupt import Noise
 from vlmscope.errors import DataError, ExampleError, SiteError, StoreError
-from vlmscope.example import Example, fingerprint, open_image
+from vlmscope.example import Box, Example, fingerprint, open_image
 from vlmscope.inputs import Edit, Pair
 from vlmscope.metrics import score
 from vlmscope.model import Model
@@ -184,10 +184,12 @@ def write(
 
 def _patches(model: Model) -> str:
     """The image's patches, as the language model first sees them."""
+    text = "encoder" if "encoder" in model.shapes else "decoder"
+    if model.layouts()[text].cells:
+        return f"{text}.0.resid_pre@image*"
     vision = model.shapes["vision"]
-    if "output" in vision.kinds:
-        return f"vision.{vision.layers - 1}.output@image*"
-    return "decoder.0.resid_pre@image*"
+    kind = "output" if "output" in vision.kinds else "resid"
+    return f"vision.{vision.layers - 1}.{kind}@image*"
 
 
 def _read(folder: Path, about: Mapping[str, Any]) -> Functions | None:
@@ -254,7 +256,7 @@ class _Study:
         points = {
             Point(tower, layer, kind, "h")
             for tower, kind in self.keys
-            for layer in range(model.shapes[tower].layers)
+            for layer in model.shapes[tower].having(kind)
         }
         outer = {key: self._residual(key) for key in self.keys}
         _, values = model.record(pair.clean, points | set(outer.values()))
@@ -266,7 +268,7 @@ class _Study:
         self._patch(seen)
         rows = {grid(layout[model.attended(*key)]) for key in seen.cells}
         if rows:
-            seen.masks = _masks(example, next(iter(rows)))
+            seen.masks = _masks(self.model, example, next(iter(rows)))
         return seen
 
     def _residual(self, key: Key) -> Point:
@@ -277,9 +279,9 @@ class _Study:
         return Point(tower, 0, "resid_pre", "")
 
     def _activations(self, values: Mapping[Point, Tensor], key: Key, at: Sequence[int]) -> Tensor:
-        """All heads' outputs, mean over the positions: `(layers, heads, width)`."""
+        """All heads' outputs, mean over the positions: `(layers that have any, heads, width)`."""
         shape = self.model.shapes[key[0]]
-        rows = [values[Point(key[0], layer, key[1], "h")] for layer in range(shape.layers)]
+        rows = [values[Point(key[0], layer, key[1], "h")] for layer in shape.having(key[1])]
         return torch.stack(
             [row[0, list(at)].mean(0).unflatten(-1, (shape.heads[key[1]], -1)) for row in rows]
         ).cpu()
@@ -299,8 +301,13 @@ class _Study:
         seen.norms[key] = residual[0].float().norm(dim=-1).double().cpu().numpy()
         for number, (site, _) in enumerate(seen.placed):
             if (site.tower, site.kind) == key:
-                own = paid[site.center, site.index]
+                own = paid[self._place(site)]
                 seen.maps[number] = np.stack([own, own - average])
+
+    def _place(self, site: Site) -> tuple[int, int]:
+        """Where a head is among those of its kind: not every layer has any."""
+        layers = self.model.shapes[site.tower].having(site.kind)
+        return layers.index(site.center), site.index or 0
 
     def _patch(self, seen: _Seen) -> None:
         if self.corruption is None:
@@ -338,7 +345,7 @@ class _Study:
                     replaced = {
                         site: torch.zeros(1)
                         if values is None
-                        else values[site.tower, site.kind][site.center, site.index or 0][None]
+                        else values[site.tower, site.kind][self._place(site)][None]
                         for site, _ in seen.placed
                     }
                     patched = engine.ablate(self.model, seen.pair.clean, seen.pair.answer,
@@ -374,7 +381,7 @@ class _Study:
             Edit(
                 s,
                 "set",
-                0.0 if how == "zero" else means[s.tower, s.kind][s.center, s.index or 0][None],
+                0.0 if how == "zero" else means[s.tower, s.kind][self._place(s)][None],
             )
             for s in heads
         ]
@@ -391,7 +398,7 @@ class _Study:
             own = [s for s in self.heads if (s.tower, s.kind) == (tower, kind)]
             free = [
                 (layer, head)
-                for layer in range(shape.layers)
+                for layer in shape.having(kind)
                 for head in range(shape.heads[kind])
                 if (tower, kind, layer, head) not in taken
             ]
@@ -562,18 +569,25 @@ def _heads(model: Model, sites: str | Site | Sequence[str | Site]) -> list[Site]
     return found
 
 
-def _masks(example: Example, size: tuple[int, int]) -> dict[str, NDArray[np.bool_]]:
+def _masks(model: Model, example: Example, size: tuple[int, int]) -> dict[str, NDArray[np.bool_]]:
     """The patches of the answer's object, and of the foil's, where the example says where they are."""
     wanted = ("answer", example.groups.get("kind", ""), "object")
     names = {"object": next((n for n in wanted if n in example.masks), None),
              "foil": "foil" if "foil" in example.masks else None}  # fmt: skip
-    return {which: covered(example, name, size).ravel() for which, name in names.items() if name}
+    found = {which: name for which, name in names.items() if name}
+    if not found:
+        return {}
+    view = model.view(open_image(example.clean_image))
+    return {which: covered(example, name, size, view).ravel() for which, name in found.items()}
 
 
-def covered(example: Example, name: str, size: tuple[int, int]) -> NDArray[np.bool_]:
+def covered(
+    example: Example, name: str, size: tuple[int, int], view: Box | None = None
+) -> NDArray[np.bool_]:
     """Which patches of a grid of `size` (rows, columns) an object covers by half, or else the most.
 
-    The picture is taken as the model sees it whole, scaled to the grid.
+    The grid lies over the part `view` of the picture (left, top, right, bottom in pixels; see
+    `Model.view`), by default over all of it.
     """
     mask = example.masks[name]
     whole = open_image(example.clean_image).size
@@ -588,6 +602,9 @@ def covered(example: Example, name: str, size: tuple[int, int]) -> NDArray[np.bo
                 f"the mask of '{name}' is {shown.size[0]}x{shown.size[1]}, its picture {whole[0]}x{whole[1]}; "
                 "draw it in the picture's size"
             )
+    if view is not None:
+        left, top, right, bottom = (round(x) for x in view)
+        shown = shown.crop((left, top, right, bottom))
     share = np.asarray(shown.convert("F").resize(size[::-1], Image.Resampling.BOX)) / 255
     if share.max() <= 0:
         raise ExampleError(f"the mask of '{name}' is empty; draw the object white")

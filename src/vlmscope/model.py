@@ -31,7 +31,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import cached_file, logging
 
 from vlmscope.errors import ExampleError, ModelError, SiteError
-from vlmscope.example import Example, Picture, find_roles, open_image
+from vlmscope.example import Box, Example, Picture, find_roles, open_image
 from vlmscope.families import Family, families
 from vlmscope.inputs import Edit, Inputs, Logits, Pair
 from vlmscope.sites import Layout, Point, Shape, Site, expand, grid, place
@@ -157,6 +157,20 @@ class Model:
         for tower, there in clean.layout.items():  # the prompts align: roles stand where they stood
             layout[tower] = replace(there, tokens=layout[tower].tokens)
         return Pair(clean, Inputs(tensors, layout), answer, foil)
+
+    def view(self, image: Image.Image) -> Box:
+        """The part of a picture that the grid of patches covers: left, top, right, bottom in pixels.
+
+        LLaVA 1.5 cuts out the middle of a picture; where its processor pads, the part is larger than the
+        picture.
+        """
+        return self.family.view(self.processor, image)
+
+    def seen(self, picture: Picture) -> Image.Image:
+        """A picture as the grid of patches covers it, for drawing over it."""
+        image = open_image(picture)
+        left, top, right, bottom = (round(x) for x in self.view(image))
+        return image.crop((left, top, right, bottom))
 
     def inputs(self, image: Picture, prompt: str, more: Sequence[Picture] = ()) -> Inputs:
         """The tensors of one run on a picture (or `more`) and a prompt, with nothing to be scored.
@@ -299,48 +313,61 @@ class Model:
 
         Keys are the positions of `attended(tower, kind)`. Only these rows are kept, in float32.
         """
+        path = self.family.towers[tower].attention.get(kind)
+        if path is None:
+            raise ModelError(f"{self.name}: the models of {self.family.name} do not tell what the {kind} "
+                             f"heads of the {tower} tower attend to")  # fmt: skip
         rows: list[Tensor] = []
-        if self.family.towers[tower].flow == "suffix":
+        modules = [b.get_submodule(path) for b in self.blocks(tower) if _has(b, path)]
+        if _interface(modules[0]) is None:
+            with handles() as held:
+                for module in modules:
+
+                    def keep(m: nn.Module, args: Any, out: Any) -> None:
+                        rows.append(out[1][0][:, list(at)].float())
+
+                    held(module.register_forward_hook(keep))
+                self.hf(**inputs.tensors)
+        else:
 
             def pay(
-                plain: Any, module: nn.Module, q: Tensor, k: Tensor, *rest: Any, **kw: Any
+                plain: Any, module: Any, q: Tensor, k: Tensor, v: Tensor, mask: Any, **kw: Any
             ) -> Any:
                 causal = kw.get("is_causal", getattr(module, "is_causal", True))
-                weights = _paid(q[:, :, list(at)], k, rest[1], list(at), kw.get("scaling"), causal)
-                rows.append(weights[0].float())
-                return plain(module, q, k, *rest, **kw)
+                rows.append(_paid(q, k, mask, at, kw.get("scaling"), causal))
+                return plain(module, q, k, v, mask, **kw)
 
-            with self.attending(tower, pay):
+            with self.attending(tower, pay, kind):
                 self.hf(**inputs.tensors, **self.family.keywords)
-            return torch.stack([row.to(self.device) for row in rows])
-        path = self.family.towers[tower].weights[kind]
-        with handles() as held:
-            for block in self.blocks(tower):
-
-                def keep(m: nn.Module, args: Any, out: Any) -> None:
-                    rows.append(out[1][0][:, list(at)].float())
-
-                held(block.get_submodule(path).register_forward_hook(keep))
-            self.hf(**inputs.tensors)
-        return torch.stack([row.to(self.device) for row in rows])
+        paid = torch.stack([row.to(self.device) for row in rows])
+        tokens = inputs.layout[self.attended(tower, kind)].tokens
+        if paid.shape[-1] == len(tokens):
+            return paid
+        # What fills up the tiles of Mllama is left out before anything attends to them.
+        there = [n for n, token in enumerate(tokens) if not token.endswith("[PAD]")]
+        every = paid.new_zeros(*paid.shape[:-1], len(tokens))
+        every[..., there] = paid
+        return every
 
     @contextmanager
-    def attending(self, tower: str, function: Callable[..., Any]) -> Iterator[None]:
+    def attending(
+        self, tower: str, function: Callable[..., Any], kind: str = "attn"
+    ) -> Iterator[None]:
         """Within this context the attention of a tower calls `function(plain, module, q, k, v, mask,
         **keywords)`, where `plain` is the attention function that it would call otherwise."""
-        table = self.family.towers[tower]
-        path = table.attention or ""
+        path = self.family.towers[tower].attention[kind]
         modules: list[Any] = [b.get_submodule(path) for b in self.blocks(tower) if _has(b, path)]
         name = modules[0].config._attn_implementation
-        eager = sys.modules[type(modules[0]).__module__].eager_attention_forward
-        plain = ALL_ATTENTION_FUNCTIONS.get_interface(name, eager)
+        plain = ALL_ATTENTION_FUNCTIONS.get_interface(name, _interface(modules[0]))
         own = set(modules)
 
-        def attend(module: Any, *args: Any, **kwargs: Any) -> Any:
+        def attend(
+            module: Any, q: Tensor, k: Tensor, v: Tensor, attention_mask: Any = None, **kw: Any
+        ) -> Any:
             # Cross-attention of the same decoder may go by the same name.
             if module not in own:
-                return plain(module, *args, **kwargs)
-            return function(plain, module, *args, **kwargs)
+                return plain(module, q, k, v, attention_mask, **kw)
+            return function(plain, module, q, k, v, attention_mask, **kw)
 
         ALL_ATTENTION_FUNCTIONS.register(OURS, attend)
         # The masks are made by name, too.
@@ -489,27 +516,39 @@ def _size(module: nn.Module, side: str) -> int:
     return int(getattr(module, f"{side}_features"))
 
 
+def _interface(module: nn.Module) -> Callable[..., Any] | None:
+    """The eager function of a module that pays attention through transformers' interface."""
+    return getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
+
+
 def _paid(
-    q: Float[Tensor, "rows heads at width"],
-    k: Float[Tensor, "rows kv_heads keys width"],
+    q: Float[Tensor, "tiles heads own width"],
+    k: Float[Tensor, "tiles kv_heads keys width"],
     mask: Tensor | None,
     at: Sequence[int],
     scaling: float | None,
     causal: bool,
-) -> Float[Tensor, "rows heads at keys"]:
-    """The attention of a few queries: softmax of their products with the keys, in float32."""
-    k = k.repeat_interleave(q.shape[1] // k.shape[1], 1)
-    scores = (q.float() @ k.float().mT) * (q.shape[-1] ** -0.5 if scaling is None else scaling)
-    if mask is None and causal:
-        later = (
-            torch.arange(k.shape[2], device=k.device) > torch.tensor(at, device=k.device)[:, None]
-        )
-        scores = scores.masked_fill(later, -torch.inf)
-    elif mask is not None and mask.dtype == torch.bool:
-        scores = scores.masked_fill(~mask[:, :, list(at)], -torch.inf)
-    elif mask is not None:
-        scores = scores + mask[:, :, list(at)].float()
-    return scores.softmax(-1)
+) -> Float[Tensor, "heads at every"]:
+    """The attention of a few queries: softmax of their products with the keys, in float32.
+
+    Tiles look only within themselves; positions count through all of them.
+    """
+    tiles, heads, own, width = q.shape
+    keys = k.shape[2]
+    k = k.repeat_interleave(heads // k.shape[1], 1)
+    found = q.new_zeros(heads, len(at), tiles * keys, dtype=torch.float32)
+    for number, position in enumerate(at):
+        tile, row = divmod(position, own)
+        scores = (q[tile, :, row].float()[:, None] @ k[tile].float().mT)[:, 0]
+        scores = scores * (width**-0.5 if scaling is None else scaling)
+        if mask is None and causal:
+            scores[:, row + 1 :] = -torch.inf
+        elif mask is not None:
+            own_mask = mask[tile if len(mask) > 1 else 0, 0, row]
+            is_bool = own_mask.dtype == torch.bool
+            scores = scores.masked_fill(~own_mask, -torch.inf) if is_bool else scores + own_mask
+        found[:, number, tile * keys : (tile + 1) * keys] = scores.softmax(-1)
+    return found
 
 
 def load(

@@ -337,7 +337,7 @@ def image_grid(
     flat = list(figure.subplots(down, across, squeeze=False).flat)
     for spot in flat:
         spot.set_axis_off()
-    flat[0].imshow(shown, extent=(0, 1, 0, 1))
+    flat[0].imshow(shown, extent=(0, 1, 0, 1), aspect=shown.height / shown.width)
     flat[0].set_title("picture", fontsize=10, color=_INK)
     for spot, (title, cells) in zip(flat[1:], drawn.items(), strict=False):
         _overlay(spot, shown, cells.to_numpy(dtype=float).reshape(grid), scale)
@@ -420,13 +420,13 @@ def attention(
         shown = _open(pictures[name])
         mine = maps[maps["example"] == name]
         size = (int(mine["rows"].iloc[0]), int(mine["columns"].iloc[0]))
-        line[0].imshow(shown, extent=(0, 1, 0, 1))
+        line[0].imshow(shown, extent=(0, 1, 0, 1), aspect=shown.height / shown.width)
         for spot, site in zip(line[1:], sites, strict=False):
             cells = _cells(mine[mine["site"] == site], "difference", size)
             _overlay(spot, shown, cells, scale)
             _outline(spot, _cells(mine[mine["site"] == site], "object", size))
         if patches is not None and own is not None:
-            some = patches[(patches["example"] == name) & patches["token"].notna()]
+            some = patches[(patches["example"] == name) & is_patch(patches)]
             places = some["token"].str.split(",", expand=True).astype(int)
             some = some.assign(row=places[0], column=places[1])
             _overlay(line[-1], shown, _cells(some, "logit_diff", size), own)
@@ -490,6 +490,7 @@ def _overlay(
         alpha=np.where(np.isnan(cells), 0.0, 0.1 + 0.8 * np.clip(size, 0, 1)),
         interpolation="nearest",
     )
+    axes.set_aspect(picture.height / picture.width)
 
 
 def _open(picture: _Picture) -> Image.Image:

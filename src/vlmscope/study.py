@@ -104,7 +104,7 @@ def sweep_to(
         for number, table, baseline in task.run(left, len(writer.done)):
             writer.add(number, table, baseline)
             if number < SHOWN:
-                _show(writer, number, examples[number], corrupt)
+                _show(writer, number, examples[number], corrupt, model)
         writer.finish()
     return read_run(out)
 
@@ -375,14 +375,18 @@ def _check_roles(sites: Sequence[Site], examples: Sequence[Example]) -> None:
             )
 
 
-def _show(writer: Writer, number: int, example: Example, corrupt: str | Noise) -> None:
-    """Keep what a person wants to see of an example: only what this corruption uses."""
+def _show(
+    writer: Writer, number: int, example: Example, corrupt: str | Noise, model: Model
+) -> None:
+    """Keep what a person wants to see of an example: what this corruption uses, as the model sees it."""
     shown = vars(example).copy()
     if corrupt != "image":
         shown["corrupt_image"] = None
     if corrupt != "text":
         shown["corrupt_prompt"] = None
     with suppress(ExampleError):  # the example is excluded, with this reason
+        for name in ("clean_image", "corrupt_image"):
+            shown[name] = shown[name] and model.seen(shown[name])
         writer.add_pictures(number, shown)
 
 

@@ -10,10 +10,12 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from jaxtyping import Float
+from PIL import Image
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from vlmscope.errors import ExampleError
+from vlmscope.example import Box
 from vlmscope.inputs import Inputs
 
 
@@ -25,8 +27,9 @@ class Tower:
     neurons) side by side, its output what the sublayer adds to the residual stream. `output` is
     the module whose output is the tower's, where a final norm follows the last block. `fold` is
     the cross-attention module: no query position of it looks at another, so that rows which share
-    the attended image can be laid end to end, as one row. `weights` names, by kind, the modules
-    whose second output is the attention they paid; `reads` is the tower that `cross` attends to.
+    the attended image can be laid end to end, as one row. `attention` names, by kind, the modules
+    that pay attention: through transformers' attention interface, or their second output is what they
+    paid; `reads` is the tower that `cross` attends to.
     """
 
     blocks: str
@@ -36,13 +39,17 @@ class Tower:
     cross: str | None = None
     output: str | None = None
     fold: str | None = None
-    weights: Mapping[str, str] = field(default_factory=dict)
+    attention: Mapping[str, str] = field(default_factory=dict)
     reads: str | None = None
     heads: str = "num_attention_heads"
     depth: Callable[[Any], int] | None = None
     flow: Literal["rows", "suffix", "plain"] = "rows"
-    attention: str | None = None
     between: bool = False
+
+
+def whole(processor: Any, image: Image.Image) -> Box:
+    """All of a picture, whatever its shape: left, top, right, bottom in pixels."""
+    return 0, 0, *image.size
 
 
 @dataclass(frozen=True)
@@ -61,6 +68,7 @@ class Family:
       with the token that ends it.
     - `keywords`: what else the model is called with.
     - `variant`: the type of the language model, where a class of Hugging Face has several.
+    - `view(processor, image)`: the part of a picture that the grid of patches covers.
     """
 
     name: str
@@ -78,6 +86,7 @@ class Family:
     options: Callable[[Any, str, str], list[int]]
     keywords: Mapping[str, Any] = field(default_factory=dict)
     variant: str | None = None
+    view: Callable[[Any, Image.Image], Box] = whole
 
 
 def one_picture(many: int) -> None:

@@ -165,7 +165,7 @@ def _text(path: str, reads: str) -> Tower:
         cross="crossattention.output.dense",
         mlp="output.dense",
         fold="crossattention",
-        weights={"attn": "attention.self", "cross": "crossattention.self"},
+        attention={"attn": "attention.self", "cross": "crossattention.self"},
         reads=reads,
     )
 
@@ -182,7 +182,7 @@ VQA = Family(
             attn="self_attn.projection",
             mlp="mlp.fc2",
             output="vision_model",
-            weights={"attn": "self_attn"},
+            attention={"attn": "self_attn"},
         ),
         "encoder": _text("text_encoder.encoder.layer", reads="vision"),
         "decoder": _text("text_decoder.bert.encoder.layer", reads="encoder"),

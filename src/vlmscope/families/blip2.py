@@ -33,7 +33,7 @@ VISION = Tower(
     config="vision_config",
     attn="self_attn.projection",
     mlp="mlp.fc2",
-    weights={"attn": "self_attn"},
+    attention={"attn": "self_attn"},
     flow="plain",
 )
 QFORMER = Tower(
@@ -44,6 +44,7 @@ QFORMER = Tower(
     mlp="output_query.dense",
     reads="vision",
     flow="plain",
+    attention={"cross": "crossattention.attention"},
 )
 OPT = Tower(
     blocks="language_model.model.decoder.layers",
@@ -51,7 +52,7 @@ OPT = Tower(
     attn="self_attn.out_proj",
     mlp="fc2",
     flow="suffix",
-    attention="self_attn",
+    attention={"attn": "self_attn"},
 )
 T5_ENCODER = Tower(
     blocks="language_model.encoder.block",

@@ -334,5 +334,5 @@ def llama(blocks: str = "model.language_model.layers", config: str = "text_confi
         attn="self_attn.o_proj",
         mlp="mlp.down_proj",
         flow="suffix",
-        attention="self_attn",
+        attention={"attn": "self_attn"},
     )

@@ -20,7 +20,7 @@ SIGLIP = Tower(
     config="vision_config",
     attn="self_attn.out_proj",
     mlp="mlp.fc2",
-    weights={"attn": "self_attn"},
+    attention={"attn": "self_attn"},
 )
 
 

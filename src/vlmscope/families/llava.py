@@ -23,6 +23,7 @@ from transformers.models.llava_next.modeling_llava_next import (
 )
 
 from vlmscope.errors import ExampleError
+from vlmscope.example import Box
 from vlmscope.families import Family, Tower, causal
 from vlmscope.inputs import Inputs
 from vlmscope.sites import Layout
@@ -129,6 +130,19 @@ def tiled(
     }
 
 
+def view(processor: Any, image: Image.Image) -> Box:
+    """CLIP's processor scales the shorter side and cuts out the middle; LLaVA's own may first pad the
+    picture to a square, and then what it shows is larger than the picture."""
+    images = processor.image_processor
+    width, height = (max(image.size),) * 2 if getattr(images, "do_pad", False) else image.size
+    across, down = width, height
+    if images.do_center_crop and "shortest_edge" in images.size:
+        scale = images.size["shortest_edge"] / min(width, height)
+        across, down = images.crop_size["width"] / scale, images.crop_size["height"] / scale
+    left, top = (image.width - across) / 2, (image.height - down) / 2
+    return left, top, left + across, top + down
+
+
 LLAVA = Family(
     name="LLaVA",
     architecture="LlavaForConditionalGeneration",
@@ -141,7 +155,7 @@ LLAVA = Family(
             attn="self_attn.out_proj",
             mlp="mlp.fc2",
             depth=used,
-            weights={"attn": "self_attn"},
+            attention={"attn": "self_attn"},
         ),
         "decoder": Tower(
             blocks="model.language_model.layers",
@@ -149,7 +163,7 @@ LLAVA = Family(
             attn="self_attn.o_proj",
             mlp="mlp.down_proj",
             flow="suffix",
-            attention="self_attn",
+            attention={"attn": "self_attn"},
         ),
     },
     logits="",
@@ -161,6 +175,7 @@ LLAVA = Family(
     cache=lambda: None,
     options=causal.options,
     keywords=causal.KEYWORDS,
+    view=view,
 )
 
 NEXT = causal.family(

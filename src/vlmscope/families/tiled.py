@@ -107,7 +107,7 @@ INTERNVL = causal.family(
         config="vision_config",
         attn="attention.projection_layer",
         mlp="mlp.fc2",
-        weights={"attn": "attention"},
+        attention={"attn": "attention"},
         depth=llava.used,
     ),
     decoder=causal.llama(),
