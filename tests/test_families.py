@@ -40,7 +40,11 @@ def expressions(model: Model) -> list[str]:
     for tower, shape in model.shapes.items():
         found += [f"{tower}.*.{kind}@{at}" for kind in shape.kinds for at in ("*", "all")]
         found += [f"{tower}.*.{kind}.h*@*" for kind in shape.heads]
-        found += [f"{tower}.*.mlp.n3@*", f"{tower}.*/3.attn@*", f"{tower}.*/3.resid@*"]
+        found += [
+            f"{tower}.*.mlp.n3@*",
+            f"{tower}.*/3.{next(iter(shape.heads))}@*",
+            f"{tower}.*/3.resid@*",
+        ]
     tower = reader(model)
     found.append(f"{tower}.*.resid@answer")
     if model.prepare(example()).clean.layout[tower].image:
@@ -85,7 +89,7 @@ def test_engine_equals_reference(name, corruption, direction):
         )
 
 
-@pytest.mark.parametrize("name", MADE)
+@pytest.mark.parametrize("name", sorted(set(MADE) - {"mplug-owl2"}))  # its code is the user's
 def test_a_saved_folder_is_loaded(name, tmp_path):
     """By the loading code that published checkpoints go through."""
     model = made(name)
@@ -114,7 +118,9 @@ def test_attention_is_what_the_model_pays(name):
     """Its heads' outputs are the attention times the values: rows of weights that sum to one."""
     model = made(name)
     if model.family.towers["decoder"].flow == "plain":
-        pytest.skip("T5 keeps its attention to itself")
+        with pytest.raises(ModelError, match=r"does not give the attention of decoder\.attn"):
+            model.attention(model.prepare(example()).clean, "decoder", "attn", [0])
+        return
     inputs = model.prepare(example()).clean
     last = len(inputs.layout["decoder"].tokens) - 1
     paid = model.attention(inputs, "decoder", "attn", [last, 2])
