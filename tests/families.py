@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import torch
 from models import blip, blip_processor, words_tokenizer
+from mplug_owl2 import MPLUGOwl2Config, MPLUGOwl2LlamaForCausalLM
 from transformers import (
     Blip2Config,
     Blip2ForConditionalGeneration,
@@ -26,6 +29,7 @@ from transformers import (
     PaliGemmaProcessor,
 )
 from transformers.models.blip.image_processing_pil_blip import BlipImageProcessorPil
+from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from transformers.models.gemma3.image_processing_pil_gemma3 import Gemma3ImageProcessorPil
 from transformers.models.llava_next.image_processing_pil_llava_next import (
     LlavaNextImageProcessorPil,
@@ -202,6 +206,28 @@ def blip_captioning() -> Model:
     return Model(hf, blip_processor(), "tiny BLIP captioning")
 
 
+def mplug_owl2(*, class_token: bool = True) -> Model:
+    """Of a class that is written in the tests; the processor is two objects side by side."""
+    tokenizer = words_tokenizer()
+    both = {"hidden_size": 8, "intermediate_size": 17, "num_hidden_layers": 2,
+            "num_attention_heads": 2}  # fmt: skip
+    language = {**text(len(tokenizer)), "num_key_value_heads": 4, "head_dim": 4}
+    config = MPLUGOwl2Config(
+        **language,
+        visual_config={
+            "visual_model": {**both, "image_size": 12, "patch_size": 4, "use_cls_token": class_token},
+            "visual_abstractor": {**both, "num_learnable_queries": 5, "encoder_hidden_size": 8},
+        },
+    )  # fmt: skip
+    images = CLIPImageProcessorPil(
+        size={"shortest_edge": 12}, crop_size={"height": 12, "width": 12}
+    )
+    hf = loud(MPLUGOwl2LlamaForCausalLM(config))
+    return Model(
+        hf, SimpleNamespace(tokenizer=tokenizer, image_processor=images), "tiny mPLUG-Owl2"
+    )
+
+
 FAMILIES = {
     "blip-captioning": blip_captioning,
     "blip2-opt": blip2,
@@ -212,4 +238,5 @@ FAMILIES = {
     "paligemma": paligemma,
     "llava-next": llava_next,
     "mllama": mllama,
+    "mplug-owl2": mplug_owl2,
 }

@@ -40,7 +40,11 @@ def expressions(model: Model) -> list[str]:
     for tower, shape in model.shapes.items():
         found += [f"{tower}.*.{kind}@{at}" for kind in shape.kinds for at in ("*", "all")]
         found += [f"{tower}.*.{kind}.h*@*" for kind in shape.heads]
-        found += [f"{tower}.*.mlp.n3@*", f"{tower}.*/3.attn@*", f"{tower}.*/3.resid@*"]
+        found += [
+            f"{tower}.*.mlp.n3@*",
+            f"{tower}.*/3.{next(iter(shape.heads))}@*",
+            f"{tower}.*/3.resid@*",
+        ]
     tower = reader(model)
     found.append(f"{tower}.*.resid@answer")
     if model.prepare(example()).clean.layout[tower].image:
@@ -88,7 +92,14 @@ def compare(model, pair, direction):
         )
 
 
-ONE_PICTURE = {"blip-captioning", "blip2-opt", "blip2-t5", "instructblip-vicuna", "instructblip-t5"}
+ONE_PICTURE = {
+    "blip-captioning",
+    "blip2-opt",
+    "blip2-t5",
+    "instructblip-vicuna",
+    "instructblip-t5",
+    "mplug-owl2",
+}
 
 
 @pytest.mark.parametrize("name", sorted(set(MADE) - ONE_PICTURE))
@@ -114,7 +125,7 @@ def test_families_of_one_picture(name):
         made(name).prepare(example(more_images=(picture(3),)))
 
 
-@pytest.mark.parametrize("name", MADE)
+@pytest.mark.parametrize("name", sorted(set(MADE) - {"mplug-owl2"}))  # its code is the user's
 def test_a_saved_folder_is_loaded(name, tmp_path):
     """By the loading code that published checkpoints go through."""
     model = made(name)
@@ -140,20 +151,16 @@ def test_where_words_and_patches_are(name):
 
 @pytest.mark.parametrize("name", MADE)
 def test_attention_is_what_the_model_pays(name):
-    """Its heads' outputs are the attention times the values: rows of weights that sum to one."""
+    """For every tower that tells it: rows of weights that sum to one, over all that is attended to."""
     model = made(name)
-    if model.family.towers["decoder"].flow == "plain":
-        pytest.skip("T5 keeps its attention to itself")
     inputs = model.prepare(example()).clean
-    last = len(inputs.layout["decoder"].tokens) - 1
-    paid = model.attention(inputs, "decoder", "attn", [last, 2])
-    torch.testing.assert_close(paid.sum(-1), torch.ones(paid.shape[:-1]))
-    assert (paid >= 0).all()
     for tower, table in model.family.towers.items():
+        last = len(inputs.layout[tower].tokens) - 1
         for kind in table.attention:
-            paid = model.attention(inputs, tower, kind, [0])
+            paid = model.attention(inputs, tower, kind, [0, last])
             assert paid.shape[0] == len(model.shapes[tower].having(kind))
             assert paid.shape[-1] == len(inputs.layout[model.attended(tower, kind)].tokens)
+            assert (paid >= 0).all()
             torch.testing.assert_close(paid.sum(-1), torch.ones(paid.shape[:-1]))
 
 

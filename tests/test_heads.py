@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from models import blip, example, picture
+from models import blip, example, llava, picture
 from PIL import Image
 from planted import TRUTH, planted, planted_examples
 
@@ -150,6 +150,32 @@ def test_the_tables_are_written(tmp_path):
         "together.csv",
     }
     assert len(table.functions) == 4
+
+
+def test_patches_of_the_part_that_the_model_sees():
+    """LLaVA 1.5 cuts out the middle of a wide picture: what is left of it is not covered by patches."""
+    mask = Image.new("L", (40, 20))
+    mask.paste(255, (10, 0, 20, 10))
+    wide = example(clean_image=Image.new("RGB", (40, 20)), masks={"object": mask})
+    model = llava()
+    model.processor.image_processor.size = {"shortest_edge": 12}
+    model.processor.image_processor.do_center_crop = True
+    view = model.view(wide.clean_image)
+    assert view == (10, 0, 30, 20)
+    assert heads.covered(wide, "object", (2, 2), view).tolist() == [[True, False], [False, False]]
+    assert model.seen(mask).size == (20, 20)
+    left = Image.new("RGB", (40, 20), "blue")
+    left.paste("red", (0, 0, 5, 20))  # resizing blurs what is close
+    prompt = "is this circle red or blue ?"
+    same = [
+        model.inputs(x, prompt).tensors["pixel_values"]
+        for x in (left, Image.new("RGB", (40, 20), "blue"))
+    ]
+    torch.testing.assert_close(*same)
+    model.processor.image_processor.do_pad = (
+        True  # as LLaVA's own processor: to a square, around it
+    )
+    assert model.view(wide.clean_image) == (0, -10, 40, 30)
 
 
 def test_covered_patches():

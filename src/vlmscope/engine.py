@@ -187,7 +187,7 @@ class Sweep:
         """One plain run. An image that was seen is not encoded again, unless it is looked into."""
         model, first = self.model, self.towers[0]
         inside = any(p.tower == first and p.kind != "output" for p in points)
-        key = id(inputs.tensors["pixel_values"])
+        key = id(inputs.tensors[self.model.family.pixels])
         whole = self.model.family.towers[first].output
         known = None if inside or not whole else seen.get(key)
         trace = Trace(torch.empty(0), {})

@@ -289,8 +289,8 @@ class _Study:
     def _attend(self, seen: _Seen, key: Key, at: Sequence[int], residual: Tensor) -> None:
         tower = self.model.attended(*key)
         layout = seen.pair.clean.layout[tower]
-        if not layout.cells:
-            return  # this attention does not look at the image
+        if not layout.cells or key[1] not in self.model.family.towers[key[0]].attention:
+            return  # this attention does not look at the image, or is not told
         paid = self.model.attention(seen.pair.clean, *key, at).mean(2).double().cpu().numpy()
         average = paid.mean((0, 1))
         columns = grid(layout)[1]

@@ -25,7 +25,7 @@ from PIL import Image
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
-from transformers import BitsAndBytesConfig, PreTrainedModel, ProcessorMixin
+from transformers import BitsAndBytesConfig, PreTrainedModel
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import cached_file, logging
@@ -58,12 +58,13 @@ class Model:
     """A vision-language model that can be run with edits and looked into.
 
     `hf` is the Hugging Face model (in evaluation mode), `shapes` says which sites each tower has.
-    Make one with `vlmscope.load`, or from objects you have: `Model(hf, processor)`.
+    Make one with `vlmscope.load`, or from objects you have: `Model(hf, processor)`; then call `verify`,
+    as `load` does. A processor is whatever the family's `encode` takes: it has a `tokenizer`.
 
     Raises `ModelError` if the model is of no supported family or does not fit its family's table.
     """
 
-    def __init__(self, hf: PreTrainedModel, processor: ProcessorMixin, name: str = "model") -> None:
+    def __init__(self, hf: PreTrainedModel, processor: Any, name: str = "model") -> None:
         self.hf = hf.eval()
         self.processor = processor
         self.name = name
@@ -153,7 +154,8 @@ class Model:
         self._check_positions(clean, corrupt)
         tensors, layout = dict(corrupt.tensors), dict(corrupt.layout)
         if example.corrupt_image is None:  # the same tensor, so that nobody encodes it twice
-            tensors["pixel_values"] = clean.tensors["pixel_values"]
+            pixels = self.family.pixels
+            tensors[pixels] = clean.tensors[pixels]
         for tower, there in clean.layout.items():  # the prompts align: roles stand where they stood
             layout[tower] = replace(there, tokens=layout[tower].tokens)
         return Pair(clean, Inputs(tensors, layout), answer, foil)
@@ -471,8 +473,8 @@ class Model:
     def _shape(self, tower: str) -> Shape:
         table = self.family.towers[tower]
         config = self.hf.config
-        for part in table.config.split("."):
-            config = getattr(config, part)
+        for part in filter(None, table.config.split(".")):
+            config = _entry(config, part)
         blocks = self.blocks(tower)
         widths: dict[str, int] = {}
         lacks: dict[str, frozenset[int]] = {}
@@ -491,7 +493,7 @@ class Model:
                     lacks[kind] = missing
         kinds = ["resid_pre", *(k for k in ("attn", "cross", "mlp") if k in widths), "resid"]
         heads: dict[str, int] = {
-            kind: getattr(config, table.heads) for kind in ("attn", "cross") if kind in widths
+            kind: _entry(config, table.heads) for kind in ("attn", "cross") if kind in widths
         }
         for kind, many in heads.items():
             if widths[kind] % many:
@@ -509,6 +511,11 @@ def _has(block: nn.Module, path: str) -> bool:
     except AttributeError:
         return False
     return True
+
+
+def _entry(config: Any, name: str) -> Any:
+    """A part of a config, which may be a dictionary."""
+    return config[name] if isinstance(config, Mapping) else getattr(config, name)
 
 
 def _size(module: nn.Module, side: str) -> int:
@@ -583,6 +590,8 @@ def load(
         raise ModelError(f"no model '{name}': not a folder, not a Hugging Face id, and not one of the "
                          f"built-in toys ({', '.join(toys())})")  # fmt: skip
     family = _family(*_kind(_config(path)), str(name))
+    if family.model is None:
+        raise _own_code(family, name)
     if Path(path).is_dir():
         _check_weights(Path(path))
     with _one_line(name):
@@ -625,9 +634,10 @@ def free_memory(device: torch.device) -> int:
 
 def _check_memory(family: Family, path: str | Path, dtype: str, place: torch.device) -> None:
     """Refuse weights that do not fit, before the system stops the process."""
-    config = family.model.config_class.from_pretrained(path)
+    made: Any = family.model
+    config = made.config_class.from_pretrained(path)
     with torch.device("meta"):
-        weights = sum(one.numel() for one in family.model(config).parameters())
+        weights = sum(one.numel() for one in made(config).parameters())
     bits = 4.5 if dtype == QUANTIZED else torch.finfo(DTYPES[dtype]).bits
     need, free = weights * bits / 8, free_memory(place)
     if need > free:
@@ -649,6 +659,8 @@ def tokenizer(name: str | Path) -> Callable[[str], int]:
     """
     path = toys().get(str(name), name)
     family = _family(*_kind(_config(path)), str(name))
+    if family.processor is None:
+        raise _own_code(family, name)
     with _one_line(name):
         own = family.processor.from_pretrained(path, trust_remote_code=False).tokenizer
     return lambda word: len(own(word, add_special_tokens=False)["input_ids"])
@@ -743,6 +755,13 @@ def _family(architectures: Sequence[str], language: str | None, name: str) -> Fa
     raise ModelError(
         f"{name} {what}, which is not supported; docs/add-a-family.md says how to add it; "
         f"supported: {', '.join(names)}"
+    )
+
+
+def _own_code(family: Family, name: str | Path) -> ModelError:
+    return ModelError(
+        f"{name} is a {family.architecture}, for which transformers has no code; load it with the code "
+        "that was published with it, and use vlmscope.Model(hf, processor) in Python"
     )
 
 

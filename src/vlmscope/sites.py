@@ -66,7 +66,8 @@ class Shape:
 
     def having(self, kind: str) -> list[int]:
         """The layers that have a kind."""
-        return [n for n in range(self.layers) if n not in self.lacks.get(kind, ())]
+        lacks = self.lacks.get(kind, ()) if kind in self.kinds else range(self.layers)
+        return [n for n in range(self.layers) if n not in lacks]
 
 
 @dataclass(frozen=True)

@@ -30,11 +30,13 @@ class Tower:
     the attended image can be laid end to end, as one row. `attention` names, by kind, the modules
     that pay attention: through transformers' attention interface, or their second output is what they
     paid; `reads` is the tower that `cross` attends to.
+    `config` is the part of the model's config that says how many `heads` there are: attributes or
+    entries with dots between them, empty for the config itself.
     """
 
     blocks: str
     config: str
-    attn: str
+    attn: str | None
     mlp: str
     cross: str | None = None
     output: str | None = None
@@ -49,7 +51,13 @@ class Tower:
 
 def whole(processor: Any, image: Image.Image) -> Box:
     """All of a picture, whatever its shape: left, top, right, bottom in pixels."""
-    return 0, 0, *image.size
+    return 0.0, 0.0, float(image.width), float(image.height)
+
+
+def _plain_only(*_: object) -> Tensor:
+    raise NotImplementedError(
+        "a tower whose flow is not 'plain' needs its family's leave and finish"
+    )
 
 
 @dataclass(frozen=True)
@@ -61,30 +69,33 @@ class Family:
     - `blank(hf)`: the smallest valid `Inputs`, for `verify`; by default a small picture is encoded.
     - `leave(hf, tower, hidden)`: from the last block's output to the tower's output.
     - `finish(hf, inputs, tower, output)`: from a tower's output, many rows of it, to the logits at
-      the read-out position, through all that follows.
+      the read-out position, through all that follows. It and `leave` are for towers whose flow is
+      not `plain`, and `finish` for a vision tower that has an `output`.
     - `generate(hf, inputs, **options)`: the answer's token ids, by the model's own generation.
     - `cache()`: an object in which a `fold` module keeps the image's keys and values.
     - `options(processor, prompt, answer)`: the token ids of an answer as they would follow the prompt,
       with the token that ends it.
-    - `keywords`: what else the model is called with.
+    - `keywords`: what else the model is called with, `pixels`: the one that the picture goes by.
+    - `model`, `processor`: what `load` loads; None where transformers has no code for the class.
     - `variant`: the type of the language model, where a class of Hugging Face has several.
     - `view(processor, image)`: the part of a picture that the grid of patches covers.
     """
 
     name: str
     architecture: str
-    model: type[PreTrainedModel]
+    model: type[PreTrainedModel] | None
     processor: Any
     towers: Mapping[str, Tower]
     logits: str
     encode: Callable[..., Inputs]
     blank: Callable[[Any], Inputs] | None
-    leave: Callable[[Any, str, Float[Tensor, "rows pos width"]], Float[Tensor, "rows pos width"]]
-    finish: Callable[..., Float[Tensor, "rows vocabulary"]]
     generate: Callable[..., Tensor]
     cache: Callable[[], Any]
     options: Callable[[Any, str, str], list[int]]
+    leave: Callable[..., Float[Tensor, "rows pos width"]] = _plain_only
+    finish: Callable[..., Float[Tensor, "rows vocabulary"]] = _plain_only
     keywords: Mapping[str, Any] = field(default_factory=dict)
+    pixels: str = "pixel_values"
     variant: str | None = None
     view: Callable[[Any, Image.Image], Box] = whole
 
@@ -97,10 +108,10 @@ def one_picture(many: int) -> None:
 
 def families() -> tuple[Family, ...]:
     """The supported families."""
-    from vlmscope.families import blip, blip2, gemma, llava, mllama, qwen, tiled
+    from vlmscope.families import blip, blip2, gemma, llava, mllama, mplug_owl2, qwen, tiled
 
     return (
         blip.VQA, blip.CAPTION, *blip2.FAMILIES, llava.LLAVA, llava.NEXT, tiled.ONEVISION,
         qwen.QWEN2, qwen.QWEN2_5, qwen.QWEN3, gemma.GEMMA3, gemma.PALIGEMMA, tiled.SMOLVLM,
-        tiled.IDEFICS3, tiled.INTERNVL, mllama.MLLAMA,
+        tiled.IDEFICS3, tiled.INTERNVL, mllama.MLLAMA, mplug_owl2.MPLUG_OWL2,
     )  # fmt: skip

@@ -60,7 +60,7 @@ def view(processor: Any, image: Image.Image) -> Box:
         image.height, image.width, images.max_image_tiles, tile
     )
     down, across = get_image_size_fit_to_canvas(image.height, image.width, height, width, tile)
-    return 0, 0, width * image.width / across, height * image.height / down
+    return 0.0, 0.0, width * image.width / across, height * image.height / down
 
 
 DECODER = replace(
