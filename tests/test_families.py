@@ -14,6 +14,7 @@ from models import example, llava, picture
 
 from vlmscope import corrupt, engine, reference
 from vlmscope.errors import ExampleError, ModelError, SiteError
+from vlmscope.inputs import Edit
 from vlmscope.model import Model, load
 from vlmscope.sites import Site, expand, grid, place
 
@@ -135,6 +136,38 @@ def test_a_saved_folder_is_loaded(name, tmp_path):
     one = replace(example(), corrupt_prompt=None)
     mine, theirs = (m.run(m.prepare(one).corrupt) for m in (model, loaded))
     torch.testing.assert_close(theirs, mine, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", MADE)
+def test_generation_under_edits(name):
+    """Word by word what a run with the same edits finds likeliest behind what was said."""
+    model = made(name)
+    one = example()
+    edits = [
+        Edit(Site.parse(text), "scale", 0.0)
+        for text in (f"{reader(model)}.0.attn.h0@all", "decoder.0.mlp@0", "vision.0.attn@all")
+    ]
+    plain = model.inputs(one.clean_image, one.clean_prompt)
+    said: list[int] = []
+    for _ in range(4):
+        run = model.family.encode(
+            model.hf, model.processor, [one.clean_image], one.clean_prompt, {}, said
+        )
+        placed = [replace(e, site=s) for e in edits for s, _ in model.placed(e.site, plain)]
+        each = [
+            replace(e, site=replace(e.site, position=str(p)))
+            for e in placed
+            for p in model.placed(e.site, plain)[0][1]
+        ]
+        said.append(int(model.run(run, each).argmax()))
+        special = {
+            model.processor.tokenizer.eos_token_id,
+            getattr(model.hf.config, "image_token_id", -1),
+        }
+        if said[-1] in special:
+            break
+    words = model.processor.tokenizer.decode(said, skip_special_tokens=True).strip()
+    assert model.answer(plain, edits).startswith(words)
 
 
 @pytest.mark.parametrize("name", MADE)

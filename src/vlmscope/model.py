@@ -391,23 +391,25 @@ class Model:
     @torch.inference_mode()
     def answer(self, inputs: Inputs, edits: Iterable[Edit] = ()) -> str:
         """What the model says: its own greedy generation, as text."""
-        edits = list(edits)
-        # Edits count positions from the start: in the tower that generates, every step sees all.
-        whole = any(e.site.tower == list(self.family.towers)[-1] for e in edits)
-        with self.editing(inputs, edits):
-            ids = self.family.generate(self.hf, inputs, max_new_tokens=20, use_cache=not whole)
+        with self.editing(inputs, edits, generating=True):
+            ids = self.family.generate(self.hf, inputs, max_new_tokens=20)
         return self.processor.tokenizer.decode(ids, skip_special_tokens=True).strip()
 
     @contextmanager
-    def editing(self, inputs: Inputs, edits: Iterable[Edit]) -> Iterator[None]:
-        """Within this context every run of the model, in any number of rows, has the edits."""
+    def editing(
+        self, inputs: Inputs, edits: Iterable[Edit], generating: bool = False
+    ) -> Iterator[None]:
+        """Within this context every run of the model, in any number of rows, has the edits.
+
+        Where one generation is run, they are made as the model reads the prompt; a step behind it that
+        sees only what was said last has what came before in its cache.
+        """
         with hooks() as hook:
             for edit in edits:
                 for site, at in self.placed(edit.site, inputs):
-                    one = Edit(site, edit.op, edit.value)
                     hook(
                         *self.module(site.point, inputs),
-                        lambda x, e=one, at=at: self.edited(x, e, at),
+                        _Change(self, Edit(site, edit.op, edit.value), at, generating),
                     )
             yield
 
@@ -503,6 +505,20 @@ class Model:
         if table.output:
             kinds.append("output")
         return Shape(len(blocks), tuple(kinds), heads, widths["mlp"], width, lacks)
+
+
+class _Change:
+    """One edit, made in every call, or while generating in those that see the prompt."""
+
+    def __init__(self, model: Model, edit: Edit, at: Sequence[int], generating: bool) -> None:
+        self.model, self.edit, self.at, self.generating = model, edit, at, generating
+        self.longest = 0
+
+    def __call__(self, x: Float[Tensor, "rows pos width"]) -> Tensor:
+        if self.generating and x.shape[1] <= self.longest:
+            return x
+        self.longest = x.shape[1]
+        return self.model.edited(x, self.edit, self.at)
 
 
 def _has(block: nn.Module, path: str) -> bool:
