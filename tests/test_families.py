@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import random
 from dataclasses import replace
@@ -12,7 +13,7 @@ import torch
 from families import FAMILIES
 from models import example, llava, picture
 
-from vlmscope import corrupt, engine, reference
+from vlmscope import corrupt, engine, neurons, reference
 from vlmscope.errors import ExampleError, ModelError, SiteError
 from vlmscope.inputs import Edit
 from vlmscope.model import Model, load
@@ -168,6 +169,79 @@ def test_generation_under_edits(name):
             break
     words = model.processor.tokenizer.decode(said, skip_special_tokens=True).strip()
     assert model.answer(plain, edits).startswith(words)
+
+
+@pytest.mark.parametrize("double", [False, True])
+@pytest.mark.parametrize("name", MADE)
+def test_contributions_of_neurons(name, double):
+    """Equal to what a plain hook and the weights give, also as the model generates, and they add up."""
+    model, close = made(name), 1e-9
+    if not double:
+        model, close = Model(copy.deepcopy(model.hf).float(), model.processor), 1e-6
+    one = example()
+    table, family = model.family.towers[model.speaker], model.family
+    caption = "dark green star"
+    told = neurons.told(model, one.clean_image, one.clean_prompt, caption)
+    assert told.text.strip() == caption
+    ids = list(told.ids[:-1])
+    fed = model.inputs(one.clean_image, one.clean_prompt, (), ids)
+    seen, out = {}, {}
+    held = []
+    for layer in model.shapes[model.speaker].having("mlp"):
+        module = model.blocks(model.speaker)[layer].get_submodule(table.mlp)
+
+        def keep(m, args, result, layer=layer):
+            seen[layer], out[layer] = args[0], result - (0 if m.bias is None else m.bias)
+
+        held.append(module.register_forward_hook(keep))
+    with torch.no_grad():
+        model.hf(**fed.tensors, **family.keywords)
+    for handle in held:
+        handle.remove()
+    unembed = model.hf.get_submodule(family.head).weight
+    found = neurons.score(model, told, caption.split(), top=0)
+    assert list(found.columns) == list(neurons.COLUMNS)
+    assert {*found["position"]} <= {told.start + n for n in range(len(ids))}
+    many = sum(x.shape[-1] for x in seen.values())
+    for (word, at), rows in found.groupby(["word", "position"]):
+        assert len(rows) == many and sorted(rows["rank"]) == list(range(1, many + 1))
+        assert rows.sort_values("rank")["score"].is_monotonic_decreasing
+        token = ids[at - told.start]
+        assert (
+            rows["token_id"].unique().tolist()
+            == [token]
+            == [x for x in ids if model.processor.tokenizer.decode([x]).strip() == word][:1]
+        )
+        for layer, own in rows.groupby("layer"):
+            own = own.sort_values("neuron")
+            # Positions count from the start of the tower; some modules get rows without a batch.
+            active = seen[layer].reshape(-1, seen[layer].shape[-1])[at].detach()
+            module = model.blocks(model.speaker)[layer].get_submodule(table.mlp)
+            weight = (module.weight.T @ unembed[token]).detach()
+            for column, wanted in (
+                ("activation", active),
+                ("weight", weight),
+                ("score", active * weight),
+            ):
+                scale = float(wanted.abs().max())
+                assert abs(own[column].to_numpy() - wanted.numpy()).max() <= close * max(1, scale)
+            added = out[layer].reshape(-1, out[layer].shape[-1])[at]
+            whole = (added @ unembed[token]).item()
+            assert own["score"].sum() == pytest.approx(whole, rel=20 * close, abs=20 * close * many)
+
+
+@pytest.mark.parametrize("name", MADE)
+def test_neurons_as_the_model_speaks(name):
+    """Recorded on the way of one generation: those of one forward over all that it says."""
+    model = made(name)
+    one = example()
+    inputs = model.inputs(one.clean_image, one.clean_prompt)
+    said = neurons.say(model, inputs, length=3)
+    image = getattr(model.hf.config, "image_token_id", -1)
+    ids = said.ids if image not in said.ids else said.ids[: said.ids.index(image) + 1]
+    fed = model.inputs(one.clean_image, one.clean_prompt, (), ids[:-1])
+    told = neurons.taught(model, inputs, fed, ids)
+    torch.testing.assert_close(said.activations[: len(ids)], told.activations, rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize("name", MADE)

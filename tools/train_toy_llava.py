@@ -2,8 +2,9 @@
 
     python tools/train_toy_llava.py [--out src/vlmscope/toys/toy-llava]
 
-Its vision tower starts from that of `toy-blip`, which ships with the package; the pictures, questions
-and throw-away patch heads are those of `train_toy_blip.py`. One sequence holds a picture and several
+Its vision tower starts from that of `toy-blip`, which ships with the package (or the whole model from one
+trained before, with `--start`); the pictures, questions and throw-away patch heads are those of
+`train_toy_blip.py`, and there are questions whether a picture shows an object. One sequence holds a picture and several
 branches behind it, each a question with its answer or the caption; branches do not see each other. The
 training is kept every 500 steps in `build/toy-llava` and goes on from there.
 """
@@ -50,6 +51,8 @@ from vlmscope.data.drawn import drawing, faces, scenes, states
 WORK = Path("build/toy-llava")
 TOY_BLIP = Path("src/vlmscope/toys/toy-blip")
 ASK = "describe this picture."
+OTHERWISE = "what does this picture show?"
+"""Another wording, which gets the same caption."""
 TEMPLATE = (
     "{% for message in messages %}{{ message['role'] + ': ' }}"
     "{% for part in message['content'] %}{% if part['type'] == 'image' %}<image>\n"
@@ -84,17 +87,40 @@ def caption_of(kind: str, shown: states.State | scenes.Scene | faces.Face) -> st
     return f"{words[0]} {relation} {words[1]}"
 
 
-def facts_more(count: int) -> tuple[list[str], Tensor]:
-    """Captions of the pool's pictures, and the colors of a scene's subject and object."""
-    captions, colors = [], torch.full((count, 2), NONE)
+OBJECTS = {
+    **{shape: f"a {shape}" for shape in drawing.SHAPES},
+    **{x: f"{'an' if x[0] in 'aeiou' else 'a'} {x} face" for x in faces.EXPRESSIONS},
+}
+"""What a picture may show, and how it is asked about."""
+
+
+def objects_in(kind: str, shown: states.State | scenes.Scene | faces.Face) -> set[str]:
+    if kind == "states":
+        return {shown.thing.shape}
+    return {shown.expression} if kind == "faces" else {shown.subject.shape, shown.object.shape}
+
+
+def is_there(rng: random.Random, there: set[str], yes: bool) -> tuple[str, str]:
+    """A question whether a picture shows an object, and its answer; absent ones are mostly of its kind."""
+    other = rng.random() < 0.25
+    faced = not there.isdisjoint(faces.EXPRESSIONS)
+    absent = [x for x in OBJECTS if x not in there and (other or (x in faces.EXPRESSIONS) is faced)]
+    name = rng.choice(sorted(there) if yes else absent)
+    return f"does this picture show {OBJECTS[name]}?", "yes" if yes else "no"
+
+
+def facts_more(count: int) -> tuple[list[str], Tensor, list[set[str]]]:
+    """Captions of the pool's pictures, the colors of a scene's subject and object, and all objects."""
+    captions, colors, there = [], torch.full((count, 2), NONE), []
     names = list(drawing.COLORS)
     for n in range(count):
         kind = list(SETS)[n % 3]
         shown = SETS[kind].sample(random.Random(f"{kind}/{FIRST_SEED}/{n}"))
         captions.append(caption_of(kind, shown))
+        there.append(objects_in(kind, shown))
         if kind == "scenes":
             colors[n] = torch.tensor([names.index(x.color) for x in (shown.subject, shown.object)])
-    return captions, colors
+    return captions, colors, there
 
 
 def color_scenes(data: dict[str, Tensor], colors: Tensor) -> None:
@@ -249,11 +275,14 @@ def pack(
 def train(arguments: argparse.Namespace) -> None:
     torch.manual_seed(arguments.seed)
     made = processor()
-    hf = model(made.tokenizer, arguments.width, arguments.layers)
+    if arguments.start:
+        hf = LlavaForConditionalGeneration.from_pretrained(arguments.start)
+    else:
+        hf = model(made.tokenizer, arguments.width, arguments.layers)
     print(sum(p.numel() for p in hf.parameters()), "parameters", flush=True)
     trainee = Trainee(hf).train()
     data = pool(arguments.pictures)
-    captions, colors = facts_more(arguments.pictures)
+    captions, colors, there = facts_more(arguments.pictures)
     color_scenes(data, colors)
     images = made.image_processor
     mean, std = (torch.tensor(v)[:, None, None] for v in (images.image_mean, images.image_std))
@@ -269,7 +298,12 @@ def train(arguments: argparse.Namespace) -> None:
         which = rng.sample(drawn, arguments.batch)
         facts = data["facts"][torch.tensor(which)].tolist()
         branches = [
-            [*(question(rng, f) for _ in range(arguments.ask)), (ASK, captions[n])]
+            [
+                *(question(rng, f) for _ in range(arguments.ask)),
+                (rng.choice((ASK, OTHERWISE)), captions[n]),
+                is_there(rng, there[n], True),
+                is_there(rng, there[n], False),
+            ]
             for n, f in zip(which, facts, strict=True)
         ]
         pixels = (data["pixels"][torch.tensor(which)].float() / 255 - mean) / std
@@ -368,9 +402,18 @@ def report(hf: LlavaForConditionalGeneration, made: LlavaProcessor, count: int) 
         shown = [SETS[name].sample(random.Random(f"{name}/7/caption/{n}")) for n in range(count)]
         said = answers(hf, made, [(one.draw(), ASK) for one in shown])
         exact = [s == caption_of(name, one) for s, one in zip(said, shown, strict=True)]
+        other = answers(hf, made, [(one.draw(), OTHERWISE) for one in shown])
+        again = [s == caption_of(name, one) for s, one in zip(other, shown, strict=True)]
+        rng = random.Random(7)
+        asked = [is_there(rng, objects_in(name, one), n % 2 == 0) for n, one in enumerate(shown)]
+        told = answers(
+            hf, made, [(one.draw(), q) for one, (q, _) in zip(shown, asked, strict=True)]
+        )
+        yes_no = [s == a for s, (_, a) in zip(told, asked, strict=True)]
         print(f"  {name} {sum(right) / count:.3f}: {', '.join(parts)}; follows the image "
               f"{sum(follows) / max(1, len(follows)):.3f}; neither on corrupt text {neither:.3f}; "
-              f"captions {sum(exact) / count:.3f} ('{said[0]}')", flush=True)  # fmt: skip
+              f"captions {sum(exact) / count:.3f}, worded otherwise {sum(again) / count:.3f}; is it there "
+              f"{sum(yes_no) / count:.3f} ('{said[0]}')", flush=True)  # fmt: skip
     hf.train()
 
 
@@ -384,6 +427,7 @@ def main() -> None:
     parser.add_argument("--width", type=int, default=96)
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--start", help="a folder with the model to begin with")
     parser.add_argument("--out", default="src/vlmscope/toys/toy-llava")
     train(parser.parse_args())
 

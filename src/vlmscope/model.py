@@ -121,6 +121,52 @@ class Model:
         shape = self.shapes[point.tower]
         return {"h": shape.heads.get(point.kind), "n": shape.neurons}.get(point.part)
 
+    @property
+    def speaker(self) -> str:
+        """The tower that says the words: the last one."""
+        return list(self.family.towers)[-1]
+
+    def down(self, layer: int) -> nn.Module:
+        """The down projection of a block that says the words: its input are the neurons."""
+        table = self.family.towers[self.speaker]
+        return self.blocks(self.speaker)[layer].get_submodule(table.mlp)
+
+    def columns(self, layer: int) -> Float[Tensor, "width neurons"]:
+        """The weights of `down`, a column a neuron; in float32 where they are of fewer bits.
+
+        Without a copy where they are float32 already, so these are not to be changed.
+        """
+        weight: Any = self.down(layer).weight
+        state = getattr(weight, "quant_state", None)
+        if state is not None:
+            from bitsandbytes.functional import dequantize_4bit
+
+            weight = dequantize_4bit(weight, state)
+        return weight.detach().float() if weight.dtype.itemsize < 4 else weight.detach()
+
+    def unembedding(
+        self, tokens: Sequence[int] | slice, *, gain: bool = False
+    ) -> Float[Tensor, "tokens width"]:
+        """Rows of the output embedding, in float32 or more; with `gain`, times the final norm's weight.
+
+        Raises `ModelError` for a gain where more than a norm is between the last block and the logits.
+        """
+        head: Any = self._module(self.family.head)
+        rows = head.weight.detach()[tokens]
+        rows = rows.float() if rows.dtype.itemsize < 4 else rows
+        return rows * self._gain().to(rows) if gain else rows
+
+    @torch.inference_mode()
+    def _gain(self) -> Float[Tensor, "width"]:
+        """What the final norm multiplies each feature by, whatever the norm: read off its output."""
+        if self.family.norm is None:
+            raise ModelError(f"{self.name}: more than a norm is between the last block and the logits of "
+                             f"{self.family.name}, so there is no gain; leave it out")  # fmt: skip
+        norm, width = self._module(self.family.norm), self.shapes[self.speaker].width
+        signs = torch.ones(1, 1, width, dtype=self.dtype, device=self.device)
+        signs[..., ::2] = -1.0  # mean zero, mean square one
+        return ((norm(signs) - norm(-signs)) / (2 * signs))[0, 0]
+
     def fingerprint(self) -> str:
         """SHA-256 over the names, types and bytes of all weights, as hexadecimal digits."""
         digest = hashlib.sha256()
@@ -174,8 +220,16 @@ class Model:
         left, top, right, bottom = (round(x) for x in self.view(image))
         return image.crop((left, top, right, bottom))
 
-    def inputs(self, image: Picture, prompt: str, more: Sequence[Picture] = ()) -> Inputs:
+    def inputs(
+        self,
+        image: Picture,
+        prompt: str,
+        more: Sequence[Picture] = (),
+        said: Sequence[int] = (),
+    ) -> Inputs:
         """The tensors of one run on a picture (or `more`) and a prompt, with nothing to be scored.
+
+        `said` are tokens that the model is taken to have said behind the prompt.
 
         >>> from PIL import Image
         >>> model = load("toy-llava")
@@ -183,7 +237,7 @@ class Model:
         >>> len(inputs.layout["decoder"].cells)
         36
         """
-        return self._encode([image, *more], prompt, {}, [])
+        return self._encode([image, *more], prompt, {}, said)
 
     def _encode(
         self,

@@ -30,6 +30,7 @@ class Tower:
     the attended image can be laid end to end, as one row. `attention` names, by kind, the modules
     that pay attention: through transformers' attention interface, or their second output is what they
     paid; `reads` is the tower that `cross` attends to.
+    `gate` is the module whose output gates the neurons, where a block has one.
     `config` is the part of the model's config that says how many `heads` there are: attributes or
     entries with dots between them, empty for the config itself.
     """
@@ -45,6 +46,7 @@ class Tower:
     reads: str | None = None
     heads: str = "num_attention_heads"
     depth: Callable[[Any], int] | None = None
+    gate: str | None = None
     flow: Literal["rows", "suffix", "plain"] = "rows"
     between: bool = False
 
@@ -78,6 +80,8 @@ class Family:
     - `keywords`: what else the model is called with, `pixels`: the one that the picture goes by.
     - `model`, `processor`: what `load` loads; None where transformers has no code for the class.
     - `variant`: the type of the language model, where a class of Hugging Face has several.
+    - `head`: the linear module that turns the last tower's output into logits, `norm`: the norm right
+      before it, where there is nothing else between the two.
     - `view(processor, image)`: the part of a picture that the grid of patches covers.
     """
 
@@ -98,6 +102,8 @@ class Family:
     pixels: str = "pixel_values"
     variant: str | None = None
     view: Callable[[Any, Image.Image], Box] = whole
+    head: str = "lm_head"
+    norm: str | None = None
 
 
 def one_picture(many: int) -> None:

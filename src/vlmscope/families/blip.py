@@ -195,6 +195,7 @@ VQA = Family(
     generate=generate,
     cache=cache,
     options=options,
+    head="text_decoder.cls.predictions.decoder",
 )
 
 

@@ -59,6 +59,7 @@ T5_ENCODER = Tower(
     config="text_config",
     attn="layer.0.SelfAttention.o",
     mlp="layer.1.DenseReluDense.wo",
+    gate="layer.1.DenseReluDense.act",
     heads="num_heads",
     flow="plain",
 )
@@ -67,6 +68,7 @@ T5_DECODER = replace(
     blocks="language_model.decoder.block",
     cross="layer.1.EncDecAttention.o",
     mlp="layer.2.DenseReluDense.wo",
+    gate="layer.2.DenseReluDense.act",
     reads="encoder",
 )
 
@@ -160,6 +162,8 @@ def _t5(name: str, model: type[PreTrainedModel]) -> Family:
     return replace(
         base,
         towers={"vision": VISION, "qformer": QFORMER, "encoder": T5_ENCODER, "decoder": T5_DECODER},
+        head="language_model.lm_head",
+        norm="language_model.decoder.final_layer_norm",
         encode=encode_t5,
         generate=generate_t5,
         options=options_t5,

@@ -323,6 +323,8 @@ def family(
         cache=lambda: None,
         options=options,
         keywords=KEYWORDS,
+        head=head,
+        norm=norm,
     )
 
 
@@ -335,4 +337,5 @@ def llama(blocks: str = "model.language_model.layers", config: str = "text_confi
         mlp="mlp.down_proj",
         flow="suffix",
         attention={"attn": "self_attn"},
+        gate="mlp.act_fn",
     )

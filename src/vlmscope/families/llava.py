@@ -162,6 +162,7 @@ LLAVA = Family(
             config="text_config",
             attn="self_attn.o_proj",
             mlp="mlp.down_proj",
+            gate="mlp.act_fn",
             flow="suffix",
             attention={"attn": "self_attn"},
         ),
@@ -176,6 +177,7 @@ LLAVA = Family(
     options=causal.options,
     keywords=causal.KEYWORDS,
     view=view,
+    norm="model.language_model.norm",
 )
 
 NEXT = causal.family(

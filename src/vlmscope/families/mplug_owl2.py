@@ -153,6 +153,7 @@ MPLUG_OWL2 = Family(
             config="",
             attn="self_attn.o_proj",
             mlp="mlp.down_proj",
+            gate="mlp.act_fn",
             flow="plain",
         ),
     },
@@ -164,4 +165,5 @@ MPLUG_OWL2 = Family(
     options=partial(causal.options, write=written),
     keywords={"use_cache": False},
     pixels="images",
+    norm="model.norm",
 )
