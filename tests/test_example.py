@@ -258,6 +258,15 @@ def test_further_pictures(table: Callable[..., Path], tmp_path: Path) -> None:
     assert fingerprint([many]) != fingerprint([replace(many, more_images=many.more_images[::-1])])
 
 
+def test_what_a_picture_shows(table: Callable[..., Path], tmp_path: Path) -> None:
+    [one, two] = read_csv(table(HEADER + ",shows", ROW + ',"Red, traffic light"', ROW + ","))
+    assert (one.shows, one.groups, two.shows) == ({"red", "traffic light"}, {}, frozenset())
+    many = [made(shows=frozenset(("red", "circle"))), made("two")]
+    write_csv(tmp_path / "new.csv", many)
+    assert [e.shows for e in read_csv(tmp_path / "new.csv")] == [{"red", "circle"}, frozenset()]
+    assert fingerprint(many[:1]) == fingerprint([made()]), "labels, which no run reads"
+
+
 def test_what_is_written_reads_back(tmp_path: Path) -> None:
     path = tmp_path / "new" / "set.csv"
     plain = Example("two", drawn(), "Red or blue?", "red", "blue")

@@ -47,6 +47,8 @@ BOX = "box"
 """The same for a box around it, written `left top right bottom`, in pixels of the clean image."""
 MAX_PIXELS = 89_000_000
 """A larger picture is refused before it is decoded (Pillow warns from about this size on)."""
+SHOWS = "shows"
+"""A column of this name holds the words for what the clean image shows, with commas between them."""
 MORE = "image_path"
 """Columns `image_path_2`, `image_path_3`… hold the further pictures of an example."""
 SHOWN = 5
@@ -62,7 +64,8 @@ class Example:
     an object's name to a black and white picture of the size of `clean_image`, white where the
     object is, or to the box around it: left, top, right, bottom in pixels of `clean_image`.
     `more_images` are further pictures that the prompt is about, behind the first and the same in
-    both runs, for models that take several.
+    both runs, for models that take several. `shows` are words for what is known to be in
+    `clean_image`, in small letters: labels, which no run reads.
     """
 
     id: str
@@ -76,6 +79,7 @@ class Example:
     groups: Mapping[str, str] = field(default_factory=dict)
     masks: Mapping[str, Picture | Box] = field(default_factory=dict)
     more_images: tuple[Picture, ...] = ()
+    shows: frozenset[str] = frozenset()
 
 
 def find_roles(prompt: str, words: Mapping[str, str]) -> dict[str, Span]:
@@ -102,7 +106,7 @@ def read_csv(path: Path | str) -> list[Example]:
     be absent, and their cells empty. `id` is optional: by default an example's id is the number
     of its row, counted from 0 as pandas does. `mask_path` and `mask_path_NAME` give masks,
     `box` and `box_NAME` boxes instead; `image_path_2`, `image_path_3`… are further pictures of an
-    example, the same in both runs. Every further column is a group, and where its words stand in the clean prompt also a role of that
+    example, the same in both runs; `shows` are words for what the clean image shows. Every further column is a group, and where its words stand in the clean prompt also a role of that
     name; the roles `answer` and `foil` are always looked up. Columns without a name, as pandas
     writes an index, are left out. Image paths are relative to the file's folder, and are not
     opened here.
@@ -365,7 +369,7 @@ def _example(folder: Path, row: Mapping[str, str]) -> Example:
             kind = MASK if name.startswith(MASK) else BOX
             of = name.removeprefix(f"{kind}_")
             masks[of] = folder / cell if kind == MASK else _box(cell)
-    fixed = {"id", *COLUMNS}
+    fixed = {"id", SHOWS, *COLUMNS}
     groups = {
         name: cell
         for name, cell in row.items()
@@ -388,6 +392,9 @@ def _example(folder: Path, row: Mapping[str, str]) -> Example:
         groups=groups,
         masks=masks,
         more_images=tuple(folder / row[name] for name in further),
+        shows=frozenset(
+            x for x in (x.strip() for x in row.get(SHOWS, "").casefold().split(",")) if x
+        ),
     )
 
 
@@ -445,6 +452,7 @@ def _row(path: Path, number: int, example: Example) -> dict[str, str]:
         "incorrect_answer": example.foil,
         **{f"{MORE}_{n}": place(one, f"image{n}") for n, one in enumerate(example.more_images, 2)},
         **dict(place_mask(*item, index) for index, item in enumerate(example.masks.items())),
+        **({SHOWS: ", ".join(sorted(example.shows))} if example.shows else {}),
         **words,
         **example.groups,
     }
@@ -459,7 +467,7 @@ def _check_row(row: Mapping[str, str], example: Example, duplicate: bool) -> Non
         raise DataError(f"{where}: {problem}")
     for name in (*example.roles, *example.groups):
         own = _is_mask(name) or _is_more(name) or _is_index(name)
-        if name in ("id", *COLUMNS) or own or name != name.strip():
+        if name in ("id", SHOWS, *COLUMNS) or own or name != name.strip():
             raise DataError(f"{where}: a role or group cannot be called {name!r}; rename it")
     back = _example(Path(), row)
     if lost := [name for name, span in example.roles.items() if back.roles.get(name) != span]:

@@ -68,6 +68,8 @@ class Model:
         self.hf = hf.eval()
         self.processor = processor
         self.name = name
+        self.unedited: str | None = None
+        """The fingerprint before edits of the weights, while there are any."""
         language = getattr(hf.config.get_text_config(), "model_type", None)
         self.family = _family([type(hf).__name__], language, name)
         self.shapes = {tower: self._shape(tower) for tower in self.family.towers}
@@ -222,12 +224,14 @@ class Model:
 
     def inputs(
         self,
-        image: Picture,
+        image: Picture | None,
         prompt: str,
         more: Sequence[Picture] = (),
         said: Sequence[int] = (),
     ) -> Inputs:
         """The tensors of one run on a picture (or `more`) and a prompt, with nothing to be scored.
+
+        Without a picture (None) a model that takes such prompts gets the words alone.
 
         `said` are tokens that the model is taken to have said behind the prompt.
 
@@ -237,7 +241,7 @@ class Model:
         >>> len(inputs.layout["decoder"].cells)
         36
         """
-        return self._encode([image, *more], prompt, {}, said)
+        return self._encode([] if image is None else [image, *more], prompt, {}, said)
 
     def _encode(
         self,

@@ -107,9 +107,11 @@ class Family:
 
 
 def one_picture(many: int) -> None:
-    """Raises `ExampleError` if a family whose inputs have one picture is given more."""
+    """Raises `ExampleError` if a family whose inputs have one picture is given more, or none."""
     if many > 1:
         raise ExampleError(f"this model takes one image, the example has {many}; leave one")
+    if not many:
+        raise ExampleError("this model takes no prompt without an image; give one")
 
 
 def families() -> tuple[Family, ...]:

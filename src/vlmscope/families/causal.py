@@ -43,14 +43,14 @@ def written(processor: Any, prompt: str, images: int = 1) -> tuple[str, int]:
     if mark in prompt:
         return prompt, 0
     if not getattr(processor, "chat_template", None):
-        text = f"{mark * images}\n{prompt}"
+        text = f"{mark * images}\n{prompt}" if images else prompt
         return text, len(text) - len(prompt)
     content = [*({"type": "image"} for _ in range(images)), {"type": "text", "text": prompt}]
     text = processor.apply_chat_template(
         [{"role": "user", "content": content}], add_generation_prompt=True
     )
     start = text.rfind(prompt)
-    if start < 0 or mark not in text:
+    if start < 0 or (images and mark not in text):
         raise ExampleError(
             f"the processor's chat template does not write the prompt and one '{mark}'; "
             f"put '{mark}' into the prompt, which is then used as it is"
@@ -93,6 +93,8 @@ def encode(
     `kind` is the token type of what the model says; `write` gives the text that the processor gets.
     """
     text, start = write(processor, prompt, len(pictures))
+    if not pictures:
+        return _alone(hf, processor, text, prefix)
     mark = str(processor.image_token)
     if prompt.count(mark) not in (0, len(pictures)):
         given = f"there are {len(pictures)} images" if len(pictures) > 1 else "there is one image"
@@ -130,6 +132,17 @@ def encode(
         tuple(images),
     )
     return Inputs(tensors, {"vision": vision(hf, tensors), "decoder": layout})
+
+
+def _alone(hf: Any, processor: Any, text: str, prefix: Sequence[int]) -> Inputs:
+    """A prompt without a picture."""
+    ids = [*processor.tokenizer(text)["input_ids"], *prefix]
+    tensors = {
+        "input_ids": torch.tensor([ids]),
+        "attention_mask": torch.ones(1, len(ids), dtype=torch.long),
+    }
+    tokens = tuple(processor.tokenizer.convert_ids_to_tokens(ids))
+    return Inputs(tensors, {"decoder": Layout(tokens, tuple(range(len(ids))))})
 
 
 def processed(processor: Any, pictures: Sequence[Image.Image], text: str) -> dict[str, Tensor]:

@@ -237,4 +237,5 @@ def _example(seed: int, i: int) -> Example:
         roles=find_roles(prompt, {"answer": answer, "foil": foil, "noun": "person"}),
         groups={"kind": "expression", "order": order},
         masks=face.masks(),
+        shows=frozenset((face.expression, "face")),
     )

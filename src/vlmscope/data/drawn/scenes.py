@@ -179,6 +179,7 @@ def _example(seed: int, i: int) -> Example:
         roles=find_roles(prompt, words),
         groups={"kind": kind, "order": order},
         masks=scene.masks(),
+        shows=frozenset(x for one in (scene.subject, scene.object) for x in (one.shape, one.color)),
     )
 
 

@@ -110,4 +110,5 @@ def _example(seed: int, i: int) -> Example:
         roles=find_roles(prompt, {"answer": answer, "foil": foil, "noun": noun}),
         groups={"kind": kind, "order": order},
         masks=state.masks(),
+        shows=frozenset((state.thing.shape, state.thing.color, state.thing.texture)),
     )

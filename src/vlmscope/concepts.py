@@ -1,0 +1,560 @@
+"""Whether neurons are what they seem: measures over a set of pictures, each with a null and an interval.
+
+For a word, neurons are chosen on one half of the pictures and measured on the other. They are ranked by
+how far they move the word's token at most anywhere in the caption, `max over p of a(p) · w`, meant over the
+pictures that show the word, and beside that by activation alone, by gradient times activation
+(Schwettmann et al. 2023, arXiv 2308.01544) and at random in the same layers.
+
+A word's token chooses its neurons in part by their weights alone, whatever the pictures show. So the null of
+a measure is the same measure with the same token, of neurons chosen on pictures that were labelled at
+random; random neurons are given beside it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import numpy as np
+import pandas as pd
+import torch
+from numpy.typing import NDArray
+from scipy import stats
+from torch import Tensor
+
+from vlmscope.circuits import bootstrap, sign_flip
+from vlmscope.errors import DataError
+from vlmscope.example import Example
+from vlmscope.inputs import Edit, Inputs
+from vlmscope.model import Model, hooks
+from vlmscope.neurons import Caption, say, taught, weights
+from vlmscope.sites import Point, Site
+from vlmscope.study import progress
+from vlmscope.weights import changed
+
+Array = NDArray[np.floating[Any]]
+METHODS = ("contribution", "gradient", "activation", "random")
+SHARE = 0.01
+"""The share of all neurons that is a word's, by default."""
+WORDS = 10
+"""How many of a neuron's top tokens are looked at."""
+FEW = 4
+"""A word that fewer pictures of a half show, or do not show, is not measured."""
+DRAWS = 199
+"""How often labels are shuffled for a null."""
+PATCHED = 16
+"""How many pictures of each word the costly measures run on, at most."""
+OTHERS = 3
+"""How many sets of random neurons, and of neurons chosen by shuffled labels, are ablated."""
+
+
+class Measured(NamedTuple):
+    """The measures of each word (long form), and the neurons that were chosen for it."""
+
+    measures: pd.DataFrame
+    chosen: pd.DataFrame
+
+
+@dataclass(eq=False)
+class _Word:
+    """A word, its token, which pictures show it, and how far each neuron moves it in each picture."""
+
+    word: str
+    token: int
+    shown: NDArray[np.bool_]
+    weight: Array
+    reach: Array
+    chosen: dict[str, NDArray[np.int64]] = field(default_factory=dict)
+
+
+def measure(
+    model: Model,
+    examples: Iterable[Example],
+    prompt: str | None = None,
+    words: Sequence[str] | None = None,
+    *,
+    top: int | None = None,
+    causal: bool = True,
+    seed: int = 0,
+) -> Measured:
+    """The measures of the neurons of each word over a set of pictures.
+
+    `prompt` asks for the caption (each example's own by default). What a picture shows are its labels
+    (`Example.shows`), or the words of its caption where it has none; `words` are by default all of these
+    that are a single token for the model and shown by some pictures and not by others. `top` is how many
+    neurons are chosen for a word (1 % of all). The table has a row a word, method and measure:
+
+    - `sensitivity`: the share of the neurons among whose 10 top tokens the word's is;
+    - `auc`: how well the best neuron (best on the first half) tells pictures that show the word from
+      others, by how far it moves the word's token;
+    - `selectivity`: (with − without) / (|with| + |without|) of that, meant over the neurons;
+    - `overlap`: the share of a picture's top neurons for the word that are another's, too, for pictures
+      that show it; `overlap, others`: that with the neurons of another word in a picture without it;
+    - `overlap, shuffled`: with those of the same picture when its patches are shuffled;
+    - `drop, zero` and `drop, mean`: by how much the log-probability of the word falls when the neurons are
+      set to zero, or to their mean; `p drop, zero`: the probability itself; `lost, zero`: the share of
+      captions, generated anew, that lose the word.
+
+    `null` is the same of neurons chosen by shuffled labels (with the same token), `random` of as many random
+    neurons of the same layers; `p_value` is against the null, `q_value` after Benjamini and Hochberg over
+    the words.
+
+    Raises `DataError` if no word can be measured.
+    """
+    study = _Study(model, list(examples), prompt, top, seed)
+    return study.run(words, causal)
+
+
+class _Study:
+    def __init__(
+        self,
+        model: Model,
+        examples: Sequence[Example],
+        prompt: str | None,
+        top: int | None,
+        seed: int,
+    ) -> None:
+        self.model, self.prompt, self.rng = model, prompt, np.random.default_rng(seed)
+        self.examples = examples
+        self.layers = model.shapes[model.speaker].having("mlp")
+        self.width = model.shapes[model.speaker].neurons
+        self.many = len(self.layers) * self.width
+        self.top = max(1, round(SHARE * self.many)) if top is None else top
+        self.said: list[Caption] = []
+        self.shows: list[frozenset[str]] = []
+        highest: list[Array] = []
+        lowest: list[Array] = []
+        size: list[Array] = []
+        mean = np.zeros(self.many)
+        with progress(len(examples), what="captions") as step:
+            for number, one in enumerate(examples):
+                said = say(model, self._inputs(one))
+                own = said.activations.flatten(1).float().cpu()
+                highest.append(own.amax(0).numpy())
+                lowest.append(own.amin(0).numpy())
+                size.append(own.abs().mean(0).numpy())
+                mean += own.mean(0).numpy()
+                self.shows.append(one.shows or frozenset(said.text.casefold().split()))
+                # The neurons of a caption are many; what is asked of them later is kept above.
+                self.said.append(said)
+                step(0, number + 1)
+        self.highest, self.lowest, self.size = np.stack(highest), np.stack(lowest), np.stack(size)
+        self.mean = torch.tensor(mean / max(1, len(examples)), dtype=torch.float32)
+        order = self.rng.permutation(len(examples))
+        self.first = np.zeros(len(examples), bool)
+        self.first[order[: len(order) // 2]] = True
+
+    def _inputs(self, one: Example, said: Sequence[int] = ()) -> Inputs:
+        return self.model.inputs(
+            one.clean_image, self.prompt or one.clean_prompt, one.more_images, said
+        )
+
+    def run(self, words: Sequence[str] | None, causal: bool) -> Measured:
+        found = self._words(words)
+        rows: list[dict[str, Any]] = []
+        with progress(len(found), what="words") as step:
+            for number, one in enumerate(found):
+                self._choose(one)
+                rows += self._sensitivity(one)
+                rows += self._specificity(one)
+                rows += self._overlaps(one, [other for other in found if other is not one])
+                rows += self._shuffled(one)
+                rows += self._causal(one) if causal else []
+                step(0, number + 1)
+        table = pd.DataFrame(rows)
+        q = table.groupby(["method", "measure"])["p_value"].transform(_control)
+        chosen = [
+            {"word": one.word, "method": method, "rank": rank, "layer": self.layers[int(n) // self.width],
+             "neuron": int(n) % self.width}
+            for one in found
+            for method, some in one.chosen.items()
+            for rank, n in enumerate(some, start=1)
+        ]  # fmt: skip
+        return Measured(table.assign(q_value=q), pd.DataFrame(chosen))
+
+    # -- words and their neurons -----------------------------------------------------------------
+
+    def _words(self, words: Sequence[str] | None) -> list[_Word]:
+        asked = sorted({w for some in self.shows for w in some}) if words is None else list(words)
+        found, why = [], []
+        for word in asked:
+            ids = self.model.family.options(self.model.processor, "a", word)[:-1]
+            if len(ids) != 1 or ids[0] == self.model.processor.tokenizer.unk_token_id:
+                why.append(f"'{word}' is {len(ids)} tokens, or unknown")
+                continue
+            shown = np.array([word in some for some in self.shows])
+            counts = [
+                (shown == is_in)[self.first == half].sum()
+                for is_in in (True, False)
+                for half in (True, False)
+            ]
+            if min(counts) < FEW:
+                why.append(f"'{word}' is shown by {shown.sum()} of {len(shown)} pictures")
+                continue
+            weight = weights(self.model, ids)[0].flatten().float().cpu().numpy()
+            reach = np.where(weight >= 0, self.highest * weight, self.lowest * weight)
+            found.append(_Word(word, ids[0], shown, weight, reach))
+        if not found:
+            raise DataError(f"no word can be measured: {'; '.join(why[:5]) or 'nothing is shown'}; "
+                            f"a word is a single token that at least {2 * FEW} pictures show and as many do not")  # fmt: skip
+        return found
+
+    def _best(self, values: Array) -> NDArray[np.int64]:
+        return np.argsort(-values, kind="stable")[: self.top]
+
+    def _choose(self, one: _Word) -> None:
+        """The neurons of a word by each method, on the first half of the pictures."""
+        which = self.first & one.shown
+        one.chosen["contribution"] = self._best(one.reach[which].mean(0))
+        one.chosen["gradient"] = self._best(self._gradient(one, np.flatnonzero(which)))
+        one.chosen["activation"] = self._best(self.size[which].mean(0))
+        one.chosen["random"] = self._random(one.chosen["contribution"])
+
+    def _gradient(self, one: _Word, which: NDArray[np.int64]) -> Array:
+        """Gradient times activation where the word is said, meant over some pictures."""
+        total, count = np.zeros(self.many), 0
+        for number in which[:PATCHED]:
+            said = self.said[number]
+            if one.token not in said.ids:
+                continue
+            fed = self._inputs(self.examples[number], said.ids[: said.ids.index(one.token)])
+            seen: dict[int, Tensor] = {}
+            with hooks() as hook:
+                for layer in self.layers:
+
+                    def keep(
+                        x: Tensor, layer: int = layer, seen: dict[int, Tensor] = seen
+                    ) -> Tensor:
+                        seen[layer] = x
+                        return x
+
+                    hook(
+                        *self.model.module(Point(self.model.speaker, layer, "mlp", "n"), fed), keep
+                    )
+                with torch.enable_grad():
+                    logits = self.model.hf(**fed.tensors, **self.model.family.keywords).logits
+                    parts = torch.autograd.grad(logits[0, -1, one.token], list(seen.values()))
+            rows = [(g[0, -1] * a[0, -1]).detach().float().cpu().numpy()
+                    for g, a in zip(parts, seen.values(), strict=True)]  # fmt: skip
+            total, count = total + np.concatenate(rows), count + 1
+        return total / max(1, count)
+
+    def _random(self, chosen: NDArray[np.int64]) -> NDArray[np.int64]:
+        """As many other neurons of the same layers."""
+        found: list[int] = []
+        for layer, many in zip(*np.unique(chosen // self.width, return_counts=True), strict=True):
+            free = np.setdiff1d(np.arange(self.width) + layer * self.width, chosen)
+            found += self.rng.choice(free, min(many, len(free)), replace=False).tolist()
+        return np.array(found, dtype=np.int64)
+
+    def _by_chance(self, one: _Word) -> NDArray[np.bool_]:
+        """Labels shuffled over the pictures of each half."""
+        labels = one.shown.copy()
+        for half in (True, False):
+            labels[self.first == half] = self.rng.permutation(labels[self.first == half])
+        return labels
+
+    def _chosen_by_chance(
+        self, one: _Word, draws: int
+    ) -> list[tuple[NDArray[np.int64], NDArray[np.bool_]]]:
+        labels = [self._by_chance(one) for _ in range(draws)]
+        return [(self._best(one.reach[self.first & some].mean(0)), some) for some in labels]
+
+    # -- the measures ----------------------------------------------------------------------------
+
+    def _row(
+        self, one: _Word, method: str, measure: str, value: float, *, low: float = np.nan, high: float = np.nan,
+        null: float = np.nan, random: float = np.nan, p: float = np.nan, n: int = 0,
+    ) -> dict[str, Any]:  # fmt: skip
+        return {"word": one.word, "method": method, "measure": measure, "value": value, "ci_low": low,
+                "ci_high": high, "null": null, "random": random, "p_value": p, "n": n}  # fmt: skip
+
+    def _sensitivity(self, one: _Word) -> list[dict[str, Any]]:
+        nulls = [some for some, _ in self._chosen_by_chance(one, DRAWS)]
+        which = np.flatnonzero(self.first & one.shown)
+        again = [
+            self._best(one.reach[self.rng.choice(which, len(which))].mean(0)) for _ in range(DRAWS)
+        ]
+        names = self._named(one, np.unique(np.concatenate([*one.chosen.values(), *nulls, *again])))
+        share = lambda some: float(np.mean([names[int(n)] for n in some]))  # noqa: E731
+        null = np.array([share(some) for some in nulls])
+        low, high = np.quantile([share(some) for some in again], [0.025, 0.975])
+        rows = []
+        for method, some in one.chosen.items():
+            value = share(some)
+            row = self._row(
+                one, method, "sensitivity", value, random=share(one.chosen["random"]), n=len(some)
+            )
+            if method == "contribution":
+                p = (1 + (null >= value - 1e-12).sum()) / (1 + len(null))
+                row |= {"ci_low": low, "ci_high": high, "null": null.mean(), "p_value": p}
+            rows.append(row)
+        return rows
+
+    def _named(self, one: _Word, some: NDArray[np.int64]) -> dict[int, bool]:
+        """Whether the word's token is among the top tokens of each neuron; a few neurons at a time."""
+        every = self.model.unembedding(slice(None))
+        found = {}
+        for place in np.unique(some // self.width):
+            columns = self.model.columns(self.layers[int(place)])
+            own = some[some // self.width == place]
+            for start in range(0, len(own), 256):
+                part = own[start : start + 256]
+                at = torch.tensor(part % self.width, device=columns.device)
+                logits = every.to(columns) @ columns[:, at]
+                ahead = (logits > logits[one.token]).sum(0)
+                found |= {int(n): bool(a < WORDS) for n, a in zip(part, ahead, strict=True)}
+        return found
+
+    def _specificity(self, one: _Word) -> list[dict[str, Any]]:
+        held = ~self.first
+        rows = []
+        for method, some in one.chosen.items():
+            value, low, high = self._auc(one, some, one.shown, interval=True)
+            row = self._row(one, method, "auc", value, low=low, high=high, n=int(held.sum()))
+            values = one.reach[np.ix_(held, some)]
+            index, lo, hi = self._selectivity(values, one.shown[held])
+            other = self._row(one, method, "selectivity", index, low=lo, high=hi, n=int(held.sum()))
+            if method == "contribution":
+                chance = self._chosen_by_chance(one, DRAWS)
+                null = np.array([self._auc(one, n, labels)[0] for n, labels in chance])
+                drawn = np.array(
+                    [self._auc(one, self._random(some), one.shown)[0] for _ in range(DRAWS)]
+                )
+                # What random neurons tell as well is not theirs: the less likely of both nulls counts.
+                p = max((1 + (x >= value - 1e-12).sum()) / (1 + len(x)) for x in (null, drawn))
+                row |= {"null": null.mean(), "random": drawn.mean(), "p_value": p}
+                flat = [
+                    self._selectivity(one.reach[np.ix_(held, n)], labels[held])[0]
+                    for n, labels in chance
+                ]
+                drawn_ = [self._selectivity(one.reach[np.ix_(held, self._random(some))], one.shown[held])[0]
+                          for _ in range(DRAWS)]  # fmt: skip
+                p = max(
+                    (1 + (np.array(x) >= index - 1e-12).sum()) / (1 + len(x))
+                    for x in (flat, drawn_)
+                )
+                other |= {"null": np.mean(flat), "random": np.mean(drawn_), "p_value": p}
+            rows += [row, other]
+        return rows
+
+    def _auc(
+        self, one: _Word, some: NDArray[np.int64], labels: NDArray[np.bool_], interval: bool = False
+    ) -> tuple[float, float, float]:
+        """The AUC on the second half of the neuron that has the best one on the first."""
+        best = int(np.argmax([_auc(one.reach[self.first, n], labels[self.first]) for n in some]))
+        values, held = one.reach[~self.first, some[best]], labels[~self.first]
+        found = _auc(values, held)
+        if not interval:
+            return found, np.nan, np.nan
+        drawn = []
+        for _ in range(DRAWS):
+            at = self.rng.integers(len(values), size=len(values))
+            if 0 < held[at].sum() < len(at):
+                drawn.append(_auc(values[at], held[at]))
+        return found, *np.quantile(drawn, [0.025, 0.975])
+
+    def _selectivity(self, values: Array, labels: NDArray[np.bool_]) -> tuple[float, float, float]:
+        index = _index(values, labels)
+        drawn = []
+        for _ in range(50):
+            at = self.rng.integers(len(values), size=len(values))
+            if 0 < labels[at].sum() < len(at):
+                drawn.append(_index(values[at], labels[at]))
+        return index, *np.quantile(drawn, [0.025, 0.975])
+
+    def _overlaps(self, one: _Word, others: Sequence[_Word]) -> list[dict[str, Any]]:
+        """How many top neurons pictures share: of the same word, and with another word's elsewhere."""
+        which = np.flatnonzero(~self.first)
+        tops = [set(self._best(row).tolist()) for row in one.reach[which]]
+        shared = np.array([[len(a & b) / self.top for b in tops] for a in tops])
+        labels = one.shown[which]
+        value = _within(shared, labels)
+        null = np.array([_within(shared, self.rng.permutation(labels)) for _ in range(DRAWS)])
+        own = np.flatnonzero(labels)
+        drawn = [_within(shared[np.ix_(at, at)], None, at) for at in
+                 (self.rng.choice(own, len(own)) for _ in range(DRAWS))]  # fmt: skip
+        low, high = np.nanquantile(drawn, [0.025, 0.975])
+        p = (1 + (null >= value - 1e-12).sum()) / (1 + len(null))
+        rows = [self._row(one, "contribution", "overlap", value, low=low, high=high, null=null.mean(),
+                          random=self.top / self.many, p=p, n=len(own))]  # fmt: skip
+        across = [
+            np.mean([len(tops[i] & set(self._best(other.reach[which[j]]).tolist())) / self.top
+                     for j in np.flatnonzero(~labels & other.shown[which])[:PATCHED]])
+            for i in own
+            for other in others
+            if (~labels & other.shown[which]).any()
+        ]  # fmt: skip
+        if across:
+            rows.append(self._row(one, "contribution", "overlap, others", float(np.mean(across)),
+                                  random=self.top / self.many, n=len(own)))  # fmt: skip
+        return rows
+
+    def _spoken(self, one: _Word) -> list[int]:
+        """Some pictures of the second half that show the word, and whose caption says it."""
+        both = ~self.first & one.shown
+        return [int(n) for n in np.flatnonzero(both) if one.token in self.said[n].ids][:PATCHED]
+
+    def _shuffled(self, one: _Word) -> list[dict[str, Any]]:
+        """Top neurons at the word when the image's patches are shuffled."""
+        site = self._image()
+        shared = []
+        for number in self._spoken(one):
+            said, example = self.said[number], self.examples[number]
+            at = said.ids.index(one.token)
+            fed = self._inputs(example, said.ids[:at])
+            values = next(iter(self.model.capture(fed, [site]).values()))
+            mixed = Edit(site, "set", values[torch.tensor(self.rng.permutation(len(values)))])
+            with self.model.editing(fed, [mixed]):
+                again = taught(self.model, said.inputs, fed, said.ids[: at + 1])
+            weight = torch.tensor(one.weight)
+            tops = [
+                set(self._best((x[at].flatten().float().cpu() * weight).numpy()).tolist())
+                for x in (said.activations, again.activations)
+            ]
+            shared.append(len(tops[0] & tops[1]) / self.top)
+        if len(shared) < 2:
+            return []
+        low, high = bootstrap(np.array(shared)[:, None], self.rng)
+        return [self._row(one, "contribution", "overlap, shuffled", float(np.mean(shared)), low=low[0],
+                          high=high[0], null=self.top / self.many, n=len(shared))]  # fmt: skip
+
+    def _image(self) -> Site:
+        """Where the image enters what reads it."""
+        layout = self.said[0].inputs.layout
+        for tower in ("encoder", "decoder"):
+            if tower in layout and (layout[tower].image or layout[tower].cells):
+                return Site(tower, "0", "resid_pre", None, "image")
+        shape = self.model.shapes["vision"]
+        kind = "output" if "output" in shape.kinds else "resid"
+        return Site("vision", str(shape.layers - 1), kind, None, "image")
+
+    # -- what happens without the neurons --------------------------------------------------------
+
+    def _causal(self, one: _Word) -> list[dict[str, Any]]:
+        numbers = self._spoken(one)
+        if len(numbers) < 2:
+            return []
+        sets: dict[str, list[NDArray[np.int64]]] = {
+            m: [s] for m, s in one.chosen.items() if m != "random"
+        }
+        sets["random"] = [self._random(one.chosen["contribution"]) for _ in range(OTHERS)]
+        sets["null"] = [some for some, _ in self._chosen_by_chance(one, OTHERS)]
+        base = np.array([self._sure(one, n) for n in numbers])
+        rows: list[dict[str, Any]] = []
+        for how in ("zero", "mean"):
+            after = {
+                name: np.mean(
+                    [[self._sure(one, n, some, how) for n in numbers] for some in group], axis=0
+                )
+                for name, group in sets.items()
+            }
+            drops = {name: base - values for name, values in after.items()}
+            chance = {name: np.exp(base) - np.exp(values) for name, values in after.items()}
+            p = sign_flip((drops["contribution"] - drops["null"])[:, None], self.rng)[0]
+            for measure, table in ((f"drop, {how}", drops), (f"p drop, {how}", chance)):
+                for method in METHODS:
+                    low, high = bootstrap(table[method][:, None], self.rng)
+                    row = self._row(one, method, measure, float(table[method].mean()), low=low[0], high=high[0],
+                                    random=float(table["random"].mean()), n=len(numbers))  # fmt: skip
+                    if method == "contribution":
+                        row |= {
+                            "null": float(table["null"].mean()),
+                            "p_value": p if "p " not in measure else np.nan,
+                        }
+                    rows.append(row)
+        for method in ("contribution", "random"):
+            lost = []
+            for n in numbers:
+                with ablated(self.model, self._by_layer(sets[method][0])):
+                    lost.append(one.token not in say(self.model, self.said[n].inputs).ids)
+            low, high = bootstrap(np.array(lost, float)[:, None], self.rng)
+            rows.append(self._row(one, method, "lost, zero", float(np.mean(lost)), low=low[0], high=high[0],
+                                  n=len(lost)))  # fmt: skip
+        return rows
+
+    def _by_layer(
+        self, some: NDArray[np.int64], how: str = "zero"
+    ) -> dict[int, tuple[list[int], Tensor]]:
+        found: dict[int, tuple[list[int], Tensor]] = {}
+        for place in np.unique(some // self.width):
+            own = some[some // self.width == place]
+            value = self.mean[torch.tensor(own)] if how == "mean" else torch.zeros(len(own))
+            found[self.layers[int(place)]] = ((own % self.width).tolist(), value)
+        return found
+
+    def _sure(
+        self, one: _Word, number: int, without: NDArray[np.int64] | None = None, how: str = "zero"
+    ) -> float:
+        """The log-probability of the word where the caption says it, with some neurons ablated."""
+        said = self.said[number]
+        fed = self._inputs(self.examples[number], said.ids[: said.ids.index(one.token)])
+        some = {} if without is None else self._by_layer(without, how)
+        with ablated(self.model, some):
+            logits = self.model.run(fed)
+        return float(logits.float().log_softmax(-1)[one.token])
+
+
+@contextmanager
+def ablated(model: Model, neurons: Mapping[int, tuple[Sequence[int], Tensor]]) -> Iterator[None]:
+    """Within this context neurons of the tower that speaks are set to a value, at every position."""
+    with hooks() as hook:
+        for layer, (some, value) in neurons.items():
+
+            def change(x: Tensor, some: Sequence[int] = some, value: Tensor = value) -> Tensor:
+                x = x.clone()
+                x[..., list(some)] = value.to(x)
+                return x
+
+            hook(model.down(layer), True, False, change)
+        yield
+
+
+@contextmanager
+def perturbed(
+    model: Model, neurons: Mapping[int, Sequence[int]], sigma: float, seed: int = 0
+) -> Iterator[None]:
+    """Within this context σ·N(0, I) is added to neurons' columns, as in Pan et al.; undone bit for bit."""
+    drawn = torch.Generator().manual_seed(seed)
+    width = model.shapes[model.speaker].width
+    columns = {
+        layer: (torch.tensor(list(some)), sigma * torch.randn(width, len(some), generator=drawn))
+        for layer, some in neurons.items()
+    }
+    with changed(model, [columns]):
+        yield
+
+
+def _auc(values: Array, labels: NDArray[np.bool_]) -> float:
+    """The probability that a picture that shows the word has more of it than one that does not."""
+    many = labels.sum()
+    ranks = stats.rankdata(values)[labels].sum()
+    return float((ranks - many * (many + 1) / 2) / (many * (len(labels) - many)))
+
+
+def _index(values: Array, labels: NDArray[np.bool_]) -> float:
+    with_, without = values[labels].mean(0), values[~labels].mean(0)
+    return float(np.mean((with_ - without) / np.clip(np.abs(with_) + np.abs(without), 1e-12, None)))
+
+
+def _within(
+    shared: Array, labels: NDArray[np.bool_] | None, same: NDArray[np.int64] | None = None
+) -> float:
+    """The mean over pairs of different pictures, of those with the label."""
+    if labels is not None:
+        shared = shared[np.ix_(labels, labels)]
+    pairs = ~np.eye(len(shared), dtype=bool)
+    if same is not None:
+        pairs = same[:, None] != same[None]
+    return float(shared[pairs].mean()) if pairs.any() else np.nan
+
+
+def _control(p: pd.Series[float]) -> pd.Series[float]:
+    """q-values after Benjamini and Hochberg, of those that have a p-value."""
+    known = p.notna()
+    q = pd.Series(np.nan, index=p.index)
+    if known.any():
+        q[known] = stats.false_discovery_control(p[known].to_numpy(dtype=float))
+    return q

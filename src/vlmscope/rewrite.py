@@ -1,0 +1,563 @@
+"""Make a model say another word for what it sees, by changing a few neurons' columns only.
+
+The neurons are those that contribute most to the word (`neurons`); what is added to their columns of the
+down projection is found in one of two ways (Pan et al., arXiv 2311.07470; the learned one after FiNE, arXiv
+2503.01090). Both see the whole model: a neuron fires at many positions, and later layers read what it adds.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any, Literal
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from vlmscope.circuits import bootstrap
+from vlmscope.errors import ExampleError, ModelError
+from vlmscope.example import Example
+from vlmscope.inputs import Inputs
+from vlmscope.model import Model, handles
+from vlmscope.neurons import Caption, say, weights
+from vlmscope.study import progress
+from vlmscope.weights import WeightEdit, edited
+
+SHARE = 0.01
+"""The share of all neurons that an edit changes by default."""
+PICTURES = 48
+"""How many pictures that show the word an edit is made on, at most."""
+OTHERS = 192
+"""How many pictures that do not show it are kept as they are, at most."""
+ROUNDS = 16
+NEAR = 1.0
+"""Margins that hold by less than so many logits are kept in sight."""
+RIDGE = 1e-4
+CLOSE = 0.05
+"""A margin holds if no more than so many logits lack."""
+STEPS = 300
+
+Solver = Literal["closed", "learned"]
+
+
+@dataclass(eq=False)
+class _Wanted:
+    """A caption to be said about a picture: its tokens, which of them are new, and what is fed."""
+
+    fed: Inputs
+    start: int
+    ids: list[int]
+    new: list[int]
+    avoid: int | None
+    margins: Tensor | None = None
+    logits: Tensor | None = None
+
+
+def edit(
+    model: Model,
+    examples: Iterable[Example],
+    source: str,
+    target: str | None,
+    *,
+    prompt: str | None = None,
+    neurons: int | None = None,
+    solver: Solver = "closed",
+    margin: float = 4.0,
+    locality: float = 1.0,
+    seed: int = 0,
+) -> WeightEdit:
+    """An edit after which the model says `target` where it said `source` (or anything else, if None).
+
+    It is made on up to `PICTURES` examples whose caption has the word; up to `OTHERS` whose caption has
+    not are to keep theirs. `prompt` asks for the captions (each example's own by default). `neurons` is
+    how many columns may change (1 % of all by default), and `margin` by how many logits the new word is
+    to lead. `locality` weighs what is to stay against what is to change.
+
+    - `closed`: the change of least norm after which every margin holds, to first order at the activations
+      and with the gradients of the model as it is; repeated from where that leads until they hold, or
+      `ROUNDS` times.
+    - `learned`: Adam on the columns; negative log-likelihood of the new words, plus the divergence of
+      all other positions from what they were, plus the probability of the new word where it does not
+      belong, plus a decay; until each new word has a probability of 0.9.
+
+    Raises `ExampleError` if no caption has the word, `ModelError` if the weights cannot be edited.
+    """
+    if target is not None and source.casefold() == target.casefold():
+        raise ExampleError(f"'{source}' is already '{target}'; give another target")
+    rng = np.random.default_rng(seed)
+    has, other = _split(model, list(examples), source, prompt, rng)
+    chosen = choose(model, [said for _, said in has], source, neurons)
+    wanted = [w for one, said in has if (w := _changed(model, one, said, source, target, prompt))]
+    if not wanted:
+        raise ExampleError(
+            f"'{target}' cannot take the place of '{source}' in these captions: the tokens around it change"
+        )
+    kept = [_same(model, one, said, prompt) for one, said in other]
+    with _frozen(model):
+        delta = {
+            layer: (
+                at,
+                torch.zeros(model.shapes[model.speaker].width, len(at), device=model.device),
+            )
+            for layer, at in chosen.items()
+        }
+        for one in [*wanted, *kept]:
+            _remember(model, one)
+        solve = {"closed": _closed, "learned": _learned}[solver]
+        solve(model, wanted, kept, delta, margin, locality, rng)
+    about = {"from": source, "to": target or "", "solver": solver, "pictures": str(len(wanted)),
+             "model": model.name}  # fmt: skip
+    columns = {layer: (at.cpu(), d.detach().cpu()) for layer, (at, d) in delta.items()}
+    return WeightEdit(columns, model.unedited or model.fingerprint(), about)
+
+
+def choose(
+    model: Model, captions: Sequence[Caption], word: str, many: int | None = None
+) -> dict[int, Tensor]:
+    """The `many` neurons (1 % by default) that contribute most to a word, meant over captions, by layer."""
+    layers = model.shapes[model.speaker].having("mlp")
+    width = model.shapes[model.speaker].neurons
+    many = max(1, round(SHARE * len(layers) * width)) if many is None else many
+    if not 1 <= many <= len(layers) * width:
+        raise ModelError(f"{many} neurons cannot be changed; expected 1 to {len(layers) * width}")
+    total, count = torch.zeros(len(layers) * width, device=model.device), 0
+    known: dict[int, Tensor] = {}
+    for said in captions:
+        for number in said.find(word):
+            token = said.ids[number]
+            if token not in known:
+                known[token] = weights(model, [token])[0].flatten()
+            total += (said.activations[number].flatten() * known[token]).float()
+            count += 1
+    best = (total / count).topk(many).indices.sort().values
+    place = torch.div(best, width, rounding_mode="floor")
+    return {layers[int(n)]: best[place == n] % width for n in place.unique()}
+
+
+def _split(
+    model: Model,
+    examples: Sequence[Example],
+    word: str,
+    prompt: str | None,
+    rng: np.random.Generator,
+) -> tuple[list[tuple[Example, Caption]], list[tuple[Example, Caption]]]:
+    """Examples whose caption has the word, and others, with their captions."""
+    has: list[tuple[Example, Caption]] = []
+    other: list[tuple[Example, Caption]] = []
+    with progress(len(examples), what="captions") as step:
+        for done, number in enumerate(rng.permutation(len(examples)), start=1):
+            one = examples[int(number)]
+            said = say(model, _inputs(model, one, prompt))
+            where = has if _says(said.text, word) else other
+            if len(where) < (PICTURES if where is has else OTHERS):
+                where.append((one, said))
+            step(0, done)
+            if len(has) == PICTURES and len(other) == OTHERS:
+                break
+    if not has:
+        seen = sorted({w for _, said in other for w in re.findall(r"\w+", said.text)})
+        raise ExampleError(
+            f"no caption of these pictures has the word '{word}'; they have: {', '.join(seen[:30])}"
+        )
+    return has, other
+
+
+def _says(text: str, word: str) -> bool:
+    return re.search(rf"(?<!\w){re.escape(word)}(?!\w)", text, re.IGNORECASE) is not None
+
+
+def _inputs(model: Model, one: Example, prompt: str | None, said: Sequence[int] = ()) -> Inputs:
+    return model.inputs(one.clean_image, prompt or one.clean_prompt, one.more_images, said)
+
+
+def _changed(
+    model: Model, one: Example, said: Caption, source: str, target: str | None, prompt: str | None
+) -> _Wanted | None:
+    """What is to be said instead; None where the rest of the caption would be other tokens."""
+    numbers = said.find(source)
+    if target is None:
+        return _Wanted(_inputs(model, one, prompt, said.ids[:-1]), said.start, list(said.ids), numbers,
+                       said.ids[numbers[0]])  # fmt: skip
+    pattern = rf"(?<!\w){re.escape(source)}(?!\w)"
+    text = re.sub(pattern, target, said.text.strip(), flags=re.IGNORECASE)
+    ids = model.family.options(model.processor, prompt or one.clean_prompt, text)
+    unknown = model.processor.tokenizer.unk_token_id
+    if unknown is not None and unknown in ids:
+        raise ExampleError(f"'{target}' is unknown to the model's tokenizer; give another word")
+    before, after = numbers[0], len(said.ids) - 1 - numbers[-1]
+    if tuple(ids[:before]) != said.ids[:before] or (
+        after and tuple(ids[-after:]) != said.ids[-after:]
+    ):
+        return None
+    new = [
+        n for n in range(before, len(ids) - after) if n >= len(said.ids) or ids[n] != said.ids[n]
+    ]
+    return _Wanted(_inputs(model, one, prompt, ids[:-1]), said.start, ids, new, None)
+
+
+def _same(model: Model, one: Example, said: Caption, prompt: str | None) -> _Wanted:
+    return _Wanted(_inputs(model, one, prompt, said.ids[:-1]), said.start, list(said.ids), [], None)
+
+
+# -- the two solvers -----------------------------------------------------------------------------
+
+
+@contextmanager
+def _frozen(model: Model) -> Iterator[None]:
+    """No gradients of the model's own weights are kept."""
+    wanted = [p for p in model.hf.parameters() if p.requires_grad]
+    for one in wanted:
+        one.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for one in wanted:
+            one.requires_grad_(True)
+
+
+def _logits(model: Model, one: _Wanted, delta: Mapping[int, tuple[Tensor, Tensor]]) -> Tensor:
+    """The logits of all positions that say the caption, with `delta` added to the columns."""
+    with handles() as held:
+        for layer, (at, added) in delta.items():
+
+            def add(
+                m: nn.Module, args: Any, out: Tensor, at: Tensor = at, added: Tensor = added
+            ) -> Tensor:
+                return out + args[0][..., at.to(out.device)] @ added.T.to(out)
+
+            held(model.down(layer).register_forward_hook(add))
+        keywords = {k: v for k, v in model.family.keywords.items() if k != "logits_to_keep"}
+        logits = model.hf(**one.fed.tensors, **keywords).logits
+    return logits[0, one.start : one.start + len(one.ids)].float()
+
+
+def _lead(row: Tensor, token: int) -> Tensor:
+    """By how many logits a token leads the best other one."""
+    others = row.detach().clone()
+    others[token] = -torch.inf
+    return row[token] - row[int(others.argmax())]
+
+
+def _remember(model: Model, one: _Wanted) -> None:
+    """How surely each token is said before the edit, and with which probabilities."""
+    with torch.no_grad():
+        one.logits = _logits(model, one, {})
+        one.margins = torch.stack(
+            [_lead(row, t) for row, t in zip(one.logits, one.ids, strict=True)]
+        )
+
+
+def _closed(
+    model: Model,
+    wanted: Sequence[_Wanted],
+    kept: Sequence[_Wanted],
+    delta: dict[int, tuple[Tensor, Tensor]],
+    margin: float,
+    locality: float,
+    rng: np.random.Generator,
+) -> None:
+    """Least-norm steps until the margins hold; see `edit`.
+
+    A step is halved until it brings the margins nearer, as a first-order step does if it is short enough.
+    """
+    parameters = [d.requires_grad_(True) for _, d in delta.values()]
+    captions = [*wanted, *kept]
+    with progress(ROUNDS, what="rounds") as step:
+        for number in range(ROUNDS):
+            rows, needs = [], []
+            for one in captions:
+                for lead, need, weight in _leads(_logits(model, one, delta), one, margin, locality):
+                    if need > -NEAR:  # what nearly fails is to stay as it is
+                        parts = torch.autograd.grad(lead, parameters, retain_graph=True)
+                        rows.append(weight * torch.cat([x.flatten() for x in parts]))
+                        needs.append(weight * max(need, 0.0))
+            step(0, number + 1)
+            if not needs or max(needs) < CLOSE:
+                return
+            matrix = torch.stack(rows).double()
+            old = [d.detach().clone() for d in parameters]
+            there = torch.cat([d.flatten() for d in old]).double()
+            gram = matrix @ matrix.T
+            gram += RIDGE * gram.diagonal().mean() * torch.eye(len(gram), device=gram.device)
+            needed = torch.tensor(needs, dtype=torch.float64, device=gram.device)
+            # Of the whole change the norm is to be least, not of this step.
+            change = matrix.T @ torch.linalg.solve(gram, needed + matrix @ there) - there
+            before = sum(need**2 for need in needs)
+            for share in (1.0, 0.5, 0.25, 0.125):
+                with torch.no_grad():
+                    own = (share * change).split([d.numel() for d in parameters])
+                    for added, start, more in zip(parameters, old, own, strict=True):
+                        added.copy_(start + more.view_as(added).to(added))
+                    now = sum(
+                        (weight * need) ** 2
+                        for one in captions
+                        for _, need, weight in _leads(
+                            _logits(model, one, delta), one, margin, locality
+                        )
+                        if need > 0
+                    )
+                if now < before:
+                    break
+
+
+def _leads(
+    logits: Tensor, one: _Wanted, margin: float, locality: float
+) -> Iterator[tuple[Tensor, float, float]]:
+    """For each position: by how much its token leads, how much more is needed, and what that weighs."""
+    assert one.margins is not None
+    for n, token in enumerate(one.ids):
+        if one.avoid is not None and n > one.new[0]:
+            return  # behind a word that is to go anything may be said
+        lead = _lead(logits[n], token)
+        if n not in one.new:
+            least = min(margin / 2, float(one.margins[n]))
+            yield lead, least - float(lead), locality
+        elif one.avoid is None:
+            yield lead, margin - float(lead), 1.0
+        else:
+            yield -lead, margin + float(lead), 1.0
+
+
+def _learned(
+    model: Model,
+    wanted: Sequence[_Wanted],
+    kept: Sequence[_Wanted],
+    delta: dict[int, tuple[Tensor, Tensor]],
+    margin: float,
+    locality: float,
+    rng: np.random.Generator,
+) -> None:
+    """Adam on the columns; see `edit`."""
+    parameters = [d.requires_grad_(True) for _, d in delta.values()]
+    optimizer = torch.optim.Adam(parameters, lr=2e-2)
+    sure: dict[int, float] = {}
+    with progress(STEPS, what="steps") as step:
+        for number in range(STEPS):
+            some = [wanted[int(n)] for n in rng.permutation(len(wanted))[:6]]
+            rest = [kept[int(n)] for n in rng.permutation(len(kept))[:6]]
+            loss = 1e-3 * torch.stack([d.square().sum() for d in parameters]).sum()
+            for one in [*some, *rest]:
+                found = F.log_softmax(_logits(model, one, delta), -1)
+                assert one.logits is not None
+                tokens = torch.tensor(one.ids, device=found.device)
+                is_new = torch.zeros(len(tokens), dtype=torch.bool, device=found.device)
+                is_new[one.new] = True
+                own = found.gather(1, tokens[:, None])[:, 0]
+                if one.new and one.avoid is None:
+                    loss = loss - own[is_new].mean()
+                    sure[id(one)] = float(own[is_new].exp().min())
+                elif one.new:
+                    loss = loss - torch.log1p(-own[is_new].exp().clamp(max=1 - 1e-6)).mean()
+                    sure[id(one)] = 1 - float(own[is_new].exp().max())
+                before = F.log_softmax(one.logits, -1)
+                apart = F.kl_div(found, before, log_target=True, reduction="none").sum(-1)
+                if (~is_new).any():
+                    loss = loss + locality * apart[~is_new].mean()
+                    if (
+                        one.new and one.avoid is None
+                    ):  # the new word, once more where it does not belong
+                        again = found[~is_new][:, tokens[is_new].unique()].exp()
+                        belongs = (
+                            tokens[~is_new][:, None] == tokens[is_new].unique()[None]
+                        ).float()
+                        loss = loss + locality * (again * (1 - belongs)).sum(-1).mean()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            step(0, number + 1)
+            if len(sure) == len(wanted) and min(sure.values()) >= 0.9 and number >= 40:
+                return
+
+
+# -- how good an edit is -------------------------------------------------------------------------
+
+
+def assess(
+    model: Model,
+    edits: Sequence[WeightEdit],
+    examples: Iterable[Example],
+    source: str,
+    target: str | None,
+    *,
+    prompts: Sequence[str | None] = (None,),
+    seed: int = 0,
+) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """What edits do to free captions of pictures that they were not made on: measures, and the captions.
+
+    The captions have the columns `example, prompt, before, after, has, took, same`: whether the caption
+    had the word, whether it now has the other one instead, and whether it is what it was. Measures have
+    an interval over pictures (bootstrap, 95 %):
+
+    - `generality` (the first prompt) and `generality, other wording`: of the captions that had the word,
+      those that took the new one;
+    - `only the word`: those in which nothing else has changed;
+    - `locality`: of the other captions, those unchanged; `locality, no image`: of the same prompts
+      without their picture, where the model takes such;
+    - `repetition` and `length`: of the edited captions, words that repeat the one before, and words
+      relative to before (fluency).
+    """
+    found = []
+    given = list(examples)
+    asked = [(one, prompt) for prompt in prompts for one in given]
+    before = _captions(model, asked, "captions before")
+    without = list(dict.fromkeys(p or one.clean_prompt for one, p in asked))[:64]
+    silent = [_blind(model, prompt) for prompt in without]
+    with edited(model, *edits):
+        after = _captions(model, asked, "captions after")
+        now_silent = [_blind(model, prompt) for prompt in without]
+    for (one, prompt), old, new in zip(asked, before, after, strict=True):
+        has = _says(old, source)
+        took = has and not _says(new, source) and (target is None or _says(new, target))
+        wanted = re.sub(
+            rf"(?<!\w){re.escape(source)}(?!\w)", target or "", old, flags=re.IGNORECASE
+        )
+        found.append(
+            (one.id, prompt or one.clean_prompt, old, new, has, took, old == new, wanted == new)
+        )
+    names = ["example", "prompt", "before", "after", "has", "took", "same", "only"]
+    table = pd.DataFrame(found, columns=names)
+    rng = np.random.default_rng(seed)
+    first = table["prompt"].isin([prompts[0] or one.clean_prompt for one in given])
+    has = table["has"]
+    words = table.assign(
+        twice=[_repeated(text) for text in table["after"]],
+        longer=[len(a.split()) / max(1, len(b.split())) for a, b in zip(table["after"], table["before"], strict=True)],
+    )  # fmt: skip
+    values: dict[str, Any] = {
+        "generality": table.loc[has & first, "took"],
+        "generality, other wording": table.loc[has & ~first, "took"],
+        "only the word": table.loc[has & table["took"], "only"] if target else [],
+        "locality": table.loc[~has, "same"],
+        "locality, no image": [a == b for a, b in zip(silent, now_silent, strict=True) if a is not None],
+        "repetition": words["twice"],
+        "length": words["longer"],
+    }  # fmt: skip
+    rows = []
+    for name, some in values.items():
+        scores = np.asarray(some, dtype=float)
+        if len(scores):
+            low, high = bootstrap(scores[:, None], rng)
+            rows.append((name, scores.mean(), low[0], high[0], len(scores)))
+    return pd.DataFrame(rows, columns=["measure", "value", "low", "high", "n"]), table.drop(
+        columns="only"
+    )
+
+
+def _captions(model: Model, asked: Sequence[tuple[Example, str | None]], what: str) -> list[str]:
+    found = []
+    with progress(len(asked), what=what) as step:
+        for number, (one, prompt) in enumerate(asked):
+            found.append(model.answer(_inputs(model, one, prompt)))
+            step(0, number + 1)
+    return found
+
+
+def _blind(model: Model, prompt: str) -> str | None:
+    """What the model says to a prompt alone; None where it takes no prompt without a picture."""
+    try:
+        return model.answer(model.inputs(None, prompt))
+    except ExampleError:
+        return None
+
+
+def _repeated(text: str) -> float:
+    words = text.split()
+    return sum(a == b for a, b in pairwise(words)) / max(1, len(words) - 1)
+
+
+def hallucination(
+    captions: Sequence[str], shown: Sequence[frozenset[str]], objects: Iterable[str]
+) -> dict[str, float]:
+    """Objects that captions name and pictures do not show, as CHAIR counts them.
+
+    `chair_i` is the share of the objects named that are not there, `chair_s` the share of captions that
+    name any such, `precision` is 1 − `chair_i`, and `recall` the share of the objects shown that are named
+    (Rohrbach et al. 2018, arXiv 1809.02156). An object counts once a caption.
+
+    >>> found = hallucination(["a cat and a dog"], [frozenset({"cat", "owl"})], ["cat", "dog", "owl"])
+    >>> found["chair_i"], found["chair_s"], found["recall"]
+    (0.5, 1.0, 0.5)
+    """
+    names = [o.casefold() for o in objects]
+    named = wrong = bad = there = right = 0
+    for text, what in zip(captions, shown, strict=True):
+        said = {o for o in names if _says(text, o) or _says(text, f"{o}s")}
+        true = {o for o in names if o in what}
+        named, wrong, bad = named + len(said), wrong + len(said - true), bad + bool(said - true)
+        there, right = there + len(true), right + len(said & true)
+    chair = wrong / named if named else 0.0
+    return {"chair_i": chair, "chair_s": bad / max(1, len(captions)), "precision": 1 - chair,
+            "recall": right / there if there else 0.0}  # fmt: skip
+
+
+def yes_or_no(answers: Sequence[str], truth: Sequence[bool]) -> dict[str, float]:
+    """Answers to whether an object is there, as POPE scores them (Li et al. 2023, arXiv 2305.10355).
+
+    Yes is the class that counts: `accuracy`, `precision`, `recall`, `f1`, and `yes`, the share of yes.
+
+    >>> yes_or_no(["yes", "Yes, there is.", "no"], [True, False, False])["precision"]
+    0.5
+    """
+    said = [re.match(r"\W*yes\b", one, re.IGNORECASE) is not None for one in answers]
+    both = sum(a and b for a, b in zip(said, truth, strict=True))
+    precision, recall = both / max(1, sum(said)), both / max(1, sum(truth))
+    return {
+        "accuracy": sum(a == b for a, b in zip(said, truth, strict=True)) / max(1, len(said)),
+        "precision": precision,
+        "recall": recall,
+        "f1": 2 * precision * recall / max(1e-12, precision + recall),
+        "yes": sum(said) / max(1, len(said)),
+    }
+
+
+def questions(
+    examples: Sequence[Example],
+    objects: Sequence[str],
+    template: str = "does this picture show {}?",
+    *,
+    absent: Literal["random", "popular", "adversarial"] = "random",
+    seed: int = 0,
+) -> list[Example]:
+    """A question for an object that each picture shows, and one for an object that it does not.
+
+    The absent one is drawn at random, or is the most shown elsewhere (`popular`), or the one that is most
+    often shown beside what the picture shows (`adversarial`), as POPE draws them.
+
+    >>> one = Example("1", "a.png", "?", "a", "b", shows=frozenset({"circle"}))
+    >>> [(q.clean_prompt, q.answer) for q in questions([one], ["circle", "square"])]
+    [('does this picture show a circle?', 'yes'), ('does this picture show a square?', 'no')]
+    """
+    rng = np.random.default_rng(seed)
+    common = Counter(o for one in examples for o in one.shows if o in objects)
+    beside: dict[str, Counter[str]] = {o: Counter() for o in objects}
+    for one in examples:
+        for o in one.shows & set(objects):
+            beside[o].update(one.shows & set(objects) - {o})
+    found = []
+    for one in examples:
+        there = sorted(one.shows & set(objects))
+        missing = [o for o in objects if o not in one.shows]
+        if not there or not missing:
+            continue
+        drawn = str(rng.choice(missing))
+        if absent == "popular":
+            drawn = max(missing, key=lambda o: common[o])
+        elif absent == "adversarial":
+            drawn = max(missing, key=lambda o, there=there: sum(beside[x][o] for x in there))  # type: ignore[misc]
+        for name, answer in ((str(rng.choice(there)), "yes"), (drawn, "no")):
+            article = "an" if name[0] in "aeiou" else "a"
+            found.append(
+                Example(
+                    id=f"{one.id}-{name}", clean_image=one.clean_image, answer=answer,
+                    clean_prompt=template.format(f"{article} {name}"),
+                    foil="no" if answer == "yes" else "yes", shows=one.shows,
+                )
+            )  # fmt: skip
+    return found
