@@ -46,6 +46,8 @@ DRAWS = 199
 """How often labels are shuffled for a null."""
 PATCHED = 16
 """How many pictures of each word the costly measures run on, at most."""
+CONTROLS = 49
+"""How many tokens of the vocabulary a word's overlap is compared with."""
 OTHERS = 3
 """How many sets of random neurons, and of neurons chosen by shuffled labels, are ablated."""
 
@@ -105,6 +107,30 @@ def measure(
     """
     study = _Study(model, list(examples), prompt, top, seed)
     return study.run(words, causal)
+
+
+def perturb(
+    model: Model,
+    examples: Iterable[Example],
+    prompt: str | None,
+    words: Sequence[str],
+    *,
+    tops: Sequence[int] = (1, 10),
+    sigmas: Sequence[float] = (),
+    seed: int = 0,
+) -> pd.DataFrame:
+    """What happens to words as their top neurons are ablated or their columns perturbed, by how many.
+
+    Neurons are chosen on half of the pictures, and the others measured that show the word and whose caption
+    says it. A row a word, `k`, `how` (`zero`, `mean`, or `sigma S`: S·N(0, I) is added to the columns) and `set`
+    (`top`, or `random` neurons of the same layers): the mean drop of the log-probability and of the
+    probability with its interval (bootstrap, 95 %), and the share of captions, generated anew, that lose the
+    word.
+
+    Raises `DataError` if a word cannot be measured.
+    """
+    study = _Study(model, list(examples), prompt, 1, seed)
+    return study.perturb(words, tops, sigmas)
 
 
 class _Study:
@@ -296,7 +322,7 @@ class _Study:
     def _named(self, one: _Word, some: NDArray[np.int64]) -> dict[int, bool]:
         """Whether the word's token is among the top tokens of each neuron; a few neurons at a time."""
         every = self.model.unembedding(slice(None))
-        found = {}
+        found: dict[int, bool] = {}
         for place in np.unique(some // self.width):
             columns = self.model.columns(self.layers[int(place)])
             own = some[some // self.width == place]
@@ -367,21 +393,33 @@ class _Study:
 
     def _overlaps(self, one: _Word, others: Sequence[_Word]) -> list[dict[str, Any]]:
         """How many top neurons pictures share: of the same word, and with another word's elsewhere."""
-        which = np.flatnonzero(~self.first)
-        tops = [set(self._best(row).tolist()) for row in one.reach[which]]
-        shared = np.array([[len(a & b) / self.top for b in tops] for a in tops])
-        labels = one.shown[which]
+        held = ~self.first
+        which = np.concatenate(
+            [np.flatnonzero(held & (one.shown == is_in))[: 2 * PATCHED] for is_in in (True, False)]
+        )
+        tops = self._tops(one.reach[which])
+        shared, labels = _shared(tops), one.shown[which]
         value = _within(shared, labels)
         null = np.array([_within(shared, self.rng.permutation(labels)) for _ in range(DRAWS)])
         own = np.flatnonzero(labels)
         drawn = [_within(shared[np.ix_(at, at)], None, at) for at in
                  (self.rng.choice(own, len(own)) for _ in range(DRAWS))]  # fmt: skip
         low, high = np.nanquantile(drawn, [0.025, 0.975])
-        p = (1 + (null >= value - 1e-12).sum()) / (1 + len(null))
+        # Pictures that are alike share neurons for any token: what counts is how much more for this one.
+        excess = value - _within(shared, np.ones(len(labels), bool))
+        other_tokens = []
+        for weight in self._tokens():
+            reach = np.where(weight >= 0, self.highest[which] * weight, self.lowest[which] * weight)
+            there = _shared(self._tops(reach))
+            other_tokens.append(_within(there, labels) - _within(there, np.ones(len(labels), bool)))
+        p = max(
+            (1 + (null >= value - 1e-12).sum()) / (1 + len(null)),
+            (1 + (np.array(other_tokens) >= excess - 1e-12).sum()) / (1 + len(other_tokens)),
+        )
         rows = [self._row(one, "contribution", "overlap", value, low=low, high=high, null=null.mean(),
                           random=self.top / self.many, p=p, n=len(own))]  # fmt: skip
         across = [
-            np.mean([len(tops[i] & set(self._best(other.reach[which[j]]).tolist())) / self.top
+            np.mean([len(tops[i] & set(self._tops(other.reach[which[j]][None])[0])) / self.top
                      for j in np.flatnonzero(~labels & other.shown[which])[:PATCHED]])
             for i in own
             for other in others
@@ -391,6 +429,21 @@ class _Study:
             rows.append(self._row(one, "contribution", "overlap, others", float(np.mean(across)),
                                   random=self.top / self.many, n=len(own)))  # fmt: skip
         return rows
+
+    def _tops(self, reach: Array) -> list[set[int]]:
+        """The top neurons of each picture."""
+        if self.top >= self.many:
+            return [set(range(self.many)) for _ in reach]
+        return [set(np.argpartition(-row, self.top)[: self.top].tolist()) for row in reach]
+
+    def _tokens(self) -> Iterator[Array]:
+        """The weights of some tokens drawn from the vocabulary."""
+        vocabulary = len(self.model.unembedding(slice(None)))
+        drawn = np.random.default_rng(0).choice(
+            vocabulary, min(CONTROLS, vocabulary), replace=False
+        )
+        for token in drawn.tolist():
+            yield weights(self.model, [token])[0].flatten().float().cpu().numpy()
 
     def _spoken(self, one: _Word) -> list[int]:
         """Some pictures of the second half that show the word, and whose caption says it."""
@@ -537,6 +590,11 @@ def _auc(values: Array, labels: NDArray[np.bool_]) -> float:
 def _index(values: Array, labels: NDArray[np.bool_]) -> float:
     with_, without = values[labels].mean(0), values[~labels].mean(0)
     return float(np.mean((with_ - without) / np.clip(np.abs(with_) + np.abs(without), 1e-12, None)))
+
+
+def _shared(tops: Sequence[set[int]]) -> Array:
+    """The share of their top neurons that each two pictures have in common."""
+    return np.array([[len(a & b) / len(a) for b in tops] for a in tops])
 
 
 def _within(

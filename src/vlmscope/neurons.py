@@ -271,3 +271,44 @@ def score(
             )
         )
     return pd.concat(parts, ignore_index=True)
+
+
+def top_tokens(
+    model: Model, neurons: Sequence[tuple[int, int]], many: int = 10
+) -> list[list[tuple[str, float]]]:
+    """The tokens that each neuron (layer, number) moves most: the largest entries of `U · W[:, i]`.
+
+    >>> from vlmscope.model import load
+    >>> [[(word, number)]] = top_tokens(load("toy-llava"), [(3, 0)], 1)
+    >>> isinstance(word, str), number > 0
+    (True, True)
+    """
+    every = model.unembedding(slice(None))
+    tokenizer = model.processor.tokenizer
+    found = []
+    for layer, neuron in neurons:
+        logits = every @ model.columns(layer)[:, neuron].to(every)
+        values, ids = logits.topk(min(many, len(logits)))
+        words = [tokenizer.decode([i]).strip() for i in ids.tolist()]
+        found.append(list(zip(words, values.tolist(), strict=True)))
+    return found
+
+
+def over_image(
+    model: Model, inputs: Inputs, neurons: Sequence[tuple[int, int]]
+) -> Float[Tensor, "neurons cells"]:
+    """Each neuron's activation at every image token that has a cell in the grid, in reading order.
+
+    Raises `ModelError` where the tower that speaks reads no image tokens.
+    """
+    tower = model.speaker
+    cells = inputs.layout[tower].cells
+    if not cells:
+        raise ModelError(f"{model.name}: the {tower} tower of {model.family.name} has no image tokens in a "
+                         "grid, so its neurons have no map over the image")  # fmt: skip
+    order = sorted(cells, key=lambda at: cells[at])
+    points = {layer: Point(tower, layer, "mlp", "n") for layer, _ in neurons}
+    _, values = model.record(inputs, set(points.values()))
+    return torch.stack(
+        [values[points[layer]][0, order, neuron].float() for layer, neuron in neurons]
+    )

@@ -120,13 +120,16 @@ def edit(
 
 def choose(
     model: Model, captions: Sequence[Caption], word: str, many: int | None = None
-) -> dict[int, Tensor]:
-    """The `many` neurons (1 % by default) that contribute most to a word, meant over captions, by layer."""
+) -> list[tuple[int, int]]:
+    """The `many` neurons (1 % by default) that contribute most to a word, meant over captions; best first.
+
+    Raises `ModelError` if there are not as many.
+    """
     layers = model.shapes[model.speaker].having("mlp")
     width = model.shapes[model.speaker].neurons
     many = max(1, round(SHARE * len(layers) * width)) if many is None else many
     if not 1 <= many <= len(layers) * width:
-        raise ModelError(f"{many} neurons cannot be changed; expected 1 to {len(layers) * width}")
+        raise ModelError(f"{many} neurons cannot be chosen; expected 1 to {len(layers) * width}")
     total, count = torch.zeros(len(layers) * width, device=model.device), 0
     known: dict[int, Tensor] = {}
     for said in captions:
@@ -136,9 +139,8 @@ def choose(
                 known[token] = weights(model, [token])[0].flatten()
             total += (said.activations[number].flatten() * known[token]).float()
             count += 1
-    best = (total / count).topk(many).indices.sort().values
-    place = torch.div(best, width, rounding_mode="floor")
-    return {layers[int(n)]: best[place == n] % width for n in place.unique()}
+    best = (total / count).topk(many).indices.tolist()
+    return [(layers[n // width], n % width) for n in best]
 
 
 def _split(
@@ -155,7 +157,7 @@ def _split(
         for done, number in enumerate(rng.permutation(len(examples)), start=1):
             one = examples[int(number)]
             said = say(model, _inputs(model, one, prompt))
-            where = has if _says(said.text, word) else other
+            where = has if says(said.text, word) else other
             if len(where) < (PICTURES if where is has else OTHERS):
                 where.append((one, said))
             step(0, done)
@@ -169,7 +171,8 @@ def _split(
     return has, other
 
 
-def _says(text: str, word: str) -> bool:
+def says(text: str, word: str) -> bool:
+    """Whether a text has a word, as a whole word."""
     return re.search(rf"(?<!\w){re.escape(word)}(?!\w)", text, re.IGNORECASE) is not None
 
 
@@ -413,8 +416,8 @@ def assess(
         after = _captions(model, asked, "captions after")
         now_silent = [_blind(model, prompt) for prompt in without]
     for (one, prompt), old, new in zip(asked, before, after, strict=True):
-        has = _says(old, source)
-        took = has and not _says(new, source) and (target is None or _says(new, target))
+        has = says(old, source)
+        took = has and not says(new, source) and (target is None or says(new, target))
         wanted = re.sub(
             rf"(?<!\w){re.escape(source)}(?!\w)", target or "", old, flags=re.IGNORECASE
         )
@@ -488,7 +491,7 @@ def hallucination(
     names = [o.casefold() for o in objects]
     named = wrong = bad = there = right = 0
     for text, what in zip(captions, shown, strict=True):
-        said = {o for o in names if _says(text, o) or _says(text, f"{o}s")}
+        said = {o for o in names if says(text, o) or says(text, f"{o}s")}
         true = {o for o in names if o in what}
         named, wrong, bad = named + len(said), wrong + len(said - true), bad + bool(said - true)
         there, right = there + len(true), right + len(said & true)

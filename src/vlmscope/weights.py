@@ -118,7 +118,7 @@ def _digest(tensors: Mapping[str, Tensor], model: str, about: str) -> str:
     digest = hashlib.sha256(f"{model}\n{about}".encode())
     for name, tensor in sorted(tensors.items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.contiguous().flatten().view(torch.uint8).numpy())
+        digest.update(tensor.contiguous().flatten().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 
 
