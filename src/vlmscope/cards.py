@@ -44,6 +44,7 @@ def find(
     *,
     prompt: str | None = None,
     caption: str | None = None,
+    tagger: str | None = None,
     top: int = contributions.TOP,
     variant: Variant = "input",
     gain: bool = False,
@@ -52,7 +53,8 @@ def find(
 
     Beside it: `captions.csv`; `tokens.csv`, the top tokens of the neurons that are listed most;
     `layers.csv`, how the listed neurons and their scores are spread over the layers. Without `words`, those
-    that an example is known to show (`Example.shows`, or its answer) and that its caption has. An example
+    that an example is known to show (`Example.shows`, or its answer) and that its caption has; `tagger`
+    adds the caption's nouns (see `neurons.nouns`). An example
     whose caption has none of the words is passed over; with a single example that is an error.
 
     Raises `ExampleError` if no caption has any of the words.
@@ -80,7 +82,10 @@ def find(
                         more=one.more_images,
                     )
                 captions.append({"example": one.id, "prompt": asked, "caption": said.text.strip()})
-                own = list(words) or sorted(one.shows or {one.answer} - {""})
+                own = list(words)
+                if tagger is not None:
+                    own += contributions.nouns(said.text.strip(), tagger)
+                own = own or sorted(one.shows or {one.answer} - {""})
                 there, why = _there(said, own)
                 problems += [f"{one.id}: {why}"] if why and not there else []
                 if why and len(examples) == 1 and (words or not there):

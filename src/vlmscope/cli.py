@@ -50,6 +50,11 @@ class Engine(StrEnum):
     reference = "reference"
 
 
+class Solver(StrEnum):
+    closed = "closed"
+    learned = "learned"
+
+
 class DType(StrEnum):
     float64 = "float64"
     float32 = "float32"
@@ -343,6 +348,266 @@ def heads(
     print(f"tables in {out}; {write_report([out], out / 'report.html')}")
 
 
+_Model = Annotated[str, typer.Option(help="A toy's name, a Hugging Face id, or a folder.")]
+_Image = Annotated[Path | None, typer.Option(help="One picture.")]
+_Data = Annotated[str | None, typer.Option(help="states, scenes, faces, or a CSV file.")]
+_Prompt = Annotated[
+    str | None, typer.Option(help="What asks for the caption.  [default: each example's own]")
+]
+_Precision = Annotated[DType, typer.Option(help="Precision of the model.")]
+_Device = Annotated[
+    str | None,
+    typer.Option(help="cpu, cuda, cuda:1, auto (all GPUs)  [default: the GPU if any]"),
+]
+_Limit = Annotated[int | None, typer.Option(min=1, help="Only the first so many.")]
+_More = Annotated[list[str] | None, typer.Argument(hidden=True, metavar="WORD")]
+_Words = Annotated[
+    list[str] | None, typer.Option("--word", metavar="WORD...", help="Words of the caption.")
+]
+
+neurons = typer.Typer(
+    no_args_is_help=True,
+    help="Neurons that turn what is seen into a word: find, show, perturb, edit.",
+)
+app.add_typer(neurons, name="neurons")
+
+
+def _given(
+    image: Path | None, data: str | None, prompt: str | None, limit: int | None, seed: int
+) -> list[Any]:
+    """The examples that are meant: one picture with a prompt, or a data set."""
+    from vlmscope.data import examples
+    from vlmscope.example import Example
+
+    if (image is None) == (data is None):
+        raise VlmscopeError("give either --image or --data")
+    if data is not None:
+        return examples(data, limit=limit, seed=seed)
+    if prompt is None:
+        raise VlmscopeError("--image needs a --prompt that asks for the caption")
+    assert image is not None
+    return [Example(id=image.name, clean_image=image, clean_prompt=prompt, answer="", foil="")]
+
+
+@neurons.command("find")
+def neurons_find(
+    model: _Model,
+    out: Annotated[Path, typer.Option(help="The folder for the tables.")],
+    image: _Image = None,
+    data: _Data = None,
+    prompt: _Prompt = None,
+    caption: Annotated[
+        str | None, typer.Option(help="Score this instead of what the model says.")
+    ] = None,
+    word: _Words = None,
+    tagger: Annotated[
+        str | None,
+        typer.Option(help="A spaCy pipeline that picks the nouns, such as en_core_web_sm."),
+    ] = None,
+    top: Annotated[int, typer.Option(min=0, help="Neurons of each token; 0 for all.")] = 100,
+    gate: Annotated[
+        bool, typer.Option("--gate", help="The gate's activation alone, as some published code.")
+    ] = False,
+    gain: Annotated[
+        bool, typer.Option("--gain", help="Take the final norm's weight into account.")
+    ] = False,
+    dtype: _Precision = DType.float32,
+    device: _Device = None,
+    limit: _Limit = None,
+    seed: Annotated[int, typer.Option(help="Seed of built-in sets.")] = 0,
+    more: _More = None,
+) -> None:
+    """Neurons that contribute most to words of a caption.
+
+    Writes neurons.parquet: example, word, token, token_id, position, layer, neuron, activation, weight,
+    score, rank.
+    """
+    from vlmscope import cards
+    from vlmscope.model import load
+
+    given = _given(image, data, prompt, limit, seed)
+    if caption is not None and len(given) > 1:
+        raise VlmscopeError("--caption is of one picture; give --image")
+    table = cards.find(
+        out,
+        load(model, dtype=dtype.value, device=device),
+        given,
+        [*(word or []), *(more or [])],
+        prompt=prompt,
+        caption=caption,
+        tagger=tagger,
+        top=top,
+        variant="gate" if gate else "input",
+        gain=gain,
+    )
+    best = table[table["rank"] <= 3].drop(columns=["token_id"])
+    print(best.head(30).to_string(index=False, float_format="{:.4g}".format))
+    print(f"tables in {out}; neurons.parquet has them all")
+
+
+def _numbers(text: str) -> tuple[int, int]:
+    layer, dot, number = text.strip().lstrip("L").replace(".N", ".").partition(".")
+    if not (dot and layer.isdigit() and number.isdigit()):
+        raise VlmscopeError(f"bad neuron '{text}'; expected LAYER.NUMBER, such as 12.4071")
+    return int(layer), int(number)
+
+
+@neurons.command("describe")
+def neurons_describe(
+    model: _Model,
+    out: Annotated[Path, typer.Option(help="The folder for the cards.")],
+    image: _Image = None,
+    data: _Data = None,
+    prompt: _Prompt = None,
+    word: _Words = None,
+    neuron: Annotated[list[str] | None, typer.Option(help="LAYER.NUMBER; once for each.")] = None,
+    measures: Annotated[
+        bool, typer.Option(help="Measure the words' neurons over the set, too.")
+    ] = True,
+    dtype: _Precision = DType.float32,
+    device: _Device = None,
+    limit: _Limit = None,
+    seed: Annotated[int, typer.Option(help="Seed of built-in sets and of nulls.")] = 0,
+    more: _More = None,
+) -> None:
+    """Cards: top tokens, where on the image, which pictures, and the measures with their nulls."""
+    from vlmscope import cards
+    from vlmscope.model import load
+    from vlmscope.report import write_report
+
+    given = _given(image, data, prompt, limit, seed)
+    found = cards.describe(
+        out,
+        load(model, dtype=dtype.value, device=device),
+        given,
+        [*(word or []), *(more or [])],
+        [_numbers(text) for text in neuron or []],
+        prompt=prompt,
+        measures=measures,
+        seed=seed,
+    )
+    print(found.drop(columns="weights").to_string(index=False))
+    print(f"tables in {out}; {write_report([out], out / 'report.html')}")
+
+
+@neurons.command("perturb")
+def neurons_perturb(
+    model: _Model,
+    data: Annotated[str, typer.Option(help="states, scenes, faces, or a CSV file.")],
+    word: Annotated[list[str], typer.Option(metavar="WORD...", help="Words of the captions.")],
+    out: Annotated[Path, typer.Option(help="The folder for the table.")],
+    prompt: _Prompt = None,
+    top: Annotated[
+        list[int] | None, typer.Option(help="How many neurons; once for each.  [default: 1, 10]")
+    ] = None,
+    sigma: Annotated[
+        list[float] | None, typer.Option(help="Noise of this size on the columns; once for each.")
+    ] = None,
+    dtype: _Precision = DType.float32,
+    device: _Device = None,
+    limit: _Limit = None,
+    seed: Annotated[int, typer.Option(help="Seed of built-in sets, halves and noise.")] = 0,
+    more: _More = None,
+) -> None:
+    """What happens to a word without its neurons, and without random ones."""
+    from vlmscope import cards
+    from vlmscope.data import examples
+    from vlmscope.model import load
+
+    table = cards.perturb(
+        out,
+        load(model, dtype=dtype.value, device=device),
+        examples(data, limit=limit, seed=seed),
+        [*word, *(more or [])],
+        prompt=prompt,
+        tops=top or (1, 10),
+        sigmas=sigma or (),
+        seed=seed,
+    )
+    print(table.to_string(index=False, float_format="{:.3g}".format))
+    print(f"table in {out / 'perturb.csv'}")
+
+
+@neurons.command("edit")
+def neurons_edit(
+    model: _Model,
+    source: Annotated[str, typer.Option("--from", metavar="WORD", help="The word to change.")],
+    data: Annotated[str, typer.Option(help="states, scenes, faces, or a CSV file.")],
+    out: Annotated[Path, typer.Option(help="The edit, a safetensors file.")],
+    target: Annotated[
+        str | None, typer.Option("--to", metavar="WORD", help="What to say instead.")
+    ] = None,
+    suppress: Annotated[
+        bool, typer.Option("--suppress", help="Say anything but the word.")
+    ] = False,
+    neurons: Annotated[
+        int | None, typer.Option(min=1, help="How many columns may change.  [default: 1 %]")
+    ] = None,
+    prompt: _Prompt = None,
+    wording: Annotated[
+        list[str] | None, typer.Option(help="Another wording to assess it with; once for each.")
+    ] = None,
+    solver: Annotated[Solver, typer.Option(help="How it is found.")] = Solver.closed,
+    margin: Annotated[float, typer.Option(help="Logits by which the new word leads.")] = 4.0,
+    locality: Annotated[float, typer.Option(min=0, help="What the rest weighs.")] = 1.0,
+    on: Annotated[
+        list[Path] | None, typer.Option(help="Edits that are made before; once for each.")
+    ] = None,
+    export: Annotated[
+        Path | None, typer.Option(help="Write an edited checkpoint to this folder, too.")
+    ] = None,
+    dtype: _Precision = DType.float32,
+    device: _Device = None,
+    limit: _Limit = None,
+    seed: Annotated[int, typer.Option(help="Seed of built-in sets and of the halves.")] = 0,
+) -> None:
+    """Make the model say another word, by a few neurons' columns only.
+
+    Made on one half of the data and assessed on the other, by free generation; the card lies beside it.
+    """
+    import random
+
+    from vlmscope import cards, rewrite, weights
+    from vlmscope.data import examples
+    from vlmscope.model import load
+    from vlmscope.report import write_report
+
+    if (target is None) != suppress:
+        raise VlmscopeError("give either --to WORD or --suppress")
+    loaded = load(model, dtype=dtype.value, device=device)
+    before = [weights.WeightEdit.load(path) for path in on or []]
+    given = examples(data, limit=limit, seed=seed)
+    random.Random(seed).shuffle(given)
+    half = (len(given) + 1) // 2
+    with weights.edited(loaded, *before):
+        made = rewrite.edit(
+            loaded, given[:half], source, target, prompt=prompt, neurons=neurons,
+            solver=solver.value, margin=margin, locality=locality, seed=seed,
+        )  # fmt: skip
+        made.save(out)
+        print(f"{made}\n{out}")
+        card = out.with_name(f"{out.stem}-card")
+        found = cards.edit(
+            card, loaded, made, given[half:], prompts=[prompt, *(wording or [])], seed=seed
+        )
+    print(found.to_string(index=False, float_format="{:.3g}".format))
+    print(write_report([card], card / "report.html"))
+    if export is not None:
+        weights.export(loaded, [*before, made], export)
+        print(f"edited checkpoint in {export}")
+
+
+@neurons.command("edits")
+def neurons_edits(
+    files: Annotated[list[Path], typer.Argument(help="Files of `vlmscope neurons edit`.")],
+) -> None:
+    """List what is in edits."""
+    from vlmscope.weights import WeightEdit
+
+    for path in files:
+        print(f"{path}: {WeightEdit.load(path)}")
+
+
 @app.command()
 def data(
     name: Annotated[
@@ -409,7 +674,7 @@ def generate(
 ) -> None:
     """What a model says, without and with edits.
 
-    An edit holds while the whole answer is generated; positions count from the start of the prompt.
+    An edit is made as the model reads the prompt; positions count from its start.
     """
     from vlmscope.inputs import Edit, parse_edit
     from vlmscope.model import load

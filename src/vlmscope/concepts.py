@@ -528,6 +528,62 @@ class _Study:
                                   n=len(lost)))  # fmt: skip
         return rows
 
+    def perturb(
+        self, words: Sequence[str], tops: Sequence[int], sigmas: Sequence[float]
+    ) -> pd.DataFrame:
+        """The table of `perturb`."""
+        found = self._words(words)
+        if lacking := [word for word in words if word not in {one.word for one in found}]:
+            raise DataError(f"'{lacking[0]}' cannot be measured: it is not a single token that at least "
+                            f"{2 * FEW} pictures show and as many do not")  # fmt: skip
+        ways = ["zero", "mean", *(f"sigma {s:g}" for s in sigmas)]
+        rows, done = [], 0
+        with progress(len(found) * len(tops) * len(ways), what="perturbations") as step:
+            for one in found:
+                numbers = self._spoken(one)
+                if not numbers:
+                    raise DataError(f"no caption says '{one.word}' where the picture shows it")
+                base = np.array([self._sure(one, n) for n in numbers])
+                order = one.reach[self.first & one.shown].mean(0)
+                for k in tops:
+                    if not 1 <= k <= self.many:
+                        raise DataError(
+                            f"the top {k} of {self.many} neurons; expected 1 to {self.many}"
+                        )
+                    self.top = k
+                    top = self._best(order)
+                    for how in ways:
+                        for name, some in (("top", top), ("random", self._random(top))):
+                            row = self._perturbed(one, numbers, base, some, how)
+                            rows.append({"word": one.word, "k": k, "how": how, "set": name, **row})
+                        done += 1
+                        step(0, done)
+        return pd.DataFrame(rows)
+
+    def _perturbed(
+        self, one: _Word, numbers: Sequence[int], base: Array, some: NDArray[np.int64], how: str
+    ) -> dict[str, Any]:
+        after, lost = [], []
+        for n in numbers:
+            with self._without(some, how, n):
+                after.append(self._sure(one, n))
+                lost.append(one.token not in say(self.model, self.said[n].inputs).ids)
+        drop, chance = base - np.array(after), np.exp(base) - np.exp(after)
+        (low,), (high,) = bootstrap(chance[:, None], self.rng)
+        return {"drop_log_p": drop.mean(), "drop_p": chance.mean(), "ci_low": low, "ci_high": high,
+                "lost": np.mean(lost), "n": len(numbers)}  # fmt: skip
+
+    @contextmanager
+    def _without(self, some: NDArray[np.int64], how: str, number: int) -> Iterator[None]:
+        own = self._by_layer(some, how)
+        if how.startswith("sigma"):
+            columns = {layer: neurons for layer, (neurons, _) in own.items()}
+            with perturbed(self.model, columns, float(how.split()[1]), seed=number):
+                yield
+        else:
+            with ablated(self.model, own):
+                yield
+
     def _by_layer(
         self, some: NDArray[np.int64], how: str = "zero"
     ) -> dict[int, tuple[list[int], Tensor]]:

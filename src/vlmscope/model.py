@@ -177,6 +177,17 @@ class Model:
             digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
         return digest.hexdigest()
 
+    def save(self, folder: str | Path) -> None:
+        """Write model and processor as a checkpoint that plain transformers, and `load`, read."""
+        bar = logging.is_progress_bar_enabled()
+        logging.disable_progress_bar()
+        try:
+            self.hf.save_pretrained(folder)
+            self.processor.save_pretrained(folder)
+        finally:
+            if bar:
+                logging.enable_progress_bar()
+
     # -- from an example to tensors --------------------------------------------------------------
 
     def prepare(self, example: Example) -> Pair:

@@ -273,6 +273,29 @@ def score(
     return pd.concat(parts, ignore_index=True)
 
 
+def nouns(text: str, tagger: str) -> list[str]:
+    """The nouns of a text, by a spaCy pipeline that is installed or in a folder.
+
+    Raises `ModelError` if there is no spaCy or no such pipeline, `ExampleError` if the text has no noun.
+    """
+    try:
+        import spacy
+    except ImportError as error:
+        raise ModelError(
+            "picking nouns needs spaCy; pip install 'vlmscope[nouns]', or name the words"
+        ) from error
+    try:
+        pipeline = spacy.load(tagger)
+    except OSError as error:
+        raise ModelError(
+            f"no spaCy pipeline '{tagger}'; python -m spacy download en_core_web_sm gets one, or name the words"
+        ) from error
+    found = list(dict.fromkeys(t.text for t in pipeline(text) if t.pos_ in ("NOUN", "PROPN")))
+    if not found:
+        raise ExampleError(f"the caption '{text}' has no noun; name the words")
+    return found
+
+
 def top_tokens(
     model: Model, neurons: Sequence[tuple[int, int]], many: int = 10
 ) -> list[list[tuple[str, float]]]:

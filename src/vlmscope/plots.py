@@ -447,6 +447,64 @@ def attention(
     return figure
 
 
+def neuron_maps(maps: pd.DataFrame, pictures: Mapping[str, _Picture]) -> Figure:
+    """A row a neuron (or mean of several): its activation over the patches of the pictures that drive it most.
+
+    `maps` is the table of `vlmscope neurons describe`. Each row has a scale of its own, centred at zero; the
+    outline is around the patches above the 95th percentile.
+    """
+    names = list(dict.fromkeys(maps["neuron"]))
+    across = max(maps.groupby("neuron", sort=False)["example"].nunique())
+    figure = _Shown(figsize=(2.1 * across + 1.3, 2.3 * len(names) + 0.2), layout="constrained",
+                    facecolor="white")  # fmt: skip
+    axes = figure.subplots(len(names), across, squeeze=False)
+    for line, name in zip(axes, names, strict=True):
+        mine = maps[maps["neuron"] == name]
+        scale = _scale([mine[["activation"]]], "logit_diff")
+        for spot in line:
+            spot.set_axis_off()
+        for spot, (example, cells) in zip(line, mine.groupby("example", sort=False), strict=False):
+            size = (int(cells["row"].max()) + 1, int(cells["column"].max()) + 1)
+            _overlay(spot, _open(pictures[str(example)]), _cells(cells, "activation", size), scale)
+            _outline(spot, _cells(cells.assign(mask=cells["mask"].astype(float)), "mask", size))
+            spot.set_title(_drawable(str(example), 24), fontsize=7.5, color=_INK)
+        line[0].text(-0.06, 0.5, name, rotation=90, va="center", ha="right", fontsize=9, color=_INK,
+                     transform=line[0].transAxes)  # fmt: skip
+        bar = figure.colorbar(scale, ax=list(line), shrink=0.8, pad=0.02)
+        _label_bar(bar, "logit_diff")
+        bar.set_label("activation", fontsize=8.5, color=_INK)
+    return figure
+
+
+def measures(table: pd.DataFrame, names: Sequence[str]) -> Figure:
+    """A panel a measure: for each word its value with its interval, and beside it the null and random neurons.
+
+    `table` is the `measures` of `vlmscope.concepts.measure`.
+    """
+    words = list(dict.fromkeys(table["word"]))
+    figure = _Shown(figsize=(2.2 * len(names) + 0.9, max(2.2, 0.24 * len(words) + 1.3)),
+                    layout="constrained", facecolor="white")  # fmt: skip
+    axes = figure.subplots(1, len(names), squeeze=False, sharey=True)[0]
+    place = {word: len(words) - 1 - n for n, word in enumerate(words)}
+    for spot, name in zip(axes, names, strict=True):
+        mine = table[(table["measure"] == name) & (table["method"] == "contribution")]
+        at = mine["word"].map(place)
+        spot.hlines(at, mine["ci_low"], mine["ci_high"], color="#4C78A8", lw=2.2)
+        spot.plot(mine["value"], at, "o", color="#1f3f66", ms=4.5, label="the word's neurons")
+        spot.plot(mine["null"], at, "|", color="#333333", ms=9, mew=1.6, label="null")
+        spot.plot(mine["random"], at, "x", color="#B07020", ms=5, label="random neurons")
+        spot.set_title(name, fontsize=9.5, color=_INK)
+        spot.set_yticks(list(place.values()), list(place), fontsize=8.5)
+        spot.tick_params(axis="x", labelsize=8)
+        spot.grid(axis="x", color="#e5e5e5")
+        spot.set_axisbelow(True)
+        spot.spines[["top", "right"]].set_visible(False)
+        spot.margins(y=max(0.04, 0.5 / len(words)))
+    figure.legend(*axes[0].get_legend_handles_labels(), fontsize=8, loc="outside lower center", ncols=3,
+                  frameon=False)  # fmt: skip
+    return figure
+
+
 def _cells(rows: pd.DataFrame, value: str, size: tuple[int, int]) -> np.ndarray[Any, Any]:
     found = np.full(size, np.nan)
     found[rows["row"].to_numpy(int), rows["column"].to_numpy(int)] = rows[value].to_numpy(float)

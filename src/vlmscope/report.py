@@ -54,7 +54,7 @@ figcaption { font-size: .92rem; max-width: 62rem; }
 def write_report(parts: Sequence[str | os.PathLike[str]], out: str | os.PathLike[str]) -> Path:
     """Write the report of these folders to `out`, and its figures and data to `<stem>-figures/`.
 
-    A folder is a run, or what `circuits`, `heads`, `tracing` or `notice` wrote. Raises `StoreError` if
+    A folder is a run, or what `circuits`, `heads`, `tracing`, `notice` or `neurons` wrote. Raises `StoreError` if
     one is none of these, or `out` cannot be written.
     """
     if not parts:
@@ -78,7 +78,7 @@ def write_report(parts: Sequence[str | os.PathLike[str]], out: str | os.PathLike
 
 def _unfold(part: Path) -> list[tuple[str, Path]]:
     """What a folder is, and the folders in it where it is of `notice`: `(what, folder)`."""
-    for what in ("circuits", "heads", "tracing"):
+    for what in ("circuits", "heads", "tracing", "neurons"):
         if (part / f"{what}.json").is_file():
             return [(what, part)]
     if (part / "notice.toml").is_file():
@@ -130,10 +130,9 @@ def _page(folders: Sequence[tuple[str, Path]], figures: _Figures) -> str:
     for path in circuits:
         sections.append(("Important and universal heads", _circuits(path, len(sections), figures)))
     for what, path in folders:
-        if what in ("heads", "tracing"):
-            title, text = (_functions if what == "heads" else _tracing)(
-                path, len(sections), figures
-            )
+        if what in ("heads", "tracing", "neurons"):
+            write = {"heads": _functions, "tracing": _tracing, "neurons": _neurons}[what]
+            title, text = write(path, len(sections), figures)
             sections.append((title, text))
     if len(runs) > 1 and not circuits and (text := _together(names, runs, figures)):
         sections.append(("All runs", text))
@@ -145,16 +144,25 @@ def _page(folders: Sequence[tuple[str, Path]], figures: _Figures) -> str:
     body = "".join(
         f'<h2 id="part{n}">{escape(title)}</h2>{text}' for n, (title, text) in enumerate(sections)
     )
+    is_patched = any(what != "neurons" for what, _ in folders)
+    intro = (
+        '<p class="soft">Which part of the model carries the evidence to the answer? In each run '
+        "activations of one run are copied into the other, one site at a time; a figure shows how "
+        "far that moves the answer. LD is the logit of the answer minus that of the foil; a "
+        "change is LD after the patch minus LD of the corrupt run.</p>"
+    )
+    intro = intro if is_patched else (
+        '<p class="soft">Which neurons turn what the model sees into a word? A neuron contributes to a token its '
+        "activation where the token is predicted, times its column of the down projection on the token's "
+        "row of the output embedding.</p>"
+    )  # fmt: skip
     contents = f"<nav><ul>{links}</ul></nav>" if len(sections) > 1 else ""
     return (
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         f"<title>vlmscope report</title><style>{STYLE}</style></head><body>"
         "<h1>vlmscope report</h1>"
-        '<p class="soft">Which part of the model carries the evidence to the answer? In each run '
-        "activations of one run are copied into the other, one site at a time; a figure shows how "
-        "far that moves the answer. LD is the logit of the answer minus that of the foil; a "
-        "change is LD after the patch minus LD of the corrupt run.</p>"
+        f"{intro}"
         f"{contents}{body}</body></html>\n"
     )
 
@@ -274,6 +282,130 @@ def _functions(folder: Path, number: int, figures: _Figures) -> tuple[str, str]:
                 )
             )
     return f"What heads do: {Path(str(about['data'])).name}", "".join(parts)
+
+
+def _neurons(folder: Path, number: int, figures: _Figures) -> tuple[str, str]:
+    """What `vlmscope neurons` found, described, perturbed or edited."""
+    about = _json(folder / "neurons.json")
+    write = {"find": _found, "describe": _described, "perturb": _perturbed, "edit": _edited}
+    if about.get("what") not in write:
+        raise StoreError(
+            f"{folder / 'neurons.json'}: is of another version; write that folder anew"
+        )
+    return write[str(about["what"])](folder, number, figures, about)
+
+
+def _table(rows: pd.DataFrame, form: str = "{:.3g}") -> str:
+    """A table of HTML; numbers in a few digits, text escaped."""
+    head = "".join(f"<th>{escape(str(name))}</th>" for name in rows.columns)
+    body = "".join(
+        "<tr>" + "".join(
+            f"<td>{escape('' if pd.isna(x) else form.format(x) if isinstance(x, float) else str(x))}</td>" for x in row
+        ) + "</tr>"
+        for row in rows.itertuples(index=False)
+    )  # fmt: skip
+    return f'<div class="wide"><table><tr>{head}</tr>{body}</table></div>'
+
+
+def _kept(folder: Path) -> dict[str, Path]:
+    """The pictures of a folder of `neurons`, by example."""
+    if not (folder / "pictures.csv").is_file():
+        return {}
+    table = pd.read_csv(folder / "pictures.csv", dtype=str, keep_default_na=False)
+    return {row.example: folder / "pictures" / Path(row.file).name for row in table.itertuples()}
+
+
+def _found(
+    folder: Path, number: int, figures: _Figures, about: Mapping[str, Any]
+) -> tuple[str, str]:
+    tokens = pd.read_csv(folder / "tokens.csv", keep_default_na=False).head(20)
+    layers = pd.read_csv(folder / "layers.csv", keep_default_na=False)
+    captions = pd.read_csv(folder / "captions.csv", keep_default_na=False)
+    spread = layers.pivot_table(index="word", columns="layer", values="neurons", fill_value=0)
+    spread.columns = [f"layer {n}" for n in spread.columns]
+    text = (
+        f"<p>{escape(str(about['model']))}, {len(captions)} caption{'s' * (len(captions) > 1)}, such as: "
+        f"<b>{escape(str(captions['caption'].iloc[0]))}</b>. Neurons that are listed most, with the tokens that "
+        f"they move most:</p>{_table(tokens)}<h3>How many of the listed neurons lie in each layer</h3>"
+        f"{_table(spread.astype(int).reset_index())}"
+    )
+    return "Neurons that contribute to words", text
+
+
+def _described(
+    folder: Path, number: int, figures: _Figures, about: Mapping[str, Any]
+) -> tuple[str, str]:
+    cards = pd.read_csv(folder / "cards.csv", keep_default_na=False)
+    maps = pd.read_parquet(folder / "maps.parquet")
+    driving = pd.read_csv(folder / "driving.csv", keep_default_na=False)
+    pictures = _kept(folder)
+    parts = [f"<p>{len(cards)} neurons of {escape(str(about['model']))}.</p>",
+             _table(cards.drop(columns="weights"))]  # fmt: skip
+    own = maps[~maps["neuron"].str.contains(": mean of top")]
+    for what, some, sentence in (
+        ("maps", own, "Activation over the patches of the pictures that drive each neuron most; the line is "
+                      "around the patches above the 95th percentile."),
+        ("means", maps.drop(own.index), "The mean activation of a word's top neurons over the pictures that "
+                                        "drive it most."),
+    ):  # fmt: skip
+        for start, names in enumerate(_groups(list(dict.fromkeys(some["neuron"])), 6)):
+            rows = some[some["neuron"].isin(names)]
+            figure = plots.neuron_maps(rows, pictures)
+            parts.append(figures.show(f"part{number}-{what}-{start}", figure, sentence, rows))
+    best = driving[driving["rank"] <= 3]
+    parts.append(f"<h3>Which pictures drive them most</h3>{_table(best)}")
+    if (folder / "measures.csv").is_file():
+        table = pd.read_csv(folder / "measures.csv", keep_default_na=True)
+        names = [n for n in ("auc", "selectivity", "overlap", "overlap, shuffled", "p drop, zero")
+                 if n in set(table["measure"])]  # fmt: skip
+        parts.append("<h3>Are they what they seem?</h3>")
+        parts.append(figures.show(
+            f"part{number}-measures", plots.measures(table, names),
+            "Measured on pictures on which the neurons were not chosen, with 95 % intervals. The null are neurons "
+            "chosen by shuffled labels for the same token; for shuffled patches it is chance.", table,
+        ))  # fmt: skip
+        wide = table[table["method"] == "contribution"].drop(columns="method")
+        parts.append(_table(wide))
+    return "Neurons, one by one", "".join(parts)
+
+
+def _groups(items: Sequence[str], many: int) -> list[list[str]]:
+    return [list(items[n : n + many]) for n in range(0, len(items), many)]
+
+
+def _perturbed(
+    folder: Path, number: int, figures: _Figures, about: Mapping[str, Any]
+) -> tuple[str, str]:
+    table = pd.read_csv(folder / "perturb.csv", keep_default_na=False)
+    return (
+        "Words without their neurons",
+        f"<p>{escape(str(about['model']))}: how far the probability of a word falls where the caption says it, "
+        f"without its top k neurons and without as many random ones of the same layers.</p>{_table(table)}",
+    )
+
+
+def _edited(
+    folder: Path, number: int, figures: _Figures, about: Mapping[str, Any]
+) -> tuple[str, str]:
+    measures = pd.read_csv(folder / "measures.csv")
+    captions = pd.read_csv(folder / "captions.csv", keep_default_na=False)
+    columns = pd.read_csv(folder / "columns.csv")
+    pictures = _kept(folder)
+    shown = captions[captions["example"].isin(pictures)].drop_duplicates("example")
+    target = str(about.get("to") or "anything else")
+    cards = "".join(
+        f'<div class="pair"><div><figure><img alt="picture" src="{_inline(pictures[row.example].read_bytes())}">'
+        f'</figure></div><p><span class="soft">before</span> {escape(row.before)}<br>'
+        f'<span class="soft">after</span> <b>{escape(row.after)}</b></p></div>'
+        for row in shown.itertuples()
+    )
+    share = (columns["change"] / columns["length"].clip(lower=1e-12)).median()
+    return (
+        f"Edit: {about['from']} to {target}",
+        f"<p>{escape(str(about['model']))}: {len(columns)} columns changed, by a length of {about['size']:.3g} in "
+        f"all; the median column by {share:.0%} of its own. Free captions of pictures that the edit was not made "
+        f'on, with 95 % intervals:</p>{_table(measures)}<div class="pairs">{cards}</div>',
+    )
 
 
 def _size(measures: pd.DataFrame, table: pd.DataFrame) -> pd.Series[float]:

@@ -36,6 +36,8 @@ PICTURES = 48
 """How many pictures that show the word an edit is made on, at most."""
 OTHERS = 192
 """How many pictures that do not show it are kept as they are, at most."""
+BLIND = 16
+"""How many prompts are kept as they are without a picture, at most."""
 ROUNDS = 16
 NEAR = 1.0
 """Margins that hold by less than so many logits are kept in sight."""
@@ -100,14 +102,13 @@ def edit(
             f"'{target}' cannot take the place of '{source}' in these captions: the tokens around it change"
         )
     kept = [_same(model, one, said, prompt) for one, said in other]
+    asked = dict.fromkeys(prompt or one.clean_prompt for one, _ in [*has, *other])
+    kept += [one for text in list(asked)[:BLIND] if (one := _blind_same(model, text, source))]
     with _frozen(model):
-        delta = {
-            layer: (
-                at,
-                torch.zeros(model.shapes[model.speaker].width, len(at), device=model.device),
-            )
-            for layer, at in chosen.items()
-        }
+        width, delta = model.shapes[model.speaker].width, {}
+        for layer in sorted({layer for layer, _ in chosen}):
+            at = torch.tensor(sorted(n for own, n in chosen if own == layer), device=model.device)
+            delta[layer] = (at, torch.zeros(width, len(at), device=model.device))
         for one in [*wanted, *kept]:
             _remember(model, one)
         solve = {"closed": _closed, "learned": _learned}[solver]
@@ -207,6 +208,19 @@ def _changed(
 
 def _same(model: Model, one: Example, said: Caption, prompt: str | None) -> _Wanted:
     return _Wanted(_inputs(model, one, prompt, said.ids[:-1]), said.start, list(said.ids), [], None)
+
+
+def _blind_same(model: Model, prompt: str, source: str) -> _Wanted | None:
+    """What the model says to a prompt alone, if it takes such and does not say the word."""
+    try:
+        plain = model.inputs(None, prompt)
+    except ExampleError:
+        return None
+    said = say(model, plain)
+    if says(said.text, source):
+        return None
+    fed = model.inputs(None, prompt, (), said.ids[:-1])
+    return _Wanted(fed, said.start, list(said.ids), [], None)
 
 
 # -- the two solvers -----------------------------------------------------------------------------
@@ -321,11 +335,11 @@ def _leads(
         lead = _lead(logits[n], token)
         if n not in one.new:
             least = min(margin / 2, float(one.margins[n]))
-            yield lead, least - float(lead), locality
+            yield lead, least - lead.item(), locality
         elif one.avoid is None:
-            yield lead, margin - float(lead), 1.0
+            yield lead, margin - lead.item(), 1.0
         else:
-            yield -lead, margin + float(lead), 1.0
+            yield -lead, margin + lead.item(), 1.0
 
 
 def _learned(
@@ -355,10 +369,10 @@ def _learned(
                 own = found.gather(1, tokens[:, None])[:, 0]
                 if one.new and one.avoid is None:
                     loss = loss - own[is_new].mean()
-                    sure[id(one)] = float(own[is_new].exp().min())
+                    sure[id(one)] = own[is_new].detach().exp().min().item()
                 elif one.new:
                     loss = loss - torch.log1p(-own[is_new].exp().clamp(max=1 - 1e-6)).mean()
-                    sure[id(one)] = 1 - float(own[is_new].exp().max())
+                    sure[id(one)] = 1 - own[is_new].detach().exp().max().item()
                 before = F.log_softmax(one.logits, -1)
                 apart = F.kl_div(found, before, log_target=True, reduction="none").sum(-1)
                 if (~is_new).any():
@@ -401,8 +415,8 @@ def assess(
     - `generality` (the first prompt) and `generality, other wording`: of the captions that had the word,
       those that took the new one;
     - `only the word`: those in which nothing else has changed;
-    - `locality`: of the other captions, those unchanged; `locality, no image`: of the same prompts
-      without their picture, where the model takes such;
+    - `locality`: of the other captions, those unchanged; `locality, no image`: of what is
+      said to the same prompts without a picture, where the model takes such;
     - `repetition` and `length`: of the edited captions, words that repeat the one before, and words
       relative to before (fluency).
     """
@@ -438,7 +452,8 @@ def assess(
         "generality, other wording": table.loc[has & ~first, "took"],
         "only the word": table.loc[has & table["took"], "only"] if target else [],
         "locality": table.loc[~has, "same"],
-        "locality, no image": [a == b for a, b in zip(silent, now_silent, strict=True) if a is not None],
+        "locality, no image": [a == b for a, b in zip(silent, now_silent, strict=True)
+                               if a is not None and not says(a, source)],
         "repetition": words["twice"],
         "length": words["longer"],
     }  # fmt: skip

@@ -190,7 +190,6 @@ def export(model: Model, edits: Sequence[WeightEdit], folder: str | Path) -> Non
     """Write the edited model and its processor as a checkpoint that plain transformers loads."""
     with edited(model, *edits):
         try:
-            model.hf.save_pretrained(folder)
-            model.processor.save_pretrained(folder)
+            model.save(folder)
         except OSError as error:
             raise StoreError(f"{folder}: cannot be written ({error.strerror or error})") from error
