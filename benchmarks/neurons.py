@@ -158,7 +158,7 @@ def edits() -> dict[str, Any]:
     model = load("toy-llava", device="cpu")
     made_on, others = held_out(200, 0), held_out(100, 77)
     before = {name: value.clone() for name, value in model.hf.state_dict().items()}
-    many = round(0.03 * 4 * model.shapes["decoder"].neurons)
+    many = int(0.03 * 4 * model.shapes["decoder"].neurons)
     rows, done = [], []
     for source, target in PAIRS:
         start = time.perf_counter()
@@ -174,7 +174,7 @@ def edits() -> dict[str, Any]:
             "from": source, "to": target, "columns": len(edit.neurons), "seconds": seconds, "size": edit.size,
             "reliability": own["generality"], "generality": new["generality"],
             "other_wording": new["generality, other wording"], "only_the_word": new["only the word"],
-            "locality": new["locality"], "undone": undone,
+            "locality": new["locality"], "locality_other_wording": new["locality, other wording"], "undone": undone,
         })  # fmt: skip
         print(json.dumps(rows[-1]), flush=True)
     first = None

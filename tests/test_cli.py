@@ -387,3 +387,98 @@ def test_generate(run, tmp_path):
     refused(run(*base, "--edit", "decoder.9.mlp@all scale 0"), "no layer 9")
     refused(run(*base, "--patch", "decoder.2.mlp@all"), "--other")
     refused(run(*base[:-1], "<image> <image> what ?"), "2 placeholders")
+
+
+ASK = "describe this picture."
+
+
+@pytest.fixture(scope="module")
+def scene(tmp_path_factory):
+    file = tmp_path_factory.mktemp("scene") / "scene.png"
+    vlmscope.examples("scenes", limit=1)[0].clean_image.save(file)
+    return file
+
+
+def test_neurons_find(run, scene, tmp_path):
+    import pandas as pd
+
+    asked = ["neurons", "find", "--model", "toy-llava", "--image", scene, "--prompt", ASK]
+    status, _, err = run(*asked, "--word", "star", "triangle", "--top", "0", "--out", tmp_path)
+    assert status == 0, err
+    assert "orange star" in (tmp_path / "captions.csv").read_text()
+    table = pd.read_parquet(tmp_path / "neurons.parquet")
+    assert list(table.columns) == [
+        "example", "word", "token", "token_id", "position", "layer", "neuron", "activation", "weight",
+        "score", "rank",
+    ]  # fmt: skip
+    assert table.groupby("word").size().to_dict() == {"star": 1024, "triangle": 1024}
+    status, _, _ = run(
+        *asked, "--caption", "a red heart", "--word", "heart", "--out", tmp_path / "told"
+    )
+    assert status == 0
+    refused(
+        run(*asked, "--word", "dog", "--out", tmp_path / "no"),
+        "'dog' is not in the caption 'an orange star",
+    )
+    refused(
+        run(*asked, "--out", tmp_path / "no"), "nothing is known of what is shown", "name words"
+    )
+    refused(
+        run(*asked[:-2], "--word", "star", "--out", tmp_path / "no"), "--image needs a --prompt"
+    )
+    refused(
+        run(*asked, "--data", "states", "--word", "x", "--out", tmp_path),
+        "either --image or --data",
+    )
+
+
+def test_neurons_describe_and_perturb(run, tmp_path):
+    given = ["--model", "toy-llava", "--data", "states", "--limit", "6", "--prompt", ASK]
+    status, out, err = run(
+        "neurons", "describe", *given, "--neuron", "3.250", "--no-measures", "--out", tmp_path
+    )
+    assert status == 0, err
+    assert (tmp_path / "report.html").exists()
+    refused(
+        run("neurons", "describe", *given, "--neuron", "250", "--out", tmp_path),
+        "expected LAYER.NUMBER",
+    )
+    refused(
+        run("neurons", "describe", *given, "--out", tmp_path),
+        "nothing to describe; name words or neurons",
+    )
+    refused(
+        run("neurons", "perturb", *given, "--word", "red", "--out", tmp_path),
+        "no word can be measured",
+    )
+
+
+def test_neurons_edit(run, scene, tmp_path):
+    given = ["--model", "toy-llava", "--data", "states", "--limit", "50", "--prompt", ASK]
+    file = tmp_path / "edit.safetensors"
+    status, out, err = run(
+        "neurons", "edit", *given, "--from", "red", "--to", "blue", "--neurons", "30", "--out", file,
+        "--export", tmp_path / "model",
+    )  # fmt: skip
+    assert status == 0, err
+    assert "red -> blue: 30 neurons" in out and "generality" in out
+    assert (tmp_path / "edit-card" / "report.html").exists()
+    status, out, _ = run("neurons", "edits", file)
+    assert status == 0 and "red -> blue" in out
+    status, out, err = run(
+        "generate", "--model", tmp_path / "model", "--image", scene, "--prompt", ASK
+    )
+    assert status == 0, err
+    refused(
+        run("neurons", "edit", *given, "--from", "red", "--out", file),
+        "either --to WORD or --suppress",
+    )
+    refused(
+        run("neurons", "edit", *given, "--from", "dog", "--to", "cat", "--out", file),
+        "no caption of these",
+    )
+    refused(
+        run("neurons", "edit", "--model", tmp_path / "model", *given[2:], "--from", "green", "--to", "blue",
+            "--on", file, "--out", file),
+        "was made for another model or revision",
+    )  # fmt: skip

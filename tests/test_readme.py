@@ -27,6 +27,15 @@ def test_the_python_of_the_tutorial_runs(tmp_path, monkeypatch, capsys):
     assert (tmp_path / "runs" / "faces" / "report.html").exists()
 
 
+def test_the_python_of_the_tutorial_on_neurons_runs(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    tutorial = (Path(__file__).parent.parent / "docs" / "neurons.md").read_text("utf-8")
+    (block,) = re.findall(r"```python\n(.*?)```", tutorial, re.DOTALL)
+    exec(compile(block, "neurons.md", "exec"), {})
+    assert "generality" in capsys.readouterr().out
+    assert (tmp_path / "edited" / "model.safetensors").exists()
+
+
 def test_the_specification_of_the_tutorial_is_one(tmp_path):
     from vlmscope.notice import Spec
 
@@ -40,7 +49,18 @@ def test_the_specification_of_the_tutorial_is_one(tmp_path):
 
 @pytest.mark.parametrize(
     "command",
-    ["demo", "sweep", "report", "models", "notice", "tracing", "circuits", "heads", "data"],
+    [
+        "demo",
+        "sweep",
+        "report",
+        "models",
+        "notice",
+        "tracing",
+        "circuits",
+        "heads",
+        "data",
+        "neurons",
+    ],
 )
 def test_the_commands_of_the_readme_exist(command):
     from typer.main import get_command

@@ -547,7 +547,7 @@ def neurons_edit(
     wording: Annotated[
         list[str] | None, typer.Option(help="Another wording to assess it with; once for each.")
     ] = None,
-    solver: Annotated[Solver, typer.Option(help="How it is found.")] = Solver.closed,
+    solver: Annotated[Solver, typer.Option(help="How it is found.")] = Solver.learned,
     margin: Annotated[float, typer.Option(help="Logits by which the new word leads.")] = 4.0,
     locality: Annotated[float, typer.Option(min=0, help="What the rest weighs.")] = 1.0,
     on: Annotated[

@@ -1,8 +1,8 @@
 """Whether neurons are what they seem: measures over a set of pictures, each with a null and an interval.
 
 For a word, neurons are chosen on one half of the pictures and measured on the other. They are ranked by
-how far they move the word's token at most anywhere in the caption, `max over p of a(p) · w`, meant over the
-pictures that show the word, and beside that by activation alone, by gradient times activation
+their contribution where the caption says the word (or at most anywhere in the caption where it does not), meant
+over the pictures that show the word, and beside that by activation alone, by gradient times activation
 (Schwettmann et al. 2023, arXiv 2308.01544) and at random in the same layers.
 
 A word's token chooses its neurons in part by their weights alone, whatever the pictures show. So the null of
@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -44,6 +44,8 @@ FEW = 4
 """A word that fewer pictures of a half show, or do not show, is not measured."""
 DRAWS = 199
 """How often labels are shuffled for a null."""
+LARGE = 2**20
+"""Captions with more activations than this are kept in half precision."""
 PATCHED = 16
 """How many pictures of each word the costly measures run on, at most."""
 CONTROLS = 49
@@ -68,6 +70,9 @@ class _Word:
     shown: NDArray[np.bool_]
     weight: Array
     reach: Array
+    """At most anywhere in the caption: the same for every picture, whatever it shows."""
+    said: Array
+    """Where the caption says the word, or `reach` where it does not."""
     chosen: dict[str, NDArray[np.int64]] = field(default_factory=dict)
 
 
@@ -163,8 +168,11 @@ class _Study:
                 size.append(own.abs().mean(0).numpy())
                 mean += own.mean(0).numpy()
                 self.shows.append(one.shows or frozenset(said.text.casefold().split()))
-                # The neurons of a caption are many; what is asked of them later is kept above.
-                self.said.append(said)
+                # Of a large model in half the bits: ranks are asked of them, and they are many.
+                kept = said.activations.cpu()
+                self.said.append(
+                    replace(said, activations=kept if kept.numel() < LARGE else kept.half())
+                )
                 step(0, number + 1)
         self.highest, self.lowest, self.size = np.stack(highest), np.stack(lowest), np.stack(size)
         self.mean = torch.tensor(mean / max(1, len(examples)), dtype=torch.float32)
@@ -221,10 +229,22 @@ class _Study:
                 continue
             weight = weights(self.model, ids)[0].flatten().float().cpu().numpy()
             reach = np.where(weight >= 0, self.highest * weight, self.lowest * weight)
-            found.append(_Word(word, ids[0], shown, weight, reach))
+            found.append(
+                _Word(word, ids[0], shown, weight, reach, self._said(ids[0], weight, reach))
+            )
         if not found:
             raise DataError(f"no word can be measured: {'; '.join(why[:5]) or 'nothing is shown'}; "
                             f"a word is a single token that at least {2 * FEW} pictures show and as many do not")  # fmt: skip
+        return found
+
+    def _said(self, token: int, weight: Array, reach: Array) -> Array:
+        """The contributions where each caption says a token; `reach` where it does not."""
+        found = reach.copy()
+        for number, said in enumerate(self.said):
+            at = [n for n, own in enumerate(said.ids) if own == token]
+            if at:
+                active = said.activations[at].flatten(1).float().cpu().numpy()
+                found[number] = (active * weight).mean(0)
         return found
 
     def _best(self, values: Array) -> NDArray[np.int64]:
@@ -233,7 +253,7 @@ class _Study:
     def _choose(self, one: _Word) -> None:
         """The neurons of a word by each method, on the first half of the pictures."""
         which = self.first & one.shown
-        one.chosen["contribution"] = self._best(one.reach[which].mean(0))
+        one.chosen["contribution"] = self._best(one.said[which].mean(0))
         one.chosen["gradient"] = self._best(self._gradient(one, np.flatnonzero(which)))
         one.chosen["activation"] = self._best(self.size[which].mean(0))
         one.chosen["random"] = self._random(one.chosen["contribution"])
@@ -286,7 +306,7 @@ class _Study:
         self, one: _Word, draws: int
     ) -> list[tuple[NDArray[np.int64], NDArray[np.bool_]]]:
         labels = [self._by_chance(one) for _ in range(draws)]
-        return [(self._best(one.reach[self.first & some].mean(0)), some) for some in labels]
+        return [(self._best(one.said[self.first & some].mean(0)), some) for some in labels]
 
     # -- the measures ----------------------------------------------------------------------------
 
@@ -301,7 +321,7 @@ class _Study:
         nulls = [some for some, _ in self._chosen_by_chance(one, DRAWS)]
         which = np.flatnonzero(self.first & one.shown)
         again = [
-            self._best(one.reach[self.rng.choice(which, len(which))].mean(0)) for _ in range(DRAWS)
+            self._best(one.said[self.rng.choice(which, len(which))].mean(0)) for _ in range(DRAWS)
         ]
         names = self._named(one, np.unique(np.concatenate([*one.chosen.values(), *nulls, *again])))
         share = lambda some: float(np.mean([names[int(n)] for n in some]))  # noqa: E731
@@ -397,7 +417,7 @@ class _Study:
         which = np.concatenate(
             [np.flatnonzero(held & (one.shown == is_in))[: 2 * PATCHED] for is_in in (True, False)]
         )
-        tops = self._tops(one.reach[which])
+        tops = self._tops(one.said[which])
         shared, labels = _shared(tops), one.shown[which]
         value = _within(shared, labels)
         null = np.array([_within(shared, self.rng.permutation(labels)) for _ in range(DRAWS)])
@@ -408,9 +428,9 @@ class _Study:
         # Pictures that are alike share neurons for any token: what counts is how much more for this one.
         excess = value - _within(shared, np.ones(len(labels), bool))
         other_tokens = []
-        for weight in self._tokens():
-            reach = np.where(weight >= 0, self.highest[which] * weight, self.lowest[which] * weight)
-            there = _shared(self._tops(reach))
+        for token, weight in self._tokens():
+            reach = np.where(weight >= 0, self.highest * weight, self.lowest * weight)
+            there = _shared(self._tops(self._said(token, weight, reach)[which]))
             other_tokens.append(_within(there, labels) - _within(there, np.ones(len(labels), bool)))
         p = max(
             (1 + (null >= value - 1e-12).sum()) / (1 + len(null)),
@@ -419,7 +439,7 @@ class _Study:
         rows = [self._row(one, "contribution", "overlap", value, low=low, high=high, null=null.mean(),
                           random=self.top / self.many, p=p, n=len(own))]  # fmt: skip
         across = [
-            np.mean([len(tops[i] & set(self._tops(other.reach[which[j]][None])[0])) / self.top
+            np.mean([len(tops[i] & set(self._tops(other.said[which[j]][None])[0])) / self.top
                      for j in np.flatnonzero(~labels & other.shown[which])[:PATCHED]])
             for i in own
             for other in others
@@ -436,14 +456,14 @@ class _Study:
             return [set(range(self.many)) for _ in reach]
         return [set(np.argpartition(-row, self.top)[: self.top].tolist()) for row in reach]
 
-    def _tokens(self) -> Iterator[Array]:
-        """The weights of some tokens drawn from the vocabulary."""
+    def _tokens(self) -> Iterator[tuple[int, Array]]:
+        """Some tokens drawn from the vocabulary, and their weights."""
         vocabulary = len(self.model.unembedding(slice(None)))
         drawn = np.random.default_rng(0).choice(
             vocabulary, min(CONTROLS, vocabulary), replace=False
         )
         for token in drawn.tolist():
-            yield weights(self.model, [token])[0].flatten().float().cpu().numpy()
+            yield token, weights(self.model, [token])[0].flatten().float().cpu().numpy()
 
     def _spoken(self, one: _Word) -> list[int]:
         """Some pictures of the second half that show the word, and whose caption says it."""
@@ -544,7 +564,7 @@ class _Study:
                 if not numbers:
                     raise DataError(f"no caption says '{one.word}' where the picture shows it")
                 base = np.array([self._sure(one, n) for n in numbers])
-                order = one.reach[self.first & one.shown].mean(0)
+                order = one.said[self.first & one.shown].mean(0)
                 for k in tops:
                     if not 1 <= k <= self.many:
                         raise DataError(

@@ -1,0 +1,111 @@
+"""The measures of neurons over a set: on the trained toy, on random models, and by hand."""
+
+from __future__ import annotations
+
+import random
+
+import numpy as np
+import pytest
+import torch
+from transformers import LlavaForConditionalGeneration
+
+from vlmscope import concepts
+from vlmscope.data import BUILT_IN, examples
+from vlmscope.errors import DataError
+from vlmscope.model import Model, load
+
+ASK = "describe this picture."
+WORDS = ["red", "orange", "triangle", "purple"]
+
+
+@pytest.fixture(scope="module")
+def toy() -> Model:
+    return load("toy-llava", device="cpu")
+
+
+def held_out(limit, seed):
+    found = [e for name in BUILT_IN for e in examples(name, limit=limit, seed=seed)]
+    random.Random(seed).shuffle(found)
+    return found
+
+
+@pytest.fixture(scope="module")
+def measured(toy):
+    return concepts.measure(
+        toy, held_out(30, 21), ASK, ["red", "blue", "circle", "star", "triangle"]
+    )
+
+
+def test_the_neurons_carry_their_words(measured):
+    table = measured.measures[measured.measures["method"] == "contribution"].set_index(
+        ["measure", "word"]
+    )
+    for word in WORDS:
+        auc, drop = table.loc[("auc", word)], table.loc[("p drop, zero", word)]
+        assert auc["value"] >= 0.9 and abs(auc["null"] - 0.5) <= 0.06
+        assert auc["ci_low"] <= auc["value"] <= auc["ci_high"]
+        assert drop["value"] >= 5 * abs(drop["random"])
+        assert (
+            table.loc[("overlap", word), "value"]
+            >= 3 * table.loc[("overlap, others", word), "value"]
+        )
+    chosen = measured.chosen.groupby(["word", "method"]).size()
+    assert set(chosen) == {10}, "1 % of all neurons"
+    layers = measured.chosen.groupby(["word", "method"])["layer"].apply(sorted)
+    assert layers["red", "contribution"] == layers["red", "random"]
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_nothing_is_found_in_a_random_model(toy, seed):
+    torch.manual_seed(seed)
+    model = Model(LlavaForConditionalGeneration(toy.hf.config), toy.processor)
+    table = concepts.measure(model, held_out(20, 9), ASK, seed=seed).measures
+    tested = table[table["p_value"].notna()]
+    assert len(tested) >= 20
+    assert (tested["q_value"] < 0.05).mean() <= 0.05
+
+
+def test_auc_and_pairs_by_hand():
+    labels = np.array([True, True, False, False])
+    assert concepts._auc(np.array([3.0, 2.0, 1.0, 2.0]), labels) == pytest.approx(3.5 / 4)
+    shared = concepts._shared([{1, 2}, {2, 3}, {1, 2}])
+    assert shared.tolist() == [[1, 0.5, 1], [0.5, 1, 0.5], [1, 0.5, 1]]
+    assert concepts._within(shared, np.array([True, True, False])) == 0.5
+    assert concepts._within(shared, np.array([True, True, True])) == pytest.approx(2 / 3)
+
+
+def test_ablation_and_noise(toy):
+    one = examples("states", limit=1)[0]
+    inputs = toy.inputs(one.clean_image, ASK)
+    before = toy.down(2).weight.detach().clone()
+    with concepts.ablated(toy, {2: ([4, 9], torch.tensor([0.0, 1.5]))}):
+        found = toy.capture(
+            inputs, ["decoder.2.mlp.n4@all", "decoder.2.mlp.n9@all", "decoder.2.mlp.n5@all"]
+        )
+        assert found["decoder.2.mlp.n4@all"].unique().tolist() == [0.0]
+        assert found["decoder.2.mlp.n9@all"].unique().tolist() == [1.5]
+        assert found["decoder.2.mlp.n5@all"].unique().numel() > 10
+    with concepts.perturbed(toy, {2: [4, 9]}, 0.5):
+        change = (toy.down(2).weight - before).detach()
+    assert change.abs().sum(0).nonzero().flatten().tolist() == [4, 9]
+    assert change[:, [4, 9]].std() == pytest.approx(0.5, rel=0.2)
+    assert torch.equal(toy.down(2).weight, before)
+
+
+def test_perturbing_over_a_range(toy):
+    given = examples("states", limit=60)
+    table = concepts.perturb(toy, given, ASK, ["red"], tops=(1, 30), sigmas=(1.0,))
+    assert len(table) == 2 * 3 * 2
+    top = table[table["set"] == "top"].set_index(["k", "how"])
+    other = table[table["set"] == "random"].set_index(["k", "how"])
+    assert top.loc[(30, "sigma 1"), "drop_p"] > 0.3
+    assert top.loc[(30, "sigma 1"), "drop_p"] > 5 * abs(other.loc[(30, "sigma 1"), "drop_p"])
+    assert top.loc[(30, "zero"), "drop_p"] >= top.loc[(1, "zero"), "drop_p"] - 1e-3
+
+
+def test_words_that_cannot_be_measured(toy):
+    given = examples("states", limit=12)
+    with pytest.raises(DataError, match=r"no word can be measured: 'qqq' is 1 tokens, or unknown"):
+        concepts.measure(toy, given, ASK, ["qqq"])
+    with pytest.raises(DataError, match="'angry' is shown by 0 of 12 pictures"):
+        concepts.measure(toy, given, ASK, ["angry"])
