@@ -127,6 +127,7 @@ def held_out(limit: int, seed: int) -> list[Example]:
 
 def concept() -> dict[str, Any]:
     model = load("toy-llava", device="cpu")
+    concepts.PATCHED = 64
     start = time.perf_counter()
     found = concepts.measure(model, held_out(210, 31), ASK)
     table = found.measures[found.measures["method"] == "contribution"]
@@ -135,13 +136,17 @@ def concept() -> dict[str, Any]:
     for word in sorted(set(found.measures["word"]) - {"plain", "face"}):
         drop, auc, own = (table.loc[(name, word)] for name in ("p drop, zero", "auc", "overlap"))
         other = table.loc[("overlap, others", word), "value"]
-        words[word] = {"drop": drop["value"], "random": drop["random"], "auc": auc["value"], "auc_null": auc["null"],
+        words[word] = {"drop": drop["value"], "low": drop["ci_low"], "high": drop["ci_high"], "random": drop["random"], "auc": auc["value"], "auc_null": auc["null"],
                        "overlap": own["value"], "overlap_others": other}  # fmt: skip
     return {
         "pictures": 630,
         "seconds": time.perf_counter() - start,
         "words": words,
-        "fewest_times_random": min(w["drop"] / max(w["random"], 1e-12) for w in words.values()),
+        # Random neurons change next to nothing, in either direction.
+        "at_least_five_times_random": sum(
+            w["drop"] >= 5 * abs(w["random"]) for w in words.values()
+        ),
+        "of_words": len(words),
         "lowest_auc": min(w["auc"] for w in words.values()),
         "auc_nulls": [
             min(w["auc_null"] for w in words.values()),

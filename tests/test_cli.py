@@ -434,7 +434,7 @@ def test_neurons_find(run, scene, tmp_path):
 
 def test_neurons_describe_and_perturb(run, tmp_path):
     given = ["--model", "toy-llava", "--data", "states", "--limit", "6", "--prompt", ASK]
-    status, out, err = run(
+    status, _, err = run(
         "neurons", "describe", *given, "--neuron", "3.250", "--no-measures", "--out", tmp_path
     )
     assert status == 0, err

@@ -211,3 +211,21 @@ def test_attention_is_the_models_own():
     by_hand = model.hf(**inputs.tensors, output_attentions=True)
     whole = model.attention(inputs, "vision", "attn", range(10))
     torch.testing.assert_close(whole, torch.cat(by_hand.attentions).float())
+
+
+def test_experts_are_no_neurons():
+    from models import llava
+    from transformers import LlavaConfig, LlavaForConditionalGeneration, Qwen3MoeConfig
+
+    small = llava()
+    text = Qwen3MoeConfig(
+        vocab_size=64, hidden_size=16, intermediate_size=32, moe_intermediate_size=8, num_hidden_layers=2,
+        num_attention_heads=2, num_key_value_heads=2, num_experts=2, num_experts_per_tok=1, head_dim=8,
+    )  # fmt: skip
+    config = LlavaConfig(
+        vision_config=small.hf.config.vision_config, text_config=text, image_token_index=4
+    )
+    with pytest.raises(
+        ModelError, match="decoder tower are made of experts, which cannot be split into neurons"
+    ):
+        Model(LlavaForConditionalGeneration(config), small.processor)

@@ -220,6 +220,13 @@ def test_hallucination_and_questions(toy):
         assert scores["accuracy"] >= 0.9 and scores["f1"] >= 0.9
 
 
+def test_objects_before_and_after(toy, made):
+    given = [e for e in held_out(15, 3) if "red" in e.shows]
+    table = rewrite.objects(toy, [made], given, ["red", "blue"], prompt=ASK).set_index("measure")
+    assert table.loc["chair_i", "before"] <= 0.1
+    assert table.loc["chair_i", "after"] >= 0.5, "it says blue where there is red"
+
+
 def test_models_without_prompts_alone():
     with pytest.raises(ExampleError, match="takes no prompt without an image"):
         blip().inputs(None, "red ?")

@@ -149,6 +149,7 @@ def describe(
     *,
     prompt: str | None = None,
     measures: bool = True,
+    embedding: str | Path | None = None,
     seed: int = 0,
 ) -> pd.DataFrame:
     """Write cards of neurons: of those that are named (layer, number), or the best of each word.
@@ -168,7 +169,9 @@ def describe(
         driving.to_csv(folder / "driving.csv", index=False)
         (folder / "measures.csv").unlink(missing_ok=True)
         if measures and len(examples) > 4 * concepts.FEW:
-            found = concepts.measure(model, examples, prompt, list(words) or None, seed=seed)
+            found = concepts.measure(
+                model, examples, prompt, list(words) or None, embedding=embedding, seed=seed
+            )
             found.measures.to_csv(folder / "measures.csv", index=False)
         _about(folder, {"what": "describe", "model": model.name, "weights": model.fingerprint(),
                         "words": list(words), "examples": len(examples)})  # fmt: skip
@@ -301,12 +304,14 @@ def edit(
     examples: Iterable[Example],
     *,
     prompts: Sequence[str | None] = (None,),
+    objects: Sequence[str] = (),
     seed: int = 0,
 ) -> pd.DataFrame:
     """Write an edit's card: what it changes, and what that does to pictures that it was not made on.
 
     `edit.json`, `measures.csv` and `captions.csv` (see `rewrite.assess`), `columns.csv` (each changed column:
-    its length before, and that of the change), and some pictures. Returns the measures.
+    its length before, and that of the change), and some pictures; with names of `objects` also `objects.csv`
+    (see `rewrite.objects`), for examples that say what they show. Returns the measures.
     """
     folder, examples = Path(out), list(examples)
     source, target = made.about.get("from", ""), made.about.get("to") or None
@@ -317,6 +322,13 @@ def edit(
         )
         measures.to_csv(folder / "measures.csv", index=False)
         captions.to_csv(folder / "captions.csv", index=False)
+        (folder / "objects.csv").unlink(missing_ok=True)
+        if objects:
+            asked = rewrite.questions(examples, objects, seed=seed)
+            counts = rewrite.objects(
+                model, [made], examples, objects, prompt=prompts[0], asked=asked
+            )
+            counts.to_csv(folder / "objects.csv", index=False)
         rows = []
         for layer, (some, delta) in sorted(made.columns.items()):
             before = model.columns(layer)[:, some.to(model.device)].norm(dim=0).tolist()

@@ -464,6 +464,10 @@ def neurons_describe(
     measures: Annotated[
         bool, typer.Option(help="Measure the words' neurons over the set, too.")
     ] = True,
+    embedding: Annotated[
+        str | None,
+        typer.Option(help="A small text model that compares top tokens with the word, too."),
+    ] = None,
     dtype: _Precision = DType.float32,
     device: _Device = None,
     limit: _Limit = None,
@@ -484,6 +488,7 @@ def neurons_describe(
         [_numbers(text) for text in neuron or []],
         prompt=prompt,
         measures=measures,
+        embedding=embedding,
         seed=seed,
     )
     print(found.drop(columns="weights").to_string(index=False))
@@ -547,6 +552,10 @@ def neurons_edit(
     wording: Annotated[
         list[str] | None, typer.Option(help="Another wording to assess it with; once for each.")
     ] = None,
+    objects: Annotated[
+        list[str] | None,
+        typer.Option(help="Objects that captions may name wrongly (CHAIR, POPE); once for each."),
+    ] = None,
     solver: Annotated[Solver, typer.Option(help="How it is found.")] = Solver.learned,
     margin: Annotated[float, typer.Option(help="Logits by which the new word leads.")] = 4.0,
     locality: Annotated[float, typer.Option(min=0, help="What the rest weighs.")] = 1.0,
@@ -588,7 +597,13 @@ def neurons_edit(
         print(f"{made}\n{out}")
         card = out.with_name(f"{out.stem}-card")
         found = cards.edit(
-            card, loaded, made, given[half:], prompts=[prompt, *(wording or [])], seed=seed
+            card,
+            loaded,
+            made,
+            given[half:],
+            prompts=[prompt, *(wording or [])],
+            objects=objects or (),
+            seed=seed,
         )
     print(found.to_string(index=False, float_format="{:.3g}".format))
     print(write_report([card], card / "report.html"))

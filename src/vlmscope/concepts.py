@@ -12,9 +12,10 @@ random; random neurons are given beside it.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -28,13 +29,14 @@ from vlmscope.circuits import bootstrap, sign_flip
 from vlmscope.errors import DataError
 from vlmscope.example import Example
 from vlmscope.inputs import Edit, Inputs
-from vlmscope.model import Model, hooks
-from vlmscope.neurons import Caption, say, taught, weights
+from vlmscope.model import Model, embedder, hooks
+from vlmscope.neurons import Caption, say, taught, top_tokens, weights
 from vlmscope.sites import Point, Site
 from vlmscope.study import progress
 from vlmscope.weights import changed
 
 Array = NDArray[np.floating[Any]]
+Embed = Callable[[Sequence[str]], Tensor]
 METHODS = ("contribution", "gradient", "activation", "random")
 SHARE = 0.01
 """The share of all neurons that is a word's, by default."""
@@ -84,6 +86,7 @@ def measure(
     *,
     top: int | None = None,
     causal: bool = True,
+    embedding: str | Path | None = None,
     seed: int = 0,
 ) -> Measured:
     """The measures of the neurons of each word over a set of pictures.
@@ -94,6 +97,8 @@ def measure(
     neurons are chosen for a word (1 % of all). The table has a row a word, method and measure:
 
     - `sensitivity`: the share of the neurons among whose 10 top tokens the word's is;
+    - `similarity`, with a small text model that is named (`embedding`): the mean cosine of the word and these
+      tokens;
     - `auc`: how well the best neuron (best on the first half) tells pictures that show the word from
       others, by how far it moves the word's token;
     - `selectivity`: (with − without) / (|with| + |without|) of that, meant over the neurons;
@@ -111,7 +116,7 @@ def measure(
     Raises `DataError` if no word can be measured.
     """
     study = _Study(model, list(examples), prompt, top, seed)
-    return study.run(words, causal)
+    return study.run(words, causal, None if embedding is None else embedder(embedding))
 
 
 def perturb(
@@ -185,13 +190,16 @@ class _Study:
             one.clean_image, self.prompt or one.clean_prompt, one.more_images, said
         )
 
-    def run(self, words: Sequence[str] | None, causal: bool) -> Measured:
+    def run(
+        self, words: Sequence[str] | None, causal: bool, embed: Embed | None = None
+    ) -> Measured:
         found = self._words(words)
         rows: list[dict[str, Any]] = []
         with progress(len(found), what="words") as step:
             for number, one in enumerate(found):
                 self._choose(one)
                 rows += self._sensitivity(one)
+                rows += self._similarity(one, embed) if embed else []
                 rows += self._specificity(one)
                 rows += self._overlaps(one, [other for other in found if other is not one])
                 rows += self._shuffled(one)
@@ -337,6 +345,20 @@ class _Study:
                 p = (1 + (null >= value - 1e-12).sum()) / (1 + len(null))
                 row |= {"ci_low": low, "ci_high": high, "null": null.mean(), "p_value": p}
             rows.append(row)
+        return rows
+
+    def _similarity(self, one: _Word, embed: Embed) -> list[dict[str, Any]]:
+        """The mean cosine of a word and the top tokens of its neurons, by a text model."""
+        (own,), rows = embed([one.word]), []
+        found: dict[str, NDArray[np.float64]] = {}
+        for method, some in one.chosen.items():
+            places = [(self.layers[int(n) // self.width], int(n) % self.width) for n in some]
+            tokens = [[w or "?" for w, _ in top] for top in top_tokens(self.model, places, WORDS)]
+            found[method] = np.array([float((embed(top) @ own).mean()) for top in tokens], float)
+        for method, values in found.items():
+            low, high = bootstrap(values[:, None], self.rng)
+            rows.append(self._row(one, method, "similarity", float(values.mean()), low=low[0], high=high[0],
+                                  random=float(found["random"].mean()), n=len(values)))  # fmt: skip
         return rows
 
     def _named(self, one: _Word, some: NDArray[np.int64]) -> dict[int, bool]:

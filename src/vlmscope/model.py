@@ -25,7 +25,7 @@ from PIL import Image
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
-from transformers import BitsAndBytesConfig, PreTrainedModel
+from transformers import AutoModel, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import cached_file, logging
@@ -555,6 +555,11 @@ class Model:
             found = {n: block.get_submodule(path) for n, block in enumerate(blocks)
                      if path and _has(block, path)}  # fmt: skip
             missing = frozenset(range(len(blocks))) - set(found)
+            if kind == "mlp" and (missing or not found) and _experts(blocks):
+                raise ModelError(
+                    f"{self.name}: the feed-forward blocks of its {tower} tower are made of experts, which cannot "
+                    "be split into neurons; models with plain or gated blocks are supported"
+                )
             if path and (not found or (missing and table.cross is None)):
                 raise self._misfit(f"no module '{path}' in block {min(missing)} of {tower}")
             if found:
@@ -588,6 +593,10 @@ class _Change:
             return x
         self.longest = x.shape[1]
         return self.model.edited(x, self.edit, self.at)
+
+
+def _experts(blocks: Sequence[nn.Module]) -> bool:
+    return any(name.endswith("experts") for block in blocks for name, _ in block.named_modules())
 
 
 def _has(block: nn.Module, path: str) -> bool:
@@ -749,6 +758,27 @@ def tokenizer(name: str | Path) -> Callable[[str], int]:
     with _one_line(name):
         own = family.processor.from_pretrained(path, trust_remote_code=False).tokenizer
     return lambda word: len(own(word, add_special_tokens=False)["input_ids"])
+
+
+def embedder(name: str | Path) -> Callable[[Sequence[str]], Float[Tensor, "words width"]]:
+    """Words to vectors of length one, by the mean of the last hidden states of a small text model.
+
+    `name` is a Hugging Face id or a folder, such as `sentence-transformers/all-MiniLM-L6-v2`. Raises
+    `ModelError` if it cannot be loaded.
+    """
+    with _one_line(name):
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+        text = AutoModel.from_pretrained(name, use_safetensors=True, trust_remote_code=False).eval()
+
+    @torch.inference_mode()
+    def embed(words: Sequence[str]) -> Tensor:
+        batch = tokenizer(list(words), padding=True, return_tensors="pt")
+        hidden = text(**batch).last_hidden_state
+        mask = batch["attention_mask"][..., None]
+        mean = (hidden * mask).sum(1) / mask.sum(1).clamp(min=1)
+        return mean / mean.norm(dim=-1, keepdim=True).clamp(min=1e-12)
+
+    return embed
 
 
 def supported() -> str:

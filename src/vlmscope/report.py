@@ -399,12 +399,18 @@ def _edited(
         f'<span class="soft">after</span> <b>{escape(row.after)}</b></p></div>'
         for row in shown.itertuples()
     )
+    objects = ""
+    if (folder / "objects.csv").is_file():
+        objects = (
+            "<h3>Objects that are named and not there</h3>"
+            f"{_table(pd.read_csv(folder / 'objects.csv'))}"
+        )
     share = (columns["change"] / columns["length"].clip(lower=1e-12)).median()
     return (
         f"Edit: {about['from']} to {target}",
         f"<p>{escape(str(about['model']))}: {len(columns)} columns changed, by a length of {about['size']:.3g} in "
         f"all; the median column by {share:.0%} of its own. Free captions of pictures that the edit was not made "
-        f'on, with 95 % intervals:</p>{_table(measures)}<div class="pairs">{cards}</div>',
+        f'on, with 95 % intervals:</p>{_table(measures)}<div class="pairs">{cards}</div>{objects}',
     )
 
 

@@ -32,7 +32,7 @@ from vlmscope.weights import WeightEdit, edited
 
 SHARE = 0.01
 """The share of all neurons that an edit changes by default."""
-PICTURES = 48
+PICTURES = 64
 """How many pictures that show the word an edit is made on, at most."""
 OTHERS = 192
 """How many pictures that do not show it are kept as they are, at most."""
@@ -46,7 +46,7 @@ ELSEWHERE = 30.0
 """What it weighs that a neuron fires elsewhere, against its own column."""
 CLOSE = 0.05
 """A margin holds if no more than so many logits lack."""
-STEPS, LEAST, BATCH = 300, 120, (6, 10)
+STEPS, LEAST, BATCH = 400, 160, (6, 10)
 """Steps of the learned solver at most and at least, and captions to be changed and kept in each."""
 SURE = 0.9
 """The learned solver stops when each new word is as probable."""
@@ -586,6 +586,36 @@ def yes_or_no(answers: Sequence[str], truth: Sequence[bool]) -> dict[str, float]
         "f1": 2 * precision * recall / max(1e-12, precision + recall),
         "yes": sum(said) / max(1, len(said)),
     }
+
+
+def objects(
+    model: Model,
+    edits: Sequence[WeightEdit],
+    examples: Sequence[Example],
+    names: Sequence[str],
+    *,
+    prompt: str | None = None,
+    asked: Sequence[Example] = (),
+) -> pd.DataFrame:
+    """Objects that are named and not there (`hallucination`), before and after edits, and with `asked` answers
+    to whether an object is there (`yes_or_no`): a row a measure, with the columns `before` and `after`."""
+    given: list[tuple[Example, str | None]] = [(one, prompt) for one in examples]
+    truth = [one.answer == "yes" for one in asked]
+
+    def count() -> dict[str, float]:
+        captions = _captions(model, given, "captions")
+        found = hallucination(captions, [one.shows for one in examples], names)
+        if asked:
+            answers = _captions(model, [(one, None) for one in asked], "questions")
+            found |= {f"yes or no: {k}": v for k, v in yes_or_no(answers, truth).items()}
+        return found
+
+    before = count()
+    with edited(model, *edits):
+        after = count()
+    return pd.DataFrame(
+        {"measure": list(before), "before": list(before.values()), "after": list(after.values())}
+    )
 
 
 def questions(
