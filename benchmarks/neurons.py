@@ -143,7 +143,7 @@ def concept() -> dict[str, Any]:
         "seconds": time.perf_counter() - start,
         "words": words,
         # Random neurons change next to nothing, in either direction.
-        "at_least_five_times_random": sum(
+        "at_least_five_times_random": int(sum(
             w["drop"] >= 5 * abs(w["random"]) for w in words.values()
         ),
         "of_words": len(words),
