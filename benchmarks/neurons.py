@@ -143,8 +143,8 @@ def concept() -> dict[str, Any]:
         "seconds": time.perf_counter() - start,
         "words": words,
         # Random neurons change next to nothing, in either direction.
-        "at_least_five_times_random": int(sum(
-            w["drop"] >= 5 * abs(w["random"]) for w in words.values()
+        "at_least_five_times_random": int(
+            sum(w["drop"] >= 5 * abs(w["random"]) for w in words.values())
         ),
         "of_words": len(words),
         "lowest_auc": min(w["auc"] for w in words.values()),
