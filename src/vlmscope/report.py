@@ -392,6 +392,7 @@ def _edited(
     columns = pd.read_csv(folder / "columns.csv")
     pictures = _kept(folder)
     shown = captions[captions["example"].isin(pictures)].drop_duplicates("example")
+    shown = shown.sort_values("has", ascending=False, kind="stable")
     target = str(about.get("to") or "anything else")
     cards = "".join(
         f'<div class="pair"><div><figure><img alt="picture" src="{_inline(pictures[row.example].read_bytes())}">'

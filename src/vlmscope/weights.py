@@ -104,7 +104,9 @@ class WeightEdit:
                 metadata = file.metadata() or {}
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         except (OSError, SafetensorError) as error:
-            raise StoreError(f"{path}: cannot be read as an edit ({error})") from error
+            raise StoreError(
+                f"{path}: cannot be read as an edit ({error}); expected a file of `vlmscope neurons edit`"
+            ) from error
         if metadata.get("vlmscope") != "edit":
             raise StoreError(f"{path}: not an edit; expected a file of `vlmscope neurons edit`")
         if metadata.get("sha256") != _digest(tensors, metadata["model"], metadata["about"]):
