@@ -46,7 +46,7 @@ ELSEWHERE = 30.0
 """What it weighs that a neuron fires elsewhere, against its own column."""
 CLOSE = 0.05
 """A margin holds if no more than so many logits lack."""
-STEPS, LEAST, BATCH = 400, 160, (6, 10)
+STEPS, LEAST, BATCH = 400, 120, (8, 8)
 """Steps of the learned solver at most and at least, and captions to be changed and kept in each."""
 SURE = 0.9
 """The learned solver stops when each new word is as probable."""
@@ -56,13 +56,17 @@ Solver = Literal["closed", "learned"]
 
 @dataclass(eq=False)
 class _Wanted:
-    """A caption to be said about a picture: its tokens, which of them are new, and what is fed."""
+    """A caption to be said about a picture: its tokens, which of them are new, and what is fed.
+
+    `was` is what the model says by itself, with as many tokens behind the new ones.
+    """
 
     fed: Inputs
     start: int
     ids: list[int]
     new: list[int]
     avoid: int | None
+    was: _Wanted | None = None
     margins: Tensor | None = None
     logits: Tensor | None = None
 
@@ -209,7 +213,8 @@ def _changed(
     new = [
         n for n in range(before, len(ids) - after) if n >= len(said.ids) or ids[n] != said.ids[n]
     ]
-    return _Wanted(_inputs(model, one, prompt, ids[:-1]), said.start, ids, new, None)
+    was = _same(model, one, said, prompt)
+    return _Wanted(_inputs(model, one, prompt, ids[:-1]), said.start, ids, new, None, was)
 
 
 def _same(model: Model, one: Example, said: Caption, prompt: str | None) -> _Wanted:
@@ -269,12 +274,21 @@ def _lead(row: Tensor, token: int) -> Tensor:
 
 
 def _remember(model: Model, one: _Wanted) -> None:
-    """How surely each token is said before the edit, and with which probabilities."""
+    """How surely each token is said before the edit, and with which probabilities.
+
+    Behind a new word that is what was said behind the old one: fed the new one, a model that knows which
+    objects it has named may go on otherwise.
+    """
     with torch.no_grad():
-        one.logits = _logits(model, one, {})
-        one.margins = torch.stack(
-            [_lead(row, t) for row, t in zip(one.logits, one.ids, strict=True)]
-        )
+        if one.was is None:
+            one.logits = _logits(model, one, {})
+        else:
+            old, last = _logits(model, one.was, {}), one.new[-1]
+            longer = len(one.ids) - len(old)
+            rows = [n - longer if n > last else min(n, len(old) - 1) for n in range(len(one.ids))]
+            one.logits = old[rows]
+        leads = [_lead(row, token) for row, token in zip(one.logits, one.ids, strict=True)]
+        one.margins = torch.stack(leads)
 
 
 def _closed(
@@ -441,8 +455,18 @@ def _learned(
             loss.backward()
             optimizer.step()
             step(0, number + 1)
-            if len(sure) == len(wanted) and min(sure.values()) >= SURE and number + 1 >= LEAST:
+            seems = len(sure) == len(wanted) and min(sure.values()) >= SURE
+            # What was seen of the others is some steps old, so all are looked at again.
+            if number + 1 >= LEAST and seems and all(_is_sure(model, x, delta) for x in wanted):
                 return
+
+
+@torch.no_grad()
+def _is_sure(model: Model, one: _Wanted, delta: Mapping[int, tuple[Tensor, Tensor]]) -> bool:
+    """Whether every new word is as probable as it has to be."""
+    found = _logits(model, one, delta).softmax(-1)
+    own = torch.stack([found[n, one.ids[n]] for n in one.new])
+    return bool((own >= SURE).all() if one.avoid is None else (own <= 1 - SURE).all())
 
 
 # -- how good an edit is -------------------------------------------------------------------------
