@@ -141,9 +141,9 @@ def finish(
 
 
 def generate(hf: BlipForQuestionAnswering, inputs: Inputs, **options: object) -> Int[Tensor, "pos"]:
-    """The answer's token ids by the model's own greedy generation."""
+    """The answer's token ids, by the model's own greedy generation, without the start token."""
     tensors = {k: v for k, v in inputs.tensors.items() if k != "decoder_input_ids"}
-    return hf.generate(**tensors, do_sample=False, num_beams=1, **options)[0]
+    return hf.generate(**tensors, do_sample=False, num_beams=1, **options)[0, 1:]
 
 
 def options(processor: BlipProcessor, prompt: str, answer: str) -> list[int]:
