@@ -127,7 +127,8 @@ def test_an_answer_under_an_edit():
         **{k: v for k, v in inputs.tensors.items() if k != "decoder_input_ids"}, max_new_tokens=20
     )
     assert (
-        model.answer(inputs) == model.processor.decode(plain[0], skip_special_tokens=True).strip()
+        model.answer(inputs)
+        == model.processor.decode(plain[0, 1:], skip_special_tokens=True).strip()
     )
     same = [Edit(Site.parse("decoder.0.resid@0"), "scale", 1.0)]
     assert model.answer(inputs, same) == model.answer(inputs)

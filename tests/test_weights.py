@@ -202,6 +202,17 @@ def test_what_cannot_be_edited(toy):
         rewrite.edit(toy, given, "a", "the", prompt=ASK, neurons=5000)
 
 
+def test_an_edit_of_blip():
+    """Its answer decoder, through a forward that gives no logits of its own."""
+    model = load("toy-blip", device="cpu")
+    given = examples("states", limit=60)
+    edit = rewrite.edit(model, given, "blue", "red", neurons=20)
+    measures, _ = rewrite.assess(model, [edit], examples("states", limit=60, seed=3), "blue", "red")
+    found = measures.set_index("measure")["value"]
+    assert found["generality"] >= 0.9 and found["locality"] >= 0.9
+    assert "locality, no image" not in found
+
+
 def test_hallucination_and_questions(toy):
     given = held_out(12, 3)
     shapes = ["circle", "square", "triangle", "star", "heart", "cross"]

@@ -288,8 +288,8 @@ class _Study:
                         *self.model.module(Point(self.model.speaker, layer, "mlp", "n"), fed), keep
                     )
                 with torch.enable_grad():
-                    logits = self.model.hf(**fed.tensors, **self.model.family.keywords).logits
-                    parts = torch.autograd.grad(logits[0, -1, one.token], list(seen.values()))
+                    logits = self.model.logits(fed)
+                    parts = torch.autograd.grad(logits[-1, one.token], list(seen.values()))
             rows = [(g[0, -1] * a[0, -1]).detach().float().cpu().numpy()
                     for g, a in zip(parts, seen.values(), strict=True)]  # fmt: skip
             total, count = total + np.concatenate(rows), count + 1

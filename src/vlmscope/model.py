@@ -352,6 +352,17 @@ class Model:
         many = self.units(site.point)
         return value if many is None else value.unflatten(-1, (many, -1))[:, site.index]
 
+    def logits(self, inputs: Inputs, every: bool = False) -> Float[Tensor, "pos vocabulary"]:
+        """The logits of a plain forward at the last position, or at every one; gradients can flow."""
+        found: list[Tensor] = []
+        drop = {"logits_to_keep"} if every else set()
+        keywords = {k: v for k, v in self.family.keywords.items() if k not in drop}
+        with handles() as held:
+            module = self._module(self.family.logits)
+            held(module.register_forward_hook(lambda m, args, out: found.append(out.logits)))
+            self.hf(**inputs.tensors, **keywords)
+        return found[0][0] if every else found[0][0, -1:]
+
     @torch.inference_mode()
     def record(
         self, inputs: Inputs, points: Collection[Point], edits: Iterable[Edit] = ()

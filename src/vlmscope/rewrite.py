@@ -261,9 +261,8 @@ def _logits(model: Model, one: _Wanted, delta: Mapping[int, tuple[Tensor, Tensor
                 return out + args[0][..., at.to(out.device)] @ added.T.to(out)
 
             held(model.down(layer).register_forward_hook(add))
-        keywords = {k: v for k, v in model.family.keywords.items() if k != "logits_to_keep"}
-        logits = model.hf(**one.fed.tensors, **keywords).logits
-    return logits[0, one.start : one.start + len(one.ids)].float()
+        logits = model.logits(one.fed, every=True)
+    return logits[one.start : one.start + len(one.ids)].float()
 
 
 def _lead(row: Tensor, token: int) -> Tensor:
