@@ -198,10 +198,8 @@ def _cards(
         has = [one for one in said if rewrite.says(one.text, word)]
         if not has:
             raise ExampleError(f"no caption of these {len(said)} pictures has the word '{word}'")
-        by_layer = rewrite.choose(
-            model, has, word, min(max(MEANS), len(shape.having("mlp")) * shape.neurons)
-        )
-        ranked[word] = by_layer
+        many = min(max(MEANS), len(shape.having("mlp")) * shape.neurons)
+        ranked[word] = rewrite.choose(model, has, word, many)
     named = [(layer, number, "") for layer, number in neurons]
     if not neurons:
         named = [(*n, word) for word, some in ranked.items() for n in some[:CARDS]]
@@ -309,7 +307,7 @@ def edit(
 ) -> pd.DataFrame:
     """Write an edit's card: what it changes, and what that does to pictures that it was not made on.
 
-    `edit.json`, `measures.csv` and `captions.csv` (see `rewrite.assess`), `columns.csv` (each changed column:
+    `measures.csv` and `captions.csv` (see `rewrite.assess`), `columns.csv` (each changed column:
     its length before, and that of the change), and some pictures; with names of `objects` also `objects.csv`
     (see `rewrite.objects`), for examples that say what they show. Returns the measures.
     """

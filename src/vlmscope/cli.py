@@ -63,6 +63,24 @@ class DType(StrEnum):
     four_bits = "4bit"
 
 
+_Model = Annotated[str, typer.Option(help="A toy's name, a Hugging Face id, or a folder.")]
+_Image = Annotated[Path | None, typer.Option(help="One picture.")]
+_Data = Annotated[str | None, typer.Option(help="states, scenes, faces, or a CSV file.")]
+_Prompt = Annotated[
+    str | None, typer.Option(help="What asks for the caption.  [default: each example's own]")
+]
+_Precision = Annotated[DType, typer.Option(help="Precision of the model.")]
+_Device = Annotated[
+    str | None,
+    typer.Option(help="cpu, cuda, cuda:1, auto (all GPUs)  [default: the GPU if any]"),
+]
+_Limit = Annotated[int | None, typer.Option(min=1, help="Only the first so many.")]
+_More = Annotated[list[str] | None, typer.Argument(hidden=True, metavar="WORD")]
+_Words = Annotated[
+    list[str] | None, typer.Option("--word", metavar="WORD...", help="Words of the caption.")
+]
+
+
 def _version(wanted: bool) -> None:
     if wanted:
         print(f"vlmscope {__version__}")
@@ -111,11 +129,8 @@ def sweep(
     engine: Annotated[
         Engine, typer.Option(help="fast, or the slow one that defines its answers.")
     ] = Engine.fast,
-    dtype: Annotated[DType, typer.Option(help="Precision of the model.")] = DType.float32,
-    device: Annotated[
-        str | None,
-        typer.Option(help="cpu, cuda, cuda:1, auto (all GPUs)  [default: the GPU if any]"),
-    ] = None,
+    dtype: _Precision = DType.float32,
+    device: _Device = None,
     limit: Annotated[
         int | None, typer.Option(min=1, help="Only the first so many examples.")
     ] = None,
@@ -182,10 +197,7 @@ def notice(
         typer.Option(help="Role at which heads are read out.  [default: answer, or else the last]"),
     ] = None,
     dtype: Annotated[DType | None, typer.Option(help="Precision.  [default: float32]")] = None,
-    device: Annotated[
-        str | None,
-        typer.Option(help="cpu, cuda, cuda:1, auto (all GPUs)  [default: the GPU if any]"),
-    ] = None,
+    device: _Device = None,
     more: Annotated[list[str] | None, typer.Argument(hidden=True, metavar="D")] = None,
 ) -> None:
     """The NOTICE pipeline, from examples to a report.
@@ -212,7 +224,7 @@ def notice(
 
 @app.command()
 def tracing(
-    model: Annotated[str, typer.Option(help="A toy's name, a Hugging Face id, or a folder.")],
+    model: _Model,
     data: Annotated[str, typer.Option(help="states, scenes, faces, or a CSV file.")],
     out: Annotated[Path, typer.Option(help="The folder; an unfinished one goes on.")],
     windows: Annotated[
@@ -231,12 +243,9 @@ def tracing(
     noise_scale: Annotated[
         float | None, typer.Option(help="Strength of the noise.  [default: 5, 3 or 0.7691]")
     ] = None,
-    dtype: Annotated[DType, typer.Option(help="Precision of the model.")] = DType.float32,
-    device: Annotated[
-        str | None,
-        typer.Option(help="cpu, cuda, cuda:1, auto (all GPUs)  [default: the GPU if any]"),
-    ] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="Only the first so many.")] = None,
+    dtype: _Precision = DType.float32,
+    device: _Device = None,
+    limit: _Limit = None,
     seed: Annotated[int, typer.Option(help="Seed of built-in sets and of noise.")] = 0,
 ) -> None:
     """Causal tracing with noise on the image.
@@ -302,7 +311,7 @@ def circuits(
 
 @app.command()
 def heads(
-    model: Annotated[str, typer.Option(help="A toy's name, a Hugging Face id, or a folder.")],
+    model: _Model,
     data: Annotated[str, typer.Option(help="states, scenes, faces, or a CSV file.")],
     sites: Annotated[
         list[str],
@@ -312,12 +321,9 @@ def heads(
     corrupt: Annotated[
         Corrupt, typer.Option(help="What the corrupt run has changed.")
     ] = Corrupt.image,
-    dtype: Annotated[DType, typer.Option(help="Precision of the model.")] = DType.float32,
-    device: Annotated[
-        str | None,
-        typer.Option(help="cpu, cuda, cuda:1, auto (all GPUs)  [default: the GPU if any]"),
-    ] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="Only the first so many.")] = None,
+    dtype: _Precision = DType.float32,
+    device: _Device = None,
+    limit: _Limit = None,
     seed: Annotated[int, typer.Option(help="Seed of built-in sets, shuffles and knock-outs.")] = 0,
     more: Annotated[list[str] | None, typer.Argument(hidden=True, metavar="EXPR")] = None,
 ) -> None:
@@ -347,23 +353,6 @@ def heads(
         print(f"  {name}{f' ({how})' if how else ''}: {value:.1%}")
     print(f"tables in {out}; {write_report([out], out / 'report.html')}")
 
-
-_Model = Annotated[str, typer.Option(help="A toy's name, a Hugging Face id, or a folder.")]
-_Image = Annotated[Path | None, typer.Option(help="One picture.")]
-_Data = Annotated[str | None, typer.Option(help="states, scenes, faces, or a CSV file.")]
-_Prompt = Annotated[
-    str | None, typer.Option(help="What asks for the caption.  [default: each example's own]")
-]
-_Precision = Annotated[DType, typer.Option(help="Precision of the model.")]
-_Device = Annotated[
-    str | None,
-    typer.Option(help="cpu, cuda, cuda:1, auto (all GPUs)  [default: the GPU if any]"),
-]
-_Limit = Annotated[int | None, typer.Option(min=1, help="Only the first so many.")]
-_More = Annotated[list[str] | None, typer.Argument(hidden=True, metavar="WORD")]
-_Words = Annotated[
-    list[str] | None, typer.Option("--word", metavar="WORD...", help="Words of the caption.")
-]
 
 neurons = typer.Typer(
     no_args_is_help=True,
@@ -669,7 +658,7 @@ def data(
 
 @app.command()
 def generate(
-    model: Annotated[str, typer.Option(help="A toy's name, a Hugging Face id, or a folder.")],
+    model: _Model,
     image: Annotated[Path, typer.Option(help="The picture.")],
     prompt: Annotated[str, typer.Option(help="What is asked.")],
     edit: Annotated[
@@ -681,11 +670,8 @@ def generate(
     other: Annotated[
         Path | None, typer.Option(help="The picture that --patch copies from.")
     ] = None,
-    dtype: Annotated[DType, typer.Option(help="Precision of the model.")] = DType.float32,
-    device: Annotated[
-        str | None,
-        typer.Option(help="cpu, cuda, cuda:1, auto (all GPUs)  [default: the GPU if any]"),
-    ] = None,
+    dtype: _Precision = DType.float32,
+    device: _Device = None,
 ) -> None:
     """What a model says, without and with edits.
 

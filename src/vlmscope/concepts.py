@@ -557,7 +557,7 @@ class _Study:
                     if method == "contribution":
                         row |= {
                             "null": float(table["null"].mean()),
-                            "p_value": p if "p " not in measure else np.nan,
+                            "p_value": p if table is drops else np.nan,
                         }
                     rows.append(row)
         for method in ("contribution", "random"):
