@@ -38,6 +38,7 @@ def rows(examples: int = 2, tokens: list[str] | None = None, layers: int = 3) ->
                             "position": position,
                             "token": token,
                             "role": ROLES.get(position),
+                            "slot": ROLES.get(position, str(position)),
                             "p_patched": 0.5,
                             "p_restored": 0.1,
                             "logit_diff": value + n,

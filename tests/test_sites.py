@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from vlmscope.errors import SiteError
-from vlmscope.sites import Layout, Shape, Site, expand, members, place
+from vlmscope.sites import Layout, Shape, Site, expand, members, place, slots
 
 SHAPES = {
     "vision": Shape(2, ("resid_pre", "attn", "mlp", "resid", "output"), {"attn": 3}, 5, 6),
@@ -161,3 +161,54 @@ def test_windows_of_layers():
     vision = {"vision": Shape(4, ("resid", "output"), {}, 8, 4)}
     with pytest.raises(SiteError, match="there is one 'output'"):
         expand([Site.parse("vision.*/3.output@all")], vision)
+
+
+def layout_of(words: str, roles: dict[str, tuple[int, ...]], fed: int = 0) -> Layout:
+    """A decoder that reads two tokens, an image of two patches, an end of line, and the words."""
+    tokens = ("USER", ":", "0,0", "0,1", "\\n", *words.split())
+    image = (2, 3, 4)
+    text = tuple(n for n in range(len(tokens)) if n not in image)
+    return Layout(
+        tokens, text, roles, {2: (0, 0), 3: (0, 1)}, image, readout=len(tokens) - 1, fed=fed
+    )
+
+
+def test_slots_meet_over_prompts_of_other_lengths():
+    short = layout_of("is it red ? ASSISTANT :", {"answer": (7,)})
+    assert slots(short) == ("0", "1", "image[0,0]", "image[0,1]", "image.2", "2", "3", "answer",
+                            "-3", "-2", "readout")  # fmt: skip
+    long = layout_of("is this big thing red or dark blue ? ASSISTANT :", {"answer": (9,), "foil": (11, 12)})  # fmt: skip
+    assert slots(long) == ("0", "1", "image[0,0]", "image[0,1]", "image.2", "2", "3", "4", "5", "answer",
+                           "answer+1", "foil[0]", "foil[1]", "-3", "-2", "readout")  # fmt: skip
+    colons = [[name for name, token in zip(slots(x), x.tokens, strict=True) if token == ":"]
+              for x in (short, long)]  # fmt: skip
+    assert colons == [["1", "readout"]] * 2, "two colons of one template are two columns"
+
+
+def test_slots_of_what_the_answer_begins_with():
+    """Both options begin with two tokens, which are fed behind the prompt."""
+    fed = layout_of("red ? : a plain", {"answer": (5,)}, fed=2)
+    assert slots(fed)[5:] == ("answer", "-2", "-1", "fed[0]", "readout")
+
+
+def test_slots_of_towers_without_text():
+    assert slots(IMAGE) == ("0", "image[0,0]", "image[0,1]", "image[1,0]", "image[1,1]")
+    assert slots(Layout(("query 0", "query 1"))) == ("0", "1")
+
+
+@pytest.mark.parametrize("roles", [
+    {}, {"a": (0,)}, {"a": (10,)}, {"a": (5, 6), "b": (6, 7)}, {"b": (6,), "a": (5, 6, 7)},
+    {"a": (7,), "b": (1,), "c": (9, 10)}, {"a": (6, 8)},
+])  # fmt: skip
+@pytest.mark.parametrize("fed", [0, 1, 2])
+def test_no_two_positions_of_one_example_share_a_slot(roles, fed):
+    names = slots(layout_of("a b c d e f", roles, fed))
+    assert len(set(names)) == len(names) == 11
+    assert names[-1] == "readout"
+
+
+def test_readout_is_where_the_answer_is_predicted():
+    layout = layout_of("red ? :", {})
+    assert place(Site.parse("decoder.0.resid@readout"), layout)[0][1] == (7,)
+    with pytest.raises(SiteError, match="nothing is read out in the encoder tower"):
+        place(Site.parse("encoder.0.resid@readout"), TEXT)

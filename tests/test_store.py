@@ -36,6 +36,7 @@ def effects(index: int, rows: int = 4) -> pd.DataFrame:
             "position": [1, None, 3, 4][:rows],
             "token": "red",
             "role": [None, "answer", None, None][:rows],
+            "slot": ["0", "answer", "answer+1", "readout"][:rows],
             "p_patched": 0.5,
             "p_restored": 0.1 / (index + 1),
             "logit_diff": [r * 0.1 + index for r in range(rows)],
@@ -54,6 +55,8 @@ def baselines(index: int, excluded: bool = False) -> pd.DataFrame:
             "p_corrupt": [seen],
             "ld_clean": [seen],
             "ld_corrupt": [seen],
+            "answer_token": [None if excluded else "red"],
+            "foil_token": [None if excluded else "blue"],
             "predicted": [None if excluded else "red"],
             "correct": [None if excluded else True],
             "excluded": excluded,
@@ -246,9 +249,9 @@ def test_a_run_killed_before_run_json_can_start(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ('{"format": "vlmscope-run-1", "spec": {"mo', "is damaged .not JSON."),
+        ('{"format": "vlmscope-run-2", "spec": {"mo', "is damaged .not JSON."),
         ("[]", "not a JSON object"),
-        ('{"format": "vlmscope-run-1"}', "no spec in it"),
+        ('{"format": "vlmscope-run-2"}', "no spec in it"),
         ('{"format": "vlmscope-run-9", "spec": {}}', "use the version of vlmscope that wrote it"),
     ],
 )

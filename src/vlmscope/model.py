@@ -264,7 +264,10 @@ class Model:
         inputs = self.family.encode(
             self.hf, self.processor, [open_image(image) for image in images], prompt, roles, prefix
         )
-        return Inputs({k: v.to(self.device) for k, v in inputs.tensors.items()}, inputs.layout)
+        tensors = {k: v.to(self.device) for k, v in inputs.tensors.items()}
+        there = inputs.layout[self.speaker]
+        there = replace(there, readout=len(there.tokens) - 1, fed=len(prefix))
+        return Inputs(tensors, {**inputs.layout, self.speaker: there})
 
     def _options(self, prompt: str, answer: str, foil: str) -> tuple[list[int], int, int]:
         unknown = self.processor.tokenizer.unk_token_id
@@ -312,6 +315,10 @@ class Model:
                     f"the clean run has {len(there.tokens)} positions in the {tower} tower, the corrupt "
                     f"one {len(here.tokens)}, so they do not correspond; choose other words or images"
                 )
+
+    def token(self, number: int) -> str:
+        """A token of the model's tokenizer as it is written there, such as `▁red`."""
+        return str(self.processor.tokenizer.convert_ids_to_tokens(number))
 
     def pieces(self, word: str) -> int:
         """How many tokens a word is."""

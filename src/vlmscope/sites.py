@@ -17,7 +17,8 @@ unit      `.h3`: a head's value output, before the output projection (kinds `att
           `.h*`, `.n*`: each of them
 position  each on its own: `5`, `-1`, `last`, a range `2-6`, `*`; together, as one patch: `all`,
           `text`, `image`, a role (`answer`, `noun`, …; one token as a rule); one grid cell:
-          `image[3,7]` (row, column); `text*`, `image*`, `answer*`: each token of those on its own
+          `image[3,7]` (row, column); `text*`, `image*`, `answer*`: each token of those on its own;
+          `readout`: the position whose prediction is scored, in the tower that predicts
 ========  =========================================================================================
 """
 
@@ -77,7 +78,9 @@ class Layout:
     `text` are the positions of text tokens, `roles` maps a role to its positions, `cells` maps an
     image position to its grid cell `(row, column)`. `image` are all positions of the image, where some
     have no cell in the grid (further views of it, ends of lines). `sequences` says over how many
-    sequences of a batch the positions are spread, laid end to end (several pictures).
+    sequences of a batch the positions are spread, laid end to end (several pictures). `readout` is the
+    position whose prediction is scored, in the tower that predicts; `fed` says how many tokens of the
+    answer stand behind the prompt, because both options begin with them.
     """
 
     tokens: tuple[str, ...]
@@ -86,6 +89,8 @@ class Layout:
     cells: Mapping[int, tuple[int, int]] = field(default_factory=dict)
     image: tuple[int, ...] = ()
     sequences: int = 1
+    readout: int | None = None
+    fed: int = 0
 
 
 @dataclass(frozen=True)
@@ -143,7 +148,7 @@ class Site:
         return name if re.fullmatch(r"[a-z_]\w*", name) and name not in _NAMES else None
 
 
-_NAMES = ("all", "last", "text", "image")
+_NAMES = ("all", "last", "text", "image", "readout")
 _NUMBER = re.compile(r"\d+")
 _RANGE = re.compile(r"(\d+)-(\d+)")
 _CELL = re.compile(r"image\[(\d+),(\d+)\]")
@@ -205,7 +210,7 @@ def _check_position(text: str, position: str, at: int) -> None:
             text,
             position,
             at,
-            "is not a position; expected 5, -1, 2-6, last, *, all, text, image, image[3,7] or a role",
+            "is not a position; expected 5, -1, 2-6, last, readout, *, all, text, image, image[3,7] or a role",
         )
 
 
@@ -320,6 +325,11 @@ def _named(site: Site, name: str, layout: Layout) -> tuple[int, ...]:
         return tuple(range(len(layout.tokens)))
     if name == "last":
         return (len(layout.tokens) - 1,)
+    if name == "readout":
+        if layout.readout is None:
+            raise SiteError(f"bad site '{site}': nothing is read out in the {site.tower} tower; expected "
+                            "readout in the last tower, which predicts the answer")  # fmt: skip
+        return (layout.readout,)
     cell = _CELL.fullmatch(name)
     if cell:
         wanted = (int(cell[1]), int(cell[2]))
@@ -341,3 +351,54 @@ def grid(layout: Layout) -> tuple[int, int]:
     """Rows and columns of the patches of the image in a tower; (0, 0) without an image."""
     cells = layout.cells.values()
     return max((r + 1 for r, _ in cells), default=0), max((c + 1 for _, c in cells), default=0)
+
+
+def slots(layout: Layout) -> tuple[str, ...]:
+    """What each position is called over examples whose prompts differ: no two of one example the same.
+
+    - `readout`: the position whose prediction is scored.
+    - `noun`, `answer` …: a role's token; `noun[0]`, `noun[1]` where the role has several.
+    - `0`, `1` …: text before the first role, counted from the left (all text, where there is no role).
+    - `noun+1`, `noun+2` …: text behind a role and before the next.
+    - `-1`, `-2` …: text behind the last role, counted from the end of the prompt.
+    - `fed[0]` …: the beginning of the answer, where both options share it.
+    - `image[3,7]`: a place of the picture (row, column); `image.12`: the 13th of the image's tokens, where
+      it has no such place.
+
+    Where there is no text (a vision tower), what has no place in the picture is called by its position.
+
+    >>> slots(Layout(("is", "red", "or", "blue", "?"), (0, 1, 2, 3, 4), {"answer": (1,), "foil": (3,)}))
+    ('0', 'answer', 'answer+1', 'foil', '-1')
+    """
+    many = len(layout.tokens)
+    end = many - layout.fed
+    names: dict[int, str] = {} if layout.readout is None else {layout.readout: "readout"}
+    for n, position in enumerate(range(end, many)):
+        names.setdefault(position, f"fed[{n}]")
+    anchors: dict[int, str] = {}
+    for role, at in layout.roles.items():
+        for n, position in enumerate(at):
+            anchors.setdefault(position, role)
+            names.setdefault(position, role if len(at) == 1 else f"{role}[{n}]")
+    for position, (row, column) in layout.cells.items():
+        names.setdefault(position, f"image[{row},{column}]")
+    if not layout.text:
+        return tuple(names.get(position, str(position)) for position in range(many))
+    for n, position in enumerate(layout.image):
+        names.setdefault(position, f"image.{n}")
+    text = [position for position in range(end) if position in anchors or position in layout.text]
+    first, last = min(anchors, default=many), max(anchors, default=many)
+    behind, steps = "", 0
+    for n, position in enumerate(text):
+        if position in anchors:
+            behind, steps = anchors[position], 0
+            continue
+        steps += 1
+        if position < first:
+            name = str(n)
+        elif position < last:
+            name = f"{behind}+{steps}"
+        else:
+            name = str(n - len(text))
+        names.setdefault(position, name)
+    return tuple(names.get(position, f"at {position}") for position in range(many))

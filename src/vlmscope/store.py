@@ -59,6 +59,7 @@ EFFECTS = _schema(
         "position?": pa.int32(),
         "token?": pa.string(),
         "role?": pa.string(),
+        "slot": pa.string(),
         "p_patched": pa.float64(),
         "p_restored": pa.float64(),
         "logit_diff": pa.float64(),
@@ -75,6 +76,8 @@ BASELINES = _schema(
         "p_corrupt?": pa.float64(),
         "ld_clean?": pa.float64(),
         "ld_corrupt?": pa.float64(),
+        "answer_token?": pa.string(),
+        "foil_token?": pa.string(),
         "predicted?": pa.string(),
         "correct?": pa.bool_(),
         "excluded": pa.bool_(),
@@ -83,7 +86,7 @@ BASELINES = _schema(
 )
 """The columns of `baselines`: a row per example."""
 
-FORMAT = "vlmscope-run-1"
+FORMAT = "vlmscope-run-2"
 ROWS, SECONDS = 100_000, 10.0
 """A part is written when this many rows wait, or when so much time has passed since the last."""
 

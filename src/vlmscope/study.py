@@ -22,7 +22,7 @@ from vlmscope.example import Example, fingerprint
 from vlmscope.inputs import Pair
 from vlmscope.metrics import agrees, effect
 from vlmscope.model import Model
-from vlmscope.sites import Layout, Site, expand, grid, place
+from vlmscope.sites import Layout, Site, expand, grid, place, slots
 from vlmscope.store import BASELINES, EFFECTS, Run, Writer, bytes_of, open_run, read_run, typed
 
 Direction = Literal["denoise", "noise"]
@@ -279,13 +279,16 @@ class _Task:
             "example": example.id,
             "corruption": self._kind,
             **base,
+            "answer_token": self.model.token(pairs[0].answer),
+            "foil_token": self.model.token(pairs[0].foil),
             "predicted": said,
             "correct": correct,
             "excluded": False,
             "reason": None,
         }
+        names = {tower: slots(one) for tower, one in layout.items()}
         rows = [
-            self._row(example, site, at, layout[site.tower], base, *total)
+            self._row(example, site, at, layout[site.tower], names[site.tower], base, *total)
             for (site, at), total in zip(placed, totals, strict=True)
         ]
         return _frame(rows, EFFECTS.names), _frame([baseline], BASELINES.names)
@@ -305,6 +308,7 @@ class _Task:
         site: Site,
         at: tuple[int, ...],
         layout: Layout,
+        names: Sequence[str],
         base: dict[str, float],
         p: float,
         ld: float,
@@ -322,6 +326,7 @@ class _Task:
             "position": one,
             "token": None if one is None else layout.tokens[one],
             "role": site.role if site.role in layout.roles else at_role,
+            "slot": site.position if one is None else names[one],
             "p_patched": p,
             "p_restored": p - base["p_corrupt"],
             "logit_diff": ld - base["ld_corrupt"],
