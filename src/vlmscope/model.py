@@ -201,7 +201,8 @@ class Model:
         or an option is empty, unknown to the tokenizer, or the same as the other.
         """
         prompt = example.clean_prompt
-        prefix, answer, foil = self._options(prompt, example.answer, example.foil)
+        many = 1 + len(example.more_images)
+        prefix, answer, foil = self._options(prompt, example.answer, example.foil, many)
         corrupt_prompt = prompt if example.corrupt_prompt is None else example.corrupt_prompt
         self._check_alignment(prompt, corrupt_prompt)
         more = example.more_images
@@ -269,14 +270,16 @@ class Model:
         there = replace(there, readout=len(there.tokens) - 1, fed=len(prefix))
         return Inputs(tensors, {**inputs.layout, self.speaker: there})
 
-    def _options(self, prompt: str, answer: str, foil: str) -> tuple[list[int], int, int]:
+    def _options(
+        self, prompt: str, answer: str, foil: str, images: int
+    ) -> tuple[list[int], int, int]:
         unknown = self.processor.tokenizer.unk_token_id
         ids = []
         for what, text in (("answer", answer), ("foil", foil)):
             if not self.pieces(text):
                 raise ExampleError(f"the {what} '{text}' is empty; give it a word")
             # Its end belongs to an option, and tells "red" from "red wine".
-            tokens = self.family.options(self.processor, prompt, text)
+            tokens = self.family.options(self.processor, prompt, text, images)
             if unknown is not None and unknown in tokens:
                 raise ExampleError(f"the {what} '{text}' is unknown to the model's tokenizer")
             ids.append(tokens)

@@ -119,7 +119,7 @@ def told(
 
     Raises `ExampleError` if the caption is empty or holds tokens that the model does not know.
     """
-    ids = model.family.options(model.processor, prompt, caption)
+    ids = model.family.options(model.processor, prompt, caption, 1 + len(more))
     unknown = model.processor.tokenizer.unk_token_id
     if len(ids) < 2 or (unknown is not None and unknown in ids):
         raise ExampleError(

@@ -201,7 +201,9 @@ def _changed(
                        said.ids[numbers[0]])  # fmt: skip
     pattern = rf"(?<!\w){re.escape(source)}(?!\w)"
     text = re.sub(pattern, target, said.text.strip(), flags=re.IGNORECASE)
-    ids = model.family.options(model.processor, prompt or one.clean_prompt, text)
+    ids = model.family.options(
+        model.processor, prompt or one.clean_prompt, text, 1 + len(one.more_images)
+    )
     unknown = model.processor.tokenizer.unk_token_id
     if unknown is not None and unknown in ids:
         raise ExampleError(f"'{target}' is unknown to the model's tokenizer; give another word")

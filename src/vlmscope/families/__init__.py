@@ -75,8 +75,8 @@ class Family:
       not `plain`, and `finish` for a vision tower that has an `output`.
     - `generate(hf, inputs, **options)`: the answer's token ids, by the model's own generation.
     - `cache()`: an object in which a `fold` module keeps the image's keys and values.
-    - `options(processor, prompt, answer)`: the token ids of an answer as they would follow the prompt,
-      with the token that ends it.
+    - `options(processor, prompt, answer, images)`: the token ids of an answer as they would follow the
+      prompt about so many images, with the token that ends it.
     - `keywords`: what else the model is called with, `pixels`: the one that the picture goes by.
     - `model`, `processor`: what `load` loads; None where transformers has no code for the class.
     - `variant`: the type of the language model, where a class of Hugging Face has several.
@@ -95,7 +95,7 @@ class Family:
     blank: Callable[[Any], Inputs] | None
     generate: Callable[..., Tensor]
     cache: Callable[[], Any]
-    options: Callable[[Any, str, str], list[int]]
+    options: Callable[..., list[int]]
     leave: Callable[..., Float[Tensor, "rows pos width"]] = _plain_only
     finish: Callable[..., Float[Tensor, "rows vocabulary"]] = _plain_only
     keywords: Mapping[str, Any] = field(default_factory=dict)

@@ -146,7 +146,7 @@ def generate(hf: BlipForQuestionAnswering, inputs: Inputs, **options: object) ->
     return hf.generate(**tensors, do_sample=False, num_beams=1, **options)[0, 1:]
 
 
-def options(processor: BlipProcessor, prompt: str, answer: str) -> list[int]:
+def options(processor: BlipProcessor, prompt: str, answer: str, images: int = 1) -> list[int]:
     """The answer decoder starts anew, so the prompt does not matter."""
     tokenizer = processor.tokenizer
     return [*tokenizer(answer, add_special_tokens=False)["input_ids"], tokenizer.sep_token_id]

@@ -129,7 +129,7 @@ def encode_t5(
     )
 
 
-def options_t5(processor: Any, prompt: str, answer: str) -> list[int]:
+def options_t5(processor: Any, prompt: str, answer: str, images: int = 1) -> list[int]:
     """The decoder starts anew, so the prompt does not matter."""
     tokenizer = processor.tokenizer
     return [*tokenizer(answer, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]

@@ -10,10 +10,12 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
+from itertools import pairwise
 from typing import Any
 
 import torch
 from jaxtyping import Float, Int
+from jinja2 import TemplateError
 from PIL import Image
 from torch import Tensor
 from transformers import AutoProcessor, PreTrainedModel
@@ -34,45 +36,122 @@ KEYWORDS = {"use_cache": False, "logits_to_keep": 1}
 """A run needs the logits of the last position only, and nothing is generated after it."""
 
 
-def written(processor: Any, prompt: str, images: int = 1) -> tuple[str, int]:
+Tokens = list[tuple[int, Span]]
+"""Token ids, each with the characters of a text that it stands for."""
+
+
+def written(
+    processor: Any, prompt: str, images: int = 1, *, between: str = "\n"
+) -> tuple[str, int]:
     """The whole text of a prompt about some images, and where the prompt begins in it.
 
-    A prompt that holds the image placeholder is taken as it is.
+    A prompt that holds the image placeholder is taken as it is. Without a chat template `between` stands
+    between the placeholders and the prompt.
     """
     mark = str(processor.image_token)
     if mark in prompt:
         return prompt, 0
     if not getattr(processor, "chat_template", None):
-        text = f"{mark * images}\n{prompt}" if images else prompt
+        text = f"{mark * images}{between}{prompt}" if images else prompt
         return text, len(text) - len(prompt)
-    content = [*({"type": "image"} for _ in range(images)), {"type": "text", "text": prompt}]
-    text = processor.apply_chat_template(
-        [{"role": "user", "content": content}], add_generation_prompt=True
-    )
-    start = text.rfind(prompt)
-    if start < 0 or (images and mark not in text):
+    text = _rendered(processor, prompt, images)
+    # Where another prompt would stand: this one's words may be the template's, too.
+    start = _rendered(processor, _STANDIN, images).find(_STANDIN)
+    blanks = len(prompt) - len(prompt.lstrip())  # which some templates strip
+    begins = [start - n for n in (0, blanks) if text.startswith(prompt[n:].rstrip(), start)]
+    if start < 0 or not begins or (images and mark not in text):
         raise ExampleError(
             f"the processor's chat template does not write the prompt and one '{mark}'; "
             f"put '{mark}' into the prompt, which is then used as it is"
         )
-    return text, start
+    return text, begins[0]
+
+
+_STANDIN = "promptprompt"
+
+
+def _rendered(processor: Any, prompt: str, images: int, answer: str | None = None) -> str:
+    """A chat of one question, by the processor's template: up to where the answer begins, or with it."""
+    content = [*({"type": "image"} for _ in range(images)), {"type": "text", "text": prompt}]
+    chat: list[dict[str, Any]] = [{"role": "user", "content": content}]
+    if answer is not None:
+        chat.append({"role": "assistant", "content": [{"type": "text", "text": answer}]})
+    return str(processor.apply_chat_template(chat, add_generation_prompt=answer is None))
+
+
+def special(processor: Any, text: str) -> dict[str, bool]:
+    """How a text is to be tokenised: a template that writes the start token has written all of them.
+
+    The rule of transformers' own `apply_chat_template(tokenize=True)`.
+    """
+    begin = processor.tokenizer.bos_token
+    return {"add_special_tokens": False} if begin and text.startswith(begin) else {}
+
+
+def tokenized(processor: Any, text: str) -> Tokens:
+    """The tokens of a text as the processor makes them, but for images, of which each is one token."""
+    keywords = special(processor, text)
+    encoding = processor.tokenizer(text, return_offsets_mapping=True, **keywords)
+    return list(zip(encoding["input_ids"], map(tuple, encoding["offset_mapping"]), strict=True))
 
 
 def options(
     processor: Any,
     prompt: str,
     answer: str,
+    images: int = 1,
     *,
     write: Callable[..., tuple[str, int]] = written,
 ) -> list[int]:
-    """The answer's tokens as they follow the prompt, behind a blank unless it ends with one."""
-    text, _ = write(processor, prompt)
+    """The answer's tokens as they follow the prompt's own, and the token that ends it.
+
+    Whether there is a blank before the answer, and what ends it, the chat template says, where there is one;
+    otherwise a blank, unless the prompt ends with one, and the tokenizer's end token.
+    """
+    text, _ = write(processor, prompt, images)
     tokenizer = processor.tokenizer
-    before = tokenizer(text)["input_ids"]
-    joined = tokenizer(text + ("" if text[-1:].isspace() else " ") + answer)["input_ids"]
-    if joined[: len(before)] != before:  # the last token of the prompt grew: take the words alone
-        joined = [*before, *tokenizer(answer, add_special_tokens=False)["input_ids"]]
-    return [*joined[len(before) :], tokenizer.eos_token_id]
+    between, behind = _reply(processor, text, prompt, images, answer)
+    before = [token for token, _ in tokenized(processor, text)]
+    joined = [token for token, _ in tokenized(processor, text + between + answer)]
+    if joined[: len(before)] == before:
+        own = joined[len(before) :]
+    else:  # the last token of the prompt has grown, and the run has the one that it was
+        own = _alone_behind(tokenizer, before, between + answer)
+    return [*own, _end(tokenizer, behind)]
+
+
+def _reply(processor: Any, text: str, prompt: str, images: int, answer: str) -> tuple[str, str]:
+    """What stands between the text and the answer, and behind it."""
+    plain = "" if text[-1:].isspace() else " ", ""
+    if not getattr(processor, "chat_template", None) or str(processor.image_token) in prompt:
+        return plain
+    try:
+        whole = _rendered(processor, prompt, images, answer)
+    except (TemplateError, TypeError, KeyError):  # a template of questions alone
+        return plain
+    between, found, behind = whole[len(text) :].partition(answer)
+    if not whole.startswith(text) or not found or between.strip():
+        return plain
+    return between, behind.strip()
+
+
+def _alone_behind(tokenizer: Any, before: list[int], text: str) -> list[int]:
+    """The tokens of a text that is tokenised by itself and read on behind others."""
+
+    def ids(words: str) -> list[int]:
+        return list(tokenizer(words, add_special_tokens=False)["input_ids"])
+
+    # SentencePiece puts a blank before a text, but not behind a line break.
+    candidates = [ids(text), ids(f"\n{text}")[len(ids("\n")) :], ids(text.lstrip())]
+    wanted = tokenizer.decode(before) + text
+    return next((x for x in candidates if tokenizer.decode([*before, *x]) == wanted), candidates[0])
+
+
+def _end(tokenizer: Any, behind: str) -> int:
+    """The special token that a text begins with, or else the tokenizer's end token."""
+    first = tokenizer(behind, add_special_tokens=False)["input_ids"][:1] if behind else []
+    known = tokenizer.added_tokens_decoder
+    return int(first[0] if first and first[0] in known and known[first[0]].special else tokenizer.eos_token_id)  # fmt: skip
 
 
 def encode(
@@ -87,10 +166,12 @@ def encode(
     *,
     kind: int = 0,
     write: Callable[..., tuple[str, int]] = written,
+    tokens: Callable[[Any, str], Tokens] = tokenized,
 ) -> Inputs:
     """The tensors of one run as the processor makes them, with the answer's beginning behind.
 
-    `kind` is the token type of what the model says; `write` gives the text that the processor gets.
+    `kind` is the token type of what the model says; `write` gives the text that the processor gets,
+    `tokens` what it makes of that.
     """
     text, start = write(processor, prompt, len(pictures))
     if not pictures:
@@ -123,11 +204,11 @@ def encode(
         first, own = alone[0], images[: counts[0]] if sum(counts) == len(images) else []
     there = set(images)
     grid = cells(hf, processor, pictures[0], first, own) if own else {}
-    tokens = processor.tokenizer.convert_ids_to_tokens(ids)
+    names = processor.tokenizer.convert_ids_to_tokens(ids)
     layout = Layout(
-        tuple("{},{}".format(*grid[n]) if n in grid else token for n, token in enumerate(tokens)),
+        tuple("{},{}".format(*grid[n]) if n in grid else name for n, name in enumerate(names)),
         tuple(n for n in range(len(ids)) if n not in there),
-        _roles(processor, text, start, roles, ids),
+        _roles(processor, tokens(processor, text), start, roles, ids[: len(ids) - len(prefix)]),
         grid,
         tuple(images),
     )
@@ -136,7 +217,7 @@ def encode(
 
 def _alone(hf: Any, processor: Any, text: str, prefix: Sequence[int]) -> Inputs:
     """A prompt without a picture."""
-    ids = [*processor.tokenizer(text)["input_ids"], *prefix]
+    ids = [*processor.tokenizer(text, **special(processor, text))["input_ids"], *prefix]
     tensors = {
         "input_ids": torch.tensor([ids]),
         "attention_mask": torch.ones(1, len(ids), dtype=torch.long),
@@ -148,7 +229,10 @@ def _alone(hf: Any, processor: Any, text: str, prefix: Sequence[int]) -> Inputs:
 def processed(processor: Any, pictures: Sequence[Image.Image], text: str) -> dict[str, Tensor]:
     """What the processor makes of some pictures and the text that places them."""
     try:
-        tensors = dict(processor(images=[list(pictures)], text=[text], return_tensors="pt"))
+        keywords = special(processor, text)
+        tensors = dict(
+            processor(images=[list(pictures)], text=[text], return_tensors="pt", **keywords)
+        )
     except (ValueError, TypeError, IndexError, ZeroDivisionError, RuntimeError) as error:
         sizes = ", ".join(f"{one.width} x {one.height}" for one in pictures)
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
@@ -175,32 +259,53 @@ def _longer(name: str, value: Tensor, prefix: Sequence[int], kind: int) -> Tenso
 
 
 def _roles(
-    processor: Any, text: str, start: int, roles: Mapping[str, Span], ids: Sequence[int]
+    processor: Any, tokens: Tokens, start: int, roles: Mapping[str, Span], ids: Sequence[int]
 ) -> dict[str, tuple[int, ...]]:
-    """Positions of each role's tokens among all tokens.
-
-    What the processor writes around the prompt differs by family, so the prompt's own tokens are
-    looked up: the last place where they stand as they do in the text.
-    """
-    if not roles:
-        return {}
-    first, last = min(a for a, _ in roles.values()), max(b for _, b in roles.values())
-    encoding = processor.tokenizer(text, return_offsets_mapping=True)
-    own = [
-        (token, span)
-        for token, span in zip(encoding["input_ids"], encoding["offset_mapping"], strict=True)
-        if span[0] < start + last and span[1] > start + first
-    ]
-    tokens = [token for token, _ in own]
-    places = [n for n in range(len(ids)) if list(ids[n : n + len(tokens)]) == tokens]
-    if not places:
-        raise ExampleError("the words of the prompt are not found among the tokens of the input")
+    """Positions of each role's tokens among all tokens of the input."""
+    mark = processor.tokenizer.convert_tokens_to_ids(str(processor.image_token))
+    places = _places([token for token, _ in tokens], ids, mark) if roles else []
     found = {}
     for role, (begin, end) in roles.items():
-        at = [n for n, (_, (a, b)) in enumerate(own) if a < start + end and b > start + begin]
-        if at:
-            found[role] = tuple(places[-1] + n for n in at)
+        own = [n for n, (_, (a, b)) in enumerate(tokens) if a < start + end and b > start + begin]
+        if any(places[n] is None for n in own):
+            raise ExampleError(
+                "the words of the prompt are not found among the tokens of the input"
+            )
+        if own:
+            found[role] = tuple(places[n] or 0 for n in own)
     return found
+
+
+def _places(tokens: Sequence[int], ids: Sequence[int], mark: int) -> list[int | None]:
+    """Where each token of a text stands in the input, in which every `mark` has become an image.
+
+    What stands before the first image is counted from the left, behind the last from the right; between
+    two it is searched for, in the order in which it stands.
+    """
+    places: list[int | None] = [None] * len(tokens)
+    marks = [n for n, token in enumerate(tokens) if token == mark]
+    first, last = (marks[0], marks[-1]) if marks else (0, -1)
+    for n in range(first):
+        if tokens[n] != ids[n]:
+            break
+        places[n] = n
+    shift = len(ids) - len(tokens)
+    for n in range(len(tokens) - 1, last, -1):
+        if n + shift < 0 or tokens[n] != ids[n + shift]:
+            break
+        places[n] = n + shift
+    begin = first
+    for left, right in pairwise(marks):
+        own = list(tokens[left + 1 : right])
+        # The tokens at both ends may have merged with what the processor writes around images.
+        for a, b in ((0, 0), (1, 0), (0, 1), (1, 1)):
+            part = own[a : len(own) - b]
+            at = next((n for n in range(begin, len(ids)) if list(ids[n : n + len(part)]) == part), None)  # fmt: skip
+            if part and at is not None:
+                places[left + 1 + a : right - b] = range(at, at + len(part))
+                begin = at + len(part)
+                break
+    return places
 
 
 def generate(hf: Any, inputs: Inputs, **options: object) -> Int[Tensor, "pos"]:
@@ -301,6 +406,8 @@ def family(
     head: str = "lm_head",
     kind: int = 0,
     capped: bool = False,
+    write: Callable[..., tuple[str, int]] = written,
+    tokens: Callable[[Any, str], Tokens] = tokenized,
 ) -> Family:
     """A family whose vision tower is followed by one causal decoder.
 
@@ -328,13 +435,13 @@ def family(
         processor=AutoProcessor,
         towers={"vision": replace(vision, flow="plain"), "decoder": decoder},
         logits="",
-        encode=partial(encode, cells, layout, kind=kind),
+        encode=partial(encode, cells, layout, kind=kind, write=write, tokens=tokens),
         blank=None,
         leave=leave,
         finish=finish,
         generate=generate,
         cache=lambda: None,
-        options=options,
+        options=partial(options, write=write),
         keywords=KEYWORDS,
         head=head,
         norm=norm,

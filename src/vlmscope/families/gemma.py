@@ -7,6 +7,7 @@ reads both off the model's own attention masks (`suffix.starts`).
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
@@ -25,11 +26,38 @@ SIGLIP = Tower(
 
 
 def vision_layout(hf: Any, tensors: Mapping[str, Tensor]) -> Layout:
-    """Patches in rows, without a class token."""
+    """Patches in rows, without a class token; further pictures behind the first, without cells."""
     size = hf.config.vision_config.patch_size
+    many = len(tensors["pixel_values"])
     rows, columns = (n // size for n in tensors["pixel_values"].shape[-2:])
     cells = {r * columns + c: (r, c) for r in range(rows) for c in range(columns)}
-    return Layout(tuple(f"{r},{c}" for r, c in cells.values()), cells=cells)
+    tokens = [f"{r},{c}" for r, c in cells.values()]
+    further = [f"{n}:{token}" for n in range(1, many) for token in tokens]
+    images = tuple(range(many * len(tokens))) if many > 1 else ()
+    return Layout((*tokens, *further), cells=cells, image=images, sequences=many)
+
+
+def written(processor: Any, prompt: str, images: int = 1) -> tuple[str, int]:
+    """PaliGemma's placeholders and the prompt; its processor writes the start token between them."""
+    return causal.written(processor, prompt, images, between="")
+
+
+def tokenized(processor: Any, text: str) -> causal.Tokens:
+    """With the start token behind the placeholders and the line break at the end."""
+    mark, begin = str(processor.image_token), str(processor.tokenizer.bos_token)
+    cut = text.rfind(mark) + len(mark) if mark in text else 0
+    found = causal.tokenized(processor, f"{text[:cut]}{begin}{text[cut:]}\n")
+    longer = len(begin)
+    return [
+        (token, (a, b) if b <= cut else (max(a - longer, cut), max(b - longer, cut)))
+        for token, (a, b) in found
+    ]
+
+
+def options(processor: Any, prompt: str, answer: str, images: int = 1) -> list[int]:
+    """The tokens that PaliGemma's processor makes of `suffix=answer`: tokenised by themselves."""
+    tokenizer = processor.tokenizer
+    return list(tokenizer(f"{answer}{tokenizer.eos_token}", add_special_tokens=False)["input_ids"])
 
 
 GEMMA3 = causal.family(
@@ -40,13 +68,18 @@ GEMMA3 = causal.family(
     cells=causal.square,
     layout=vision_layout,
 )
-PALIGEMMA = causal.family(
-    "PaliGemma",
-    PaliGemmaForConditionalGeneration,
-    vision=SIGLIP,
-    decoder=causal.llama(),
-    cells=causal.square,
-    layout=vision_layout,
-    kind=1,
-    capped=True,
+PALIGEMMA = replace(
+    causal.family(
+        "PaliGemma",
+        PaliGemmaForConditionalGeneration,
+        vision=SIGLIP,
+        decoder=causal.llama(),
+        cells=causal.square,
+        layout=vision_layout,
+        kind=1,
+        capped=True,
+        write=written,
+        tokens=tokenized,
+    ),
+    options=options,
 )

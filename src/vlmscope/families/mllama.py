@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from PIL import Image
@@ -78,6 +79,7 @@ MLLAMA = replace(
         decoder=DECODER,
         cells=causal.no_cells,
         layout=vision_layout,
+        write=partial(causal.written, between=""),
     ),
     view=view,
 )
