@@ -13,10 +13,10 @@ from families import mplug_owl2
 from models import example, picture
 from mplug_owl2 import IMAGE_TOKEN_INDEX
 
-from vlmscope import engine, reference
+from vlmscope import describe, engine, reference
 from vlmscope.errors import ExampleError, ModelError
 from vlmscope.inputs import Edit
-from vlmscope.model import describe, load, tokenizer
+from vlmscope.model import load, tokenizer
 from vlmscope.sites import Site, expand, place
 
 QUERIES = ("query 0", "query 1", "query 2", "query 3", "query 4", "vit_eos")
@@ -85,7 +85,7 @@ def test_towers(class_token):
     }
     layout = model.layouts()["vision"]
     assert ("[CLS]" in layout.tokens) == class_token and len(layout.cells) == 9
-    assert "one forward a patch" in describe(model)
+    assert "one forward a patch" in describe.model(model)
 
 
 @torch.inference_mode()

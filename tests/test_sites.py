@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from vlmscope.errors import SiteError
@@ -189,6 +191,13 @@ def test_slots_of_what_the_answer_begins_with():
     """Both options begin with two tokens, which are fed behind the prompt."""
     fed = layout_of("red ? : a plain", {"answer": (5,)}, fed=2)
     assert slots(fed)[5:] == ("answer", "-2", "-1", "fed[0]", "readout")
+
+
+def test_slots_of_a_prompt_without_roles():
+    """What the template writes behind it is counted from the right, so that it meets over examples."""
+    for words in ("what color ? ASSISTANT :", "what color is that ? ASSISTANT :"):
+        names = slots(replace(layout_of(words, {}), behind=2))
+        assert names[-3:] == (str(len(names) - 6), "-2", "readout")
 
 
 def test_slots_of_towers_without_text():

@@ -719,11 +719,41 @@ def models(
     model: Annotated[
         str | None, typer.Argument(help="A toy's name, a Hugging Face id, or a folder.")
     ] = None,
+    example: Annotated[
+        str | None,
+        typer.Option(
+            metavar="DATA:ROW",
+            help="Print what the model is given for one example: a set or CSV file, and an id or row.",
+        ),
+    ] = None,
 ) -> None:
-    """List the families, or what one model has."""
-    from vlmscope.model import describe, load, supported
+    """List the families, or what one model has, or exactly what it is given for an example."""
+    from vlmscope import describe
+    from vlmscope.model import load
 
-    print(describe(load(model)) if model else supported())
+    if example is not None:
+        if model is None:
+            raise VlmscopeError("--example asks what a model is given; name the model first")
+        one = _row(example)  # read before the model is loaded
+        print(describe.example(load(model), one))
+    else:
+        print(describe.model(load(model)) if model else describe.supported())
+
+
+def _row(text: str) -> Any:
+    """The example that `DATA:ROW` names, by its id or else its number, counted from 0."""
+    from vlmscope.data import examples
+
+    data, _, row = text.rpartition(":")
+    if not data or not row:
+        raise VlmscopeError(f"'{text}' names no example; expected DATA:ROW, such as states:0")
+    found = examples(data)
+    for number, one in enumerate(found):
+        if row in (one.id, str(number)):
+            return one
+    raise VlmscopeError(
+        f"{data} has no example '{row}'; expected an id, or a row from 0 to {len(found) - 1}"
+    )
 
 
 def _left_out(run: Any) -> None:

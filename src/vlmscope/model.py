@@ -14,7 +14,6 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from importlib.util import find_spec
-from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -45,11 +44,6 @@ DTYPES = {
 QUANTIZED = "4bit"
 """Weights of 4 bits (NF4, by bitsandbytes), which compute in bfloat16."""
 TOYS = Path(__file__).parent / "toys"
-FLOWS = {
-    "rows": "many patches in one pass",
-    "suffix": "many patches in one pass, each computing only what it can change",
-    "plain": "one forward a patch",
-}
 OURS = "vlmscope"
 """The name of the attention function that `Model.attending` puts in."""
 
@@ -800,64 +794,6 @@ def embedder(name: str | Path) -> Callable[[Sequence[str]], Float[Tensor, "words
         return mean / mean.norm(dim=-1, keepdim=True).clamp(min=1e-12)
 
     return embed
-
-
-def supported() -> str:
-    """The supported families and the toys that ship, as text."""
-    lines = ["families"]
-    lines += [
-        f"  {f.name:<16}{f.architecture + (f' ({f.variant})' if f.variant else ''):<46}"
-        f"{', '.join(f'{t}: {table.flow}' for t, table in f.towers.items())}"
-        for f in families()
-    ]
-    lines += ["", "how a tower is patched, exactly in every case"]
-    lines += [f"  {short:<7}{long}" for short, long in FLOWS.items()]
-    lines.append("")
-    lines += ["toys", *(f"  {name}" for name in toys())]
-    return "\n".join(lines)
-
-
-def describe(model: Model) -> str:
-    """One model's towers, layers, heads, widths, token layout and example sites, as text."""
-    lines = [f"{model.name}: {model.family.name} ({model.family.architecture})", ""]
-    lines.append(f"{'tower':<9}{'layers':>7}{'width':>7}{'heads':>7}{'neurons':>9}  kinds")
-    for tower, shape in model.shapes.items():
-        heads = max(shape.heads.values())
-        kinds = ", ".join(f"{k}[.h]" if k in shape.heads else f"{k}[.n]" if k == "mlp" else k
-                          for k in shape.kinds)  # fmt: skip
-        lines.append(
-            f"{tower:<9}{shape.layers:>7}{shape.width:>7}{heads:>7}{shape.neurons:>9}  {kinds}"
-        )
-    lines += ["", "positions"]
-    for tower, layout in model.layouts().items():
-        lines.append(f"  {tower:<9}0-{len(layout.tokens) - 1}: {_positions(layout)}")
-    lines += ["", "patches (exact in every case)"]
-    for tower, table in model.family.towers.items():
-        lines.append(f"  {tower:<9}{FLOWS[table.flow]}")
-    lines += ["", "example sites"]
-    for tower, shape in model.shapes.items():
-        for kind in shape.kinds:
-            lines.append(f"  {tower}.*.{kind}@*")
-        for kind in shape.heads:
-            lines.append(f"  {tower}.*.{kind}.h*@" + ("all" if tower == "vision" else "last"))
-        lines.append(f"  {tower}.{shape.layers - 1}.mlp.n0@last")
-    return "\n".join(lines)
-
-
-def _positions(layout: Layout) -> str:
-    """The tokens of a tower, its image in brackets, and the names of positions."""
-    image = set(layout.image or layout.cells)
-    words: list[str] = []
-    for is_image, some in groupby(enumerate(layout.tokens), key=lambda one: one[0] in image):
-        tokens = [token for _, token in some]
-        words += [f"[{len(tokens)} of the image]"] if is_image else tokens
-    shown = words if len(words) <= 40 else [*words[:20], "...", *words[-10:]]
-    names = ["all", "last"] + ["image"] * bool(image) + ["text"] * bool(layout.text)
-    text = f"{' '.join(shown)}; {', '.join(names)}"
-    if layout.roles:
-        text += "; roles such as answer, foil, noun"
-    rows, columns = grid(layout)
-    return text + (f"; image[row,column], {rows} x {columns} patches" if rows else "")
 
 
 def toys() -> dict[str, Path]:

@@ -80,7 +80,8 @@ class Layout:
     have no cell in the grid (further views of it, ends of lines). `sequences` says over how many
     sequences of a batch the positions are spread, laid end to end (several pictures). `readout` is the
     position whose prediction is scored, in the tower that predicts; `fed` says how many tokens of the
-    answer stand behind the prompt, because both options begin with them.
+    answer stand at the end, because both options begin with them, and `behind` how many tokens before
+    those are no longer the prompt's own (the end of a chat template, a separator).
     """
 
     tokens: tuple[str, ...]
@@ -91,6 +92,7 @@ class Layout:
     sequences: int = 1
     readout: int | None = None
     fed: int = 0
+    behind: int = 0
 
 
 @dataclass(frozen=True)
@@ -358,9 +360,11 @@ def slots(layout: Layout) -> tuple[str, ...]:
 
     - `readout`: the position whose prediction is scored.
     - `noun`, `answer` …: a role's token; `noun[0]`, `noun[1]` where the role has several.
-    - `0`, `1` …: text before the first role, counted from the left (all text, where there is no role).
+    - `0`, `1` …: text before the first role, counted from the left (where there is no role, all of the
+      prompt).
     - `noun+1`, `noun+2` …: text behind a role and before the next.
-    - `-1`, `-2` …: text behind the last role, counted from the end of the prompt.
+    - `-1`, `-2` …: text behind the last role and what a template writes behind the prompt, counted from the
+      right.
     - `fed[0]` …: the beginning of the answer, where both options share it.
     - `image[3,7]`: a place of the picture (row, column); `image.12`: the 13th of the image's tokens, where
       it has no such place.
@@ -388,17 +392,15 @@ def slots(layout: Layout) -> tuple[str, ...]:
         names.setdefault(position, f"image.{n}")
     text = [position for position in range(end) if position in anchors or position in layout.text]
     first, last = min(anchors, default=many), max(anchors, default=many)
-    behind, steps = "", 0
+    role, steps = "", 0
     for n, position in enumerate(text):
         if position in anchors:
-            behind, steps = anchors[position], 0
+            role, steps = anchors[position], 0
             continue
         steps += 1
-        if position < first:
-            name = str(n)
-        elif position < last:
-            name = f"{behind}+{steps}"
-        else:
+        if position > last or n >= len(text) - layout.behind:
             name = str(n - len(text))
+        else:
+            name = str(n) if position < first else f"{role}+{steps}"
         names.setdefault(position, name)
     return tuple(names.get(position, f"at {position}") for position in range(many))

@@ -5,7 +5,7 @@ A family adds no arithmetic: everything is computed by the modules of Hugging Fa
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from vlmscope.errors import ExampleError
-from vlmscope.example import Box
+from vlmscope.example import Box, Span
 from vlmscope.inputs import Inputs
 
 
@@ -112,6 +112,16 @@ def one_picture(many: int) -> None:
         raise ExampleError(f"this model takes one image, the example has {many}; leave one")
     if not many:
         raise ExampleError("this model takes no prompt without an image; give one")
+
+
+def behind(spans: Sequence[Span], end: int) -> int:
+    """How many tokens at the end stand for no character of a prompt that ends there.
+
+    >>> behind([(0, 2), (3, 6), (7, 9), (0, 0)], 6)
+    2
+    """
+    own = [n for n, (a, b) in enumerate(spans) if a < b and a < end]
+    return len(spans) - 1 - max(own, default=-1)
 
 
 def families() -> tuple[Family, ...]:

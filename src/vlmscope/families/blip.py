@@ -51,7 +51,8 @@ def _text_layout(encoding: BatchEncoding, roles: Mapping[str, Span]) -> Layout:
         for role, (start, end) in roles.items()
     }
     everywhere = tuple(range(len(tokens)))
-    return Layout(tuple(tokens), everywhere, {r: at for r, at in found.items() if at})
+    own = {role: at for role, at in found.items() if at}
+    return Layout(tuple(tokens), everywhere, own, behind=1)  # [SEP]
 
 
 def encode(

@@ -22,7 +22,7 @@ from transformers import AutoProcessor, PreTrainedModel
 
 from vlmscope.errors import ExampleError
 from vlmscope.example import Span
-from vlmscope.families import Family, Tower
+from vlmscope.families import Family, Tower, behind
 from vlmscope.inputs import Inputs
 from vlmscope.sites import Layout
 
@@ -110,14 +110,14 @@ def options(
     """
     text, _ = write(processor, prompt, images)
     tokenizer = processor.tokenizer
-    between, behind = _reply(processor, text, prompt, images, answer)
+    between, after = _reply(processor, text, prompt, images, answer)
     before = [token for token, _ in tokenized(processor, text)]
     joined = [token for token, _ in tokenized(processor, text + between + answer)]
     if joined[: len(before)] == before:
         own = joined[len(before) :]
     else:  # the last token of the prompt has grown, and the run has the one that it was
         own = _alone_behind(tokenizer, before, between + answer)
-    return [*own, _end(tokenizer, behind)]
+    return [*own, _end(tokenizer, after)]
 
 
 def _reply(processor: Any, text: str, prompt: str, images: int, answer: str) -> tuple[str, str]:
@@ -129,10 +129,10 @@ def _reply(processor: Any, text: str, prompt: str, images: int, answer: str) -> 
         whole = _rendered(processor, prompt, images, answer)
     except (TemplateError, TypeError, KeyError):  # a template of questions alone
         return plain
-    between, found, behind = whole[len(text) :].partition(answer)
+    between, found, after = whole[len(text) :].partition(answer)
     if not whole.startswith(text) or not found or between.strip():
         return plain
-    return between, behind.strip()
+    return between, after.strip()
 
 
 def _alone_behind(tokenizer: Any, before: list[int], text: str) -> list[int]:
@@ -147,9 +147,9 @@ def _alone_behind(tokenizer: Any, before: list[int], text: str) -> list[int]:
     return next((x for x in candidates if tokenizer.decode([*before, *x]) == wanted), candidates[0])
 
 
-def _end(tokenizer: Any, behind: str) -> int:
+def _end(tokenizer: Any, text: str) -> int:
     """The special token that a text begins with, or else the tokenizer's end token."""
-    first = tokenizer(behind, add_special_tokens=False)["input_ids"][:1] if behind else []
+    first = tokenizer(text, add_special_tokens=False)["input_ids"][:1] if text else []
     known = tokenizer.added_tokens_decoder
     return int(first[0] if first and first[0] in known and known[first[0]].special else tokenizer.eos_token_id)  # fmt: skip
 
@@ -196,21 +196,23 @@ def encode(
     images = [n for n, token in enumerate(ids) if token == hf.config.image_token_id]
     if not images:
         raise ExampleError(f"the prompt has no image; put '{processor.image_token}' into it")
-    first, own = tensors, images
+    first, mine = tensors, images
     if len(pictures) > 1:  # which tokens are the first picture's: as many as it has by itself
         text_of_one = write(processor, "", 1)[0]
         alone = [processed(processor, [one], text_of_one) for one in pictures]
         counts = [int((one["input_ids"] == hf.config.image_token_id).sum()) for one in alone]
-        first, own = alone[0], images[: counts[0]] if sum(counts) == len(images) else []
+        first, mine = alone[0], images[: counts[0]] if sum(counts) == len(images) else []
     there = set(images)
-    grid = cells(hf, processor, pictures[0], first, own) if own else {}
+    grid = cells(hf, processor, pictures[0], first, mine) if mine else {}
     names = processor.tokenizer.convert_ids_to_tokens(ids)
+    own = tokens(processor, text)
     layout = Layout(
         tuple("{},{}".format(*grid[n]) if n in grid else name for n, name in enumerate(names)),
         tuple(n for n in range(len(ids)) if n not in there),
-        _roles(processor, tokens(processor, text), start, roles, ids[: len(ids) - len(prefix)]),
+        _roles(processor, own, start, roles, ids[: len(ids) - len(prefix)]),
         grid,
         tuple(images),
+        behind=behind([span for _, span in own], start + len(prompt)),
     )
     return Inputs(tensors, {"vision": vision(hf, tensors), "decoder": layout})
 

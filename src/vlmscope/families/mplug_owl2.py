@@ -31,7 +31,7 @@ from torch import Tensor
 
 from vlmscope.errors import ExampleError
 from vlmscope.example import Span
-from vlmscope.families import Family, Tower, causal, one_picture
+from vlmscope.families import Family, Tower, behind, causal, one_picture
 from vlmscope.inputs import Inputs
 from vlmscope.sites import Layout
 
@@ -82,6 +82,7 @@ def encode(
     """The tensors of one run; the decoder has more positions than tokens, where the image is."""
     text, start = written(processor, prompt, len(images))
     tokens = _tokens(processor.tokenizer, text)
+    after = behind([span for _, span in tokens], start + len(prompt))
     tokens += [(token, (len(text), len(text))) for token in prefix]
     ids = torch.tensor([[token for token, _ in tokens]])
     pixels = _pixels(hf, processor, images[0])
@@ -103,6 +104,7 @@ def encode(
         tuple(n for n in range(len(names)) if n not in shown),
         {role: tuple(at) for role, at in found.items()},
         image=shown,
+        behind=after,
     )
     return Inputs(
         {"input_ids": ids, "attention_mask": torch.ones_like(ids), "images": pixels},
