@@ -30,7 +30,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import cached_file, logging
 
 from vlmscope.errors import ExampleError, ModelError, SiteError
-from vlmscope.example import Box, Example, Picture, find_roles, open_image
+from vlmscope.example import Box, Example, Picture, Span, find_roles, open_image
 from vlmscope.families import Family, families
 from vlmscope.inputs import Edit, Inputs, Logits, Pair
 from vlmscope.sites import Layout, Point, Shape, Site, expand, grid, place
@@ -44,6 +44,8 @@ DTYPES = {
 QUANTIZED = "4bit"
 """Weights of 4 bits (NF4, by bitsandbytes), which compute in bfloat16."""
 TOYS = Path(__file__).parent / "toys"
+_WORD = "\0"
+"""What the name of a word's own role begins with, which no column of a CSV file can."""
 OURS = "vlmscope"
 """The name of the attention function that `Model.attending` puts in."""
 
@@ -198,14 +200,18 @@ class Model:
         many = 1 + len(example.more_images)
         prefix, answer, foil = self._options(prompt, example.answer, example.foil, many)
         corrupt_prompt = prompt if example.corrupt_prompt is None else example.corrupt_prompt
-        self._check_alignment(prompt, corrupt_prompt)
         more = example.more_images
-        clean = self._encode([example.clean_image, *more], prompt, example.roles, prefix)
         if example.corrupt_image is None and corrupt_prompt == prompt:
+            clean = self._encode([example.clean_image, *more], prompt, example.roles, prefix)
             return Pair(clean, clean, answer, foil)
+        words = [self._words(one) for one in (prompt, corrupt_prompt)]
+        clean = self._encode(
+            [example.clean_image, *more], prompt, {**example.roles, **words[0]}, prefix
+        )
         image = example.corrupt_image or example.clean_image
-        corrupt = self._encode([image, *more], corrupt_prompt, {}, prefix)
-        self._check_positions(clean, corrupt)
+        corrupt = self._encode([image, *more], corrupt_prompt, words[1], prefix)
+        self._check_grids(clean, corrupt)
+        clean = self._aligned(clean, corrupt, prompt, corrupt_prompt)
         tensors, layout = dict(corrupt.tensors), dict(corrupt.layout)
         if example.corrupt_image is None:  # the same tensor, so that nobody encodes it twice
             pixels = self.family.pixels
@@ -270,7 +276,7 @@ class Model:
         unknown = self.processor.tokenizer.unk_token_id
         ids = []
         for what, text in (("answer", answer), ("foil", foil)):
-            if not self.pieces(text):
+            if not text.strip():
                 raise ExampleError(f"the {what} '{text}' is empty; give it a word")
             # Its end belongs to an option, and tells "red" from "red wine".
             tokens = self.family.options(self.processor, prompt, text, images)
@@ -284,33 +290,49 @@ class Model:
             raise ExampleError(f"answer '{answer}' and foil '{foil}' are the same tokens")
         return ids[0][:same], ids[0][same], ids[1][same]
 
-    def _check_alignment(self, clean: str, corrupt: str) -> None:
-        pieces = [[self.pieces(word) for word in p.split()] for p in (clean, corrupt)]
-        if pieces[0] == pieces[1]:
-            return
-        words = [p.split() for p in (clean, corrupt)]
-        if len(words[0]) != len(words[1]):
-            why = f"the clean one has {len(words[0])} words, the corrupt one {len(words[1])}"
-        else:
-            n = next(i for i, (a, b) in enumerate(zip(*pieces, strict=True)) if a != b)
-            why = (f"word {n + 1} is '{words[0][n]}' ({pieces[0][n]} tokens) in the clean one, "
-                   f"'{words[1][n]}' ({pieces[1][n]} tokens) in the corrupt one")  # fmt: skip
-        raise ExampleError(f"the prompts do not align token for token: {why}; choose other words")
+    def _words(self, prompt: str) -> dict[str, Span]:
+        """The words of a prompt as roles, which `_aligned` takes out again; the image's mark is none."""
+        mark = str(getattr(self.processor, "image_token", ""))
+        words = enumerate(re.finditer(r"\S+", prompt))
+        return {f"{_WORD}{n}": m.span() for n, m in words if not mark or mark not in m[0]}
 
-    def _check_positions(self, clean: Inputs, corrupt: Inputs) -> None:
-        """Positions of the two runs must correspond: as many tokens, and the same grid of patches."""
+    def _aligned(self, clean: Inputs, corrupt: Inputs, prompt: str, other: str) -> Inputs:
+        """The clean run without the words' roles; positions of the two runs must correspond, word by word."""
+        words = [one.split() for one in (prompt, other)]
+        if len(words[0]) != len(words[1]):
+            raise ExampleError(
+                "the prompts do not align token for token: the clean one has "
+                f"{len(words[0])} words, the corrupt one {len(words[1])}; choose other words"
+            )
+        layout = {}
+        for tower, there in clean.layout.items():
+            here, many = corrupt.layout[tower].roles, len(corrupt.layout[tower].tokens)
+            for name, at in there.roles.items():
+                if name.startswith(_WORD) and at != here.get(name, ()):
+                    n = int(name.removeprefix(_WORD))
+                    raise ExampleError(
+                        f"the prompts do not align token for token: word {n + 1} is '{words[0][n]}' "
+                        f"({len(at)} tokens) in the clean one, '{words[1][n]}' "
+                        f"({len(here.get(name, ()))} tokens) in the corrupt one; choose other words"
+                    )
+            if len(there.tokens) != many:
+                raise ExampleError(
+                    f"the clean run has {len(there.tokens)} positions in the {tower} tower, the corrupt one "
+                    f"{many}, so they do not correspond; choose other words or images"
+                )
+            own = {name: at for name, at in there.roles.items() if not name.startswith(_WORD)}
+            layout[tower] = replace(there, roles=own)
+        return Inputs(clean.tensors, layout)
+
+    def _check_grids(self, clean: Inputs, corrupt: Inputs) -> None:
+        """Patches of the two runs must correspond."""
         for tower, there in clean.layout.items():
             here = corrupt.layout[tower]
-            if there.cells != here.cells:
+            if sorted(there.cells.values()) != sorted(here.cells.values()):
                 sizes = [" x ".join(map(str, grid(x))) for x in (there, here)]
                 raise ExampleError(
                     f"the clean image has a grid of {sizes[0]} patches, the corrupt one of {sizes[1]}, so "
                     "their positions do not correspond; resize the corrupt image to the clean one's size"
-                )
-            if len(there.tokens) != len(here.tokens):
-                raise ExampleError(
-                    f"the clean run has {len(there.tokens)} positions in the {tower} tower, the corrupt "
-                    f"one {len(here.tokens)}, so they do not correspond; choose other words or images"
                 )
 
     def token(self, number: int) -> str:
@@ -318,8 +340,8 @@ class Model:
         return str(self.processor.tokenizer.convert_ids_to_tokens(number))
 
     def pieces(self, word: str) -> int:
-        """How many tokens a word is."""
-        return len(self.processor.tokenizer(word, add_special_tokens=False)["input_ids"])
+        """How many tokens a word is behind another one."""
+        return _pieces(self.processor.tokenizer, word)
 
     def layouts(self) -> Mapping[str, Layout]:
         """What stands at each position of each tower, for a blank picture and a short question."""
@@ -772,7 +794,15 @@ def tokenizer(name: str | Path) -> Callable[[str], int]:
         raise _own_code(family, name)
     with _one_line(name):
         own = family.processor.from_pretrained(path, trust_remote_code=False).tokenizer
-    return lambda word: len(own(word, add_special_tokens=False)["input_ids"])
+    return lambda word: _pieces(own, word)
+
+
+def _pieces(tokenizer: Any, word: str) -> int:
+    """Behind a blank, as a word of a prompt stands, where its tokens can be others than by itself."""
+    whole, before = (
+        tokenizer(x, add_special_tokens=False)["input_ids"] for x in (f"a {word}", "a")
+    )
+    return len(whole) - len(before)
 
 
 def embedder(name: str | Path) -> Callable[[Sequence[str]], Float[Tensor, "words width"]]:
