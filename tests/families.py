@@ -18,9 +18,12 @@ from transformers import (
     InstructBlipConfig,
     InstructBlipForConditionalGeneration,
     InstructBlipProcessor,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
     LlavaNextConfig,
     LlavaNextForConditionalGeneration,
     LlavaNextProcessor,
+    LlavaProcessor,
     MllamaConfig,
     MllamaForConditionalGeneration,
     MllamaProcessor,
@@ -135,6 +138,47 @@ def llava_next() -> Model:
     return Model(loud(LlavaNextForConditionalGeneration(config)), processor, "tiny LLaVA-NeXT")
 
 
+def granite_vision() -> Model:
+    """LLaVA-NeXT with SigLIP's vision tower, of which several blocks are read, and a Granite decoder."""
+    tokenizer = words_tokenizer("<image>")
+    pinpoints = [[12, 24], [24, 12], [24, 24]]
+    config = LlavaNextConfig(
+        text_config=text(len(tokenizer), model_type="granite", residual_multiplier=0.3,
+                         embedding_multiplier=1.5, attention_multiplier=0.5),
+        vision_config=siglip() | {"model_type": "siglip_vision_model", "num_hidden_layers": 3},
+        image_token_index=4, image_grid_pinpoints=pinpoints, vision_feature_layer=[-4, -2, 1],
+        vision_feature_select_strategy="full",
+    )  # fmt: skip
+    images = LlavaNextImageProcessorPil(
+        size={"height": 12, "width": 12},
+        crop_size={"height": 12, "width": 12},
+        do_center_crop=False,
+        image_grid_pinpoints=pinpoints,
+    )
+    processor = LlavaNextProcessor(
+        images, tokenizer, patch_size=4, vision_feature_select_strategy="full",
+        image_token="<image>", num_additional_image_tokens=0,
+        chat_template=CHAT.replace("IMAGE", "<image>"),
+    )  # fmt: skip
+    return Model(loud(LlavaNextForConditionalGeneration(config)), processor, "tiny granite-vision")
+
+
+def llava_siglip(layers: int | list[int] = -1) -> Model:
+    """LLaVA 1.5's class with SigLIP's vision tower and a Qwen 2 decoder, as llava-interleave."""
+    tokenizer = words_tokenizer("<image>")
+    config = LlavaConfig(
+        text_config=text(len(tokenizer), model_type="qwen2"),
+        vision_config=siglip() | {"model_type": "siglip_vision_model"}, image_token_index=4,
+        vision_feature_layer=layers, vision_feature_select_strategy="full",
+    )  # fmt: skip
+    processor = LlavaProcessor(
+        SiglipImageProcessorPil(size={"height": 12, "width": 12}), tokenizer, patch_size=4,
+        vision_feature_select_strategy="full", image_token="<image>",
+        num_additional_image_tokens=0, chat_template=CHAT.replace("IMAGE", "<image>"),
+    )  # fmt: skip
+    return Model(loud(LlavaForConditionalGeneration(config)), processor, "tiny llava-interleave")
+
+
 def mllama() -> Model:
     tokenizer = words_tokenizer("<|image|>", "<|python_tag|>")
     config = MllamaConfig(
@@ -237,6 +281,9 @@ FAMILIES = {
     "gemma3": gemma3,
     "paligemma": paligemma,
     "llava-next": llava_next,
+    "llava-siglip": llava_siglip,
+    "llava-siglip-layers": lambda: llava_siglip([0, 2]),
+    "granite-vision": granite_vision,
     "mllama": mllama,
     "mplug-owl2": mplug_owl2,
 }

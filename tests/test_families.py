@@ -95,6 +95,128 @@ def compare(model, pair, direction):
         )
 
 
+NOT_ADDED = {
+    ("blip-vqa", "encoder"), ("blip-vqa", "decoder"), ("blip-captioning", "decoder"),
+    *((name, "qformer") for name in
+      ("blip2-opt", "blip2-t5", "instructblip-vicuna", "instructblip-t5", "mplug-owl2")),
+}  # fmt: skip
+"""Towers whose blocks normalise the residual stream itself: what is added is not the difference."""
+
+
+@pytest.mark.parametrize("name", MADE)
+def test_sublayers_add_up_to_blocks(name):
+    """Also where a norm, a gate or a number stands between a sublayer and the residual stream, also when
+    it is edited; heads and neurons are what the output projection gets."""
+    model = made(name)
+    inputs = model.prepare(example()).clean
+    for tower in {t for t in model.shapes if (name, t) not in NOT_ADDED}:
+        kinds = [k for k in model.shapes[tower].kinds if k != "output"]
+        edited = [
+            Edit(Site.parse(f"{tower}.{model.shapes[tower].having(kind)[-1]}.{kind}@all"), "scale", -0.5)
+            for kind in kinds[1:-1]
+        ]  # fmt: skip
+        plain = model.capture(inputs, [f"{tower}.*.{kind}@all" for kind in kinds])
+        for found in (plain, model.capture(inputs, list(plain), edited)):
+            for layer in range(model.shapes[tower].layers):
+                before, *added, after = (
+                    found[f"{tower}.{layer}.{kind}@all"]
+                    for kind in kinds
+                    if f"{tower}.{layer}.{kind}@all" in found
+                )
+                torch.testing.assert_close(before + sum(added), after, rtol=1e-11, atol=1e-11)
+        for edit in edited[:1]:
+            was = plain[str(edit.site)]
+            now = model.capture(inputs, [edit.site], [edit])[str(edit.site)]
+            torch.testing.assert_close(now, -0.5 * was, rtol=1e-12, atol=1e-12)
+            assert was.abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("name", MADE)
+def test_what_is_written_back_changes_no_bit(name):
+    model = made(name)
+    inputs = model.prepare(example()).clean
+    plain = model.run(inputs)
+    sites = [
+        f"{tower}.*.{kind}@all" for tower, shape in model.shapes.items() for kind in shape.kinds
+    ]
+    for site, value in model.capture(inputs, sites).items():
+        assert torch.equal(model.run(inputs, [Edit(Site.parse(site), "set", value)]), plain), site
+
+
+def embedded(model, inputs, factor):
+    """What is multiplied, by plain hooks: the image's features as the language model is given them."""
+    if model.family.name in ("BLIP-VQA", "BLIP captioning"):
+        norm = model.hf.vision_model.post_layernorm
+        return norm.register_forward_hook(
+            lambda m, args, out: out * factor if out.ndim == 3 else None
+        )
+    if model.family.name == "Mllama":
+        project = model.hf.model.multi_modal_projector
+        return project.register_forward_hook(lambda m, args, out: out * factor)
+    if model.family.name == "mPLUG-Owl2":
+        see = model.hf.model.visual_abstractor
+
+        def scaled(m, args, out):
+            out.last_hidden_state = out.last_hidden_state * factor
+            return out
+
+        return see.register_forward_hook(scaled)
+    language = model.hf.get_decoder() if hasattr(model.hf, "model") else model.hf.language_model
+    image = inputs.tensors["input_ids"] == model.hf.config.image_token_id
+    assert image.any()
+
+    def given(m, args, kwargs):
+        own = kwargs["inputs_embeds"]
+        return args, {**kwargs, "inputs_embeds": torch.where(image[..., None], own * factor, own)}
+
+    return language.register_forward_pre_hook(given, with_kwargs=True)
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("pictures", [1, 2])
+@pytest.mark.parametrize("name", MADE)
+def test_noise_is_on_what_the_language_model_reads_of_the_image(name, pictures):
+    """All of it and nothing else, whatever the number of pictures; as plain hooks multiply it."""
+    if pictures > 1 and name in ONE_PICTURE:
+        return
+    model = made(name)
+    more = (picture(3).resize((24, 12)),) * (pictures - 1)
+    one = example(more_images=more, corrupt_prompt=None)
+    (pair,) = corrupt.pairs(model, one, corrupt.Noise("factor", scale=0.5))
+    found = model.run(pair.clean, pair.edits)
+    held = embedded(model, pair.clean, 0.5)
+    try:
+        wanted = model.run(pair.clean)
+    finally:
+        held.remove()
+    torch.testing.assert_close(found, wanted, rtol=1e-11, atol=1e-11)
+    assert (found - model.run(pair.clean)).abs().max() > 1e-3, "it counts"
+
+
+@pytest.mark.parametrize("name", MADE)
+def test_noise_on_the_text_leaves_the_image_alone(name):
+    model, tower = made(name), reader(made(name))
+    pair = corrupt.pairs(model, example(), corrupt.Noise(at="text", draws=1))[0]
+    site = f"{tower}.0.resid_pre@all"
+    plain, noisy = (model.capture(pair.clean, [site], e)[site] for e in ((), pair.edits))
+    changed = (plain != noisy).any(-1).nonzero()[:, 0].tolist()
+    assert tuple(changed) == pair.clean.layout[tower].text
+    assert set(changed).isdisjoint(pair.clean.layout[tower].image)
+
+
+def test_what_the_model_multiplies_by_nothing():
+    """Where a token sees no picture, Mllama's MLP behind cross-attention adds nothing, whatever it gives."""
+    model = made("mllama")
+    inputs = model.prepare(example()).clean
+    site = Site.parse("decoder.1.mlp@0")
+    assert not model.capture(inputs, [site])[str(site)].any()
+    assert torch.equal(model.run(inputs, [Edit(site, "scale", 3.0)]), model.run(inputs))
+    with pytest.raises(
+        SiteError, match=r"decoder.1.mlp: the model multiplies this by 0 .*position 0.*name other"
+    ):
+        model.run(inputs, [Edit(site, "set", 1.0)])
+
+
 ONE_PICTURE = {
     "blip-vqa",
     "blip-captioning",

@@ -29,9 +29,9 @@ from vlmscope.circuits import bootstrap, sign_flip
 from vlmscope.errors import DataError
 from vlmscope.example import Example
 from vlmscope.inputs import Edit, Inputs
-from vlmscope.model import Model, embedder, hooks
+from vlmscope.model import Access, Model, embedder, hooks
 from vlmscope.neurons import Caption, say, taught, top_tokens, weights
-from vlmscope.sites import Point, Site
+from vlmscope.sites import Point
 from vlmscope.study import progress
 from vlmscope.weights import changed
 
@@ -104,7 +104,8 @@ def measure(
     - `selectivity`: (with − without) / (|with| + |without|) of that, meant over the neurons;
     - `overlap`: the share of a picture's top neurons for the word that are another's, too, for pictures
       that show it; `overlap, others`: that with the neurons of another word in a picture without it;
-    - `overlap, shuffled`: with those of the same picture when its patches are shuffled;
+    - `overlap, shuffled`: with those of the same picture when its patches are shuffled, where the language
+      model reads patches (the queries of a Q-Former have no place in the picture);
     - `drop, zero` and `drop, mean`: by how much the log-probability of the word falls when the neurons are
       set to zero, or to their mean; `p drop, zero`: the probability itself; `lost, zero`: the share of
       captions, generated anew, that lose the word.
@@ -494,12 +495,14 @@ class _Study:
 
     def _shuffled(self, one: _Word) -> list[dict[str, Any]]:
         """Top neurons at the word when the image's patches are shuffled."""
-        site = self._image()
+        site = replace(self.model.image_site, position="image")
         shared = []
         for number in self._spoken(one):
             said, example = self.said[number], self.examples[number]
             at = said.ids.index(one.token)
             fed = self._inputs(example, said.ids[:at])
+            if not fed.layout[site.tower].cells:
+                continue  # these tokens have no place in the picture that could be another's
             values = next(iter(self.model.capture(fed, [site]).values()))
             mixed = Edit(site, "set", values[torch.tensor(self.rng.permutation(len(values)))])
             with self.model.editing(fed, [mixed]):
@@ -515,16 +518,6 @@ class _Study:
         low, high = bootstrap(np.array(shared)[:, None], self.rng)
         return [self._row(one, "contribution", "overlap, shuffled", float(np.mean(shared)), low=low[0],
                           high=high[0], null=self.top / self.many, n=len(shared))]  # fmt: skip
-
-    def _image(self) -> Site:
-        """Where the image enters what reads it."""
-        layout = self.said[0].inputs.layout
-        for tower in ("encoder", "decoder"):
-            if tower in layout and (layout[tower].image or layout[tower].cells):
-                return Site(tower, "0", "resid_pre", None, "image")
-        shape = self.model.shapes["vision"]
-        kind = "output" if "output" in shape.kinds else "resid"
-        return Site("vision", str(shape.layers - 1), kind, None, "image")
 
     # -- what happens without the neurons --------------------------------------------------------
 
@@ -659,7 +652,7 @@ def ablated(model: Model, neurons: Mapping[int, tuple[Sequence[int], Tensor]]) -
                 x[..., list(some)] = value.to(x)
                 return x
 
-            hook(model.down(layer), True, False, change)
+            hook(*Access(model.down(layer), before=True), change)
         yield
 
 

@@ -2,8 +2,9 @@
 
 - `image`: the corrupt image, the clean prompt (a semantic image pair of NOTICE, arXiv 2406.16320).
 - `text`: the clean image, the corrupt prompt (symmetric token replacement of NOTICE).
-- `noise`: the clean input, with noise on the vision tower's output, as in causal tracing for BLIP
-  (Palit et al., arXiv 2308.14179), or on the text embeddings, as in ROME (arXiv 2202.05262).
+- `noise`: the clean input, with noise on what the language model reads of the image, as in causal
+  tracing for BLIP (Palit et al., arXiv 2308.14179), or on the text embeddings, as in ROME (arXiv
+  2202.05262).
 """
 
 from __future__ import annotations
@@ -32,8 +33,10 @@ class Noise:
     - `add`: x + ε, ε ~ N(0, (scale·σ)²), σ the standard deviation of x; 3 in ROME.
     - `factor`: x·scale, no randomness; 0.7691 in a later notebook of the BLIP tracing authors.
 
-    `at` is the image as the language model first sees it (`image`: the vision tower's output, or the
-    image tokens that enter the decoder) or the text embeddings (`text`).
+    `at` is what the language model reads of the image (`image`, in every family `Model.image_site`: the
+    image's features as they enter its first block, or as its cross-attention reads them), or the text
+    embeddings (`text`), never the image's tokens. What Qwen3-VL adds to its image tokens behind its first
+    blocks (DeepStack) stays clean.
     """
 
     form: Literal["multiply", "add", "factor"] = "multiply"
@@ -101,12 +104,13 @@ def pairs(model: Model, example: Example, corruption: Corruption, seed: int = 0)
 
 def _noise(model: Model, inputs: Inputs, noise: Noise, seed: str) -> list[Edit]:
     """One edit a draw, drawn on the CPU in float32, so that every device and precision agree."""
-    site = _noisy(model, inputs, noise.at)
+    site = noisy(model, noise.at)
     assert noise.scale is not None
     if noise.form == "factor":
         return [Edit(site, "scale", noise.scale)]
     ((_, at),) = model.placed(site, inputs)
-    shape = (len(at), model.shapes[site.tower].width)
+    there = model.shapes[site.tower]
+    shape = (len(at), there.widths.get(site.kind, there.width))
     draws = [_draw(shape, seed, number) for number in range(noise.draws)]
     if noise.form == "multiply":
         return [Edit(site, "scale", 1 + noise.scale * draw) for draw in draws]
@@ -115,16 +119,13 @@ def _noise(model: Model, inputs: Inputs, noise: Noise, seed: str) -> list[Edit]:
     return [Edit(site, "add", sigma * draw) for draw in draws]
 
 
-def _noisy(model: Model, inputs: Inputs, at: str) -> Site:
-    """Where noise is: the image as the text's tower first sees it, or the embeddings of the text."""
-    text = "encoder" if "encoder" in model.shapes else "decoder"
-    if at == "text":
-        name = "all" if text == "encoder" else "text"
-        return Site(text, "0", "resid_pre", None, name)
-    if "output" in model.shapes["vision"].kinds or not inputs.layout[text].cells:
-        last, kinds = model.shapes["vision"].layers - 1, model.shapes["vision"].kinds
-        return Site("vision", str(last), "output" if "output" in kinds else "resid", None, "all")
-    return Site(text, "0", "resid_pre", None, "image")
+def noisy(model: Model, at: str) -> Site:
+    """Where noise is: what the language model reads of the image, or the embeddings of the text."""
+    if at == "image":
+        return model.image_site
+    return Site(
+        "encoder" if "encoder" in model.shapes else "decoder", "0", "resid_pre", None, "text"
+    )
 
 
 def _draw(shape: tuple[int, int], seed: str, number: int) -> Tensor:

@@ -48,11 +48,13 @@ def model(model: Model) -> str:
             f"{tower:<9}{shape.layers:>7}{shape.width:>7}{heads:>7}{shape.neurons:>9}  {kinds}"
         )
     lines += ["", "positions"]
-    for tower, layout in model.layouts().items():
+    layouts = model.layouts()
+    blank = Inputs({}, layouts)
+    for tower, layout in layouts.items():
         lines.append(f"  {tower:<9}0-{len(layout.tokens) - 1}: {_positions(layout)}")
     lines += ["", "patches (exact in every case)"]
-    for tower, table in model.family.towers.items():
-        lines.append(f"  {tower:<9}{FLOWS[table.flow]}")
+    for tower in layouts:
+        lines.append(f"  {tower:<9}{FLOWS[model.flow(tower, blank)]}")
     lines += ["", "example sites"]
     for tower, shape in model.shapes.items():
         for kind in shape.kinds:
@@ -159,8 +161,9 @@ def example(model: Model, one: Example) -> str:
         if _ids_of(model, pair.clean, tower):
             lines += _rows(model, pair, tower)
     lines += ["", "noise"]
+
     for at in ("image", "text"):
-        site = corrupt._noisy(model, pair.clean, at)
+        site = corrupt.noisy(model, at)
         ((_, where),) = model.placed(site, pair.clean)
         lines.append(f"  on the {at:<7}{site}: {_spans(where)}")
     return "\n".join(lines)

@@ -26,7 +26,7 @@ from torch import Tensor
 from vlmscope import suffix
 from vlmscope.inputs import Edit, Inputs, Pair
 from vlmscope.metrics import Patched, Score, score
-from vlmscope.model import Model, handles, hooks
+from vlmscope.model import Access, Model, handles, hooks
 from vlmscope.sites import Point, Site, members
 
 BUDGET = 128 * 2**20
@@ -188,7 +188,7 @@ class Sweep:
         model, first = self.model, self.towers[0]
         inside = any(p.tower == first and p.kind != "output" for p in points)
         key = id(inputs.tensors[self.model.family.pixels])
-        whole = self.model.family.towers[first].output
+        whole = self.model.family.towers[first].output and self._flow(first) != "plain"
         known = None if inside or not whole else seen.get(key)
         trace = Trace(torch.empty(0), {})
         with self._recording(trace), model.editing(inputs, edits), self._ends(trace):
@@ -227,7 +227,7 @@ class Sweep:
                             trace.given[key] = out if isinstance(out, Tensor) else out[0]
 
                         held(block.register_forward_hook(given))
-                if table.output:
+                if table.output and self._flow(tower) != "plain":
 
                     def left(m: Any, args: Any, out: Any, tower: str = tower) -> None:
                         trace.outputs[tower] = out.last_hidden_state
@@ -256,7 +256,7 @@ class Sweep:
         with hooks() as hook:
             for tower in self.towers:
                 keep = lambda x, tower=tower: trace.ends.update({tower: x}) or x  # noqa: E731
-                hook(self.model.blocks(tower)[-1], False, False, keep)
+                hook(*Access(self.model.blocks(tower)[-1]), keep)
             yield
 
     def _edited_output(

@@ -149,7 +149,7 @@ def write(
 
     Writes `functions.csv`, `measures.csv`, `together.csv`, `maps.parquet` (the attention of each
     head in the first examples), `patches/` (a run that patches the image's patches in those, where
-    there is a corrupt image) and, last, `heads.json`. A folder that holds the same already is read.
+    there is a corrupt image and the language model reads patches) and, last, `heads.json`. A folder that holds the same already is read.
     """
     folder, examples = Path(out), list(examples)
     about = {
@@ -173,23 +173,14 @@ def write(
             table.to_csv(folder / f"{name}.csv", index=False)
         study.maps().to_parquet(folder / "maps.parquet", index=False)
         shown = [e for e in examples if e.id in study.shown and e.corrupt_image is not None]
-        if shown and len(study.maps()):
-            sweep_to(folder / "patches", model, shown, _patches(model), data=data)
+        patches = replace(model.image_site, position="image*")
+        if shown and len(study.maps()) and model.layouts()[patches.tower].cells:
+            sweep_to(folder / "patches", model, shown, str(patches), data=data)
         text = json.dumps(about, indent=2, ensure_ascii=False) + "\n"
         (folder / "heads.json").write_text(text, "utf-8")
     except OSError as error:
         raise StoreError(f"{folder}: cannot be written ({error.strerror or error})") from error
     return found
-
-
-def _patches(model: Model) -> str:
-    """The image's patches, as the language model first sees them."""
-    text = "encoder" if "encoder" in model.shapes else "decoder"
-    if model.layouts()[text].cells:
-        return f"{text}.0.resid_pre@image*"
-    vision = model.shapes["vision"]
-    kind = "output" if "output" in vision.kinds else "resid"
-    return f"vision.{vision.layers - 1}.{kind}@image*"
 
 
 def _read(folder: Path, about: Mapping[str, Any]) -> Functions | None:

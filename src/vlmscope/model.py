@@ -15,7 +15,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from huggingface_hub.utils import logging as hub_logging
@@ -31,7 +31,7 @@ from transformers.utils import cached_file, logging
 
 from vlmscope.errors import ExampleError, ModelError, SiteError
 from vlmscope.example import Box, Example, Picture, Span, find_roles, open_image
-from vlmscope.families import Family, families
+from vlmscope.families import Family, Tower, families
 from vlmscope.inputs import Edit, Inputs, Logits, Pair
 from vlmscope.sites import Layout, Point, Shape, Site, expand, grid, place
 
@@ -98,21 +98,52 @@ class Model:
         return blocks if table.depth is None else blocks[: table.depth(self.hf.config)]
 
     def flow(self, tower: str, inputs: Inputs) -> str:
-        """How patches of a tower are computed: one forward a patch where a batch holds several pictures."""
-        spread = inputs.layout[tower].sequences > 1
-        return "plain" if spread else self.family.towers[tower].flow
+        """How patches of a tower are computed: one forward a patch where a batch holds several pictures,
+        or where several blocks make up what leaves the tower."""
+        table = self.family.towers[tower]
+        joined = table.joined is not None and table.joined(self.hf.config)
+        return "plain" if joined or inputs.layout[tower].sequences > 1 else table.flow
 
-    def module(self, point: Point, inputs: Inputs) -> tuple[nn.Module, bool, bool]:
-        """The module at a point, whether its input (True) or its output is meant, and whether what it
-        handles is to be laid end to end: image tiles, or patches without a batch."""
+    def module(self, point: Point, inputs: Inputs) -> Access:
+        """How a point is read and written, for `hooks`."""
         table = self.family.towers[point.tower]
         flat = self.flow(point.tower, inputs) == "plain"
         if point.kind == "output":
-            return self._module(table.output or ""), False, flat
+            view = _Gaps.of(inputs.layout[point.tower])
+            return Access(self._module(table.output or ""), False, flat, view)
         block = self.blocks(point.tower)[point.layer]
         if point.kind in ("resid", "resid_pre"):
-            return block, point.kind == "resid_pre", flat
-        return block.get_submodule(getattr(table, point.kind) or ""), bool(point.part), flat
+            return Access(block, point.kind == "resid_pre", flat)
+        if point.part:
+            return Access(block.get_submodule(getattr(table, point.kind) or ""), True, flat)
+        module = block.get_submodule(self._adds(table, block, point.kind))
+        factor = table.factor[point.kind](block) if point.kind in table.factor else None
+        gain = None if factor is None else _Gain(point, block, factor)
+        return Access(module, False, flat, gain)
+
+    def _adds(self, table: Tower, block: nn.Module, kind: str) -> str:
+        """The path of the module that gives what a sublayer adds: its last, or the norm behind it."""
+        if all(_has(block, path) for path in table.behind.values()):
+            return table.behind.get(kind) or getattr(table, kind) or ""
+        return getattr(table, kind) or ""
+
+    @property
+    def image_site(self) -> Site:
+        """What the language model reads of the image, all of it.
+
+        Where the image's tokens enter the language model's first block, that is the block's input there;
+        elsewhere it is the output of the tower that is read (`Family.image`). Whoever asks for patches
+        takes the same place at `image`; what has no place in the picture (`Layout.cells`), such as the
+        queries of a Q-Former, is no patch.
+
+        >>> str(load("toy-blip").image_site), str(load("toy-llava").image_site)
+        ('vision.2.output@all', 'decoder.0.resid_pre@image')
+        """
+        tower = self.family.image
+        if tower is not None:
+            return Site(tower, str(self.shapes[tower].layers - 1), "output", None, "all")
+        text = "encoder" if "encoder" in self.shapes else "decoder"
+        return Site(text, "0", "resid_pre", None, "image")
 
     def units(self, point: Point) -> int | None:
         """How many heads or neurons lie side by side at a point; None for a kind itself."""
@@ -613,9 +644,12 @@ class Model:
                 raise self._misfit(
                     f"{tower}.{kind} is {widths[kind]} wide, not a multiple of its {many} heads"
                 )
+        out: dict[str, int] = {}
         if table.output:
             kinds.append("output")
-        return Shape(len(blocks), tuple(kinds), heads, widths["mlp"], width, lacks)
+            wide = getattr(self._module(table.output), "out_features", width)
+            out = {} if wide == width else {"output": wide}
+        return Shape(len(blocks), tuple(kinds), heads, widths["mlp"], width, lacks, out)
 
 
 class _Change:
@@ -930,21 +964,99 @@ BEHIND = ("output_capturing_hook", "given")
 what blocks gave."""
 
 
+class _Gain:
+    """A sublayer's output times what its block multiplies it by before it is added.
+
+    Where nothing is changed the module's own output stays, bit for bit.
+    """
+
+    def __init__(
+        self, point: Point, block: nn.Module, factor: Callable[[Mapping[str, Any]], Any]
+    ) -> None:
+        self.point, self.block, self.factor = point, block, factor
+        self.call: Mapping[str, Any] = {}
+
+    def watch(self) -> RemovableHandle:
+        """Remember what the block is called with: the factor may differ by position."""
+
+        def called(module: nn.Module, args: Any, kwargs: Mapping[str, Any]) -> None:
+            self.call = kwargs
+
+        return self.block.register_forward_pre_hook(called, with_kwargs=True)
+
+    def read(self, x: Tensor) -> Tensor:
+        return x * self.factor(self.call)
+
+    def write(self, x: Tensor, value: Tensor) -> Tensor:
+        factor = self.factor(self.call)
+        same = value == x * factor
+        lost = ~same & ~value.isnan() & (factor == 0)
+        if lost.any():
+            at = ", ".join(map(str, lost.any(-1).any(0).nonzero()[:5, 0].tolist()))
+            raise SiteError(
+                f"{self.point.tower}.{self.point.layer}.{self.point.kind}: the model multiplies this by 0 "
+                f"before it adds it (position {at}), so nothing but 0 can be written there; name other "
+                "positions or layers"
+            )
+        return torch.where(same, x, value / factor)
+
+
+class _Gaps:
+    """What leaves a tower, with room (zeros) for the padding that is cut away before."""
+
+    def __init__(self, there: Sequence[int], many: int) -> None:
+        self.there, self.many = list(there), many
+
+    @classmethod
+    def of(cls, layout: Layout) -> _Gaps | None:
+        there = [n for n, token in enumerate(layout.tokens) if not token.endswith("[PAD]")]
+        return cls(there, len(layout.tokens)) if len(there) < len(layout.tokens) else None
+
+    def read(self, x: Tensor) -> Tensor:
+        value = x.new_zeros(x.shape[0], self.many, x.shape[-1])
+        value[:, self.there] = x
+        return value
+
+    def write(self, x: Tensor, value: Tensor) -> Tensor:
+        return value[:, self.there]
+
+
+class Access(NamedTuple):
+    """How a point is read and written: a module's output, or its input (`before`).
+
+    `flat`: what it handles is laid end to end (image tiles, or patches without a batch). `view`: what
+    stands at the point, where that is not what the module handles.
+    """
+
+    module: nn.Module
+    before: bool = False
+    flat: bool = False
+    view: _Gain | _Gaps | None = None
+
+
 @contextmanager
 def hooks() -> Iterator[Any]:
     """Registers functions of a module's first input or its output, and removes them at the end.
 
-    Yields `hook(module, before, flat, function)`; `function` gets the hidden states, as `(rows, pos,
+    Yields `hook(*access, function)`, of an `Access`; `function` gets the hidden states, as `(rows, pos,
     width)` or, if `flat`, as `(1, all positions, width)`, and may return new ones. Modules that return
     a tuple or a Hugging Face output are handled.
     """
     with handles() as held:
 
-        def hook(module: nn.Module, before: bool, flat: bool, function: Any) -> None:
+        def hook(
+            module: nn.Module, before: bool, flat: bool, view: _Gain | _Gaps | None, function: Any
+        ) -> None:
+            if isinstance(view, _Gain):
+                held(view.watch())
+
             def change(x: Tensor) -> Tensor:
-                if not flat and x.ndim == 3:
+                if not flat and x.ndim == 3 and view is None:
                     return function(x)
-                return function(x.reshape(1, -1, x.shape[-1])).reshape(x.shape)
+                laid = x if not flat and x.ndim == 3 else x.reshape(1, -1, x.shape[-1])
+                if view is None:
+                    return function(laid).reshape(x.shape)
+                return view.write(laid, function(view.read(laid))).reshape(x.shape)
 
             def pre(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
                 if args:

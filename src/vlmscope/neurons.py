@@ -24,7 +24,7 @@ from torch import Tensor
 from vlmscope.errors import ExampleError, ModelError
 from vlmscope.example import Picture
 from vlmscope.inputs import Inputs
-from vlmscope.model import Model, hooks
+from vlmscope.model import Access, Model, hooks
 from vlmscope.sites import Point
 
 TOP = 100
@@ -162,15 +162,13 @@ def _caption(model: Model, inputs: Inputs, ids: Sequence[int], rows: Tensor) -> 
     return Caption(inputs, tuple(ids), text, tuple(spans), start, rows)
 
 
-def _where(
-    model: Model, layer: int, inputs: Inputs, variant: Variant
-) -> tuple[torch.nn.Module, bool, bool]:
+def _where(model: Model, layer: int, inputs: Inputs, variant: Variant) -> Access:
     """The module whose input, or whose output for the gate alone, are a layer's neurons."""
     if variant == "input":
         return model.module(Point(model.speaker, layer, "mlp", "n"), inputs)
     gate = model.family.towers[model.speaker].gate
     try:
-        return model.blocks(model.speaker)[layer].get_submodule(gate or "-"), False, False
+        return Access(model.blocks(model.speaker)[layer].get_submodule(gate or "-"))
     except AttributeError as error:
         raise ModelError(
             f"{model.name}: the neurons of {model.family.name} have no gate; leave the variant out"

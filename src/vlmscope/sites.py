@@ -10,8 +10,8 @@ tower     `vision`, `qformer`, `encoder`, `decoder`: what the model has
 layer     `5`, a range `3-7` (each layer on its own), `*`; `5/3`: a window of three layers around
           layer 5, together as one patch (at the ends of the tower it is cut off), `*/3`: each of them
 kind      `resid` (a block's output), `resid_pre` (its input), `attn`, `cross`, `mlp` (what the
-          sublayer adds to the residual stream, before it is added), `output` (the tower's output
-          after its final norm; only the last layer has it, and only where there is such a norm)
+          sublayer adds to the residual stream, before it is added), `output` (what the tower hands
+          on, after its final norm or projection; only the last layer has it, where there is one)
 unit      `.h3`: a head's value output, before the output projection (kinds `attn`, `cross`);
           `.n512`: a neuron's activation, the input of the down projection (kind `mlp`);
           `.h*`, `.n*`: each of them
@@ -55,7 +55,8 @@ class Point(NamedTuple):
 class Shape:
     """What one tower of a model has: the sites that exist in it.
 
-    `lacks` names, by kind, the layers that do not have it.
+    `lacks` names, by kind, the layers that do not have it. `width` is that of the residual stream,
+    `widths` names what is of another.
     """
 
     layers: int
@@ -64,6 +65,7 @@ class Shape:
     neurons: int
     width: int
     lacks: Mapping[str, frozenset[int]] = field(default_factory=dict)
+    widths: Mapping[str, int] = field(default_factory=dict)
 
     def having(self, kind: str) -> list[int]:
         """The layers that have a kind."""

@@ -18,21 +18,29 @@ from vlmscope.errors import ExampleError
 from vlmscope.example import Box, Span
 from vlmscope.inputs import Inputs
 
+Factor = Callable[[Any], Callable[[Mapping[str, Any]], Any] | None]
+"""`factor(block)`: from what the block is called with to what it multiplies a sublayer's output by (a
+number, or a tensor that broadcasts to `(rows, pos, width)`); None for a block that does not."""
+
 
 @dataclass(frozen=True)
 class Tower:
-    """The paths of one tower. `attn`, `cross`, `mlp` and `fold` are paths inside a block.
+    """The paths of one tower. `attn`, `cross`, `mlp`, `behind` and `fold` are paths inside a block.
 
     `attn`, `cross` and `mlp` name the output projection of a sublayer: its input is the heads (or
-    neurons) side by side, its output what the sublayer adds to the residual stream. `output` is
-    the module whose output is the tower's, where a final norm follows the last block. `fold` is
+    neurons) side by side, its output what the sublayer adds to the residual stream. Where something
+    stands between the two, `behind` names, by kind, the norm whose output is added (in the blocks that
+    have all that it names), and `factor` gives, by kind, what a block multiplies by. `output` is
+    the module whose output is the tower's, where something follows the last block: a final norm, or
+    what turns all that the tower found into what the next one reads. `fold` is
     the cross-attention module: no query position of it looks at another, so that rows which share
     the attended image can be laid end to end, as one row. `attention` names, by kind, the modules
     that pay attention: through transformers' attention interface, or their second output is what they
     paid; `reads` is the tower that `cross` attends to.
     `gate` is the module whose output gates the neurons, where a block has one.
     `config` is the part of the model's config that says how many `heads` there are: attributes or
-    entries with dots between them, empty for the config itself.
+    entries with dots between them, empty for the config itself. `joined` says, by the config, whether
+    what leaves the tower is put together from several blocks, so that its `flow` is `plain`.
     """
 
     blocks: str
@@ -40,6 +48,8 @@ class Tower:
     attn: str | None
     mlp: str
     cross: str | None = None
+    behind: Mapping[str, str] = field(default_factory=dict)
+    factor: Mapping[str, Factor] = field(default_factory=dict)
     output: str | None = None
     fold: str | None = None
     attention: Mapping[str, str] = field(default_factory=dict)
@@ -48,6 +58,7 @@ class Tower:
     depth: Callable[[Any], int] | None = None
     gate: str | None = None
     flow: Literal["rows", "suffix", "plain"] = "rows"
+    joined: Callable[[Any], bool] | None = None
     between: bool = False
 
 
@@ -83,6 +94,8 @@ class Family:
     - `head`: the linear module that turns the last tower's output into logits, `norm`: the norm right
       before it, where there is nothing else between the two.
     - `view(processor, image)`: the part of a picture that the grid of patches covers.
+    - `image`: the tower whose `output` is what the language model reads of the image; None where the
+      image's tokens enter its first block as they are.
     """
 
     name: str
@@ -104,6 +117,7 @@ class Family:
     view: Callable[[Any, Image.Image], Box] = whole
     head: str = "lm_head"
     norm: str | None = None
+    image: str | None = None
 
 
 def one_picture(many: int) -> None:

@@ -197,6 +197,7 @@ VQA = Family(
     cache=cache,
     options=options,
     head="text_decoder.cls.predictions.decoder",
+    image="vision",
 )
 
 

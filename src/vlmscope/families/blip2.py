@@ -2,7 +2,8 @@
 
 The language model is a causal decoder (OPT, Vicuna) or an encoder and a decoder (T5); which of them decides
 the table. The Q-Former's positions are its queries: only these have cross-attention and an MLP of
-their own.
+their own. Its output is projected to the language model's width; OPT adds positions to that before its
+first block. Its blocks are post-norm, as BLIP's.
 """
 
 from __future__ import annotations
@@ -43,6 +44,7 @@ QFORMER = Tower(
     cross="crossattention.output.dense",
     mlp="output_query.dense",
     reads="vision",
+    output="language_projection",
     flow="plain",
     attention={"cross": "crossattention.attention"},
 )
@@ -142,7 +144,12 @@ def generate_t5(hf: Any, inputs: Inputs, **options: object) -> Int[Tensor, "pos"
 
 
 def _decoder_only(
-    name: str, model: type[PreTrainedModel], variant: str, decoder: Tower, norm: str
+    name: str,
+    model: type[PreTrainedModel],
+    variant: str,
+    decoder: Tower,
+    norm: str,
+    image: str | None = None,
 ) -> Family:
     base = causal.family(
         name, model, vision=VISION, decoder=decoder, cells=causal.no_cells, layout=vision_layout,
@@ -151,6 +158,7 @@ def _decoder_only(
     return replace(
         base,
         variant=variant,
+        image=image,
         towers={"vision": VISION, "qformer": QFORMER, "decoder": decoder},
         encode=partial(encode, causal.no_cells, vision_layout, write=written),
         options=partial(causal.options, write=written),
@@ -174,7 +182,7 @@ def _t5(name: str, model: type[PreTrainedModel]) -> Family:
 LLAMA = causal.llama("language_model.model.layers")
 FAMILIES = (
     _decoder_only("BLIP-2", Blip2ForConditionalGeneration, "opt", OPT,
-                  "language_model.model.decoder.final_layer_norm"),
+                  "language_model.model.decoder.final_layer_norm", image="qformer"),
     _t5("BLIP-2", Blip2ForConditionalGeneration),
     _decoder_only("InstructBLIP", InstructBlipForConditionalGeneration, "llama", LLAMA,
                   "language_model.model.norm"),

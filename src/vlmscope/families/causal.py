@@ -324,17 +324,17 @@ def every_tile(hf: Any, tensors: Mapping[str, Tensor]) -> int:
 def tiles(
     patch: Callable[[Any], int],
     *,
-    class_token: bool = False,
+    class_token: Callable[[Any], bool] = lambda hf: False,
     count: Callable[[Any, Mapping[str, Tensor]], int] = every_tile,
 ) -> Callable[[Any, Mapping[str, Tensor]], Layout]:
     """The layout of a vision tower that sees `count` tiles: each one's patches in rows, behind a class
-    token if it has one."""
+    token if `class_token(hf)` says that it has one."""
 
     def layout(hf: Any, tensors: Mapping[str, Tensor]) -> Layout:
         height, width = tensors["pixel_values"].shape[-2:]
         rows, columns = height // patch(hf.config), width // patch(hf.config)
         names = [
-            *(["[CLS]"] * class_token),
+            *(["[CLS]"] * class_token(hf)),
             *(f"{r},{c}" for r in range(rows) for c in range(columns)),
         ]
         tokens = [f"{tile}:{name}" for tile in range(count(hf, tensors)) for name in names]
@@ -450,13 +450,25 @@ def family(
     )
 
 
+def multiplied(block: Any) -> Callable[[Mapping[str, Any]], float] | None:
+    """Granite multiplies what every sublayer gives by one number."""
+    factor: float = getattr(block, "residual_multiplier", 1.0)
+    return None if factor == 1.0 else lambda call: factor
+
+
 def llama(blocks: str = "model.language_model.layers", config: str = "text_config") -> Tower:
-    """The decoder of LLaMA and of all that are built like it."""
+    """The decoder of LLaMA and of all that are built like it.
+
+    In Gemma 2 and 3 a norm follows each sublayer. They have LLaMA's `post_attention_layernorm`, which
+    there is the norm before the MLP, behind attention.
+    """
     return Tower(
         blocks=blocks,
         config=config,
         attn="self_attn.o_proj",
         mlp="mlp.down_proj",
+        behind={"attn": "post_attention_layernorm", "mlp": "post_feedforward_layernorm"},
+        factor={"attn": multiplied, "mlp": multiplied},
         flow="suffix",
         attention={"attn": "self_attn"},
         gate="mlp.act_fn",

@@ -1,9 +1,8 @@
-"""LLaVA 1.5 and LLaVA-NeXT: CLIP's vision tower, a projector, and a causal decoder."""
+"""LLaVA 1.5 and LLaVA-NeXT: CLIP's vision tower (or SigLIP's), a projector, and a causal decoder."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -36,15 +35,29 @@ def used(config: Any) -> int:
     return max(n % many for n in ([layers] if isinstance(layers, int) else layers))
 
 
+def several(config: Any) -> bool:
+    """Whether the image features are those of several blocks side by side."""
+    layers = config.vision_feature_layer
+    return not isinstance(layers, int) and len(layers) > 1
+
+
+def class_token(hf: Any) -> bool:
+    """CLIP's vision tower has a class token, SigLIP's has none."""
+    return hasattr(hf.model.vision_tower.embeddings, "class_embedding")
+
+
 def vision_layout(hf: Any, tensors: Mapping[str, Tensor]) -> Layout:
     """Patches in rows, behind the class token; further pictures behind the first, without cells."""
     size = hf.config.vision_config.patch_size
     many = len(tensors["pixel_values"])
     rows, columns = (n // size for n in tensors["pixel_values"].shape[-2:])
-    cells = {1 + r * columns + c: (r, c) for r in range(rows) for c in range(columns)}
-    tokens = ["[CLS]", *(f"{r},{c}" for r, c in cells.values())]
+    names = ["[CLS]"] * class_token(hf)
+    first = len(names)
+    cells = {first + r * columns + c: (r, c) for r in range(rows) for c in range(columns)}
+    tokens = [*names, *(f"{r},{c}" for r, c in cells.values())]
     further = [f"{n}:{token}" for n in range(1, many) for token in tokens]
-    images = tuple(n for n in range(many * len(tokens)) if n % len(tokens)) if many > 1 else ()
+    every = range(many * len(tokens))
+    images = tuple(n for n in every if n % len(tokens) >= first) if many > 1 else ()
     return Layout((*tokens, *further), cells=cells, image=images, sequences=many)
 
 
@@ -53,7 +66,7 @@ def blank(hf: LlavaForConditionalGeneration) -> Inputs:
     vision = hf.config.vision_config
     pixels = torch.zeros(1, 3, vision.image_size, vision.image_size)
     many = (vision.image_size // vision.patch_size) ** 2
-    many += hf.config.vision_feature_select_strategy == "full"
+    many += class_token(hf) - (hf.config.vision_feature_select_strategy == "default")
     ids = torch.tensor([[0, *[hf.config.image_token_id] * many, 0]])
     tensors = {"pixel_values": pixels, "input_ids": ids, "attention_mask": torch.ones_like(ids)}
     layout = Layout(("",) * ids.shape[1], (0, ids.shape[1] - 1))
@@ -132,11 +145,11 @@ def tiled(
 
 def view(processor: Any, image: Image.Image) -> Box:
     """CLIP's processor scales the shorter side and cuts out the middle; LLaVA's own may first pad the
-    picture to a square, and then what it shows is larger than the picture."""
+    picture to a square, and then what it shows is larger than the picture; SigLIP's shows all of it."""
     images = processor.image_processor
     width, height = (max(image.size),) * 2 if getattr(images, "do_pad", False) else image.size
     across, down = width, height
-    if images.do_center_crop and "shortest_edge" in images.size:
+    if getattr(images, "do_center_crop", False) and "shortest_edge" in images.size:
         scale = images.size["shortest_edge"] / min(width, height)
         across, down = images.crop_size["width"] / scale, images.crop_size["height"] / scale
     left, top = (image.width - across) / 2, (image.height - down) / 2
@@ -155,17 +168,10 @@ LLAVA = Family(
             attn="self_attn.out_proj",
             mlp="mlp.fc2",
             depth=used,
+            joined=several,
             attention={"attn": "self_attn"},
         ),
-        "decoder": Tower(
-            blocks="model.language_model.layers",
-            config="text_config",
-            attn="self_attn.o_proj",
-            mlp="mlp.down_proj",
-            gate="mlp.act_fn",
-            flow="suffix",
-            attention={"attn": "self_attn"},
-        ),
+        "decoder": causal.llama(),
     },
     logits="",
     encode=partial(causal.encode, causal.square, vision_layout),
@@ -183,10 +189,10 @@ LLAVA = Family(
 NEXT = causal.family(
     "LLaVA-NeXT",
     LlavaNextForConditionalGeneration,
-    vision=replace(LLAVA.towers["vision"], depth=used),
+    vision=LLAVA.towers["vision"],
     decoder=causal.llama(),
     cells=tiled,
     layout=causal.tiles(
-        lambda config: config.vision_config.patch_size, class_token=True, count=tiles
+        lambda config: config.vision_config.patch_size, class_token=class_token, count=tiles
     ),
 )

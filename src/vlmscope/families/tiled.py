@@ -107,10 +107,14 @@ INTERNVL = causal.family(
         config="vision_config",
         attn="attention.projection_layer",
         mlp="mlp.fc2",
+        factor={
+            "attn": lambda block: lambda call: block.lambda_1,
+            "mlp": lambda block: lambda call: block.lambda_2,
+        },
         attention={"attn": "attention"},
         depth=llava.used,
     ),
     decoder=causal.llama(),
     cells=causal.put_back(_shuffled, _cropped),
-    layout=causal.tiles(_patch, class_token=True),
+    layout=causal.tiles(_patch, class_token=lambda hf: True),
 )
