@@ -161,7 +161,6 @@ def example(model: Model, one: Example) -> str:
         if _ids_of(model, pair.clean, tower):
             lines += _rows(model, pair, tower)
     lines += ["", "noise"]
-
     for at in ("image", "text"):
         site = corrupt.noisy(model, at)
         ((_, where),) = model.placed(site, pair.clean)
