@@ -563,19 +563,18 @@ def neurons_edit(
 
     Made on one half of the data and assessed on the other, by free generation; the card lies beside it.
     """
-    import random
-
     from vlmscope import cards, rewrite, weights
     from vlmscope.data import examples
     from vlmscope.model import load
     from vlmscope.report import write_report
+    from vlmscope.seeds import shuffled
 
     if (target is None) != suppress:
         raise VlmscopeError("give either --to WORD or --suppress")
     loaded = load(model, dtype=dtype.value, device=device)
     before = [weights.WeightEdit.load(path) for path in on or []]
     given = examples(data, limit=limit, seed=seed)
-    random.Random(seed).shuffle(given)
+    given = [given[n] for n in shuffled(seed, [one.id for one in given], "halves")]
     half = (len(given) + 1) // 2
     with weights.edited(loaded, *before):
         made = rewrite.edit(

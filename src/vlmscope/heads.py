@@ -42,6 +42,7 @@ from vlmscope.example import Box, Example, fingerprint, open_image
 from vlmscope.inputs import Edit, Pair
 from vlmscope.metrics import score
 from vlmscope.model import Model
+from vlmscope.seeds import rng, shuffled
 from vlmscope.sites import Point, Site, expand, grid, place
 from vlmscope.study import SHOWN, progress, sweep_to
 
@@ -172,7 +173,8 @@ def write(
         for name, table in zip(Functions._fields, found, strict=True):
             table.to_csv(folder / f"{name}.csv", index=False)
         study.maps().to_parquet(folder / "maps.parquet", index=False)
-        shown = [e for e in examples if e.id in study.shown and e.corrupt_image is not None]
+        names = [name for name, _ in study.shown]
+        shown = [e for e in examples if e.id in names and e.corrupt_image is not None]
         if shown and len(study.maps()):
             sweep_to(folder / "patches", model, shown, _patches(model), data=data)
         text = json.dumps(about, indent=2, ensure_ascii=False) + "\n"
@@ -219,15 +221,14 @@ class _Study:
         self.keys = list(dict.fromkeys((site.tower, site.kind) for site in self.heads))
         self.corruption = None if corrupt is None else corruptions.parse(corrupt)
         self.seed = seed
-        self.rng = np.random.default_rng(seed)
         self.seen: list[_Seen] = []
-        self.ids: list[str] = []
+        ids: list[str] = []
         left: list[str] = []
         with progress(len(examples)) as step:
             for number, example in enumerate(examples):
                 try:
                     self.seen.append(self._look(example))
-                    self.ids.append(example.id)
+                    ids.append(example.id)
                 except (ExampleError, SiteError) as error:
                     left.append(f"'{example.id}': {error}")
                 step(0, number + 1)
@@ -239,7 +240,9 @@ class _Study:
             warnings.warn(
                 f"{len(left)} of {len(examples)} examples were left out; {left[0]}", stacklevel=3
             )
-        self.shown = self.ids[:SHOWN]
+        self.shown = list(zip(ids[:SHOWN], self.seen[:SHOWN], strict=True))
+        # In the order of their ids, so that no number depends on the one in which they came.
+        self.seen = [self.seen[n] for n in shuffled(seed, ids)]
 
     # -- one example -----------------------------------------------------------------------------
 
@@ -331,7 +334,8 @@ class _Study:
 
     def _knock_out(self, means: Mapping[Key, Tensor]) -> dict[str, Array]:
         """LD without each head, less LD: `(examples, heads)` for each way of knocking it out."""
-        other = (np.arange(len(self.seen)) + self.rng.integers(1, len(self.seen))) % len(self.seen)
+        many = len(self.seen)
+        other = (np.arange(many) + rng(self.seed, "resample").integers(1, many)) % many
         found = {
             name: np.zeros((len(self.seen), len(self.heads)))
             for name in ("zero", "mean", "resample")
@@ -359,7 +363,7 @@ class _Study:
         """Accuracy and LD with no head, these heads, and random ones of the same layers knocked out."""
         sets: list[tuple[str, str, Sequence[Site]]] = [("none", "", [])]
         sets += [("these heads", how, self.heads) for how in ("mean", "zero")]
-        drawn = [self._random() for _ in range(RANDOM)]
+        drawn = [self._random(number) for number in range(RANDOM)]
         sets += [("random heads", "mean", one) for one in drawn if len(one) == len(self.heads)]
         rows = []
         with progress(len(sets), what="sets of heads") as step:
@@ -389,7 +393,7 @@ class _Study:
         ld = score(logits[None], seen.pair.answer, seen.pair.foil).ld
         return int(logits.argmax()) == seen.pair.answer, float(ld[0])
 
-    def _random(self) -> list[Site]:
+    def _random(self, number: int) -> list[Site]:
         """As many other heads of the same layers; of other layers where a layer has too few."""
         taken = {(s.tower, s.kind, s.center, s.index) for s in self.heads}
         drawn: list[Site] = []
@@ -402,7 +406,7 @@ class _Study:
                 for head in range(shape.heads[kind])
                 if (tower, kind, layer, head) not in taken
             ]
-            self.rng.shuffle(free)
+            rng(self.seed, "random heads", number, tower, kind).shuffle(free)
             for site in own:
                 free.sort(key=lambda one, layer=site.center: one[0] != layer)  # type: ignore[misc]
                 if free:
@@ -421,10 +425,10 @@ class _Study:
             changes["effect"] = np.stack(effect)
         rows = [self._attention(number) for number in range(len(self.heads))]
         for name, scores in changes.items():
-            low, high = bootstrap(scores, self.rng)
-            for number, p in enumerate(sign_flip(scores, self.rng)):
-                value = scores[:, number].mean()
-                rows[number][name] = _Measure(value, low[number], high[number], 0.0, p, len(scores))
+            for number, p in enumerate(sign_flip(scores, rng(self.seed, name, "signs"))):
+                own = scores[:, number].copy()
+                low, high = self._interval(name, own, self.heads[number])
+                rows[number][name] = _Measure(own.mean(), low, high, 0.0, p, len(own))
         measures = self._long(rows)
         labels = [label(one, gap) for one in _by_head(measures, len(self.heads))]
         found = pd.concat(
@@ -432,6 +436,11 @@ class _Study:
         )
         found = found.assign(n=len(self.seen), gap=gap)
         return found, measures, self.together(means)
+
+    def _interval(self, name: str, values: Array, site: Site) -> tuple[float, float]:
+        """The interval of a measure of one head over examples."""
+        ((low,), (high,)) = bootstrap(values[:, None], rng(self.seed, name, site, "interval"))
+        return float(low), float(high)
 
     def _gap(self) -> float:
         """What a change of LD is compared with: from the corrupt to the clean run, or from zero."""
@@ -455,9 +464,10 @@ class _Study:
             for which in (lambda s: s.maps[number][0], lambda s: s.average[key])
         )
         for column, name in enumerate(ON_ALL):
-            low, high = bootstrap(own[:, column, None], self.rng)
-            p = sign_flip((own - average)[:, column, None], self.rng)[0]
-            found[name] = _Measure(own[:, column].mean(), low[0], high[0], average[:, column].mean(), p, len(seen))  # fmt: skip
+            low, high = self._interval(name, own[:, column], site)
+            more = (own - average)[:, column, None]
+            p = sign_flip(more, rng(self.seed, name, site, "signs"))[0]
+            found[name] = _Measure(own[:, column].mean(), low, high, average[:, column].mean(), p, len(seen))  # fmt: skip
         for which in ("object", "foil"):
             masked = [s for s in seen if which in s.masks]
             if len(masked) >= 2:
@@ -476,18 +486,19 @@ class _Study:
                 if len(row) == len(seen):
                     scores[name].append(row)
         order = np.arange(len(seen))
-        shuffled = [self.rng.permutation(order) for _ in range(SHUFFLES)]
+        draw = rng(self.seed, "masks", which, self.heads[number])
+        others = [draw.permutation(order) for _ in range(SHUFFLES)]
         found = {}
         for name, table in scores.items():
             values = np.stack(table)
             if len(values) < len(seen):
                 continue  # pictures of other grids cannot lend their masks
             real = values[order, order]
-            null = np.array([values[order, other].mean() for other in shuffled])
-            low, high = bootstrap(real[:, None], self.rng)
-            p = (1 + (null >= real.mean() - 1e-12).sum()) / (1 + len(null))
+            null = np.array([values[order, other].mean() for other in others])
             name = name if which == "object" else f"{name}_foil"
-            found[name] = _Measure(real.mean(), low[0], high[0], null.mean(), p, len(seen))
+            low, high = self._interval(name, real, self.heads[number])
+            p = (1 + (null >= real.mean() - 1e-12).sum()) / (1 + len(null))
+            found[name] = _Measure(real.mean(), low, high, null.mean(), p, len(seen))
         return found
 
     def _long(self, rows: Sequence[Mapping[str, _Measure]]) -> pd.DataFrame:
@@ -506,7 +517,7 @@ class _Study:
     def maps(self) -> pd.DataFrame:
         """The attention of each head to each patch of the first examples, for the figures."""
         parts = []
-        for name, seen in list(zip(self.ids, self.seen, strict=True))[:SHOWN]:
+        for name, seen in self.shown:
             for number, site in enumerate(self.heads):
                 paid = seen.maps[number]
                 if paid is None:

@@ -27,6 +27,7 @@ from vlmscope.example import Example
 from vlmscope.inputs import Inputs
 from vlmscope.model import Model, handles
 from vlmscope.neurons import Caption, say, weights
+from vlmscope.seeds import rng, shuffled
 from vlmscope.study import progress
 from vlmscope.weights import WeightEdit, edited
 
@@ -102,8 +103,7 @@ def edit(
     """
     if target is not None and source.casefold() == target.casefold():
         raise ExampleError(f"'{source}' is already '{target}'; give another target")
-    rng = np.random.default_rng(seed)
-    has, other = _split(model, list(examples), source, prompt, rng)
+    has, other = _split(model, list(examples), source, prompt, seed)
     chosen = choose(model, [said for _, said in has], source, neurons)
     wanted = [w for one, said in has if (w := _changed(model, one, said, source, target, prompt))]
     if not wanted:
@@ -122,7 +122,7 @@ def edit(
         for one in [*wanted, *kept]:
             _remember(model, one)
         solve = {"closed": _closed, "learned": _learned}[solver]
-        solve(model, wanted, kept, delta, margin, locality, rng)
+        solve(model, wanted, kept, delta, margin, locality, rng(seed, "edit", source, target))
     about = {"from": source, "to": target or "", "solver": solver, "pictures": str(len(wanted)),
              "model": model.name}  # fmt: skip
     columns = {layer: (at.cpu(), d.detach().cpu()) for layer, (at, d) in delta.items()}
@@ -159,14 +159,14 @@ def _split(
     examples: Sequence[Example],
     word: str,
     prompt: str | None,
-    rng: np.random.Generator,
+    seed: int,
 ) -> tuple[list[tuple[Example, Caption]], list[tuple[Example, Caption]]]:
     """Examples whose caption has the word, and others, with their captions."""
     has: list[tuple[Example, Caption]] = []
     other: list[tuple[Example, Caption]] = []
     with progress(len(examples), what="captions") as step:
-        for done, number in enumerate(rng.permutation(len(examples)), start=1):
-            one = examples[int(number)]
+        order = shuffled(seed, [one.id for one in examples])
+        for done, one in enumerate((examples[n] for n in order), start=1):
             said = say(model, _inputs(model, one, prompt))
             where = has if says(said.text, word) else other
             if len(where) < (PICTURES if where is has else OTHERS):
@@ -297,7 +297,7 @@ def _closed(
     delta: dict[int, tuple[Tensor, Tensor]],
     margin: float,
     locality: float,
-    rng: np.random.Generator,
+    draw: np.random.Generator,
 ) -> None:
     """Least-norm steps until the margins hold; see `edit`.
 
@@ -414,7 +414,7 @@ def _learned(
     delta: dict[int, tuple[Tensor, Tensor]],
     margin: float,
     locality: float,
-    rng: np.random.Generator,
+    draw: np.random.Generator,
 ) -> None:
     """Adam on the columns; see `edit`."""
     parameters = [d.requires_grad_(True) for _, d in delta.values()]
@@ -422,8 +422,8 @@ def _learned(
     sure: dict[int, float] = {}
     with progress(STEPS, what="steps") as step:
         for number in range(STEPS):
-            some = [wanted[int(n)] for n in rng.permutation(len(wanted))[: BATCH[0]]]
-            rest = [kept[int(n)] for n in rng.permutation(len(kept))[: BATCH[1]]]
+            some = [wanted[int(n)] for n in draw.permutation(len(wanted))[: BATCH[0]]]
+            rest = [kept[int(n)] for n in draw.permutation(len(kept))[: BATCH[1]]]
             loss = 1e-3 * torch.stack([d.square().sum() for d in parameters]).sum()
             for one in [*some, *rest]:
                 found = F.log_softmax(_logits(model, one, delta), -1)
@@ -515,7 +515,6 @@ def assess(
         )
     names = ["example", "prompt", "before", "after", "has", "took", "same", "only"]
     table = pd.DataFrame(found, columns=names)
-    rng = np.random.default_rng(seed)
     first = table["prompt"].isin([prompts[0] or one.clean_prompt for one in given])
     has = table["has"]
     words = table.assign(
@@ -535,9 +534,9 @@ def assess(
     }  # fmt: skip
     rows = []
     for name, some in values.items():
-        scores = np.asarray(some, dtype=float)
+        scores = np.sort(np.asarray(some, dtype=float))  # their order is not to matter
         if len(scores):
-            low, high = bootstrap(scores[:, None], rng)
+            low, high = bootstrap(scores[:, None], rng(seed, name))
             rows.append((name, scores.mean(), low[0], high[0], len(scores)))
     return pd.DataFrame(rows, columns=["measure", "value", "low", "high", "n"]), table.drop(
         columns="only"
@@ -658,7 +657,6 @@ def questions(
     >>> [(q.clean_prompt, q.answer) for q in questions([one], ["circle", "square"])]
     [('does this picture show a circle?', 'yes'), ('does this picture show a square?', 'no')]
     """
-    rng = np.random.default_rng(seed)
     common = Counter(o for one in examples for o in one.shows if o in objects)
     beside: dict[str, Counter[str]] = {o: Counter() for o in objects}
     for one in examples:
@@ -670,12 +668,13 @@ def questions(
         missing = [o for o in objects if o not in one.shows]
         if not there or not missing:
             continue
-        drawn = str(rng.choice(missing))
+        draw = rng(seed, "questions", one.id)
+        named, drawn = str(draw.choice(there)), str(draw.choice(missing))
         if absent == "popular":
             drawn = max(missing, key=lambda o: common[o])
         elif absent == "adversarial":
             drawn = max(missing, key=lambda o, there=there: sum(beside[x][o] for x in there))  # type: ignore[misc]
-        for name, answer in ((str(rng.choice(there)), "yes"), (drawn, "no")):
+        for name, answer in ((named, "yes"), (drawn, "no")):
             article = "an" if name[0] in "aeiou" else "a"
             found.append(
                 Example(
