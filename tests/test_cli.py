@@ -474,6 +474,12 @@ def test_neurons_edit(run, scene, tmp_path):
         "either --to WORD or --suppress",
     )
     refused(
+        run(
+            "neurons", "edit", *given, "--from", "red", "--to", "blue", "--margin", 2, "--out", file
+        ),
+        "a margin is of the closed solver",
+    )
+    refused(
         run("neurons", "edit", *given, "--from", "dog", "--to", "cat", "--out", file),
         "no caption of these",
     )

@@ -339,7 +339,7 @@ def edit(
         other = captions[~captions["has"]].head(SHOWN)["example"].tolist()
         _pictures(folder, model, [e for e in examples if e.id in {*has, *other}])
         _about(folder, {"what": "edit", "model": model.name, "weights": made.model, **made.about,
-                        "neurons": len(made.neurons), "size": made.size})  # fmt: skip
+                        "digest": made.digest, "on": list(made.on), "neurons": len(made.neurons), "size": made.size})  # fmt: skip
     return measures
 
 

@@ -546,7 +546,12 @@ def neurons_edit(
         typer.Option(help="Objects that captions may name wrongly (CHAIR, POPE); once for each."),
     ] = None,
     solver: Annotated[Solver, typer.Option(help="How it is found.")] = Solver.learned,
-    margin: Annotated[float, typer.Option(help="Logits by which the new word leads.")] = 4.0,
+    margin: Annotated[
+        float | None,
+        typer.Option(
+            help="With --solver closed: logits by which the new word leads.  [default: 4]"
+        ),
+    ] = None,
     locality: Annotated[float, typer.Option(min=0, help="What the rest weighs.")] = 1.0,
     on: Annotated[
         list[Path] | None, typer.Option(help="Edits that are made before; once for each.")
@@ -571,6 +576,7 @@ def neurons_edit(
 
     if (target is None) != suppress:
         raise VlmscopeError("give either --to WORD or --suppress")
+    rewrite.checked(solver.value, margin)
     loaded = load(model, dtype=dtype.value, device=device)
     before = [weights.WeightEdit.load(path) for path in on or []]
     given = examples(data, limit=limit, seed=seed)
@@ -608,7 +614,8 @@ def neurons_edits(
     from vlmscope.weights import WeightEdit
 
     for path in files:
-        print(f"{path}: {WeightEdit.load(path)}")
+        edit = WeightEdit.load(path)
+        print(f"{path} ({edit.digest[:8]}): {edit}")
 
 
 @app.command()

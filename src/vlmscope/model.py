@@ -70,6 +70,8 @@ class Model:
         self.name = name
         self.unedited: str | None = None
         """The fingerprint before edits of the weights, while there are any."""
+        self.edits: tuple[str, ...] = ()
+        """The digests of these edits, in the order in which they were made."""
         language = getattr(hf.config.get_text_config(), "model_type", None)
         self.family = _family([type(hf).__name__], language, name)
         self.shapes = {tower: self._shape(tower) for tower in self.family.towers}

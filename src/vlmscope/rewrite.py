@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 import pandas as pd
@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from vlmscope.circuits import bootstrap
-from vlmscope.errors import ExampleError, ModelError
+from vlmscope.errors import ExampleError, ModelError, VlmscopeError
 from vlmscope.example import Example
 from vlmscope.inputs import Inputs
 from vlmscope.model import Model, handles
@@ -49,6 +49,8 @@ CLOSE = 0.05
 """A margin holds if no more than so many logits lack."""
 STEPS, LEAST, BATCH = 400, 120, (8, 8)
 """Steps of the learned solver at most and at least, and captions to be changed and kept in each."""
+MARGIN = 4.0
+"""By how many logits a new word is to lead, for the closed solver."""
 SURE = 0.9
 """The learned solver stops when each new word is as probable."""
 
@@ -81,7 +83,7 @@ def edit(
     prompt: str | None = None,
     neurons: int | None = None,
     solver: Solver = "learned",
-    margin: float = 4.0,
+    margin: float | None = None,
     locality: float = 1.0,
     seed: int = 0,
 ) -> WeightEdit:
@@ -89,18 +91,20 @@ def edit(
 
     It is made on up to `PICTURES` examples whose caption has the word; up to `OTHERS` whose caption has
     not are to keep theirs. `prompt` asks for the captions (each example's own by default). `neurons` is
-    how many columns may change (1 % of all by default), and `margin` by how many logits the new word is
-    to lead. `locality` weighs what is to stay against what is to change.
+    how many columns may change (1 % of all by default). `locality` weighs what is to stay against what is to
+    change. Made within `edited`, an edit is for the model with those edits (`WeightEdit.on`).
 
     - `learned`: Adam on the columns; negative log-likelihood of the new words, plus the divergence of
       all other positions from what they were, plus the probability of the new word where it does not
       belong, plus a decay; until each new word has a probability of 0.9.
     - `closed`: the change of least norm (see `_closed`) after which every margin holds, to first order at the
       activations and with the gradients of the model as it is; repeated from where that leads until they hold,
-      or `ROUNDS` times.
+      or `ROUNDS` times. A new word's margin is that it leads by `margin` logits (4 by default).
 
-    Raises `ExampleError` if no caption has the word, `ModelError` if the weights cannot be edited.
+    Raises `ExampleError` if no caption has the word, `ModelError` if the weights cannot be edited,
+    `VlmscopeError` for a margin of the learned solver, which has none.
     """
+    margin = checked(solver, margin)
     if target is not None and source.casefold() == target.casefold():
         raise ExampleError(f"'{source}' is already '{target}'; give another target")
     has, other = _split(model, list(examples), source, prompt, seed)
@@ -121,12 +125,31 @@ def edit(
             delta[layer] = (at, torch.zeros(width, len(at), device=model.device))
         for one in [*wanted, *kept]:
             _remember(model, one)
-        solve = {"closed": _closed, "learned": _learned}[solver]
-        solve(model, wanted, kept, delta, margin, locality, rng(seed, "edit", source, target))
+        if solver == "closed":
+            _closed(model, wanted, kept, delta, margin, locality)
+        else:
+            draw = rng(seed, "edit", source, target)
+            _learned(model, wanted, kept, delta, locality, draw)
     about = {"from": source, "to": target or "", "solver": solver, "pictures": str(len(wanted)),
              "model": model.name}  # fmt: skip
     columns = {layer: (at.cpu(), d.detach().cpu()) for layer, (at, d) in delta.items()}
-    return WeightEdit(columns, model.unedited or model.fingerprint(), about)
+    return WeightEdit(columns, model.unedited or model.fingerprint(), about, model.edits)
+
+
+def checked(solver: str, margin: float | None) -> float:
+    """The margin of a solver; raises `VlmscopeError` where it has none, or there is no such solver.
+
+    >>> checked("closed", None)
+    4.0
+    """
+    if solver not in get_args(Solver):
+        raise VlmscopeError(f"unknown solver '{solver}'; expected {' or '.join(get_args(Solver))}")
+    if solver != "closed" and margin is not None:
+        raise VlmscopeError(
+            f"a margin is of the closed solver; the learned one goes on until each new word has a probability of "
+            f"{SURE}; leave the margin out, or take the solver closed"
+        )
+    return MARGIN if margin is None else margin
 
 
 def choose(
@@ -297,7 +320,6 @@ def _closed(
     delta: dict[int, tuple[Tensor, Tensor]],
     margin: float,
     locality: float,
-    draw: np.random.Generator,
 ) -> None:
     """Least-norm steps until the margins hold; see `edit`.
 
@@ -412,7 +434,6 @@ def _learned(
     wanted: Sequence[_Wanted],
     kept: Sequence[_Wanted],
     delta: dict[int, tuple[Tensor, Tensor]],
-    margin: float,
     locality: float,
     draw: np.random.Generator,
 ) -> None:
