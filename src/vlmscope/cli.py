@@ -683,7 +683,7 @@ def generate(
 
     An edit is made as the model reads the prompt; positions count from its start.
     """
-    from vlmscope.inputs import Edit, parse_edit
+    from vlmscope.inputs import parse_edit
     from vlmscope.model import load
     from vlmscope.sites import Site
 
@@ -695,8 +695,7 @@ def generate(
     inputs = loaded.inputs(image, prompt)
     if sites and other is not None:
         source = loaded.inputs(other, prompt)
-        found = loaded.capture(source, sites)
-        edits += [Edit(Site.parse(site), "set", value) for site, value in found.items()]
+        edits += loaded.copied(source, inputs, sites)
         print(f"the other picture: {loaded.answer(source)}")
     print(f"without edits:     {loaded.answer(inputs)}")
     if edits:

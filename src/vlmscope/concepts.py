@@ -12,7 +12,7 @@ random; random neurons are given beside it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -26,6 +26,7 @@ from scipy import stats
 from torch import Tensor
 
 from vlmscope.circuits import bootstrap, sign_flip
+from vlmscope.data import Examples, listed
 from vlmscope.errors import DataError
 from vlmscope.example import Example
 from vlmscope.inputs import Edit, Inputs
@@ -81,7 +82,7 @@ class _Word:
 
 def measure(
     model: Model,
-    examples: Iterable[Example],
+    examples: Examples,
     prompt: str | None = None,
     words: Sequence[str] | None = None,
     *,
@@ -116,13 +117,13 @@ def measure(
 
     Raises `DataError` if no word can be measured.
     """
-    study = _Study(model, list(examples), prompt, top, seed)
+    study = _Study(model, listed(examples), prompt, top, seed)
     return study.run(words, causal, None if embedding is None else embedder(embedding))
 
 
 def perturb(
     model: Model,
-    examples: Iterable[Example],
+    examples: Examples,
     prompt: str | None,
     words: Sequence[str],
     *,
@@ -140,7 +141,7 @@ def perturb(
 
     Raises `DataError` if a word cannot be measured.
     """
-    study = _Study(model, list(examples), prompt, 1, seed)
+    study = _Study(model, listed(examples), prompt, 1, seed)
     return study.perturb(words, tops, sigmas)
 
 

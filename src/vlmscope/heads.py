@@ -20,7 +20,7 @@ import json
 import os
 import warnings
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -37,6 +37,7 @@ from vlmscope import corrupt as corruptions
 from vlmscope import engine
 from vlmscope.circuits import bootstrap, sign_flip
 from vlmscope.corrupt import Noise
+from vlmscope.data import Examples, listed
 from vlmscope.errors import DataError, ExampleError, SiteError, StoreError
 from vlmscope.example import Box, Example, fingerprint, open_image
 from vlmscope.inputs import Edit, Pair
@@ -106,7 +107,7 @@ class _Seen:
 
 def functions(
     model: Model,
-    examples: Iterable[Example],
+    examples: Examples,
     sites: str | Site | Sequence[str | Site],
     corrupt: str | Noise | None = "image",
     *,
@@ -132,14 +133,14 @@ def functions(
     >>> found.functions["label"].item() in LABELS
     True
     """
-    study = _Study(model, list(examples), sites, corrupt, seed)
+    study = _Study(model, listed(examples), sites, corrupt, seed)
     return Functions(*study.tables())
 
 
 def write(
     out: str | os.PathLike[str],
     model: Model,
-    examples: Iterable[Example],
+    examples: Examples,
     sites: str | Site | Sequence[str | Site],
     corrupt: str | Noise | None = "image",
     *,
@@ -152,7 +153,7 @@ def write(
     head in the first examples), `patches/` (a run that patches the image's patches in those, where
     there is a corrupt image) and, last, `heads.json`. A folder that holds the same already is read.
     """
-    folder, examples = Path(out), list(examples)
+    folder, examples = Path(out), listed(examples)
     about = {
         "format": FORMAT,
         "model": model.name,

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from vlmscope.circuits import bootstrap
+from vlmscope.data import Examples, listed
 from vlmscope.errors import ExampleError, ModelError, VlmscopeError
 from vlmscope.example import Example
 from vlmscope.inputs import Inputs
@@ -76,7 +77,7 @@ class _Wanted:
 
 def edit(
     model: Model,
-    examples: Iterable[Example],
+    examples: Examples,
     source: str,
     target: str | None,
     *,
@@ -107,7 +108,7 @@ def edit(
     margin = checked(solver, margin)
     if target is not None and source.casefold() == target.casefold():
         raise ExampleError(f"'{source}' is already '{target}'; give another target")
-    has, other = _split(model, list(examples), source, prompt, seed)
+    has, other = _split(model, listed(examples), source, prompt, seed)
     chosen = choose(model, [said for _, said in has], source, neurons)
     wanted = [w for one, said in has if (w := _changed(model, one, said, source, target, prompt))]
     if not wanted:
@@ -337,7 +338,9 @@ def _closed(
             for one in captions:
                 for lead, need, weight in _leads(_logits(model, one, delta), one, margin, locality):
                     if need > -NEAR:  # what nearly fails is to stay as it is
-                        parts = torch.autograd.grad(lead, parameters, retain_graph=True)
+                        parts = torch.autograd.grad(
+                            lead, parameters, retain_graph=True, materialize_grads=True
+                        )
                         rows.append(weight * torch.cat(
                             [(x.double() @ m).flatten() for x, m in zip(parts, metric, strict=True)]
                         ))  # fmt: skip
@@ -394,6 +397,7 @@ def _elsewhere(
 
             held(model.down(layer).register_forward_pre_hook(keep))
         for one in [*wanted, *kept]:
+            seen.clear()  # without a picture a layer may be passed over
             model.hf(**one.fed.tensors, **model.family.keywords)
             new = [one.start + n for n in one.new]
             for layer, x in seen.items():
@@ -495,7 +499,7 @@ def _is_sure(model: Model, one: _Wanted, delta: Mapping[int, tuple[Tensor, Tenso
 def assess(
     model: Model,
     edits: Sequence[WeightEdit],
-    examples: Iterable[Example],
+    examples: Examples,
     source: str,
     target: str | None,
     *,
@@ -517,7 +521,7 @@ def assess(
       relative to before (fluency).
     """
     found = []
-    given = list(examples)
+    given = listed(examples)
     asked = [(one, prompt) for prompt in prompts for one in given]
     before = _captions(model, asked, "captions before")
     without = list(dict.fromkeys(p or one.clean_prompt for one, p in asked))[:64]
