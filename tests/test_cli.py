@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from families import llava_next
 from models import blip, picture
 
 import vlmscope
@@ -364,6 +365,30 @@ def test_data(run, tmp_path):
         refused(
             run("data", name, "--root", tmp_path / "empty", "--out", tmp_path / "x.csv"), "empty"
         )
+
+
+def test_generate_refuses_pictures_of_other_grids(run, tmp_path):
+    llava_next().save(tmp_path / "model")
+    picture(1).save(tmp_path / "one.png")
+    picture(2).resize((40, 12)).save(tmp_path / "wide.png")
+    base = [
+        "generate",
+        "--model",
+        tmp_path / "model",
+        "--image",
+        tmp_path / "one.png",
+        "--prompt",
+        "is this red ?",
+    ]
+    status, out, err = run(
+        *base, "--patch", "decoder.1.resid@image", "--other", tmp_path / "one.png"
+    )
+    assert status == 0, err
+    assert "with 1 edit" in out
+    refused(
+        run(*base, "--patch", "decoder.1.resid@last", "--other", tmp_path / "wide.png"),
+        "resize one picture to the other's size",
+    )
 
 
 def test_generate(run, tmp_path):

@@ -273,6 +273,47 @@ def test_attention_is_what_the_model_pays(name):
             torch.testing.assert_close(paid.sum(-1), torch.ones(paid.shape[:-1]))
 
 
+def test_mllama_without_a_picture():
+    """Its cross-attention layers are passed over: a run is Hugging Face's, and they do nothing."""
+    model = made("mllama")
+    inputs = model.inputs(None, "is this circle red ?")
+    plain = model.hf(**inputs.tensors).logits[0, -1]
+    torch.testing.assert_close(model.run(inputs), plain, rtol=1e-12, atol=1e-12)
+    assert model.answer(inputs)
+    assert model.idle("decoder", inputs) == [1, 3]
+    assert model.idle("decoder", model.prepare(example()).clean) == []
+    said = neurons.say(model, inputs)
+    assert said.activations.shape[1] == 4
+    assert not said.activations[:, [1, 3]].any() and said.activations[:, [0, 2]].all(-1).any()
+    fed = model.inputs(None, "is this circle red ?", (), said.ids[:-1])
+    taught = neurons.taught(model, inputs, fed, said.ids)
+    torch.testing.assert_close(taught.activations, said.activations)
+    values = model.capture(inputs, ["decoder.0.resid@last", "decoder.2.attn.h1@last"])
+    assert len(values) == 2
+    for site in ("decoder.1.mlp@all", "decoder.3.resid@last"):
+        with pytest.raises(SiteError, match="passed over in a run without"):
+            model.capture(inputs, [site])
+        with pytest.raises(SiteError, match="passed over in a run without"):
+            model.run(inputs, [Edit(site, "scale", 0.0)])
+    with pytest.raises(SiteError, match="the vision tower has no part in a run without a picture"):
+        model.capture(inputs, ["vision.0.resid@all"])
+    with pytest.raises(SiteError, match="the vision tower has no part in a run without a picture"):
+        model.attention(inputs, "decoder", "cross", "last")
+
+
+def test_copies_from_a_picture_of_another_grid_are_refused():
+    """Places of the two do not correspond; where they do, what is copied is what was there."""
+    model = made("llava-next")
+    ask, sites = "is this circle red ?", ["decoder.1.resid@image", "decoder.2.attn.h1@last"]
+    small, other = (model.inputs(picture(n), ask) for n in (1, 2))
+    wide = model.inputs(picture(3).resize((40, 12)), ask)
+    edits = model.copied(other, small, sites)
+    values = model.capture(other, sites)
+    assert all(torch.equal(edit.value, values[str(edit.site)]) for edit in edits)
+    with pytest.raises(SiteError, match=r"positions .* for this picture and .* copied from"):
+        model.copied(wide, small, sites)
+
+
 def test_attention_that_is_not_told():
     model = FAMILIES["blip2-t5"]()
     with pytest.raises(ModelError, match="BLIP-2 do not tell what the attn heads of the encoder"):

@@ -109,7 +109,9 @@ def test_edits_leave_the_model_as_it_was():
     before = model.run(inputs)
     edit = Edit(Site.parse("encoder.0.resid@all"), "set", 0.0)
     assert not torch.equal(model.run(inputs, [edit]), before)
-    with pytest.raises(VlmscopeError, match=r"'encoder.0.resid@all' has the shape \(3, 3\); .*\(9, 8\)"):
+    with pytest.raises(
+        VlmscopeError, match=r"'encoder.0.resid@all' has the shape \(3, 3\); .*\(9, 8\)"
+    ):
         model.run(inputs, [Edit(edit.site, "set", torch.zeros(3, 3))])
     with pytest.raises(VlmscopeError, match=r"shape \(2, 9, 8\)"):
         model.run(inputs, [Edit(edit.site, "scale", torch.zeros(2, 9, 8))])
@@ -185,7 +187,9 @@ def test_no_more_is_said_than_there_are_positions(make):
         assert model.room(inputs, 20) == min(20, room) >= 1
         model.answer(inputs)
         assert len(neurons.say(model, inputs).ids) <= room
-    with pytest.raises(ExampleError, match=f"{longest + 1} tokens, the model takes at most {longest}"):
+    with pytest.raises(
+        ExampleError, match=f"{longest + 1} tokens, the model takes at most {longest}"
+    ):
         model.inputs(picture(1), " ".join(["red"] * (longest + 1 - alone)))
 
 
@@ -287,7 +291,13 @@ def test_attention_is_the_models_own():
 def test_attention_from_a_named_position():
     model = blip(layers=3, heads=2)
     inputs = model.prepare(example()).clean
-    for name, at in (("last", [8]), ("answer", [4]), ("-1", [8]), ("2-3", [2, 3]), ("all", range(9))):
+    for name, at in (
+        ("last", [8]),
+        ("answer", [4]),
+        ("-1", [8]),
+        ("2-3", [2, 3]),
+        ("all", range(9)),
+    ):
         wanted = model.attention(inputs, "encoder", "cross", at)
         assert torch.equal(model.attention(inputs, "encoder", "cross", name), wanted)
     assert torch.equal(*(model.attention(inputs, "encoder", "attn", [n]) for n in (-1, 8)))
