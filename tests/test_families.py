@@ -13,7 +13,7 @@ import torch
 from families import FAMILIES
 from models import blip, example, llava, picture
 
-from vlmscope import corrupt, engine, neurons, reference
+from vlmscope import corrupt, engine, neurons, reference, rewrite
 from vlmscope.errors import ExampleError, ModelError, SiteError
 from vlmscope.inputs import Edit
 from vlmscope.model import Model, load
@@ -299,6 +299,17 @@ def test_mllama_without_a_picture():
         model.capture(inputs, ["vision.0.resid@all"])
     with pytest.raises(SiteError, match="the vision tower has no part in a run without a picture"):
         model.attention(inputs, "decoder", "cross", "last")
+
+
+def test_an_edit_of_neurons_that_a_run_without_a_picture_passes_over():
+    """What is said to the prompt alone is kept, too; the layers that read the picture have no part in it."""
+    model = made("mllama")
+    given = [example(id=f"e{n}", clean_image=picture(n), corrupt_prompt=None) for n in range(2)]
+    said = neurons.say(model, model.inputs(given[0].clean_image, given[0].clean_prompt))
+    alone = neurons.say(model, model.inputs(None, given[0].clean_prompt))
+    word = next(w for w in said.text.split() if not rewrite.says(alone.text, w) and w.isalpha())
+    edit = rewrite.edit(model, given, word, None, neurons=20, solver="closed")
+    assert {1, 3} & {layer for layer, _ in edit.neurons}
 
 
 def test_copies_from_a_picture_of_another_grid_are_refused():

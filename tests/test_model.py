@@ -219,7 +219,10 @@ def test_an_answer_under_an_edit():
             {"corrupt_prompt": "is this circle unhappy or yellow ?"},
             r"word 4 is 'red' \(1 tokens\) in the clean one, 'unhappy' \(2 tokens\)",
         ),
-        ({"clean_prompt": "red " * 30, "corrupt_prompt": None}, "32 tokens.*at most 24"),
+        (
+            {"clean_prompt": "red " * 30, "corrupt_prompt": None, "roles": {}},
+            "32 tokens.*at most 24",
+        ),
     ],
 )
 def test_an_example_that_cannot_be_run_says_why(changes, message):
