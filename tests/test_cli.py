@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from families import llava_next
 from models import blip, picture
 
 import vlmscope
@@ -366,6 +367,30 @@ def test_data(run, tmp_path):
         )
 
 
+def test_generate_refuses_pictures_of_other_grids(run, tmp_path):
+    llava_next().save(tmp_path / "model")
+    picture(1).save(tmp_path / "one.png")
+    picture(2).resize((40, 12)).save(tmp_path / "wide.png")
+    base = [
+        "generate",
+        "--model",
+        tmp_path / "model",
+        "--image",
+        tmp_path / "one.png",
+        "--prompt",
+        "is this red ?",
+    ]
+    status, out, err = run(
+        *base, "--patch", "decoder.1.resid@image", "--other", tmp_path / "one.png"
+    )
+    assert status == 0, err
+    assert "with 1 edit" in out
+    refused(
+        run(*base, "--patch", "decoder.1.resid@last", "--other", tmp_path / "wide.png"),
+        "resize one picture to the other's size",
+    )
+
+
 def test_generate(run, tmp_path):
     (one,) = vlmscope.examples("states", limit=1)
     one.clean_image.save(tmp_path / "a.png")
@@ -472,6 +497,12 @@ def test_neurons_edit(run, scene, tmp_path):
     refused(
         run("neurons", "edit", *given, "--from", "red", "--out", file),
         "either --to WORD or --suppress",
+    )
+    refused(
+        run(
+            "neurons", "edit", *given, "--from", "red", "--to", "blue", "--margin", 2, "--out", file
+        ),
+        "a margin is of the closed solver",
     )
     refused(
         run("neurons", "edit", *given, "--from", "dog", "--to", "cat", "--out", file),

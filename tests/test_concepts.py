@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from transformers import BertConfig, BertModel, BertTokenizer, LlavaForConditionalGeneration
@@ -55,6 +56,36 @@ def test_the_neurons_carry_their_words(measured):
     assert set(chosen) == {10}, "1 % of all neurons"
     layers = measured.chosen.groupby(["word", "method"])["layer"].apply(sorted)
     assert layers["red", "contribution"] == layers["red", "random"]
+
+
+def test_every_draw_has_its_own_seed(toy):
+    """Optional measures, other words and the order of the examples change no number of a measure."""
+    given, keys = held_out(30, 21), ["word", "method", "measure"]
+    numbers = ["value", "ci_low", "ci_high", "null", "random", "p_value", "n"]
+
+    def rows(examples, words, causal):
+        found = concepts.measure(toy, examples, ASK, words, causal=causal)
+        return found.measures.set_index(keys)[numbers]
+
+    whole = rows(given, ["red"], True)
+    assert "drop, zero" in whole.index.get_level_values("measure")
+    less = rows(given[::-1], ["red", "blue"], False).loc[["red"]]
+    less = less.drop("overlap, others", level="measure")
+    pd.testing.assert_frame_equal(less, whole.loc[less.index], check_exact=True)
+
+
+def test_noise_on_columns_is_the_pictures_own(toy):
+    """Whatever else is perturbed, and in whatever order the pictures come."""
+    given = held_out(25, 21)
+    tables = [
+        concepts.perturb(toy, some, ASK, words, tops=tops, sigmas=(1.0,)).query("word == 'red'")
+        for some, words, tops in (
+            (given, ["red"], (30,)),
+            (given[::-1], ["blue", "red"], (1, 30)),
+        )
+    ]
+    one, other = (t[t["k"] == 30].reset_index(drop=True) for t in tables)
+    pd.testing.assert_frame_equal(one, other, check_exact=True)
 
 
 @pytest.mark.parametrize("seed", [0, 1])

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import struct
 import warnings
 import zlib
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -244,6 +245,52 @@ def made(key: str = "one", **changes: object) -> Example:
     return replace(plain, **changes)  # type: ignore[arg-type]
 
 
+def test_an_example_made_in_python_has_the_roles_of_one_that_was_read(tmp_path: Path) -> None:
+    """Options first, then roles that are given, then groups; each once, the given ones as they are."""
+    prompt = "Is this Circle red or blue, a red circle?"
+    groups = {"kind": "color", "noun": "circle", "answer": "this"}
+    one = Example("one", drawn(), prompt, "red", "blue", groups=groups)
+    wanted = {"answer": (15, 18), "foil": (22, 26), "noun": (8, 14)}
+    assert list(one.roles.items()) == list(wanted.items())
+    write_csv(tmp_path / "my.csv", [one])
+    [back] = read_csv(tmp_path / "my.csv")
+    assert list(back.roles.items()) == list(wanted.items())
+    assert fingerprint([back]) == fingerprint([replace(back, groups=groups)])
+    late = replace(one, roles={"verb": (0, 2), "answer": (30, 33)})
+    assert list(late.roles.items()) == [
+        ("answer", (30, 33)), ("foil", (22, 26)), ("verb", (0, 2)), ("noun", (8, 14)),
+    ]  # fmt: skip
+    copied = copy.deepcopy(late.roles)
+    assert copied == late.roles and copied.given == late.roles.given
+    assert Example(**asdict(one)).roles == one.roles
+    assert Example("one", drawn(), "?", "", "").roles == {}
+
+
+def test_roles_follow_the_prompt() -> None:
+    """What was looked up is looked up again; what was given has to be there still."""
+    one = Example("one", drawn(), "red or blue circle?", "red", "blue", roles={"answer": (0, 3)})
+    assert replace(one, clean_prompt="blue or red?").roles == {"answer": (8, 11), "foil": (0, 4)}
+    assert replace(one, answer="circle").roles == {"answer": (12, 18), "foil": (7, 11)}
+    noun = replace(one, roles={"noun": (12, 18)})
+    assert replace(noun, clean_prompt="one or more circle").roles == {"noun": (12, 18)}
+    for prompt, why in (
+        (
+            "red?",
+            r"'one': the role 'noun' is characters 12 to 18 of clean_prompt, and the prompt has 4",
+        ),
+        (
+            "red or blue square?",
+            "'square' has taken the place of 'circle'; give the roles of this prompt",
+        ),
+    ):
+        with pytest.raises(ExampleError, match=why):
+            replace(noun, clean_prompt=prompt)
+        assert replace(noun, clean_prompt=prompt, roles={}).roles["answer"] == (0, 3)
+    for span in ((-3, 2), (4, 4), (5, 3), (12, 99)):
+        with pytest.raises(ExampleError, match="the prompt has 19 characters"):
+            replace(one, roles={"noun": span})
+
+
 def test_further_pictures(table: Callable[..., Path], tmp_path: Path) -> None:
     [one, two] = read_csv(table(HEADER + ",image_path_2,image_path_3", ROW + ",b.png,", ROW + ",,"))
     assert (one.more_images, one.groups) == ((tmp_path / "b.png",), {})
@@ -321,7 +368,7 @@ def test_writes_a_picture_the_way_it_is_seen(tmp_path: Path) -> None:
     ("changes", "expected"),
     [
         ({"answer": "BLUE"}, "'one': correct_answer and incorrect_answer are both 'BLUE'"),
-        ({"clean_prompt": ""}, "'one': clean_prompt is empty"),
+        ({"clean_prompt": "", "roles": {}}, "'one': clean_prompt is empty"),
         ({"groups": {"id": "x"}}, "cannot be called 'id'; rename it"),
         ({"groups": {"mask_path_x": "x"}}, "cannot be called 'mask_path_x'; rename it"),
         ({"groups": {"noun": "star"}}, r"role 'noun' \('circle'\) has no place in a CSV file"),
@@ -598,7 +645,7 @@ def test_the_fingerprint_is_of_the_content(tmp_path: Path) -> None:
     assert fingerprint([made(groups={})]) == before
     for changes in (
         {"id": "x"},
-        {"clean_prompt": "x"},
+        {"clean_prompt": "x", "roles": {}},
         {"corrupt_prompt": None},
         {"answer": "x"},
         {"foil": "x"},

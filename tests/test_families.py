@@ -13,7 +13,7 @@ import torch
 from families import FAMILIES
 from models import blip, example, llava, picture
 
-from vlmscope import corrupt, engine, neurons, reference
+from vlmscope import corrupt, engine, neurons, reference, rewrite
 from vlmscope.errors import ExampleError, ModelError, SiteError
 from vlmscope.inputs import Edit
 from vlmscope.model import Model, load
@@ -393,6 +393,58 @@ def test_attention_is_what_the_model_pays(name):
             assert paid.shape[-1] == len(inputs.layout[model.attended(tower, kind)].tokens)
             assert (paid >= 0).all()
             torch.testing.assert_close(paid.sum(-1), torch.ones(paid.shape[:-1]))
+
+
+def test_mllama_without_a_picture():
+    """Its cross-attention layers are passed over: a run is Hugging Face's, and they do nothing."""
+    model = made("mllama")
+    inputs = model.inputs(None, "is this circle red ?")
+    plain = model.hf(**inputs.tensors).logits[0, -1]
+    torch.testing.assert_close(model.run(inputs), plain, rtol=1e-12, atol=1e-12)
+    assert model.answer(inputs)
+    assert model.idle("decoder", inputs) == [1, 3]
+    assert model.idle("decoder", model.prepare(example()).clean) == []
+    said = neurons.say(model, inputs)
+    assert said.activations.shape[1] == 4
+    assert not said.activations[:, [1, 3]].any() and said.activations[:, [0, 2]].all(-1).any()
+    fed = model.inputs(None, "is this circle red ?", (), said.ids[:-1])
+    taught = neurons.taught(model, inputs, fed, said.ids)
+    torch.testing.assert_close(taught.activations, said.activations)
+    values = model.capture(inputs, ["decoder.0.resid@last", "decoder.2.attn.h1@last"])
+    assert len(values) == 2
+    for site in ("decoder.1.mlp@all", "decoder.3.resid@last"):
+        with pytest.raises(SiteError, match="passed over in a run without"):
+            model.capture(inputs, [site])
+        with pytest.raises(SiteError, match="passed over in a run without"):
+            model.run(inputs, [Edit(site, "scale", 0.0)])
+    with pytest.raises(SiteError, match="the vision tower has no part in a run without a picture"):
+        model.capture(inputs, ["vision.0.resid@all"])
+    with pytest.raises(SiteError, match="the vision tower has no part in a run without a picture"):
+        model.attention(inputs, "decoder", "cross", "last")
+
+
+def test_an_edit_of_neurons_that_a_run_without_a_picture_passes_over():
+    """What is said to the prompt alone is kept, too; the layers that read the picture have no part in it."""
+    model = made("mllama")
+    given = [example(id=f"e{n}", clean_image=picture(n), corrupt_prompt=None) for n in range(2)]
+    said = neurons.say(model, model.inputs(given[0].clean_image, given[0].clean_prompt))
+    alone = neurons.say(model, model.inputs(None, given[0].clean_prompt))
+    word = next(w for w in said.text.split() if not rewrite.says(alone.text, w) and w.isalpha())
+    edit = rewrite.edit(model, given, word, None, neurons=20, solver="closed")
+    assert {1, 3} & {layer for layer, _ in edit.neurons}
+
+
+def test_copies_from_a_picture_of_another_grid_are_refused():
+    """Places of the two do not correspond; where they do, what is copied is what was there."""
+    model = made("llava-next")
+    ask, sites = "is this circle red ?", ["decoder.1.resid@image", "decoder.2.attn.h1@last"]
+    small, other = (model.inputs(picture(n), ask) for n in (1, 2))
+    wide = model.inputs(picture(3).resize((40, 12)), ask)
+    edits = model.copied(other, small, sites)
+    values = model.capture(other, sites)
+    assert all(torch.equal(edit.value, values[str(edit.site)]) for edit in edits)
+    with pytest.raises(SiteError, match=r"positions .* for this picture and .* copied from"):
+        model.copied(wide, small, sites)
 
 
 def test_attention_that_is_not_told():

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from models import blip, example, llava, picture
@@ -125,8 +126,8 @@ def test_random_heads_are_of_the_same_layers_where_there_are_enough():
     examples = [example(id=f"e{n}", clean_image=picture(n)) for n in range(2)]
     chosen = ["encoder.1.cross.h0@answer", "encoder.1.cross.h2@answer", "decoder.2.cross.h1@last"]
     study = heads._Study(model, examples, chosen, None, 0)
-    for _ in range(20):
-        drawn = [str(s) for s in study._random()]
+    for number in range(20):
+        drawn = [str(s) for s in study._random(number)]
         assert len(set(drawn)) == 3 and not set(drawn) & set(chosen)
         assert sorted(x.split(".h")[0] for x in drawn) == [
             "decoder.2.cross",
@@ -134,7 +135,30 @@ def test_random_heads_are_of_the_same_layers_where_there_are_enough():
             "encoder.1.cross",
         ]
     study = heads._Study(model, examples, "encoder.1.cross.h*@answer", None, 0)
-    assert all(".1.cross" not in str(s) for s in study._random())
+    assert all(".1.cross" not in str(s) for s in study._random(0))
+
+
+def test_every_draw_has_its_own_seed():
+    """What is measured beside it, and the order of the examples, change no number of a measure."""
+    keys, examples = ["site", "measure"], planted_examples(16)
+    numbers = ["value", "low", "high", "null", "p_value", "n"]
+
+    def rows(examples, sites=SITES, corrupt="image"):
+        table = heads.functions(planted(), examples, sites, corrupt)
+        return table.measures.set_index(keys)[numbers], table.together
+
+    whole, known = rows(examples)
+    turned, together = rows(examples[::-1])
+    pd.testing.assert_frame_equal(turned, whole, check_exact=True)
+    pd.testing.assert_frame_equal(together, known, check_exact=True)
+    on_masks = whole.index.get_level_values("measure").isin(heads.ON_MASKS)
+    without, _ = rows([replace(e, masks={}) for e in examples])
+    pd.testing.assert_frame_equal(without, whole[~on_masks], check_exact=True)
+    unpatched, _ = rows(examples, corrupt=None)
+    wanted = whole.drop("effect", level="measure")
+    pd.testing.assert_frame_equal(unpatched, wanted, check_exact=True)
+    fewer, _ = rows(examples, ["encoder.0.cross.h0@all", "encoder.0.cross.h2@all"])
+    pd.testing.assert_frame_equal(fewer, whole.loc[fewer.index], check_exact=True)
 
 
 def test_the_tables_are_written(tmp_path):

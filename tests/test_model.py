@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
 import torch
+from families import blip2, blip_captioning
 from models import WORDS, blip, example, picture
 
-from vlmscope.errors import ExampleError, ModelError, SiteError
+from vlmscope import neurons
+from vlmscope.errors import ExampleError, ModelError, SiteError, VlmscopeError
 from vlmscope.families import blip as table
 from vlmscope.inputs import Edit
 from vlmscope.model import Model
@@ -105,8 +109,12 @@ def test_edits_leave_the_model_as_it_was():
     before = model.run(inputs)
     edit = Edit(Site.parse("encoder.0.resid@all"), "set", 0.0)
     assert not torch.equal(model.run(inputs, [edit]), before)
-    with pytest.raises(RuntimeError):
+    with pytest.raises(
+        VlmscopeError, match=r"'encoder.0.resid@all' has the shape \(3, 3\); .*\(9, 8\)"
+    ):
         model.run(inputs, [Edit(edit.site, "set", torch.zeros(3, 3))])
+    with pytest.raises(VlmscopeError, match=r"shape \(2, 9, 8\)"):
+        model.run(inputs, [Edit(edit.site, "scale", torch.zeros(2, 9, 8))])
     assert torch.equal(model.run(inputs), before)
 
 
@@ -117,6 +125,72 @@ def test_edits_that_make_no_sense_are_refused():
         Edit(Site.parse("encoder.0.resid@all"), "mul", 0.0)
     with pytest.raises(SiteError, match="names 2"):
         model.run(inputs, [Edit(Site.parse("encoder.*.resid@all"), "set", 0.0)])
+
+
+def test_an_edit_takes_an_expression():
+    model = blip()
+    inputs = model.prepare(example()).clean
+    edit = Edit("encoder.0.attn.h1@2", "scale", 0.0)
+    assert edit.site == Site.parse("encoder.0.attn.h1@2")
+    assert torch.equal(model.run(inputs, [edit]), model.run(inputs, [replace(edit, value=0.0)]))
+    with pytest.raises(SiteError, match="no position"):
+        Edit("encoder.0.attn", "scale", 0.0)
+
+
+def test_wrong_types_are_one_line():
+    """In a process of its own, without the tests' type checker, as a user meets them."""
+    script = """
+import vlmscope
+for arguments in ((3, "set", 0.0), ("encoder.0.resid@all", "set", [1.0]), ("encoder.0.resid@all", "mul", 0.0)):
+    try:
+        vlmscope.Edit(*arguments)
+    except vlmscope.VlmscopeError as error:
+        print(error)
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.stdout.splitlines() == [
+        "the site of an edit is 3 (int); expected a Site, or an expression such as 'decoder.2.attn.h1@all'",
+        "the value of an edit is [1.0] (list); expected a number or a tensor",
+        "unknown operation 'mul' of an edit; expected set, add or scale",
+    ], done.stderr
+
+
+def test_errors_of_the_forward_are_not_all_the_processors(monkeypatch):
+    model = blip()
+    inputs = model.prepare(example()).clean
+
+    def fail(*args, **keywords):
+        raise ValueError(fail.why)
+
+    monkeypatch.setattr(model.hf.text_encoder, "forward", fail)
+    fail.why = "something else"
+    with pytest.raises(ValueError, match="something else"):
+        model.run(inputs)
+    for fail.why in (
+        "Image features and image tokens do not match, tokens: 3, features: 4",
+        "Input image size (3*3) doesn't match model (4*4).",
+    ):
+        with pytest.raises(ModelError, match="refuses what its processor made of the example"):
+            model.run(inputs)
+
+
+@pytest.mark.parametrize("make", [blip_captioning, blip2], ids=["BLIP", "OPT"])
+def test_no_more_is_said_than_there_are_positions(make):
+    """Up to the longest prompt, which leaves room for one token; a longer one is refused by itself."""
+    model = make()
+    longest = model.hf.config.get_text_config().max_position_embeddings
+    alone = len(model.inputs(picture(1), "").layout["decoder"].tokens)
+    for many in (longest - 40, longest - 19, longest - 18, longest - 1, longest):
+        inputs = model.inputs(picture(1), " ".join(["red"] * (many - alone)))
+        assert len(inputs.layout["decoder"].tokens) == many
+        room = longest - many + 1
+        assert model.room(inputs, 20) == min(20, room) >= 1
+        model.answer(inputs)
+        assert len(neurons.say(model, inputs).ids) <= room
+    with pytest.raises(
+        ExampleError, match=f"{longest + 1} tokens, the model takes at most {longest}"
+    ):
+        model.inputs(picture(1), " ".join(["red"] * (longest + 1 - alone)))
 
 
 def test_an_answer_under_an_edit():
@@ -145,7 +219,10 @@ def test_an_answer_under_an_edit():
             {"corrupt_prompt": "is this circle unhappy or yellow ?"},
             r"word 4 is 'red' \(1 tokens\) in the clean one, 'unhappy' \(2 tokens\)",
         ),
-        ({"clean_prompt": "red " * 30, "corrupt_prompt": None}, "32 tokens.*at most 24"),
+        (
+            {"clean_prompt": "red " * 30, "corrupt_prompt": None, "roles": {}},
+            "32 tokens.*at most 24",
+        ),
     ],
 )
 def test_an_example_that_cannot_be_run_says_why(changes, message):
@@ -212,6 +289,29 @@ def test_attention_is_the_models_own():
     by_hand = model.hf(**inputs.tensors, output_attentions=True)
     whole = model.attention(inputs, "vision", "attn", range(10))
     torch.testing.assert_close(whole, torch.cat(by_hand.attentions).float())
+
+
+def test_attention_from_a_named_position():
+    model = blip(layers=3, heads=2)
+    inputs = model.prepare(example()).clean
+    for name, at in (
+        ("last", [8]),
+        ("answer", [4]),
+        ("-1", [8]),
+        ("2-3", [2, 3]),
+        ("all", range(9)),
+    ):
+        wanted = model.attention(inputs, "encoder", "cross", at)
+        assert torch.equal(model.attention(inputs, "encoder", "cross", name), wanted)
+    assert torch.equal(*(model.attention(inputs, "encoder", "attn", [n]) for n in (-1, 8)))
+    for at, why in (
+        ("middle", "no position 'middle' in the encoder tower"),
+        ([9], "no position 9 in the encoder tower; expected whole numbers from 0 to 8, or a name"),
+    ):
+        with pytest.raises(SiteError, match=why):
+            model.attention(inputs, "encoder", "attn", at)
+    with pytest.raises(SiteError, match="this model has no 'qformer' tower"):
+        model.attention(inputs, "qformer", "attn", [0])
 
 
 def test_experts_are_no_neurons():

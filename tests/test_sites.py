@@ -175,6 +175,18 @@ def layout_of(words: str, roles: dict[str, tuple[int, ...]], fed: int = 0) -> La
     )
 
 
+def test_a_pattern_has_no_single_place():
+    for text, why in (
+        ("encoder.*.resid@all", r"'\*' is a pattern of layers; expected one here"),
+        ("encoder.0-2.resid@all", "'0-2' is a pattern of layers"),
+        ("encoder.*/3.resid@all", "a window of layers|pattern of layers"),
+    ):
+        with pytest.raises(SiteError, match=why):
+            _ = Site.parse(text).point
+    with pytest.raises(SiteError, match=r"'\*' is a pattern of units"):
+        _ = Site.parse("encoder.1.attn.h*@all").index
+
+
 def test_slots_meet_over_prompts_of_other_lengths():
     short = layout_of("is it red ? ASSISTANT :", {"answer": (7,)})
     assert slots(short) == ("0", "1", "image[0,0]", "image[0,1]", "image.2", "2", "3", "answer",

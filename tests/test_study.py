@@ -8,12 +8,15 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from importlib.metadata import PackageNotFoundError
 
 import pandas as pd
 import pytest
+from families import blip_captioning
 from models import blip, example
 
 import vlmscope
+from vlmscope import study
 from vlmscope.corrupt import Noise
 from vlmscope.errors import DataError, SiteError, StoreError, VlmscopeError
 from vlmscope.example import find_roles
@@ -74,6 +77,64 @@ def test_several_positions_at_once_have_no_position():
     table = sweep(blip(), [example()], ["encoder.0.resid@all", "encoder.0.resid@noun"])
     assert table["position"].isna().tolist() == [True, False]
     assert table["token"].isna().tolist() == [True, False] and table["token"][1] == "circle"
+
+
+def test_examples_by_name_or_alone(tmp_path):
+    """A CSV file, as text or path, and a single example are what a list of them is."""
+    model, given = blip(), several(2)
+    vlmscope.write_csv(tmp_path / "mine.csv", given)
+    read = vlmscope.read_csv(tmp_path / "mine.csv")
+    wanted = sweep(model, read, SITES)
+    for one in (tmp_path / "mine.csv", str(tmp_path / "mine.csv")):
+        pd.testing.assert_frame_equal(sweep(model, one, SITES), wanted)
+    pd.testing.assert_frame_equal(sweep(model, given[0], SITES), sweep(model, given[:1], SITES))
+    assert len(baselines(model, str(tmp_path / "mine.csv"))) == 2
+    (tmp_path / "mine.png").write_bytes(b"\x89PNG")
+    with pytest.raises(DataError, match=r"mine.png, line 1: not UTF-8"):
+        sweep(model, str(tmp_path / "mine.png"), SITES)
+    with pytest.raises(DataError, match="no data set 'mine': not a built-in set"):
+        sweep(model, "mine", SITES)
+    with pytest.raises(DataError, match=r"example 1 is a str \('b'\); expected an Example"):
+        sweep(model, iter([given[0], "b"]), SITES)
+
+
+def test_prompts_near_the_models_limit_do_not_end_a_sweep():
+    """BLIP's captioning decoder has 64 positions; what is too long is left out by itself."""
+    model = blip_captioning()
+    prompts = {
+        "fits": "is this red",
+        "nearly": "red " * 50,
+        "just": "red " * 63,
+        "over": "red " * 64,
+    }
+    given = [
+        example(text.strip(), id=name, corrupt_prompt=None, roles={})
+        for name, text in prompts.items()
+    ]
+    with pytest.warns(
+        UserWarning, match="1 of 4 examples were left out; 'over': the prompt has 65"
+    ):
+        table = sweep(model, given, "decoder.2.resid@last")
+    assert table["example"].tolist() == ["fits", "nearly", "just"]
+
+
+def test_what_turns_pictures_into_pixels_is_part_of_a_run(tmp_path, monkeypatch):
+    """Another torchvision, or none, is another run."""
+    monkeypatch.setattr(study, "version", lambda package: f"{package} 1")
+    sweep(blip(), [example()], "encoder.0.resid@last", out=tmp_path / "run")
+    versions = vlmscope.read_run(tmp_path / "run").spec["versions"]
+    assert versions["torchvision"] == "torchvision 1" and versions["pillow"] == "pillow 1"
+
+    def without(package):
+        if package == "torchvision":
+            raise PackageNotFoundError(package)
+        return f"{package} 1"
+
+    monkeypatch.setattr(study, "version", without)
+    with pytest.raises(StoreError, match="versions"):
+        sweep(blip(), [example()], "encoder.0.resid@last", out=tmp_path / "run")
+    sweep(blip(), [example()], "encoder.0.resid@last", out=tmp_path / "other")
+    assert "torchvision" not in vlmscope.read_run(tmp_path / "other").spec["versions"]
 
 
 def test_effect_is_null_where_nothing_was_corrupted():

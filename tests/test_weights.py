@@ -13,7 +13,7 @@ from transformers import LlavaForConditionalGeneration, LlavaProcessor
 import vlmscope
 from vlmscope import rewrite, weights
 from vlmscope.data import BUILT_IN, examples
-from vlmscope.errors import ExampleError, ModelError, StoreError
+from vlmscope.errors import ExampleError, ModelError, StoreError, VlmscopeError
 from vlmscope.model import Model, load
 from vlmscope.weights import WeightEdit
 
@@ -77,6 +77,60 @@ def test_composed(toy):
     with vlmscope.edited(toy, both):
         torch.testing.assert_close(toy.down(1).weight, wanted)
     assert str(both) == f"a -> b: 4 neurons (layer 1: 3, layer 3: 1), size {both.size:.3g}"
+
+
+def test_an_edit_made_on_another_is_for_what_that_one_leaves(toy, tmp_path):
+    """Alone, or in another order, it is refused; in the right order it is undone bit for bit."""
+    before, base = state(toy), drawn(toy, 3, 7, 9)
+    other = drawn(toy, 3, 9, seed=2)
+    with vlmscope.edited(toy, base):
+        made = rewrite.edit(
+            toy, held_out(12, 0), "red", "blue", prompt=ASK, neurons=10, solver="closed"
+        )
+        assert made.on == (base.digest,) == toy.edits
+        with vlmscope.edited(toy, made):
+            wanted = state(toy)
+    assert toy.edits == ()
+    made.save(tmp_path / "made.safetensors")
+    made = WeightEdit.load(tmp_path / "made.safetensors")
+    assert made.on == (base.digest,) and str(made).endswith(f", on {base.digest[:8]}")
+    for wrong, why in (
+        ([made], f"{base.digest[:8]} is not made here"),
+        ([made, base], "is not made here"),
+        ([other, made], "is not made here"),
+        ([base, base, made], "in another order or number"),
+    ):
+        with pytest.raises(ModelError, match=why), vlmscope.edited(toy, *wrong):
+            pass
+    with vlmscope.edited(toy, base, made):
+        assert all(torch.equal(value, wanted[name]) for name, value in state(toy).items())
+    with vlmscope.edited(toy, base, other, made):
+        pass
+    assert all(torch.equal(value, before[name]) for name, value in state(toy).items())
+    both = base + made
+    assert both.on == ()
+    with vlmscope.edited(toy, both):
+        torch.testing.assert_close(state(toy), wanted)
+    with pytest.raises(ModelError, match="was made on others than"):
+        other + made
+    with pytest.raises(ModelError, match="is not made here"):
+        weights.export(toy, [made], tmp_path / "model")
+
+
+def test_a_margin_is_of_the_closed_solver(toy):
+    """The learned one has another end, and says so before anything is computed."""
+    with pytest.raises(VlmscopeError, match=r"a margin is of the closed solver; .* of 0.9; leave"):
+        rewrite.edit(toy, [], "red", "blue", margin=2.0)
+    with pytest.raises(VlmscopeError, match="unknown solver 'x'; expected closed or learned"):
+        rewrite.checked("x", None)
+    given = held_out(12, 0)
+    small, large = (
+        rewrite.edit(
+            toy, given, "red", "blue", prompt=ASK, neurons=30, solver="closed", margin=margin
+        )
+        for margin in (1.0, 6.0)
+    )
+    assert large.size > 1.2 * small.size
 
 
 def test_saved_and_loaded(toy, tmp_path):

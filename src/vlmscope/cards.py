@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ import pyarrow.parquet as pq
 
 from vlmscope import concepts, rewrite
 from vlmscope import neurons as contributions
+from vlmscope.data import Examples, listed
 from vlmscope.errors import ExampleError, ModelError, StoreError, VlmscopeError
 from vlmscope.example import Example, open_image
 from vlmscope.model import Model
@@ -39,7 +40,7 @@ LEVEL = 0.95
 def find(
     out: str | os.PathLike[str],
     model: Model,
-    examples: Iterable[Example],
+    examples: Examples,
     words: Sequence[str] = (),
     *,
     prompt: str | None = None,
@@ -59,7 +60,7 @@ def find(
 
     Raises `ExampleError` if no caption has any of the words.
     """
-    folder, examples = Path(out), list(examples)
+    folder, examples = Path(out), listed(examples)
     captions, schema, problems = [], None, []
     kept: list[pd.DataFrame] = []
     with _writing(folder):
@@ -143,7 +144,7 @@ def _layers(table: pd.DataFrame) -> pd.DataFrame:
 def describe(
     out: str | os.PathLike[str],
     model: Model,
-    examples: Iterable[Example],
+    examples: Examples,
     words: Sequence[str] = (),
     neurons: Sequence[tuple[int, int]] = (),
     *,
@@ -159,7 +160,7 @@ def describe(
     `driving.csv` (the pictures that drive a neuron most), `measures.csv` (see `concepts.measure`, where there are
     enough pictures), and the pictures. Returns the cards.
     """
-    folder, examples = Path(out), list(examples)
+    folder, examples = Path(out), listed(examples)
     with _writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
         cards, ranked = _cards(model, examples, words, neurons, prompt)
@@ -271,7 +272,7 @@ def _look(
 def perturb(
     out: str | os.PathLike[str],
     model: Model,
-    examples: Iterable[Example],
+    examples: Examples,
     words: Sequence[str],
     *,
     prompt: str | None = None,
@@ -287,7 +288,7 @@ def perturb(
     with _writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
         table = concepts.perturb(
-            model, list(examples), prompt, words, tops=tops, sigmas=sigmas, seed=seed
+            model, listed(examples), prompt, words, tops=tops, sigmas=sigmas, seed=seed
         )
         table.to_csv(folder / "perturb.csv", index=False)
         _about(folder, {"what": "perturb", "model": model.name, "weights": model.fingerprint(),
@@ -299,7 +300,7 @@ def edit(
     out: str | os.PathLike[str],
     model: Model,
     made: WeightEdit,
-    examples: Iterable[Example],
+    examples: Examples,
     *,
     prompts: Sequence[str | None] = (None,),
     objects: Sequence[str] = (),
@@ -311,7 +312,7 @@ def edit(
     its length before, and that of the change), and some pictures; with names of `objects` also `objects.csv`
     (see `rewrite.objects`), for examples that say what they show. Returns the measures.
     """
-    folder, examples = Path(out), list(examples)
+    folder, examples = Path(out), listed(examples)
     source, target = made.about.get("from", ""), made.about.get("to") or None
     with _writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
@@ -339,7 +340,7 @@ def edit(
         other = captions[~captions["has"]].head(SHOWN)["example"].tolist()
         _pictures(folder, model, [e for e in examples if e.id in {*has, *other}])
         _about(folder, {"what": "edit", "model": model.name, "weights": made.model, **made.about,
-                        "neurons": len(made.neurons), "size": made.size})  # fmt: skip
+                        "digest": made.digest, "on": list(made.on), "neurons": len(made.neurons), "size": made.size})  # fmt: skip
     return measures
 
 

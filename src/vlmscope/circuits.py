@@ -24,6 +24,7 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 from scipy import stats
 
+from vlmscope import seeds
 from vlmscope.errors import StoreError, VlmscopeError
 from vlmscope.store import Run, read_run
 
@@ -196,10 +197,9 @@ def assess(
     >>> table["important"].tolist(), table["confirmed"].tolist()
     ([True, False, False], [True, False, False])
     """
-    rng = np.random.default_rng(seed)
     mean, size = scores.mean(0), np.abs(scores).mean(0)
-    low, high = bootstrap(scores, rng)
-    p, q, important = _important(scores, rng, least)
+    low, high = bootstrap(scores, seeds.rng(seed, "interval"))
+    p, q, important = _important(scores, seeds.rng(seed, "signs"), least)
     half = _half(ids, seed)
     return pd.DataFrame(
         {
@@ -211,7 +211,7 @@ def assess(
             "q_value": q,
             "important_published": size >= size.mean() + 2 * size.std(),
             "important": important,
-            "confirmed": _confirmed(scores[half], scores[~half], rng, least),
+            "confirmed": _confirmed(scores[half], scores[~half], seeds.rng(seed, "halves"), least),
         }
     )
 

@@ -546,7 +546,12 @@ def neurons_edit(
         typer.Option(help="Objects that captions may name wrongly (CHAIR, POPE); once for each."),
     ] = None,
     solver: Annotated[Solver, typer.Option(help="How it is found.")] = Solver.learned,
-    margin: Annotated[float, typer.Option(help="Logits by which the new word leads.")] = 4.0,
+    margin: Annotated[
+        float | None,
+        typer.Option(
+            help="With --solver closed: logits by which the new word leads.  [default: 4]"
+        ),
+    ] = None,
     locality: Annotated[float, typer.Option(min=0, help="What the rest weighs.")] = 1.0,
     on: Annotated[
         list[Path] | None, typer.Option(help="Edits that are made before; once for each.")
@@ -563,19 +568,19 @@ def neurons_edit(
 
     Made on one half of the data and assessed on the other, by free generation; the card lies beside it.
     """
-    import random
-
     from vlmscope import cards, rewrite, weights
     from vlmscope.data import examples
     from vlmscope.model import load
     from vlmscope.report import write_report
+    from vlmscope.seeds import shuffled
 
     if (target is None) != suppress:
         raise VlmscopeError("give either --to WORD or --suppress")
+    rewrite.checked(solver.value, margin)
     loaded = load(model, dtype=dtype.value, device=device)
     before = [weights.WeightEdit.load(path) for path in on or []]
     given = examples(data, limit=limit, seed=seed)
-    random.Random(seed).shuffle(given)
+    given = [given[n] for n in shuffled(seed, [one.id for one in given], "halves")]
     half = (len(given) + 1) // 2
     with weights.edited(loaded, *before):
         made = rewrite.edit(
@@ -609,7 +614,8 @@ def neurons_edits(
     from vlmscope.weights import WeightEdit
 
     for path in files:
-        print(f"{path}: {WeightEdit.load(path)}")
+        edit = WeightEdit.load(path)
+        print(f"{path} ({edit.digest[:8]}): {edit}")
 
 
 @app.command()
@@ -677,7 +683,7 @@ def generate(
 
     An edit is made as the model reads the prompt; positions count from its start.
     """
-    from vlmscope.inputs import Edit, parse_edit
+    from vlmscope.inputs import parse_edit
     from vlmscope.model import load
     from vlmscope.sites import Site
 
@@ -689,8 +695,7 @@ def generate(
     inputs = loaded.inputs(image, prompt)
     if sites and other is not None:
         source = loaded.inputs(other, prompt)
-        found = loaded.capture(source, sites)
-        edits += [Edit(Site.parse(site), "set", value) for site, value in found.items()]
+        edits += loaded.copied(source, inputs, sites)
         print(f"the other picture: {loaded.answer(source)}")
     print(f"without edits:     {loaded.answer(inputs)}")
     if edits:

@@ -12,7 +12,7 @@ random; random neurons are given beside it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -26,11 +26,13 @@ from scipy import stats
 from torch import Tensor
 
 from vlmscope.circuits import bootstrap, sign_flip
+from vlmscope.data import Examples, listed
 from vlmscope.errors import DataError
 from vlmscope.example import Example
 from vlmscope.inputs import Edit, Inputs
 from vlmscope.model import Access, Model, embedder, hooks
 from vlmscope.neurons import Caption, say, taught, top_tokens, weights
+from vlmscope.seeds import rng, shuffled
 from vlmscope.sites import Point
 from vlmscope.study import progress
 from vlmscope.weights import changed
@@ -80,7 +82,7 @@ class _Word:
 
 def measure(
     model: Model,
-    examples: Iterable[Example],
+    examples: Examples,
     prompt: str | None = None,
     words: Sequence[str] | None = None,
     *,
@@ -116,13 +118,13 @@ def measure(
 
     Raises `DataError` if no word can be measured.
     """
-    study = _Study(model, list(examples), prompt, top, seed)
+    study = _Study(model, listed(examples), prompt, top, seed)
     return study.run(words, causal, None if embedding is None else embedder(embedding))
 
 
 def perturb(
     model: Model,
-    examples: Iterable[Example],
+    examples: Examples,
     prompt: str | None,
     words: Sequence[str],
     *,
@@ -140,7 +142,7 @@ def perturb(
 
     Raises `DataError` if a word cannot be measured.
     """
-    study = _Study(model, list(examples), prompt, 1, seed)
+    study = _Study(model, listed(examples), prompt, 1, seed)
     return study.perturb(words, tops, sigmas)
 
 
@@ -153,8 +155,10 @@ class _Study:
         top: int | None,
         seed: int,
     ) -> None:
-        self.model, self.prompt, self.rng = model, prompt, np.random.default_rng(seed)
-        self.examples = examples
+        self.model, self.prompt, self.seed = model, prompt, seed
+        # In the order of their ids, so that no number depends on the one in which they came.
+        order = shuffled(seed, [one.id for one in examples])
+        self.examples = examples = [examples[n] for n in order]
         self.layers = model.shapes[model.speaker].having("mlp")
         self.width = model.shapes[model.speaker].neurons
         self.many = len(self.layers) * self.width
@@ -182,9 +186,11 @@ class _Study:
                 step(0, number + 1)
         self.highest, self.lowest, self.size = np.stack(highest), np.stack(lowest), np.stack(size)
         self.mean = torch.tensor(mean / max(1, len(examples)), dtype=torch.float32)
-        order = self.rng.permutation(len(examples))
-        self.first = np.zeros(len(examples), bool)
-        self.first[order[: len(order) // 2]] = True
+        self.first = np.arange(len(examples)) < len(examples) // 2
+
+    def _rng(self, one: _Word, *what: object) -> np.random.Generator:
+        """The generator of one draw for a word."""
+        return rng(self.seed, one.word, *what)
 
     def _inputs(self, one: Example, said: Sequence[int] = ()) -> Inputs:
         return self.model.inputs(
@@ -265,7 +271,7 @@ class _Study:
         one.chosen["contribution"] = self._best(one.said[which].mean(0))
         one.chosen["gradient"] = self._best(self._gradient(one, np.flatnonzero(which)))
         one.chosen["activation"] = self._best(self.size[which].mean(0))
-        one.chosen["random"] = self._random(one.chosen["contribution"])
+        one.chosen["random"] = self._random(one.chosen["contribution"], self._rng(one, "random"))
 
     def _gradient(self, one: _Word, which: NDArray[np.int64]) -> Array:
         """Gradient times activation where the word is said, meant over some pictures."""
@@ -296,25 +302,26 @@ class _Study:
             total, count = total + np.concatenate(rows), count + 1
         return total / max(1, count)
 
-    def _random(self, chosen: NDArray[np.int64]) -> NDArray[np.int64]:
+    def _random(self, chosen: NDArray[np.int64], draw: np.random.Generator) -> NDArray[np.int64]:
         """As many other neurons of the same layers."""
         found: list[int] = []
         for layer, many in zip(*np.unique(chosen // self.width, return_counts=True), strict=True):
             free = np.setdiff1d(np.arange(self.width) + layer * self.width, chosen)
-            found += self.rng.choice(free, min(many, len(free)), replace=False).tolist()
+            found += draw.choice(free, min(many, len(free)), replace=False).tolist()
         return np.array(found, dtype=np.int64)
 
-    def _by_chance(self, one: _Word) -> NDArray[np.bool_]:
+    def _by_chance(self, one: _Word, draw: np.random.Generator) -> NDArray[np.bool_]:
         """Labels shuffled over the pictures of each half."""
         labels = one.shown.copy()
         for half in (True, False):
-            labels[self.first == half] = self.rng.permutation(labels[self.first == half])
+            labels[self.first == half] = draw.permutation(labels[self.first == half])
         return labels
 
     def _chosen_by_chance(
-        self, one: _Word, draws: int
+        self, one: _Word, draws: int, measure: str
     ) -> list[tuple[NDArray[np.int64], NDArray[np.bool_]]]:
-        labels = [self._by_chance(one) for _ in range(draws)]
+        draw = self._rng(one, measure, "labels")
+        labels = [self._by_chance(one, draw) for _ in range(draws)]
         return [(self._best(one.said[self.first & some].mean(0)), some) for some in labels]
 
     # -- the measures ----------------------------------------------------------------------------
@@ -327,11 +334,9 @@ class _Study:
                 "ci_high": high, "null": null, "random": random, "p_value": p, "n": n}  # fmt: skip
 
     def _sensitivity(self, one: _Word) -> list[dict[str, Any]]:
-        nulls = [some for some, _ in self._chosen_by_chance(one, DRAWS)]
-        which = np.flatnonzero(self.first & one.shown)
-        again = [
-            self._best(one.said[self.rng.choice(which, len(which))].mean(0)) for _ in range(DRAWS)
-        ]
+        nulls = [some for some, _ in self._chosen_by_chance(one, DRAWS, "sensitivity")]
+        which, draw = np.flatnonzero(self.first & one.shown), self._rng(one, "sensitivity")
+        again = [self._best(one.said[draw.choice(which, len(which))].mean(0)) for _ in range(DRAWS)]
         names = self._named(one, np.unique(np.concatenate([*one.chosen.values(), *nulls, *again])))
         share = lambda some: float(np.mean([names[int(n)] for n in some]))  # noqa: E731
         null = np.array([share(some) for some in nulls])
@@ -357,10 +362,17 @@ class _Study:
             tokens = [[w or "?" for w, _ in top] for top in top_tokens(self.model, places, WORDS)]
             found[method] = np.array([float((embed(top) @ own).mean()) for top in tokens], float)
         for method, values in found.items():
-            low, high = bootstrap(values[:, None], self.rng)
-            rows.append(self._row(one, method, "similarity", float(values.mean()), low=low[0], high=high[0],
+            low, high = self._interval(one, method, "similarity", values)
+            rows.append(self._row(one, method, "similarity", float(values.mean()), low=low, high=high,
                                   random=float(found["random"].mean()), n=len(values)))  # fmt: skip
         return rows
+
+    def _interval(
+        self, one: _Word, method: str, measure: str, values: Array
+    ) -> tuple[float, float]:
+        own = np.asarray(values, np.float64)[:, None]
+        ((low,), (high,)) = bootstrap(own, self._rng(one, measure, method))
+        return float(low), float(high)
 
     def _named(self, one: _Word, some: NDArray[np.int64]) -> dict[int, bool]:
         """Whether the word's token is among the top tokens of each neuron; a few neurons at a time."""
@@ -379,60 +391,41 @@ class _Study:
 
     def _specificity(self, one: _Word) -> list[dict[str, Any]]:
         held = ~self.first
-        rows = []
+        shown, rows = one.shown[held], []
         for method, some in one.chosen.items():
-            value, low, high = self._auc(one, some, one.shown, interval=True)
-            row = self._row(one, method, "auc", value, low=low, high=high, n=int(held.sum()))
-            values = one.reach[np.ix_(held, some)]
-            index, lo, hi = self._selectivity(values, one.shown[held])
-            other = self._row(one, method, "selectivity", index, low=lo, high=hi, n=int(held.sum()))
-            if method == "contribution":
-                chance = self._chosen_by_chance(one, DRAWS)
-                null = np.array([self._auc(one, n, labels)[0] for n, labels in chance])
-                drawn = np.array(
-                    [self._auc(one, self._random(some), one.shown)[0] for _ in range(DRAWS)]
-                )
-                # What random neurons tell as well is not theirs: the less likely of both nulls counts.
-                p = max((1 + (x >= value - 1e-12).sum()) / (1 + len(x)) for x in (null, drawn))
-                row |= {"null": null.mean(), "random": drawn.mean(), "p_value": p}
-                flat = [
-                    self._selectivity(one.reach[np.ix_(held, n)], labels[held])[0]
-                    for n, labels in chance
-                ]
-                drawn_ = [self._selectivity(one.reach[np.ix_(held, self._random(some))], one.shown[held])[0]
-                          for _ in range(DRAWS)]  # fmt: skip
-                p = max(
-                    (1 + (np.array(x) >= index - 1e-12).sum()) / (1 + len(x))
-                    for x in (flat, drawn_)
-                )
-                other |= {"null": np.mean(flat), "random": np.mean(drawn_), "p_value": p}
-            rows += [row, other]
+            place, values = self._telling(one, some, one.shown), one.reach[np.ix_(held, some)]
+            found = {"auc": (_auc, one.reach[held, place]), "selectivity": (_index, values)}
+            for measure, (function, own) in found.items():
+                value = function(own, shown)
+                low, high = _again(function, own, shown, self._rng(one, measure, method))
+                row = self._row(one, method, measure, value, low=low, high=high, n=int(held.sum()))
+                if method == "contribution":
+                    row |= self._against(one, some, measure, value)
+                rows.append(row)
         return rows
 
-    def _auc(
-        self, one: _Word, some: NDArray[np.int64], labels: NDArray[np.bool_], interval: bool = False
-    ) -> tuple[float, float, float]:
-        """The AUC on the second half of the neuron that has the best one on the first."""
-        best = int(np.argmax([_auc(one.reach[self.first, n], labels[self.first]) for n in some]))
-        values, held = one.reach[~self.first, some[best]], labels[~self.first]
-        found = _auc(values, held)
-        if not interval:
-            return found, np.nan, np.nan
-        drawn = []
-        for _ in range(DRAWS):
-            at = self.rng.integers(len(values), size=len(values))
-            if 0 < held[at].sum() < len(at):
-                drawn.append(_auc(values[at], held[at]))
-        return found, *np.quantile(drawn, [0.025, 0.975])
+    def _against(
+        self, one: _Word, some: NDArray[np.int64], measure: str, value: float
+    ) -> dict[str, float]:
+        """A measure's two nulls: neurons chosen by shuffled labels, and random neurons."""
+        held = ~self.first
 
-    def _selectivity(self, values: Array, labels: NDArray[np.bool_]) -> tuple[float, float, float]:
-        index = _index(values, labels)
-        drawn = []
-        for _ in range(50):
-            at = self.rng.integers(len(values), size=len(values))
-            if 0 < labels[at].sum() < len(at):
-                drawn.append(_index(values[at], labels[at]))
-        return index, *np.quantile(drawn, [0.025, 0.975])
+        def scored(neurons: NDArray[np.int64], labels: NDArray[np.bool_]) -> float:
+            if measure == "auc":
+                return _auc(one.reach[held, self._telling(one, neurons, labels)], labels[held])
+            return _index(one.reach[np.ix_(held, neurons)], labels[held])
+
+        null = np.array([scored(*drawn) for drawn in self._chosen_by_chance(one, DRAWS, measure)])
+        draw = self._rng(one, measure, "neurons")
+        drawn = np.array([scored(self._random(some, draw), one.shown) for _ in range(DRAWS)])
+        # What random neurons tell as well is not theirs: the less likely of both nulls counts.
+        p = max((1 + (x >= value - 1e-12).sum()) / (1 + len(x)) for x in (null, drawn))
+        return {"null": null.mean(), "random": drawn.mean(), "p_value": p}
+
+    def _telling(self, one: _Word, some: NDArray[np.int64], labels: NDArray[np.bool_]) -> int:
+        """The neuron that has the best AUC on the first half of the pictures."""
+        first = self.first
+        return int(some[np.argmax([_auc(one.reach[first, n], labels[first]) for n in some])])
 
     def _overlaps(self, one: _Word, others: Sequence[_Word]) -> list[dict[str, Any]]:
         """How many top neurons pictures share: of the same word, and with another word's elsewhere."""
@@ -443,10 +436,11 @@ class _Study:
         tops = self._tops(one.said[which])
         shared, labels = _shared(tops), one.shown[which]
         value = _within(shared, labels)
-        null = np.array([_within(shared, self.rng.permutation(labels)) for _ in range(DRAWS)])
-        own = np.flatnonzero(labels)
+        draw = self._rng(one, "overlap", "labels")
+        null = np.array([_within(shared, draw.permutation(labels)) for _ in range(DRAWS)])
+        own, draw = np.flatnonzero(labels), self._rng(one, "overlap")
         drawn = [_within(shared[np.ix_(at, at)], None, at) for at in
-                 (self.rng.choice(own, len(own)) for _ in range(DRAWS))]  # fmt: skip
+                 (draw.choice(own, len(own)) for _ in range(DRAWS))]  # fmt: skip
         low, high = np.nanquantile(drawn, [0.025, 0.975])
         # Pictures that are alike share neurons for any token: what counts is how much more for this one.
         excess = value - _within(shared, np.ones(len(labels), bool))
@@ -482,9 +476,8 @@ class _Study:
     def _tokens(self) -> Iterator[tuple[int, Array]]:
         """Some tokens drawn from the vocabulary, and their weights."""
         vocabulary = len(self.model.unembedding(slice(None)))
-        drawn = np.random.default_rng(0).choice(
-            vocabulary, min(CONTROLS, vocabulary), replace=False
-        )
+        draw = rng(self.seed, "tokens")
+        drawn = draw.choice(vocabulary, min(CONTROLS, vocabulary), replace=False)
         for token in drawn.tolist():
             yield token, weights(self.model, [token])[0].flatten().float().cpu().numpy()
 
@@ -504,7 +497,8 @@ class _Study:
             if not fed.layout[site.tower].cells:
                 continue  # these tokens have no place in the picture that could be another's
             values = next(iter(self.model.capture(fed, [site]).values()))
-            mixed = Edit(site, "set", values[torch.tensor(self.rng.permutation(len(values)))])
+            draw = self._rng(one, "overlap, shuffled", "patches", example.id)
+            mixed = Edit(site, "set", values[torch.tensor(draw.permutation(len(values)))])
             with self.model.editing(fed, [mixed]):
                 again = taught(self.model, said.inputs, fed, said.ids[: at + 1])
             weight = torch.tensor(one.weight)
@@ -515,9 +509,9 @@ class _Study:
             shared.append(len(tops[0] & tops[1]) / self.top)
         if len(shared) < 2:
             return []
-        low, high = bootstrap(np.array(shared)[:, None], self.rng)
-        return [self._row(one, "contribution", "overlap, shuffled", float(np.mean(shared)), low=low[0],
-                          high=high[0], null=self.top / self.many, n=len(shared))]  # fmt: skip
+        low, high = self._interval(one, "contribution", "overlap, shuffled", np.array(shared))
+        return [self._row(one, "contribution", "overlap, shuffled", float(np.mean(shared)), low=low,
+                          high=high, null=self.top / self.many, n=len(shared))]  # fmt: skip
 
     # -- what happens without the neurons --------------------------------------------------------
 
@@ -528,8 +522,9 @@ class _Study:
         sets: dict[str, list[NDArray[np.int64]]] = {
             m: [s] for m, s in one.chosen.items() if m != "random"
         }
-        sets["random"] = [self._random(one.chosen["contribution"]) for _ in range(OTHERS)]
-        sets["null"] = [some for some, _ in self._chosen_by_chance(one, OTHERS)]
+        draw = self._rng(one, "drop", "neurons")
+        sets["random"] = [self._random(one.chosen["contribution"], draw) for _ in range(OTHERS)]
+        sets["null"] = [some for some, _ in self._chosen_by_chance(one, OTHERS, "drop")]
         base = np.array([self._sure(one, n) for n in numbers])
         rows: list[dict[str, Any]] = []
         for how in ("zero", "mean"):
@@ -541,11 +536,12 @@ class _Study:
             }
             drops = {name: base - values for name, values in after.items()}
             chance = {name: np.exp(base) - np.exp(values) for name, values in after.items()}
-            p = sign_flip((drops["contribution"] - drops["null"])[:, None], self.rng)[0]
+            apart = (drops["contribution"] - drops["null"])[:, None]
+            p = sign_flip(apart, self._rng(one, f"drop, {how}", "signs"))[0]
             for measure, table in ((f"drop, {how}", drops), (f"p drop, {how}", chance)):
                 for method in METHODS:
-                    low, high = bootstrap(table[method][:, None], self.rng)
-                    row = self._row(one, method, measure, float(table[method].mean()), low=low[0], high=high[0],
+                    low, high = self._interval(one, method, measure, table[method])
+                    row = self._row(one, method, measure, float(table[method].mean()), low=low, high=high,
                                     random=float(table["random"].mean()), n=len(numbers))  # fmt: skip
                     if method == "contribution":
                         row |= {
@@ -558,8 +554,8 @@ class _Study:
             for n in numbers:
                 with ablated(self.model, self._by_layer(sets[method][0])):
                     lost.append(one.token not in say(self.model, self.said[n].inputs).ids)
-            low, high = bootstrap(np.array(lost, float)[:, None], self.rng)
-            rows.append(self._row(one, method, "lost, zero", float(np.mean(lost)), low=low[0], high=high[0],
+            low, high = self._interval(one, method, "lost, zero", np.array(lost, float))
+            rows.append(self._row(one, method, "lost, zero", float(np.mean(lost)), low=low, high=high,
                                   n=len(lost)))  # fmt: skip
         return rows
 
@@ -587,24 +583,27 @@ class _Study:
                         )
                     self.top = k
                     top = self._best(order)
+                    other = self._random(top, self._rng(one, "random", k))
                     for how in ways:
-                        for name, some in (("top", top), ("random", self._random(top))):
-                            row = self._perturbed(one, numbers, base, some, how)
+                        for name, some in (("top", top), ("random", other)):
+                            draw = self._rng(one, "perturb", k, how, name)
+                            row = self._perturbed(one, numbers, base, some, how, draw)
                             rows.append({"word": one.word, "k": k, "how": how, "set": name, **row})
                         done += 1
                         step(0, done)
         return pd.DataFrame(rows)
 
     def _perturbed(
-        self, one: _Word, numbers: Sequence[int], base: Array, some: NDArray[np.int64], how: str
-    ) -> dict[str, Any]:
+        self, one: _Word, numbers: Sequence[int], base: Array, some: NDArray[np.int64], how: str,
+        draw: np.random.Generator,
+    ) -> dict[str, Any]:  # fmt: skip
         after, lost = [], []
         for n in numbers:
             with self._without(some, how, n):
                 after.append(self._sure(one, n))
                 lost.append(one.token not in say(self.model, self.said[n].inputs).ids)
         drop, chance = base - np.array(after), np.exp(base) - np.exp(after)
-        (low,), (high,) = bootstrap(chance[:, None], self.rng)
+        (low,), (high,) = bootstrap(chance[:, None], draw)
         return {"drop_log_p": drop.mean(), "drop_p": chance.mean(), "ci_low": low, "ci_high": high,
                 "lost": np.mean(lost), "n": len(numbers)}  # fmt: skip
 
@@ -613,7 +612,8 @@ class _Study:
         own = self._by_layer(some, how)
         if how.startswith("sigma"):
             columns = {layer: neurons for layer, (neurons, _) in own.items()}
-            with perturbed(self.model, columns, float(how.split()[1]), seed=number):
+            seed = int(rng(self.seed, "columns", self.examples[number].id).integers(2**63))
+            with perturbed(self.model, columns, float(how.split()[1]), seed=seed):
                 yield
         else:
             with ablated(self.model, own):
@@ -681,6 +681,22 @@ def _auc(values: Array, labels: NDArray[np.bool_]) -> float:
 def _index(values: Array, labels: NDArray[np.bool_]) -> float:
     with_, without = values[labels].mean(0), values[~labels].mean(0)
     return float(np.mean((with_ - without) / np.clip(np.abs(with_) + np.abs(without), 1e-12, None)))
+
+
+def _again(
+    function: Callable[[Array, NDArray[np.bool_]], float],
+    values: Array,
+    labels: NDArray[np.bool_],
+    draw: np.random.Generator,
+) -> tuple[float, float]:
+    """The interval of a function of pictures and their labels, pictures drawn anew."""
+    found = []
+    for _ in range(DRAWS):
+        at = draw.integers(len(values), size=len(values))
+        if 0 < labels[at].sum() < len(at):
+            found.append(function(values[at], labels[at]))
+    low, high = np.quantile(found, [0.025, 0.975])
+    return float(low), float(high)
 
 
 def _shared(tops: Sequence[set[int]]) -> Array:

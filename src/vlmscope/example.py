@@ -60,7 +60,9 @@ class Example:
     """One contrast: what was asked, what is true of the clean image, and what of the corrupt one.
 
     `roles` maps a role's name to the character spans `(start, end)` of its words, in
-    `clean_prompt` (by token alignment the same words hold it in `corrupt_prompt`). `masks` maps
+    `clean_prompt` (by token alignment the same words hold it in `corrupt_prompt`). Those that are not
+    given are looked up: `answer`, `foil` and each of `groups`, where its words stand in the prompt
+    (`find_roles`). `dataclasses.replace` with another prompt looks these up anew. `masks` maps
     an object's name to a black and white picture of the size of `clean_image`, white where the
     object is, or to the box around it: left, top, right, bottom in pixels of `clean_image`.
     `more_images` are further pictures that the prompt is about, behind the first and the same in
@@ -80,6 +82,41 @@ class Example:
     masks: Mapping[str, Picture | Box] = field(default_factory=dict)
     more_images: tuple[Picture, ...] = ()
     shows: frozenset[str] = frozenset()
+
+    def __post_init__(self) -> None:
+        prompt, known = self.clean_prompt, self.roles
+        given, of = (known.given, known.of) if isinstance(known, _Roles) else (dict(known), None)
+        for name, (start, end) in given.items():
+            if not 0 <= start < end <= len(prompt):
+                problem = f"the prompt has {len(prompt)} characters"
+            elif of is not None and of[start:end] != prompt[start:end]:
+                problem = f"there {prompt[start:end]!r} has taken the place of {of[start:end]!r}"
+            else:
+                continue
+            raise ExampleError(
+                f"example {self.id!r}: the role {name!r} is characters {start} to {end} of clean_prompt, and "
+                f"{problem}; give the roles of this prompt"
+            )
+        words = {**self.groups, "answer": self.answer, "foil": self.foil}
+        found = find_roles(prompt, words)
+        # A token of two roles is called by the first of them, so the options come first.
+        order = dict.fromkeys(("answer", "foil", *known, *self.groups))
+        roles = {name: (found | given)[name] for name in order if name in found | given}
+        own = {name: span for name, span in given.items() if found.get(name) != span}
+        object.__setattr__(self, "roles", _Roles(roles, own, prompt))
+
+
+class _Roles(dict[str, Span]):
+    """All roles of an example, which remember those that no lookup finds, and the prompt they are `of`."""
+
+    def __init__(
+        self,
+        roles: Mapping[str, Span] | Iterable[tuple[str, Span]],
+        given: Mapping[str, Span] | None = None,
+        of: str | None = None,
+    ) -> None:
+        super().__init__(roles)
+        self.given, self.of = dict(self if given is None else given), of
 
 
 def find_roles(prompt: str, words: Mapping[str, str]) -> dict[str, Span]:
@@ -246,7 +283,7 @@ def fingerprint(examples: Iterable[Example]) -> str:
 
     >>> example = Example("0", Image.new("RGB", (1, 1)), "Red or blue?", "red", "blue")
     >>> fingerprint([example])[:8]
-    'c49389bc'
+    '471d3f40'
     >>> fingerprint([example]) == fingerprint([example, example])
     False
     """
@@ -376,19 +413,15 @@ def _example(folder: Path, row: Mapping[str, str]) -> Example:
         if name not in fixed and not _is_mask(name) and not _is_more(name) and cell
     }
     further = sorted(name for name in row if _is_more(name) and row[name])
-    answer, foil = row["correct_answer"], row["incorrect_answer"]
-    # A token of two roles is called by the first of them, so the options come first.
-    words = {name: cell for name, cell in groups.items() if name not in ("answer", "foil")}
     corrupt_image = row.get("corrupt_image_path")
     return Example(
         id=row["id"],
         clean_image=folder / row["clean_image_path"],
         clean_prompt=row["clean_prompt"],
-        answer=answer,
-        foil=foil,
+        answer=row["correct_answer"],
+        foil=row["incorrect_answer"],
         corrupt_image=folder / corrupt_image if corrupt_image else None,
         corrupt_prompt=row.get("corrupt_prompt") or None,
-        roles=find_roles(row["clean_prompt"], {"answer": answer, "foil": foil} | words),
         groups=groups,
         masks=masks,
         more_images=tuple(folder / row[name] for name in further),

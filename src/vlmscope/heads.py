@@ -20,7 +20,7 @@ import json
 import os
 import warnings
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -37,11 +37,13 @@ from vlmscope import corrupt as corruptions
 from vlmscope import engine
 from vlmscope.circuits import bootstrap, sign_flip
 from vlmscope.corrupt import Noise
+from vlmscope.data import Examples, listed
 from vlmscope.errors import DataError, ExampleError, SiteError, StoreError
 from vlmscope.example import Box, Example, fingerprint, open_image
 from vlmscope.inputs import Edit, Pair
 from vlmscope.metrics import score
 from vlmscope.model import Model
+from vlmscope.seeds import rng, shuffled
 from vlmscope.sites import Point, Site, expand, grid, place
 from vlmscope.study import SHOWN, progress, sweep_to
 
@@ -105,7 +107,7 @@ class _Seen:
 
 def functions(
     model: Model,
-    examples: Iterable[Example],
+    examples: Examples,
     sites: str | Site | Sequence[str | Site],
     corrupt: str | Noise | None = "image",
     *,
@@ -131,14 +133,14 @@ def functions(
     >>> found.functions["label"].item() in LABELS
     True
     """
-    study = _Study(model, list(examples), sites, corrupt, seed)
+    study = _Study(model, listed(examples), sites, corrupt, seed)
     return Functions(*study.tables())
 
 
 def write(
     out: str | os.PathLike[str],
     model: Model,
-    examples: Iterable[Example],
+    examples: Examples,
     sites: str | Site | Sequence[str | Site],
     corrupt: str | Noise | None = "image",
     *,
@@ -149,9 +151,10 @@ def write(
 
     Writes `functions.csv`, `measures.csv`, `together.csv`, `maps.parquet` (the attention of each
     head in the first examples), `patches/` (a run that patches the image's patches in those, where
-    there is a corrupt image and the language model reads patches) and, last, `heads.json`. A folder that holds the same already is read.
+    there is a corrupt image and the language model reads patches) and, last, `heads.json`. A folder that
+    holds the same already is read.
     """
-    folder, examples = Path(out), list(examples)
+    folder, examples = Path(out), listed(examples)
     about = {
         "format": FORMAT,
         "model": model.name,
@@ -172,7 +175,8 @@ def write(
         for name, table in zip(Functions._fields, found, strict=True):
             table.to_csv(folder / f"{name}.csv", index=False)
         study.maps().to_parquet(folder / "maps.parquet", index=False)
-        shown = [e for e in examples if e.id in study.shown and e.corrupt_image is not None]
+        names = [name for name, _ in study.shown]
+        shown = [e for e in examples if e.id in names and e.corrupt_image is not None]
         patches = replace(model.image_site, position="image*")
         if shown and len(study.maps()) and model.layouts()[patches.tower].cells:
             sweep_to(folder / "patches", model, shown, str(patches), data=data)
@@ -210,15 +214,14 @@ class _Study:
         self.keys = list(dict.fromkeys((site.tower, site.kind) for site in self.heads))
         self.corruption = None if corrupt is None else corruptions.parse(corrupt)
         self.seed = seed
-        self.rng = np.random.default_rng(seed)
         self.seen: list[_Seen] = []
-        self.ids: list[str] = []
+        ids: list[str] = []
         left: list[str] = []
         with progress(len(examples)) as step:
             for number, example in enumerate(examples):
                 try:
                     self.seen.append(self._look(example))
-                    self.ids.append(example.id)
+                    ids.append(example.id)
                 except (ExampleError, SiteError) as error:
                     left.append(f"'{example.id}': {error}")
                 step(0, number + 1)
@@ -230,7 +233,9 @@ class _Study:
             warnings.warn(
                 f"{len(left)} of {len(examples)} examples were left out; {left[0]}", stacklevel=3
             )
-        self.shown = self.ids[:SHOWN]
+        self.shown = list(zip(ids[:SHOWN], self.seen[:SHOWN], strict=True))
+        # In the order of their ids, so that no number depends on the one in which they came.
+        self.seen = [self.seen[n] for n in shuffled(seed, ids)]
 
     # -- one example -----------------------------------------------------------------------------
 
@@ -322,7 +327,8 @@ class _Study:
 
     def _knock_out(self, means: Mapping[Key, Tensor]) -> dict[str, Array]:
         """LD without each head, less LD: `(examples, heads)` for each way of knocking it out."""
-        other = (np.arange(len(self.seen)) + self.rng.integers(1, len(self.seen))) % len(self.seen)
+        many = len(self.seen)
+        other = (np.arange(many) + rng(self.seed, "resample").integers(1, many)) % many
         found = {
             name: np.zeros((len(self.seen), len(self.heads)))
             for name in ("zero", "mean", "resample")
@@ -350,7 +356,7 @@ class _Study:
         """Accuracy and LD with no head, these heads, and random ones of the same layers knocked out."""
         sets: list[tuple[str, str, Sequence[Site]]] = [("none", "", [])]
         sets += [("these heads", how, self.heads) for how in ("mean", "zero")]
-        drawn = [self._random() for _ in range(RANDOM)]
+        drawn = [self._random(number) for number in range(RANDOM)]
         sets += [("random heads", "mean", one) for one in drawn if len(one) == len(self.heads)]
         rows = []
         with progress(len(sets), what="sets of heads") as step:
@@ -380,7 +386,7 @@ class _Study:
         ld = score(logits[None], seen.pair.answer, seen.pair.foil).ld
         return int(logits.argmax()) == seen.pair.answer, float(ld[0])
 
-    def _random(self) -> list[Site]:
+    def _random(self, number: int) -> list[Site]:
         """As many other heads of the same layers; of other layers where a layer has too few."""
         taken = {(s.tower, s.kind, s.center, s.index) for s in self.heads}
         drawn: list[Site] = []
@@ -393,7 +399,7 @@ class _Study:
                 for head in range(shape.heads[kind])
                 if (tower, kind, layer, head) not in taken
             ]
-            self.rng.shuffle(free)
+            rng(self.seed, "random heads", number, tower, kind).shuffle(free)
             for site in own:
                 free.sort(key=lambda one, layer=site.center: one[0] != layer)  # type: ignore[misc]
                 if free:
@@ -412,10 +418,10 @@ class _Study:
             changes["effect"] = np.stack(effect)
         rows = [self._attention(number) for number in range(len(self.heads))]
         for name, scores in changes.items():
-            low, high = bootstrap(scores, self.rng)
-            for number, p in enumerate(sign_flip(scores, self.rng)):
-                value = scores[:, number].mean()
-                rows[number][name] = _Measure(value, low[number], high[number], 0.0, p, len(scores))
+            for number, p in enumerate(sign_flip(scores, rng(self.seed, name, "signs"))):
+                own = scores[:, number].copy()
+                low, high = self._interval(name, own, self.heads[number])
+                rows[number][name] = _Measure(own.mean(), low, high, 0.0, p, len(own))
         measures = self._long(rows)
         labels = [label(one, gap) for one in _by_head(measures, len(self.heads))]
         found = pd.concat(
@@ -423,6 +429,11 @@ class _Study:
         )
         found = found.assign(n=len(self.seen), gap=gap)
         return found, measures, self.together(means)
+
+    def _interval(self, name: str, values: Array, site: Site) -> tuple[float, float]:
+        """The interval of a measure of one head over examples."""
+        ((low,), (high,)) = bootstrap(values[:, None], rng(self.seed, name, site, "interval"))
+        return float(low), float(high)
 
     def _gap(self) -> float:
         """What a change of LD is compared with: from the corrupt to the clean run, or from zero."""
@@ -446,9 +457,10 @@ class _Study:
             for which in (lambda s: s.maps[number][0], lambda s: s.average[key])
         )
         for column, name in enumerate(ON_ALL):
-            low, high = bootstrap(own[:, column, None], self.rng)
-            p = sign_flip((own - average)[:, column, None], self.rng)[0]
-            found[name] = _Measure(own[:, column].mean(), low[0], high[0], average[:, column].mean(), p, len(seen))  # fmt: skip
+            low, high = self._interval(name, own[:, column], site)
+            more = (own - average)[:, column, None]
+            p = sign_flip(more, rng(self.seed, name, site, "signs"))[0]
+            found[name] = _Measure(own[:, column].mean(), low, high, average[:, column].mean(), p, len(seen))  # fmt: skip
         for which in ("object", "foil"):
             masked = [s for s in seen if which in s.masks]
             if len(masked) >= 2:
@@ -467,18 +479,19 @@ class _Study:
                 if len(row) == len(seen):
                     scores[name].append(row)
         order = np.arange(len(seen))
-        shuffled = [self.rng.permutation(order) for _ in range(SHUFFLES)]
+        draw = rng(self.seed, "masks", which, self.heads[number])
+        others = [draw.permutation(order) for _ in range(SHUFFLES)]
         found = {}
         for name, table in scores.items():
             values = np.stack(table)
             if len(values) < len(seen):
                 continue  # pictures of other grids cannot lend their masks
             real = values[order, order]
-            null = np.array([values[order, other].mean() for other in shuffled])
-            low, high = bootstrap(real[:, None], self.rng)
-            p = (1 + (null >= real.mean() - 1e-12).sum()) / (1 + len(null))
+            null = np.array([values[order, other].mean() for other in others])
             name = name if which == "object" else f"{name}_foil"
-            found[name] = _Measure(real.mean(), low[0], high[0], null.mean(), p, len(seen))
+            low, high = self._interval(name, real, self.heads[number])
+            p = (1 + (null >= real.mean() - 1e-12).sum()) / (1 + len(null))
+            found[name] = _Measure(real.mean(), low, high, null.mean(), p, len(seen))
         return found
 
     def _long(self, rows: Sequence[Mapping[str, _Measure]]) -> pd.DataFrame:
@@ -497,7 +510,7 @@ class _Study:
     def maps(self) -> pd.DataFrame:
         """The attention of each head to each patch of the first examples, for the figures."""
         parts = []
-        for name, seen in list(zip(self.ids, self.seen, strict=True))[:SHOWN]:
+        for name, seen in self.shown:
             for number, site in enumerate(self.heads):
                 paid = seen.maps[number]
                 if paid is None:

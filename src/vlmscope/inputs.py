@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from numbers import Real
 from typing import Literal
 
 from jaxtyping import Float
 from torch import Tensor
 
-from vlmscope.errors import VlmscopeError
-from vlmscope.sites import Layout, Site
+from vlmscope.errors import SiteError, VlmscopeError
+from vlmscope.sites import Layout, Site, place
 
 Op = Literal["set", "add", "scale"]
 
@@ -25,24 +26,50 @@ class Inputs:
     tensors: Mapping[str, Tensor]
     layout: Mapping[str, Layout]
 
+    def place(self, site: Site) -> list[tuple[Site, tuple[int, ...]]]:
+        """The patches that a site names in this run (`sites.place`); `SiteError` if its tower has no part in it."""
+        if site.tower not in self.layout:
+            raise SiteError(
+                f"bad site '{site}': the {site.tower} tower has no part in a run without a picture; "
+                f"expected {' or '.join(self.layout)}"
+            )
+        return place(site, self.layout[site.tower])
 
-@dataclass(frozen=True, eq=False)
+
+@dataclass(frozen=True, eq=False, init=False)
 class Edit:
     """Change one activation as it passes: `set` it to `value`, `add` to it or `scale` it.
 
-    `site` names one layer and at most one unit. `value` is a number or a tensor that broadcasts
-    to `(positions, width)`, where width is that of the kind, of one head, or 1 for one neuron.
+    `site` names one layer and at most one unit; an expression will do. `value` is a number or a tensor that
+    broadcasts to `(positions, width)`, where width is that of the kind, of one head, or 1 for one neuron.
+
+    Raises `SiteError` for an expression that is no site, `VlmscopeError` for another operation or value.
+
+    >>> Edit("decoder.2.attn.h1@all", "scale", 0.0).site.index
+    1
     """
 
     site: Site
     op: Op
     value: float | Tensor
 
-    def __post_init__(self) -> None:
-        if self.op not in ("set", "add", "scale"):
+    def __init__(self, site: Site | str, op: Op, value: float | Tensor) -> None:
+        if not isinstance(site, Site | str):
+            raise VlmscopeError(f"the site of an edit is {_what(site)}; expected a Site, or an expression such "
+                                "as 'decoder.2.attn.h1@all'")  # fmt: skip
+        if op not in ("set", "add", "scale"):
+            raise VlmscopeError(f"unknown operation '{op}' of an edit; expected set, add or scale")
+        if not isinstance(value, Real | Tensor):
             raise VlmscopeError(
-                f"unknown operation '{self.op}' of an edit; expected set, add or scale"
+                f"the value of an edit is {_what(value)}; expected a number or a tensor"
             )
+        object.__setattr__(self, "site", Site.parse(site) if isinstance(site, str) else site)
+        object.__setattr__(self, "op", op)
+        object.__setattr__(self, "value", value)
+
+
+def _what(thing: object) -> str:
+    return f"{thing!r:.40} ({type(thing).__name__})"
 
 
 def parse_edit(text: str) -> Edit:
@@ -61,7 +88,7 @@ def parse_edit(text: str) -> Edit:
             f"bad edit '{text}'; expected 'SITE set|add|scale NUMBER', such as "
             "'decoder.2.attn.h1@all scale 0'"
         ) from None
-    return Edit(Site.parse(site), op, value)  # type: ignore[arg-type]
+    return Edit(site, op, value)  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True, eq=False)

@@ -14,6 +14,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from importlib.util import find_spec
+from numbers import Integral
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -29,11 +30,11 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import cached_file, logging
 
-from vlmscope.errors import ExampleError, ModelError, SiteError
+from vlmscope.errors import ExampleError, ModelError, SiteError, VlmscopeError
 from vlmscope.example import Box, Example, Picture, Span, find_roles, open_image
 from vlmscope.families import Family, Tower, families
 from vlmscope.inputs import Edit, Inputs, Logits, Pair
-from vlmscope.sites import Layout, Point, Shape, Site, expand, grid, place
+from vlmscope.sites import Layout, Point, Shape, Site, expand, grid
 
 DTYPES = {
     "float64": torch.float64,
@@ -46,6 +47,10 @@ QUANTIZED = "4bit"
 TOYS = Path(__file__).parent / "toys"
 _WORD = "\0"
 """What the name of a word's own role begins with, which no column of a CSV file can."""
+_UNFIT = re.compile(r"image tokens do not match|image size .* doesn't match")
+"""How transformers says that pictures or their tokens are not what the model takes."""
+SAID = 20
+"""How many tokens a model says at most."""
 OURS = "vlmscope"
 """The name of the attention function that `Model.attending` puts in."""
 
@@ -66,6 +71,8 @@ class Model:
         self.name = name
         self.unedited: str | None = None
         """The fingerprint before edits of the weights, while there are any."""
+        self.edits: tuple[str, ...] = ()
+        """The digests of these edits, in the order in which they were made."""
         language = getattr(hf.config.get_text_config(), "model_type", None)
         self.family = _family([type(hf).__name__], language, name)
         self.shapes = {tower: self._shape(tower) for tower in self.family.towers}
@@ -399,7 +406,7 @@ class Model:
         The width is that of the kind, of one head, or 1 for a neuron.
         """
         parsed = [Site.parse(s) if isinstance(s, str) else s for s in sites]
-        placed = [p for s in expand(parsed, self.shapes) for p in place(s, inputs.layout[s.tower])]
+        placed = [p for s in expand(parsed, self.shapes) for p in self._places(s, inputs)]
         _, values = self.record(inputs, {site.point for site, _ in placed}, edits)
         return {str(site): self.read(values[site.point], site, at) for site, at in placed}
 
@@ -437,7 +444,9 @@ class Model:
             held(module.register_forward_hook(lambda m, args, out: logits.append(out.logits)))
             try:
                 self.hf(**inputs.tensors, **self.family.keywords)
-            except ValueError as error:  # how the model says that it was given the wrong thing
+            except ValueError as error:
+                if not _UNFIT.search(str(error)):
+                    raise
                 raise ModelError(
                     f"{self.name} refuses what its processor made of the example: {error}; "
                     "load the processor that was saved with the model"
@@ -446,12 +455,17 @@ class Model:
 
     @torch.inference_mode()
     def attention(
-        self, inputs: Inputs, tower: str, kind: str, at: Sequence[int]
+        self, inputs: Inputs, tower: str, kind: str, at: Sequence[int] | str
     ) -> Float[Tensor, "layers heads at keys"]:
         """What every head of a tower's `attn` or `cross` pays attention to, from the positions `at`.
 
-        Keys are the positions of `attended(tower, kind)`. Only these rows are kept, in float32.
+        `at` are numbers, or a position of the site language such as `last`. Keys are the positions of
+        `attended(tower, kind)`. Only these rows are kept, in float32.
+
+        Raises `SiteError` for a position or a tower that there is not, `ModelError` where the model does
+        not tell.
         """
+        at = self._numbers(inputs, tower, kind, at)
         path = self.family.towers[tower].attention.get(kind)
         if path is None:
             raise ModelError(f"{self.name}: the models of {self.family.name} do not tell what the {kind} "
@@ -487,6 +501,25 @@ class Model:
         every = paid.new_zeros(*paid.shape[:-1], len(tokens))
         every[..., there] = paid
         return every
+
+    def _numbers(
+        self, inputs: Inputs, tower: str, kind: str, at: Sequence[int] | str
+    ) -> Sequence[int]:
+        """Positions as numbers, each of which is there, as what they attend to has to be."""
+        whole = Site.parse(f"{tower}.*.{kind}@all")
+        expand([whole], self.shapes)
+        inputs.place(replace(whole, tower=self.attended(tower, kind)))
+        if isinstance(at, str):
+            named = Site.parse(f"{tower}.*.{kind}@{at}")
+            return [n for _, some in inputs.place(named) for n in some]
+        many = len(inputs.layout[tower].tokens)
+        for n in at:
+            if not isinstance(n, Integral) or not -many <= n < many:
+                raise SiteError(
+                    f"no position {n!r} in the {tower} tower; expected whole numbers from 0 to {many - 1}, "
+                    "or a name such as 'last'"
+                )
+        return [int(n) % many for n in at]
 
     @contextmanager
     def attending(
@@ -529,8 +562,17 @@ class Model:
     def answer(self, inputs: Inputs, edits: Iterable[Edit] = ()) -> str:
         """What the model says: its own greedy generation, as text."""
         with self.editing(inputs, edits, generating=True):
-            ids = self.family.generate(self.hf, inputs, max_new_tokens=20)
+            ids = self.family.generate(self.hf, inputs, max_new_tokens=self.room(inputs, SAID))
         return self.processor.tokenizer.decode(ids, skip_special_tokens=True).strip()
+
+    def room(self, inputs: Inputs, most: int) -> int:
+        """How many tokens a model can say behind a prompt, up to `most`: its positions are numbered.
+
+        The last one takes no position, since nothing is said behind it.
+        """
+        longest = getattr(self.hf.config.get_text_config(), "max_position_embeddings", None)
+        there = len(inputs.layout[self.speaker].tokens)
+        return most if longest is None else max(1, min(most, longest - there + 1))
 
     @contextmanager
     def editing(
@@ -555,7 +597,41 @@ class Model:
         sites = expand([site], self.shapes)
         if len(sites) != 1:
             raise SiteError(f"an edit is of one layer and unit; '{site}' names {len(sites)}")
-        return place(sites[0], inputs.layout[site.tower])
+        return self._places(sites[0], inputs)
+
+    def _places(self, site: Site, inputs: Inputs) -> list[tuple[Site, tuple[int, ...]]]:
+        """Where an expanded site is in a run; raises `SiteError` if what it is in does not run."""
+        found = inputs.place(site)
+        if site.center in self.idle(site.tower, inputs):
+            raise SiteError(
+                f"bad site '{site}': layer {site.center} of the {site.tower} tower attends to the picture alone "
+                "and is passed over in a run without one; name another layer"
+            )
+        return found
+
+    def idle(self, tower: str, inputs: Inputs) -> list[int]:
+        """The layers that a run passes over: those that read a picture, where there is none."""
+        reads = self.family.towers[tower].reads
+        return [] if reads is None or reads in inputs.layout else self.shapes[tower].having("cross")
+
+    def copied(self, source: Inputs, inputs: Inputs, sites: Iterable[Site | str]) -> list[Edit]:
+        """Edits of `inputs` that copy the activations at sites from another run.
+
+        Raises `SiteError` if the two have other grids of patches, or other numbers of positions, so that
+        places do not correspond.
+        """
+        for tower, there in inputs.layout.items():
+            here = source.layout[tower]
+            same = sorted(there.cells.values()) == sorted(here.cells.values())
+            if not same or len(there.tokens) != len(here.tokens):
+                one, other = (f"{len(x.tokens)} positions ({' x '.join(map(str, grid(x)))} patches)"
+                              for x in (there, here))  # fmt: skip
+                raise SiteError(
+                    f"the {tower} tower has {one} for this picture and {other} for the one that is copied from, "
+                    "so they do not correspond; resize one picture to the other's size"
+                )
+        found = self.capture(source, sites)
+        return [Edit(site, "set", value) for site, value in found.items()]
 
     def edited(self, x: Float[Tensor, "rows pos width"], edit: Edit, at: Sequence[int]) -> Tensor:
         """A copy of an activation with one edit made at the positions `at`, in every row."""
@@ -565,6 +641,11 @@ class Model:
         now = view[:, list(at)]
         value = edit.value
         if isinstance(value, Tensor):
+            if not _fits(value, now):
+                raise VlmscopeError(
+                    f"the value of the edit at '{edit.site}' has the shape {tuple(value.shape)}; expected a "
+                    f"number, or one that broadcasts to {tuple(now.shape[1:])}: (positions, width)"
+                )
             value = value.to(now)
         new = {"set": lambda: value, "add": lambda: now + value, "scale": lambda: now * value}
         view[:, list(at)] = torch.as_tensor(new[edit.op](), dtype=x.dtype).expand_as(now)
@@ -664,6 +745,14 @@ class _Change:
             return x
         self.longest = x.shape[1]
         return self.model.edited(x, self.edit, self.at)
+
+
+def _fits(value: Tensor, onto: Tensor) -> bool:
+    """Whether a value can be written over a tensor, repeated where it has one entry."""
+    try:
+        return torch.broadcast_shapes(value.shape, onto.shape) == onto.shape
+    except RuntimeError:
+        return False
 
 
 def _experts(blocks: Sequence[nn.Module]) -> bool:

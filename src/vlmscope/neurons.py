@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -99,10 +99,11 @@ def say(
                 return x
 
             hook(*_where(model, layer, inputs, variant), keep)
-        ids = model.family.generate(model.hf, inputs, max_new_tokens=length).tolist()
+        most = model.room(inputs, length)
+        ids = model.family.generate(model.hf, inputs, max_new_tokens=most).tolist()
     many = min(map(len, steps.values()))
     ids = ids[:many]
-    rows = torch.stack([torch.stack(steps[layer][:many]).to(model.device) for layer in layers], 1)
+    rows = _rows(model, inputs, {layer: torch.stack(some[:many]) for layer, some in steps.items()})
     return _caption(model, inputs, ids, rows[: len(ids)])
 
 
@@ -147,8 +148,20 @@ def taught(
 
             hook(*_where(model, layer, fed, variant), keep)
         model.hf(**fed.tensors, **model.family.keywords)
-    rows = torch.stack([found[layer].to(model.device) for layer in layers], 1)
-    return _caption(model, plain, list(ids), rows)
+    return _caption(model, plain, list(ids), _rows(model, fed, found))
+
+
+def _rows(
+    model: Model, inputs: Inputs, found: Mapping[int, Tensor]
+) -> Float[Tensor, "tokens layers neurons"]:
+    """The neurons by layer, in one tensor; those of a layer that the run passes over do nothing."""
+    idle = model.idle(model.speaker, inputs)
+    some = next(iter(found.values()))
+    rows = [
+        torch.zeros_like(some) if layer in idle else found[layer]
+        for layer in model.shapes[model.speaker].having("mlp")
+    ]
+    return torch.stack([row.to(model.device) for row in rows], 1)
 
 
 def _caption(model: Model, inputs: Inputs, ids: Sequence[int], rows: Tensor) -> Caption:

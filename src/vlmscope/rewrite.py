@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 import pandas as pd
@@ -22,11 +22,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from vlmscope.circuits import bootstrap
-from vlmscope.errors import ExampleError, ModelError
+from vlmscope.data import Examples, listed
+from vlmscope.errors import ExampleError, ModelError, VlmscopeError
 from vlmscope.example import Example
 from vlmscope.inputs import Inputs
 from vlmscope.model import Model, handles
 from vlmscope.neurons import Caption, say, weights
+from vlmscope.seeds import rng, shuffled
 from vlmscope.study import progress
 from vlmscope.weights import WeightEdit, edited
 
@@ -48,6 +50,8 @@ CLOSE = 0.05
 """A margin holds if no more than so many logits lack."""
 STEPS, LEAST, BATCH = 400, 120, (8, 8)
 """Steps of the learned solver at most and at least, and captions to be changed and kept in each."""
+MARGIN = 4.0
+"""By how many logits a new word is to lead, for the closed solver."""
 SURE = 0.9
 """The learned solver stops when each new word is as probable."""
 
@@ -73,14 +77,14 @@ class _Wanted:
 
 def edit(
     model: Model,
-    examples: Iterable[Example],
+    examples: Examples,
     source: str,
     target: str | None,
     *,
     prompt: str | None = None,
     neurons: int | None = None,
     solver: Solver = "learned",
-    margin: float = 4.0,
+    margin: float | None = None,
     locality: float = 1.0,
     seed: int = 0,
 ) -> WeightEdit:
@@ -88,22 +92,23 @@ def edit(
 
     It is made on up to `PICTURES` examples whose caption has the word; up to `OTHERS` whose caption has
     not are to keep theirs. `prompt` asks for the captions (each example's own by default). `neurons` is
-    how many columns may change (1 % of all by default), and `margin` by how many logits the new word is
-    to lead. `locality` weighs what is to stay against what is to change.
+    how many columns may change (1 % of all by default). `locality` weighs what is to stay against what is to
+    change. Made within `edited`, an edit is for the model with those edits (`WeightEdit.on`).
 
     - `learned`: Adam on the columns; negative log-likelihood of the new words, plus the divergence of
       all other positions from what they were, plus the probability of the new word where it does not
       belong, plus a decay; until each new word has a probability of 0.9.
     - `closed`: the change of least norm (see `_closed`) after which every margin holds, to first order at the
       activations and with the gradients of the model as it is; repeated from where that leads until they hold,
-      or `ROUNDS` times.
+      or `ROUNDS` times. A new word's margin is that it leads by `margin` logits (4 by default).
 
-    Raises `ExampleError` if no caption has the word, `ModelError` if the weights cannot be edited.
+    Raises `ExampleError` if no caption has the word, `ModelError` if the weights cannot be edited,
+    `VlmscopeError` for a margin of the learned solver, which has none.
     """
+    margin = checked(solver, margin)
     if target is not None and source.casefold() == target.casefold():
         raise ExampleError(f"'{source}' is already '{target}'; give another target")
-    rng = np.random.default_rng(seed)
-    has, other = _split(model, list(examples), source, prompt, rng)
+    has, other = _split(model, listed(examples), source, prompt, seed)
     chosen = choose(model, [said for _, said in has], source, neurons)
     wanted = [w for one, said in has if (w := _changed(model, one, said, source, target, prompt))]
     if not wanted:
@@ -121,12 +126,31 @@ def edit(
             delta[layer] = (at, torch.zeros(width, len(at), device=model.device))
         for one in [*wanted, *kept]:
             _remember(model, one)
-        solve = {"closed": _closed, "learned": _learned}[solver]
-        solve(model, wanted, kept, delta, margin, locality, rng)
+        if solver == "closed":
+            _closed(model, wanted, kept, delta, margin, locality)
+        else:
+            draw = rng(seed, "edit", source, target)
+            _learned(model, wanted, kept, delta, locality, draw)
     about = {"from": source, "to": target or "", "solver": solver, "pictures": str(len(wanted)),
              "model": model.name}  # fmt: skip
     columns = {layer: (at.cpu(), d.detach().cpu()) for layer, (at, d) in delta.items()}
-    return WeightEdit(columns, model.unedited or model.fingerprint(), about)
+    return WeightEdit(columns, model.unedited or model.fingerprint(), about, model.edits)
+
+
+def checked(solver: str, margin: float | None) -> float:
+    """The margin of a solver; raises `VlmscopeError` where it has none, or there is no such solver.
+
+    >>> checked("closed", None)
+    4.0
+    """
+    if solver not in get_args(Solver):
+        raise VlmscopeError(f"unknown solver '{solver}'; expected {' or '.join(get_args(Solver))}")
+    if solver != "closed" and margin is not None:
+        raise VlmscopeError(
+            f"a margin is of the closed solver; the learned one goes on until each new word has a probability of "
+            f"{SURE}; leave the margin out, or take the solver closed"
+        )
+    return MARGIN if margin is None else margin
 
 
 def choose(
@@ -159,14 +183,14 @@ def _split(
     examples: Sequence[Example],
     word: str,
     prompt: str | None,
-    rng: np.random.Generator,
+    seed: int,
 ) -> tuple[list[tuple[Example, Caption]], list[tuple[Example, Caption]]]:
     """Examples whose caption has the word, and others, with their captions."""
     has: list[tuple[Example, Caption]] = []
     other: list[tuple[Example, Caption]] = []
     with progress(len(examples), what="captions") as step:
-        for done, number in enumerate(rng.permutation(len(examples)), start=1):
-            one = examples[int(number)]
+        order = shuffled(seed, [one.id for one in examples])
+        for done, one in enumerate((examples[n] for n in order), start=1):
             said = say(model, _inputs(model, one, prompt))
             where = has if says(said.text, word) else other
             if len(where) < (PICTURES if where is has else OTHERS):
@@ -299,7 +323,6 @@ def _closed(
     delta: dict[int, tuple[Tensor, Tensor]],
     margin: float,
     locality: float,
-    rng: np.random.Generator,
 ) -> None:
     """Least-norm steps until the margins hold; see `edit`.
 
@@ -317,7 +340,9 @@ def _closed(
             for one in captions:
                 for lead, need, weight in _leads(_logits(model, one, delta), one, margin, locality):
                     if need > -NEAR:  # what nearly fails is to stay as it is
-                        parts = torch.autograd.grad(lead, parameters, retain_graph=True)
+                        parts = torch.autograd.grad(
+                            lead, parameters, retain_graph=True, materialize_grads=True
+                        )
                         rows.append(weight * torch.cat(
                             [(x.double() @ m).flatten() for x, m in zip(parts, metric, strict=True)]
                         ))  # fmt: skip
@@ -374,6 +399,7 @@ def _elsewhere(
 
             held(model.down(layer).register_forward_pre_hook(keep))
         for one in [*wanted, *kept]:
+            seen.clear()  # without a picture a layer may be passed over
             model.hf(**one.fed.tensors, **model.family.keywords)
             new = [one.start + n for n in one.new]
             for layer, x in seen.items():
@@ -414,9 +440,8 @@ def _learned(
     wanted: Sequence[_Wanted],
     kept: Sequence[_Wanted],
     delta: dict[int, tuple[Tensor, Tensor]],
-    margin: float,
     locality: float,
-    rng: np.random.Generator,
+    draw: np.random.Generator,
 ) -> None:
     """Adam on the columns; see `edit`."""
     parameters = [d.requires_grad_(True) for _, d in delta.values()]
@@ -424,8 +449,8 @@ def _learned(
     sure: dict[int, float] = {}
     with progress(STEPS, what="steps") as step:
         for number in range(STEPS):
-            some = [wanted[int(n)] for n in rng.permutation(len(wanted))[: BATCH[0]]]
-            rest = [kept[int(n)] for n in rng.permutation(len(kept))[: BATCH[1]]]
+            some = [wanted[int(n)] for n in draw.permutation(len(wanted))[: BATCH[0]]]
+            rest = [kept[int(n)] for n in draw.permutation(len(kept))[: BATCH[1]]]
             loss = 1e-3 * torch.stack([d.square().sum() for d in parameters]).sum()
             for one in [*some, *rest]:
                 found = F.log_softmax(_logits(model, one, delta), -1)
@@ -476,7 +501,7 @@ def _is_sure(model: Model, one: _Wanted, delta: Mapping[int, tuple[Tensor, Tenso
 def assess(
     model: Model,
     edits: Sequence[WeightEdit],
-    examples: Iterable[Example],
+    examples: Examples,
     source: str,
     target: str | None,
     *,
@@ -498,7 +523,7 @@ def assess(
       relative to before (fluency).
     """
     found = []
-    given = list(examples)
+    given = listed(examples)
     asked = [(one, prompt) for prompt in prompts for one in given]
     before = _captions(model, asked, "captions before")
     without = list(dict.fromkeys(p or one.clean_prompt for one, p in asked))[:64]
@@ -517,7 +542,6 @@ def assess(
         )
     names = ["example", "prompt", "before", "after", "has", "took", "same", "only"]
     table = pd.DataFrame(found, columns=names)
-    rng = np.random.default_rng(seed)
     first = table["prompt"].isin([prompts[0] or one.clean_prompt for one in given])
     has = table["has"]
     words = table.assign(
@@ -537,9 +561,9 @@ def assess(
     }  # fmt: skip
     rows = []
     for name, some in values.items():
-        scores = np.asarray(some, dtype=float)
+        scores = np.sort(np.asarray(some, dtype=float))  # their order is not to matter
         if len(scores):
-            low, high = bootstrap(scores[:, None], rng)
+            low, high = bootstrap(scores[:, None], rng(seed, name))
             rows.append((name, scores.mean(), low[0], high[0], len(scores)))
     return pd.DataFrame(rows, columns=["measure", "value", "low", "high", "n"]), table.drop(
         columns="only"
@@ -660,7 +684,6 @@ def questions(
     >>> [(q.clean_prompt, q.answer) for q in questions([one], ["circle", "square"])]
     [('does this picture show a circle?', 'yes'), ('does this picture show a square?', 'no')]
     """
-    rng = np.random.default_rng(seed)
     common = Counter(o for one in examples for o in one.shows if o in objects)
     beside: dict[str, Counter[str]] = {o: Counter() for o in objects}
     for one in examples:
@@ -672,12 +695,13 @@ def questions(
         missing = [o for o in objects if o not in one.shows]
         if not there or not missing:
             continue
-        drawn = str(rng.choice(missing))
+        draw = rng(seed, "questions", one.id)
+        named, drawn = str(draw.choice(there)), str(draw.choice(missing))
         if absent == "popular":
             drawn = max(missing, key=lambda o: common[o])
         elif absent == "adversarial":
             drawn = max(missing, key=lambda o, there=there: sum(beside[x][o] for x in there))  # type: ignore[misc]
-        for name, answer in ((str(rng.choice(there)), "yes"), (drawn, "no")):
+        for name, answer in ((named, "yes"), (drawn, "no")):
             article = "an" if name[0] in "aeiou" else "a"
             found.append(
                 Example(

@@ -125,15 +125,15 @@ class Site:
 
     @property
     def point(self) -> Point:
-        """The activation this site lies in; raises `SiteError` for a window of layers."""
+        """The activation this site lies in; raises `SiteError` for a window or a pattern of layers."""
         if self.window > 1:
             raise SiteError(f"bad site '{self}': a window of layers; expected one layer here")
         return Point(self.tower, self.center, self.kind, self.unit[0] if self.unit else "")
 
     @property
     def center(self) -> int:
-        """The layer, or the middle one of a window."""
-        return int(self.layer.partition("/")[0])
+        """The layer, or the middle one of a window; raises `SiteError` for a pattern of layers."""
+        return self._number(self.layer.partition("/")[0], "layers")
 
     @property
     def window(self) -> int:
@@ -142,8 +142,16 @@ class Site:
 
     @property
     def index(self) -> int | None:
-        """The number of the head or neuron, or None for the kind itself."""
-        return int(self.unit[1:]) if self.unit else None
+        """The number of the head or neuron, or None for the kind itself; `SiteError` for a pattern."""
+        return self._number(self.unit[1:], "units") if self.unit else None
+
+    def _number(self, part: str, what: str) -> int:
+        if not part.isdigit():
+            raise SiteError(
+                f"bad site '{self}': '{part}' is a pattern of {what}; expected one here (expand gives "
+                "each of them)"
+            )
+        return int(part)
 
     @property
     def role(self) -> str | None:

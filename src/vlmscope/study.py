@@ -6,9 +6,10 @@ import os
 import sys
 import time
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any, Literal, NamedTuple
 
 import pandas as pd
@@ -17,6 +18,7 @@ from vlmscope import corrupt as corruptions
 from vlmscope import engine as fast
 from vlmscope import reference
 from vlmscope.corrupt import Corruption, Noise
+from vlmscope.data import Examples, listed
 from vlmscope.errors import DataError, ExampleError, SiteError, VlmscopeError
 from vlmscope.example import Example, fingerprint
 from vlmscope.inputs import Pair
@@ -31,13 +33,15 @@ Placed = tuple[Site, tuple[int, ...]]
 
 SHOWN = 4
 """How many examples a run folder keeps to look at."""
+PACKAGES = ("vlmscope", "torch", "transformers", "torchvision", "pillow")
+"""Whose versions a run depends on; the last two turn pictures into pixels."""
 TRIED = 20
 """How many examples an estimate tries, until two of them are of those that are kept."""
 
 
 def sweep(
     model: Model,
-    examples: Iterable[Example],
+    examples: Examples,
     sites: str | Site | Sequence[str | Site],
     corrupt: str | Noise = "image",
     *,
@@ -49,8 +53,9 @@ def sweep(
 ) -> pd.DataFrame:
     """Patch every site of every example; one row a patch (columns as in `store.EFFECTS`).
 
-    `corrupt` is `image`, `text`, `noise` or a `Noise`. `denoise` copies clean activations into the
-    corrupt run, `noise` corrupt ones into the clean run; the columns mean the same in both:
+    `examples` are a list of them, a single one, or the name of a built-in set or a CSV file. `corrupt`
+    is `image`, `text`, `noise` or a `Noise`. `denoise` copies clean activations into the corrupt run,
+    `noise` corrupt ones into the clean run; the columns mean the same in both:
     `logit_diff` = LD(patched) − LD(corrupt), so a noising patch that changes nothing has the
     effect 1. Examples that cannot be run are left out with a warning.
 
@@ -58,7 +63,7 @@ def sweep(
     arguments, it goes on where it stopped. `data` is the name of the examples in that folder.
 
     Raises `SiteError` for a site that this model or this data does not have, `StoreError` for a
-    folder of another run, `DataError` if no example at all can be run.
+    folder of another run, `DataError` if no example at all can be run, or there are none.
 
     >>> import vlmscope
     >>> model = vlmscope.load("toy-blip")
@@ -71,7 +76,7 @@ def sweep(
                        seed=seed, data=data)  # fmt: skip
         tell(run.baselines())
         return run.effects()
-    task = _Task(model, list(examples), sites, corrupt, direction, engine, seed)
+    task = _Task(model, listed(examples), sites, corrupt, direction, engine, seed)
     _, effects, baselines = zip(*task.run(task.numbers()), strict=True)
     tell(pd.concat(baselines, ignore_index=True))
     return typed(pd.concat(effects, ignore_index=True), EFFECTS)
@@ -80,7 +85,7 @@ def sweep(
 def sweep_to(
     out: str | os.PathLike[str],
     model: Model,
-    examples: Iterable[Example],
+    examples: Examples,
     sites: str | Site | Sequence[str | Site],
     corrupt: str | Noise = "image",
     *,
@@ -97,7 +102,7 @@ def sweep_to(
     the image is the foil's, and is no longer the answer when the text or noise is what corrupts.
     The others stay in `baselines` as excluded, with what the model said.
     """
-    examples = list(examples)
+    examples = listed(examples)
     task = _Task(model, examples, sites, corrupt, direction, engine, seed, select)
     with open_run(out, task.spec(data), task.description()) as writer:
         left = [n for n in task.numbers() if n not in writer.done]
@@ -119,7 +124,7 @@ class Estimate(NamedTuple):
 
 def estimate(
     model: Model,
-    examples: Sequence[Example],
+    examples: Examples,
     sites: str | Site | Sequence[str | Site],
     corrupt: str | Noise = "image",
     *,
@@ -131,6 +136,7 @@ def estimate(
     An upper bound where `select` leaves some out, and of the bytes (parts compress better than a
     single example).
     """
+    examples = listed(examples)
     task = _Task(model, examples, sites, corrupt, "denoise", "fast", seed, select)
     seconds, size, patches, counted = 0.0, 0, 0, 0
     for number in task.numbers()[:TRIED]:
@@ -147,7 +153,7 @@ def estimate(
 
 def baselines(
     model: Model,
-    examples: Iterable[Example],
+    examples: Examples,
     corrupt: str | Noise = "image",
     *,
     seed: int = 0,
@@ -163,7 +169,7 @@ def baselines(
     >>> table["correct"].tolist()
     [True, True]
     """
-    task = _Task(model, list(examples), [], corrupt, "denoise", "fast", seed)
+    task = _Task(model, listed(examples), [], corrupt, "denoise", "fast", seed)
     tables = [baseline for _, _, baseline in task.run(task.numbers())]
     return typed(pd.concat(tables, ignore_index=True), BASELINES)
 
@@ -201,8 +207,6 @@ class _Task:
 
     def spec(self, data: str) -> dict[str, Any]:
         """All that decides what is in the table."""
-        from importlib.metadata import version
-
         corrupt: dict[str, Any] = {"kind": self._kind}
         if isinstance(self.corruption, Noise):
             corrupt |= asdict(self.corruption)
@@ -220,7 +224,7 @@ class _Task:
             "device": self.model.device.type,
             "seed": self.seed,
             "select": self.select,
-            "versions": {p: version(p) for p in ("vlmscope", "torch", "transformers")},
+            "versions": {p: found for p in PACKAGES if (found := _version(p))},
         }
 
     def description(self) -> dict[str, Any]:
@@ -352,6 +356,14 @@ class _Task:
             **fields,
         }
         return _frame([], EFFECTS.names), _frame([baseline], BASELINES.names)
+
+
+def _version(package: str) -> str | None:
+    """Which version is installed, if any."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
 
 
 def _frame(rows: list[dict[str, Any]], columns: Sequence[str]) -> pd.DataFrame:

@@ -23,7 +23,7 @@ from torch import Tensor
 from vlmscope.errors import ModelError, StoreError
 from vlmscope.model import Model
 
-Columns = Mapping[int, tuple[Int[Tensor, "chosen"], Float[Tensor, "width chosen"]]]
+Columns = Mapping[int, tuple[Int[Tensor, "_chosen"], Float[Tensor, "width _chosen"]]]
 """By layer, neurons and what is added to the column of each."""
 
 
@@ -31,12 +31,15 @@ Columns = Mapping[int, tuple[Int[Tensor, "chosen"], Float[Tensor, "width chosen"
 class WeightEdit:
     """What is added to some columns, the fingerprint of the model that it is for, and what it is about.
 
-    Add two edits of one model to make both; `str` lists what is in one.
+    `on` are the edits of that model, by their `digest`, that were there when it was made: it is for the
+    weights that these leave, and is refused without them. `one + other` is one edit that does what both
+    do, in this order; `str` lists what is in one.
     """
 
     columns: Columns
     model: str
     about: Mapping[str, str] = field(default_factory=dict)
+    on: tuple[str, ...] = ()
 
     @property
     def neurons(self) -> list[tuple[int, int]]:
@@ -51,9 +54,29 @@ class WeightEdit:
             ** 0.5
         )
 
+    @property
+    def digest(self) -> str:
+        """SHA-256 over all that the edit is, as hexadecimal digits: what `on` names it by."""
+        return _digest(self._tensors(), self.model, self._words(), self.on)
+
+    def _tensors(self) -> dict[str, Tensor]:
+        tensors = {}
+        for layer, (some, delta) in self.columns.items():
+            tensors[f"layer.{layer}.neurons"] = some.long().cpu().contiguous()
+            tensors[f"layer.{layer}.added"] = delta.cpu().contiguous()
+        return tensors
+
+    def _words(self) -> str:
+        return json.dumps(dict(self.about), sort_keys=True)
+
     def __add__(self, other: WeightEdit) -> WeightEdit:
         if self.model != other.model:
             raise ModelError("two edits of different models cannot be made together; remake one")
+        if other.on not in (self.on, (*self.on, self.digest)):
+            raise ModelError(
+                f"the edit '{other}' was made on others than '{self}' was; the two cannot be made one, "
+                "apply them one after the other"
+            )
         found: dict[int, tuple[Tensor, Tensor]] = dict(self.columns)
         for layer, (some, delta) in other.columns.items():
             if layer not in found:
@@ -70,23 +93,19 @@ class WeightEdit:
             for k in self.about
             if k in other.about
         }
-        return WeightEdit(found, self.model, about)
+        return WeightEdit(found, self.model, about, self.on)
 
     def __str__(self) -> str:
         words = [f"{self.about.get('from', '?')} -> {self.about.get('to', '?')}"]
         layers = ", ".join(f"layer {n}: {len(x)}" for n, (x, _) in sorted(self.columns.items()))
-        return f"{words[0]}: {len(self.neurons)} neurons ({layers}), size {self.size:.3g}"
+        on = f", on {' '.join(one[:8] for one in self.on)}" if self.on else ""
+        return f"{words[0]}: {len(self.neurons)} neurons ({layers}), size {self.size:.3g}{on}"
 
     def save(self, path: str | Path) -> None:
         """Write the changed columns, the model's fingerprint and what they are about; safetensors."""
-        path = Path(path)
-        tensors = {}
-        for layer, (some, delta) in self.columns.items():
-            tensors[f"layer.{layer}.neurons"] = some.long().cpu().contiguous()
-            tensors[f"layer.{layer}.added"] = delta.cpu().contiguous()
-        about = json.dumps(dict(self.about), sort_keys=True)
-        metadata = {"format": "pt", "vlmscope": "edit", "model": self.model, "about": about,
-                    "sha256": _digest(tensors, self.model, about)}  # fmt: skip
+        path, tensors = Path(path), self._tensors()
+        metadata = {"format": "pt", "vlmscope": "edit", "model": self.model, "about": self._words(),
+                    "on": " ".join(self.on), "sha256": self.digest}  # fmt: skip
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             part = path.with_name(f"{path.name}.part")
@@ -109,15 +128,16 @@ class WeightEdit:
             ) from error
         if metadata.get("vlmscope") != "edit":
             raise StoreError(f"{path}: not an edit; expected a file of `vlmscope neurons edit`")
-        if metadata.get("sha256") != _digest(tensors, metadata["model"], metadata["about"]):
+        on = tuple(metadata.get("on", "").split())
+        if metadata.get("sha256") != _digest(tensors, metadata["model"], metadata["about"], on):
             raise StoreError(f"{path}: has been changed since it was written; make the edit again")
         layers = sorted({int(name.split(".")[1]) for name in tensors})
         columns = {n: (tensors[f"layer.{n}.neurons"], tensors[f"layer.{n}.added"]) for n in layers}
-        return cls(columns, metadata["model"], json.loads(metadata["about"]))
+        return cls(columns, metadata["model"], json.loads(metadata["about"]), on)
 
 
-def _digest(tensors: Mapping[str, Tensor], model: str, about: str) -> str:
-    digest = hashlib.sha256(f"{model}\n{about}".encode())
+def _digest(tensors: Mapping[str, Tensor], model: str, about: str, on: tuple[str, ...]) -> str:
+    digest = hashlib.sha256("\n".join([model, about, *on]).encode())
     for name, tensor in sorted(tensors.items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(tensor.contiguous().flatten().view(torch.uint8).numpy().tobytes())
@@ -128,7 +148,8 @@ def _digest(tensors: Mapping[str, Tensor], model: str, about: str) -> str:
 def edited(model: Model, *edits: WeightEdit) -> Iterator[Model]:
     """Within this context a model's weights have the edits; behind it they are as they were, bit for bit.
 
-    Raises `ModelError` for an edit that was made for other weights.
+    Edits are made in the order in which they are given. Raises `ModelError` for an edit that was made for
+    other weights, or on other edits that are not made before it.
 
     >>> import torch
     >>> from vlmscope.model import load
@@ -142,20 +163,32 @@ def edited(model: Model, *edits: WeightEdit) -> Iterator[Model]:
     >>> torch.equal(weight, before)
     True
     """
-    own = model.unedited or model.fingerprint()
+    own, made = model.unedited or model.fingerprint(), model.edits
     for edit in edits:
         if edit.model != own:
             raise ModelError(
                 f"the edit '{edit}' was made for another model or revision than {model.name} "
                 f"({edit.model[:8]}…, not {own[:8]}…); make it again for this one"
             )
-    outer = model.unedited
+        if [one for one in made if one in edit.on] != list(edit.on):
+            lacking = next((one for one in edit.on if one not in made), None)
+            raise ModelError(
+                f"the edit '{edit}' was made on the edits that it names last, "
+                + (
+                    f"and {lacking[:8]} is not made here"
+                    if lacking
+                    else "in another order or number"
+                )
+                + "; give all of them before it, in that order"
+            )
+        made = (*made, edit.digest)
+    outer = model.unedited, model.edits
     with changed(model, [edit.columns for edit in edits]):
-        model.unedited = own
+        model.unedited, model.edits = own, made
         try:
             yield model
         finally:
-            model.unedited = outer
+            model.unedited, model.edits = outer
 
 
 @contextmanager

@@ -7,13 +7,17 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from importlib import import_module
 from pathlib import Path
+from typing import TypeAlias
 
 from vlmscope.errors import DataError
 from vlmscope.example import Example, read_csv
+
+Examples: TypeAlias = Iterable[Example] | Example | str | Path
+"""What is run: examples, a single one, or the name of a built-in set or a CSV file."""
 
 BUILT_IN = ("states", "scenes", "faces")
 """The sets that the package draws from a seed, mirroring the three of the NOTICE paper."""
@@ -164,3 +168,25 @@ def examples(name: str | Path, *, limit: int | None = None, seed: int = 0) -> li
             f"no data set '{name}': not a built-in set ({', '.join(BUILT_IN)}) and not a CSV file"
         )
     return list(itertools.islice(read_csv(name), limit))
+
+
+def listed(given: Examples) -> list[Example]:
+    """The examples that are meant, as a list; a name is read as `examples` reads it.
+
+    Raises `DataError` for anything else.
+
+    >>> len(listed(examples("states", limit=2)[0]))
+    1
+    """
+    if isinstance(given, (str, Path)):
+        return examples(given)
+    if isinstance(given, Example):
+        return [given]
+    found = list(given) if isinstance(given, Iterable) else [given]
+    for number, one in enumerate(found):
+        if not isinstance(one, Example):
+            raise DataError(
+                f"example {number} is a {type(one).__name__} ({one!r:.40}); expected an Example, as read_csv makes "
+                "them, or the name of a CSV file alone"
+            )
+    return found
