@@ -289,7 +289,7 @@ def test_attention_is_hugging_faces(name):
             given, held = [], []
             for layer in model.shapes[tower].having(kind):
                 module = eager.blocks(tower)[layer].get_submodule(path)
-                keep = lambda m, args, out: given.append(out[1])  # noqa: E731
+                keep = lambda m, args, out, given=given: given.append(out[1])  # noqa: E731
                 held.append(module.register_forward_hook(keep))
             eager.run(inputs)
             for handle in held:
@@ -373,6 +373,43 @@ def test_batches_with_padding(name, side):
         own = model.run(model.inputs(images[n][0], text))
         last = int(batch["attention_mask"][n].nonzero()[-1])
         torch.testing.assert_close(logits[n, last], own, rtol=close, atol=close)
+
+
+@pytest.mark.skipif("qwen3-vl" not in MADE, reason="its processor needs torchvision")
+@pytest.mark.parametrize("layers", [1, 2, 3])
+def test_what_is_added_behind_the_last_block(layers):
+    """Qwen3-VL adds to the picture's tokens behind as many blocks as it has DeepStack features, here two;
+    where the picture is last, the read-out position is one of them. Against plain hooks."""
+    from video_families import qwen3_vl
+
+    model = qwen3_vl(layers)
+    prompt = "is this circle red or blue ? <|vision_start|><|image_pad|>"
+    (pair,) = corrupt.pairs(model, example(prompt, roles={}, corrupt_prompt=None), "image")
+    many = len(pair.clean.layout["decoder"].tokens)
+    assert many - 1 in pair.clean.layout["decoder"].image
+    block = model.hf.model.language_model.layers[layers - 1]
+    parts = {"resid": block, "mlp": block.mlp.down_proj, "attn": block.self_attn.o_proj}
+    for kind, module in parts.items():
+        kept = []
+        handle = module.register_forward_hook(lambda m, args, out, kept=kept: kept.append(out))
+        model.run(pair.clean)
+        handle.remove()
+
+        def put(m, args, out, kept=kept):
+            out = out.clone()
+            out[:, -1] = kept[0][:, -1]
+            return out
+
+        handle = module.register_forward_hook(put)
+        with torch.no_grad():
+            logits = model.hf(**pair.corrupt.tensors).logits[0, -1]
+        handle.remove()
+        sites = place_all(model, pair, f"decoder.{layers - 1}.{kind}@last")
+        ((_, scores),) = engine.patch(model, pair, sites).chunks
+        wanted = (logits[pair.answer] - logits[pair.foil])[None]
+        torch.testing.assert_close(scores.ld, wanted, rtol=1e-9, atol=1e-11)
+    every = [f"decoder.*.{kind}@{at}" for kind in parts for at in ("*", "all")]
+    compare(model, pair, "denoise", [*every, "decoder.*.attn.h*@*", "decoder.*/3.resid@last"])
 
 
 def place_all(model, pair, text):
