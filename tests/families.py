@@ -98,16 +98,24 @@ def gemma3() -> Model:
     return Model(hf, processor, "tiny Gemma 3")
 
 
-def paligemma() -> Model:
+def paligemma(**language: object) -> Model:
     tokenizer = words_tokenizer("<image>")
     config = PaliGemmaConfig(
-        text_config=text(len(tokenizer), model_type="gemma"), vision_config=siglip(),
+        text_config=text(len(tokenizer), **{"model_type": "gemma", **language}), vision_config=siglip(),
         image_token_index=4, image_token_id=4, projection_dim=16, num_image_tokens=9,
     )  # fmt: skip
     hf = loud(PaliGemmaForConditionalGeneration(config))
     images = SiglipImageProcessorPil(size={"height": 12, "width": 12})
     images.image_seq_length = 9
     return Model(hf, PaliGemmaProcessor(images, tokenizer), "tiny PaliGemma")
+
+
+def paligemma2() -> Model:
+    """Scores and logits are bounded, every other layer sees a window, norms stand behind sublayers."""
+    return paligemma(
+        model_type="gemma2", attn_logit_softcapping=3.0, final_logit_softcapping=20.0,
+        query_pre_attn_scalar=7, sliding_window=5,
+    )  # fmt: skip
 
 
 def clip(size: int = 12) -> dict[str, object]:
@@ -280,6 +288,7 @@ FAMILIES = {
     "instructblip-t5": lambda: instructblip(t5),
     "gemma3": gemma3,
     "paligemma": paligemma,
+    "paligemma2": paligemma2,
     "llava-next": llava_next,
     "llava-siglip": llava_siglip,
     "llava-siglip-layers": lambda: llava_siglip([0, 2]),

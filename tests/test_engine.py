@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from models import blip, example
+from models import blip, example, llava
 
 from vlmscope import corrupt, engine, reference
 from vlmscope.corrupt import Noise
@@ -305,3 +305,33 @@ def test_ablate_sets_what_it_is_given():
     torch.testing.assert_close(found, torch.stack(wanted), rtol=1e-9, atol=1e-12)
     plain = model.run(pair.clean)
     assert patched.clean.ld == plain[pair.answer] - plain[pair.foil]
+
+
+@pytest.mark.parametrize("make", [blip, llava])
+def test_sites_that_share_places_are_ablated_alone(make):
+    """A whole kind and a head of it, a site at overlapping positions, one position in two ways."""
+    model = make()
+    pair = model.prepare(example())
+    reader = "encoder" if "encoder" in model.shapes else "decoder"
+    expressions = [f"{reader}.1.attn@{at}" for at in ("all", "4", "last", "text", "answer")]
+    expressions += [f"{reader}.1.attn.h1@{at}" for at in ("4", "all")] + [f"{reader}.1.attn.h0@4"]
+    expressions += [f"{reader}.*.mlp@2-4", f"{reader}.*.mlp@all", f"{reader}.0.mlp.n3@all"]
+    expressions += [f"{reader}.0.mlp.n3@3", f"{reader}.0.resid@-1", f"{reader}.0.resid@last"]
+    expressions += ["vision.0.resid@all", "vision.0.resid@image[1,1]", "vision.0.attn.h0@*"]
+    if make is llava:
+        expressions[-2] = "vision.0.resid@5"
+    sites = placed(model, pair, expressions)
+    noise = torch.Generator().manual_seed(0)
+    values = {}
+    for site, at in sites:
+        width = model.capture(pair.clean, [replace(site, position="0")]).popitem()[1].shape[-1]
+        values[site] = torch.randn(len(at), width, generator=noise, dtype=torch.float64)
+    patched = engine.ablate(model, pair.clean, pair.answer, pair.foil, sites, values)
+    found = torch.full((len(sites),), torch.nan, dtype=torch.float64)
+    for numbers, scores in patched.chunks:
+        found[numbers] = scores.ld
+    wanted = []
+    for site, _ in sites:
+        logits = model.run(pair.clean, [Edit(site, "set", values[site])])
+        wanted.append(logits[pair.answer] - logits[pair.foil])
+    torch.testing.assert_close(found, torch.stack(wanted), rtol=1e-9, atol=1e-12)

@@ -88,13 +88,13 @@ def qwen2_5_vl() -> Model:
     return Model(loud(Qwen2_5_VLForConditionalGeneration(config)), processor, "tiny Qwen2.5-VL")
 
 
-def qwen3_vl() -> Model:
+def qwen3_vl(layers: int = 3) -> Model:
     tokenizer = qwen_tokenizer()
     vision = {"depth": 3, "hidden_size": 16, "num_heads": 2, "intermediate_size": 33,
               "out_hidden_size": 16, "patch_size": 4, "spatial_merge_size": 2,
               "temporal_patch_size": 2, "num_position_embeddings": 16,
               "deepstack_visual_indexes": [0, 1]}  # fmt: skip
-    rope = qwen_text(tokenizer, mrope_interleaved=True)
+    rope = qwen_text(tokenizer, mrope_interleaved=True) | {"num_hidden_layers": layers}
     config = Qwen3VLConfig(text_config=rope, vision_config=vision, **IDS)
     from transformers import Qwen3VLVideoProcessor
 

@@ -282,7 +282,7 @@ class _Study:
                 continue
             fed = self._inputs(self.examples[number], said.ids[: said.ids.index(one.token)])
             seen: dict[int, Tensor] = {}
-            with hooks() as hook:
+            with self.model.alone(), hooks() as hook:
                 for layer in self.layers:
 
                     def keep(
@@ -644,7 +644,7 @@ class _Study:
 @contextmanager
 def ablated(model: Model, neurons: Mapping[int, tuple[Sequence[int], Tensor]]) -> Iterator[None]:
     """Within this context neurons of the tower that speaks are set to a value, at every position."""
-    with hooks() as hook:
+    with model.alone(), hooks() as hook:
         for layer, (some, value) in neurons.items():
 
             def change(x: Tensor, some: Sequence[int] = some, value: Tensor = value) -> Tensor:

@@ -15,7 +15,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field, replace
-from functools import cache
+from functools import cache, partial
 from itertools import groupby
 from typing import Any
 
@@ -40,7 +40,8 @@ class Row:
     """One patch: its number in the sweep, what it sets, and the stage of its tower it joins at.
 
     `sites` are of one layer each, lowest first; a window of layers has several. Stage L is the
-    entrance of block L; the stage behind the last block is its output.
+    entrance of block L; the stage behind the last block is its output. `shift` says how far behind
+    the positions of the run the source's values for this row are (see `Sweep._given`).
     """
 
     number: int
@@ -48,16 +49,19 @@ class Row:
     at: tuple[int, ...]
     tower: int
     stage: int
+    shift: int = 0
 
 
 @dataclass(frozen=True, eq=False)
 class Cell:
-    """One write: a row and position of a batch gets the source run's value at `source`."""
+    """One write: a row and position of a batch gets the source's value for the position `source` of a
+    run, which lies `shift` behind it."""
 
     row: int
     position: int
     site: Site
     source: int
+    shift: int = 0
 
 
 @dataclass(eq=False)
@@ -73,8 +77,10 @@ class Trace:
     calls: dict[tuple[str, int], tuple[tuple[Any, ...], dict[str, Any]]] = field(
         default_factory=dict
     )
+    """How each block was called; behind the last one the final norm, where the model adds to what
+    blocks give."""
     given: dict[tuple[str, int], Tensor] = field(default_factory=dict)
-    """What each block gave, where the model adds to it before the next block."""
+    """What each block gave, where the model adds to it."""
     memory: dict[str, suffix.Memory] = field(default_factory=dict)
     """What the attention of causal decoders kept."""
 
@@ -109,8 +115,8 @@ def ablate(
     """Set each site, one at a time, to its value; the scores of `inputs` with that edit.
 
     A value broadcasts to `(positions, width of the site)`. The same as
-    `model.run(inputs, [Edit(site, "set", value)])` for each; sites of the towers' inside, without
-    windows of layers.
+    `model.run(inputs, [Edit(site, "set", value)])` for each, also where sites share places; sites of
+    the towers' inside, without windows of layers.
     """
     pair = Pair(inputs, inputs, answer, foil)
     sweep = Sweep(model, pair, sites, "noise", {} if seen is None else seen, values)
@@ -142,9 +148,12 @@ class Sweep:
         runs = runs[:1] if values is not None else runs
         self.kept = {tower: model.family.cache() for tower in self.towers}
         traces = []
+        self.shifts = [0] * len(sites)
         for number, (inputs, edits) in enumerate(runs):
             is_base = number == (direction == "denoise" and len(runs) == 2)
-            with self._keeping() if is_base else nullcontext(), ExitStack() as stack:
+            with ExitStack() as stack:
+                stack.enter_context(model.alone())
+                stack.enter_context(self._keeping() if is_base else nullcontext())
                 memory = {tower: suffix.Memory() for tower in self.towers if is_base and self._flow(tower) == "suffix"}  # fmt: skip
                 for tower, one in memory.items():
                     stack.enter_context(suffix.remembering(model, tower, one))
@@ -171,12 +180,25 @@ class Sweep:
         sites: Sequence[tuple[Site, tuple[int, ...]]],
         values: Mapping[Site, Tensor],
     ) -> Trace:
-        """A run that has the given values at the sites; elsewhere nobody asks."""
-        found = {p: value.clone() for p, value in trace.values.items()}
-        for site, at in sites:
-            value = found[site.point]
-            found[site.point] = self.model.edited(value, Edit(site, "set", values[site]), at)
-        return Trace(trace.logits, found)
+        """A run that has the given values at the sites; elsewhere nobody asks.
+
+        Sites that share a place have values of their own there: each point's positions come as often, end
+        to end, as is needed, and `shifts` says how far behind the first a site's are.
+        """
+        found: dict[Point, list[Tensor]] = defaultdict(list)
+        taken: dict[Point, list[set[tuple[int | None, int]]]] = defaultdict(list)
+        for number, (site, at) in enumerate(sites):
+            point, places = site.point, {(site.index, position) for position in at}
+            turn = next((n for n, some in enumerate(taken[point]) if not some & places), None)
+            if turn is None:
+                turn = len(found[point])
+                found[point].append(trace.values[point])
+                taken[point].append(set())
+            taken[point][turn] |= places
+            edit = Edit(site, "set", values[site])
+            found[point][turn] = self.model.edited(found[point][turn], edit, at)
+            self.shifts[number] = turn * trace.values[point].shape[1]
+        return Trace(trace.logits, {point: torch.cat(some, 1) for point, some in found.items()})
 
     # -- the two plain runs ----------------------------------------------------------------------
 
@@ -213,15 +235,19 @@ class Sweep:
     @contextmanager
     def _recording(self, trace: Trace) -> Iterator[None]:
         """Record every block's call and every tower's output, before any edits of them."""
+
+        def called(m: Any, args: Any, kwargs: Any, key: tuple[str, int]) -> None:
+            trace.calls[key] = (args, kwargs)
+
         with handles() as held:
             for tower, table in self.model.family.towers.items():
-                for layer, block in enumerate(self.model.blocks(tower)):
-
-                    def called(m: Any, args: Any, kwargs: Any, key: Any = (tower, layer)) -> None:
-                        trace.calls[key] = (args, kwargs)
-
-                    held(block.register_forward_pre_hook(called, with_kwargs=True))
-                    if table.between:
+                blocks = list(self.model.blocks(tower))
+                if table.between:  # the model may add to what the last block gives, too
+                    blocks.append(self.model.hf.get_submodule(self.model.family.norm or ""))
+                for layer, block in enumerate(blocks):
+                    seen = partial(called, key=(tower, layer))
+                    held(block.register_forward_pre_hook(seen, with_kwargs=True))
+                    if table.between and layer < self._depth(tower):
 
                         def given(m: Any, args: Any, out: Any, key: Any = (tower, layer)) -> None:
                             trace.given[key] = out if isinstance(out, Tensor) else out[0]
@@ -276,20 +302,23 @@ class Sweep:
         points = {one.point for some in parts for one in some}
         changed = {point: self._changed(point).cpu().numpy() for point in points}
 
-        def changes(site: Site, at: tuple[int, ...]) -> bool:
-            there = changed[site.point][list(at)]
+        def changes(site: Site, at: tuple[int, ...], shift: int) -> bool:
+            there = changed[site.point][[shift + position for position in at]]
             return bool((there if site.index is None else there[:, site.index]).any())
 
         rows, idle = [], []
         for number, (some, (_, at)) in enumerate(zip(parts, sites, strict=True)):
             # What comes before the first change writes what is there already; after it, a value
             # that both runs share still undoes what the change has done to it.
+            shift = self.shifts[number]
             reaching = [one for one in some if self._reaches(one, at)]
-            first = next((n for n, one in enumerate(reaching) if changes(one, at)), len(reaching))
+            first = next(
+                (n for n, one in enumerate(reaching) if changes(one, at, shift)), len(reaching)
+            )
             live = tuple(reaching[first:])
             if live:
                 tower = self.towers.index(live[0].tower)
-                rows.append(Row(number, live, at, tower, self._stage(live[0])))
+                rows.append(Row(number, live, at, tower, self._stage(live[0]), shift))
             else:
                 idle.append(number)
         return sorted(rows, key=lambda row: (row.tower, row.stage)), idle
@@ -307,7 +336,8 @@ class Sweep:
 
     def _changed(self, point: Point) -> Bool[Tensor, "pos *units"]:
         """Where the two runs differ at a point."""
-        differ = self.source.values[point][0] != self.base.values[point][0]
+        base, source = self.base.values[point][0], self.source.values[point][0]
+        differ = (source.unflatten(0, (-1, len(base))) != base).flatten(0, 1)
         many = self.model.units(point)
         return (differ if many is None else differ.unflatten(-1, (many, -1))).any(-1)
 
@@ -378,6 +408,10 @@ class Sweep:
     @torch.inference_mode()
     def _chunk(self, tower: str, rows: list[Row]) -> Score:
         """Take rows of one tower, in the order of their stages, to their scores."""
+        with self.model.alone():
+            return self._scores(tower, rows)
+
+    def _scores(self, tower: str, rows: list[Row]) -> Score:
         model, family = self.model, self.model.family
         if self._flow(tower) == "plain":
             return self._plain(rows[0])
@@ -408,7 +442,8 @@ class Sweep:
         """One forward with the patch, where a tower's blocks do not take rows."""
         edits = [*self.edits]
         for site in row.sites:
-            value = self.model.read(self.source.values[site.point], site, row.at)
+            at = [position + row.shift for position in row.at]
+            value = self.model.read(self.source.values[site.point], site, at)
             edits.append(Edit(site, "set", value))
         logits = self.model.run(self.inputs, edits)
         return score(logits[None], self.pair.answer, self.pair.foil)
@@ -419,23 +454,28 @@ class Sweep:
         begins = [starts[min(row.at)] for row in rows]
         ragged = suffix.Rows(self.model, tower, self.base.memory[tower], begins)
         depth, hidden = self._depth(tower), self.base.ends[tower][:, :0]
-        for stage in range(rows[0].stage, depth + 1):
-            base = self.base.ends[tower] if stage == depth else self._entrance(tower, stage)
-            new = [(i, row) for i, row in enumerate(rows) if row.stage == stage]
-            if new:
-                parts = [hidden.to(base.device), *(base[:, begins[i] :] for i, _ in new)]
-                hidden = torch.cat(parts, 1)
-                self._patch_joined(tower, ragged, hidden, new)
-                ragged.take(new[-1][0] + 1)
-            if stage < depth:
-                hidden = self._ragged_block(tower, stage, hidden, rows, ragged)
+        with ragged.attending():
+            for stage in range(rows[0].stage, depth + 1):
+                base = self.base.ends[tower] if stage == depth else self._entrance(tower, stage)
+                new = [(i, row) for i, row in enumerate(rows) if row.stage == stage]
+                if new:
+                    parts = [hidden.to(base.device), *(base[:, begins[i] :] for i, _ in new)]
+                    hidden = torch.cat(parts, 1)
+                    self._patch_joined(tower, ragged, hidden, new)
+                    ragged.take(new[-1][0] + 1)
+                if stage < depth:
+                    hidden = self._ragged_block(tower, stage, hidden, rows, ragged)
         return hidden[0, ragged.last(), None]
 
     def _patch_joined(
         self, tower: str, ragged: suffix.Rows, hidden: Tensor, new: list[tuple[int, Row]]
     ) -> None:
         """Write the first patch of rows that join, behind the block that it is in."""
-        cells = [Cell(0, ragged.place(i, p), row.sites[0], p) for i, row in new for p in row.at]
+        cells = [
+            Cell(0, ragged.place(i, p), row.sites[0], p, row.shift)
+            for i, row in new
+            for p in row.at
+        ]
         behind = [c for c in cells if c.site.kind == "resid"]
         self._write(hidden, behind)
         if behind:
@@ -464,7 +504,7 @@ class Sweep:
         """One block over all rows that have joined, with the run's own edits and the patches in it."""
         joined = [(i, row) for i, row in enumerate(rows) if row.stage <= layer]
         cells = [
-            Cell(0, ragged.place(i, p), site, p)
+            Cell(0, ragged.place(i, p), site, p, row.shift)
             for i, row in joined
             for site in row.sites
             if site.center == layer
@@ -474,13 +514,12 @@ class Sweep:
             for edit in self.edits:
                 if edit.site.tower == tower and edit.site.center == layer:
                     self._edit_ragged(hook, edit, joined, ragged)
-            with ragged.attending():
-                hidden = self._call_at(tower, layer, hidden, cells, ragged.tokens)
+            hidden = self._call_at(tower, layer, hidden, cells, ragged.tokens)
         return self._added(tower, layer, hidden, ragged.tokens)
 
     def _added(self, tower: str, layer: int, hidden: Tensor, tokens: Tensor) -> Tensor:
-        """With what the model adds between this block and the next one, at these positions."""
-        if (tower, layer) not in self.base.given or layer + 1 == self._depth(tower):
+        """With what the model adds behind this block, before whatever is next, at these positions."""
+        if (tower, layer) not in self.base.given:
             return hidden
         added = self._entrance(tower, layer + 1) - self.base.given[tower, layer]
         return hidden + added[:, tokens.to(added.device)]
@@ -538,7 +577,9 @@ class Sweep:
         if not new:
             return hidden
         joined = base.expand(len(new), -1, -1).clone()
-        cells = [Cell(i, p, row.sites[0], p) for i, row in enumerate(new) for p in row.at]
+        cells = [
+            Cell(i, p, row.sites[0], p, row.shift) for i, row in enumerate(new) for p in row.at
+        ]
         self._write(joined, [c for c in cells if c.site.kind in ("resid", "output")])
         within = [c for c in cells if c.site.kind in SUBLAYERS and c.site.center < stage]
         if within:
@@ -566,7 +607,7 @@ class Sweep:
     def _block(self, tower: str, layer: int, hidden: Tensor, rows: list[Row]) -> Tensor:
         """One block over all rows that have joined, with the patches that are made in it."""
         cells = [
-            Cell(i, p, site, p)
+            Cell(i, p, site, p, row.shift)
             for i, row in enumerate(rows)
             for site in row.sites
             if row.stage <= layer == site.center
@@ -602,7 +643,7 @@ class Sweep:
         point = cells[0].site.point
         many = self.model.units(point) or 1
         view = (x if shape is None else x.view(*shape[:2], -1)).unflatten(-1, (many, -1))
-        numbers = [(c.row, c.position, c.source, c.site.index or 0) for c in cells]
+        numbers = [(c.row, c.position, c.source + c.shift, c.site.index or 0) for c in cells]
         row, position, source, unit = torch.tensor(numbers, device=x.device).T
         values = self.source.values[point][0].unflatten(-1, (many, -1))
         view[row, position, unit] = values[source, unit]

@@ -10,13 +10,19 @@ import hashlib
 import json
 import re
 import sys
+import threading
+import warnings
+from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import replace
+from copy import copy
+from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
+from itertools import count
 from numbers import Integral
 from pathlib import Path
 from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
 
 import torch
 from huggingface_hub.utils import logging as hub_logging
@@ -26,7 +32,6 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers import AutoModel, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel
-from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import cached_file, logging
 
@@ -51,16 +56,19 @@ _UNFIT = re.compile(r"image tokens do not match|image size .* doesn't match")
 """How transformers says that pictures or their tokens are not what the model takes."""
 SAID = 20
 """How many tokens a model says at most."""
-OURS = "vlmscope"
-"""The name of the attention function that `Model.attending` puts in."""
+NUMBERS = count()
+"""Every use of `Model.attending` has a number, and by it a name of its own."""
 
 
 class Model:
     """A vision-language model that can be run with edits and looked into.
 
-    `hf` is the Hugging Face model (in evaluation mode), `shapes` says which sites each tower has.
-    Make one with `vlmscope.load`, or from objects you have: `Model(hf, processor)`; then call `verify`,
-    as `load` does. A processor is whatever the family's `encode` takes: it has a `tokenizer`.
+    `hf` is the Hugging Face model, `shapes` says which sites each tower has. Make one with
+    `vlmscope.load`, or from objects you have: `Model(hf, processor)`; then call `verify`, as `load`
+    does. A processor is whatever the family's `encode` takes: it has a `tokenizer`.
+
+    Several threads may use one model: their runs wait for each other (`alone`). All runs are in
+    evaluation mode; a model that is being trained is back in training mode behind them.
 
     Raises `ModelError` if the model is of no supported family or does not fit its family's table.
     """
@@ -389,6 +397,30 @@ class Model:
 
     # -- runs ------------------------------------------------------------------------------------
 
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """Within this context no other thread runs the model, and it is in evaluation mode.
+
+        Hooks are on the modules, so two runs at once would see each other's edits. Everything that runs
+        the model or holds hooks on it does so within this context, which may be entered again.
+        """
+        turn = _turn(self.hf)
+        with turn.lock:
+            training = [] if turn.taken else _training(self.hf)
+            if training and not turn.told:
+                turn.told = True
+                warnings.warn(f"{self.name} is in training mode, where dropout makes results random; it is run in "
+                              "evaluation mode and put back behind each run", stacklevel=4)  # fmt: skip
+            before, turn.taken = turn.taken, True
+            for module in training:
+                module.training = False
+            try:
+                yield
+            finally:
+                turn.taken = before
+                for module in training:
+                    module.training = True
+
     @torch.inference_mode()
     def run(self, inputs: Inputs, edits: Iterable[Edit] = ()) -> Logits:
         """The logits at the read-out position, with the edits made as the model computes.
@@ -421,7 +453,7 @@ class Model:
         found: list[Tensor] = []
         drop = {"logits_to_keep"} if every else set()
         keywords = {k: v for k, v in self.family.keywords.items() if k not in drop}
-        with handles() as held:
+        with self.alone(), handles() as held:
             module = self._module(self.family.logits)
             held(module.register_forward_hook(lambda m, args, out: found.append(out.logits)))
             self.hf(**inputs.tensors, **keywords)
@@ -460,10 +492,11 @@ class Model:
         """What every head of a tower's `attn` or `cross` pays attention to, from the positions `at`.
 
         `at` are numbers, or a position of the site language such as `last`. Keys are the positions of
-        `attended(tower, kind)`. Only these rows are kept, in float32.
+        `attended(tower, kind)`. Only these rows are kept, in float32. They are what transformers' own eager
+        attention pays, whichever attention the model runs with.
 
         Raises `SiteError` for a position or a tower that there is not, `ModelError` where the model does
-        not tell.
+        not tell what is paid, or where its kernel reads its mask in a form of its own.
         """
         at = self._numbers(inputs, tower, kind, at)
         path = self.family.towers[tower].attention.get(kind)
@@ -473,25 +506,24 @@ class Model:
         rows: list[Tensor] = []
         modules = [b.get_submodule(path) for b in self.blocks(tower) if _has(b, path)]
         if _interface(modules[0]) is None:
-            with handles() as held:
+            with self.alone(), handles() as held:
                 for module in modules:
 
                     def keep(m: nn.Module, args: Any, out: Any) -> None:
                         rows.append(out[1][0][:, list(at)].float())
 
                     held(module.register_forward_hook(keep))
-                self.hf(**inputs.tensors)
+                self.run(inputs)
         else:
 
             def pay(
-                plain: Any, module: Any, q: Tensor, k: Tensor, v: Tensor, mask: Any, **kw: Any
+                plain: Plain, module: Any, q: Tensor, k: Tensor, v: Tensor, mask: Any, **kw: Any
             ) -> Any:
-                causal = kw.get("is_causal", getattr(module, "is_causal", True))
-                rows.append(_paid(q, k, mask, at, kw.get("scaling"), causal))
+                rows.append(_paid(plain, module, q, k, v, mask, at, **kw))
                 return plain(module, q, k, v, mask, **kw)
 
             with self.attending(tower, pay, kind):
-                self.hf(**inputs.tensors, **self.family.keywords)
+                self.run(inputs)
         paid = torch.stack([row.to(self.device) for row in rows])
         tokens = inputs.layout[self.attended(tower, kind)].tokens
         if paid.shape[-1] == len(tokens):
@@ -526,33 +558,39 @@ class Model:
         self, tower: str, function: Callable[..., Any], kind: str = "attn"
     ) -> Iterator[None]:
         """Within this context the attention of a tower calls `function(plain, module, q, k, v, mask,
-        **keywords)`, where `plain` is the attention function that it would call otherwise."""
+        **keywords)`, where `plain` is the attention function that it would call otherwise.
+
+        Each use has a name of its own among transformers' attention functions, and only the tower's own
+        modules know it, each by a copy of its config: masks are made as they always are, and another
+        model with the same config is left as it is. Uses may be within each other.
+        """
         path = self.family.towers[tower].attention[kind]
         modules: list[Any] = [b.get_submodule(path) for b in self.blocks(tower) if _has(b, path)]
-        name = modules[0].config._attn_implementation
-        plain = ALL_ATTENTION_FUNCTIONS.get_interface(name, _interface(modules[0]))
-        own = set(modules)
+        with self.alone():
+            configs = {module: module.config for module in modules}
+            name = modules[0].config._attn_implementation
+            known = ALL_ATTENTION_FUNCTIONS.get_interface(name, _interface(modules[0]))
+            plain = Plain(str(name), known, configs)
 
-        def attend(
-            module: Any, q: Tensor, k: Tensor, v: Tensor, attention_mask: Any = None, **kw: Any
-        ) -> Any:
-            # Cross-attention of the same decoder may go by the same name.
-            if module not in own:
-                return plain(module, q, k, v, attention_mask, **kw)
-            return function(plain, module, q, k, v, attention_mask, **kw)
+            def attend(
+                module: Any, q: Tensor, k: Tensor, v: Tensor, attention_mask: Any = None, **kw: Any
+            ) -> Any:
+                return function(plain, module, q, k, v, attention_mask, **kw)
 
-        ALL_ATTENTION_FUNCTIONS.register(OURS, attend)
-        # The masks are made by name, too.
-        ALL_MASK_ATTENTION_FUNCTIONS.register(OURS, ALL_MASK_ATTENTION_FUNCTIONS[name])
-        try:
-            for module in modules:
-                module.config._attn_implementation = OURS
-            yield
-        finally:
-            for module in modules:
-                module.config._attn_implementation = name
-            for known in (ALL_ATTENTION_FUNCTIONS, ALL_MASK_ATTENTION_FUNCTIONS):
-                known._global_mapping.pop(OURS)
+            # Some modules read in the name which kind of kernel they call.
+            ours = f"{name}, by vlmscope {next(NUMBERS)}"
+            copies = {id(config): copy(config) for config in configs.values()}
+            for config in copies.values():  # not by its property, which sets sub-configs, too
+                config._attn_implementation_internal = ours
+            ALL_ATTENTION_FUNCTIONS.register(ours, attend)
+            try:
+                for module, config in configs.items():
+                    module.config = copies[id(config)]
+                yield
+            finally:
+                for module, config in configs.items():
+                    module.config = config
+                ALL_ATTENTION_FUNCTIONS._global_mapping.pop(ours)
 
     def attended(self, tower: str, kind: str) -> str:
         """The tower whose positions `attn` or `cross` of a tower attends to."""
@@ -578,12 +616,13 @@ class Model:
     def editing(
         self, inputs: Inputs, edits: Iterable[Edit], generating: bool = False
     ) -> Iterator[None]:
-        """Within this context every run of the model, in any number of rows, has the edits.
+        """Within this context every run of the model, in any number of rows, has the edits; other threads
+        wait until it is left.
 
         Where one generation is run, they are made as the model reads the prompt; a step behind it that
         sees only what was said last has what came before in its cache.
         """
-        with hooks() as hook:
+        with self.alone(), hooks() as hook:
             for edit in edits:
                 for site, at in self.placed(edit.site, inputs):
                     hook(
@@ -782,34 +821,115 @@ def _interface(module: nn.Module) -> Callable[..., Any] | None:
     return getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
 
 
+@dataclass(frozen=True)
+class Plain:
+    """The attention function that modules call by themselves, and what it is called there."""
+
+    name: str
+    function: Callable[..., Any]
+    configs: Mapping[nn.Module, Any]
+
+    def __call__(self, module: nn.Module, *args: Any, **keywords: Any) -> Any:
+        # Flash kernels look up in the module's config which of them is meant.
+        ours, module.config = module.config, self.configs[module]
+        try:
+            return self.function(module, *args, **keywords)
+        finally:
+            module.config = ours
+
+    def mask(
+        self, module: nn.Module, mask: Any, own: int, keys: int, device: torch.device, **kw: Any
+    ) -> Tensor | None:
+        """The mask of a call as a dense one, `(tiles or 1, heads or 1, own, keys)`: true where a key is
+        seen, or what is added to the scores. None: everything is seen.
+
+        Kernels that get no mask leave out what comes later, where the call or the module says that it is
+        causal, and what is farther away than the window of the call; eager attention leaves out nothing.
+
+        Raises `ModelError` for masks of any other form (flash attention's for padding, flex
+        attention's blocks).
+        """
+        if mask is None:
+            causal, window = kw.get("is_causal"), kw.get("sliding_window")
+            causal = getattr(module, "is_causal", True) if causal is None else causal
+            if self.function is _interface(module) or not (causal or window):
+                return None
+            behind = torch.arange(own, device=device)[:, None] - torch.arange(keys, device=device)
+            seen = behind >= 0 if causal else torch.ones_like(behind, dtype=torch.bool)
+            return (seen & (behind.abs() < window) if window else seen)[None, None]
+        if isinstance(mask, Tensor) and mask.ndim == 4:
+            return mask[..., :keys].expand(-1, -1, own, -1)
+        form = (
+            f"one of {mask.ndim} dimensions"
+            if isinstance(mask, Tensor)
+            else f"a {type(mask).__name__}"
+        )
+        raise ModelError(
+            f"the attention '{self.name}' of {type(module).__name__} has {form} as its mask, which is not read here; expected "
+            "none or one of 4 dimensions, as 'sdpa' and 'eager' have: model.hf.set_attn_implementation('sdpa')"
+        )  # fmt: skip
+
+
 def _paid(
+    plain: Plain,
+    module: nn.Module,
     q: Float[Tensor, "tiles heads own width"],
     k: Float[Tensor, "tiles kv_heads keys width"],
-    mask: Tensor | None,
+    v: Float[Tensor, "tiles kv_heads keys value_width"],
+    mask: Any,
     at: Sequence[int],
-    scaling: float | None,
-    causal: bool,
+    **kw: Any,
 ) -> Float[Tensor, "heads at every"]:
-    """The attention of a few queries: softmax of their products with the keys, in float32.
+    """The attention of a few queries, by the module's own eager function: with its scale, soft cap, mask
+    and precision.
 
     Tiles look only within themselves; positions count through all of them.
     """
-    tiles, heads, own, width = q.shape
+    tiles, heads, own, _ = q.shape
     keys = k.shape[2]
-    k = k.repeat_interleave(heads // k.shape[1], 1)
-    found = q.new_zeros(heads, len(at), tiles * keys, dtype=torch.float32)
+    mask = plain.mask(module, mask, own, keys, q.device, **kw)
+    if mask is not None and mask.dtype == torch.bool:  # eager attention adds its mask
+        mask = q.new_zeros(mask.shape).masked_fill(~mask, torch.finfo(q.dtype).min)
+    by_tile = defaultdict(list)
     for number, position in enumerate(at):
-        tile, row = divmod(position, own)
-        scores = (q[tile, :, row].float()[:, None] @ k[tile].float().mT)[:, 0]
-        scores = scores * (width**-0.5 if scaling is None else scaling)
-        if mask is None and causal:
-            scores[:, row + 1 :] = -torch.inf
-        elif mask is not None:
-            own_mask = mask[tile if len(mask) > 1 else 0, 0, row]
-            is_bool = own_mask.dtype == torch.bool
-            scores = scores.masked_fill(~own_mask, -torch.inf) if is_bool else scores + own_mask
-        found[:, number, tile * keys : (tile + 1) * keys] = scores.softmax(-1)
+        by_tile[position // own].append((number, position % own))
+    eager: Any = _interface(module)
+    found = q.new_zeros(heads, len(at), tiles * keys, dtype=torch.float32)
+    for tile, some in by_tile.items():
+        numbers, rows = map(list, zip(*some, strict=True))
+        one = slice(tile, tile + 1)
+        seen = None if mask is None else (mask[one] if len(mask) > 1 else mask)[:, :, rows]
+        _, paid = eager(module, q[one, :, rows], k[one], v[one], seen, **kw)
+        found[:, numbers, tile * keys : (tile + 1) * keys] = paid[0].float()
     return found
+
+
+@dataclass(eq=False)
+class _Turn:
+    """Whose turn it is to run a model: one thread's at a time. `told`: that the model was in training."""
+
+    lock: threading.RLock = field(default_factory=threading.RLock)
+    taken: bool = False
+    told: bool = False
+
+
+_TURNS: WeakKeyDictionary[nn.Module, _Turn] = WeakKeyDictionary()
+_FINDING = threading.Lock()
+
+
+def _turn(hf: nn.Module) -> _Turn:
+    """One for each Hugging Face model, whatever `Model`s there are of it; not kept in it, so that it
+    can still be copied."""
+    with _FINDING:
+        return _TURNS.setdefault(hf, _Turn())
+
+
+def _training(hf: nn.Module) -> list[nn.Module]:
+    """The modules of a model that are in training mode. (`modules()` makes all their names as well.)"""
+    todo = [hf]
+    for module in todo:
+        todo.extend(module.children())
+    return [module for module in todo if module.training]
 
 
 def load(

@@ -91,7 +91,7 @@ def say(
     steps: dict[int, list[Tensor]] = defaultdict(list)
     tower = model.speaker
     layers = model.shapes[tower].having("mlp")
-    with hooks() as hook, torch.inference_mode():
+    with model.alone(), hooks() as hook, torch.inference_mode():
         for layer in layers:
 
             def keep(x: Tensor, layer: int = layer) -> Tensor:
@@ -139,7 +139,7 @@ def taught(
     layers = model.shapes[tower].having("mlp")
     first = len(plain.layout[tower].tokens) - 1
     found: dict[int, Tensor] = {}
-    with hooks() as hook, torch.inference_mode():
+    with model.alone(), hooks() as hook, torch.inference_mode():
         for layer in layers:
 
             def keep(x: Tensor, layer: int = layer) -> Tensor:

@@ -278,7 +278,7 @@ def _frozen(model: Model) -> Iterator[None]:
 
 def _logits(model: Model, one: _Wanted, delta: Mapping[int, tuple[Tensor, Tensor]]) -> Tensor:
     """The logits of all positions that say the caption, with `delta` added to the columns."""
-    with handles() as held:
+    with model.alone(), handles() as held:
         for layer, (at, added) in delta.items():
 
             def add(
@@ -391,7 +391,7 @@ def _elsewhere(
     }
     here = {layer: torch.zeros((), device=at.device) for layer, (at, _) in delta.items()}
     count = many = 0
-    with handles() as held, torch.no_grad():
+    with model.alone(), handles() as held, torch.no_grad():
         for layer, (at, _) in delta.items():
 
             def keep(m: nn.Module, args: Any, layer: int = layer, at: Tensor = at) -> None:

@@ -20,7 +20,8 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from vlmscope.model import Model
+from vlmscope.errors import ModelError
+from vlmscope.model import Model, Plain
 
 ALONG = {
     "position_embeddings": -2,
@@ -34,47 +35,71 @@ ALONG = {
 
 @dataclass(eq=False)
 class Memory:
-    """What the base run's attention kept: keys, values, masks and scales, by layer."""
+    """What the base run's attention kept, by layer.
+
+    `open` says which position (row) attends to which (column); `coarse` that the softmax is rounded to
+    float32, as eager attention's is in a model of any type.
+    """
 
     keys: list[Float[Tensor, "heads pos width"]] = field(default_factory=list)
     values: list[Float[Tensor, "heads pos width"]] = field(default_factory=list)
-    masks: list[Tensor | None] = field(default_factory=list)
-    causal: list[bool] = field(default_factory=list)
+    open: list[Bool[Tensor, "pos pos"]] = field(default_factory=list)
+    coarse: list[bool] = field(default_factory=list)
     modules: list[Any] = field(default_factory=list)
 
 
 @contextmanager
 def remembering(model: Model, tower: str, memory: Memory) -> Iterator[None]:
     """Keep keys, values and masks of a run; the attention itself is as it always is."""
+    known: dict[Any, tuple[Any, Tensor]] = {}  # layers have the same masks
 
-    def keep(plain: Any, module: Any, q: Tensor, k: Tensor, v: Tensor, mask: Any, **kw: Any) -> Any:
+    def keep(
+        plain: Plain, module: Any, q: Tensor, k: Tensor, v: Tensor, mask: Any, **kw: Any
+    ) -> Any:
+        out, paid = plain(module, q, k, v, mask, **kw)
         memory.keys.append(k[0].clone())
         memory.values.append(v[0].clone())
-        memory.masks.append(None if mask is None else mask.clone())
-        memory.causal.append(kw.get("is_causal", getattr(module, "is_causal", True)))
+        which = (id(mask), kw.get("is_causal"), kw.get("sliding_window"), k.device)
+        if which not in known:
+            known[which] = mask, allowed(plain, module, mask, q, k, **kw)
+        memory.open.append(known[which][1])
+        memory.coarse.append(paid is not None and torch.equal(paid, paid.float().to(paid)))
         memory.modules.append(module)
-        return plain(module, q, k, v, mask, **kw)
+        return out, paid
 
     with model.attending(tower, keep):
         yield
 
 
-def allowed(memory: Memory, layer: int) -> Bool[Tensor, "pos pos"]:
-    """Which position (row) may attend to which (column) in a layer."""
-    mask, many = memory.masks[layer], memory.keys[layer].shape[1]
-    if mask is None:  # nothing is masked, or just what comes later: the module says which
-        every = torch.ones(many, many, dtype=torch.bool, device=memory.keys[layer].device)
-        return every.tril() if memory.causal[layer] else every
-    mask = mask[0, 0, :, :many]
-    return mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
+def allowed(
+    plain: Plain, module: Any, mask: Any, q: Tensor, k: Tensor, **kw: Any
+) -> Bool[Tensor, "pos pos"]:
+    """Which position (row) may attend to which (column) in a call of attention.
+
+    Raises `ModelError` for a mask that says more than that, or says it in another form.
+    """
+    many = k.shape[2]
+    dense = plain.mask(module, mask, q.shape[2], many, k.device, **kw)
+    if dense is None:
+        return torch.ones(many, many, dtype=torch.bool, device=k.device)
+    seen, only = dense, True
+    if dense.dtype != torch.bool:
+        seen = dense > torch.finfo(dense.dtype).min / 2
+        only = bool((dense.masked_fill(~seen, 0.0) == 0).all())
+    if seen.shape[1] != 1 or not only:
+        raise ModelError(
+            f"the attention '{plain.name}' of {type(module).__name__} has a mask that differs by head or adds to the scores; "
+            "expected one that says which position sees which"
+        )  # fmt: skip
+    return seen[0, 0]
 
 
 def starts(memory: Memory) -> list[int]:
     """For each position, the first that a patch there can change: itself, if all are causal."""
     many = memory.keys[0].shape[1]
     open_ = torch.zeros(many, many, dtype=torch.bool)
-    for layer in range(len(memory.keys)):
-        open_ |= allowed(memory, layer).cpu()
+    for seen in {id(one): one for one in memory.open}.values():
+        open_ |= seen.cpu()
     # The first query that attends to each key; then what is behind the start can be seen in turn.
     order = torch.arange(many)
     first = torch.where(open_, order[:, None], many).amin(0)
@@ -101,7 +126,6 @@ class Rows:
         self.device = memory.keys[0].device
         lengths = [self.many - begin for begin in self.begins]
         self.offsets = [0, *torch.tensor(lengths).cumsum(0).tolist()]
-        self.open = [allowed(memory, layer) for layer in range(len(memory.keys))]
 
     def take(self, joined: int) -> None:
         """The first `joined` rows are in the sequence."""
@@ -162,9 +186,10 @@ class Rows:
         scores = torch.cat([before, within], -1) * scale
         if cap is not None:
             scores = cap * torch.tanh(scores / cap)
-        scores = scores.masked_fill(~self.open[layer][begin:], -torch.inf)
-        paid = scores.float().softmax(-1) if scores.dtype.itemsize < 4 else scores.softmax(-1)
-        paid = paid.to(q.dtype)
+        scores = scores.masked_fill(~self.memory.open[layer][begin:], -torch.inf)
+        if scores.dtype.itemsize < 4 or self.memory.coarse[layer]:
+            scores = scores.float()
+        paid = scores.softmax(-1).to(q.dtype)
         left, right = paid[..., :begin], paid[..., begin:]
         out = (left.reshape(kv, heads // kv * rows * own, begin) @ shared_v).view(
             heads, rows, own, width
