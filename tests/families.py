@@ -98,10 +98,10 @@ def gemma3() -> Model:
     return Model(hf, processor, "tiny Gemma 3")
 
 
-def paligemma() -> Model:
+def paligemma(language: str = "gemma") -> Model:
     tokenizer = words_tokenizer("<image>")
     config = PaliGemmaConfig(
-        text_config=text(len(tokenizer), model_type="gemma"), vision_config=siglip(),
+        text_config=text(len(tokenizer), model_type=language), vision_config=siglip(),
         image_token_index=4, image_token_id=4, projection_dim=16, num_image_tokens=9,
     )  # fmt: skip
     hf = loud(PaliGemmaForConditionalGeneration(config))
