@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
+from families import FAMILIES
+from models import example, picture
 from transformers import BertConfig, BertModel, BertTokenizer, LlavaForConditionalGeneration
 
 from vlmscope import concepts
 from vlmscope.data import BUILT_IN, examples
 from vlmscope.errors import DataError, ModelError
+from vlmscope.inputs import Edit
 from vlmscope.model import Model, load
 
 ASK = "describe this picture."
@@ -159,3 +163,40 @@ def test_words_that_cannot_be_measured(toy):
         concepts.measure(toy, given, ASK, ["qqq"])
     with pytest.raises(DataError, match="'angry' is shown by 0 of 12 pictures"):
         concepts.measure(toy, given, ASK, ["angry"])
+
+
+def test_cross_attention_reads_patches_in_no_order():
+    """So that a shuffle of what Mllama reads would be of no use as a null."""
+    model = FAMILIES["mllama"]()
+    inputs = model.prepare(example()).clean
+    site = replace(model.image_site, position="image")
+    ((_, at),) = model.placed(site, inputs)
+    assert set(at) == set(inputs.layout["vision"].cells), "the tiles that the picture has"
+    (value,) = model.capture(inputs, [site]).values()
+    mixed = Edit(site, "set", value.flip(0))
+    torch.testing.assert_close(model.run(inputs, [mixed]), model.run(inputs))
+    assert not torch.allclose(model.run(inputs, [Edit(site, "scale", 0.5)]), model.run(inputs))
+
+
+@pytest.mark.parametrize(
+    ("name", "patches"),
+    [("llava-next", True), ("mllama", False), ("blip2-opt", False), ("instructblip-vicuna", False)],
+)
+def test_patches_are_shuffled_where_they_are_tokens_of_the_language_model(name, patches):
+    """Neither Mllama's one image token nor the queries of a Q-Former stand for patches."""
+    model = FAMILIES[name]()
+    given = [example(clean_image=picture(n), id=str(n)) for n in range(8)]
+    study = concepts._Study(model, given, "is this circle red ?", 12, 0)
+    token = max(
+        {t for said in study.said for t in said.ids},
+        key=lambda t: sum(t in said.ids for said in study.said),
+    )
+    every = np.ones(len(given), bool)
+    weight = np.random.default_rng(0).normal(size=study.many)
+    word = concepts._Word("red", token, every, weight, weight, weight)
+    study.first[:] = False
+    assert len(study._spoken(word)) >= 2
+    rows = study._shuffled(word)
+    assert bool(rows) == patches
+    for row in rows:
+        assert row["measure"] == "overlap, shuffled" and row["value"] < 1

@@ -10,13 +10,13 @@ from functools import cache
 
 import pytest
 import torch
-from families import FAMILIES
+from families import FAMILIES, llava_siglip, paligemma
 from models import blip, example, llava, picture
 
 from vlmscope import corrupt, engine, neurons, reference, rewrite
 from vlmscope.errors import ExampleError, ModelError, SiteError
 from vlmscope.inputs import Edit
-from vlmscope.model import Model, load
+from vlmscope.model import Model, describe, load
 from vlmscope.sites import Site, expand, grid, place
 
 TEXT = ("resid", "resid_pre", "attn", "mlp", "attn.h*")
@@ -107,9 +107,20 @@ NOT_ADDED = {
 def test_sublayers_add_up_to_blocks(name):
     """Also where a norm, a gate or a number stands between a sublayer and the residual stream, also when
     it is edited; heads and neurons are what the output projection gets."""
-    model = made(name)
+    adds_up(made(name), {t for t in made(name).shapes if (name, t) not in NOT_ADDED})
+
+
+def test_norms_behind_sublayers():
+    """PaliGemma 2's decoder has them, PaliGemma's has the MLP's by the name of attention's before it."""
+    for language, behind in (("gemma", False), ("gemma2", True)):
+        model = paligemma(model_type=language)
+        assert hasattr(model.blocks("decoder")[0], "post_feedforward_layernorm") == behind
+        adds_up(model, model.shapes)
+
+
+def adds_up(model, towers):
     inputs = model.prepare(example()).clean
-    for tower in {t for t in model.shapes if (name, t) not in NOT_ADDED}:
+    for tower in towers:
         kinds = [k for k in model.shapes[tower].kinds if k != "output"]
         edited = [
             Edit(Site.parse(f"{tower}.{model.shapes[tower].having(kind)[-1]}.{kind}@all"), "scale", -0.5)
@@ -129,6 +140,39 @@ def test_sublayers_add_up_to_blocks(name):
             now = model.capture(inputs, [edit.site], [edit])[str(edit.site)]
             torch.testing.assert_close(now, -0.5 * was, rtol=1e-12, atol=1e-12)
             assert was.abs().max() > 1e-3
+
+
+def test_a_table_that_does_not_know_of_norms_behind_sublayers():
+    model = FAMILIES["gemma3"]()
+    decoder = replace(model.family.towers["decoder"], behind={})
+    model.family = replace(model.family, towers={**model.family.towers, "decoder": decoder})
+    with pytest.raises(ModelError, match="attn, mlp do not add up to what block 2 of decoder does"):
+        model.verify()
+
+
+def test_towers_of_which_several_blocks_are_read():
+    """Their patches are one forward each: the last block alone does not say what leaves the tower."""
+    flows, depths = {}, {}
+    for layers in (-1, [1], [0, 1], [-1, -2]):
+        model = llava_siglip(layers)
+        flows[str(layers)] = model.flow("vision", model.prepare(example()).clean)
+        depths[str(layers)] = model.shapes["vision"].layers
+    assert list(flows.values()) == ["rows", "rows", "plain", "plain"]
+    assert list(depths.values()) == [2, 1, 1, 2]
+    told = describe(llava_siglip([0, 2])).split("patches (exact in every case)")[1]
+    assert "vision   one forward a patch" in told
+    for layers in (0, 3, [1, -4]):
+        with pytest.raises(ModelError, match="hidden states .* of a vision tower of 2 blocks"):
+            llava_siglip(layers)
+
+
+def test_what_siglip_sees():
+    """All of a picture, in patches without a class token, each a token of the language model's."""
+    model = llava_siglip()
+    assert model.view(picture(1).resize((40, 20))) == (0, 0, 40, 20)
+    layout = model.inputs(picture(1), "red or blue ?").layout
+    assert layout["vision"].tokens[0] == "0,0" and len(layout["vision"].tokens) == 9
+    assert list(layout["decoder"].cells.values()) == list(layout["vision"].cells.values())
 
 
 @pytest.mark.parametrize("name", MADE)

@@ -8,6 +8,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from families import FAMILIES
 from models import blip, example, llava, picture
 from PIL import Image
 from planted import TRUTH, planted, planted_examples
@@ -16,6 +17,7 @@ from vlmscope import heads
 from vlmscope.errors import DataError, ExampleError, SiteError
 from vlmscope.inputs import Edit
 from vlmscope.sites import Site
+from vlmscope.store import read_run
 
 SITES = "encoder.0.cross.h*@all"
 
@@ -174,6 +176,28 @@ def test_the_tables_are_written(tmp_path):
         "together.csv",
     }
     assert len(table.functions) == 4
+
+
+@pytest.mark.parametrize(
+    ("name", "head", "patched"),
+    [
+        ("mllama", "decoder.1.cross.h0@last", "vision.1.output"),
+        ("llava-siglip", "decoder.0.attn.h0@last", "decoder.0.resid_pre"),
+        ("blip2-opt", "qformer.0.cross.h0@0", None),  # queries are no patches
+    ],
+)
+def test_patches_are_patched_where_the_language_model_reads_them(tmp_path, name, head, patched):
+    given = [
+        example(id=f"e{n}", clean_image=picture(n), corrupt_prompt=None, masks={"object": (0, 0, 6, 6)})
+        for n in range(3, 5)
+    ]  # fmt: skip
+    heads.write(tmp_path / "heads", FAMILIES[name](), given, head)
+    if patched is None:
+        assert not (tmp_path / "heads" / "patches").exists()
+        return
+    run = read_run(tmp_path / "heads" / "patches")
+    sites = {site.partition("@")[0] for site in run.effects()["site"]}
+    assert sites == {patched}
 
 
 def test_patches_of_the_part_that_the_model_sees():

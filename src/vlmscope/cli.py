@@ -139,7 +139,7 @@ def sweep(
         Form, typer.Option(help="With --corrupt noise: x·ε, x+ε, or x·scale.")
     ] = Form.multiply,
     noise_at: Annotated[
-        Where, typer.Option(help="Noise on the vision tower's output or the text embeddings.")
+        Where, typer.Option(help="Noise on what is read of the image, or on the text embeddings.")
     ] = Where.image,
     noise_scale: Annotated[
         float | None, typer.Option(help="Strength of the noise.  [default: 5, 3 or 0.7691]")

@@ -106,8 +106,9 @@ def measure(
     - `selectivity`: (with − without) / (|with| + |without|) of that, meant over the neurons;
     - `overlap`: the share of a picture's top neurons for the word that are another's, too, for pictures
       that show it; `overlap, others`: that with the neurons of another word in a picture without it;
-    - `overlap, shuffled`: with those of the same picture when its patches are shuffled, where the language
-      model reads patches (the queries of a Q-Former have no place in the picture);
+    - `overlap, shuffled`: with those of the same picture when its patches are shuffled, where they
+      are tokens of the language model (cross-attention reads patches in no order, so that a shuffle changes
+      nothing, and the queries of a Q-Former have no place in the picture);
     - `drop, zero` and `drop, mean`: by how much the log-probability of the word falls when the neurons are
       set to zero, or to their mean; `p drop, zero`: the probability itself; `lost, zero`: the share of
       captions, generated anew, that lose the word.
@@ -489,6 +490,8 @@ class _Study:
     def _shuffled(self, one: _Word) -> list[dict[str, Any]]:
         """Top neurons at the word when the image's patches are shuffled."""
         site = replace(self.model.image_site, position="image")
+        if site.kind == "output":
+            return []  # what is read in no order: cross-attention gives the same, whatever the order
         shared = []
         for number in self._spoken(one):
             said, example = self.said[number], self.examples[number]

@@ -695,9 +695,9 @@ class Model:
     def verify(self) -> None:
         """Check that the model fits its family's table; raises `ModelError` naming what does not.
 
-        Every path resolves, head counts and widths divide, and an activation set to NaN at each
+        Every path resolves, head counts and widths divide, an activation set to NaN at each
         kind of site in each tower reaches the logits (a NaN shows the connection whatever the
-        weights are).
+        weights are), and what the sublayers add makes up what a block does.
         """
         if self.family.blank is None:
             inputs = self._encode([Image.new("RGB", (64, 64))], "a", {}, [])
@@ -714,6 +714,27 @@ class Model:
                     site = Site(tower, last, kind, unit or None, "all")
                     if not self.run(inputs, [Edit(site, "set", torch.nan)]).isnan().any():
                         raise self._misfit(f"an edit at {site} does not reach the logits")
+            if not self.family.towers[tower].normed:
+                self._check_sums(tower, inputs)
+
+    def _check_sums(self, tower: str, inputs: Inputs) -> None:
+        """A block's input and what its sublayers add, in one layer of each sort, are its output."""
+        shape = self.shapes[tower]
+        kinds = [kind for kind in shape.kinds if kind != "output"]
+        sorts = {tuple(k for k in kinds if n in shape.having(k)): n for n in range(shape.layers)}
+        points = {n: [Point(tower, n, kind, "") for kind in own] for own, n in sorts.items()}
+        _, found = self.record(inputs, [point for some in points.values() for point in some])
+        for layer, some in points.items():
+            *parts, whole = (found[point] for point in some)
+            wide = torch.promote_types(whole.dtype, torch.float32)
+            added = torch.stack([part.to(wide) for part in parts])
+            rounding = 8 * torch.finfo(whole.dtype).eps * added.abs().sum(0)
+            if ((added.sum(0) - whole).abs() > rounding).any():
+                names = ", ".join(point.kind for point in some[1:-1])
+                raise self._misfit(
+                    f"{names} do not add up to what block {layer} of {tower} does, so something stands "
+                    "between them and the residual stream; name it (docs/add-a-family.md, `behind`)"
+                )
 
     def _misfit(self, what: str) -> ModelError:
         import transformers

@@ -41,7 +41,7 @@ KINDS = {
     "attn": "self-attention",
     "cross": "cross-attention",
     "mlp": "MLP",
-    "output": "output after the final norm",
+    "output": "the tower's output",
 }
 TOWERS = {
     "vision": "vision tower",

@@ -30,7 +30,9 @@ class Tower:
     `attn`, `cross` and `mlp` name the output projection of a sublayer: its input is the heads (or
     neurons) side by side, its output what the sublayer adds to the residual stream. Where something
     stands between the two, `behind` names, by kind, the norm whose output is added (in the blocks that
-    have all that it names), and `factor` gives, by kind, what a block multiplies by. `output` is
+    have all that it names), and `factor` gives, by kind, what a block multiplies by. In a tower that is
+    `normed` the blocks normalise the residual stream itself, so that sublayers do not add up to a block's
+    output. `output` is
     the module whose output is the tower's, where something follows the last block: a final norm, or
     what turns all that the tower found into what the next one reads. `fold` is
     the cross-attention module: no query position of it looks at another, so that rows which share
@@ -50,6 +52,7 @@ class Tower:
     cross: str | None = None
     behind: Mapping[str, str] = field(default_factory=dict)
     factor: Mapping[str, Factor] = field(default_factory=dict)
+    normed: bool = False
     output: str | None = None
     fold: str | None = None
     attention: Mapping[str, str] = field(default_factory=dict)

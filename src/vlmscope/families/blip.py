@@ -165,6 +165,7 @@ def _text(path: str, reads: str) -> Tower:
         attn="attention.output.dense",
         cross="crossattention.output.dense",
         mlp="output.dense",
+        normed=True,
         fold="crossattention",
         attention={"attn": "attention.self", "cross": "crossattention.self"},
         reads=reads,

@@ -43,6 +43,7 @@ QFORMER = Tower(
     attn="attention.output.dense",
     cross="crossattention.output.dense",
     mlp="output_query.dense",
+    normed=True,
     reads="vision",
     output="language_projection",
     flow="plain",

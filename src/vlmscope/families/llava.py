@@ -21,7 +21,7 @@ from transformers.models.llava_next.modeling_llava_next import (
     unpad_image,
 )
 
-from vlmscope.errors import ExampleError
+from vlmscope.errors import ExampleError, ModelError
 from vlmscope.example import Box
 from vlmscope.families import Family, Tower, causal
 from vlmscope.inputs import Inputs
@@ -31,8 +31,14 @@ from vlmscope.sites import Layout
 def used(config: Any) -> int:
     """How many blocks of the vision tower the image features come from."""
     layers = config.vision_feature_layer
+    some = [layers] if isinstance(layers, int) else list(layers)
     many = config.vision_config.num_hidden_layers + 1  # hidden states: the embeddings come first
-    return max(n % many for n in ([layers] if isinstance(layers, int) else layers))
+    if not all(-many <= n < many for n in some) or not any(n % many for n in some):
+        raise ModelError(
+            f"its image features are of the hidden states {some} of a vision tower of {many - 1} blocks "
+            "(vision_feature_layer in its config); expected at least one of a block, and none beyond"
+        )
+    return max(n % many for n in some)
 
 
 def several(config: Any) -> bool:

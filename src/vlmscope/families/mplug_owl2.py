@@ -147,6 +147,7 @@ MPLUG_OWL2 = Family(
             attn=None,
             cross="crossattention.output.out_proj",
             mlp="crossattention.output.mlp.w2",
+            normed=True,
             reads="vision",
             flow="plain",
         ),
