@@ -709,3 +709,25 @@ def test_grids_that_differ():
     tall = picture(2).resize((12, 24))
     with pytest.raises(ExampleError, match="positions do not correspond; resize the corrupt image"):
         model.prepare(example(clean_image=wide, corrupt_image=tall, corrupt_prompt=None))
+
+
+@pytest.mark.skipif("qwen3-vl" not in MADE, reason="its processor needs torchvision")
+def test_what_is_added_between_blocks():
+    """Noise is on it, too; it can be patched where the image's tokens are, and nowhere else."""
+    model = made("qwen3-vl")
+    noisy = corrupt.pairs(model, example(), corrupt.Noise("factor", scale=0.5))[0]
+    given: list[list[torch.Tensor]] = []
+    keep = lambda m, args, kwargs: given.append(kwargs["deepstack_visual_embeds"])  # noqa: E731
+    handle = model.hf.model.language_model.register_forward_pre_hook(keep, with_kwargs=True)
+    model.run(noisy.clean)
+    plain = given.pop()
+    handle.remove()
+    found = model.capture(noisy.corrupt, ["decoder.*.deepstack@image"], noisy.edits)
+    assert len(found) == len(plain) == 2
+    for value, before in zip(found.values(), plain, strict=True):
+        assert torch.equal(value, before / 2)
+    for pair in (noisy, corrupt.pairs(model, example(), "image")[0]):
+        compare(model, pair, "denoise", ["decoder.*.deepstack@*", "decoder.*/3.deepstack@image",
+                                         "decoder.*.resid@*"])  # fmt: skip
+    with pytest.raises(SiteError, match="adds it to the image's tokens alone"):
+        model.run(noisy.clean, [Edit("decoder.0.deepstack@last", "add", 1.0)])

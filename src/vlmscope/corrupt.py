@@ -36,7 +36,7 @@ class Noise:
     `at` is what the language model reads of the image (`image`, in every family `Model.image_site`: the
     image's features as they enter its first block, or as its cross-attention reads them), or the text
     embeddings (`text`), never the image's tokens. What Qwen3-VL adds to its image tokens behind its first
-    blocks (DeepStack) stays clean.
+    blocks (DeepStack) is read of the image, too.
     """
 
     form: Literal["multiply", "add", "factor"] = "multiply"
@@ -86,8 +86,8 @@ def pairs(model: Model, example: Example, corruption: Corruption, seed: int = 0)
     if isinstance(corruption, Noise):
         pair = model.prepare(replace(example, corrupt_image=None, corrupt_prompt=None))
         return [
-            replace(pair, edits=(edit,))
-            for edit in _noise(model, pair.clean, corruption, f"{seed}/{example.id}")
+            replace(pair, edits=edits)
+            for edits in _noise(model, pair.clean, corruption, f"{seed}/{example.id}")
         ]
     if corruption == "image":
         if example.corrupt_image is None:
@@ -102,9 +102,16 @@ def pairs(model: Model, example: Example, corruption: Corruption, seed: int = 0)
     return [model.prepare(replace(example, corrupt_image=None))]
 
 
-def _noise(model: Model, inputs: Inputs, noise: Noise, seed: str) -> list[Edit]:
-    """One edit a draw, drawn on the CPU in float32, so that every device and precision agree."""
-    site = noisy(model, noise.at)
+def _noise(model: Model, inputs: Inputs, noise: Noise, seed: str) -> list[tuple[Edit, ...]]:
+    """The edits of each draw, drawn on the CPU in float32, so that every device and precision agree."""
+    sites = noisy(model, noise.at)
+    seeds = [seed, *(f"{seed}/{site}" for site in sites[1:])]
+    each = [_edits(model, inputs, noise, *one) for one in zip(sites, seeds, strict=True)]
+    return list(zip(*each, strict=True))
+
+
+def _edits(model: Model, inputs: Inputs, noise: Noise, site: Site, seed: str) -> list[Edit]:
+    """One edit a draw, of one site."""
     assert noise.scale is not None
     if noise.form == "factor":
         return [Edit(site, "scale", noise.scale)]
@@ -119,13 +126,18 @@ def _noise(model: Model, inputs: Inputs, noise: Noise, seed: str) -> list[Edit]:
     return [Edit(site, "add", sigma * draw) for draw in draws]
 
 
-def noisy(model: Model, at: str) -> Site:
-    """Where noise is: what the language model reads of the image, or the embeddings of the text."""
-    if at == "image":
-        return model.image_site
-    return Site(
-        "encoder" if "encoder" in model.shapes else "decoder", "0", "resid_pre", None, "text"
-    )
+def noisy(model: Model, at: str) -> tuple[Site, ...]:
+    """Where noise is: all that the language model reads of the image, or the embeddings of the text.
+
+    >>> from vlmscope.model import load
+    >>> [str(site) for site in noisy(load("toy-llava"), "image")]
+    ['decoder.0.resid_pre@image']
+    """
+    text = "encoder" if "encoder" in model.shapes else "decoder"
+    if at == "text":
+        return (Site(text, "0", "resid_pre", None, "text"),)
+    added = [Site(text, str(n), "deepstack", None, "image") for n in model.shapes[text].having("deepstack")]  # fmt: skip
+    return (model.image_site, *added)
 
 
 def _draw(shape: tuple[int, int], seed: str, number: int) -> Tensor:

@@ -162,9 +162,9 @@ def example(model: Model, one: Example) -> str:
             lines += _rows(model, pair, tower)
     lines += ["", "noise"]
     for at in ("image", "text"):
-        site = corrupt.noisy(model, at)
-        ((_, where),) = model.placed(site, pair.clean)
-        lines.append(f"  on the {at:<7}{site}: {_spans(where)}")
+        for site in corrupt.noisy(model, at):
+            ((_, where),) = model.placed(site, pair.clean)
+            lines.append(f"  on the {at:<7}{site}: {_spans(where)}")
     return "\n".join(lines)
 
 

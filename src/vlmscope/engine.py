@@ -33,6 +33,8 @@ BUDGET = 128 * 2**20
 """Bytes that the intermediate results of one batch of rows may take, if there is room."""
 
 SUBLAYERS = ("attn", "cross", "mlp")
+OUTER = ("output", "deepstack")
+"""Kinds of no block's inside or end."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -242,12 +244,12 @@ class Sweep:
         with handles() as held:
             for tower, table in self.model.family.towers.items():
                 blocks = list(self.model.blocks(tower))
-                if table.between:  # the model may add to what the last block gives, too
+                if table.deepstack:  # the model may add to what the last block gives, too
                     blocks.append(self.model.hf.get_submodule(self.model.family.norm or ""))
                 for layer, block in enumerate(blocks):
                     seen = partial(called, key=(tower, layer))
                     held(block.register_forward_pre_hook(seen, with_kwargs=True))
-                    if table.between and layer < self._depth(tower):
+                    if table.deepstack and layer < self._depth(tower):
 
                         def given(m: Any, args: Any, out: Any, key: Any = (tower, layer)) -> None:
                             trace.given[key] = out if isinstance(out, Tensor) else out[0]
@@ -327,7 +329,7 @@ class Sweep:
         """Where the row of a site joins: behind its block, unless the whole block must be redone."""
         if site.kind == "resid_pre" or (site.kind in SUBLAYERS and self._whole(site.tower)):
             return site.center
-        return site.center + (2 if site.kind == "output" else 1)
+        return self._depth(site.tower) + 1 if site.kind in OUTER else site.center + 1
 
     def _whole(self, tower: str) -> bool:
         """Whether the run's own edits are within a tower's blocks, where they count all positions."""
@@ -358,8 +360,8 @@ class Sweep:
             many = len(self.idle)
             yield self.idle, Score(*(v.expand(many).clone() for v in self.unchanged))
         for (number, _), group in groupby(
-            self.rows, key=lambda row: (row.tower, row.sites[0].kind == "output")
-        ):
+            self.rows, key=lambda row: (row.tower, row.sites[0].kind if row.sites[0].kind in OUTER else "")
+        ):  # fmt: skip
             tower, rows = self.towers[number], list(group)
             room = self._room(tower)
             while rows:
@@ -386,9 +388,13 @@ class Sweep:
         size = torch.finfo(model.dtype).bits // 8
         return max(1, min(BUDGET, model.free_memory() // 4) // (floats * size))
 
+    def _is_plain(self, tower: str, row: Row) -> bool:
+        """Whether a patch is a forward of its own: what is added between blocks is no block's."""
+        return self._flow(tower) == "plain" or row.sites[0].kind == "deepstack"
+
     def _fit(self, tower: str, rows: list[Row], room: int) -> int:
         """How many of the next rows to take: batches of about equal size, at least one row each."""
-        if self._flow(tower) == "plain":
+        if self._is_plain(tower, rows[0]):
             return 1
         lengths = self._lengths(tower, rows)
         batches = max(1, -(-sum(lengths) // room))
@@ -413,7 +419,7 @@ class Sweep:
 
     def _scores(self, tower: str, rows: list[Row]) -> Score:
         model, family = self.model, self.model.family
-        if self._flow(tower) == "plain":
+        if self._is_plain(tower, rows[0]):
             return self._plain(rows[0])
         if self._flow(tower) == "suffix":
             output = family.leave(model.hf, tower, self._suffixes(tower, rows))
@@ -512,7 +518,9 @@ class Sweep:
         ]
         with hooks() as hook:
             for edit in self.edits:
-                if edit.site.tower == tower and edit.site.center == layer:
+                # What is added between blocks is in the base run, which the rows take it from.
+                own = edit.site.tower == tower and edit.site.kind != "deepstack"
+                if own and edit.site.center == layer:
                     self._edit_ragged(hook, edit, joined, ragged)
             hidden = self._call_at(tower, layer, hidden, cells, ragged.tokens)
         return self._added(tower, layer, hidden, ragged.tokens)

@@ -126,6 +126,10 @@ class Model:
         if point.kind == "output":
             view = _Gaps.of(inputs.layout[point.tower])
             return Access(self._module(table.output or ""), False, flat, view)
+        if point.kind == "deepstack":
+            layout = inputs.layout[point.tower]
+            added = _Deepstack(point, layout.image, len(layout.tokens))
+            return Access(self._module(table.blocks.rpartition(".")[0]), True, flat, added)
         block = self.blocks(point.tower)[point.layer]
         if point.kind in ("resid", "resid_pre"):
             return Access(block, point.kind == "resid_pre", flat)
@@ -720,7 +724,7 @@ class Model:
     def _check_sums(self, tower: str, inputs: Inputs) -> None:
         """A block's input and what its sublayers add, in one layer of each sort, are its output."""
         shape = self.shapes[tower]
-        kinds = [kind for kind in shape.kinds if kind != "output"]
+        kinds = [kind for kind in shape.kinds if kind not in ("deepstack", "output")]
         sorts = {tuple(k for k in kinds if n in shape.having(k)): n for n in range(shape.layers)}
         points = {n: [Point(tower, n, kind, "") for kind in own] for own, n in sorts.items()}
         _, found = self.record(inputs, [point for some in points.values() for point in some])
@@ -785,6 +789,9 @@ class Model:
                 raise self._misfit(
                     f"{tower}.{kind} is {widths[kind]} wide, not a multiple of its {many} heads"
                 )
+        if table.deepstack:
+            kinds.append("deepstack")
+            lacks["deepstack"] = frozenset(range(table.deepstack(self.hf.config), len(blocks)))
         out: dict[str, int] = {}
         if table.output:
             kinds.append("output")
@@ -1251,6 +1258,36 @@ class _Gaps:
         return value[:, self.there]
 
 
+class _Deepstack(_Gaps):
+    """What a model adds to the image's tokens behind a block, with zeros at all others."""
+
+    def __init__(self, point: Point, image: Sequence[int], many: int) -> None:
+        super().__init__(image, many)
+        self.point = point
+
+    def write(self, x: Tensor, value: Tensor) -> Tensor:
+        elsewhere = value.clone()
+        elsewhere[:, self.there] = 0
+        if (elsewhere.nan_to_num() != 0).any():
+            raise SiteError(
+                f"{self.point.tower}.{self.point.layer}.deepstack: the model adds it to the image's tokens "
+                "alone, so nothing can be written elsewhere; name the position image"
+            )
+        return super().write(x, value)
+
+    def given(
+        self, kwargs: Mapping[str, Any], change: Callable[[Tensor], Tensor]
+    ) -> dict[str, Any]:
+        """The arguments of the language model, of which one is all that is added, in the layers' order."""
+        name = "deepstack_visual_embeds"
+        added = kwargs.get(name)
+        if added is None:  # no picture, or a step of a generation that sees only what was said last
+            return dict(kwargs)
+        there = list(added)
+        there[self.point.layer] = change(there[self.point.layer])
+        return {**kwargs, name: there}
+
+
 class Access(NamedTuple):
     """How a point is read and written: a module's output, or its input (`before`).
 
@@ -1289,6 +1326,8 @@ def hooks() -> Iterator[Any]:
                 return view.write(laid, function(view.read(laid))).reshape(x.shape)
 
             def pre(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+                if isinstance(view, _Deepstack):
+                    return args, view.given(kwargs, change)
                 if args:
                     return (change(args[0]), *args[1:]), kwargs
                 return args, {**kwargs, "hidden_states": change(kwargs["hidden_states"])}

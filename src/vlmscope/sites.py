@@ -11,7 +11,8 @@ layer     `5`, a range `3-7` (each layer on its own), `*`; `5/3`: a window of th
           layer 5, together as one patch (at the ends of the tower it is cut off), `*/3`: each of them
 kind      `resid` (a block's output), `resid_pre` (its input), `attn`, `cross`, `mlp` (what the
           sublayer adds to the residual stream, before it is added), `output` (what the tower hands
-          on, after its final norm or projection; only the last layer has it, where there is one)
+          on, after its final norm or projection; only the last layer has it, where there is one),
+          `deepstack` (what Qwen3-VL adds to the image's tokens behind a block)
 unit      `.h3`: a head's value output, before the output projection (kinds `attn`, `cross`);
           `.n512`: a neuron's activation, the input of the down projection (kind `mlp`);
           `.h*`, `.n*`: each of them
@@ -33,7 +34,7 @@ from typing import NamedTuple, TypeAlias
 from vlmscope.errors import SiteError
 
 TOWERS = ("vision", "qformer", "encoder", "decoder")
-KINDS = ("resid_pre", "attn", "cross", "mlp", "resid", "output")
+KINDS = ("resid_pre", "attn", "cross", "mlp", "resid", "deepstack", "output")
 UNITS = {"h": ("head", ("attn", "cross")), "n": ("neuron", ("mlp",))}
 
 Range: TypeAlias = tuple[int, int]

@@ -42,7 +42,8 @@ class Tower:
     `gate` is the module whose output gates the neurons, where a block has one.
     `config` is the part of the model's config that says how many `heads` there are: attributes or
     entries with dots between them, empty for the config itself. `joined` says, by the config, whether
-    what leaves the tower is put together from several blocks, so that its `flow` is `plain`.
+    what leaves the tower is put together from several blocks, so that its `flow` is `plain`. `deepstack`
+    says behind how many of its blocks the model adds features of the image.
     """
 
     blocks: str
@@ -62,7 +63,7 @@ class Tower:
     gate: str | None = None
     flow: Literal["rows", "suffix", "plain"] = "rows"
     joined: Callable[[Any], bool] | None = None
-    between: bool = False
+    deepstack: Callable[[Any], int] | None = None
 
 
 def whole(processor: Any, image: Image.Image) -> Box:

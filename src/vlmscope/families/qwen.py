@@ -49,6 +49,12 @@ def cells(
     return {at: divmod(n, columns) for n, at in enumerate(images)}
 
 
+def deepstack(config: Any) -> int:
+    """Behind how many blocks of the decoder features of the vision tower's blocks are added."""
+    added = len(config.vision_config.deepstack_visual_indexes)
+    return min(added, int(config.text_config.num_hidden_layers))
+
+
 def _family(name: str, model: Any, vision: Tower, decoder: Tower) -> Any:
     return causal.family(
         name, model, vision=vision, decoder=decoder, cells=cells, layout=vision_layout
@@ -66,5 +72,5 @@ QWEN3 = _family(
     "Qwen3-VL",
     Qwen3VLForConditionalGeneration,
     replace(VISION, mlp="mlp.linear_fc2"),
-    replace(causal.llama(), between=True),
+    replace(causal.llama(), deepstack=deepstack),
 )
