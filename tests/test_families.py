@@ -13,10 +13,10 @@ import torch
 from families import FAMILIES, llava_siglip, paligemma
 from models import blip, example, llava, picture
 
-from vlmscope import corrupt, engine, neurons, reference, rewrite
+from vlmscope import corrupt, describe, engine, neurons, reference, rewrite
 from vlmscope.errors import ExampleError, ModelError, SiteError
 from vlmscope.inputs import Edit
-from vlmscope.model import Model, describe, load
+from vlmscope.model import Model, load
 from vlmscope.sites import Site, expand, grid, place
 
 TEXT = ("resid", "resid_pre", "attn", "mlp", "attn.h*")
@@ -159,7 +159,7 @@ def test_towers_of_which_several_blocks_are_read():
         depths[str(layers)] = model.shapes["vision"].layers
     assert list(flows.values()) == ["rows", "rows", "plain", "plain"]
     assert list(depths.values()) == [2, 1, 1, 2]
-    told = describe(llava_siglip([0, 2])).split("patches (exact in every case)")[1]
+    told = describe.model(llava_siglip([0, 2])).split("patches (exact in every case)")[1]
     assert "vision   one forward a patch" in told
     for layers in (0, 3, [1, -4]):
         with pytest.raises(ModelError, match="hidden states .* of a vision tower of 2 blocks"):
