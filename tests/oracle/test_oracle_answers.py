@@ -1,0 +1,129 @@
+"""What is scored is what teacher forcing through the processor puts behind the prompt."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import anatomy
+import pytest
+import torch
+from cases import ONE, PROMPT, Case
+from test_oracle_prompts import example
+from transformers import LogitsProcessor, LogitsProcessorList
+
+import vlmscope
+
+OPTIONS = {
+    "one token": ("red", "blue"),
+    "capitals": ("Red", "Blue"),
+    "a shared word": ("dark red", "dark blue"),
+    "a shared piece": ("turquoise", "turf"),
+    "several pieces": ("mauve", "ochre"),
+    "bytes": ("#1", "~2"),
+}
+
+
+def expected(case: Case, prompt: str, answer: str, foil: str) -> tuple[list[int], int, int]:
+    """The tokens that are fed, and the two that are scored behind them."""
+    taught = [case.taught([ONE], prompt, said) for said in (answer, foil)]
+    asked = case.asked([ONE], prompt)
+    assert all(one[: len(asked)] == asked for one in taught), "a merge goes over the seam"
+    at = next(n for n, (a, b) in enumerate(zip(*taught, strict=False)) if a != b)
+    return taught[0][:at], taught[0][at], taught[1][at]
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+def test_the_tokens_that_are_scored(case, options):
+    answer, foil = OPTIONS[options]
+    if (
+        options == "bytes"
+        and case.processor.tokenizer.unk_token_id in (case.processor.tokenizer("#")["input_ids"])
+    ):
+        pytest.skip("a vocabulary without bytes does not know these")
+    try:
+        fed, right, wrong = expected(case, PROMPT, answer, foil)
+    except StopIteration:
+        pytest.skip("the tokenizer knows no capitals")
+    pair = case.model.prepare(example(answer=answer, foil=foil))
+    shown = case.processor.tokenizer.convert_ids_to_tokens
+    assert shown([pair.answer, pair.foil]) == shown([right, wrong])
+    # Whether the prompt itself is right is another test.
+    prompt = case.model.prepare(example()).clean.tensors[case.ids][0].tolist()
+    got = pair.clean.tensors[case.ids][0].tolist()
+    assert shown(got[: len(prompt)]) == shown(prompt)
+    assert shown(got[len(prompt) :]) == shown(fed[len(case.asked([ONE], PROMPT)) :])
+    assert (pair.answer, pair.foil) == (right, wrong)
+
+
+class Say(LogitsProcessor):
+    """Generation says these tokens, one after another."""
+
+    def __init__(self, tokens: list[int]) -> None:
+        self.tokens = iter(tokens)
+
+    def __call__(self, ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        forced = torch.full_like(scores, -torch.inf)
+        forced[:, next(self.tokens, 0)] = 0.0
+        return forced
+
+
+def generated(case: Case, prompt: str, said: list[int]) -> torch.Tensor:
+    """The logits that Hugging Face's own generation sees, once it has said `said`."""
+    tensors: dict[str, Any] = case.double(case.read([ONE], prompt))
+    out = case.hf.generate(
+        **tensors, max_new_tokens=len(said) + 1, do_sample=False, num_beams=1,
+        logits_processor=LogitsProcessorList([Say(said)]), output_logits=True,
+        return_dict_in_generate=True,
+    )  # fmt: skip
+    return out.logits[len(said)][0]
+
+
+@pytest.mark.parametrize("options", ["one token", "a shared word", "a shared piece"])
+def test_logits_are_those_of_generation(case, options):
+    """What is read out is what generation reads, behind what both options share, too."""
+    answer, foil = OPTIONS[options]
+    fed, _, _ = expected(case, PROMPT, answer, foil)
+    said = fed[len(case.asked([ONE], PROMPT)) :]
+    pair = case.model.prepare(example(answer=answer, foil=foil))
+    want = generated(case, PROMPT, said)
+    anatomy.close(case.model.run(pair.clean), want, "logits", 3e-7)  # it keeps them in float32
+
+
+SEAMS = {
+    "blip2-opt": "Question: what color is the circle? Answer: ",
+    "instructblip-vicuna": "Question: what color is the circle? Answer: ",
+    "llava": "USER: <image>\nis the circle red or blue? ASSISTANT: ",
+    "llava-next-vicuna": "USER: <image>\nis the circle red or blue? ASSISTANT: ",
+    "llava-next-mistral": "[INST] <image>\nis the circle red or blue? [/INST] ",
+    "llava-next-granite": "<image>\nthe color is ",
+    "llava-onevision": "<|im_start|>user <image>\nthe color is ",
+    "qwen2-vl": "<|im_start|>user\n<|vision_start|><|image_pad|><|vision_end|>the color is ",
+    "qwen2.5-vl": "<|im_start|>user\n<|vision_start|><|image_pad|><|vision_end|>the color is ",
+    "qwen3-vl": "<|im_start|>user\n<|vision_start|><|image_pad|><|vision_end|>the color is ",
+    "internvl": "<|im_start|>user\n<IMG_CONTEXT>\nthe color is ",
+    "smolvlm": "<|im_start|>User:<image>red or blue?<end_of_utterance>\nAssistant: ",
+    "idefics3": "<|begin_of_text|>User:<image>red or blue?<end_of_utterance>\nAssistant: ",
+    "gemma3": "<bos><start_of_turn>user\n<start_of_image>the color is ",
+    "mllama": "<|begin_of_text|><|image|>the color is ",
+}
+"""Prompts whose end would be merged with the answer, if the two were tokenized together."""
+
+
+def test_merges_do_not_go_over_the_seam(case):
+    """The prompt stays as it is, and what is scored continues it: the two read as the text does.
+
+    To refuse such a prompt in one line is right as well.
+    """
+    if case.name not in SEAMS:
+        pytest.skip("no such prompt")
+    prompt = SEAMS[case.name]
+    written = vlmscope.Example("one", ONE, prompt, "red", "blue")
+    try:
+        pair = case.model.prepare(written)
+    except vlmscope.VlmscopeError:
+        return
+    want = case.call([ONE], prompt)["input_ids"][0].tolist()
+    shown = case.processor.tokenizer.convert_ids_to_tokens
+    assert shown(pair.clean.tensors["input_ids"][0].tolist()) == shown(want)
+    pieces = case.processor.tokenizer.convert_ids_to_tokens([pair.answer, pair.foil])
+    assert "red".startswith(pieces[0]) and "blue".startswith(pieces[1]), pieces
