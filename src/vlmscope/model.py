@@ -330,7 +330,7 @@ class Model:
                 raise ExampleError(f"the {what} '{text}' is empty; give it a word")
             # Its end belongs to an option, and tells "red" from "red wine".
             tokens = self.family.options(self.processor, prompt, text, images)
-            if unknown is not None and unknown in tokens:
+            if unknown is not None and unknown in tokens[:-1]:  # OPT's end token is this, too
                 raise ExampleError(f"the {what} '{text}' is unknown to the model's tokenizer")
             ids.append(tokens)
         same = 0

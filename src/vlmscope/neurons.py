@@ -122,7 +122,7 @@ def told(
     """
     ids = model.family.options(model.processor, prompt, caption, 1 + len(more))
     unknown = model.processor.tokenizer.unk_token_id
-    if len(ids) < 2 or (unknown is not None and unknown in ids):
+    if len(ids) < 2 or (unknown is not None and unknown in ids[:-1]):
         raise ExampleError(
             f"the caption '{caption}' is empty, or unknown in part to the model's tokenizer"
         )

@@ -229,7 +229,7 @@ def _changed(
         model.processor, prompt or one.clean_prompt, text, 1 + len(one.more_images)
     )
     unknown = model.processor.tokenizer.unk_token_id
-    if unknown is not None and unknown in ids:
+    if unknown is not None and unknown in ids[:-1]:
         raise ExampleError(f"'{target}' is unknown to the model's tokenizer; give another word")
     before, after = numbers[0], len(said.ids) - 1 - numbers[-1]
     if tuple(ids[:before]) != said.ids[:before] or (
