@@ -7,7 +7,7 @@ from typing import Any
 import anatomy
 import pytest
 import torch
-from cases import ONE, PROMPT, Case
+from cases import ONE, PROMPT, Case, Chat
 from test_oracle_prompts import example
 from transformers import LogitsProcessor, LogitsProcessorList
 
@@ -53,6 +53,32 @@ def test_the_tokens_that_are_scored(case, options):
     assert shown(got[: len(prompt)]) == shown(prompt)
     assert shown(got[len(prompt) :]) == shown(fed[len(case.asked([ONE], PROMPT)) :])
     assert (pair.answer, pair.foil) == (right, wrong)
+
+
+def closed(case: Case, answer: str) -> list[int] | None:
+    """All tokens with an answer and the special token that ends it, where one is written there."""
+    taught = case.taught([ONE], PROMPT, answer)
+    if isinstance(case, Chat):
+        said = {"role": "assistant", "content": [{"type": "text", "text": answer}]}
+        whole = case.processor.apply_chat_template([*case.talk([ONE], PROMPT), said])
+        if not whole.startswith(case.text([ONE], PROMPT)):
+            return None
+        many = len(taught)
+        taught = case.call([ONE], whole)["input_ids"][0].tolist()[: many + 1]
+    tokenizer = case.processor.tokenizer
+    special = {n for n, one in tokenizer.added_tokens_decoder.items() if one.special}
+    return taught if taught[-1] in special | set(tokenizer.all_special_ids) else None
+
+
+def test_an_answer_that_the_other_begins_with_is_scored_at_its_end(case):
+    """`dark` or `dark red`: behind `dark`, the token that ends an answer there stands against `red`."""
+    short, long = closed(case, "dark"), case.taught([ONE], PROMPT, "dark red")
+    if short is None:
+        pytest.skip("no special token ends an answer")
+    shown = case.processor.tokenizer.convert_ids_to_tokens
+    assert short[:-1] == long[: len(short) - 1]
+    pair = case.model.prepare(example(answer="dark", foil="dark red"))
+    assert shown([pair.answer, pair.foil]) == shown([short[-1], long[len(short) - 1]])
 
 
 class Say(LogitsProcessor):
