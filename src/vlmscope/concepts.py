@@ -25,13 +25,13 @@ from numpy.typing import NDArray
 from scipy import stats
 from torch import Tensor
 
-from vlmscope.circuits import bootstrap, sign_flip
 from vlmscope.errors import DataError
 from vlmscope.example import Example
 from vlmscope.inputs import Edit, Inputs
 from vlmscope.model import Model, embedder, hooks
 from vlmscope.neurons import Caption, say, taught, top_tokens, weights
 from vlmscope.sites import Point, Site
+from vlmscope.stats import bootstrap, sign_flip
 from vlmscope.study import progress
 from vlmscope.weights import changed
 

@@ -35,7 +35,6 @@ from torch import Tensor
 
 from vlmscope import corrupt as corruptions
 from vlmscope import engine
-from vlmscope.circuits import bootstrap, sign_flip
 from vlmscope.corrupt import Noise
 from vlmscope.errors import DataError, ExampleError, SiteError, StoreError
 from vlmscope.example import Box, Example, fingerprint, open_image
@@ -43,6 +42,7 @@ from vlmscope.inputs import Edit, Pair
 from vlmscope.metrics import score
 from vlmscope.model import Model
 from vlmscope.sites import Point, Site, expand, grid, place
+from vlmscope.stats import bootstrap, sign_flip
 from vlmscope.study import SHOWN, progress, sweep_to
 
 FORMAT = "vlmscope-heads-1"

@@ -21,12 +21,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from vlmscope.circuits import bootstrap
 from vlmscope.errors import ExampleError, ModelError
 from vlmscope.example import Example
 from vlmscope.inputs import Inputs
 from vlmscope.model import Model, handles
 from vlmscope.neurons import Caption, say, weights
+from vlmscope.stats import bootstrap
 from vlmscope.study import progress
 from vlmscope.weights import WeightEdit, edited
 
