@@ -507,7 +507,7 @@ def _tracing(folder: Path, number: int, figures: _Figures) -> tuple[str, str]:
                 title = f"{_upper(plots.TOWERS[str(tower)])}, windows of {window}"
                 title += f", questions of {length} tokens" if length else ""
                 parts.append(f"<h3>{escape(title)}</h3>")
-                shown = {plots.KINDS[k]: t for k, t in tables.items()}
+                shown = {_upper(plots.KINDS[k]): t for k, t in tables.items()}
                 parts.append(figures.show(
                     f"part{number}-{tower}-{length}-{window}", plots.panels(shown, value="restored"),
                     _say_traced(rows), rows,
