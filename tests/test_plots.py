@@ -88,7 +88,7 @@ def test_panels_share_one_scale_that_is_centred():
     tables = {"weak": token_table(rows()), "strong": head_table(rows())}
     low, high = limits_of(plots.panels(tables))
     assert low == -high and high == pytest.approx(102.2 + 0.5)
-    assert plots.full_color(tables.values()) == high
+    assert plots.full_colour(tables.values()) == high
 
 
 def test_next_to_nothing_has_next_to_no_color():

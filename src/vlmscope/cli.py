@@ -154,6 +154,7 @@ def sweep(
     from vlmscope.data import examples
     from vlmscope.model import load
     from vlmscope.study import sweep_to
+    from vlmscope.tables import knows
 
     kind: Any = corrupt.value
     if corrupt is Corrupt.noise:
@@ -171,7 +172,7 @@ def sweep(
         data=data,
     )
     _left_out(run)
-    _say_known(run)
+    print(*knows(run.baselines()).lines(), sep="\n")
     print(f"{run.patches():,} patches of {run.ran()} examples in {out}")
 
 
@@ -261,6 +262,7 @@ def tracing(
     from vlmscope.plots import most_restored
     from vlmscope.report import write_report
     from vlmscope.store import read_run
+    from vlmscope.tables import knows
     from vlmscope.tracing import KINDS, WINDOWS, trace
 
     loaded = load(model, dtype=dtype.value, device=device)
@@ -275,7 +277,7 @@ def tracing(
         seed=seed,
         data=data,
     )
-    _say_known(read_run(out / "repeats" / "00"))
+    print(*knows(read_run(out / "repeats" / "00").baselines()).lines(), sep="\n")
     print("what restores most of P(answer):")
     for row in most_restored(table).itertuples():
         spread = f", SD over repeats {row.spread:.1%}" if row.repeats > 1 else ""
@@ -732,16 +734,6 @@ def models(
     from vlmscope.model import describe, load, supported
 
     print(describe(load(model)) if model else supported())
-
-
-def _say_known(run: Any) -> None:
-    """Say what the model knows of a run's task, and what to beware of."""
-    from vlmscope.tables import knows
-
-    facts, *warned = knows(run.baselines()).sentences
-    print(facts)
-    for text in warned:
-        warnings.warn(text, stacklevel=2)
 
 
 def _left_out(run: Any) -> None:

@@ -164,8 +164,7 @@ def run(spec: Spec, out: str | os.PathLike[str], say: Say = lambda text: None) -
             folder / "runs" / f"{name}-{corrupt}", model, sets[name], sites, corrupt,
             seed=spec.seed, data=name, select=spec.select,
         )  # fmt: skip
-        facts, *warned = knows(runs[name, corrupt].baselines()).sentences
-        say("\n".join([f"  {facts}", *(f"  warning: {text}" for text in warned)]))
+        say("\n".join(f"  {line}" for line in knows(runs[name, corrupt].baselines()).lines()))
     chosen = selection(runs, sets)
     chosen.to_csv(folder / "selection.csv", index=False)
     say(_say_selection(chosen))

@@ -248,7 +248,7 @@ def panels(
     return figure
 
 
-def full_color(
+def full_colour(
     tables: Iterable[pd.DataFrame], value: str = "logit_diff", gap: float = 0.0
 ) -> float:
     """Where the colour scale of these tables ends, as `panels` draws them."""

@@ -732,7 +732,7 @@ def _say(cells: Mapping[str, pd.DataFrame], tables: Mapping[str, pd.DataFrame], 
         f"The largest mean change of LD{some} is {plots.short_number(best['mean'])}"
         f"{_interval(best['low'], best['high'])}, at layer {best['layer']}, {column} {best[column]} "
         f"({best['panel'][:1].lower() + best['panel'][1:]}).{where} {_say_n(data)} One colour scale for all "
-        f"panels, and this figure's own: full colour is {plots.full_color(tables.values(), gap=gap):.3g} "
+        f"panels, and this figure's own: full colour is {plots.full_colour(tables.values(), gap=gap):.3g} "
         "logits. Red moves the model towards the answer, blue towards the foil."
     )
 

@@ -419,6 +419,11 @@ class Known(NamedTuple):
     severity: Literal["fine", "few", "unknown"]
     sentences: list[str]
 
+    def lines(self) -> list[str]:
+        """The sentences as the command line says them."""
+        facts, *warned = self.sentences
+        return [facts, *(f"warning: {text}" for text in warned)]
+
 
 def knows(baselines: pd.DataFrame) -> Known:
     """What a model knows of a task, from the runs without patches (the table `baselines` of a run).
