@@ -13,10 +13,14 @@ from models import blip, example, picture
 from scipy import stats
 
 from vlmscope import circuits
+from vlmscope.data import examples
 from vlmscope.errors import StoreError, VlmscopeError
+from vlmscope.example import find_roles
 from vlmscope.model import load
+from vlmscope.stats import sign_flip
 from vlmscope.store import read_run
 from vlmscope.study import sweep_to
+from vlmscope.tables import head_cells
 
 SITES = ["encoder.*.cross.h*@answer", "encoder.*.attn.h*@answer", "decoder.*.cross.h*@last"]
 
@@ -43,7 +47,7 @@ def runs(tmp_path_factory):
 def test_the_sign_flip_test_is_scipys():
     """Its random p-values against the exact ones of all sign patterns."""
     scores = np.random.default_rng(0).normal(0.5, 1.0, size=(11, 4))
-    found = circuits.sign_flip(scores, np.random.default_rng(1))
+    found = sign_flip(scores, np.random.default_rng(1))
     for column, p in enumerate(found):
         exact = stats.permutation_test(
             (scores[:, column],),
@@ -60,16 +64,6 @@ def test_p_values_can_survive_the_correction_over_many_heads():
     scores[:, 7] += 3.0
     table = circuits.assess(scores, [str(n) for n in range(60)])
     assert table["important"][7] and table["important"].sum() <= 2
-
-
-def test_the_interval_is_scipys():
-    scores = np.random.default_rng(0).gamma(1.0, size=(50, 3))
-    low, high = circuits.bootstrap(scores, np.random.default_rng(1))
-    for column in range(3):
-        wanted = stats.bootstrap(
-            (scores[:, column],), np.mean, method="percentile", rng=np.random.default_rng(2)
-        ).confidence_interval
-        assert (low[column], high[column]) == pytest.approx((wanted.low, wanted.high), rel=0.02)
 
 
 def test_the_published_rule():
@@ -172,7 +166,7 @@ def test_the_table_of_heads(runs):
     assert len(heads) == 2 * 3 * 12
     assert set(heads["run"]) == {"image", "text"} and set(heads["data"]) == {"ours"}
     assert heads.groupby(["tower", "kind"])["position"].first().to_dict() == {
-        ("decoder", "cross"): "last",
+        ("decoder", "cross"): "readout",
         ("encoder", "attn"): "answer",
         ("encoder", "cross"): "answer",
     }
@@ -195,6 +189,40 @@ def test_heads_at_every_token_are_read_at_the_answer_and_the_last(runs, tmp_path
     pd.testing.assert_frame_equal(found, wanted, rtol=1e-6)
     noun = circuits.find([tmp_path / "image"], position="noun").heads
     assert set(noun["position"]) == {"noun"} and set(noun["tower"]) == {"encoder"}
+
+
+def test_prompts_of_several_lengths_all_count(tmp_path):
+    """On toy-llava the read-out position is that of every example, and the numbers are the figures'."""
+    model = load("toy-llava", device="cpu")
+    given = examples("states", limit=12)
+    run = sweep_to(tmp_path / "r", model, given, "decoder.*.attn.h*@text*", "image")
+    found = circuits.heads_of(run)
+    assert set(found["n"]) == {12} and set(found["position"]) == {"readout"}
+    means = found.set_index(["layer", "head"])["mean"]
+    assert means.idxmax() == (2, 2) and means[2, 2] == pytest.approx(7.64, abs=0.01)
+    assert means[3, 3] == pytest.approx(2.64, abs=0.01)
+    cells = head_cells(run.effects(), intervals=True).merge(found, on=["layer", "head"])
+    assert cells["mean_x"].tolist() == pytest.approx(cells["mean_y"].tolist())
+    assert cells["low"].tolist() == pytest.approx(cells["ci_low"].tolist())
+    assert cells["high"].tolist() == pytest.approx(cells["ci_high"].tolist())
+    last = circuits.heads_of(run, position="last")
+    pd.testing.assert_frame_equal(last, found)
+
+
+def test_examples_without_that_slot_are_left_out_aloud(tmp_path):
+    """A word of two tokens has no token of its own."""
+    words = {"answer": "unhappy", "foil": "blue", "noun": "circle"}
+    prompt = "is this circle unhappy or blue ?"
+    long = [
+        replace(one, id=f"long{n}", clean_prompt=prompt, corrupt_prompt=None, answer="unhappy",
+                roles=find_roles(prompt, words))
+        for n, one in enumerate(several(2))
+    ]  # fmt: skip
+    sites = ["encoder.*.cross.h*@text*"]
+    run = sweep_to(tmp_path / "r", blip(), [*several(12), *long], sites, "image")
+    with pytest.warns(UserWarning, match="2 examples have no encoder.cross heads at 'answer'"):
+        found = circuits.heads_of(run)
+    assert set(found["n"]) == {12}
 
 
 def test_everything_is_written(runs, tmp_path):
@@ -256,7 +284,7 @@ def test_runs_without_heads_there(runs, tmp_path):
     whole = sweep_to(tmp_path / "w", blip(), several(2), "encoder.*.resid@*")
     with pytest.raises(StoreError, match="no heads were patched at the answer's token"):
         circuits.find([whole.path])
-    with pytest.raises(StoreError, match="no heads were patched at the role 'verb'"):
+    with pytest.raises(StoreError, match="no heads were patched at 'verb'"):
         circuits.find([runs[0]], position="verb")
     with pytest.raises(StoreError, match="no such folder"):
         circuits.find([tmp_path / "gone"])

@@ -74,6 +74,8 @@ GOOD = [
 def test_sweep_writes_the_table_that_python_gives(run, tmp_path):
     status, out, err = run(*SWEEP, *SITES, "--out", tmp_path / "run")
     assert (status, err) == (0, "")
+    assert "2 examples, 100% answered rightly; P(answer)" in out and "mean gap LD(clean)" in out
+    assert "warning: fewer than 12 examples can hardly show anything" in out
     assert out == f"24 patches of 2 examples in {tmp_path / 'run'}\n"
     found = vlmscope.read_run(tmp_path / "run").effects()
     again = vlmscope.sweep(
@@ -320,13 +322,15 @@ def test_circuits_heads_and_report(run, swept, tmp_path):
 def test_circuits_that_cannot_be(run, swept, tmp_path):
     refused(run("circuits", swept[0], swept[0], "--out", tmp_path / "c"), "given twice")
     refused(run("circuits", tmp_path, "--out", tmp_path / "c"), "not a run folder")
-    refused(run("circuits", swept[0], "--position", "verb", "--out", tmp_path / "c"), "role 'verb'")
+    refused(run("circuits", swept[0], "--position", "verb", "--out", tmp_path / "c"), "at 'verb'")
 
 
 def test_tracing(run, tmp_path):
     base = ["tracing", "--model", "toy-blip", "--data", "states", "--limit", "2", "--repeats", "2"]
     status, out, _ = run(*base, "--kinds", "cross", "--windows", "3", "--out", tmp_path / "t")
     assert status == 0 and "what restores most of P(answer)" in out
+    assert "at readout, window of 3" in out and "(2 examples, SD over repeats" in out
+    assert "answered rightly; P(answer)" in out and "warning: fewer than 12 examples" in out
     assert (tmp_path / "t" / "report.html").is_file()
     refused(run(*base, "--kinds", "output", "--out", tmp_path / "u"), "no kind 'output' to trace")
     refused(run(*base, "--windows", "4", "--out", tmp_path / "u"), "has no middle")
@@ -336,6 +340,7 @@ def test_notice(run, tmp_path):
     status, out, _ = run("notice", "--model", "toy-blip", "--data", "faces", "states", "--limit", "14",
                          "--corrupt", "image", "--out", tmp_path / "n")  # fmt: skip
     assert status == 0 and "faces, image" in out and "Universal over all 2 runs" in out
+    assert out.count("answered rightly; P(answer)") == 2
     spec = tmp_path / "n" / "notice.toml"
     status, out, _ = run("notice", "--spec", spec, "--out", tmp_path / "n")
     assert status == 0 and "0 of 14 examples left" in out

@@ -23,7 +23,7 @@ FILES = sorted(SOURCE.rglob("*.py"))
 TOP = ("__init__", "__main__")
 """Above the picture: what a user imports or starts, which may use everything below."""
 
-LIGHT = ("cli", "data", "store", "plots", "report", "example", "sites")
+LIGHT = ("cli", "data", "store", "plots", "report", "tables", "stats", "example", "sites")
 HEAVY = ("torch", "transformers")
 
 PUBLIC = [
@@ -40,10 +40,12 @@ PUBLIC = [
     "baselines",
     "edited",
     "examples",
+    "head_table",
     "load",
     "read_csv",
     "read_run",
     "sweep",
+    "token_table",
     "write_csv",
     "write_report",
 ]

@@ -9,7 +9,9 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from vlmscope import plots
+from vlmscope.errors import DataError
 from vlmscope.store import EFFECTS, typed
+from vlmscope.tables import head_table, token_table
 
 TOKENS = ["[CLS]", "is", "red", "or", "blue", "[SEP]"]
 ROLES = {2: "answer", 4: "foil"}
@@ -48,26 +50,18 @@ def rows(examples: int = 2, tokens: list[str] | None = None, layers: int = 3) ->
     return typed(pd.DataFrame(found, columns=EFFECTS.names), EFFECTS)
 
 
-def test_the_token_table_is_the_mean_over_examples():
-    table = plots.token_table(rows())
-    assert list(table.index) == [0, 1, 2]
-    assert table.columns[2] == "2 red (answer)"
-    assert table.loc[1, "2 red (answer)"] == pytest.approx(1.2 + 0.5)
-    assert "4 blue (foil)" in table.attrs["roles"]
-
-
-def test_examples_of_other_words_meet_by_role():
+def test_labels_say_the_token_where_it_is_the_same():
     other = rows(1, ["[CLS]", "was", "green", "or", "pink", "[SEP]"]).assign(example="other")
-    table = plots.token_table(pd.concat([rows(1), other], ignore_index=True))
-    assert {"answer", "foil", "[CLS]", "or", "[SEP]", plots.OTHER} == set(table.columns)
+    table = token_table(pd.concat([rows(1), other], ignore_index=True), tower="encoder")
+    names = plots._names(table)
+    assert names == ["0 [CLS]", "1", "3 or", "5 [SEP]", "answer", "foil"]
+    assert table.attrs["roles"] == ["answer", "foil"]
 
 
-def test_the_head_table_takes_the_strongest_place():
-    table = plots.head_table(rows())
-    assert table.attrs["place"] == "2 red (answer)"
-    assert table.loc[0, 1] == pytest.approx(100.2 + 0.5)
-    at_foil = plots.head_table(rows(), role="foil")
-    assert at_foil.loc[2, 0] == pytest.approx(2.4 + 0.5)
+def test_labels_say_how_many_where_a_column_holds_fewer():
+    short = rows(2)
+    table = token_table(short[(short["example"] == "e0") | (short["slot"] != "3")])
+    assert plots._names(table)[2] == "3 or  n=1" and "n=" not in plots._names(table)[0]
 
 
 def test_strongest_names_sites_that_can_be_swept_again():
@@ -82,39 +76,78 @@ def test_strongest_names_sites_that_can_be_swept_again():
     assert table["n"].tolist() == [2, 2, 2]
 
 
+def limits_of(figure):
+    """The ends of the colour scales of a figure, below zero and above."""
+    meshes = [mesh for axes in figure.axes for mesh in axes.collections]
+    found = {mesh.get_clim() for mesh in meshes if mesh.get_array() is not None}
+    (limits,) = {limits for limits in found if limits[0] < 0}
+    return limits
+
+
 def test_panels_share_one_scale_that_is_centred():
-    tables = {"weak": plots.token_table(rows()), "strong": plots.head_table(rows())}
-    figure = plots.panels(tables)
-    scales = {
-        mesh.get_clim()
-        for axes in figure.axes
-        for mesh in axes.collections
-        if mesh.get_array() is not None
+    tables = {"weak": token_table(rows()), "strong": head_table(rows())}
+    low, high = limits_of(plots.panels(tables))
+    assert low == -high and high == pytest.approx(102.2 + 0.5)
+    assert plots.full_colour(tables.values()) == high
+
+
+def test_next_to_nothing_has_next_to_no_color():
+    """The scale does not end below a tenth of the run's gap, nor below what is nothing in any run."""
+    weak = rows().assign(logit_diff=0.004, effect=0.004 / 8.0)
+    assert limits_of(plots.layer_by_token(weak))[1] == pytest.approx(0.8)
+    assert limits_of(plots.layer_by_head(weak))[1] == pytest.approx(0.8)
+    assert limits_of(plots.panels({"a": token_table(weak)}, gap=20.0))[1] == pytest.approx(2.0)
+    assert limits_of(plots.layer_by_token(rows().assign(logit_diff=0.004)))[1] == 0.05
+    assert limits_of(plots.layer_by_token(weak, value="effect"))[1] == plots.FLOOR
+
+
+def test_titles_do_not_overlap():
+    table = token_table(rows())
+    titles = {
+        f"{n} a long name of a data set, image corrupted, at the read-out": table for n in range(4)
     }
-    (limits,) = {s for s in scales if s[0] < 0}
-    assert limits[0] == -limits[1]
-    assert limits[1] == pytest.approx(102.2 + 0.5)
+    figure = plots.panels(titles)
+    figure.canvas.draw()
+    boxes = [axes.title.get_window_extent() for axes in figure.axes if axes.get_title()]
+    assert len(boxes) == 4
+    for n, box in enumerate(boxes):
+        assert not any(box.overlaps(other) for other in boxes[n + 1 :])
 
 
 @pytest.mark.parametrize("value", ["logit_diff", "effect", "p_restored", "p_patched"])
 def test_figures_of_every_value(value):
-    assert isinstance(plots.layer_by_token(rows(), value=value), Figure)
-    assert isinstance(plots.layer_by_head(rows(), value=value), Figure)
+    given = rows().assign(effect=0.5)
+    assert isinstance(plots.layer_by_token(given, value=value), Figure)
+    assert isinstance(plots.layer_by_head(given, value=value), Figure)
 
 
 def test_odd_tables_do_not_break(tmp_path):
     odd = {
-        "empty": rows().head(0),
-        "one row": rows().query("unit == 'h0'").head(1),
+        "one row": rows().query("unit == 'h0' and role == 'answer'").head(1),
         "all zero": rows().assign(logit_diff=0.0),
-        "nothing known": rows().assign(logit_diff=np.nan),
         "long tokens": rows(1, ["$x_{1}$" * 20, "<b>", "\n", "漢字", "é" * 60, "ok"]),
         "many tokens": rows(1, [f"w{n}" for n in range(600)], layers=2),
     }
     for name, table in odd.items():
-        for number, figure in enumerate((plots.layer_by_token(table), plots.layer_by_head(table))):
-            figure.savefig(tmp_path / f"{name}-{number}.png")
+        if name != "one row":
+            plots.layer_by_token(table).savefig(tmp_path / f"{name}.png")
+        plots.layer_by_head(table).savefig(tmp_path / f"{name}-heads.png")
         plots.strongest(table)
+    assert plots.strongest(rows().head(0)).empty
+
+
+@pytest.mark.parametrize("draw", [plots.layer_by_token, plots.layer_by_head])
+def test_what_is_not_there_is_said_and_not_drawn(draw):
+    for table, message in (
+        (rows().head(0), "it holds nothing"),
+        (rows().assign(logit_diff=np.nan), "'logit_diff' is null"),
+    ):
+        with pytest.raises(DataError, match=message):
+            draw(table)
+    with pytest.raises(DataError, match="with tower 'decoder' in the table; it holds encoder"):
+        draw(rows(), tower="decoder")
+    with pytest.raises(DataError, match="no value 'loudness'"):
+        draw(rows(), value="loudness")
 
 
 def test_the_image_grid():
@@ -123,8 +156,3 @@ def test_the_image_grid():
     figure = plots.image_grid(cells, Image.new("RGB", (30, 20)), (2, 3))
     titles = [axes.get_title() for axes in figure.axes]
     assert titles[:5] == ["picture", "mean of 3 layers", "layer 0", "layer 1", "layer 2"]
-
-
-def test_an_unknown_value_is_refused():
-    with pytest.raises(ValueError, match="no value 'loudness'"):
-        plots.token_table(rows(), value="loudness")

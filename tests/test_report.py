@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 
 import pandas as pd
 import pytest
 from models import blip, example, picture
 
-from vlmscope import circuits, heads, tracing
+from vlmscope import circuits, heads, plots, tracing
 from vlmscope.corrupt import Noise
+from vlmscope.data import examples
 from vlmscope.errors import StoreError
+from vlmscope.model import load
+from vlmscope.plots import short_number
 from vlmscope.report import write_report
+from vlmscope.store import read_run
 from vlmscope.study import sweep, sweep_to
 
 SITES = [
@@ -115,6 +120,138 @@ def test_the_data_beside_a_figure_is_what_it_shows(everything, tmp_path):
     table = pd.read_csv(tmp_path / "report-figures" / "part0-encoder-cross.csv")
     heads = pd.read_parquet(everything[0] / "heads.parquet").query("tower == 'encoder'")
     assert table["mean"].tolist() == pytest.approx(heads["mean"].tolist())
+
+
+# --- numbers ---------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def toys(tmp_path_factory):
+    """Runs of both toys on prompts of several lengths, two of each, with patches that are there twice."""
+    folder = tmp_path_factory.mktemp("toys")
+    lava, blip_ = load("toy-llava", device="cpu"), load("toy-blip", device="cpu")
+    text = [
+        "decoder.*.attn.h*@text*",
+        "decoder.*.resid@text*",
+        "decoder.*.resid@answer",
+        "decoder.*.mlp@image",
+    ]
+    sweep_to(folder / "a", lava, examples("states", limit=12), text, "image", data="states")
+    sweep_to(folder / "b", lava, examples("scenes", limit=5), text, "text", data="scenes")
+    both = ["encoder.*.cross.h*@text*", "encoder.*.resid@text*", "decoder.*.cross.h*@last"]
+    sweep_to(folder / "c", blip_, examples("states", limit=12), both, "image", data="states")
+    sweep_to(folder / "d", blip_, examples("states", limit=6), both, "image", data="states")
+    return [folder / name for name in "abcd"]
+
+
+CAPTION = re.compile(
+    r"The largest mean change of LD(?: that at least half of the examples hold)? is (\S+)"
+    r"(?: \(95 % interval (\S+) to (\S+)\))?, at layer (\d+), (head|slot) (\S+) \((.*?)\)\..*?"
+    r"Means over (\d+) examples?(?:, down to (\d+) where)?.*?full colour is ([\d.]+) logits"
+)
+
+
+def captions(page):
+    """The stem of each figure's files, and its caption."""
+    found = re.findall(r"<figcaption>(.*?) <a href=\"[^\"]*/([^/\"]+)\.png\"", page)
+    return {name: text.replace("&#x27;", "'") for text, name in found}
+
+
+@pytest.mark.parametrize("which", [[0], [0, 1], [2, 3]])
+def test_captions_say_what_their_data_says(toys, tmp_path, which):
+    page = write_report([toys[n] for n in which], tmp_path / "r.html").read_text("utf-8")
+    base = [read_run(toys[n]).baselines() for n in which]
+    gaps = [(one["ld_clean"] - one["ld_corrupt"]).mean() for one in base]
+    checked = 0
+    for name, caption in captions(page).items():
+        data = pd.read_csv(tmp_path / "r-figures" / f"{name}.csv", dtype={"slot": str})
+        if not {"panel", "mean"} <= set(data):
+            continue
+        found = CAPTION.search(caption)
+        assert found, caption
+        mean, low, high, layer, column, at, panel, many, few, full = found.groups()
+        whole = data[data["n"] >= data.groupby("panel")["n"].transform("max") / 2]
+        best = whole.loc[whole["mean"].abs().idxmax()]
+        assert mean == short_number(best["mean"])
+        assert (low, high) == (short_number(best["low"]), short_number(best["high"]))
+        assert (int(layer), at) == (best["layer"], str(best[column]))
+        assert panel.casefold() == best["panel"].casefold()
+        assert int(many) == data["n"].max() and int(few or many) == data["n"].min()
+        floor = plots.FLOOR * max(gaps if name.startswith("all") else [gaps[int(name[3])]])
+        assert float(full) == pytest.approx(max(floor, data["mean"].abs().max()), rel=0.01)
+        checked += 1
+    assert checked >= 2 * len(which)
+
+
+def test_the_data_of_run_figures_is_a_group_by(toys, tmp_path):
+    """Each cell of the CSV beside a figure: mean and n over the rows of effects that it names."""
+    write_report([toys[0]], tmp_path / "r.html")
+    effects = read_run(toys[0]).effects()
+    for part, column in (("tokens", "slot"), ("heads", "head")):
+        data = pd.read_csv(tmp_path / "r-figures" / f"run0-decoder-{part}.csv", dtype={"slot": str})
+        assert len(data)
+        for row in data.to_dict("records"):
+            here = (effects["kind"] == row["kind"]) & (effects["layer"] == row["layer"])
+            here &= effects["slot"] == row["slot"]
+            here &= (
+                effects["unit"] == f"h{row['head']}" if column == "head" else effects["unit"].isna()
+            )
+            each = effects[here].groupby("example")["logit_diff"].mean()
+            assert (row["mean"], row["n"]) == (pytest.approx(each.mean(), rel=1e-9), len(each))
+    assert set(data["slot"]) == {"readout"} and set(data["n"]) == {12}
+
+
+def test_it_says_which_slot_heads_are_shown_at(toys, tmp_path):
+    page = write_report([toys[0], toys[2]], tmp_path / "r.html").read_text("utf-8")
+    said = captions(page)
+    assert "at the read-out position, where the answer is predicted" in said["run0-decoder-heads"]
+    assert "at the answer's token (nothing is read out in this tower)" in said["run1-encoder-heads"]
+    assert "@foil" not in said["run1-encoder-heads"]
+
+
+def test_all_runs_of_any_tower(toys, tmp_path):
+    write_report(toys[:2], tmp_path / "r.html")
+    saved = {file.name for file in (tmp_path / "r-figures").glob("all-*.csv")}
+    assert saved == {
+        "all-decoder-attn.csv",
+        "all-decoder-resid-tokens.csv",
+        "all-decoder-mlp-tokens.csv",
+    }
+    data = pd.read_csv(tmp_path / "r-figures" / "all-decoder-attn.csv")
+    assert data.groupby("panel")["n"].max().tolist() == [5, 12]
+
+
+def test_sections_have_names_of_their_own(toys, tmp_path):
+    page = write_report([toys[2], toys[3], toys[0]], tmp_path / "r.html").read_text("utf-8")
+    titles = re.findall(r"<h2[^>]*>(.*?)</h2>", page)
+    assert len(set(titles)) == len(titles) == 4
+    assert "states, image corrupted (c)" in titles and "states, image corrupted (d)" in titles
+    again = write_report([toys[3], toys[3]], tmp_path / "s.html").read_text("utf-8")
+    titles = re.findall(r"<h2[^>]*>(.*?)</h2>", again)
+    assert len(set(titles)) == len(titles) == 3
+
+
+def test_a_run_that_the_model_does_not_know_is_greyed_out(toys, tmp_path):
+    model = load("toy-llava", device="cpu")
+    wrong = [replace(e, answer=e.foil, foil=e.answer) for e in examples("states", limit=12)]
+    run = sweep_to(
+        tmp_path / "wrong", model, wrong, "decoder.*.attn.h*@last", "image", data="wrong"
+    )
+    page = write_report([run.path], tmp_path / "r.html").read_text("utf-8")
+    assert "0% answered rightly" in page
+    assert "The model does not seem to know this task: it answers fewer than half" in page
+    assert "greyed out" in page and page.count('<div class="unknown">') == 1
+    assert ".unknown figure img.plot { opacity" in page
+    fine = write_report([toys[0]], tmp_path / "f.html").read_text("utf-8")
+    assert '<div class="unknown">' not in fine and "greyed out" not in fine
+    assert "12 examples, 100% answered rightly; P(answer)" in fine
+
+
+def test_few_examples_are_said(toys, tmp_path):
+    page = write_report([toys[1]], tmp_path / "r.html").read_text("utf-8")
+    assert "Fewer than 12 examples can hardly show anything." in page
+    assert "Means over 5 examples (fewer than 12 can hardly show anything)." in page
+    assert "Fewer than 12" not in write_report([toys[0]], tmp_path / "s.html").read_text("utf-8")
 
 
 def test_a_damaged_folder_is_named(everything, tmp_path):

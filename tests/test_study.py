@@ -346,3 +346,20 @@ def test_patching_matters_where_the_toy_reads_the_image():
     assert mean["vision", "resid", 2] == pytest.approx(1.0, abs=1e-3)
     assert max(mean["encoder", "cross"]) > 0.2
     assert math.isfinite(mean.sum())
+
+
+@pytest.mark.parametrize("factor", [0.5, 2.0])
+def test_the_threshold_of_effect(monkeypatch, factor):
+    """Just below the gap there are effects, just above it there are none."""
+    from vlmscope import metrics
+
+    model = blip()
+    given = [replace(example(), corrupt_prompt=None)]
+    base = baselines(model, given).iloc[0]
+    gap = abs(base["ld_clean"] - base["ld_corrupt"])
+    pair = model.prepare(given[0])
+    size = max(float(model.run(one).abs().max()) for one in (pair.clean, pair.corrupt))
+    monkeypatch.setitem(metrics.ROUNDING, "float64", factor * gap / size / 10)
+    for engine in ("fast", "reference"):
+        effect = sweep(model, given, "encoder.0.resid@answer", engine=engine)["effect"]
+        assert effect.isna().all() == (factor > 1)

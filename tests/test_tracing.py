@@ -12,8 +12,10 @@ from models import blip, example, picture
 
 from vlmscope import corrupt, plots, tracing
 from vlmscope.corrupt import Noise
+from vlmscope.data import examples
 from vlmscope.errors import DataError, VlmscopeError
 from vlmscope.inputs import Edit
+from vlmscope.model import load
 from vlmscope.sites import Site
 from vlmscope.store import read_run
 
@@ -83,7 +85,7 @@ def test_it_goes_on_where_it_stopped(traced, monkeypatch):
 
 
 def test_by_length(traced):
-    model, by_role, folder = traced
+    model, by_slot, folder = traced
     table = tracing.trace(
         folder, model, several(), noise=NOISE, kinds=("resid", "cross"), by="length"
     )
@@ -96,8 +98,60 @@ def test_by_length(traced):
     keys = "kind == 'resid' and window == 1 and layer == 1 and tower == 'encoder'"
     nine, ten = (encoder.query(f"{keys} and length == {n} and at == '{a} red'")["restored"].item()
                  for n, a in ((9, 4), (10, 5)))  # fmt: skip
-    both = by_role.query(f"{keys} and at == 'answer'")["restored"].item()
+    both = by_slot.query(f"{keys} and at == 'answer'")["restored"].item()
     assert both == pytest.approx((nine + ten) / 2)
+
+
+def test_every_cell_is_a_group_by(traced):
+    """Over the rows of all repeats: within an example first, then over examples."""
+    _, table, folder = traced
+    parts = []
+    for path in sorted((folder / "repeats").iterdir()):
+        run = read_run(path)
+        base = run.baselines().set_index("example")
+        gap = (base["p_clean"] - base["p_corrupt"]).to_dict()
+        rows = run.effects()
+        rows["share"] = [
+            p / gap[name] for p, name in zip(rows["p_restored"], rows["example"], strict=True)
+        ]
+        rows["window"] = [int(site.split(".")[1].partition("/")[2] or 1) for site in rows["site"]]
+        parts.append(rows.assign(repeat=path.name))
+    rows = pd.concat(parts)
+    keys = ["tower", "kind", "window", "layer", "slot"]
+    each = rows.groupby([*keys, "example"])["share"].mean()
+    wanted = each.groupby(level=keys).agg(["mean", "count"])
+    by_repeat = rows.groupby([*keys, "repeat", "example"])["share"].mean()
+    spread = by_repeat.groupby(level=[*keys, "repeat"]).mean().groupby(level=keys).std()
+    assert len(table) == len(wanted)
+    for row in table.itertuples():
+        key = (row.tower, row.kind, row.window, row.layer, row.at)
+        assert (row.restored, row.n) == (
+            pytest.approx(wanted.loc[key, "mean"]),
+            wanted.loc[key, "count"],
+        )
+        assert row.spread == pytest.approx(spread[key], abs=1e-12)
+        assert row.low - 1e-9 <= row.restored <= row.high + 1e-9
+
+
+def test_all_comes_back_at_the_read_out_position(tmp_path):
+    """On toy-llava, whose template has two colons, and by either way of averaging the same."""
+    model = load("toy-llava", device="cpu")
+    given = examples("states", limit=6)
+    of = {
+        by: tracing.trace(tmp_path / "t", model, given, noise=replace(NOISE, draws=2), windows=(1,),
+                          kinds=("resid",), by=by)
+        for by in ("slot", "length")
+    }  # fmt: skip
+    last = of["slot"].query("layer == 3 and at == 'readout'").iloc[0]
+    assert last["restored"] == pytest.approx(1.0, abs=1e-6) and last["token"] == ":"
+    first = of["slot"].query("at == '2'")
+    assert set(first["token"]) == {":"} and (first["restored"] == 0.0).all()
+    for layer in range(4):
+        one = of["slot"].query(f"layer == {layer} and at == 'readout'").iloc[0]
+        all_lengths = of["length"].query(f"layer == {layer}")
+        ends = all_lengths[all_lengths["order"] == all_lengths["length"] - 1]
+        mean = (ends["restored"] * ends["n"]).sum() / ends["n"].sum()
+        assert ends["n"].sum() == one["n"] and mean == pytest.approx(one["restored"])
 
 
 def test_what_is_left_out_is_counted(tmp_path, monkeypatch):
@@ -121,17 +175,18 @@ def test_the_tables_of_the_figures(traced):
     found = plots.tracing_tables(table, tower="encoder", window=1)
     assert list(found) == ["resid", "cross"]
     assert found["resid"].shape[0] == 4
-    assert (
-        list(found["resid"].columns)[:4] == ["[CLS]", "is", "this", "noun"]
-        or "other" in found["resid"]
-    )
-    assert "answer" in found["resid"].attrs["roles"]
+    assert list(found["resid"].columns) == [
+        "0", "1", "2", "3", "noun", "answer", "answer+1", "foil", "-2", "-1",
+    ]  # fmt: skip
+    assert found["resid"].attrs["roles"] == ["noun", "answer", "foil"]
+    assert found["resid"].attrs["labels"]["-1"] == "-1 [SEP]"
+    assert found["resid"].attrs["n"]["3"] == 2 and found["resid"].attrs["n"]["-1"] == 4
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"by": "word"}, "expected role or length"),
+        ({"by": "word"}, "expected slot or length"),
         ({"windows": (2,)}, "has no middle"),
         ({"kinds": ("output",)}, "no kind 'output' to trace"),
     ],

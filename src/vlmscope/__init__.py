@@ -27,10 +27,12 @@ _HOME = {
     "baselines": "study",
     "edited": "weights",
     "examples": "data",
+    "head_table": "tables",
     "load": "model",
     "read_csv": "example",
     "read_run": "store",
     "sweep": "study",
+    "token_table": "tables",
     "write_csv": "example",
     "write_report": "report",
 }

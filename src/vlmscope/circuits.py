@@ -25,8 +25,10 @@ from numpy.typing import NDArray
 from scipy import stats
 
 from vlmscope import seeds
-from vlmscope.errors import StoreError, VlmscopeError
+from vlmscope.errors import DataError, StoreError, VlmscopeError
+from vlmscope.stats import FEWEST, Scores, interval, sign_flip
 from vlmscope.store import Run, read_run
+from vlmscope.tables import at_slot, by_example, knows
 
 HEADS = [
     "run", "data", "corruption", "tower", "layer", "kind", "head", "position", "n", "mean",
@@ -41,12 +43,7 @@ LEVEL = 0.05
 SHARE = 0.01
 """A head that moves less than this share of the gap between the clean and the corrupt run is not
 important, however significant."""
-FEWEST = 12
-"""Fewer examples than this cannot show much: a sign-flip test of 6 has no p below 0.03."""
 _HEAD = ["tower", "layer", "kind", "head", "position"]
-_BATCH = 500
-
-Scores = NDArray[np.float64]
 
 
 class Found(NamedTuple):
@@ -68,8 +65,8 @@ def find(
 
     A folder of `notice` stands for all its runs.
 
-    `position` is the role at which heads are read out; by default the last token of a decoder, where its
-    logits are, and the answer's token in an encoder.
+    `position` is the slot at which heads are read out: a role, `answer`, `readout` or `last`. By default it is
+    the read-out position of a decoder, and the answer's token in any other tower (`tables.at_slot`).
 
     Raises `StoreError` if a folder is no run or has no heads at that position, and `VlmscopeError`
     if the runs are of different models (with `across_models`, of different head grids) or patch
@@ -101,13 +98,19 @@ def write(
     folder = Path(out)
     found = find(runs, position=position, across_models=across_models, seed=seed)
     everywhere = found.universal[found.universal["universal"]]
+    opened = [read_run(run) for run in _unfold(runs)]
     about = {
         "format": FORMAT,
-        "runs": [str(run) for run in _unfold(runs)],
+        "runs": [str(run.path) for run in opened],
         "seed": seed,
         "level": LEVEL,
-        "model": read_run(_unfold(runs)[0]).spec.get("model"),
+        "model": opened[0].spec.get("model"),
         "chance": _chance(found.heads),
+        "gaps": {name: _gap(run) for name, run in zip(_names(opened), opened, strict=True)},
+        "known": {
+            name: knows(run.baselines())._asdict()
+            for name, run in zip(_names(opened), opened, strict=True)
+        },
     }
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -145,6 +148,7 @@ def heads_of(
 ) -> pd.DataFrame:
     """The heads of one run, columns `HEADS`.
 
+    - `position`: where the heads are read out, a word that can be swept: `readout`, `answer`, a role, `last`.
     - `mean`, `mean_abs`: of `logit_diff` and |`logit_diff`| over examples; `ci_low`, `ci_high`: the
       95 % percentile bootstrap interval of `mean` over examples.
     - `p_value`: of the sign-flip permutation test that `mean` is zero (two-sided); `q_value`: after
@@ -157,8 +161,7 @@ def heads_of(
       of the same sign with a q-value over those heads of at most 0.05.
     """
     table = _scores(run, position)
-    ran = run.baselines().query("not excluded")
-    least = SHARE * abs(float((ran["ld_clean"] - ran["ld_corrupt"]).mean()))
+    least = SHARE * _gap(run)
     parts = []
     for (tower, kind, at), wide in _grids(table):
         heads = wide.columns.to_frame(index=False)
@@ -183,6 +186,12 @@ def heads_of(
     return found[HEADS].astype({"layer": "int32", "head": "int32", "n": "int64"})
 
 
+def _gap(run: Run) -> float:
+    """The size of the mean gap LD(clean) − LD(corrupt) of a run."""
+    ran = run.baselines().query("not excluded")
+    return abs(float((ran["ld_clean"] - ran["ld_corrupt"]).mean()))
+
+
 def assess(
     scores: Scores, ids: Sequence[str], seed: int = 0, *, least: float = 0.0
 ) -> pd.DataFrame:
@@ -198,7 +207,7 @@ def assess(
     ([True, False, False], [True, False, False])
     """
     mean, size = scores.mean(0), np.abs(scores).mean(0)
-    low, high = bootstrap(scores, seeds.rng(seed, "interval"))
+    low, high = interval(scores, ids)
     p, q, important = _important(scores, seeds.rng(seed, "signs"), least)
     half = _half(ids, seed)
     return pd.DataFrame(
@@ -239,38 +248,6 @@ def _confirmed(
     return confirmed
 
 
-def sign_flip(scores: Scores, rng: np.random.Generator) -> Scores:
-    """Two-sided p-values that the means of the columns of `(examples, heads)` are zero.
-
-    If a head does nothing, each example's score is as likely to have the other sign. All heads of
-    an example are flipped together, so what they share stays shared. The number of random flips
-    (9,999, or 40 a head if that is more) leaves room for the correction over all heads.
-    """
-    many, heads = scores.shape
-    flips = max(9_999, 40 * heads - 1)
-    seen = np.abs(scores.mean(0)) * (1 - 1e-12)  # the same sums in another order are no smaller
-    reached = np.zeros(heads)
-    for some in _batches(flips):
-        signs = rng.choice(np.array([-1.0, 1.0]), size=(some, many))
-        reached += (np.abs(signs @ scores) / many >= seen).sum(0)
-    return (reached + 1) / (flips + 1)
-
-
-def bootstrap(scores: Scores, rng: np.random.Generator, *, draws: int = 4_000) -> Scores:
-    """The 95 % percentile interval of the means of the columns, examples drawn anew: `(2, heads)`."""
-    many = len(scores)
-    means = [
-        rng.multinomial(many, np.full(many, 1 / many), size=some) @ scores / many
-        for some in _batches(draws)
-    ]
-    return np.asarray(np.quantile(np.concatenate(means), [0.025, 0.975], axis=0))
-
-
-def _batches(many: int) -> Iterator[int]:
-    for start in range(0, many, _BATCH):
-        yield min(_BATCH, many - start)
-
-
 def _half(ids: Sequence[str], seed: int) -> NDArray[np.bool_]:
     """Which examples are in the half that heads are found on; the order of the ids is no matter."""
     order = np.argsort([hashlib.sha256(f"{seed}/{x}".encode()).hexdigest() for x in ids])
@@ -280,29 +257,35 @@ def _half(ids: Sequence[str], seed: int) -> NDArray[np.bool_]:
 
 
 def _scores(run: Run, position: str | None) -> pd.DataFrame:
-    """The patches of heads at the read-out position, with it in the column `at`."""
+    """The patches of heads where each tower is read out, with the slot's name in the column `at`."""
     table = run.effects(pc.match_substring_regex(pc.field("unit"), "^h[0-9]+$"))
     table = table[~table["site"].str.contains("/", regex=False)]
     parts = []
     for (tower, kind), rows in table.groupby(["tower", "kind"], sort=False):
-        # A decoder's logits are those of its last token; an encoder has no such place.
-        wanted = position or ("last" if tower == "decoder" else "answer")
-        at = rows[rows["role"] == wanted].assign(at=wanted)
-        if at.empty and (position is None or wanted == "last"):
-            last = rows.groupby("example")["position"].transform("max")
-            at = rows[rows["position"] == last].assign(at="last")
-        parts.append(at)
-        if at.empty and position is None and len(rows):
+        try:
+            at, some = at_slot(rows, position or "readout")
+        except DataError:
+            if position is None:
+                text = (
+                    f"{run.path}: heads of {tower}.{kind} were not patched where they are read out"
+                )
+                warnings.warn(text, stacklevel=4)
+            continue
+        parts.append(some.assign(at=at))
+        left = rows["example"].nunique() - some["example"].nunique()
+        if left:
             warnings.warn(
-                f"{run.path}: heads of {kind} were patched at no single token", stacklevel=4
+                f"{run.path}: {left} examples have no {tower}.{kind} heads at '{at}' (a word of several "
+                f"tokens has none of its own) and are left out; sweep '{tower}.*.{kind}.h*@{at}', too",
+                stacklevel=4,
             )
-    found = pd.concat(parts) if parts else table
-    if found.empty:
-        where = f"the role '{position}'" if position else "the answer's token or the last one"
+    if not parts:
+        where = f"'{position}'" if position else "the answer's token or the read-out position"
         raise StoreError(
             f"{run.path}: no heads were patched at {where}; sweep such sites as "
-            "'encoder.*.cross.h*@answer' first"
+            "'encoder.*.cross.h*@answer' or 'decoder.*.attn.h*@readout' first"
         )
+    found = pd.concat(parts)
     broken = found.loc[~np.isfinite(found["logit_diff"]), "example"].unique()
     if len(broken):
         warnings.warn(
@@ -316,9 +299,9 @@ def _grids(table: pd.DataFrame) -> Iterator[tuple[tuple[str, str, str], pd.DataF
     """For each tower and kind: examples × (layer, head)."""
     table = table.assign(head=table["unit"].str.slice(1).astype(int))
     for key, rows in table.groupby(["tower", "kind", "at"], sort=False):
-        wide = rows.pivot_table(index="example", columns=["layer", "head"], values="logit_diff")
+        wide = by_example(rows, ["layer", "head"]).unstack(["layer", "head"]).sort_index(axis=1)
         tower, kind, at = map(str, key)
-        yield (tower, kind, at), wide.dropna()
+        yield (tower, kind, at), wide.sort_index().dropna()
 
 
 # --- several runs ----------------------------------------------------------------------------

@@ -154,6 +154,7 @@ def sweep(
     from vlmscope.data import examples
     from vlmscope.model import load
     from vlmscope.study import sweep_to
+    from vlmscope.tables import knows
 
     kind: Any = corrupt.value
     if corrupt is Corrupt.noise:
@@ -171,6 +172,7 @@ def sweep(
         data=data,
     )
     _left_out(run)
+    print(*knows(run.baselines()).lines(), sep="\n")
     print(f"{run.patches():,} patches of {run.ran()} examples in {out}")
 
 
@@ -194,7 +196,9 @@ def notice(
     seed: Annotated[int | None, typer.Option(help="Seed of drawing and testing.")] = None,
     position: Annotated[
         str | None,
-        typer.Option(help="Role at which heads are read out.  [default: answer, or else the last]"),
+        typer.Option(
+            help="Where heads are read out: readout, answer, another role.  [default: readout in a decoder, answer elsewhere]"
+        ),
     ] = None,
     dtype: Annotated[DType | None, typer.Option(help="Precision.  [default: float32]")] = None,
     device: _Device = None,
@@ -236,8 +240,8 @@ def tracing(
         typer.Option(help="What is restored, each once.  [default: resid, attn, cross, mlp]"),
     ] = None,
     by: Annotated[
-        str, typer.Option(help="Average tokens by role, or by length of question.")
-    ] = "role",
+        str, typer.Option(help="Average tokens by slot, or by length of question.")
+    ] = "slot",
     repeats: Annotated[int, typer.Option(min=1, help="Draws of noise.")] = 10,
     noise: Annotated[Form, typer.Option(help="x·ε, x+ε, or x·scale.")] = Form.multiply,
     noise_scale: Annotated[
@@ -255,7 +259,10 @@ def tracing(
     from vlmscope.corrupt import Noise
     from vlmscope.data import examples
     from vlmscope.model import load
+    from vlmscope.plots import most_restored
     from vlmscope.report import write_report
+    from vlmscope.store import read_run
+    from vlmscope.tables import knows
     from vlmscope.tracing import KINDS, WINDOWS, trace
 
     loaded = load(model, dtype=dtype.value, device=device)
@@ -270,12 +277,13 @@ def tracing(
         seed=seed,
         data=data,
     )
-    best = table.nlargest(5, "restored")
+    print(*knows(read_run(out / "repeats" / "00").baselines()).lines(), sep="\n")
     print("what restores most of P(answer):")
-    for row in best.itertuples():
+    for row in most_restored(table).itertuples():
+        spread = f", SD over repeats {row.spread:.1%}" if row.repeats > 1 else ""
         print(
             f"  {row.tower} layer {row.layer} {row.kind} at {row.at}, window of {row.window}: "
-            f"{row.restored:.1%} (SD over repeats {row.spread:.1%})"
+            f"{row.restored:.1%} ({row.n} examples{spread})"
         )
     print(
         f"{len(table):,} rows in {out / 'tracing.parquet'}; {write_report([out], out / 'report.html')}"
@@ -288,7 +296,9 @@ def circuits(
     out: Annotated[Path, typer.Option(help="The folder for the tables.")],
     position: Annotated[
         str | None,
-        typer.Option(help="Role at which heads are read out.  [default: answer, or else the last]"),
+        typer.Option(
+            help="Where heads are read out: readout, answer, another role.  [default: readout in a decoder, answer elsewhere]"
+        ),
     ] = None,
     across_models: Annotated[
         bool, typer.Option("--across-models", help="The runs are of models with the same heads.")

@@ -25,7 +25,6 @@ from numpy.typing import NDArray
 from scipy import stats
 from torch import Tensor
 
-from vlmscope.circuits import bootstrap, sign_flip
 from vlmscope.data import Examples, listed
 from vlmscope.errors import DataError
 from vlmscope.example import Example
@@ -34,6 +33,7 @@ from vlmscope.model import Access, Model, embedder, hooks
 from vlmscope.neurons import Caption, say, taught, top_tokens, weights
 from vlmscope.seeds import rng, shuffled
 from vlmscope.sites import Point
+from vlmscope.stats import bootstrap, sign_flip
 from vlmscope.study import progress
 from vlmscope.weights import changed
 

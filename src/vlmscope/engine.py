@@ -25,7 +25,7 @@ from torch import Tensor
 
 from vlmscope import suffix
 from vlmscope.inputs import Edit, Inputs, Pair
-from vlmscope.metrics import Patched, Score, score
+from vlmscope.metrics import Patched, Score, largest, score
 from vlmscope.model import Access, Model, handles, hooks
 from vlmscope.sites import Point, Site, members
 
@@ -101,7 +101,7 @@ def patch(
     image.
     """
     sweep = Sweep(model, pair, sites, direction, {} if seen is None else seen)
-    return Patched(sweep.baselines[0], sweep.baselines[1], sweep.chunks())
+    return Patched(sweep.baselines[0], sweep.baselines[1], sweep.size, sweep.chunks())
 
 
 def ablate(
@@ -122,7 +122,7 @@ def ablate(
     """
     pair = Pair(inputs, inputs, answer, foil)
     sweep = Sweep(model, pair, sites, "noise", {} if seen is None else seen, values)
-    return Patched(sweep.baselines[0], sweep.baselines[1], sweep.chunks())
+    return Patched(sweep.baselines[0], sweep.baselines[1], sweep.size, sweep.chunks())
 
 
 class Sweep:
@@ -165,6 +165,7 @@ class Sweep:
             traces.append(self._given(traces[0], sites, values))
             runs *= 2
         self.baselines = [score(t.logits, pair.answer, pair.foil) for t in traces]
+        self.size = largest(*(t.logits for t in traces))
         forward = direction == "denoise"
         self.source = traces[0] if forward else traces[1]
         self.base = traces[1] if forward else traces[0]

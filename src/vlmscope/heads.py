@@ -35,7 +35,6 @@ from torch import Tensor
 
 from vlmscope import corrupt as corruptions
 from vlmscope import engine
-from vlmscope.circuits import bootstrap, sign_flip
 from vlmscope.corrupt import Noise
 from vlmscope.data import Examples, listed
 from vlmscope.errors import DataError, ExampleError, SiteError, StoreError
@@ -45,6 +44,7 @@ from vlmscope.metrics import score
 from vlmscope.model import Model
 from vlmscope.seeds import rng, shuffled
 from vlmscope.sites import Point, Site, expand, grid, place
+from vlmscope.stats import bootstrap, sign_flip
 from vlmscope.study import SHOWN, progress, sweep_to
 
 FORMAT = "vlmscope-heads-1"

@@ -15,8 +15,9 @@ from torch import Tensor
 
 _NOISE = re.compile(r"[^\w\s]|\b(a|an|the)\b")
 
-GAP = 1e-6
-"""Smallest |LD(clean) − LD(corrupt)| in logits that `effect` is divided by."""
+ROUNDING = {"float64": 1e-12, "float32": 1e-5, "float16": 1e-3, "bfloat16": 1e-2, "4bit": 1e-2}
+"""What rounding does to a logit difference, as a share of the largest logit, by `Model.precision`. Weights of
+4 bits are computed with in bfloat16."""
 
 
 class Score(NamedTuple):
@@ -41,16 +42,33 @@ def score(logits: Float[Tensor, "*rows vocabulary"], answer: int, foil: int) -> 
     return Score((answers - total).exp(), answers - foils)
 
 
-def effect(ld: float, ld_clean: float, ld_corrupt: float) -> float | None:
-    """(LD − LD(corrupt)) / (LD(clean) − LD(corrupt)); None where the gap is too small.
+def largest(*logits: Float[Tensor, "*rows vocabulary"]) -> float:
+    """The size of the largest finite logit of some runs."""
+    return max(float(one[one.isfinite()].abs().max()) for one in logits)
+
+
+def least_gap(precision: str, size: float) -> float:
+    """The smallest |LD(clean) − LD(corrupt)|, in logits, that `effect` is divided by.
+
+    Ten times what rounding does in this precision (`ROUNDING`) where the largest logit has this size: then
+    it moves `effect` by at most about a tenth.
+
+    >>> least_gap("float32", 20.0), least_gap("bfloat16", 20.0)
+    (0.002, 2.0)
+    """
+    return 10 * ROUNDING[precision] * size
+
+
+def effect(ld: float, ld_clean: float, ld_corrupt: float, least: float = 0.0) -> float | None:
+    """(LD − LD(corrupt)) / (LD(clean) − LD(corrupt)); None where the gap is no larger than `least`.
 
     >>> effect(1.0, 3.0, -1.0)
     0.5
-    >>> effect(1.0, 1.0, 1.0) is None
-    True
+    >>> effect(1.0, 1.0, 1.0) is None, effect(1.0, 1.3, 1.0, least=0.5) is None
+    (True, True)
     """
     gap = ld_clean - ld_corrupt
-    return (ld - ld_corrupt) / gap if abs(gap) > GAP else None
+    return (ld - ld_corrupt) / gap if abs(gap) > least else None
 
 
 def agrees(said: str, answer: str) -> bool:
@@ -64,7 +82,8 @@ def agrees(said: str, answer: str) -> bool:
 
 
 class Patched(NamedTuple):
-    """What a sweep over one pair gives: two baselines, and chunks of rows as they are computed.
+    """What a sweep over one pair gives: two baselines, the size of their largest logit, and chunks of rows
+    as they are computed.
 
     A chunk is the numbers of its sites (in the sweep's order, each exactly once over all chunks)
     and their scores.
@@ -72,4 +91,5 @@ class Patched(NamedTuple):
 
     clean: Score
     corrupt: Score
+    size: float
     chunks: Iterator[tuple[list[int], Score]]

@@ -35,6 +35,7 @@ from vlmscope.model import Model, load
 from vlmscope.report import write_report
 from vlmscope.store import Run, read_run
 from vlmscope.study import Estimate, estimate, sweep_to
+from vlmscope.tables import knows
 
 Say = Callable[[str], None]
 Sweep = tuple[str, str]
@@ -163,6 +164,7 @@ def run(spec: Spec, out: str | os.PathLike[str], say: Say = lambda text: None) -
             folder / "runs" / f"{name}-{corrupt}", model, sets[name], sites, corrupt,
             seed=spec.seed, data=name, select=spec.select,
         )  # fmt: skip
+        say("\n".join(f"  {line}" for line in knows(runs[name, corrupt].baselines()).lines()))
     chosen = selection(runs, sets)
     chosen.to_csv(folder / "selection.csv", index=False)
     say(_say_selection(chosen))

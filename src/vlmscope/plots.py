@@ -1,16 +1,18 @@
 """Figures of a table of patches.
 
-The tables `token_table`, `head_table` and `strongest` hold the numbers; `layer_by_token`,
+`vlmscope.token_table`, `vlmscope.head_table` and `strongest` hold the numbers; `layer_by_token`,
 `layer_by_head`, `panels` and `image_grid` draw them. All take the effects table of `read_run` or
-`sweep`, average first within an example and then over examples, and return a
-`matplotlib.figure.Figure` (pyplot is not involved): a notebook shows it, `savefig` writes it.
+`sweep`, and return a `matplotlib.figure.Figure` (pyplot is not involved): a notebook shows it,
+`savefig` writes it.
 
-Red is towards the answer, blue towards the foil, white is no change, grey was not patched.
+Red is towards the answer, blue towards the foil, white is no change, grey was not patched. What is next
+to nothing has next to no colour: the scale of a figure does not end below `FLOOR` of the run's gap.
 """
 
 from __future__ import annotations
 
 import io
+import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -25,6 +27,8 @@ from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from matplotlib.font_manager import FontProperties, findfont, get_font
 from PIL import Image
+
+from vlmscope.tables import choose, head_table, mean_gap, means, token_table
 
 VALUES = {
     "logit_diff": "change in logit difference (logits)",
@@ -50,11 +54,13 @@ TOWERS = {
     "decoder": "decoder",
 }
 
-OTHER = "other"
-"""The column of tokens that have no role and do not stand in every example."""
+FLOOR = 0.1
+"""The share of the mean gap LD(clean) − LD(corrupt) below which no colour scale of `logit_diff` ends; also
+where the scale of `effect`, which is a share of the gap already, may end."""
+LEAST = {"logit_diff": 0.05, "effect": FLOOR, "p_restored": 0.02, "restored": 1.0}
+"""Where a colour scale may end at all, whatever the gap: logits, shares, probabilities."""
 
 _DIVERGING, _MISSING, _INK = "RdBu_r", "#d4d4d4", "#222222"
-_REPEAT = ["example", "corruption"]
 _Picture: TypeAlias = str | Path | Image.Image
 
 
@@ -62,168 +68,99 @@ _Picture: TypeAlias = str | Path | Image.Image
 
 
 def strongest(effects: pd.DataFrame, n: int = 10) -> pd.DataFrame:
-    """The `n` sites with the largest |mean `logit_diff`| over examples, largest first.
+    """The `n` sites with the largest |mean `logit_diff`| over examples, largest first; sites that fewer
+    than half of the table's examples hold come behind all others.
 
-    Patches are one site if they agree in tower, layer, kind, unit and role (in position, where
-    there is no role). Columns: `site` (an expression that can be swept again), `corruption`,
-    `token` (where it is the same in all examples), `mean`, `sd` (over examples; null for one) and
-    `n`, the number of examples.
+    Patches are one site if they agree in tower, layer (and its window), kind, unit and slot. Columns:
+    `site`, `corruption`, `slot`, `token` (where it is the same in all examples), `mean`, `sd` (over
+    examples; null for one), `low` and `high` (95 % bootstrap interval), `n`, the number of examples.
+
+    `site` can be swept again. A role, `readout` and a place of the picture name themselves. Any other slot
+    (`3`, `answer+1`, `-2`) stands as a position, `@5` or `@-2`, where that is the slot in every example;
+    where it is not, no expression means the slot, and `site` ends before the @.
     """
-    keys = ["corruption", "tower", "layer", "kind", "unit", "at"]
-    columns = ["site", "corruption", "token", "mean", "sd", "n"]
+    keys = ["corruption", "tower", "depth", "kind", "part", "slot"]
+    columns = ["site", "corruption", "slot", "token", "mean", "sd", "low", "high", "n"]
     if effects.empty:
         return pd.DataFrame(columns=columns)
-    layer = effects["site"].str.split(".", n=2).str[1]  # with the window, where it has one
     rows = effects.assign(
-        at=_at(effects), layer=layer, unit=effects["unit"].astype(object).fillna("")
+        depth=effects["site"].str.split(".", n=2).str[1],  # with the window, where it has one
+        part=effects["unit"].astype(object).fillna(""),
     )
-    each = rows.groupby([*keys, "example"], as_index=False)["logit_diff"].mean()
-    found = each.groupby(keys)["logit_diff"].agg(["mean", "std", "count"])
-    tokens = rows.groupby(keys)["token"].agg(["first", "nunique"])
-    found["token"] = tokens["first"].where(tokens["nunique"] == 1)
-    found = found.rename(columns={"std": "sd", "count": "n"}).reset_index()
-    unit = found["unit"].where(found["unit"] == "", "." + found["unit"])
-    place = found["tower"] + "." + found["layer"] + "." + found["kind"]
-    found["site"] = place + unit + "@" + found["at"]
-    order = found["mean"].abs().sort_values(ascending=False, kind="stable").index
-    return found.loc[order, columns].head(n).reset_index(drop=True)
+    found = means(rows, keys)
+    half = found["corruption"].map(rows.groupby("corruption")["example"].nunique()) / 2
+    order = pd.DataFrame({"few": found["n"] < half, "size": -found["mean"].abs()})
+    found = found.loc[order.sort_values(["few", "size"], kind="stable").index].head(n)
+    shown = rows.merge(found[keys], on=keys)
+    found = found.merge(means(shown, keys, intervals=True)[[*keys, "low", "high"]], on=keys)
+    tokens = shown.groupby(keys)["token"].agg(["first", "nunique"])
+    tokens = tokens["first"].where(tokens["nunique"] == 1).rename("token")
+    found = found.merge(tokens, left_on=keys, right_index=True)
+    found = found.merge(_positions(effects), on=["corruption", "tower", "slot"], how="left")
+    place = found["tower"] + "." + found["depth"] + "." + found["kind"]
+    unit = found["part"].where(found["part"] == "", "." + found["part"])
+    found["site"] = place + unit + ("@" + found["at"]).where(found["at"] != "", "")
+    return found[columns].reset_index(drop=True)
 
 
-def token_table(
-    effects: pd.DataFrame, *, kind: str = "resid", tower: str = "encoder", value: str = "logit_diff"
-) -> pd.DataFrame:
-    """Mean `value` by layer (rows) and token (columns), of patches of a whole `kind`.
-
-    Where all examples have the same tokens, a column is a position (`2 circle (noun)`). Otherwise
-    it is a role, a token that stands in every example, or `OTHER`.
-    """
-    rows = _select(effects, tower, kind, value)
-    return _by_token(rows[rows["unit"].isna()], value)
-
-
-def head_table(
-    effects: pd.DataFrame,
-    *,
-    kind: str = "cross",
-    tower: str = "encoder",
-    role: str | None = None,
-    position: int | None = None,
-    value: str = "logit_diff",
-) -> pd.DataFrame:
-    """Mean `value` by layer (rows) and head (columns) at one role or one position.
-
-    With neither given, at the column of `token_table` with the largest mean absolute value.
-    The table's `attrs["place"]` names it.
-    """
-    rows = _select(effects, tower, kind, value)
-    rows = rows[rows["unit"].astype("string").str.fullmatch(r"h\d+").fillna(False).astype(bool)]
-    place = role if role is not None else None if position is None else f"position {position}"
-    if role is not None:
-        rows = rows[rows["role"] == role]
-    elif position is not None:
-        rows = rows[rows["position"] == position]
-    elif len(rows):
-        place, rows = _strongest_place(rows, value)
-    heads = rows["unit"].str.slice(1).astype(int)
-    table = _mean(rows.assign(column=heads), value)
-    if len(table):
-        table = table.reindex(columns=range(int(table.columns.max()) + 1))
-    table.columns.name = "head"
-    table.attrs["place"] = place
-    return table
+def _positions(effects: pd.DataFrame) -> pd.DataFrame:
+    """How a site expression names each slot of each tower: column `at`, empty where none does."""
+    keys = ["corruption", "tower", "slot"]
+    rows = effects[[*keys, "example", "position", "role"]].drop_duplicates([*keys, "example"])
+    has_name = rows["slot"].str.fullmatch(r"readout|image\[\d+,\d+\]") | rows["position"].isna()
+    has_name |= rows["slot"] == rows["role"]
+    own = rows[has_name].drop_duplicates(keys)
+    parts = [own.assign(at=own["slot"])[[*keys, "at"]]]
+    # The end of an example is known from its read-out position, or in an encoder from what is counted
+    # from its end.
+    from_end = pd.to_numeric(rows["slot"], errors="coerce").where(rows["slot"].str.startswith("-"))
+    end = (rows["position"] + 1).where(rows["slot"] == "readout")
+    end = end.fillna((rows["position"] - from_end).where(rows["tower"] == "encoder"))
+    ends = end.groupby([rows[k] for k in ("corruption", "tower", "example")]).transform("max")
+    held = rows.groupby(keys)["slot"].transform("size")
+    for place in (rows["position"], rows["position"] - ends):
+        at = rows.assign(at=place).dropna(subset=["at"])
+        one_slot = at.groupby(["corruption", "tower", "at"])["slot"].transform("nunique") == 1
+        one_place = at.groupby(keys)["at"].transform("nunique") == 1
+        whole = at.groupby(keys)["at"].transform("size") == held[at.index]
+        same = at[one_slot & one_place & whole].drop_duplicates(keys)
+        parts.append(same.assign(at=same["at"].astype(int).astype(str))[[*keys, "at"]])
+    found = pd.concat([*parts, rows[keys].assign(at="")], ignore_index=True)
+    return found.drop_duplicates(keys)
 
 
 def tracing_tables(
-    table: pd.DataFrame, *, tower: str = "encoder", window: int = 1, length: int = 0
+    table: pd.DataFrame, *, tower: str, window: int = 1, length: int = 0
 ) -> dict[str, pd.DataFrame]:
     """Layer × token tables of the share restored, by kind, from the table of `tracing.trace`.
 
-    `length` is that of the questions in tokens, 0 where tokens are averaged by role.
+    `length` is that of the questions in tokens, 0 where tokens are averaged by slot.
     """
     same = (table["window"] == window) & (table["length"] == length)
     rows = table[(table["tower"] == tower) & same]
     found = {}
     for kind in [k for k in KINDS if k in set(rows["kind"])]:
         some = rows[rows["kind"] == kind]
-        wide = some.pivot_table(index="layer", columns="at", values="restored")
-        wide = wide[list(some.groupby("at")["order"].mean().sort_values(kind="stable").index)]
-        wide.columns.name = "token"
-        wide.attrs["roles"] = set(some.loc[some["is_role"].astype(bool), "at"])
-        wide.attrs["examples"] = round(some["n"].max())
+        columns = some.sort_values("order", kind="stable").drop_duplicates("at")
+        beside = "" if length else (" " + columns["token"].astype(object)).fillna("")
+        wide = some.pivot(index="layer", columns="at", values="restored")[list(columns["at"])]
+        wide.columns.name = "slot" if not length else "token"
+        wide.attrs = {
+            "labels": dict(zip(columns["at"], columns["at"] + beside, strict=True)),
+            "roles": list(columns.loc[columns["is_role"].astype(bool), "at"]),
+            "n": some.groupby("at")["n"].max().to_dict(),
+            "examples": int(some["n"].max()),
+        }
         found[kind] = wide
     return found
 
 
-def _strongest_place(rows: pd.DataFrame, value: str) -> tuple[str, pd.DataFrame]:
-    labels = columns_of(rows)["column"]
-    cells = rows.assign(column=labels).groupby(["column", "layer", "unit"])[value].mean()
-    strength = cells.abs().groupby("column").mean().fillna(0.0)
-    named = strength.drop(OTHER, errors="ignore")
-    place = str((named if len(named) else strength).idxmax())
-    return place, rows[labels == place]
-
-
-def _select(effects: pd.DataFrame, tower: str, kind: str, value: str) -> pd.DataFrame:
-    if value not in VALUES:
-        raise ValueError(f"no value '{value}' to draw; expected one of {', '.join(VALUES)}")
-    single = ~effects["site"].str.contains("/", regex=False)  # no windows of layers
-    return effects[(effects["tower"] == tower) & (effects["kind"] == kind) & single]
-
-
-def _by_token(rows: pd.DataFrame, value: str) -> pd.DataFrame:
-    labels = columns_of(rows)
-    table = _mean(rows.assign(column=labels["column"]), value)
-    order = labels.groupby("column")["order"].mean().sort_values(kind="stable")
-    table = table[[c for c in order.index if c in table]]
-    table.columns.name = "token"
-    table.attrs["roles"] = set(labels.loc[labels["is_role"], "column"])
-    return table
-
-
-def _mean(rows: pd.DataFrame, value: str) -> pd.DataFrame:
-    """Over the rows of an example first, so that a role of two tokens does not count twice."""
-    each = rows.groupby([*_REPEAT, "layer", "column"], sort=False)[value].mean()
-    table = each.groupby(["layer", "column"]).mean().unstack("column")
-    if len(table):
-        table = table.reindex(range(int(table.index.min()), int(table.index.max()) + 1))
-    table.index.name = "layer"
-    table.attrs["examples"] = len(rows[_REPEAT].drop_duplicates())
-    return table
-
-
-def _at(rows: pd.DataFrame) -> pd.Series[str]:
-    """What stands after the @: the role, or else the position, or else what the site says."""
-    position = rows["position"].astype("Int32").astype("string")
-    said = rows["site"].astype("string").str.replace(r"^.*@", "", regex=True)
-    return rows["role"].astype("string").fillna(position).fillna(said).astype(object)
-
-
-def columns_of(rows: pd.DataFrame) -> pd.DataFrame:
-    """The token column of a figure that each patch belongs to.
-
-    Columns: `column`, its label; `order`, from left to right; `is_role`.
-    """
-    role, token = rows["role"].astype(object), rows["token"].astype(object).fillna("")
-    position = rows["position"].astype("Int32")
-    is_role, is_one = role.notna(), position.notna()
-    at = _at(rows)
-    together = is_role.map({True: "", False: "@"}) + at
-    if rows[is_one].drop_duplicates(["position", "token"])["position"].is_unique:
-        marks = (" (" + role + ")").where(is_role, "")
-        column = (position.astype(str) + " " + token + marks).where(is_one, together)
-        return pd.DataFrame({"column": column, "order": _order(position), "is_role": is_role})
-    plain = rows[is_one & ~is_role]
-    seen_in = plain.drop_duplicates([*_REPEAT, "token"]).groupby("token").size()
-    everywhere = set(seen_in[seen_in == len(rows[_REPEAT].drop_duplicates())].index)
-    column = at.where(is_role, token.where(token.isin(everywhere), OTHER))
-    column = column.where(is_one, together)
-    order = _order(position).where(column != OTHER, np.inf)
-    return pd.DataFrame({"column": column, "order": order, "is_role": is_role})
-
-
-def _order(position: pd.Series[int]) -> pd.Series[float]:
-    """Patches of several positions at once come last but for `OTHER`."""
-    return position.astype("Float64").fillna(1e9).astype(float)
+def most_restored(table: pd.DataFrame, n: int = 5) -> pd.DataFrame:
+    """The rows of `tracing.trace`'s table with the largest share restored; those that fewer than half of the
+    examples hold (of their tower and length) come behind all others."""
+    most = table.groupby(["tower", "length"])["n"].transform("max")
+    order = pd.DataFrame({"few": table["n"] < most / 2, "size": -table["restored"]})
+    return table.loc[order.sort_values(["few", "size"], kind="stable").index].head(n)
 
 
 # --- figures ---------------------------------------------------------------------------------
@@ -241,32 +178,35 @@ class _Shown(Figure):
 def layer_by_token(
     effects: pd.DataFrame,
     *,
-    kind: str = "resid",
-    tower: str = "encoder",
+    tower: str | None = None,
+    kind: str | None = None,
     value: str = "logit_diff",
     title: str | None = None,
 ) -> Figure:
-    """Heat map of `token_table`: layers upwards, tokens to the right, roles in bold."""
-    table = token_table(effects, kind=kind, tower=tower, value=value)
-    name = f"{_upper(KINDS.get(kind, kind))}, {TOWERS.get(tower, tower)}"
-    return panels({title or f"{name}\n{_over(effects, table)}": table}, value=value)
+    """Heat map of `vlmscope.token_table`: layers upwards, slots to the right, roles in bold.
+
+    Below a slot stands its token where that is the same in all examples, and `n` where it holds fewer
+    examples than other columns.
+    """
+    table = token_table(effects, tower=tower, kind=kind, value=value)
+    shown = f"{_upper(KINDS[table.attrs['kind']])}, {TOWERS[table.attrs['tower']]}"
+    return panels({title or f"{shown}\n{_over(effects, table)}": table}, value=value)
 
 
 def layer_by_head(
     effects: pd.DataFrame,
     *,
-    kind: str = "cross",
-    tower: str = "encoder",
-    role: str | None = None,
-    position: int | None = None,
+    tower: str | None = None,
+    kind: str | None = None,
+    slot: str = "readout",
     value: str = "logit_diff",
     title: str | None = None,
 ) -> Figure:
-    """Heat map of `head_table`: layers upwards, heads to the right, the strongest outlined."""
-    table = head_table(effects, kind=kind, tower=tower, role=role, position=position, value=value)
-    name = f"{_upper(KINDS.get(kind, kind))} heads, {TOWERS.get(tower, tower)}"
-    at = f" at {table.attrs['place']}" if table.attrs["place"] else ""
-    return panels({title or f"{name}{at}\n{_over(effects, table)}": table}, value=value)
+    """Heat map of `vlmscope.head_table`: layers upwards, heads to the right, the strongest outlined."""
+    table = head_table(effects, tower=tower, kind=kind, slot=slot, value=value)
+    shown = f"{_upper(KINDS[table.attrs['kind']])} heads, {TOWERS[table.attrs['tower']]}"
+    title = title or f"{shown} at {table.attrs['slot']}\n{_over(effects, table)}"
+    return panels({title: table}, value=value)
 
 
 def panels(
@@ -274,17 +214,23 @@ def panels(
     *,
     value: str = "logit_diff",
     marks: Mapping[str, Iterable[tuple[int, int]]] | None = None,
+    gap: float | None = None,
 ) -> Figure:
     """Tables of `token_table` or `head_table` side by side, with one colour scale for all.
 
     The keys are the titles. `marks` names cells, (row label, column label), that get a dot, by title;
-    without it the strongest cells of a head table are outlined.
+    without it the strongest cells of a head table are outlined. `gap` is the mean LD(clean) − LD(corrupt)
+    that the scale's floor knows, by default the largest in the tables' `attrs`.
     """
-    scale = _scale(list(tables.values()), value)
+    known = [t.attrs["gap"] for t in tables.values() if t.attrs.get("gap")]
+    gap = max(known, default=0.0) if gap is None else gap
+    scale = _scale(list(tables.values()), value, gap)
     across = min(len(tables), 3 if _width(tables) <= 5 else 2 if _width(tables) <= 7.5 else 1)
     across = 2 if len(tables) == 4 and across == 3 else across
     down = -(-len(tables) // max(across, 1))
-    height = max((_height(t) for t in tables.values()), default=2.0)
+    titles = [_wrapped(title, _width(tables)) for title in tables]
+    lines = max((title.count("\n") for title in titles), default=0)
+    height = max((_height(t) for t in tables.values()), default=2.0) + 0.16 * lines
     figure = _Shown(
         figsize=(max(across, 1) * _width(tables) + 0.9, max(down, 1) * height),
         layout="constrained",
@@ -292,9 +238,9 @@ def panels(
     )
     axes = figure.subplots(max(down, 1), max(across, 1), squeeze=False)
     flat = list(axes.flat)
-    for spot, (title, table) in zip(flat, tables.items(), strict=False):
+    for spot, (title, table), shown in zip(flat, tables.items(), titles, strict=False):
         _heat_map(spot, table, scale, None if marks is None else marks.get(title, ()))
-        spot.set_title(_drawable(title, 90), fontsize=10, color=_INK, parse_math=False)
+        spot.set_title(shown, fontsize=10, color=_INK, parse_math=False)
     for spot in flat[len(tables) :]:
         spot.set_axis_off()
     bar = figure.colorbar(scale, ax=flat, shrink=min(1.0, 4.5 / (down * height)), pad=0.02)
@@ -302,32 +248,44 @@ def panels(
     return figure
 
 
+def full_colour(
+    tables: Iterable[pd.DataFrame], value: str = "logit_diff", gap: float = 0.0
+) -> float:
+    """Where the colour scale of these tables ends, as `panels` draws them."""
+    return float(_scale(list(tables), value, gap).get_clim()[1])
+
+
 def image_grid(
     effects: pd.DataFrame,
     picture: _Picture,
     grid: tuple[int, int],
     *,
-    kind: str = "resid",
-    tower: str = "vision",
+    kind: str | None = None,
+    tower: str | None = None,
     value: str = "logit_diff",
     layers: Sequence[int] | None = None,
+    gap: float | None = None,
 ) -> Figure:
     """Effects at image patches, drawn over the picture: the mean of all layers, and a panel a layer.
 
     `grid` is (rows, columns) of the patches; patches are told by their token, `row,column`. At most
     six layers are drawn unless `layers` names them. `effects` should hold one example: the one of
-    `picture`.
+    `picture`. Towers and kinds are chosen as in `vlmscope.token_table`, the vision tower first; `gap` as
+    in `panels`.
     """
-    rows = _select(effects, tower, kind, value)
-    rows = rows[rows["unit"].isna() & rows["position"].notna() & is_patch(rows)]
+    rows = effects[effects["position"].notna() & is_patch(effects)]
+    tower = "vision" if tower is None and "vision" in set(rows["tower"]) else tower
+    rows = choose(rows, tower=tower, kind=kind, value=value)
     places = rows["token"].str.split(",", expand=True).astype(int)
-    table = _mean(rows.assign(column=places[0] * grid[1] + places[1]), value)
+    found = means(rows.assign(column=places[0] * grid[1] + places[1]), ["layer", "column"], value)
+    table = found.pivot(index="layer", columns="column", values="mean").sort_index()
     table = table.reindex(columns=range(grid[0] * grid[1]))
+    gap = (mean_gap(rows) or 0.0) if gap is None else gap
     layers = _spread(list(table.index), 6) if layers is None else list(layers)
     drawn = {f"layer {layer}": table.loc[layer] for layer in layers}
     if len(table) > 1 and value != "p_patched":
         drawn = {f"mean of {len(table)} layers": table.mean(), **drawn}
-    scale = _scale([pd.DataFrame(drawn)], value)
+    scale = _scale([pd.DataFrame(drawn)], value, gap)
     shown = _open(picture)
     across = min(len(drawn) + 1, 4)
     down = -(-(len(drawn) + 1) // across)
@@ -347,7 +305,7 @@ def image_grid(
     return figure
 
 
-def universal(heads: pd.DataFrame, *, most: int = 30) -> Figure:
+def universal(heads: pd.DataFrame, *, most: int = 30, gap: float = 0.0) -> Figure:
     """Heads (rows) over runs (columns): the mean `logit_diff`, a dot where a head is important.
 
     `heads` is the table of `circuits.find`. Heads that are important somewhere are shown, those
@@ -363,7 +321,7 @@ def universal(heads: pd.DataFrame, *, most: int = 30) -> Figure:
     order = pd.DataFrame({"count": count, "size": size}).query("count > 0")
     names = list(order.sort_values(["count", "size"], ascending=False).index[:most])[::-1]
     table = rows.pivot_table(index="name", columns="run", values="mean").reindex(names)[runs]
-    scale = _scale([table], "logit_diff")
+    scale = _scale([table], "logit_diff", gap)
     wide, high = 0.62 * len(runs) + 3.6, 0.27 * max(len(names), 3) + 1.9
     figure = _Shown(figsize=(wide, high), layout="constrained", facecolor="white")
     axes = figure.subplots()
@@ -414,8 +372,10 @@ def attention(
     figure = _Shown(figsize=(1.75 * across + 1.6, 1.95 * len(names) + 0.3), layout="constrained",
                     facecolor="white")  # fmt: skip
     axes = figure.subplots(len(names), across, squeeze=False)
-    scale = _scale([maps[["difference"]]], "logit_diff")
-    own = None if patches is None else _scale([patches[["logit_diff"]]], "logit_diff")
+    scale = _centred([maps[["difference"]]])
+    own = None
+    if patches is not None:
+        own = _scale([patches[["logit_diff"]]], "logit_diff", mean_gap(patches) or 0.0)
     for line, name in zip(axes, names, strict=True):
         shown = _open(pictures[name])
         mine = maps[maps["example"] == name]
@@ -460,7 +420,7 @@ def neuron_maps(maps: pd.DataFrame, pictures: Mapping[str, _Picture]) -> Figure:
     axes = figure.subplots(len(names), across, squeeze=False)
     for line, name in zip(axes, names, strict=True):
         mine = maps[maps["neuron"] == name]
-        scale = _scale([mine[["activation"]]], "logit_diff")
+        scale = _centred([mine[["activation"]]])
         for spot in line:
             spot.set_axis_off()
         for spot, (example, cells) in zip(line, mine.groupby("example", sort=False), strict=False):
@@ -563,14 +523,17 @@ def _spread(items: list[int], many: int) -> list[int]:
     return [int(items[i]) for i in places]
 
 
-def _scale(tables: Sequence[pd.DataFrame], value: str) -> ScalarMappable:
-    """One colour scale: centred at zero for a change, from 0 to 1 for a probability."""
+def _scale(tables: Sequence[pd.DataFrame], value: str, gap: float = 0.0) -> ScalarMappable:
+    """One colour scale: centred at zero for a change, with a floor; from 0 to 1 for a probability."""
     if value == "p_patched":
         return ScalarMappable(Normalize(0.0, 1.0), "viridis")
+    return _centred(tables, max(LEAST[value], FLOOR * abs(gap) if value == "logit_diff" else 0.0))
+
+
+def _centred(tables: Sequence[pd.DataFrame], least: float = 0.0) -> ScalarMappable:
     sizes = [np.abs(t.to_numpy(dtype=float)) for t in tables]
     finite = [float(s[np.isfinite(s)].max(initial=0.0)) for s in sizes]
-    limit = max(finite, default=0.0) or 1.0
-    limit = max(limit, 1.0) if value == "restored" else limit  # a share, the same in all figures
+    limit = max([least, *finite]) or 1.0
     return ScalarMappable(Normalize(-limit, limit), _DIVERGING)
 
 
@@ -601,7 +564,7 @@ def _heat_map(
     axes.set_yticks([i + 0.5 for i in layers], [str(table.index[i]) for i in layers])
     axes.set_ylabel("layer", fontsize=9, color=_INK)
     name = str(table.columns.name or "")
-    _label_columns(axes, [str(c) for c in table.columns], table.attrs.get("roles", set()))
+    _label_columns(axes, _names(table), [c in table.attrs.get("roles", ()) for c in table.columns])
     axes.set_xlabel(name, fontsize=9, color=_INK)
     if marks is not None:
         _dots(axes, [(table.index.get_loc(r), table.columns.get_loc(c)) for r, c in marks])
@@ -609,18 +572,29 @@ def _heat_map(
         _mark(axes, cells, scale)
 
 
-def _label_columns(axes: Axes, names: list[str], roles: set[str]) -> None:
+def _names(table: pd.DataFrame) -> list[str]:
+    """What stands below the columns: labels, and how many examples a column holds if fewer than others."""
+    said, n = table.attrs.get("labels", {}), table.attrs.get("n", {})
+    names = [_drawable(str(said.get(column, column)), 24) for column in table.columns]
+    most = max(n.values(), default=0)
+    return [
+        f"{name}  n={n[column]}" if n.get(column, most) < most else name
+        for name, column in zip(names, table.columns, strict=True)
+    ]
+
+
+def _label_columns(axes: Axes, names: list[str], roles: list[bool]) -> None:
     """All names while they fit; of 600 tokens every so many, and always those with a role."""
     step = -(-len(names) // 48)
     near = max(1, step // 2)
-    keep = {i for i, name in enumerate(names) if name in roles}
+    keep = {i for i, is_role in enumerate(roles) if is_role}
     keep |= {i for i in range(0, len(names), step) if not any(abs(i - k) < near for k in keep)}
     shown = sorted(keep)
-    labels = [_drawable(names[i], 24) for i in shown]
+    labels = [names[i] for i in shown]
     is_flat = max((len(x) for x in labels), default=0) <= 2 and len(shown) <= 32
     axes.set_xticks([i + 0.5 for i in shown], labels, parse_math=False)
     for i, tick in zip(shown, axes.get_xticklabels(), strict=True):
-        tick.set_fontweight("bold" if names[i] in roles else "normal")
+        tick.set_fontweight("bold" if roles[i] else "normal")
         if not is_flat:
             tick.set(rotation=90 if len(shown) > 24 else 45, rotation_mode="anchor")
             tick.set(ha="right", va="center" if len(shown) > 24 else "top")
@@ -676,9 +650,17 @@ def _width(tables: Mapping[str, pd.DataFrame]) -> float:
 
 
 def _height(table: pd.DataFrame) -> float:
-    labels = [len(_drawable(str(c), 24)) for c in table.columns]
+    labels = [len(name) for name in _names(table)]
     below = 0.35 + 0.065 * max(labels, default=0) * (1.0 if len(labels) > 24 else 0.75)
     return float(np.clip(0.26 * len(table), 1.3, 6.0)) + below + 0.75
+
+
+def _wrapped(title: str, width: float) -> str:
+    """A title in lines that fit a panel of so many inches."""
+    lines = _drawable(title, 200).split("\n")
+    return "\n".join(
+        part for line in lines for part in textwrap.wrap(line, int(10.5 * width)) or [""]
+    )
 
 
 def _over(effects: pd.DataFrame, table: pd.DataFrame) -> str:

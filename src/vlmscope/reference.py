@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from vlmscope.inputs import Edit, Pair
-from vlmscope.metrics import Patched, Score, score
+from vlmscope.metrics import Patched, Score, largest, score
 from vlmscope.model import Model
 from vlmscope.sites import Site, members
 
@@ -25,7 +25,8 @@ def patch(
     ones into the clean run (what is necessary?).
     """
     runs = [(pair.clean, ()), (pair.corrupt, pair.edits)]
-    logits = [score(model.run(inputs, edits), pair.answer, pair.foil) for inputs, edits in runs]
+    logits = [model.run(inputs, edits) for inputs, edits in runs]
+    scores = [score(one, pair.answer, pair.foil) for one in logits]
     (source, source_edits), (base, base_edits) = runs if direction == "denoise" else runs[::-1]
 
     parts = [members(site, model.shapes) for site, _ in sites]
@@ -39,4 +40,4 @@ def patch(
             patched = model.run(base, [*base_edits, *edits])
             yield [number], score(patched[None], pair.answer, pair.foil)
 
-    return Patched(logits[0], logits[1], chunks())
+    return Patched(scores[0], scores[1], largest(*logits), chunks())

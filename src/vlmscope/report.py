@@ -11,6 +11,7 @@ import io
 import json
 import os
 import shutil
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from html import escape
 from pathlib import Path
@@ -22,7 +23,10 @@ from matplotlib.figure import Figure
 
 from vlmscope import plots
 from vlmscope.errors import StoreError
+from vlmscope.sites import Site
+from vlmscope.stats import FEWEST
 from vlmscope.store import Run, read_run
+from vlmscope.tables import Known, head_cells, head_slot, knows, slot_words, token_cells, wide
 
 STYLE = """
 :root { color-scheme: light dark; --ink: #1d2329; --soft: #5c6670; --line: #d9dee3;
@@ -47,6 +51,8 @@ figcaption { font-size: .92rem; max-width: 62rem; }
 .pair div { display: flex; gap: .6rem; } .pair figure { margin: 0; flex: 1; min-width: 0; }
 .pair img { width: 100%; aspect-ratio: 1; object-fit: contain; background: #8884;
   border-radius: 4px; display: block; }
+.warning { border-left: 4px solid var(--accent); padding: .2rem .8rem; }
+.unknown figure img.plot { opacity: .35; filter: grayscale(1); }
 .pair p { margin: .5rem 0 0; font-size: .9rem; overflow-wrap: anywhere; }
 """
 
@@ -112,20 +118,31 @@ def _inline(png: bytes) -> str:
     return f"data:image/png;base64,{base64.b64encode(png).decode()}"
 
 
-def _long(tables: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
-    """The panels of a figure as one table: panel, layer, column, value."""
-    parts = []
-    for panel, table in tables.items():
-        name = str(table.columns.name or "column")
-        part = table.rename_axis(columns=name).stack().rename("value").reset_index()
-        parts.append(part.assign(panel=panel))
+def _long(panels: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
+    """The cells of all panels as one table, with the panel's title."""
+    parts = [cells.assign(panel=panel) for panel, cells in panels.items()]
     return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame()
+
+
+def _known(known: Known) -> str:
+    """What the model knows, in a paragraph; what to beware of stands out."""
+    first, *warnings = known.sentences
+    parts = [f"<p>{escape(_upper(first))}.</p>"]
+    parts += [f'<p class="warning">{escape(_upper(text))}.</p>' for text in warnings]
+    if known.severity == "unknown":
+        parts.append('<p class="warning">So the figures below are greyed out: what moves the answer of a '
+                     "model that does not know it says little about how it would.</p>")  # fmt: skip
+    return "".join(parts)
+
+
+def _grey(text: str, known: Known) -> str:
+    return f'<div class="unknown">{text}</div>' if known.severity == "unknown" else text
 
 
 def _page(folders: Sequence[tuple[str, Path]], figures: _Figures) -> str:
     runs = [read_run(path) for what, path in folders if what == "run"]
     circuits = [path for what, path in folders if what == "circuits"]
-    names = [_name(run, number) for number, run in enumerate(runs)]
+    names = _names(runs)
     sections: list[tuple[str, str]] = []
     for path in circuits:
         sections.append(("Important and universal heads", _circuits(path, len(sections), figures)))
@@ -138,6 +155,8 @@ def _page(folders: Sequence[tuple[str, Path]], figures: _Figures) -> str:
         sections.append(("All runs", text))
     for number, (name, run) in enumerate(zip(names, runs, strict=True)):
         sections.append((name, _section(number, run, figures)))
+    titles = _unique([title for title, _ in sections], ["" for _ in sections])
+    sections = [(title, text) for title, (_, text) in zip(titles, sections, strict=True)]
     links = "".join(
         f'<li><a href="#part{n}">{escape(t)}</a></li>' for n, (t, _) in enumerate(sections)
     )
@@ -167,9 +186,27 @@ def _page(folders: Sequence[tuple[str, Path]], figures: _Figures) -> str:
     )
 
 
-def _name(run: Run, number: int) -> str:
-    spec = run.spec
-    return f"{Path(str(spec.get('data', number))).name}, {_corruption(spec)}"
+def _names(runs: Sequence[Run]) -> list[str]:
+    """What each run is called in the report: data and corruption, with its folder where two are the same."""
+    names = []
+    for number, run in enumerate(runs):
+        data = Path(str(run.spec.get("data", number))).name
+        way = ", corrupt into clean" if run.spec.get("direction") == "noise" else ""
+        names.append(f"{data}, {_corruption(run.spec)}{way}")
+    return _unique(names, [run.path.name for run in runs])
+
+
+def _unique(names: Sequence[str], folders: Sequence[str]) -> list[str]:
+    """Names that are there twice get their folder beside them, or else a number."""
+    many = Counter(names)
+    longer = [f"{name} ({folder})" if many[name] > 1 and folder else name
+              for name, folder in zip(names, folders, strict=True)]  # fmt: skip
+    again, seen = Counter(longer), Counter[str]()
+    found = []
+    for name in longer:
+        seen[name] += 1
+        found.append(f"{name}, {seen[name]}" if again[name] > 1 else name)
+    return found
 
 
 def _corruption(spec: dict[str, Any]) -> str:
@@ -196,6 +233,7 @@ def _circuits(folder: Path, number: int, figures: _Figures) -> str:
     about, heads = _json(folder / "circuits.json"), pd.read_parquet(folder / "heads.parquet")
     universal = pd.read_csv(folder / "universal.csv")
     runs = list(dict.fromkeys(heads["run"]))
+    gaps = {str(name): float(gap) for name, gap in about.get("gaps", {}).items()}
     everywhere = universal[universal["universal"]]
     said = [f"{r.tower} L{r.layer} {r.kind} H{r.head}" for r in everywhere.itertuples()]
     important, sure = heads["important"], heads["important"] & heads["confirmed"]
@@ -205,42 +243,48 @@ def _circuits(folder: Path, number: int, figures: _Figures) -> str:
         for c in about.get("chance", [])
         if c["in_every_run"]
     )
+    known = {name: Known(**one) for name, one in about.get("known", {}).items()}
+    warned = [f"{name}: {text}" for name, one in known.items() for text in one.sentences[1:]]
     parts = [
+        *(f'<p class="warning">{escape(text)}.</p>' for text in warned),
         "<p>A head is important in a run if its mean change of LD is not zero (sign-flip permutation "
         "test over examples, false discovery rate 5 % over the heads of a kind), and its size is at "
         "least the average head's and 1 % of the gap between the clean and the corrupt run. It is "
         "confirmed if one random half of the examples finds it and the other half agrees.</p>",
         figures.show(
             f"part{number}-universal",
-            plots.universal(heads),
+            plots.universal(heads, gap=max(gaps.values(), default=0.0)),
             f"{important.sum()} head{'s' if important.sum() != 1 else ''} over {len(runs)} "
             f"run{'s' if len(runs) != 1 else ''} are important (dots), {sure.sum()} of these confirmed "
             f"(rings). Important in every run: {', '.join(said) or 'none'}. "
-            + (f"Against chance: {chance}." if chance and len(runs) > 1 else ""),
+            + (f"Against chance: {chance}." if chance and len(runs) > 1 else "")
+            + f" {_say_n(heads)} The colour scale is this figure's own.",
             heads,
         ),
     ]
     for (tower, kind), rows in heads.groupby(["tower", "kind"], sort=False):
-        tables, marks = {}, {}
+        tables, marks, cells = {}, {}, {}
         for run, table in rows.groupby("run", sort=False):
-            title = f"{run}, at {table['position'].iloc[0]}"
-            wide = table.pivot_table(index="layer", columns="head", values="mean")
-            wide.attrs["examples"] = int(table["n"].max())
-            tables[title] = wide
+            title = f"{run}, at {table['position'].iloc[0]}, n = {table['n'].max()}"
+            tables[title] = table.pivot(index="layer", columns="head", values="mean")
+            cells[title] = table.rename(columns={"ci_low": "low", "ci_high": "high"})
             shown = table[table["important"]]
             marks[title] = list(zip(shown["layer"], shown["head"], strict=True))
         name = f"{plots.KINDS[str(kind)]} heads, {plots.TOWERS[str(tower)]}"
         many = sum(map(len, marks.values()))
+        gap = max((gaps.get(str(run), 0.0) for run in rows["run"].unique()), default=0.0)
         parts.append(f"<h3>{escape(_upper(name))}</h3>")
         parts.append(
             figures.show(
                 f"part{number}-{tower}-{kind}",
-                plots.panels(tables, marks=marks),
-                f"{_say(tables, 'head')} A dot marks an important head ({many} in all).",
+                plots.panels(tables, marks=marks, gap=gap),
+                f"{_say(cells, tables, gap)} A dot marks an important head ({many} in all).",
                 rows,
             )
         )
-    return "".join(parts)
+    text = "".join(parts)
+    is_unknown = bool(known) and all(one.severity == "unknown" for one in known.values())
+    return f'<div class="unknown">{text}</div>' if is_unknown else text
 
 
 def _functions(folder: Path, number: int, figures: _Figures) -> tuple[str, str]:
@@ -441,12 +485,15 @@ def _tracing(folder: Path, number: int, figures: _Figures) -> tuple[str, str]:
     table = pd.read_parquet(folder / "tracing.parquet")
     noise = about["noise"]
     left = about["left_out_of_each_repeat"]
+    repeat = folder / "repeats" / "00"
+    known = knows(read_run(repeat).baselines()) if (repeat / "run.json").is_file() else None
     parts = [
+        "" if known is None else _known(known),
         f"<p>{about['examples']} examples, {noise['draws']} repeats of noise on the image embedding "
         f"({escape(str(noise['form']))}, scale {noise['scale']}). A figure shows the share of P(answer) "
         "that comes back when clean states are restored at one token, in a window of layers around one "
         f"layer. Left out where ceiling and floor nearly meet: {min(left)} to {max(left)} examples a "
-        "repeat.</p>"
+        "repeat.</p>",
     ]
     for tower in dict.fromkeys(table["tower"]):
         for length in sorted(table["length"].unique()):
@@ -459,35 +506,37 @@ def _tracing(folder: Path, number: int, figures: _Figures) -> tuple[str, str]:
                 rows = table.query("tower == @tower and length == @length and window == @window")
                 title = f"{_upper(plots.TOWERS[str(tower)])}, windows of {window}"
                 title += f", questions of {length} tokens" if length else ""
-                spread = rows["spread"].max()
-                best = rows.loc[rows["restored"].idxmax()]
                 parts.append(f"<h3>{escape(title)}</h3>")
-                parts.append(
-                    figures.show(
-                        f"part{number}-{tower}-{length}-{window}",
-                        plots.panels(
-                            {plots.KINDS[k]: t for k, t in tables.items()}, value="restored"
-                        ),
-                        f"The most that comes back is {best['restored']:.0%}, by {best['kind']} of layer "
-                        f"{best['layer']} at {best['at']}; mean over at most {rows['n'].max():.0f} "
-                        f"examples and {rows['repeats'].max()} repeats"
-                        + (
-                            "."
-                            if pd.isna(spread)
-                            else f", which differ by {spread:.2g} (SD) at the most."
-                        ),
-                        rows,
-                    )
-                )
-    return f"Causal tracing: {Path(str(about['data'])).name}", "".join(parts)
+                shown = {_upper(plots.KINDS[k]): t for k, t in tables.items()}
+                parts.append(figures.show(
+                    f"part{number}-{tower}-{length}-{window}", plots.panels(shown, value="restored"),
+                    _say_traced(rows), rows,
+                ))  # fmt: skip
+    text = "".join(parts)
+    text = text if known is None else _grey(text, known)
+    return f"Causal tracing: {Path(str(about['data'])).name}", text
+
+
+def _say_traced(rows: pd.DataFrame) -> str:
+    (best,) = plots.most_restored(rows, 1).itertuples()
+    spread = rows["spread"].max()
+    some = " of those that at least half of the examples hold" if rows["n"].min() < rows["n"].max() / 2 else ""  # fmt: skip
+    return (
+        f"The most that comes back{some} is {best.restored:.1%}{_interval(best.low, best.high, '.1%')}, by "
+        f"{best.kind} of layer {best.layer} at {best.at}. {_say_n(rows)} {rows['repeats'].max()} repeats"
+        + ("." if pd.isna(spread) else f", which differ by {spread:.2g} (SD) at the most.")
+    )
 
 
 # -- one run -------------------------------------------------------------------------------------
 
 
 def _section(number: int, run: Run, figures: _Figures) -> str:
-    parts = [_facts(run), _pictures(run)]
-    parts.append("<h3>The runs without patches</h3>" + _baselines(run.baselines()))
+    base = run.baselines()
+    known, ran = knows(base), int((~base["excluded"]).sum())
+    gap = abs(float((base["ld_clean"] - base["ld_corrupt"]).mean())) if ran else 0.0
+    parts = [_known(known), _facts(run), _pictures(run)]
+    parts.append("<h3>The runs without patches</h3>" + _baselines(base))
     best = []
     for tower in plots.TOWERS:
         # A tower's modules, then its heads: the whole table of a long run would not fit.
@@ -496,14 +545,15 @@ def _section(number: int, run: Run, figures: _Figures) -> str:
             rows = run.effects(here)
             if len(rows):
                 best.append(plots.strongest(rows, n=15))
-                parts.extend(_figures(f"run{number}", run, tower, rows, figures))
+                parts.extend(_figures(f"run{number}", run, tower, rows, figures, gap))
     if best:
         table = pd.concat(best, ignore_index=True)
-        order = table["mean"].abs().sort_values(ascending=False, kind="stable").index
-        parts.append("<h3>The strongest sites</h3>" + _strongest(table.loc[order].head(15)))
+        order = pd.DataFrame({"few": table["n"] < ran / 2, "size": -table["mean"].abs()})
+        table = table.loc[order.sort_values(["few", "size"], kind="stable").index].head(15)
+        parts.append("<h3>The strongest sites</h3>" + _strongest(table))
     else:
         parts.append("<p>There are no patches in this run.</p>")
-    return "".join(parts)
+    return _grey("".join(parts), known)
 
 
 def _facts(run: Run) -> str:
@@ -556,10 +606,9 @@ def _baselines(table: pd.DataFrame) -> str:
     else:
         turned = (ran["ld_corrupt"] < 0).mean()
         text = (
-            f"{len(ran)} examples ran; the model answers {ran['correct'].mean():.0%} of them right. "
-            f"P(answer) falls from {ran['p_clean'].mean():.3f} to {ran['p_corrupt'].mean():.3f} when "
-            f"the input is corrupted, and LD from {ran['ld_clean'].mean():+.2f} to "
-            f"{ran['ld_corrupt'].mean():+.2f}; in {turned:.0%} the foil is then ahead."
+            f"{len(ran)} examples ran. LD goes from {ran['ld_clean'].mean():+.2f} to "
+            f"{ran['ld_corrupt'].mean():+.2f} when the input is corrupted; in {turned:.0%} the foil is then "
+            "ahead."
         )
     left = table[table["excluded"]]
     if left.empty:
@@ -573,14 +622,16 @@ def _baselines(table: pd.DataFrame) -> str:
 
 
 def _strongest(table: pd.DataFrame) -> str:
-    head = ("site", "token", "mean change of LD", "SD", "examples")
+    head = ("site", "token", "mean change of LD", "95 % interval", "SD", "examples")
     names = "".join(
         f'<th class="{"n" if i > 1 else ""}">{escape(name)}</th>' for i, name in enumerate(head)
     )
     rows = "".join(
-        f"<tr><td><code>{escape(str(r.site))}</code></td>"
+        f"<tr><td><code>{escape(str(r.site))}</code>"
+        f"{'' if '@' in r.site else escape(f' at {r.slot}')}</td>"
         f"<td>{'' if pd.isna(r.token) else escape(str(r.token))}</td>"
         f'<td class="n">{plots.short_number(r.mean)}</td>'
+        f'<td class="n">{_ends(r.low, r.high)}</td>'
         f'<td class="n">{"" if pd.isna(r.sd) else f"{r.sd:.3g}"}</td><td class="n">{r.n}</td></tr>'
         for r in table.itertuples()
     )
@@ -591,47 +642,56 @@ def _strongest(table: pd.DataFrame) -> str:
 
 
 def _figures(
-    name: str, run: Run, tower: str, rows: pd.DataFrame, figures: _Figures
+    name: str, run: Run, tower: str, rows: pd.DataFrame, figures: _Figures, gap: float
 ) -> Iterator[str]:
     """The figures of one tower's modules, or of its heads."""
     title = escape(plots.TOWERS[tower])
+    single = rows[~rows["site"].str.contains("/", regex=False) & rows["logit_diff"].notna()]
     if rows["unit"].notna().any():
-        heads = _heads(rows, tower)
+        heads = _heads(single, tower)
         if heads:
             yield f"<h3>Heads, {title}</h3>"
-            yield figures.show(f"{name}-{tower}-heads", plots.panels(heads), _say(heads, "head"), _long(heads))  # fmt: skip
+            yield _panels(f"{name}-{tower}-heads", heads, figures, gap)
         return
-    patches = plots.is_patch(rows)
+    patches = plots.is_patch(single)
     if patches.any():
-        yield from _image(name, run, tower, rows[patches], figures)
-    rows = rows[~patches]
-    if tower == "vision" or rows.empty:
-        return
-    kinds = [k for k in plots.KINDS if k in set(rows["kind"])]
-    tables = {k: plots.token_table(rows, kind=k, tower=tower) for k in kinds}
-    named = {_upper(plots.KINDS[k]): t for k, t in tables.items()}
-    yield f"<h3>Layers and tokens, {title}</h3>"
-    yield figures.show(f"{name}-{tower}-tokens", plots.panels(named), _say(named, "token"), _long(named))  # fmt: skip
+        yield from _image(name, run, tower, single[patches], figures, gap)
+    tokens = {} if tower == "vision" else _tokens(single, tower)
+    if tokens:
+        yield f"<h3>Layers and tokens, {title}</h3>"
+        yield _panels(f"{name}-{tower}-tokens", tokens, figures, gap)
+
+
+def _panels(name: str, cells: dict[str, pd.DataFrame], figures: _Figures, gap: float) -> str:
+    """A figure of tables of cells side by side; the cells are its data."""
+    tables = {title: wide(some) for title, some in cells.items()}
+    figure = plots.panels(tables, gap=gap)
+    return figures.show(name, figure, _say(cells, tables, gap), _long(cells))
 
 
 def _heads(rows: pd.DataFrame, tower: str) -> dict[str, pd.DataFrame]:
-    """Layer × head of each kind of attention, at the place that is strongest over all kinds."""
+    """Layer × head of each kind of attention where the tower is read out, by panel."""
     heads = rows[rows["unit"].astype("string").str.startswith("h").fillna(False).astype(bool)]
-    if heads.empty:
-        return {}
-    size = heads.assign(size=heads["logit_diff"].abs())
-    at = size.groupby(size["role"].fillna("-"))["size"].mean().drop("-", errors="ignore")
-    role = str(at.idxmax()) if len(at) else None
-    tables = {}
-    for kind in ("attn", "cross"):
-        if kind in set(heads["kind"]):
-            table = plots.head_table(heads, kind=kind, tower=tower, role=role)
-            place = f" at {table.attrs['place']}" if table.attrs.get("place") else ""
-            tables[f"{_upper(plots.KINDS[kind])} heads{place}"] = table
-    return tables
+    cells = {}
+    for kind in [k for k in ("attn", "cross") if k in set(heads["kind"])]:
+        slot = head_slot(heads[heads["kind"] == kind])
+        title = f"{_upper(plots.KINDS[kind])} heads at {slot}"
+        cells[title] = head_cells(heads, tower=tower, kind=kind, slot=slot, intervals=True)
+    return cells
 
 
-def _image(name: str, run: Run, tower: str, rows: pd.DataFrame, figures: _Figures) -> Iterator[str]:
+def _tokens(rows: pd.DataFrame, tower: str) -> dict[str, pd.DataFrame]:
+    """Layer × slot of each kind, by panel; patches of the image have figures of their own."""
+    rows = rows[~plots.is_patch(rows)]
+    return {
+        _upper(plots.KINDS[kind]): token_cells(rows, tower=tower, kind=kind, intervals=True)
+        for kind in [k for k in plots.KINDS if k in set(rows["kind"])]
+    }
+
+
+def _image(
+    name: str, run: Run, tower: str, rows: pd.DataFrame, figures: _Figures, gap: float
+) -> Iterator[str]:
     """The effect of image patches, over the first kept picture."""
     places = rows["token"].str.split(",", expand=True).astype(int)
     grid = [int(places[0].max()) + 1, int(places[1].max()) + 1]
@@ -643,59 +703,107 @@ def _image(name: str, run: Run, tower: str, rows: pd.DataFrame, figures: _Figure
         if len(one) < 2:
             continue
         picture = kept[first]["clean_image"]
-        figure = plots.image_grid(one, picture, (grid[0], grid[1]), kind=kind, tower=tower)
+        figure = plots.image_grid(one, picture, (grid[0], grid[1]), kind=kind, tower=tower, gap=gap)
         best = one.loc[one["logit_diff"].abs().idxmax()]
-        yield f"<h3>Image patches, {escape(plots.KINDS[kind])}</h3>"
+        yield f"<h3>Image patches, {escape(plots.KINDS[kind])}, {escape(plots.TOWERS[tower])}</h3>"
         yield figures.show(
             f"{name}-{tower}-{kind}-image",
             figure,
-            f"Each patch of the image on its own, over the clean picture of {first}. The largest "
-            f"change of LD is {plots.short_number(best['logit_diff'])}, at layer {best['layer']}, "
+            f"Each patch of the image on its own, over the clean picture of one example, {first}. The "
+            f"colour scale is this figure's own. The largest change of LD is {plots.short_number(best['logit_diff'])}, at layer {best['layer']}, "
             f"patch {best['token']} (row,column).",
             one,
         )
 
 
-def _say(tables: dict[str, pd.DataFrame], column: str) -> str:
-    """What a figure shows, in numbers."""
-    filled = {name: t.stack() for name, t in tables.items() if not t.empty}
-    filled = {name: values for name, values in filled.items() if len(values)}
-    if not filled:
-        return "Nothing of this kind was patched."
-    name = max(filled, key=lambda key: filled[key].abs().max())
-    layer, where = filled[name].abs().idxmax()
-    largest = plots.short_number(float(filled[name].loc[(layer, where)]))
-    many = max(t.attrs.get("examples", 0) for t in tables.values())
+def _say(cells: Mapping[str, pd.DataFrame], tables: Mapping[str, pd.DataFrame], gap: float) -> str:
+    """What a figure shows, in numbers that are those of the cells."""
+    data = _long(cells)
+    few = data["n"] < data.groupby("panel")["n"].transform("max") / 2
+    order = pd.DataFrame({"few": few, "size": -data["mean"].abs()}).sort_values(
+        ["few", "size"], kind="stable"
+    )
+    best = data.loc[order.index[0]]
+    column = "head" if "head" in data else "slot"
+    some = " that at least half of the examples hold" if few.any() else ""
+    at = [slot_words(*one) for one in _places(data)] if column == "head" else []
+    where = f" Heads are shown at {'; '.join(dict.fromkeys(at))}." if at else ""
     return (
-        f"The largest mean change of LD is {largest}, at layer {layer}, {column} {where} "
-        f"({name[:1].lower() + name[1:]}); mean over {many} "
-        f"example{'s' if many != 1 else ''}, one colour scale for all panels. Red moves the model "
-        "towards the answer, blue towards the foil."
+        f"The largest mean change of LD{some} is {plots.short_number(best['mean'])}"
+        f"{_interval(best['low'], best['high'])}, at layer {best['layer']}, {column} {best[column]} "
+        f"({best['panel'][:1].lower() + best['panel'][1:]}).{where} {_say_n(data)} One colour scale for all "
+        f"panels, and this figure's own: full colour is {plots.full_colour(tables.values(), gap=gap):.3g} "
+        "logits. Red moves the model towards the answer, blue towards the foil."
     )
 
 
+def _places(data: pd.DataFrame) -> list[tuple[str, str]]:
+    """Where heads are shown: slots and their towers."""
+    slot = "position" if "position" in data else "slot"
+    pairs = data[[slot, "tower"]].drop_duplicates().itertuples(index=False)
+    return [(str(one[0]), str(one[1])) for one in pairs]
+
+
+def _say_n(data: pd.DataFrame) -> str:
+    """Over how many examples the means of a figure are."""
+    few, many = int(data["n"].min()), int(data["n"].max())
+    hardly = f" (fewer than {FEWEST} can hardly show anything)" if many < FEWEST else ""
+    fewer = f", down to {few} where the figure says so" if few < many else ""
+    return f"Means over {many} example{'s' if many != 1 else ''}{fewer}{hardly}."
+
+
+def _interval(low: float, high: float, form: str = "") -> str:
+    """An interval behind its mean; nothing where there is none."""
+    ends = _ends(low, high, form)
+    return f" (95 % interval {ends})" if ends else ""
+
+
+def _ends(low: float, high: float, form: str = "") -> str:
+    if pd.isna(low):
+        return ""
+    if form:
+        return f"{low:{form}} to {high:{form}}"
+    return f"{plots.short_number(low)} to {plots.short_number(high)}"
+
+
 def _together(names: Sequence[str], runs: Sequence[Run], figures: _Figures) -> str:
-    """The heads of all runs beside each other, where they were patched at a common role."""
+    """What at least two runs have patched of a tower and kind, beside each other."""
     parts = []
-    for tower, kind in (("encoder", "attn"), ("encoder", "cross"), ("decoder", "cross")):
-        panels = {}
-        for number, (name, run) in enumerate(zip(names, runs, strict=True)):
+    for (tower, kind, has_heads), held in _common(runs).items():
+        panels, gaps = {}, []
+        for number in held:
             here = (pc.field("tower") == tower) & (pc.field("kind") == kind)
-            rows = run.effects(here & pc.field("unit").is_valid())
-            role = "answer" if "answer" in set(rows["role"].dropna()) else None
-            table = plots.head_table(rows, kind=kind, tower=tower, role=role)
-            if not table.empty:
-                label = name if names.count(name) == 1 else f"{name} ({number + 1})"
-                panels[f"{label}, at {table.attrs['place']}"] = table
+            rows = runs[number].effects(here & (pc.field("unit").is_valid() == has_heads))
+            rows = rows[~rows["site"].str.contains("/", regex=False) & rows["logit_diff"].notna()]
+            found = _heads(rows, tower) if has_heads else _tokens(rows, tower)
+            for cells in found.values():
+                at = f", at {cells.attrs['slot']}" if has_heads else ""
+                panels[f"{names[number]}{at}, n = {cells['n'].max()}"] = cells
+                gaps.append(cells.attrs["gap"] or 0.0)
         if len(panels) > 1:
-            title = f"{_upper(plots.KINDS[kind])} heads, {plots.TOWERS[tower]}"
-            parts.append(f"<h3>{escape(title)}</h3>")
-            parts.append(
-                figures.show(
-                    f"all-{tower}-{kind}", plots.panels(panels), _say(panels, "head"), _long(panels)
-                )
+            what = (
+                f"{_upper(plots.KINDS[kind])}{' heads' if has_heads else ''}, {plots.TOWERS[tower]}"
             )
-    return "".join(parts)
+            name = f"all-{tower}-{kind}{'' if has_heads else '-tokens'}"
+            parts.append(f"<h3>{escape(what)}</h3>{_panels(name, panels, figures, max(gaps))}")
+    unknown = [n for n, run in zip(names, runs, strict=True) if knows(run.baselines()).severity == "unknown"]  # fmt: skip
+    if parts and unknown:
+        text = f"The model does not seem to know the task of {'; '.join(unknown)}: see there."
+        parts.insert(0, f'<p class="warning">{escape(text)}</p>')
+    text = "".join(parts)
+    return f'<div class="unknown">{text}</div>' if len(unknown) == len(runs) else text
+
+
+def _common(runs: Sequence[Run]) -> dict[tuple[str, str, bool], list[int]]:
+    """Which runs patched which tower and kind, whole or by head, where at least two did."""
+    held: dict[tuple[str, str, bool], list[int]] = {}
+    for number, run in enumerate(runs):
+        sites = [Site.parse(text) for text in run.spec.get("sites") or []]
+        keys = [(s.tower, s.kind, s.unit is not None) for s in sites
+                if s.tower != "vision" and not (s.unit or "").startswith("n")]  # fmt: skip
+        for key in dict.fromkeys(keys):
+            held.setdefault(key, []).append(number)
+    return {key: some for key, some in held.items() if len(some) > 1}
 
 
 def _upper(text: str) -> str:

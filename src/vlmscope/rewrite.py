@@ -21,7 +21,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from vlmscope.circuits import bootstrap
 from vlmscope.data import Examples, listed
 from vlmscope.errors import ExampleError, ModelError, VlmscopeError
 from vlmscope.example import Example
@@ -29,6 +28,7 @@ from vlmscope.inputs import Inputs
 from vlmscope.model import Model, handles
 from vlmscope.neurons import Caption, say, weights
 from vlmscope.seeds import rng, shuffled
+from vlmscope.stats import bootstrap
 from vlmscope.study import progress
 from vlmscope.weights import WeightEdit, edited
 

@@ -22,7 +22,7 @@ from vlmscope.data import Examples, listed
 from vlmscope.errors import DataError, ExampleError, SiteError, VlmscopeError
 from vlmscope.example import Example, fingerprint
 from vlmscope.inputs import Pair
-from vlmscope.metrics import agrees, effect
+from vlmscope.metrics import agrees, effect, least_gap
 from vlmscope.model import Model
 from vlmscope.sites import Layout, Site, expand, grid, place, slots
 from vlmscope.store import BASELINES, EFFECTS, Run, Writer, bytes_of, open_run, read_run, typed
@@ -267,9 +267,10 @@ class _Task:
         totals = [[0.0, 0.0] for _ in placed]
         base = dict.fromkeys(("p_clean", "p_corrupt", "ld_clean", "ld_corrupt"), 0.0)
         seen: dict[int, Any] = {}
-        count = 0
+        count, least = 0, 0.0
         for pair in pairs:
             patched = self._patch(pair, placed, seen)
+            least = max(least, least_gap(self.model.precision, patched.size))
             for name, score in (("clean", patched.clean), ("corrupt", patched.corrupt)):
                 base[f"p_{name}"] += score.p.item() / len(pairs)
                 base[f"ld_{name}"] += score.ld.item() / len(pairs)
@@ -292,7 +293,7 @@ class _Task:
         }
         names = {tower: slots(one) for tower, one in layout.items()}
         rows = [
-            self._row(example, site, at, layout[site.tower], names[site.tower], base, *total)
+            self._row(example, site, at, layout[site.tower], names[site.tower], base, least, *total)
             for (site, at), total in zip(placed, totals, strict=True)
         ]
         return _frame(rows, EFFECTS.names), _frame([baseline], BASELINES.names)
@@ -314,6 +315,7 @@ class _Task:
         layout: Layout,
         names: Sequence[str],
         base: dict[str, float],
+        least: float,
         p: float,
         ld: float,
     ) -> dict[str, Any]:
@@ -334,7 +336,7 @@ class _Task:
             "p_patched": p,
             "p_restored": p - base["p_corrupt"],
             "logit_diff": ld - base["ld_corrupt"],
-            "effect": effect(ld, base["ld_clean"], base["ld_corrupt"]),
+            "effect": effect(ld, base["ld_clean"], base["ld_corrupt"], least),
         }
 
     def _unfit(self, example: Example, pair: Pair, said: str) -> str | None:

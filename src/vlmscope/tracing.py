@@ -21,10 +21,10 @@ from vlmscope.corrupt import Noise
 from vlmscope.errors import DataError, StoreError, VlmscopeError
 from vlmscope.example import Example
 from vlmscope.model import Model
-from vlmscope.plots import columns_of
 from vlmscope.sites import Site
 from vlmscope.store import Run
 from vlmscope.study import sweep_to
+from vlmscope.tables import is_role, means, slot_order
 
 FORMAT = "vlmscope-tracing-1"
 KINDS = ("resid", "attn", "cross", "mlp")
@@ -32,8 +32,9 @@ WINDOWS = (1, 3, 5)
 MIN_P, MIN_LD = 0.05, 0.5
 """Where ceiling and floor are nearer than this, an example says nothing in that repeat."""
 
-TABLE = ["tower", "kind", "window", "layer", "length", "at", "order", "is_role", "n", "repeats",
-         "restored", "spread", "restored_ld", "spread_ld"]  # fmt: skip
+TABLE = ["tower", "kind", "window", "layer", "length", "at", "order", "is_role", "token", "n", "repeats",
+         "restored", "low", "high", "spread", "restored_ld", "spread_ld"]  # fmt: skip
+_KEYS = ["window", "layer", "length", "at"]
 
 
 def trace(
@@ -44,25 +45,25 @@ def trace(
     noise: Noise | None = None,
     windows: Sequence[int] = WINDOWS,
     kinds: Sequence[str] = KINDS,
-    by: str = "role",
+    by: str = "slot",
     seed: int = 0,
     data: str = "examples",
 ) -> pd.DataFrame:
     """Causal tracing of the text towers, into the folder `out`; goes on where it stopped.
 
     `noise.draws` repeats, a run folder each (`repeats/00` …). Of the table (`tracing.parquet` and
-    CSV), a row is a tower, kind, window, layer and token: `restored`, the mean over examples and
-    repeats of the share of P(answer); `spread`, the standard deviation over repeats of the mean over
-    examples; `restored_ld`, `spread_ld`, the same for the logit difference; `n`, how many examples
-    count in a repeat on average. Tokens are averaged by their role (`by="role"`), or by position over
-    questions of one length in tokens (`by="length"`).
+    CSV), a row is a tower, kind, window, layer and token: `restored`, the mean over examples of the mean
+    over an example's repeats of the share of P(answer), over `n` examples, with the 95 % bootstrap interval
+    `low`, `high`; `spread`, the standard deviation over repeats of the mean over examples; `restored_ld`,
+    `spread_ld`, the same for the logit difference. `at` is the token's slot (`by="slot"`), or its position in
+    questions of one length in tokens (`by="length"`); `token` is what stands there in all of them.
 
     An example whose clean and corrupted runs are nearer than 0.05 in P(answer), or 0.5 in LD, is
     left out of that repeat; `tracing.json` counts them. Raises `DataError` if none is left.
     """
     noise = Noise() if noise is None else noise
-    if by not in ("role", "length"):
-        raise VlmscopeError(f"tokens cannot be averaged by '{by}'; expected role or length")
+    if by not in ("slot", "length"):
+        raise VlmscopeError(f"tokens cannot be averaged by '{by}'; expected slot or length")
     folder, examples = Path(out), list(examples)
     sites = _sites(model, windows, kinds)
     runs = [
@@ -121,27 +122,20 @@ def _average(runs: Sequence[Run], by: str) -> tuple[pd.DataFrame, list[int]]:
     parts = []
     for tower, kind in _tables(runs[0]):
         here = (pc.field("tower") == tower) & (pc.field("kind") == kind)
-        repeats = [
-            _mean(run.effects(here), base, by).assign(repeat=number)
-            for number, (run, base) in enumerate(zip(runs, usable, strict=True))
-            if len(base)
-        ]
-        keys = ["window", "layer", "length", "at"]
-        found = (
-            pd.concat(repeats)
-            .groupby(keys, as_index=False, sort=False)
-            .agg(
-                order=("order", "mean"),
-                is_role=("is_role", "first"),
-                n=("n", "mean"),
-                repeats=("repeat", "nunique"),
-                restored=("p", "mean"),
-                spread=("p", "std"),
-                restored_ld=("ld", "mean"),
-                spread_ld=("ld", "std"),
-            )
-        )
-        parts.append(found.assign(tower=tower, kind=kind))
+        rows = pd.concat(
+            [_shares(run.effects(here), gaps, by).assign(repeat=number)
+             for number, (run, gaps) in enumerate(zip(runs, usable, strict=True))],
+            ignore_index=True,
+        )  # fmt: skip
+        found = means(rows, _KEYS, "p", intervals=True).rename(columns={"mean": "restored"})
+        found["restored_ld"] = means(rows, _KEYS, "ld")["mean"]
+        for value, name in (("p", "spread"), ("ld", "spread_ld")):
+            each = means(rows, [*_KEYS, "repeat"], value).groupby(_KEYS)["mean"].std()
+            found = found.merge(each.rename(name), left_on=_KEYS, right_index=True)
+        repeats = rows.groupby(_KEYS)["repeat"].nunique().rename("repeats")
+        found = found.merge(repeats, left_on=_KEYS, right_index=True)
+        found = found.merge(_columns(rows, by), on=["length", "at"])
+        parts.append(found.assign(tower=tower, kind=kind, at=found["label"]))
     left = [int((~run.baselines()["excluded"]).sum()) - len(base) for run, base in zip(runs, usable, strict=True)]  # fmt: skip
     return pd.concat(parts, ignore_index=True)[TABLE], left
 
@@ -161,42 +155,37 @@ def _usable(run: Run) -> pd.DataFrame:
     return gaps[(gaps["p"] >= MIN_P) & (gaps["ld"] >= MIN_LD)]
 
 
-def _mean(effects: pd.DataFrame, gaps: pd.DataFrame, by: str) -> pd.DataFrame:
-    """Of one repeat: the mean share restored, by window, layer and token column."""
+def _shares(effects: pd.DataFrame, gaps: pd.DataFrame, by: str) -> pd.DataFrame:
+    """Of one repeat: the share that each patch restores, `p` and `ld`, and the column it belongs to."""
     rows = effects[effects["example"].isin(gaps.index)]
-    labels = columns_of(rows).assign(length=0) if by == "role" else _by_length(rows)
-    rows = pd.concat([rows, labels], axis=1)
-    rows = rows.assign(
+    length, at = pd.Series(0, index=rows.index), rows["slot"]
+    if by == "length":
+        length = rows.groupby(["tower", "example"])["position"].transform("max").astype(int) + 1
+        at = rows["position"].astype(str)
+    return rows[["example", "layer", "slot", "position", "token", "role"]].assign(
         window=rows["site"].str.extract(r"/(\d+)\.", expand=False).fillna("1").astype(int),
+        length=length,
+        at=at,
         p=rows["p_restored"].to_numpy() / gaps["p"].loc[rows["example"]].to_numpy(),
         ld=rows["logit_diff"].to_numpy() / gaps["ld"].loc[rows["example"]].to_numpy(),
-    ).rename(columns={"column": "at"})
-    keys = ["window", "layer", "length", "at"]
-    each = rows.groupby([*keys, "example"], as_index=False, sort=False).agg(
-        p=("p", "mean"), ld=("ld", "mean"), order=("order", "mean"), is_role=("is_role", "first")
-    )
-    return each.groupby(keys, as_index=False, sort=False).agg(
-        p=("p", "mean"),
-        ld=("ld", "mean"),
-        order=("order", "mean"),
-        is_role=("is_role", "first"),
-        n=("example", "nunique"),
     )
 
 
-def _by_length(rows: pd.DataFrame) -> pd.DataFrame:
-    """A column a position, over questions of one length; what all of them have there beside it."""
-    length = (rows.groupby(["tower", "example"])["position"].transform("max") + 1).astype(int)
-    keys = [length.rename("length"), rows["position"]]
-    role, token = rows["role"].astype(object), rows["token"].astype(object)
-    same_token = rows.groupby(keys)["token"].transform("nunique") == 1
-    same_role = (rows.groupby(keys)["role"].transform("nunique") == 1) & role.notna()
-    beside = (" " + token).where(same_token, (" (" + role + ")").where(same_role, ""))
-    return pd.DataFrame(
-        {
-            "column": rows["position"].astype(str) + beside,
-            "order": rows["position"].astype(float),
-            "is_role": same_role & ~same_token,
-            "length": length,
-        }
+def _columns(rows: pd.DataFrame, by: str) -> pd.DataFrame:
+    """For each `length` and `at`: its place from the left, the token that all examples have there, whether
+    that is a role and no one token; `label`, what it is called in the table."""
+    keys = ["length", "at"]
+    role = rows["role"].astype(object).fillna("")
+    found = rows.assign(role=role).groupby(keys)[["token", "role"]].agg(["first", "nunique"])
+    token = found["token", "first"].where(found["token", "nunique"] == 1)
+    found = pd.DataFrame(
+        {"token": token, "role": found["role", "first"], "roles": found["role", "nunique"]}
     )
+    found = found.reset_index()
+    if by == "slot":
+        place = {slot: n for n, slot in enumerate(slot_order(rows))}
+        order, shown = found["at"].map(place), found["at"].map(is_role)
+        return found.assign(label=found["at"], order=order.astype(float), is_role=shown)
+    shown = (found["roles"] == 1) & (found["role"] != "") & found["token"].isna()
+    beside = (" " + found["token"]).fillna((" (" + found["role"] + ")").where(shown, ""))
+    return found.assign(label=found["at"] + beside, order=found["at"].astype(float), is_role=shown)
