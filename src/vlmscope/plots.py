@@ -45,6 +45,7 @@ KINDS = {
     "attn": "self-attention",
     "cross": "cross-attention",
     "mlp": "MLP",
+    "deepstack": "features added behind each block (DeepStack)",
     "output": "the tower's output",
 }
 TOWERS = {
