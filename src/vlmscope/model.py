@@ -879,7 +879,7 @@ class Plain:
         """
         if mask is None:
             causal, window = kw.get("is_causal"), kw.get("sliding_window")
-            causal = getattr(module, "is_causal", True) if causal is None else causal
+            causal = own > 1 and (getattr(module, "is_causal", True) if causal is None else causal)
             if self.function is _interface(module) or not (causal or window):
                 return None
             behind = torch.arange(own, device=device)[:, None] - torch.arange(keys, device=device)
@@ -953,10 +953,14 @@ def _turn(hf: nn.Module) -> _Turn:
 
 
 def _training(hf: nn.Module) -> list[nn.Module]:
-    """The modules of a model that are in training mode. (`modules()` makes all their names as well.)"""
+    """The modules of a model that are in training mode.
+
+    Every run asks, so not by `modules()`, which makes all their names as well and takes five times as long.
+    """
     todo = [hf]
     for module in todo:
-        todo.extend(module.children())
+        if module._modules:
+            todo += [child for child in module._modules.values() if child is not None]
     return [module for module in todo if module.training]
 
 
