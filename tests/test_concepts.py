@@ -62,8 +62,10 @@ def test_the_neurons_carry_their_words(measured):
     assert layers["red", "contribution"] == layers["red", "random"]
 
 
-def test_every_draw_has_its_own_seed(toy):
+def test_every_draw_has_its_own_seed(toy, monkeypatch):
     """Optional measures, other words and the order of the examples change no number of a measure."""
+    monkeypatch.setattr(concepts, "PATCHED", 4)
+    monkeypatch.setattr(concepts, "DRAWS", 39)
     given, keys = held_out(30, 21), ["word", "method", "measure"]
     numbers = ["value", "ci_low", "ci_high", "null", "random", "p_value", "n"]
 
@@ -78,18 +80,32 @@ def test_every_draw_has_its_own_seed(toy):
     pd.testing.assert_frame_equal(less, whole.loc[less.index], check_exact=True)
 
 
-def test_noise_on_columns_is_the_pictures_own(toy):
-    """Whatever else is perturbed, and in whatever order the pictures come."""
+def test_perturbing_depends_on_nothing_that_is_perturbed_beside_it(toy, monkeypatch):
+    monkeypatch.setattr(concepts, "PATCHED", 4)
     given = held_out(25, 21)
-    tables = [
-        concepts.perturb(toy, some, ASK, words, tops=tops, sigmas=(1.0,)).query("word == 'red'")
-        for some, words, tops in (
-            (given, ["red"], (30,)),
-            (given[::-1], ["blue", "red"], (1, 30)),
-        )
-    ]
-    one, other = (t[t["k"] == 30].reset_index(drop=True) for t in tables)
+    one = concepts.perturb(toy, given, ASK, ["red"], tops=(30,), sigmas=(1.0,))
+    other = concepts.perturb(toy, given[::-1], ASK, ["red"], tops=(1, 30), sigmas=(0.5, 1.0))
+    other = other[(other["k"] == 30) & (other["how"] != "sigma 0.5")].reset_index(drop=True)
     pd.testing.assert_frame_equal(one, other, check_exact=True)
+
+
+def test_noise_on_columns_is_the_pictures_own(toy):
+    """Whichever other pictures there are; another picture or seed has other noise."""
+    given = held_out(3, 21)[:6]
+
+    def noise(examples, name, seed=0):
+        study = concepts._Study(toy, examples, ASK, 1, seed)
+        number = [one.id for one in study.examples].index(name)
+        weight = toy.down(study.layers[0]).weight.detach()
+        before = weight.clone()
+        with study._without(np.array([5]), "sigma 1", number):
+            return (weight - before)[:, 5].clone()
+
+    name, wanted = given[0].id, noise(given, given[0].id)
+    assert wanted.abs().min() > 0
+    assert torch.equal(noise(given[2::-1], name), wanted)
+    assert not torch.equal(noise(given, given[1].id), wanted)
+    assert not torch.equal(noise(given, name, seed=1), wanted)
 
 
 @pytest.mark.parametrize("seed", [0, 1])
