@@ -59,7 +59,8 @@ def remembering(model: Model, tower: str, memory: Memory) -> Iterator[None]:
         out, paid = plain(module, q, k, v, mask, **kw)
         memory.keys.append(k[0].clone())
         memory.values.append(v[0].clone())
-        which = (id(mask), kw.get("is_causal"), kw.get("sliding_window"), k.device)
+        causal = kw.get("is_causal"), getattr(module, "is_causal", None)
+        which = (id(mask), causal, kw.get("sliding_window"), k.device)
         if which not in known:
             known[which] = mask, allowed(plain, module, mask, q, k, **kw)
         memory.open.append(known[which][1])
@@ -89,7 +90,7 @@ def allowed(
     if seen.shape[1] != 1 or not only:
         raise ModelError(
             f"the attention '{plain.name}' of {type(module).__name__} has a mask that differs by head or adds to the scores; "
-            "expected one that says which position sees which"
+            "expected one that says which position sees which; vlmscope.reference takes any, one forward a patch"
         )  # fmt: skip
     return seen[0, 0]
 
