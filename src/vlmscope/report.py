@@ -321,7 +321,7 @@ def _functions(folder: Path, number: int, figures: _Figures) -> tuple[str, str]:
                     plots.attention(some, pictures, run.effects(), titles=titles),
                     "Attention minus the mean over all heads, for the heads that move LD most; the line "
                     "is the object's outline in patches. At the right the change of LD when a single "
-                    "patch of the vision tower's output is taken from the clean image.",
+                    "patch, as the language model reads it, is taken from the clean image.",
                     some,
                 )
             )
