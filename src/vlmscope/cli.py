@@ -172,8 +172,8 @@ def sweep(
         data=data,
     )
     _left_out(run)
-    print(*knows(run.baselines()).lines(), sep="\n")
     print(f"{run.patches():,} patches of {run.ran()} examples in {out}")
+    print(*knows(run.baselines()).lines(), sep="\n")
 
 
 @app.command()
