@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+from families import FAMILIES
 from models import blip, example, picture
 
 from vlmscope import notice
@@ -20,7 +21,7 @@ from vlmscope.errors import DataError, StoreError, VlmscopeError
 from vlmscope.model import load
 from vlmscope.notice import Spec
 from vlmscope.store import read_run
-from vlmscope.study import estimate, sweep_to
+from vlmscope.study import estimate, sweep, sweep_to
 
 SMALL = Spec("toy-blip", ("states", "faces"), limit=14, function_examples=6, device="cpu")
 
@@ -241,3 +242,11 @@ def test_a_bad_specification(tmp_path, text, message):
 def test_no_such_specification(tmp_path):
     with pytest.raises(VlmscopeError, match="cannot be read"):
         Spec.from_toml(tmp_path / "gone.toml")
+
+
+@pytest.mark.parametrize("name", ["blip2-opt", "instructblip-t5"])
+def test_default_sites_are_where_text_is(name):
+    """A Q-Former's positions are queries, so its sites would leave out every example."""
+    model = FAMILIES[name]()
+    table = sweep(model, [example()], notice.default_sites(model), corrupt="text")
+    assert set(table["tower"]) == set(model.text_towers)

@@ -398,7 +398,7 @@ def test_a_model_that_knows_is_said_to():
     [
         ({"correct": False, "predicted": "dog"}, r"fewer than half of the examples rightly \(0%\)"),
         ({"ld_clean": -0.99}, "LD hardly falls"),
-        ({"ld_clean": -4.0}, "LD hardly falls"),
+        ({"ld_clean": -4.0}, r"LD rises when the input is corrupted \(by 3 logits\)"),
         ({"answer_token": "▁r", "foil_token": "▁b"}, "split into small pieces .*'▁r' against '▁b'"),
         ({"answer_token": "Ġst", "predicted": "striped"}, "split into small pieces"),
         ({"answer_token": "##r", "predicted": "dog", "correct": False}, "split into small pieces"),

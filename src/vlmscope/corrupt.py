@@ -133,7 +133,7 @@ def noisy(model: Model, at: str) -> tuple[Site, ...]:
     >>> [str(site) for site in noisy(load("toy-llava"), "image")]
     ['decoder.0.resid_pre@image']
     """
-    text = "encoder" if "encoder" in model.shapes else "decoder"
+    text = model.text_towers[0]
     if at == "text":
         return (Site(text, "0", "resid_pre", None, "text"),)
     added = [Site(text, str(n), "deepstack", None, "image") for n in model.shapes[text].having("deepstack")]  # fmt: skip

@@ -161,7 +161,7 @@ class Model:
         tower = self.family.image
         if tower is not None:
             return Site(tower, str(self.shapes[tower].layers - 1), "output", None, "all")
-        text = "encoder" if "encoder" in self.shapes else "decoder"
+        text = self.text_towers[0]
         return Site(text, "0", "resid_pre", None, "image")
 
     def units(self, point: Point) -> int | None:
@@ -173,6 +173,11 @@ class Model:
     def speaker(self) -> str:
         """The tower that says the words: the last one."""
         return list(self.family.towers)[-1]
+
+    @property
+    def text_towers(self) -> list[str]:
+        """The towers whose positions are tokens of text; the Q-Former's are queries."""
+        return [tower for tower in self.shapes if tower in ("encoder", "decoder")]
 
     def down(self, layer: int) -> nn.Module:
         """The down projection of a block that says the words: its input are the neurons."""

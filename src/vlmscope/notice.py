@@ -190,10 +190,10 @@ def run(spec: Spec, out: str | os.PathLike[str], say: Say = lambda text: None) -
 def default_sites(model: Model) -> tuple[str, ...]:
     """Every module and every head of the text towers, at every text token."""
     found = []
-    for tower, shape in model.shapes.items():
-        if tower != "vision":
-            found += [f"{tower}.*.{kind}@text*" for kind in MODULES if kind in shape.kinds]
-            found += [f"{tower}.*.{kind}.h*@text*" for kind in shape.heads]
+    for tower in model.text_towers:
+        shape = model.shapes[tower]
+        found += [f"{tower}.*.{kind}@text*" for kind in MODULES if kind in shape.kinds]
+        found += [f"{tower}.*.{kind}.h*@text*" for kind in shape.heads]
     return tuple(found)
 
 

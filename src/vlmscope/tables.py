@@ -461,7 +461,8 @@ def knows(baselines: pd.DataFrame) -> Known:
             f"'{one['foil_token']}' in '{one['example']}')"
         )
     if gap < LEAST_GAP:
-        why.append(f"LD hardly falls when the input is corrupted (by {gap:.3g} logits)")
+        how = "rises" if gap <= -LEAST_GAP else "hardly falls"
+        why.append(f"LD {how} when the input is corrupted (by {abs(gap):.3g} logits)")
     sentences = [facts]
     if why:
         sentences.append(f"the model does not seem to know this task: {'; '.join(why)}")

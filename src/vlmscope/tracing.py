@@ -96,7 +96,7 @@ def trace(
 
 def _sites(model: Model, windows: Sequence[int], kinds: Sequence[str]) -> list[str]:
     """Every text token of every text tower that has the kind, in windows of every width."""
-    towers = {name: shape for name, shape in model.shapes.items() if name != "vision"}
+    towers = {name: model.shapes[name] for name in model.text_towers}
     known = [k for k in KINDS if any(k in shape.kinds for shape in towers.values())]
     if odd := [kind for kind in kinds if kind not in known]:
         raise VlmscopeError(f"no kind '{odd[0]}' to trace; expected some of {', '.join(known)}")
