@@ -15,7 +15,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from vlmscope import corrupt, engine, reference
-from vlmscope.errors import ModelError
+from vlmscope.errors import ModelError, VlmscopeError
 from vlmscope.inputs import Edit
 from vlmscope.model import Model
 from vlmscope.sites import Site, expand, place
@@ -187,9 +187,10 @@ def test_everything_is_put_back(implementation):
         model.run(pair.clean)
     assert state(model) == before
     edit = Edit(Site.parse("decoder.0.attn@all"), "set", torch.zeros(3, 3))
-    with pytest.raises(RuntimeError):
+    with pytest.raises(VlmscopeError, match=r"has the shape \(3, 3\)"):
         model.run(pair.clean, [edit])
-    with pytest.raises(RuntimeError), model.editing(pair.clean, [edit]):
+    wrong = pytest.raises(VlmscopeError, match=r"has the shape \(3, 3\)")
+    with wrong, model.editing(pair.clean, [edit]):
         model.answer(pair.clean)
     assert state(model) == before
 

@@ -39,7 +39,7 @@ def one_layer_model():
         cross.output.dense.weight.copy_(torch.eye(4))
         transform = hf.text_decoder.cls.predictions.transform
         transform.dense.weight.copy_(torch.eye(4))
-        transform.transform_act_fn = torch.nn.Identity()
+        transform.transform_act_fn = torch.nn.Identity().eval()
     return model
 
 

@@ -28,7 +28,7 @@ else:
 
 @cache
 def made(name: str) -> Model:
-    return MADE[name]()
+    return {**FAMILIES, **MADE}[name]()
 
 
 def reader(model: Model) -> str:
@@ -211,7 +211,14 @@ def embedded(model, inputs, factor):
 
     def given(m, args, kwargs):
         own = kwargs["inputs_embeds"]
-        return args, {**kwargs, "inputs_embeds": torch.where(image[..., None], own * factor, own)}
+        more = {}
+        if kwargs.get("deepstack_visual_embeds"):  # of the image, and added behind the first blocks
+            more["deepstack_visual_embeds"] = [
+                x * factor for x in kwargs["deepstack_visual_embeds"]
+            ]
+        return args, {
+            **kwargs, **more, "inputs_embeds": torch.where(image[..., None], own * factor, own)
+        }  # fmt: skip
 
     return language.register_forward_pre_hook(given, with_kwargs=True)
 
