@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -18,8 +18,8 @@ import pandas as pd
 import pyarrow.compute as pc
 
 from vlmscope.corrupt import Noise
+from vlmscope.data import Examples, listed
 from vlmscope.errors import DataError, StoreError, VlmscopeError
-from vlmscope.example import Example
 from vlmscope.model import Model
 from vlmscope.sites import Site
 from vlmscope.store import Run
@@ -40,7 +40,7 @@ _KEYS = ["window", "layer", "length", "at"]
 def trace(
     out: str | os.PathLike[str],
     model: Model,
-    examples: Iterable[Example],
+    examples: Examples,
     *,
     noise: Noise | None = None,
     windows: Sequence[int] = WINDOWS,
@@ -64,7 +64,7 @@ def trace(
     noise = Noise() if noise is None else noise
     if by not in ("slot", "length"):
         raise VlmscopeError(f"tokens cannot be averaged by '{by}'; expected slot or length")
-    folder, examples = Path(out), list(examples)
+    folder, examples = Path(out), listed(examples)
     sites = _sites(model, windows, kinds)
     runs = [
         sweep_to(folder / "repeats" / f"{number:02d}", model, examples, sites,
