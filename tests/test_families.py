@@ -121,7 +121,7 @@ def test_norms_behind_sublayers():
 def adds_up(model, towers):
     inputs = model.prepare(example()).clean
     for tower in towers:
-        kinds = [k for k in model.shapes[tower].kinds if k != "output"]
+        kinds = [k for k in model.shapes[tower].kinds if k not in ("deepstack", "output")]
         edited = [
             Edit(Site.parse(f"{tower}.{model.shapes[tower].having(kind)[-1]}.{kind}@all"), "scale", -0.5)
             for kind in kinds[1:-1]
