@@ -88,15 +88,17 @@ def strongest(effects: pd.DataFrame, n: int = 10) -> pd.DataFrame:
         depth=effects["site"].str.split(".", n=2).str[1],  # with the window, where it has one
         part=effects["unit"].astype(object).fillna(""),
     )
-    found = means(rows, keys)
+    # One number for six columns of text, which are then not sorted out again each time.
+    rows["cell"] = rows.groupby(keys, sort=False).ngroup()
+    found = means(rows, ["cell"]).merge(rows.drop_duplicates("cell")[["cell", *keys]], on="cell")
     half = found["corruption"].map(rows.groupby("corruption")["example"].nunique()) / 2
     order = pd.DataFrame({"few": found["n"] < half, "size": -found["mean"].abs()})
     found = found.loc[order.sort_values(["few", "size"], kind="stable").index].head(n)
-    shown = rows.merge(found[keys], on=keys)
-    found = found.merge(means(shown, keys, intervals=True)[[*keys, "low", "high"]], on=keys)
-    tokens = shown.groupby(keys)["token"].agg(["first", "nunique"])
+    shown = rows[rows["cell"].isin(found["cell"])]
+    found = found.merge(means(shown, ["cell"], intervals=True)[["cell", "low", "high"]], on="cell")
+    tokens = shown.groupby("cell")["token"].agg(["first", "nunique"])
     tokens = tokens["first"].where(tokens["nunique"] == 1).rename("token")
-    found = found.merge(tokens, left_on=keys, right_index=True)
+    found = found.merge(tokens, left_on="cell", right_index=True)
     found = found.merge(_positions(effects), on=["corruption", "tower", "slot"], how="left")
     place = found["tower"] + "." + found["depth"] + "." + found["kind"]
     unit = found["part"].where(found["part"] == "", "." + found["part"])

@@ -101,7 +101,8 @@ class _Figures:
 
     def show(self, name: str, figure: Figure, sentence: str, data: pd.DataFrame) -> str:
         buffer = io.BytesIO()
-        figure.savefig(buffer, format="png", dpi=144)
+        # A third of the usual effort: as small, and sooner.
+        figure.savefig(buffer, format="png", dpi=144, pil_kwargs={"compress_level": 3})
         (self.folder / f"{name}.png").write_bytes(buffer.getvalue())
         data.to_csv(self.folder / f"{name}.csv", index=False)
         links = " ".join(
