@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
@@ -35,12 +36,23 @@ def sign_flip(scores: Scores, rng: np.random.Generator) -> Scores:
 
 def bootstrap(scores: Scores, rng: np.random.Generator, *, draws: int = 4_000) -> Scores:
     """The 95 % percentile interval of the means of the columns, examples drawn anew: `(2, heads)`."""
-    many = len(scores)
-    means = [
-        rng.multinomial(many, np.full(many, 1 / many), size=some) @ scores / many
-        for some in _batches(draws)
-    ]
-    return np.asarray(np.quantile(np.concatenate(means), [0.025, 0.975], axis=0))
+    return _quantiles(_drawn(len(scores), rng, draws), scores)
+
+
+def _drawn(many: int, rng: np.random.Generator, draws: int = 4_000) -> list[NDArray[np.int64]]:
+    """How often each example is in each draw, some draws at a time."""
+    return [rng.multinomial(many, np.full(many, 1 / many), size=some) for some in _batches(draws)]
+
+
+def _quantiles(drawn: Sequence[NDArray[np.int64]], scores: Scores) -> Scores:
+    means = np.concatenate([some @ scores / len(scores) for some in drawn])
+    return np.asarray(np.quantile(means, [0.025, 0.975], axis=0))
+
+
+@lru_cache(maxsize=4)
+def _drawn_of(ids: tuple[str, ...]) -> list[NDArray[np.int64]]:
+    """Every figure of a run asks for the draws of the same examples."""
+    return _drawn(len(ids), generator(0, "interval", *ids))
 
 
 def interval(scores: Scores, ids: Sequence[str]) -> Scores:
@@ -58,7 +70,7 @@ def interval(scores: Scores, ids: Sequence[str]) -> Scores:
     if len(ids) < 2:
         return np.full((2, scores.shape[1]), np.nan)
     order = sorted(range(len(ids)), key=lambda n: ids[n])
-    return bootstrap(scores[order], generator(0, "interval", *(ids[n] for n in order)))
+    return _quantiles(_drawn_of(tuple(ids[n] for n in order)), scores[order])
 
 
 def _batches(many: int) -> Iterator[int]:
