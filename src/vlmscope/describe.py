@@ -139,9 +139,8 @@ def _ids_of(model: Model, inputs: Inputs, tower: str) -> str | None:
 
 
 def _text(model: Model, number: int, otherwise: str) -> str:
-    """A token as its tokenizer writes it, with nothing that would move a terminal's cursor."""
-    text = model.token(number) if number >= 0 else otherwise
-    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+    """A token as its tokenizer writes it."""
+    return _printable(model.token(number) if number >= 0 else otherwise)
 
 
 def example(model: Model, one: Example) -> str:
@@ -151,7 +150,10 @@ def example(model: Model, one: Example) -> str:
     Raises `ExampleError` if the example cannot be run.
     """
     pair = model.prepare(one)
-    lines = [f"{model.name}, example {one.id}", f"prompt: {_text_of(one.clean_prompt)}"]
+    lines = [
+        f"{model.name}, example {_printable(one.id)}",
+        f"prompt: {_printable(one.clean_prompt)}",
+    ]
     for tower in model.shapes:
         layout = pair.clean.layout[tower]
         rows, columns = grid(layout)
@@ -168,7 +170,8 @@ def example(model: Model, one: Example) -> str:
     return "\n".join(lines)
 
 
-def _text_of(text: str) -> str:
+def _printable(text: str) -> str:
+    """With nothing that would move a terminal's cursor."""
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
