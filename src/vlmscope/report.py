@@ -486,6 +486,7 @@ def _tracing(folder: Path, number: int, figures: _Figures) -> tuple[str, str]:
     table = pd.read_parquet(folder / "tracing.parquet")
     noise = about["noise"]
     left = about["left_out_of_each_repeat"]
+    span = " to ".join(map(str, dict.fromkeys((min(left), max(left)))))
     repeat = folder / "repeats" / "00"
     known = knows(read_run(repeat).baselines()) if (repeat / "run.json").is_file() else None
     parts = [
@@ -493,7 +494,7 @@ def _tracing(folder: Path, number: int, figures: _Figures) -> tuple[str, str]:
         f"<p>{about['examples']} examples, {noise['draws']} repeats of noise on the image embedding "
         f"({escape(str(noise['form']))}, scale {noise['scale']}). A figure shows the share of P(answer) "
         "that comes back when clean states are restored at one token, in a window of layers around one "
-        f"layer. Left out where ceiling and floor nearly meet: {min(left)} to {max(left)} examples a "
+        f"layer. Left out where ceiling and floor nearly meet: {span} examples a "
         "repeat.</p>",
     ]
     for tower in dict.fromkeys(table["tower"]):
