@@ -51,20 +51,11 @@ def set_up() -> None:
     print(f"Installing into {VENV.name} (once; a few minutes) ...", flush=True)
     venv.create(VENV, with_pip=True)
     pip = [tool("python"), "-m", "pip", "--quiet", "--disable-pip-version-check"]
-    subprocess.run(
-        [*pip, "install", "-c", "constraints.txt", "-e", ".[test]"], cwd=ROOT, check=True
-    )
+    subprocess.run([*pip, "install", "-c", "constraints.txt", "-e", ".[test]"], cwd=ROOT, check=True)
     # For tests of processors that also read videos; beside the environment, since importing it fails
     # where torch is a CPU build, unless the tests help.
     subprocess.run(
-        [
-            *pip,
-            "install",
-            "--no-deps",
-            "--target",
-            str(VENV / "torchvision"),
-            "torchvision==0.28.0",
-        ],
+        [*pip, "install", "--no-deps", "--target", str(VENV / "torchvision"), "torchvision==0.28.0"],
         cwd=ROOT,
         check=True,
     )

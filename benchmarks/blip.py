@@ -58,9 +58,7 @@ Placed = tuple[Site, tuple[int, ...]]
 def base_model() -> Model:
     """BLIP-base with random weights, and a made-up vocabulary of BERT's size."""
     torch.manual_seed(0)
-    config = BlipConfig(
-        text_config={"num_attention_heads": 12}, vision_config={"initializer_range": 0.02}
-    )
+    config = BlipConfig(text_config={"num_attention_heads": 12}, vision_config={"initializer_range": 0.02})
     made_up = [f"w{n}" for n in range(30_522 - len(SPECIAL) - len(WORDS))]
     vocab = {w: n for n, w in enumerate([*SPECIAL, *WORDS, *made_up, "[DEC]", "[ENC]"])}
     config.text_config.sep_token_id = vocab["[SEP]"]
@@ -97,9 +95,7 @@ class Published:
         return {**found, "decoder_input_ids": self.start}
 
     def site(self, site: Site, at: tuple[int, ...]) -> torch.Tensor:
-        clean, corrupt = (
-            self.inputs(p) for p in (self.example.clean_image, self.example.corrupt_image)
-        )
+        clean, corrupt = (self.inputs(p) for p in (self.example.clean_image, self.example.corrupt_image))
         kept: dict[str, torch.Tensor] = {}
 
         def keep(x: torch.Tensor) -> None:
@@ -119,9 +115,7 @@ class Published:
 
     def forward(self, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
         found: list[torch.Tensor] = []
-        handle = self.hf.text_decoder.register_forward_hook(
-            lambda m, a, out: found.append(out.logits)
-        )
+        handle = self.hf.text_decoder.register_forward_hook(lambda m, a, out: found.append(out.logits))
         self.hf(**inputs)
         handle.remove()
         return found[0][0, -1]

@@ -43,12 +43,7 @@ SAMPLE, ROUNDS = 4, 3
 
 def build(real: bool, device: str) -> Model:
     torch.manual_seed(0)
-    small = {
-        "hidden_size": 256,
-        "intermediate_size": 1024,
-        "num_hidden_layers": 4,
-        "num_attention_heads": 4,
-    }
+    small = {"hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 4, "num_attention_heads": 4}
     clip = {
         "hidden_size": 1024,
         "intermediate_size": 4096,
@@ -58,9 +53,13 @@ def build(real: bool, device: str) -> Model:
     vision = CLIPVisionConfig(image_size=336, patch_size=14, **(clip if real else small))
     size = (4096, 11008, 32, 32) if real else (1024, 2816, 16, 16)
     text = LlamaConfig(
-        vocab_size=32_000, hidden_size=size[0], intermediate_size=size[1], num_hidden_layers=size[2],
-        num_attention_heads=size[3], max_position_embeddings=2048,
-    )  # fmt: skip
+        vocab_size=32_000,
+        hidden_size=size[0],
+        intermediate_size=size[1],
+        num_hidden_layers=size[2],
+        num_attention_heads=size[3],
+        max_position_embeddings=2048,
+    )
     config = LlavaConfig(vision_config=vision, text_config=text, image_token_index=31_999)
     dtype = torch.bfloat16 if real else torch.float32
     with torch.device(device):
@@ -118,16 +117,10 @@ class Full:
 
     def site(self, site: Site, at: tuple[int, ...]) -> float:
         width = self.model.shapes["decoder"].width // self.model.shapes["decoder"].heads["attn"]
-        columns = (
-            slice(None)
-            if site.index is None
-            else slice(width * site.index, width * (site.index + 1))
-        )
+        columns = slice(None) if site.index is None else slice(width * site.index, width * (site.index + 1))
         if site not in self.kept or not self.keep:
             self.hooked(
-                site,
-                lambda x: self.kept.update({site: x[:, list(at), columns].clone()}),
-                self.pair.clean,
+                site, lambda x: self.kept.update({site: x[:, list(at), columns].clone()}), self.pair.clean
             )
             if not self.keep:
                 self.forward(self.pair.corrupt)
@@ -170,8 +163,11 @@ def measure(real: bool) -> dict[str, Any]:
     tolerance = 0.1 if real else 2e-4
     results: dict[str, Any] = {}
     for name, expression in SWEEPS.items():
-        placed = [p for s in expand([Site.parse(expression)], model.shapes)
-                  for p in place(s, pair.clean.layout["decoder"])]  # fmt: skip
+        placed = [
+            p
+            for s in expand([Site.parse(expression)], model.shapes)
+            for p in place(s, pair.clean.layout["decoder"])
+        ]
         sample = random.Random(0).sample(range(len(placed)), SAMPLE)
         chosen = [placed[n] for n in sample]
         plain = Full(model, pair, keep=True)
@@ -205,11 +201,12 @@ def measure(real: bool) -> dict[str, Any]:
     return {
         "benchmark": "llava",
         "model": f"{model.name}, random weights, {str(model.dtype).removeprefix('torch.')}",
-        "machine": torch.cuda.get_device_name() if device == "cuda" else
-        f"{platform.machine()}, {torch.get_num_threads()} threads, CPU",
+        "machine": torch.cuda.get_device_name()
+        if device == "cuda"
+        else f"{platform.machine()}, {torch.get_num_threads()} threads, CPU",
         "torch": torch.__version__,
         **results,
-    }  # fmt: skip
+    }
 
 
 def main() -> None:

@@ -39,9 +39,17 @@ from vlmscope.model import Model, load
 ASK, OTHERWISE = "describe this picture.", "what does this picture show?"
 LENGTH, ROUNDS = 20, 3
 PAIRS = (
-    ("red", "blue"), ("circle", "square"), ("star", "heart"), ("happy", "sad"), ("striped", "dotted"),
-    ("green", "purple"), ("square", "star"), ("angry", "calm"), ("yellow", "orange"), ("heart", "circle"),
-)  # fmt: skip
+    ("red", "blue"),
+    ("circle", "square"),
+    ("star", "heart"),
+    ("happy", "sad"),
+    ("striped", "dotted"),
+    ("green", "purple"),
+    ("square", "star"),
+    ("angry", "calm"),
+    ("yellow", "orange"),
+    ("heart", "circle"),
+)
 
 
 # -- cost ----------------------------------------------------------------------------------------
@@ -55,8 +63,7 @@ def gradients(model: Model, inputs: Inputs, ids: tuple[int, ...], layers: int) -
     fed["attention_mask"] = torch.ones_like(fed["input_ids"])
     seen: list[torch.Tensor] = []
     held = [
-        model.down(n).register_forward_pre_hook(lambda m, args: seen.append(args[0]))
-        for n in range(layers)
+        model.down(n).register_forward_pre_hook(lambda m, args: seen.append(args[0])) for n in range(layers)
     ]
     logits = model.hf(**fed, use_cache=False).logits[0, -len(ids) :]
     for n, token in enumerate(ids):
@@ -136,22 +143,25 @@ def concept() -> dict[str, Any]:
     for word in sorted(set(found.measures["word"]) - {"plain", "face"}):
         drop, auc, own = (table.loc[(name, word)] for name in ("p drop, zero", "auc", "overlap"))
         other = table.loc[("overlap, others", word), "value"]
-        words[word] = {"drop": drop["value"], "low": drop["ci_low"], "high": drop["ci_high"], "random": drop["random"], "auc": auc["value"], "auc_null": auc["null"],
-                       "overlap": own["value"], "overlap_others": other}  # fmt: skip
+        words[word] = {
+            "drop": drop["value"],
+            "low": drop["ci_low"],
+            "high": drop["ci_high"],
+            "random": drop["random"],
+            "auc": auc["value"],
+            "auc_null": auc["null"],
+            "overlap": own["value"],
+            "overlap_others": other,
+        }
     return {
         "pictures": 630,
         "seconds": time.perf_counter() - start,
         "words": words,
         # Random neurons change next to nothing, in either direction.
-        "at_least_five_times_random": int(
-            sum(w["drop"] >= 5 * abs(w["random"]) for w in words.values())
-        ),
+        "at_least_five_times_random": int(sum(w["drop"] >= 5 * abs(w["random"]) for w in words.values())),
         "of_words": len(words),
         "lowest_auc": min(w["auc"] for w in words.values()),
-        "auc_nulls": [
-            min(w["auc_null"] for w in words.values()),
-            max(w["auc_null"] for w in words.values()),
-        ],
+        "auc_nulls": [min(w["auc_null"] for w in words.values()), max(w["auc_null"] for w in words.values())],
         "fewest_times_others": min(w["overlap"] / w["overlap_others"] for w in words.values()),
     }
 
@@ -172,15 +182,23 @@ def edits() -> dict[str, Any]:
         own = rewrite.assess(model, [edit], made_on[:150], source, target, prompts=[ASK])[0]
         new = rewrite.assess(model, [edit], others, source, target, prompts=[ASK, OTHERWISE])[0]
         own, new = (x.set_index("measure")["value"] for x in (own, new))
-        undone = all(
-            torch.equal(value, before[name]) for name, value in model.hf.state_dict().items()
+        undone = all(torch.equal(value, before[name]) for name, value in model.hf.state_dict().items())
+        rows.append(
+            {
+                "from": source,
+                "to": target,
+                "columns": len(edit.neurons),
+                "seconds": seconds,
+                "size": edit.size,
+                "reliability": own["generality"],
+                "generality": new["generality"],
+                "other_wording": new["generality, other wording"],
+                "only_the_word": new["only the word"],
+                "locality": new["locality"],
+                "locality_other_wording": new["locality, other wording"],
+                "undone": undone,
+            }
         )
-        rows.append({
-            "from": source, "to": target, "columns": len(edit.neurons), "seconds": seconds, "size": edit.size,
-            "reliability": own["generality"], "generality": new["generality"],
-            "other_wording": new["generality, other wording"], "only_the_word": new["only the word"],
-            "locality": new["locality"], "locality_other_wording": new["locality, other wording"], "undone": undone,
-        })  # fmt: skip
         print(json.dumps(rows[-1]), flush=True)
     first = None
     for number, (source, target) in enumerate(PAIRS):
@@ -194,13 +212,8 @@ def edits() -> dict[str, Any]:
     mean = lambda name: statistics.mean(row[name] for row in rows)  # noqa: E731
     return {
         "pairs": rows,
-        "mean": {
-            name: mean(name) for name in ("reliability", "generality", "other_wording", "locality")
-        },
-        "least": {
-            name: min(row[name] for row in rows)
-            for name in ("reliability", "generality", "locality")
-        },
+        "mean": {name: mean(name) for name in ("reliability", "generality", "other_wording", "locality")},
+        "least": {name: min(row[name] for row in rows) for name in ("reliability", "generality", "locality")},
         "first_after_ten": kept,
         "undone": all(row["undone"] for row in rows),
     }
@@ -215,9 +228,10 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     run = {"cost": cost, "concepts": concept, "edits": edits}
     result: dict[str, Any] = {
-        "benchmark": "neurons", "machine": f"{platform.machine()}, {arguments.threads} threads, CPU",
+        "benchmark": "neurons",
+        "machine": f"{platform.machine()}, {arguments.threads} threads, CPU",
         "torch": torch.__version__,
-    }  # fmt: skip
+    }
     if arguments.out and arguments.out.exists():
         result |= {k: v for k, v in json.loads(arguments.out.read_text()).items() if k in run}
     for part in arguments.part or list(run):

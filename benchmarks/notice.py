@@ -37,8 +37,20 @@ from vlmscope.study import estimate, sweep_to
 
 def pipeline(limit: int, out: Path) -> tuple[float, float]:
     """Seconds and peak memory in GiB of one run of the command."""
-    command = [sys.executable, "-m", "vlmscope", "notice", "--model", "toy-blip", "--data", *BUILT_IN,
-               "--limit", str(limit), "--out", str(out)]  # fmt: skip
+    command = [
+        sys.executable,
+        "-m",
+        "vlmscope",
+        "notice",
+        "--model",
+        "toy-blip",
+        "--data",
+        *BUILT_IN,
+        "--limit",
+        str(limit),
+        "--out",
+        str(out),
+    ]
     start = time.perf_counter()
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
     _, status, usage = os.wait4(process.pid, 0)
@@ -72,8 +84,13 @@ def knock_outs(out: Path) -> dict[str, dict[str, float]]:
         mean = table[table["knockout"] == "mean"].groupby("set")["accuracy"].mean()
         these, random = whole - mean["these heads"], whole - mean["random heads"]
         heads = len(table.loc[table["set"] == "these heads", "heads"].iloc[0].split())
-        found[folder.name] = {"heads": heads, "accuracy": whole, "drop": these, "drop_of_random": random,
-                              "times": these / random if random > 0 else float("inf")}  # fmt: skip
+        found[folder.name] = {
+            "heads": heads,
+            "accuracy": whole,
+            "drop": these,
+            "drop_of_random": random,
+            "times": these / random if random > 0 else float("inf"),
+        }
     return found
 
 

@@ -60,9 +60,7 @@ def with_transformer_lens(hf: Any, pair: Any, width: int) -> Patcher:
     words = Tokenizer(models.WordLevel({"<unk>": 0, "</s>": 1}, unk_token="<unk>"))
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<unk>", eos_token="</s>")
     hf.config.architectures = [type(hf).__name__]
-    bridge = TransformerBridge.boot_transformers(
-        "llava-hf/llava-1.5-7b-hf", hf_model=hf, tokenizer=tokenizer
-    )
+    bridge = TransformerBridge.boot_transformers("llava-hf/llava-1.5-7b-hf", hf_model=hf, tokenizer=tokenizer)
     names = [f"blocks.{layer}.attn.hook_z" for layer in range(bridge.cfg.n_layers)]
 
     def inputs(run: Any) -> tuple[Any, dict[str, Any]]:
@@ -77,9 +75,7 @@ def with_transformer_lens(hf: Any, pair: Any, width: int) -> Patcher:
         def write(z: torch.Tensor, hook: Any) -> torch.Tensor:
             clean = cache[names[layer]]
             if z.ndim == 3:
-                z[:, -1, width * head : width * (head + 1)] = clean[
-                    :, -1, width * head : width * (head + 1)
-                ]
+                z[:, -1, width * head : width * (head + 1)] = clean[:, -1, width * head : width * (head + 1)]
             else:
                 z[:, -1, head] = clean[:, -1, head]
             return z
@@ -93,8 +89,11 @@ def with_transformer_lens(hf: Any, pair: Any, width: int) -> Patcher:
 def measure() -> dict[str, Any]:
     model = build(False, "cpu")
     pair = pair_of(model)
-    sites = [p for s in expand([Site.parse(SWEEPS["heads"])], model.shapes)
-             for p in place(s, pair.clean.layout["decoder"])]  # fmt: skip
+    sites = [
+        p
+        for s in expand([Site.parse(SWEEPS["heads"])], model.shapes)
+        for p in place(s, pair.clean.layout["decoder"])
+    ]
     width = model.shapes["decoder"].width // model.shapes["decoder"].heads["attn"]
     sweep(model, pair, sites)
     results: dict[str, Any] = {}

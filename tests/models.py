@@ -91,52 +91,78 @@ TEMPLATE = (
 def words_tokenizer(*special: str, **named: str) -> PreTrainedTokenizerFast:
     """Whole words, with the special tokens that a family wants, some as attributes by name."""
     own = ["<pad>", "<unk>", "<s>", "</s>", *special]
-    words = [w for w in WORDS if not w.startswith(("[", "##"))] + [
-        "user",
-        "assistant",
-        ":",
-        "ly",
-        "happily",
-    ]
+    words = [w for w in WORDS if not w.startswith(("[", "##"))] + ["user", "assistant", ":", "ly", "happily"]
     vocab = {token: n for n, token in enumerate(dict.fromkeys([*own, *words]))}
     made = Tokenizer(tokenizers.models.WordLevel(vocab, unk_token="<unk>"))
     made.pre_tokenizer = tokenizers.pre_tokenizers.BertPreTokenizer()
-    made.post_processor = tokenizers.processors.TemplateProcessing(
-        "<s> $A", special_tokens=[("<s>", 2)]
-    )
+    made.post_processor = tokenizers.processors.TemplateProcessing("<s> $A", special_tokens=[("<s>", 2)])
     return PreTrainedTokenizerFast(
-        tokenizer_object=made, pad_token="<pad>", unk_token="<unk>", bos_token="<s>",
-        eos_token="</s>", extra_special_tokens=named or list(special), padding_side="left",
-    )  # fmt: skip
+        tokenizer_object=made,
+        pad_token="<pad>",
+        unk_token="<unk>",
+        bos_token="<s>",
+        eos_token="</s>",
+        extra_special_tokens=named or list(special),
+        padding_side="left",
+    )
 
 
 def llava(
-    *, layers: int = 3, heads: int = 4, kv_heads: int = 2, width: int = 16, size: int = 12,
-    feature_layer: int = -2, dtype: torch.dtype = torch.float64, seed: int = 0,
-) -> Model:  # fmt: skip
+    *,
+    layers: int = 3,
+    heads: int = 4,
+    kv_heads: int = 2,
+    width: int = 16,
+    size: int = 12,
+    feature_layer: int = -2,
+    dtype: torch.dtype = torch.float64,
+    seed: int = 0,
+) -> Model:
     """A LLaVA 1.5 with random weights; queries share keys, the last vision block is not used."""
     torch.manual_seed(seed)
     tokenizer = words_tokenizer("<image>")
     vision = CLIPVisionConfig(
-        hidden_size=8, intermediate_size=17, num_hidden_layers=3, num_attention_heads=2,
-        image_size=size, patch_size=4, projection_dim=8, initializer_range=0.5, initializer_factor=25.0,
-    )  # fmt: skip
+        hidden_size=8,
+        intermediate_size=17,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        image_size=size,
+        patch_size=4,
+        projection_dim=8,
+        initializer_range=0.5,
+        initializer_factor=25.0,
+    )
     text = LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=width, intermediate_size=2 * width + 1,
-        num_hidden_layers=layers, num_attention_heads=heads, num_key_value_heads=kv_heads,
-        max_position_embeddings=128, initializer_range=0.5, bos_token_id=2, eos_token_id=3, pad_token_id=0,
-    )  # fmt: skip
+        vocab_size=len(tokenizer),
+        hidden_size=width,
+        intermediate_size=2 * width + 1,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        max_position_embeddings=128,
+        initializer_range=0.5,
+        bos_token_id=2,
+        eos_token_id=3,
+        pad_token_id=0,
+    )
     config = LlavaConfig(
-        vision_config=vision, text_config=text, image_token_index=4, vision_feature_layer=feature_layer,
+        vision_config=vision,
+        text_config=text,
+        image_token_index=4,
+        vision_feature_layer=feature_layer,
         vision_feature_select_strategy="default",
-    )  # fmt: skip
+    )
     hf = LlavaForConditionalGeneration(config).to(dtype)
     side = {"height": size, "width": size}
     processor = LlavaProcessor(
-        CLIPImageProcessorPil(size=side, crop_size=side, do_center_crop=False), tokenizer, patch_size=4,
-        vision_feature_select_strategy="default", image_token="<image>",
-        num_additional_image_tokens=1, chat_template=TEMPLATE,
-    )  # fmt: skip
+        CLIPImageProcessorPil(size=side, crop_size=side, do_center_crop=False),
+        tokenizer,
+        patch_size=4,
+        vision_feature_select_strategy="default",
+        image_token="<image>",
+        num_additional_image_tokens=1,
+        chat_template=TEMPLATE,
+    )
     return Model(hf, processor, "tiny-llava")
 
 

@@ -182,9 +182,7 @@ class MplugOwlVisualAbstractorModel(nn.Module):
         super().__init__()
         self.encoder = layers(MplugOwlVisualAbstractorLayer, config)
         self.visual_fc = nn.Linear(config.hidden_size, language_hidden_size)
-        self.query_embeds = nn.Parameter(
-            torch.empty(1, config.num_learnable_queries, config.hidden_size)
-        )
+        self.query_embeds = nn.Parameter(torch.empty(1, config.num_learnable_queries, config.hidden_size))
         self.vit_eos = nn.Parameter(torch.empty(1, 1, language_hidden_size))
 
     def forward(self, encoder_hidden_states):
@@ -253,9 +251,7 @@ class MPLUGOwl2LlamaModel(nn.Module):
         super().__init__()
         visual, width = config.visual_config, config.hidden_size
         self.embed_tokens = nn.Embedding(config.vocab_size, width)
-        self.layers = nn.ModuleList(
-            LlamaDecoderLayer(config, n) for n in range(config.num_hidden_layers)
-        )
+        self.layers = nn.ModuleList(LlamaDecoderLayer(config, n) for n in range(config.num_hidden_layers))
         self.norm = LlamaRMSNorm(width)
         self.rotary_emb = LlamaRotaryEmbedding(config)
         self.vision_model = MplugOwlVisionModel(SimpleNamespace(**visual["visual_model"]))
@@ -313,13 +309,9 @@ class MPLUGOwl2LlamaForCausalLM(PreTrainedModel, GenerationMixin):
         else:
             embeds, ways = self.merged(input_ids, images)
         hidden_states = self.model(embeds, ways, past_key_values)
-        return CausalLMOutputWithPast(
-            logits=self.lm_head(hidden_states), past_key_values=past_key_values
-        )
+        return CausalLMOutputWithPast(logits=self.lm_head(hidden_states), past_key_values=past_key_values)
 
-    def prepare_inputs_for_generation(
-        self, input_ids, past_key_values=None, attention_mask=None, **kwargs
-    ):
+    def prepare_inputs_for_generation(self, input_ids, past_key_values=None, attention_mask=None, **kwargs):
         begun = past_key_values is not None and past_key_values.get_seq_length()
         return {
             "input_ids": input_ids[:, -1:] if begun else input_ids,

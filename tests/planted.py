@@ -39,15 +39,25 @@ def _plus(at: int, size: float = 1.0) -> torch.Tensor:
 def planted() -> Model:
     torch.manual_seed(0)
     text = {
-        "vocab_size": len(WORDS), "hidden_size": WIDTH, "intermediate_size": WIDTH,
-        "num_hidden_layers": 1, "num_attention_heads": 4, "max_position_embeddings": 24,
-        "bos_token_id": WORDS.index("[DEC]"), "sep_token_id": WORDS.index("[SEP]"),
-        "eos_token_id": WORDS.index("[SEP]"), "pad_token_id": 0,
-    }  # fmt: skip
+        "vocab_size": len(WORDS),
+        "hidden_size": WIDTH,
+        "intermediate_size": WIDTH,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 4,
+        "max_position_embeddings": 24,
+        "bos_token_id": WORDS.index("[DEC]"),
+        "sep_token_id": WORDS.index("[SEP]"),
+        "eos_token_id": WORDS.index("[SEP]"),
+        "pad_token_id": 0,
+    }
     vision = {
-        "hidden_size": WIDTH, "intermediate_size": WIDTH, "num_hidden_layers": 1,
-        "num_attention_heads": 4, "image_size": PATCH * SIDE, "patch_size": PATCH,
-    }  # fmt: skip
+        "hidden_size": WIDTH,
+        "intermediate_size": WIDTH,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 4,
+        "image_size": PATCH * SIDE,
+        "patch_size": PATCH,
+    }
     hf = BlipForQuestionAnswering(BlipConfig(text_config=text, vision_config=vision)).double()
     with torch.no_grad():
         for name, weight in hf.named_parameters():
@@ -67,9 +77,7 @@ def _see(hf: BlipForQuestionAnswering) -> None:
     red, green, blue = ([1, 0, 1], [0, 50, 0], [1, 0, -1])
     for at, channels in ((OBJECT, red), (OUTLIER, green), (COLOR, blue)):
         for channel, size in enumerate(channels):
-            embeddings.patch_embedding.weight[:, channel] += (
-                _plus(at, size / PATCH**2)[:, None, None]
-            )  # fmt: skip
+            embeddings.patch_embedding.weight[:, channel] += _plus(at, size / PATCH**2)[:, None, None]
     draw = random.Random(0)
     for position in range(1, SIDE**2 + 1):
         embeddings.position_embedding[0, position] = _plus(PLACE, draw.uniform(2, 4))

@@ -118,9 +118,7 @@ def test_masks_of_a_form_that_is_not_known(made, form, kernel):
     model.hf.set_attn_implementation(kernel("blocks", plain, made))
     sites = placed(model, pair, ["decoder.0.resid@*"])
     assert len(answers(reference.patch(model, pair, sites))) == len(sites), "the model runs"
-    message = (
-        f"'blocks' of LlamaAttention has {form} as its mask.*expected none.*'sdpa' and 'eager'"
-    )
+    message = f"'blocks' of LlamaAttention has {form} as its mask.*expected none.*'sdpa' and 'eager'"
     with pytest.raises(ModelError, match=message):
         engine.patch(model, pair, sites)
     with pytest.raises(ModelError, match=message):
@@ -145,9 +143,7 @@ def test_masks_that_add_to_the_scores(kernel):
     (pair,) = corrupt.pairs(model, example(), "image")
     for masks in (slope, both):
         model.hf.model.language_model.set_attn_implementation(kernel("slope", plain, masks))
-        with pytest.raises(
-            ModelError, match="'slope' of LlamaAttention has a mask that differs by"
-        ):
+        with pytest.raises(ModelError, match="'slope' of LlamaAttention has a mask that differs by"):
             engine.patch(model, pair, placed(model, pair, ["decoder.0.resid@*"]))
 
 
@@ -156,9 +152,7 @@ def test_masks_that_add_to_the_scores(kernel):
 
 def state(model):
     """All that runs may leave behind: names, configs, hooks, modes."""
-    known = [
-        set(x._global_mapping) for x in (ALL_ATTENTION_FUNCTIONS, ALL_MASK_ATTENTION_FUNCTIONS)
-    ]
+    known = [set(x._global_mapping) for x in (ALL_ATTENTION_FUNCTIONS, ALL_MASK_ATTENTION_FUNCTIONS)]
     modules = list(model.hf.modules())
     configs = [getattr(m, "config", None) for m in modules]
     names = [getattr(c, "_attn_implementation", None) for c in configs]
@@ -230,9 +224,7 @@ def sweeps(model, times=1):
     """All that runs a model, over and over: sweeps, attention, captures; and what it says."""
     found = []
     reader = "encoder" if "encoder" in model.shapes else "decoder"
-    expressions = [
-        f"{reader}.*.{site}" for site in ("resid@4", "attn@last", "attn.h*@0", "mlp@all")
-    ]
+    expressions = [f"{reader}.*.{site}" for site in ("resid@4", "attn@last", "attn.h*@0", "mlp@all")]
     edit = Edit(Site.parse(f"{reader}.0.resid@all"), "scale", 0.5)
     for _ in range(times):
         for pair in pairs(model):
@@ -298,15 +290,7 @@ def often():
         lambda: [gemma3()] * 3,
         lambda: [blip()] * 2,
     ],
-    ids=[
-        "one class",
-        "two classes",
-        "two families",
-        "one config",
-        "one model",
-        "one in three",
-        "blip",
-    ],
+    ids=["one class", "two classes", "two families", "one config", "one model", "one in three", "blip"],
 )
 def test_threads(make, often):
     """Two models, or one, in several threads: bit for bit what one thread gives, and all put back."""

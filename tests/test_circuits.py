@@ -132,13 +132,13 @@ def test_no_head_is_reported_where_there_is_no_effect():
     rows = []
     for one in several(80):
         one = replace(
-            one, clean_image=one.clean_image.resize((48, 48)),
-            corrupt_image=one.corrupt_image.resize((48, 48)), corrupt_prompt=None,
-        )  # fmt: skip
+            one,
+            clean_image=one.clean_image.resize((48, 48)),
+            corrupt_image=one.corrupt_image.resize((48, 48)),
+            corrupt_prompt=None,
+        )
         pair = model.prepare(one)
-        sites = [
-            p for s in expand(wanted, model.shapes) for p in place(s, pair.clean.layout[s.tower])
-        ]
+        sites = [p for s in expand(wanted, model.shapes) for p in place(s, pair.clean.layout[s.tower])]
         patched = engine.patch(model, pair, sites)
         row = np.zeros(len(sites))
         for numbers, scores in patched.chunks:
@@ -214,10 +214,16 @@ def test_examples_without_that_slot_are_left_out_aloud(tmp_path):
     words = {"answer": "unhappy", "foil": "blue", "noun": "circle"}
     prompt = "is this circle unhappy or blue ?"
     long = [
-        replace(one, id=f"long{n}", clean_prompt=prompt, corrupt_prompt=None, answer="unhappy",
-                roles=find_roles(prompt, words))
+        replace(
+            one,
+            id=f"long{n}",
+            clean_prompt=prompt,
+            corrupt_prompt=None,
+            answer="unhappy",
+            roles=find_roles(prompt, words),
+        )
         for n, one in enumerate(several(2))
-    ]  # fmt: skip
+    ]
     sites = ["encoder.*.cross.h*@text*"]
     run = sweep_to(tmp_path / "r", blip(), [*several(12), *long], sites, "image")
     with pytest.warns(UserWarning, match="2 examples have no encoder.cross heads at 'answer'"):
@@ -238,9 +244,7 @@ def test_the_important_heads_can_be_swept_again(runs, tmp_path):
     found = circuits.write(runs, tmp_path / "c")
     heads = found.heads.head(3)
     sites = circuits.expressions(heads)
-    run = sweep_to(
-        tmp_path / "again", blip(layers=3, heads=4, width=16), several(24), sites, data="ours"
-    )
+    run = sweep_to(tmp_path / "again", blip(layers=3, heads=4, width=16), several(24), sites, data="ours")
     again = circuits.heads_of(run)
     assert again["mean"].tolist() == pytest.approx(heads["mean"].tolist(), rel=1e-6)
 
@@ -249,14 +253,24 @@ def test_universal_heads_are_important_everywhere():
     base = dict.fromkeys(circuits.HEADS)
     base |= {"tower": "encoder", "kind": "cross", "position": "answer", "layer": 0, "mean_abs": 1.0}
     rows = [
-        base | {"run": run, "head": head, "mean": mean, "important": important,
-                "important_published": head == 1, "confirmed": False}
+        base
+        | {
+            "run": run,
+            "head": head,
+            "mean": mean,
+            "important": important,
+            "important_published": head == 1,
+            "confirmed": False,
+        }
         for run, head, mean, important in (
-            ("a", 0, 1.0, True), ("b", 0, 2.0, True),
-            ("a", 1, 1.0, True), ("b", 1, -1.0, True),
-            ("a", 2, 1.0, True), ("b", 2, 1.0, False),
+            ("a", 0, 1.0, True),
+            ("b", 0, 2.0, True),
+            ("a", 1, 1.0, True),
+            ("b", 1, -1.0, True),
+            ("a", 2, 1.0, True),
+            ("b", 2, 1.0, False),
         )
-    ]  # fmt: skip
+    ]
     table = circuits.universal(pd.DataFrame(rows)).set_index("head")
     assert table["universal"].to_dict() == {0: True, 1: False, 2: False}
     assert table["universal_published"].to_dict() == {0: False, 1: True, 2: False}

@@ -47,9 +47,14 @@ def refused(result, *words: str) -> None:
 
 def table(folder, rows, name="data.csv", columns=None):
     columns = columns or [
-        "id", "clean_image_path", "corrupt_image_path", "clean_prompt", "corrupt_prompt",
-        "correct_answer", "incorrect_answer",
-    ]  # fmt: skip
+        "id",
+        "clean_image_path",
+        "corrupt_image_path",
+        "clean_prompt",
+        "corrupt_prompt",
+        "correct_answer",
+        "incorrect_answer",
+    ]
     for n in (1, 2):
         picture(n, 60).save(folder / f"{n}.png")
     file = folder / name
@@ -100,13 +105,7 @@ def test_noise_and_direction_and_engine(run, tmp_path):
     status, _, _ = run(*SWEEP[:-2], *options, *more, *SITES, "--out", tmp_path / "run")
     assert status == 0
     spec = vlmscope.read_run(tmp_path / "run").spec
-    assert spec["corrupt"] == {
-        "kind": "noise",
-        "form": "add",
-        "at": "text",
-        "scale": 3.0,
-        "draws": 2,
-    }
+    assert spec["corrupt"] == {"kind": "noise", "form": "add", "at": "text", "scale": 3.0, "draws": 2}
     assert (spec["direction"], spec["engine"], spec["dtype"]) == ("noise", "reference", "float64")
 
 
@@ -126,9 +125,18 @@ def test_a_saved_model_of_your_own(run, tmp_path):
     model.processor.save_pretrained(tmp_path / "mine")
     data = table(tmp_path, [[*GOOD[:4], "is this circle green or yellow?", *GOOD[5:]]])
     status, out, _ = run(
-        "sweep", "--model", tmp_path / "mine", "--data", data, "--corrupt", "text",
-        "--sites", "encoder.*.resid@*", "--out", tmp_path / "run",
-    )  # fmt: skip
+        "sweep",
+        "--model",
+        tmp_path / "mine",
+        "--data",
+        data,
+        "--corrupt",
+        "text",
+        "--sites",
+        "encoder.*.resid@*",
+        "--out",
+        tmp_path / "run",
+    )
     assert status == 0 and out.startswith("18 patches of 1 examples")
 
 
@@ -208,24 +216,11 @@ def test_one_bad_row_does_not_stop_the_others(run, tmp_path):
     status, out, err = run(*arguments, "--out", tmp_path / "run")
     assert err.startswith("warning: 1 of 3 examples were left out; 'b': ") and "gone.png" in err
     assert status == 0 and "of 2 examples" in out
-    assert vlmscope.read_run(tmp_path / "run").baselines()["excluded"].tolist() == [
-        False,
-        True,
-        False,
-    ]
+    assert vlmscope.read_run(tmp_path / "run").baselines()["excluded"].tolist() == [False, True, False]
 
 
 def test_tables_that_cannot_be_read(run, tmp_path):
-    start = [
-        "sweep",
-        "--model",
-        "toy-blip",
-        "--corrupt",
-        "image",
-        *SITES,
-        "--out",
-        tmp_path / "run",
-    ]
+    start = ["sweep", "--model", "toy-blip", "--corrupt", "image", *SITES, "--out", tmp_path / "run"]
     refused(run(*start, "--data", tmp_path / "gone.csv"), "gone.csv")
     refused(run(*start, "--data", "colours"), "no data set 'colours'", "states, scenes, faces")
     short = table(tmp_path, [GOOD[:3]], columns=["id", "clean_image_path", "clean_prompt"])
@@ -306,16 +301,38 @@ def test_circuits_heads_and_report(run, swept, tmp_path):
     assert status == 0 and "important of 48 heads" in out and "important in every run" in out
     sites = (tmp_path / "c" / "sites.txt").read_text().split()
     assert sites and f"$(cat {tmp_path / 'c' / 'sites.txt'})" in out
-    again = run("sweep", "--model", "toy-blip", "--data", "faces", "--limit", "1", "--corrupt",
-                "image", "--sites", *sites, "--out", tmp_path / "again")  # fmt: skip
+    again = run(
+        "sweep",
+        "--model",
+        "toy-blip",
+        "--data",
+        "faces",
+        "--limit",
+        "1",
+        "--corrupt",
+        "image",
+        "--sites",
+        *sites,
+        "--out",
+        tmp_path / "again",
+    )
     assert again[0] == 0 and f"{len(sites)} patches of 1 examples" in again[1]
-    status, out, _ = run("heads", "--model", "toy-blip", "--data", "faces", "--limit", "4",
-                         "--sites", *sites[:2], "--out", tmp_path / "h")  # fmt: skip
+    status, out, _ = run(
+        "heads",
+        "--model",
+        "toy-blip",
+        "--data",
+        "faces",
+        "--limit",
+        "4",
+        "--sites",
+        *sites[:2],
+        "--out",
+        tmp_path / "h",
+    )
     assert status == 0 and "accuracy with heads knocked out together" in out
     assert (tmp_path / "h" / "report.html").is_file()
-    status, out, _ = run(
-        "report", tmp_path / "c", tmp_path / "h", *swept, "--out", tmp_path / "r.html"
-    )
+    status, out, _ = run("report", tmp_path / "c", tmp_path / "h", *swept, "--out", tmp_path / "r.html")
     assert status == 0 and (tmp_path / "r.html").is_file()
 
 
@@ -337,8 +354,20 @@ def test_tracing(run, tmp_path):
 
 
 def test_notice(run, tmp_path):
-    status, out, _ = run("notice", "--model", "toy-blip", "--data", "faces", "states", "--limit", "14",
-                         "--corrupt", "image", "--out", tmp_path / "n")  # fmt: skip
+    status, out, _ = run(
+        "notice",
+        "--model",
+        "toy-blip",
+        "--data",
+        "faces",
+        "states",
+        "--limit",
+        "14",
+        "--corrupt",
+        "image",
+        "--out",
+        tmp_path / "n",
+    )
     assert status == 0 and "faces, image" in out and "Universal over all 2 runs" in out
     assert out.count("answered rightly; P(answer)") == 2
     spec = tmp_path / "n" / "notice.toml"
@@ -359,17 +388,25 @@ def test_data(run, tmp_path):
     status, out, _ = run("data", "folder", "--root", tmp_path / "root", "--out", tmp_path / "f.csv")
     assert status == 0 and "examples" in out and str(tmp_path / "f.csv") in out
     assert len(vlmscope.read_csv(tmp_path / "f.csv")) > 4
-    again = run("data", "folder", "--root", tmp_path / "root", "--out", tmp_path / "g.csv",
-                "--model", "toy-blip", "--limit", "4")  # fmt: skip
+    again = run(
+        "data",
+        "folder",
+        "--root",
+        tmp_path / "root",
+        "--out",
+        tmp_path / "g.csv",
+        "--model",
+        "toy-blip",
+        "--limit",
+        "4",
+    )
     assert again[0] == 0 and len(vlmscope.read_csv(tmp_path / "g.csv")) == 4
     refused(run("data", "coco", "--root", tmp_path, "--out", tmp_path / "x.csv"), "coco-qa")
     gone = tmp_path / "gone"
     refused(run("data", "faces", "--root", gone, "--out", tmp_path / "x.csv"), str(gone))
     (tmp_path / "empty").mkdir()
     for name in ("svo-probes", "mit-states", "faces", "coco-qa", "clevr", "folder"):
-        refused(
-            run("data", name, "--root", tmp_path / "empty", "--out", tmp_path / "x.csv"), "empty"
-        )
+        refused(run("data", name, "--root", tmp_path / "empty", "--out", tmp_path / "x.csv"), "empty")
 
 
 def test_generate_refuses_pictures_of_other_grids(run, tmp_path):
@@ -385,9 +422,7 @@ def test_generate_refuses_pictures_of_other_grids(run, tmp_path):
         "--prompt",
         "is this red ?",
     ]
-    status, out, err = run(
-        *base, "--patch", "decoder.1.resid@image", "--other", tmp_path / "one.png"
-    )
+    status, out, err = run(*base, "--patch", "decoder.1.resid@image", "--other", tmp_path / "one.png")
     assert status == 0, err
     assert "with 1 edit" in out
     refused(
@@ -408,9 +443,7 @@ def test_generate(run, tmp_path):
     status, out, _ = run(*base, *whole)
     other, without, edited = out.splitlines()
     assert one.foil in other and one.answer in without
-    assert edited.split(maxsplit=3)[-1] == other.split(maxsplit=3)[-1], (
-        "all of the image is patched"
-    )
+    assert edited.split(maxsplit=3)[-1] == other.split(maxsplit=3)[-1], "all of the image is patched"
     status, out, _ = run(*base, "--edit", "decoder.2.mlp@all scale 0")
     assert status == 0 and out.splitlines()[1].startswith("with 1 edit:")
     refused(run(*base, "--edit", "decoder.2.mlp@all twice"), "bad edit", "scale 0")
@@ -438,28 +471,27 @@ def test_neurons_find(run, scene, tmp_path):
     assert "orange star" in (tmp_path / "captions.csv").read_text()
     table = pd.read_parquet(tmp_path / "neurons.parquet")
     assert list(table.columns) == [
-        "example", "word", "token", "token_id", "position", "layer", "neuron", "activation", "weight",
-        "score", "rank",
-    ]  # fmt: skip
+        "example",
+        "word",
+        "token",
+        "token_id",
+        "position",
+        "layer",
+        "neuron",
+        "activation",
+        "weight",
+        "score",
+        "rank",
+    ]
     assert table.groupby("word").size().to_dict() == {"star": 1024, "triangle": 1024}
-    status, _, _ = run(
-        *asked, "--caption", "a red heart", "--word", "heart", "--out", tmp_path / "told"
-    )
+    status, _, _ = run(*asked, "--caption", "a red heart", "--word", "heart", "--out", tmp_path / "told")
     assert status == 0
     refused(
-        run(*asked, "--word", "dog", "--out", tmp_path / "no"),
-        "'dog' is not in the caption 'an orange star",
+        run(*asked, "--word", "dog", "--out", tmp_path / "no"), "'dog' is not in the caption 'an orange star"
     )
-    refused(
-        run(*asked, "--out", tmp_path / "no"), "nothing is known of what is shown", "name words"
-    )
-    refused(
-        run(*asked[:-2], "--word", "star", "--out", tmp_path / "no"), "--image needs a --prompt"
-    )
-    refused(
-        run(*asked, "--data", "states", "--word", "x", "--out", tmp_path),
-        "either --image or --data",
-    )
+    refused(run(*asked, "--out", tmp_path / "no"), "nothing is known of what is shown", "name words")
+    refused(run(*asked[:-2], "--word", "star", "--out", tmp_path / "no"), "--image needs a --prompt")
+    refused(run(*asked, "--data", "states", "--word", "x", "--out", tmp_path), "either --image or --data")
 
 
 def test_neurons_describe_and_perturb(run, tmp_path):
@@ -469,52 +501,61 @@ def test_neurons_describe_and_perturb(run, tmp_path):
     )
     assert status == 0, err
     assert (tmp_path / "report.html").exists()
+    refused(run("neurons", "describe", *given, "--neuron", "250", "--out", tmp_path), "expected LAYER.NUMBER")
     refused(
-        run("neurons", "describe", *given, "--neuron", "250", "--out", tmp_path),
-        "expected LAYER.NUMBER",
+        run("neurons", "describe", *given, "--out", tmp_path), "nothing to describe; name words or neurons"
     )
-    refused(
-        run("neurons", "describe", *given, "--out", tmp_path),
-        "nothing to describe; name words or neurons",
-    )
-    refused(
-        run("neurons", "perturb", *given, "--word", "red", "--out", tmp_path),
-        "no word can be measured",
-    )
+    refused(run("neurons", "perturb", *given, "--word", "red", "--out", tmp_path), "no word can be measured")
 
 
 def test_neurons_edit(run, scene, tmp_path):
     given = ["--model", "toy-llava", "--data", "states", "--limit", "50", "--prompt", ASK]
     file = tmp_path / "edit.safetensors"
     status, out, err = run(
-        "neurons", "edit", *given, "--from", "red", "--to", "blue", "--neurons", "30", "--out", file,
-        "--export", tmp_path / "model",
-    )  # fmt: skip
+        "neurons",
+        "edit",
+        *given,
+        "--from",
+        "red",
+        "--to",
+        "blue",
+        "--neurons",
+        "30",
+        "--out",
+        file,
+        "--export",
+        tmp_path / "model",
+    )
     assert status == 0, err
     assert "red -> blue: 30 neurons" in out and "generality" in out
     assert (tmp_path / "edit-card" / "report.html").exists()
     status, out, _ = run("neurons", "edits", file)
     assert status == 0 and "red -> blue" in out
-    status, out, err = run(
-        "generate", "--model", tmp_path / "model", "--image", scene, "--prompt", ASK
-    )
+    status, out, err = run("generate", "--model", tmp_path / "model", "--image", scene, "--prompt", ASK)
     assert status == 0, err
+    refused(run("neurons", "edit", *given, "--from", "red", "--out", file), "either --to WORD or --suppress")
     refused(
-        run("neurons", "edit", *given, "--from", "red", "--out", file),
-        "either --to WORD or --suppress",
-    )
-    refused(
-        run(
-            "neurons", "edit", *given, "--from", "red", "--to", "blue", "--margin", 2, "--out", file
-        ),
+        run("neurons", "edit", *given, "--from", "red", "--to", "blue", "--margin", 2, "--out", file),
         "a margin is of the closed solver",
     )
     refused(
-        run("neurons", "edit", *given, "--from", "dog", "--to", "cat", "--out", file),
-        "no caption of these",
+        run("neurons", "edit", *given, "--from", "dog", "--to", "cat", "--out", file), "no caption of these"
     )
     refused(
-        run("neurons", "edit", "--model", tmp_path / "model", *given[2:], "--from", "green", "--to", "blue",
-            "--on", file, "--out", file),
+        run(
+            "neurons",
+            "edit",
+            "--model",
+            tmp_path / "model",
+            *given[2:],
+            "--from",
+            "green",
+            "--to",
+            "blue",
+            "--on",
+            file,
+            "--out",
+            file,
+        ),
         "was made for another model or revision",
-    )  # fmt: skip
+    )

@@ -36,15 +36,11 @@ def held_out(limit, seed):
 
 @pytest.fixture(scope="module")
 def measured(toy):
-    return concepts.measure(
-        toy, held_out(30, 21), ASK, ["red", "blue", "circle", "star", "triangle"]
-    )
+    return concepts.measure(toy, held_out(30, 21), ASK, ["red", "blue", "circle", "star", "triangle"])
 
 
 def test_the_neurons_carry_their_words(measured):
-    table = measured.measures[measured.measures["method"] == "contribution"].set_index(
-        ["measure", "word"]
-    )
+    table = measured.measures[measured.measures["method"] == "contribution"].set_index(["measure", "word"])
     known = {word for _, word in table.index}
     assert len(known) >= 3
     for word in known:
@@ -52,10 +48,7 @@ def test_the_neurons_carry_their_words(measured):
         assert auc["value"] >= 0.9 and abs(auc["null"] - 0.5) <= 0.06
         assert auc["ci_low"] <= auc["value"] <= auc["ci_high"]
         assert drop["value"] >= 5 * abs(drop["random"])
-        assert (
-            table.loc[("overlap", word), "value"]
-            >= 3 * table.loc[("overlap, others", word), "value"]
-        )
+        assert table.loc[("overlap", word), "value"] >= 3 * table.loc[("overlap, others", word), "value"]
     chosen = measured.chosen.groupby(["word", "method"]).size()
     assert set(chosen) == {10}, "1 % of all neurons"
     layers = measured.chosen.groupby(["word", "method"])["layer"].apply(sorted)
@@ -121,8 +114,13 @@ def test_nothing_is_found_in_a_random_model(toy, seed):
 def test_similarity_of_top_tokens(toy, tmp_path):
     """By any text model that is named; here a small BERT with random weights."""
     words = "[PAD] [UNK] [CLS] [SEP] [MASK] red blue circle star".split()
-    config = BertConfig(vocab_size=len(words), hidden_size=16, num_hidden_layers=1, num_attention_heads=2,
-                        intermediate_size=32)  # fmt: skip
+    config = BertConfig(
+        vocab_size=len(words),
+        hidden_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=32,
+    )
     BertModel(config).save_pretrained(tmp_path)
     BertTokenizer(vocab={w: n for n, w in enumerate(words)}).save_pretrained(tmp_path)
     found = concepts.measure(toy, held_out(40, 21), ASK, ["red"], causal=False, embedding=tmp_path)
@@ -130,9 +128,7 @@ def test_similarity_of_top_tokens(toy, tmp_path):
     assert set(rows["method"]) == set(concepts.METHODS)
     assert rows["value"].between(-1, 1).all()
     with pytest.raises(ModelError, match="cannot load"):
-        concepts.measure(
-            toy, held_out(20, 9), ASK, ["red"], causal=False, embedding=tmp_path / "no"
-        )
+        concepts.measure(toy, held_out(20, 9), ASK, ["red"], causal=False, embedding=tmp_path / "no")
 
 
 def test_auc_and_pairs_by_hand():
@@ -149,9 +145,7 @@ def test_ablation_and_noise(toy):
     inputs = toy.inputs(one.clean_image, ASK)
     before = toy.down(2).weight.detach().clone()
     with concepts.ablated(toy, {2: ([4, 9], torch.tensor([0.0, 1.5]))}):
-        found = toy.capture(
-            inputs, ["decoder.2.mlp.n4@all", "decoder.2.mlp.n9@all", "decoder.2.mlp.n5@all"]
-        )
+        found = toy.capture(inputs, ["decoder.2.mlp.n4@all", "decoder.2.mlp.n9@all", "decoder.2.mlp.n5@all"])
         assert found["decoder.2.mlp.n4@all"].unique().tolist() == [0.0]
         assert found["decoder.2.mlp.n9@all"].unique().tolist() == [1.5]
         assert found["decoder.2.mlp.n5@all"].unique().numel() > 10
@@ -204,8 +198,7 @@ def test_patches_are_shuffled_where_they_are_tokens_of_the_language_model(name, 
     given = [example(clean_image=picture(n), id=str(n)) for n in range(8)]
     study = concepts._Study(model, given, "is this circle red ?", 12, 0)
     token = max(
-        {t for said in study.said for t in said.ids},
-        key=lambda t: sum(t in said.ids for said in study.said),
+        {t for said in study.said for t in said.ids}, key=lambda t: sum(t in said.ids for said in study.said)
     )
     every = np.ones(len(given), bool)
     weight = np.random.default_rng(0).normal(size=study.many)

@@ -73,7 +73,7 @@ def test_tokens_of_a_tower_that_reads_none():
         (["toy-llava", "--example", "faces:9999"], "faces has no example '9999'; expected an id, or a row"),
         (["--example", "states:0"], "name the model first"),
     ],
-)  # fmt: skip
+)
 def test_examples_that_are_not_there(given, says):
     done = subprocess.run(
         [sys.executable, "-m", "vlmscope", "models", *given], capture_output=True, text=True

@@ -33,11 +33,7 @@ PHOTO = picture(size=(160, 120))
 
 
 def send(
-    handler: BaseHTTPRequestHandler,
-    body: bytes,
-    status: int = 200,
-    kind: str = "image/jpeg",
-    **headers: str,
+    handler: BaseHTTPRequestHandler, body: bytes, status: int = 200, kind: str = "image/jpeg", **headers: str
 ) -> None:
     handler.send_response(status)
     handler.send_header("Content-Type", kind)
@@ -106,9 +102,7 @@ def get(url: str, path: Path, **options: object) -> str | None:
 @pytest.mark.parametrize(
     ("kind", "suffix"), [("JPEG", "jpg"), ("PNG", "png"), ("WEBP", "webp"), ("GIF", "gif")]
 )
-def test_a_file_has_the_suffix_of_its_content(
-    server: Server, tmp_path: Path, kind: str, suffix: str
-) -> None:
+def test_a_file_has_the_suffix_of_its_content(server: Server, tmp_path: Path, kind: str, suffix: str) -> None:
     body = picture(kind)
     url = server.add("/a.php", body)
     assert get(url, tmp_path / "images" / "7.jpg") is None
@@ -417,9 +411,7 @@ def _recording(
 # The log
 
 
-def test_logs_what_failed_and_leaves_alone_what_failed_for_good(
-    server: Server, tmp_path: Path
-) -> None:
+def test_logs_what_failed_and_leaves_alone_what_failed_for_good(server: Server, tmp_path: Path) -> None:
     gone = server.add("/gone", lambda one: send(one, b"", 404))
     busy = server.add("/busy", lambda one: send(one, b"", 503))
     good = server.add("/good", PHOTO)

@@ -113,8 +113,7 @@ def test_a_padded_prompt():
     model = blip()
     (pair,) = corrupt.pairs(model, example(answer="unhappy", foil="unly"), "image")
     clean, other = (
-        replace(i, tensors={**i.tensors, "attention_mask": _padded(i)})
-        for i in (pair.clean, pair.corrupt)
+        replace(i, tensors={**i.tensors, "attention_mask": _padded(i)}) for i in (pair.clean, pair.corrupt)
     )
     assert not torch.equal(model.run(clean), model.run(pair.clean)), "the mask matters"
     fast, slow = both(model, replace(pair, clean=clean, corrupt=other), SITES)
@@ -223,9 +222,7 @@ def test_clean_into_clean_changes_nothing():
     model = blip(dtype=torch.float32)
     same = model.prepare(replace(example(), corrupt_image=None, corrupt_prompt=None))
     for one in (engine, reference):
-        patched = one.patch(
-            model, same, placed(model, same, ["encoder.*.cross.h*@*", "vision.*.resid@*"])
-        )
+        patched = one.patch(model, same, placed(model, same, ["encoder.*.cross.h*@*", "vision.*.resid@*"]))
         for _, scores in patched.chunks:
             assert (scores.ld == patched.clean.ld).all()
 
@@ -246,9 +243,7 @@ def test_a_patch_that_cannot_reach_the_answer_has_no_effect():
     model = blip()
     (pair,) = corrupt.pairs(model, example(answer="unhappy", foil="unly"), "image")
     for one in (engine, reference):
-        sites = placed(
-            model, pair, ["decoder.1.cross.h*@0", "decoder.1.resid@0", "encoder.0.attn@*"]
-        )
+        sites = placed(model, pair, ["decoder.1.cross.h*@0", "decoder.1.resid@0", "encoder.0.attn@*"])
         patched = one.patch(model, pair, sites)
         for _, scores in patched.chunks:
             assert (scores.ld == patched.corrupt.ld).all()
@@ -285,8 +280,14 @@ def test_ablate_sets_what_it_is_given():
     """Against plain runs with one edit each, in every tower."""
     model = blip(layers=3, heads=2)
     pair = model.prepare(example())
-    expressions = ["vision.*.attn.h*@all", "encoder.*.cross.h*@answer", "encoder.*.attn.h1@*",
-                   "encoder.1.mlp@*", "decoder.*.cross.h*@last", "encoder.*.resid@0"]  # fmt: skip
+    expressions = [
+        "vision.*.attn.h*@all",
+        "encoder.*.cross.h*@answer",
+        "encoder.*.attn.h1@*",
+        "encoder.1.mlp@*",
+        "decoder.*.cross.h*@last",
+        "encoder.*.resid@0",
+    ]
     sites = placed(model, pair, expressions)
     noise = torch.Generator().manual_seed(0)
     values = {}

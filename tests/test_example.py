@@ -17,10 +17,7 @@ from vlmscope import example as module
 from vlmscope.errors import DataError, ExampleError
 from vlmscope.example import Example, find_roles, fingerprint, open_image, read_csv, write_csv
 
-HEADER = (
-    "clean_image_path,corrupt_image_path,clean_prompt,corrupt_prompt,"
-    "correct_answer,incorrect_answer"
-)
+HEADER = "clean_image_path,corrupt_image_path,clean_prompt,corrupt_prompt,correct_answer,incorrect_answer"
 ROW = "a.png,b.png,Is this circle red or blue?,Is this circle pink or grey?,red,blue"
 
 
@@ -76,9 +73,7 @@ def test_needs_nothing_of_the_corrupt_input(table: Callable[..., Path]) -> None:
         assert (one.corrupt_image, one.corrupt_prompt) == (None, None)
 
 
-def test_a_further_column_is_a_group_and_where_its_words_stand_a_role(
-    table: Callable[..., Path],
-) -> None:
+def test_a_further_column_is_a_group_and_where_its_words_stand_a_role(table: Callable[..., Path]) -> None:
     lines = (ROW + ",Circle,color,", ROW + ",star,shape,left")
     first, second = read_csv(table(HEADER + ",noun,kind,side", *lines))
     assert first.groups == {"noun": "Circle", "kind": "color"}
@@ -89,9 +84,7 @@ def test_a_further_column_is_a_group_and_where_its_words_stand_a_role(
 
 def test_reads_masks_and_absolute_paths(table: Callable[..., Path], tmp_path: Path) -> None:
     row = f"{tmp_path}/x/a.png" + ROW.removeprefix("a.png")
-    [one] = read_csv(
-        table(HEADER + ",mask_path,mask_path_sky,mask_path_sea", row + ",m.png,s.png,")
-    )
+    [one] = read_csv(table(HEADER + ",mask_path,mask_path_sky,mask_path_sea", row + ",m.png,s.png,"))
     assert one.clean_image == tmp_path / "x" / "a.png"
     assert one.masks == {"object": tmp_path / "m.png", "sky": tmp_path / "s.png"}
     assert one.groups == {}
@@ -147,9 +140,7 @@ def test_refuses_a_header_alone(table: Callable[..., Path]) -> None:
         read_csv(table(HEADER))
 
 
-def test_names_the_columns_that_are_missing_and_the_nearest_names(
-    table: Callable[..., Path],
-) -> None:
+def test_names_the_columns_that_are_missing_and_the_nearest_names(table: Callable[..., Path]) -> None:
     path = table("clean_image_path,Clean_Promt,incorrect_answer", "a,b,c")
     expected = (
         r"no column clean_prompt \(is it 'Clean_Promt'\?\), correct_answer; the file has "
@@ -172,10 +163,7 @@ def test_refuses_two_columns_of_one_name(table: Callable[..., Path], extra: str)
 
 def test_refuses_rows_of_another_length(table: Callable[..., Path]) -> None:
     path = table(
-        HEADER,
-        '"a\nb"' + ROW.removeprefix("a.png"),
-        "a.png,b.png,Is it a, or b?,,a,b",
-        "a.png,b.png",
+        HEADER, '"a\nb"' + ROW.removeprefix("a.png"), "a.png,b.png,Is it a, or b?,,a,b", "a.png,b.png"
     )
     expected = (
         r"my\.csv: line 4 has 7 cells where the header has 6 \(put a cell with a comma .*\); "
@@ -200,9 +188,7 @@ def test_refuses_quotes_that_do_not_fit(table: Callable[..., Path], cell: str) -
         ("a,b,red or blue?,,red, Red", r"are both 'red' \(they must differ\)"),
     ],
 )
-def test_refuses_rows_that_make_no_example(
-    table: Callable[..., Path], row: str, expected: str
-) -> None:
+def test_refuses_rows_that_make_no_example(table: Callable[..., Path], row: str, expected: str) -> None:
     with pytest.raises(DataError, match=rf"my\.csv: line 3: .*{expected}"):
         read_csv(table(HEADER, ROW, row))
 
@@ -258,8 +244,11 @@ def test_an_example_made_in_python_has_the_roles_of_one_that_was_read(tmp_path: 
     assert fingerprint([back]) == fingerprint([replace(back, groups=groups)])
     late = replace(one, roles={"verb": (0, 2), "answer": (30, 33)})
     assert list(late.roles.items()) == [
-        ("answer", (30, 33)), ("foil", (22, 26)), ("verb", (0, 2)), ("noun", (8, 14)),
-    ]  # fmt: skip
+        ("answer", (30, 33)),
+        ("foil", (22, 26)),
+        ("verb", (0, 2)),
+        ("noun", (8, 14)),
+    ]
     copied = copy.deepcopy(late.roles)
     assert copied == late.roles and copied.given == late.roles.given
     assert Example(**asdict(one)).roles == one.roles
@@ -274,14 +263,8 @@ def test_roles_follow_the_prompt() -> None:
     noun = replace(one, roles={"noun": (12, 18)})
     assert replace(noun, clean_prompt="one or more circle").roles == {"noun": (12, 18)}
     for prompt, why in (
-        (
-            "red?",
-            r"'one': the role 'noun' is characters 12 to 18 of clean_prompt, and the prompt has 4",
-        ),
-        (
-            "red or blue square?",
-            "'square' has taken the place of 'circle'; give the roles of this prompt",
-        ),
+        ("red?", r"'one': the role 'noun' is characters 12 to 18 of clean_prompt, and the prompt has 4"),
+        ("red or blue square?", "'square' has taken the place of 'circle'; give the roles of this prompt"),
     ):
         with pytest.raises(ExampleError, match=why):
             replace(noun, clean_prompt=prompt)
@@ -420,9 +403,7 @@ def png(header: tuple[int, int, int, int], pixels: bytes, transparent: bytes = b
     """A PNG file of (width, height, bits, color type) by hand, for what Pillow does not write."""
 
     def chunk(kind: bytes, data: bytes) -> bytes:
-        return (
-            struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-        )
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
     return b"".join(
         (
@@ -464,8 +445,7 @@ def test_a_broken_exif_block_does_not_cost_the_picture(tmp_path: Path, block: by
 
 
 @pytest.mark.parametrize(
-    ("mode", "solid", "expected"),
-    [("RGBA", (255, 0, 0, 255), (255, 0, 0)), ("LA", (76, 255), (76, 76, 76))],
+    ("mode", "solid", "expected"), [("RGBA", (255, 0, 0, 255), (255, 0, 0)), ("LA", (76, 255), (76, 76, 76))]
 )
 def test_transparency_becomes_white(
     tmp_path: Path, mode: str, solid: tuple[int, ...], expected: tuple[int, int, int]
@@ -603,9 +583,7 @@ def test_refuses_a_picture_that_was_closed(tmp_path: Path) -> None:
     drawn().save(tmp_path / "a.png")
     with Image.open(tmp_path / "a.png") as picture:
         pass
-    with pytest.raises(
-        ExampleError, match="the picture in memory: an image that cannot be decoded"
-    ):
+    with pytest.raises(ExampleError, match="the picture in memory: an image that cannot be decoded"):
         open_image(picture)
     assert fingerprint([made(clean_image=picture)]) != fingerprint([made()])
 
@@ -615,9 +593,7 @@ def test_refuses_more_pixels_than_it_would_decode(tmp_path: Path, side: int) -> 
     """The first size is one that Pillow warns of, the second one that it refuses itself."""
     path = tmp_path / "bomb.png"
     path.write_bytes(png((side, side, 8, 2), b""))
-    with pytest.raises(
-        ExampleError, match=r"bomb\.png: .*more than the 89,000,000 .*scale it down"
-    ):
+    with pytest.raises(ExampleError, match=r"bomb\.png: .*more than the 89,000,000 .*scale it down"):
         open_image(path)
 
 
@@ -687,9 +663,7 @@ def test_the_fingerprint_reads_a_file_once(tmp_path: Path, monkeypatch: pytest.M
     drawn().save(tmp_path / "a.png")
     reads: list[str] = []
     digest = module.hashlib.file_digest
-    monkeypatch.setattr(
-        module.hashlib, "file_digest", lambda *given: (reads.append("x"), digest(*given))[1]
-    )
+    monkeypatch.setattr(module.hashlib, "file_digest", lambda *given: (reads.append("x"), digest(*given))[1])
     fingerprint([made(str(number), clean_image=tmp_path / "a.png") for number in range(5)])
     assert len(reads) == 1
 

@@ -42,11 +42,7 @@ def expressions(model: Model) -> list[str]:
     for tower, shape in model.shapes.items():
         found += [f"{tower}.*.{kind}@{at}" for kind in shape.kinds for at in ("*", "all")]
         found += [f"{tower}.*.{kind}.h*@*" for kind in shape.heads]
-        found += [
-            f"{tower}.*.mlp.n3@*",
-            f"{tower}.*/3.{next(iter(shape.heads))}@*",
-            f"{tower}.*/3.resid@*",
-        ]
+        found += [f"{tower}.*.mlp.n3@*", f"{tower}.*/3.{next(iter(shape.heads))}@*", f"{tower}.*/3.resid@*"]
     tower = reader(model)
     found.append(f"{tower}.*.resid@answer")
     if model.prepare(example()).clean.layout[tower].image:
@@ -90,16 +86,18 @@ def compare(model, pair, direction, some=None):
             for numbers, scores in patched.chunks:
                 table[0, numbers], table[1, numbers] = scores.p, scores.ld
             results.append(table)
-        torch.testing.assert_close(
-            *results, rtol=1e-9, atol=1e-11, msg=lambda m, t=text: f"{t}: {m}"
-        )
+        torch.testing.assert_close(*results, rtol=1e-9, atol=1e-11, msg=lambda m, t=text: f"{t}: {m}")
 
 
 NOT_ADDED = {
-    ("blip-vqa", "encoder"), ("blip-vqa", "decoder"), ("blip-captioning", "decoder"),
-    *((name, "qformer") for name in
-      ("blip2-opt", "blip2-t5", "instructblip-vicuna", "instructblip-t5", "mplug-owl2")),
-}  # fmt: skip
+    ("blip-vqa", "encoder"),
+    ("blip-vqa", "decoder"),
+    ("blip-captioning", "decoder"),
+    *(
+        (name, "qformer")
+        for name in ("blip2-opt", "blip2-t5", "instructblip-vicuna", "instructblip-t5", "mplug-owl2")
+    ),
+}
 """Towers whose blocks normalise the residual stream itself: what is added is not the difference."""
 
 
@@ -125,7 +123,7 @@ def adds_up(model, towers):
         edited = [
             Edit(Site.parse(f"{tower}.{model.shapes[tower].having(kind)[-1]}.{kind}@all"), "scale", -0.5)
             for kind in kinds[1:-1]
-        ]  # fmt: skip
+        ]
         plain = model.capture(inputs, [f"{tower}.*.{kind}@all" for kind in kinds])
         for found in (plain, model.capture(inputs, list(plain), edited)):
             for layer in range(model.shapes[tower].layers):
@@ -180,9 +178,7 @@ def test_what_is_written_back_changes_no_bit(name):
     model = made(name)
     inputs = model.prepare(example()).clean
     plain = model.run(inputs)
-    sites = [
-        f"{tower}.*.{kind}@all" for tower, shape in model.shapes.items() for kind in shape.kinds
-    ]
+    sites = [f"{tower}.*.{kind}@all" for tower, shape in model.shapes.items() for kind in shape.kinds]
     for site, value in model.capture(inputs, sites).items():
         assert torch.equal(model.run(inputs, [Edit(Site.parse(site), "set", value)]), plain), site
 
@@ -191,9 +187,7 @@ def embedded(model, inputs, factor):
     """What is multiplied, by plain hooks: the image's features as the language model is given them."""
     if model.family.name in ("BLIP-VQA", "BLIP captioning"):
         norm = model.hf.vision_model.post_layernorm
-        return norm.register_forward_hook(
-            lambda m, args, out: out * factor if out.ndim == 3 else None
-        )
+        return norm.register_forward_hook(lambda m, args, out: out * factor if out.ndim == 3 else None)
     if model.family.name == "Mllama":
         project = model.hf.model.multi_modal_projector
         return project.register_forward_hook(lambda m, args, out: out * factor)
@@ -213,12 +207,8 @@ def embedded(model, inputs, factor):
         own = kwargs["inputs_embeds"]
         more = {}
         if kwargs.get("deepstack_visual_embeds"):  # of the image, and added behind the first blocks
-            more["deepstack_visual_embeds"] = [
-                x * factor for x in kwargs["deepstack_visual_embeds"]
-            ]
-        return args, {
-            **kwargs, **more, "inputs_embeds": torch.where(image[..., None], own * factor, own)
-        }  # fmt: skip
+            more["deepstack_visual_embeds"] = [x * factor for x in kwargs["deepstack_visual_embeds"]]
+        return args, {**kwargs, **more, "inputs_embeds": torch.where(image[..., None], own * factor, own)}
 
     return language.register_forward_pre_hook(given, with_kwargs=True)
 
@@ -326,9 +316,7 @@ def test_generation_under_edits(name):
     plain = model.inputs(one.clean_image, one.clean_prompt)
     said: list[int] = []
     for _ in range(4):
-        run = model.family.encode(
-            model.hf, model.processor, [one.clean_image], one.clean_prompt, {}, said
-        )
+        run = model.family.encode(model.hf, model.processor, [one.clean_image], one.clean_prompt, {}, said)
         placed = [replace(e, site=s) for e in edits for s, _ in model.placed(e.site, plain)]
         each = [
             replace(e, site=replace(e.site, position=str(p)))
@@ -336,10 +324,7 @@ def test_generation_under_edits(name):
             for p in model.placed(e.site, plain)[0][1]
         ]
         said.append(int(model.run(run, each).argmax()))
-        special = {
-            model.processor.tokenizer.eos_token_id,
-            getattr(model.hf.config, "image_token_id", -1),
-        }
+        special = {model.processor.tokenizer.eos_token_id, getattr(model.hf.config, "image_token_id", -1)}
         if said[-1] in special:
             break
     words = model.processor.tokenizer.decode(said, skip_special_tokens=True).strip()
@@ -393,11 +378,7 @@ def test_contributions_of_neurons(name, double):
             active = seen[layer].reshape(-1, seen[layer].shape[-1])[at].detach()
             module = model.blocks(model.speaker)[layer].get_submodule(table.mlp)
             weight = (module.weight.T @ unembed[token]).detach()
-            for column, wanted in (
-                ("activation", active),
-                ("weight", weight),
-                ("score", active * weight),
-            ):
+            for column, wanted in (("activation", active), ("weight", weight), ("score", active * weight)):
                 scale = float(wanted.abs().max())
                 assert abs(own[column].to_numpy() - wanted.numpy()).max() <= close * max(1, scale)
             added = out[layer].reshape(-1, out[layer].shape[-1])[at]
@@ -520,8 +501,9 @@ def test_attention_is_hugging_faces(name):
             for handle in held:
                 handle.remove()
             # Tiles lie behind each other: what one pays to another is nothing.
-            wanted = torch.stack([torch.stack([torch.block_diag(*head) for head in one.transpose(0, 1)])
-                                  for one in given])  # fmt: skip
+            wanted = torch.stack(
+                [torch.stack([torch.block_diag(*head) for head in one.transpose(0, 1)]) for one in given]
+            )
             # In a model whose attention is not eager the layers below are not rounded to float32.
             for one, close in ((eager, 1e-7), (model, 1e-5)):
                 paid = one.attention(inputs, tower, kind, every)
@@ -590,9 +572,7 @@ def test_batches_with_padding(name, side):
     processor = model.processor
     texts = [written(processor, p)[0] for p in ("is this circle red or blue ?", "red or blue ?")]
     images = [[picture(1)], [picture(2)]]
-    batch = processor(
-        images=images, text=texts, padding=True, padding_side=side, return_tensors="pt"
-    )
+    batch = processor(images=images, text=texts, padding=True, padding_side=side, return_tensors="pt")
     logits = model.hf(**batch).logits
     for n, text in enumerate(texts):
         own = model.run(model.inputs(images[n][0], text))
@@ -644,30 +624,23 @@ def place_all(model, pair, text):
 
 def test_heads_of_a_layer_that_has_none():
     model = FAMILIES["mllama"]()
-    with pytest.raises(
-        SiteError, match="layer 1 of the decoder tower has no 'attn'; these have: 0, 2"
-    ):
+    with pytest.raises(SiteError, match="layer 1 of the decoder tower has no 'attn'; these have: 0, 2"):
         expand([Site.parse("decoder.1.attn.h0@last")], model.shapes)
-    with pytest.raises(
-        SiteError, match="layer 0 of the decoder tower has no 'cross'; these have: 1, 3"
-    ):
+    with pytest.raises(SiteError, match="layer 0 of the decoder tower has no 'cross'; these have: 1, 3"):
         expand([Site.parse("decoder.0.cross@last")], model.shapes)
     assert len(expand([Site.parse("decoder.*.cross.h*@last")], model.shapes)) == 8
 
 
 def test_placeholders():
     model = llava()
-    with pytest.raises(
-        ExampleError, match="2 placeholders '<image>' and there is one image; write one"
-    ):
+    with pytest.raises(ExampleError, match="2 placeholders '<image>' and there is one image; write one"):
         model.prepare(example("<image> <image> is this circle red or blue ?"))
     own = model.prepare(example("<image> is this circle red or blue ?", corrupt_prompt=None))
     assert own.clean.layout["decoder"].tokens[:2] == ("<s>", "0,0"), "taken as it is"
 
 
 @pytest.mark.parametrize(
-    "name",
-    sorted({"llava-next", "llava-onevision", "idefics3", "smolvlm", "internvl"} & set(MADE)),
+    "name", sorted({"llava-next", "llava-onevision", "idefics3", "smolvlm", "internvl"} & set(MADE))
 )
 def test_tiles_are_put_back(name):
     """What is changed in one tile of a picture changes that tile's cells, and no other tile's."""
@@ -683,15 +656,9 @@ def test_tiles_are_put_back(name):
         ]
         layout = model.inputs(one, "what color is this circle ?").layout["decoder"]
         rows, columns = grid(layout)
-        changed = {
-            cell
-            for at, cell in layout.cells.items()
-            if not torch.equal(tokens[0][at], tokens[1][at])
-        }
+        changed = {cell for at, cell in layout.cells.items() if not torch.equal(tokens[0][at], tokens[1][at])}
         inside = {
-            (r, c)
-            for r, c in layout.cells.values()
-            if r * 2 // rows == down and c * 2 // columns == right
+            (r, c) for r, c in layout.cells.values() if r * 2 // rows == down and c * 2 // columns == right
         }
         assert len(inside) * 4 == len(layout.cells) > 4
         assert changed == inside
@@ -704,9 +671,7 @@ def test_a_picture_without_patches():
 
 @pytest.mark.skipif("qwen2-vl" not in MADE, reason="its processor needs torchvision")
 def test_a_picture_that_the_processor_refuses():
-    with pytest.raises(
-        ExampleError, match="cannot take 1 image.* of 1 x 3000 pixels.*aspect ratio"
-    ):
+    with pytest.raises(ExampleError, match="cannot take 1 image.* of 1 x 3000 pixels.*aspect ratio"):
         made("qwen2-vl").inputs(picture(1).resize((1, 3000)), "red or blue ?")
 
 
@@ -734,7 +699,11 @@ def test_what_is_added_between_blocks():
     for value, before in zip(found.values(), plain, strict=True):
         assert torch.equal(value, before / 2)
     for pair in (noisy, corrupt.pairs(model, example(), "image")[0]):
-        compare(model, pair, "denoise", ["decoder.*.deepstack@*", "decoder.*/3.deepstack@image",
-                                         "decoder.*.resid@*"])  # fmt: skip
+        compare(
+            model,
+            pair,
+            "denoise",
+            ["decoder.*.deepstack@*", "decoder.*/3.deepstack@image", "decoder.*.resid@*"],
+        )
     with pytest.raises(SiteError, match="adds it to the image's tokens alone"):
         model.run(noisy.clean, [Edit("decoder.0.deepstack@last", "add", 1.0)])

@@ -89,9 +89,7 @@ def test_without_masks_only_what_needs_none_is_said():
 def test_knock_outs_are_plain_runs_with_one_edit():
     """Against `run` with the edit written out, by zero, by the mean and by another example's value."""
     model = blip(layers=2, heads=2)
-    examples = [
-        example(id=f"e{n}", clean_image=picture(n), corrupt_image=picture(50 + n)) for n in range(5)
-    ]
+    examples = [example(id=f"e{n}", clean_image=picture(n), corrupt_image=picture(50 + n)) for n in range(5)]
     study = heads._Study(model, examples, "encoder.1.cross.h1@answer", "image", 0)
     site = Site.parse("encoder.1.cross.h1@answer")
     means = study._means()
@@ -115,10 +113,9 @@ def test_knock_outs_are_plain_runs_with_one_edit():
 
 def test_heads_knocked_out_together(found):
     table = found.together
-    assert table["set"].value_counts().to_dict() == {
-        "none": 1,
-        "these heads": 2,
-    }, "there are no other heads to draw"
+    assert table["set"].value_counts().to_dict() == {"none": 1, "these heads": 2}, (
+        "there are no other heads to draw"
+    )
     assert table.loc[table["set"] == "none", "accuracy"].item() == 1.0
     assert table.loc[table["set"] == "these heads", "accuracy"].max() < 0.8
 
@@ -167,14 +164,7 @@ def test_the_tables_are_written(tmp_path):
     model, examples = planted(), planted_examples(6)
     table = heads.write(tmp_path / "heads", model, examples, SITES, data="planted")
     names = {p.name for p in (tmp_path / "heads").iterdir()}
-    assert names == {
-        "functions.csv",
-        "heads.json",
-        "maps.parquet",
-        "measures.csv",
-        "patches",
-        "together.csv",
-    }
+    assert names == {"functions.csv", "heads.json", "maps.parquet", "measures.csv", "patches", "together.csv"}
     assert len(table.functions) == 4
 
 
@@ -190,7 +180,7 @@ def test_patches_are_patched_where_the_language_model_reads_them(tmp_path, name,
     given = [
         example(id=f"e{n}", clean_image=picture(n), corrupt_prompt=None, masks={"object": (0, 0, 6, 6)})
         for n in range(3, 5)
-    ]  # fmt: skip
+    ]
     heads.write(tmp_path / "heads", FAMILIES[name](), given, head)
     if patched is None:
         assert not (tmp_path / "heads" / "patches").exists()
@@ -216,13 +206,10 @@ def test_patches_of_the_part_that_the_model_sees():
     left.paste("red", (0, 0, 5, 20))  # resizing blurs what is close
     prompt = "is this circle red or blue ?"
     same = [
-        model.inputs(x, prompt).tensors["pixel_values"]
-        for x in (left, Image.new("RGB", (40, 20), "blue"))
+        model.inputs(x, prompt).tensors["pixel_values"] for x in (left, Image.new("RGB", (40, 20), "blue"))
     ]
     torch.testing.assert_close(*same)
-    model.processor.image_processor.do_pad = (
-        True  # as LLaVA's own processor: to a square, around it
-    )
+    model.processor.image_processor.do_pad = True  # as LLaVA's own processor: to a square, around it
     assert model.view(wide.clean_image) == (0, -10, 40, 30)
 
 

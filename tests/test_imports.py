@@ -56,11 +56,7 @@ def read_layers() -> dict[str, int]:
     picture = re.search(r"## Layers\n.*?```\n(.*?)```", PAGE.read_text("utf-8"), re.DOTALL)
     assert picture, f"no picture under '## Layers' in {PAGE.name}"
     lines = picture[1].strip().splitlines()
-    return {
-        name.strip(): len(lines) - depth
-        for depth, line in enumerate(lines)
-        for name in line.split("|")
-    }
+    return {name.strip(): len(lines) - depth for depth, line in enumerate(lines) for name in line.split("|")}
 
 
 LAYERS = read_layers()
@@ -140,9 +136,7 @@ def test_only_model_and_families_import_transformers(file: Path) -> None:
     assert part_of(file) in ("model", "families") or "transformers" not in names
 
 
-@pytest.mark.parametrize(
-    "file", sorted((SOURCE / "data").rglob("*.py")), ids=lambda file: file.name
-)
+@pytest.mark.parametrize("file", sorted((SOURCE / "data").rglob("*.py")), ids=lambda file: file.name)
 def test_data_knows_only_example(file: Path) -> None:
     assert own_parts(file.read_text("utf-8"), package_of(file)) <= {"data", "example", "errors"}
 

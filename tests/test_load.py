@@ -70,9 +70,7 @@ def test_a_model_that_is_not_there():
 
 
 def test_no_network():
-    with pytest.raises(
-        ModelError, match="cannot load nobody/nothing: .*network or a copy in the local"
-    ):
+    with pytest.raises(ModelError, match="cannot load nobody/nothing: .*network or a copy in the local"):
         load("nobody/nothing")
 
 
@@ -157,12 +155,7 @@ def larger(tmp_path_factory):
 def compare(model, close):
     """The engine's answers and the reference's; returns the latter."""
     pair = corrupt.pairs(model, example(), "image")[0]
-    texts = [
-        "decoder.*.attn.h*@last",
-        "decoder.*.resid@text*",
-        "vision.1.resid@*",
-        "decoder.*.mlp@3",
-    ]
+    texts = ["decoder.*.attn.h*@last", "decoder.*.resid@text*", "vision.1.resid@*", "decoder.*.mlp@3"]
     found = expand([Site.parse(text) for text in texts], model.shapes)
     sites = [p for s in found for p in place(s, pair.clean.layout[s.tower])]
     results = []
@@ -187,9 +180,7 @@ def test_weights_of_four_bits(larger, monkeypatch):
         load(larger, dtype="4bit")
 
 
-@pytest.mark.parametrize(
-    ("dtype", "close"), [("bfloat16", 0.15), ("float16", 0.02), ("float32", 1e-5)]
-)
+@pytest.mark.parametrize(("dtype", "close"), [("bfloat16", 0.15), ("float16", 0.02), ("float32", 1e-5)])
 def test_the_engine_in_other_precisions(larger, dtype, close):
     compare(load(larger, dtype=dtype, device="cpu"), close)
 
@@ -207,9 +198,7 @@ def test_a_model_spread_over_devices(larger):
 
 def test_a_model_that_does_not_fit(larger, monkeypatch):
     monkeypatch.setattr("vlmscope.model.free_memory", lambda device: 100_000)
-    with pytest.raises(
-        ModelError, match=r"billion weights, .* GB in float32, and 0.0 GB are free on cpu"
-    ):
+    with pytest.raises(ModelError, match=r"billion weights, .* GB in float32, and 0.0 GB are free on cpu"):
         load(larger, device="cpu")
 
 
@@ -217,17 +206,13 @@ def test_a_model_that_does_not_fit(larger, monkeypatch):
 def test_on_a_gpu(saved):
     model, gpu = load(saved, device="cpu"), load(saved, device="cuda")
     logits = gpu.run(gpu.prepare(example()).clean).cpu()
-    torch.testing.assert_close(
-        logits, model.run(model.prepare(example()).clean), rtol=1e-3, atol=1e-4
-    )
+    torch.testing.assert_close(logits, model.run(model.prepare(example()).clean), rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.gpu
 def test_over_all_gpus(larger):
     wanted = compare(load(larger, device="cpu"), 1e-4)
-    torch.testing.assert_close(
-        compare(load(larger, device="auto"), 1e-2), wanted, rtol=1e-2, atol=1e-2
-    )
+    torch.testing.assert_close(compare(load(larger, device="auto"), 1e-2), wanted, rtol=1e-2, atol=1e-2)
 
 
 @pytest.mark.checkpoint

@@ -44,9 +44,7 @@ def test_the_logits_are_those_of_generate():
     model = blip()
     inputs = model.prepare(example()).clean
     asked = {k: v for k, v in inputs.tensors.items() if k != "decoder_input_ids"}
-    made = model.hf.generate(
-        **asked, max_new_tokens=1, output_scores=True, return_dict_in_generate=True
-    )
+    made = model.hf.generate(**asked, max_new_tokens=1, output_scores=True, return_dict_in_generate=True)
     scores = made.scores[0][0]  # generate works on the scores in float32
     assert torch.equal(model.run(inputs).float(), scores)
 
@@ -98,8 +96,7 @@ def test_edits_do_what_they_say(op):
     assert torch.equal(after, expected)
     others = model.capture(inputs, ["encoder.0.attn.h0@2"], [Edit(site, op, 3.0)])
     assert torch.equal(
-        others["encoder.0.attn.h0@2"],
-        model.capture(inputs, ["encoder.0.attn.h0@2"])["encoder.0.attn.h0@2"],
+        others["encoder.0.attn.h0@2"], model.capture(inputs, ["encoder.0.attn.h0@2"])["encoder.0.attn.h0@2"]
     )
 
 
@@ -109,9 +106,7 @@ def test_edits_leave_the_model_as_it_was():
     before = model.run(inputs)
     edit = Edit(Site.parse("encoder.0.resid@all"), "set", 0.0)
     assert not torch.equal(model.run(inputs, [edit]), before)
-    with pytest.raises(
-        VlmscopeError, match=r"'encoder.0.resid@all' has the shape \(3, 3\); .*\(9, 8\)"
-    ):
+    with pytest.raises(VlmscopeError, match=r"'encoder.0.resid@all' has the shape \(3, 3\); .*\(9, 8\)"):
         model.run(inputs, [Edit(edit.site, "set", torch.zeros(3, 3))])
     with pytest.raises(VlmscopeError, match=r"shape \(2, 9, 8\)"):
         model.run(inputs, [Edit(edit.site, "scale", torch.zeros(2, 9, 8))])
@@ -187,9 +182,7 @@ def test_no_more_is_said_than_there_are_positions(make):
         assert model.room(inputs, 20) == min(20, room) >= 1
         model.answer(inputs)
         assert len(neurons.say(model, inputs).ids) <= room
-    with pytest.raises(
-        ExampleError, match=f"{longest + 1} tokens, the model takes at most {longest}"
-    ):
+    with pytest.raises(ExampleError, match=f"{longest + 1} tokens, the model takes at most {longest}"):
         model.inputs(picture(1), " ".join(["red"] * (longest + 1 - alone)))
 
 
@@ -200,10 +193,7 @@ def test_an_answer_under_an_edit():
     plain = model.hf.generate(
         **{k: v for k, v in inputs.tensors.items() if k != "decoder_input_ids"}, max_new_tokens=20
     )
-    assert (
-        model.answer(inputs)
-        == model.processor.decode(plain[0, 1:], skip_special_tokens=True).strip()
-    )
+    assert model.answer(inputs) == model.processor.decode(plain[0, 1:], skip_special_tokens=True).strip()
     same = [Edit(Site.parse("decoder.0.resid@0"), "scale", 1.0)]
     assert model.answer(inputs, same) == model.answer(inputs)
 
@@ -219,10 +209,7 @@ def test_an_answer_under_an_edit():
             {"corrupt_prompt": "is this circle unhappy or yellow ?"},
             r"word 4 is 'red' \(1 tokens\) in the clean one, 'unhappy' \(2 tokens\)",
         ),
-        (
-            {"clean_prompt": "red " * 30, "corrupt_prompt": None, "roles": {}},
-            "32 tokens.*at most 24",
-        ),
+        ({"clean_prompt": "red " * 30, "corrupt_prompt": None, "roles": {}}, "32 tokens.*at most 24"),
     ],
 )
 def test_an_example_that_cannot_be_run_says_why(changes, message):
@@ -233,9 +220,7 @@ def test_an_example_that_cannot_be_run_says_why(changes, message):
 def test_answers_of_several_tokens_are_scored_where_they_differ():
     model = blip()
     pair = model.prepare(example(answer="unhappy", foil="unly"))
-    assert pair.clean.tensors["decoder_input_ids"].tolist() == [
-        [WORDS.index("[DEC]"), WORDS.index("un")]
-    ]
+    assert pair.clean.tensors["decoder_input_ids"].tolist() == [[WORDS.index("[DEC]"), WORDS.index("un")]]
     assert (WORDS[pair.answer], WORDS[pair.foil]) == ("##happy", "##ly")
     pair = model.prepare(example(answer="red", foil="red circle"))
     assert (WORDS[pair.answer], WORDS[pair.foil]) == ("[SEP]", "circle")
@@ -247,9 +232,7 @@ def test_verify_accepts_what_fits_and_names_what_does_not(monkeypatch):
     tower = replace(table.VQA.towers["encoder"], cross="crossattention.gone")
     family = replace(table.VQA, towers={**table.VQA.towers, "encoder": tower})
     monkeypatch.setattr("vlmscope.model.families", lambda: (family,))
-    with pytest.raises(
-        ModelError, match=r"BLIP-VQA does not fit.*transformers 5.*'crossattention.gone'"
-    ):
+    with pytest.raises(ModelError, match=r"BLIP-VQA does not fit.*transformers 5.*'crossattention.gone'"):
         Model(model.hf, model.processor)
 
 
@@ -257,9 +240,7 @@ def test_verify_notices_a_site_that_is_not_connected(monkeypatch):
     model = blip()
     layer = model.hf.text_decoder.bert.encoder.layer[1]
     honest = layer.forward
-    monkeypatch.setattr(
-        layer, "forward", lambda h, *a, **k: honest(h.nan_to_num(), *a, **k).nan_to_num()
-    )
+    monkeypatch.setattr(layer, "forward", lambda h, *a, **k: honest(h.nan_to_num(), *a, **k).nan_to_num())
     with pytest.raises(ModelError, match="an edit at .* does not reach the logits"):
         model.verify()
 
@@ -294,13 +275,7 @@ def test_attention_is_the_models_own():
 def test_attention_from_a_named_position():
     model = blip(layers=3, heads=2)
     inputs = model.prepare(example()).clean
-    for name, at in (
-        ("last", [8]),
-        ("answer", [4]),
-        ("-1", [8]),
-        ("2-3", [2, 3]),
-        ("all", range(9)),
-    ):
+    for name, at in (("last", [8]), ("answer", [4]), ("-1", [8]), ("2-3", [2, 3]), ("all", range(9))):
         wanted = model.attention(inputs, "encoder", "cross", at)
         assert torch.equal(model.attention(inputs, "encoder", "cross", name), wanted)
     assert torch.equal(*(model.attention(inputs, "encoder", "attn", [n]) for n in (-1, 8)))
@@ -320,12 +295,18 @@ def test_experts_are_no_neurons():
 
     small = llava()
     text = Qwen3MoeConfig(
-        vocab_size=64, hidden_size=16, intermediate_size=32, moe_intermediate_size=8, num_hidden_layers=2,
-        num_attention_heads=2, num_key_value_heads=2, num_experts=2, num_experts_per_tok=1, head_dim=8,
-    )  # fmt: skip
-    config = LlavaConfig(
-        vision_config=small.hf.config.vision_config, text_config=text, image_token_index=4
+        vocab_size=64,
+        hidden_size=16,
+        intermediate_size=32,
+        moe_intermediate_size=8,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        num_experts=2,
+        num_experts_per_tok=1,
+        head_dim=8,
     )
+    config = LlavaConfig(vision_config=small.hf.config.vision_config, text_config=text, image_token_index=4)
     with pytest.raises(
         ModelError, match="decoder tower are made of experts, which cannot be split into neurons"
     ):

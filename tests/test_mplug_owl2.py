@@ -106,9 +106,7 @@ def test_answers_of_several_tokens():
     model = mplug_owl2()
     pair = model.prepare(example(answer="un happy", foil="un sad", corrupt_prompt=None))
     assert pair.clean.layout["decoder"].tokens[-1] == "un"
-    assert "un" not in [
-        pair.clean.layout["decoder"].tokens[n] for n in pair.clean.layout["decoder"].image
-    ]
+    assert "un" not in [pair.clean.layout["decoder"].tokens[n] for n in pair.clean.layout["decoder"].image]
     sites = [
         found
         for text in ("decoder.1.resid@text*", "qformer.*.cross.h1@all", "vision.1.mlp@*")
@@ -129,14 +127,15 @@ def test_generation_under_edits():
     """Token by token as plain forwards give it, with and without keys that are kept."""
     model = mplug_owl2()
     inputs = model.prepare(example()).clean
-    for edits in ([], [Edit(Site.parse("vision.0.resid@all"), "scale", 0.0)],
-                  [Edit(Site.parse("decoder.1.attn@image"), "scale", -2.0)]):  # fmt: skip
+    for edits in (
+        [],
+        [Edit(Site.parse("vision.0.resid@all"), "scale", 0.0)],
+        [Edit(Site.parse("decoder.1.attn@image"), "scale", -2.0)],
+    ):
         ids = inputs.tensors["input_ids"]
         for _ in range(20):
             longer = {**inputs.tensors, "input_ids": ids, "attention_mask": torch.ones_like(ids)}
-            ids = torch.cat(
-                [ids, model.run(replace(inputs, tensors=longer), edits).argmax()[None, None]], 1
-            )
+            ids = torch.cat([ids, model.run(replace(inputs, tensors=longer), edits).argmax()[None, None]], 1)
             if ids[0, -1] == model.processor.tokenizer.eos_token_id:
                 break
         said = ids[0, inputs.tensors["input_ids"].shape[1] :]

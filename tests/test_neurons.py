@@ -45,9 +45,9 @@ def test_scores_on_the_toy_as_it_speaks(toy):
     for at, rows in table.groupby("position"):
         token = rows["token_id"].iloc[0]
         assert token == said.ids[at - said.start]
-        wanted = torch.stack([
-            seen[n][at] * (toy.hf.lm_head.weight[token] @ toy.down(n).weight) for n in range(4)
-        ]).detach()  # fmt: skip
+        wanted = torch.stack(
+            [seen[n][at] * (toy.hf.lm_head.weight[token] @ toy.down(n).weight) for n in range(4)]
+        ).detach()
         found = torch.zeros_like(wanted)
         layer, neuron = (torch.tensor(rows[x].to_numpy()) for x in ("layer", "neuron"))
         found[layer, neuron] = torch.tensor(rows["score"].to_numpy())
@@ -56,9 +56,10 @@ def test_scores_on_the_toy_as_it_speaks(toy):
 
 def test_every_occurrence_and_its_right_position(toy):
     one = next(
-        e for e in examples("scenes", limit=60)
+        e
+        for e in examples("scenes", limit=60)
         if neurons.say(toy, toy.inputs(e.clean_image, ASK)).text.split().count("a") == 2
-    )  # fmt: skip
+    )
     said = neurons.say(toy, toy.inputs(one.clean_image, ASK))
     table = neurons.score(toy, said, ["a"], top=2)
     places = [n for n, word in enumerate(said.text.split()) if word == "a"]
@@ -69,9 +70,7 @@ def test_every_occurrence_and_its_right_position(toy):
 def test_words_of_several_tokens():
     """Each piece at its own position, whatever stands around."""
     model = blip()
-    said = neurons.told(
-        model, example().clean_image, "is this red ?", "un ##happy red".replace(" ##", "")
-    )
+    said = neurons.told(model, example().clean_image, "is this red ?", "un ##happy red".replace(" ##", ""))
     assert said.text.strip() == "unhappy red"
     assert [said.ids[n] for n in said.find("unhappy")] == model.processor.tokenizer(
         "unhappy", add_special_tokens=False
@@ -87,17 +86,13 @@ def test_a_word_that_shares_a_token():
     apart = neurons.Caption(Inputs({}, {}), (5, 6), "ice-cream", ((0, 4), (4, 9)), 0, nothing)
     assert (apart.find("ice"), apart.find("cream")) == ([0], [1])
     together = replace(apart, spans=((0, 9), (9, 9)))
-    with pytest.raises(
-        ExampleError, match="'ice' is not made of whole tokens.*token 1 is 'ice-cream'"
-    ):
+    with pytest.raises(ExampleError, match="'ice' is not made of whole tokens.*token 1 is 'ice-cream'"):
         together.find("ice")
 
 
 def test_a_word_that_is_not_said(toy):
     one = examples("faces", limit=1)[0]
-    with pytest.raises(
-        ExampleError, match="the word 'circle' is not in the caption 'a sleepy face'"
-    ):
+    with pytest.raises(ExampleError, match="the word 'circle' is not in the caption 'a sleepy face'"):
         neurons.find(toy, one.clean_image, ASK, ["circle"])
     with pytest.raises(ExampleError, match="the caption 'qqq' is empty, or unknown in part"):
         neurons.find(toy, one.clean_image, ASK, ["qqq"], caption="qqq")
@@ -116,17 +111,12 @@ def test_the_gate_and_the_gain(toy):
     one = examples("faces", limit=1)[0]
     ask = {"caption": "a happy face", "top": 0}
     plain, gate, gain = (
-        neurons.find(toy, one.clean_image, ASK, ["happy"], **ask, **more).sort_values(
-            ["layer", "neuron"]
-        )
+        neurons.find(toy, one.clean_image, ASK, ["happy"], **ask, **more).sort_values(["layer", "neuron"])
         for more in ({}, {"variant": "gate"}, {"gain": True})
     )
     assert (gate["weight"].to_numpy() == plain["weight"].to_numpy()).all()
     fed = toy.inputs(
-        one.clean_image,
-        ASK,
-        (),
-        toy.processor.tokenizer("a", add_special_tokens=False)["input_ids"],
+        one.clean_image, ASK, (), toy.processor.tokenizer("a", add_special_tokens=False)["input_ids"]
     )
     seen = []
     held = toy.hf.model.language_model.layers[2].mlp.act_fn.register_forward_hook(
@@ -141,9 +131,7 @@ def test_the_gate_and_the_gain(toy):
     wanted = (row @ toy.down(1).weight).detach().numpy()
     np.testing.assert_allclose(gain[gain["layer"] == 1]["weight"], wanted, rtol=1e-4, atol=1e-6)
     with pytest.raises(ModelError, match="the neurons of BLIP-2 have no gate"):
-        neurons.find(
-            blip2(), example().clean_image, "red ?", ["red"], caption="red", variant="gate"
-        )
+        neurons.find(blip2(), example().clean_image, "red ?", ["red"], caption="red", variant="gate")
     with pytest.raises(ModelError, match="so there is no gain; leave it out"):
         neurons.find(blip(), example().clean_image, "red ?", ["red"], caption="red", gain=True)
 
@@ -160,9 +148,7 @@ def test_top_tokens(toy):
     [words] = neurons.top_tokens(toy, [(3, 250)], 5)
     weight = (toy.hf.lm_head.weight @ toy.down(3).weight[:, 250]).detach()
     best = weight.topk(5)
-    assert [x for x, _ in words] == [
-        toy.processor.tokenizer.decode([i]) for i in best.indices.tolist()
-    ]
+    assert [x for x, _ in words] == [toy.processor.tokenizer.decode([i]) for i in best.indices.tolist()]
     assert [x for _, x in words] == pytest.approx(best.values.tolist())
 
 

@@ -48,9 +48,17 @@ def tables(folder: Path) -> dict[str, pd.DataFrame]:
 def test_everything_is_there(done):
     folder, lines = done
     found = tables(folder)
-    for name in ("states-image", "states-text", "faces-image", "faces-text", "selection",
-                 "circuits/heads.csv", "circuits/universal.csv", "heads/states/functions.csv",
-                 "heads/faces/together.csv"):  # fmt: skip
+    for name in (
+        "states-image",
+        "states-text",
+        "faces-image",
+        "faces-text",
+        "selection",
+        "circuits/heads.csv",
+        "circuits/universal.csv",
+        "heads/states/functions.csv",
+        "heads/faces/together.csv",
+    ):
         assert len(found[name]), name
     page = (folder / "report.html").read_text("utf-8")
     for text in ("Important and universal heads", "What heads do: states", "faces, text corrupted"):
@@ -75,16 +83,7 @@ def test_killed_at_random_moments_it_ends_with_the_same_tables(done, tmp_path):
     wanted = tables(done[0])
     spec = tmp_path / "spec.toml"
     SMALL.save(spec)
-    command = [
-        sys.executable,
-        "-m",
-        "vlmscope",
-        "notice",
-        "--spec",
-        spec,
-        "--out",
-        tmp_path / "out",
-    ]
+    command = [sys.executable, "-m", "vlmscope", "notice", "--spec", spec, "--out", tmp_path / "out"]
     draw = random.Random(4)
     kills = 0
     for _ in range(4):
@@ -203,8 +202,17 @@ def test_a_disk_that_is_too_small(tmp_path, monkeypatch):
 
 
 def test_a_specification_comes_back(tmp_path):
-    spec = Spec("m", ("states", str(tmp_path / "my.csv")), ("text",), sites=("encoder.0.resid@*",),
-                limit=3, seed=-1, select=False, position="noun", dtype="bfloat16")  # fmt: skip
+    spec = Spec(
+        "m",
+        ("states", str(tmp_path / "my.csv")),
+        ("text",),
+        sites=("encoder.0.resid@*",),
+        limit=3,
+        seed=-1,
+        select=False,
+        position="noun",
+        dtype="bfloat16",
+    )
     spec.save(tmp_path / "s.toml")
     assert Spec.from_toml(tmp_path / "s.toml") == spec
     changed = Spec.from_toml(tmp_path / "s.toml", limit=9, model=None)
@@ -219,10 +227,7 @@ def test_paths_are_relative_to_the_file(tmp_path):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        (
-            'model = "m"\ndata = ["faces"]\nlimti = 3',
-            r"unknown key 'limti'; did you mean 'limit'\?",
-        ),
+        ('model = "m"\ndata = ["faces"]\nlimti = 3', r"unknown key 'limti'; did you mean 'limit'\?"),
         ('model = "m"\ndata = ["faces"]\nlimit = "3"', "limit is '3'; expected a whole number"),
         ('model = "m"\ndata = ["faces"]\nlimit = 0', "limit is 0; expected a whole number"),
         ('model = "m"\ndata = ["faces"]\nselect = 1', "select is 1; expected true or false"),

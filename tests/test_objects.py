@@ -19,17 +19,26 @@ def images(tmp_path):
 
 def test_instances_of_coco(images, tmp_path):
     file = tmp_path / "instances_val2014.json"
-    file.write_text(json.dumps({
-        "images": [{"id": 1, "file_name": "COCO_val2014_000000000001.jpg"}, {"id": 2, "file_name": "gone.jpg"}],
-        "annotations": [{"image_id": 1, "category_id": 3}, {"image_id": 1, "category_id": 10}, {"image_id": 2, "category_id": 3}],
-        "categories": [{"id": 3, "name": "car"}, {"id": 10, "name": "traffic light"}],
-    }))  # fmt: skip
+    file.write_text(
+        json.dumps(
+            {
+                "images": [
+                    {"id": 1, "file_name": "COCO_val2014_000000000001.jpg"},
+                    {"id": 2, "file_name": "gone.jpg"},
+                ],
+                "annotations": [
+                    {"image_id": 1, "category_id": 3},
+                    {"image_id": 1, "category_id": 10},
+                    {"image_id": 2, "category_id": 3},
+                ],
+                "categories": [{"id": 3, "name": "car"}, {"id": 10, "name": "traffic light"}],
+            }
+        )
+    )
     [one], names = coco(file, images)
     assert one.shows == {"car", "traffic light"} and names == ["car", "traffic light"]
     assert one.clean_image.is_file()
-    with pytest.raises(
-        DataError, match="none of the 2 pictures of instances_val2014.json is there"
-    ):
+    with pytest.raises(DataError, match="none of the 2 pictures of instances_val2014.json is there"):
         coco(file, tmp_path / "nowhere")
     file.write_text("[]")
     with pytest.raises(DataError, match="not COCO's instances"):

@@ -27,9 +27,7 @@ def model():
     words = VOCABULARY.read_text("utf-8").splitlines()
     vocab = {word: n for n, word in enumerate([*words, "[DEC]", "[ENC]"])}
     torch.manual_seed(0)
-    config = BlipConfig(
-        text_config={"num_attention_heads": 12}, vision_config={"initializer_range": 0.02}
-    )
+    config = BlipConfig(text_config={"num_attention_heads": 12}, vision_config={"initializer_range": 0.02})
     images = BlipImageProcessorPil(size={"height": 384, "width": 384})
     processor = BlipProcessor(images, BertTokenizer(vocab=vocab))
     return Model(BlipForQuestionAnswering(config), processor, "random BLIP-base")
@@ -49,8 +47,16 @@ def examples(tmp_path_factory):
     table = tmp_path_factory.mktemp("photos") / "photos.csv"
     with table.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
-        writer.writerow(["clean_image_path", "corrupt_image_path", "clean_prompt", "corrupt_prompt",
-                         "correct_answer", "incorrect_answer"])  # fmt: skip
+        writer.writerow(
+            [
+                "clean_image_path",
+                "corrupt_image_path",
+                "clean_prompt",
+                "corrupt_prompt",
+                "correct_answer",
+                "incorrect_answer",
+            ]
+        )
         for number, wrong in ((one, other), (other, one)):
             question, answer = questions[number]
             foil = "purple" if answer != "purple" else "green"
@@ -95,16 +101,12 @@ def test_bert_s_pieces(model, examples):
 
     prompt = "is this giraffe striped or spotted?"
     roles = find_roles(prompt, {"noun": "giraffe", "answer": "spotted"})
-    pair = model.prepare(
-        replace(examples[0], clean_prompt=prompt, corrupt_prompt=None, roles=roles)
-    )
+    pair = model.prepare(replace(examples[0], clean_prompt=prompt, corrupt_prompt=None, roles=roles))
     layout = pair.clean.layout["encoder"]
     pieces = [layout.tokens[i] for i in layout.roles["noun"]]
     assert len(pieces) > 1
     assert "".join(piece.removeprefix("##") for piece in pieces) == "giraffe"
     with pytest.raises(ExampleError, match="word 3 is 'giraffe'"):
         model.prepare(
-            replace(
-                examples[0], clean_prompt=prompt, corrupt_prompt=prompt.replace("giraffe", "dog")
-            )
+            replace(examples[0], clean_prompt=prompt, corrupt_prompt=prompt.replace("giraffe", "dog"))
         )

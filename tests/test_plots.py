@@ -103,9 +103,7 @@ def test_next_to_nothing_has_next_to_no_color():
 
 def test_titles_do_not_overlap():
     table = token_table(rows())
-    titles = {
-        f"{n} a long name of a data set, image corrupted, at the read-out": table for n in range(4)
-    }
+    titles = {f"{n} a long name of a data set, image corrupted, at the read-out": table for n in range(4)}
     figure = plots.panels(titles)
     figure.canvas.draw()
     boxes = [axes.title.get_window_extent() for axes in figure.axes if axes.get_title()]

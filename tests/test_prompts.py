@@ -25,16 +25,19 @@ def model() -> Model:
     made.hf.config.image_token_id = tokenizer.convert_tokens_to_ids("<image>")
     template = chat_templates.LLAVA
     processor = type(processor)(
-        processor.image_processor, tokenizer, patch_size=processor.patch_size,
+        processor.image_processor,
+        tokenizer,
+        patch_size=processor.patch_size,
         vision_feature_select_strategy=processor.vision_feature_select_strategy,
-        num_additional_image_tokens=processor.num_additional_image_tokens, chat_template=template,
-    )  # fmt: skip
+        num_additional_image_tokens=processor.num_additional_image_tokens,
+        chat_template=template,
+    )
     return Model(made.hf, processor, "tiny LLaVA, LLaMA's tokenizer")
 
 
 def words(model: Model, prompt: str, **roles: str) -> dict[str, str]:
     """The text at the positions of each role."""
-    spans = {name: (prompt.index(word), prompt.index(word) + len(word)) for name, word in roles.items()}  # fmt: skip
+    spans = {name: (prompt.index(word), prompt.index(word) + len(word)) for name, word in roles.items()}
     found = model._encode([picture(1)] * max(1, prompt.count("<image>")), prompt, spans, [])
     ids = found.tensors["input_ids"][0]
     return {
@@ -67,9 +70,11 @@ def test_prompts_that_the_template_says_too(model, prompt):
 
 def test_a_template_that_strips_the_prompt(model):
     processor = type(model.processor)(
-        model.processor.image_processor, model.processor.tokenizer, patch_size=4,
+        model.processor.image_processor,
+        model.processor.tokenizer,
+        patch_size=4,
         chat_template=chat_templates.LLAVA.replace("part['text']", "part['text'] | trim"),
-    )  # fmt: skip
+    )
     text, start = causal.written(processor, "  is it red? ")
     assert text[start + 2 : start + 12] == "is it red?"
 
@@ -85,11 +90,7 @@ def test_a_template_without_the_prompt(model):
 def test_an_answer_behind_a_prompt_that_ends_with_a_blank(model):
     """The run has the blank as a token, so the answer's first token has none of its own."""
     tokenizer = model.processor.tokenizer
-    for prompt, wanted in (
-        ("<image> say: ", "red"),
-        ("<image> say:", "▁red"),
-        ("<image>\n", "red"),
-    ):
+    for prompt, wanted in (("<image> say: ", "red"), ("<image> say:", "▁red"), ("<image>\n", "red")):
         ids = causal.options(model.processor, prompt, "red")
         assert tokenizer.convert_ids_to_tokens(ids) == [wanted, "</s>"]
         text = tokenizer.decode([*tokenizer(prompt)["input_ids"], *ids[:-1]])
@@ -101,10 +102,15 @@ def test_what_ends_an_answer_is_the_templates():
     made = llava(size=12)
     tokenizer = published.qwen2("<image>")
     processor = type(made.processor)(
-        made.processor.image_processor, tokenizer, patch_size=4,
+        made.processor.image_processor,
+        tokenizer,
+        patch_size=4,
         chat_template=chat_templates.chatml("<image>"),
-    )  # fmt: skip
-    assert tokenizer.convert_ids_to_tokens(causal.options(processor, "is it red?", "red")) == ["red", "<|im_end|>"]  # fmt: skip
+    )
+    assert tokenizer.convert_ids_to_tokens(causal.options(processor, "is it red?", "red")) == [
+        "red",
+        "<|im_end|>",
+    ]
 
 
 def test_prompts_align_where_they_stand(model):
@@ -119,7 +125,7 @@ def test_prompts_align_where_they_stand(model):
     layouts = pair.clean.layout["decoder"], pair.corrupt.layout["decoder"]
     assert set(layouts[0].roles) == {"answer", "foil"}, "the words' own roles are gone"
     assert len(layouts[0].tokens) == len(layouts[1].tokens)
-    changed = [n for n, (x, y) in enumerate(zip(*(x.tokens for x in layouts), strict=True)) if x != y]  # fmt: skip
+    changed = [n for n, (x, y) in enumerate(zip(*(x.tokens for x in layouts), strict=True)) if x != y]
     assert changed == [*layouts[0].roles["answer"], *layouts[0].roles["foil"]]
 
 

@@ -51,9 +51,7 @@ SVO_VERBS = ("ride", "feed", "wash", "lead", "paint", "pull", "kick", "visit")
 SVO_OBJECTS = ("bike", "cart", "donkey", "camel", "statue", "owl", "umbrella", "truck")
 
 
-def svo_cells(
-    number: int, triplet: str, other: str, kind: str, flag: str = "True"
-) -> dict[str, object]:
+def svo_cells(number: int, triplet: str, other: str, kind: str, flag: str = "True") -> dict[str, object]:
     return {
         "id": number,
         "sentence": "",
@@ -146,9 +144,7 @@ def plant_clevr(root: Path) -> Path:
                 ("in front of", not left),
             ):
                 for a, b, yes in ((one, other, holds), (other, one, not holds)):
-                    asked.append(
-                        {"question": f"Is the {a} {relation} the {b}?", "answer": int(yes)}
-                    )
+                    asked.append({"question": f"Is the {a} {relation} the {b}?", "answer": int(yes)})
         name = f"CLEVR_val_{number:06d}"
         rows.append((number, name, repr(asked)))
         paint(root / "images" / "val" / f"{name}.png")
@@ -213,9 +209,7 @@ def test_the_same_seed_draws_the_same_and_another_another(
     limit = 24 if name == "svo-probes" else 6
     once = build(name, roots[name], limit=limit)
     assert len(once.examples) == limit
-    assert fingerprint(build(name, roots[name], limit=limit, seed=1).examples) != fingerprint(
-        once.examples
-    )
+    assert fingerprint(build(name, roots[name], limit=limit, seed=1).examples) != fingerprint(once.examples)
     turn_listings_around(monkeypatch)
     assert fingerprint(build(name, roots[name], limit=limit).examples) == fingerprint(once.examples)
 
@@ -308,9 +302,7 @@ def test_sizes_are_at_most_the_published_ones(
     assert svo_probes.SIZE == 500
     monkeypatch.setattr(svo_probes, "SIZE", 4)
     built = build("svo-probes", roots["svo-probes"])
-    assert Counter(one.groups["kind"] for one in built.examples) == dict.fromkeys(
-        svo_probes.KINDS, 4
-    )
+    assert Counter(one.groups["kind"] for one in built.examples) == dict.fromkeys(svo_probes.KINDS, 4)
     assert built.dropped == {"left over: enough were drawn": 90 - 12}
 
 
@@ -397,9 +389,7 @@ def test_says_which_column_is_missing(tmp_path: Path) -> None:
     write_table(tmp_path / "c" / "clevr.csv", ["Image_ID", "Questions_Answers"], [])
     with pytest.raises(DataError, match=r"clevr\.csv: no column Image_IDs \(is it 'Image_ID'"):
         build("clevr", tmp_path / "c")
-    write_table(
-        tmp_path / "q" / "color.csv", ["train_image_id", "questions", "answer"], [[1, 2, 3]]
-    )
+    write_table(tmp_path / "q" / "color.csv", ["train_image_id", "questions", "answer"], [[1, 2, 3]])
     with pytest.raises(DataError, match=r"color\.csv: no column question \(is it 'questions'"):
         build("coco-qa", tmp_path / "q")
 
@@ -422,12 +412,7 @@ def test_says_that_a_table_cannot_be_read(tmp_path: Path) -> None:
         ("subject", "man,ride,horse", "man woman", "is a man or a woman riding a horse?"),
         ("verb", "man,ride,horse", "ride feed", "is the man riding or feeding the horse?"),
         ("object", "man,ride,horse", "horse bike", "is the man riding a horse or a bike?"),
-        (
-            "subject",
-            "women,visit,university",
-            "women men",
-            "are women or men visiting a university?",
-        ),
+        ("subject", "women,visit,university", "women men", "are women or men visiting a university?"),
         ("object", "owl,eat,apple", "apple grass", "is the owl eating an apple or grass?"),
         ("verb", "people,lie,grass", "lie sit", "are the people lying or sitting on the grass?"),
         ("object", "dog,swim,water", "water pool", "is the dog swimming in the water or the pool?"),
@@ -465,9 +450,7 @@ def test_the_questions_read_well(kind: str, triplet: str, options: str, expected
         ("nothing", "man,ride,horse", "man,feed,horse", svo_probes.FLAGS),
     ],
 )
-def test_rows_that_make_no_question_are_counted(
-    kind: str, triplet: str, other: str, why: str
-) -> None:
+def test_rows_that_make_no_question_are_counted(kind: str, triplet: str, other: str, why: str) -> None:
     dropped: dict[str, int] = {}
     cells = {name: str(cell) for name, cell in svo_cells(1, triplet, other, kind).items()}
     assert svo_probes.read_rows([cells], dropped) == []
@@ -644,7 +627,7 @@ def test_a_folder_may_have_a_question_of_its_own(tmp_path: Path) -> None:
     root = plant_folder(tmp_path)
     (root / "prompt.txt").write_text("do you see {x} or {y} here?\n")
     assert {one.clean_prompt.split()[3] for one in build("folder", root).examples} <= {
-        *("cat", "cow", "lamp", "spoon", "wheel", "owl", "egg", "onion", "fire"),
+        *("cat", "cow", "lamp", "spoon", "wheel", "owl", "egg", "onion", "fire")
     }
     (root / "prompt.txt").write_text("is it {x}?")
     with pytest.raises(DataError, match=r"prompt\.txt: 'is it \{x\}\?' must hold \{x\} and \{y\}"):
@@ -745,11 +728,7 @@ def test_questions_that_contradict_each_other_are_counted(tmp_path: Path) -> Non
         {"question": "Is the cube behind the cone?", "answer": 0},
         {"question": "How many cubes are there?", "answer": 1},
     ]
-    cells = [
-        ("a", repr(asked)),
-        ("b", "__import__('os').remove('x')"),
-        ("c", "[{'question': 'x'}]"),
-    ]
+    cells = [("a", repr(asked)), ("b", "__import__('os').remove('x')"), ("c", "[{'question': 'x'}]")]
     write_table(tmp_path / "clevr.csv", ("Image_IDs", "Questions_Answers"), cells)
     for one in "abc":
         paint(tmp_path / "val" / f"{one}.png")

@@ -120,8 +120,7 @@ def test_aligns_under_the_pieces_of_bert() -> None:
 
     looks = ("mossy", "rusty", "clean", "unripe", "caramelized", "ripe", "sunny", "murky", "dull")
     examples = [
-        made(a, f"is this pond {a} or {b}?", a, b)
-        for a, b in zip(looks, [*looks[1:], looks[0]], strict=True)
+        made(a, f"is this pond {a} or {b}?", a, b) for a, b in zip(looks, [*looks[1:], looks[0]], strict=True)
     ]
     assert len({pieces(word) for word in looks}) > 1
     found, counts = replace_words(examples, pieces=pieces)

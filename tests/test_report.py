@@ -79,10 +79,15 @@ def everything(tmp_path_factory):
     folder = tmp_path_factory.mktemp("all")
     model = blip(layers=3)
     examples = [
-        replace(example(), id=f"{HOSTILE} {n}", clean_image=picture(n), corrupt_image=picture(20 + n),
-                masks={"object": (0, 0, 6, 6)})
+        replace(
+            example(),
+            id=f"{HOSTILE} {n}",
+            clean_image=picture(n),
+            corrupt_image=picture(20 + n),
+            masks={"object": (0, 0, 6, 6)},
+        )
         for n in range(12)
-    ]  # fmt: skip
+    ]
     sites = ["encoder.*.cross.h*@answer", "decoder.*.cross.h*@last"]
     run = sweep_to(folder / "<b>run", model, examples, sites, "image", data=HOSTILE)
     circuits.write([run.path], folder / "c")
@@ -91,9 +96,7 @@ def everything(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tracing, "MIN_P", -1.0)
         patch.setattr(tracing, "MIN_LD", -1e9)
-        tracing.trace(
-            folder / "t", model, examples[:3], noise=noise, kinds=("cross",), data=HOSTILE
-        )
+        tracing.trace(folder / "t", model, examples[:3], noise=noise, kinds=("cross",), data=HOSTILE)
     return [folder / "c", folder / "h", folder / "t", run.path]
 
 
@@ -193,9 +196,7 @@ def test_the_data_of_run_figures_is_a_group_by(toys, tmp_path):
         for row in data.to_dict("records"):
             here = (effects["kind"] == row["kind"]) & (effects["layer"] == row["layer"])
             here &= effects["slot"] == row["slot"]
-            here &= (
-                effects["unit"] == f"h{row['head']}" if column == "head" else effects["unit"].isna()
-            )
+            here &= effects["unit"] == f"h{row['head']}" if column == "head" else effects["unit"].isna()
             each = effects[here].groupby("example")["logit_diff"].mean()
             assert (row["mean"], row["n"]) == (pytest.approx(each.mean(), rel=1e-9), len(each))
     assert set(data["slot"]) == {"readout"} and set(data["n"]) == {12}
@@ -212,11 +213,7 @@ def test_it_says_which_slot_heads_are_shown_at(toys, tmp_path):
 def test_all_runs_of_any_tower(toys, tmp_path):
     write_report(toys[:2], tmp_path / "r.html")
     saved = {file.name for file in (tmp_path / "r-figures").glob("all-*.csv")}
-    assert saved == {
-        "all-decoder-attn.csv",
-        "all-decoder-resid-tokens.csv",
-        "all-decoder-mlp-tokens.csv",
-    }
+    assert saved == {"all-decoder-attn.csv", "all-decoder-resid-tokens.csv", "all-decoder-mlp-tokens.csv"}
     data = pd.read_csv(tmp_path / "r-figures" / "all-decoder-attn.csv")
     assert data.groupby("panel")["n"].max().tolist() == [5, 12]
 
@@ -234,9 +231,7 @@ def test_sections_have_names_of_their_own(toys, tmp_path):
 def test_a_run_that_the_model_does_not_know_is_greyed_out(toys, tmp_path):
     model = load("toy-llava", device="cpu")
     wrong = [replace(e, answer=e.foil, foil=e.answer) for e in examples("states", limit=12)]
-    run = sweep_to(
-        tmp_path / "wrong", model, wrong, "decoder.*.attn.h*@last", "image", data="wrong"
-    )
+    run = sweep_to(tmp_path / "wrong", model, wrong, "decoder.*.attn.h*@last", "image", data="wrong")
     page = write_report([run.path], tmp_path / "r.html").read_text("utf-8")
     assert "0% answered rightly" in page
     assert "The model does not seem to know this task: it answers fewer than half" in page

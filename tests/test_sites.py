@@ -11,18 +11,12 @@ from vlmscope.sites import Layout, Shape, Site, expand, members, place, slots
 
 SHAPES = {
     "vision": Shape(2, ("resid_pre", "attn", "mlp", "resid", "output"), {"attn": 3}, 5, 6),
-    "encoder": Shape(
-        12, ("resid_pre", "attn", "cross", "mlp", "resid"), {"attn": 2, "cross": 2}, 4, 4
-    ),
+    "encoder": Shape(12, ("resid_pre", "attn", "cross", "mlp", "resid"), {"attn": 2, "cross": 2}, 4, 4),
 }
 TEXT = Layout(
-    ("[CLS]", "the", "un", "##happy", "cat", "[SEP]"),
-    (0, 1, 2, 3, 4, 5),
-    {"answer": (2, 3), "noun": (4,)},
+    ("[CLS]", "the", "un", "##happy", "cat", "[SEP]"), (0, 1, 2, 3, 4, 5), {"answer": (2, 3), "noun": (4,)}
 )
-IMAGE = Layout(
-    ("[CLS]", "0,0", "0,1", "1,0", "1,1"), cells={1: (0, 0), 2: (0, 1), 3: (1, 0), 4: (1, 1)}
-)
+IMAGE = Layout(("[CLS]", "0,0", "0,1", "1,0", "1,1"), cells={1: (0, 0), 2: (0, 1), 3: (1, 0), 4: (1, 1)})
 
 
 @pytest.mark.parametrize(
@@ -85,9 +79,7 @@ def test_expand_lists_each_layer_and_unit_once():
     sites = expand([Site.parse("encoder.*.cross.h*@*"), Site.parse("encoder.1.cross.h0@*")], SHAPES)
     assert len(sites) == 24
     assert str(sites[3]) == "encoder.1.cross.h1@*"
-    assert [str(s) for s in expand([Site.parse("vision.*.output@all")], SHAPES)] == [
-        "vision.1.output@all"
-    ]
+    assert [str(s) for s in expand([Site.parse("vision.*.output@all")], SHAPES)] == ["vision.1.output@all"]
 
 
 @pytest.mark.parametrize(
@@ -139,9 +131,7 @@ def test_a_position_that_is_not_there_is_refused(text, layout, message):
 
 
 def test_role_of_a_position():
-    roles = {
-        p: Site.parse(f"encoder.0.resid@{p}").role for p in ("answer", "answer*", "last", "3", "*")
-    }
+    roles = {p: Site.parse(f"encoder.0.resid@{p}").role for p in ("answer", "answer*", "last", "3", "*")}
     assert roles == {"answer": "answer", "answer*": "answer", "last": None, "3": None, "*": None}
 
 
@@ -170,9 +160,7 @@ def layout_of(words: str, roles: dict[str, tuple[int, ...]], fed: int = 0) -> La
     tokens = ("USER", ":", "0,0", "0,1", "\\n", *words.split())
     image = (2, 3, 4)
     text = tuple(n for n in range(len(tokens)) if n not in image)
-    return Layout(
-        tokens, text, roles, {2: (0, 0), 3: (0, 1)}, image, readout=len(tokens) - 1, fed=fed
-    )
+    return Layout(tokens, text, roles, {2: (0, 0), 3: (0, 1)}, image, readout=len(tokens) - 1, fed=fed)
 
 
 def test_a_pattern_has_no_single_place():
@@ -189,13 +177,41 @@ def test_a_pattern_has_no_single_place():
 
 def test_slots_meet_over_prompts_of_other_lengths():
     short = layout_of("is it red ? ASSISTANT :", {"answer": (7,)})
-    assert slots(short) == ("0", "1", "image[0,0]", "image[0,1]", "image.2", "2", "3", "answer",
-                            "-3", "-2", "readout")  # fmt: skip
-    long = layout_of("is this big thing red or dark blue ? ASSISTANT :", {"answer": (9,), "foil": (11, 12)})  # fmt: skip
-    assert slots(long) == ("0", "1", "image[0,0]", "image[0,1]", "image.2", "2", "3", "4", "5", "answer",
-                           "answer+1", "foil[0]", "foil[1]", "-3", "-2", "readout")  # fmt: skip
-    colons = [[name for name, token in zip(slots(x), x.tokens, strict=True) if token == ":"]
-              for x in (short, long)]  # fmt: skip
+    assert slots(short) == (
+        "0",
+        "1",
+        "image[0,0]",
+        "image[0,1]",
+        "image.2",
+        "2",
+        "3",
+        "answer",
+        "-3",
+        "-2",
+        "readout",
+    )
+    long = layout_of("is this big thing red or dark blue ? ASSISTANT :", {"answer": (9,), "foil": (11, 12)})
+    assert slots(long) == (
+        "0",
+        "1",
+        "image[0,0]",
+        "image[0,1]",
+        "image.2",
+        "2",
+        "3",
+        "4",
+        "5",
+        "answer",
+        "answer+1",
+        "foil[0]",
+        "foil[1]",
+        "-3",
+        "-2",
+        "readout",
+    )
+    colons = [
+        [name for name, token in zip(slots(x), x.tokens, strict=True) if token == ":"] for x in (short, long)
+    ]
     assert colons == [["1", "readout"]] * 2, "two colons of one template are two columns"
 
 
@@ -217,10 +233,18 @@ def test_slots_of_towers_without_text():
     assert slots(Layout(("query 0", "query 1"))) == ("0", "1")
 
 
-@pytest.mark.parametrize("roles", [
-    {}, {"a": (0,)}, {"a": (10,)}, {"a": (5, 6), "b": (6, 7)}, {"b": (6,), "a": (5, 6, 7)},
-    {"a": (7,), "b": (1,), "c": (9, 10)}, {"a": (6, 8)},
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "roles",
+    [
+        {},
+        {"a": (0,)},
+        {"a": (10,)},
+        {"a": (5, 6), "b": (6, 7)},
+        {"b": (6,), "a": (5, 6, 7)},
+        {"a": (7,), "b": (1,), "c": (9, 10)},
+        {"a": (6, 8)},
+    ],
+)
 @pytest.mark.parametrize("fed", [0, 1, 2])
 def test_no_two_positions_of_one_example_share_a_slot(roles, fed):
     names = slots(layout_of("a b c d e f", roles, fed))

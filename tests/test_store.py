@@ -192,9 +192,7 @@ def test_rows_are_written_by_themselves_from_time_to_time(
         assert run.done == {0, 1, 2}
 
 
-def test_adding_to_a_finished_run_takes_the_mark_away_until_it_is_finished_again(
-    tmp_path: Path,
-) -> None:
+def test_adding_to_a_finished_run_takes_the_mark_away_until_it_is_finished_again(tmp_path: Path) -> None:
     write(tmp_path, [0])
     with open_run(tmp_path, SPEC) as run:
         run.add(1, effects(1), baselines(1))
@@ -265,9 +263,7 @@ def test_a_damaged_run_json(tmp_path: Path, content: str, message: str) -> None:
 
 @pytest.mark.parametrize("name", ["effects", "baselines"])
 @pytest.mark.parametrize("harm", ["truncated", "empty", "foreign", "flipped", "missing"])
-def test_a_damaged_part_is_named_and_can_be_computed_again(
-    tmp_path: Path, name: str, harm: str
-) -> None:
+def test_a_damaged_part_is_named_and_can_be_computed_again(tmp_path: Path, name: str, harm: str) -> None:
     if (name, harm) == ("baselines", "missing"):
         pytest.skip("a part without baselines is an uncommitted one")
     write(tmp_path, range(3), each=True)
@@ -395,9 +391,7 @@ def test_pictures_are_kept_small_and_come_back(tmp_path: Path) -> None:
         with pytest.raises(ExampleError, match=r"run.json: not a picture that can be read"):
             run.add_pictures(4, {"id": "b", "clean_image": tmp_path / "run/run.json"})
     first, second = read_run(tmp_path / "run").pictures()
-    assert first == {"index": 3, "id": "b", "answer": "x"} | dict.fromkeys(
-        ("clean_image", "corrupt_image")
-    )
+    assert first == {"index": 3, "id": "b", "answer": "x"} | dict.fromkeys(("clean_image", "corrupt_image"))
     assert (second["index"], second["id"]) == (12, "a/../b")
     assert second["clean_prompt"] == "Is it <b>red</b>?"
     assert "corrupt_prompt" not in second

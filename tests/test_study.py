@@ -50,10 +50,7 @@ def test_the_columns_and_their_values_by_plain_runs():
     }
     p = {name: logits.softmax(-1)[pair.answer].item() for name, logits in runs.items()}
     ld = {name: (logits[pair.answer] - logits[pair.foil]).item() for name, logits in runs.items()}
-    words = {
-        k: row[k]
-        for k in ("example", "corruption", "site", "tower", "kind", "unit", "token", "role")
-    }
+    words = {k: row[k] for k in ("example", "corruption", "site", "tower", "kind", "unit", "token", "role")}
     assert words == {
         "example": "one",
         "corruption": "image",
@@ -101,19 +98,9 @@ def test_examples_by_name_or_alone(tmp_path):
 def test_prompts_near_the_models_limit_do_not_end_a_sweep():
     """BLIP's captioning decoder has 64 positions; what is too long is left out by itself."""
     model = blip_captioning()
-    prompts = {
-        "fits": "is this red",
-        "nearly": "red " * 50,
-        "just": "red " * 63,
-        "over": "red " * 64,
-    }
-    given = [
-        example(text.strip(), id=name, corrupt_prompt=None, roles={})
-        for name, text in prompts.items()
-    ]
-    with pytest.warns(
-        UserWarning, match="1 of 4 examples were left out; 'over': the prompt has 65"
-    ):
+    prompts = {"fits": "is this red", "nearly": "red " * 50, "just": "red " * 63, "over": "red " * 64}
+    given = [example(text.strip(), id=name, corrupt_prompt=None, roles={}) for name, text in prompts.items()]
+    with pytest.warns(UserWarning, match="1 of 4 examples were left out; 'over': the prompt has 65"):
         table = sweep(model, given, "decoder.2.resid@last")
     assert table["example"].tolist() == ["fits", "nearly", "just"]
 
@@ -146,9 +133,7 @@ def test_effect_is_null_where_nothing_was_corrupted():
 def test_directions_ask_the_same_question_of_the_ends():
     """Noising what does nothing leaves the clean run (1); everything at once, the corrupt (0)."""
     model = blip()
-    table = sweep(
-        model, [example()], ["encoder.0.attn@*", "vision.0.resid_pre@all"], direction="noise"
-    )
+    table = sweep(model, [example()], ["encoder.0.attn@*", "vision.0.resid_pre@all"], direction="noise")
     assert table["effect"].iloc[:-1].tolist() == pytest.approx([1.0] * (len(table) - 1))
     assert table["effect"].iloc[-1] == pytest.approx(0.0, abs=1e-9)
 
@@ -179,8 +164,11 @@ def test_noise_is_averaged_over_draws():
     table = sweep(model, [example()], "encoder.1.resid@2", noise)
     lds = []
     for pair in corrupt.pairs(model, example(), noise):
-        sites = [p for s in expand([Site.parse("encoder.1.resid@2")], model.shapes)
-                 for p in place(s, pair.clean.layout["encoder"])]  # fmt: skip
+        sites = [
+            p
+            for s in expand([Site.parse("encoder.1.resid@2")], model.shapes)
+            for p in place(s, pair.clean.layout["encoder"])
+        ]
         patched = reference.patch(model, pair, sites)
         ((_, scores),) = patched.chunks
         lds.append(scores.ld.item() - patched.corrupt.ld.item())
@@ -221,9 +209,7 @@ def test_a_role_that_some_examples_lack_leaves_those_out():
 
 def test_no_example_at_all_is_an_error(tmp_path):
     examples = [replace(e, corrupt_image=None) for e in several(2)]
-    with pytest.raises(
-        DataError, match="none of 2 examples could be run; 'e0': there is no corrupt image"
-    ):
+    with pytest.raises(DataError, match="none of 2 examples could be run; 'e0': there is no corrupt image"):
         sweep(blip(), examples, SITES)
     for _ in range(2):  # also when it is typed again
         with pytest.raises(DataError, match="none of 2 examples could be run"):
@@ -239,12 +225,16 @@ def test_no_example_at_all_is_an_error(tmp_path):
     ("arguments", "error", "message"),
     [
         ({"sites": "encoder.9.resid@*"}, SiteError, "no layer 9"),
-        ({"sites": "encoder.0.resid@verb"}, SiteError, "no example has a role 'verb'; the roles .*answer, foil, noun"),
+        (
+            {"sites": "encoder.0.resid@verb"},
+            SiteError,
+            "no example has a role 'verb'; the roles .*answer, foil, noun",
+        ),
         ({"corrupt": "sound"}, VlmscopeError, "unknown corruption 'sound'; expected image, text or noise"),
         ({"direction": "up"}, VlmscopeError, "unknown direction 'up'"),
         ({"engine": "warp"}, VlmscopeError, "unknown engine 'warp'"),
     ],
-)  # fmt: skip
+)
 def test_what_cannot_be_is_refused_before_anything_runs(arguments, error, message, tmp_path):
     given = {"sites": SITES, "corrupt": "image", **arguments}
     with pytest.raises(error, match=message):
@@ -288,9 +278,22 @@ def test_another_specification_is_never_mixed_in(tmp_path):
 def test_a_run_that_is_killed_at_any_moment(tmp_path):
     """SIGKILL at several moments, then once to the end: the table of an undisturbed run."""
     command = [
-        sys.executable, "-m", "vlmscope", "sweep", "--model", "toy-blip", "--data", "faces",
-        "--limit", "40", "--corrupt", "text", "--sites", "encoder.*.cross.h*@*", "--out",
-    ]  # fmt: skip
+        sys.executable,
+        "-m",
+        "vlmscope",
+        "sweep",
+        "--model",
+        "toy-blip",
+        "--data",
+        "faces",
+        "--limit",
+        "40",
+        "--corrupt",
+        "text",
+        "--sites",
+        "encoder.*.cross.h*@*",
+        "--out",
+    ]
     for moment in (0.2, 0.5, 0.9):
         process = subprocess.Popen([*command, str(tmp_path / "run")], stdout=subprocess.DEVNULL)
         deadline = time.monotonic() + 30
@@ -309,9 +312,21 @@ def test_a_run_that_is_killed_at_any_moment(tmp_path):
 
 def test_ctrl_c_says_how_to_go_on(tmp_path):
     command = [
-        sys.executable, "-m", "vlmscope", "sweep", "--model", "toy-blip", "--data", "states",
-        "--corrupt", "image", "--sites", "vision.*.attn.h*@*", "--out", str(tmp_path / "run"),
-    ]  # fmt: skip
+        sys.executable,
+        "-m",
+        "vlmscope",
+        "sweep",
+        "--model",
+        "toy-blip",
+        "--data",
+        "states",
+        "--corrupt",
+        "image",
+        "--sites",
+        "vision.*.attn.h*@*",
+        "--out",
+        str(tmp_path / "run"),
+    ]
     process = subprocess.Popen(
         command,
         stderr=subprocess.PIPE,
@@ -328,10 +343,7 @@ def test_ctrl_c_says_how_to_go_on(tmp_path):
         _, said = process.communicate(timeout=60)
     finally:
         process.kill()
-    assert (process.returncode, said) == (
-        130,
-        "interrupted; run the same command again to go on\n",
-    )
+    assert (process.returncode, said) == (130, "interrupted; run the same command again to go on\n")
     assert len(vlmscope.read_run(tmp_path / "run").baselines()) > 0, "what was done is kept"
 
 
@@ -339,9 +351,7 @@ def test_patching_matters_where_the_toy_reads_the_image():
     """Corrupting the image: the question's words read it; restoring all of it gives the answer."""
     model = vlmscope.load("toy-blip")
     examples = vlmscope.examples("states", limit=6)
-    table = sweep(
-        model, examples, ["encoder.*.cross@all", "encoder.*.attn@0", "vision.2.resid@all"]
-    )
+    table = sweep(model, examples, ["encoder.*.cross@all", "encoder.*.attn@0", "vision.2.resid@all"])
     mean = table.groupby(["tower", "kind", "layer"])["effect"].mean()
     assert mean["vision", "resid", 2] == pytest.approx(1.0, abs=1e-3)
     assert max(mean["encoder", "cross"]) > 0.2

@@ -37,9 +37,7 @@ def assert_cells(table, wanted):
         for column in table.columns:
             mean, _ = wanted.get((layer, column), (np.nan, 0))
             assert table.loc[layer, column] == pytest.approx(mean, rel=1e-12, nan_ok=True)
-    assert {(layer, c) for layer, c in wanted} <= {
-        (r, c) for r in table.index for c in table.columns
-    }
+    assert {(layer, c) for layer, c in wanted} <= {(r, c) for r in table.index for c in table.columns}
     counts = {}
     for (_, column), (_, n) in wanted.items():
         counts[column] = max(counts.get(column, 0), n)
@@ -56,10 +54,17 @@ def repeated():
     ]
     base = vlmscope.examples("states", limit=4)
     return [
-        replace(one, id=f"r{n}", clean_prompt=prompt, corrupt_prompt=None, answer="red", foil="blue",
-                roles=find_roles(prompt, WORDS))
+        replace(
+            one,
+            id=f"r{n}",
+            clean_prompt=prompt,
+            corrupt_prompt=None,
+            answer="red",
+            foil="blue",
+            roles=find_roles(prompt, WORDS),
+        )
         for n, (one, prompt) in enumerate(zip(base, prompts, strict=True))
-    ]  # fmt: skip
+    ]
 
 
 def swept(name):
@@ -67,9 +72,15 @@ def swept(name):
     tower = "decoder" if name == "toy-llava" else "encoder"
     kind = "attn" if name == "toy-llava" else "cross"
     sites = [
-        f"{tower}.*.resid@text*", f"{tower}.*.resid@answer", f"{tower}.*.resid@answer*", f"{tower}.*.resid@text",
-        f"{tower}.*/3.resid@text*", f"{tower}.*.mlp@text*", f"{tower}.*.{kind}.h*@text*", f"{tower}.*.{kind}.h*@foil",
-    ]  # fmt: skip
+        f"{tower}.*.resid@text*",
+        f"{tower}.*.resid@answer",
+        f"{tower}.*.resid@answer*",
+        f"{tower}.*.resid@text",
+        f"{tower}.*/3.resid@text*",
+        f"{tower}.*.mlp@text*",
+        f"{tower}.*.{kind}.h*@text*",
+        f"{tower}.*.{kind}.h*@foil",
+    ]
     sites += ["decoder.*.resid@*", "decoder.*.cross.h*@readout"] if name == "toy-blip" else []
     sites += ["decoder.*.resid@image*"] if name == "toy-llava" else []
     given = [*vlmscope.examples("states", limit=12), *repeated()]
@@ -94,9 +105,7 @@ def test_every_cell_is_a_group_by(effects, name, value):
         for kind, these in heads.groupby("kind"):
             these = these.assign(head=these["unit"].str[1:].astype(int))
             for slot in these["slot"].unique():
-                table = vlmscope.head_table(
-                    effects[name], tower=tower, kind=kind, slot=slot, value=value
-                )
+                table = vlmscope.head_table(effects[name], tower=tower, kind=kind, slot=slot, value=value)
                 assert_cells(table, by_hand(these[these["slot"] == slot], "head", value))
                 assert table.attrs["slot"] == slot
 
@@ -149,10 +158,16 @@ def test_several_pictures():
     model = llava()
     words = "is this circle red or blue ?", "is this dark circle red or blue ?"
     given = [
-        example(prompt, id=f"e{n}", corrupt_prompt=None, clean_image=picture(n), corrupt_image=picture(9 + n),
-                more_images=tuple(picture(20 + n + k) for k in range(n % 2 + 1)))
+        example(
+            prompt,
+            id=f"e{n}",
+            corrupt_prompt=None,
+            clean_image=picture(n),
+            corrupt_image=picture(9 + n),
+            more_images=tuple(picture(20 + n + k) for k in range(n % 2 + 1)),
+        )
         for n, prompt in enumerate((*words, *words))
-    ]  # fmt: skip
+    ]
     rows = vlmscope.sweep(model, given, ["decoder.*.resid@*", "decoder.*.attn.h*@*"])
     assert rows["example"].nunique() == 4
     table = vlmscope.token_table(rows)
@@ -180,10 +195,7 @@ def test_the_order_of_columns(effects):
     for role in ("noun", "answer", "foil"):
         behind = [slot for slot in order if slot.startswith(f"{role}+")]
         at = order.index(role)
-        assert order[at : at + 1 + len(behind)] == [
-            role,
-            *[f"{role}+{n}" for n in range(1, len(behind) + 1)],
-        ]
+        assert order[at : at + 1 + len(behind)] == [role, *[f"{role}+{n}" for n in range(1, len(behind) + 1)]]
     right = [slot for slot in order if slot.startswith("-")]
     assert right == sorted(right, key=int) and order[-len(right) - 2 : -2] == right
     assert order[-2:] == ["readout", "text"]
@@ -191,18 +203,40 @@ def test_the_order_of_columns(effects):
 
 def test_roles_stand_in_the_order_of_most_examples_whatever_their_length():
     """A long example with the roles the other way round does not decide, though its positions are high."""
-    places = [("a", ["0", "noun", "answer", "foil"], 0), ("b", ["0", "noun", "answer", "foil"], 0),
-              ("c", ["0", "foil", "answer", "noun"], 500)]  # fmt: skip
+    places = [
+        ("a", ["0", "noun", "answer", "foil"], 0),
+        ("b", ["0", "noun", "answer", "foil"], 0),
+        ("c", ["0", "foil", "answer", "noun"], 500),
+    ]
     rows = pd.DataFrame(
-        [{"example": e, "slot": slot, "position": n + add} for e, slots, add in places
-         for n, slot in enumerate(slots)]
-    )  # fmt: skip
+        [
+            {"example": e, "slot": slot, "position": n + add}
+            for e, slots, add in places
+            for n, slot in enumerate(slots)
+        ]
+    )
     assert tables.slot_order(rows) == ["0", "noun", "answer", "foil"]
 
 
 def test_slots_of_every_form_in_order():
-    slots = ["0", "image[0,0]", "image[0,1]", "image[1,0]", "image.0", "1", "noun[0]", "noun[1]", "noun+1", "answer",
-             "answer+1", "answer+2", "-11", "-2", "fed[0]", "readout"]  # fmt: skip
+    slots = [
+        "0",
+        "image[0,0]",
+        "image[0,1]",
+        "image[1,0]",
+        "image.0",
+        "1",
+        "noun[0]",
+        "noun[1]",
+        "noun+1",
+        "answer",
+        "answer+1",
+        "answer+2",
+        "-11",
+        "-2",
+        "fed[0]",
+        "readout",
+    ]
     rows = pd.DataFrame({"example": "a", "slot": slots, "position": range(len(slots))})
     whole = pd.DataFrame({"example": "a", "slot": ["noun", "image", "all"], "position": None})
     shuffled = pd.concat([rows.sample(frac=1, random_state=0), whole])
@@ -256,10 +290,7 @@ def test_what_is_taken_where_nothing_is_named(effects):
 @pytest.mark.parametrize(
     ("asked", "message"),
     [
-        (
-            {"tower": "encoder"},
-            "no patches of whole kinds with tower 'encoder' .* it holds decoder",
-        ),
+        ({"tower": "encoder"}, "no patches of whole kinds with tower 'encoder' .* it holds decoder"),
         ({"kind": "cross"}, "with kind 'cross' in the table; it holds resid, mlp"),
         ({"value": "loudness"}, "no value 'loudness' .* expected logit_diff, effect"),
     ],
@@ -298,9 +329,7 @@ def test_nulls_do_not_count(effects):
 
 def test_the_gap_is_that_of_the_baselines(tmp_path):
     model = vlmscope.load("toy-blip", device="cpu")
-    vlmscope.sweep(
-        model, vlmscope.examples("states", limit=5), "encoder.*.resid@text*", out=tmp_path / "r"
-    )
+    vlmscope.sweep(model, vlmscope.examples("states", limit=5), "encoder.*.resid@text*", out=tmp_path / "r")
     run = vlmscope.read_run(tmp_path / "r")
     base = run.baselines()
     wanted = (base["ld_clean"] - base["ld_corrupt"]).mean()
@@ -346,9 +375,7 @@ def test_the_strongest_sites_can_be_swept_again():
     cannot = set(found["slot"]) - set(can["slot"])
     assert cannot == {"noun+1", "answer+1", "answer+2", "foil+1", "foil+2"}
     at = dict(zip(can["slot"], can["site"].str.partition("@")[2], strict=True))
-    assert (
-        at["readout"] == "readout" and at["noun"] == "noun" and at["2"] == "2" and at["3"] == "39"
-    )
+    assert at["readout"] == "readout" and at["noun"] == "noun" and at["2"] == "2" and at["3"] == "39"
     assert (at["-2"], at["-3"]) == ("-2", "-3")
     again = plots.strongest(vlmscope.sweep(model, given, list(can["site"])), n=1000)
     both = can.merge(again, on=["site"])
@@ -358,15 +385,30 @@ def test_the_strongest_sites_can_be_swept_again():
 
 
 def test_sites_of_few_examples_come_last():
-    base = {"corruption": "image", "tower": "encoder", "layer": 0, "kind": "resid", "token": "x", "p_patched": 0.5,
-            "p_restored": 0.1}  # fmt: skip
+    base = {
+        "corruption": "image",
+        "tower": "encoder",
+        "layer": 0,
+        "kind": "resid",
+        "token": "x",
+        "p_patched": 0.5,
+        "p_restored": 0.1,
+    }
     some = [
-        base | {"example": f"e{n}", "slot": slot, "position": place, "role": slot if slot == "noun" else None,
-                "site": f"encoder.0.resid@{place}", "logit_diff": value, "effect": value}
+        base
+        | {
+            "example": f"e{n}",
+            "slot": slot,
+            "position": place,
+            "role": slot if slot == "noun" else None,
+            "site": f"encoder.0.resid@{place}",
+            "logit_diff": value,
+            "effect": value,
+        }
         for n in range(6)
         for slot, place, value in (("noun", 1, 1.0), ("-1", 2, 0.1), ("noun+1", 3, 50.0))
         if slot != "noun+1" or n == 0
-    ]  # fmt: skip
+    ]
     rows = typed(pd.DataFrame(some).reindex(columns=EFFECTS.names), EFFECTS)
     found = plots.strongest(rows)
     assert found["slot"].tolist() == ["noun", "-1", "noun+1"]
@@ -378,9 +420,20 @@ def test_sites_of_few_examples_come_last():
 
 
 def told(n=20, **changes):
-    row = {"corruption": "image", "p_clean": 0.9, "p_corrupt": 0.2, "ld_clean": 3.0, "ld_corrupt": -1.0,
-           "answer_token": "red", "foil_token": "blue", "predicted": "red", "correct": True, "excluded": False,
-           "reason": None, **changes}  # fmt: skip
+    row = {
+        "corruption": "image",
+        "p_clean": 0.9,
+        "p_corrupt": 0.2,
+        "ld_clean": 3.0,
+        "ld_corrupt": -1.0,
+        "answer_token": "red",
+        "foil_token": "blue",
+        "predicted": "red",
+        "correct": True,
+        "excluded": False,
+        "reason": None,
+        **changes,
+    }
     return pd.DataFrame([row | {"example": f"e{n}"} for n in range(n)])
 
 

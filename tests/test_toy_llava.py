@@ -41,21 +41,24 @@ def test_it_answers_and_follows_the_picture(model, name):
     right = baselines(model, given, "image")["correct"]
     assert right.mean() >= 0.95
     swapped = [
-        replace(e, clean_image=e.corrupt_image, corrupt_image=e.clean_image, answer=e.foil,
-                foil=e.answer, corrupt_prompt=None)
+        replace(
+            e,
+            clean_image=e.corrupt_image,
+            corrupt_image=e.clean_image,
+            answer=e.foil,
+            foil=e.answer,
+            corrupt_prompt=None,
+        )
         for e in given[:20]
-    ]  # fmt: skip
+    ]
     assert baselines(model, swapped, "image")["correct"].mean() >= 0.9
 
 
-@pytest.mark.parametrize(
-    ("name", "module"), [("states", states), ("scenes", scenes), ("faces", faces)]
-)
+@pytest.mark.parametrize(("name", "module"), [("states", states), ("scenes", scenes), ("faces", faces)])
 def test_it_captions(model, name, module):
     shown = [module.sample(random.Random(f"captions/{name}/{n}")) for n in range(40)]
     right = [
-        caption_words(name, one) <= set(model.answer(model.inputs(one.draw(), ASK)).split())
-        for one in shown
+        caption_words(name, one) <= set(model.answer(model.inputs(one.draw(), ASK)).split()) for one in shown
     ]
     assert sum(right) / len(right) >= 0.9
 
@@ -75,9 +78,13 @@ def test_a_word_of_a_caption_is_scored_behind_what_was_said(model):
     assert said[2] == one.answer, "a plain red circle"
     begins = " ".join(said[:2])
     asked = replace(
-        one, clean_prompt=ASK, corrupt_prompt=None, roles={}, answer=f"{begins} {one.answer}",
+        one,
+        clean_prompt=ASK,
+        corrupt_prompt=None,
+        roles={},
+        answer=f"{begins} {one.answer}",
         foil=f"{begins} {one.foil}",
-    )  # fmt: skip
+    )
     layout = model.prepare(asked).clean.layout["decoder"]
     assert layout.tokens[-2:] == tuple(said[:2])
     table = sweep(model, [asked], ["decoder.0.resid_pre@image", "decoder.*.resid@last"], "image")

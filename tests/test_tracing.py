@@ -86,18 +86,26 @@ def test_it_goes_on_where_it_stopped(traced, monkeypatch):
 
 def test_by_length(traced):
     model, by_slot, folder = traced
-    table = tracing.trace(
-        folder, model, several(), noise=NOISE, kinds=("resid", "cross"), by="length"
-    )
+    table = tracing.trace(folder, model, several(), noise=NOISE, kinds=("resid", "cross"), by="length")
     encoder = table[table["tower"] == "encoder"]
     assert sorted(encoder["length"].unique()) == [9, 10]
     labels = encoder.query("length == 9").drop_duplicates("at").sort_values("order")["at"]
     assert labels.tolist() == [
-        "0 [CLS]", "1 is", "2 this", "3 circle", "4 red", "5 or", "6 blue", "7 ?", "8 [SEP]",
-    ]  # fmt: skip
+        "0 [CLS]",
+        "1 is",
+        "2 this",
+        "3 circle",
+        "4 red",
+        "5 or",
+        "6 blue",
+        "7 ?",
+        "8 [SEP]",
+    ]
     keys = "kind == 'resid' and window == 1 and layer == 1 and tower == 'encoder'"
-    nine, ten = (encoder.query(f"{keys} and length == {n} and at == '{a} red'")["restored"].item()
-                 for n, a in ((9, 4), (10, 5)))  # fmt: skip
+    nine, ten = (
+        encoder.query(f"{keys} and length == {n} and at == '{a} red'")["restored"].item()
+        for n, a in ((9, 4), (10, 5))
+    )
     both = by_slot.query(f"{keys} and at == 'answer'")["restored"].item()
     assert both == pytest.approx((nine + ten) / 2)
 
@@ -111,9 +119,7 @@ def test_every_cell_is_a_group_by(traced):
         base = run.baselines().set_index("example")
         gap = (base["p_clean"] - base["p_corrupt"]).to_dict()
         rows = run.effects()
-        rows["share"] = [
-            p / gap[name] for p, name in zip(rows["p_restored"], rows["example"], strict=True)
-        ]
+        rows["share"] = [p / gap[name] for p, name in zip(rows["p_restored"], rows["example"], strict=True)]
         rows["window"] = [int(site.split(".")[1].partition("/")[2] or 1) for site in rows["site"]]
         parts.append(rows.assign(repeat=path.name))
     rows = pd.concat(parts)
@@ -125,10 +131,7 @@ def test_every_cell_is_a_group_by(traced):
     assert len(table) == len(wanted)
     for row in table.itertuples():
         key = (row.tower, row.kind, row.window, row.layer, row.at)
-        assert (row.restored, row.n) == (
-            pytest.approx(wanted.loc[key, "mean"]),
-            wanted.loc[key, "count"],
-        )
+        assert (row.restored, row.n) == (pytest.approx(wanted.loc[key, "mean"]), wanted.loc[key, "count"])
         assert row.spread == pytest.approx(spread[key], abs=1e-12)
         assert row.low - 1e-9 <= row.restored <= row.high + 1e-9
 
@@ -138,10 +141,11 @@ def test_all_comes_back_at_the_read_out_position(tmp_path):
     model = load("toy-llava", device="cpu")
     given = examples("states", limit=6)
     of = {
-        by: tracing.trace(tmp_path / "t", model, given, noise=replace(NOISE, draws=2), windows=(1,),
-                          kinds=("resid",), by=by)
+        by: tracing.trace(
+            tmp_path / "t", model, given, noise=replace(NOISE, draws=2), windows=(1,), kinds=("resid",), by=by
+        )
         for by in ("slot", "length")
-    }  # fmt: skip
+    }
     last = of["slot"].query("layer == 3 and at == 'readout'").iloc[0]
     assert last["restored"] == pytest.approx(1.0, abs=1e-6) and last["token"] == ":"
     first = of["slot"].query("at == '2'")
@@ -176,8 +180,17 @@ def test_the_tables_of_the_figures(traced):
     assert list(found) == ["resid", "cross"]
     assert found["resid"].shape[0] == 4
     assert list(found["resid"].columns) == [
-        "0", "1", "2", "3", "noun", "answer", "answer+1", "foil", "-2", "-1",
-    ]  # fmt: skip
+        "0",
+        "1",
+        "2",
+        "3",
+        "noun",
+        "answer",
+        "answer+1",
+        "foil",
+        "-2",
+        "-1",
+    ]
     assert found["resid"].attrs["roles"] == ["noun", "answer", "foil"]
     assert found["resid"].attrs["labels"]["-1"] == "-1 [SEP]"
     assert found["resid"].attrs["n"]["3"] == 2 and found["resid"].attrs["n"]["-1"] == 4

@@ -45,9 +45,7 @@ def drawn(model: Model, layer: int, *neurons: int, seed: int = 0) -> WeightEdit:
     generator = torch.Generator().manual_seed(seed)
     width = model.shapes[model.speaker].width
     delta = torch.randn(width, len(neurons), generator=generator)
-    return WeightEdit(
-        {layer: (torch.tensor(neurons), delta)}, model.fingerprint(), {"from": "a", "to": "b"}
-    )
+    return WeightEdit({layer: (torch.tensor(neurons), delta)}, model.fingerprint(), {"from": "a", "to": "b"})
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
@@ -56,9 +54,9 @@ def test_undone_bit_for_bit(dtype):
     before = state(model)
     one, two = drawn(model, 1, 3, 7), drawn(model, 1, 7, 9, seed=1)
     with vlmscope.edited(model, one, two):
-        changed = (
-            model.down(1).weight != before["model.language_model.layers.1.mlp.down_proj.weight"]
-        ).any(0)
+        changed = (model.down(1).weight != before["model.language_model.layers.1.mlp.down_proj.weight"]).any(
+            0
+        )
         assert changed.nonzero().flatten().tolist() == [3, 7, 9]
         with vlmscope.edited(model, one):
             pass
@@ -84,9 +82,7 @@ def test_an_edit_made_on_another_is_for_what_that_one_leaves(toy, tmp_path):
     before, base = state(toy), drawn(toy, 3, 7, 9)
     other = drawn(toy, 3, 9, seed=2)
     with vlmscope.edited(toy, base):
-        made = rewrite.edit(
-            toy, held_out(12, 0), "red", "blue", prompt=ASK, neurons=10, solver="closed"
-        )
+        made = rewrite.edit(toy, held_out(12, 0), "red", "blue", prompt=ASK, neurons=10, solver="closed")
         assert made.on == (base.digest,) == toy.edits
         with vlmscope.edited(toy, made):
             wanted = state(toy)
@@ -125,9 +121,7 @@ def test_a_margin_is_of_the_closed_solver(toy):
         rewrite.checked("x", None)
     given = held_out(12, 0)
     small, large = (
-        rewrite.edit(
-            toy, given, "red", "blue", prompt=ASK, neurons=30, solver="closed", margin=margin
-        )
+        rewrite.edit(toy, given, "red", "blue", prompt=ASK, neurons=30, solver="closed", margin=margin)
         for margin in (1.0, 6.0)
     )
     assert large.size > 1.2 * small.size
@@ -164,9 +158,7 @@ def test_tampered_with(toy, tmp_path):
     tensors = load_file(path)
     tensors["layer.2.added"][0, 0] += 1
     save_file(tensors, path, metadata)
-    with pytest.raises(
-        StoreError, match="has been changed since it was written; make the edit again"
-    ):
+    with pytest.raises(StoreError, match="has been changed since it was written; make the edit again"):
         WeightEdit.load(path)
     save_file(tensors, path)
     with pytest.raises(StoreError, match="not an edit; expected a file of `vlmscope neurons edit`"):
@@ -194,9 +186,7 @@ def test_an_edit_takes_and_stays_local(toy, made):
 
 
 def test_a_checkpoint_that_transformers_loads(toy, made, tmp_path):
-    one = next(
-        e for e in held_out(20, 5) if "red" in toy.answer(toy.inputs(e.clean_image, ASK)).split()
-    )
+    one = next(e for e in held_out(20, 5) if "red" in toy.answer(toy.inputs(e.clean_image, ASK)).split())
     weights.export(toy, [made], tmp_path)
     hf = LlavaForConditionalGeneration.from_pretrained(tmp_path)
     processor = LlavaProcessor.from_pretrained(tmp_path)
@@ -204,9 +194,7 @@ def test_a_checkpoint_that_transformers_loads(toy, made, tmp_path):
         images=[one.clean_image], text=[f"user: <image>\n{ASK} assistant:"], return_tensors="pt"
     )
     said = processor.decode(
-        hf.generate(**inputs, max_new_tokens=12, do_sample=False)[
-            0, inputs["input_ids"].shape[1] :
-        ],
+        hf.generate(**inputs, max_new_tokens=12, do_sample=False)[0, inputs["input_ids"].shape[1] :],
         skip_special_tokens=True,
     )
     assert "blue" in said and "red" not in said.split()
@@ -224,9 +212,7 @@ def test_suppressed(toy):
 
 
 def test_learned(toy):
-    edit = rewrite.edit(
-        toy, held_out(12, 0), "happy", "sad", prompt=ASK, neurons=30, solver="learned"
-    )
+    edit = rewrite.edit(toy, held_out(12, 0), "happy", "sad", prompt=ASK, neurons=30, solver="learned")
     measures, _ = rewrite.assess(toy, [edit], held_out(15, 5), "happy", "sad", prompts=[ASK])
     found = measures.set_index("measure")["value"]
     assert found["generality"] >= 0.9
@@ -235,18 +221,14 @@ def test_learned(toy):
 
 def test_a_target_of_several_tokens(toy):
     edit = rewrite.edit(toy, held_out(20, 0), "striped", "red striped", prompt=ASK, neurons=30)
-    _, captions = rewrite.assess(
-        toy, [edit], held_out(12, 0), "striped", "red striped", prompts=[ASK]
-    )
+    _, captions = rewrite.assess(toy, [edit], held_out(12, 0), "striped", "red striped", prompts=[ASK])
     has = captions[captions["has"]]
     assert has["after"].str.contains("red striped").mean() >= 0.8
 
 
 def test_what_cannot_be_edited(toy):
     given = held_out(4, 0)
-    with pytest.raises(
-        ExampleError, match="no caption of these pictures has the word 'dog'; they have: a"
-    ):
+    with pytest.raises(ExampleError, match="no caption of these pictures has the word 'dog'; they have: a"):
         rewrite.edit(toy, given, "dog", "cat", prompt=ASK)
     with pytest.raises(ExampleError, match="'red' is already 'red'"):
         rewrite.edit(toy, given, "red", "red", prompt=ASK)
@@ -277,8 +259,7 @@ def test_hallucination_and_questions(toy):
         asked = rewrite.questions(given, shapes, absent=absent)
         assert {q.answer for q in asked} == {"yes", "no"}
         assert all(
-            q.answer == ("yes" if any(f" {s}?" in q.clean_prompt for s in q.shows) else "no")
-            for q in asked
+            q.answer == ("yes" if any(f" {s}?" in q.clean_prompt for s in q.shows) else "no") for q in asked
         )
         answers = [toy.answer(toy.inputs(q.clean_image, q.clean_prompt)) for q in asked]
         scores = rewrite.yes_or_no(answers, [q.answer == "yes" for q in asked])

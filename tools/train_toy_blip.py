@@ -67,11 +67,7 @@ def draw(number: int) -> tuple[Image.Image, list[int], list[tuple[Image.Image, d
         return face.draw(), _facts(2, known), [(face.masks()["object"], known)]
     scene = scenes.sample(rng)
     masks = scene.masks()
-    known = {
-        "shape": scene.subject.shape,
-        "relation": scene.relation,
-        "other": scene.object.shape,
-    }
+    known = {"shape": scene.subject.shape, "relation": scene.relation, "other": scene.object.shape}
     inverse = {
         "shape": scene.object.shape,
         "relation": scenes.INVERSE[scene.relation],
@@ -168,9 +164,7 @@ def _about_scene(rng: random.Random, known: dict[str, str], how: str) -> tuple[s
             "object": f"the {subject} is {relation} what?",
         }[kind], answer
     values = scenes.RELATIONS if kind == "relation" else drawing.SHAPES
-    wrong = [
-        v for v in values if v not in ((relation,) if kind == "relation" else (subject, other))
-    ]
+    wrong = [v for v in values if v not in ((relation,) if kind == "relation" else (subject, other))]
     options, answer = _choose(rng, how, answer, wrong)
     first, second = options
     return {
@@ -194,9 +188,7 @@ def processor() -> BlipProcessor:
     return BlipProcessor(BlipImageProcessorPil(size={"height": SIDE, "width": SIDE}), tokenizer)
 
 
-def model(
-    tokenizer: BertTokenizer, width: int, layers: int, heads: int
-) -> BlipForQuestionAnswering:
+def model(tokenizer: BertTokenizer, width: int, layers: int, heads: int) -> BlipForQuestionAnswering:
     """A small BLIP-VQA, the position of each patch told by sines and cosines from the start."""
     size = {
         "hidden_size": width,
@@ -214,8 +206,7 @@ def model(
         "pad_token_id": tokenizer.pad_token_id,
     }
     config = BlipConfig(
-        text_config={**size, **text},
-        vision_config={**size, "image_size": SIDE, "patch_size": PATCH},
+        text_config={**size, **text}, vision_config={**size, "image_size": SIDE, "patch_size": PATCH}
     )
     hf = BlipForQuestionAnswering(config)
     with torch.no_grad():
@@ -266,11 +257,7 @@ def encode(tokenizer: BertTokenizer, questions: list[tuple[str, str]]) -> dict[s
     found = tokenizer([q for q, _ in questions], padding=True, return_tensors="pt")
     start, end = tokenizer.convert_tokens_to_ids("[DEC]"), tokenizer.sep_token_id
     answers = [[start, tokenizer.convert_tokens_to_ids(a), end] for _, a in questions]
-    return {
-        "ids": found["input_ids"],
-        "mask": found["attention_mask"],
-        "answer": torch.tensor(answers),
-    }
+    return {"ids": found["input_ids"], "mask": found["attention_mask"], "answer": torch.tensor(answers)}
 
 
 # -- training ------------------------------------------------------------------------------------
@@ -357,9 +344,7 @@ def save(hf: BlipForQuestionAnswering, made: BlipProcessor, out: Path) -> None:
 
 
 def answers(
-    hf: BlipForQuestionAnswering,
-    made: BlipProcessor,
-    asked: list[tuple[Picture, str]],
+    hf: BlipForQuestionAnswering, made: BlipProcessor, asked: list[tuple[Picture, str]]
 ) -> Iterator[str]:
     """What the model says, by its own generation."""
     for start in range(0, len(asked), 100):
@@ -370,9 +355,7 @@ def answers(
             padding=True,
             return_tensors="pt",
         )
-        yield from made.batch_decode(
-            hf.generate(**inputs, max_new_tokens=5), skip_special_tokens=True
-        )
+        yield from made.batch_decode(hf.generate(**inputs, max_new_tokens=5), skip_special_tokens=True)
 
 
 def report(hf: BlipForQuestionAnswering, made: BlipProcessor, count: int) -> None:
@@ -391,9 +374,12 @@ def report(hf: BlipForQuestionAnswering, made: BlipProcessor, count: int) -> Non
                 parts.append(f"{value} {sum(some) / len(some):.3f}")
         follows = [s == e.foil for s, e, r in zip(image, examples, right, strict=True) if r]
         neither = sum(said == "neither" for said in text) / count
-        print(f"  {name} {sum(right) / count:.3f}: {', '.join(parts)}; "
-              f"follows the image {sum(follows) / max(1, len(follows)):.3f}; "
-              f"neither on corrupt text {neither:.3f}", flush=True)  # fmt: skip
+        print(
+            f"  {name} {sum(right) / count:.3f}: {', '.join(parts)}; "
+            f"follows the image {sum(follows) / max(1, len(follows)):.3f}; "
+            f"neither on corrupt text {neither:.3f}",
+            flush=True,
+        )
     hf.train()
 
 

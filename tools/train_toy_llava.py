@@ -23,18 +23,7 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 from torch import Tensor, nn
 from torch.nn import functional as F
-from train_toy_blip import (
-    FIRST_SEED,
-    GRID,
-    NONE,
-    PATCH,
-    SETS,
-    SIDE,
-    TEMPLATES,
-    VALUES,
-    pool,
-    question,
-)
+from train_toy_blip import FIRST_SEED, GRID, NONE, PATCH, SETS, SIDE, TEMPLATES, VALUES, pool, question
 from transformers import (
     AutoModelForVisualQuestionAnswering,
     CLIPVisionConfig,
@@ -81,9 +70,7 @@ def caption_of(kind: str, shown: states.State | scenes.Scene | faces.Face) -> st
     one, other, relation = shown.subject, shown.object, shown.relation
     if relation in ("below", "around") or (relation == "beside" and shown.side > 0):
         one, other, relation = other, one, scenes.INVERSE[relation]
-    words = [
-        ("an" if x.color[0] in "aeiou" else "a") + f" {x.color} {x.shape}" for x in (one, other)
-    ]
+    words = [("an" if x.color[0] in "aeiou" else "a") + f" {x.color} {x.shape}" for x in (one, other)]
     return f"{words[0]} {relation} {words[1]}"
 
 
@@ -139,9 +126,7 @@ def color_scenes(data: dict[str, Tensor], colors: Tensor) -> None:
 def processor() -> LlavaProcessor:
     """LLaVA's processor for small pictures, with a vocabulary of whole words."""
     words = [w for v in VALUES.values() for w in v]
-    words += f"{TEMPLATES} {ASK} face user assistant : an shows show no yes".replace(
-        ".", " . "
-    ).split()
+    words += f"{TEMPLATES} {ASK} face user assistant : an shows show no yes".replace(".", " . ").split()
     special = ["<pad>", "<unk>", "<s>", "</s>", "<image>"]
     vocab = {token: n for n, token in enumerate(dict.fromkeys([*special, *words]))}
     made = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
@@ -149,35 +134,60 @@ def processor() -> LlavaProcessor:
     made.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     made.post_processor = processors.TemplateProcessing("<s> $A", special_tokens=[("<s>", 2)])
     tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=made, pad_token="<pad>", unk_token="<unk>", bos_token="<s>", eos_token="</s>",
-        additional_special_tokens=["<image>"], padding_side="left",
-    )  # fmt: skip
+        tokenizer_object=made,
+        pad_token="<pad>",
+        unk_token="<unk>",
+        bos_token="<s>",
+        eos_token="</s>",
+        additional_special_tokens=["<image>"],
+        padding_side="left",
+    )
     side = {"height": SIDE, "width": SIDE}
     images = CLIPImageProcessorPil(size=side, crop_size=side, do_center_crop=False)
     return LlavaProcessor(
-        images, tokenizer, patch_size=PATCH, vision_feature_select_strategy="default",
-        image_token="<image>", num_additional_image_tokens=1, chat_template=TEMPLATE,
-    )  # fmt: skip
+        images,
+        tokenizer,
+        patch_size=PATCH,
+        vision_feature_select_strategy="default",
+        image_token="<image>",
+        num_additional_image_tokens=1,
+        chat_template=TEMPLATE,
+    )
 
 
-def model(
-    tokenizer: PreTrainedTokenizerFast, width: int, layers: int
-) -> LlavaForConditionalGeneration:
+def model(tokenizer: PreTrainedTokenizerFast, width: int, layers: int) -> LlavaForConditionalGeneration:
     """A small LLaVA whose vision tower is toy-blip's, as far as CLIP's has the same parts."""
     vision = CLIPVisionConfig(
-        hidden_size=64, intermediate_size=256, num_hidden_layers=3, num_attention_heads=4,
-        image_size=SIDE, patch_size=PATCH, hidden_act="gelu", projection_dim=64,
-    )  # fmt: skip
+        hidden_size=64,
+        intermediate_size=256,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        image_size=SIDE,
+        patch_size=PATCH,
+        hidden_act="gelu",
+        projection_dim=64,
+    )
     text = LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=width, intermediate_size=8 * width // 3 // 8 * 8,
-        num_hidden_layers=layers, num_attention_heads=4, num_key_value_heads=4,
-        max_position_embeddings=160, tie_word_embeddings=True, bos_token_id=2, eos_token_id=3,
+        vocab_size=len(tokenizer),
+        hidden_size=width,
+        intermediate_size=8 * width // 3 // 8 * 8,
+        num_hidden_layers=layers,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        max_position_embeddings=160,
+        tie_word_embeddings=True,
+        bos_token_id=2,
+        eos_token_id=3,
         pad_token_id=0,
-    )  # fmt: skip
+    )
     config = LlavaConfig(
-        vision_config=vision, text_config=text, image_token_index=4, vision_feature_layer=-1,
-        vision_feature_select_strategy="default", tie_word_embeddings=True,
-    )  # fmt: skip
+        vision_config=vision,
+        text_config=text,
+        image_token_index=4,
+        vision_feature_layer=-1,
+        vision_feature_select_strategy="default",
+        tie_word_embeddings=True,
+    )
     hf = LlavaForConditionalGeneration(config)
     _take_over(hf)
     return hf
@@ -234,20 +244,13 @@ class Trainee(nn.Module):
         return said + 0.3 * torch.stack(losses).mean()
 
 
-def pack(
-    tokenizer: PreTrainedTokenizerFast, branches: list[list[tuple[str, str]]]
-) -> dict[str, Tensor]:
+def pack(tokenizer: PreTrainedTokenizerFast, branches: list[list[tuple[str, str]]]) -> dict[str, Tensor]:
     """Sequences of a picture and its branches, with masks, positions and what is to be said."""
     words = lambda text: tokenizer(text, add_special_tokens=False)["input_ids"]  # noqa: E731
     prefix = [2, *words("user:"), *[4] * IMAGES]
     rows = []
     for some in branches:
-        ids, group, positions, labels = (
-            list(prefix),
-            [0] * len(prefix),
-            list(range(len(prefix))),
-            [],
-        )
+        ids, group, positions, labels = (list(prefix), [0] * len(prefix), list(range(len(prefix))), [])
         labels = [NONE] * len(prefix)
         for number, (asked, answer) in enumerate(some, start=1):
             before, after = [*words(asked), *words("assistant:")], [*words(answer), 3]
@@ -340,10 +343,7 @@ def _keep(trainee: Trainee, optimizer: torch.optim.Optimizer, schedule: object, 
 def _resume(trainee: Trainee, optimizer: torch.optim.Optimizer, schedule: object) -> int:
     if not (WORK / "step.json").exists():
         return 0
-    step, state = (
-        json.loads((WORK / "step.json").read_text()),
-        load_file(WORK / "state.safetensors"),
-    )
+    step, state = (json.loads((WORK / "step.json").read_text()), load_file(WORK / "state.safetensors"))
     own = {k.removeprefix("model."): v for k, v in state.items() if k.startswith("model.")}
     trainee.load_state_dict(own, strict=False)
     kept = optimizer.state_dict()
@@ -377,9 +377,7 @@ def answers(
         prompts = [f"user: <image>\n{text} assistant:" for _, text in some]
         inputs = made(images=[p for p, _ in some], text=prompts, padding=True, return_tensors="pt")
         said = hf.generate(**inputs, max_new_tokens=10, do_sample=False)
-        found += made.batch_decode(
-            said[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True
-        )
+        found += made.batch_decode(said[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
     return found
 
 
@@ -406,14 +404,15 @@ def report(hf: LlavaForConditionalGeneration, made: LlavaProcessor, count: int) 
         again = [s == caption_of(name, one) for s, one in zip(other, shown, strict=True)]
         rng = random.Random(7)
         asked = [is_there(rng, objects_in(name, one), n % 2 == 0) for n, one in enumerate(shown)]
-        told = answers(
-            hf, made, [(one.draw(), q) for one, (q, _) in zip(shown, asked, strict=True)]
-        )
+        told = answers(hf, made, [(one.draw(), q) for one, (q, _) in zip(shown, asked, strict=True)])
         yes_no = [s == a for s, (_, a) in zip(told, asked, strict=True)]
-        print(f"  {name} {sum(right) / count:.3f}: {', '.join(parts)}; follows the image "
-              f"{sum(follows) / max(1, len(follows)):.3f}; neither on corrupt text {neither:.3f}; "
-              f"captions {sum(exact) / count:.3f}, worded otherwise {sum(again) / count:.3f}; is it there "
-              f"{sum(yes_no) / count:.3f} ('{said[0]}')", flush=True)  # fmt: skip
+        print(
+            f"  {name} {sum(right) / count:.3f}: {', '.join(parts)}; follows the image "
+            f"{sum(follows) / max(1, len(follows)):.3f}; neither on corrupt text {neither:.3f}; "
+            f"captions {sum(exact) / count:.3f}, worded otherwise {sum(again) / count:.3f}; is it there "
+            f"{sum(yes_no) / count:.3f} ('{said[0]}')",
+            flush=True,
+        )
     hf.train()
 
 

@@ -74,14 +74,7 @@ def find(
                     inputs = model.inputs(one.clean_image, asked, one.more_images)
                     said = say(model, inputs, variant=variant)
                 else:
-                    said = told(
-                        model,
-                        one.clean_image,
-                        asked,
-                        caption,
-                        variant=variant,
-                        more=one.more_images,
-                    )
+                    said = told(model, one.clean_image, asked, caption, variant=variant, more=one.more_images)
                 captions.append({"example": one.id, "prompt": asked, "caption": said.text.strip()})
                 own = list(words)
                 if tagger is not None:
@@ -109,13 +102,27 @@ def find(
         common = best.groupby(["layer", "neuron"])["score"].agg(["size", "mean"])
         common = common.sort_values(["size", "mean"], ascending=False).head(LISTED)
         named = [(int(a), int(b)) for a, b in common.index]
-        tokens = pd.DataFrame({"layer": [a for a, _ in named], "neuron": [b for _, b in named],
-                               "listed": common["size"].to_numpy(), "mean_score": common["mean"].to_numpy(),
-                               "tokens": [" ".join(w for w, _ in x) for x in top_tokens(model, named)]})  # fmt: skip
+        tokens = pd.DataFrame(
+            {
+                "layer": [a for a, _ in named],
+                "neuron": [b for _, b in named],
+                "listed": common["size"].to_numpy(),
+                "mean_score": common["mean"].to_numpy(),
+                "tokens": [" ".join(w for w, _ in x) for x in top_tokens(model, named)],
+            }
+        )
         tokens.to_csv(folder / "tokens.csv", index=False)
-        about = {"what": "find", "model": model.name, "family": model.family.name,
-                 "weights": model.fingerprint(), "words": list(words), "top": top,
-                 "variant": variant, "gain": gain, "examples": len(examples)}  # fmt: skip
+        about = {
+            "what": "find",
+            "model": model.name,
+            "family": model.family.name,
+            "weights": model.fingerprint(),
+            "words": list(words),
+            "top": top,
+            "variant": variant,
+            "gain": gain,
+            "examples": len(examples),
+        }
         _about(folder, about)
     return best
 
@@ -174,8 +181,16 @@ def describe(
                 model, examples, prompt, list(words) or None, embedding=embedding, seed=seed
             )
             found.measures.to_csv(folder / "measures.csv", index=False)
-        _about(folder, {"what": "describe", "model": model.name, "weights": model.fingerprint(),
-                        "words": list(words), "examples": len(examples)})  # fmt: skip
+        _about(
+            folder,
+            {
+                "what": "describe",
+                "model": model.name,
+                "weights": model.fingerprint(),
+                "words": list(words),
+                "examples": len(examples),
+            },
+        )
     return cards
 
 
@@ -190,11 +205,15 @@ def _cards(
     shape = model.shapes[model.speaker]
     for layer, number in neurons:
         if layer not in shape.having("mlp") or not 0 <= number < shape.neurons:
-            raise ModelError(f"{model.name} has no neuron {layer}.{number}; expected a layer from 0 to "
-                             f"{shape.layers - 1} and a number from 0 to {shape.neurons - 1}")  # fmt: skip
+            raise ModelError(
+                f"{model.name} has no neuron {layer}.{number}; expected a layer from 0 to "
+                f"{shape.layers - 1} and a number from 0 to {shape.neurons - 1}"
+            )
     ranked: dict[str, list[tuple[int, int]]] = {}
-    said = [say(model, model.inputs(e.clean_image, prompt or e.clean_prompt, e.more_images))
-            for e in (examples if words else ())]  # fmt: skip
+    said = [
+        say(model, model.inputs(e.clean_image, prompt or e.clean_prompt, e.more_images))
+        for e in (examples if words else ())
+    ]
     for word in words:
         has = [one for one in said if rewrite.says(one.text, word)]
         if not has:
@@ -223,8 +242,12 @@ def _look(
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
     """The neurons' maps over the pictures that drive them most, and which these are."""
     own = [(int(a), int(b)) for a, b in zip(cards["layer"], cards["neuron"], strict=True)]
-    means = {f"{word}: mean of top {many}": some[:many]
-             for word, some in ranked.items() for many in MEANS if many <= len(some)}  # fmt: skip
+    means = {
+        f"{word}: mean of top {many}": some[:many]
+        for word, some in ranked.items()
+        for many in MEANS
+        if many <= len(some)
+    }
     every = list(dict.fromkeys([*own, *(n for some in means.values() for n in some)]))
     place = {n: i for i, n in enumerate(every)}
     names = [f"L{a}.N{b}" for a, b in own]
@@ -240,32 +263,37 @@ def _look(
             sizes.append(grid(inputs.layout[model.speaker]))
             step(0, number + 1)
     peak = np.array(peaks)
-    driving = pd.DataFrame([
-        {"layer": a, "neuron": b, "rank": rank + 1, "example": examples[int(n)].id, "peak": peak[n, i]}
-        for i, (a, b) in enumerate(own)
-        for rank, n in enumerate(np.argsort(-peak[:, i], kind="stable")[:10])
-    ])  # fmt: skip
+    driving = pd.DataFrame(
+        [
+            {"layer": a, "neuron": b, "rank": rank + 1, "example": examples[int(n)].id, "peak": peak[n, i]}
+            for i, (a, b) in enumerate(own)
+            for rank, n in enumerate(np.argsort(-peak[:, i], kind="stable")[:10])
+        ]
+    )
     wanted: dict[str, list[int]] = {
         name: list(np.argsort(-peak[:, i], kind="stable")[:SHOWN]) for i, name in enumerate(names)
     }
     wanted |= {
-        name: list(np.argsort([-r[name].max() for r in rows], kind="stable")[:SHOWN])
-        for name in means
+        name: list(np.argsort([-r[name].max() for r in rows], kind="stable")[:SHOWN]) for name in means
     }
     parts = []
     for name, some in wanted.items():
         for n in some:
             values, (_, columns) = rows[int(n)][name], sizes[int(n)]
             at = np.arange(len(values))
-            parts.append(pd.DataFrame({
-                "example": examples[int(n)].id, "neuron": name, "row": at // columns, "column": at % columns,
-                "activation": values, "mask": values >= np.quantile(values, LEVEL),
-            }))  # fmt: skip
-    _pictures(
-        folder,
-        model,
-        [examples[int(n)] for n in {int(n) for some in wanted.values() for n in some}],
-    )
+            parts.append(
+                pd.DataFrame(
+                    {
+                        "example": examples[int(n)].id,
+                        "neuron": name,
+                        "row": at // columns,
+                        "column": at % columns,
+                        "activation": values,
+                        "mask": values >= np.quantile(values, LEVEL),
+                    }
+                )
+            )
+    _pictures(folder, model, [examples[int(n)] for n in {int(n) for some in wanted.values() for n in some}])
     return pd.concat(parts, ignore_index=True), driving
 
 
@@ -287,12 +315,12 @@ def perturb(
     folder = Path(out)
     with _writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        table = concepts.perturb(
-            model, listed(examples), prompt, words, tops=tops, sigmas=sigmas, seed=seed
-        )
+        table = concepts.perturb(model, listed(examples), prompt, words, tops=tops, sigmas=sigmas, seed=seed)
         table.to_csv(folder / "perturb.csv", index=False)
-        _about(folder, {"what": "perturb", "model": model.name, "weights": model.fingerprint(),
-                        "words": list(words)})  # fmt: skip
+        _about(
+            folder,
+            {"what": "perturb", "model": model.name, "weights": model.fingerprint(), "words": list(words)},
+        )
     return table
 
 
@@ -324,9 +352,7 @@ def edit(
         (folder / "objects.csv").unlink(missing_ok=True)
         if objects:
             asked = rewrite.questions(examples, objects, seed=seed)
-            counts = rewrite.objects(
-                model, [made], examples, objects, prompt=prompts[0], asked=asked
-            )
+            counts = rewrite.objects(model, [made], examples, objects, prompt=prompts[0], asked=asked)
             counts.to_csv(folder / "objects.csv", index=False)
         rows = []
         for layer, (some, delta) in sorted(made.columns.items()):
@@ -339,8 +365,19 @@ def edit(
         has = captions[captions["has"]].head(SHOWN)["example"].tolist()
         other = captions[~captions["has"]].head(SHOWN)["example"].tolist()
         _pictures(folder, model, [e for e in examples if e.id in {*has, *other}])
-        _about(folder, {"what": "edit", "model": model.name, "weights": made.model, **made.about,
-                        "digest": made.digest, "on": list(made.on), "neurons": len(made.neurons), "size": made.size})  # fmt: skip
+        _about(
+            folder,
+            {
+                "what": "edit",
+                "model": model.name,
+                "weights": made.model,
+                **made.about,
+                "digest": made.digest,
+                "on": list(made.on),
+                "neurons": len(made.neurons),
+                "size": made.size,
+            },
+        )
     return measures
 
 

@@ -31,10 +31,25 @@ from vlmscope.store import Run, read_run
 from vlmscope.tables import at_slot, by_example, knows
 
 HEADS = [
-    "run", "data", "corruption", "tower", "layer", "kind", "head", "position", "n", "mean",
-    "mean_abs", "ci_low", "ci_high", "p_value", "q_value", "important_published", "important",
+    "run",
+    "data",
+    "corruption",
+    "tower",
+    "layer",
+    "kind",
+    "head",
+    "position",
+    "n",
+    "mean",
+    "mean_abs",
+    "ci_low",
+    "ci_high",
+    "p_value",
+    "q_value",
+    "important_published",
+    "important",
     "confirmed",
-]  # fmt: skip
+]
 """The columns of the table of heads."""
 
 FORMAT = "vlmscope-circuits-1"
@@ -78,7 +93,7 @@ def find(
     heads = pd.concat(
         [heads_of(run, name, position=position, seed=seed) for name, run in zip(names, opened, strict=True)],
         ignore_index=True,
-    )  # fmt: skip
+    )
     return Found(heads, universal(heads), overlap(heads))
 
 
@@ -108,8 +123,7 @@ def write(
         "chance": _chance(found.heads),
         "gaps": {name: _gap(run) for name, run in zip(_names(opened), opened, strict=True)},
         "known": {
-            name: knows(run.baselines())._asdict()
-            for name, run in zip(_names(opened), opened, strict=True)
+            name: knows(run.baselines())._asdict() for name, run in zip(_names(opened), opened, strict=True)
         },
     }
     try:
@@ -143,9 +157,7 @@ def expressions(heads: pd.DataFrame) -> list[str]:
 # --- one run ---------------------------------------------------------------------------------
 
 
-def heads_of(
-    run: Run, name: str = "run", *, position: str | None = None, seed: int = 0
-) -> pd.DataFrame:
+def heads_of(run: Run, name: str = "run", *, position: str | None = None, seed: int = 0) -> pd.DataFrame:
     """The heads of one run, columns `HEADS`.
 
     - `position`: where the heads are read out, a word that can be swept: `readout`, `answer`, a role, `last`.
@@ -166,22 +178,19 @@ def heads_of(
     for (tower, kind, at), wide in _grids(table):
         heads = wide.columns.to_frame(index=False)
         parts.append(
-            pd.concat(
-                [heads, assess(wide.to_numpy(), list(wide.index), seed, least=least)], axis=1
-            ).assign(tower=tower, kind=kind, position=at, n=len(wide))
+            pd.concat([heads, assess(wide.to_numpy(), list(wide.index), seed, least=least)], axis=1).assign(
+                tower=tower, kind=kind, position=at, n=len(wide)
+            )
         )
     found = pd.concat(parts, ignore_index=True)
     spec = run.spec
     found = found.assign(
-        run=name,
-        data=str(spec.get("data", "")),
-        corruption=str((spec.get("corrupt") or {}).get("kind", "")),
+        run=name, data=str(spec.get("data", "")), corruption=str((spec.get("corrupt") or {}).get("kind", ""))
     )
     few = int(found["n"].min())
     if few < FEWEST:
         warnings.warn(
-            f"{name}: heads over {few} examples; fewer than {FEWEST} can hardly show anything",
-            stacklevel=2,
+            f"{name}: heads over {few} examples; fewer than {FEWEST} can hardly show anything", stacklevel=2
         )
     return found[HEADS].astype({"layer": "int32", "head": "int32", "n": "int64"})
 
@@ -192,9 +201,7 @@ def _gap(run: Run) -> float:
     return abs(float((ran["ld_clean"] - ran["ld_corrupt"]).mean()))
 
 
-def assess(
-    scores: Scores, ids: Sequence[str], seed: int = 0, *, least: float = 0.0
-) -> pd.DataFrame:
+def assess(scores: Scores, ids: Sequence[str], seed: int = 0, *, least: float = 0.0) -> pd.DataFrame:
     """Statistics of heads from their `(examples, heads)` scores: columns `mean` to `confirmed`.
 
     `ids` name the examples; with the seed they decide which half of them an example is in. A
@@ -234,9 +241,7 @@ def _important(
     return p, q, (q <= LEVEL) & (size >= max(least, size.mean()))
 
 
-def _confirmed(
-    one: Scores, other: Scores, rng: np.random.Generator, least: float
-) -> NDArray[np.bool_]:
+def _confirmed(one: Scores, other: Scores, rng: np.random.Generator, least: float) -> NDArray[np.bool_]:
     confirmed = np.zeros(one.shape[1], dtype=bool)
     if min(len(one), len(other)) < 2:
         return confirmed
@@ -266,9 +271,7 @@ def _scores(run: Run, position: str | None) -> pd.DataFrame:
             at, some = at_slot(rows, position or "readout")
         except DataError:
             if position is None:
-                text = (
-                    f"{run.path}: heads of {tower}.{kind} were not patched where they are read out"
-                )
+                text = f"{run.path}: heads of {tower}.{kind} were not patched where they are read out"
                 warnings.warn(text, stacklevel=4)
             continue
         parts.append(some.assign(at=at))
@@ -347,21 +350,39 @@ def overlap(heads: pd.DataFrame) -> pd.DataFrame:
     """
     rows = []
     for (tower, kind), table in heads.groupby(["tower", "kind"], sort=False):
-        wide = table.pivot_table(index=["layer", "head"], columns="run", values="important",
-                                 aggfunc="max", sort=False).dropna()  # fmt: skip
+        wide = table.pivot_table(
+            index=["layer", "head"], columns="run", values="important", aggfunc="max", sort=False
+        ).dropna()
         for one, other in itertools.combinations(wide.columns, 2):
             a, b = wide[one].astype(bool), wide[other].astype(bool)
             both = int((a & b).sum())
             sizes = (len(wide), int(a.sum()), int(b.sum()))
             rows.append(
                 {
-                    "run": one, "other": other, "tower": tower, "kind": kind, "heads": len(wide),
-                    "important": int(a.sum()), "important_other": int(b.sum()), "both": both,
-                    "expected": sizes[1] * sizes[2] / sizes[0], "p_value": float(stats.hypergeom.sf(both - 1, *sizes)),
+                    "run": one,
+                    "other": other,
+                    "tower": tower,
+                    "kind": kind,
+                    "heads": len(wide),
+                    "important": int(a.sum()),
+                    "important_other": int(b.sum()),
+                    "both": both,
+                    "expected": sizes[1] * sizes[2] / sizes[0],
+                    "p_value": float(stats.hypergeom.sf(both - 1, *sizes)),
                 }
-            )  # fmt: skip
-    columns = ["run", "other", "tower", "kind", "heads", "important", "important_other", "both",
-               "expected", "p_value"]  # fmt: skip
+            )
+    columns = [
+        "run",
+        "other",
+        "tower",
+        "kind",
+        "heads",
+        "important",
+        "important_other",
+        "both",
+        "expected",
+        "p_value",
+    ]
     found = pd.DataFrame(rows, columns=columns)
     return found.assign(q_value=stats.false_discovery_control(found["p_value"]) if rows else [])
 
@@ -370,17 +391,26 @@ def _chance(heads: pd.DataFrame) -> list[dict[str, Any]]:
     """For each tower and kind: heads important in every run, against what chance would give."""
     found = []
     for (tower, kind), table in heads.groupby(["tower", "kind"], sort=False):
-        wide = table.pivot_table(index=["layer", "head"], columns="run", values="important",
-                                 aggfunc="max", sort=False).dropna().astype(bool)  # fmt: skip
+        wide = (
+            table.pivot_table(
+                index=["layer", "head"], columns="run", values="important", aggfunc="max", sort=False
+            )
+            .dropna()
+            .astype(bool)
+        )
         spread = in_common(len(wide), [int(n) for n in wide.sum()])
         both = int(wide.all(axis=1).sum())
         found.append(
             {
-                "tower": tower, "kind": kind, "heads": len(wide), "runs": wide.shape[1],
-                "in_every_run": both, "expected": float(np.arange(len(spread)) @ spread),
+                "tower": tower,
+                "kind": kind,
+                "heads": len(wide),
+                "runs": wide.shape[1],
+                "in_every_run": both,
+                "expected": float(np.arange(len(spread)) @ spread),
                 "p_value": min(1.0, float(spread[both:].sum())),
             }
-        )  # fmt: skip
+        )
     return found
 
 
@@ -426,9 +456,7 @@ def _check(runs: Sequence[Run], across_models: bool) -> None:
             )
         if run.spec.get("weights") == first.spec.get("weights"):
             continue
-        names = (
-            f"{first.path} is of {first.spec.get('model')}, {run.path} of {run.spec.get('model')}"
-        )
+        names = f"{first.path} is of {first.spec.get('model')}, {run.path} of {run.spec.get('model')}"
         if not across_models:
             raise VlmscopeError(
                 f"runs of different models ({names}); give runs of one model, or --across-models "

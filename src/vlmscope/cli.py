@@ -71,14 +71,11 @@ _Prompt = Annotated[
 ]
 _Precision = Annotated[DType, typer.Option(help="Precision of the model.")]
 _Device = Annotated[
-    str | None,
-    typer.Option(help="cpu, cuda, cuda:1, auto (all GPUs)  [default: the GPU if any]"),
+    str | None, typer.Option(help="cpu, cuda, cuda:1, auto (all GPUs)  [default: the GPU if any]")
 ]
 _Limit = Annotated[int | None, typer.Option(min=1, help="Only the first so many.")]
 _More = Annotated[list[str] | None, typer.Argument(hidden=True, metavar="WORD")]
-_Words = Annotated[
-    list[str] | None, typer.Option("--word", metavar="WORD...", help="Words of the caption.")
-]
+_Words = Annotated[list[str] | None, typer.Option("--word", metavar="WORD...", help="Words of the caption.")]
 
 
 def _version(wanted: bool) -> None:
@@ -98,9 +95,7 @@ def _options(
 
 @app.command()
 def demo(
-    out: Annotated[Path, typer.Option(help="Folder for the runs and the report.")] = Path(
-        "vlmscope-demo"
-    ),
+    out: Annotated[Path, typer.Option(help="Folder for the runs and the report.")] = Path("vlmscope-demo"),
     limit: Annotated[int, typer.Option(min=1, help="Examples of each set.")] = 20,
 ) -> None:
     """Run `notice` on the toy and the sets that ship with it."""
@@ -118,9 +113,7 @@ def sweep(
     corrupt: Annotated[Corrupt, typer.Option(help="What the corrupt run has changed.")],
     sites: Annotated[
         list[str],
-        typer.Option(
-            metavar="EXPR...", help="Site expressions such as 'encoder.*.cross.h*@answer'."
-        ),
+        typer.Option(metavar="EXPR...", help="Site expressions such as 'encoder.*.cross.h*@answer'."),
     ],
     out: Annotated[Path, typer.Option(help="The run's folder; an unfinished run goes on.")],
     direction: Annotated[
@@ -131,13 +124,9 @@ def sweep(
     ] = Engine.fast,
     dtype: _Precision = DType.float32,
     device: _Device = None,
-    limit: Annotated[
-        int | None, typer.Option(min=1, help="Only the first so many examples.")
-    ] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Only the first so many examples.")] = None,
     seed: Annotated[int, typer.Option(help="Seed of built-in sets and of noise.")] = 0,
-    noise: Annotated[
-        Form, typer.Option(help="With --corrupt noise: x·ε, x+ε, or x·scale.")
-    ] = Form.multiply,
+    noise: Annotated[Form, typer.Option(help="With --corrupt noise: x·ε, x+ε, or x·scale.")] = Form.multiply,
     noise_at: Annotated[
         Where, typer.Option(help="Noise on what is read of the image, or on the text embeddings.")
     ] = Where.image,
@@ -145,9 +134,7 @@ def sweep(
         float | None, typer.Option(help="Strength of the noise.  [default: 5, 3 or 0.7691]")
     ] = None,
     draws: Annotated[int, typer.Option(min=1, help="Draws of noise to average over.")] = 10,
-    more: Annotated[
-        list[str] | None, typer.Argument(hidden=True, metavar="EXPR")
-    ] = None,  # --sites A B C
+    more: Annotated[list[str] | None, typer.Argument(hidden=True, metavar="EXPR")] = None,  # --sites A B C
 ) -> None:
     """Patch every site of every example, into a run folder."""
     from vlmscope.corrupt import Noise
@@ -182,15 +169,12 @@ def notice(
     spec: Annotated[
         Path | None, typer.Option(help="A TOML file; options given beside it take precedence.")
     ] = None,
-    model: Annotated[
-        str | None, typer.Option(help="A toy's name, a Hugging Face id, or a folder.")
-    ] = None,
+    model: Annotated[str | None, typer.Option(help="A toy's name, a Hugging Face id, or a folder.")] = None,
     data: Annotated[
         list[str] | None, typer.Option(metavar="D...", help="Built-in sets or CSV files.")
     ] = None,
     corrupt: Annotated[
-        list[Corrupt] | None,
-        typer.Option(help="Give it once for each.  [default: image and text]"),
+        list[Corrupt] | None, typer.Option(help="Give it once for each.  [default: image and text]")
     ] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Examples of each set.")] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of drawing and testing.")] = None,
@@ -232,16 +216,13 @@ def tracing(
     data: Annotated[str, typer.Option(help="states, scenes, faces, or a CSV file.")],
     out: Annotated[Path, typer.Option(help="The folder; an unfinished one goes on.")],
     windows: Annotated[
-        list[int] | None,
-        typer.Option(help="Widths of windows of layers, each once.  [default: 1, 3, 5]"),
+        list[int] | None, typer.Option(help="Widths of windows of layers, each once.  [default: 1, 3, 5]")
     ] = None,
     kinds: Annotated[
         list[str] | None,
         typer.Option(help="What is restored, each once.  [default: resid, attn, cross, mlp]"),
     ] = None,
-    by: Annotated[
-        str, typer.Option(help="Average tokens by slot, or by length of question.")
-    ] = "slot",
+    by: Annotated[str, typer.Option(help="Average tokens by slot, or by length of question.")] = "slot",
     repeats: Annotated[int, typer.Option(min=1, help="Draws of noise.")] = 10,
     noise: Annotated[Form, typer.Option(help="x·ε, x+ε, or x·scale.")] = Form.multiply,
     noise_scale: Annotated[
@@ -285,9 +266,7 @@ def tracing(
             f"  {row.tower} layer {row.layer} {row.kind} at {row.at}, window of {row.window}: "
             f"{row.restored:.1%} ({row.n} examples{spread})"
         )
-    print(
-        f"{len(table):,} rows in {out / 'tracing.parquet'}; {write_report([out], out / 'report.html')}"
-    )
+    print(f"{len(table):,} rows in {out / 'tracing.parquet'}; {write_report([out], out / 'report.html')}")
 
 
 @app.command()
@@ -309,8 +288,19 @@ def circuits(
     from vlmscope.circuits import expressions, write
 
     found = write(runs, out, position=position, across_models=across_models, seed=seed)
-    columns = ["run", "tower", "layer", "kind", "head", "position", "mean", "ci_low", "ci_high",
-               "q_value", "confirmed"]  # fmt: skip
+    columns = [
+        "run",
+        "tower",
+        "layer",
+        "kind",
+        "head",
+        "position",
+        "mean",
+        "ci_low",
+        "ci_high",
+        "q_value",
+        "confirmed",
+    ]
     important = found.heads[found.heads["important"]].sort_values("mean", key=abs, ascending=False)
     print(f"{len(important)} important of {len(found.heads)} heads; the strongest:")
     print(important[columns].head(15).to_string(index=False, float_format="{:.3g}".format))
@@ -324,13 +314,10 @@ def heads(
     model: _Model,
     data: Annotated[str, typer.Option(help="states, scenes, faces, or a CSV file.")],
     sites: Annotated[
-        list[str],
-        typer.Option(metavar="EXPR...", help="Heads, such as 'encoder.*.cross.h*@answer'."),
+        list[str], typer.Option(metavar="EXPR...", help="Heads, such as 'encoder.*.cross.h*@answer'.")
     ],
     out: Annotated[Path, typer.Option(help="The folder for the tables.")],
-    corrupt: Annotated[
-        Corrupt, typer.Option(help="What the corrupt run has changed.")
-    ] = Corrupt.image,
+    corrupt: Annotated[Corrupt, typer.Option(help="What the corrupt run has changed.")] = Corrupt.image,
     dtype: _Precision = DType.float32,
     device: _Device = None,
     limit: _Limit = None,
@@ -365,8 +352,7 @@ def heads(
 
 
 neurons = typer.Typer(
-    no_args_is_help=True,
-    help="Neurons that turn what is seen into a word: find, show, perturb, edit.",
+    no_args_is_help=True, help="Neurons that turn what is seen into a word: find, show, perturb, edit."
 )
 app.add_typer(neurons, name="neurons")
 
@@ -395,21 +381,16 @@ def neurons_find(
     image: _Image = None,
     data: _Data = None,
     prompt: _Prompt = None,
-    caption: Annotated[
-        str | None, typer.Option(help="Score this instead of what the model says.")
-    ] = None,
+    caption: Annotated[str | None, typer.Option(help="Score this instead of what the model says.")] = None,
     word: _Words = None,
     tagger: Annotated[
-        str | None,
-        typer.Option(help="A spaCy pipeline that picks the nouns, such as en_core_web_sm."),
+        str | None, typer.Option(help="A spaCy pipeline that picks the nouns, such as en_core_web_sm.")
     ] = None,
     top: Annotated[int, typer.Option(min=0, help="Neurons of each token; 0 for all.")] = 100,
     gate: Annotated[
         bool, typer.Option("--gate", help="The gate's activation alone, as some published code.")
     ] = False,
-    gain: Annotated[
-        bool, typer.Option("--gain", help="Take the final norm's weight into account.")
-    ] = False,
+    gain: Annotated[bool, typer.Option("--gain", help="Take the final norm's weight into account.")] = False,
     dtype: _Precision = DType.float32,
     device: _Device = None,
     limit: _Limit = None,
@@ -460,12 +441,9 @@ def neurons_describe(
     prompt: _Prompt = None,
     word: _Words = None,
     neuron: Annotated[list[str] | None, typer.Option(help="LAYER.NUMBER; once for each.")] = None,
-    measures: Annotated[
-        bool, typer.Option(help="Measure the words' neurons over the set, too.")
-    ] = True,
+    measures: Annotated[bool, typer.Option(help="Measure the words' neurons over the set, too.")] = True,
     embedding: Annotated[
-        str | None,
-        typer.Option(help="A small text model that compares top tokens with the word, too."),
+        str | None, typer.Option(help="A small text model that compares top tokens with the word, too.")
     ] = None,
     dtype: _Precision = DType.float32,
     device: _Device = None,
@@ -538,12 +516,8 @@ def neurons_edit(
     source: Annotated[str, typer.Option("--from", metavar="WORD", help="The word to change.")],
     data: Annotated[str, typer.Option(help="states, scenes, faces, or a CSV file.")],
     out: Annotated[Path, typer.Option(help="The edit, a safetensors file.")],
-    target: Annotated[
-        str | None, typer.Option("--to", metavar="WORD", help="What to say instead.")
-    ] = None,
-    suppress: Annotated[
-        bool, typer.Option("--suppress", help="Say anything but the word.")
-    ] = False,
+    target: Annotated[str | None, typer.Option("--to", metavar="WORD", help="What to say instead.")] = None,
+    suppress: Annotated[bool, typer.Option("--suppress", help="Say anything but the word.")] = False,
     neurons: Annotated[
         int | None, typer.Option(min=1, help="How many columns may change.  [default: 1 %]")
     ] = None,
@@ -558,14 +532,10 @@ def neurons_edit(
     solver: Annotated[Solver, typer.Option(help="How it is found.")] = Solver.learned,
     margin: Annotated[
         float | None,
-        typer.Option(
-            help="With --solver closed: logits by which the new word leads.  [default: 4]"
-        ),
+        typer.Option(help="With --solver closed: logits by which the new word leads.  [default: 4]"),
     ] = None,
     locality: Annotated[float, typer.Option(min=0, help="What the rest weighs.")] = 1.0,
-    on: Annotated[
-        list[Path] | None, typer.Option(help="Edits that are made before; once for each.")
-    ] = None,
+    on: Annotated[list[Path] | None, typer.Option(help="Edits that are made before; once for each.")] = None,
     export: Annotated[
         Path | None, typer.Option(help="Write an edited checkpoint to this folder, too.")
     ] = None,
@@ -594,9 +564,17 @@ def neurons_edit(
     half = (len(given) + 1) // 2
     with weights.edited(loaded, *before):
         made = rewrite.edit(
-            loaded, given[:half], source, target, prompt=prompt, neurons=neurons,
-            solver=solver.value, margin=margin, locality=locality, seed=seed,
-        )  # fmt: skip
+            loaded,
+            given[:half],
+            source,
+            target,
+            prompt=prompt,
+            neurons=neurons,
+            solver=solver.value,
+            margin=margin,
+            locality=locality,
+            seed=seed,
+        )
         made.save(out)
         print(f"{made}\n{out}")
         card = out.with_name(f"{out.stem}-card")
@@ -630,22 +608,16 @@ def neurons_edits(
 
 @app.command()
 def data(
-    name: Annotated[
-        str, typer.Argument(help="svo-probes, mit-states, faces, coco-qa, clevr or folder.")
-    ],
+    name: Annotated[str, typer.Argument(help="svo-probes, mit-states, faces, coco-qa, clevr or folder.")],
     root: Annotated[Path, typer.Option(help="The folder of the unpacked data set.")],
     out: Annotated[Path, typer.Option(help="The CSV file to write.")],
     model: Annotated[
         str | None,
-        typer.Option(
-            help="Whose tokenizer replaced words align with.  [default: one word, one token]"
-        ),
+        typer.Option(help="Whose tokenizer replaced words align with.  [default: one word, one token]"),
     ] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="So many examples in all.")] = None,
     seed: Annotated[int, typer.Option(help="Seed of the sampling.")] = 0,
-    download: Annotated[
-        bool, typer.Option("--download", help="Fetch missing images (svo-probes).")
-    ] = False,
+    download: Annotated[bool, typer.Option("--download", help="Fetch missing images (svo-probes).")] = False,
 ) -> None:
     """Build a contrast set from a downloaded data set.
 
@@ -665,9 +637,7 @@ def data(
             end = "\n" if done == of else ""
             print(f"\r{done:,} of {of:,} images", end=end, file=sys.stderr, flush=True)
 
-    built = build(
-        name, root, limit=limit, seed=seed, pieces=pieces, download=download, progress=fetched
-    )
+    built = build(name, root, limit=limit, seed=seed, pieces=pieces, download=download, progress=fetched)
     write_csv(out, built.examples)
     print(f"{built.summary()}\n{out}")
 
@@ -680,12 +650,8 @@ def generate(
     edit: Annotated[
         list[str] | None, typer.Option(help="'SITE set|add|scale NUMBER'; once for each.")
     ] = None,
-    patch: Annotated[
-        list[str] | None, typer.Option(help="SITE to copy from --other; once for each.")
-    ] = None,
-    other: Annotated[
-        Path | None, typer.Option(help="The picture that --patch copies from.")
-    ] = None,
+    patch: Annotated[list[str] | None, typer.Option(help="SITE to copy from --other; once for each.")] = None,
+    other: Annotated[Path | None, typer.Option(help="The picture that --patch copies from.")] = None,
     dtype: _Precision = DType.float32,
     device: _Device = None,
 ) -> None:
@@ -717,10 +683,7 @@ def generate(
 
 @app.command()
 def report(
-    runs: Annotated[
-        list[Path],
-        typer.Argument(help="Folders of sweep, circuits, heads, tracing or notice."),
-    ],
+    runs: Annotated[list[Path], typer.Argument(help="Folders of sweep, circuits, heads, tracing or notice.")],
     out: Annotated[Path, typer.Option(help="The HTML file; its figures go beside it.")],
 ) -> None:
     """Write one self-contained HTML file."""
@@ -731,9 +694,7 @@ def report(
 
 @app.command()
 def models(
-    model: Annotated[
-        str | None, typer.Argument(help="A toy's name, a Hugging Face id, or a folder.")
-    ] = None,
+    model: Annotated[str | None, typer.Argument(help="A toy's name, a Hugging Face id, or a folder.")] = None,
     example: Annotated[
         str | None,
         typer.Option(
@@ -766,9 +727,7 @@ def _row(text: str) -> Any:
     for number, one in enumerate(found):
         if row in (one.id, str(number)):
             return one
-    raise VlmscopeError(
-        f"{data} has no example '{row}'; expected an id, or a row from 0 to {len(found) - 1}"
-    )
+    raise VlmscopeError(f"{data} has no example '{row}'; expected an id, or a row from 0 to {len(found) - 1}")
 
 
 def _left_out(run: Any) -> None:

@@ -149,12 +149,7 @@ def perturb(
 
 class _Study:
     def __init__(
-        self,
-        model: Model,
-        examples: Sequence[Example],
-        prompt: str | None,
-        top: int | None,
-        seed: int,
+        self, model: Model, examples: Sequence[Example], prompt: str | None, top: int | None, seed: int
     ) -> None:
         self.model, self.prompt, self.seed = model, prompt, seed
         # In the order of their ids, so that no number depends on the one in which they came.
@@ -181,9 +176,7 @@ class _Study:
                 self.shows.append(one.shows or frozenset(said.text.casefold().split()))
                 # Of a large model in half the bits: ranks are asked of them, and they are many.
                 kept = said.activations.cpu()
-                self.said.append(
-                    replace(said, activations=kept if kept.numel() < LARGE else kept.half())
-                )
+                self.said.append(replace(said, activations=kept if kept.numel() < LARGE else kept.half()))
                 step(0, number + 1)
         self.highest, self.lowest, self.size = np.stack(highest), np.stack(lowest), np.stack(size)
         self.mean = torch.tensor(mean / max(1, len(examples)), dtype=torch.float32)
@@ -194,13 +187,9 @@ class _Study:
         return rng(self.seed, one.word, *what)
 
     def _inputs(self, one: Example, said: Sequence[int] = ()) -> Inputs:
-        return self.model.inputs(
-            one.clean_image, self.prompt or one.clean_prompt, one.more_images, said
-        )
+        return self.model.inputs(one.clean_image, self.prompt or one.clean_prompt, one.more_images, said)
 
-    def run(
-        self, words: Sequence[str] | None, causal: bool, embed: Embed | None = None
-    ) -> Measured:
+    def run(self, words: Sequence[str] | None, causal: bool, embed: Embed | None = None) -> Measured:
         found = self._words(words)
         rows: list[dict[str, Any]] = []
         with progress(len(found), what="words") as step:
@@ -216,12 +205,17 @@ class _Study:
         table = pd.DataFrame(rows)
         q = table.groupby(["method", "measure"])["p_value"].transform(_control)
         chosen = [
-            {"word": one.word, "method": method, "rank": rank, "layer": self.layers[int(n) // self.width],
-             "neuron": int(n) % self.width}
+            {
+                "word": one.word,
+                "method": method,
+                "rank": rank,
+                "layer": self.layers[int(n) // self.width],
+                "neuron": int(n) % self.width,
+            }
             for one in found
             for method, some in one.chosen.items()
             for rank, n in enumerate(some, start=1)
-        ]  # fmt: skip
+        ]
         return Measured(table.assign(q_value=q), pd.DataFrame(chosen))
 
     # -- words and their neurons -----------------------------------------------------------------
@@ -245,12 +239,12 @@ class _Study:
                 continue
             weight = weights(self.model, ids)[0].flatten().float().cpu().numpy()
             reach = np.where(weight >= 0, self.highest * weight, self.lowest * weight)
-            found.append(
-                _Word(word, ids[0], shown, weight, reach, self._said(ids[0], weight, reach))
-            )
+            found.append(_Word(word, ids[0], shown, weight, reach, self._said(ids[0], weight, reach)))
         if not found:
-            raise DataError(f"no word can be measured: {'; '.join(why[:5]) or 'nothing is shown'}; "
-                            f"a word is a single token that at least {2 * FEW} pictures show and as many do not")  # fmt: skip
+            raise DataError(
+                f"no word can be measured: {'; '.join(why[:5]) or 'nothing is shown'}; "
+                f"a word is a single token that at least {2 * FEW} pictures show and as many do not"
+            )
         return found
 
     def _said(self, token: int, weight: Array, reach: Array) -> Array:
@@ -286,20 +280,18 @@ class _Study:
             with self.model.alone(), hooks() as hook:
                 for layer in self.layers:
 
-                    def keep(
-                        x: Tensor, layer: int = layer, seen: dict[int, Tensor] = seen
-                    ) -> Tensor:
+                    def keep(x: Tensor, layer: int = layer, seen: dict[int, Tensor] = seen) -> Tensor:
                         seen[layer] = x
                         return x
 
-                    hook(
-                        *self.model.module(Point(self.model.speaker, layer, "mlp", "n"), fed), keep
-                    )
+                    hook(*self.model.module(Point(self.model.speaker, layer, "mlp", "n"), fed), keep)
                 with torch.enable_grad():
                     logits = self.model.logits(fed)
                     parts = torch.autograd.grad(logits[-1, one.token], list(seen.values()))
-            rows = [(g[0, -1] * a[0, -1]).detach().float().cpu().numpy()
-                    for g, a in zip(parts, seen.values(), strict=True)]  # fmt: skip
+            rows = [
+                (g[0, -1] * a[0, -1]).detach().float().cpu().numpy()
+                for g, a in zip(parts, seen.values(), strict=True)
+            ]
             total, count = total + np.concatenate(rows), count + 1
         return total / max(1, count)
 
@@ -328,11 +320,31 @@ class _Study:
     # -- the measures ----------------------------------------------------------------------------
 
     def _row(
-        self, one: _Word, method: str, measure: str, value: float, *, low: float = np.nan, high: float = np.nan,
-        null: float = np.nan, random: float = np.nan, p: float = np.nan, n: int = 0,
-    ) -> dict[str, Any]:  # fmt: skip
-        return {"word": one.word, "method": method, "measure": measure, "value": value, "ci_low": low,
-                "ci_high": high, "null": null, "random": random, "p_value": p, "n": n}  # fmt: skip
+        self,
+        one: _Word,
+        method: str,
+        measure: str,
+        value: float,
+        *,
+        low: float = np.nan,
+        high: float = np.nan,
+        null: float = np.nan,
+        random: float = np.nan,
+        p: float = np.nan,
+        n: int = 0,
+    ) -> dict[str, Any]:
+        return {
+            "word": one.word,
+            "method": method,
+            "measure": measure,
+            "value": value,
+            "ci_low": low,
+            "ci_high": high,
+            "null": null,
+            "random": random,
+            "p_value": p,
+            "n": n,
+        }
 
     def _sensitivity(self, one: _Word) -> list[dict[str, Any]]:
         nulls = [some for some, _ in self._chosen_by_chance(one, DRAWS, "sensitivity")]
@@ -364,13 +376,21 @@ class _Study:
             found[method] = np.array([float((embed(top) @ own).mean()) for top in tokens], float)
         for method, values in found.items():
             low, high = self._interval(one, method, "similarity", values)
-            rows.append(self._row(one, method, "similarity", float(values.mean()), low=low, high=high,
-                                  random=float(found["random"].mean()), n=len(values)))  # fmt: skip
+            rows.append(
+                self._row(
+                    one,
+                    method,
+                    "similarity",
+                    float(values.mean()),
+                    low=low,
+                    high=high,
+                    random=float(found["random"].mean()),
+                    n=len(values),
+                )
+            )
         return rows
 
-    def _interval(
-        self, one: _Word, method: str, measure: str, values: Array
-    ) -> tuple[float, float]:
+    def _interval(self, one: _Word, method: str, measure: str, values: Array) -> tuple[float, float]:
         own = np.asarray(values, np.float64)[:, None]
         ((low,), (high,)) = bootstrap(own, self._rng(one, measure, method))
         return float(low), float(high)
@@ -405,9 +425,7 @@ class _Study:
                 rows.append(row)
         return rows
 
-    def _against(
-        self, one: _Word, some: NDArray[np.int64], measure: str, value: float
-    ) -> dict[str, float]:
+    def _against(self, one: _Word, some: NDArray[np.int64], measure: str, value: float) -> dict[str, float]:
         """A measure's two nulls: neurons chosen by shuffled labels, and random neurons."""
         held = ~self.first
 
@@ -440,8 +458,10 @@ class _Study:
         draw = self._rng(one, "overlap", "labels")
         null = np.array([_within(shared, draw.permutation(labels)) for _ in range(DRAWS)])
         own, draw = np.flatnonzero(labels), self._rng(one, "overlap")
-        drawn = [_within(shared[np.ix_(at, at)], None, at) for at in
-                 (draw.choice(own, len(own)) for _ in range(DRAWS))]  # fmt: skip
+        drawn = [
+            _within(shared[np.ix_(at, at)], None, at)
+            for at in (draw.choice(own, len(own)) for _ in range(DRAWS))
+        ]
         low, high = np.nanquantile(drawn, [0.025, 0.975])
         # Pictures that are alike share neurons for any token: what counts is how much more for this one.
         excess = value - _within(shared, np.ones(len(labels), bool))
@@ -454,18 +474,42 @@ class _Study:
             (1 + (null >= value - 1e-12).sum()) / (1 + len(null)),
             (1 + (np.array(other_tokens) >= excess - 1e-12).sum()) / (1 + len(other_tokens)),
         )
-        rows = [self._row(one, "contribution", "overlap", value, low=low, high=high, null=null.mean(),
-                          random=self.top / self.many, p=p, n=len(own))]  # fmt: skip
+        rows = [
+            self._row(
+                one,
+                "contribution",
+                "overlap",
+                value,
+                low=low,
+                high=high,
+                null=null.mean(),
+                random=self.top / self.many,
+                p=p,
+                n=len(own),
+            )
+        ]
         across = [
-            np.mean([len(tops[i] & set(self._tops(other.said[which[j]][None])[0])) / self.top
-                     for j in np.flatnonzero(~labels & other.shown[which])[:PATCHED]])
+            np.mean(
+                [
+                    len(tops[i] & set(self._tops(other.said[which[j]][None])[0])) / self.top
+                    for j in np.flatnonzero(~labels & other.shown[which])[:PATCHED]
+                ]
+            )
             for i in own
             for other in others
             if (~labels & other.shown[which]).any()
-        ]  # fmt: skip
+        ]
         if across:
-            rows.append(self._row(one, "contribution", "overlap, others", float(np.mean(across)),
-                                  random=self.top / self.many, n=len(own)))  # fmt: skip
+            rows.append(
+                self._row(
+                    one,
+                    "contribution",
+                    "overlap, others",
+                    float(np.mean(across)),
+                    random=self.top / self.many,
+                    n=len(own),
+                )
+            )
         return rows
 
     def _tops(self, reach: Array) -> list[set[int]]:
@@ -513,8 +557,18 @@ class _Study:
         if len(shared) < 2:
             return []
         low, high = self._interval(one, "contribution", "overlap, shuffled", np.array(shared))
-        return [self._row(one, "contribution", "overlap, shuffled", float(np.mean(shared)), low=low,
-                          high=high, null=self.top / self.many, n=len(shared))]  # fmt: skip
+        return [
+            self._row(
+                one,
+                "contribution",
+                "overlap, shuffled",
+                float(np.mean(shared)),
+                low=low,
+                high=high,
+                null=self.top / self.many,
+                n=len(shared),
+            )
+        ]
 
     # -- what happens without the neurons --------------------------------------------------------
 
@@ -522,9 +576,7 @@ class _Study:
         numbers = self._spoken(one)
         if len(numbers) < 2:
             return []
-        sets: dict[str, list[NDArray[np.int64]]] = {
-            m: [s] for m, s in one.chosen.items() if m != "random"
-        }
+        sets: dict[str, list[NDArray[np.int64]]] = {m: [s] for m, s in one.chosen.items() if m != "random"}
         draw = self._rng(one, "drop", "neurons")
         sets["random"] = [self._random(one.chosen["contribution"], draw) for _ in range(OTHERS)]
         sets["null"] = [some for some, _ in self._chosen_by_chance(one, OTHERS, "drop")]
@@ -532,9 +584,7 @@ class _Study:
         rows: list[dict[str, Any]] = []
         for how in ("zero", "mean"):
             after = {
-                name: np.mean(
-                    [[self._sure(one, n, some, how) for n in numbers] for some in group], axis=0
-                )
+                name: np.mean([[self._sure(one, n, some, how) for n in numbers] for some in group], axis=0)
                 for name, group in sets.items()
             }
             drops = {name: base - values for name, values in after.items()}
@@ -544,8 +594,16 @@ class _Study:
             for measure, table in ((f"drop, {how}", drops), (f"p drop, {how}", chance)):
                 for method in METHODS:
                     low, high = self._interval(one, method, measure, table[method])
-                    row = self._row(one, method, measure, float(table[method].mean()), low=low, high=high,
-                                    random=float(table["random"].mean()), n=len(numbers))  # fmt: skip
+                    row = self._row(
+                        one,
+                        method,
+                        measure,
+                        float(table[method].mean()),
+                        low=low,
+                        high=high,
+                        random=float(table["random"].mean()),
+                        n=len(numbers),
+                    )
                     if method == "contribution":
                         row |= {
                             "null": float(table["null"].mean()),
@@ -558,18 +616,19 @@ class _Study:
                 with ablated(self.model, self._by_layer(sets[method][0])):
                     lost.append(one.token not in say(self.model, self.said[n].inputs).ids)
             low, high = self._interval(one, method, "lost, zero", np.array(lost, float))
-            rows.append(self._row(one, method, "lost, zero", float(np.mean(lost)), low=low, high=high,
-                                  n=len(lost)))  # fmt: skip
+            rows.append(
+                self._row(one, method, "lost, zero", float(np.mean(lost)), low=low, high=high, n=len(lost))
+            )
         return rows
 
-    def perturb(
-        self, words: Sequence[str], tops: Sequence[int], sigmas: Sequence[float]
-    ) -> pd.DataFrame:
+    def perturb(self, words: Sequence[str], tops: Sequence[int], sigmas: Sequence[float]) -> pd.DataFrame:
         """The table of `perturb`."""
         found = self._words(words)
         if lacking := [word for word in words if word not in {one.word for one in found}]:
-            raise DataError(f"'{lacking[0]}' cannot be measured: it is not a single token that at least "
-                            f"{2 * FEW} pictures show and as many do not")  # fmt: skip
+            raise DataError(
+                f"'{lacking[0]}' cannot be measured: it is not a single token that at least "
+                f"{2 * FEW} pictures show and as many do not"
+            )
         ways = ["zero", "mean", *(f"sigma {s:g}" for s in sigmas)]
         rows, done = [], 0
         with progress(len(found) * len(tops) * len(ways), what="perturbations") as step:
@@ -581,9 +640,7 @@ class _Study:
                 order = one.said[self.first & one.shown].mean(0)
                 for k in tops:
                     if not 1 <= k <= self.many:
-                        raise DataError(
-                            f"the top {k} of {self.many} neurons; expected 1 to {self.many}"
-                        )
+                        raise DataError(f"the top {k} of {self.many} neurons; expected 1 to {self.many}")
                     self.top = k
                     top = self._best(order)
                     other = self._random(top, self._rng(one, "random", k))
@@ -597,9 +654,14 @@ class _Study:
         return pd.DataFrame(rows)
 
     def _perturbed(
-        self, one: _Word, numbers: Sequence[int], base: Array, some: NDArray[np.int64], how: str,
+        self,
+        one: _Word,
+        numbers: Sequence[int],
+        base: Array,
+        some: NDArray[np.int64],
+        how: str,
         draw: np.random.Generator,
-    ) -> dict[str, Any]:  # fmt: skip
+    ) -> dict[str, Any]:
         after, lost = [], []
         for n in numbers:
             with self._without(some, how, n):
@@ -607,8 +669,14 @@ class _Study:
                 lost.append(one.token not in say(self.model, self.said[n].inputs).ids)
         drop, chance = base - np.array(after), np.exp(base) - np.exp(after)
         (low,), (high,) = bootstrap(chance[:, None], draw)
-        return {"drop_log_p": drop.mean(), "drop_p": chance.mean(), "ci_low": low, "ci_high": high,
-                "lost": np.mean(lost), "n": len(numbers)}  # fmt: skip
+        return {
+            "drop_log_p": drop.mean(),
+            "drop_p": chance.mean(),
+            "ci_low": low,
+            "ci_high": high,
+            "lost": np.mean(lost),
+            "n": len(numbers),
+        }
 
     @contextmanager
     def _without(self, some: NDArray[np.int64], how: str, number: int) -> Iterator[None]:
@@ -622,9 +690,7 @@ class _Study:
             with ablated(self.model, own):
                 yield
 
-    def _by_layer(
-        self, some: NDArray[np.int64], how: str = "zero"
-    ) -> dict[int, tuple[list[int], Tensor]]:
+    def _by_layer(self, some: NDArray[np.int64], how: str = "zero") -> dict[int, tuple[list[int], Tensor]]:
         found: dict[int, tuple[list[int], Tensor]] = {}
         for place in np.unique(some // self.width):
             own = some[some // self.width == place]
@@ -707,9 +773,7 @@ def _shared(tops: Sequence[set[int]]) -> Array:
     return np.array([[len(a & b) / len(a) for b in tops] for a in tops])
 
 
-def _within(
-    shared: Array, labels: NDArray[np.bool_] | None, same: NDArray[np.int64] | None = None
-) -> float:
+def _within(shared: Array, labels: NDArray[np.bool_] | None, same: NDArray[np.int64] | None = None) -> float:
     """The mean over pairs of different pictures, of those with the label."""
     if labels is not None:
         shared = shared[np.ix_(labels, labels)]

@@ -91,9 +91,7 @@ def pairs(model: Model, example: Example, corruption: Corruption, seed: int = 0)
         ]
     if corruption == "image":
         if example.corrupt_image is None:
-            raise ExampleError(
-                "there is no corrupt image; fill corrupt_image_path or corrupt the text"
-            )
+            raise ExampleError("there is no corrupt image; fill corrupt_image_path or corrupt the text")
         return [model.prepare(replace(example, corrupt_prompt=None))]
     if example.corrupt_prompt is None:
         raise ExampleError("there is no corrupt prompt; fill corrupt_prompt or corrupt the image")
@@ -136,7 +134,7 @@ def noisy(model: Model, at: str) -> tuple[Site, ...]:
     text = model.text_towers[0]
     if at == "text":
         return (Site(text, "0", "resid_pre", None, "text"),)
-    added = [Site(text, str(n), "deepstack", None, "image") for n in model.shapes[text].having("deepstack")]  # fmt: skip
+    added = [Site(text, str(n), "deepstack", None, "image") for n in model.shapes[text].having("deepstack")]
     return (model.image_site, *added)
 
 

@@ -42,11 +42,10 @@ def model(model: Model) -> str:
     lines.append(f"{'tower':<9}{'layers':>7}{'width':>7}{'heads':>7}{'neurons':>9}  kinds")
     for tower, shape in model.shapes.items():
         heads = max(shape.heads.values())
-        kinds = ", ".join(f"{k}[.h]" if k in shape.heads else f"{k}[.n]" if k == "mlp" else k
-                          for k in shape.kinds)  # fmt: skip
-        lines.append(
-            f"{tower:<9}{shape.layers:>7}{shape.width:>7}{heads:>7}{shape.neurons:>9}  {kinds}"
+        kinds = ", ".join(
+            f"{k}[.h]" if k in shape.heads else f"{k}[.n]" if k == "mlp" else k for k in shape.kinds
         )
+        lines.append(f"{tower:<9}{shape.layers:>7}{shape.width:>7}{heads:>7}{shape.neurons:>9}  {kinds}")
     lines += ["", "positions"]
     layouts = model.layouts()
     blank = Inputs({}, layouts)
@@ -150,10 +149,7 @@ def example(model: Model, one: Example) -> str:
     Raises `ExampleError` if the example cannot be run.
     """
     pair = model.prepare(one)
-    lines = [
-        f"{model.name}, example {_printable(one.id)}",
-        f"prompt: {_printable(one.clean_prompt)}",
-    ]
+    lines = [f"{model.name}, example {_printable(one.id)}", f"prompt: {_printable(one.clean_prompt)}"]
     for tower in model.shapes:
         layout = pair.clean.layout[tower]
         rows, columns = grid(layout)

@@ -76,9 +76,7 @@ class Trace:
     """Each tower's output, before edits of it."""
     ends: dict[str, Tensor] = field(default_factory=dict)
     """What the last block of each tower gave."""
-    calls: dict[tuple[str, int], tuple[tuple[Any, ...], dict[str, Any]]] = field(
-        default_factory=dict
-    )
+    calls: dict[tuple[str, int], tuple[tuple[Any, ...], dict[str, Any]]] = field(default_factory=dict)
     """How each block was called; behind the last one the final norm, where the model adds to what
     blocks give."""
     given: dict[tuple[str, int], Tensor] = field(default_factory=dict)
@@ -156,7 +154,11 @@ class Sweep:
             with ExitStack() as stack:
                 stack.enter_context(model.alone())
                 stack.enter_context(self._keeping() if is_base else nullcontext())
-                memory = {tower: suffix.Memory() for tower in self.towers if is_base and self._flow(tower) == "suffix"}  # fmt: skip
+                memory = {
+                    tower: suffix.Memory()
+                    for tower in self.towers
+                    if is_base and self._flow(tower) == "suffix"
+                }
                 for tower, one in memory.items():
                     stack.enter_context(suffix.remembering(model, tower, one))
                 traces.append(self._trace(inputs, edits, points, seen))
@@ -178,10 +180,7 @@ class Sweep:
         return self.model.flow(tower, self.pair.clean)
 
     def _given(
-        self,
-        trace: Trace,
-        sites: Sequence[tuple[Site, tuple[int, ...]]],
-        values: Mapping[Site, Tensor],
+        self, trace: Trace, sites: Sequence[tuple[Site, tuple[int, ...]]], values: Mapping[Site, Tensor]
     ) -> Trace:
         """A run that has the given values at the sites; elsewhere nobody asks.
 
@@ -288,9 +287,7 @@ class Sweep:
                 hook(*Access(self.model.blocks(tower)[-1]), keep)
             yield
 
-    def _edited_output(
-        self, output: Tensor, tower: str, inputs: Inputs, edits: Sequence[Edit]
-    ) -> Tensor:
+    def _edited_output(self, output: Tensor, tower: str, inputs: Inputs, edits: Sequence[Edit]) -> Tensor:
         """A tower's output with the run's own edits of it (its module is not called for rows)."""
         for edit in edits:
             if edit.site.tower == tower and edit.site.kind == "output":
@@ -315,9 +312,7 @@ class Sweep:
             # that both runs share still undoes what the change has done to it.
             shift = self.shifts[number]
             reaching = [one for one in some if self._reaches(one, at)]
-            first = next(
-                (n for n, one in enumerate(reaching) if changes(one, at, shift)), len(reaching)
-            )
+            first = next((n for n, one in enumerate(reaching) if changes(one, at, shift)), len(reaching))
             live = tuple(reaching[first:])
             if live:
                 tower = self.towers.index(live[0].tower)
@@ -362,7 +357,7 @@ class Sweep:
             yield self.idle, Score(*(v.expand(many).clone() for v in self.unchanged))
         for (number, _), group in groupby(
             self.rows, key=lambda row: (row.tower, row.sites[0].kind if row.sites[0].kind in OUTER else "")
-        ):  # fmt: skip
+        ):
             tower, rows = self.towers[number], list(group)
             room = self._room(tower)
             while rows:
@@ -478,11 +473,7 @@ class Sweep:
         self, tower: str, ragged: suffix.Rows, hidden: Tensor, new: list[tuple[int, Row]]
     ) -> None:
         """Write the first patch of rows that join, behind the block that it is in."""
-        cells = [
-            Cell(0, ragged.place(i, p), row.sites[0], p, row.shift)
-            for i, row in new
-            for p in row.at
-        ]
+        cells = [Cell(0, ragged.place(i, p), row.sites[0], p, row.shift) for i, row in new for p in row.at]
         behind = [c for c in cells if c.site.kind == "resid"]
         self._write(hidden, behind)
         if behind:
@@ -533,16 +524,11 @@ class Sweep:
         added = self._entrance(tower, layer + 1) - self.base.given[tower, layer]
         return hidden + added[:, tokens.to(added.device)]
 
-    def _edit_ragged(
-        self, hook: Any, edit: Edit, joined: list[tuple[int, Row]], ragged: suffix.Rows
-    ) -> None:
+    def _edit_ragged(self, hook: Any, edit: Edit, joined: list[tuple[int, Row]], ragged: suffix.Rows) -> None:
         """One of the run's own edits, at the places that its positions have in each row."""
         for site, at in self.model.placed(edit.site, self.inputs):
             found = [
-                (ragged.place(i, p), n)
-                for i, _ in joined
-                for n, p in enumerate(at)
-                if p >= ragged.begins[i]
+                (ragged.place(i, p), n) for i, _ in joined for n, p in enumerate(at) if p >= ragged.begins[i]
             ]
             if found:
                 places, numbers = zip(*found, strict=True)
@@ -555,9 +541,7 @@ class Sweep:
                     lambda x, e=one, a=places: self.model.edited(x, e, a),
                 )
 
-    def _call_at(
-        self, tower: str, layer: int, hidden: Tensor, cells: list[Cell], tokens: Tensor
-    ) -> Tensor:
+    def _call_at(self, tower: str, layer: int, hidden: Tensor, cells: list[Cell], tokens: Tensor) -> Tensor:
         """Call a block on a sequence of the base run's positions, and patch cells on the way."""
         _, kwargs = self.base.calls[tower, layer]
         kwargs = suffix.at_positions(kwargs, tokens)
@@ -567,10 +551,7 @@ class Sweep:
             by_point[cell.site.point].append(cell)
         with hooks() as hook:
             for point, some in by_point.items():
-                hook(
-                    *self.model.module(point, self.inputs),
-                    lambda x, some=some: self._write(x, some),
-                )
+                hook(*self.model.module(point, self.inputs), lambda x, some=some: self._write(x, some))
             out = self.model.blocks(tower)[layer](hidden, **kwargs)
         return out if isinstance(out, Tensor) else out[0]
 
@@ -586,9 +567,7 @@ class Sweep:
         if not new:
             return hidden
         joined = base.expand(len(new), -1, -1).clone()
-        cells = [
-            Cell(i, p, row.sites[0], p, row.shift) for i, row in enumerate(new) for p in row.at
-        ]
+        cells = [Cell(i, p, row.sites[0], p, row.shift) for i, row in enumerate(new) for p in row.at]
         self._write(joined, [c for c in cells if c.site.kind in ("resid", "output")])
         within = [c for c in cells if c.site.kind in SUBLAYERS and c.site.center < stage]
         if within:
@@ -625,9 +604,7 @@ class Sweep:
         with self.model.editing(self.inputs, self.edits):
             return self._call(tower, layer, hidden, cells)
 
-    def _call(
-        self, tower: str, layer: int, hidden: Tensor, cells: list[Cell], **changes: object
-    ) -> Tensor:
+    def _call(self, tower: str, layer: int, hidden: Tensor, cells: list[Cell], **changes: object) -> Tensor:
         """Call a block as the base run called it, with other rows, and patch cells on the way."""
         args, kwargs = self.base.calls[tower, layer]
         changes = {"past_key_values": None, **changes}
@@ -667,9 +644,7 @@ class Sweep:
         positions of a row, so with such edits rows stay apart.
         """
         path = self.model.family.towers[tower].fold
-        if path is None or any(
-            e.site.kind == "cross" and e.site.tower == tower for e in self.edits
-        ):
+        if path is None or any(e.site.kind == "cross" and e.site.tower == tower for e in self.edits):
             yield
             return
         rows: list[torch.Size] = []

@@ -270,8 +270,7 @@ def open_image(picture: Picture | str) -> Image.Image:
         if isinstance(error, OSError) and error.errno:
             raise ExampleError(f"{name}: cannot be read ({error.strerror})") from error
         raise ExampleError(
-            f"{name}: an image that cannot be decoded, broken or cut off ({error}); "
-            "copy or save it again"
+            f"{name}: an image that cannot be decoded, broken or cut off ({error}); copy or save it again"
         ) from error
 
 
@@ -292,8 +291,11 @@ def fingerprint(examples: Iterable[Example]) -> str:
     for example in examples:
         pictures = {"clean": example.clean_image, "corrupt": example.corrupt_image}
         boxes = {name: mask for name, mask in sorted(example.masks.items()) if is_box(mask)}
-        pictures |= {f"mask {name}": cast(Picture, mask)
-                     for name, mask in sorted(example.masks.items()) if name not in boxes}  # fmt: skip
+        pictures |= {
+            f"mask {name}": cast(Picture, mask)
+            for name, mask in sorted(example.masks.items())
+            if name not in boxes
+        }
         record = {
             "id": example.id,
             "prompts": [example.clean_prompt, example.corrupt_prompt],
@@ -425,9 +427,7 @@ def _example(folder: Path, row: Mapping[str, str]) -> Example:
         groups=groups,
         masks=masks,
         more_images=tuple(folder / row[name] for name in further),
-        shows=frozenset(
-            x for x in (x.strip() for x in row.get(SHOWS, "").casefold().split(",")) if x
-        ),
+        shows=frozenset(x for x in (x.strip() for x in row.get(SHOWS, "").casefold().split(",")) if x),
     )
 
 

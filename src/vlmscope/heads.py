@@ -227,12 +227,12 @@ class _Study:
                 step(0, number + 1)
         if len(self.seen) < 2:
             why = f"; {left[0]}" if left else ""
-            raise DataError(f"{len(self.seen)} of {len(examples)} examples could be run, and what a "
-                            f"head does takes at least two{why}")  # fmt: skip
-        if left:
-            warnings.warn(
-                f"{len(left)} of {len(examples)} examples were left out; {left[0]}", stacklevel=3
+            raise DataError(
+                f"{len(self.seen)} of {len(examples)} examples could be run, and what a "
+                f"head does takes at least two{why}"
             )
+        if left:
+            warnings.warn(f"{len(left)} of {len(examples)} examples were left out; {left[0]}", stacklevel=3)
         self.shown = list(zip(ids[:SHOWN], self.seen[:SHOWN], strict=True))
         # In the order of their ids, so that no number depends on the one in which they came.
         self.seen = [self.seen[n] for n in shuffled(seed, ids)]
@@ -320,19 +320,13 @@ class _Study:
     # -- knock-out -------------------------------------------------------------------------------
 
     def _means(self) -> dict[Key, Tensor]:
-        return {
-            key: torch.stack([seen.activations[key] for seen in self.seen]).mean(0)
-            for key in self.keys
-        }
+        return {key: torch.stack([seen.activations[key] for seen in self.seen]).mean(0) for key in self.keys}
 
     def _knock_out(self, means: Mapping[Key, Tensor]) -> dict[str, Array]:
         """LD without each head, less LD: `(examples, heads)` for each way of knocking it out."""
         many = len(self.seen)
         other = (np.arange(many) + rng(self.seed, "resample").integers(1, many)) % many
-        found = {
-            name: np.zeros((len(self.seen), len(self.heads)))
-            for name in ("zero", "mean", "resample")
-        }
+        found = {name: np.zeros((len(self.seen), len(self.heads))) for name in ("zero", "mean", "resample")}
         with progress(len(self.seen), what="knock-outs") as step:
             for number, seen in enumerate(self.seen):
                 there = self.seen[other[number]]
@@ -345,8 +339,15 @@ class _Study:
                         else values[site.tower, site.kind][self._place(site)][None]
                         for site, _ in seen.placed
                     }
-                    patched = engine.ablate(self.model, seen.pair.clean, seen.pair.answer,
-                                            seen.pair.foil, seen.placed, replaced, seen=shared)  # fmt: skip
+                    patched = engine.ablate(
+                        self.model,
+                        seen.pair.clean,
+                        seen.pair.answer,
+                        seen.pair.foil,
+                        seen.placed,
+                        replaced,
+                        seen=shared,
+                    )
                     for numbers, scores in patched.chunks:
                         found[name][number, numbers] = scores.ld.cpu().numpy() - seen.ld_clean
                 step(0, number + 1)
@@ -361,12 +362,8 @@ class _Study:
         rows = []
         with progress(len(sets), what="sets of heads") as step:
             for number, (name, how, heads) in enumerate(sets):
-                right, ld = zip(
-                    *(self._without(s, heads, how, means) for s in self.seen), strict=True
-                )
-                rows.append(
-                    (name, how, " ".join(map(str, heads)), len(right), np.mean(right), np.mean(ld))
-                )
+                right, ld = zip(*(self._without(s, heads, how, means) for s in self.seen), strict=True)
+                rows.append((name, how, " ".join(map(str, heads)), len(right), np.mean(right), np.mean(ld)))
                 step(0, number + 1)
         return pd.DataFrame(rows, columns=["set", "knockout", "heads", "n", "accuracy", "ld"])
 
@@ -375,11 +372,7 @@ class _Study:
     ) -> tuple[bool, float]:
         """Whether the answer's token has the largest logit, and LD, in the clean run without heads."""
         edits = [
-            Edit(
-                s,
-                "set",
-                0.0 if how == "zero" else means[s.tower, s.kind][self._place(s)][None],
-            )
+            Edit(s, "set", 0.0 if how == "zero" else means[s.tower, s.kind][self._place(s)][None])
             for s in heads
         ]
         logits = self.model.run(seen.pair.clean, edits)
@@ -424,9 +417,7 @@ class _Study:
                 rows[number][name] = _Measure(own.mean(), low, high, 0.0, p, len(own))
         measures = self._long(rows)
         labels = [label(one, gap) for one in _by_head(measures, len(self.heads))]
-        found = pd.concat(
-            [self._names(), pd.DataFrame(labels, columns=["label", "evidence"])], axis=1
-        )
+        found = pd.concat([self._names(), pd.DataFrame(labels, columns=["label", "evidence"])], axis=1)
         found = found.assign(n=len(self.seen), gap=gap)
         return found, measures, self.together(means)
 
@@ -460,16 +451,14 @@ class _Study:
             low, high = self._interval(name, own[:, column], site)
             more = (own - average)[:, column, None]
             p = sign_flip(more, rng(self.seed, name, site, "signs"))[0]
-            found[name] = _Measure(own[:, column].mean(), low, high, average[:, column].mean(), p, len(seen))  # fmt: skip
+            found[name] = _Measure(own[:, column].mean(), low, high, average[:, column].mean(), p, len(seen))
         for which in ("object", "foil"):
             masked = [s for s in seen if which in s.masks]
             if len(masked) >= 2:
                 found |= self._on_masks(masked, number, key, which)
         return found
 
-    def _on_masks(
-        self, seen: Sequence[_Seen], number: int, key: Key, which: str
-    ) -> dict[str, _Measure]:
+    def _on_masks(self, seen: Sequence[_Seen], number: int, key: Key, which: str) -> dict[str, _Measure]:
         """Attention against masks, and against the masks of other examples as the null."""
         scores = defaultdict(list)
         for s in seen:
@@ -553,9 +542,7 @@ def _heads(model: Model, sites: str | Site | Sequence[str | Site]) -> list[Site]
     found = expand(parsed, model.shapes)
     for site in found:
         if site.unit is None or site.unit[0] != "h":
-            raise SiteError(
-                f"bad site '{site}': not a head; expected such as encoder.*.cross.h*@answer"
-            )
+            raise SiteError(f"bad site '{site}': not a head; expected such as encoder.*.cross.h*@answer")
         if site.window > 1:
             raise SiteError(f"bad site '{site}': a window of layers; expected single heads")
         if site.position == "*" or site.position.endswith("*") or "-" in site.position.lstrip("-"):
@@ -576,8 +563,10 @@ def _heads(model: Model, sites: str | Site | Sequence[str | Site]) -> list[Site]
 def _masks(model: Model, example: Example, size: tuple[int, int]) -> dict[str, NDArray[np.bool_]]:
     """The patches of the answer's object, and of the foil's, where the example says where they are."""
     wanted = ("answer", example.groups.get("kind", ""), "object")
-    names = {"object": next((n for n in wanted if n in example.masks), None),
-             "foil": "foil" if "foil" in example.masks else None}  # fmt: skip
+    names = {
+        "object": next((n for n in wanted if n in example.masks), None),
+        "foil": "foil" if "foil" in example.masks else None,
+    }
     found = {which: name for which, name in names.items() if name}
     if not found:
         return {}
@@ -585,9 +574,7 @@ def _masks(model: Model, example: Example, size: tuple[int, int]) -> dict[str, N
     return {which: covered(example, name, size, view).ravel() for which, name in found.items()}
 
 
-def covered(
-    example: Example, name: str, size: tuple[int, int], view: Box | None = None
-) -> NDArray[np.bool_]:
+def covered(example: Example, name: str, size: tuple[int, int], view: Box | None = None) -> NDArray[np.bool_]:
     """Which patches of a grid of `size` (rows, columns) an object covers by half, or else the most.
 
     The grid lies over the part `view` of the picture (left, top, right, bottom in pixels; see
@@ -619,9 +606,7 @@ def _spread(seen: _Seen, key: Key, paid: Array) -> tuple[float, float, float]:
     """Mass on outliers, mean rank of the norm, and entropy, of one head's attention."""
     norms = seen.norms[key]
     use = (
-        np.ones(len(norms), bool)
-        if (seen.cells[key] >= 0).sum() + 1 >= len(norms)
-        else seen.cells[key] >= 0
+        np.ones(len(norms), bool) if (seen.cells[key] >= 0).sum() + 1 >= len(norms) else seen.cells[key] >= 0
     )
     norms, paid, inside = norms[use], paid[use], seen.cells[key][use] >= 0
     middle = np.median(norms)
@@ -662,9 +647,7 @@ def _overlap(seen: _Seen, number: int, key: Key, masks: NDArray[np.bool_]) -> di
 def _by_head(measures: pd.DataFrame, many: int) -> list[dict[str, Any]]:
     sites = measures["site"].unique()
     assert len(sites) == many
-    return [
-        {r.measure: r for r in measures[measures["site"] == site].itertuples()} for site in sites
-    ]
+    return [{r.measure: r for r in measures[measures["site"] == site].itertuples()} for site in sites]
 
 
 def label(found: Mapping[str, Any], gap: float) -> tuple[str, str]:
@@ -686,9 +669,7 @@ def label(found: Mapping[str, Any], gap: float) -> tuple[str, str]:
         return bool(one and one.q_value <= LEVEL and one.low > 0.5 and one.value >= AUC)
 
     little = all(
-        max(abs(found[n].low), abs(found[n].high)) <= LITTLE * gap
-        for n in ("mean", "effect")
-        if n in found
+        max(abs(found[n].low), abs(found[n].high)) <= LITTLE * gap for n in ("mean", "effect") if n in found
     )
     acts = any(up(name, sign) for name in ("mean", "effect") for sign in (1, -1))
     outliers = "outlier_mass" in found and found["outlier_mass"].low > MASS

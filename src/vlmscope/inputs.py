@@ -55,14 +55,14 @@ class Edit:
 
     def __init__(self, site: Site | str, op: Op, value: float | Tensor) -> None:
         if not isinstance(site, Site | str):
-            raise VlmscopeError(f"the site of an edit is {_what(site)}; expected a Site, or an expression such "
-                                "as 'decoder.2.attn.h1@all'")  # fmt: skip
+            raise VlmscopeError(
+                f"the site of an edit is {_what(site)}; expected a Site, or an expression such "
+                "as 'decoder.2.attn.h1@all'"
+            )
         if op not in ("set", "add", "scale"):
             raise VlmscopeError(f"unknown operation '{op}' of an edit; expected set, add or scale")
         if not isinstance(value, Real | Tensor):
-            raise VlmscopeError(
-                f"the value of an edit is {_what(value)}; expected a number or a tensor"
-            )
+            raise VlmscopeError(f"the value of an edit is {_what(value)}; expected a number or a tensor")
         object.__setattr__(self, "site", Site.parse(site) if isinstance(site, str) else site)
         object.__setattr__(self, "op", op)
         object.__setattr__(self, "value", value)

@@ -213,8 +213,10 @@ class Model:
     def _gain(self) -> Float[Tensor, "width"]:
         """What the final norm multiplies each feature by, whatever the norm: read off its output."""
         if self.family.norm is None:
-            raise ModelError(f"{self.name}: more than a norm is between the last block and the logits of "
-                             f"{self.family.name}, so there is no gain; leave it out")  # fmt: skip
+            raise ModelError(
+                f"{self.name}: more than a norm is between the last block and the logits of "
+                f"{self.family.name}, so there is no gain; leave it out"
+            )
         norm, width = self._module(self.family.norm), self.shapes[self.speaker].width
         signs = torch.ones(1, 1, width, dtype=self.dtype, device=self.device)
         signs[..., ::2] = -1.0  # mean zero, mean square one
@@ -260,9 +262,7 @@ class Model:
             clean = self._encode([example.clean_image, *more], prompt, example.roles, prefix)
             return Pair(clean, clean, answer, foil)
         words = [self._words(one) for one in (prompt, corrupt_prompt)]
-        clean = self._encode(
-            [example.clean_image, *more], prompt, {**example.roles, **words[0]}, prefix
-        )
+        clean = self._encode([example.clean_image, *more], prompt, {**example.roles, **words[0]}, prefix)
         image = example.corrupt_image or example.clean_image
         corrupt = self._encode([image, *more], corrupt_prompt, words[1], prefix)
         self._check_grids(clean, corrupt)
@@ -290,11 +290,7 @@ class Model:
         return image.crop((left, top, right, bottom))
 
     def inputs(
-        self,
-        image: Picture | None,
-        prompt: str,
-        more: Sequence[Picture] = (),
-        said: Sequence[int] = (),
+        self, image: Picture | None, prompt: str, more: Sequence[Picture] = (), said: Sequence[int] = ()
     ) -> Inputs:
         """The tensors of one run on a picture (or `more`) and a prompt, with nothing to be scored.
 
@@ -311,11 +307,7 @@ class Model:
         return self._encode([] if image is None else [image, *more], prompt, {}, said)
 
     def _encode(
-        self,
-        images: Sequence[Picture],
-        prompt: str,
-        roles: Mapping[str, Any],
-        prefix: Sequence[int],
+        self, images: Sequence[Picture], prompt: str, roles: Mapping[str, Any], prefix: Sequence[int]
     ) -> Inputs:
         inputs = self.family.encode(
             self.hf, self.processor, [open_image(image) for image in images], prompt, roles, prefix
@@ -325,9 +317,7 @@ class Model:
         there = replace(there, readout=len(there.tokens) - 1, fed=len(prefix))
         return Inputs(tensors, {**inputs.layout, self.speaker: there})
 
-    def _options(
-        self, prompt: str, answer: str, foil: str, images: int
-    ) -> tuple[list[int], int, int]:
+    def _options(self, prompt: str, answer: str, foil: str, images: int) -> tuple[list[int], int, int]:
         unknown = self.processor.tokenizer.unk_token_id
         ids = []
         for what, text in (("answer", answer), ("foil", foil)):
@@ -418,8 +408,11 @@ class Model:
             training = [] if turn.taken else _training(self.hf)
             if training and not turn.told:
                 turn.told = True
-                warnings.warn(f"{self.name} is in training mode, where dropout makes results random; it is run in "
-                              "evaluation mode and put back behind each run", stacklevel=4)  # fmt: skip
+                warnings.warn(
+                    f"{self.name} is in training mode, where dropout makes results random; it is run in "
+                    "evaluation mode and put back behind each run",
+                    stacklevel=4,
+                )
             before, turn.taken = turn.taken, True
             for module in training:
                 module.training = False
@@ -477,10 +470,7 @@ class Model:
         logits: list[Tensor] = []
         with self.editing(inputs, edits), hooks() as hook, handles() as held:
             for point in points:
-                hook(
-                    *self.module(point, inputs),
-                    lambda x, p=point: found.update({p: x.clone()}) or x,
-                )
+                hook(*self.module(point, inputs), lambda x, p=point: found.update({p: x.clone()}) or x)
             module = self._module(self.family.logits)
             held(module.register_forward_hook(lambda m, args, out: logits.append(out.logits)))
             try:
@@ -510,8 +500,10 @@ class Model:
         at = self._numbers(inputs, tower, kind, at)
         path = self.family.towers[tower].attention.get(kind)
         if path is None:
-            raise ModelError(f"{self.name}: the models of {self.family.name} do not tell what the {kind} "
-                             f"heads of the {tower} tower attend to")  # fmt: skip
+            raise ModelError(
+                f"{self.name}: the models of {self.family.name} do not tell what the {kind} "
+                f"heads of the {tower} tower attend to"
+            )
         rows: list[Tensor] = []
         modules = [b.get_submodule(path) for b in self.blocks(tower) if _has(b, path)]
         if _interface(modules[0]) is None:
@@ -525,9 +517,7 @@ class Model:
                 self.run(inputs)
         else:
 
-            def pay(
-                plain: Plain, module: Any, q: Tensor, k: Tensor, v: Tensor, mask: Any, **kw: Any
-            ) -> Any:
+            def pay(plain: Plain, module: Any, q: Tensor, k: Tensor, v: Tensor, mask: Any, **kw: Any) -> Any:
                 rows.append(_paid(plain, module, q, k, v, mask, at, **kw))
                 return plain(module, q, k, v, mask, **kw)
 
@@ -543,9 +533,7 @@ class Model:
         every[..., there] = paid
         return every
 
-    def _numbers(
-        self, inputs: Inputs, tower: str, kind: str, at: Sequence[int] | str
-    ) -> Sequence[int]:
+    def _numbers(self, inputs: Inputs, tower: str, kind: str, at: Sequence[int] | str) -> Sequence[int]:
         """Positions as numbers, each of which is there, as what they attend to has to be."""
         whole = Site.parse(f"{tower}.*.{kind}@all")
         expand([whole], self.shapes)
@@ -563,9 +551,7 @@ class Model:
         return [int(n) % many for n in at]
 
     @contextmanager
-    def attending(
-        self, tower: str, function: Callable[..., Any], kind: str = "attn"
-    ) -> Iterator[None]:
+    def attending(self, tower: str, function: Callable[..., Any], kind: str = "attn") -> Iterator[None]:
         """Within this context the attention of a tower calls `function(plain, module, q, k, v, mask,
         **keywords)`, where `plain` is the attention function that it would call otherwise.
 
@@ -622,9 +608,7 @@ class Model:
         return most if longest is None else max(1, min(most, longest - there + 1))
 
     @contextmanager
-    def editing(
-        self, inputs: Inputs, edits: Iterable[Edit], generating: bool = False
-    ) -> Iterator[None]:
+    def editing(self, inputs: Inputs, edits: Iterable[Edit], generating: bool = False) -> Iterator[None]:
         """Within this context every run of the model, in any number of rows, has the edits; other threads
         wait until it is left.
 
@@ -672,8 +656,10 @@ class Model:
             here = source.layout[tower]
             same = sorted(there.cells.values()) == sorted(here.cells.values())
             if not same or len(there.tokens) != len(here.tokens):
-                one, other = (f"{len(x.tokens)} positions ({' x '.join(map(str, grid(x)))} patches)"
-                              for x in (there, here))  # fmt: skip
+                one, other = (
+                    f"{len(x.tokens)} positions ({' x '.join(map(str, grid(x)))} patches)"
+                    for x in (there, here)
+                )
                 raise SiteError(
                     f"the {tower} tower has {one} for this picture and {other} for the one that is copied from, "
                     "so they do not correspond; resize one picture to the other's size"
@@ -770,8 +756,9 @@ class Model:
         width = 0
         for kind in ("attn", "cross", "mlp"):
             path = getattr(table, kind)
-            found = {n: block.get_submodule(path) for n, block in enumerate(blocks)
-                     if path and _has(block, path)}  # fmt: skip
+            found = {
+                n: block.get_submodule(path) for n, block in enumerate(blocks) if path and _has(block, path)
+            }
             missing = frozenset(range(len(blocks))) - set(found)
             if kind == "mlp" and (missing or not found) and _experts(blocks):
                 raise ModelError(
@@ -891,15 +878,11 @@ class Plain:
             return (seen & (behind.abs() < window) if window else seen)[None, None]
         if isinstance(mask, Tensor) and mask.ndim == 4:
             return mask[..., :keys].expand(-1, -1, own, -1)
-        form = (
-            f"one of {mask.ndim} dimensions"
-            if isinstance(mask, Tensor)
-            else f"a {type(mask).__name__}"
-        )
+        form = f"one of {mask.ndim} dimensions" if isinstance(mask, Tensor) else f"a {type(mask).__name__}"
         raise ModelError(
             f"the attention '{self.name}' of {type(module).__name__} has {form} as its mask, which is not read here; expected "
             "none or one of 4 dimensions, as 'sdpa' and 'eager' have: model.hf.set_attn_implementation('sdpa')"
-        )  # fmt: skip
+        )
 
 
 def _paid(
@@ -968,9 +951,7 @@ def _training(hf: nn.Module) -> list[nn.Module]:
     return [module for module in todo if module.training]
 
 
-def load(
-    name: str | Path, *, dtype: str | torch.dtype = "float32", device: str | None = None
-) -> Model:
+def load(name: str | Path, *, dtype: str | torch.dtype = "float32", device: str | None = None) -> Model:
     """Load a model and its processor, and check that it fits its family's table.
 
     `name` is a built-in toy's name, a folder written by `save_pretrained` (of the model and of the
@@ -993,12 +974,16 @@ def load(
     place = _device(None if spread else device)
     for package in ["accelerate"] * spread + ["accelerate", "bitsandbytes"] * (dtype == QUANTIZED):
         if not find_spec(package):
-            raise ModelError(f"{'--device auto' if spread else dtype} needs {package}, which is not "
-                             "installed; pip install 'vlmscope[4bit]' brings both")  # fmt: skip
+            raise ModelError(
+                f"{'--device auto' if spread else dtype} needs {package}, which is not "
+                "installed; pip install 'vlmscope[4bit]' brings both"
+            )
     path = toys().get(str(name), name)
     if not Path(path).exists() and (isinstance(name, Path) or not _HUB_ID.fullmatch(str(name))):
-        raise ModelError(f"no model '{name}': not a folder, not a Hugging Face id, and not one of the "
-                         f"built-in toys ({', '.join(toys())})")  # fmt: skip
+        raise ModelError(
+            f"no model '{name}': not a folder, not a Hugging Face id, and not one of the "
+            f"built-in toys ({', '.join(toys())})"
+        )
     family = _family(*_kind(_config(path)), str(name))
     if family.model is None:
         raise _own_code(family, name)
@@ -1015,18 +1000,26 @@ def load(
             )
             where = {"device_map": {"": place}, **where, "quantization_config": how}
         hf, info = family.model.from_pretrained(
-            path, dtype=DTYPES.get(dtype, torch.bfloat16), use_safetensors=True,
-            output_loading_info=True, **where, **options,
-        )  # fmt: skip
+            path,
+            dtype=DTYPES.get(dtype, torch.bfloat16),
+            use_safetensors=True,
+            output_loading_info=True,
+            **where,
+            **options,
+        )
         processor = family.processor.from_pretrained(path, **options)
     lost = sorted(info["missing_keys"])
     if lost:
-        raise ModelError(f"{name}: {len(lost)} weights are missing from the checkpoint, the first is "
-                         f"'{lost[0]}'; save the whole model with save_pretrained")  # fmt: skip
+        raise ModelError(
+            f"{name}: {len(lost)} weights are missing from the checkpoint, the first is "
+            f"'{lost[0]}'; save the whole model with save_pretrained"
+        )
     elsewhere = {str(d) for d in getattr(hf, "hf_device_map", {}).values()} & {"cpu", "disk"}
     if elsewhere and place.type == "cuda":
-        raise ModelError(f"{name} does not fit into the memory of the GPUs in {dtype}: part of it would "
-                         "be fetched again for every patch; load it in bfloat16 or 4bit")  # fmt: skip
+        raise ModelError(
+            f"{name} does not fit into the memory of the GPUs in {dtype}: part of it would "
+            "be fetched again for every patch; load it in bfloat16 or 4bit"
+        )
     model = Model(hf if where else hf.to(place), processor, str(name))
     model.verify()
     return model
@@ -1078,9 +1071,7 @@ def tokenizer(name: str | Path) -> Callable[[str], int]:
 
 def _pieces(tokenizer: Any, word: str) -> int:
     """Behind a blank, as a word of a prompt stands, where its tokens can be others than by itself."""
-    whole, before = (
-        tokenizer(x, add_special_tokens=False)["input_ids"] for x in (f"a {word}", "a")
-    )
+    whole, before = (tokenizer(x, add_special_tokens=False)["input_ids"] for x in (f"a {word}", "a"))
     return len(whole) - len(before)
 
 
@@ -1132,7 +1123,9 @@ def _family(architectures: Sequence[str], language: str | None, name: str) -> Fa
     what = f"is a {architectures[0]}" if architectures else "does not say what model it is"
     if of_class:
         what += f" with a language model of type '{language}'"
-    names = dict.fromkeys(f"{f.name} ({f.architecture}{f' with {f.variant}' if f.variant else ''})" for f in known)  # fmt: skip
+    names = dict.fromkeys(
+        f"{f.name} ({f.architecture}{f' with {f.variant}' if f.variant else ''})" for f in known
+    )
     raise ModelError(
         f"{name} {what}, which is not supported; docs/add-a-family.md says how to add it; "
         f"supported: {', '.join(names)}"
@@ -1157,9 +1150,7 @@ def _config(path: str | Path) -> dict[str, Any]:
     if Path(path).is_dir() and not (Path(path) / "config.json").exists():
         raise ModelError(f"{path} has no config.json; expected a folder written by save_pretrained")
     with _one_line(path):
-        return dict(
-            json.loads(Path(cached_file(str(path), "config.json") or "").read_text("utf-8"))
-        )
+        return dict(json.loads(Path(cached_file(str(path), "config.json") or "").read_text("utf-8")))
 
 
 def _check_weights(path: Path) -> None:
@@ -1183,9 +1174,11 @@ def _one_line(name: str | Path) -> Iterator[None]:
         yield
     except (OSError, ValueError, RuntimeError, KeyError, TypeError, SafetensorError) as error:
         first = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
-        where = "" if Path(name).exists() else (
-            "; it needs the network or a copy in the local cache (or give a folder)"
-        )  # fmt: skip
+        where = (
+            ""
+            if Path(name).exists()
+            else ("; it needs the network or a copy in the local cache (or give a folder)")
+        )
         raise ModelError(f"cannot load {name}: {first}{where}") from error
     finally:
         hub_logging.set_verbosity(verbosity)
@@ -1215,9 +1208,7 @@ class _Gain:
     Where nothing is changed the module's own output stays, bit for bit.
     """
 
-    def __init__(
-        self, point: Point, block: nn.Module, factor: Callable[[Mapping[str, Any]], Any]
-    ) -> None:
+    def __init__(self, point: Point, block: nn.Module, factor: Callable[[Mapping[str, Any]], Any]) -> None:
         self.point, self.block, self.factor = point, block, factor
         self.call: Mapping[str, Any] = {}
 
@@ -1283,9 +1274,7 @@ class _Deepstack(_Gaps):
             )
         return super().write(x, value)
 
-    def given(
-        self, kwargs: Mapping[str, Any], change: Callable[[Tensor], Tensor]
-    ) -> dict[str, Any]:
+    def given(self, kwargs: Mapping[str, Any], change: Callable[[Tensor], Tensor]) -> dict[str, Any]:
         """The arguments of the language model, of which one is all that is added, in the layers' order."""
         name = "deepstack_visual_embeds"
         added = kwargs.get(name)

@@ -32,9 +32,18 @@ TOP = 100
 LENGTH = 40
 """The most tokens that a caption is generated with."""
 COLUMNS = (
-    "example", "word", "token", "token_id", "position", "layer", "neuron", "activation", "weight",
-    "score", "rank",
-)  # fmt: skip
+    "example",
+    "word",
+    "token",
+    "token_id",
+    "position",
+    "layer",
+    "neuron",
+    "activation",
+    "weight",
+    "score",
+    "rank",
+)
 
 Variant = Literal["input", "gate"]
 
@@ -80,13 +89,7 @@ class Caption:
         return numbers
 
 
-def say(
-    model: Model,
-    inputs: Inputs,
-    *,
-    variant: Variant = "input",
-    length: int = LENGTH,
-) -> Caption:
+def say(model: Model, inputs: Inputs, *, variant: Variant = "input", length: int = LENGTH) -> Caption:
     """Let a model say something, and record its neurons on the way; nothing is computed twice."""
     steps: dict[int, list[Tensor]] = defaultdict(list)
     tower = model.speaker
@@ -123,9 +126,7 @@ def told(
     ids = model.family.options(model.processor, prompt, caption, 1 + len(more))
     unknown = model.processor.tokenizer.unk_token_id
     if len(ids) < 2 or (unknown is not None and unknown in ids[:-1]):
-        raise ExampleError(
-            f"the caption '{caption}' is empty, or unknown in part to the model's tokenizer"
-        )
+        raise ExampleError(f"the caption '{caption}' is empty, or unknown in part to the model's tokenizer")
     plain = model.inputs(image, prompt, more)
     fed = model.inputs(image, prompt, more, ids[:-1])
     return taught(model, plain, fed, ids, variant=variant)
@@ -338,11 +339,11 @@ def over_image(
     tower = model.speaker
     cells = inputs.layout[tower].cells
     if not cells:
-        raise ModelError(f"{model.name}: the {tower} tower of {model.family.name} has no image tokens in a "
-                         "grid, so its neurons have no map over the image")  # fmt: skip
+        raise ModelError(
+            f"{model.name}: the {tower} tower of {model.family.name} has no image tokens in a "
+            "grid, so its neurons have no map over the image"
+        )
     order = sorted(cells, key=lambda at: cells[at])
     points = {layer: Point(tower, layer, "mlp", "n") for layer, _ in neurons}
     _, values = model.record(inputs, set(points.values()))
-    return torch.stack(
-        [values[points[layer]][0, order, neuron].float() for layer, neuron in neurons]
-    )
+    return torch.stack([values[points[layer]][0, order, neuron].float() for layer, neuron in neurons])

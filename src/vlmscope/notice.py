@@ -77,9 +77,7 @@ class Spec:
                 raise VlmscopeError(f"notice: {name} is empty; name at least one")
         for kind in self.corrupt:
             if kind not in ("image", "text", "noise"):
-                raise VlmscopeError(
-                    f"notice: unknown corruption '{kind}'; expected image, text, noise"
-                )
+                raise VlmscopeError(f"notice: unknown corruption '{kind}'; expected image, text, noise")
         names = [name_of(one) for one in self.data]
         if twice := [name for name in names if names.count(name) > 1]:
             raise VlmscopeError(f"notice: two data sets are called '{twice[0]}'; rename one's file")
@@ -117,9 +115,18 @@ class Spec:
 def _checked(path: Path, content: Mapping[str, Any]) -> dict[str, Any]:
     """The keys of a TOML file, each of the type that `Spec` wants."""
     wanted: dict[str, type] = {
-        "model": str, "data": list, "corrupt": list, "sites": list, "limit": int, "seed": int,
-        "select": bool, "position": str, "function_examples": int, "dtype": str, "device": str,
-    }  # fmt: skip
+        "model": str,
+        "data": list,
+        "corrupt": list,
+        "sites": list,
+        "limit": int,
+        "seed": int,
+        "select": bool,
+        "position": str,
+        "function_examples": int,
+        "dtype": str,
+        "device": str,
+    }
     assert wanted.keys() == {field.name for field in fields(Spec)}
     words = {str: "a text", list: "a list of texts", int: "a whole number", bool: "true or false"}
     found: dict[str, Any] = {}
@@ -161,9 +168,15 @@ def run(spec: Spec, out: str | os.PathLike[str], say: Say = lambda text: None) -
     for name, corrupt in sweeps:
         say(f"{name}, {corrupt} corrupted")
         runs[name, corrupt] = sweep_to(
-            folder / "runs" / f"{name}-{corrupt}", model, sets[name], sites, corrupt,
-            seed=spec.seed, data=name, select=spec.select,
-        )  # fmt: skip
+            folder / "runs" / f"{name}-{corrupt}",
+            model,
+            sets[name],
+            sites,
+            corrupt,
+            seed=spec.seed,
+            data=name,
+            select=spec.select,
+        )
         say("\n".join(f"  {line}" for line in knows(runs[name, corrupt].baselines()).lines()))
     chosen = selection(runs, sets)
     chosen.to_csv(folder / "selection.csv", index=False)
@@ -204,7 +217,9 @@ def _claim(spec: Spec, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         if file.exists():
             there = Spec.from_toml(file)
-            here = replace(spec, data=tuple(d if d in BUILT_IN else str(Path(d).resolve()) for d in spec.data))  # fmt: skip
+            here = replace(
+                spec, data=tuple(d if d in BUILT_IN else str(Path(d).resolve()) for d in spec.data)
+            )
             if there != here:
                 odd = [k for k, v in asdict(there).items() if v != getattr(here, k)]
                 raise StoreError(
@@ -227,9 +242,7 @@ def _examples(spec: Spec, data: str, folder: Path, model: Model, say: Say) -> li
     if data in BUILT_IN:
         file = folder / "data" / f"{data}.csv"
         if not file.exists():
-            drawn = import_module(f"vlmscope.data.drawn.{data}").load(
-                spec.limit or SIZE, seed=spec.seed
-            )
+            drawn = import_module(f"vlmscope.data.drawn.{data}").load(spec.limit or SIZE, seed=spec.seed)
             write_csv(file, drawn)
         found = read_csv(file)
     else:
@@ -246,9 +259,7 @@ def _sweeps(spec: Spec, sets: Mapping[str, Sequence[Example]], say: Say) -> Iter
         for corrupt in spec.corrupt:
             lacks = {"image": "corrupt_image", "text": "corrupt_prompt"}.get(corrupt)
             if lacks and all(getattr(one, lacks) is None for one in some):
-                say(
-                    f"{name}: no example has a {lacks.replace('_', ' ')}; that corruption is left out"
-                )
+                say(f"{name}: no example has a {lacks.replace('_', ' ')}; that corruption is left out")
             else:
                 yield name, corrupt
 
@@ -273,13 +284,13 @@ def _estimate(
         many = len(sets[name]) - done
         one = Estimate(0.0, 0, 0)
         if many > 0:
-            one = estimate(
-                model, sets[name][done:], sites, corrupt, seed=spec.seed, select=spec.select
-            )
+            one = estimate(model, sets[name][done:], sites, corrupt, seed=spec.seed, select=spec.select)
             left.append(one)
         what = f"{many} examples" if not done else f"{many} of {len(sets[name])} examples left"
-        lines.append(f"  {f'{name}, {corrupt}':<24}{what:<28}{one.patches:>7,} patches each"
-                     f"{_time(one.seconds):>16}{_size(one.bytes):>10}")  # fmt: skip
+        lines.append(
+            f"  {f'{name}, {corrupt}':<24}{what:<28}{one.patches:>7,} patches each"
+            f"{_time(one.seconds):>16}{_size(one.bytes):>10}"
+        )
     seconds, size = sum(one.seconds for one in left), sum(one.bytes for one in left)
     free = shutil.disk_usage(folder).free
     total = f"  {'all sweeps, at most':<68}{_time(seconds):>16}{_size(size):>10}"
@@ -331,25 +342,26 @@ def selection(runs: Mapping[Sweep, Run], sets: Mapping[str, Sequence[Example]]) 
         groups = pd.DataFrame({e.id: dict(e.groups) for e in sets[name]}).T.reindex(base.index)
         few = [c for c in groups if groups[c].nunique() <= MANY]
         parts = [("all", "all", base)]
-        parts += [
-            (c, str(v), base[groups[c] == v])
-            for c in few
-            for v in sorted(groups[c].dropna().unique())
-        ]
+        parts += [(c, str(v), base[groups[c] == v]) for c in few for v in sorted(groups[c].dropna().unique())]
         for group, value, part in parts:
             ran, correct = part["correct"].notna(), part["correct"].fillna(False).astype(bool)
             kept = ~part["excluded"]
             rows.append(
                 {
-                    "data": name, "corruption": corrupt, "group": group, "value": value,
-                    "n": len(part), "ran": int(ran.sum()), "correct": int(correct.sum()),
+                    "data": name,
+                    "corruption": corrupt,
+                    "group": group,
+                    "value": value,
+                    "n": len(part),
+                    "ran": int(ran.sum()),
+                    "correct": int(correct.sum()),
                     "accuracy": float(correct.sum() / ran.sum()) if ran.any() else None,
                     "kept": int(kept.sum()),
                     "dropped_wrong": int((~kept & ran & ~correct).sum()),
                     "dropped_not_following": int((~kept & correct).sum()),
                     "dropped_not_run": int((~ran).sum()),
                 }
-            )  # fmt: skip
+            )
     return pd.DataFrame(rows)
 
 
@@ -377,9 +389,7 @@ def _say_heads(found: circuits.Found) -> str:
         lines.append(f"  {run_name:<24}" + ", ".join(shown) + more)
     everywhere = found.universal[found.universal["universal"]]
     names = [f"{r.tower}.L{r.layer}.{r.kind}.H{r.head}" for r in everywhere.itertuples()]
-    lines.append(
-        f"Universal over all {found.heads['run'].nunique()} runs: {', '.join(names) or 'none'}"
-    )
+    lines.append(f"Universal over all {found.heads['run'].nunique()} runs: {', '.join(names) or 'none'}")
     return "\n".join(lines)
 
 
@@ -408,9 +418,7 @@ def _functions(
         say(f"{name}: no important heads (or too few examples), so no head functions")
         return None
     say(f"{name}: what {len(sites)} heads do, on {len(chosen)} examples")
-    table = heads.write(
-        folder / "heads" / name, model, chosen, sites, corrupt, seed=spec.seed, data=name
-    )
+    table = heads.write(folder / "heads" / name, model, chosen, sites, corrupt, seed=spec.seed, data=name)
     counts = table.functions["label"].value_counts()
     say("  " + ", ".join(f"{many} {label}" for label, many in counts.items()))
     return folder / "heads" / name

@@ -48,12 +48,7 @@ KINDS = {
     "deepstack": "features added behind each block (DeepStack)",
     "output": "the tower's output",
 }
-TOWERS = {
-    "vision": "vision tower",
-    "qformer": "Q-Former",
-    "encoder": "text encoder",
-    "decoder": "decoder",
-}
+TOWERS = {"vision": "vision tower", "qformer": "Q-Former", "encoder": "text encoder", "decoder": "decoder"}
 
 FLOOR = 0.1
 """The share of the mean gap LD(clean) − LD(corrupt) below which no colour scale of `logit_diff` ends; also
@@ -251,9 +246,7 @@ def panels(
     return figure
 
 
-def full_colour(
-    tables: Iterable[pd.DataFrame], value: str = "logit_diff", gap: float = 0.0
-) -> float:
+def full_colour(tables: Iterable[pd.DataFrame], value: str = "logit_diff", gap: float = 0.0) -> float:
     """Where the colour scale of these tables ends, as `panels` draws them."""
     return float(_scale(list(tables), value, gap).get_clim()[1])
 
@@ -292,9 +285,7 @@ def image_grid(
     shown = _open(picture)
     across = min(len(drawn) + 1, 4)
     down = -(-(len(drawn) + 1) // across)
-    figure = _Shown(
-        figsize=(2.5 * across + 1.1, 2.75 * down), layout="constrained", facecolor="white"
-    )
+    figure = _Shown(figsize=(2.5 * across + 1.1, 2.75 * down), layout="constrained", facecolor="white")
     flat = list(figure.subplots(down, across, squeeze=False).flat)
     for spot in flat:
         spot.set_axis_off()
@@ -315,9 +306,16 @@ def universal(heads: pd.DataFrame, *, most: int = 30, gap: float = 0.0) -> Figur
     important in most runs first, `most` at the most; a ring marks what the other half confirms.
     """
     rows = heads.assign(
-        name=heads["tower"] + " L" + heads["layer"].astype(str) + " " + heads["kind"]
-        + " H" + heads["head"].astype(str) + " @" + heads["position"]
-    )  # fmt: skip
+        name=heads["tower"]
+        + " L"
+        + heads["layer"].astype(str)
+        + " "
+        + heads["kind"]
+        + " H"
+        + heads["head"].astype(str)
+        + " @"
+        + heads["position"]
+    )
     runs = list(dict.fromkeys(rows["run"]))
     count = rows.groupby("name")["important"].sum()
     size = rows.assign(size=rows["mean"].abs()).groupby("name")["size"].mean()
@@ -341,16 +339,29 @@ def universal(heads: pd.DataFrame, *, most: int = 30, gap: float = 0.0) -> Figur
     for tick, name in zip(axes.get_yticklabels(), names, strict=True):
         tick.set_fontweight("bold" if name in everywhere else "normal")
     labels = [_drawable(run, 24) for run in runs]
-    axes.set_xticks([i + 0.5 for i in range(len(runs))], labels, rotation=45, ha="right",
-                    rotation_mode="anchor", parse_math=False)  # fmt: skip
+    axes.set_xticks(
+        [i + 0.5 for i in range(len(runs))],
+        labels,
+        rotation=45,
+        ha="right",
+        rotation_mode="anchor",
+        parse_math=False,
+    )
     where = {name: i for i, name in enumerate(names)}
     shown = rows[rows["important"] & rows["name"].isin(names)]
-    places = [(where[r.name_], runs.index(r.run)) for r in shown.rename(columns={"name": "name_"}).itertuples()]  # fmt: skip
+    places = [
+        (where[r.name_], runs.index(r.run)) for r in shown.rename(columns={"name": "name_"}).itertuples()
+    ]
     _dots(axes, places)
     sure = shown[shown["confirmed"]].rename(columns={"name": "name_"})
-    axes.scatter([runs.index(r.run) + 0.5 for r in sure.itertuples()],
-                 [where[r.name_] + 0.5 for r in sure.itertuples()],
-                 s=75, facecolors="none", edgecolors=_INK, linewidths=1.0)  # fmt: skip
+    axes.scatter(
+        [runs.index(r.run) + 0.5 for r in sure.itertuples()],
+        [where[r.name_] + 0.5 for r in sure.itertuples()],
+        s=75,
+        facecolors="none",
+        edgecolors=_INK,
+        linewidths=1.0,
+    )
     bar = figure.colorbar(scale, ax=axes, shrink=min(1.0, 4.0 / high), pad=0.03)
     _label_bar(bar, "logit_diff")
     return figure
@@ -372,8 +383,9 @@ def attention(
     names = [n for n in dict.fromkeys(maps["example"]) if n in pictures]
     sites = list(dict.fromkeys(maps["site"]))
     across = 1 + len(sites) + (patches is not None)
-    figure = _Shown(figsize=(1.75 * across + 1.6, 1.95 * len(names) + 0.3), layout="constrained",
-                    facecolor="white")  # fmt: skip
+    figure = _Shown(
+        figsize=(1.75 * across + 1.6, 1.95 * len(names) + 0.3), layout="constrained", facecolor="white"
+    )
     axes = figure.subplots(len(names), across, squeeze=False)
     scale = _centred([maps[["difference"]]])
     own = None
@@ -418,8 +430,9 @@ def neuron_maps(maps: pd.DataFrame, pictures: Mapping[str, _Picture]) -> Figure:
     """
     names = list(dict.fromkeys(maps["neuron"]))
     across = max(maps.groupby("neuron", sort=False)["example"].nunique())
-    figure = _Shown(figsize=(2.1 * across + 1.3, 2.3 * len(names) + 0.2), layout="constrained",
-                    facecolor="white")  # fmt: skip
+    figure = _Shown(
+        figsize=(2.1 * across + 1.3, 2.3 * len(names) + 0.2), layout="constrained", facecolor="white"
+    )
     axes = figure.subplots(len(names), across, squeeze=False)
     for line, name in zip(axes, names, strict=True):
         mine = maps[maps["neuron"] == name]
@@ -431,8 +444,17 @@ def neuron_maps(maps: pd.DataFrame, pictures: Mapping[str, _Picture]) -> Figure:
             _overlay(spot, _open(pictures[str(example)]), _cells(cells, "activation", size), scale)
             _outline(spot, _cells(cells.assign(mask=cells["mask"].astype(float)), "mask", size))
             spot.set_title(_drawable(str(example), 24), fontsize=7.5, color=_INK)
-        line[0].text(-0.06, 0.5, name, rotation=90, va="center", ha="right", fontsize=9, color=_INK,
-                     transform=line[0].transAxes)  # fmt: skip
+        line[0].text(
+            -0.06,
+            0.5,
+            name,
+            rotation=90,
+            va="center",
+            ha="right",
+            fontsize=9,
+            color=_INK,
+            transform=line[0].transAxes,
+        )
         bar = figure.colorbar(scale, ax=list(line), shrink=0.8, pad=0.02)
         _label_bar(bar, "logit_diff")
         bar.set_label("activation", fontsize=8.5, color=_INK)
@@ -445,8 +467,11 @@ def measures(table: pd.DataFrame, names: Sequence[str]) -> Figure:
     `table` is the `measures` of `vlmscope.concepts.measure`.
     """
     words = list(dict.fromkeys(table["word"]))
-    figure = _Shown(figsize=(2.2 * len(names) + 0.9, max(2.2, 0.24 * len(words) + 1.3)),
-                    layout="constrained", facecolor="white")  # fmt: skip
+    figure = _Shown(
+        figsize=(2.2 * len(names) + 0.9, max(2.2, 0.24 * len(words) + 1.3)),
+        layout="constrained",
+        facecolor="white",
+    )
     axes = figure.subplots(1, len(names), squeeze=False, sharey=True)[0]
     place = {word: len(words) - 1 - n for n, word in enumerate(words)}
     for spot, name in zip(axes, names, strict=True):
@@ -463,8 +488,9 @@ def measures(table: pd.DataFrame, names: Sequence[str]) -> Figure:
         spot.set_axisbelow(True)
         spot.spines[["top", "right"]].set_visible(False)
         spot.margins(y=max(0.04, 0.5 / len(words)))
-    figure.legend(*axes[0].get_legend_handles_labels(), fontsize=8, loc="outside lower center", ncols=3,
-                  frameon=False)  # fmt: skip
+    figure.legend(
+        *axes[0].get_legend_handles_labels(), fontsize=8, loc="outside lower center", ncols=3, frameon=False
+    )
     return figure
 
 
@@ -498,9 +524,7 @@ def is_patch(rows: pd.DataFrame) -> pd.Series[bool]:
     return token.str.fullmatch(r"\d+,\d+").fillna(False).astype(bool)
 
 
-def _overlay(
-    axes: Axes, picture: Image.Image, cells: np.ndarray[Any, Any], scale: ScalarMappable
-) -> None:
+def _overlay(axes: Axes, picture: Image.Image, cells: np.ndarray[Any, Any], scale: ScalarMappable) -> None:
     axes.imshow(picture.convert("L"), extent=(0, 1, 0, 1), cmap="gray", vmin=-128, vmax=300)
     size = np.abs(np.nan_to_num(cells)) / (scale.get_clim()[1] or 1.0)
     axes.imshow(
@@ -547,10 +571,7 @@ def _label_bar(bar: Any, value: str) -> None:
 
 
 def _heat_map(
-    axes: Axes,
-    table: pd.DataFrame,
-    scale: ScalarMappable,
-    marks: Iterable[tuple[int, int]] | None = None,
+    axes: Axes, table: pd.DataFrame, scale: ScalarMappable, marks: Iterable[tuple[int, int]] | None = None
 ) -> None:
     if table.empty:
         axes.set_axis_off()
@@ -606,8 +627,14 @@ def _label_columns(axes: Axes, names: list[str], roles: list[bool]) -> None:
 def _dots(axes: Axes, places: Sequence[tuple[Any, Any]]) -> None:
     """A dot with a light rim, to be seen on any colour."""
     if places:
-        axes.scatter([c + 0.5 for _, c in places], [r + 0.5 for r, _ in places],
-                     s=22, color=_INK, edgecolors="white", linewidths=1.0)  # fmt: skip
+        axes.scatter(
+            [c + 0.5 for _, c in places],
+            [r + 0.5 for r, _ in places],
+            s=22,
+            color=_INK,
+            edgecolors="white",
+            linewidths=1.0,
+        )
 
 
 def _mark(axes: Axes, cells: np.ma.MaskedArray[Any, Any], scale: ScalarMappable) -> None:
@@ -661,9 +688,7 @@ def _height(table: pd.DataFrame) -> float:
 def _wrapped(title: str, width: float) -> str:
     """A title in lines that fit a panel of so many inches."""
     lines = _drawable(title, 200).split("\n")
-    return "\n".join(
-        part for line in lines for part in textwrap.wrap(line, int(10.5 * width)) or [""]
-    )
+    return "\n".join(part for line in lines for part in textwrap.wrap(line, int(10.5 * width)) or [""])
 
 
 def _over(effects: pd.DataFrame, table: pd.DataFrame) -> str:
@@ -680,8 +705,7 @@ def _upper(text: str) -> str:
 def _drawable(text: str, longest: int) -> str:
     """`text` shortened, without line breaks of its own or characters the font does not have."""
     lines = [
-        "".join(c if c.isprintable() and _has_glyph(c) else "□" for c in line)
-        for line in text.split("\n")
+        "".join(c if c.isprintable() and _has_glyph(c) else "□" for c in line) for line in text.split("\n")
     ]
     return "\n".join(x if len(x) <= longest else x[: longest - 1] + "…" for x in lines)
 

@@ -14,10 +14,7 @@ from vlmscope.sites import Site, members
 
 
 def patch(
-    model: Model,
-    pair: Pair,
-    sites: Sequence[tuple[Site, tuple[int, ...]]],
-    direction: str = "denoise",
+    model: Model, pair: Pair, sites: Sequence[tuple[Site, tuple[int, ...]]], direction: str = "denoise"
 ) -> Patched:
     """Patch every site, one at a time.
 
@@ -34,9 +31,7 @@ def patch(
 
     def chunks() -> Iterator[tuple[list[int], Score]]:
         for number, (_, at) in enumerate(sites):
-            edits = [
-                Edit(one, "set", model.read(found[one.point], one, at)) for one in parts[number]
-            ]
+            edits = [Edit(one, "set", model.read(found[one.point], one, at)) for one in parts[number]]
             patched = model.run(base, [*base_edits, *edits])
             yield [number], score(patched[None], pair.answer, pair.foil)
 

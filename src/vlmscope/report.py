@@ -131,8 +131,10 @@ def _known(known: Known) -> str:
     parts = [f"<p>{escape(_upper(first))}.</p>"]
     parts += [f'<p class="warning">{escape(_upper(text))}.</p>' for text in warnings]
     if known.severity == "unknown":
-        parts.append('<p class="warning">So the figures below are greyed out: what moves the answer of a '
-                     "model that does not know it says little about how it would.</p>")  # fmt: skip
+        parts.append(
+            '<p class="warning">So the figures below are greyed out: what moves the answer of a '
+            "model that does not know it says little about how it would.</p>"
+        )
     return "".join(parts)
 
 
@@ -158,12 +160,8 @@ def _page(folders: Sequence[tuple[str, Path]], figures: _Figures) -> str:
         sections.append((name, _section(number, run, figures)))
     titles = _unique([title for title, _ in sections], ["" for _ in sections])
     sections = [(title, text) for title, (_, text) in zip(titles, sections, strict=True)]
-    links = "".join(
-        f'<li><a href="#part{n}">{escape(t)}</a></li>' for n, (t, _) in enumerate(sections)
-    )
-    body = "".join(
-        f'<h2 id="part{n}">{escape(title)}</h2>{text}' for n, (title, text) in enumerate(sections)
-    )
+    links = "".join(f'<li><a href="#part{n}">{escape(t)}</a></li>' for n, (t, _) in enumerate(sections))
+    body = "".join(f'<h2 id="part{n}">{escape(title)}</h2>{text}' for n, (title, text) in enumerate(sections))
     is_patched = any(what != "neurons" for what, _ in folders)
     intro = (
         '<p class="soft">Which part of the model carries the evidence to the answer? In each run '
@@ -171,11 +169,15 @@ def _page(folders: Sequence[tuple[str, Path]], figures: _Figures) -> str:
         "far that moves the answer. LD is the logit of the answer minus that of the foil; a "
         "change is LD after the patch minus LD of the corrupt run.</p>"
     )
-    intro = intro if is_patched else (
-        '<p class="soft">Which neurons turn what the model sees into a word? A neuron contributes to a token its '
-        "activation where the token is predicted, times its column of the down projection on the token's "
-        "row of the output embedding.</p>"
-    )  # fmt: skip
+    intro = (
+        intro
+        if is_patched
+        else (
+            '<p class="soft">Which neurons turn what the model sees into a word? A neuron contributes to a token its '
+            "activation where the token is predicted, times its column of the down projection on the token's "
+            "row of the output embedding.</p>"
+        )
+    )
     contents = f"<nav><ul>{links}</ul></nav>" if len(sections) > 1 else ""
     return (
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'
@@ -200,8 +202,10 @@ def _names(runs: Sequence[Run]) -> list[str]:
 def _unique(names: Sequence[str], folders: Sequence[str]) -> list[str]:
     """Names that are there twice get their folder beside them, or else a number."""
     many = Counter(names)
-    longer = [f"{name} ({folder})" if many[name] > 1 and folder else name
-              for name, folder in zip(names, folders, strict=True)]  # fmt: skip
+    longer = [
+        f"{name} ({folder})" if many[name] > 1 and folder else name
+        for name, folder in zip(names, folders, strict=True)
+    ]
     again, seen = Counter(longer), Counter[str]()
     found = []
     for name in longer:
@@ -334,9 +338,7 @@ def _neurons(folder: Path, number: int, figures: _Figures) -> tuple[str, str]:
     about = _json(folder / "neurons.json")
     write = {"find": _found, "describe": _described, "perturb": _perturbed, "edit": _edited}
     if about.get("what") not in write:
-        raise StoreError(
-            f"{folder / 'neurons.json'}: is of another version; write that folder anew"
-        )
+        raise StoreError(f"{folder / 'neurons.json'}: is of another version; write that folder anew")
     return write[str(about["what"])](folder, number, figures, about)
 
 
@@ -344,11 +346,14 @@ def _table(rows: pd.DataFrame, form: str = "{:.3g}") -> str:
     """A table of HTML; numbers in a few digits, text escaped."""
     head = "".join(f"<th>{escape(str(name))}</th>" for name in rows.columns)
     body = "".join(
-        "<tr>" + "".join(
-            f"<td>{escape('' if pd.isna(x) else form.format(x) if isinstance(x, float) else str(x))}</td>" for x in row
-        ) + "</tr>"
+        "<tr>"
+        + "".join(
+            f"<td>{escape('' if pd.isna(x) else form.format(x) if isinstance(x, float) else str(x))}</td>"
+            for x in row
+        )
+        + "</tr>"
         for row in rows.itertuples(index=False)
-    )  # fmt: skip
+    )
     return f'<div class="wide"><table><tr>{head}</tr>{body}</table></div>'
 
 
@@ -360,9 +365,7 @@ def _kept(folder: Path) -> dict[str, Path]:
     return {row.example: folder / "pictures" / Path(row.file).name for row in table.itertuples()}
 
 
-def _found(
-    folder: Path, number: int, figures: _Figures, about: Mapping[str, Any]
-) -> tuple[str, str]:
+def _found(folder: Path, number: int, figures: _Figures, about: Mapping[str, Any]) -> tuple[str, str]:
     tokens = pd.read_csv(folder / "tokens.csv", keep_default_na=False).head(20)
     layers = pd.read_csv(folder / "layers.csv", keep_default_na=False)
     captions = pd.read_csv(folder / "captions.csv", keep_default_na=False)
@@ -377,22 +380,29 @@ def _found(
     return "Neurons that contribute to words", text
 
 
-def _described(
-    folder: Path, number: int, figures: _Figures, about: Mapping[str, Any]
-) -> tuple[str, str]:
+def _described(folder: Path, number: int, figures: _Figures, about: Mapping[str, Any]) -> tuple[str, str]:
     cards = pd.read_csv(folder / "cards.csv", keep_default_na=False)
     maps = pd.read_parquet(folder / "maps.parquet")
     driving = pd.read_csv(folder / "driving.csv", keep_default_na=False)
     pictures = _kept(folder)
-    parts = [f"<p>{len(cards)} neurons of {escape(str(about['model']))}.</p>",
-             _table(cards.drop(columns="weights"))]  # fmt: skip
+    parts = [
+        f"<p>{len(cards)} neurons of {escape(str(about['model']))}.</p>",
+        _table(cards.drop(columns="weights")),
+    ]
     own = maps[~maps["neuron"].str.contains(": mean of top")]
     for what, some, sentence in (
-        ("maps", own, "Activation over the patches of the pictures that drive each neuron most; the line is "
-                      "around the patches above the 95th percentile."),
-        ("means", maps.drop(own.index), "The mean activation of a word's top neurons over the pictures that "
-                                        "drive it most."),
-    ):  # fmt: skip
+        (
+            "maps",
+            own,
+            "Activation over the patches of the pictures that drive each neuron most; the line is "
+            "around the patches above the 95th percentile.",
+        ),
+        (
+            "means",
+            maps.drop(own.index),
+            "The mean activation of a word's top neurons over the pictures that drive it most.",
+        ),
+    ):
         for start, names in enumerate(_groups(list(dict.fromkeys(some["neuron"])), 6)):
             rows = some[some["neuron"].isin(names)]
             figure = plots.neuron_maps(rows, pictures)
@@ -401,14 +411,21 @@ def _described(
     parts.append(f"<h3>Which pictures drive them most</h3>{_table(best)}")
     if (folder / "measures.csv").is_file():
         table = pd.read_csv(folder / "measures.csv", keep_default_na=True)
-        names = [n for n in ("auc", "selectivity", "overlap", "overlap, shuffled", "p drop, zero")
-                 if n in set(table["measure"])]  # fmt: skip
+        names = [
+            n
+            for n in ("auc", "selectivity", "overlap", "overlap, shuffled", "p drop, zero")
+            if n in set(table["measure"])
+        ]
         parts.append("<h3>Are they what they seem?</h3>")
-        parts.append(figures.show(
-            f"part{number}-measures", plots.measures(table, names),
-            "Measured on pictures on which the neurons were not chosen, with 95 % intervals. The null are neurons "
-            "chosen by shuffled labels for the same token; for shuffled patches it is chance.", table,
-        ))  # fmt: skip
+        parts.append(
+            figures.show(
+                f"part{number}-measures",
+                plots.measures(table, names),
+                "Measured on pictures on which the neurons were not chosen, with 95 % intervals. The null are neurons "
+                "chosen by shuffled labels for the same token; for shuffled patches it is chance.",
+                table,
+            )
+        )
         wide = table[table["method"] == "contribution"].drop(columns="method")
         parts.append(_table(wide))
     return "Neurons, one by one", "".join(parts)
@@ -418,9 +435,7 @@ def _groups(items: Sequence[str], many: int) -> list[list[str]]:
     return [list(items[n : n + many]) for n in range(0, len(items), many)]
 
 
-def _perturbed(
-    folder: Path, number: int, figures: _Figures, about: Mapping[str, Any]
-) -> tuple[str, str]:
+def _perturbed(folder: Path, number: int, figures: _Figures, about: Mapping[str, Any]) -> tuple[str, str]:
     table = pd.read_csv(folder / "perturb.csv", keep_default_na=False)
     return (
         "Words without their neurons",
@@ -429,9 +444,7 @@ def _perturbed(
     )
 
 
-def _edited(
-    folder: Path, number: int, figures: _Figures, about: Mapping[str, Any]
-) -> tuple[str, str]:
+def _edited(folder: Path, number: int, figures: _Figures, about: Mapping[str, Any]) -> tuple[str, str]:
     measures = pd.read_csv(folder / "measures.csv")
     captions = pd.read_csv(folder / "captions.csv", keep_default_na=False)
     columns = pd.read_csv(folder / "columns.csv")
@@ -448,8 +461,7 @@ def _edited(
     objects = ""
     if (folder / "objects.csv").is_file():
         objects = (
-            "<h3>Objects that are named and not there</h3>"
-            f"{_table(pd.read_csv(folder / 'objects.csv'))}"
+            f"<h3>Objects that are named and not there</h3>{_table(pd.read_csv(folder / 'objects.csv'))}"
         )
     share = (columns["change"] / columns["length"].clip(lower=1e-12)).median()
     return (
@@ -500,9 +512,7 @@ def _tracing(folder: Path, number: int, figures: _Figures) -> tuple[str, str]:
     for tower in dict.fromkeys(table["tower"]):
         for length in sorted(table["length"].unique()):
             for window in sorted(table["window"].unique()):
-                tables = plots.tracing_tables(
-                    table, tower=str(tower), window=int(window), length=int(length)
-                )
+                tables = plots.tracing_tables(table, tower=str(tower), window=int(window), length=int(length))
                 if not tables:
                     continue
                 rows = table.query("tower == @tower and length == @length and window == @window")
@@ -510,10 +520,14 @@ def _tracing(folder: Path, number: int, figures: _Figures) -> tuple[str, str]:
                 title += f", questions of {length} tokens" if length else ""
                 parts.append(f"<h3>{escape(title)}</h3>")
                 shown = {_upper(plots.KINDS[k]): t for k, t in tables.items()}
-                parts.append(figures.show(
-                    f"part{number}-{tower}-{length}-{window}", plots.panels(shown, value="restored"),
-                    _say_traced(rows), rows,
-                ))  # fmt: skip
+                parts.append(
+                    figures.show(
+                        f"part{number}-{tower}-{length}-{window}",
+                        plots.panels(shown, value="restored"),
+                        _say_traced(rows),
+                        rows,
+                    )
+                )
     text = "".join(parts)
     text = text if known is None else _grey(text, known)
     return f"Causal tracing: {Path(str(about['data'])).name}", text
@@ -522,7 +536,9 @@ def _tracing(folder: Path, number: int, figures: _Figures) -> tuple[str, str]:
 def _say_traced(rows: pd.DataFrame) -> str:
     (best,) = plots.most_restored(rows, 1).itertuples()
     spread = rows["spread"].max()
-    some = " of those that at least half of the examples hold" if rows["n"].min() < rows["n"].max() / 2 else ""  # fmt: skip
+    some = (
+        " of those that at least half of the examples hold" if rows["n"].min() < rows["n"].max() / 2 else ""
+    )
     return (
         f"The most that comes back{some} is {best.restored:.1%}{_interval(best.low, best.high, '.1%')}, by "
         f"{best.kind} of layer {best.layer} at {best.at}. {_say_n(rows)} {rows['repeats'].max()} repeats"
@@ -560,9 +576,7 @@ def _section(number: int, run: Run, figures: _Figures) -> str:
 
 def _facts(run: Run) -> str:
     spec = run.spec
-    source, base = (
-        ("clean", "corrupt") if spec.get("direction") != "noise" else ("corrupt", "clean")
-    )
+    source, base = ("clean", "corrupt") if spec.get("direction") != "noise" else ("corrupt", "clean")
     versions = spec.get("versions") or {}
     rows = {
         "model": f"{spec.get('model')} (weights {str(spec.get('weights'))[:12]}…)",
@@ -595,8 +609,9 @@ def _card(example: dict[str, Any]) -> str:
     lines = [f"<b>{escape(str(example.get('clean_prompt', '')))}</b>"]
     if example.get("corrupt_prompt"):
         lines.append(f"corrupt: {escape(str(example['corrupt_prompt']))}")
-    lines.append(f"answer <b>{escape(str(example.get('answer')))}</b>, "
-                 f"foil <b>{escape(str(example.get('foil')))}</b>")  # fmt: skip
+    lines.append(
+        f"answer <b>{escape(str(example.get('answer')))}</b>, foil <b>{escape(str(example.get('foil')))}</b>"
+    )
     lines.append(f'<span class="soft">{escape(str(example.get("id")))}</span>')
     return f'<div class="pair"><div>{shown}</div><p>{"<br>".join(lines)}</p></div>'
 
@@ -625,9 +640,7 @@ def _baselines(table: pd.DataFrame) -> str:
 
 def _strongest(table: pd.DataFrame) -> str:
     head = ("site", "token", "mean change of LD", "95 % interval", "SD", "examples")
-    names = "".join(
-        f'<th class="{"n" if i > 1 else ""}">{escape(name)}</th>' for i, name in enumerate(head)
-    )
+    names = "".join(f'<th class="{"n" if i > 1 else ""}">{escape(name)}</th>' for i, name in enumerate(head))
     rows = "".join(
         f"<tr><td><code>{escape(str(r.site))}</code>"
         f"{'' if '@' in r.site else escape(f' at {r.slot}')}</td>"
@@ -783,12 +796,10 @@ def _together(names: Sequence[str], runs: Sequence[Run], figures: _Figures) -> s
                 panels[f"{names[number]}{at}, n = {cells['n'].max()}"] = cells
                 gaps.append(cells.attrs["gap"] or 0.0)
         if len(panels) > 1:
-            what = (
-                f"{_upper(plots.KINDS[kind])}{' heads' if has_heads else ''}, {plots.TOWERS[tower]}"
-            )
+            what = f"{_upper(plots.KINDS[kind])}{' heads' if has_heads else ''}, {plots.TOWERS[tower]}"
             name = f"all-{tower}-{kind}{'' if has_heads else '-tokens'}"
             parts.append(f"<h3>{escape(what)}</h3>{_panels(name, panels, figures, max(gaps))}")
-    unknown = [n for n, run in zip(names, runs, strict=True) if knows(run.baselines()).severity == "unknown"]  # fmt: skip
+    unknown = [n for n, run in zip(names, runs, strict=True) if knows(run.baselines()).severity == "unknown"]
     if parts and unknown:
         text = f"The model does not seem to know the task of {'; '.join(unknown)}: see there."
         parts.insert(0, f'<p class="warning">{escape(text)}</p>')
@@ -801,8 +812,11 @@ def _common(runs: Sequence[Run]) -> dict[tuple[str, str, bool], list[int]]:
     held: dict[tuple[str, str, bool], list[int]] = {}
     for number, run in enumerate(runs):
         sites = [Site.parse(text) for text in run.spec.get("sites") or []]
-        keys = [(s.tower, s.kind, s.unit is not None) for s in sites
-                if s.tower != "vision" and not (s.unit or "").startswith("n")]  # fmt: skip
+        keys = [
+            (s.tower, s.kind, s.unit is not None)
+            for s in sites
+            if s.tower != "vision" and not (s.unit or "").startswith("n")
+        ]
         for key in dict.fromkeys(keys):
             held.setdefault(key, []).append(number)
     return {key: some for key, some in held.items() if len(some) > 1}

@@ -131,8 +131,13 @@ def edit(
         else:
             draw = rng(seed, "edit", source, target)
             _learned(model, wanted, kept, delta, locality, draw)
-    about = {"from": source, "to": target or "", "solver": solver, "pictures": str(len(wanted)),
-             "model": model.name}  # fmt: skip
+    about = {
+        "from": source,
+        "to": target or "",
+        "solver": solver,
+        "pictures": str(len(wanted)),
+        "model": model.name,
+    }
     columns = {layer: (at.cpu(), d.detach().cpu()) for layer, (at, d) in delta.items()}
     return WeightEdit(columns, model.unedited or model.fingerprint(), about, model.edits)
 
@@ -179,11 +184,7 @@ def choose(
 
 
 def _split(
-    model: Model,
-    examples: Sequence[Example],
-    word: str,
-    prompt: str | None,
-    seed: int,
+    model: Model, examples: Sequence[Example], word: str, prompt: str | None, seed: int
 ) -> tuple[list[tuple[Example, Caption]], list[tuple[Example, Caption]]]:
     """Examples whose caption has the word, and others, with their captions."""
     has: list[tuple[Example, Caption]] = []
@@ -221,24 +222,23 @@ def _changed(
     """What is to be said instead; None where the rest of the caption would be other tokens."""
     numbers = said.find(source)
     if target is None:
-        return _Wanted(_inputs(model, one, prompt, said.ids[:-1]), said.start, list(said.ids), numbers,
-                       said.ids[numbers[0]])  # fmt: skip
+        return _Wanted(
+            _inputs(model, one, prompt, said.ids[:-1]),
+            said.start,
+            list(said.ids),
+            numbers,
+            said.ids[numbers[0]],
+        )
     pattern = rf"(?<!\w){re.escape(source)}(?!\w)"
     text = re.sub(pattern, target, said.text.strip(), flags=re.IGNORECASE)
-    ids = model.family.options(
-        model.processor, prompt or one.clean_prompt, text, 1 + len(one.more_images)
-    )
+    ids = model.family.options(model.processor, prompt or one.clean_prompt, text, 1 + len(one.more_images))
     unknown = model.processor.tokenizer.unk_token_id
     if unknown is not None and unknown in ids[:-1]:
         raise ExampleError(f"'{target}' is unknown to the model's tokenizer; give another word")
     before, after = numbers[0], len(said.ids) - 1 - numbers[-1]
-    if tuple(ids[:before]) != said.ids[:before] or (
-        after and tuple(ids[-after:]) != said.ids[-after:]
-    ):
+    if tuple(ids[:before]) != said.ids[:before] or (after and tuple(ids[-after:]) != said.ids[-after:]):
         return None
-    new = [
-        n for n in range(before, len(ids) - after) if n >= len(said.ids) or ids[n] != said.ids[n]
-    ]
+    new = [n for n in range(before, len(ids) - after) if n >= len(said.ids) or ids[n] != said.ids[n]]
     was = _same(model, one, said, prompt)
     return _Wanted(_inputs(model, one, prompt, ids[:-1]), said.start, ids, new, None, was)
 
@@ -281,9 +281,7 @@ def _logits(model: Model, one: _Wanted, delta: Mapping[int, tuple[Tensor, Tensor
     with model.alone(), handles() as held:
         for layer, (at, added) in delta.items():
 
-            def add(
-                m: nn.Module, args: Any, out: Tensor, at: Tensor = at, added: Tensor = added
-            ) -> Tensor:
+            def add(m: nn.Module, args: Any, out: Tensor, at: Tensor = at, added: Tensor = added) -> Tensor:
                 return out + args[0][..., at.to(out.device)] @ added.T.to(out)
 
             held(model.down(layer).register_forward_hook(add))
@@ -343,9 +341,12 @@ def _closed(
                         parts = torch.autograd.grad(
                             lead, parameters, retain_graph=True, materialize_grads=True
                         )
-                        rows.append(weight * torch.cat(
-                            [(x.double() @ m).flatten() for x, m in zip(parts, metric, strict=True)]
-                        ))  # fmt: skip
+                        rows.append(
+                            weight
+                            * torch.cat(
+                                [(x.double() @ m).flatten() for x, m in zip(parts, metric, strict=True)]
+                            )
+                        )
                         needs.append(weight * max(need, 0.0))
             step(0, number + 1)
             if not needs or max(needs) < CLOSE:
@@ -356,8 +357,10 @@ def _closed(
             needed = torch.tensor(needs, dtype=torch.float64, device=gram.device)
             # Of the whole change the norm is to be least, not of this step.
             whole = matrix.T @ torch.linalg.solve(gram, needed + matrix @ there)
-            aim = [x.view_as(d) for x, d in
-                   zip(whole.split([d.numel() for d in parameters]), parameters, strict=True)]  # fmt: skip
+            aim = [
+                x.view_as(d)
+                for x, d in zip(whole.split([d.numel() for d in parameters]), parameters, strict=True)
+            ]
             before, old = sum(need**2 for need in needs), change
             for share in (1.0, 0.5, 0.25, 0.125):
                 change = [x + share * (y - x) for x, y in zip(old, aim, strict=True)]
@@ -367,9 +370,7 @@ def _closed(
                     now = sum(
                         (weight * need) ** 2
                         for one in captions
-                        for _, need, weight in _leads(
-                            _logits(model, one, delta), one, margin, locality
-                        )
+                        for _, need, weight in _leads(_logits(model, one, delta), one, margin, locality)
                         if need > 0
                     )
                 if now < before:
@@ -386,9 +387,7 @@ def _elsewhere(
     """By layer the inverse square root of 1 + c·C, with C the second moment of the chosen neurons at all
     positions but those of new words, over their mean square there."""
     seen: dict[int, Tensor] = {}
-    total = {
-        layer: torch.zeros(len(at), len(at), device=at.device) for layer, (at, _) in delta.items()
-    }
+    total = {layer: torch.zeros(len(at), len(at), device=at.device) for layer, (at, _) in delta.items()}
     here = {layer: torch.zeros((), device=at.device) for layer, (at, _) in delta.items()}
     count = many = 0
     with model.alone(), handles() as held, torch.no_grad():
@@ -469,13 +468,9 @@ def _learned(
                 apart = F.kl_div(found, before, log_target=True, reduction="none").sum(-1)
                 if (~is_new).any():
                     loss = loss + locality * apart[~is_new].mean()
-                    if (
-                        one.new and one.avoid is None
-                    ):  # the new word, once more where it does not belong
+                    if one.new and one.avoid is None:  # the new word, once more where it does not belong
                         again = found[~is_new][:, tokens[is_new].unique()].exp()
-                        belongs = (
-                            tokens[~is_new][:, None] == tokens[is_new].unique()[None]
-                        ).float()
+                        belongs = (tokens[~is_new][:, None] == tokens[is_new].unique()[None]).float()
                         loss = loss + locality * (again * (1 - belongs)).sum(-1).mean()
             optimizer.zero_grad()
             loss.backward()
@@ -534,40 +529,38 @@ def assess(
     for (one, prompt), old, new in zip(asked, before, after, strict=True):
         has = says(old, source)
         took = has and not says(new, source) and (target is None or says(new, target))
-        wanted = re.sub(
-            rf"(?<!\w){re.escape(source)}(?!\w)", target or "", old, flags=re.IGNORECASE
-        )
-        found.append(
-            (one.id, prompt or one.clean_prompt, old, new, has, took, old == new, wanted == new)
-        )
+        wanted = re.sub(rf"(?<!\w){re.escape(source)}(?!\w)", target or "", old, flags=re.IGNORECASE)
+        found.append((one.id, prompt or one.clean_prompt, old, new, has, took, old == new, wanted == new))
     names = ["example", "prompt", "before", "after", "has", "took", "same", "only"]
     table = pd.DataFrame(found, columns=names)
     first = table["prompt"].isin([prompts[0] or one.clean_prompt for one in given])
     has = table["has"]
     words = table.assign(
         twice=[_repeated(text) for text in table["after"]],
-        longer=[len(a.split()) / max(1, len(b.split())) for a, b in zip(table["after"], table["before"], strict=True)],
-    )  # fmt: skip
+        longer=[
+            len(a.split()) / max(1, len(b.split()))
+            for a, b in zip(table["after"], table["before"], strict=True)
+        ],
+    )
     values: dict[str, Any] = {
         "generality": table.loc[has & first, "took"],
         "generality, other wording": table.loc[has & ~first, "took"],
         "only the word": table.loc[has & table["took"], "only"] if target else [],
         "locality": table.loc[~has & first, "same"],
         "locality, other wording": table.loc[~has & ~first, "same"],
-        "locality, no image": [a == b for a, b in zip(silent, now_silent, strict=True)
-                               if a is not None and not says(a, source)],
+        "locality, no image": [
+            a == b for a, b in zip(silent, now_silent, strict=True) if a is not None and not says(a, source)
+        ],
         "repetition": words["twice"],
         "length": words["longer"],
-    }  # fmt: skip
+    }
     rows = []
     for name, some in values.items():
         scores = np.sort(np.asarray(some, dtype=float))  # their order is not to matter
         if len(scores):
             low, high = bootstrap(scores[:, None], rng(seed, name))
             rows.append((name, scores.mean(), low[0], high[0], len(scores)))
-    return pd.DataFrame(rows, columns=["measure", "value", "low", "high", "n"]), table.drop(
-        columns="only"
-    )
+    return pd.DataFrame(rows, columns=["measure", "value", "low", "high", "n"]), table.drop(columns="only")
 
 
 def _captions(model: Model, asked: Sequence[tuple[Example, str | None]], what: str) -> list[str]:
@@ -613,8 +606,12 @@ def hallucination(
         named, wrong, bad = named + len(said), wrong + len(said - true), bad + bool(said - true)
         there, right = there + len(true), right + len(said & true)
     chair = wrong / named if named else 0.0
-    return {"chair_i": chair, "chair_s": bad / max(1, len(captions)), "precision": 1 - chair,
-            "recall": right / there if there else 0.0}  # fmt: skip
+    return {
+        "chair_i": chair,
+        "chair_s": bad / max(1, len(captions)),
+        "precision": 1 - chair,
+        "recall": right / there if there else 0.0,
+    }
 
 
 def yes_or_no(answers: Sequence[str], truth: Sequence[bool]) -> dict[str, float]:
@@ -705,9 +702,12 @@ def questions(
             article = "an" if name[0] in "aeiou" else "a"
             found.append(
                 Example(
-                    id=f"{one.id}-{name}", clean_image=one.clean_image, answer=answer,
+                    id=f"{one.id}-{name}",
+                    clean_image=one.clean_image,
+                    answer=answer,
                     clean_prompt=template.format(f"{article} {name}"),
-                    foil="no" if answer == "yes" else "yes", shows=one.shows,
+                    foil="no" if answer == "yes" else "yes",
+                    shows=one.shows,
                 )
-            )  # fmt: skip
+            )
     return found

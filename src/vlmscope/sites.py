@@ -197,9 +197,7 @@ def _parse(text: str) -> Site:
     if tower not in TOWERS:
         raise _wrong(text, tower, starts[0], f"is not a tower{_one_of(tower, TOWERS)}")
     if not re.fullmatch(r"(\*|\d+|\d+-\d+)(/\d*[13579])?", layer):
-        raise _wrong(
-            text, layer, starts[1], "is not a layer; expected 5, 3-7 or *, or 5/3 (an odd window)"
-        )
+        raise _wrong(text, layer, starts[1], "is not a layer; expected 5, 3-7 or *, or 5/3 (an odd window)")
     if kind not in KINDS:
         raise _wrong(text, kind, starts[2], f"is not a kind{_one_of(kind, KINDS)}")
     if unit is not None:
@@ -246,37 +244,37 @@ def expand(sites: Iterable[Site], shapes: Mapping[str, Shape]) -> list[Site]:
 def _expand(site: Site, shapes: Mapping[str, Shape]) -> list[Site]:
     text = str(site)
     if site.tower not in shapes:
-        raise SiteError(f"bad site '{text}': this model has no '{site.tower}' tower"
-                        f"{_one_of(site.tower, shapes)}")  # fmt: skip
+        raise SiteError(
+            f"bad site '{text}': this model has no '{site.tower}' tower{_one_of(site.tower, shapes)}"
+        )
     shape = shapes[site.tower]
     if site.kind not in shape.kinds:
-        raise SiteError(f"bad site '{text}': the {site.tower} tower of this model has no "
-                        f"'{site.kind}'{_one_of(site.kind, shape.kinds)}")  # fmt: skip
+        raise SiteError(
+            f"bad site '{text}': the {site.tower} tower of this model has no "
+            f"'{site.kind}'{_one_of(site.kind, shape.kinds)}"
+        )
     numbers, _, window = site.layer.partition("/")
     layers = _numbers(text, "layer", numbers, shape.layers)
     window = f"/{window}" if window not in ("", "1") else ""
     there = shape.having(site.kind)
     if numbers != "*" and "-" not in numbers and layers[0] not in there:
-        raise SiteError(f"bad site '{text}': layer {numbers} of the {site.tower} tower has no "
-                        f"'{site.kind}'; these have: {', '.join(map(str, there))}")  # fmt: skip
+        raise SiteError(
+            f"bad site '{text}': layer {numbers} of the {site.tower} tower has no "
+            f"'{site.kind}'; these have: {', '.join(map(str, there))}"
+        )
     layers = [n for n in layers if n in there]
     if site.kind == "output":
         if window:
             raise SiteError(f"bad site '{text}': there is one 'output', so no window of layers")
         if numbers != "*" and layers != [shape.layers - 1]:
-            raise SiteError(f"bad site '{text}': only the last layer, {shape.layers - 1}, has "
-                            "'output'")  # fmt: skip
+            raise SiteError(f"bad site '{text}': only the last layer, {shape.layers - 1}, has 'output'")
         layers = [shape.layers - 1]
     if site.unit is None:
         return [replace(site, layer=f"{n}{window}") for n in layers]
     many = shape.heads[site.kind] if site.unit[0] == "h" else shape.neurons
     name = UNITS[site.unit[0]][0]
     units = _numbers(text, name, site.unit[1:], many)
-    return [
-        replace(site, layer=f"{n}{window}", unit=f"{site.unit[0]}{u}")
-        for n in layers
-        for u in units
-    ]
+    return [replace(site, layer=f"{n}{window}", unit=f"{site.unit[0]}{u}") for n in layers for u in units]
 
 
 def members(site: Site, shapes: Mapping[str, Shape]) -> list[Site]:
@@ -297,9 +295,7 @@ def _numbers(text: str, what: str, part: str, many: int) -> list[int]:
         return list(range(many))
     first, last = (int(p) for p in (part.split("-") if "-" in part else (part, part)))
     if first > last or last >= many:
-        raise SiteError(
-            f"bad site '{text}': no {what} {part}; this tower has {what}s 0 to {many - 1}"
-        )
+        raise SiteError(f"bad site '{text}': no {what} {part}; this tower has {what}s 0 to {many - 1}")
     return list(range(first, last + 1))
 
 
@@ -323,8 +319,10 @@ def place(site: Site, layout: Layout) -> list[tuple[Site, tuple[int, ...]]]:
     if name.lstrip("-").isdigit():
         index = int(name)
         if not -many <= index < many:
-            raise SiteError(f"bad site '{site}': no position {name}; the {site.tower} tower has "
-                            f"positions 0 to {many - 1} here")  # fmt: skip
+            raise SiteError(
+                f"bad site '{site}': no position {name}; the {site.tower} tower has "
+                f"positions 0 to {many - 1} here"
+            )
         return [(site, (index % many,))]
     return [(site, _named(site, name, layout))]
 
@@ -340,8 +338,10 @@ def _named(site: Site, name: str, layout: Layout) -> tuple[int, ...]:
         return (len(layout.tokens) - 1,)
     if name == "readout":
         if layout.readout is None:
-            raise SiteError(f"bad site '{site}': nothing is read out in the {site.tower} tower; expected "
-                            "readout in the last tower, which predicts the answer")  # fmt: skip
+            raise SiteError(
+                f"bad site '{site}': nothing is read out in the {site.tower} tower; expected "
+                "readout in the last tower, which predicts the answer"
+            )
         return (layout.readout,)
     cell = _CELL.fullmatch(name)
     if cell:
@@ -354,9 +354,7 @@ def _named(site: Site, name: str, layout: Layout) -> tuple[int, ...]:
         found = known.get(name, ())
         size = "positions with a name here: " + ", ".join(n for n, at in known.items() if at)
     if not found:
-        raise SiteError(
-            f"bad site '{site}': no position '{name}' in the {site.tower} tower; {size}"
-        )
+        raise SiteError(f"bad site '{site}': no position '{name}' in the {site.tower} tower; {size}")
     return found
 
 

@@ -42,9 +42,7 @@ except ImportError:  # Windows has no flock; there two processes are not kept ap
 
 def _schema(columns: Mapping[str, pa.DataType]) -> pa.Schema:
     """A name that ends in `?` is a column that may be null."""
-    return pa.schema(
-        [pa.field(c.removesuffix("?"), t, nullable=c.endswith("?")) for c, t in columns.items()]
-    )
+    return pa.schema([pa.field(c.removesuffix("?"), t, nullable=c.endswith("?")) for c, t in columns.items()])
 
 
 EFFECTS = _schema(
@@ -103,9 +101,7 @@ _FIELDS = ("id", "clean_prompt", "corrupt_prompt", "answer", "foil")
 
 
 def open_run(
-    path: str | os.PathLike[str],
-    spec: Mapping[str, Any],
-    description: Mapping[str, Any] | None = None,
+    path: str | os.PathLike[str], spec: Mapping[str, Any], description: Mapping[str, Any] | None = None
 ) -> Writer:
     """Create the run folder `path`, or continue the one that is there.
 
@@ -123,9 +119,7 @@ def open_run(
         folder.mkdir(parents=True, exist_ok=True)
         manifest = folder / "run.json"
         if not manifest.exists() and any(_is_foreign(p) for p in folder.iterdir()):
-            raise StoreError(
-                f"{folder}: not empty, and not a run folder (no run.json). Choose another --out"
-            )
+            raise StoreError(f"{folder}: not empty, and not a run folder (no run.json). Choose another --out")
         lock = _lock(folder)
     try:
         if manifest.exists():
@@ -302,26 +296,20 @@ def read_run(path: str | os.PathLike[str]) -> Run:
     """Open a run folder for reading; raises `StoreError` if it is none."""
     folder = Path(path)
     if not folder.exists():
-        raise StoreError(
-            f"{folder}: no such folder; expected a run, as 'vlmscope sweep' writes one"
-        )
+        raise StoreError(f"{folder}: no such folder; expected a run, as 'vlmscope sweep' writes one")
     if not (folder / "run.json").is_file():
         raise StoreError(f"{folder}: not a run folder (no run.json in it)")
     manifest = _manifest(folder)
     return Run(folder, manifest["spec"], manifest.get("description") or {})
 
 
-def _read(
-    folder: Path, name: str, schema: pa.Schema, where: pc.Expression | None = None
-) -> pd.DataFrame:
+def _read(folder: Path, name: str, schema: pa.Schema, where: pc.Expression | None = None) -> pd.DataFrame:
     pieces: list[tuple[int, pa.Table]] = []
     for part in _parts(folder):
         file = folder / name / part.name
         sizes = _footer(part, name)
         with _reading(file, part):
-            table = pq.read_table(
-                pa.BufferReader(file.read_bytes()), page_checksum_verification=True
-            )
+            table = pq.read_table(pa.BufferReader(file.read_bytes()), page_checksum_verification=True)
             if table.schema.names != schema.names or table.num_rows != sum(n for _, n in sizes):
                 raise ValueError("not the columns or rows that were written")
         start = 0

@@ -72,8 +72,9 @@ def sweep(
     (12, 'example')
     """
     if out is not None:
-        run = sweep_to(out, model, examples, sites, corrupt, direction=direction, engine=engine,
-                       seed=seed, data=data)  # fmt: skip
+        run = sweep_to(
+            out, model, examples, sites, corrupt, direction=direction, engine=engine, seed=seed, data=data
+        )
         tell(run.baselines())
         return run.effects()
     task = _Task(model, listed(examples), sites, corrupt, direction, engine, seed)
@@ -152,11 +153,7 @@ def estimate(
 
 
 def baselines(
-    model: Model,
-    examples: Examples,
-    corrupt: str | Noise = "image",
-    *,
-    seed: int = 0,
+    model: Model, examples: Examples, corrupt: str | Noise = "image", *, seed: int = 0
 ) -> pd.DataFrame:
     """How the model does on each example, clean and corrupt (columns as in `store.BASELINES`).
 
@@ -231,11 +228,7 @@ class _Task:
         """The model's towers, for the report."""
         layouts = self.model.layouts()
         towers = {
-            tower: {
-                "layers": shape.layers,
-                "heads": max(shape.heads.values()),
-                "grid": grid(layouts[tower]),
-            }
+            tower: {"layers": shape.layers, "heads": max(shape.heads.values()), "grid": grid(layouts[tower])}
             for tower, shape in self.model.shapes.items()
         }
         return {"towers": towers}
@@ -351,12 +344,7 @@ class _Task:
         return None
 
     def _excluded(self, example: Example, **fields: Any) -> tuple[pd.DataFrame, pd.DataFrame]:
-        baseline = {
-            "example": example.id,
-            "corruption": self._kind,
-            "excluded": True,
-            **fields,
-        }
+        baseline = {"example": example.id, "corruption": self._kind, "excluded": True, **fields}
         return _frame([], EFFECTS.names), _frame([baseline], BASELINES.names)
 
 
@@ -394,9 +382,7 @@ def _check_roles(sites: Sequence[Site], examples: Sequence[Example]) -> None:
             )
 
 
-def _show(
-    writer: Writer, number: int, example: Example, corrupt: str | Noise, model: Model
-) -> None:
+def _show(writer: Writer, number: int, example: Example, corrupt: str | Noise, model: Model) -> None:
     """Keep what a person wants to see of an example: what this corruption uses, as the model sees it."""
     shown = vars(example).copy()
     if corrupt != "image":
@@ -410,9 +396,7 @@ def _show(
 
 
 @contextmanager
-def progress(
-    total: int, done: int = 0, quiet: bool = False, what: str = "examples"
-) -> Iterator[Any]:
+def progress(total: int, done: int = 0, quiet: bool = False, what: str = "examples") -> Iterator[Any]:
     """A bar with rate and time left on standard error; nothing where that is not a terminal.
 
     Yields `step(patches, examples)`: patches since the last call, examples in all.
@@ -421,13 +405,7 @@ def progress(
         yield lambda sites, examples: None
         return
     from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        Progress,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-    )
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
     columns = (
         TextColumn("{task.completed:.0f}/{task.total:.0f} " + what),

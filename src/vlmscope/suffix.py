@@ -53,9 +53,7 @@ def remembering(model: Model, tower: str, memory: Memory) -> Iterator[None]:
     """Keep keys, values and masks of a run; the attention itself is as it always is."""
     known: dict[Any, tuple[Any, Tensor]] = {}  # layers have the same masks
 
-    def keep(
-        plain: Plain, module: Any, q: Tensor, k: Tensor, v: Tensor, mask: Any, **kw: Any
-    ) -> Any:
+    def keep(plain: Plain, module: Any, q: Tensor, k: Tensor, v: Tensor, mask: Any, **kw: Any) -> Any:
         out, paid = plain(module, q, k, v, mask, **kw)
         memory.keys.append(k[0].clone())
         memory.values.append(v[0].clone())
@@ -72,9 +70,7 @@ def remembering(model: Model, tower: str, memory: Memory) -> Iterator[None]:
         yield
 
 
-def allowed(
-    plain: Plain, module: Any, mask: Any, q: Tensor, k: Tensor, **kw: Any
-) -> Bool[Tensor, "pos pos"]:
+def allowed(plain: Plain, module: Any, mask: Any, q: Tensor, k: Tensor, **kw: Any) -> Bool[Tensor, "pos pos"]:
     """Which position (row) may attend to which (column) in a call of attention.
 
     Raises `ModelError` for a mask that says more than that, or says it in another form.
@@ -91,7 +87,7 @@ def allowed(
         raise ModelError(
             f"the attention '{plain.name}' of {type(module).__name__} has a mask that differs by head or adds to the scores; "
             "expected one that says which position sees which; vlmscope.reference takes any, one forward a patch"
-        )  # fmt: skip
+        )
     return seen[0, 0]
 
 
@@ -134,13 +130,16 @@ class Rows:
         for row, begin in enumerate(self.begins[:joined]):
             groups[begin].append(self.offsets[row])
         self.groups = [
-            (begin, torch.tensor(first, device=self.device)[:, None]
-             + torch.arange(self.many - begin, device=self.device))
+            (
+                begin,
+                torch.tensor(first, device=self.device)[:, None]
+                + torch.arange(self.many - begin, device=self.device),
+            )
             for begin, first in groups.items()
-        ]  # fmt: skip
-        self.tokens = torch.cat(
-            [torch.arange(begin, self.many) for begin in self.begins[:joined]]
-        ).to(self.device)
+        ]
+        self.tokens = torch.cat([torch.arange(begin, self.many) for begin in self.begins[:joined]]).to(
+            self.device
+        )
 
     def place(self, row: int, position: int) -> int:
         """Where a row's position is in the sequence."""
@@ -192,9 +191,7 @@ class Rows:
             scores = scores.float()
         paid = scores.softmax(-1).to(q.dtype)
         left, right = paid[..., :begin], paid[..., begin:]
-        out = (left.reshape(kv, heads // kv * rows * own, begin) @ shared_v).view(
-            heads, rows, own, width
-        )
+        out = (left.reshape(kv, heads // kv * rows * own, begin) @ shared_v).view(heads, rows, own, width)
         mine = right.reshape(kv, heads // kv, rows, own, own) @ v[:, None]
         return out + mine.view(heads, rows, own, width)
 
@@ -208,9 +205,7 @@ class Rows:
 def alone(model: Model, tower: str) -> Iterator[None]:
     """Positions pass a block one by one; what their attention gives is overwritten by a hook."""
 
-    def nothing(
-        plain: Any, module: Any, q: Tensor, k: Tensor, v: Tensor, mask: Any, **kw: Any
-    ) -> Any:
+    def nothing(plain: Any, module: Any, q: Tensor, k: Tensor, v: Tensor, mask: Any, **kw: Any) -> Any:
         return q.transpose(1, 2), None
 
     with model.attending(tower, nothing):

@@ -33,11 +33,7 @@ _TOGETHER = ("all", "text", "image")
 
 
 def token_table(
-    effects: pd.DataFrame,
-    *,
-    tower: str | None = None,
-    kind: str | None = None,
-    value: str = "logit_diff",
+    effects: pd.DataFrame, *, tower: str | None = None, kind: str | None = None, value: str = "logit_diff"
 ) -> pd.DataFrame:
     """Mean `value` by layer (rows) and slot (columns), of patches of a whole `kind`: no heads, neurons or
     windows of layers.
@@ -123,9 +119,7 @@ def head_cells(
     """The cells of `head_table`, a row each: as `token_cells`, with `head` and the `slot` they are at."""
     rows = choose(effects, tower=tower, kind=kind, value=value, heads=True)
     name, rows = at_slot(rows, slot)
-    cells = _cells(
-        rows.assign(head=rows["unit"].str.slice(1).astype(int)), "head", value, intervals
-    )
+    cells = _cells(rows.assign(head=rows["unit"].str.slice(1).astype(int)), "head", value, intervals)
     cells.insert(2, "slot", name)
     cells.attrs["slot"] = name
     return cells
@@ -162,9 +156,7 @@ def means(
     return found.reset_index()
 
 
-def by_example(
-    rows: pd.DataFrame, keys: Sequence[str], value: str = "logit_diff"
-) -> pd.Series[float]:
+def by_example(rows: pd.DataFrame, keys: Sequence[str], value: str = "logit_diff") -> pd.Series[float]:
     """The mean of `value` within each example, by `keys` and `example`; nulls left out."""
     each = rows.groupby([*keys, "example"], sort=False, observed=True)[value].mean()
     return each.astype(float).dropna()
@@ -191,20 +183,23 @@ def _cells(rows: pd.DataFrame, column: str, value: str, intervals: bool) -> pd.D
     slots = [slot for slot in slot_order(rows) if slot in held] if column == "slot" else []
     order: list[Any] = [*slots] or list(range(int(rows[column].max()) + 1))
     place = {name: number for number, name in enumerate(order)}
-    cells = cells.sort_values(["layer", column], key=lambda c: c.map(place) if c.name == column else c,
-                              ignore_index=True)  # fmt: skip
+    cells = cells.sort_values(
+        ["layer", column], key=lambda c: c.map(place) if c.name == column else c, ignore_index=True
+    )
     cells.insert(0, "tower", tower)
     cells.insert(1, "kind", kind)
     cells.attrs = {
-        "column": column, "order": order, "n": {name: held.get(name, 0) for name in order},
-        "examples": int(rows["example"].nunique()), "tower": tower, "kind": kind, "value": value,
+        "column": column,
+        "order": order,
+        "n": {name: held.get(name, 0) for name in order},
+        "examples": int(rows["example"].nunique()),
+        "tower": tower,
+        "kind": kind,
+        "value": value,
         "gap": mean_gap(rows),
-    }  # fmt: skip
+    }
     if column == "slot":
-        cells.attrs |= {
-            "labels": labels(rows, slots),
-            "roles": [slot for slot in slots if is_role(slot)],
-        }
+        cells.attrs |= {"labels": labels(rows, slots), "roles": [slot for slot in slots if is_role(slot)]}
     return cells
 
 
@@ -238,7 +233,7 @@ def choose(
             f"the table holds the corruptions {', '.join(corruptions)}, which are not averaged; keep "
             f"one, as in effects[effects['corruption'] == '{corruptions[0]}']"
         )
-    for column, name, known in (("tower", tower, TOWERS), ("kind", kind, HEAD_KINDS if heads else KINDS)):  # fmt: skip
+    for column, name, known in (("tower", tower, TOWERS), ("kind", kind, HEAD_KINDS if heads else KINDS)):
         if column == "tower" and name is None and kind is not None and kind in set(rows["kind"]):
             rows = rows[rows["kind"] == kind]
         held = sorted(rows[column].unique(), key=lambda x: (*known, x).index(x))
@@ -250,9 +245,7 @@ def choose(
         rows = rows[rows[column] == (name or held[0])]
     if rows[value].isna().all():
         why = ": the runs differ too little in LD to divide by" if value == "effect" else ""
-        raise DataError(
-            f"'{value}' is null in all rows of {rows['site'].iloc[0]} and its like{why}"
-        )
+        raise DataError(f"'{value}' is null in all rows of {rows['site'].iloc[0]} and its like{why}")
     return rows
 
 
@@ -266,9 +259,7 @@ def at_slot(rows: pd.DataFrame, slot: str = "readout") -> tuple[str, pd.DataFram
     Raises `DataError` where the rows hold no such slot.
     """
     tower, held = str(rows["tower"].iloc[0]), set(rows["slot"])
-    wanted = {"readout": ("readout", "answer", "last"), "last": ("readout", "last")}.get(
-        slot, (slot,)
-    )
+    wanted = {"readout": ("readout", "answer", "last"), "last": ("readout", "last")}.get(slot, (slot,))
     wanted = wanted[:1] if tower == SPEAKER else wanted
     for name in wanted:
         if name in held:

@@ -32,8 +32,25 @@ WINDOWS = (1, 3, 5)
 MIN_P, MIN_LD = 0.05, 0.5
 """Where ceiling and floor are nearer than this, an example says nothing in that repeat."""
 
-TABLE = ["tower", "kind", "window", "layer", "length", "at", "order", "is_role", "token", "n", "repeats",
-         "restored", "low", "high", "spread", "restored_ld", "spread_ld"]  # fmt: skip
+TABLE = [
+    "tower",
+    "kind",
+    "window",
+    "layer",
+    "length",
+    "at",
+    "order",
+    "is_role",
+    "token",
+    "n",
+    "repeats",
+    "restored",
+    "low",
+    "high",
+    "spread",
+    "restored_ld",
+    "spread_ld",
+]
 _KEYS = ["window", "layer", "length", "at"]
 
 
@@ -67,10 +84,17 @@ def trace(
     folder, examples = Path(out), listed(examples)
     sites = _sites(model, windows, kinds)
     runs = [
-        sweep_to(folder / "repeats" / f"{number:02d}", model, examples, sites,
-                 replace(noise, draws=1), seed=seed + number, data=data)
+        sweep_to(
+            folder / "repeats" / f"{number:02d}",
+            model,
+            examples,
+            sites,
+            replace(noise, draws=1),
+            seed=seed + number,
+            data=data,
+        )
         for number in range(noise.draws)
-    ]  # fmt: skip
+    ]
     table, left = _average(runs, by)
     about = {
         "format": FORMAT,
@@ -123,10 +147,12 @@ def _average(runs: Sequence[Run], by: str) -> tuple[pd.DataFrame, list[int]]:
     for tower, kind in _tables(runs[0]):
         here = (pc.field("tower") == tower) & (pc.field("kind") == kind)
         rows = pd.concat(
-            [_shares(run.effects(here), gaps, by).assign(repeat=number)
-             for number, (run, gaps) in enumerate(zip(runs, usable, strict=True))],
+            [
+                _shares(run.effects(here), gaps, by).assign(repeat=number)
+                for number, (run, gaps) in enumerate(zip(runs, usable, strict=True))
+            ],
             ignore_index=True,
-        )  # fmt: skip
+        )
         found = means(rows, _KEYS, "p", intervals=True).rename(columns={"mean": "restored"})
         found["restored_ld"] = means(rows, _KEYS, "ld")["mean"]
         for value, name in (("p", "spread"), ("ld", "spread_ld")):
@@ -136,7 +162,9 @@ def _average(runs: Sequence[Run], by: str) -> tuple[pd.DataFrame, list[int]]:
         found = found.merge(repeats, left_on=_KEYS, right_index=True)
         found = found.merge(_columns(rows, by), on=["length", "at"])
         parts.append(found.assign(tower=tower, kind=kind, at=found["label"]))
-    left = [int((~run.baselines()["excluded"]).sum()) - len(base) for run, base in zip(runs, usable, strict=True)]  # fmt: skip
+    left = [
+        int((~run.baselines()["excluded"]).sum()) - len(base) for run, base in zip(runs, usable, strict=True)
+    ]
     return pd.concat(parts, ignore_index=True)[TABLE], left
 
 
@@ -178,9 +206,7 @@ def _columns(rows: pd.DataFrame, by: str) -> pd.DataFrame:
     role = rows["role"].astype(object).fillna("")
     found = rows.assign(role=role).groupby(keys)[["token", "role"]].agg(["first", "nunique"])
     token = found["token", "first"].where(found["token", "nunique"] == 1)
-    found = pd.DataFrame(
-        {"token": token, "role": found["role", "first"], "roles": found["role", "nunique"]}
-    )
+    found = pd.DataFrame({"token": token, "role": found["role", "first"], "roles": found["role", "nunique"]})
     found = found.reset_index()
     if by == "slot":
         place = {slot: n for n, slot in enumerate(slot_order(rows))}

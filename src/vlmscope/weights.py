@@ -49,10 +49,7 @@ class WeightEdit:
     @property
     def size(self) -> float:
         """The length of the change, over all columns (Frobenius norm)."""
-        return (
-            float(sum(float(delta.double().square().sum()) for _, delta in self.columns.values()))
-            ** 0.5
-        )
+        return float(sum(float(delta.double().square().sum()) for _, delta in self.columns.values())) ** 0.5
 
     @property
     def digest(self) -> str:
@@ -104,8 +101,14 @@ class WeightEdit:
     def save(self, path: str | Path) -> None:
         """Write the changed columns, the model's fingerprint and what they are about; safetensors."""
         path, tensors = Path(path), self._tensors()
-        metadata = {"format": "pt", "vlmscope": "edit", "model": self.model, "about": self._words(),
-                    "on": " ".join(self.on), "sha256": self.digest}  # fmt: skip
+        metadata = {
+            "format": "pt",
+            "vlmscope": "edit",
+            "model": self.model,
+            "about": self._words(),
+            "on": " ".join(self.on),
+            "sha256": self.digest,
+        }
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             part = path.with_name(f"{path.name}.part")
@@ -174,11 +177,7 @@ def edited(model: Model, *edits: WeightEdit) -> Iterator[Model]:
             lacking = next((one for one in edit.on if one not in made), None)
             raise ModelError(
                 f"the edit '{edit}' was made on the edits that it names last, "
-                + (
-                    f"and {lacking[:8]} is not made here"
-                    if lacking
-                    else "in another order or number"
-                )
+                + (f"and {lacking[:8]} is not made here" if lacking else "in another order or number")
                 + "; give all of them before it, in that order"
             )
         made = (*made, edit.digest)

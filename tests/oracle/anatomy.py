@@ -48,8 +48,10 @@ class Tower:
 def llama_block(attn: Added | None = None, mlp: Added | None = None) -> Block:
     return Block(
         {"attn": attn or Added("self_attn"), "mlp": mlp or Added("mlp")},
-        {"attn": "self_attn.o_proj"}, "mlp.down_proj", {"attn": "self_attn"},
-    )  # fmt: skip
+        {"attn": "self_attn.o_proj"},
+        "mlp.down_proj",
+        {"attn": "self_attn"},
+    )
 
 
 LLAMA = llama_block()
@@ -61,13 +63,17 @@ GRANITE = llama_block(
 )
 CLIP = Block(
     {"attn": Added("self_attn"), "mlp": Added("mlp")},
-    {"attn": "self_attn.out_proj"}, "mlp.fc2", {"attn": "self_attn"},
-)  # fmt: skip
+    {"attn": "self_attn.out_proj"},
+    "mlp.fc2",
+    {"attn": "self_attn"},
+)
 BLIP = Block(CLIP.added, {"attn": "self_attn.projection"}, "mlp.fc2", {"attn": "self_attn"})
 OPT = Block(
     {"attn": Added("self_attn"), "mlp": Added("fc2")},
-    {"attn": "self_attn.out_proj"}, "fc2", {"attn": "self_attn"},
-)  # fmt: skip
+    {"attn": "self_attn.out_proj"},
+    "fc2",
+    {"attn": "self_attn"},
+)
 
 
 def bert(output: str, pays: str) -> Block:
@@ -97,9 +103,7 @@ def t5_block(decoder: bool) -> Block:
 
 
 def qwen_vision(down: str) -> Block:
-    return Block(
-        {"attn": Added("attn"), "mlp": Added("mlp")}, {"attn": "attn.proj"}, down, {"attn": "attn"}
-    )
+    return Block({"attn": Added("attn"), "mlp": Added("mlp")}, {"attn": "attn.proj"}, down, {"attn": "attn"})
 
 
 INTERNVL = Block(
@@ -107,29 +111,40 @@ INTERNVL = Block(
         "attn": Added("attention", lambda block, called: block.lambda_1),
         "mlp": Added("mlp", lambda block, called: block.lambda_2),
     },
-    {"attn": "attention.projection_layer"}, "mlp.fc2", {"attn": "attention"},
-)  # fmt: skip
+    {"attn": "attention.projection_layer"},
+    "mlp.fc2",
+    {"attn": "attention"},
+)
 MLLAMA_VISION = Block(
     {"attn": Added("self_attn"), "mlp": Added("mlp")},
-    {"attn": "self_attn.o_proj"}, "mlp.fc2", {"attn": "self_attn"},
-)  # fmt: skip
+    {"attn": "self_attn.o_proj"},
+    "mlp.fc2",
+    {"attn": "self_attn"},
+)
 MLLAMA_GLOBAL = Block(
     {
         "attn": Added("self_attn", lambda block, called: block.gate_attn.tanh()),
         "mlp": Added("mlp", lambda block, called: block.gate_ffn.tanh()),
     },
-    {"attn": "self_attn.o_proj"}, "mlp.fc2", {"attn": "self_attn"},
-)  # fmt: skip
+    {"attn": "self_attn.o_proj"},
+    "mlp.fc2",
+    {"attn": "self_attn"},
+)
 MLLAMA_CROSS = Block(
     {
         "cross": Added("cross_attn", lambda block, called: block.cross_attn_attn_gate.tanh()),
         # Rows of the text that see no picture get nothing from the MLP.
-        "mlp": Added("mlp", lambda block, called: (
-            block.cross_attn_mlp_gate.tanh() * called["full_text_row_masked_out_mask"][:, 0]
-        )),
+        "mlp": Added(
+            "mlp",
+            lambda block, called: (
+                block.cross_attn_mlp_gate.tanh() * called["full_text_row_masked_out_mask"][:, 0]
+            ),
+        ),
     },
-    {"cross": "cross_attn.o_proj"}, "mlp.down_proj", {"cross": "cross_attn"},
-)  # fmt: skip
+    {"cross": "cross_attn.o_proj"},
+    "mlp.down_proj",
+    {"cross": "cross_attn"},
+)
 
 
 def towers(case: Case, hf: Any) -> dict[str, Tower]:
@@ -172,9 +187,10 @@ def towers(case: Case, hf: Any) -> dict[str, Tower]:
             "decoder": Tower(
                 list(layers),
                 [MLLAMA_CROSS if hasattr(one, "cross_attn") else LLAMA for one in layers],
-                True, 4,
+                True,
+                4,
             ),
-        }  # fmt: skip
+        }
     if name.startswith("qwen"):
         down = {"qwen2-vl": "mlp.fc2", "qwen2.5-vl": "mlp.down_proj", "qwen3-vl": "mlp.linear_fc2"}
         vision = same(inner.visual.blocks, qwen_vision(down[name]), 2)
@@ -184,9 +200,7 @@ def towers(case: Case, hf: Any) -> dict[str, Tower]:
         vision = same(inner.vision_model.encoder.layers, CLIP, 2)
     else:
         vision = same(inner.vision_tower.encoder.layers, CLIP, 2)
-    layers = (
-        inner.text_model.layers if name in ("idefics3", "smolvlm") else inner.language_model.layers
-    )
+    layers = inner.text_model.layers if name in ("idefics3", "smolvlm") else inner.language_model.layers
     kind = {"gemma3": GEMMA2, "paligemma2": GEMMA2, "llava-next-granite": GRANITE}.get(name, LLAMA)
     return {"vision": vision, "decoder": same(layers, kind, 4)}
 
@@ -247,15 +261,14 @@ def watch(case: Case, tensors: Mapping[str, Tensor], tower: str) -> list[Seen]:
     with hooked() as keep:
         for number, (block, kind) in enumerate(zip(part.blocks, part.kinds, strict=True)):
             keep(block.register_forward_pre_hook(begin, with_kwargs=True))
-            keep(block.register_forward_hook(
-                lambda m, args, out: after.append(part.rows(tensor(out)))
-            ))  # fmt: skip
+            keep(block.register_forward_hook(lambda m, args, out: after.append(part.rows(tensor(out)))))
             for name, one in kind.added.items():
                 if not has(block, one.path):
                     continue
 
-                def note(m: Any, args: Any, out: Any, *, number=number, name=name, one=one,
-                         block=block) -> None:  # fmt: skip
+                def note(
+                    m: Any, args: Any, out: Any, *, number=number, name=name, one=one, block=block
+                ) -> None:
                     added[number][name] = part.rows(tensor(out) * one.times(block, called[-1]))
 
                 keep(block.get_submodule(one.path).register_forward_hook(note))
@@ -272,9 +285,8 @@ def has(block: nn.Module, path: str) -> bool:
 
 
 def halved(
-    case: Case, tensors: Mapping[str, Tensor], tower: str, layer: int, kind: str,
-    rows: int | None = None,
-) -> Tensor:  # fmt: skip
+    case: Case, tensors: Mapping[str, Tensor], tower: str, layer: int, kind: str, rows: int | None = None
+) -> Tensor:
     """The logits where what one sublayer adds is halved (at its first `rows`), by a plain hook."""
     part = towers(case, case.hf)[tower]
     module = part.blocks[layer].get_submodule(part.kinds[layer].added[kind].path)
@@ -296,10 +308,7 @@ def double(case: Case, inputs: Any) -> dict[str, Tensor]:
 def close(got: Tensor, want: Tensor, what: str, tolerance: float = 1e-9) -> None:
     """Equal to `tolerance` of the largest number; infinities have to be the same."""
     assert got.shape == want.shape, f"{what}: {tuple(got.shape)}, not {tuple(want.shape)}"
-    got, want = (
-        torch.nan_to_num(got.double(), neginf=0.0),
-        torch.nan_to_num(want.double(), neginf=0.0),
-    )
+    got, want = (torch.nan_to_num(got.double(), neginf=0.0), torch.nan_to_num(want.double(), neginf=0.0))
     worst = (got - want).abs().max().item() if want.numel() else 0.0
     scale = max(1.0, want.abs().max().item()) if want.numel() else 1.0
     assert worst <= tolerance * scale, f"{what}: differs by {worst:.3g} of {scale:.3g}"

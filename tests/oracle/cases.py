@@ -129,9 +129,7 @@ class Case:
             ids = self.read(images, prompt)["input_ids"][0].tolist()
         finally:
             self.processor.tokenizer = plain
-        text, made = next(
-            (one, made) for one, made in zip(spy.texts, spy.made, strict=True) if prompt in one
-        )
+        text, made = next((one, made) for one, made in zip(spy.texts, spy.made, strict=True) if prompt in one)
         before = len(ids) - len(made.ids)
         assert ids[before:] == list(made.ids)
         return text, made, before
@@ -156,9 +154,7 @@ class Chat(Case):
         return [{"role": "user", "content": [*parts, {"type": "text", "text": prompt}]}]
 
     def text(self, images: Sequence[Image.Image], prompt: str) -> str:
-        return self.processor.apply_chat_template(
-            self.talk(images, prompt), add_generation_prompt=True
-        )
+        return self.processor.apply_chat_template(self.talk(images, prompt), add_generation_prompt=True)
 
     def blank(self, images: Sequence[Image.Image], prompt: str) -> str:
         """Read off what the template itself writes before an assistant's words, where it can be."""
@@ -172,10 +168,13 @@ class Chat(Case):
     def read(self, images: Sequence[Image.Image], prompt: str) -> dict[str, torch.Tensor]:
         return dict(
             self.processor.apply_chat_template(
-                self.talk(images, prompt), add_generation_prompt=True, tokenize=True,
-                return_dict=True, return_tensors="pt",
+                self.talk(images, prompt),
+                add_generation_prompt=True,
+                tokenize=True,
+                return_dict=True,
+                return_tensors="pt",
             )
-        )  # fmt: skip
+        )
 
     def call(self, images: Sequence[Image.Image], text: str) -> Mapping[str, Any]:
         start = self.processor.tokenizer.bos_token

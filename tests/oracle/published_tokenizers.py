@@ -66,19 +66,14 @@ def _spaced(own: Sequence[str], newlines: Sequence[str]) -> tuple[dict[str, int]
 def llama(*more: str, legacy: bool = True) -> PreTrainedTokenizerFast:
     """Llama's and Vicuna's: every stretch of text begins with a blank, line breaks are bytes, `<s>` first."""
     vocabulary, merges = _spaced(["<unk>", "<s>", "</s>"], [])
-    made = Tokenizer(
-        models.BPE(vocabulary, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True)
-    )
+    made = Tokenizer(models.BPE(vocabulary, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True))
     if legacy:
-        made.normalizer = normalizers.Sequence(
-            [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
-        )
+        made.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
     else:
         made.pre_tokenizer = before.Metaspace("▁", prepend_scheme="first", split=False)
     made.decoder = decoders.Sequence(
-        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(),
-         decoders.Strip(" ", 1, 0)]
-    )  # fmt: skip
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
     special(made, "<unk>", "<s>", "</s>")
     starting_with(made, "<s>")
     special(made, *more, "<pad>")
@@ -87,22 +82,14 @@ def llama(*more: str, legacy: bool = True) -> PreTrainedTokenizerFast:
 
 def gemma(*more: str, **named: str) -> PreTrainedTokenizerFast:
     """Gemma's: no blank is put first, line breaks are tokens (several together are one), `<bos>` first."""
-    vocabulary, merges = _spaced(
-        ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>"], ["\n", "\n\n", "\n\n\n"]
-    )
-    made = Tokenizer(
-        models.BPE(vocabulary, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True)
-    )
+    vocabulary, merges = _spaced(["<pad>", "<eos>", "<bos>", "<unk>", "<mask>"], ["\n", "\n\n", "\n\n\n"])
+    made = Tokenizer(models.BPE(vocabulary, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True))
     made.normalizer = normalizers.Replace(" ", "▁")
     made.pre_tokenizer = before.Split(" ", behavior="merged_with_previous")
-    made.decoder = decoders.Sequence(
-        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
-    )
+    made.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
     special(made, "<pad>", "<eos>", "<bos>", "<unk>", *more, *named.values())
     starting_with(made, "<bos>")
-    return fast(
-        made, named, unk_token="<unk>", bos_token="<bos>", eos_token="<eos>", pad_token="<pad>"
-    )
+    return fast(made, named, unk_token="<unk>", bos_token="<bos>", eos_token="<eos>", pad_token="<pad>")
 
 
 QWEN = (
@@ -121,9 +108,10 @@ def _bytes(pattern: str | None) -> Tokenizer:
     made = Tokenizer(models.BPE({piece: n for n, piece in enumerate(pieces)}, merges))
     level = before.ByteLevel(add_prefix_space=False, use_regex=pattern is None)
     made.pre_tokenizer = (
-        level if pattern is None
+        level
+        if pattern is None
         else before.Sequence([before.Split(Regex(pattern), behavior="isolated"), level])
-    )  # fmt: skip
+    )
     made.decoder = decoders.ByteLevel()
     made.post_processor = after.ByteLevel(trim_offsets=False)
     return made
@@ -141,29 +129,45 @@ def smol(*more: str, **named: str) -> PreTrainedTokenizerFast:
     made = _bytes(None)
     special(made, "<|endoftext|>", "<|im_start|>", "<|im_end|>", *more, *named.values())
     return fast(
-        made, named, bos_token="<|im_start|>", eos_token="<end_of_utterance>",
-        pad_token="<|im_end|>", unk_token="<|endoftext|>",
-    )  # fmt: skip
+        made,
+        named,
+        bos_token="<|im_start|>",
+        eos_token="<end_of_utterance>",
+        pad_token="<|im_end|>",
+        unk_token="<|endoftext|>",
+    )
 
 
 def llama3(*more: str, **named: str) -> PreTrainedTokenizerFast:
     """Llama 3's: the tokenizer puts `<|begin_of_text|>` first, and so does the chat template."""
     made = _bytes(LLAMA3)
     special(
-        made, "<|begin_of_text|>", "<|end_of_text|>", "<|start_header_id|>", "<|end_header_id|>",
-        "<|eot_id|>", "<|finetune_right_pad_id|>", *more, *named.values(),
-    )  # fmt: skip
+        made,
+        "<|begin_of_text|>",
+        "<|end_of_text|>",
+        "<|start_header_id|>",
+        "<|end_header_id|>",
+        "<|eot_id|>",
+        "<|finetune_right_pad_id|>",
+        *more,
+        *named.values(),
+    )
     begin = ("<|begin_of_text|>", made.token_to_id("<|begin_of_text|>"))
-    made.post_processor = after.Sequence([
-        after.ByteLevel(trim_offsets=False),
-        after.TemplateProcessing(
-            single=f"{begin[0]} $A", pair=f"{begin[0]} $A {begin[0]}:1 $B:1", special_tokens=[begin]
-        ),
-    ])  # fmt: skip
+    made.post_processor = after.Sequence(
+        [
+            after.ByteLevel(trim_offsets=False),
+            after.TemplateProcessing(
+                single=f"{begin[0]} $A", pair=f"{begin[0]} $A {begin[0]}:1 $B:1", special_tokens=[begin]
+            ),
+        ]
+    )
     return fast(
-        made, named, bos_token="<|begin_of_text|>", eos_token="<|eot_id|>",
+        made,
+        named,
+        bos_token="<|begin_of_text|>",
+        eos_token="<|eot_id|>",
         pad_token="<|finetune_right_pad_id|>",
-    )  # fmt: skip
+    )
 
 
 def opt(*more: str) -> PreTrainedTokenizerFast:

@@ -7,18 +7,7 @@ from typing import Any
 
 import chat_templates as templates
 import published_tokenizers as tokenizers
-from cases import (
-    PINPOINTS,
-    Captioning,
-    Case,
-    Chat,
-    EncoderDecoder,
-    PaliGemma,
-    Single,
-    numbers,
-    shaken,
-    words,
-)
+from cases import PINPOINTS, Captioning, Case, Chat, EncoderDecoder, PaliGemma, Single, numbers, shaken, words
 from families import blip2_parts, clip, opt, siglip, t5, text
 from transformers import (
     Blip2Config,
@@ -50,9 +39,7 @@ from transformers import (
 from transformers.models.blip.image_processing_pil_blip import BlipImageProcessorPil
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from transformers.models.gemma3.image_processing_pil_gemma3 import Gemma3ImageProcessorPil
-from transformers.models.llava_next.image_processing_pil_llava_next import (
-    LlavaNextImageProcessorPil,
-)
+from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
 from transformers.models.mllama.image_processing_pil_mllama import MllamaImageProcessorPil
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
@@ -61,13 +48,17 @@ def blip_config(tokenizer: Any, layers: int = 3) -> BlipConfig:
     both = {"hidden_size": 8, "intermediate_size": 17, "num_attention_heads": 2}
     return BlipConfig(
         text_config={
-            **both, "vocab_size": len(tokenizer), "num_hidden_layers": layers,
-            "max_position_embeddings": 96, "bos_token_id": tokenizer.convert_tokens_to_ids("[DEC]"),
-            "sep_token_id": tokenizer.sep_token_id, "eos_token_id": tokenizer.sep_token_id,
+            **both,
+            "vocab_size": len(tokenizer),
+            "num_hidden_layers": layers,
+            "max_position_embeddings": 96,
+            "bos_token_id": tokenizer.convert_tokens_to_ids("[DEC]"),
+            "sep_token_id": tokenizer.sep_token_id,
+            "eos_token_id": tokenizer.sep_token_id,
             "pad_token_id": tokenizer.pad_token_id,
         },
         vision_config={**both, "num_hidden_layers": 2, "image_size": 12, "patch_size": 4},
-    )  # fmt: skip
+    )
 
 
 def blip_processor() -> BlipProcessor:
@@ -91,14 +82,20 @@ def llava(seed: int) -> Case:
     tokenizer = tokenizers.llama("<image>")
     image = tokenizer.convert_tokens_to_ids("<image>")
     config = LlavaConfig(
-        vision_config=clip(), text_config=words(tokenizer, model_type="llama"),
-        image_token_index=image, vision_feature_layer=-2, vision_feature_select_strategy="default",
-    )  # fmt: skip
+        vision_config=clip(),
+        text_config=words(tokenizer, model_type="llama"),
+        image_token_index=image,
+        vision_feature_layer=-2,
+        vision_feature_select_strategy="default",
+    )
     processor = LlavaProcessor(
         CLIPImageProcessorPil(size={"shortest_edge": 12}, crop_size={"height": 12, "width": 12}),
-        tokenizer, patch_size=4, vision_feature_select_strategy="default",
-        num_additional_image_tokens=1, chat_template=templates.LLAVA,
-    )  # fmt: skip
+        tokenizer,
+        patch_size=4,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+        chat_template=templates.LLAVA,
+    )
     hf = shaken(LlavaForConditionalGeneration(config), seed)
     return Chat("llava", hf, processor, image=image)
 
@@ -108,19 +105,24 @@ def llava_next(name: str, tokenizer: Any, template: str, language: Mapping[str, 
         made = tokenizer()
         image = made.convert_tokens_to_ids("<image>")
         config = LlavaNextConfig(
-            text_config=words(made, **language), vision_config=clip(), image_token_index=image,
-            image_grid_pinpoints=PINPOINTS, vision_feature_layer=-2,
-            vision_feature_select_strategy="default",
-        )  # fmt: skip
-        images = LlavaNextImageProcessorPil(
-            size={"shortest_edge": 12},
-            crop_size={"height": 12, "width": 12},
+            text_config=words(made, **language),
+            vision_config=clip(),
+            image_token_index=image,
             image_grid_pinpoints=PINPOINTS,
+            vision_feature_layer=-2,
+            vision_feature_select_strategy="default",
+        )
+        images = LlavaNextImageProcessorPil(
+            size={"shortest_edge": 12}, crop_size={"height": 12, "width": 12}, image_grid_pinpoints=PINPOINTS
         )
         processor = LlavaNextProcessor(
-            images, made, patch_size=4, vision_feature_select_strategy="default",
-            num_additional_image_tokens=1, chat_template=template,
-        )  # fmt: skip
+            images,
+            made,
+            patch_size=4,
+            vision_feature_select_strategy="default",
+            num_additional_image_tokens=1,
+            chat_template=template,
+        )
         hf = shaken(LlavaNextForConditionalGeneration(config), seed)
         return Chat(name, hf, processor, image=image)
 
@@ -128,34 +130,45 @@ def llava_next(name: str, tokenizer: Any, template: str, language: Mapping[str, 
 
 
 GRANITE = {
-    "model_type": "granite", "head_dim": 4, "residual_multiplier": 0.4, "attention_multiplier": 0.3,
-    "embedding_multiplier": 1.7, "logits_scaling": 1.3,
-}  # fmt: skip
+    "model_type": "granite",
+    "head_dim": 4,
+    "residual_multiplier": 0.4,
+    "attention_multiplier": 0.3,
+    "embedding_multiplier": 1.7,
+    "logits_scaling": 1.3,
+}
 
 
 def gemma3(seed: int) -> Case:
     tokenizer = tokenizers.gemma(
-        "<start_of_turn>", "<end_of_turn>", image_token="<image_soft_token>",
-        boi_token="<start_of_image>", eoi_token="<end_of_image>",
-    )  # fmt: skip
+        "<start_of_turn>",
+        "<end_of_turn>",
+        image_token="<image_soft_token>",
+        boi_token="<start_of_image>",
+        eoi_token="<end_of_image>",
+    )
     image = tokenizer.convert_tokens_to_ids("<image_soft_token>")
     config = Gemma3Config(
         text_config=words(
-            tokenizer, sliding_window=8, query_pre_attn_scalar=6,
+            tokenizer,
+            sliding_window=8,
+            query_pre_attn_scalar=6,
             layer_types=["sliding_attention", "full_attention", "sliding_attention"],
         ),
-        vision_config=siglip(16), mm_tokens_per_image=4, image_token_id=image,
+        vision_config=siglip(16),
+        mm_tokens_per_image=4,
+        image_token_id=image,
         image_token_index=image,
         boi_token_index=tokenizer.convert_tokens_to_ids("<start_of_image>"),
         eoi_token_index=tokenizer.convert_tokens_to_ids("<end_of_image>"),
-    )  # fmt: skip
-    processor = Gemma3Processor(
-        Gemma3ImageProcessorPil(size={"height": 16, "width": 16}), tokenizer, image_seq_length=4,
-        chat_template=templates.GEMMA3,
-    )  # fmt: skip
-    return Chat(
-        "gemma3", shaken(Gemma3ForConditionalGeneration(config), seed), processor, image=image
     )
+    processor = Gemma3Processor(
+        Gemma3ImageProcessorPil(size={"height": 16, "width": 16}),
+        tokenizer,
+        image_seq_length=4,
+        chat_template=templates.GEMMA3,
+    )
+    return Chat("gemma3", shaken(Gemma3ForConditionalGeneration(config), seed), processor, image=image)
 
 
 def paligemma(name: str, language: Mapping[str, Any]) -> Callable[[int], Case]:
@@ -165,9 +178,13 @@ def paligemma(name: str, language: Mapping[str, Any]) -> Callable[[int], Case]:
         processor = PaliGemmaProcessor(images, tokenizers.gemma("<image>"))
         image = processor.image_token_id
         config = PaliGemmaConfig(
-            text_config=words(processor.tokenizer, **language), vision_config=siglip(),
-            image_token_index=image, image_token_id=image, projection_dim=16, num_image_tokens=9,
-        )  # fmt: skip
+            text_config=words(processor.tokenizer, **language),
+            vision_config=siglip(),
+            image_token_index=image,
+            image_token_id=image,
+            projection_dim=16,
+            num_image_tokens=9,
+        )
         hf = shaken(PaliGemmaForConditionalGeneration(config), seed)
         return PaliGemma(name, hf, processor, image=image)
 
@@ -175,10 +192,13 @@ def paligemma(name: str, language: Mapping[str, Any]) -> Callable[[int], Case]:
 
 
 GEMMA2 = {
-    "model_type": "gemma2", "query_pre_attn_scalar": 6, "attn_logit_softcapping": 2.0,
-    "final_logit_softcapping": 30.0, "sliding_window": 8,
+    "model_type": "gemma2",
+    "query_pre_attn_scalar": 6,
+    "attn_logit_softcapping": 2.0,
+    "final_logit_softcapping": 30.0,
+    "sliding_window": 8,
     "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
-}  # fmt: skip
+}
 
 RATIOS = [[1, 1], [1, 2], [1, 3], [1, 4], [2, 1], [2, 2], [3, 1], [4, 1]]
 
@@ -188,21 +208,32 @@ def mllama(seed: int) -> Case:
     image = tokenizer.convert_tokens_to_ids("<|image|>")
     config = MllamaConfig(
         text_config=words(
-            tokenizer, num_hidden_layers=4, cross_attention_layers=[1, 3],
+            tokenizer,
+            num_hidden_layers=4,
+            cross_attention_layers=[1, 3],
             rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
-        ) | {"head_dim": 4},
+        )
+        | {"head_dim": 4},
         vision_config={
-            "hidden_size": 8, "intermediate_size": 17, "num_hidden_layers": 2, "num_global_layers": 1,
-            "attention_heads": 2, "image_size": 8, "patch_size": 4, "vision_output_dim": 24,
-            "intermediate_layers_indices": [0, 1], "max_num_tiles": 4,
+            "hidden_size": 8,
+            "intermediate_size": 17,
+            "num_hidden_layers": 2,
+            "num_global_layers": 1,
+            "attention_heads": 2,
+            "image_size": 8,
+            "patch_size": 4,
+            "vision_output_dim": 24,
+            "intermediate_layers_indices": [0, 1],
+            "max_num_tiles": 4,
             "supported_aspect_ratios": RATIOS,
         },
         image_token_index=image,
-    )  # fmt: skip
+    )
     processor = MllamaProcessor(
-        MllamaImageProcessorPil(size={"height": 8, "width": 8}, max_image_tiles=4), tokenizer,
+        MllamaImageProcessorPil(size={"height": 8, "width": 8}, max_image_tiles=4),
+        tokenizer,
         chat_template=templates.LLAMA3,
-    )  # fmt: skip
+    )
     hf = shaken(MllamaForConditionalGeneration(config), seed)
     return Chat("mllama", hf, processor, image=image)
 
@@ -222,9 +253,7 @@ def blip2(name: str, tokenizer: Any, language: Any, kind: Any = Single) -> Calla
             reader = tokenizers.bert()
             parts["qformer_config"]["vocab_size"] = len(reader)
             hf = InstructBlipForConditionalGeneration(InstructBlipConfig(**parts))
-            processor = InstructBlipProcessor(
-                images, made, qformer_tokenizer=reader, num_query_tokens=5
-            )
+            processor = InstructBlipProcessor(images, made, qformer_tokenizer=reader, num_query_tokens=5)
         return kind(name, shaken(hf, seed), processor, image=image)
 
     return make
@@ -239,16 +268,19 @@ MAKERS: dict[str, Callable[[int], Case]] = {
     "blip-captioning": blip_captioning,
     "llava": llava,
     "llava-next-vicuna": llava_next(
-        "llava-next-vicuna", lambda: tokenizers.llama("<image>"), templates.VICUNA,
-        {"model_type": "llama"},
+        "llava-next-vicuna", lambda: tokenizers.llama("<image>"), templates.VICUNA, {"model_type": "llama"}
     ),
     "llava-next-mistral": llava_next(
-        "llava-next-mistral", lambda: tokenizers.llama("<image>", legacy=False), templates.MISTRAL,
+        "llava-next-mistral",
+        lambda: tokenizers.llama("<image>", legacy=False),
+        templates.MISTRAL,
         {"model_type": "mistral", "sliding_window": None},
     ),
     "llava-next-granite": llava_next(
-        "llava-next-granite", lambda: tokenizers.smol("<image>", "<end_of_utterance>"),
-        templates.GRANITE, GRANITE,
+        "llava-next-granite",
+        lambda: tokenizers.smol("<image>", "<end_of_utterance>"),
+        templates.GRANITE,
+        GRANITE,
     ),
     "blip2-opt": blip2("blip2-opt", tokenizers.opt, opt),
     "blip2-t5": blip2("blip2-t5", tokenizers.t5, t5, EncoderDecoder),
@@ -258,4 +290,4 @@ MAKERS: dict[str, Callable[[int], Case]] = {
     "paligemma": paligemma("paligemma", {"model_type": "gemma"}),
     "paligemma2": paligemma("paligemma2", GEMMA2),
     "mllama": mllama,
-}  # fmt: skip
+}

@@ -97,10 +97,14 @@ def generated(case: Case, prompt: str, said: list[int]) -> torch.Tensor:
     """The logits that Hugging Face's own generation sees, once it has said `said`."""
     tensors: dict[str, Any] = case.double(case.read([ONE], prompt))
     out = case.hf.generate(
-        **tensors, max_new_tokens=len(said) + 1, do_sample=False, num_beams=1,
-        logits_processor=LogitsProcessorList([Say(said)]), output_logits=True,
+        **tensors,
+        max_new_tokens=len(said) + 1,
+        do_sample=False,
+        num_beams=1,
+        logits_processor=LogitsProcessorList([Say(said)]),
+        output_logits=True,
         return_dict_in_generate=True,
-    )  # fmt: skip
+    )
     return out.logits[len(said)][0]
 
 

@@ -56,10 +56,11 @@ def weights(case: Case, tensors: dict[str, Tensor], tower: str, kind: str) -> li
     second: dict[nn.Module, list[Tensor]] = {}
     with payments() as paid, anatomy.hooked() as keep:
         for module in modules:  # BLIP has no such function: its attention gives what it paid
-            keep(module.register_forward_hook(
-                lambda m, args, out: isinstance(out, tuple)
-                and second.setdefault(m, []).append(out[-1])
-            ))  # fmt: skip
+            keep(
+                module.register_forward_hook(
+                    lambda m, args, out: isinstance(out, tuple) and second.setdefault(m, []).append(out[-1])
+                )
+            )
         anatomy.forward(case, tensors, case.eager)
     found = []
     for module in modules:

@@ -118,9 +118,7 @@ def test_multiplied_noise_is_in_every_feature(case, asked):
     for clean, noisy in both(case, asked, vlmscope.Noise("multiply", draws=2)):
         was, now = clean.image[0], noisy.image[0]
         ratio = (now / was)[was.abs() > 1e-6]
-        assert (ratio != 1.0).all(), (
-            f"{(ratio == 1.0).double().mean():.1%} of the features are clean"
-        )
+        assert (ratio != 1.0).all(), f"{(ratio == 1.0).double().mean():.1%} of the features are clean"
         assert ratio.unique().numel() > 0.99 * ratio.numel()
         # ε itself, so its spread is 5 whatever the features are.
         assert abs(ratio.std().item() - 5.0) < 15 / ratio.numel() ** 0.5, ratio.std().item()

@@ -50,9 +50,7 @@ def tokens_of(case: Case, prompt: str, images: list, span: tuple[int, int]) -> t
     assert text[start:].startswith(prompt)
     low, high = span[0] + start, span[1] + start
     many = len(made.ids) - case.cut_off
-    return tuple(
-        n - many for n, (a, b) in enumerate(made.offsets) if a < high and b > low and b > a
-    )
+    return tuple(n - many for n, (a, b) in enumerate(made.offsets) if a < high and b > low and b > a)
 
 
 @pytest.mark.parametrize("many", ["one picture", "two pictures"])
@@ -65,10 +63,9 @@ def test_roles_are_where_the_words_first_stand(case, question, many):
     images = [ONE] if many == "one picture" else [ONE, SECOND]
     pair = case.model.prepare(
         vlmscope.Example(
-            "one", ONE, prompt, "red", "blue", corrupt_image=OTHER, roles=found,
-            more_images=tuple(images[1:]),
+            "one", ONE, prompt, "red", "blue", corrupt_image=OTHER, roles=found, more_images=tuple(images[1:])
         )
-    )  # fmt: skip
+    )
     tower = "encoder" if "encoder" in pair.clean.layout else "decoder"
     layout = pair.clean.layout[tower]
     for role, span in found.items():

@@ -26,11 +26,7 @@ def present(case: Case, tower: str, layer: int) -> list[str]:
     """The kinds that a block has, by transformers' modules."""
     part = anatomy.towers(case, case.hf)[tower]
     added = part.kinds[layer].added
-    return [
-        name
-        for name in KINDS
-        if name in added and anatomy.has(part.blocks[layer], added[name].path)
-    ]
+    return [name for name in KINDS if name in added and anatomy.has(part.blocks[layer], added[name].path)]
 
 
 def test_sites_are_what_is_added(case, inputs):

@@ -18,8 +18,19 @@ from torch import Tensor
 import vlmscope
 
 SWEEPS = 3
-NAMES = ["blip-vqa", "llava", "instructblip-vicuna", "blip2-t5", "gemma3", "paligemma2", "mllama",
-         "qwen2.5-vl", "qwen3-vl", "idefics3", "internvl"]  # fmt: skip
+NAMES = [
+    "blip-vqa",
+    "llava",
+    "instructblip-vicuna",
+    "blip2-t5",
+    "gemma3",
+    "paligemma2",
+    "mllama",
+    "qwen2.5-vl",
+    "qwen3-vl",
+    "idefics3",
+    "internvl",
+]
 """A family of each kind: rows, suffixes, plain forwards; with eager attention, windows, cross-attention."""
 
 
@@ -83,9 +94,7 @@ def verdict(results: list[list[Tensor] | Exception], want: list[Tensor]) -> str:
         if not isinstance(one, Exception):
             wrong += any(not equal(a, b) for a, b in zip(one, want, strict=True))
     first = f" ({type(raised[0]).__name__}: {str(raised[0])[:90]})" if raised else ""
-    return (
-        f"{len(raised)} of {len(results)} raised{first}, {wrong} wrong" if raised or wrong else ""
-    )
+    return f"{len(raised)} of {len(results)} raised{first}, {wrong} wrong" if raised or wrong else ""
 
 
 def equal(got: Tensor, want: Tensor) -> bool:
@@ -124,9 +133,8 @@ def test_one_model_in_two_threads(case):
     attention = [one._attn_implementation for one in configs(case)]
     done = [one for results in together(job, job) for one in results]
     unclear = [
-        one for one in done
-        if isinstance(one, Exception) and not isinstance(one, vlmscope.VlmscopeError)
-    ]  # fmt: skip
+        one for one in done if isinstance(one, Exception) and not isinstance(one, vlmscope.VlmscopeError)
+    ]
     told = verdict([one for one in done if not isinstance(one, vlmscope.VlmscopeError)], alone)
     assert not unclear and not told, told
     assert [one._attn_implementation for one in configs(case)] == attention

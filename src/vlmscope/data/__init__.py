@@ -63,9 +63,7 @@ class Built:
         for group in ("kind", "order"):
             values = Counter(one.groups[group] for one in self.examples if group in one.groups)
             if values:
-                counts = ", ".join(
-                    f"{value} {number:,}" for value, number in sorted(values.items())
-                )
+                counts = ", ".join(f"{value} {number:,}" for value, number in sorted(values.items()))
                 lines.append(f"  {group}: {counts}")
         lines += [f"  {number:>6,}  {note}" for note, number in self.notes.items()]
         if self.dropped:

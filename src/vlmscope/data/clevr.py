@@ -75,9 +75,7 @@ def load(root: Path, limit: int | None, seed: int, dropped: dict[str, int]) -> l
         answered.setdefault((row.question, row.answer), []).append(row.image)
     items = {
         f"{relation}, {answer}": _with_pairs_first(
-            [row for row in kept if (row.relation, row.answer) == (relation, answer)],
-            answered,
-            seed,
+            [row for row in kept if (row.relation, row.answer) == (relation, answer)], answered, seed
         )
         for relation, answer in CELLS
     }
@@ -193,9 +191,7 @@ def _rows(image: str, asked: list[tuple[str, str]], dropped: dict[str, int]) -> 
     return rows
 
 
-def _with_pairs_first(
-    rows: list[Row], answered: dict[tuple[str, str], list[str]], seed: int
-) -> list[Row]:
+def _with_pairs_first(rows: list[Row], answered: dict[tuple[str, str], list[str]], seed: int) -> list[Row]:
     """The rows in the order of their drawing, those with an image pair before the others."""
     mixed = shuffled(rows, NAME, seed)
     return sorted(mixed, key=lambda row: (row.question, OTHER[row.answer]) not in answered)
@@ -211,10 +207,6 @@ def _example(drawn: Drawn[tuple[Row, str | None]], files: dict[str, Path]) -> Ex
         row.question,
         (row.answer, OTHER[row.answer]),
         groups={"kind": row.relation},
-        words={
-            "object": found["object"],
-            "other": found["other"],
-            "relation": found["relation"],
-        },
+        words={"object": found["object"], "other": found["other"], "relation": found["relation"]},
         corrupt_prompt=turn_around(row.question),
     )

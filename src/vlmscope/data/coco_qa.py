@@ -21,13 +21,7 @@ from vlmscope.example import Example
 
 NAME = "coco-qa"
 SIZE = 500
-KINDS = {
-    "color": "color",
-    "colour": "color",
-    "count": "count",
-    "number": "count",
-    "location": "location",
-}
+KINDS = {"color": "color", "colour": "color", "count": "count", "number": "count", "location": "location"}
 COLUMNS = ("train_image_id", "question", "answer")
 PLACES = ("train2017", "images/train2017", "train2014", "images/train2014", "images", "")
 

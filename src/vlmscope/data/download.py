@@ -157,11 +157,7 @@ def fetch(
 
 
 def fetch_and_log(
-    jobs: Mapping[str, Path],
-    log: Path,
-    *,
-    progress: Callable[[int, int], None] | None = None,
-    **options: Any,
+    jobs: Mapping[str, Path], log: Path, *, progress: Callable[[int, int], None] | None = None, **options: Any
 ) -> dict[str, str]:
     """`fetch`, with what failed kept in a CSV file (url, reason).
 
@@ -313,11 +309,7 @@ class _Hop:
         try:
             with self._said_plainly():
                 self._connection.request(
-                    "GET",
-                    self._url.request_uri,
-                    headers=HEADERS,
-                    preload_content=False,
-                    decode_content=False,
+                    "GET", self._url.request_uri, headers=HEADERS, preload_content=False, decode_content=False
                 )
                 self.answer = self._connection.getresponse()
         except BaseException:
@@ -424,10 +416,7 @@ def _check_image(part: Path, kind: str) -> str:
     if not part.stat().st_size:
         raise _Failure("an empty answer")
     try:
-        with (
-            warnings.catch_warnings(action="ignore"),
-            Image.open(part, formats=DECODERS) as image,
-        ):
+        with warnings.catch_warnings(action="ignore"), Image.open(part, formats=DECODERS) as image:
             suffix = SUFFIX.get(image.format or "", ".jpg")
             width, height = image.size
     except Exception as error:

@@ -28,9 +28,7 @@ NO_FOIL = "no image of another label is left"
 def load(root: Path, limit: int | None, seed: int, dropped: dict[str, int]) -> list[Example]:
     """The examples of the label folders in `root`; what was left out is counted in `dropped`."""
     template = read_template(root)
-    labels = {
-        folder.name.replace("_", " ").strip(): images_in(folder) for folder in folders_in(root)
-    }
+    labels = {folder.name.replace("_", " ").strip(): images_in(folder) for folder in folders_in(root)}
     labels = {label: files for label, files in labels.items() if files}
     pictures = Pictures(dropped)
     good = [label for label in sorted(labels) if any(map(pictures.readable, labels[label]))]
@@ -46,9 +44,7 @@ def load(root: Path, limit: int | None, seed: int, dropped: dict[str, int]) -> l
     def ask(first: str, second: str) -> str:
         return fill(template, first, second)
 
-    return pair_labels(
-        NAME, labels, ask, pictures, limit=limit, seed=seed, dropped=dropped, kind="label"
-    )
+    return pair_labels(NAME, labels, ask, pictures, limit=limit, seed=seed, dropped=dropped, kind="label")
 
 
 def read_template(root: Path) -> str:

@@ -53,15 +53,11 @@ ADJECTIVES = frozenset(
 def check_root(name: str, root: Path) -> None:
     """Refuse a folder that cannot hold the data set `name` at all."""
     if not root.exists():
-        raise DataError(
-            f"{root}: no such folder; expected the folder that holds {name} as it is distributed"
-        )
+        raise DataError(f"{root}: no such folder; expected the folder that holds {name} as it is distributed")
     if not root.is_dir():
         raise DataError(f"{root}: a file; expected the folder that holds {name}")
     if not any(root.iterdir()):
-        raise DataError(
-            f"{root}: an empty folder; unpack {name} there, or give the folder it is in"
-        )
+        raise DataError(f"{root}: an empty folder; unpack {name} there, or give the folder it is in")
 
 
 def looks_like(root: Path) -> str | None:

@@ -146,9 +146,7 @@ def _partners(states: list[tuple[str, str]]) -> dict[tuple[str, str], list[str]]
         (adjective, noun): [
             other
             for other in by_noun[noun]
-            if other != adjective
-            and kind_of(other) == kind_of(adjective)
-            and not near(other, adjective)
+            if other != adjective and kind_of(other) == kind_of(adjective) and not near(other, adjective)
         ]
         for adjective, noun in states
     }

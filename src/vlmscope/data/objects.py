@@ -37,11 +37,17 @@ def coco(
             f"{path}: not COCO's instances ({error!r}); expected instances_val2014.json"
         ) from error
     found = [
-        Example(id=Path(file).stem, clean_image=folder / Path(file).name, clean_prompt=prompt, answer="",
-                foil="", shows=frozenset(shown[number]))
+        Example(
+            id=Path(file).stem,
+            clean_image=folder / Path(file).name,
+            clean_prompt=prompt,
+            answer="",
+            foil="",
+            shows=frozenset(shown[number]),
+        )
         for number, file in files.items()
         if (folder / Path(file).name).is_file()
-    ]  # fmt: skip
+    ]
     if not found:
         raise DataError(f"{folder}: none of the {len(files)} pictures of {path.name} is there")
     return found, list(names.values())

@@ -94,11 +94,7 @@ def aligned(clean: str, corrupt: str, pieces: Pieces | None = None) -> bool:
 
 def _fits(one: Example, pieces: Pieces | None) -> bool:
     corrupt = one.corrupt_prompt
-    return (
-        corrupt is not None
-        and corrupt != one.clean_prompt
-        and aligned(one.clean_prompt, corrupt, pieces)
-    )
+    return corrupt is not None and corrupt != one.clean_prompt and aligned(one.clean_prompt, corrupt, pieces)
 
 
 def _slots(one: Example) -> list[tuple[str, Span]]:
@@ -155,9 +151,7 @@ def _draw(
     if chosen is None:
         return None
     prompt = one.clean_prompt
-    for (_, (start, end)), text in sorted(
-        zip(slots, chosen, strict=True), reverse=True, key=_start
-    ):
+    for (_, (start, end)), text in sorted(zip(slots, chosen, strict=True), reverse=True, key=_start):
         prompt = prompt[:start] + text + prompt[end:]
     return prompt
 

@@ -118,10 +118,7 @@ def load(
     if not table.is_file():
         raise not_here(NAME, root, f"file {TABLE}")
     rows = read_rows(read_table(table, COLUMNS), dropped)
-    decks = {
-        kind: shuffled((row for row in rows if row.kind == kind), NAME, kind, seed)
-        for kind in KINDS
-    }
+    decks = {kind: shuffled((row for row in rows if row.kind == kind), NAME, kind, seed) for kind in KINDS}
     folder = root / "images"
     if fetch:
         _fetch_wanted(decks, limit, folder, fetch, dropped)
@@ -182,9 +179,7 @@ def _row(cells: Mapping[str, str]) -> Row:
     )
 
 
-def _check_question(
-    kind: str, one: tuple[str, str, str], other: tuple[str, str, str], place: int
-) -> None:
+def _check_question(kind: str, one: tuple[str, str, str], other: tuple[str, str, str], place: int) -> None:
     """Refuse two triplets of which no question that reads well can be made."""
     if near(lemma(one[1]), lemma(other[1])) if kind == "verb" else near(one[place], other[place]):
         raise Unfit(NEAR)
@@ -223,9 +218,7 @@ def _verb(verb: str, thing: str) -> tuple[str, str]:
 
 
 def _is_place(verb: str, joint: str) -> bool:
-    return bool(joint) and (
-        is_located(verb.split()[0]) or joint in ("in", "on", "into", "at", "for")
-    )
+    return bool(joint) and (is_located(verb.split()[0]) or joint in ("in", "on", "into", "at", "for"))
 
 
 def _is_true(cell: str) -> bool:
@@ -246,11 +239,7 @@ def _with_images(
 
 
 def _fetch_wanted(
-    decks: dict[str, list[Row]],
-    limit: int | None,
-    folder: Path,
-    fetch: Fetch,
-    dropped: dict[str, int],
+    decks: dict[str, list[Row]], limit: int | None, folder: Path, fetch: Fetch, dropped: dict[str, int]
 ) -> None:
     """Download the images of the rows that would be drawn; a row that fails makes way for more.
 

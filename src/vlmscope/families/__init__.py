@@ -72,9 +72,7 @@ def whole(processor: Any, image: Image.Image) -> Box:
 
 
 def _plain_only(*_: object) -> Tensor:
-    raise NotImplementedError(
-        "a tower whose flow is not 'plain' needs its family's leave and finish"
-    )
+    raise NotImplementedError("a tower whose flow is not 'plain' needs its family's leave and finish")
 
 
 @dataclass(frozen=True)
@@ -147,7 +145,20 @@ def families() -> tuple[Family, ...]:
     from vlmscope.families import blip, blip2, gemma, llava, mllama, mplug_owl2, qwen, tiled
 
     return (
-        blip.VQA, blip.CAPTION, *blip2.FAMILIES, llava.LLAVA, llava.NEXT, tiled.ONEVISION,
-        qwen.QWEN2, qwen.QWEN2_5, qwen.QWEN3, gemma.GEMMA3, gemma.PALIGEMMA, tiled.SMOLVLM,
-        tiled.IDEFICS3, tiled.INTERNVL, mllama.MLLAMA, mplug_owl2.MPLUG_OWL2,
-    )  # fmt: skip
+        blip.VQA,
+        blip.CAPTION,
+        *blip2.FAMILIES,
+        llava.LLAVA,
+        llava.NEXT,
+        tiled.ONEVISION,
+        qwen.QWEN2,
+        qwen.QWEN2_5,
+        qwen.QWEN3,
+        gemma.GEMMA3,
+        gemma.PALIGEMMA,
+        tiled.SMOLVLM,
+        tiled.IDEFICS3,
+        tiled.INTERNVL,
+        mllama.MLLAMA,
+        mplug_owl2.MPLUG_OWL2,
+    )

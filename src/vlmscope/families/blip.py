@@ -114,10 +114,7 @@ def leave(
 
 
 def finish(
-    hf: BlipForQuestionAnswering,
-    inputs: Inputs,
-    tower: str,
-    output: Float[Tensor, "rows pos width"],
+    hf: BlipForQuestionAnswering, inputs: Inputs, tower: str, output: Float[Tensor, "rows pos width"]
 ) -> Float[Tensor, "rows vocabulary"]:
     """What `BlipForQuestionAnswering.forward` does after a tower, for many rows at once."""
     rows = output.shape[0]
@@ -221,9 +218,7 @@ def encode_caption(
     ids = [hf.config.text_config.bos_token_id, *encoding["input_ids"][1:-1], *prefix]
     longest = hf.config.text_config.max_position_embeddings
     if len(ids) > longest:
-        raise ExampleError(
-            f"the prompt has {len(ids)} tokens, the model takes at most {longest}; shorten it"
-        )
+        raise ExampleError(f"the prompt has {len(ids)} tokens, the model takes at most {longest}; shorten it")
     tokens = tuple(processor.tokenizer.convert_ids_to_tokens(ids))
     tensors = {
         "pixel_values": pixels,
@@ -239,16 +234,11 @@ def blank_caption(hf: BlipForConditionalGeneration) -> Inputs:
     pixels = torch.zeros(1, 3, *_side(hf.config.vision_config.patch_size))
     ids = torch.zeros(1, 2, dtype=torch.long)
     tensors = {"pixel_values": pixels, "input_ids": ids, "attention_mask": torch.ones_like(ids)}
-    return Inputs(
-        tensors, {"vision": _vision_layout(hf, pixels), "decoder": Layout(("", ""), (0, 1))}
-    )
+    return Inputs(tensors, {"vision": _vision_layout(hf, pixels), "decoder": Layout(("", ""), (0, 1))})
 
 
 def finish_caption(
-    hf: BlipForConditionalGeneration,
-    inputs: Inputs,
-    tower: str,
-    output: Float[Tensor, "rows pos width"],
+    hf: BlipForConditionalGeneration, inputs: Inputs, tower: str, output: Float[Tensor, "rows pos width"]
 ) -> Float[Tensor, "rows vocabulary"]:
     """What `BlipForConditionalGeneration.forward` does after a tower, for many rows at once."""
     if tower == "decoder":
@@ -272,11 +262,7 @@ def generate_caption(
         for name in ("input_ids", "attention_mask")
     }
     found = hf.generate(
-        pixel_values=inputs.tensors["pixel_values"],
-        **tensors,
-        do_sample=False,
-        num_beams=1,
-        **options,
+        pixel_values=inputs.tensors["pixel_values"], **tensors, do_sample=False, num_beams=1, **options
     )
     return found[0, inputs.tensors["input_ids"].shape[1] :]
 

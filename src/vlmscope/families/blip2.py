@@ -17,11 +17,7 @@ import torch
 from jaxtyping import Int
 from PIL import Image
 from torch import Tensor
-from transformers import (
-    Blip2ForConditionalGeneration,
-    InstructBlipForConditionalGeneration,
-    PreTrainedModel,
-)
+from transformers import Blip2ForConditionalGeneration, InstructBlipForConditionalGeneration, PreTrainedModel
 
 from vlmscope.errors import ExampleError
 from vlmscope.example import Span
@@ -101,7 +97,7 @@ def encode(*arguments: Any, **keywords: Any) -> Inputs:
     """As for other decoders, and the queries."""
     inputs = causal.encode(*arguments, **keywords)
     hf = arguments[2]
-    towers = {"vision": inputs.layout["vision"], "qformer": _queries(hf), "decoder": inputs.layout["decoder"]}  # fmt: skip
+    towers = {"vision": inputs.layout["vision"], "qformer": _queries(hf), "decoder": inputs.layout["decoder"]}
     return replace(inputs, layout=towers)
 
 
@@ -118,9 +114,7 @@ def encode_t5(
         causal.no_cells, vision_layout, hf, processor, pictures, prompt, roles, [], write=written
     )
     start = [hf.config.text_config.decoder_start_token_id, *prefix]
-    decoder = Layout(
-        tuple(processor.tokenizer.convert_ids_to_tokens(start)), tuple(range(len(start)))
-    )
+    decoder = Layout(tuple(processor.tokenizer.convert_ids_to_tokens(start)), tuple(range(len(start))))
     return Inputs(
         {**inputs.tensors, "decoder_input_ids": torch.tensor([start])},
         {
@@ -145,17 +139,18 @@ def generate_t5(hf: Any, inputs: Inputs, **options: object) -> Int[Tensor, "pos"
 
 
 def _decoder_only(
-    name: str,
-    model: type[PreTrainedModel],
-    variant: str,
-    decoder: Tower,
-    norm: str,
-    image: str | None = None,
+    name: str, model: type[PreTrainedModel], variant: str, decoder: Tower, norm: str, image: str | None = None
 ) -> Family:
     base = causal.family(
-        name, model, vision=VISION, decoder=decoder, cells=causal.no_cells, layout=vision_layout,
-        norm=norm, head="language_model.lm_head",
-    )  # fmt: skip
+        name,
+        model,
+        vision=VISION,
+        decoder=decoder,
+        cells=causal.no_cells,
+        layout=vision_layout,
+        norm=norm,
+        head="language_model.lm_head",
+    )
     return replace(
         base,
         variant=variant,
@@ -182,10 +177,17 @@ def _t5(name: str, model: type[PreTrainedModel]) -> Family:
 
 LLAMA = causal.llama("language_model.model.layers")
 FAMILIES = (
-    _decoder_only("BLIP-2", Blip2ForConditionalGeneration, "opt", OPT,
-                  "language_model.model.decoder.final_layer_norm", image="qformer"),
+    _decoder_only(
+        "BLIP-2",
+        Blip2ForConditionalGeneration,
+        "opt",
+        OPT,
+        "language_model.model.decoder.final_layer_norm",
+        image="qformer",
+    ),
     _t5("BLIP-2", Blip2ForConditionalGeneration),
-    _decoder_only("InstructBLIP", InstructBlipForConditionalGeneration, "llama", LLAMA,
-                  "language_model.model.norm"),
+    _decoder_only(
+        "InstructBLIP", InstructBlipForConditionalGeneration, "llama", LLAMA, "language_model.model.norm"
+    ),
     _t5("InstructBLIP", InstructBlipForConditionalGeneration),
-)  # fmt: skip
+)

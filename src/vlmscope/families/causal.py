@@ -26,9 +26,7 @@ from vlmscope.families import Family, Tower, behind
 from vlmscope.inputs import Inputs
 from vlmscope.sites import Layout
 
-Cells = Callable[
-    [Any, Any, Image.Image, Mapping[str, Tensor], Sequence[int]], dict[int, tuple[int, int]]
-]
+Cells = Callable[[Any, Any, Image.Image, Mapping[str, Tensor], Sequence[int]], dict[int, tuple[int, int]]]
 """`cells(hf, processor, image, tensors, at)`: the row and column of each position in `at` that shows a
 place of the (first) image."""
 
@@ -40,9 +38,7 @@ Tokens = list[tuple[int, Span]]
 """Token ids, each with the characters of a text that it stands for."""
 
 
-def written(
-    processor: Any, prompt: str, images: int = 1, *, between: str = "\n"
-) -> tuple[str, int]:
+def written(processor: Any, prompt: str, images: int = 1, *, between: str = "\n") -> tuple[str, int]:
     """The whole text of a prompt about some images, and where the prompt begins in it.
 
     A prompt that holds the image placeholder is taken as it is. Without a chat template `between` stands
@@ -151,7 +147,9 @@ def _end(tokenizer: Any, text: str) -> int:
     """The special token that a text begins with, or else the tokenizer's end token."""
     first = tokenizer(text, add_special_tokens=False)["input_ids"][:1] if text else []
     known = tokenizer.added_tokens_decoder
-    return int(first[0] if first and first[0] in known and known[first[0]].special else tokenizer.eos_token_id)  # fmt: skip
+    return int(
+        first[0] if first and first[0] in known and known[first[0]].special else tokenizer.eos_token_id
+    )
 
 
 def encode(
@@ -180,8 +178,7 @@ def encode(
     if prompt.count(mark) not in (0, len(pictures)):
         given = f"there are {len(pictures)} images" if len(pictures) > 1 else "there is one image"
         raise ExampleError(
-            f"the prompt has {prompt.count(mark)} placeholders '{mark}' and {given}; "
-            "write one for each"
+            f"the prompt has {prompt.count(mark)} placeholders '{mark}' and {given}; write one for each"
         )
     tensors = processed(processor, pictures, text)
     if prefix:
@@ -220,10 +217,7 @@ def encode(
 def _alone(hf: Any, processor: Any, text: str, prefix: Sequence[int]) -> Inputs:
     """A prompt without a picture."""
     ids = [*processor.tokenizer(text, **special(processor, text))["input_ids"], *prefix]
-    tensors = {
-        "input_ids": torch.tensor([ids]),
-        "attention_mask": torch.ones(1, len(ids), dtype=torch.long),
-    }
+    tensors = {"input_ids": torch.tensor([ids]), "attention_mask": torch.ones(1, len(ids), dtype=torch.long)}
     tokens = tuple(processor.tokenizer.convert_ids_to_tokens(ids))
     return Inputs(tensors, {"decoder": Layout(tokens, tuple(range(len(ids))))})
 
@@ -232,9 +226,7 @@ def processed(processor: Any, pictures: Sequence[Image.Image], text: str) -> dic
     """What the processor makes of some pictures and the text that places them."""
     try:
         keywords = special(processor, text)
-        tensors = dict(
-            processor(images=[list(pictures)], text=[text], return_tensors="pt", **keywords)
-        )
+        tensors = dict(processor(images=[list(pictures)], text=[text], return_tensors="pt", **keywords))
     except (ValueError, TypeError, IndexError, ZeroDivisionError, RuntimeError) as error:
         sizes = ", ".join(f"{one.width} x {one.height}" for one in pictures)
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
@@ -270,9 +262,7 @@ def _roles(
     for role, (begin, end) in roles.items():
         own = [n for n, (_, (a, b)) in enumerate(tokens) if a < start + end and b > start + begin]
         if any(places[n] is None for n in own):
-            raise ExampleError(
-                "the words of the prompt are not found among the tokens of the input"
-            )
+            raise ExampleError("the words of the prompt are not found among the tokens of the input")
         if own:
             found[role] = tuple(places[n] or 0 for n in own)
     return found
@@ -302,7 +292,7 @@ def _places(tokens: Sequence[int], ids: Sequence[int], mark: int) -> list[int | 
         # The tokens at both ends may have merged with what the processor writes around images.
         for a, b in ((0, 0), (1, 0), (0, 1), (1, 1)):
             part = own[a : len(own) - b]
-            at = next((n for n in range(begin, len(ids)) if list(ids[n : n + len(part)]) == part), None)  # fmt: skip
+            at = next((n for n in range(begin, len(ids)) if list(ids[n : n + len(part)]) == part), None)
             if part and at is not None:
                 places[left + 1 + a : right - b] = range(at, at + len(part))
                 begin = at + len(part)
@@ -333,29 +323,20 @@ def tiles(
     def layout(hf: Any, tensors: Mapping[str, Tensor]) -> Layout:
         height, width = tensors["pixel_values"].shape[-2:]
         rows, columns = height // patch(hf.config), width // patch(hf.config)
-        names = [
-            *(["[CLS]"] * class_token(hf)),
-            *(f"{r},{c}" for r in range(rows) for c in range(columns)),
-        ]
+        names = [*(["[CLS]"] * class_token(hf)), *(f"{r},{c}" for r in range(rows) for c in range(columns))]
         tokens = [f"{tile}:{name}" for tile in range(count(hf, tensors)) for name in names]
         return Layout(tuple(tokens), image=tuple(n for n, t in enumerate(tokens) if "[" not in t))
 
     return layout
 
 
-def put_back(
-    side: Callable[[Any, Any], int], tiles: Callable[[Any, Image.Image], tuple[int, int]]
-) -> Cells:
+def put_back(side: Callable[[Any, Any], int], tiles: Callable[[Any, Image.Image], tuple[int, int]]) -> Cells:
     """Tiles put back where they belong: squares of `side(hf, processor)` tokens a side, in as many rows
     and columns as `tiles(processor, image)`. The whole picture, which comes behind them, has no cells,
     unless there are no tiles."""
 
     def cells(
-        hf: Any,
-        processor: Any,
-        image: Image.Image,
-        tensors: Mapping[str, Tensor],
-        at: Sequence[int],
+        hf: Any, processor: Any, image: Image.Image, tensors: Mapping[str, Tensor], at: Sequence[int]
     ) -> dict[int, tuple[int, int]]:
         many, (rows, columns) = side(hf, processor), tiles(processor, image)
         if rows * columns <= 1:
@@ -372,22 +353,14 @@ def put_back(
 
 
 def no_cells(
-    hf: Any,
-    processor: Any,
-    image: Image.Image,
-    tensors: Mapping[str, Tensor],
-    images: Sequence[int],
+    hf: Any, processor: Any, image: Image.Image, tensors: Mapping[str, Tensor], images: Sequence[int]
 ) -> dict[int, tuple[int, int]]:
     """For tokens that are nowhere in the picture."""
     return {}
 
 
 def square(
-    hf: Any,
-    processor: Any,
-    image: Image.Image,
-    tensors: Mapping[str, Tensor],
-    images: Sequence[int],
+    hf: Any, processor: Any, image: Image.Image, tensors: Mapping[str, Tensor], images: Sequence[int]
 ) -> dict[int, tuple[int, int]]:
     """Image tokens in rows from the upper left, as many rows as columns."""
     side = round(len(images) ** 0.5)

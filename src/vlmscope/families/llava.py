@@ -10,11 +10,7 @@ import torch
 from jaxtyping import Float
 from PIL import Image
 from torch import Tensor
-from transformers import (
-    AutoProcessor,
-    LlavaForConditionalGeneration,
-    LlavaNextForConditionalGeneration,
-)
+from transformers import AutoProcessor, LlavaForConditionalGeneration, LlavaNextForConditionalGeneration
 from transformers.models.llava_next.modeling_llava_next import (
     get_anyres_image_grid_shape,
     image_size_to_num_patches,
@@ -87,10 +83,7 @@ def leave(
 
 
 def finish(
-    hf: LlavaForConditionalGeneration,
-    inputs: Inputs,
-    tower: str,
-    output: Float[Tensor, "rows pos width"],
+    hf: LlavaForConditionalGeneration, inputs: Inputs, tower: str, output: Float[Tensor, "rows pos width"]
 ) -> Float[Tensor, "rows vocabulary"]:
     """What `LlavaForConditionalGeneration.forward` does after a tower, for many rows at once."""
     if tower == "decoder":
@@ -113,19 +106,13 @@ def tiles(hf: Any, tensors: Mapping[str, Tensor]) -> int:
     """How many tiles the vision tower sees: the model leaves out again what fills up a batch."""
     config = hf.config
     return sum(
-        image_size_to_num_patches(
-            size, config.image_grid_pinpoints, config.vision_config.image_size
-        )
+        image_size_to_num_patches(size, config.image_grid_pinpoints, config.vision_config.image_size)
         for size in tensors["image_sizes"]
     )
 
 
 def tiled(
-    hf: Any,
-    processor: Any,
-    image: Image.Image,
-    tensors: Mapping[str, Tensor],
-    images: Sequence[int],
+    hf: Any, processor: Any, image: Image.Image, tensors: Mapping[str, Tensor], images: Sequence[int]
 ) -> dict[int, tuple[int, int]]:
     """The grid of the tiles put back together, without padding; each line ends with a newline token.
 
@@ -144,9 +131,7 @@ def tiled(
             "left in the tiles; crop it"
         )
     behind = images[side * side :]
-    return {
-        at: divmod(n, columns + 1) for n, at in enumerate(behind) if n % (columns + 1) < columns
-    }
+    return {at: divmod(n, columns + 1) for n, at in enumerate(behind) if n % (columns + 1) < columns}
 
 
 def view(processor: Any, image: Image.Image) -> Box:
@@ -198,7 +183,5 @@ NEXT = causal.family(
     vision=LLAVA.towers["vision"],
     decoder=causal.llama(),
     cells=tiled,
-    layout=causal.tiles(
-        lambda config: config.vision_config.patch_size, class_token=class_token, count=tiles
-    ),
+    layout=causal.tiles(lambda config: config.vision_config.patch_size, class_token=class_token, count=tiles),
 )

@@ -63,9 +63,7 @@ def view(processor: Any, image: Image.Image) -> Box:
     """A picture is scaled to fit its tiles and filled up at the right and at the bottom."""
     images = processor.image_processor
     tile = images.size["height"]
-    height, width = get_optimal_tiled_canvas(
-        image.height, image.width, images.max_image_tiles, tile
-    )
+    height, width = get_optimal_tiled_canvas(image.height, image.width, images.max_image_tiles, tile)
     down, across = get_image_size_fit_to_canvas(image.height, image.width, height, width, tile)
     return 0.0, 0.0, width * image.width / across, height * image.height / down
 

@@ -45,8 +45,7 @@ def written(processor: Any, prompt: str, images: int = 1) -> tuple[str, int]:
     one_picture(images)
     if prompt.count(MARK) > 1:
         raise ExampleError(
-            f"the prompt has {prompt.count(MARK)} placeholders '{MARK}' and there is one image; "
-            "leave one"
+            f"the prompt has {prompt.count(MARK)} placeholders '{MARK}' and there is one image; leave one"
         )
     if MARK in prompt:
         return prompt, 0

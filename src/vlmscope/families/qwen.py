@@ -23,11 +23,7 @@ from vlmscope.families import Tower, causal
 from vlmscope.sites import Layout
 
 VISION = Tower(
-    blocks="model.visual.blocks",
-    config="vision_config",
-    attn="attn.proj",
-    mlp="mlp.fc2",
-    heads="num_heads",
+    blocks="model.visual.blocks", config="vision_config", attn="attn.proj", mlp="mlp.fc2", heads="num_heads"
 )
 
 
@@ -38,11 +34,7 @@ def vision_layout(hf: Any, tensors: Mapping[str, Tensor]) -> Layout:
 
 
 def cells(
-    hf: Any,
-    processor: Any,
-    image: Image.Image,
-    tensors: Mapping[str, Tensor],
-    images: Sequence[int],
+    hf: Any, processor: Any, image: Image.Image, tensors: Mapping[str, Tensor], images: Sequence[int]
 ) -> dict[int, tuple[int, int]]:
     """Rows and columns of merged patches."""
     columns = int(tensors["image_grid_thw"][0, 2]) // hf.config.vision_config.spatial_merge_size
@@ -56,17 +48,12 @@ def deepstack(config: Any) -> int:
 
 
 def _family(name: str, model: Any, vision: Tower, decoder: Tower) -> Any:
-    return causal.family(
-        name, model, vision=vision, decoder=decoder, cells=cells, layout=vision_layout
-    )
+    return causal.family(name, model, vision=vision, decoder=decoder, cells=cells, layout=vision_layout)
 
 
 QWEN2 = _family("Qwen2-VL", Qwen2VLForConditionalGeneration, VISION, causal.llama())
 QWEN2_5 = _family(
-    "Qwen2.5-VL",
-    Qwen2_5_VLForConditionalGeneration,
-    replace(VISION, mlp="mlp.down_proj"),
-    causal.llama(),
+    "Qwen2.5-VL", Qwen2_5_VLForConditionalGeneration, replace(VISION, mlp="mlp.down_proj"), causal.llama()
 )
 QWEN3 = _family(
     "Qwen3-VL",

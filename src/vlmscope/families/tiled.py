@@ -58,11 +58,7 @@ def _tiles(hf: Any, tensors: Mapping[str, Tensor]) -> int:
 
 
 def tiles_or_nothing(
-    hf: Any,
-    processor: Any,
-    image: Image.Image,
-    tensors: Mapping[str, Tensor],
-    images: Sequence[int],
+    hf: Any, processor: Any, image: Image.Image, tensors: Mapping[str, Tensor], images: Sequence[int]
 ) -> dict[int, tuple[int, int]]:
     """As LLaVA-NeXT; no cells where the tiles were shrunk to fit."""
     cells = llava.tiled(hf, processor, image, tensors, images)

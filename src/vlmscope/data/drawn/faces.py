@@ -17,13 +17,7 @@ from vlmscope.example import Example, find_roles
 
 EXPRESSIONS = ("happy", "sad", "angry", "surprised", "calm", "sleepy")
 ORDERS = ("answer first", "foil first")
-SKINS: tuple[Color, ...] = (
-    (255, 224, 196),
-    (241, 194, 155),
-    (222, 168, 120),
-    (190, 132, 88),
-    (150, 98, 62),
-)
+SKINS: tuple[Color, ...] = ((255, 224, 196), (241, 194, 155), (222, 168, 120), (190, 132, 88), (150, 98, 62))
 HAIRS: tuple[Color, ...] = (
     (40, 34, 34),
     (92, 60, 40),
@@ -165,9 +159,7 @@ def _mouth(pen: Pen, expression: str) -> None:
         pen.arc(0, 0.9, 0.38, 0.3, 195, 345)
         pen.oval(-0.52, 0.36, 0.09, 0.15, (90, 160, 235))
     elif expression == "angry":
-        pen.draw.rectangle(
-            pen.box(0, 0.66, 0.42, 0.16), fill=WHITE, outline=INK, width=pen.width(0.06)
-        )
+        pen.draw.rectangle(pen.box(0, 0.66, 0.42, 0.16), fill=WHITE, outline=INK, width=pen.width(0.06))
         for x in (-0.21, 0, 0.21):
             pen.line([(x, 0.54), (x, 0.78)], 0.04)
     elif expression == "surprised":

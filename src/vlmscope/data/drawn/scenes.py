@@ -18,13 +18,7 @@ from vlmscope.example import Example, find_roles
 
 KINDS = ("subject", "relation", "object")
 RELATIONS = ("above", "below", "beside", "inside", "around")
-INVERSE = {
-    "above": "below",
-    "below": "above",
-    "beside": "beside",
-    "inside": "around",
-    "around": "inside",
-}
+INVERSE = {"above": "below", "below": "above", "beside": "beside", "inside": "around", "around": "inside"}
 ORDERS = ("answer first", "foil first")
 GAP = 5
 
@@ -79,8 +73,7 @@ def arrange(scene: Scene) -> Scene:
     }[scene.relation]
     subject = replace(subject, x=thing.x + dx, y=thing.y + dy)
     shift_x, shift_y = (
-        _into_picture(*((getattr(one, axis), one.radius) for one in (subject, thing)))
-        for axis in ("x", "y")
+        _into_picture(*((getattr(one, axis), one.radius) for one in (subject, thing))) for axis in ("x", "y")
     )
     return replace(
         scene,

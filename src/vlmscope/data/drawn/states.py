@@ -18,11 +18,7 @@ from vlmscope.data.drawn.drawing import COLORS, SHAPES, TEXTURES, Color, Thing
 from vlmscope.example import Example, find_roles
 
 KINDS = ("color", "texture", "shape")
-VALUES: dict[str, tuple[str, ...]] = {
-    "color": tuple(COLORS),
-    "texture": TEXTURES,
-    "shape": SHAPES,
-}
+VALUES: dict[str, tuple[str, ...]] = {"color": tuple(COLORS), "texture": TEXTURES, "shape": SHAPES}
 ORDERS = ("answer first", "foil first")
 
 
