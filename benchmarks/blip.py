@@ -37,7 +37,7 @@ from transformers import BertTokenizer, BlipConfig, BlipForQuestionAnswering, Bl
 from transformers.models.blip.image_processing_pil_blip import BlipImageProcessorPil
 
 from vlmscope import corrupt, engine
-from vlmscope.example import Example
+from vlmscope.data.example import Example
 from vlmscope.inputs import Pair
 from vlmscope.model import Model
 from vlmscope.sites import Site, expand, place

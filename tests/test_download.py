@@ -15,8 +15,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from vlmscope.data import download
-from vlmscope.data.download import fetch, fetch_and_log, is_permanent, is_public
+from vlmscope.data.published import download
+from vlmscope.data.published.download import fetch, fetch_and_log, is_permanent, is_public
 from vlmscope.errors import DataError
 
 Answer = Callable[[BaseHTTPRequestHandler], None]

@@ -13,12 +13,13 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from vlmscope.data import PUBLISHED, Built, build, coco_qa, mit_states, svo_probes
-from vlmscope.data.layout import ADJECTIVES, UNREADABLE
-from vlmscope.data.replacement import aligned
-from vlmscope.data.synonyms import near
+from vlmscope.data.example import fingerprint
+from vlmscope.data.published import PUBLISHED, Built, build, coco_qa, mit_states, svo_probes
+from vlmscope.data.published.layout import ADJECTIVES, UNREADABLE
+from vlmscope.data.questions.replacement import aligned
+from vlmscope.data.questions.synonyms import near
+from vlmscope.data.table import read_csv, write_csv
 from vlmscope.errors import DataError
-from vlmscope.example import fingerprint, read_csv, write_csv
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 ORDERS = ("answer first", "foil first")

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from vlmscope.data.replacement import DRAWN, KEPT, NONE, aligned, replace_words
-from vlmscope.data.synonyms import SETS, near
-from vlmscope.example import Example, find_roles
+from vlmscope.data.example import Example, find_roles
+from vlmscope.data.questions.replacement import DRAWN, KEPT, NONE, aligned, replace_words
+from vlmscope.data.questions.synonyms import SETS, near
 
 VOCABULARY = Path(__file__).parents[2] / "shared" / "data" / "bert-base-uncased-vocab.txt"
 

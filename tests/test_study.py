@@ -18,8 +18,8 @@ from models import blip, example
 import vlmscope
 from vlmscope import study
 from vlmscope.corrupt import Noise
+from vlmscope.data.example import find_roles
 from vlmscope.errors import DataError, SiteError, StoreError, VlmscopeError
-from vlmscope.example import find_roles
 from vlmscope.inputs import Edit
 from vlmscope.metrics import score
 from vlmscope.sites import Site

@@ -26,7 +26,7 @@ from transformers import BertTokenizer, BlipConfig, BlipForQuestionAnswering, Bl
 from transformers.models.blip.image_processing_pil_blip import BlipImageProcessorPil
 
 from vlmscope.data.drawn import drawing, faces, scenes, states
-from vlmscope.example import Example, Picture
+from vlmscope.data.example import Example, Picture
 
 SETS = {"states": states, "scenes": scenes, "faces": faces}
 SIDE, PATCH = 48, 8

@@ -26,8 +26,8 @@ from scipy import stats
 from torch import Tensor
 
 from vlmscope.data import Examples, listed
+from vlmscope.data.example import Example
 from vlmscope.errors import DataError
-from vlmscope.example import Example
 from vlmscope.inputs import Edit, Inputs
 from vlmscope.model import Access, Model, embedder, hooks
 from vlmscope.neurons import Caption, say, taught, top_tokens, weights

@@ -37,8 +37,9 @@ from vlmscope import corrupt as corruptions
 from vlmscope import engine
 from vlmscope.corrupt import Noise
 from vlmscope.data import Examples, listed
+from vlmscope.data.example import Box, Example, fingerprint
+from vlmscope.data.images import open_image
 from vlmscope.errors import DataError, ExampleError, SiteError, StoreError
-from vlmscope.example import Box, Example, fingerprint, open_image
 from vlmscope.inputs import Edit, Pair
 from vlmscope.metrics import score
 from vlmscope.model import Model

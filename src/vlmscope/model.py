@@ -35,8 +35,9 @@ from transformers import AutoModel, AutoTokenizer, BitsAndBytesConfig, PreTraine
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import cached_file, logging
 
+from vlmscope.data.example import Box, Example, Picture, Span, find_roles
+from vlmscope.data.images import open_image
 from vlmscope.errors import ExampleError, ModelError, SiteError, VlmscopeError
-from vlmscope.example import Box, Example, Picture, Span, find_roles, open_image
 from vlmscope.families import Family, Tower, families
 from vlmscope.inputs import Edit, Inputs, Logits, Pair
 from vlmscope.sites import Layout, Point, Shape, Site, expand, grid

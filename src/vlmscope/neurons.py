@@ -21,8 +21,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from vlmscope.data.example import Picture
 from vlmscope.errors import ExampleError, ModelError
-from vlmscope.example import Picture
 from vlmscope.inputs import Inputs
 from vlmscope.model import Access, Model, hooks
 from vlmscope.sites import Point

@@ -28,9 +28,10 @@ import tomli_w
 
 from vlmscope import circuits, heads
 from vlmscope.data import BUILT_IN, SIZE, examples
-from vlmscope.data.replacement import replace_words
+from vlmscope.data.example import Example
+from vlmscope.data.questions.replacement import replace_words
+from vlmscope.data.table import read_csv, write_csv
 from vlmscope.errors import DataError, StoreError, VlmscopeError
-from vlmscope.example import Example, read_csv, write_csv
 from vlmscope.model import Model, load
 from vlmscope.report import write_report
 from vlmscope.store import Run, read_run

@@ -19,8 +19,8 @@ from vlmscope import engine as fast
 from vlmscope import reference
 from vlmscope.corrupt import Corruption, Noise
 from vlmscope.data import Examples, listed
+from vlmscope.data.example import Example, fingerprint
 from vlmscope.errors import DataError, ExampleError, SiteError, VlmscopeError
-from vlmscope.example import Example, fingerprint
 from vlmscope.inputs import Pair
 from vlmscope.metrics import agrees, effect, least_gap
 from vlmscope.model import Model

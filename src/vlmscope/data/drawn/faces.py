@@ -13,7 +13,7 @@ from PIL import Image, ImageDraw
 
 from vlmscope.data.drawn import drawing
 from vlmscope.data.drawn.drawing import SCALE, Color, mix
-from vlmscope.example import Example, find_roles
+from vlmscope.data.example import Example, find_roles
 
 EXPRESSIONS = ("happy", "sad", "angry", "surprised", "calm", "sleepy")
 ORDERS = ("answer first", "foil first")

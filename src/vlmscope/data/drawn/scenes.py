@@ -14,7 +14,7 @@ from PIL import Image
 
 from vlmscope.data.drawn import drawing
 from vlmscope.data.drawn.drawing import COLORS, ROOM, SHAPES, Color, Thing
-from vlmscope.example import Example, find_roles
+from vlmscope.data.example import Example, find_roles
 
 KINDS = ("subject", "relation", "object")
 RELATIONS = ("above", "below", "beside", "inside", "around")

@@ -15,7 +15,7 @@ from PIL import Image
 
 from vlmscope.data.drawn import drawing
 from vlmscope.data.drawn.drawing import COLORS, SHAPES, TEXTURES, Color, Thing
-from vlmscope.example import Example, find_roles
+from vlmscope.data.example import Example, find_roles
 
 KINDS = ("color", "texture", "shape")
 VALUES: dict[str, tuple[str, ...]] = {"color": tuple(COLORS), "texture": TEXTURES, "shape": SHAPES}

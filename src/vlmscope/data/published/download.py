@@ -31,9 +31,9 @@ from PIL import Image
 from urllib3.connection import HTTPConnection, HTTPSConnection
 from urllib3.util import parse_url
 
-from vlmscope.data.layout import SUFFIXES, images_in
+from vlmscope.data.images import open_image
+from vlmscope.data.published.layout import SUFFIXES, images_in
 from vlmscope.errors import DataError, ExampleError
-from vlmscope.example import open_image
 
 MAX_BYTES = 20 * 1024 * 1024
 REDIRECTS = 5

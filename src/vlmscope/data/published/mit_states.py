@@ -13,11 +13,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from vlmscope.data.layout import ADJECTIVES, Pictures, count, folders_in, images_in, not_here
-from vlmscope.data.sampling import Decks, Drawn, balanced, example, in_order, shuffled
-from vlmscope.data.synonyms import near
+from vlmscope.data.example import Example
+from vlmscope.data.published.layout import ADJECTIVES, Pictures, count, folders_in, images_in, not_here
+from vlmscope.data.published.sampling import Decks, Drawn, balanced, example, in_order, shuffled
+from vlmscope.data.questions.synonyms import near
 from vlmscope.errors import DataError
-from vlmscope.example import Example
 
 NAME = "mit-states"
 SIZE = 500

@@ -9,10 +9,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from vlmscope.data.folder import pair_labels
-from vlmscope.data.layout import EMOTIONS, Pictures, count, folders_in, images_in, not_here
+from vlmscope.data.example import Example
+from vlmscope.data.published.folder import pair_labels
+from vlmscope.data.published.layout import EMOTIONS, Pictures, count, folders_in, images_in, not_here
 from vlmscope.errors import DataError
-from vlmscope.example import Example
 
 NAME = "faces"
 PLACES = ("images/train", "train", "images", "")

@@ -10,8 +10,8 @@ import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+from vlmscope.data.images import open_image
 from vlmscope.errors import DataError, ExampleError
-from vlmscope.example import open_image
 
 SUFFIXES = frozenset((".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff"))
 UNREADABLE = "the image cannot be read"

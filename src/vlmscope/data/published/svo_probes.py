@@ -12,7 +12,10 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from vlmscope.data.english import (
+from vlmscope.data.example import Example
+from vlmscope.data.published.layout import Pictures, by_stem, count, not_here, read_table
+from vlmscope.data.published.sampling import Drawn, balanced, example, in_order, shuffled
+from vlmscope.data.questions.english import (
     PREPOSITIONS,
     definite,
     indefinite,
@@ -23,11 +26,8 @@ from vlmscope.data.english import (
     lemma,
     preposition,
 )
-from vlmscope.data.layout import Pictures, by_stem, count, not_here, read_table
-from vlmscope.data.sampling import Drawn, balanced, example, in_order, shuffled
-from vlmscope.data.synonyms import near
+from vlmscope.data.questions.synonyms import near
 from vlmscope.errors import DataError
-from vlmscope.example import Example
 
 NAME = "svo-probes"
 TABLE = "svo_probes.csv"

@@ -1,32 +1,20 @@
-"""What a person has: two images, two prompts, an answer and a foil.
-
-`Example` imports no torch. A list of them has a CSV form (`read_csv`, `write_csv`) with the
-column names of the published NOTICE code. `open_image` reads a picture the way a person sees it.
-"""
+"""Examples as a CSV file, with the column names of the published NOTICE code."""
 
 from __future__ import annotations
 
-import contextlib
 import csv
 import difflib
-import hashlib
 import io
-import json
 import math
 import re
-import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TypeAlias, TypeGuard, cast
 
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image
 
-from vlmscope.errors import DataError, ExampleError
-
-Picture: TypeAlias = Path | Image.Image
-Span: TypeAlias = tuple[int, int]
-Box: TypeAlias = tuple[float, float, float, float]
+from vlmscope.data.example import Box, Example, Picture
+from vlmscope.data.images import open_image
+from vlmscope.errors import DataError
 
 COLUMNS = (
     "clean_image_path",
@@ -45,95 +33,12 @@ MASK = "mask_path"
 """A column of this name holds the mask of `object`; `mask_path_NAME` the mask of NAME."""
 BOX = "box"
 """The same for a box around it, written `left top right bottom`, in pixels of the clean image."""
-MAX_PIXELS = 89_000_000
-"""A larger picture is refused before it is decoded (Pillow warns from about this size on)."""
 SHOWS = "shows"
 """A column of this name holds the words for what the clean image shows, with commas between them."""
 MORE = "image_path"
 """Columns `image_path_2`, `image_path_3`… hold the further pictures of an example."""
 SHOWN = 5
 """How many bad lines of a CSV an error lists."""
-
-
-@dataclass(frozen=True, eq=False)
-class Example:
-    """One contrast: what was asked, what is true of the clean image, and what of the corrupt one.
-
-    `roles` maps a role's name to the character spans `(start, end)` of its words, in
-    `clean_prompt` (by token alignment the same words hold it in `corrupt_prompt`). Those that are not
-    given are looked up: `answer`, `foil` and each of `groups`, where its words stand in the prompt
-    (`find_roles`). `dataclasses.replace` with another prompt looks these up anew. `masks` maps
-    an object's name to a black and white picture of the size of `clean_image`, white where the
-    object is, or to the box around it: left, top, right, bottom in pixels of `clean_image`.
-    `more_images` are further pictures that the prompt is about, behind the first and the same in
-    both runs, for models that take several. `shows` are words for what is known to be in
-    `clean_image`, in small letters: labels, which no run reads.
-    """
-
-    id: str
-    clean_image: Picture
-    clean_prompt: str
-    answer: str
-    foil: str
-    corrupt_image: Picture | None = None
-    corrupt_prompt: str | None = None
-    roles: Mapping[str, Span] = field(default_factory=dict)
-    groups: Mapping[str, str] = field(default_factory=dict)
-    masks: Mapping[str, Picture | Box] = field(default_factory=dict)
-    more_images: tuple[Picture, ...] = ()
-    shows: frozenset[str] = frozenset()
-
-    def __post_init__(self) -> None:
-        prompt, known = self.clean_prompt, self.roles
-        given, of = (known.given, known.of) if isinstance(known, _Roles) else (dict(known), None)
-        for name, (start, end) in given.items():
-            if not 0 <= start < end <= len(prompt):
-                problem = f"the prompt has {len(prompt)} characters"
-            elif of is not None and of[start:end] != prompt[start:end]:
-                problem = f"there {prompt[start:end]!r} has taken the place of {of[start:end]!r}"
-            else:
-                continue
-            raise ExampleError(
-                f"example {self.id!r}: the role {name!r} is characters {start} to {end} of clean_prompt, and "
-                f"{problem}; give the roles of this prompt"
-            )
-        words = {**self.groups, "answer": self.answer, "foil": self.foil}
-        found = find_roles(prompt, words)
-        # A token of two roles is called by the first of them, so the options come first.
-        order = dict.fromkeys(("answer", "foil", *known, *self.groups))
-        roles = {name: (found | given)[name] for name in order if name in found | given}
-        own = {name: span for name, span in given.items() if found.get(name) != span}
-        object.__setattr__(self, "roles", _Roles(roles, own, prompt))
-
-
-class _Roles(dict[str, Span]):
-    """All roles of an example, which remember those that no lookup finds, and the prompt they are `of`."""
-
-    def __init__(
-        self,
-        roles: Mapping[str, Span] | Iterable[tuple[str, Span]],
-        given: Mapping[str, Span] | None = None,
-        of: str | None = None,
-    ) -> None:
-        super().__init__(roles)
-        self.given, self.of = dict(self if given is None else given), of
-
-
-def find_roles(prompt: str, words: Mapping[str, str]) -> dict[str, Span]:
-    """Character spans of `words` in `prompt`, for the words that stand there as whole words.
-
-    The first occurrence counts; upper and lower case are the same.
-
-    >>> find_roles("Is this circle red or blue?", {"answer": "red", "noun": "circle", "x": "cat"})
-    {'answer': (15, 18), 'noun': (8, 14)}
-    """
-    spans = {}
-    for role, word in words.items():
-        pattern = rf"(?<!\w){re.escape(word)}(?!\w)"
-        found = re.search(pattern, prompt, re.IGNORECASE) if word else None
-        if found:
-            spans[role] = found.span()
-    return spans
 
 
 def read_csv(path: Path | str) -> list[Example]:
@@ -226,88 +131,6 @@ def write_csv(path: Path | str, examples: Iterable[Example]) -> None:
         part.replace(path)
     except OSError as error:
         raise DataError(f"{path}: cannot be written ({error.strerror or error})") from error
-
-
-def open_image(picture: Picture | str) -> Image.Image:
-    """The picture as a person sees it, in RGB with 8 bits a channel.
-
-    Turned the way its EXIF data says, transparency on white, 16 bits scaled to 8, the first frame
-    of an animation; palettes, black and white, grey and CMYK become RGB. A picture in memory is
-    copied, never changed. Color profiles are not applied.
-
-    Raises `ExampleError` for what is missing, no image, broken, empty or above `MAX_PIXELS`.
-
-    >>> half_transparent = Image.new("RGBA", (1, 1), (255, 0, 0, 128))
-    >>> open_image(half_transparent).getpixel((0, 0))
-    (255, 127, 127)
-    """
-    name = "the picture in memory" if isinstance(picture, Image.Image) else str(picture)
-    try:
-        # What Pillow has to say about a file is either an error here or of no interest.
-        with warnings.catch_warnings(action="ignore"), _opened(picture) as image:
-            width, height = image.size
-            if not width * height:
-                raise ExampleError(f"{name}: has no pixels ({width}x{height})")
-            if width * height > MAX_PIXELS:
-                raise ExampleError(
-                    f"{name}: {width}x{height} pixels are more than the {MAX_PIXELS:,} that are "
-                    "read; scale it down"
-                )
-            return _to_rgb(_turned(image), name)
-    except ExampleError:
-        raise
-    except UnidentifiedImageError as error:
-        raise ExampleError(
-            f"{name}: not an image; expected PNG, JPEG or another format that Pillow reads"
-        ) from error
-    except Image.DecompressionBombError as error:
-        raise ExampleError(
-            f"{name}: more than the {MAX_PIXELS:,} pixels that are read; scale it down"
-        ) from error
-    except Exception as error:
-        # Pillow's decoders meet broken data with OSError, SyntaxError, struct.error and others;
-        # an OSError with a number comes from the file system.
-        if isinstance(error, OSError) and error.errno:
-            raise ExampleError(f"{name}: cannot be read ({error.strerror})") from error
-        raise ExampleError(
-            f"{name}: an image that cannot be decoded, broken or cut off ({error}); copy or save it again"
-        ) from error
-
-
-def fingerprint(examples: Iterable[Example]) -> str:
-    """The SHA-256, as 64 hex digits, of all that a run reads from the examples, in their order.
-
-    Ids, prompts, answers, foils, roles, and the content of images and masks (not where they
-    lie); groups only label the results and are left out. A file that is missing counts as such.
-
-    >>> example = Example("0", Image.new("RGB", (1, 1)), "Red or blue?", "red", "blue")
-    >>> fingerprint([example])[:8]
-    '471d3f40'
-    >>> fingerprint([example]) == fingerprint([example, example])
-    False
-    """
-    total = hashlib.sha256()
-    known: dict[Path, str] = {}
-    for example in examples:
-        pictures = {"clean": example.clean_image, "corrupt": example.corrupt_image}
-        boxes = {name: mask for name, mask in sorted(example.masks.items()) if is_box(mask)}
-        pictures |= {
-            f"mask {name}": cast(Picture, mask)
-            for name, mask in sorted(example.masks.items())
-            if name not in boxes
-        }
-        record = {
-            "id": example.id,
-            "prompts": [example.clean_prompt, example.corrupt_prompt],
-            "answers": [example.answer, example.foil],
-            "roles": {name: list(span) for name, span in sorted(example.roles.items())},
-            "pictures": {name: _content(one, known) for name, one in pictures.items()},
-        }
-        record |= {"boxes": boxes} if boxes else {}
-        more = [_content(one, known) for one in example.more_images]
-        record |= {"more": more} if more else {}
-        total.update(json.dumps(record).encode() + b"\n")
-    return total.hexdigest()
 
 
 def _read_text(path: Path) -> str:
@@ -439,11 +262,6 @@ def _is_more(name: str) -> bool:
     return re.fullmatch(rf"{MORE}_[2-9]", name) is not None
 
 
-def is_box(mask: Picture | Box) -> TypeGuard[Box]:
-    """Whether an object's place is given as a box, not as a picture."""
-    return isinstance(mask, tuple)
-
-
 def _box(cell: str) -> Box:
     """The four numbers of a cell; raises `ValueError` if they are no box."""
     left, top, right, bottom = (float(part) for part in re.split(r"[,;\s]+", cell.strip("()[] ")))
@@ -519,82 +337,3 @@ def _save(picture: Image.Image, file: Path) -> None:
     part = file.with_suffix(".part")
     (picture if plain else open_image(picture)).save(part, format="PNG")
     part.replace(file)
-
-
-@contextlib.contextmanager
-def _opened(picture: Picture | str) -> Iterator[Image.Image]:
-    """A picture whose header is read; where it was a path, closed again at the end."""
-    if isinstance(picture, Image.Image):
-        yield picture
-        return
-    path = Path(picture)
-    if path.is_dir():
-        raise ExampleError(f"{path}: a folder; expected an image file")
-    if not path.is_file():
-        raise ExampleError(
-            f"{path}: no such file; expected an image (a path in a CSV file starts from its folder)"
-        )
-    if not path.stat().st_size:
-        raise ExampleError(f"{path}: an empty file; expected an image")
-    with Image.open(path) as image:
-        yield image
-
-
-def _turned(image: Image.Image) -> Image.Image:
-    """The image turned and mirrored as its EXIF data says; it stays as it is if that is broken."""
-    image.load()
-    try:
-        return ImageOps.exif_transpose(image)
-    except Exception:  # whatever the parser of a broken block stumbles over
-        return image
-
-
-def _to_rgb(image: Image.Image, name: str) -> Image.Image:
-    """RGB without metadata, so that nothing is applied twice."""
-    if image.mode.startswith(("I", "F")):
-        image = _to_8_bits(image, name)
-    elif image.has_transparency_data:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    image = image.convert("RGB")
-    image.info = {}
-    return image
-
-
-def _to_8_bits(image: Image.Image, name: str) -> Image.Image:
-    """Grey levels of 16 bits, scaled; Pillow itself would clip them at 255.
-
-    Mode I holds 32 bits, and 16 of them count where Pillow reads a 16-bit file into it. Numbers
-    that do not tell their range are refused rather than guessed at.
-    """
-    whole = image.convert("I") if image.mode != "F" else image
-    low, high = cast(tuple[float, float], whole.getextrema())
-    named = image.mode.startswith("I;16")
-    plain = image.mode == "I" and low >= 0 and 255 < high < 65536
-    if not (named or plain or low == high == 0):
-        raise ExampleError(
-            f"{name}: grey levels of mode {image.mode} from {low} to {high}, and which of them is "
-            "white is not known; save the image with 8 or 16 bits"
-        )
-    return whole.point(lambda level: level * (1 / 257) + 0.5).convert("L")
-
-
-def _content(picture: Picture | None, known: dict[Path, str]) -> str | None:
-    """The hash of a picture's file or pixels; `known` keeps what one call has read already."""
-    if picture is None:
-        return None
-    if isinstance(picture, Image.Image):
-        try:
-            pixels = picture.tobytes()
-        except Exception:  # a file that was opened in part and cannot be read to its end
-            return "missing"
-        about = [picture.mode, *picture.size, picture.getpalette()]
-        return hashlib.sha256(json.dumps(about).encode() + pixels).hexdigest()
-    path = Path(picture)
-    if path not in known:
-        try:
-            with path.open("rb") as file:
-                known[path] = hashlib.file_digest(file, "sha256").hexdigest()
-        except OSError:
-            known[path] = "missing"
-    return known[path]

@@ -13,11 +13,11 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from vlmscope.data.layout import Pictures, by_stem, check_columns, count, not_here, read_table
-from vlmscope.data.sampling import Drawn, balanced, example, shuffled
-from vlmscope.data.synonyms import near
+from vlmscope.data.example import Example
+from vlmscope.data.published.layout import Pictures, by_stem, check_columns, count, not_here, read_table
+from vlmscope.data.published.sampling import Drawn, balanced, example, shuffled
+from vlmscope.data.questions.synonyms import near
 from vlmscope.errors import DataError
-from vlmscope.example import Example
 
 NAME = "coco-qa"
 SIZE = 500

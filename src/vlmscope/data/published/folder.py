@@ -12,12 +12,12 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from vlmscope.data.english import article
-from vlmscope.data.layout import Pictures, count, folders_in, images_in, looks_like
-from vlmscope.data.sampling import Decks, balanced, example, in_order, shuffled
-from vlmscope.data.synonyms import near
+from vlmscope.data.example import Example
+from vlmscope.data.published.layout import Pictures, count, folders_in, images_in, looks_like
+from vlmscope.data.published.sampling import Decks, balanced, example, in_order, shuffled
+from vlmscope.data.questions.english import article
+from vlmscope.data.questions.synonyms import near
 from vlmscope.errors import DataError
-from vlmscope.example import Example
 
 NAME = "folder"
 SIZE = 500

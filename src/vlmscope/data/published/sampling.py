@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Generic, TypeVar
 
-from vlmscope.data.layout import Pictures, count
-from vlmscope.example import Example, find_roles
+from vlmscope.data.example import Example, find_roles
+from vlmscope.data.published.layout import Pictures, count
 
 ORDERS = ("answer first", "foil first")
 

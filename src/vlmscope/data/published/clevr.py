@@ -17,11 +17,11 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from vlmscope.data.layout import Pictures, by_stem, count, header_of, not_here, read_table
-from vlmscope.data.replacement import aligned
-from vlmscope.data.sampling import Drawn, balanced, example, shuffled
+from vlmscope.data.example import Example
+from vlmscope.data.published.layout import Pictures, by_stem, count, header_of, not_here, read_table
+from vlmscope.data.published.sampling import Drawn, balanced, example, shuffled
+from vlmscope.data.questions.replacement import aligned
 from vlmscope.errors import DataError
-from vlmscope.example import Example
 
 NAME = "clevr"
 SIZE = 500
