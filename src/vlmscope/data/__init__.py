@@ -1,4 +1,4 @@
-"""What is run: examples, from the sets that the package draws (`drawn`), from CSV files, from published sets."""
+"""What is run: examples that the package draws (`drawn`), from CSV files, or from published sets."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def listed(given: Examples) -> list[Example]:
     for number, one in enumerate(found):
         if not isinstance(one, Example):
             raise DataError(
-                f"example {number} is a {type(one).__name__} ({one!r:.40}); expected an Example, as read_csv makes "
-                "them, or the name of a CSV file alone"
+                f"example {number} is a {type(one).__name__} ({one!r:.40}); expected an Example, as read_csv "
+                "makes them, or the name of a CSV file alone"
             )
     return found

@@ -1,4 +1,4 @@
-"""Examples as a CSV file, with the column names of the published NOTICE code."""
+"""Tables as CSV files: the one reader, and the form of examples, named as in the published NOTICE code."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import difflib
 import io
 import math
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from PIL import Image
@@ -17,16 +17,12 @@ from vlmscope.data.images import open_image
 from vlmscope.errors import DataError
 
 COLUMNS = (
-    "clean_image_path",
-    "corrupt_image_path",
-    "clean_prompt",
-    "corrupt_prompt",
-    "correct_answer",
-    "incorrect_answer",
+    *("clean_image_path", "corrupt_image_path", "clean_prompt", "corrupt_prompt"),
+    *("correct_answer", "incorrect_answer"),
 )
 """The columns of the CSV form, besides `id`, masks, groups and roles."""
-OPTIONAL = ("corrupt_image_path", "corrupt_prompt")
-"""May be absent or empty: not every corruption needs them, and the one that does says so."""
+NEEDED = tuple(name for name in COLUMNS if not name.startswith("corrupt"))
+"""The corrupt input may be absent or empty: not every corruption needs it, and the one that does says so."""
 PROMPTS = ("clean_prompt", "corrupt_prompt")
 """Taken with the blanks around them, which a model's tokens may depend on."""
 MASK = "mask_path"
@@ -40,6 +36,10 @@ MORE = "image_path"
 SHOWN = 5
 """How many bad lines of a CSV an error lists."""
 
+# Pandas leaves its index unnamed and reads it back so.
+_INDEX = re.compile(r"(Unnamed: [\d.]+)?")
+_NO_GROUP = re.compile(rf"id|{SHOWS}|{'|'.join(COLUMNS)}|({MASK}|{BOX})(_.+)?|{MORE}_[2-9]|{_INDEX.pattern}")
+
 
 def read_csv(path: Path | str) -> list[Example]:
     """The examples in a CSV file, in its order.
@@ -48,10 +48,10 @@ def read_csv(path: Path | str) -> list[Example]:
     be absent, and their cells empty. `id` is optional: by default an example's id is the number
     of its row, counted from 0 as pandas does. `mask_path` and `mask_path_NAME` give masks,
     `box` and `box_NAME` boxes instead; `image_path_2`, `image_path_3`… are further pictures of an
-    example, the same in both runs; `shows` are words for what the clean image shows. Every further column is a group, and where its words stand in the clean prompt also a role of that
-    name; the roles `answer` and `foil` are always looked up. Columns without a name, as pandas
-    writes an index, are left out. Image paths are relative to the file's folder, and are not
-    opened here.
+    example, the same in both runs; `shows` are words for what the clean image shows. Every further
+    column is a group, and where its words stand in the clean prompt also a role of that name; the
+    roles `answer` and `foil` are always looked up. Columns without a name, as pandas writes an
+    index, are left out. Image paths are relative to the file's folder, and are not opened here.
 
     Raises `DataError` where the file as a whole cannot be trusted: it is missing or not UTF-8, a
     column is missing, a row has too many or too few cells or an empty one that every example
@@ -71,9 +71,13 @@ def read_csv(path: Path | str) -> list[Example]:
     {'answer': (12, 17), 'foil': (21, 26), 'noun': (8, 11)}
     """
     path = Path(path)
-    lines = _parse(path, _read_text(path))
+    lines = _read_cells(path, COLUMNS)
     _, header = next(lines, (1, []))
-    names = _check_header(path, header)
+    short = {MASK: f"{MASK}_object", BOX: f"{BOX}_object"}
+    names = [short.get(name.strip(), name.strip()) for name in header]
+    _check_columns(path, names, NEEDED, "rename or add columns")
+    if twice := [name for name in names if names.count(name) > 1 and not _INDEX.fullmatch(name)]:
+        raise DataError(f"{path}: two columns {twice[0]!r}; rename one or take it out")
     rows: list[dict[str, str]] = []
     problems: list[str] = []
     first_line: dict[str, int] = {}
@@ -84,7 +88,11 @@ def read_csv(path: Path | str) -> list[Example]:
                 "(put a cell with a comma or a line break in double quotes)"
             )
             continue
-        row = _clean(names, cells)
+        row = {
+            name: cell if name in PROMPTS and cell.strip() else cell.strip()
+            for name, cell in zip(names, cells, strict=True)
+            if not _INDEX.fullmatch(name)
+        }
         row.setdefault("id", str(len(rows)))
         earlier = first_line.setdefault(row["id"], line)
         if problem := _problem(row):
@@ -112,13 +120,13 @@ def write_csv(path: Path | str, examples: Iterable[Example]) -> None:
     """
     path = Path(path)
     rows: list[dict[str, str]] = []
-    seen = set[str]()
+    ids = set[str]()
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         for number, example in enumerate(examples):
             row = _row(path, number, example)
-            _check_row(row, example, duplicate=example.id in seen)
-            seen.add(example.id)
+            _check_row(row, example, duplicate=example.id in ids)
+            ids.add(example.id)
             rows.append(row)
         if not rows:
             raise DataError(f"{path}: no examples to write; expected at least one")
@@ -133,31 +141,40 @@ def write_csv(path: Path | str, examples: Iterable[Example]) -> None:
         raise DataError(f"{path}: cannot be written ({error.strerror or error})") from error
 
 
-def _read_text(path: Path) -> str:
-    """The text of a CSV file, without its byte order mark."""
+def read_table(
+    path: Path, columns: Sequence[str], rename: Callable[[str], str] = str.strip
+) -> list[dict[str, str]]:
+    """The rows of any CSV file that has these columns (and maybe others); missing cells are empty.
+
+    `rename` is called with the names in the header. Raises `DataError` where the file cannot be
+    read or lacks a column, with the name that is nearest.
+    """
+    lines = _read_cells(path, columns)
+    _, header = next(lines, (1, []))
+    names = [rename(name) for name in header]
+    _check_columns(path, names, columns, f"expected {', '.join(columns)}")
+    rows = [dict(zip(names, cells, strict=False)) for _, cells in lines]
+    return [{name: row.get(name, "").strip() for name in names} for row in rows]
+
+
+def _read_cells(path: Path, columns: Sequence[str]) -> Iterator[tuple[int, list[str]]]:
+    """The rows that hold anything, the header first, each with the number of the line on which it begins."""
     try:
-        data = path.read_bytes()
+        text = path.read_bytes().decode("utf-8-sig")
     except FileNotFoundError:
-        raise DataError(f"{path}: no such file; expected a CSV file of examples") from None
+        raise DataError(f"{path}: no such file; expected a CSV file") from None
     except IsADirectoryError:
-        raise DataError(f"{path}: a folder; expected the CSV file of examples in it") from None
+        raise DataError(f"{path}: a folder; expected the CSV file in it") from None
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror or error})") from error
-    try:
-        text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = error.object[: error.start].count(b"\n") + 1
+        byte = error.object[error.start]
         raise DataError(
-            f"{path}, line {line}: not UTF-8 (byte 0x{error.object[error.start]:02x}); "
-            "save the file as CSV in UTF-8"
+            f"{path}, line {line}: not UTF-8 (byte 0x{byte:02x}); save the file as CSV in UTF-8"
         ) from None
     if not text.strip():
-        raise DataError(f"{path}: empty; expected a header with {', '.join(COLUMNS)}")
-    return text
-
-
-def _parse(path: Path, text: str) -> Iterator[tuple[int, list[str]]]:
-    """The rows that hold anything, each with the number of the line on which it begins."""
+        raise DataError(f"{path}: empty; expected a header with {', '.join(columns)}")
     reader = csv.reader(io.StringIO(text, newline=""), strict=True)
     line = 1
     try:
@@ -172,44 +189,22 @@ def _parse(path: Path, text: str) -> Iterator[tuple[int, list[str]]]:
         ) from error
 
 
-def _check_header(path: Path, header: Sequence[str]) -> list[str]:
-    """The names of the columns, with `mask_path` and `box` in their long form."""
-    short = {MASK: f"{MASK}_object", BOX: f"{BOX}_object"}
-    names = [short.get(name.strip(), name.strip()) for name in header]
-    named = [name for name in names if not _is_index(name)]
-    missing = [name for name in COLUMNS if name not in named and name not in OPTIONAL]
-    if missing:
-        lower = {name.lower(): name for name in named if name not in COLUMNS}
-        near = {name: difflib.get_close_matches(name, lower, n=1, cutoff=0.8) for name in missing}
-        lacks = [f"{one} (is it {lower[near[one][0]]!r}?)" if near[one] else one for one in missing]
-        commas = " (its cells must be separated by commas)" if len(names) == 1 else ""
-        raise DataError(
-            f"{path}: no column {', '.join(lacks)}; the file has "
-            f"{', '.join(map(repr, named)) or 'none'}{commas}; rename or add columns"
-        )
-    if twice := [name for name in named if named.count(name) > 1]:
-        raise DataError(f"{path}: two columns {twice[0]!r}; rename one or take it out")
-    return names
-
-
-def _is_index(name: str) -> bool:
-    """Whether a column only counts rows: pandas leaves its index unnamed and reads it back so."""
-    return re.fullmatch(r"(Unnamed: [\d.]+)?", name) is not None
-
-
-def _clean(names: Sequence[str], cells: Sequence[str]) -> dict[str, str]:
-    """A row without index columns and, but for its prompts, without blanks around the cells."""
-    return {
-        name: cell if name in PROMPTS and cell.strip() else cell.strip()
-        for name, cell in zip(names, cells, strict=True)
-        if not _is_index(name)
-    }
+def _check_columns(path: Path, names: Sequence[str], needed: Sequence[str], way_out: str) -> None:
+    """Refuse a table that lacks a column; the error names the nearest that is there."""
+    missing = [name for name in needed if name not in names]
+    if not missing:
+        return
+    others = {name.lower(): name for name in names if name not in COLUMNS}
+    near = {name: difflib.get_close_matches(name.lower(), others, n=1, cutoff=0.8) for name in missing}
+    lacks = [f"{name} (is it {others[near[name][0]]!r}?)" if near[name] else name for name in missing]
+    named = ", ".join(repr(name) for name in names if not _INDEX.fullmatch(name)) or "none"
+    commas = " (its cells must be separated by commas)" if len(names) == 1 else ""
+    raise DataError(f"{path}: no column {', '.join(lacks)}; the file has {named}{commas}; {way_out}")
 
 
 def _problem(row: Mapping[str, str]) -> str | None:
     """Why no example can be made of a row, if so."""
-    needed = ("id", *(name for name in COLUMNS if name not in OPTIONAL))
-    if empty := [name for name in needed if not row[name]]:
+    if empty := [name for name in ("id", *NEEDED) if not row[name]]:
         return f"{' and '.join(empty)} {'is' if len(empty) == 1 else 'are'} empty (fill it in)"
     if row["correct_answer"].casefold() == row["incorrect_answer"].casefold():
         word = row["correct_answer"]
@@ -225,37 +220,27 @@ def _problem(row: Mapping[str, str]) -> str | None:
 
 def _example(folder: Path, row: Mapping[str, str]) -> Example:
     """The example in a row that `_problem` has nothing against."""
+    cells = {name: cell for name, cell in row.items() if cell}
     masks: dict[str, Picture | Box] = {}
-    for name, cell in row.items():
-        if _is_mask(name) and cell:
-            kind = MASK if name.startswith(MASK) else BOX
-            of = name.removeprefix(f"{kind}_")
-            masks[of] = folder / cell if kind == MASK else _box(cell)
-    fixed = {"id", SHOWS, *COLUMNS}
-    groups = {
-        name: cell
-        for name, cell in row.items()
-        if name not in fixed and not _is_mask(name) and not _is_more(name) and cell
-    }
-    further = sorted(name for name in row if _is_more(name) and row[name])
-    corrupt_image = row.get("corrupt_image_path")
+    for name, cell in cells.items():
+        if name.startswith(f"{MASK}_"):
+            masks[name.removeprefix(f"{MASK}_")] = folder / cell
+        elif name.startswith(f"{BOX}_"):
+            masks[name.removeprefix(f"{BOX}_")] = _box(cell)
+    words = (word.strip() for word in cells.get(SHOWS, "").casefold().split(","))
     return Example(
         id=row["id"],
         clean_image=folder / row["clean_image_path"],
         clean_prompt=row["clean_prompt"],
         answer=row["correct_answer"],
         foil=row["incorrect_answer"],
-        corrupt_image=folder / corrupt_image if corrupt_image else None,
-        corrupt_prompt=row.get("corrupt_prompt") or None,
-        groups=groups,
+        corrupt_image=folder / cells["corrupt_image_path"] if "corrupt_image_path" in cells else None,
+        corrupt_prompt=cells.get("corrupt_prompt"),
+        groups={name: cell for name, cell in cells.items() if not _NO_GROUP.fullmatch(name)},
         masks=masks,
-        more_images=tuple(folder / row[name] for name in further),
-        shows=frozenset(x for x in (x.strip() for x in row.get(SHOWS, "").casefold().split(",")) if x),
+        more_images=tuple(folder / cells[name] for name in sorted(cells) if _is_more(name)),
+        shows=frozenset(filter(None, words)),
     )
-
-
-def _is_mask(name: str) -> bool:
-    return re.fullmatch(rf"({MASK}|{BOX})_.+", name) is not None
 
 
 def _is_more(name: str) -> bool:
@@ -283,17 +268,7 @@ def _row(path: Path, number: int, example: Example) -> dict[str, str]:
         here, there = path.parent.absolute(), Path(picture).absolute()
         return (there.relative_to(here) if there.is_relative_to(here) else there).as_posix()
 
-    def place_mask(name: str, mask: Picture | Box, index: int) -> tuple[str, str]:
-        if isinstance(mask, tuple):
-            return f"{BOX}_{name}", " ".join(f"{x:.10g}" for x in mask)
-        return f"{MASK}_{name}", place(mask, f"mask{index}")
-
-    words = {
-        name: example.clean_prompt[slice(*span)]
-        for name, span in example.roles.items()
-        if name not in ("answer", "foil")
-    }
-    return {
+    row = {
         "id": example.id,
         "clean_image_path": place(example.clean_image, "clean"),
         "corrupt_image_path": place(example.corrupt_image, "corrupt"),
@@ -301,12 +276,20 @@ def _row(path: Path, number: int, example: Example) -> dict[str, str]:
         "corrupt_prompt": example.corrupt_prompt or "",
         "correct_answer": example.answer,
         "incorrect_answer": example.foil,
-        **{f"{MORE}_{n}": place(one, f"image{n}") for n, one in enumerate(example.more_images, 2)},
-        **dict(place_mask(*item, index) for index, item in enumerate(example.masks.items())),
-        **({SHOWS: ", ".join(sorted(example.shows))} if example.shows else {}),
-        **words,
-        **example.groups,
     }
+    for n, picture in enumerate(example.more_images, 2):
+        row[f"{MORE}_{n}"] = place(picture, f"image{n}")
+    for n, (name, mask) in enumerate(example.masks.items()):
+        if isinstance(mask, tuple):
+            row[f"{BOX}_{name}"] = " ".join(f"{x:.10g}" for x in mask)
+        else:
+            row[f"{MASK}_{name}"] = place(mask, f"mask{n}")
+    if example.shows:
+        row[SHOWS] = ", ".join(sorted(example.shows))
+    for name, span in example.roles.items():
+        if name not in ("answer", "foil"):
+            row[name] = example.clean_prompt[slice(*span)]
+    return row | dict(example.groups)
 
 
 def _check_row(row: Mapping[str, str], example: Example, duplicate: bool) -> None:
@@ -317,8 +300,7 @@ def _check_row(row: Mapping[str, str], example: Example, duplicate: bool) -> Non
     if problem := _problem(row):
         raise DataError(f"{where}: {problem}")
     for name in (*example.roles, *example.groups):
-        own = _is_mask(name) or _is_more(name) or _is_index(name)
-        if name in ("id", SHOWS, *COLUMNS) or own or name != name.strip():
+        if _NO_GROUP.fullmatch(name) or name != name.strip():
             raise DataError(f"{where}: a role or group cannot be called {name!r}; rename it")
     back = _example(Path(), row)
     if lost := [name for name, span in example.roles.items() if back.roles.get(name) != span]:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 
@@ -86,7 +87,7 @@ def build(
     ...     build("folder", root, limit=1).examples[0].clean_prompt
     'is this a cat or an owl?'
     """
-    from vlmscope.data.published.layout import check_root
+    from vlmscope.data.published.sampling import Source
     from vlmscope.data.questions.replacement import replace_words
 
     if name not in PUBLISHED:
@@ -96,37 +97,38 @@ def build(
     if download and name != "svo-probes":
         raise DataError(f"{name}: has no addresses to download from; only svo-probes has")
     root = Path(root)
-    check_root(name, root)
-    dropped: dict[str, int] = {}
-    options = {"fetch": _fetcher(root, progress)} if download else {}
-    module = import_module(f"vlmscope.data.published.{PUBLISHED[name]}")
-    found: list[Example] = module.load(root, limit, seed, dropped, **options)
-    if not found:
-        why = "; ".join(f"{reason} ({number:,})" for reason, number in dropped.items())
-        raise DataError(f"{root}: no example of {name} is left: {why or 'its tables are empty'}")
-    found, notes = replace_words(_told_apart(found), pieces=pieces, seed=seed)
-    if without := sum(one.corrupt_image is None for one in found):
-        notes["without a corrupt image: no image pair"] = without
-    return Built(found, dropped, notes)
-
-
-def _fetcher(
-    root: Path, progress: Callable[[int, int], None] | None
-) -> Callable[[Mapping[str, Path]], Mapping[str, str]]:
-    def fetch(jobs: Mapping[str, Path]) -> Mapping[str, str]:
+    _check_root(name, root)
+    source = Source(name, root, limit, seed)
+    if download:
         from vlmscope.data.published.download import fetch_and_log
 
-        return fetch_and_log(jobs, root / "download-failures.csv", progress=progress)
+        source.fetch = partial(fetch_and_log, log=root / "download-failures.csv", progress=progress)
+    found: list[Example] = import_module(f"vlmscope.data.published.{PUBLISHED[name]}").load(source)
+    if not found:
+        why = "; ".join(f"{reason} ({number:,})" for reason, number in source.dropped.items())
+        raise DataError(f"{root}: no example of {name} is left: {why or 'its tables are empty'}")
+    found, notes = replace_words(_numbered(found), pieces=pieces, seed=seed)
+    if without := sum(example.corrupt_image is None for example in found):
+        notes["without a corrupt image: no image pair"] = without
+    return Built(found, source.dropped, notes)
 
-    return fetch
+
+def _check_root(name: str, root: Path) -> None:
+    """Refuse a folder that cannot hold the data set `name` at all."""
+    if not root.exists():
+        raise DataError(f"{root}: no such folder; expected the folder that holds {name} as it is distributed")
+    if not root.is_dir():
+        raise DataError(f"{root}: a file; expected the folder that holds {name}")
+    if not any(root.iterdir()):
+        raise DataError(f"{root}: an empty folder; unpack {name} there, or give the folder it is in")
 
 
-def _told_apart(found: list[Example]) -> list[Example]:
+def _numbered(examples: list[Example]) -> list[Example]:
     """The examples with a number behind an id that another one has already."""
-    seen: Counter[str] = Counter()
-    told: list[Example] = []
-    for one in found:
-        seen[one.id] += 1
-        again = seen[one.id] > 1
-        told.append(replace(one, id=f"{one.id}-{seen[one.id]}") if again else one)
-    return told
+    known: Counter[str] = Counter()
+    numbered: list[Example] = []
+    for example in examples:
+        known[example.id] += 1
+        again = known[example.id] > 1
+        numbered.append(replace(example, id=f"{example.id}-{known[example.id]}") if again else example)
+    return numbered

@@ -12,19 +12,17 @@ all words and turns the answer around; where that would not align, "left" and "r
 from __future__ import annotations
 
 import ast
-import random
 import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from vlmscope.data.example import Example
-from vlmscope.data.published.layout import Pictures, by_stem, count, header_of, not_here, read_table
-from vlmscope.data.published.sampling import Drawn, balanced, example, shuffled
+from vlmscope.data.example import Example, find_roles
+from vlmscope.data.published.layout import by_stem, header_of
+from vlmscope.data.published.sampling import MISSING, SIZE, Partners, Source
 from vlmscope.data.questions.replacement import aligned
+from vlmscope.data.table import read_table
 from vlmscope.errors import DataError
 
-NAME = "clevr"
-SIZE = 500
 COLUMNS = ("Image_IDs", "Questions_Answers")
 PLACES = ("images/val", "val", "images", "")
 ANSWERS = {1: "yes", 0: "no"}
@@ -38,12 +36,10 @@ CELLS = (
 BAD_CELL = "a cell that is no list of questions and answers"
 OTHER_QUESTION = "a question of another form than 'Is the ... left of the ...?'"
 CLASH = "the image has the same question twice, or its reverse with the same answer"
-MISSING = "the image is not there"
 PAIRED = "every image with the other answer is already its pair, or cannot be read"
 
 _QUESTION = re.compile(
-    r"Is the (?P<object>[^?]+?) (?P<relation>right of|left of|behind|in front of) "
-    r"the (?P<other>[^?]+)\?",
+    r"Is the (?P<object>[^?]+?) (?P<relation>right of|left of|behind|in front of) the (?P<other>[^?]+)\?",
     re.IGNORECASE,
 )
 
@@ -55,69 +51,88 @@ class Row:
     image: str
     number: int
     question: str
-    relation: str
     answer: str
 
+    @property
+    def words(self) -> dict[str, str]:
+        """The two things and their relation; empty for a question of another form.
 
-def load(root: Path, limit: int | None, seed: int, dropped: dict[str, int]) -> list[Example]:
-    """The examples of the tables in `root`; why questions were dropped is counted in `dropped`."""
-    rows = read_rows(root, dropped)
-    files = by_stem(root / place for place in PLACES)
+        >>> Row("", 0, "Is the cube in front of the ball?", "yes").words
+        {'object': 'cube', 'other': 'ball', 'relation': 'in front of'}
+        """
+        found = _QUESTION.fullmatch(self.question)
+        return {name: found[name] for name in ("object", "other", "relation")} if found else {}
+
+    @property
+    def kind(self) -> str:
+        return self.words["relation"].lower().removeprefix("in ").removesuffix(" of")
+
+
+def load(source: Source) -> list[Example]:
+    """The examples of the tables; why questions were dropped is counted in `source`."""
+    rows = read_rows(source)
+    files = by_stem(source.root / place for place in PLACES)
     kept = [row for row in rows if row.image in files]
     if rows and not kept:
         raise DataError(
-            f"{root}: none of the images of the table; expected CLEVR's, such as "
+            f"{source.root}: none of the images of the table; expected CLEVR's, such as "
             f"images/val/{rows[0].image}.png; unpack CLEVR_v1.0 there"
         )
-    count(dropped, MISSING, len(rows) - len(kept))
-    answered: dict[tuple[str, str], list[str]] = {}
+    source.drop(MISSING, len(rows) - len(kept))
+    answered: dict[tuple[str, str], list[Path]] = {}
     for row in kept:
-        answered.setdefault((row.question, row.answer), []).append(row.image)
-    items = {
-        f"{relation}, {answer}": _with_pairs_first(
-            [row for row in kept if (row.relation, row.answer) == (relation, answer)], answered, seed
+        answered.setdefault((row.question, row.answer), []).append(files[row.image])
+    partners = Partners(source)
+
+    def others(row: Row) -> list[Path]:
+        return answered.get((row.question, OTHER[row.answer]), [])
+
+    def make(row: Row) -> Example | None:
+        image = files[row.image]
+        if not source.is_readable(image):
+            return None
+        mixed = source.shuffled(others(row), source.seed, row.image, row.question)
+        partner = partners.first(image, mixed, row.question)
+        if mixed and partner is None:
+            source.drop(PAIRED)
+            return None
+        return _example(row, image, partner)
+
+    items = {}
+    for relation, answer in CELLS:
+        cell = [row for row in kept if (row.kind, row.answer) == (relation, answer)]
+        # Those with an image pair come before the others.
+        items[f"{relation}, {answer}"] = sorted(
+            source.shuffled(cell, source.seed), key=lambda row: not others(row)
         )
-        for relation, answer in CELLS
-    }
-    pictures = Pictures(dropped)
-    used: set[tuple[str, frozenset[str]]] = set()
-
-    def make(row: Row) -> tuple[Row, str | None] | None:
-        if not pictures.readable(files[row.image]):
-            return None
-        others = list(answered.get((row.question, OTHER[row.answer]), []))
-        random.Random(f"{NAME}/{seed}/{row.image}/{row.question}").shuffle(others)
-        for other in others:
-            key = (row.question, frozenset((row.image, other)))
-            if key not in used and pictures.readable(files[other]):
-                used.add(key)
-                return row, other
-        if others:
-            count(dropped, PAIRED)
-            return None
-        return row, None
-
-    drawn = balanced(items, make, size=SIZE // 2, limit=limit, dropped=dropped)
-    return [_example(one, files) for one in drawn]
+    return [drawn.made for drawn in source.balanced(items, make, SIZE // 2)]
 
 
-def read_rows(root: Path, dropped: dict[str, int]) -> list[Row]:
-    """The questions of the tables, in their order."""
+def read_rows(source: Source) -> list[Row]:
+    """The questions of the tables that hold together, in their order."""
     tables = [
         path
-        for path in sorted(root.glob("*.csv"))
+        for path in sorted(source.root.glob("*.csv"))
         if "clevr" in path.name.lower() or COLUMNS[1] in header_of(path)
     ]
     if not tables:
-        raise not_here(NAME, root, "file named clevr*.csv")
+        raise source.not_here("file named clevr*.csv")
     rows: list[Row] = []
     for path in tables:
         for cells in read_table(path, COLUMNS):
             asked = parse_cell(cells["Questions_Answers"])
             if asked is None:
-                count(dropped, BAD_CELL)
+                source.drop(BAD_CELL)
                 continue
-            rows += _rows(cells["Image_IDs"], asked, dropped)
+            image = Path(cells["Image_IDs"]).stem
+            asked_rows = [Row(image, number, *one) for number, one in enumerate(asked)]
+            for row in asked_rows:
+                if row.words.get("object") == row.words.get("other"):
+                    source.drop(OTHER_QUESTION)
+                elif _clashes(row, asked_rows):
+                    source.drop(CLASH)
+                else:
+                    rows.append(row)
     return rows
 
 
@@ -135,16 +150,15 @@ def parse_cell(cell: str) -> list[tuple[str, str]] | None:
         return None
 
 
-def swap_objects(question: str) -> str | None:
+def swap_objects(question: str) -> str:
     """The same question about the other object, whose answer is the other one.
 
     >>> swap_objects("Is the red cube left of the small ball?")
     'Is the small ball left of the red cube?'
     """
-    found = _QUESTION.fullmatch(question)
-    if not found:
-        return None
-    return f"{question[:7]}{found['other']} {found['relation']} the {found['object']}?"
+    return _QUESTION.sub(
+        lambda found: f"{question[:7]}{found['other']} {found['relation']} the {found['object']}?", question
+    )
 
 
 def turn_around(question: str) -> str | None:
@@ -153,10 +167,10 @@ def turn_around(question: str) -> str | None:
     >>> turn_around("Is the cube left of the small ball?")
     'Is the cube right of the small ball?'
     """
-    swapped = swap_objects(question)
     found = _QUESTION.fullmatch(question)
-    if swapped is None or found is None:
+    if found is None:
         return None
+    swapped = swap_objects(question)
     if len(found["object"].split()) == len(found["other"].split()) and aligned(question, swapped):
         return swapped
     turned = {"left of": "right of", "right of": "left of"}.get(found["relation"].lower())
@@ -166,47 +180,27 @@ def turn_around(question: str) -> str | None:
     return question[:start] + turned + question[end:]
 
 
-def _rows(image: str, asked: list[tuple[str, str]], dropped: dict[str, int]) -> list[Row]:
-    """The questions about one image that hold together."""
-    image = Path(image).stem
-    answers: dict[str, set[str]] = {}
-    for question, answer in asked:
-        answers.setdefault(question, set()).add(answer)
-    rows: list[Row] = []
-    for number, (question, answer) in enumerate(asked):
-        found = _QUESTION.fullmatch(question)
-        if not found or found["object"] == found["other"]:
-            count(dropped, OTHER_QUESTION)
-            continue
-        again = question in (one for one, _ in asked[:number])
-        if (
-            again
-            or answers[question] != {answer}
-            or answer in answers.get(swap_objects(question) or "", set())
-        ):
-            count(dropped, CLASH)
-            continue
-        relation = found["relation"].lower().removeprefix("in ").removesuffix(" of")
-        rows.append(Row(image, number, question, relation, answer))
-    return rows
+def _clashes(row: Row, asked: list[Row]) -> bool:
+    """Whether the image has the question before or with another answer, or its reverse with the same."""
+    swapped = swap_objects(row.question)
+    for other in asked:
+        again = other.question == row.question
+        if again and (other.number < row.number or other.answer != row.answer):
+            return True
+        if other.question == swapped and other.answer == row.answer:
+            return True
+    return False
 
 
-def _with_pairs_first(rows: list[Row], answered: dict[tuple[str, str], list[str]], seed: int) -> list[Row]:
-    """The rows in the order of their drawing, those with an image pair before the others."""
-    mixed = shuffled(rows, NAME, seed)
-    return sorted(mixed, key=lambda row: (row.question, OTHER[row.answer]) not in answered)
-
-
-def _example(drawn: Drawn[tuple[Row, str | None]], files: dict[str, Path]) -> Example:
-    row, other = drawn.made
-    found = _QUESTION.fullmatch(row.question)
-    assert found  # rows that do not match were dropped when they were read
-    return example(
-        f"clevr-{row.image.rpartition('_')[2]}-{row.number}",
-        (files[row.image], files[other] if other else None),
-        row.question,
-        (row.answer, OTHER[row.answer]),
-        groups={"kind": row.relation},
-        words={"object": found["object"], "other": found["other"], "relation": found["relation"]},
+def _example(row: Row, image: Path, partner: Path | None) -> Example:
+    return Example(
+        id=f"clevr-{row.image.rpartition('_')[2]}-{row.number}",
+        clean_image=image,
+        clean_prompt=row.question,
+        answer=row.answer,
+        foil=OTHER[row.answer],
+        corrupt_image=partner,
         corrupt_prompt=turn_around(row.question),
+        roles=find_roles(row.question, row.words),
+        groups={"kind": row.kind},
     )

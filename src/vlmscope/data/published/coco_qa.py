@@ -8,26 +8,23 @@ in the root, in `images/` or as it is. The corrupt image has another answer to t
 
 from __future__ import annotations
 
-import random
 import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from vlmscope.data.example import Example
-from vlmscope.data.published.layout import Pictures, by_stem, check_columns, count, not_here, read_table
-from vlmscope.data.published.sampling import Drawn, balanced, example, shuffled
+from vlmscope.data.example import Example, find_roles
+from vlmscope.data.published.layout import by_stem
+from vlmscope.data.published.sampling import MISSING, Partners, Source
 from vlmscope.data.questions.synonyms import near
+from vlmscope.data.table import read_table
 from vlmscope.errors import DataError
 
-NAME = "coco-qa"
-SIZE = 500
 KINDS = {"color": "color", "colour": "color", "count": "count", "number": "count", "location": "location"}
 COLUMNS = ("train_image_id", "question", "answer")
 PLACES = ("train2017", "images/train2017", "train2014", "images/train2014", "images", "")
 
 EMPTY = "a row with an empty cell"
 AGAIN = "the same image and question as an earlier row"
-MISSING = "the image is not there"
 ALONE = "no image that is there has another answer to the question"
 NO_FOIL = "every image with another answer is already its pair, or cannot be read"
 # Words that end a question and name nothing in the image.
@@ -47,69 +44,63 @@ class Row:
     answer: str
 
 
-def load(root: Path, limit: int | None, seed: int, dropped: dict[str, int]) -> list[Example]:
-    """The examples of the tables in `root`; why rows were dropped is counted in `dropped`."""
-    rows = read_rows(root, dropped)
-    files = find_images(root)
+def load(source: Source) -> list[Example]:
+    """The examples of the tables; why rows were dropped is counted in `source`."""
+    rows, files = read_rows(source), find_images(source.root)
     kept = [row for row in rows if row.image in files]
     if rows and not kept:
         raise DataError(
-            f"{root}: none of the {len(rows)} images of the tables; expected COCO's, such as "
+            f"{source.root}: none of the {len(rows)} images of the tables; expected COCO's, such as "
             f"train2017/{rows[0].image:012d}.jpg; unpack train2017 there"
         )
-    count(dropped, MISSING, len(rows) - len(kept))
+    source.drop(MISSING, len(rows) - len(kept))
     by_question: dict[tuple[str, str], list[Row]] = {}
     for row in kept:
         by_question.setdefault((row.kind, row.question), []).append(row)
-    paired = [row for row in kept if _others(row, by_question)]
-    count(dropped, ALONE, len(kept) - len(paired))
-    items = {
-        kind: shuffled((row for row in paired if row.kind == kind), NAME, kind, seed)
-        for kind in dict.fromkeys(KINDS.values())
-    }
-    pictures = Pictures(dropped)
-    used: set[frozenset[int]] = set()
+    others = {row: _others(row, by_question[row.kind, row.question]) for row in kept}
+    paired = [row for row in kept if others[row]]
+    source.drop(ALONE, len(kept) - len(paired))
+    partners = Partners(source)
 
-    def make(row: Row) -> tuple[Row, Row] | None:
-        if not pictures.readable(files[row.image]):
+    def make(row: Row) -> Example | None:
+        if not source.is_readable(files[row.image]):
             return None
-        others = _others(row, by_question)
-        random.Random(f"{NAME}/{seed}/{row.image}/{row.question}").shuffle(others)
-        for other in others:
-            pair = frozenset((row.image, other.image))
-            if pair not in used and pictures.readable(files[other.image]):
-                used.add(pair)
-                return row, other
-        count(dropped, NO_FOIL)
+        mixed = source.shuffled(others[row], source.seed, row.image, row.question)
+        by_path = {files[other.image]: other for other in mixed}
+        if partner := partners.first(files[row.image], by_path):
+            return _example(row, by_path[partner], files)
+        source.drop(NO_FOIL)
         return None
 
-    drawn = balanced(items, make, size=SIZE, limit=limit, dropped=dropped)
-    return [_example(one, files) for one in drawn]
+    items = {
+        kind: source.shuffled((row for row in paired if row.kind == kind), kind, source.seed)
+        for kind in dict.fromkeys(KINDS.values())
+    }
+    return [drawn.made for drawn in source.balanced(items, make)]
 
 
-def read_rows(root: Path, dropped: dict[str, int]) -> list[Row]:
+def read_rows(source: Source) -> list[Row]:
     """The rows of all tables, each image and question once."""
     tables = {
         path: kind
-        for path in sorted(root.glob("*.csv"))
+        for path in sorted(source.root.glob("*.csv"))
         if (kind := next((k for part, k in KINDS.items() if part in path.name.lower()), None))
-        and path.name != "download-failures.csv"
     }
     if not tables:
-        raise not_here(NAME, root, "file named *color*.csv, *count*.csv or *location*.csv")
-    rows: list[Row] = []
-    seen: set[tuple[int, str]] = set()
+        raise source.not_here("file named *color*.csv, *count*.csv or *location*.csv")
+    rows: dict[tuple[int, str], Row] = {}
     for path, kind in tables.items():
-        for cells in read_table(path, ()):
-            row = _row(path, kind, cells)
-            if row is None:
-                count(dropped, EMPTY)
-            elif (row.image, row.question) in seen:
-                count(dropped, AGAIN)
+        for cells in read_table(path, COLUMNS, _without_suffix):
+            number = re.fullmatch(r"(\d{1,12})(?:\.0)?", cells["train_image_id"])
+            question = " ".join(cells["question"].rstrip("? ").split())
+            if not (number and question and cells["answer"]):
+                source.drop(EMPTY)
+            elif (int(number[1]), question) in rows:
+                source.drop(AGAIN)
             else:
-                seen.add((row.image, row.question))
-                rows.append(row)
-    return rows
+                image = int(number[1])
+                rows[image, question] = Row(kind, image, question, cells["answer"])
+    return list(rows.values())
 
 
 def find_images(root: Path) -> dict[int, Path]:
@@ -137,35 +128,29 @@ def noun_of(question: str) -> str:
     return next((word for word in reversed(words) if word.lower() not in _EMPTY_WORDS), "")
 
 
-def _row(path: Path, kind: str, cells: dict[str, str]) -> Row | None:
-    names = {re.sub(r"(?<=id|on|er)_[a-z]+$", "", name): name for name in cells}
-    check_columns(path, list(names), COLUMNS)
-    image, question, answer = (cells[names[name]] for name in COLUMNS)
-    number = re.fullmatch(r"(\d{1,12})(?:\.0)?", image)
-    question = " ".join(question.rstrip("? ").split())
-    if not (number and question and answer):
-        return None
-    return Row(kind, int(number[1]), question, answer)
+def _without_suffix(column: str) -> str:
+    return re.sub(r"(?<=id|on|er)_[a-z]+$", "", column.strip())
 
 
-def _others(row: Row, by_question: dict[tuple[str, str], list[Row]]) -> list[Row]:
-    """The rows of other images with the same question and a clearly different answer."""
+def _others(row: Row, rows: list[Row]) -> list[Row]:
+    """The rows of other images whose answer is clearly different."""
+    answer = row.answer.casefold()
     return [
         other
-        for other in by_question[row.kind, row.question]
-        if other.image != row.image
-        and other.answer.casefold() != row.answer.casefold()
-        and not near(other.answer, row.answer)
+        for other in rows
+        if other.image != row.image and other.answer.casefold() != answer and not near(other.answer, answer)
     ]
 
 
-def _example(drawn: Drawn[tuple[Row, Row]], files: dict[int, Path]) -> Example:
-    row, other = drawn.made
-    return example(
-        f"coco-{row.kind}-{row.image}-{noun_of(row.question).replace(' ', '-')}-{other.image}",
-        (files[row.image], files[other.image]),
-        f"{row.question}?",
-        (row.answer, other.answer),
+def _example(row: Row, other: Row, files: dict[int, Path]) -> Example:
+    prompt, noun = f"{row.question}?", noun_of(row.question)
+    return Example(
+        id=f"coco-{row.kind}-{row.image}-{noun.replace(' ', '-')}-{other.image}",
+        clean_image=files[row.image],
+        clean_prompt=prompt,
+        answer=row.answer,
+        foil=other.answer,
+        corrupt_image=files[other.image],
+        roles=find_roles(prompt, {"noun": noun}),
         groups={"kind": row.kind},
-        words={"noun": noun_of(row.question)},
     )

@@ -9,29 +9,27 @@ meant to be written as a CSV, which can then be edited.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from vlmscope.data.example import Example
-from vlmscope.data.published.layout import Pictures, count, folders_in, images_in, looks_like
-from vlmscope.data.published.sampling import Decks, balanced, example, in_order, shuffled
+from vlmscope.data.published.layout import folders_in, images_in, looks_like
+from vlmscope.data.published.sampling import Source, label_contrasts
+from vlmscope.data.questions import in_order
 from vlmscope.data.questions.english import article
 from vlmscope.data.questions.synonyms import near
 from vlmscope.errors import DataError
 
-NAME = "folder"
-SIZE = 500
-TEMPLATE = "is this a {x} or a {y}?"
+QUESTION = "is this a {x} or a {y}?"
 NO_FOIL = "no image of another label is left"
 
 
-def load(root: Path, limit: int | None, seed: int, dropped: dict[str, int]) -> list[Example]:
-    """The examples of the label folders in `root`; what was left out is counted in `dropped`."""
-    template = read_template(root)
-    labels = {folder.name.replace("_", " ").strip(): images_in(folder) for folder in folders_in(root)}
-    labels = {label: files for label, files in labels.items() if files}
-    pictures = Pictures(dropped)
-    good = [label for label in sorted(labels) if any(map(pictures.readable, labels[label]))]
+def load(source: Source) -> list[Example]:
+    """The examples of the label folders; what was left out is counted in `source`."""
+    root, question = source.root, read_question(source.root)
+    images = {folder.name.replace("_", " ").strip(): images_in(folder) for folder in folders_in(root)}
+    labels = {label: files for label, files in images.items() if files}
+    good = [label for label in sorted(labels) if any(map(source.is_readable, labels[label]))]
     if len(good) < 2:
         other = looks_like(root)
         hint = f"; it looks like {other}: ask for {other}" if other else ""
@@ -40,18 +38,14 @@ def load(root: Path, limit: int | None, seed: int, dropped: dict[str, int]) -> l
             f"{f' ({good[0]!r})' if good else ''}; expected two labels or more, such as "
             f"{root.name}/cat/1.jpg and {root.name}/dog/1.jpg{hint}"
         )
-
-    def ask(first: str, second: str) -> str:
-        return fill(template, first, second)
-
-    return pair_labels(NAME, labels, ask, pictures, limit=limit, seed=seed, dropped=dropped, kind="label")
+    return label_examples(source, labels, question, "label")
 
 
-def read_template(root: Path) -> str:
+def read_question(root: Path) -> str:
     """The question in `prompt.txt`, or the one there is without it."""
     path = root / "prompt.txt"
     if not path.is_file():
-        return TEMPLATE
+        return QUESTION
     try:
         text = " ".join(path.read_text("utf-8-sig").split())
     except (OSError, UnicodeDecodeError) as error:
@@ -59,15 +53,15 @@ def read_template(root: Path) -> str:
     if text.count("{x}") != 1 or text.count("{y}") != 1:
         raise DataError(
             f"{path}: {text!r} must hold {{x}} and {{y}} once each, where the options stand; "
-            f"for example {TEMPLATE!r}"
+            f"for example {QUESTION!r}"
         )
     return text
 
 
-def fill(template: str, first: str, second: str) -> str:
+def fill(question: str, first: str, second: str) -> str:
     """The question with its two options, each with the article it needs.
 
-    >>> fill(TEMPLATE, "owl", "cat"), fill("is it {x} or {y}?", "open", "shut")
+    >>> fill(QUESTION, "owl", "cat"), fill("is it {x} or {y}?", "open", "shut")
     ('is this an owl or a cat?', 'is it open or shut?')
     """
     options = {"x": first, "y": second}
@@ -77,51 +71,31 @@ def fill(template: str, first: str, second: str) -> str:
         before = article(word) if found["article"] else ""
         return f"{before} {word}".strip()
 
-    return re.sub(r"(?P<article>\ban? )?\{(?P<slot>[xy])\}", put, template)
+    return re.sub(r"(?P<article>\ban? )?\{(?P<slot>[xy])\}", put, question)
 
 
-def pair_labels(
-    name: str,
-    labels: Mapping[str, Sequence[Path]],
-    ask: Callable[[str, str], str],
-    pictures: Pictures,
-    *,
-    limit: int | None,
-    seed: int,
-    dropped: dict[str, int],
-    kind: str,
+def label_examples(
+    source: Source, labels: Mapping[str, Sequence[Path]], question: str, kind: str
 ) -> list[Example]:
-    """Examples that ask which of two labels an image has; the answers are balanced over labels.
+    """Examples that ask which of two labels an image has; the answers are balanced over labels."""
 
-    An image is the clean one at most once, and no pair of images comes twice.
-    """
-    decks = Decks(labels, pictures, name, "foils", seed)
-    items = {
-        label: shuffled(((label, path) for path in files), name, label, seed)
-        for label, files in sorted(labels.items())
-    }
-
-    def make(item: tuple[str, Path]) -> tuple[Path, Path, str] | None:
-        label, path = item
-        if not pictures.readable(path):
-            return None
+    def rivals(label: str, path: Path) -> list[str]:
         others = [one for one in sorted(labels) if one != label and not near(one, label)]
-        found = decks.partner(path, shuffled(others, name, seed, label, path.name))
-        if found is None:
-            count(dropped, NO_FOIL)
-            return None
-        return path, found[1], found[0]
+        return source.shuffled(others, source.seed, label, path.name)
 
     examples: list[Example] = []
-    for one in balanced(items, make, size=SIZE, limit=limit, dropped=dropped):
-        clean, corrupt, foil = one.made
+    groups = {label: [label] for label in sorted(labels)}
+    for drawn in label_contrasts(source, labels, groups, rivals, NO_FOIL):
+        one, label, foil = drawn.made, drawn.made.label, drawn.made.other_label
         examples.append(
-            example(
-                f"{name}-{one.group.replace(' ', '-')}-{clean.stem}-{foil.replace(' ', '-')}",
-                (clean, corrupt),
-                ask(*in_order(one.order, one.group, foil)),
-                (one.group, foil),
-                groups={"kind": kind, "order": one.order, "label": one.group},
+            Example(
+                id=f"{source.name}-{label.replace(' ', '-')}-{one.path.stem}-{foil.replace(' ', '-')}",
+                clean_image=one.path,
+                clean_prompt=fill(question, *in_order(drawn.order, label, foil)),
+                answer=label,
+                foil=foil,
+                corrupt_image=one.other,
+                groups={"kind": kind, "order": drawn.order, "label": label},
             )
         )
     return examples

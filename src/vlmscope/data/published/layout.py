@@ -1,63 +1,22 @@
-"""What lies in a data set's folder: its images and tables, and what to say where they are not."""
+"""What lies in a data set's folder: its images, and which set's layout it has."""
 
 from __future__ import annotations
 
-import csv
-import difflib
-import io
 import os
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 
-from vlmscope.data.images import open_image
-from vlmscope.errors import DataError, ExampleError
+from vlmscope.data.words import read_words
+from vlmscope.errors import DataError
 
 SUFFIXES = frozenset((".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff"))
-UNREADABLE = "the image cannot be read"
 
-EMOTIONS = {
-    "anger": "angry",
-    "angry": "angry",
-    "contempt": "contemptuous",
-    "disgust": "disgusted",
-    "disgusted": "disgusted",
-    "fear": "fearful",
-    "fearful": "fearful",
-    "happiness": "happy",
-    "happy": "happy",
-    "neutral": "neutral",
-    "sad": "sad",
-    "sadness": "sad",
-    "surprise": "surprised",
-    "surprised": "surprised",
-}
+_FOLDERS = read_words(Path(__file__).with_name("folders.toml"))
+EMOTIONS = {name: adjective for adjective, names in _FOLDERS["emotions"].items() for name in names}
 """The names that releases of face data sets give their folders, and the adjective of each."""
-
-ADJECTIVES = frozenset(
-    """
-    ancient barren bent blunt bright broken browned brushed burnt caramelized chipped clean clear
-    closed cloudy cluttered coiled cooked cored cracked creased crinkled crumpled crushed curved
-    cut damp dark deep dented diced dirty draped dry dull empty engraved eroded fallen filled foggy
-    folded frayed fresh frozen full grimy heavy huge inflated large lightweight loose mashed melted
-    modern moldy molten mossy muddy murky narrow new old open painted peeled pierced pressed pureed
-    raw ripe ripped rough ruffled runny rusty scratched sharp shattered shiny short sliced small
-    smooth spilled splintered squished standing steaming straight sunny tall thawed thick
-    thin tight tiny toppled torn unpainted unripe upright verdant viscous weathered wet whipped
-    wide wilted windblown winding worn wrinkled young
-    """.split()
-)
-"""The adjectives of MIT-States."""
-
-
-def check_root(name: str, root: Path) -> None:
-    """Refuse a folder that cannot hold the data set `name` at all."""
-    if not root.exists():
-        raise DataError(f"{root}: no such folder; expected the folder that holds {name} as it is distributed")
-    if not root.is_dir():
-        raise DataError(f"{root}: a file; expected the folder that holds {name}")
-    if not any(root.iterdir()):
-        raise DataError(f"{root}: an empty folder; unpack {name} there, or give the folder it is in")
+STATES = {adjective: kind for kind, adjectives in _FOLDERS["states"].items() for adjective in adjectives}
+"""The adjectives of MIT-States and the kind of each: `color`, `shape`, `texture` or `none`."""
 
 
 def looks_like(root: Path) -> str | None:
@@ -81,7 +40,7 @@ def looks_like(root: Path) -> str | None:
         names = [folder.name.casefold() for folder in folders_in(root / place)]
         if sum(name in EMOTIONS for name in names) > 1:
             return "faces"
-        if sum(" " in name and name.split()[0] in ADJECTIVES for name in names) > 1:
+        if sum(" " in name and name.split()[0] in STATES for name in names) > 1:
             return "mit-states"
     return None
 
@@ -90,18 +49,18 @@ def not_here(name: str, root: Path, expected: str) -> DataError:
     """The error for a folder that does not hold what `name` has."""
     other = looks_like(root)
     if other and other != name:
-        return DataError(
-            f"{root}: no {expected}; it looks like {other}: ask for {other}, or give {name}'s folder"
-        )
-    return DataError(f"{root}: no {expected}; unpack {name} there, or give the folder it is in")
+        way_out = f"it looks like {other}: ask for {other}, or give {name}'s folder"
+    else:
+        way_out = f"unpack {name} there, or give the folder it is in"
+    return DataError(f"{root}: no {expected}; {way_out}")
 
 
 def folders_in(folder: Path) -> list[Path]:
     """The folders in a folder by name, without hidden ones; none where there is no such folder."""
     if not folder.is_dir():
         return []
-    found = (one for one in folder.iterdir() if one.is_dir() and not one.name.startswith("."))
-    return sorted(found, key=lambda one: one.name)
+    found = (path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
+    return sorted(found, key=lambda path: path.name)
 
 
 def images_in(folder: Path) -> list[Path]:
@@ -113,13 +72,9 @@ def images_in(folder: Path) -> list[Path]:
     if not folder.is_dir():
         return []
     with os.scandir(folder) as entries:
-        names = [
-            entry.name
-            for entry in entries
-            if os.path.splitext(entry.name)[1].lower() in SUFFIXES  # noqa: PTH122 (100,000 names)
-            and not entry.name.startswith(".")
-        ]
-    return [folder / name for name in sorted(names)]
+        names = sorted(entry.name for entry in entries if not entry.name.startswith("."))
+    # There may be 100,000 names, for which paths are slow.
+    return [folder / name for name in names if os.path.splitext(name)[1].lower() in SUFFIXES]  # noqa: PTH122
 
 
 def by_stem(folders: Iterable[Path]) -> dict[str, Path]:
@@ -129,72 +84,6 @@ def by_stem(folders: Iterable[Path]) -> dict[str, Path]:
         for path in images_in(folder):
             found.setdefault(path.stem, path)
     return found
-
-
-class Pictures:
-    """Which images can be read: each is opened once, when it is first asked for, and counted.
-
-    >>> dropped = {}
-    >>> Pictures(dropped).readable(Path("no such image.png")), dropped
-    (False, {'the image cannot be read': 1})
-    """
-
-    def __init__(self, dropped: dict[str, int]) -> None:
-        self._dropped = dropped
-        self._known: dict[Path, bool] = {}
-
-    def readable(self, path: Path) -> bool:
-        if path not in self._known:
-            try:
-                open_image(path)
-                self._known[path] = True
-            except ExampleError:
-                self._known[path] = False
-                count(self._dropped, UNREADABLE)
-        return self._known[path]
-
-
-def count(dropped: dict[str, int], why: str, number: int = 1) -> None:
-    """Add to what was dropped, and why."""
-    if number:
-        dropped[why] = dropped.get(why, 0) + number
-
-
-def read_table(path: Path, columns: Sequence[str]) -> list[dict[str, str]]:
-    """The rows of a CSV file that has these columns (and maybe others).
-
-    Raises `DataError` where the file cannot be read or lacks one, with the name that is nearest.
-    """
-    try:
-        text = path.read_bytes().decode("utf-8-sig")
-        rows = csv.DictReader(io.StringIO(text, newline=""), strict=True)
-        header = [(name or "").strip() for name in rows.fieldnames or ()]
-        rows.fieldnames = header
-        check_columns(path, header, columns)
-        return [
-            {name: (cell or "").strip() for name, cell in row.items() if isinstance(name, str)}
-            for row in rows
-            if any(isinstance(cell, str) and cell.strip() for cell in row.values())
-        ]
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path}: not UTF-8 (byte {error.start}); get the file again") from None
-    except csv.Error as error:
-        raise DataError(f"{path}: not a CSV file ({error}); get the file again") from None
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror or error})") from error
-
-
-def check_columns(path: Path, header: Sequence[str], columns: Sequence[str]) -> None:
-    """Refuse a table that lacks a column; its error names the nearest that is there."""
-    missing = [name for name in columns if name not in header]
-    if not missing:
-        return
-    near = {name: difflib.get_close_matches(name, header, n=1, cutoff=0.5) for name in missing}
-    lacks = [f"{name} (is it {near[name][0]!r}?)" if near[name] else name for name in missing]
-    raise DataError(
-        f"{path}: no column {', '.join(lacks)}; the file has "
-        f"{', '.join(name for name in header if name) or 'none'}; expected {', '.join(columns)}"
-    )
 
 
 def header_of(path: Path) -> list[str]:
