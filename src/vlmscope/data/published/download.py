@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import io
 import ipaddress
 import random
 import re
@@ -21,48 +22,56 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
-from email.utils import parsedate_to_datetime
 from pathlib import Path
-from typing import Any
 from urllib.parse import urljoin
 
 import urllib3
 from PIL import Image
 from urllib3.connection import HTTPConnection, HTTPSConnection
-from urllib3.util import parse_url
+from urllib3.util import Retry, Url, parse_url
 
-from vlmscope.data.images import open_image
+from vlmscope.data.images import MAX_PIXELS, open_image
 from vlmscope.data.published.layout import SUFFIXES, images_in
+from vlmscope.data.table import read_table
 from vlmscope.errors import DataError, ExampleError
 
-MAX_BYTES = 20 * 1024 * 1024
 REDIRECTS = 5
 LONGEST_WAIT = 60.0
 """Seconds; a server that asks for more is not waited for."""
 CHUNK = 64 * 1024
 MIN_SIDE = 8
 """Pixels; anything smaller is a placeholder or counts visitors."""
-DECODERS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
-"""Formats that photographs come in. Some of Pillow's other decoders start other programs."""
-SUFFIX = {"PNG": ".png", "WEBP": ".webp", "GIF": ".gif", "BMP": ".bmp"}
-"""Of what is no JPEG, of which there are several kinds."""
+DECODERS = {"JPEG": ".jpg", "PNG": ".png", "WEBP": ".webp", "GIF": ".gif", "BMP": ".bmp"}
+"""Formats that photographs come in, and suffixes. Some of Pillow's other decoders start programs."""
 HEADERS = {"User-Agent": "vlmscope", "Accept": "image/*", "Accept-Encoding": "identity"}
 
-# Reasons begin with one of these where trying again later is of no use.
-PERMANENT = (
-    "HTTP 4",
-    "not an image",
-    "too large",
-    "too small",
-    "too many redirects",
-    "address not public",
-    "not an http",
-    "credentials in",
+# Trying again later is of no use where a reason begins with one of these, and with none of the others.
+_PERMANENT = (
+    *("HTTP 4", "not an image", "too large", "too small", "too many redirects"),
+    *("address not public", "not an http", "credentials in"),
 )
 _PASSING = ("HTTP 408", "HTTP 425", "HTTP 429")
 
 # Pillow's warnings are silenced while an image is checked, and that holds for all threads.
 _ONE_AT_A_TIME = threading.Lock()
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What an address may cost.
+
+    `timeout` (seconds) is for connecting and for each wait for data, `total` for one try at one
+    address with its redirects. What may pass is tried `retries` times more, after `backoff` seconds,
+    then twice as long, with jitter, or when the server says. `allowed` are IP addresses that are
+    connected to though they are not public.
+    """
+
+    timeout: float = 15.0
+    total: float = 60.0
+    retries: int = 3
+    backoff: float = 1.0
+    max_bytes: int = 20 * 1024 * 1024
+    allowed: frozenset[str] = frozenset()
 
 
 class _Failure(Exception):  # noqa: N818 (never leaves this file)
@@ -73,16 +82,6 @@ class _Failure(Exception):  # noqa: N818 (never leaves this file)
         self.after = after
 
 
-@dataclass(frozen=True)
-class _Limits:
-    timeout: float
-    total: float
-    retries: int
-    backoff: float
-    max_bytes: int
-    allowed: frozenset[str]
-
-
 def is_permanent(reason: str) -> bool:
     """Whether trying again later is of no use.
 
@@ -91,7 +90,7 @@ def is_permanent(reason: str) -> bool:
     >>> is_permanent("timed out after 60 s")
     False
     """
-    return reason.startswith(PERMANENT) and not reason.startswith(_PASSING)
+    return reason.startswith(_PERMANENT) and not reason.startswith(_PASSING)
 
 
 def is_public(address: str) -> bool:
@@ -115,41 +114,39 @@ def is_public(address: str) -> bool:
 def fetch(
     jobs: Mapping[str, Path],
     *,
+    limits: Limits | None = None,
     workers: int = 16,
-    timeout: float = 15.0,
-    total: float = 60.0,
-    retries: int = 3,
-    backoff: float = 1.0,
-    max_bytes: int = MAX_BYTES,
     progress: Callable[[int, int], None] | None = None,
-    _allowed: frozenset[str] = frozenset(),
 ) -> dict[str, str]:
     """Download addresses to files, and return what could not be had, with the reason.
 
     A file that is there, with any suffix of an image, is not fetched again; a new one gets the
-    suffix of its content. `timeout` (seconds) is for connecting and for each wait for data,
-    `total` for one try at one address with its redirects. What may pass is tried `retries` times
-    more, after `backoff` seconds, then twice as long, with jitter, or when the server says.
-    Ctrl-C stops after the tries in progress and leaves every whole file in place.
+    suffix of its content. Ctrl-C stops after the tries in progress and leaves every whole file in place.
 
     >>> fetch({"file:///etc/passwd": Path("a.jpg"), "http://me:secret@host/": Path("b.jpg")})
     {'file:///etc/passwd': 'not an http or https address',
      'http://me:secret@host/': 'credentials in the address'}
     """
-    limits = _Limits(timeout, total, retries, backoff, max_bytes, _allowed)
-    todo = _missing(jobs)
+    limits = limits or Limits()
+    folders = {path.parent for path in jobs.values()}
+    there = {image.with_suffix("") for folder in folders for image in images_in(folder)}
+    todo = {url: path for url, path in jobs.items() if path.with_name(_stem(path)) not in there}
     done = len(jobs) - len(todo)
     failed: dict[str, str] = {}
     stop = threading.Event()
-    pool = ThreadPoolExecutor(max(1, workers), thread_name_prefix="download")
+    pool = ThreadPoolExecutor(workers, thread_name_prefix="download")
     try:
         futures = {pool.submit(_try, url, path, limits, stop): url for url, path in todo.items()}
-        for future in _finished(futures):
-            if reason := future.result():
-                failed[futures[future]] = reason
-            done += 1
-            if progress:
-                progress(done, len(jobs))
+        waiting: set[Future[str | None]] = set(futures)
+        while waiting:
+            # In short turns, so that Ctrl-C is heard on every system.
+            finished, waiting = wait(waiting, timeout=0.5, return_when=FIRST_COMPLETED)
+            for future in finished:
+                if reason := future.result():
+                    failed[futures[future]] = reason
+                done += 1
+                if progress:
+                    progress(done, len(jobs))
     finally:
         stop.set()
         pool.shutdown(cancel_futures=True)
@@ -157,95 +154,72 @@ def fetch(
 
 
 def fetch_and_log(
-    jobs: Mapping[str, Path], log: Path, *, progress: Callable[[int, int], None] | None = None, **options: Any
+    jobs: Mapping[str, Path],
+    log: Path,
+    *,
+    limits: Limits | None = None,
+    progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, str]:
     """`fetch`, with what failed kept in a CSV file (url, reason).
 
     What failed for good in an earlier call is not tried again: delete the file to do so.
     """
-    known = read_log(log)
+    try:
+        rows = read_table(log, ("url", "reason")) if log.exists() else []
+    except DataError as error:
+        raise DataError(f"{log}: not a list of failures (url, reason); delete it") from error
+    known = {row["url"]: row["reason"] for row in rows}
     gone = {url: known[url] for url in jobs if is_permanent(known.get(url, ""))}
     rest = {url: path for url, path in jobs.items() if url not in gone}
-    failed = fetch(rest, progress=progress, **options)
-    kept = {url: reason for url, reason in known.items() if url not in rest}
-    write_log(log, kept | failed)
-    return gone | failed
-
-
-def read_log(log: Path) -> dict[str, str]:
-    """The failures in a log; none where there is no such file."""
-    try:
-        with log.open(encoding="utf-8", newline="") as file:
-            return {row["url"]: row["reason"] or "" for row in csv.DictReader(file)}
-    except FileNotFoundError:
-        return {}
-    except (OSError, UnicodeDecodeError, csv.Error, KeyError) as error:
-        raise DataError(f"{log}: not a list of failures (url, reason); delete it") from error
-
-
-def write_log(log: Path, failed: Mapping[str, str]) -> None:
-    """Write the failures, or take an old log away where there are none."""
-    if not failed:
-        log.unlink(missing_ok=True)
-        return
+    failed = fetch(rest, limits=limits, progress=progress)
+    kept = {url: reason for url, reason in known.items() if url not in rest} | failed
     part = log.with_name(f"{log.name}.part")
     try:
-        with part.open("w", encoding="utf-8", newline="") as file:
-            csv.writer(file).writerows([("url", "reason"), *failed.items()])
-        part.replace(log)
+        if kept:
+            with part.open("w", encoding="utf-8", newline="") as file:
+                csv.writer(file).writerows([("url", "reason"), *kept.items()])
+            part.replace(log)
+        else:
+            log.unlink(missing_ok=True)
     except OSError as error:
         raise DataError(f"{log}: cannot be written ({error.strerror or error})") from error
-
-
-def _missing(jobs: Mapping[str, Path]) -> dict[str, Path]:
-    """The jobs whose file is not there under any suffix; their folders are made."""
-    there: dict[Path, set[str]] = {}
-    for path in jobs.values():
-        if path.parent not in there:
-            there[path.parent] = {image.stem for image in images_in(path.parent)}
-    return {url: path for url, path in jobs.items() if _stem(path) not in there[path.parent]}
+    return gone | failed
 
 
 def _stem(path: Path) -> str:
     return path.stem if path.suffix.lower() in SUFFIXES else path.name
 
 
-def _finished(futures: Mapping[Future[str | None], str]) -> Iterator[Future[str | None]]:
-    """The futures as they finish; waits in short turns, so that Ctrl-C is heard on every system."""
-    waiting = set(futures)
-    while waiting:
-        done, waiting = wait(waiting, timeout=0.5, return_when=FIRST_COMPLETED)
-        yield from done
+def _try(url: str, path: Path, limits: Limits, stop: threading.Event) -> str | None:
+    """Fetch one address, with retries; returns the reason if it could not be had.
 
-
-def _try(url: str, path: Path, limits: _Limits, stop: threading.Event) -> str | None:
-    """Fetch one address, with retries; returns the reason if it could not be had."""
-    reason = "stopped"
+    The pauses are our own, because urllib3's retries end with the head of an answer, and cannot be stopped.
+    """
+    reason, pause = "stopped", 0.0
     for attempt in range(limits.retries + 1):
-        if stop.is_set():
-            return reason
-        pause = limits.backoff * 2**attempt * random.uniform(0.5, 1.5)
+        if stop.wait(pause):
+            break
         try:
             _fetch_one(url, path, limits, stop)
             return None
         except _Failure as failure:
             reason = str(failure)
             if is_permanent(reason) or (failure.after or 0) > LONGEST_WAIT:
-                return reason
-            pause = pause if failure.after is None else failure.after
-        if attempt < limits.retries:
-            stop.wait(pause)
+                break
+            grown = limits.backoff * 2**attempt * random.uniform(0.5, 1.5)
+            pause = grown if failure.after is None else failure.after
     return reason
 
 
-def _fetch_one(url: str, path: Path, limits: _Limits, stop: threading.Event) -> None:
-    """One try at one address: follow it, write what comes, and keep it if it is an image."""
+def _fetch_one(url: str, path: Path, limits: Limits, stop: threading.Event) -> None:
+    """One try at one address: follow it, and keep what comes if it is an image."""
+    body, kind = _download(url, limits, stop)
+    with _ONE_AT_A_TIME:
+        suffix = _check_image(body, kind)
     part = path.with_name(f".{_stem(path)}.{threading.get_ident()}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        kind = _download(url, part, limits, stop)
-        with _ONE_AT_A_TIME:
-            suffix = _check_image(part, kind)
+        part.write_bytes(body)
         part.replace(path.with_name(_stem(path) + suffix))
     except OSError as error:
         raise _Failure(f"cannot be written ({error.strerror or error})") from error
@@ -253,122 +227,62 @@ def _fetch_one(url: str, path: Path, limits: _Limits, stop: threading.Event) -> 
         part.unlink(missing_ok=True)
 
 
-def _download(url: str, part: Path, limits: _Limits, stop: threading.Event) -> str:
-    """Write the body that an address leads to; returns what the server says that it is."""
+def _download(url: str, limits: Limits, stop: threading.Event) -> tuple[bytes, str]:
+    """The body that an address leads to, and what the server says that it is."""
     deadline = time.monotonic() + limits.total
     for _ in range(REDIRECTS + 1):
-        with _Hop(url, limits, deadline) as hop:
-            where = hop.answer.headers.get("Location")
-            if hop.answer.status in (301, 302, 303, 307, 308) and where:
+        with _answer(_checked(url), limits, deadline) as answer:
+            if where := answer.get_redirect_location():
                 url = urljoin(url, where)
                 continue
-            _check_answer(hop.answer, limits)
-            with part.open("wb") as file:
-                size = 0
-                for chunk in hop.chunks():
-                    size += len(chunk)
-                    if size > limits.max_bytes:
-                        raise _Failure(_too_large(limits))
-                    if stop.is_set():
-                        raise _Failure("stopped")
-                    file.write(chunk)
-            return hop.answer.headers.get("Content-Type", "")
+            if answer.status != 200:
+                why = f"HTTP {answer.status} {_plain(answer.reason or '')}".strip()
+                raise _Failure(why, _retry_after(answer))
+            body = bytearray()
+            length = answer.headers.get("Content-Length", "")
+            size = int(length) if length.isdecimal() else 0
+            while size <= limits.max_bytes and (chunk := answer.read1(CHUNK)):
+                body += chunk
+                size = max(size, len(body))
+                if stop.is_set():
+                    raise _Failure("stopped")
+            if size > limits.max_bytes:
+                raise _Failure(f"too large: more than {limits.max_bytes:,} bytes")
+            return bytes(body), answer.headers.get("Content-Type", "")
     raise _Failure(f"too many redirects (more than {REDIRECTS})")
 
 
-class _Hop:
-    """One request: a connection of its own, ended at the deadline whatever the server does."""
-
-    answer: urllib3.BaseHTTPResponse
-
-    def __init__(self, url: str, limits: _Limits, deadline: float) -> None:
-        self._limits = limits
-        self._deadline = deadline
-        self._late = False
-        try:
-            self._url = parse_url(url)
-        except urllib3.exceptions.HTTPError as error:
-            raise _Failure("not an http or https address") from error
-        if self._url.scheme not in ("http", "https") or not self._url.host:
-            raise _Failure("not an http or https address")
-        if self._url.auth is not None:
-            raise _Failure("credentials in the address")
-        kind = _PublicHTTPS if self._url.scheme == "https" else _PublicHTTP
-        left = deadline - time.monotonic()
-        if left <= 0:
-            raise _Failure(self._too_late())
-        seconds = min(limits.timeout, left)
-        self._connection = kind(self._url.host.strip("[]"), self._url.port, timeout=seconds)
-        self._connection.allowed = limits.allowed
-        # Timeouts are for each wait alone: only cutting the line ends a drip of single bytes.
-        self._timer = threading.Timer(left, self._cut)
-        self._timer.daemon = True
-
-    def __enter__(self) -> _Hop:
-        self._timer.start()
-        try:
-            with self._said_plainly():
-                self._connection.request(
-                    "GET", self._url.request_uri, headers=HEADERS, preload_content=False, decode_content=False
-                )
-                self.answer = self._connection.getresponse()
-        except BaseException:
-            self.__exit__()
-            raise
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._timer.cancel()
-        if hasattr(self, "answer"):
-            self.answer.close()
-        self._connection.let_go()
-
-    def chunks(self) -> Iterator[bytes]:
-        """The body as it comes in."""
-        with self._said_plainly():
-            while chunk := self.answer.read1(CHUNK):
-                yield chunk
-            if self._late:
-                raise _Failure(self._too_late())
-
-    def _cut(self) -> None:
-        self._late = True
-        self._connection.cut()
-
-    def _too_late(self) -> str:
-        return f"timed out after {self._limits.total:g} s"
-
-    @contextlib.contextmanager
-    def _said_plainly(self) -> Iterator[None]:
-        """Turns what the network may raise into one short reason."""
-        try:
-            yield
-        except _Failure:
-            raise
-        except Exception as error:
-            if self._late:
-                raise _Failure(self._too_late()) from error
-            if isinstance(error, (urllib3.exceptions.TimeoutError, TimeoutError)):
-                raise _Failure(f"timed out after {self._limits.timeout:g} s of silence") from error
-            raise _Failure(_reason(error)) from error
+def _checked(url: str) -> Url:
+    """An address that may be asked, in its parts."""
+    try:
+        address = parse_url(url)
+    except urllib3.exceptions.HTTPError as error:
+        raise _Failure("not an http or https address") from error
+    if address.scheme not in ("http", "https") or not address.host:
+        raise _Failure("not an http or https address")
+    if address.auth is not None:
+        raise _Failure("credentials in the address")
+    return address
 
 
-class _Public:
-    """Mixed into a connection: it refuses an address that is not public once it is connected.
+class _PublicHTTP(HTTPConnection):
+    """A connection that refuses an address that is not public once it is connected.
 
     Its socket is the one that the request goes through, so what the name resolves to at another
     time does not matter; for https this is before the handshake.
     """
 
     allowed: frozenset[str] = frozenset()
+    is_late = False
     _line: socket.socket | None = None
 
     def _new_conn(self) -> socket.socket:
-        line: socket.socket = super()._new_conn()  # type: ignore[misc]
+        line = super()._new_conn()
         try:
             address = line.getpeername()[0]
             if address not in self.allowed and not is_public(address):
                 raise _Failure(f"address not public ({address})")
+            # A second handle outlives the wrapping by TLS.
             self._line = line.dup()
         except BaseException:
             line.close()
@@ -376,7 +290,8 @@ class _Public:
         return line
 
     def cut(self) -> None:
-        """End the line under a read that would go on; a second handle outlives the TLS wrapping."""
+        """End the line under a read that would go on."""
+        self.is_late = True
         if self._line:
             with contextlib.suppress(OSError):
                 self._line.shutdown(socket.SHUT_RDWR)
@@ -386,83 +301,86 @@ class _Public:
         self.close()
         if self._line:
             self._line.close()
-            self._line = None
-
-    def close(self) -> None:
-        super().close()  # type: ignore[misc]
 
 
-class _PublicHTTP(_Public, HTTPConnection):
+class _PublicHTTPS(_PublicHTTP, HTTPSConnection):
     pass
 
 
-class _PublicHTTPS(_Public, HTTPSConnection):
-    pass
+@contextlib.contextmanager
+def _answer(address: Url, limits: Limits, deadline: float) -> Iterator[urllib3.BaseHTTPResponse]:
+    """The answer to one request, over a line of its own that is cut at the deadline.
 
-
-def _check_answer(answer: urllib3.BaseHTTPResponse, limits: _Limits) -> None:
-    """Refuse an answer by its head alone."""
-    if answer.status != 200:
-        said = f"HTTP {answer.status} {_plain(answer.reason or '')}".strip()
-        raise _Failure(said, _wait(answer.headers.get("Retry-After")))
-    length = answer.headers.get("Content-Length", "")
-    if length.isdecimal() and int(length) > limits.max_bytes:
-        raise _Failure(_too_large(limits))
-
-
-def _check_image(part: Path, kind: str) -> str:
-    """The suffix of what arrived; refuses what is no image that decodes to its end."""
-    kind = _plain(kind.partition(";")[0]) or "no type given"
-    if not part.stat().st_size:
-        raise _Failure("an empty answer")
-    try:
-        with warnings.catch_warnings(action="ignore"), Image.open(part, formats=DECODERS) as image:
-            suffix = SUFFIX.get(image.format or "", ".jpg")
-            width, height = image.size
-    except Exception as error:
-        raise _Failure(f"not an image ({kind})") from error
-    if min(width, height) < MIN_SIDE:
-        raise _Failure(f"too small: {width}x{height} pixels, a placeholder")
-    try:
-        open_image(part)
-    except ExampleError as error:
-        if "pixels" in str(error):
-            raise _Failure("too large: more pixels than are read") from error
-        raise _Failure("a broken image, or one that was cut off") from error
-    return suffix
-
-
-def _wait(header: str | None) -> float | None:
-    """The seconds that `Retry-After` asks for, as a number or a date.
-
-    >>> _wait("3"), _wait("Thu, 01 Jan 1970 00:00:00 GMT"), _wait("soon"), _wait(None)
-    (3.0, 0.0, None, None)
+    Whatever the network raises becomes one short reason.
     """
-    if header is None:
-        return None
-    if re.fullmatch(r"\d{1,9}", header.strip()):
-        return float(header)
+    left = max(deadline - time.monotonic(), 0.001)
+    kind = _PublicHTTPS if address.scheme == "https" else _PublicHTTP
+    connection = kind((address.host or "").strip("[]"), address.port, timeout=min(limits.timeout, left))
+    connection.allowed = limits.allowed
+    # Timeouts are for each wait alone: only cutting the line ends a drip of single bytes.
+    timer = threading.Timer(left, connection.cut)
+    timer.daemon = True
+    timer.start()
     try:
-        return max(0.0, parsedate_to_datetime(header).timestamp() - time.time())
-    except (ValueError, TypeError, OverflowError):
-        return None
+        uri = address.request_uri
+        connection.request("GET", uri, headers=HEADERS, preload_content=False, decode_content=False)
+        with contextlib.closing(connection.getresponse()) as answer:
+            yield answer
+            if connection.is_late:
+                raise TimeoutError
+    except _Failure:
+        raise
+    except Exception as error:
+        raise _Failure(_reason(error, connection.is_late, limits)) from error
+    finally:
+        timer.cancel()
+        connection.let_go()
 
 
-def _reason(error: Exception) -> str:
+def _reason(error: Exception, is_late: bool, limits: Limits) -> str:
     """A short reason without the addresses of objects that libraries put in."""
+    if is_late:
+        return f"timed out after {limits.total:g} s"
+    if isinstance(error, (urllib3.exceptions.TimeoutError, TimeoutError)):
+        return f"timed out after {limits.timeout:g} s of silence"
     if isinstance(error, urllib3.exceptions.NameResolutionError):
         return "the name of the server cannot be resolved"
     if isinstance(error, urllib3.exceptions.NewConnectionError):
         return "no connection to the server"
-    if isinstance(error, urllib3.exceptions.SSLError) or "SSL" in type(error).__name__:
+    if "SSL" in type(error).__name__:
         return "no trusted connection to the server (TLS)"
     return f"the connection broke ({type(error).__name__})"
 
 
-def _too_large(limits: _Limits) -> str:
-    return f"too large: more than {limits.max_bytes:,} bytes"
+def _retry_after(answer: urllib3.BaseHTTPResponse) -> float | None:
+    """The seconds that a server asks to wait, given as a number or a date."""
+    try:
+        return Retry().get_retry_after(answer)
+    except (urllib3.exceptions.HTTPError, ValueError, OverflowError):
+        return None
+
+
+def _check_image(body: bytes, kind: str) -> str:
+    """The suffix of what arrived; refuses what is no image that decodes to its end."""
+    if not body:
+        raise _Failure("an empty answer")
+    try:
+        with warnings.catch_warnings(action="ignore"):
+            image = Image.open(io.BytesIO(body), formats=tuple(DECODERS))
+    except Exception as error:
+        kind = _plain(kind.partition(";")[0]) or "no type given"
+        raise _Failure(f"not an image ({kind})") from error
+    if min(image.size) < MIN_SIDE:
+        raise _Failure(f"too small: {image.width}x{image.height} pixels, a placeholder")
+    if image.width * image.height > MAX_PIXELS:
+        raise _Failure("too large: more pixels than are read")
+    try:
+        open_image(image)
+    except ExampleError as error:
+        raise _Failure("a broken image, or one that was cut off") from error
+    return DECODERS.get(image.format or "", ".jpg")
 
 
 def _plain(text: str) -> str:
-    """What a server said, short and without anything that a terminal would act on."""
+    """What a server wrote, short and without anything that a terminal would act on."""
     return re.sub(r"[^ -~]", "?", text)[:40].strip()
