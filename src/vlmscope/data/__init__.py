@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable
-from importlib import import_module
 from pathlib import Path
 from typing import TypeAlias
 
+from vlmscope.data.drawn import draw
 from vlmscope.data.example import Example
 from vlmscope.data.table import read_csv
 from vlmscope.errors import DataError
@@ -34,8 +34,7 @@ def examples(name: str | Path, *, limit: int | None = None, seed: int = 0) -> li
     if limit is not None and limit < 1:
         raise DataError(f"a limit of {limit} leaves no examples; expected 1 or more")
     if str(name) in BUILT_IN:
-        module = import_module(f"vlmscope.data.drawn.{name}")
-        return list(module.load(limit or SIZE, seed=seed))
+        return list(draw(str(name), limit or SIZE, seed=seed))
     if not Path(name).exists() and "." not in Path(name).name:
         raise DataError(
             f"no data set '{name}': not a built-in set ({', '.join(BUILT_IN)}) and not a CSV file"
