@@ -775,5 +775,4 @@ def test_the_tables_of_words_are_part_of_a_wheel() -> None:
     patterns = about["tool"]["setuptools"]["package-data"]["vlmscope"]
     packed = {file for pattern in patterns for file in package.glob(pattern)}
     tables = {file for file in (package / "data").rglob("*") if file.suffix not in (".py", ".pyc", "")}
-    assert len(tables) == 3
-    assert tables <= packed
+    assert tables and tables <= packed

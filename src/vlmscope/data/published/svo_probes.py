@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeAlias
 
 from vlmscope.data.example import Example, find_roles
 from vlmscope.data.published.layout import by_stem
@@ -31,12 +32,17 @@ from vlmscope.data.questions.synonyms import near
 from vlmscope.data.table import read_table
 from vlmscope.errors import DataError
 
+Triplet: TypeAlias = tuple[str, str, str]
+
 TABLE = "svo_probes.csv"
 KINDS = {"subject": "subj_neg", "verb": "verb_neg", "object": "obj_neg"}
 COLUMNS = (
     *("id", "sentence", "pos_triplet", "neg_triplet", "pos_url", "neg_url", "pos_image_id", "neg_image_id"),
     *KINDS.values(),
 )
+
+_PLACES = {kind: place for place, kind in enumerate(KINDS)}
+_TRUE = ("true", "1", "1.0", "yes", "t")
 
 FLAGS = "not exactly one of subj_neg, verb_neg and obj_neg is true"
 PARTS = "a triplet lacks a part"
@@ -56,12 +62,11 @@ UNFETCHED = "left over: enough others were downloaded"
 
 @dataclass(frozen=True)
 class Row:
-    """A row that makes a question; `answer` and `foil` as they stand in it."""
+    """A row that makes a question: what its two images show, which differs in the word of `kind`."""
 
     name: str
     kind: str
-    triplet: tuple[str, str, str]
-    other: str
+    triplets: tuple[Triplet, Triplet]
     images: tuple[str, str]
     urls: tuple[str, str]
 
@@ -75,7 +80,7 @@ class Unfit(Exception):  # noqa: N818 (no error: the row is dropped and counted)
     """Why a row makes no question."""
 
 
-def ask(kind: str, triplet: tuple[str, str, str], options: tuple[str, str]) -> str:
+def ask(kind: str, triplet: Triplet, options: tuple[str, str]) -> str:
     """The question with its two options in their order; words are those of the triplets.
 
     >>> ask("subject", ("man", "ride", "horse"), ("man", "woman"))
@@ -87,19 +92,19 @@ def ask(kind: str, triplet: tuple[str, str, str], options: tuple[str, str]) -> s
     """
     subject, verb, thing = triplet
     action, joint = _verb(verb, thing)
-    be = "are" if is_plural(options[0] if kind == "subject" else subject) else "is"
+    place = bool(joint) and (is_located(verb.split()[0]) or joint in ("in", "on", "into", "at", "for"))
     first, second = options
     if kind == "subject":
         who = f"{indefinite(first)} or {indefinite(second)}"
-        said = [be, who, action, joint, indefinite(thing, located=_is_place(verb, joint))]
+        words = f"{who} {action} {joint} {indefinite(thing, located=place)}"
     elif kind == "verb":
         both = f"{_verb(first, thing)[0]} or {_verb(second, thing)[0]}"
-        said = [be, definite(subject), both, joint, definite(thing)]
+        words = f"{definite(subject)} {both} {joint} {definite(thing)}"
     else:
-        place = _is_place(verb, joint)
         what = f"{indefinite(first, located=place)} or {indefinite(second, located=place)}"
-        said = [be, definite(subject), action, joint, what]
-    return " ".join(filter(None, said)) + "?"
+        words = f"{definite(subject)} {action} {joint} {what}"
+    be = "are" if is_plural(first if kind == "subject" else subject) else "is"
+    return " ".join(f"{be} {words}".split()) + "?"
 
 
 def load(source: Source) -> list[Example]:
@@ -155,28 +160,24 @@ def read_rows(source: Source, table: Iterable[Mapping[str, str]]) -> list[Row]:
 
 
 def _row(cells: Mapping[str, str]) -> Row:
-    flagged = [kind for kind, flag in KINDS.items() if _is_true(cells[flag])]
+    flagged = [kind for kind, flag in KINDS.items() if cells[flag].casefold() in _TRUE]
     if len(flagged) != 1:
         raise Unfit(FLAGS)
     [kind] = flagged
     one, other = _triplet(cells["pos_triplet"]), _triplet(cells["neg_triplet"])
-    place = list(KINDS).index(kind)
-    if [i for i in range(3) if one[i] != other[i]] != [place]:
-        raise Unfit(DIFFERS)
-    _check_question(kind, one, other, place)
-    return Row(
-        name=f"svo-{_whole(cells['id'])}-{kind}",
-        kind=kind,
-        triplet=one,
-        other=other[place],
-        images=(_whole(cells["pos_image_id"]), _whole(cells["neg_image_id"])),
-        urls=(cells["pos_url"], cells["neg_url"]),
-    )
+    _check_question(kind, one, other)
+    # Pandas may have written a number with a point.
+    name, *images = (cells[c].removesuffix(".0") for c in ("id", "pos_image_id", "neg_image_id"))
+    urls = cells["pos_url"], cells["neg_url"]
+    return Row(f"svo-{name}-{kind}", kind, (one, other), (images[0], images[1]), urls)
 
 
-def _check_question(kind: str, one: tuple[str, str, str], other: tuple[str, str, str], place: int) -> None:
+def _check_question(kind: str, one: Triplet, other: Triplet) -> None:
     """Refuse two triplets of which no question that reads well can be made."""
-    if near(lemma(one[1]), lemma(other[1])) if kind == "verb" else near(one[place], other[place]):
+    if [name for name, a, b in zip(KINDS, one, other, strict=True) if a != b] != [kind]:
+        raise Unfit(DIFFERS)
+    word, foil = (triplet[_PLACES[kind]] for triplet in (one, other))
+    if near(lemma(word), lemma(foil)) if kind == "verb" else near(word, foil):
         raise Unfit(NEAR)
     (_, joint), (_, other_joint) = _verb(one[1], one[2]), _verb(other[1], other[2])
     if joint != other_joint:
@@ -192,7 +193,7 @@ def _check_question(kind: str, one: tuple[str, str, str], other: tuple[str, str,
         raise Unfit(NUMBER)
 
 
-def _triplet(cell: str) -> tuple[str, str, str]:
+def _triplet(cell: str) -> Triplet:
     parts = [" ".join(part.lower().replace("_", " ").split()) for part in cell.split(",")]
     if len(parts) != 3 or not all(parts):
         raise Unfit(PARTS)
@@ -210,19 +211,6 @@ def _verb(verb: str, thing: str) -> tuple[str, str]:
     if action is None:
         raise Unfit(NO_ING)
     return action, words[1] if len(words) == 2 else preposition(words[0], thing)
-
-
-def _is_place(verb: str, joint: str) -> bool:
-    return bool(joint) and (is_located(verb.split()[0]) or joint in ("in", "on", "into", "at", "for"))
-
-
-def _is_true(cell: str) -> bool:
-    return cell.strip().casefold() in ("true", "1", "1.0", "yes", "t")
-
-
-def _whole(cell: str) -> str:
-    """A number as pandas may have written it, without its point."""
-    return cell.removesuffix(".0")
 
 
 def _fetch_wanted(source: Source, fetch: Fetch, decks: dict[str, list[Row]], folder: Path) -> None:
@@ -247,12 +235,12 @@ def _fetch_wanted(source: Source, fetch: Fetch, decks: dict[str, list[Row]], fol
 
 def _example(drawn: Drawn[Row], files: Mapping[str, Path]) -> Example:
     row = drawn.made
-    answer, foil = row.triplet[list(KINDS).index(row.kind)], row.other
-    prompt = ask(row.kind, row.triplet, in_order(drawn.order, answer, foil))
+    answer, foil = (triplet[_PLACES[row.kind]] for triplet in row.triplets)
+    prompt = ask(row.kind, row.triplets[0], in_order(drawn.order, answer, foil))
+    subject, verb, thing = row.triplets[0]
     if row.kind == "verb":
-        answer, foil = (_verb(word, row.triplet[2])[0] for word in (answer, foil))
-    words = dict(zip(KINDS, row.triplet, strict=True))
-    words["verb"] = _verb(row.triplet[1], row.triplet[2])[0]
+        answer, foil = _verb(answer, thing)[0], _verb(foil, thing)[0]
+    words = {"subject": subject, "verb": _verb(verb, thing)[0], "object": thing}
     return Example(
         id=row.name,
         clean_image=files[row.images[0]],
