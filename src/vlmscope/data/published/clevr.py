@@ -1,12 +1,12 @@
 """CLEVR: yes/no questions about where things stand, "Is the large red cube left of the ...?".
 
-As published with the BLIP tracing paper (Palit et al., arXiv 2308.14179): a CSV file with
-`Image_IDs` and, in one cell, `Questions_Answers`, a Python list of questions and answers (1 is
-yes). The images are CLEVR's: `images/val/CLEVR_val_000145.png`, `val/`, `images/` or the root.
+As published with the BLIP tracing paper (Palit et al., arXiv 2308.14179): a CSV file with `Image_IDs` and,
+in one cell, `Questions_Answers`, a Python list of questions and answers (1 is yes). The images are CLEVR's:
+`images/val/CLEVR_val_000145.png`, `val/`, `images/` or the root.
 
-The corrupt image is one whose own questions hold the same text with the other answer; where there
-is none the example has no corrupt image. The corrupt prompt swaps the two objects, which keeps
-all words and turns the answer around; where that would not align, "left" and "right" are swapped.
+The corrupt image is one whose own questions hold the same text with the other answer; where there is none
+the example has no corrupt image. The corrupt prompt swaps the two objects, which keeps all words and turns
+the answer around; where that would not align, "left" and "right" are swapped.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """COCO-QA: open questions about COCO photographs, "what is the color of the dog?".
 
 As published with the BLIP tracing paper (Palit et al., arXiv 2308.14179): a CSV file a kind, with
-`train_image_id_count, question_count, answer_count` (the suffix may be another, or none), whose
-name says the kind: color, count (or number), location. The photographs are COCO's: `train2017`,
-in the root, in `images/` or as it is. The corrupt image has another answer to the same question.
+`train_image_id_count, question_count, answer_count` (the suffix may be another, or none), whose name says
+the kind: color, count (or number), location. The photographs are COCO's: `train2017`, in the root, in
+`images/` or as it is. The corrupt image has another answer to the same question.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Photographs of faces by emotion: "is this person feeling happy or sad?".
 
 As distributed (FER-2013 and its kin): `images/train/{emotion}/*.jpg`, also `train/{emotion}` or
-`{emotion}`; the folders' names, nouns or adjectives, become adjectives. The corrupt image is one
-of the other emotion. Questions as in NOTICE (Golovanevsky et al., arXiv 2406.16320).
+`{emotion}`; the folders' names, nouns or adjectives, become adjectives. The corrupt image is one of the
+other emotion. Questions as in NOTICE (Golovanevsky et al., arXiv 2406.16320).
 """
 
 from __future__ import annotations

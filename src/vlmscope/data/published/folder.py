@@ -1,9 +1,9 @@
 """Your own images, in a folder for each label: "is this a cat or a dog?".
 
-`ROOT/{label}/*.jpg`, two labels or more, of any words. The corrupt image is one of another label.
-A file `prompt.txt` in the root may hold another question with `{x}` and `{y}` where the options
-stand; "a {x}" becomes "an {x}" by sound, and loses its article before a plural. The result is
-meant to be written as a CSV, which can then be edited.
+`ROOT/{label}/*.jpg`, two labels or more, of any words. The corrupt image is one of another label. A file
+`prompt.txt` in the root may hold another question with `{x}` and `{y}` where the options stand; "a {x}"
+becomes "an {x}" by sound, and loses its article before a plural. The result is meant to be written as a
+CSV, which can then be edited.
 """
 
 from __future__ import annotations

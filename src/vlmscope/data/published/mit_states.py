@@ -1,11 +1,11 @@
 """MIT-States: one noun in two states, "is this apple ripe or unripe?".
 
-As distributed: a folder "{adjective} {noun}" for each pair, in the root or in `images/`; folders
-whose adjective is literally "adj" show the noun in no state and are left out. The corrupt image
-shows the same noun with another adjective of the same kind, as in NOTICE (Golovanevsky et al.,
-arXiv 2406.16320). That paper has 21 adjectives of color, 23 of shape and 14 of texture and does
-not list them: which ones are here (`folders.toml`) is our choice, out of the 115, in the same
-numbers. `color` is any look that is neither form nor surface.
+As distributed: a folder "{adjective} {noun}" for each pair, in the root or in `images/`; folders whose
+adjective is literally "adj" show the noun in no state and are left out. The corrupt image shows the same
+noun with another adjective of the same kind, as in NOTICE (Golovanevsky et al., arXiv 2406.16320). That
+paper has 21 adjectives of color, 23 of shape and 14 of texture and does not list them: which ones are here
+(`folders.toml`) is our choice, out of the 115, in the same numbers. `color` is any look that is neither
+form nor surface.
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Generic, TypeAlias, TypeVar
 
 from vlmscope.data.images import open_image
-from vlmscope.data.published.layout import not_here
+from vlmscope.data.published.layout import looks_like
 from vlmscope.data.questions import ORDERS
 from vlmscope.errors import DataError, ExampleError
 
@@ -54,7 +54,11 @@ class Source:
 
     def not_here(self, expected: str) -> DataError:
         """The error for a folder that lacks what the set has."""
-        return not_here(self.name, self.root, expected)
+        other = looks_like(self.root)
+        way_out = f"unpack {self.name} there, or give the folder it is in"
+        if other and other != self.name:
+            way_out = f"it looks like {other}: ask for {other}, or give {self.name}'s folder"
+        return DataError(f"{self.root}: no {expected}; {way_out}")
 
     def is_readable(self, path: Path) -> bool:
         """Whether an image can be read: each is opened once, when it is first asked for, and counted."""
@@ -78,10 +82,10 @@ class Source:
     ) -> list[Drawn[Made]]:
         """The same number from every group, in turns; `items` come in the order of their drawing.
 
-        `make` opens what an item needs, and returns None where it cannot be used; then the next one
-        takes its place. At most `size` a group, or `limit` in all; it ends where a group has no more.
-        Groups without items take no part. The orders take turns so that they differ by at most one
-        in each group and in all; without a limit, a last round that would make them uneven is left.
+        `make` opens what an item needs, and returns None where it cannot be used; then the next one takes
+        its place. At most `size` a group, or `limit` in all; it ends where a group has no more. Groups
+        without items take no part. The orders take turns so that they differ by at most one in each group
+        and in all; without a limit, a last round that would make them uneven is left.
 
         >>> drawn = Source("", Path()).balanced({"a": [1, 2, 3], "b": [4, 5]}, str)
         >>> [(one.group, one.made, one.order) for one in drawn]
@@ -147,9 +151,9 @@ def label_contrasts(
 ) -> list[Drawn[Contrast]]:
     """Draw images by label, each with one of another label; balanced over groups of labels.
 
-    `rivals` are the labels that an image can stand against, in the order of their drawing; those that
-    gave fewest partners so far come first. An image is the clean one at most once; as a partner it comes
-    again only when all of its label were handed out. `why_not` counts images without a partner.
+    `rivals` are the labels that an image can stand against, in the order of their drawing; those that gave
+    fewest partners so far come first. An image is the clean one at most once; as a partner it comes again
+    only when all of its label were handed out. `why_not` counts images without a partner.
     """
     partners = Partners(source)
     given = dict.fromkeys(images, 0)

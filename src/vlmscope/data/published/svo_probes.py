@@ -1,9 +1,9 @@
 """SVO-Probes: two photographs that differ in the subject, the verb or the object.
 
-As distributed: `svo_probes.csv` with a triplet, an address and a number for both images of a row.
-The images lie in `images/NUMBER.jpg` (or another suffix). Questions are made from the triplets, as
-in NOTICE (Golovanevsky et al., arXiv 2406.16320): "is a man or a woman riding a horse?", "is the
-man riding or feeding the horse?", "is the man riding a horse or a bike?".
+As distributed: `svo_probes.csv` with a triplet, an address and a number for both images of a row. The
+images lie in `images/NUMBER.jpg` (or another suffix). Questions are made from the triplets, as in NOTICE
+(Golovanevsky et al., arXiv 2406.16320): "is a man or a woman riding a horse?", "is the man riding or
+feeding the horse?", "is the man riding a horse or a bike?".
 """
 
 from __future__ import annotations
@@ -110,8 +110,8 @@ def ask(kind: str, triplet: Triplet, options: tuple[str, str]) -> str:
 def load(source: Source) -> list[Example]:
     """The examples of the release; why rows were dropped is counted in `source`.
 
-    With `source.fetch`, images that are missing are downloaded first; without it, rows without
-    images are dropped.
+    With `source.fetch`, images that are missing are downloaded first; without it, rows without images are
+    dropped.
     """
     table = source.root / TABLE
     if not table.is_file():

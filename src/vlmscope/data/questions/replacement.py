@@ -1,8 +1,8 @@
 """Symmetric token replacement: the same question about other words, token for token aligned.
 
-As in NOTICE (Golovanevsky et al., arXiv 2406.16320), where the image stays and both options in the
-prompt become other words of the same role. There nothing checks that the tokens align; here a
-replacement has the same number of words, and each word the same number of tokens.
+As in NOTICE (Golovanevsky et al., arXiv 2406.16320), where the image stays and both options in the prompt
+become other words of the same role. There nothing checks that the tokens align; here a replacement has the
+same number of words, and each word the same number of tokens.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ _WORD = re.compile(r"[\w'’-]+|[^\w\s]")
 class Word:
     """A word (or several) as it stands in a prompt, and what has to stay around it.
 
-    `article` is what stands before it (`a`, `an`, `the` or nothing), `verb` the prompt's first
-    word, for its number, and `after` the word behind the options, such as a preposition.
+    `article` is what stands before it (`a`, `an`, `the` or nothing), `verb` the prompt's first word, for
+    its number, and `after` the word behind the options, such as a preposition.
     """
 
     text: str
@@ -49,11 +49,11 @@ def replace_words(
 ) -> tuple[list[Example], dict[str, int]]:
     """The examples with a corrupt prompt each that aligns, and how they came by it.
 
-    A corrupt prompt that differs from the clean one and aligns with it is kept. Otherwise the
-    words of the roles `answer` and `foil` (where neither stands in the prompt, of `noun`, else of
-    `object`) become words that other examples of the same `kind` have in those roles. `pieces`
-    counts the tokens of a word; without it, every word counts as one. What is drawn for an
-    example depends on the seed, its id and the words there are, not on the order of the list.
+    A corrupt prompt that differs from the clean one and aligns with it is kept. Otherwise the words of the
+    roles `answer` and `foil` (where neither stands in the prompt, of `noun`, else of `object`) become words
+    that other examples of the same `kind` have in those roles. `pieces` counts the tokens of a word;
+    without it, every word counts as one. What is drawn for an example depends on the seed, its id and the
+    words there are, not on the order of the list.
 
     >>> one = Example("1", "a.png", "is it red or blue?", "red", "blue")
     >>> other = Example("2", "a.png", "is it old or new?", "old", "new")
