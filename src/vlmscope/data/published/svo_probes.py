@@ -15,7 +15,7 @@ from typing import TypeAlias
 
 from vlmscope.data.example import Example, find_roles
 from vlmscope.data.published.layout import by_stem
-from vlmscope.data.published.sampling import SIZE, Drawn, Fetch, Source
+from vlmscope.data.published.sampling import SIZE, Fetch, Source
 from vlmscope.data.questions import in_order
 from vlmscope.data.questions.english import (
     PREPOSITIONS,
@@ -43,21 +43,6 @@ COLUMNS = (
 
 _PLACES = {kind: place for place, kind in enumerate(KINDS)}
 _TRUE = ("true", "1", "1.0", "yes", "t")
-
-FLAGS = "not exactly one of subj_neg, verb_neg and obj_neg is true"
-PARTS = "a triplet lacks a part"
-DIFFERS = "the triplets do not differ in the flagged word alone"
-NEAR = "the two words are near-synonyms"
-MULTI = "a verb of several words"
-NO_ING = "a verb without an -ing form that asks what is going on"
-NUMBER = "one subject is singular and the other plural"
-JOINED = "the two options need different prepositions"
-PEOPLE = "a verb of place with a person as its object"
-TWICE = "a word would stand in the question twice"
-SAME = "the same id or image pair as an earlier row"
-MISSING = "an image is not there"
-FAILED = "an image could not be downloaded"
-UNFETCHED = "left over: enough others were downloaded"
 
 
 @dataclass(frozen=True)
@@ -125,8 +110,9 @@ def load(source: Source) -> list[Example]:
         _fetch_wanted(source, source.fetch, decks, folder)
     files = by_stem([folder])
     for kind, deck in decks.items():
-        decks[kind] = [row for row in deck if all(image in files for image in row.images)]
-        source.drop(UNFETCHED if source.fetch else MISSING, len(deck) - len(decks[kind]))
+        decks[kind] = [row for row in deck if not row.missing(files)]
+        why = "left over: enough others were downloaded" if source.fetch else "an image is not there"
+        source.drop(why, len(deck) - len(decks[kind]))
     if rows and not any(decks.values()):
         way = "none could be downloaded; see download-failures.csv" if source.fetch else "pass --download"
         raise DataError(
@@ -137,7 +123,7 @@ def load(source: Source) -> list[Example]:
     def make(row: Row) -> Row | None:
         return row if all(source.is_readable(files[image]) for image in row.images) else None
 
-    return [_example(one, files) for one in source.balanced(decks, make, SIZE)]
+    return [_example(row, order, files) for _, order, row in source.balanced(decks, make, SIZE)]
 
 
 def read_rows(source: Source, table: Iterable[Mapping[str, str]]) -> list[Row]:
@@ -152,7 +138,7 @@ def read_rows(source: Source, table: Iterable[Mapping[str, str]]) -> list[Row]:
             continue
         keys = {row.name, frozenset(row.images)}
         if keys & known:
-            source.drop(SAME)
+            source.drop("the same id or image pair as an earlier row")
             continue
         known |= keys
         rows.append(row)
@@ -162,7 +148,7 @@ def read_rows(source: Source, table: Iterable[Mapping[str, str]]) -> list[Row]:
 def _row(cells: Mapping[str, str]) -> Row:
     flagged = [kind for kind, flag in KINDS.items() if cells[flag].casefold() in _TRUE]
     if len(flagged) != 1:
-        raise Unfit(FLAGS)
+        raise Unfit("not exactly one of subj_neg, verb_neg and obj_neg is true")
     [kind] = flagged
     one, other = _triplet(cells["pos_triplet"]), _triplet(cells["neg_triplet"])
     _check_question(kind, one, other)
@@ -175,28 +161,28 @@ def _row(cells: Mapping[str, str]) -> Row:
 def _check_question(kind: str, one: Triplet, other: Triplet) -> None:
     """Refuse two triplets of which no question that reads well can be made."""
     if [name for name, a, b in zip(KINDS, one, other, strict=True) if a != b] != [kind]:
-        raise Unfit(DIFFERS)
+        raise Unfit("the triplets do not differ in the flagged word alone")
     word, foil = (triplet[_PLACES[kind]] for triplet in (one, other))
     if near(lemma(word), lemma(foil)) if kind == "verb" else near(word, foil):
-        raise Unfit(NEAR)
+        raise Unfit("the two words are near-synonyms")
     (_, joint), (_, other_joint) = _verb(one[1], one[2]), _verb(other[1], other[2])
     if joint != other_joint:
-        raise Unfit(JOINED)
+        raise Unfit("the two options need different prepositions")
     for subject, verb, thing in (one, other):
         if subject == thing or (kind == "subject" and thing in (one[0], other[0])):
-            raise Unfit(TWICE)
+            raise Unfit("a word would stand in the question twice")
         if kind == "object" and subject in (one[2], other[2]):
-            raise Unfit(TWICE)
+            raise Unfit("a word would stand in the question twice")
         if joint in ("on", "in") and is_somebody(thing) and is_located(verb):
-            raise Unfit(PEOPLE)
+            raise Unfit("a verb of place with a person as its object")
     if kind == "subject" and is_plural(one[0]) != is_plural(other[0]):
-        raise Unfit(NUMBER)
+        raise Unfit("one subject is singular and the other plural")
 
 
 def _triplet(cell: str) -> Triplet:
     parts = [" ".join(part.lower().replace("_", " ").split()) for part in cell.split(",")]
     if len(parts) != 3 or not all(parts):
-        raise Unfit(PARTS)
+        raise Unfit("a triplet lacks a part")
     return parts[0], parts[1], parts[2]
 
 
@@ -204,12 +190,12 @@ def _verb(verb: str, thing: str) -> tuple[str, str]:
     """The -ing form of a verb, and the preposition before its object."""
     words = verb.split()
     if len(words) > 2 or (len(words) == 2 and words[1] not in PREPOSITIONS):
-        raise Unfit(MULTI)
+        raise Unfit("a verb of several words")
     if words[0] == "lay" and preposition("lie", thing) and thing not in ("egg", "eggs", "brick"):
         words[0] = "lie"  # captions say "laying on the bed"
     action = ing(words[0])
     if action is None:
-        raise Unfit(NO_ING)
+        raise Unfit("a verb without an -ing form that asks what is going on")
     return action, words[1] if len(words) == 2 else preposition(words[0], thing)
 
 
@@ -229,14 +215,13 @@ def _fetch_wanted(source: Source, fetch: Fetch, decks: dict[str, list[Row]], fol
             return
         for kind in kinds:
             kept = [row for row in decks[kind] if not failed & row.missing(files).keys()]
-            source.drop(FAILED, len(decks[kind]) - len(kept))
+            source.drop("an image could not be downloaded", len(decks[kind]) - len(kept))
             decks[kind] = kept
 
 
-def _example(drawn: Drawn[Row], files: Mapping[str, Path]) -> Example:
-    row = drawn.made
+def _example(row: Row, order: str, files: Mapping[str, Path]) -> Example:
     answer, foil = (triplet[_PLACES[row.kind]] for triplet in row.triplets)
-    prompt = ask(row.kind, row.triplets[0], in_order(drawn.order, answer, foil))
+    prompt = ask(row.kind, row.triplets[0], in_order(order, answer, foil))
     subject, verb, thing = row.triplets[0]
     if row.kind == "verb":
         answer, foil = _verb(answer, thing)[0], _verb(foil, thing)[0]
@@ -249,5 +234,5 @@ def _example(drawn: Drawn[Row], files: Mapping[str, Path]) -> Example:
         foil=foil,
         corrupt_image=files[row.images[1]],
         roles=find_roles(prompt, words),
-        groups={"kind": row.kind, "order": drawn.order},
+        groups={"kind": row.kind, "order": order},
     )
