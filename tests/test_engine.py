@@ -13,7 +13,7 @@ from vlmscope import corrupt, engine, reference
 from vlmscope.corrupt import Noise
 from vlmscope.inputs import Edit, Pair
 from vlmscope.model import Model, load
-from vlmscope.sites import Site, expand, place
+from vlmscope.sites import Pattern, Site, expand, place
 
 TEXT = ("resid_pre", "resid", "attn", "cross", "mlp", "attn.h*", "cross.h*", "mlp.n*")
 SITES = [
@@ -47,9 +47,9 @@ CORRUPTIONS = {
 }
 
 
-def placed(model: Model, pair: Pair, expressions: list[str]) -> list[tuple[Site, tuple[int, ...]]]:
-    sites = expand([Site.parse(text) for text in expressions], model.shapes)
-    return [p for site in sites for p in place(site, pair.clean.layout[site.tower])]
+def placed(model: Model, pair: Pair, expressions: list[str]) -> list[Site]:
+    sites = expand([Pattern.parse(text) for text in expressions], model.shapes)
+    return [found for site in sites for found in place(site, pair.clean.layout)]
 
 
 def some(model: Model, pair: Pair, expressions: list[str], each: int = 3):
@@ -291,16 +291,18 @@ def test_ablate_sets_what_it_is_given():
     sites = placed(model, pair, expressions)
     noise = torch.Generator().manual_seed(0)
     values = {}
-    for number, (site, at) in enumerate(sites):
-        width = model.capture(pair.clean, [replace(site, position="0")]).popitem()[1].shape[-1]
-        shape = (len(at), width) if number % 2 else (1, width)
+    for number, site in enumerate(sites):
+        width = (
+            model.capture(pair.clean, [replace(site, position="0", positions=(0,))]).popitem()[1].shape[-1]
+        )
+        shape = (len(site.positions), width) if number % 2 else (1, width)
         values[site] = torch.randn(shape, generator=noise, dtype=torch.float64)
     patched = engine.ablate(model, pair.clean, pair.answer, pair.foil, sites, values)
     found = torch.full((len(sites),), torch.nan, dtype=torch.float64)
     for numbers, scores in patched.chunks:
         found[numbers] = scores.ld
     wanted = []
-    for site, _ in sites:
+    for site in sites:
         logits = model.run(pair.clean, [Edit(site, "set", values[site])])
         wanted.append(logits[pair.answer] - logits[pair.foil])
     torch.testing.assert_close(found, torch.stack(wanted), rtol=1e-9, atol=1e-12)
@@ -324,15 +326,17 @@ def test_sites_that_share_places_are_ablated_alone(make):
     sites = placed(model, pair, expressions)
     noise = torch.Generator().manual_seed(0)
     values = {}
-    for site, at in sites:
-        width = model.capture(pair.clean, [replace(site, position="0")]).popitem()[1].shape[-1]
-        values[site] = torch.randn(len(at), width, generator=noise, dtype=torch.float64)
+    for site in sites:
+        width = (
+            model.capture(pair.clean, [replace(site, position="0", positions=(0,))]).popitem()[1].shape[-1]
+        )
+        values[site] = torch.randn(len(site.positions), width, generator=noise, dtype=torch.float64)
     patched = engine.ablate(model, pair.clean, pair.answer, pair.foil, sites, values)
     found = torch.full((len(sites),), torch.nan, dtype=torch.float64)
     for numbers, scores in patched.chunks:
         found[numbers] = scores.ld
     wanted = []
-    for site, _ in sites:
+    for site in sites:
         logits = model.run(pair.clean, [Edit(site, "set", values[site])])
         wanted.append(logits[pair.answer] - logits[pair.foil])
     torch.testing.assert_close(found, torch.stack(wanted), rtol=1e-9, atol=1e-12)

@@ -13,7 +13,7 @@ from transformers import BlipForImageTextRetrieval, LlavaForConditionalGeneratio
 from vlmscope import corrupt, engine, reference
 from vlmscope.errors import ModelError
 from vlmscope.model import load, toys
-from vlmscope.sites import Site, expand, place
+from vlmscope.sites import Pattern, expand, place
 
 
 @pytest.fixture(scope="module")
@@ -156,8 +156,8 @@ def compare(model, close):
     """The engine's answers and the reference's; returns the latter."""
     pair = corrupt.pairs(model, example(), "image")[0]
     texts = ["decoder.*.attn.h*@last", "decoder.*.resid@text*", "vision.1.resid@*", "decoder.*.mlp@3"]
-    found = expand([Site.parse(text) for text in texts], model.shapes)
-    sites = [p for s in found for p in place(s, pair.clean.layout[s.tower])]
+    found = expand([Pattern.parse(text) for text in texts], model.shapes)
+    sites = [p for s in found for p in place(s, pair.clean.layout)]
     results = []
     for one in (engine, reference):
         table = torch.full((len(sites),), torch.nan, dtype=torch.float64)

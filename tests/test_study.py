@@ -22,7 +22,7 @@ from vlmscope.errors import DataError, SiteError, StoreError, VlmscopeError
 from vlmscope.example import find_roles
 from vlmscope.inputs import Edit
 from vlmscope.metrics import score
-from vlmscope.sites import Site
+from vlmscope.sites import Pattern
 from vlmscope.store import BASELINES, EFFECTS
 from vlmscope.study import baselines, sweep
 
@@ -41,7 +41,7 @@ def test_the_columns_and_their_values_by_plain_runs():
     (row,) = table.to_dict("records")
     one = replace(example(), corrupt_prompt=None)
     pair = model.prepare(one)
-    site = Site.parse("encoder.1.cross.h1@answer")
+    site = Pattern.parse("encoder.1.cross.h1@answer")
     (value,) = model.capture(pair.clean, [site]).values()
     runs = {
         "clean": model.run(pair.clean),
@@ -158,7 +158,7 @@ def test_noise_is_the_same_for_the_same_seed_only():
 def test_noise_is_averaged_over_draws():
     model = blip()
     from vlmscope import corrupt, reference
-    from vlmscope.sites import expand, place
+    from vlmscope.sites import Pattern, expand, place
 
     noise = Noise("add", "text", 2.0, draws=3)
     table = sweep(model, [example()], "encoder.1.resid@2", noise)
@@ -166,7 +166,7 @@ def test_noise_is_averaged_over_draws():
     for pair in corrupt.pairs(model, example(), noise):
         sites = [
             p
-            for s in expand([Site.parse("encoder.1.resid@2")], model.shapes)
+            for s in expand([Pattern.parse("encoder.1.resid@2")], model.shapes)
             for p in place(s, pair.clean.layout["encoder"])
         ]
         patched = reference.patch(model, pair, sites)

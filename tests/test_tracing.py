@@ -16,7 +16,7 @@ from vlmscope.data import examples
 from vlmscope.errors import DataError, VlmscopeError
 from vlmscope.inputs import Edit
 from vlmscope.model import load
-from vlmscope.sites import Site
+from vlmscope.sites import Pattern
 from vlmscope.store import read_run
 
 NOISE = Noise("multiply", "image", 5.0, draws=3)
@@ -50,7 +50,7 @@ def test_a_share_by_plain_runs(traced):
             (pair,) = corrupt.pairs(model, one, replace(NOISE, draws=1), seed=repeat)
             edits = [
                 Edit(site, "set", model.capture(pair.clean, [site])[str(site)])
-                for site in (Site.parse(f"encoder.{layer}.cross@answer") for layer in (1, 2, 3))
+                for site in (Pattern.parse(f"encoder.{layer}.cross@answer") for layer in (1, 2, 3))
             ]
             runs = (
                 model.run(pair.clean),

@@ -113,7 +113,8 @@ def _edits(model: Model, inputs: Inputs, noise: Noise, site: Site, seed: str) ->
     assert noise.scale is not None
     if noise.form == "factor":
         return [Edit(site, "scale", noise.scale)]
-    ((_, at),) = model.placed(site, inputs)
+    (site,) = model.placed(site, inputs)
+    at = site.positions
     there = model.shapes[site.tower]
     shape = (len(at), there.widths.get(site.kind, there.width))
     draws = [_draw(shape, seed, number) for number in range(noise.draws)]
@@ -133,8 +134,8 @@ def noisy(model: Model, at: str) -> tuple[Site, ...]:
     """
     text = model.text_towers[0]
     if at == "text":
-        return (Site(text, "0", "resid_pre", None, "text"),)
-    added = [Site(text, str(n), "deepstack", None, "image") for n in model.shapes[text].having("deepstack")]
+        return (Site(text, 0, "resid_pre", position="text"),)
+    added = [Site(text, n, "deepstack", position="image") for n in model.shapes[text].having("deepstack")]
     return (model.image_site, *added)
 
 

@@ -11,8 +11,8 @@ from vlmscope.errors import VlmscopeError
 from vlmscope.example import Example
 from vlmscope.families import families
 from vlmscope.inputs import Inputs, Pair
+from vlmscope.layout import Layout, grid, slots
 from vlmscope.model import Model, toys
-from vlmscope.sites import Layout, grid, slots
 
 FLOWS = {
     "rows": "many patches in one pass",
@@ -161,8 +161,8 @@ def example(model: Model, one: Example) -> str:
     lines += ["", "noise"]
     for at in ("image", "text"):
         for site in corrupt.noisy(model, at):
-            ((_, where),) = model.placed(site, pair.clean)
-            lines.append(f"  on the {at:<7}{site}: {_spans(where)}")
+            (found,) = model.placed(site, pair.clean)
+            lines.append(f"  on the {at:<7}{site}: {_spans(found.positions)}")
     return "\n".join(lines)
 
 

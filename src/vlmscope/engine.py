@@ -24,10 +24,10 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from vlmscope import suffix
-from vlmscope.inputs import Edit, Inputs, Pair
+from vlmscope.inputs import Change, Edit, Inputs, Pair
 from vlmscope.metrics import Patched, Score, largest, score
 from vlmscope.model import Access, Model, handles, hooks
-from vlmscope.sites import Point, Site, members
+from vlmscope.sites import KINDS, Point, Site
 
 BUDGET = 128 * 2**20
 """Bytes that the intermediate results of one batch of rows may take, if there is room."""
@@ -41,17 +41,32 @@ OUTER = ("output", "deepstack")
 class Row:
     """One patch: its number in the sweep, what it sets, and the stage of its tower it joins at.
 
-    `sites` are of one layer each, lowest first; a window of layers has several. Stage L is the
-    entrance of block L; the stage behind the last block is its output. `shift` says how far behind
-    the positions of the run the source's values for this row are (see `Sweep._given`).
+    `sites` are of one layer each, in the order in which the model computes them; a window of layers has
+    several. Stage L is the entrance of block L; the stage behind the last block is its output. `shift`
+    says how far behind the positions of the run the source's values for this row are (see `Sweep._given`).
     """
 
     number: int
     sites: tuple[Site, ...]
-    at: tuple[int, ...]
     tower: int
     stage: int
     shift: int = 0
+
+    @property
+    def begin(self) -> int:
+        """The first position that it changes."""
+        return min(position for site in self.sites for position in site.positions)
+
+    @property
+    def is_outer(self) -> bool:
+        return self.sites[0].kind in OUTER
+
+    @property
+    def is_simple(self) -> bool:
+        """Whether blocks can be called with it: what is added between blocks is no block's."""
+        one_tower = {site.tower for site in self.sites} == {self.sites[0].tower}
+        kinds = {site.kind for site in self.sites}
+        return one_tower and "deepstack" not in kinds and ("output" not in kinds or len(kinds) == 1)
 
 
 @dataclass(frozen=True, eq=False)
@@ -88,7 +103,7 @@ class Trace:
 def patch(
     model: Model,
     pair: Pair,
-    sites: Sequence[tuple[Site, tuple[int, ...]]],
+    sites: Sequence[Site],
     direction: str = "denoise",
     *,
     seen: dict[int, Tensor] | None = None,
@@ -107,7 +122,7 @@ def ablate(
     inputs: Inputs,
     answer: int,
     foil: int,
-    sites: Sequence[tuple[Site, tuple[int, ...]]],
+    sites: Sequence[Site],
     values: Mapping[Site, Tensor],
     *,
     seen: dict[int, Tensor] | None = None,
@@ -130,7 +145,7 @@ class Sweep:
         self,
         model: Model,
         pair: Pair,
-        sites: Sequence[tuple[Site, tuple[int, ...]]],
+        sites: Sequence[Site],
         direction: str,
         seen: dict[int, Tensor],
         values: Mapping[Site, Tensor] | None = None,
@@ -138,7 +153,7 @@ class Sweep:
         _keep_freed_memory()
         self.model, self.pair = model, pair
         self.towers = list(model.family.towers)
-        points = {one.point for site, _ in sites for one in members(site, model.shapes)}
+        points = {part.point for site in sites for part in site.parts}
         for point in list(points):
             if point.kind in SUBLAYERS:
                 around = _around(point.tower, point.layer)
@@ -171,7 +186,8 @@ class Sweep:
         forward = direction == "denoise"
         self.source = traces[0] if forward else traces[1]
         self.base = traces[1] if forward else traces[0]
-        self.inputs, self.edits = runs[1] if forward else runs[0]
+        self.inputs, edits = runs[1] if forward else runs[0]
+        self.edits = model.changes(self.inputs, edits)
         self.unchanged = self.baselines[1] if forward else self.baselines[0]
         self.starts = {t: suffix.starts(m) for t, m in self.base.memory.items()}
         self.rows, self.idle = self._plan(sites)
@@ -179,9 +195,7 @@ class Sweep:
     def _flow(self, tower: str) -> str:
         return self.model.flow(tower, self.pair.clean)
 
-    def _given(
-        self, trace: Trace, sites: Sequence[tuple[Site, tuple[int, ...]]], values: Mapping[Site, Tensor]
-    ) -> Trace:
+    def _given(self, trace: Trace, sites: Sequence[Site], values: Mapping[Site, Tensor]) -> Trace:
         """A run that has the given values at the sites; elsewhere nobody asks.
 
         Sites that share a place have values of their own there: each point's positions come as often, end
@@ -189,16 +203,16 @@ class Sweep:
         """
         found: dict[Point, list[Tensor]] = defaultdict(list)
         taken: dict[Point, list[set[tuple[int | None, int]]]] = defaultdict(list)
-        for number, (site, at) in enumerate(sites):
-            point, places = site.point, {(site.index, position) for position in at}
+        for number, site in enumerate(sites):
+            point = site.point
+            places = {(unit, position) for position in site.positions for unit in site.units or (None,)}
             turn = next((n for n, some in enumerate(taken[point]) if not some & places), None)
             if turn is None:
                 turn = len(found[point])
                 found[point].append(trace.values[point])
                 taken[point].append(set())
             taken[point][turn] |= places
-            edit = Edit(site, "set", values[site])
-            found[point][turn] = self.model.edited(found[point][turn], edit, at)
+            found[point][turn] = self.model.edited(found[point][turn], site, "set", values[site])
             self.shifts[number] = turn * trace.values[point].shape[1]
         return Trace(trace.logits, {point: torch.cat(some, 1) for point, some in found.items()})
 
@@ -222,7 +236,7 @@ class Sweep:
                     seen[key] = trace.outputs[first]
                 return trace
             trace.outputs[first] = known
-            output = self._edited_output(known, first, inputs, edits)
+            output = self._edited_output(known, first, model.changes(inputs, edits))
             for point in points:
                 if point.tower == first:
                     trace.values[point] = output
@@ -287,45 +301,54 @@ class Sweep:
                 hook(*Access(self.model.blocks(tower)[-1]), keep)
             yield
 
-    def _edited_output(self, output: Tensor, tower: str, inputs: Inputs, edits: Sequence[Edit]) -> Tensor:
+    def _edited_output(self, output: Tensor, tower: str, changes: Sequence[Change]) -> Tensor:
         """A tower's output with the run's own edits of it (its module is not called for rows)."""
-        for edit in edits:
-            if edit.site.tower == tower and edit.site.kind == "output":
-                for site, at in self.model.placed(edit.site, inputs):
-                    output = self.model.edited(output, Edit(site, edit.op, edit.value), at)
+        for change in changes:
+            if change.site.tower == tower and change.site.kind == "output":
+                output = self.model.edited(output, *change)
         return output
 
     # -- which patches need a row ----------------------------------------------------------------
 
-    def _plan(self, sites: Sequence[tuple[Site, tuple[int, ...]]]) -> tuple[list[Row], list[int]]:
-        parts = [members(site, self.model.shapes) for site, _ in sites]
-        points = {one.point for some in parts for one in some}
+    def _plan(self, sites: Sequence[Site]) -> tuple[list[Row], list[int]]:
+        points = {part.point for site in sites for part in site.parts}
         changed = {point: self._changed(point).cpu().numpy() for point in points}
 
-        def changes(site: Site, at: tuple[int, ...], shift: int) -> bool:
-            there = changed[site.point][[shift + position for position in at]]
-            return bool((there if site.index is None else there[:, site.index]).any())
+        def changes(part: Site, shift: int) -> bool:
+            there = changed[part.point][[shift + position for position in part.positions]]
+            return bool((there[:, list(part.units)] if part.units else there).any())
 
         rows, idle = [], []
-        for number, (some, (_, at)) in enumerate(zip(parts, sites, strict=True)):
+        for number, site in enumerate(sites):
             # What comes before the first change writes what is there already; after it, a value
             # that both runs share still undoes what the change has done to it.
             shift = self.shifts[number]
-            reaching = [one for one in some if self._reaches(one, at)]
-            first = next((n for n, one in enumerate(reaching) if changes(one, at, shift)), len(reaching))
+            reaching = [part for part in self._in_order(site) if self._reaches(part)]
+            first = next((n for n, part in enumerate(reaching) if changes(part, shift)), len(reaching))
             live = tuple(reaching[first:])
             if live:
                 tower = self.towers.index(live[0].tower)
-                rows.append(Row(number, live, at, tower, self._stage(live[0]), shift))
+                rows.append(Row(number, live, tower, self._stage(live), shift))
             else:
                 idle.append(number)
-        return sorted(rows, key=lambda row: (row.tower, row.stage)), idle
+        return sorted(rows, key=lambda row: (row.tower, row.is_outer, row.stage)), idle
 
-    def _stage(self, site: Site) -> int:
-        """Where the row of a site joins: behind its block, unless the whole block must be redone."""
-        if site.kind == "resid_pre" or (site.kind in SUBLAYERS and self._whole(site.tower)):
-            return site.center
-        return self._depth(site.tower) + 1 if site.kind in OUTER else site.center + 1
+    def _in_order(self, site: Site) -> tuple[Site, ...]:
+        """The parts of a patch in the order in which the model computes them."""
+        parts = site.parts
+        if len(parts) == 1:
+            return parts
+        return tuple(sorted(parts, key=lambda p: (self.towers.index(p.tower), p.layer, KINDS.index(p.kind))))
+
+    def _stage(self, live: Sequence[Site]) -> int:
+        """Where a row joins: behind its first block, unless that has to be redone as a whole."""
+        site = live[0]
+        if site.kind in OUTER:
+            return self._depth(site.tower) + 1
+        together = len(live) > 1 and live[1].layer == site.layer and live[1].tower == site.tower
+        if site.kind == "resid_pre" or (site.kind in SUBLAYERS and (together or self._whole(site.tower))):
+            return site.layer
+        return site.layer + 1
 
     def _whole(self, tower: str) -> bool:
         """Whether the run's own edits are within a tower's blocks, where they count all positions."""
@@ -339,11 +362,15 @@ class Sweep:
         many = self.model.units(point)
         return (differ if many is None else differ.unflatten(-1, (many, -1))).any(-1)
 
-    def _reaches(self, site: Site, at: tuple[int, ...]) -> bool:
+    def _reaches(self, site: Site) -> bool:
         """Whether the read-out position can see the patch: in the last block only its own."""
-        last = site.tower == self.towers[-1] and site.center == self._depth(site.tower) - 1
+        last = site.tower == self.towers[-1] and site.layer == self._depth(site.tower) - 1
         own = len(self.inputs.layout[site.tower].tokens) - 1
-        return not last or site.kind == "resid_pre" or own in at
+        return not last or site.kind == "resid_pre" or own in site.positions
+
+    def _own(self) -> list[Edit]:
+        """The edits of the run that is patched."""
+        return [Edit(*change) for change in self.edits]
 
     def _depth(self, tower: str) -> int:
         return self.model.shapes[tower].layers
@@ -355,9 +382,7 @@ class Sweep:
         if self.idle:
             many = len(self.idle)
             yield self.idle, Score(*(v.expand(many).clone() for v in self.unchanged))
-        for (number, _), group in groupby(
-            self.rows, key=lambda row: (row.tower, row.sites[0].kind if row.sites[0].kind in OUTER else "")
-        ):
+        for (number, _), group in groupby(self.rows, key=lambda row: (row.tower, row.is_outer)):
             tower, rows = self.towers[number], list(group)
             room = self._room(tower)
             while rows:
@@ -386,7 +411,7 @@ class Sweep:
 
     def _is_plain(self, tower: str, row: Row) -> bool:
         """Whether a patch is a forward of its own: what is added between blocks is no block's."""
-        return self._flow(tower) == "plain" or row.sites[0].kind == "deepstack"
+        return self._flow(tower) == "plain" or not row.is_simple
 
     def _fit(self, tower: str, rows: list[Row], room: int) -> int:
         """How many of the next rows to take: batches of about equal size, at least one row each."""
@@ -405,7 +430,7 @@ class Sweep:
         whole = max(len(self.inputs.layout[name].tokens) for name in after)
         if tower not in self.starts:
             return [whole] * len(rows)
-        return [whole - self.starts[tower][min(row.at)] for row in rows]
+        return [whole - self.starts[tower][row.begin] for row in rows]
 
     @torch.inference_mode()
     def _chunk(self, tower: str, rows: list[Row]) -> Score:
@@ -422,12 +447,12 @@ class Sweep:
             logits = family.finish(model.hf, self.inputs, tower, output)
             return score(logits, self.pair.answer, self.pair.foil)
         if rows[0].sites[0].kind == "output":
-            output = self._edited_output(self.base.outputs[tower], tower, self.inputs, self.edits)
+            output = self._edited_output(self.base.outputs[tower], tower, self.edits)
             output = self._join(output[:0], output, rows, rows[0].stage)
         else:
             output = family.leave(model.hf, tower, self._through(tower, rows))
-            output = self._edited_output(output, tower, self.inputs, self.edits)
-        with model.editing(self.inputs, self.edits):
+            output = self._edited_output(output, tower, self.edits)
+        with model.editing(self.inputs, self._own()):
             logits = family.finish(model.hf, self.inputs, tower, output)
         return score(logits, self.pair.answer, self.pair.foil)
 
@@ -442,18 +467,17 @@ class Sweep:
 
     def _plain(self, row: Row) -> Score:
         """One forward with the patch, where a tower's blocks do not take rows."""
-        edits = [*self.edits]
+        edits = self._own()
         for site in row.sites:
-            at = [position + row.shift for position in row.at]
-            value = self.model.read(self.source.values[site.point], site, at)
-            edits.append(Edit(site, "set", value))
+            there = replace(site, positions=tuple(position + row.shift for position in site.positions))
+            edits.append(Edit(site, "set", self.model.read(self.source.values[site.point], there)))
         logits = self.model.run(self.inputs, edits)
         return score(logits[None], self.pair.answer, self.pair.foil)
 
     def _suffixes(self, tower: str, rows: list[Row]) -> Float[Tensor, "rows 1 width"]:
         """What the last position of each row is behind the last block; rows are only suffixes."""
         starts = self.starts[tower]
-        begins = [starts[min(row.at)] for row in rows]
+        begins = [starts[row.begin] for row in rows]
         ragged = suffix.Rows(self.model, tower, self.base.memory[tower], begins)
         depth, hidden = self._depth(tower), self.base.ends[tower][:, :0]
         with ragged.attending():
@@ -473,18 +497,22 @@ class Sweep:
         self, tower: str, ragged: suffix.Rows, hidden: Tensor, new: list[tuple[int, Row]]
     ) -> None:
         """Write the first patch of rows that join, behind the block that it is in."""
-        cells = [Cell(0, ragged.place(i, p), row.sites[0], p, row.shift) for i, row in new for p in row.at]
+        cells = [
+            Cell(0, ragged.place(i, p), row.sites[0], p, row.shift)
+            for i, row in new
+            for p in row.sites[0].positions
+        ]
         behind = [c for c in cells if c.site.kind == "resid"]
         self._write(hidden, behind)
         if behind:
             places = [c.position for c in behind]
             at = torch.tensor([c.source for c in behind], device=hidden.device)
-            layer = behind[0].site.center
+            layer = behind[0].site.layer
             hidden[:, places] = self._added(tower, layer, hidden[:, places], at)
-        within = [c for c in cells if c.site.kind in SUBLAYERS and c.site.center < new[0][1].stage]
+        within = [c for c in cells if c.site.kind in SUBLAYERS and c.site.layer < new[0][1].stage]
         if not within:
             return
-        layer = within[0].site.center
+        layer = within[0].site.layer
         at = torch.tensor([c.source for c in within], device=hidden.device)
         heads, entrance = _around(tower, layer)
         inside = [replace(c, position=n) for n, c in enumerate(within)]
@@ -505,14 +533,14 @@ class Sweep:
             Cell(0, ragged.place(i, p), site, p, row.shift)
             for i, row in joined
             for site in row.sites
-            if site.center == layer
-            for p in row.at
+            if site.layer == layer
+            for p in site.positions
         ]
         with hooks() as hook:
             for edit in self.edits:
                 # What is added between blocks is in the base run, which the rows take it from.
                 own = edit.site.tower == tower and edit.site.kind != "deepstack"
-                if own and edit.site.center == layer:
+                if own and edit.site.layer == layer:
                     self._edit_ragged(hook, edit, joined, ragged)
             hidden = self._call_at(tower, layer, hidden, cells, ragged.tokens)
         return self._added(tower, layer, hidden, ragged.tokens)
@@ -524,22 +552,25 @@ class Sweep:
         added = self._entrance(tower, layer + 1) - self.base.given[tower, layer]
         return hidden + added[:, tokens.to(added.device)]
 
-    def _edit_ragged(self, hook: Any, edit: Edit, joined: list[tuple[int, Row]], ragged: suffix.Rows) -> None:
+    def _edit_ragged(
+        self, hook: Any, edit: Change, joined: list[tuple[int, Row]], ragged: suffix.Rows
+    ) -> None:
         """One of the run's own edits, at the places that its positions have in each row."""
-        for site, at in self.model.placed(edit.site, self.inputs):
-            found = [
-                (ragged.place(i, p), n) for i, _ in joined for n, p in enumerate(at) if p >= ragged.begins[i]
-            ]
-            if found:
-                places, numbers = zip(*found, strict=True)
-                value = edit.value
-                if isinstance(value, Tensor) and value.ndim > 1 and len(value) > 1:
-                    value = value[list(numbers)]
-                one = Edit(site, edit.op, value)
-                hook(
-                    *self.model.module(site.point, self.inputs),
-                    lambda x, e=one, a=places: self.model.edited(x, e, a),
-                )
+        site = edit.site
+        found = [
+            (ragged.place(i, p), n)
+            for i, _ in joined
+            for n, p in enumerate(site.positions)
+            if p >= ragged.begins[i]
+        ]
+        if found:
+            places, numbers = zip(*found, strict=True)
+            value = edit.value
+            if isinstance(value, Tensor) and value.ndim > 1 and len(value) > 1:
+                value = value[list(numbers)]
+            there = replace(site, positions=places)
+            change = partial(self.model.edited, site=there, op=edit.op, value=value)
+            hook(*self.model.module(site.point, self.inputs), change)
 
     def _call_at(self, tower: str, layer: int, hidden: Tensor, cells: list[Cell], tokens: Tensor) -> Tensor:
         """Call a block on a sequence of the base run's positions, and patch cells on the way."""
@@ -567,9 +598,13 @@ class Sweep:
         if not new:
             return hidden
         joined = base.expand(len(new), -1, -1).clone()
-        cells = [Cell(i, p, row.sites[0], p, row.shift) for i, row in enumerate(new) for p in row.at]
+        cells = [
+            Cell(i, p, row.sites[0], p, row.shift)
+            for i, row in enumerate(new)
+            for p in row.sites[0].positions
+        ]
         self._write(joined, [c for c in cells if c.site.kind in ("resid", "output")])
-        within = [c for c in cells if c.site.kind in SUBLAYERS and c.site.center < stage]
+        within = [c for c in cells if c.site.kind in SUBLAYERS and c.site.layer < stage]
         if within:
             self._behind(joined, within)
         return torch.cat([hidden, joined]) if len(hidden) else joined
@@ -581,7 +616,7 @@ class Sweep:
         so each patched position passes its block by itself, with the base run's self-attention
         written over its own, and the patch after that.
         """
-        tower, layer = cells[0].site.tower, cells[0].site.center
+        tower, layer = cells[0].site.tower, cells[0].site.layer
         at = torch.tensor([c.source for c in cells], device=joined.device)
         heads, entrance = _around(tower, layer)
         own = self.base.values[heads].to(at.device)[0, at, None]
@@ -598,10 +633,10 @@ class Sweep:
             Cell(i, p, site, p, row.shift)
             for i, row in enumerate(rows)
             for site in row.sites
-            if row.stage <= layer == site.center
-            for p in row.at
+            if row.stage <= layer == site.layer
+            for p in site.positions
         ]
-        with self.model.editing(self.inputs, self.edits):
+        with self.model.editing(self.inputs, self._own()):
             return self._call(tower, layer, hidden, cells)
 
     def _call(self, tower: str, layer: int, hidden: Tensor, cells: list[Cell], **changes: object) -> Tensor:
@@ -629,7 +664,9 @@ class Sweep:
         point = cells[0].site.point
         many = self.model.units(point) or 1
         view = (x if shape is None else x.view(*shape[:2], -1)).unflatten(-1, (many, -1))
-        numbers = [(c.row, c.position, c.source + c.shift, c.site.index or 0) for c in cells]
+        numbers = [
+            (c.row, c.position, c.source + c.shift, unit) for c in cells for unit in c.site.units or (0,)
+        ]
         row, position, source, unit = torch.tensor(numbers, device=x.device).T
         values = self.source.values[point][0].unflatten(-1, (many, -1))
         view[row, position, unit] = values[source, unit]

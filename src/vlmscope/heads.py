@@ -40,10 +40,11 @@ from vlmscope.data import Examples, listed
 from vlmscope.errors import DataError, ExampleError, SiteError, StoreError
 from vlmscope.example import Box, Example, fingerprint, open_image
 from vlmscope.inputs import Edit, Pair
+from vlmscope.layout import grid
 from vlmscope.metrics import score
-from vlmscope.model import Model
+from vlmscope.model import Model, Sites
 from vlmscope.seeds import rng, shuffled
-from vlmscope.sites import Point, Site, expand, grid, place
+from vlmscope.sites import Point, Site, expand, parse, place
 from vlmscope.stats import bootstrap, sign_flip
 from vlmscope.study import SHOWN, progress, sweep_to
 
@@ -94,7 +95,7 @@ class _Seen:
     ld_clean: float
     ld_corrupt: float | None
     effect: Array | None
-    placed: list[tuple[Site, tuple[int, ...]]]
+    placed: list[Site]
     activations: dict[Key, Tensor]
     maps: list[Array | None]
     """For each head: attention to all keys, and its difference to the average head, `(2, keys)`."""
@@ -106,12 +107,7 @@ class _Seen:
 
 
 def functions(
-    model: Model,
-    examples: Examples,
-    sites: str | Site | Sequence[str | Site],
-    corrupt: str | Noise | None = "image",
-    *,
-    seed: int = 0,
+    model: Model, examples: Examples, sites: Sites, corrupt: str | Noise | None = "image", *, seed: int = 0
 ) -> Functions:
     """Measure and label the heads at `sites` (such as `encoder.*.cross.h*@answer`) on the examples.
 
@@ -141,7 +137,7 @@ def write(
     out: str | os.PathLike[str],
     model: Model,
     examples: Examples,
-    sites: str | Site | Sequence[str | Site],
+    sites: Sites,
     corrupt: str | Noise | None = "image",
     *,
     seed: int = 0,
@@ -202,12 +198,7 @@ class _Study:
     """All that is measured of some heads on some examples."""
 
     def __init__(
-        self,
-        model: Model,
-        examples: Sequence[Example],
-        sites: str | Site | Sequence[str | Site],
-        corrupt: str | Noise | None,
-        seed: int,
+        self, model: Model, examples: Sequence[Example], sites: Sites, corrupt: str | Noise | None, seed: int
     ) -> None:
         self.model = model
         self.heads = _heads(model, sites)
@@ -246,7 +237,7 @@ class _Study:
         else:
             pair = corruptions.pairs(model, example, self.corruption, self.seed)[0]
         layout = pair.clean.layout
-        placed = [p for site in self.heads for p in place(site, layout[site.tower])]
+        placed = [found for site in self.heads for found in place(site, layout)]
         if len(placed) != len(self.heads):
             raise SiteError("what a head does is asked at one place; name it (answer, last), not *")
         points = {
@@ -258,7 +249,7 @@ class _Study:
         _, values = model.record(pair.clean, points | set(outer.values()))
         seen = _Seen(pair, 0.0, None, None, placed, {}, [None] * len(placed), {}, {}, {})
         for key in self.keys:
-            positions = next(at for s, at in placed if (s.tower, s.kind) == key)
+            positions = next(s.positions for s in placed if (s.tower, s.kind) == key)
             seen.activations[key] = self._activations(values, key, positions)
             self._attend(seen, key, positions, values[outer[key]])
         self._patch(seen)
@@ -295,7 +286,7 @@ class _Study:
             cells[position] = row * columns + column
         seen.average[key], seen.cells[key] = average, cells
         seen.norms[key] = residual[0].float().norm(dim=-1).double().cpu().numpy()
-        for number, (site, _) in enumerate(seen.placed):
+        for number, site in enumerate(seen.placed):
             if (site.tower, site.kind) == key:
                 own = paid[self._place(site)]
                 seen.maps[number] = np.stack([own, own - average])
@@ -303,7 +294,7 @@ class _Study:
     def _place(self, site: Site) -> tuple[int, int]:
         """Where a head is among those of its kind: not every layer has any."""
         layers = self.model.shapes[site.tower].having(site.kind)
-        return layers.index(site.center), site.index or 0
+        return layers.index(site.layer), site.units[0]
 
     def _patch(self, seen: _Seen) -> None:
         if self.corruption is None:
@@ -337,7 +328,7 @@ class _Study:
                         site: torch.zeros(1)
                         if values is None
                         else values[site.tower, site.kind][self._place(site)][None]
-                        for site, _ in seen.placed
+                        for site in seen.placed
                     }
                     patched = engine.ablate(
                         self.model,
@@ -381,7 +372,7 @@ class _Study:
 
     def _random(self, number: int) -> list[Site]:
         """As many other heads of the same layers; of other layers where a layer has too few."""
-        taken = {(s.tower, s.kind, s.center, s.index) for s in self.heads}
+        taken = {(s.tower, s.kind, s.layer, s.units[0]) for s in self.heads}
         drawn: list[Site] = []
         for tower, kind in self.keys:
             shape = self.model.shapes[tower]
@@ -394,10 +385,10 @@ class _Study:
             ]
             rng(self.seed, "random heads", number, tower, kind).shuffle(free)
             for site in own:
-                free.sort(key=lambda one, layer=site.center: one[0] != layer)  # type: ignore[misc]
+                free.sort(key=lambda one, layer=site.layer: one[0] != layer)  # type: ignore[misc]
                 if free:
                     layer, head = free.pop(0)
-                    drawn.append(replace(site, layer=str(layer), unit=f"h{head}"))
+                    drawn.append(replace(site, layer=layer, units=(head,)))
         return drawn
 
     # -- tables ----------------------------------------------------------------------------------
@@ -432,7 +423,7 @@ class _Study:
         return abs(float(np.mean(gaps)))
 
     def _names(self) -> pd.DataFrame:
-        fields = [(s.tower, s.center, s.kind, s.index, s.position, str(s)) for s in self.heads]
+        fields = [(s.tower, s.layer, s.kind, s.units[0], s.position, str(s)) for s in self.heads]
         return pd.DataFrame(fields, columns=["tower", "layer", "kind", "head", "position", "site"])
 
     def _attention(self, number: int) -> dict[str, _Measure]:
@@ -536,12 +527,10 @@ class _Measure(NamedTuple):
     n: int
 
 
-def _heads(model: Model, sites: str | Site | Sequence[str | Site]) -> list[Site]:
-    given = [sites] if isinstance(sites, (str, Site)) else sites
-    parsed = [Site.parse(s) if isinstance(s, str) else s for s in given]
-    found = expand(parsed, model.shapes)
+def _heads(model: Model, sites: Sites) -> list[Site]:
+    found = expand(parse(sites), model.shapes)
     for site in found:
-        if site.unit is None or site.unit[0] != "h":
+        if site.part != "h" or len(site.units) > 1 or site.also:
             raise SiteError(f"bad site '{site}': not a head; expected such as encoder.*.cross.h*@answer")
         if site.window > 1:
             raise SiteError(f"bad site '{site}': a window of layers; expected single heads")

@@ -38,8 +38,9 @@ from transformers.utils import cached_file, logging
 from vlmscope.errors import ExampleError, ModelError, SiteError, VlmscopeError
 from vlmscope.example import Box, Example, Picture, Span, find_roles, open_image
 from vlmscope.families import Family, Tower, families
-from vlmscope.inputs import Edit, Inputs, Logits, Pair
-from vlmscope.sites import Layout, Point, Shape, Site, expand, grid
+from vlmscope.inputs import Change, Edit, Inputs, Logits, Op, Pair, Value
+from vlmscope.layout import Layout, grid
+from vlmscope.sites import Pattern, Point, Shape, Site, expand, parse, place
 
 DTYPES = {
     "float64": torch.float64,
@@ -50,6 +51,7 @@ DTYPES = {
 QUANTIZED = "4bit"
 """Weights of 4 bits (NF4, by bitsandbytes), which compute in bfloat16."""
 TOYS = Path(__file__).parent / "toys"
+Sites = str | Pattern | Site | Sequence[str | Pattern | Site]
 _WORD = "\0"
 """What the name of a word's own role begins with, which no column of a CSV file can."""
 _UNFIT = re.compile(r"image tokens do not match|image size .* doesn't match")
@@ -160,14 +162,13 @@ class Model:
         """
         tower = self.family.image
         if tower is not None:
-            return Site(tower, str(self.shapes[tower].layers - 1), "output", None, "all")
+            return Site(tower, self.shapes[tower].layers - 1, "output")
         text = self.text_towers[0]
-        return Site(text, "0", "resid_pre", None, "image")
+        return Site(text, 0, "resid_pre", position="image")
 
     def units(self, point: Point) -> int | None:
         """How many heads or neurons lie side by side at a point; None for a kind itself."""
-        shape = self.shapes[point.tower]
-        return {"h": shape.heads.get(point.kind), "n": shape.neurons}.get(point.part)
+        return self.shapes[point.tower].units(point.kind, point.part)
 
     @property
     def speaker(self) -> str:
@@ -433,22 +434,24 @@ class Model:
 
     @torch.inference_mode()
     def capture(
-        self, inputs: Inputs, sites: Iterable[Site | str], edits: Iterable[Edit] = ()
+        self, inputs: Inputs, sites: Sites, edits: Iterable[Edit] = ()
     ) -> dict[str, Float[Tensor, "pos width"]]:
         """The activations at sites, by site; one row a position that the site names.
 
-        The width is that of the kind, of one head, or 1 for a neuron.
+        The width is that of the kind, of one head (of all heads of a set), or 1 for a neuron.
         """
-        parsed = [Site.parse(s) if isinstance(s, str) else s for s in sites]
-        placed = [p for s in expand(parsed, self.shapes) for p in self._places(s, inputs)]
-        _, values = self.record(inputs, {site.point for site, _ in placed}, edits)
-        return {str(site): self.read(values[site.point], site, at) for site, at in placed}
+        placed = [found for site in expand(parse(sites), self.shapes) for found in self.placed(site, inputs)]
+        for site in placed:
+            if len(site.parts) > 1:
+                raise SiteError(f"bad site '{site}': several layers or sites; expected one here")
+        _, values = self.record(inputs, {site.point for site in placed}, edits)
+        return {str(site): self.read(values[site.point], site) for site in placed}
 
-    def read(self, value: Tensor, site: Site, at: Sequence[int]) -> Float[Tensor, "pos width"]:
+    def read(self, value: Tensor, site: Site) -> Float[Tensor, "pos width"]:
         """A site's part of the activation `(1, pos, width)` recorded at its point."""
-        value = value[0, list(at)]
+        value = value[0, list(site.positions)]
         many = self.units(site.point)
-        return value if many is None else value.unflatten(-1, (many, -1))[:, site.index]
+        return value if many is None else value.unflatten(-1, (many, -1))[:, list(site.units)].flatten(1)
 
     def logits(self, inputs: Inputs, every: bool = False) -> Float[Tensor, "pos vocabulary"]:
         """The logits of a plain forward at the last position, or at every one; gradients can flow."""
@@ -535,12 +538,11 @@ class Model:
 
     def _numbers(self, inputs: Inputs, tower: str, kind: str, at: Sequence[int] | str) -> Sequence[int]:
         """Positions as numbers, each of which is there, as what they attend to has to be."""
-        whole = Site.parse(f"{tower}.*.{kind}@all")
-        expand([whole], self.shapes)
-        inputs.place(replace(whole, tower=self.attended(tower, kind)))
+        whole = expand([Pattern.parse(f"{tower}.*.{kind}@all")], self.shapes)[0]
+        place(replace(whole, tower=self.attended(tower, kind)), inputs.layout)
         if isinstance(at, str):
-            named = Site.parse(f"{tower}.*.{kind}@{at}")
-            return [n for _, some in inputs.place(named) for n in some]
+            named = replace(whole, position=Pattern.parse(f"{tower}.*.{kind}@{at}").position)
+            return [n for site in place(named, inputs.layout) for n in site.positions]
         many = len(inputs.layout[tower].tokens)
         for n in at:
             if not isinstance(n, Integral) or not -many <= n < many:
@@ -616,29 +618,36 @@ class Model:
         sees only what was said last has what came before in its cache.
         """
         with self.alone(), hooks() as hook:
-            for edit in edits:
-                for site, at in self.placed(edit.site, inputs):
-                    hook(
-                        *self.module(site.point, inputs),
-                        _Change(self, Edit(site, edit.op, edit.value), at, generating),
-                    )
+            for change in self.changes(inputs, edits):
+                hook(*self.module(change.site.point, inputs), _Change(self, change, generating))
             yield
 
-    def placed(self, site: Site, inputs: Inputs) -> list[tuple[Site, tuple[int, ...]]]:
-        """The places that the site of an edit names: one layer and unit, one or more positions."""
-        sites = expand([site], self.shapes)
-        if len(sites) != 1:
-            raise SiteError(f"an edit is of one layer and unit; '{site}' names {len(sites)}")
-        return self._places(sites[0], inputs)
+    def changes(self, inputs: Inputs, edits: Iterable[Edit]) -> list[Change]:
+        """What edits are in one run, layer by layer."""
+        return [
+            Change(part, edit.op, edit.value)
+            for edit in edits
+            for site in self.placed(edit.site, inputs)
+            for part in site.parts
+        ]
 
-    def _places(self, site: Site, inputs: Inputs) -> list[tuple[Site, tuple[int, ...]]]:
-        """Where an expanded site is in a run; raises `SiteError` if what it is in does not run."""
-        found = inputs.place(site)
-        if site.center in self.idle(site.tower, inputs):
-            raise SiteError(
-                f"bad site '{site}': layer {site.center} of the {site.tower} tower attends to the picture alone "
-                "and is passed over in a run without one; name another layer"
-            )
+    def placed(self, site: Pattern | Site, inputs: Inputs) -> list[Site]:
+        """The places that the site of an edit names: one layer and unit, one or more positions.
+
+        Raises `SiteError` if what it is in does not run.
+        """
+        if isinstance(site, Pattern):
+            sites = expand([site], self.shapes)
+            if len(sites) != 1:
+                raise SiteError(f"an edit is of one layer and unit; '{site}' names {len(sites)}")
+            (site,) = sites
+        found = [site] if site.positions else place(site, inputs.layout)
+        for part in found[0].parts:
+            if part.layer in self.idle(part.tower, inputs):
+                raise SiteError(
+                    f"bad site '{site}': layer {part.layer} of the {part.tower} tower attends to the picture "
+                    "alone and is passed over in a run without one; name another layer"
+                )
         return found
 
     def idle(self, tower: str, inputs: Inputs) -> list[int]:
@@ -646,7 +655,7 @@ class Model:
         reads = self.family.towers[tower].reads
         return [] if reads is None or reads in inputs.layout else self.shapes[tower].having("cross")
 
-    def copied(self, source: Inputs, inputs: Inputs, sites: Iterable[Site | str]) -> list[Edit]:
+    def copied(self, source: Inputs, inputs: Inputs, sites: Sites) -> list[Edit]:
         """Edits of `inputs` that copy the activations at sites from another run.
 
         Raises `SiteError` if the two have other grids of patches, or other numbers of positions, so that
@@ -667,22 +676,26 @@ class Model:
         found = self.capture(source, sites)
         return [Edit(site, "set", value) for site, value in found.items()]
 
-    def edited(self, x: Float[Tensor, "rows pos width"], edit: Edit, at: Sequence[int]) -> Tensor:
-        """A copy of an activation with one edit made at the positions `at`, in every row."""
+    def edited(self, x: Float[Tensor, "rows pos width"], site: Site, op: Op, value: Value) -> Tensor:
+        """A copy of an activation with one edit made at the positions and units of a site, in every row."""
         x = x.clone()
-        many = self.units(edit.site.point)
-        view = x if many is None else x.unflatten(-1, (many, -1))[:, :, edit.site.index]
-        now = view[:, list(at)]
-        value = edit.value
+        at, many = list(site.positions), self.units(site.point)
+        heads = None if many is None else x.unflatten(-1, (many, -1))
+        now = x[:, at] if heads is None else heads[:, at][:, :, list(site.units)].flatten(2)
         if isinstance(value, Tensor):
             if not _fits(value, now):
                 raise VlmscopeError(
-                    f"the value of the edit at '{edit.site}' has the shape {tuple(value.shape)}; expected a "
+                    f"the value of the edit at '{site}' has the shape {tuple(value.shape)}; expected a "
                     f"number, or one that broadcasts to {tuple(now.shape[1:])}: (positions, width)"
                 )
             value = value.to(now)
-        new = {"set": lambda: value, "add": lambda: now + value, "scale": lambda: now * value}
-        view[:, list(at)] = torch.as_tensor(new[edit.op](), dtype=x.dtype).expand_as(now)
+        changed = {"set": lambda: value, "add": lambda: now + value, "scale": lambda: now * value}[op]()
+        new = torch.as_tensor(changed, dtype=x.dtype, device=x.device).expand_as(now)
+        if heads is None:
+            x[:, at] = new
+        else:
+            places = torch.tensor(at)[:, None], torch.tensor(site.units)[None]
+            heads[:, places[0], places[1]] = new.unflatten(-1, (len(site.units), -1))
         return x
 
     # -- fitting the family's table --------------------------------------------------------------
@@ -705,8 +718,8 @@ class Model:
             for kind in shape.kinds:
                 units = ["", *(["h0"] if kind in shape.heads else []), *(["n0"] * (kind == "mlp"))]
                 for unit in units:
-                    last = str(shape.having(kind)[-1])
-                    site = Site(tower, last, kind, unit or None, "all")
+                    last = shape.having(kind)[-1]
+                    site = Site(tower, last, kind, unit[:1], (0,) * bool(unit))
                     if not self.run(inputs, [Edit(site, "set", torch.nan)]).isnan().any():
                         raise self._misfit(f"an edit at {site} does not reach the logits")
             if not self.family.towers[tower].normed:
@@ -717,7 +730,7 @@ class Model:
         shape = self.shapes[tower]
         kinds = [kind for kind in shape.kinds if kind not in ("deepstack", "output")]
         sorts = {tuple(k for k in kinds if n in shape.having(k)): n for n in range(shape.layers)}
-        points = {n: [Point(tower, n, kind, "") for kind in own] for own, n in sorts.items()}
+        points = {n: [Point(tower, n, kind) for kind in own] for own, n in sorts.items()}
         _, found = self.record(inputs, [point for some in points.values() for point in some])
         for layer, some in points.items():
             *parts, whole = (found[point] for point in some)
@@ -793,17 +806,17 @@ class Model:
 
 
 class _Change:
-    """One edit, made in every call, or while generating in those that see the prompt."""
+    """One change, made in every call, or while generating in those that see the prompt."""
 
-    def __init__(self, model: Model, edit: Edit, at: Sequence[int], generating: bool) -> None:
-        self.model, self.edit, self.at, self.generating = model, edit, at, generating
+    def __init__(self, model: Model, change: Change, generating: bool) -> None:
+        self.model, self.change, self.generating = model, change, generating
         self.longest = 0
 
     def __call__(self, x: Float[Tensor, "rows pos width"]) -> Tensor:
         if self.generating and x.shape[1] <= self.longest:
             return x
         self.longest = x.shape[1]
-        return self.model.edited(x, self.edit, self.at)
+        return self.model.edited(x, *self.change)
 
 
 def _fits(value: Tensor, onto: Tensor) -> bool:

@@ -10,12 +10,10 @@ from collections.abc import Iterator, Sequence
 from vlmscope.inputs import Edit, Pair
 from vlmscope.metrics import Patched, Score, largest, score
 from vlmscope.model import Model
-from vlmscope.sites import Site, members
+from vlmscope.sites import Site
 
 
-def patch(
-    model: Model, pair: Pair, sites: Sequence[tuple[Site, tuple[int, ...]]], direction: str = "denoise"
-) -> Patched:
+def patch(model: Model, pair: Pair, sites: Sequence[Site], direction: str = "denoise") -> Patched:
     """Patch every site, one at a time.
 
     `denoise` copies clean activations into the corrupt run (what is sufficient?), `noise` corrupt
@@ -26,12 +24,12 @@ def patch(
     scores = [score(one, pair.answer, pair.foil) for one in logits]
     (source, source_edits), (base, base_edits) = runs if direction == "denoise" else runs[::-1]
 
-    parts = [members(site, model.shapes) for site, _ in sites]
-    _, found = model.record(source, {one.point for some in parts for one in some}, source_edits)
+    points = {part.point for site in sites for part in site.parts}
+    _, found = model.record(source, points, source_edits)
 
     def chunks() -> Iterator[tuple[list[int], Score]]:
-        for number, (_, at) in enumerate(sites):
-            edits = [Edit(one, "set", model.read(found[one.point], one, at)) for one in parts[number]]
+        for number, site in enumerate(sites):
+            edits = [Edit(part, "set", model.read(found[part.point], part)) for part in site.parts]
             patched = model.run(base, [*base_edits, *edits])
             yield [number], score(patched[None], pair.answer, pair.foil)
 

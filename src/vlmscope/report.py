@@ -23,7 +23,7 @@ from matplotlib.figure import Figure
 
 from vlmscope import plots
 from vlmscope.errors import StoreError
-from vlmscope.sites import Site
+from vlmscope.sites import Pattern
 from vlmscope.stats import FEWEST
 from vlmscope.store import Run, read_run
 from vlmscope.tables import Known, head_cells, head_slot, knows, slot_words, token_cells, wide
@@ -811,12 +811,8 @@ def _common(runs: Sequence[Run]) -> dict[tuple[str, str, bool], list[int]]:
     """Which runs patched which tower and kind, whole or by head, where at least two did."""
     held: dict[tuple[str, str, bool], list[int]] = {}
     for number, run in enumerate(runs):
-        sites = [Site.parse(text) for text in run.spec.get("sites") or []]
-        keys = [
-            (s.tower, s.kind, s.unit is not None)
-            for s in sites
-            if s.tower != "vision" and not (s.unit or "").startswith("n")
-        ]
+        sites = [Pattern.parse(text) for text in run.spec.get("sites") or []]
+        keys = [(s.tower, s.kind, bool(s.part)) for s in sites if s.tower != "vision" and s.part != "n"]
         for key in dict.fromkeys(keys):
             held.setdefault(key, []).append(number)
     return {key: some for key, some in held.items() if len(some) > 1}

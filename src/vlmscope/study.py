@@ -22,14 +22,14 @@ from vlmscope.data import Examples, listed
 from vlmscope.errors import DataError, ExampleError, SiteError, VlmscopeError
 from vlmscope.example import Example, fingerprint
 from vlmscope.inputs import Pair
+from vlmscope.layout import Layout, grid, slots
 from vlmscope.metrics import agrees, effect, least_gap
-from vlmscope.model import Model
-from vlmscope.sites import Layout, Site, expand, grid, place, slots
+from vlmscope.model import Model, Sites
+from vlmscope.sites import Pattern, Site, expand, parse, place
 from vlmscope.store import BASELINES, EFFECTS, Run, Writer, bytes_of, open_run, read_run, typed
 
 Direction = Literal["denoise", "noise"]
 Engine = Literal["fast", "reference"]
-Placed = tuple[Site, tuple[int, ...]]
 
 SHOWN = 4
 """How many examples a run folder keeps to look at."""
@@ -42,7 +42,7 @@ TRIED = 20
 def sweep(
     model: Model,
     examples: Examples,
-    sites: str | Site | Sequence[str | Site],
+    sites: Sites,
     corrupt: str | Noise = "image",
     *,
     direction: Direction = "denoise",
@@ -87,7 +87,7 @@ def sweep_to(
     out: str | os.PathLike[str],
     model: Model,
     examples: Examples,
-    sites: str | Site | Sequence[str | Site],
+    sites: Sites,
     corrupt: str | Noise = "image",
     *,
     direction: Direction = "denoise",
@@ -126,7 +126,7 @@ class Estimate(NamedTuple):
 def estimate(
     model: Model,
     examples: Examples,
-    sites: str | Site | Sequence[str | Site],
+    sites: Sites,
     corrupt: str | Noise = "image",
     *,
     seed: int = 0,
@@ -178,7 +178,7 @@ class _Task:
         self,
         model: Model,
         examples: Sequence[Example],
-        sites: str | Site | Sequence[str | Site],
+        sites: Sites,
         corrupt: str | Noise,
         direction: str,
         engine: str,
@@ -191,8 +191,7 @@ class _Task:
             raise VlmscopeError(f"unknown engine '{engine}'; expected fast or reference")
         if not examples:
             raise DataError("there are no examples; nothing to run")
-        given = [sites] if isinstance(sites, (str, Site)) else sites
-        self.sites = [Site.parse(s) if isinstance(s, str) else s for s in given]
+        self.sites = parse(sites)
         self.patterns = expand(self.sites, model.shapes)
         _check_roles(self.sites, examples)
         self.model, self.examples, self.seed = model, examples, seed
@@ -256,7 +255,7 @@ class _Task:
         if self.select and (reason := self._unfit(example, pairs[0], said)):
             return self._excluded(example, predicted=said, correct=correct, reason=reason)
         layout = pairs[0].clean.layout
-        placed = [p for site in self.patterns for p in place(site, layout[site.tower])]
+        placed = [found for site in self.patterns for found in place(site, layout)]
         totals = [[0.0, 0.0] for _ in placed]
         base = dict.fromkeys(("p_clean", "p_corrupt", "ld_clean", "ld_corrupt"), 0.0)
         seen: dict[int, Any] = {}
@@ -286,12 +285,12 @@ class _Task:
         }
         names = {tower: slots(one) for tower, one in layout.items()}
         rows = [
-            self._row(example, site, at, layout[site.tower], names[site.tower], base, least, *total)
-            for (site, at), total in zip(placed, totals, strict=True)
+            self._row(example, site, layout[site.tower], names[site.tower], base, least, *total)
+            for site, total in zip(placed, totals, strict=True)
         ]
         return _frame(rows, EFFECTS.names), _frame([baseline], BASELINES.names)
 
-    def _patch(self, pair: Pair, placed: Sequence[Placed], seen: dict[int, Any]) -> Any:
+    def _patch(self, pair: Pair, placed: Sequence[Site], seen: dict[int, Any]) -> Any:
         if self.engine == "reference":
             return reference.patch(self.model, pair, placed, self.direction)
         return fast.patch(self.model, pair, placed, self.direction, seen=seen)
@@ -304,7 +303,6 @@ class _Task:
         self,
         example: Example,
         site: Site,
-        at: tuple[int, ...],
         layout: Layout,
         names: Sequence[str],
         base: dict[str, float],
@@ -312,19 +310,20 @@ class _Task:
         p: float,
         ld: float,
     ) -> dict[str, Any]:
-        one = at[0] if len(at) == 1 else None
+        at, role = site.positions, site.position.removesuffix("*")
+        one = at[0] if len(at) == 1 and not site.also else None
         at_role = next((role for role, where in layout.roles.items() if one in where), None)
         return {
             "example": example.id,
             "corruption": self._kind,
             "site": str(site),
             "tower": site.tower,
-            "layer": site.center,
+            "layer": site.layer,
             "kind": site.kind,
             "unit": site.unit,
             "position": one,
             "token": None if one is None else layout.tokens[one],
-            "role": site.role if site.role in layout.roles else at_role,
+            "role": role if role in layout.roles else at_role,
             "slot": site.position if one is None else names[one],
             "p_patched": p,
             "p_restored": p - base["p_corrupt"],
@@ -372,12 +371,13 @@ def tell(baselines: pd.DataFrame) -> None:
     warnings.warn(text, stacklevel=3)
 
 
-def _check_roles(sites: Sequence[Site], examples: Sequence[Example]) -> None:
+def _check_roles(sites: Sequence[Pattern], examples: Sequence[Example]) -> None:
     roles = {role: None for example in examples for role in example.roles}
     for site in sites:
-        if site.role is not None and site.role not in roles:
+        unknown = next((role for role in site.roles if role not in roles), None)
+        if unknown:
             raise SiteError(
-                f"bad site '{site}': no example has a role '{site.role}'; "
+                f"bad site '{site}': no example has a role '{unknown}'; "
                 f"the roles of this data: {', '.join(roles) or 'none'}"
             )
 

@@ -21,7 +21,7 @@ from vlmscope.corrupt import Noise
 from vlmscope.data import Examples, listed
 from vlmscope.errors import DataError, StoreError, VlmscopeError
 from vlmscope.model import Model
-from vlmscope.sites import Site
+from vlmscope.sites import Pattern
 from vlmscope.store import Run
 from vlmscope.study import sweep_to
 from vlmscope.tables import is_role, means, slot_order
@@ -170,7 +170,7 @@ def _average(runs: Sequence[Run], by: str) -> tuple[pd.DataFrame, list[int]]:
 
 def _tables(run: Run) -> Iterator[tuple[str, str]]:
     """The towers and kinds of a run, in the order of its site expressions."""
-    sites = map(Site.parse, run.spec["sites"])
+    sites = map(Pattern.parse, run.spec["sites"])
     yield from dict.fromkeys((site.tower, site.kind) for site in sites)
 
 

@@ -28,7 +28,7 @@ from vlmscope.errors import ExampleError
 from vlmscope.example import Span
 from vlmscope.families import Family, Tower, one_picture
 from vlmscope.inputs import Inputs
-from vlmscope.sites import Layout
+from vlmscope.layout import Layout
 
 
 def _side(value: int | Sequence[int]) -> tuple[int, int]:

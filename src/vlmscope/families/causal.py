@@ -24,7 +24,7 @@ from vlmscope.errors import ExampleError
 from vlmscope.example import Span
 from vlmscope.families import Family, Tower, behind
 from vlmscope.inputs import Inputs
-from vlmscope.sites import Layout
+from vlmscope.layout import Layout
 
 Cells = Callable[[Any, Any, Image.Image, Mapping[str, Tensor], Sequence[int]], dict[int, tuple[int, int]]]
 """`cells(hf, processor, image, tensors, at)`: the row and column of each position in `at` that shows a

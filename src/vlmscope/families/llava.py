@@ -21,7 +21,7 @@ from vlmscope.errors import ExampleError, ModelError
 from vlmscope.example import Box
 from vlmscope.families import Family, Tower, causal
 from vlmscope.inputs import Inputs
-from vlmscope.sites import Layout
+from vlmscope.layout import Layout
 
 
 def used(config: Any) -> int:
