@@ -36,10 +36,11 @@ from PIL import Image, ImageFilter
 from transformers import BertTokenizer, BlipConfig, BlipForQuestionAnswering, BlipProcessor
 from transformers.models.blip.image_processing_pil_blip import BlipImageProcessorPil
 
-from vlmscope import corrupt, engine
 from vlmscope.example import Example
 from vlmscope.inputs import Pair
-from vlmscope.model import Model
+from vlmscope.patching import engine
+from vlmscope.runs import corrupt
+from vlmscope.runs.model import Model
 from vlmscope.sites import Pattern, Site, expand, place
 
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]

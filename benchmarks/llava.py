@@ -31,10 +31,10 @@ from blip import Memory
 from torch import Tensor
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
-from vlmscope import engine
 from vlmscope.inputs import Inputs, Pair
 from vlmscope.layout import Layout
-from vlmscope.model import Model
+from vlmscope.patching import engine
+from vlmscope.runs.model import Model
 from vlmscope.sites import Pattern, Site, expand, place
 
 BEFORE, IMAGE, AFTER = 5, 576, 19

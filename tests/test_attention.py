@@ -14,10 +14,11 @@ from models import blip, example, llava
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from vlmscope import corrupt, engine, reference
 from vlmscope.errors import ModelError, VlmscopeError
 from vlmscope.inputs import Edit
-from vlmscope.model import Model
+from vlmscope.patching import engine, reference
+from vlmscope.runs import corrupt
+from vlmscope.runs.model import Model
 from vlmscope.sites import Pattern, expand, place
 
 

@@ -8,7 +8,8 @@ import pytest
 import torch
 from models import WORDS, blip, example
 
-from vlmscope import corrupt, engine, reference
+from vlmscope.patching import engine, reference
+from vlmscope.runs import corrupt
 from vlmscope.sites import Site
 
 

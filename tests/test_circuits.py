@@ -13,10 +13,10 @@ from models import blip, example, picture
 from scipy import stats
 
 from vlmscope import circuits
+from vlmscope.checkpoint import load
 from vlmscope.data import examples
 from vlmscope.errors import StoreError, VlmscopeError
 from vlmscope.example import find_roles
-from vlmscope.model import load
 from vlmscope.stats import sign_flip
 from vlmscope.store import read_run
 from vlmscope.study import sweep_to
@@ -118,8 +118,8 @@ def test_no_head_is_reported_where_there_is_no_effect():
     import torch
     from transformers import BlipForQuestionAnswering
 
-    from vlmscope import engine
-    from vlmscope.model import Model
+    from vlmscope.patching import engine
+    from vlmscope.runs.model import Model
     from vlmscope.sites import Pattern, expand, place
 
     toy = load("toy-blip")

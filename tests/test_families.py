@@ -13,11 +13,14 @@ import torch
 from families import FAMILIES, llava_siglip, paligemma
 from models import blip, example, llava, picture
 
-from vlmscope import corrupt, describe, engine, neurons, reference, rewrite
+from vlmscope import describe, neurons, rewrite
+from vlmscope.checkpoint import load
 from vlmscope.errors import ExampleError, ModelError, SiteError
 from vlmscope.inputs import Edit
 from vlmscope.layout import grid
-from vlmscope.model import Model, load
+from vlmscope.patching import engine, reference
+from vlmscope.runs import corrupt
+from vlmscope.runs.model import Model
 from vlmscope.sites import Pattern, expand, place
 
 TEXT = ("resid", "resid_pre", "attn", "mlp", "attn.h*")

@@ -10,9 +10,10 @@ import torch
 from models import blip, example, llava
 from transformers import BlipForImageTextRetrieval, LlavaForConditionalGeneration
 
-from vlmscope import corrupt, engine, reference
+from vlmscope.checkpoint import load, toys
 from vlmscope.errors import ModelError
-from vlmscope.model import load, toys
+from vlmscope.patching import engine, reference
+from vlmscope.runs import corrupt
 from vlmscope.sites import Pattern, expand, place
 
 
@@ -175,7 +176,7 @@ def test_weights_of_four_bits(larger, monkeypatch):
     assert model.precision == "4bit"
     # Both ways round to bfloat16 after each layer, in another order.
     compare(model, 0.15)
-    monkeypatch.setattr("vlmscope.model.find_spec", lambda name: None)
+    monkeypatch.setattr("vlmscope.checkpoint.find_spec", lambda name: None)
     with pytest.raises(ModelError, match=r"4bit needs accelerate.*pip install 'vlmscope\[4bit\]'"):
         load(larger, dtype="4bit")
 
@@ -197,7 +198,7 @@ def test_a_model_spread_over_devices(larger):
 
 
 def test_a_model_that_does_not_fit(larger, monkeypatch):
-    monkeypatch.setattr("vlmscope.model.free_memory", lambda device: 100_000)
+    monkeypatch.setattr("vlmscope.checkpoint.free_memory", lambda device: 100_000)
     with pytest.raises(ModelError, match=r"billion weights, .* GB in float32, and 0.0 GB are free on cpu"):
         load(larger, device="cpu")
 

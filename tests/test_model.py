@@ -15,7 +15,7 @@ from vlmscope import neurons
 from vlmscope.errors import ExampleError, ModelError, SiteError, VlmscopeError
 from vlmscope.families import blip as table
 from vlmscope.inputs import Edit
-from vlmscope.model import Model
+from vlmscope.runs.model import Model
 from vlmscope.sites import Pattern
 
 
@@ -231,7 +231,7 @@ def test_verify_accepts_what_fits_and_names_what_does_not(monkeypatch):
     model.verify()
     tower = replace(table.VQA.towers["encoder"], cross="crossattention.gone")
     family = replace(table.VQA, towers={**table.VQA.towers, "encoder": tower})
-    monkeypatch.setattr("vlmscope.model.families", lambda: (family,))
+    monkeypatch.setattr("vlmscope.runs.network.families", lambda: (family,))
     with pytest.raises(ModelError, match=r"BLIP-VQA does not fit.*transformers 5.*'crossattention.gone'"):
         Model(model.hf, model.processor)
 

@@ -13,10 +13,11 @@ from families import mplug_owl2
 from models import example, picture
 from mplug_owl2 import IMAGE_TOKEN_INDEX
 
-from vlmscope import describe, engine, reference
+from vlmscope import describe
+from vlmscope.checkpoint import load, tokenizer
 from vlmscope.errors import ExampleError, ModelError
 from vlmscope.inputs import Edit
-from vlmscope.model import load, tokenizer
+from vlmscope.patching import engine, reference
 from vlmscope.sites import Pattern, expand, place
 
 QUERIES = ("query 0", "query 1", "query 2", "query 3", "query 4", "vit_eos")

@@ -17,8 +17,8 @@ from families import FAMILIES
 from models import blip, example, picture
 
 from vlmscope import notice
+from vlmscope.checkpoint import load
 from vlmscope.errors import DataError, StoreError, VlmscopeError
-from vlmscope.model import load
 from vlmscope.notice import Spec
 from vlmscope.store import read_run
 from vlmscope.study import estimate, sweep, sweep_to

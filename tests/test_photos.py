@@ -14,7 +14,7 @@ from transformers.models.blip.image_processing_pil_blip import BlipImageProcesso
 
 import vlmscope
 from vlmscope.errors import ExampleError
-from vlmscope.model import Model
+from vlmscope.runs.model import Model
 
 DATA = Path(__file__).parents[2] / "shared" / "data"
 VOCABULARY = DATA / "bert-base-uncased-vocab.txt"

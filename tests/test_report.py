@@ -10,12 +10,12 @@ import pytest
 from models import blip, example, picture
 
 from vlmscope import circuits, heads, plots, tracing
-from vlmscope.corrupt import Noise
+from vlmscope.checkpoint import load
 from vlmscope.data import examples
 from vlmscope.errors import StoreError
-from vlmscope.model import load
 from vlmscope.plots import short_number
 from vlmscope.report import write_report
+from vlmscope.runs.corrupt import Noise
 from vlmscope.store import read_run
 from vlmscope.study import sweep, sweep_to
 

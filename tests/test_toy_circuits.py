@@ -7,8 +7,8 @@ import pytest
 from scipy.stats import spearmanr
 
 from vlmscope import circuits, heads
+from vlmscope.checkpoint import load
 from vlmscope.data import BUILT_IN, examples
-from vlmscope.model import load
 from vlmscope.study import sweep_to
 
 SITES = [

@@ -10,12 +10,13 @@ import pytest
 import torch
 from models import blip, example, picture
 
-from vlmscope import corrupt, plots, tracing
-from vlmscope.corrupt import Noise
+from vlmscope import plots, tracing
+from vlmscope.checkpoint import load
 from vlmscope.data import examples
 from vlmscope.errors import DataError, VlmscopeError
 from vlmscope.inputs import Edit
-from vlmscope.model import load
+from vlmscope.runs import corrupt
+from vlmscope.runs.corrupt import Noise
 from vlmscope.sites import Pattern
 from vlmscope.store import read_run
 

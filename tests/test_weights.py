@@ -12,9 +12,10 @@ from transformers import LlavaForConditionalGeneration, LlavaProcessor
 
 import vlmscope
 from vlmscope import rewrite, weights
+from vlmscope.checkpoint import load
 from vlmscope.data import BUILT_IN, examples
 from vlmscope.errors import ExampleError, ModelError, StoreError, VlmscopeError
-from vlmscope.model import Model, load
+from vlmscope.runs.model import Model
 from vlmscope.weights import WeightEdit
 
 ASK = "describe this picture."

@@ -20,8 +20,8 @@ from vlmscope.data import Examples, listed
 from vlmscope.errors import ExampleError, ModelError, StoreError, VlmscopeError
 from vlmscope.example import Example, open_image
 from vlmscope.layout import grid
-from vlmscope.model import Model
 from vlmscope.neurons import Variant, over_image, say, score, told, top_tokens
+from vlmscope.runs.model import Model
 from vlmscope.study import progress
 from vlmscope.weights import WeightEdit
 

@@ -137,9 +137,9 @@ def sweep(
     more: Annotated[list[str] | None, typer.Argument(hidden=True, metavar="EXPR")] = None,  # --sites A B C
 ) -> None:
     """Patch every site of every example, into a run folder."""
-    from vlmscope.corrupt import Noise
+    from vlmscope.checkpoint import load
     from vlmscope.data import examples
-    from vlmscope.model import load
+    from vlmscope.runs.corrupt import Noise
     from vlmscope.study import sweep_to
     from vlmscope.tables import knows
 
@@ -237,11 +237,11 @@ def tracing(
 
     Clean states are restored layer by layer, token by token.
     """
-    from vlmscope.corrupt import Noise
+    from vlmscope.checkpoint import load
     from vlmscope.data import examples
-    from vlmscope.model import load
     from vlmscope.plots import most_restored
     from vlmscope.report import write_report
+    from vlmscope.runs.corrupt import Noise
     from vlmscope.store import read_run
     from vlmscope.tables import knows
     from vlmscope.tracing import KINDS, WINDOWS, trace
@@ -328,9 +328,9 @@ def heads(
 
     Where they look, what they move, and what happens without them.
     """
+    from vlmscope.checkpoint import load
     from vlmscope.data import examples
     from vlmscope.heads import write
-    from vlmscope.model import load
     from vlmscope.report import write_report
 
     found = write(
@@ -403,7 +403,7 @@ def neurons_find(
     score, rank.
     """
     from vlmscope import cards
-    from vlmscope.model import load
+    from vlmscope.checkpoint import load
 
     given = _given(image, data, prompt, limit, seed)
     if caption is not None and len(given) > 1:
@@ -453,7 +453,7 @@ def neurons_describe(
 ) -> None:
     """Cards: top tokens, where on the image, which pictures, and the measures with their nulls."""
     from vlmscope import cards
-    from vlmscope.model import load
+    from vlmscope.checkpoint import load
     from vlmscope.report import write_report
 
     given = _given(image, data, prompt, limit, seed)
@@ -493,8 +493,8 @@ def neurons_perturb(
 ) -> None:
     """What happens to a word without its neurons, and without random ones."""
     from vlmscope import cards
+    from vlmscope.checkpoint import load
     from vlmscope.data import examples
-    from vlmscope.model import load
 
     table = cards.perturb(
         out,
@@ -549,8 +549,8 @@ def neurons_edit(
     Made on one half of the data and assessed on the other, by free generation; the card lies beside it.
     """
     from vlmscope import cards, rewrite, weights
+    from vlmscope.checkpoint import load
     from vlmscope.data import examples
-    from vlmscope.model import load
     from vlmscope.report import write_report
     from vlmscope.seeds import shuffled
 
@@ -628,7 +628,7 @@ def data(
 
     pieces = None
     if model:
-        from vlmscope.model import tokenizer
+        from vlmscope.checkpoint import tokenizer
 
         pieces = tokenizer(model)
 
@@ -659,8 +659,8 @@ def generate(
 
     An edit is made as the model reads the prompt; positions count from its start.
     """
+    from vlmscope.checkpoint import load
     from vlmscope.inputs import parse_edit
-    from vlmscope.model import load
     from vlmscope.sites import parse
 
     edits = [parse_edit(text) for text in edit or []]
@@ -705,7 +705,7 @@ def models(
 ) -> None:
     """List the families, or what one model has, or exactly what it is given for an example."""
     from vlmscope import describe
-    from vlmscope.model import load
+    from vlmscope.checkpoint import load
 
     if example is not None:
         if model is None:

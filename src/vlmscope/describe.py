@@ -6,13 +6,14 @@ from collections.abc import Iterator
 from itertools import groupby
 from typing import NamedTuple
 
-from vlmscope import corrupt
+from vlmscope.checkpoint import toys
 from vlmscope.errors import VlmscopeError
 from vlmscope.example import Example
 from vlmscope.families import families
 from vlmscope.inputs import Inputs, Pair
 from vlmscope.layout import Layout, grid, slots
-from vlmscope.model import Model, toys
+from vlmscope.runs import corrupt
+from vlmscope.runs.model import Model
 
 FLOWS = {
     "rows": "many patches in one pass",

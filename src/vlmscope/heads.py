@@ -33,16 +33,17 @@ from PIL import Image
 from scipy import stats
 from torch import Tensor
 
-from vlmscope import corrupt as corruptions
-from vlmscope import engine
-from vlmscope.corrupt import Noise
 from vlmscope.data import Examples, listed
 from vlmscope.errors import DataError, ExampleError, SiteError, StoreError
 from vlmscope.example import Box, Example, fingerprint, open_image
 from vlmscope.inputs import Edit, Pair
 from vlmscope.layout import grid
-from vlmscope.metrics import score
-from vlmscope.model import Model, Sites
+from vlmscope.patching import engine
+from vlmscope.patching.scores import score
+from vlmscope.runs import corrupt as corruptions
+from vlmscope.runs.corrupt import Noise
+from vlmscope.runs.forward import Sites
+from vlmscope.runs.model import Model
 from vlmscope.seeds import rng, shuffled
 from vlmscope.sites import Point, Site, expand, parse, place
 from vlmscope.stats import bootstrap, sign_flip

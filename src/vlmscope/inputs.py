@@ -28,13 +28,17 @@ class Inputs:
     tensors: Mapping[str, Tensor]
     layout: Mapping[str, Layout]
 
+    def __repr__(self) -> str:
+        towers = ", ".join(f"{tower} {len(there.tokens)}" for tower, there in self.layout.items())
+        return f"Inputs({towers} positions)"
+
 
 @dataclass(frozen=True, eq=False, init=False)
 class Edit:
     """Change one activation as it passes: `set` it to `value`, `add` to it or `scale` it.
 
-    `site` names one layer (or a window of them) and at most one set of units; an expression will do. `value` is a number or a tensor that
-    broadcasts to `(positions, width)`, where width is that of the kind, of one head, or 1 for one neuron.
+    `site` names one layer (or a window of them) and at most one set of units; an expression will do. `value` is a
+    number or a tensor that broadcasts to `(positions, width)`, where width is that of the kind, of one head, or 1 for one neuron.
 
     Raises `SiteError` for an expression that is no site, `VlmscopeError` for another operation or value.
 
@@ -98,17 +102,27 @@ def parse_edit(text: str) -> Edit:
 
 @dataclass(frozen=True, eq=False)
 class Pair:
-    """Two runs that differ by one corruption, and the two tokens that are scored.
+    """Two runs that differ by one corruption, and the tokens that are scored.
 
     `answer` and `foil` are token ids, scored at the read-out position. `edits` make the corrupt
-    run corrupt where its input is the clean one (noise).
+    run corrupt where its input is the clean one (noise). `answers` are the answer's tokens at the last so
+    many positions, where several are scored.
     """
 
     clean: Inputs
     corrupt: Inputs
     answer: int
-    foil: int
+    foil: int | None
     edits: tuple[Edit, ...] = ()
+    answers: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "answers", self.answers or (self.answer,))
+
+    def __repr__(self) -> str:
+        corrupt = "the same inputs" if self.corrupt is self.clean else repr(self.corrupt)
+        scored = f"answer {self.answers}, foil {self.foil}"
+        return f"Pair(clean {self.clean!r}, corrupt {corrupt}, {scored}, {len(self.edits)} edits)"
 
 
 Logits = Float[Tensor, "vocabulary"]

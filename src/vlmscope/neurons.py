@@ -24,8 +24,10 @@ from torch import Tensor
 from vlmscope.errors import ExampleError, ModelError
 from vlmscope.example import Picture
 from vlmscope.inputs import Inputs
-from vlmscope.model import Access, Model, hooks
+from vlmscope.runs.hooks import Access
+from vlmscope.runs.model import Model
 from vlmscope.sites import Point
+from vlmscope.X import hooks
 
 TOP = 100
 """How many neurons of each token are listed by default."""
@@ -228,7 +230,7 @@ def find(
     Raises `ExampleError` if a word is not in the caption.
 
     >>> from vlmscope.data import examples
-    >>> from vlmscope.model import load
+    >>> from vlmscope.checkpoint import load
     >>> one = examples("states", limit=1)[0]
     >>> table = find(load("toy-llava"), one.clean_image, "describe this picture.", ["cross"], top=3)
     >>> table[["word", "rank"]].to_numpy().tolist()
@@ -313,7 +315,7 @@ def top_tokens(
 ) -> list[list[tuple[str, float]]]:
     """The tokens that each neuron (layer, number) moves most: the largest entries of `U · W[:, i]`.
 
-    >>> from vlmscope.model import load
+    >>> from vlmscope.checkpoint import load
     >>> [[(word, number)]] = top_tokens(load("toy-llava"), [(3, 0)], 1)
     >>> isinstance(word, str), number > 0
     (True, True)

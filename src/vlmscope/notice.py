@@ -27,12 +27,13 @@ import pandas as pd
 import tomli_w
 
 from vlmscope import circuits, heads
+from vlmscope.checkpoint import load
 from vlmscope.data import BUILT_IN, SIZE, examples
 from vlmscope.data.replacement import replace_words
 from vlmscope.errors import DataError, StoreError, VlmscopeError
 from vlmscope.example import Example, read_csv, write_csv
-from vlmscope.model import Model, load
 from vlmscope.report import write_report
+from vlmscope.runs.model import Model
 from vlmscope.store import Run, read_run
 from vlmscope.study import Estimate, estimate, sweep_to
 from vlmscope.tables import knows

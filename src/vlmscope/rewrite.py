@@ -25,12 +25,13 @@ from vlmscope.data import Examples, listed
 from vlmscope.errors import ExampleError, ModelError, VlmscopeError
 from vlmscope.example import Example
 from vlmscope.inputs import Inputs
-from vlmscope.model import Model, handles
 from vlmscope.neurons import Caption, say, weights
+from vlmscope.runs.model import Model
 from vlmscope.seeds import rng, shuffled
 from vlmscope.stats import bootstrap
 from vlmscope.study import progress
 from vlmscope.weights import WeightEdit, edited
+from vlmscope.X import handles
 
 SHARE = 0.01
 """The share of all neurons that an edit changes by default."""

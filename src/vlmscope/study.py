@@ -14,17 +14,18 @@ from typing import Any, Literal, NamedTuple
 
 import pandas as pd
 
-from vlmscope import corrupt as corruptions
-from vlmscope import engine as fast
-from vlmscope import reference
-from vlmscope.corrupt import Corruption, Noise
 from vlmscope.data import Examples, listed
 from vlmscope.errors import DataError, ExampleError, SiteError, VlmscopeError
 from vlmscope.example import Example, fingerprint
 from vlmscope.inputs import Pair
 from vlmscope.layout import Layout, grid, slots
-from vlmscope.metrics import agrees, effect, least_gap
-from vlmscope.model import Model, Sites
+from vlmscope.patching import engine as fast
+from vlmscope.patching import reference
+from vlmscope.patching.scores import agrees, effect, least_gap
+from vlmscope.runs import corrupt as corruptions
+from vlmscope.runs.corrupt import Corruption, Noise
+from vlmscope.runs.forward import Sites
+from vlmscope.runs.model import Model
 from vlmscope.sites import Pattern, Site, expand, parse, place
 from vlmscope.store import BASELINES, EFFECTS, Run, Writer, bytes_of, open_run, read_run, typed
 

@@ -17,10 +17,10 @@ from pathlib import Path
 import pandas as pd
 import pyarrow.compute as pc
 
-from vlmscope.corrupt import Noise
 from vlmscope.data import Examples, listed
 from vlmscope.errors import DataError, StoreError, VlmscopeError
-from vlmscope.model import Model
+from vlmscope.runs.corrupt import Noise
+from vlmscope.runs.model import Model
 from vlmscope.sites import Pattern
 from vlmscope.store import Run
 from vlmscope.study import sweep_to

@@ -13,7 +13,7 @@ from test_oracle_prompts import example
 from torch import Tensor, nn
 
 import vlmscope
-from vlmscope import engine
+from vlmscope.patching import engine
 
 
 class Place:

@@ -397,9 +397,9 @@ def family(
         return hf.get_submodule(norm)(hidden)
 
     def finish(
-        hf: Any, inputs: Inputs, tower: str, output: Float[Tensor, "rows pos width"]
-    ) -> Float[Tensor, "rows vocabulary"]:
-        logits = hf.get_submodule(head)(output[:, -1])
+        hf: Any, inputs: Inputs, tower: str, output: Float[Tensor, "rows pos width"], keep: int
+    ) -> Float[Tensor, "rows keep vocabulary"]:
+        logits = hf.get_submodule(head)(output[:, -keep:])
         cap = getattr(hf.config.get_text_config(), "final_logit_softcapping", None)
         return logits if cap is None or not capped else cap * torch.tanh(logits / cap)
 

@@ -1,19 +1,11 @@
-"""Rows of a causal decoder that carry only what a patch can change.
-
-A patch at position t changes nothing before t (or before the first position that can see t, where
-attention runs both ways within an image). So a row is the run from there on, and attends to the
-keys and values that the base run has kept of everything before: one softmax over both. All rows are
-laid end to end as one sequence, because all that a block does besides attention it does to each
-position alone; the model's own modules do it, on the rows of all lengths at once.
-"""
+"""What the attention of a causal decoder kept in the base run, and attention of rows over it."""
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 import torch
@@ -21,16 +13,8 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from vlmscope.errors import ModelError
-from vlmscope.model import Model, Plain
-
-ALONG = {
-    "position_embeddings": -2,
-    "position_ids": -1,
-    "cache_position": -1,
-    "cross_attention_mask": -2,
-    "full_text_row_masked_out_mask": -2,
-}
-"""Arguments of a block that have an entry for each position, and along which dimension."""
+from vlmscope.runs.hooks import Plain
+from vlmscope.runs.network import Network
 
 
 @dataclass(eq=False)
@@ -38,7 +22,8 @@ class Memory:
     """What the base run's attention kept, by layer.
 
     `open` says which position (row) attends to which (column); `coarse` that the softmax is rounded to
-    float32, as eager attention's is in a model of any type.
+    float32, as eager attention's is in a model of any type. `starts` says for each position which is the
+    first that a patch there can change: itself, if all are causal.
     """
 
     keys: list[Float[Tensor, "heads pos width"]] = field(default_factory=list)
@@ -46,28 +31,31 @@ class Memory:
     open: list[Bool[Tensor, "pos pos"]] = field(default_factory=list)
     coarse: list[bool] = field(default_factory=list)
     modules: list[Any] = field(default_factory=list)
+    starts: list[int] = field(default_factory=list)
 
 
 @contextmanager
-def remembering(model: Model, tower: str, memory: Memory) -> Iterator[None]:
+def remembering(network: Network, tower: str, memory: Memory) -> Iterator[None]:
     """Keep keys, values and masks of a run; the attention itself is as it always is."""
-    known: dict[Any, tuple[Any, Tensor]] = {}  # layers have the same masks
+    known: list[tuple[Any, Any, Tensor]] = []  # layers share their masks
 
     def keep(plain: Plain, module: Any, q: Tensor, k: Tensor, v: Tensor, mask: Any, **kw: Any) -> Any:
         out, paid = plain(module, q, k, v, mask, **kw)
         memory.keys.append(k[0].clone())
         memory.values.append(v[0].clone())
-        causal = kw.get("is_causal"), getattr(module, "is_causal", None)
-        which = (id(mask), causal, kw.get("sliding_window"), k.device)
-        if which not in known:
-            known[which] = mask, allowed(plain, module, mask, q, k, **kw)
-        memory.open.append(known[which][1])
+        sort = kw.get("is_causal"), getattr(module, "is_causal", None), kw.get("sliding_window"), k.device
+        found = next((seen for other, how, seen in known if other is mask and how == sort), None)
+        if found is None:
+            found = allowed(plain, module, mask, q, k, **kw)
+            known.append((mask, sort, found))
+        memory.open.append(found)
         memory.coarse.append(paid is not None and torch.equal(paid, paid.float().to(paid)))
         memory.modules.append(module)
         return out, paid
 
-    with model.attending(tower, keep):
+    with network.attending(tower, keep):
         yield
+    memory.starts = _starts([seen for _, _, seen in known])
 
 
 def allowed(plain: Plain, module: Any, mask: Any, q: Tensor, k: Tensor, **kw: Any) -> Bool[Tensor, "pos pos"]:
@@ -85,17 +73,18 @@ def allowed(plain: Plain, module: Any, mask: Any, q: Tensor, k: Tensor, **kw: An
         only = bool((dense.masked_fill(~seen, 0.0) == 0).all())
     if seen.shape[1] != 1 or not only:
         raise ModelError(
-            f"the attention '{plain.name}' of {type(module).__name__} has a mask that differs by head or adds to the scores; "
-            "expected one that says which position sees which; vlmscope.reference takes any, one forward a patch"
+            f"the attention '{plain.name}' of {type(module).__name__} has a mask that differs by head or adds to "
+            "the scores; expected one that says which position sees which; the engine 'reference' takes any, one "
+            "forward a patch"
         )
     return seen[0, 0]
 
 
-def starts(memory: Memory) -> list[int]:
-    """For each position, the first that a patch there can change: itself, if all are causal."""
-    many = memory.keys[0].shape[1]
+def _starts(masks: Sequence[Bool[Tensor, "pos pos"]]) -> list[int]:
+    """For each position, the first that a patch there can change."""
+    many = len(masks[0])
     open_ = torch.zeros(many, many, dtype=torch.bool)
-    for seen in {id(one): one for one in memory.open}.values():
+    for seen in masks:
         open_ |= seen.cpu()
     # The first query that attends to each key; then what is behind the start can be seen in turn.
     order = torch.arange(many)
@@ -109,16 +98,15 @@ def starts(memory: Memory) -> list[int]:
     return found
 
 
-class Rows:
-    """Some rows of one tower, laid end to end.
+class Ragged:
+    """Rows of different lengths as one sequence, and their attention.
 
     `begins` is each row's first position. The rows that have joined are the first so many, which
     `take` sets; `tokens` are the positions of all their places in the sequence.
     """
 
-    def __init__(self, model: Model, tower: str, memory: Memory, begins: Sequence[int]) -> None:
-        self.model, self.tower, self.memory = model, tower, memory
-        self.begins = list(begins)
+    def __init__(self, memory: Memory, begins: Sequence[int]) -> None:
+        self.memory, self.begins = memory, list(begins)
         self.many = memory.keys[0].shape[1]
         self.device = memory.keys[0].device
         lengths = [self.many - begin for begin in self.begins]
@@ -129,39 +117,33 @@ class Rows:
         groups = defaultdict(list)
         for row, begin in enumerate(self.begins[:joined]):
             groups[begin].append(self.offsets[row])
-        self.groups = [
-            (
-                begin,
-                torch.tensor(first, device=self.device)[:, None]
-                + torch.arange(self.many - begin, device=self.device),
-            )
-            for begin, first in groups.items()
-        ]
-        self.tokens = torch.cat([torch.arange(begin, self.many) for begin in self.begins[:joined]]).to(
-            self.device
-        )
+        self.groups = []
+        for begin, first in groups.items():
+            own = torch.arange(self.many - begin, device=self.device)
+            self.groups.append((begin, torch.tensor(first, device=self.device)[:, None] + own))
+        parts = [torch.arange(begin, self.many) for begin in self.begins[:joined]]
+        self.tokens = torch.cat(parts).to(self.device)
 
     def place(self, row: int, position: int) -> int:
         """Where a row's position is in the sequence."""
         return self.offsets[row] + position - self.begins[row]
 
-    def last(self) -> list[int]:
-        """The place of the last position of each row."""
-        return [end - 1 for end in self.offsets[1:]]
+    def ends(self, positions: int) -> list[int]:
+        """The places of the last so many positions of each row."""
+        return [place for end in self.offsets[1:] for place in range(end - positions, end)]
 
     def attend(
         self, plain: Any, module: Any, q: Tensor, k: Tensor, v: Tensor, mask: Any, **kw: Any
     ) -> tuple[Tensor, None]:
         """Each row over the base run's keys before it and over its own: `(1, tokens, heads, width)`."""
-        layer = next(n for n, one in enumerate(self.memory.modules) if one is module)
+        layer = next(n for n, known in enumerate(self.memory.modules) if known is module)
         scale = kw.get("scaling")
         scale = q.shape[-1] ** -0.5 if scale is None else scale
         out = torch.empty_like(q[0])  # heads, tokens, width
         for begin, at in self.groups:
             at = at.to(q.device)
-            out[:, at] = self._group(
-                q[0][:, at], k[0][:, at], v[0][:, at], layer, begin, scale, kw.get("softcap")
-            )
+            parts = q[0][:, at], k[0][:, at], v[0][:, at]
+            out[:, at] = self._group(*parts, layer, begin, scale, kw.get("softcap"))
         return out.transpose(0, 1)[None], None
 
     def _group(
@@ -191,43 +173,6 @@ class Rows:
             scores = scores.float()
         paid = scores.softmax(-1).to(q.dtype)
         left, right = paid[..., :begin], paid[..., begin:]
-        out = (left.reshape(kv, heads // kv * rows * own, begin) @ shared_v).view(heads, rows, own, width)
+        prefix = left.reshape(kv, heads // kv * rows * own, begin) @ shared_v
         mine = right.reshape(kv, heads // kv, rows, own, own) @ v[:, None]
-        return out + mine.view(heads, rows, own, width)
-
-    @contextmanager
-    def attending(self) -> Iterator[None]:
-        with self.model.attending(self.tower, self.attend):
-            yield
-
-
-@contextmanager
-def alone(model: Model, tower: str) -> Iterator[None]:
-    """Positions pass a block one by one; what their attention gives is overwritten by a hook."""
-
-    def nothing(plain: Any, module: Any, q: Tensor, k: Tensor, v: Tensor, mask: Any, **kw: Any) -> Any:
-        return q.transpose(1, 2), None
-
-    with model.attending(tower, nothing):
-        yield
-
-
-def at_positions(kwargs: Mapping[str, Any], tokens: Tensor) -> dict[str, Any]:
-    """A block's arguments for a sequence of other positions; nothing is masked or cached."""
-    found: dict[str, Any] = {}
-    for name, value in kwargs.items():
-        if name in ("attention_mask", "past_key_values"):
-            found[name] = None
-        elif name in ALONG:
-            found[name] = _select(value, ALONG[name], tokens)
-        else:
-            found[name] = value
-    return found
-
-
-def _select(value: Any, dimension: int, tokens: Tensor) -> Any:
-    if isinstance(value, tuple):
-        return tuple(map(partial(_select, dimension=dimension, tokens=tokens), value))
-    if isinstance(value, Tensor) and value.ndim >= -dimension:
-        return value.index_select(value.ndim + dimension, tokens.to(value.device))
-    return value
+        return prefix.view(heads, rows, own, width) + mine.view(heads, rows, own, width)

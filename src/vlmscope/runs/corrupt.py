@@ -19,7 +19,8 @@ from torch import Tensor
 from vlmscope.errors import ExampleError, VlmscopeError
 from vlmscope.example import Example
 from vlmscope.inputs import Edit, Inputs, Pair
-from vlmscope.model import Model
+from vlmscope.runs.forward import forward
+from vlmscope.runs.model import Model
 from vlmscope.sites import Site
 
 FORMS = {"multiply": 5.0, "add": 3.0, "factor": 0.7691}
@@ -113,14 +114,14 @@ def _edits(model: Model, inputs: Inputs, noise: Noise, site: Site, seed: str) ->
     assert noise.scale is not None
     if noise.form == "factor":
         return [Edit(site, "scale", noise.scale)]
-    (site,) = model.placed(site, inputs)
+    (site,) = model.places(site, inputs)
     at = site.positions
     there = model.shapes[site.tower]
     shape = (len(at), there.widths.get(site.kind, there.width))
     draws = [_draw(shape, seed, number) for number in range(noise.draws)]
     if noise.form == "multiply":
         return [Edit(site, "scale", 1 + noise.scale * draw) for draw in draws]
-    value = model.record(inputs, [site.point])[1][site.point][0, list(at)]
+    value = forward(model, inputs, keep=[site.point]).values[site.point][0, list(at)]
     sigma = noise.scale * value.float().std().item()
     return [Edit(site, "add", sigma * draw) for draw in draws]
 
@@ -128,7 +129,7 @@ def _edits(model: Model, inputs: Inputs, noise: Noise, site: Site, seed: str) ->
 def noisy(model: Model, at: str) -> tuple[Site, ...]:
     """Where noise is: all that the language model reads of the image, or the embeddings of the text.
 
-    >>> from vlmscope.model import load
+    >>> from vlmscope.checkpoint import load
     >>> [str(site) for site in noisy(load("toy-llava"), "image")]
     ['decoder.0.resid_pre@image']
     """
