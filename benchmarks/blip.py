@@ -36,7 +36,7 @@ from PIL import Image, ImageFilter
 from transformers import BertTokenizer, BlipConfig, BlipForQuestionAnswering, BlipProcessor
 from transformers.models.blip.image_processing_pil_blip import BlipImageProcessorPil
 
-from vlmscope.example import Example
+from vlmscope.data.example import Example
 from vlmscope.inputs import Pair
 from vlmscope.patching import engine
 from vlmscope.runs import corrupt

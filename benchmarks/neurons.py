@@ -33,7 +33,7 @@ from llava import build, pair_of
 from vlmscope import concepts, neurons, rewrite, weights
 from vlmscope.checkpoint import load
 from vlmscope.data import BUILT_IN, examples
-from vlmscope.example import Example
+from vlmscope.data.example import Example
 from vlmscope.inputs import Inputs
 from vlmscope.runs.model import Model
 

@@ -23,7 +23,7 @@ from transformers import (
 from transformers.models.blip.image_processing_pil_blip import BlipImageProcessorPil
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
-from vlmscope.example import Example, find_roles
+from vlmscope.data.example import Example, find_roles
 from vlmscope.runs.model import Model
 
 WORDS = (

@@ -21,7 +21,7 @@ from models import WORDS, blip_processor
 from PIL import Image, ImageDraw
 from transformers import BlipConfig, BlipForQuestionAnswering
 
-from vlmscope.example import Example, find_roles
+from vlmscope.data.example import Example, find_roles
 from vlmscope.runs.model import Model
 
 WIDTH, PATCH, SIDE = 16, 4, 6

@@ -15,8 +15,8 @@ from scipy import stats
 from vlmscope import circuits
 from vlmscope.checkpoint import load
 from vlmscope.data import examples
+from vlmscope.data.example import find_roles
 from vlmscope.errors import StoreError, VlmscopeError
-from vlmscope.example import find_roles
 from vlmscope.stats import sign_flip
 from vlmscope.store import read_run
 from vlmscope.study import sweep_to

@@ -97,7 +97,7 @@ def test_bert_s_pieces(model, examples):
     """Words of several pieces: roles cover all of them, prompts align by pieces."""
     from dataclasses import replace
 
-    from vlmscope.example import find_roles
+    from vlmscope.data.example import find_roles
 
     prompt = "is this giraffe striped or spotted?"
     roles = find_roles(prompt, {"noun": "giraffe", "answer": "spotted"})

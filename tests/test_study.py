@@ -17,8 +17,8 @@ from models import blip, example
 
 import vlmscope
 from vlmscope import study
+from vlmscope.data.example import find_roles
 from vlmscope.errors import DataError, SiteError, StoreError, VlmscopeError
-from vlmscope.example import find_roles
 from vlmscope.inputs import Edit
 from vlmscope.patching.scores import score
 from vlmscope.runs.corrupt import Noise

@@ -12,8 +12,8 @@ from scipy import stats as scipy_stats
 
 import vlmscope
 from vlmscope import plots, stats, tables
+from vlmscope.data.example import find_roles
 from vlmscope.errors import DataError
-from vlmscope.example import find_roles
 from vlmscope.store import EFFECTS, typed
 
 WORDS = {"answer": "red", "foil": "blue", "noun": "circle"}

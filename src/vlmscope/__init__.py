@@ -16,7 +16,7 @@ __version__ = version("vlmscope")
 
 _HOME = {
     "Edit": "inputs",
-    "Example": "example",
+    "Example": "data.example",
     "Inputs": "inputs",
     "Model": "runs.model",
     "Noise": "runs.corrupt",
@@ -29,11 +29,11 @@ _HOME = {
     "examples": "data",
     "head_table": "tables",
     "load": "checkpoint",
-    "read_csv": "example",
+    "read_csv": "data.table",
     "read_run": "store",
     "sweep": "study",
     "token_table": "tables",
-    "write_csv": "example",
+    "write_csv": "data.table",
     "write_report": "report",
 }
 __all__ = ["__version__", *_HOME]

@@ -17,8 +17,9 @@ import pyarrow.parquet as pq
 from vlmscope import concepts, rewrite
 from vlmscope import neurons as contributions
 from vlmscope.data import Examples, listed
+from vlmscope.data.example import Example
+from vlmscope.data.images import open_image
 from vlmscope.errors import ExampleError, ModelError, StoreError, VlmscopeError
-from vlmscope.example import Example, open_image
 from vlmscope.layout import grid
 from vlmscope.neurons import Variant, over_image, say, score, told, top_tokens
 from vlmscope.runs.model import Model

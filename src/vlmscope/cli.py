@@ -362,7 +362,7 @@ def _given(
 ) -> list[Any]:
     """The examples that are meant: one picture with a prompt, or a data set."""
     from vlmscope.data import examples
-    from vlmscope.example import Example
+    from vlmscope.data.example import Example
 
     if (image is None) == (data is None):
         raise VlmscopeError("give either --image or --data")
@@ -623,8 +623,8 @@ def data(
 
     Says how many rows each rule dropped, and why.
     """
-    from vlmscope.data import build
-    from vlmscope.example import write_csv
+    from vlmscope.data.published import build
+    from vlmscope.data.table import write_csv
 
     pieces = None
     if model:

@@ -27,10 +27,11 @@ from torch import Tensor
 
 from vlmscope.checkpoint import embedder
 from vlmscope.data import Examples, listed
+from vlmscope.data.example import Example
 from vlmscope.errors import DataError
-from vlmscope.example import Example
 from vlmscope.inputs import Edit, Inputs
 from vlmscope.neurons import Caption, say, taught, top_tokens, weights
+from vlmscope.runs import hooks
 from vlmscope.runs.hooks import Access
 from vlmscope.runs.model import Model
 from vlmscope.seeds import rng, shuffled
@@ -38,7 +39,6 @@ from vlmscope.sites import Point
 from vlmscope.stats import bootstrap, sign_flip
 from vlmscope.study import progress
 from vlmscope.weights import changed
-from vlmscope.X import hooks
 
 Array = NDArray[np.floating[Any]]
 Embed = Callable[[Sequence[str]], Tensor]

@@ -7,8 +7,8 @@ from itertools import groupby
 from typing import NamedTuple
 
 from vlmscope.checkpoint import toys
+from vlmscope.data.example import Example
 from vlmscope.errors import VlmscopeError
-from vlmscope.example import Example
 from vlmscope.families import families
 from vlmscope.inputs import Inputs, Pair
 from vlmscope.layout import Layout, grid, slots

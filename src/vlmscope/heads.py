@@ -34,8 +34,9 @@ from scipy import stats
 from torch import Tensor
 
 from vlmscope.data import Examples, listed
+from vlmscope.data.example import Box, Example, fingerprint
+from vlmscope.data.images import open_image
 from vlmscope.errors import DataError, ExampleError, SiteError, StoreError
-from vlmscope.example import Box, Example, fingerprint, open_image
 from vlmscope.inputs import Edit, Pair
 from vlmscope.layout import grid
 from vlmscope.patching import engine

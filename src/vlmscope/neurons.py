@@ -21,13 +21,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from vlmscope.data.example import Picture
 from vlmscope.errors import ExampleError, ModelError
-from vlmscope.example import Picture
 from vlmscope.inputs import Inputs
+from vlmscope.runs import hooks
 from vlmscope.runs.hooks import Access
 from vlmscope.runs.model import Model
 from vlmscope.sites import Point
-from vlmscope.X import hooks
 
 TOP = 100
 """How many neurons of each token are listed by default."""

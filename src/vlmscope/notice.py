@@ -19,7 +19,6 @@ import shutil
 import tomllib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -29,9 +28,11 @@ import tomli_w
 from vlmscope import circuits, heads
 from vlmscope.checkpoint import load
 from vlmscope.data import BUILT_IN, SIZE, examples
-from vlmscope.data.replacement import replace_words
+from vlmscope.data.drawn import draw
+from vlmscope.data.example import Example
+from vlmscope.data.questions.replacement import replace_words
+from vlmscope.data.table import read_csv, write_csv
 from vlmscope.errors import DataError, StoreError, VlmscopeError
-from vlmscope.example import Example, read_csv, write_csv
 from vlmscope.report import write_report
 from vlmscope.runs.model import Model
 from vlmscope.store import Run, read_run
@@ -243,8 +244,7 @@ def _examples(spec: Spec, data: str, folder: Path, model: Model, say: Say) -> li
     if data in BUILT_IN:
         file = folder / "data" / f"{data}.csv"
         if not file.exists():
-            drawn = import_module(f"vlmscope.data.drawn.{data}").load(spec.limit or SIZE, seed=spec.seed)
-            write_csv(file, drawn)
+            write_csv(file, draw(data, spec.limit or SIZE, seed=spec.seed))
         found = read_csv(file)
     else:
         found = examples(data, limit=spec.limit)

@@ -22,8 +22,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from vlmscope.data import Examples, listed
+from vlmscope.data.example import Example
 from vlmscope.errors import ExampleError, ModelError, VlmscopeError
-from vlmscope.example import Example
 from vlmscope.inputs import Inputs
 from vlmscope.neurons import Caption, say, weights
 from vlmscope.runs.model import Model

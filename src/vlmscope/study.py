@@ -15,8 +15,8 @@ from typing import Any, Literal, NamedTuple
 import pandas as pd
 
 from vlmscope.data import Examples, listed
+from vlmscope.data.example import Example, fingerprint
 from vlmscope.errors import DataError, ExampleError, SiteError, VlmscopeError
-from vlmscope.example import Example, fingerprint
 from vlmscope.inputs import Pair
 from vlmscope.layout import Layout, grid, slots
 from vlmscope.patching import engine as fast

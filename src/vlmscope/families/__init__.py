@@ -14,8 +14,8 @@ from PIL import Image
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from vlmscope.data.example import Box, Span
 from vlmscope.errors import ExampleError
-from vlmscope.example import Box, Span
 from vlmscope.inputs import Inputs
 
 Factor = Callable[[Any], Callable[[Mapping[str, Any]], Any] | None]

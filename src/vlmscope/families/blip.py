@@ -24,8 +24,8 @@ from transformers import (
     PreTrainedModel,
 )
 
+from vlmscope.data.example import Span
 from vlmscope.errors import ExampleError
-from vlmscope.example import Span
 from vlmscope.families import Family, Tower, one_picture
 from vlmscope.inputs import Inputs
 from vlmscope.layout import Layout

@@ -19,8 +19,8 @@ from PIL import Image
 from torch import Tensor
 from transformers import Blip2ForConditionalGeneration, InstructBlipForConditionalGeneration, PreTrainedModel
 
+from vlmscope.data.example import Span
 from vlmscope.errors import ExampleError
-from vlmscope.example import Span
 from vlmscope.families import Family, Tower, causal, one_picture
 from vlmscope.inputs import Inputs
 from vlmscope.layout import Layout

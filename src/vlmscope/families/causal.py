@@ -20,8 +20,8 @@ from PIL import Image
 from torch import Tensor
 from transformers import AutoProcessor, PreTrainedModel
 
+from vlmscope.data.example import Span
 from vlmscope.errors import ExampleError
-from vlmscope.example import Span
 from vlmscope.families import Family, Tower, behind
 from vlmscope.inputs import Inputs
 from vlmscope.layout import Layout

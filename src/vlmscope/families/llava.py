@@ -17,8 +17,8 @@ from transformers.models.llava_next.modeling_llava_next import (
     unpad_image,
 )
 
+from vlmscope.data.example import Box
 from vlmscope.errors import ExampleError, ModelError
-from vlmscope.example import Box
 from vlmscope.families import Family, Tower, causal
 from vlmscope.inputs import Inputs
 from vlmscope.layout import Layout

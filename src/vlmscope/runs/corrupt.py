@@ -16,8 +16,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from vlmscope.data.example import Example
 from vlmscope.errors import ExampleError, VlmscopeError
-from vlmscope.example import Example
 from vlmscope.inputs import Edit, Inputs, Pair
 from vlmscope.runs.forward import forward
 from vlmscope.runs.model import Model

@@ -10,7 +10,8 @@ from PIL import Image
 from torch import Tensor
 from transformers.utils import logging
 
-from vlmscope.example import Box, Example, Picture, open_image
+from vlmscope.data.example import Box, Example, Picture
+from vlmscope.data.images import open_image
 from vlmscope.inputs import Edit, Inputs, Logits, Pair
 from vlmscope.layout import Layout
 from vlmscope.runs import attention, forward, prepare, verify

@@ -9,8 +9,9 @@ from typing import Any
 
 from PIL import Image
 
+from vlmscope.data.example import Example, Picture, Span, find_roles
+from vlmscope.data.images import open_image
 from vlmscope.errors import ExampleError
-from vlmscope.example import Example, Picture, Span, find_roles, open_image
 from vlmscope.inputs import Inputs, Pair
 from vlmscope.layout import Layout, grid
 from vlmscope.runs.network import Network

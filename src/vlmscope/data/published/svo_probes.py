@@ -8,11 +8,15 @@ man riding or feeding the horse?", "is the man riding a horse or a bike?".
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from vlmscope.data.english import (
+from vlmscope.data.example import Example, find_roles
+from vlmscope.data.published.layout import by_stem
+from vlmscope.data.published.sampling import SIZE, Drawn, Fetch, Source
+from vlmscope.data.questions import in_order
+from vlmscope.data.questions.english import (
     PREPOSITIONS,
     definite,
     indefinite,
@@ -23,25 +27,14 @@ from vlmscope.data.english import (
     lemma,
     preposition,
 )
-from vlmscope.data.layout import Pictures, by_stem, count, not_here, read_table
-from vlmscope.data.sampling import Drawn, balanced, example, in_order, shuffled
-from vlmscope.data.synonyms import near
+from vlmscope.data.questions.synonyms import near
+from vlmscope.data.table import read_table
 from vlmscope.errors import DataError
-from vlmscope.example import Example
 
-NAME = "svo-probes"
 TABLE = "svo_probes.csv"
-SIZE = 500
 KINDS = {"subject": "subj_neg", "verb": "verb_neg", "object": "obj_neg"}
 COLUMNS = (
-    "id",
-    "sentence",
-    "pos_triplet",
-    "neg_triplet",
-    "pos_url",
-    "neg_url",
-    "pos_image_id",
-    "neg_image_id",
+    *("id", "sentence", "pos_triplet", "neg_triplet", "pos_url", "neg_url", "pos_image_id", "neg_image_id"),
     *KINDS.values(),
 )
 
@@ -60,8 +53,6 @@ MISSING = "an image is not there"
 FAILED = "an image could not be downloaded"
 UNFETCHED = "left over: enough others were downloaded"
 
-Fetch = Callable[[Mapping[str, Path]], Mapping[str, str]]
-
 
 @dataclass(frozen=True)
 class Row:
@@ -73,6 +64,11 @@ class Row:
     other: str
     images: tuple[str, str]
     urls: tuple[str, str]
+
+    def missing(self, files: Mapping[str, Path]) -> dict[str, str]:
+        """The images that are not among the files, by their addresses."""
+        both = zip(self.urls, self.images, strict=True)
+        return {url: image for url, image in both if image not in files}
 
 
 class Unfit(Exception):  # noqa: N818 (no error: the row is dropped and counted)
@@ -106,55 +102,54 @@ def ask(kind: str, triplet: tuple[str, str, str], options: tuple[str, str]) -> s
     return " ".join(filter(None, said)) + "?"
 
 
-def load(
-    root: Path, limit: int | None, seed: int, dropped: dict[str, int], fetch: Fetch | None = None
-) -> list[Example]:
-    """The examples of the release in `root`; why rows were dropped is counted in `dropped`.
+def load(source: Source) -> list[Example]:
+    """The examples of the release; why rows were dropped is counted in `source`.
 
-    `fetch` downloads images that are missing (addresses to files) and returns those it could not
-    have; without it, rows without images are dropped.
+    With `source.fetch`, images that are missing are downloaded first; without it, rows without
+    images are dropped.
     """
-    table = root / TABLE
+    table = source.root / TABLE
     if not table.is_file():
-        raise not_here(NAME, root, f"file {TABLE}")
-    rows = read_rows(read_table(table, COLUMNS), dropped)
-    decks = {kind: shuffled((row for row in rows if row.kind == kind), NAME, kind, seed) for kind in KINDS}
-    folder = root / "images"
-    if fetch:
-        _fetch_wanted(decks, limit, folder, fetch, dropped)
+        raise source.not_here(f"file {TABLE}")
+    rows = read_rows(source, read_table(table, COLUMNS))
+    decks = {
+        kind: source.shuffled((row for row in rows if row.kind == kind), kind, source.seed) for kind in KINDS
+    }
+    folder = source.root / "images"
+    if source.fetch:
+        _fetch_wanted(source, source.fetch, decks, folder)
     files = by_stem([folder])
-    lacking = UNFETCHED if fetch else MISSING
-    decks = {kind: _with_images(deck, files, dropped, lacking) for kind, deck in decks.items()}
+    for kind, deck in decks.items():
+        decks[kind] = [row for row in deck if all(image in files for image in row.images)]
+        source.drop(UNFETCHED if source.fetch else MISSING, len(deck) - len(decks[kind]))
     if rows and not any(decks.values()):
-        way = "none could be downloaded; see download-failures.csv" if fetch else "pass --download"
+        way = "none could be downloaded; see download-failures.csv" if source.fetch else "pass --download"
         raise DataError(
             f"{folder}: no image of any row of {TABLE} that makes a question; expected "
             f"{rows[0].images[0]}.jpg and the like; {way}"
         )
-    pictures = Pictures(dropped)
 
     def make(row: Row) -> Row | None:
-        return row if all(pictures.readable(files[image]) for image in row.images) else None
+        return row if all(source.is_readable(files[image]) for image in row.images) else None
 
-    drawn = balanced(decks, make, size=SIZE, limit=limit, dropped=dropped)
-    return [_example(one, files) for one in drawn]
+    return [_example(one, files) for one in source.balanced(decks, make, SIZE)]
 
 
-def read_rows(table: Iterable[Mapping[str, str]], dropped: dict[str, int]) -> list[Row]:
+def read_rows(source: Source, table: Iterable[Mapping[str, str]]) -> list[Row]:
     """The rows of the table that make a question, in their order."""
     rows: list[Row] = []
-    seen: set[object] = set()
+    known: set[object] = set()
     for cells in table:
         try:
             row = _row(cells)
         except Unfit as why:
-            count(dropped, str(why))
+            source.drop(str(why))
             continue
         keys = {row.name, frozenset(row.images)}
-        if keys & seen:
-            count(dropped, SAME)
+        if keys & known:
+            source.drop(SAME)
             continue
-        seen |= keys
+        known |= keys
         rows.append(row)
     return rows
 
@@ -230,48 +225,24 @@ def _whole(cell: str) -> str:
     return cell.removesuffix(".0")
 
 
-def _with_images(
-    deck: list[Row], files: Mapping[str, Path], dropped: dict[str, int], lacking: str
-) -> list[Row]:
-    kept = [row for row in deck if all(image in files for image in row.images)]
-    count(dropped, lacking, len(deck) - len(kept))
-    return kept
-
-
-def _fetch_wanted(
-    decks: dict[str, list[Row]], limit: int | None, folder: Path, fetch: Fetch, dropped: dict[str, int]
-) -> None:
+def _fetch_wanted(source: Source, fetch: Fetch, decks: dict[str, list[Row]], folder: Path) -> None:
     """Download the images of the rows that would be drawn; a row that fails makes way for more.
 
     Rows that are not wanted stay in `decks`, behind, and count as rows without images.
     """
     while kinds := [kind for kind, deck in decks.items() if deck]:
-        most = SIZE if limit is None else -(-limit // len(kinds))
+        most = SIZE if source.limit is None else -(-source.limit // len(kinds))
         quota = min(most, *(len(decks[kind]) for kind in kinds))
         files = by_stem([folder])
         wanted = [row for kind in kinds for row in decks[kind][:quota]]
-        jobs = {
-            url: folder / f"{image}.jpg"
-            for row in wanted
-            for image, url in zip(row.images, row.urls, strict=True)
-            if image not in files
-        }
-        if not jobs:
-            return
-        failed = set(fetch(jobs)) & set(jobs)
+        jobs = {url: folder / f"{image}.jpg" for row in wanted for url, image in row.missing(files).items()}
+        failed = fetch(jobs).keys() & jobs if jobs else set()
         if not failed:
             return
         for kind in kinds:
-            kept = [row for row in decks[kind] if not failed & set(_lacking(row, files))]
-            count(dropped, FAILED, len(decks[kind]) - len(kept))
+            kept = [row for row in decks[kind] if not failed & row.missing(files).keys()]
+            source.drop(FAILED, len(decks[kind]) - len(kept))
             decks[kind] = kept
-
-
-def _lacking(row: Row, files: Mapping[str, Path]) -> Iterator[str]:
-    """The addresses of the images of a row that were not there before."""
-    for image, url in zip(row.images, row.urls, strict=True):
-        if image not in files:
-            yield url
 
 
 def _example(drawn: Drawn[Row], files: Mapping[str, Path]) -> Example:
@@ -282,11 +253,13 @@ def _example(drawn: Drawn[Row], files: Mapping[str, Path]) -> Example:
         answer, foil = (_verb(word, row.triplet[2])[0] for word in (answer, foil))
     words = dict(zip(KINDS, row.triplet, strict=True))
     words["verb"] = _verb(row.triplet[1], row.triplet[2])[0]
-    return example(
-        row.name,
-        (files[row.images[0]], files[row.images[1]]),
-        prompt,
-        (answer, foil),
+    return Example(
+        id=row.name,
+        clean_image=files[row.images[0]],
+        clean_prompt=prompt,
+        answer=answer,
+        foil=foil,
+        corrupt_image=files[row.images[1]],
+        roles=find_roles(prompt, words),
         groups={"kind": row.kind, "order": drawn.order},
-        words=words,
     )

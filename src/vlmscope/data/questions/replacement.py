@@ -12,8 +12,8 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from vlmscope.data.synonyms import near
-from vlmscope.example import Example, Span
+from vlmscope.data.example import Example, Span
+from vlmscope.data.questions.synonyms import near
 
 KEPT = "corrupt prompts kept as they were"
 DRAWN = "corrupt prompts drawn"
@@ -54,7 +54,7 @@ def replace_words(
     ...     prompt = f"is it {answer} or {foil}?"
     ...     roles = find_roles(prompt, {"answer": answer, "foil": foil})
     ...     return Example(answer, "a.png", prompt, answer, foil, roles=roles)
-    >>> from vlmscope.example import find_roles
+    >>> from vlmscope.data.example import find_roles
     >>> examples, counts = replace_words([made("red", "blue"), made("old", "new")])
     >>> sorted(examples[0].corrupt_prompt[:-1].split()), counts
     (['is', 'it', 'new', 'old', 'or'], {'corrupt prompts drawn': 2})

@@ -11,8 +11,8 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
+from vlmscope.data.example import Example
 from vlmscope.errors import DataError
-from vlmscope.example import Example
 
 
 def coco(
