@@ -10,12 +10,13 @@ import pytest
 import torch
 from models import blip, example, picture
 
-from vlmscope import corrupt, plots, tracing
+from vlmscope import corrupt, tracing
 from vlmscope.corrupt import Noise
 from vlmscope.data import examples
 from vlmscope.errors import DataError, VlmscopeError
 from vlmscope.inputs import Edit
 from vlmscope.model import load
+from vlmscope.report.tracing import tracing_tables
 from vlmscope.sites import Site
 from vlmscope.store import read_run
 
@@ -176,7 +177,7 @@ def test_what_is_left_out_is_counted(tmp_path, monkeypatch):
 
 def test_the_tables_of_the_figures(traced):
     _, table, _ = traced
-    found = plots.tracing_tables(table, tower="encoder", window=1)
+    found = tracing_tables(table[(table["tower"] == "encoder") & (table["window"] == 1)])
     assert list(found) == ["resid", "cross"]
     assert found["resid"].shape[0] == 4
     assert list(found["resid"].columns) == [

@@ -240,8 +240,8 @@ def tracing(
     from vlmscope.corrupt import Noise
     from vlmscope.data import examples
     from vlmscope.model import load
-    from vlmscope.plots import most_restored
     from vlmscope.report import write_report
+    from vlmscope.report.ranking import most_restored
     from vlmscope.store import read_run
     from vlmscope.tables import knows
     from vlmscope.tracing import KINDS, WINDOWS, trace
