@@ -7,6 +7,7 @@ anything is drawn. No pyplot, so nothing keeps a figure alive: a notebook shows 
 from __future__ import annotations
 
 import io
+import textwrap
 from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple
@@ -23,7 +24,7 @@ from matplotlib.ticker import MaxNLocator
 from vlmscope.errors import DataError
 
 INK, MISSING = "#222222", "#d4d4d4"
-BAR = 1.0
+BAR = 1.1
 """What a colour bar takes at the right of its panels, with its numbers and its label, in inches."""
 
 
@@ -32,7 +33,7 @@ class ShownAxes(Axes):
 
     def _repr_png_(self) -> bytes:
         buffer = io.BytesIO()
-        self.figure.savefig(buffer, format="png")
+        figure_of([self]).savefig(buffer, format="png")
         return buffer.getvalue()
 
 
@@ -75,41 +76,43 @@ def grid(
 
 def add_bar(axes: Sequence[Axes], scale: ScalarMappable, label: str, *, below: bool = False) -> None:
     """The colour bar of these panels: at their right, or below them."""
-    figure = axes[0].figure
+    figure, length = figure_of(axes), 3.6
     if all(isinstance(each, ShownAxes) for each in axes):
         width, height = figure.get_size_inches()
         boxes = [each.get_position() for each in axes]
-        x0, x1 = min(box.x0 for box in boxes), max(box.x1 for box in boxes)
-        y0, y1 = min(box.y0 for box in boxes), max(box.y1 for box in boxes)
+        left, right = min(box.x0 for box in boxes), max(box.x1 for box in boxes)
+        low, high = min(box.y0 for box in boxes), max(box.y1 for box in boxes)
+        length = min(length, (right - left) * width if below else (high - low) * height)
         if below:
-            place = (x0, y0 - 0.3 / height, min(x1 - x0, 4.0 / width), 0.14 / height)
+            place = (left, low - 0.3 / height, length / width, 0.14 / height)
         else:
-            long = min(y1 - y0, 3.6 / height)
-            place = (x1 + 0.2 / width, (y0 + y1 - long) / 2, 0.17 / width, long)
+            place = (right + 0.2 / width, (low + high - length / height) / 2, 0.17 / width, length / height)
         spot = figure.add_axes(place)
     else:
         spot, _ = make_axes(list(axes), location="bottom" if below else "right")
-    low, high = scale.get_clim()
-    shades = np.linspace(low, high, 256)
-    extent = (low, high, 0, 1) if below else (0, 1, low, high)
-    spot.imshow(
-        shades[None] if below else shades[:, None],
-        cmap=scale.cmap,
-        norm=scale.norm,
-        aspect="auto",
-        origin="lower",
-        extent=extent,
-    )
-    axis, other = (spot.xaxis, spot.yaxis) if below else (spot.yaxis, spot.xaxis)
-    other.set_visible(False)
-    numbers = MaxNLocator(4 if below else 7, steps=[1, 2, 5, 10]).tick_values(low, high)
-    numbers = [x for x in numbers if low <= x <= high]
-    axis.set_ticks(numbers, [f"{x:g}".replace("-", "−") for x in numbers], fontsize=8, color=INK)
-    axis.set_label_text(label, fontsize=9, color=INK)
-    if not below:
-        axis.tick_right()
-        axis.set_label_position("right")
+    first, last = scale.get_clim()
+    shades = np.linspace(first, last, 256)[None]
+    shown, extent = (shades, (first, last, 0, 1)) if below else (shades.T, (0, 1, first, last))
+    spot.imshow(shown, cmap=scale.cmap, norm=scale.norm, aspect="auto", origin="lower", extent=extent)  # type: ignore[arg-type]
     spot.spines[:].set_visible(False)
+    ticks = MaxNLocator(int(2 + 1.8 * length), steps=[1, 2, 5, 10]).tick_values(first, last)
+    ticks = [tick for tick in ticks if first <= tick <= last]
+    axis = spot.xaxis if below else spot.yaxis
+    axis.set_ticks(ticks, [f"{tick:g}".replace("-", "−") for tick in ticks], fontsize=8, color=INK)
+    axis.set_label_text(textwrap.fill(label, max(20, int(14 * length))), fontsize=9, color=INK)
+    if below:
+        spot.yaxis.set_visible(False)
+    else:
+        spot.xaxis.set_visible(False)
+        spot.yaxis.tick_right()
+        spot.yaxis.set_label_position("right")
+
+
+def figure_of(axes: Sequence[Axes]) -> Figure:
+    """The figure that axes are in, the whole one where they are of a part of it."""
+    figure = axes[0].get_figure(root=True)
+    assert isinstance(figure, Figure)
+    return figure
 
 
 def centred(values: Iterable[Any], least: float = 0.0) -> ScalarMappable:
@@ -126,17 +129,13 @@ def title(axes: Axes, text: str, size: float = 10) -> None:
 # --- text ------------------------------------------------------------------------------------
 
 
-def text_width(text: str, points: float) -> float:
-    """How wide the longest line of a text is, in inches."""
-    return max(_width(line) for line in text.split("\n")) * points
-
-
 @lru_cache(maxsize=8192)
-def _width(line: str) -> float:
-    font = get_font(findfont(FontProperties()))
-    font.set_size(100, 72)
+def text_width(line: str) -> float:
+    """How wide a line of the size of labels is in bold, in inches."""
+    font = get_font(findfont(FontProperties(weight="bold")))
+    font.set_size(8, 72)
     font.set_text(line)
-    return float(font.get_width_height()[0]) / 64 / 100 / 72
+    return float(font.get_width_height()[0]) / 64 / 72
 
 
 def drawable(text: str, longest: int) -> str:

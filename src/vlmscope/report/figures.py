@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 
-from vlmscope.report.canvas import BAR, INK, Margins, add_bar, drawable, grid, text_width, title
+from vlmscope.report.canvas import BAR, INK, Margins, add_bar, drawable, figure_of, grid, text_width, title
 from vlmscope.report.captions import KINDS, TOWERS, upper_first
 from vlmscope.report.heat_maps import VALUES, colour_scale, full_colour, heat_map, label_columns, panels
 from vlmscope.tables import head_table, token_table
@@ -79,8 +79,8 @@ def universal(heads: pd.DataFrame, *, most: int = 30, gap: float = 0.0, ax: Axes
     table = rows.pivot_table(index="name", columns="run", values="mean").reindex(names)[runs]
     labels = [drawable(run, 24) for run in runs]
     size = (0.55 * len(runs) + 0.5, 0.25 * max(len(names), 3))
-    left = max((text_width(each, 8.5) for each in names), default=0.5) + 0.15
-    below = 0.2 + 0.75 * max(text_width(each, 8.5) for each in labels)
+    left = max((text_width(each) for each in names), default=0.5) + 0.15
+    below = 0.2 + 0.75 * max(text_width(each) for each in labels)
     (axes,) = grid(ax, 1, 1, size, Margins(left, below, BAR, top=0.1))
     if not names:
         axes.set_axis_off()
@@ -114,7 +114,7 @@ def measures(table: pd.DataFrame, names: Sequence[str], *, ax: Iterable[Axes] | 
     """
     words = list(dict.fromkeys(table["word"]))[::-1]
     size = (1.9, max(0.9, 0.24 * len(words)))
-    left = max(text_width(word, 8.5) for word in words) + 0.2
+    left = max(text_width(word) for word in words) + 0.2
     axes = grid(ax, len(names), len(names), size, Margins(left, 0.65, 0.15, across=0.25))
     for n, (spot, name) in enumerate(zip(axes, names, strict=True)):
         rows = table[(table["measure"] == name) & (table["method"] == "contribution")]
@@ -133,7 +133,7 @@ def measures(table: pd.DataFrame, names: Sequence[str], *, ax: Iterable[Axes] | 
         spot.set_axisbelow(True)
         spot.spines[["top", "right"]].set_visible(False)
     handles = axes[0].get_legend_handles_labels()
-    axes[0].figure.legend(*handles, fontsize=8, loc="lower center", ncols=3, frameon=False)
+    figure_of(axes).legend(*handles, fontsize=8, loc="lower center", ncols=3, frameon=False)
     return axes
 
 

@@ -14,6 +14,7 @@ import pandas as pd
 from markupsafe import Markup
 from matplotlib.axes import Axes
 
+from vlmscope.report.canvas import figure_of
 from vlmscope.report.captions import digits, upper_first
 
 
@@ -45,7 +46,7 @@ class Gallery:
     def show(self, name: str, drawn: Axes | list[Axes], caption: str, data: pd.DataFrame) -> Shown:
         """Save the figure that these axes are in, in all formats, and its data."""
         stem = f"{self.prefix}-{name}"
-        figure = (drawn if isinstance(drawn, Axes) else drawn[0]).figure
+        figure = figure_of([drawn] if isinstance(drawn, Axes) else drawn)
         png = io.BytesIO()
         # A third of the usual effort: as small, and sooner.
         figure.savefig(png, format="png", dpi=144, pil_kwargs={"compress_level": 3})

@@ -81,7 +81,7 @@ def panels(
     held = list(tables.values())
     width = float(np.clip(0.36 * max(table.shape[1] for table in held), 2.7, 11.0))
     height = float(np.clip(0.26 * max(table.shape[0] for table in held), 1.3, 6.0))
-    across = 3 if width <= 4.3 and len(held) != 4 else 2 if width <= 6.5 else 1
+    across = 3 if width <= 4.3 and len(held) != 4 else 2 if width <= 6.2 else 1
     names = [column_names(table) for table in held]
     one_index = ax is None and all(table.index.equals(held[0].index) for table in held)
     one_header = ax is None and all(each == names[0] for each in names)
@@ -182,7 +182,7 @@ def _angle(names: Sequence[str]) -> int:
 def _outside(names: Sequence[str], width: float) -> tuple[float, float]:
     """What the labels of a table take at its left and below, in inches."""
     angle = radians(_angle(names))
-    widths = [text_width(name, 8.5) for name in names]  # as wide as in bold
+    widths = [text_width(name) for name in names]
     starts = [wide * cos(angle) - (n + 0.5) * width / len(names) for n, wide in enumerate(widths)]
     left = max([0.5, *starts]) if angle else 0.5
     return left, 0.45 + (max(widths) * sin(angle) if angle else 0.0)
@@ -208,4 +208,4 @@ def _outline_strongest(
 def _wrapped(text: str, width: float) -> str:
     """A title in lines that fit a panel of so many inches."""
     lines = drawable(text, 200).split("\n")
-    return "\n".join(part for line in lines for part in textwrap.wrap(line, int(11.5 * width)) or [""])
+    return "\n".join(part for line in lines for part in textwrap.wrap(line, int(11.5 * width + 3)) or [""])

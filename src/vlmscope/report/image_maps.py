@@ -95,7 +95,7 @@ def attention(
     columns = ["picture", *((titles or {}).get(site, site) for site in sites)]
     columns += [] if patches is None else ["patched in"]
     across = len(columns)
-    axes = grid(ax, len(names) * across, across, (1.65, 1.65), Margins(bottom=0.8, top=0.45))
+    axes = grid(ax, len(names) * across, across, (1.65, 1.65), Margins(bottom=0.9, top=0.45))
     scale = centred([maps["difference"]])
     own = None
     if patches is not None:
@@ -117,9 +117,9 @@ def attention(
     for spot, text in zip(axes, columns, strict=False):
         title(spot, text, 8.5)
     last = axes[-across:]
-    add_bar(last[1 : 1 + len(sites)], scale, "attention minus\nall-heads mean", below=True)
+    add_bar(last[1 : 1 + len(sites)], scale, "attention minus all-heads mean", below=True)
     if own is not None:
-        add_bar(last[-1:], own, "change in logit\ndifference (logits)", below=True)
+        add_bar(last[-1:], own, VALUES["logit_diff"], below=True)
     return axes
 
 
