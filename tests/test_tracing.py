@@ -10,11 +10,12 @@ import pytest
 import torch
 from models import blip, example, picture
 
-from vlmscope import plots, tracing
+from vlmscope import tracing
 from vlmscope.checkpoint import load
 from vlmscope.data import examples
 from vlmscope.errors import DataError, VlmscopeError
 from vlmscope.inputs import Edit
+from vlmscope.report.tracing import tracing_tables
 from vlmscope.runs import corrupt
 from vlmscope.runs.corrupt import Noise
 from vlmscope.sites import Pattern
@@ -177,7 +178,7 @@ def test_what_is_left_out_is_counted(tmp_path, monkeypatch):
 
 def test_the_tables_of_the_figures(traced):
     _, table, _ = traced
-    found = plots.tracing_tables(table, tower="encoder", window=1)
+    found = tracing_tables(table[(table["tower"] == "encoder") & (table["window"] == 1)])
     assert list(found) == ["resid", "cross"]
     assert found["resid"].shape[0] == 4
     assert list(found["resid"].columns) == [

@@ -239,8 +239,8 @@ def tracing(
     """
     from vlmscope.checkpoint import load
     from vlmscope.data import examples
-    from vlmscope.plots import most_restored
     from vlmscope.report import write_report
+    from vlmscope.report.ranking import most_restored
     from vlmscope.runs.corrupt import Noise
     from vlmscope.store import read_run
     from vlmscope.tables import knows

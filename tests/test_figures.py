@@ -5,11 +5,14 @@ from __future__ import annotations
 import numpy as np
 import pandas as pd
 import pytest
-from matplotlib.figure import Figure
+from matplotlib.axes import Axes
 from PIL import Image
 
-from vlmscope import plots
 from vlmscope.errors import DataError
+from vlmscope.report import figures
+from vlmscope.report.heat_maps import FLOOR
+from vlmscope.report.image_maps import image_grid
+from vlmscope.report.ranking import strongest
 from vlmscope.store import EFFECTS, typed
 from vlmscope.tables import head_table, token_table
 
@@ -50,22 +53,26 @@ def rows(examples: int = 2, tokens: list[str] | None = None, layers: int = 3) ->
     return typed(pd.DataFrame(found, columns=EFFECTS.names), EFFECTS)
 
 
+def labels(axes):
+    return [tick.get_text() for tick in axes.get_xticklabels()]
+
+
 def test_labels_say_the_token_where_it_is_the_same():
     other = rows(1, ["[CLS]", "was", "green", "or", "pink", "[SEP]"]).assign(example="other")
-    table = token_table(pd.concat([rows(1), other], ignore_index=True), tower="encoder")
-    names = plots._names(table)
-    assert names == ["0 [CLS]", "1", "3 or", "5 [SEP]", "answer", "foil"]
-    assert table.attrs["roles"] == ["answer", "foil"]
+    axes = figures.layer_by_token(pd.concat([rows(1), other], ignore_index=True), tower="encoder")
+    assert labels(axes) == ["0 [CLS]", "1", "3 or", "5 [SEP]", "answer", "foil"]
+    bold = [tick.get_text() for tick in axes.get_xticklabels() if tick.get_fontweight() == "bold"]
+    assert bold == ["answer", "foil"]
 
 
 def test_labels_say_how_many_where_a_column_holds_fewer():
     short = rows(2)
-    table = token_table(short[(short["example"] == "e0") | (short["slot"] != "3")])
-    assert plots._names(table)[2] == "3 or  n=1" and "n=" not in plots._names(table)[0]
+    axes = figures.layer_by_token(short[(short["example"] == "e0") | (short["slot"] != "3")])
+    assert labels(axes)[2] == "3 or  n=1" and "n=" not in labels(axes)[0]
 
 
 def test_strongest_names_sites_that_can_be_swept_again():
-    table = plots.strongest(rows(), n=3)
+    table = strongest(rows(), n=3)
     assert table["site"].tolist() == [
         "encoder.2.cross.h1@answer",
         "encoder.1.cross.h1@answer",
@@ -76,9 +83,9 @@ def test_strongest_names_sites_that_can_be_swept_again():
     assert table["n"].tolist() == [2, 2, 2]
 
 
-def limits_of(figure):
+def limits_of(axes):
     """The ends of the colour scales of a figure, below zero and above."""
-    meshes = [mesh for axes in figure.axes for mesh in axes.collections]
+    meshes = [mesh for axes in np.ravel(axes)[0].figure.axes for mesh in axes.collections]
     found = {mesh.get_clim() for mesh in meshes if mesh.get_array() is not None}
     (limits,) = {limits for limits in found if limits[0] < 0}
     return limits
@@ -86,27 +93,27 @@ def limits_of(figure):
 
 def test_panels_share_one_scale_that_is_centred():
     tables = {"weak": token_table(rows()), "strong": head_table(rows())}
-    low, high = limits_of(plots.panels(tables))
+    low, high = limits_of(figures.panels(tables))
     assert low == -high and high == pytest.approx(102.2 + 0.5)
-    assert plots.full_colour(tables.values()) == high
+    assert figures.full_colour(tables.values()) == high
 
 
 def test_next_to_nothing_has_next_to_no_color():
     """The scale does not end below a tenth of the run's gap, nor below what is nothing in any run."""
     weak = rows().assign(logit_diff=0.004, effect=0.004 / 8.0)
-    assert limits_of(plots.layer_by_token(weak))[1] == pytest.approx(0.8)
-    assert limits_of(plots.layer_by_head(weak))[1] == pytest.approx(0.8)
-    assert limits_of(plots.panels({"a": token_table(weak)}, gap=20.0))[1] == pytest.approx(2.0)
-    assert limits_of(plots.layer_by_token(rows().assign(logit_diff=0.004)))[1] == 0.05
-    assert limits_of(plots.layer_by_token(weak, value="effect"))[1] == plots.FLOOR
+    assert limits_of(figures.layer_by_token(weak))[1] == pytest.approx(0.8)
+    assert limits_of(figures.layer_by_head(weak))[1] == pytest.approx(0.8)
+    assert limits_of(figures.panels({"a": token_table(weak)}, gap=20.0))[1] == pytest.approx(2.0)
+    assert limits_of(figures.layer_by_token(rows().assign(logit_diff=0.004)))[1] == 0.05
+    assert limits_of(figures.layer_by_token(weak, value="effect"))[1] == FLOOR
 
 
 def test_titles_do_not_overlap():
     table = token_table(rows())
     titles = {f"{n} a long name of a data set, image corrupted, at the read-out": table for n in range(4)}
-    figure = plots.panels(titles)
-    figure.canvas.draw()
-    boxes = [axes.title.get_window_extent() for axes in figure.axes if axes.get_title()]
+    drawn = figures.panels(titles)
+    drawn[0].figure.canvas.draw()
+    boxes = [axes.title.get_window_extent() for axes in drawn]
     assert len(boxes) == 4
     for n, box in enumerate(boxes):
         assert not any(box.overlaps(other) for other in boxes[n + 1 :])
@@ -115,8 +122,8 @@ def test_titles_do_not_overlap():
 @pytest.mark.parametrize("value", ["logit_diff", "effect", "p_restored", "p_patched"])
 def test_figures_of_every_value(value):
     given = rows().assign(effect=0.5)
-    assert isinstance(plots.layer_by_token(given, value=value), Figure)
-    assert isinstance(plots.layer_by_head(given, value=value), Figure)
+    assert isinstance(figures.layer_by_token(given, value=value), Axes)
+    assert isinstance(figures.layer_by_head(given, value=value), Axes)
 
 
 def test_odd_tables_do_not_break(tmp_path):
@@ -128,13 +135,13 @@ def test_odd_tables_do_not_break(tmp_path):
     }
     for name, table in odd.items():
         if name != "one row":
-            plots.layer_by_token(table).savefig(tmp_path / f"{name}.png")
-        plots.layer_by_head(table).savefig(tmp_path / f"{name}-heads.png")
-        plots.strongest(table)
-    assert plots.strongest(rows().head(0)).empty
+            figures.layer_by_token(table).figure.savefig(tmp_path / f"{name}.png")
+        figures.layer_by_head(table).figure.savefig(tmp_path / f"{name}-heads.png")
+        strongest(table)
+    assert strongest(rows().head(0)).empty
 
 
-@pytest.mark.parametrize("draw", [plots.layer_by_token, plots.layer_by_head])
+@pytest.mark.parametrize("draw", [figures.layer_by_token, figures.layer_by_head])
 def test_what_is_not_there_is_said_and_not_drawn(draw):
     for table, message in (
         (rows().head(0), "it holds nothing"),
@@ -151,6 +158,11 @@ def test_what_is_not_there_is_said_and_not_drawn(draw):
 def test_the_image_grid():
     cells = rows(1, ["[CLS]", *(f"{r},{c}" for r in range(2) for c in range(3))])
     cells = cells[cells["unit"].isna()].assign(tower="vision", kind="resid")
-    figure = plots.image_grid(cells, Image.new("RGB", (30, 20)), (2, 3))
-    titles = [axes.get_title() for axes in figure.axes]
-    assert titles[:5] == ["picture", "mean of 3 layers", "layer 0", "layer 1", "layer 2"]
+    drawn = image_grid(cells, Image.new("RGB", (30, 20)), (2, 3))
+    assert [axes.get_title() for axes in drawn] == [
+        "picture",
+        "mean of 3 layers",
+        "layer 0",
+        "layer 1",
+        "layer 2",
+    ]
