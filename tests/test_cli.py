@@ -13,7 +13,7 @@ from families import llava_next
 from models import blip, picture
 
 import vlmscope
-from vlmscope import cli
+from vlmscope.cli.main import main
 from vlmscope.store import EFFECTS
 
 SWEEP = ["sweep", "--model", "toy-blip", "--data", "faces", "--limit", "2", "--corrupt", "image"]
@@ -27,7 +27,7 @@ def run(monkeypatch, capsys):
     def go(*arguments: object):
         monkeypatch.setattr(sys, "argv", ["vlmscope", *map(str, arguments)])
         try:
-            cli.main()
+            main()
             status = 0
         except SystemExit as end:
             status = end.code or 0

@@ -21,8 +21,8 @@ from vlmscope.errors import ExampleError, ModelError, StoreError, VlmscopeError
 from vlmscope.example import Example, open_image
 from vlmscope.model import Model
 from vlmscope.neurons import Variant, over_image, say, score, told, top_tokens
+from vlmscope.progress import progress
 from vlmscope.sites import grid
-from vlmscope.study import progress
 from vlmscope.weights import WeightEdit
 
 SHOWN = 4

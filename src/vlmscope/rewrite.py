@@ -27,9 +27,9 @@ from vlmscope.example import Example
 from vlmscope.inputs import Inputs
 from vlmscope.model import Model, handles
 from vlmscope.neurons import Caption, say, weights
+from vlmscope.progress import progress
 from vlmscope.seeds import rng, shuffled
 from vlmscope.stats import bootstrap
-from vlmscope.study import progress
 from vlmscope.weights import WeightEdit, edited
 
 SHARE = 0.01

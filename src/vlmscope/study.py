@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import os
-import sys
 import time
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any, Literal, NamedTuple
@@ -24,6 +23,7 @@ from vlmscope.example import Example, fingerprint
 from vlmscope.inputs import Pair
 from vlmscope.metrics import agrees, effect, least_gap
 from vlmscope.model import Model
+from vlmscope.progress import progress
 from vlmscope.sites import Layout, Site, expand, grid, place, slots
 from vlmscope.store import BASELINES, EFFECTS, Run, Writer, bytes_of, open_run, read_run, typed
 
@@ -393,37 +393,3 @@ def _show(writer: Writer, number: int, example: Example, corrupt: str | Noise, m
         for name in ("clean_image", "corrupt_image"):
             shown[name] = shown[name] and model.seen(shown[name])
         writer.add_pictures(number, shown)
-
-
-@contextmanager
-def progress(total: int, done: int = 0, quiet: bool = False, what: str = "examples") -> Iterator[Any]:
-    """A bar with rate and time left on standard error; nothing where that is not a terminal.
-
-    Yields `step(patches, examples)`: patches since the last call, examples in all.
-    """
-    if quiet or not sys.stderr.isatty():
-        yield lambda sites, examples: None
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-
-    columns = (
-        TextColumn("{task.completed:.0f}/{task.total:.0f} " + what),
-        BarColumn(),
-        TextColumn("{task.fields[rate]}"),
-        TimeElapsedColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(elapsed_when_finished=False),
-    )
-    with Progress(*columns, console=Console(stderr=True)) as bar:
-        task = bar.add_task("", total=total, completed=done, rate="")
-        count = 0
-
-        def step(sites: int, examples: float) -> None:
-            nonlocal count
-            count += sites
-            seconds = bar.tasks[0].elapsed or 0.0
-            rate = f"{count / seconds:,.0f} patches/s" if seconds and count else ""
-            bar.update(task, completed=examples, rate=rate)
-
-        yield step
