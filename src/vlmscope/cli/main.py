@@ -48,10 +48,10 @@ def demo(
     limit: Annotated[int, typer.Option(min=1, help="Examples of each set.")] = 20,
 ) -> None:
     """Run `notice` on the toy and the sets that ship with it."""
-    machine.set_up("toy-blip")
     from vlmscope.data import BUILT_IN
     from vlmscope.notice import Spec, run
 
+    machine.set_up("toy-blip")
     run(Spec("toy-blip", BUILT_IN, limit=limit, device="cpu"), out, print)
 
 
@@ -143,7 +143,9 @@ def notice(
         "device": device,
     }
     settings = {name: value for name, value in given.items() if value is not None}
-    run(Spec.from_toml(spec, **settings) if spec else Spec(**settings), out, print)
+    whole = Spec.from_toml(spec, **settings) if spec else Spec(**settings)
+    machine.set_up(whole.model)
+    run(whole, out, print)
 
 
 @app.command(cls=Command)
