@@ -22,8 +22,9 @@ from vlmscope.data.images import open_image
 from vlmscope.errors import ExampleError, ModelError, StoreError, VlmscopeError
 from vlmscope.layout import grid
 from vlmscope.neurons import Variant, over_image, say, score, told, top_tokens
+from vlmscope.progress import progress
 from vlmscope.runs.model import Model
-from vlmscope.study import progress
+from vlmscope.sites import grid
 from vlmscope.weights import WeightEdit
 
 SHOWN = 4

@@ -31,13 +31,13 @@ from vlmscope.data.example import Example
 from vlmscope.errors import DataError
 from vlmscope.inputs import Edit, Inputs
 from vlmscope.neurons import Caption, say, taught, top_tokens, weights
+from vlmscope.progress import progress
 from vlmscope.runs import hooks
 from vlmscope.runs.hooks import Access
 from vlmscope.runs.model import Model
 from vlmscope.seeds import rng, shuffled
 from vlmscope.sites import Point
 from vlmscope.stats import bootstrap, sign_flip
-from vlmscope.study import progress
 from vlmscope.weights import changed
 
 Array = NDArray[np.floating[Any]]

@@ -41,6 +41,7 @@ from vlmscope.inputs import Edit, Pair
 from vlmscope.layout import grid
 from vlmscope.patching import engine
 from vlmscope.patching.scores import score
+from vlmscope.progress import progress
 from vlmscope.runs import corrupt as corruptions
 from vlmscope.runs.corrupt import Noise
 from vlmscope.runs.forward import Sites
@@ -48,7 +49,7 @@ from vlmscope.runs.model import Model
 from vlmscope.seeds import rng, shuffled
 from vlmscope.sites import Point, Site, expand, parse, place
 from vlmscope.stats import bootstrap, sign_flip
-from vlmscope.study import SHOWN, progress, sweep_to
+from vlmscope.study import SHOWN, sweep_to
 
 FORMAT = "vlmscope-heads-1"
 LABELS = ("detection", "suppression", "outlier suppression", "none", "unclear")

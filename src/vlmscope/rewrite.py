@@ -26,10 +26,10 @@ from vlmscope.data.example import Example
 from vlmscope.errors import ExampleError, ModelError, VlmscopeError
 from vlmscope.inputs import Inputs
 from vlmscope.neurons import Caption, say, weights
+from vlmscope.progress import progress
 from vlmscope.runs.model import Model
 from vlmscope.seeds import rng, shuffled
 from vlmscope.stats import bootstrap
-from vlmscope.study import progress
 from vlmscope.weights import WeightEdit, edited
 from vlmscope.X import handles
 

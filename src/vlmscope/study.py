@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import os
-import sys
 import time
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any, Literal, NamedTuple
@@ -22,11 +21,12 @@ from vlmscope.layout import Layout, grid, slots
 from vlmscope.patching import engine as fast
 from vlmscope.patching import reference
 from vlmscope.patching.scores import agrees, effect, least_gap
+from vlmscope.progress import progress
 from vlmscope.runs import corrupt as corruptions
 from vlmscope.runs.corrupt import Corruption, Noise
 from vlmscope.runs.forward import Sites
 from vlmscope.runs.model import Model
-from vlmscope.sites import Pattern, Site, expand, parse, place
+from vlmscope.sites import Pattern, Site, expand, grid, parse, place
 from vlmscope.store import BASELINES, EFFECTS, Run, Writer, bytes_of, open_run, read_run, typed
 
 Direction = Literal["denoise", "noise"]
@@ -394,37 +394,3 @@ def _show(writer: Writer, number: int, example: Example, corrupt: str | Noise, m
         for name in ("clean_image", "corrupt_image"):
             shown[name] = shown[name] and model.seen(shown[name])
         writer.add_pictures(number, shown)
-
-
-@contextmanager
-def progress(total: int, done: int = 0, quiet: bool = False, what: str = "examples") -> Iterator[Any]:
-    """A bar with rate and time left on standard error; nothing where that is not a terminal.
-
-    Yields `step(patches, examples)`: patches since the last call, examples in all.
-    """
-    if quiet or not sys.stderr.isatty():
-        yield lambda sites, examples: None
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-
-    columns = (
-        TextColumn("{task.completed:.0f}/{task.total:.0f} " + what),
-        BarColumn(),
-        TextColumn("{task.fields[rate]}"),
-        TimeElapsedColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(elapsed_when_finished=False),
-    )
-    with Progress(*columns, console=Console(stderr=True)) as bar:
-        task = bar.add_task("", total=total, completed=done, rate="")
-        count = 0
-
-        def step(sites: int, examples: float) -> None:
-            nonlocal count
-            count += sites
-            seconds = bar.tasks[0].elapsed or 0.0
-            rate = f"{count / seconds:,.0f} patches/s" if seconds and count else ""
-            bar.update(task, completed=examples, rate=rate)
-
-        yield step
