@@ -10,8 +10,8 @@ from PIL import Image
 
 from vlmscope import plots
 from vlmscope.errors import DataError
-from vlmscope.store import EFFECTS, typed
-from vlmscope.tables import head_table, token_table
+from vlmscope.studies.run_folder import EFFECTS, typed
+from vlmscope.studies.tables import head_table, token_table
 
 TOKENS = ["[CLS]", "is", "red", "or", "blue", "[SEP]"]
 ROLES = {2: "answer", 4: "foil"}

@@ -16,15 +16,15 @@ from families import blip_captioning
 from models import blip, example
 
 import vlmscope
-from vlmscope import study
 from vlmscope.corrupt import Noise
 from vlmscope.errors import DataError, SiteError, StoreError, VlmscopeError
 from vlmscope.example import find_roles
 from vlmscope.inputs import Edit
 from vlmscope.metrics import score
 from vlmscope.sites import Site
-from vlmscope.store import BASELINES, EFFECTS
-from vlmscope.study import baselines, sweep
+from vlmscope.studies import sweep as study
+from vlmscope.studies.run_folder import BASELINES, EFFECTS
+from vlmscope.studies.sweep import baselines, sweep
 
 SITES = ["encoder.*.cross.h*@answer", "encoder.*.resid@*"]
 

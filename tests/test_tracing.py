@@ -10,14 +10,15 @@ import pytest
 import torch
 from models import blip, example, picture
 
-from vlmscope import corrupt, plots, tracing
+from vlmscope import corrupt, plots
 from vlmscope.corrupt import Noise
 from vlmscope.data import examples
 from vlmscope.errors import DataError, VlmscopeError
 from vlmscope.inputs import Edit
 from vlmscope.model import load
 from vlmscope.sites import Site
-from vlmscope.store import read_run
+from vlmscope.studies import tracing
+from vlmscope.studies.run_folder import read_run
 
 NOISE = Noise("multiply", "image", 5.0, draws=3)
 

@@ -140,8 +140,8 @@ def sweep(
     from vlmscope.corrupt import Noise
     from vlmscope.data import examples
     from vlmscope.model import load
-    from vlmscope.study import sweep_to
-    from vlmscope.tables import knows
+    from vlmscope.studies.sweep import sweep_to
+    from vlmscope.studies.tables import knows
 
     kind: Any = corrupt.value
     if corrupt is Corrupt.noise:
@@ -242,9 +242,9 @@ def tracing(
     from vlmscope.model import load
     from vlmscope.plots import most_restored
     from vlmscope.report import write_report
-    from vlmscope.store import read_run
-    from vlmscope.tables import knows
-    from vlmscope.tracing import KINDS, WINDOWS, trace
+    from vlmscope.studies.run_folder import read_run
+    from vlmscope.studies.tables import knows
+    from vlmscope.studies.tracing import KINDS, WINDOWS, trace
 
     loaded = load(model, dtype=dtype.value, device=device)
     table = trace(
@@ -285,7 +285,7 @@ def circuits(
     seed: Annotated[int, typer.Option(help="Seed of permutations and halves.")] = 0,
 ) -> None:
     """Important heads of each run, universal ones over all."""
-    from vlmscope.circuits import expressions, write
+    from vlmscope.studies.circuits import expressions, write
 
     found = write(runs, out, position=position, across_models=across_models, seed=seed)
     columns = [
@@ -329,9 +329,9 @@ def heads(
     Where they look, what they move, and what happens without them.
     """
     from vlmscope.data import examples
-    from vlmscope.heads import write
     from vlmscope.model import load
     from vlmscope.report import write_report
+    from vlmscope.studies.heads import write
 
     found = write(
         out,
@@ -552,7 +552,7 @@ def neurons_edit(
     from vlmscope.data import examples
     from vlmscope.model import load
     from vlmscope.report import write_report
-    from vlmscope.seeds import shuffled
+    from vlmscope.stats import shuffled
 
     if (target is None) != suppress:
         raise VlmscopeError("give either --to WORD or --suppress")
@@ -732,7 +732,7 @@ def _row(text: str) -> Any:
 
 def _left_out(run: Any) -> None:
     """Warn of examples that could not be run; an error if that is all of them."""
-    from vlmscope.study import tell
+    from vlmscope.studies.sweep import tell
 
     tell(run.baselines())
 

@@ -31,10 +31,9 @@ from vlmscope.example import Example
 from vlmscope.inputs import Edit, Inputs
 from vlmscope.model import Access, Model, embedder, hooks
 from vlmscope.neurons import Caption, say, taught, top_tokens, weights
-from vlmscope.seeds import rng, shuffled
 from vlmscope.sites import Point
-from vlmscope.stats import bootstrap, sign_flip
-from vlmscope.study import progress
+from vlmscope.stats import bootstrap, rng, shuffled, sign_flip
+from vlmscope.studies.sweep import progress
 from vlmscope.weights import changed
 
 Array = NDArray[np.floating[Any]]

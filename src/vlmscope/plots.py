@@ -28,7 +28,7 @@ from matplotlib.figure import Figure
 from matplotlib.font_manager import FontProperties, findfont, get_font
 from PIL import Image
 
-from vlmscope.tables import choose, head_table, mean_gap, means, token_table
+from vlmscope.studies.tables import choose, head_table, mean_gap, means, token_table
 
 VALUES = {
     "logit_diff": "change in logit difference (logits)",

@@ -25,8 +25,8 @@ from vlmscope import plots
 from vlmscope.errors import StoreError
 from vlmscope.sites import Site
 from vlmscope.stats import FEWEST
-from vlmscope.store import Run, read_run
-from vlmscope.tables import Known, head_cells, head_slot, knows, slot_words, token_cells, wide
+from vlmscope.studies.run_folder import Run, read_run
+from vlmscope.studies.tables import Known, head_cells, head_slot, knows, slot_words, token_cells, wide
 
 STYLE = """
 :root { color-scheme: light dark; --ink: #1d2329; --soft: #5c6670; --line: #d9dee3;

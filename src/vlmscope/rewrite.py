@@ -27,9 +27,8 @@ from vlmscope.example import Example
 from vlmscope.inputs import Inputs
 from vlmscope.model import Model, handles
 from vlmscope.neurons import Caption, say, weights
-from vlmscope.seeds import rng, shuffled
-from vlmscope.stats import bootstrap
-from vlmscope.study import progress
+from vlmscope.stats import bootstrap, rng, shuffled
+from vlmscope.studies.sweep import progress
 from vlmscope.weights import WeightEdit, edited
 
 SHARE = 0.01

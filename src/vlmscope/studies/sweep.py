@@ -25,7 +25,7 @@ from vlmscope.inputs import Pair
 from vlmscope.metrics import agrees, effect, least_gap
 from vlmscope.model import Model
 from vlmscope.sites import Layout, Site, expand, grid, place, slots
-from vlmscope.store import BASELINES, EFFECTS, Run, Writer, bytes_of, open_run, read_run, typed
+from vlmscope.studies.run_folder import BASELINES, EFFECTS, Run, Writer, bytes_of, open_run, read_run, typed
 
 Direction = Literal["denoise", "noise"]
 Engine = Literal["fast", "reference"]

@@ -42,10 +42,9 @@ from vlmscope.example import Box, Example, fingerprint, open_image
 from vlmscope.inputs import Edit, Pair
 from vlmscope.metrics import score
 from vlmscope.model import Model
-from vlmscope.seeds import rng, shuffled
 from vlmscope.sites import Point, Site, expand, grid, place
-from vlmscope.stats import bootstrap, sign_flip
-from vlmscope.study import SHOWN, progress, sweep_to
+from vlmscope.stats import bootstrap, rng, shuffled, sign_flip
+from vlmscope.studies.sweep import SHOWN, progress, sweep_to
 
 FORMAT = "vlmscope-heads-1"
 LABELS = ("detection", "suppression", "outlier suppression", "none", "unclear")
