@@ -12,15 +12,15 @@ import pytest
 from models import blip, example, picture
 from scipy import stats
 
-from vlmscope import circuits
 from vlmscope.checkpoint import load
 from vlmscope.data import examples
 from vlmscope.data.example import find_roles
 from vlmscope.errors import StoreError, VlmscopeError
 from vlmscope.stats import sign_flip
-from vlmscope.store import read_run
-from vlmscope.study import sweep_to
-from vlmscope.tables import head_cells
+from vlmscope.studies import circuits
+from vlmscope.studies.run_folder import read_run
+from vlmscope.studies.sweep import sweep_to
+from vlmscope.studies.tables import head_cells
 
 SITES = ["encoder.*.cross.h*@answer", "encoder.*.attn.h*@answer", "decoder.*.cross.h*@last"]
 

@@ -13,11 +13,11 @@ from models import blip, example, llava, picture
 from PIL import Image
 from planted import TRUTH, planted, planted_examples
 
-from vlmscope import heads
 from vlmscope.errors import DataError, ExampleError, SiteError
 from vlmscope.inputs import Edit
 from vlmscope.sites import Pattern
-from vlmscope.store import read_run
+from vlmscope.studies import heads
+from vlmscope.studies.run_folder import read_run
 
 SITES = "encoder.0.cross.h*@all"
 

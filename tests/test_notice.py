@@ -20,8 +20,8 @@ from vlmscope import notice
 from vlmscope.checkpoint import load
 from vlmscope.errors import DataError, StoreError, VlmscopeError
 from vlmscope.notice import Spec
-from vlmscope.store import read_run
-from vlmscope.study import estimate, sweep, sweep_to
+from vlmscope.studies.run_folder import read_run
+from vlmscope.studies.sweep import estimate, sweep, sweep_to
 
 SMALL = Spec("toy-blip", ("states", "faces"), limit=14, function_examples=6, device="cpu")
 

@@ -10,7 +10,6 @@ import pandas as pd
 import pytest
 from models import blip, example, picture
 
-from vlmscope import circuits, heads, tracing
 from vlmscope.checkpoint import load
 from vlmscope.data import examples
 from vlmscope.errors import StoreError
@@ -18,8 +17,9 @@ from vlmscope.report import write_report
 from vlmscope.report.captions import short_number
 from vlmscope.report.heat_maps import FLOOR
 from vlmscope.runs.corrupt import Noise
-from vlmscope.store import read_run
-from vlmscope.study import sweep, sweep_to
+from vlmscope.studies import circuits, heads, tracing
+from vlmscope.studies.run_folder import read_run
+from vlmscope.studies.sweep import sweep, sweep_to
 
 SITES = [
     "encoder.*.cross.h*@*",

@@ -16,15 +16,15 @@ from families import blip_captioning
 from models import blip, example
 
 import vlmscope
-from vlmscope import study
 from vlmscope.data.example import find_roles
 from vlmscope.errors import DataError, SiteError, StoreError, VlmscopeError
 from vlmscope.inputs import Edit
 from vlmscope.patching.scores import score
 from vlmscope.runs.corrupt import Noise
 from vlmscope.sites import Pattern
-from vlmscope.store import BASELINES, EFFECTS
-from vlmscope.study import baselines, sweep
+from vlmscope.studies import sweep as study
+from vlmscope.studies.run_folder import BASELINES, EFFECTS
+from vlmscope.studies.sweep import baselines, sweep
 
 SITES = ["encoder.*.cross.h*@answer", "encoder.*.resid@*"]
 

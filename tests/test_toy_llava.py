@@ -11,7 +11,7 @@ from vlmscope.checkpoint import load, toys
 from vlmscope.data import BUILT_IN, examples
 from vlmscope.data.drawn import faces, scenes, states
 from vlmscope.patching.scores import agrees
-from vlmscope.study import baselines, sweep
+from vlmscope.studies.sweep import baselines, sweep
 
 ASK = "describe this picture."
 

@@ -10,7 +10,6 @@ import pytest
 import torch
 from models import blip, example, picture
 
-from vlmscope import tracing
 from vlmscope.checkpoint import load
 from vlmscope.data import examples
 from vlmscope.errors import DataError, VlmscopeError
@@ -19,7 +18,8 @@ from vlmscope.report.tracing import tracing_tables
 from vlmscope.runs import corrupt
 from vlmscope.runs.corrupt import Noise
 from vlmscope.sites import Pattern
-from vlmscope.store import read_run
+from vlmscope.studies import tracing
+from vlmscope.studies.run_folder import read_run
 
 NOISE = Noise("multiply", "image", 5.0, draws=3)
 

@@ -35,9 +35,8 @@ from vlmscope.progress import progress
 from vlmscope.runs import hooks
 from vlmscope.runs.hooks import Access
 from vlmscope.runs.model import Model
-from vlmscope.seeds import rng, shuffled
 from vlmscope.sites import Point
-from vlmscope.stats import bootstrap, sign_flip
+from vlmscope.stats import bootstrap, rng, shuffled, sign_flip
 from vlmscope.weights import changed
 
 Array = NDArray[np.floating[Any]]

@@ -25,7 +25,6 @@ from typing import Any
 import pandas as pd
 import tomli_w
 
-from vlmscope import circuits, heads
 from vlmscope.checkpoint import load
 from vlmscope.data import BUILT_IN, SIZE, examples
 from vlmscope.data.drawn import draw
@@ -35,9 +34,10 @@ from vlmscope.data.table import read_csv, write_csv
 from vlmscope.errors import DataError, StoreError, VlmscopeError
 from vlmscope.report import write_report
 from vlmscope.runs.model import Model
-from vlmscope.store import Run, read_run
-from vlmscope.study import Estimate, estimate, sweep_to
-from vlmscope.tables import knows
+from vlmscope.studies import circuits, heads
+from vlmscope.studies.run_folder import Run, read_run
+from vlmscope.studies.sweep import Estimate, estimate, sweep_to
+from vlmscope.studies.tables import knows
 
 Say = Callable[[str], None]
 Sweep = tuple[str, str]

@@ -28,8 +28,7 @@ from vlmscope.inputs import Inputs
 from vlmscope.neurons import Caption, say, weights
 from vlmscope.progress import progress
 from vlmscope.runs.model import Model
-from vlmscope.seeds import rng, shuffled
-from vlmscope.stats import bootstrap
+from vlmscope.stats import bootstrap, rng, shuffled
 from vlmscope.weights import WeightEdit, edited
 from vlmscope.X import handles
 

@@ -82,11 +82,11 @@ def sweep(
     draws: Annotated[int, typer.Option(min=1, help="Draws of noise to average over.")] = 10,
 ) -> None:
     """Patch every site of every example, into a run folder."""
+    from vlmscope.checkpoint import load
     from vlmscope.data import examples
-    from vlmscope.model import load
     from vlmscope.runs.corrupt import Noise
-    from vlmscope.study import sweep_to, tell
-    from vlmscope.tables import knows
+    from vlmscope.studies.sweep import sweep_to, tell
+    from vlmscope.studies.tables import knows
 
     run = sweep_to(
         out,
@@ -175,14 +175,14 @@ def tracing(
 
     Clean states are restored layer by layer, token by token.
     """
+    from vlmscope.checkpoint import load
     from vlmscope.data import examples
-    from vlmscope.model import load
     from vlmscope.report import write_report
     from vlmscope.report.ranking import most_restored
     from vlmscope.runs.corrupt import Noise
-    from vlmscope.store import read_run
-    from vlmscope.tables import knows
-    from vlmscope.tracing import KINDS, WINDOWS, trace
+    from vlmscope.studies.run_folder import read_run
+    from vlmscope.studies.tables import knows
+    from vlmscope.studies.tracing import KINDS, WINDOWS, trace
 
     loaded = load(model, dtype=dtype, device=device)
     table = trace(
@@ -218,7 +218,7 @@ def circuits(
     seed: shared.Seed = 0,
 ) -> None:
     """Important heads of each run, universal ones over all."""
-    from vlmscope.circuits import expressions, write
+    from vlmscope.studies.circuits import expressions, write
 
     found = write(runs, out, position=position, across_models=across_models, seed=seed)
     columns = "run tower layer kind head position mean ci_low ci_high q_value confirmed".split()
@@ -246,10 +246,10 @@ def heads(
 
     Where they look, what they move, and what happens without them.
     """
+    from vlmscope.checkpoint import load
     from vlmscope.data import examples
-    from vlmscope.heads import write
-    from vlmscope.model import load
     from vlmscope.report import write_report
+    from vlmscope.studies.heads import write
 
     found = write(
         out,
@@ -321,8 +321,8 @@ def generate(
 
     An edit is made as the model reads the prompt; positions count from its start.
     """
+    from vlmscope.checkpoint import load
     from vlmscope.inputs import parse_edit
-    from vlmscope.model import load
     from vlmscope.sites import Site
 
     edits = [parse_edit(text) for text in edit or []]
@@ -368,7 +368,7 @@ def models(
     With an example, exactly what the model is given for it.
     """
     from vlmscope import describe
-    from vlmscope.model import load
+    from vlmscope.checkpoint import load
 
     if example is None:
         print(describe.model(load(model)) if model else describe.supported())

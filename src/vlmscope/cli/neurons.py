@@ -67,7 +67,7 @@ def find(
     score, rank.
     """
     from vlmscope import cards
-    from vlmscope.model import load
+    from vlmscope.checkpoint import load
 
     examples = _examples(image, data, prompt, limit, seed)
     if caption is not None and len(examples) > 1:
@@ -121,7 +121,7 @@ def describe(
     Where on the image a neuron is active, which pictures drive it, and the measures with their nulls.
     """
     from vlmscope import cards
-    from vlmscope.model import load
+    from vlmscope.checkpoint import load
     from vlmscope.report import write_report
 
     examples = _examples(image, data, prompt, limit, seed)
@@ -160,8 +160,8 @@ def perturb(
 ) -> None:
     """A word without its neurons, and without random ones."""
     from vlmscope import cards
+    from vlmscope.checkpoint import load
     from vlmscope.data import examples
-    from vlmscope.model import load
 
     table = cards.perturb(
         out,
@@ -218,10 +218,10 @@ def edit(
     Made on one half of the data and assessed on the other, by free generation; the card lies beside it.
     """
     from vlmscope import cards, rewrite, weights
+    from vlmscope.checkpoint import load
     from vlmscope.data import examples
-    from vlmscope.model import load
     from vlmscope.report import write_report
-    from vlmscope.seeds import shuffled
+    from vlmscope.stats import shuffled
 
     if (target is None) != suppress:
         raise VlmscopeError("give either --to WORD or --suppress")

@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 
 from vlmscope.stats import FEWEST
-from vlmscope.tables import slot_words
+from vlmscope.studies.tables import slot_words
 
 KINDS = {
     "resid": "residual stream after each block",

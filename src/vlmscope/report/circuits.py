@@ -11,7 +11,7 @@ from vlmscope.report import figures
 from vlmscope.report.captions import KINDS, TOWERS, largest_change, over_examples, plural, upper_first
 from vlmscope.report.folder import read_json
 from vlmscope.report.gallery import Gallery, Section, Shown, render
-from vlmscope.tables import Known
+from vlmscope.studies.tables import Known
 
 
 def section(folder: Path, gallery: Gallery) -> Section:

@@ -18,7 +18,7 @@ from vlmscope.data.drawn.faces import INK
 from vlmscope.report.canvas import BAR, Margins, add_bar, drawable, figure_of, grid, text_width, title
 from vlmscope.report.captions import KINDS, TOWERS, upper_first
 from vlmscope.report.heat_maps import VALUES, colour_scale, full_colour, heat_map, label_columns, panels
-from vlmscope.tables import head_table, token_table
+from vlmscope.studies.tables import head_table, token_table
 
 __all__ = ["full_colour", "layer_by_head", "layer_by_token", "measures", "panels", "universal"]
 

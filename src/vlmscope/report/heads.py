@@ -9,7 +9,7 @@ import pandas as pd
 from vlmscope.report import image_maps
 from vlmscope.report.folder import read_json
 from vlmscope.report.gallery import Gallery, Section, Shown, render
-from vlmscope.store import read_run
+from vlmscope.studies.run_folder import read_run
 
 
 def section(folder: Path, gallery: Gallery) -> Section:

@@ -16,7 +16,7 @@ from PIL import Image
 from vlmscope.data.drawn.faces import INK
 from vlmscope.report.canvas import BAR, Margins, add_bar, centred, drawable, grid, title
 from vlmscope.report.heat_maps import VALUES, colour_scale, spread
-from vlmscope.tables import choose, mean_gap, means
+from vlmscope.studies.tables import choose, mean_gap, means
 
 Picture: TypeAlias = str | Path | Image.Image
 Cells: TypeAlias = np.ndarray[Any, Any]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pandas as pd
 
 from vlmscope.report.captions import by_size
-from vlmscope.tables import means
+from vlmscope.studies.tables import means
 
 COLUMNS = ["site", "corruption", "slot", "token", "mean", "sd", "low", "high", "n"]
 

@@ -21,8 +21,8 @@ from vlmscope.report.captions import (
 from vlmscope.report.folder import read_json
 from vlmscope.report.gallery import Gallery, Section, Shown, render
 from vlmscope.report.ranking import strongest
-from vlmscope.store import Run
-from vlmscope.tables import head_cells, head_slot, knows, token_cells, wide
+from vlmscope.studies.run_folder import Run
+from vlmscope.studies.tables import head_cells, head_slot, knows, token_cells, wide
 
 Cells = dict[str, pd.DataFrame]
 """The cells of a table of layers, by kind."""

@@ -11,8 +11,8 @@ from vlmscope.report.captions import KINDS, TOWERS, interval, kinds_in, over_exa
 from vlmscope.report.folder import read_json
 from vlmscope.report.gallery import Gallery, Section, render
 from vlmscope.report.ranking import most_restored
-from vlmscope.store import read_run
-from vlmscope.tables import knows
+from vlmscope.studies.run_folder import read_run
+from vlmscope.studies.tables import knows
 
 
 def section(folder: Path, gallery: Gallery) -> Section:

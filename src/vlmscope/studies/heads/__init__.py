@@ -46,10 +46,9 @@ from vlmscope.runs import corrupt as corruptions
 from vlmscope.runs.corrupt import Noise
 from vlmscope.runs.forward import Sites
 from vlmscope.runs.model import Model
-from vlmscope.seeds import rng, shuffled
 from vlmscope.sites import Point, Site, expand, parse, place
-from vlmscope.stats import bootstrap, sign_flip
-from vlmscope.study import SHOWN, sweep_to
+from vlmscope.stats import bootstrap, rng, shuffled, sign_flip
+from vlmscope.studies.sweep import SHOWN, sweep_to
 
 FORMAT = "vlmscope-heads-1"
 LABELS = ("detection", "suppression", "outlier suppression", "none", "unclear")

@@ -26,8 +26,8 @@ from vlmscope.runs import corrupt as corruptions
 from vlmscope.runs.corrupt import Corruption, Noise
 from vlmscope.runs.forward import Sites
 from vlmscope.runs.model import Model
-from vlmscope.sites import Pattern, Site, expand, grid, parse, place
-from vlmscope.store import BASELINES, EFFECTS, Run, Writer, bytes_of, open_run, read_run, typed
+from vlmscope.sites import Pattern, Site, expand, parse, place
+from vlmscope.studies.run_folder import BASELINES, EFFECTS, Run, Writer, bytes_of, open_run, read_run, typed
 
 Direction = Literal["denoise", "noise"]
 Engine = Literal["fast", "reference"]

@@ -24,11 +24,10 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 from scipy import stats
 
-from vlmscope import seeds
 from vlmscope.errors import DataError, StoreError, VlmscopeError
-from vlmscope.stats import FEWEST, Scores, interval, sign_flip
-from vlmscope.store import Run, read_run
-from vlmscope.tables import at_slot, by_example, knows
+from vlmscope.stats import FEWEST, Scores, interval, rng, sign_flip
+from vlmscope.studies.run_folder import Run, read_run
+from vlmscope.studies.tables import at_slot, by_example, knows
 
 HEADS = [
     "run",
@@ -215,7 +214,7 @@ def assess(scores: Scores, ids: Sequence[str], seed: int = 0, *, least: float = 
     """
     mean, size = scores.mean(0), np.abs(scores).mean(0)
     low, high = interval(scores, ids)
-    p, q, important = _important(scores, seeds.rng(seed, "signs"), least)
+    p, q, important = _important(scores, rng(seed, "signs"), least)
     half = _half(ids, seed)
     return pd.DataFrame(
         {
@@ -227,27 +226,27 @@ def assess(scores: Scores, ids: Sequence[str], seed: int = 0, *, least: float = 
             "q_value": q,
             "important_published": size >= size.mean() + 2 * size.std(),
             "important": important,
-            "confirmed": _confirmed(scores[half], scores[~half], seeds.rng(seed, "halves"), least),
+            "confirmed": _confirmed(scores[half], scores[~half], rng(seed, "halves"), least),
         }
     )
 
 
 def _important(
-    scores: Scores, rng: np.random.Generator, least: float
+    scores: Scores, generator: np.random.Generator, least: float
 ) -> tuple[Scores, Scores, NDArray[np.bool_]]:
-    p = sign_flip(scores, rng)
+    p = sign_flip(scores, generator)
     q = stats.false_discovery_control(p)
     size = np.abs(scores.mean(0))
     return p, q, (q <= LEVEL) & (size >= max(least, size.mean()))
 
 
-def _confirmed(one: Scores, other: Scores, rng: np.random.Generator, least: float) -> NDArray[np.bool_]:
+def _confirmed(one: Scores, other: Scores, generator: np.random.Generator, least: float) -> NDArray[np.bool_]:
     confirmed = np.zeros(one.shape[1], dtype=bool)
     if min(len(one), len(other)) < 2:
         return confirmed
-    found = np.flatnonzero(_important(one, rng, least)[2])
+    found = np.flatnonzero(_important(one, generator, least)[2])
     if len(found):
-        q = stats.false_discovery_control(sign_flip(other[:, found], rng))
+        q = stats.false_discovery_control(sign_flip(other[:, found], generator))
         same = np.sign(one[:, found].mean(0)) == np.sign(other[:, found].mean(0))
         confirmed[found] = same & (q <= LEVEL)
     return confirmed

@@ -22,9 +22,9 @@ from vlmscope.errors import DataError, StoreError, VlmscopeError
 from vlmscope.runs.corrupt import Noise
 from vlmscope.runs.model import Model
 from vlmscope.sites import Pattern
-from vlmscope.store import Run
-from vlmscope.study import sweep_to
-from vlmscope.tables import is_role, means, slot_order
+from vlmscope.studies.run_folder import Run
+from vlmscope.studies.sweep import sweep_to
+from vlmscope.studies.tables import is_role, means, slot_order
 
 FORMAT = "vlmscope-tracing-1"
 KINDS = ("resid", "attn", "cross", "mlp")
