@@ -13,11 +13,11 @@ from families import FAMILIES
 from models import example, picture
 from transformers import BertConfig, BertModel, BertTokenizer, LlavaForConditionalGeneration
 
-from vlmscope import concepts
 from vlmscope.data import BUILT_IN, examples
 from vlmscope.errors import DataError, ModelError
 from vlmscope.inputs import Edit
 from vlmscope.model import Model, load
+from vlmscope.neurons import measures as concepts
 
 ASK = "describe this picture."
 WORDS = ["red", "orange", "triangle", "purple"]

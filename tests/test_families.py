@@ -13,10 +13,12 @@ import torch
 from families import FAMILIES, llava_siglip, paligemma
 from models import blip, example, llava, picture
 
-from vlmscope import corrupt, describe, engine, neurons, reference, rewrite
+from vlmscope import corrupt, describe, engine, reference
 from vlmscope.errors import ExampleError, ModelError, SiteError
 from vlmscope.inputs import Edit
 from vlmscope.model import Model, load
+from vlmscope.neurons import contributions as neurons
+from vlmscope.neurons import edits as rewrite
 from vlmscope.sites import Site, expand, grid, place
 
 TEXT = ("resid", "resid_pre", "attn", "mlp", "attn.h*")

@@ -11,11 +11,11 @@ import torch
 from families import blip2, blip_captioning
 from models import WORDS, blip, example, picture
 
-from vlmscope import neurons
 from vlmscope.errors import ExampleError, ModelError, SiteError, VlmscopeError
 from vlmscope.families import blip as table
 from vlmscope.inputs import Edit
 from vlmscope.model import Model
+from vlmscope.neurons import contributions as neurons
 from vlmscope.sites import Site
 
 

@@ -402,13 +402,13 @@ def neurons_find(
     Writes neurons.parquet: example, word, token, token_id, position, layer, neuron, activation, weight,
     score, rank.
     """
-    from vlmscope import cards
     from vlmscope.model import load
+    from vlmscope.neurons import folder
 
     given = _given(image, data, prompt, limit, seed)
     if caption is not None and len(given) > 1:
         raise VlmscopeError("--caption is of one picture; give --image")
-    table = cards.find(
+    table = folder.find(
         out,
         load(model, dtype=dtype.value, device=device),
         given,
@@ -452,12 +452,12 @@ def neurons_describe(
     more: _More = None,
 ) -> None:
     """Cards: top tokens, where on the image, which pictures, and the measures with their nulls."""
-    from vlmscope import cards
     from vlmscope.model import load
+    from vlmscope.neurons import folder
     from vlmscope.report import write_report
 
     given = _given(image, data, prompt, limit, seed)
-    found = cards.describe(
+    found = folder.describe(
         out,
         load(model, dtype=dtype.value, device=device),
         given,
@@ -492,11 +492,11 @@ def neurons_perturb(
     more: _More = None,
 ) -> None:
     """What happens to a word without its neurons, and without random ones."""
-    from vlmscope import cards
     from vlmscope.data import examples
     from vlmscope.model import load
+    from vlmscope.neurons import folder
 
-    table = cards.perturb(
+    table = folder.perturb(
         out,
         load(model, dtype=dtype.value, device=device),
         examples(data, limit=limit, seed=seed),
@@ -548,22 +548,22 @@ def neurons_edit(
 
     Made on one half of the data and assessed on the other, by free generation; the card lies beside it.
     """
-    from vlmscope import cards, rewrite, weights
     from vlmscope.data import examples
     from vlmscope.model import load
+    from vlmscope.neurons import edits, folder, weight_edit
     from vlmscope.report import write_report
     from vlmscope.seeds import shuffled
 
     if (target is None) != suppress:
         raise VlmscopeError("give either --to WORD or --suppress")
-    rewrite.checked(solver.value, margin)
+    edits.checked(solver.value, margin)
     loaded = load(model, dtype=dtype.value, device=device)
-    before = [weights.WeightEdit.load(path) for path in on or []]
+    before = [weight_edit.WeightEdit.load(path) for path in on or []]
     given = examples(data, limit=limit, seed=seed)
     given = [given[n] for n in shuffled(seed, [one.id for one in given], "halves")]
     half = (len(given) + 1) // 2
-    with weights.edited(loaded, *before):
-        made = rewrite.edit(
+    with weight_edit.edited(loaded, *before):
+        made = edits.edit(
             loaded,
             given[:half],
             source,
@@ -578,7 +578,7 @@ def neurons_edit(
         made.save(out)
         print(f"{made}\n{out}")
         card = out.with_name(f"{out.stem}-card")
-        found = cards.edit(
+        found = folder.edit(
             card,
             loaded,
             made,
@@ -590,7 +590,7 @@ def neurons_edit(
     print(found.to_string(index=False, float_format="{:.3g}".format))
     print(write_report([card], card / "report.html"))
     if export is not None:
-        weights.export(loaded, [*before, made], export)
+        weight_edit.export(loaded, [*before, made], export)
         print(f"edited checkpoint in {export}")
 
 
@@ -599,7 +599,7 @@ def neurons_edits(
     files: Annotated[list[Path], typer.Argument(help="Files of `vlmscope neurons edit`.")],
 ) -> None:
     """List what is in edits."""
-    from vlmscope.weights import WeightEdit
+    from vlmscope.neurons.weight_edit import WeightEdit
 
     for path in files:
         edit = WeightEdit.load(path)

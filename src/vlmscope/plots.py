@@ -464,7 +464,7 @@ def neuron_maps(maps: pd.DataFrame, pictures: Mapping[str, _Picture]) -> Figure:
 def measures(table: pd.DataFrame, names: Sequence[str]) -> Figure:
     """A panel a measure: for each word its value with its interval, and beside it the null and random neurons.
 
-    `table` is the `measures` of `vlmscope.concepts.measure`.
+    `table` is the `measures` of `vlmscope.neurons.measure`.
     """
     words = list(dict.fromkeys(table["word"]))
     figure = _Shown(

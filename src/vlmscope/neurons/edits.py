@@ -26,11 +26,11 @@ from vlmscope.errors import ExampleError, ModelError, VlmscopeError
 from vlmscope.example import Example
 from vlmscope.inputs import Inputs
 from vlmscope.model import Model, handles
-from vlmscope.neurons import Caption, say, weights
+from vlmscope.neurons.contributions import Caption, say, weights
+from vlmscope.neurons.weight_edit import WeightEdit, edited
 from vlmscope.seeds import rng, shuffled
 from vlmscope.stats import bootstrap
 from vlmscope.study import progress
-from vlmscope.weights import WeightEdit, edited
 
 SHARE = 0.01
 """The share of all neurons that an edit changes by default."""

@@ -30,12 +30,12 @@ from vlmscope.errors import DataError
 from vlmscope.example import Example
 from vlmscope.inputs import Edit, Inputs
 from vlmscope.model import Access, Model, embedder, hooks
-from vlmscope.neurons import Caption, say, taught, top_tokens, weights
+from vlmscope.neurons.contributions import Caption, say, taught, top_tokens, weights
+from vlmscope.neurons.weight_edit import changed
 from vlmscope.seeds import rng, shuffled
 from vlmscope.sites import Point
 from vlmscope.stats import bootstrap, sign_flip
 from vlmscope.study import progress
-from vlmscope.weights import changed
 
 Array = NDArray[np.floating[Any]]
 Embed = Callable[[Sequence[str]], Tensor]

@@ -14,16 +14,17 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from vlmscope import concepts, rewrite
-from vlmscope import neurons as contributions
 from vlmscope.data import Examples, listed
 from vlmscope.errors import ExampleError, ModelError, StoreError, VlmscopeError
 from vlmscope.example import Example, open_image
 from vlmscope.model import Model
-from vlmscope.neurons import Variant, over_image, say, score, told, top_tokens
+from vlmscope.neurons import contributions
+from vlmscope.neurons import edits as rewrite
+from vlmscope.neurons import measures as concepts
+from vlmscope.neurons.contributions import Variant, over_image, say, score, told, top_tokens
+from vlmscope.neurons.weight_edit import WeightEdit
 from vlmscope.sites import grid
 from vlmscope.study import progress
-from vlmscope.weights import WeightEdit
 
 SHOWN = 4
 """How many pictures a card shows."""
