@@ -13,11 +13,11 @@ from families import FAMILIES
 from models import example, picture
 from transformers import BertConfig, BertModel, BertTokenizer, LlavaForConditionalGeneration
 
-from vlmscope import concepts
 from vlmscope.checkpoint import load
 from vlmscope.data import BUILT_IN, examples
 from vlmscope.errors import DataError, ModelError
 from vlmscope.inputs import Edit
+from vlmscope.neurons import measures as concepts
 from vlmscope.runs.model import Model
 
 ASK = "describe this picture."

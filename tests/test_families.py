@@ -13,11 +13,13 @@ import torch
 from families import FAMILIES, llava_siglip, paligemma
 from models import blip, example, llava, picture
 
-from vlmscope import describe, neurons, rewrite
+from vlmscope import describe
 from vlmscope.checkpoint import load
 from vlmscope.errors import ExampleError, ModelError, SiteError
 from vlmscope.inputs import Edit
 from vlmscope.layout import grid
+from vlmscope.neurons import contributions as neurons
+from vlmscope.neurons import edits as rewrite
 from vlmscope.patching import engine, reference
 from vlmscope.runs import corrupt
 from vlmscope.runs.model import Model

@@ -11,10 +11,10 @@ import torch
 from families import blip2, blip_captioning
 from models import WORDS, blip, example, picture
 
-from vlmscope import neurons
 from vlmscope.errors import ExampleError, ModelError, SiteError, VlmscopeError
 from vlmscope.families import blip as table
 from vlmscope.inputs import Edit
+from vlmscope.neurons import contributions as neurons
 from vlmscope.runs.model import Model
 from vlmscope.sites import Pattern
 

@@ -6,6 +6,7 @@ import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -126,7 +127,7 @@ _HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 
 
 def tokenizer(name: str | Path) -> Callable[[str], int]:
-    """How many tokens a word is for a model, without loading its weights; as `Model.pieces`.
+    """How many tokens a word is for a model, without loading its weights; as `pieces`.
 
     >>> tokenizer("toy-blip")("circle")
     1
@@ -137,11 +138,11 @@ def tokenizer(name: str | Path) -> Callable[[str], int]:
         raise _own_code(family, name)
     with _one_line(name):
         own = family.processor.from_pretrained(path, trust_remote_code=False).tokenizer
-    return lambda word: _pieces(own, word)
+    return partial(pieces, own)
 
 
-def _pieces(tokenizer: Any, word: str) -> int:
-    """Behind a blank, as a word of a prompt stands, where its tokens can be others than by itself."""
+def pieces(tokenizer: Any, word: str) -> int:
+    """How many tokens a word is: behind a blank, as a word of a prompt stands, where its tokens can be others than by itself."""
     whole, before = (tokenizer(x, add_special_tokens=False)["input_ids"] for x in (f"a {word}", "a"))
     return len(whole) - len(before)
 

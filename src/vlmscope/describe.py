@@ -162,7 +162,7 @@ def example(model: Model, one: Example) -> str:
     lines += ["", "noise"]
     for at in ("image", "text"):
         for site in corrupt.noisy(model, at):
-            (found,) = model.placed(site, pair.clean)
+            (found,) = model.places(site, pair.clean)
             lines.append(f"  on the {at:<7}{site}: {_spans(found.positions)}")
     return "\n".join(lines)
 
@@ -202,7 +202,8 @@ def _rows(model: Model, pair: Pair, tower: str) -> Iterator[str]:
 
 def _scored(model: Model, pair: Pair) -> str:
     shown = {"answer": pair.answer, "foil": pair.foil}
-    return ", ".join(f"{what} {_text(model, n, '')} (id {n})" for what, n in shown.items())
+    known = [(what, n) for what, n in shown.items() if n is not None]
+    return ", ".join(f"{what} {_text(model, n, '')} (id {n})" for what, n in known)
 
 
 def _spans(positions: tuple[int, ...]) -> str:

@@ -19,13 +19,14 @@ import shutil
 import tomllib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import tomli_w
 
-from vlmscope.checkpoint import load
+from vlmscope.checkpoint import load, pieces
 from vlmscope.data import BUILT_IN, SIZE, examples
 from vlmscope.data.drawn import draw
 from vlmscope.data.example import Example
@@ -249,7 +250,9 @@ def _examples(spec: Spec, data: str, folder: Path, model: Model, say: Say) -> li
     else:
         found = examples(data, limit=spec.limit)
     if "text" in spec.corrupt:
-        found, counts = replace_words(found, pieces=model.pieces, seed=spec.seed)
+        found, counts = replace_words(
+            found, pieces=partial(pieces, model.processor.tokenizer), seed=spec.seed
+        )
         lines = ", ".join(f"{many} {what}" for what, many in counts.items() if many)
         say(f"{name_of(data)}: {len(found)} examples; corrupt prompts: {lines}")
     return found

@@ -323,10 +323,10 @@ def generate(
     """
     from vlmscope.checkpoint import load
     from vlmscope.inputs import parse_edit
-    from vlmscope.sites import Site
+    from vlmscope.sites import parse
 
     edits = [parse_edit(text) for text in edit or []]
-    sites = [Site.parse(text) for text in patch or []]
+    sites = parse(patch or [])
     if sites and other is None:
         raise VlmscopeError("--patch copies from another picture; name it with --other")
     loaded = load(model, dtype=dtype, device=device)

@@ -66,13 +66,13 @@ def find(
     Writes neurons.parquet: example, word, token, token_id, position, layer, neuron, activation, weight,
     score, rank.
     """
-    from vlmscope import cards
     from vlmscope.checkpoint import load
+    from vlmscope.neurons import folder
 
     examples = _examples(image, data, prompt, limit, seed)
     if caption is not None and len(examples) > 1:
         raise VlmscopeError("--caption is of one picture; give --image")
-    table = cards.find(
+    table = folder.find(
         out,
         load(model, dtype=dtype, device=device),
         examples,
@@ -120,12 +120,12 @@ def describe(
 
     Where on the image a neuron is active, which pictures drive it, and the measures with their nulls.
     """
-    from vlmscope import cards
     from vlmscope.checkpoint import load
+    from vlmscope.neurons import folder
     from vlmscope.report import write_report
 
     examples = _examples(image, data, prompt, limit, seed)
-    found = cards.describe(
+    found = folder.describe(
         out,
         load(model, dtype=dtype, device=device),
         examples,
@@ -159,11 +159,11 @@ def perturb(
     seed: shared.Seed = 0,
 ) -> None:
     """A word without its neurons, and without random ones."""
-    from vlmscope import cards
     from vlmscope.checkpoint import load
     from vlmscope.data import examples
+    from vlmscope.neurons import folder
 
-    table = cards.perturb(
+    table = folder.perturb(
         out,
         load(model, dtype=dtype, device=device),
         examples(data, limit=limit, seed=seed),
@@ -217,22 +217,22 @@ def edit(
 
     Made on one half of the data and assessed on the other, by free generation; the card lies beside it.
     """
-    from vlmscope import cards, rewrite, weights
     from vlmscope.checkpoint import load
     from vlmscope.data import examples
+    from vlmscope.neurons import edits, folder, weight_edit
     from vlmscope.report import write_report
     from vlmscope.stats import shuffled
 
     if (target is None) != suppress:
         raise VlmscopeError("give either --to WORD or --suppress")
-    rewrite.checked(solver, margin)
+    edits.checked(solver, margin)
     loaded = load(model, dtype=dtype, device=device)
-    before = [weights.WeightEdit.load(path) for path in on or []]
+    before = [weight_edit.WeightEdit.load(path) for path in on or []]
     given = examples(data, limit=limit, seed=seed)
     given = [given[n] for n in shuffled(seed, [example.id for example in given], "halves")]
     half = (len(given) + 1) // 2
-    with weights.edited(loaded, *before):
-        made = rewrite.edit(
+    with weight_edit.edited(loaded, *before):
+        made = edits.edit(
             loaded,
             given[:half],
             source,
@@ -248,20 +248,20 @@ def edit(
         print(f"{made}\n{out}")
         card = out.with_name(f"{out.stem}-card")
         prompts = [prompt, *(wording or [])]
-        found = cards.edit(
+        found = folder.edit(
             card, loaded, made, given[half:], prompts=prompts, objects=objects or (), seed=seed
         )
     print(found.to_string(index=False, float_format="{:.3g}".format))
     print(write_report([card], card / "report.html"))
     if export is not None:
-        weights.export(loaded, [*before, made], export)
+        weight_edit.export(loaded, [*before, made], export)
         print(f"edited checkpoint in {export}")
 
 
 @app.command(cls=Command)
 def edits(files: Annotated[list[Path], typer.Argument(help="Files of `vlmscope neurons edit`.")]) -> None:
     """List what is in edits."""
-    from vlmscope.weights import WeightEdit
+    from vlmscope.neurons.weight_edit import WeightEdit
 
     for path in files:
         edit = WeightEdit.load(path)

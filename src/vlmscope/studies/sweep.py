@@ -21,6 +21,7 @@ from vlmscope.layout import Layout, grid, slots
 from vlmscope.patching import engine as fast
 from vlmscope.patching import reference
 from vlmscope.patching.scores import agrees, effect, least_gap
+from vlmscope.patching.trace import Images
 from vlmscope.progress import progress
 from vlmscope.runs import corrupt as corruptions
 from vlmscope.runs.corrupt import Corruption, Noise
@@ -259,10 +260,10 @@ class _Task:
         placed = [found for site in self.patterns for found in place(site, layout)]
         totals = [[0.0, 0.0] for _ in placed]
         base = dict.fromkeys(("p_clean", "p_corrupt", "ld_clean", "ld_corrupt"), 0.0)
-        seen: dict[int, Any] = {}
+        images = Images()
         count, least = 0, 0.0
         for pair in pairs:
-            patched = self._patch(pair, placed, seen)
+            patched = self._patch(pair, placed, images)
             least = max(least, least_gap(self.model.precision, patched.size))
             for name, score in (("clean", patched.clean), ("corrupt", patched.corrupt)):
                 base[f"p_{name}"] += score.p.item() / len(pairs)
@@ -278,7 +279,7 @@ class _Task:
             "corruption": self._kind,
             **base,
             "answer_token": self.model.token(pairs[0].answer),
-            "foil_token": self.model.token(pairs[0].foil),
+            "foil_token": None if pairs[0].foil is None else self.model.token(pairs[0].foil),
             "predicted": said,
             "correct": correct,
             "excluded": False,
@@ -291,10 +292,10 @@ class _Task:
         ]
         return _frame(rows, EFFECTS.names), _frame([baseline], BASELINES.names)
 
-    def _patch(self, pair: Pair, placed: Sequence[Site], seen: dict[int, Any]) -> Any:
+    def _patch(self, pair: Pair, placed: Sequence[Site], images: Images) -> Any:
         if self.engine == "reference":
             return reference.patch(self.model, pair, placed, self.direction)
-        return fast.patch(self.model, pair, placed, self.direction, seen=seen)
+        return fast.patch(self.model, pair, placed, self.direction, images=images)
 
     @property
     def _kind(self) -> str:

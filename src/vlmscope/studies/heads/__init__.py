@@ -40,11 +40,12 @@ from vlmscope.errors import DataError, ExampleError, SiteError, StoreError
 from vlmscope.inputs import Edit, Pair
 from vlmscope.layout import grid
 from vlmscope.patching import engine
-from vlmscope.patching.scores import score
+from vlmscope.patching.scores import Baselines, score
+from vlmscope.patching.trace import Images
 from vlmscope.progress import progress
 from vlmscope.runs import corrupt as corruptions
 from vlmscope.runs.corrupt import Noise
-from vlmscope.runs.forward import Sites
+from vlmscope.runs.forward import Sites, forward
 from vlmscope.runs.model import Model
 from vlmscope.sites import Point, Site, expand, parse, place
 from vlmscope.stats import bootstrap, rng, shuffled, sign_flip
@@ -248,7 +249,7 @@ class _Study:
             for layer in model.shapes[tower].having(kind)
         }
         outer = {key: self._residual(key) for key in self.keys}
-        _, values = model.record(pair.clean, points | set(outer.values()))
+        values = forward(model, pair.clean, keep=points | set(outer.values())).values
         seen = _Seen(pair, 0.0, None, None, placed, {}, [None] * len(placed), {}, {}, {})
         for key in self.keys:
             positions = next(s.positions for s in placed if (s.tower, s.kind) == key)
@@ -300,8 +301,7 @@ class _Study:
 
     def _patch(self, seen: _Seen) -> None:
         if self.corruption is None:
-            logits = self.model.run(seen.pair.clean)
-            seen.ld_clean = float(score(logits[None], seen.pair.answer, seen.pair.foil).ld[0])
+            seen.ld_clean = self._score(seen, self.model.run(seen.pair.clean))
             return
         patched = engine.patch(self.model, seen.pair, seen.placed)
         seen.ld_clean, seen.ld_corrupt = float(patched.clean.ld), float(patched.corrupt.ld)
@@ -324,7 +324,8 @@ class _Study:
             for number, seen in enumerate(self.seen):
                 there = self.seen[other[number]]
                 given = {"zero": None, "mean": means, "resample": there.activations}
-                shared: dict[int, Tensor] = {}
+                images = Images()
+                alone = replace(seen.pair, corrupt=seen.pair.clean, edits=())
                 for name, values in given.items():
                     replaced = {
                         site: torch.zeros(1)
@@ -332,14 +333,8 @@ class _Study:
                         else values[site.tower, site.kind][self._place(site)][None]
                         for site in seen.placed
                     }
-                    patched = engine.ablate(
-                        self.model,
-                        seen.pair.clean,
-                        seen.pair.answer,
-                        seen.pair.foil,
-                        seen.placed,
-                        replaced,
-                        seen=shared,
+                    patched = engine.patch(
+                        self.model, alone, seen.placed, "noise", values=replaced, images=images
                     )
                     for numbers, scores in patched.chunks:
                         found[name][number, numbers] = scores.ld.cpu().numpy() - seen.ld_clean
@@ -369,8 +364,11 @@ class _Study:
             for s in heads
         ]
         logits = self.model.run(seen.pair.clean, edits)
-        ld = score(logits[None], seen.pair.answer, seen.pair.foil).ld
-        return int(logits.argmax()) == seen.pair.answer, float(ld[0])
+        return int(logits.argmax()) == seen.pair.answer, self._score(seen, logits)
+
+    def _score(self, seen: _Seen, logits: Tensor) -> float:
+        base = Baselines(logits[None], logits[None], seen.pair.answers, seen.pair.foil)
+        return float(score(logits[None, None], base).ld[0])
 
     def _random(self, number: int) -> list[Site]:
         """As many other heads of the same layers; of other layers where a layer has too few."""

@@ -1,11 +1,4 @@
-"""Multi-modal neurons: which neurons turn what a model sees into a word, and whether they are what they seem.
-
-The method of Pan et al. (Finding and Editing Multi-Modal Neurons in Pre-Trained Transformers, arXiv
-2311.07470): neuron `i` of layer `l` contributes `a · (W[:, i] · U[t])` to token `t` at the position `p` that
-predicts it, where `a` is the neuron's activation there (the input of the down projection `W`) and `U[t]`
-the token's row of the output embedding. No gradient is taken, and no table of all neurons and all tokens
-is ever made.
-"""
+"""What each neuron contributes to a word of a caption, its top tokens, its map over the image."""
 
 from __future__ import annotations
 
@@ -24,8 +17,8 @@ from torch import Tensor
 from vlmscope.data.example import Picture
 from vlmscope.errors import ExampleError, ModelError
 from vlmscope.inputs import Inputs
-from vlmscope.runs import hooks
-from vlmscope.runs.hooks import Access
+from vlmscope.runs.forward import forward, generate
+from vlmscope.runs.hooks import Access, Hooks
 from vlmscope.runs.model import Model
 from vlmscope.sites import Point
 
@@ -96,16 +89,15 @@ def say(model: Model, inputs: Inputs, *, variant: Variant = "input", length: int
     steps: dict[int, list[Tensor]] = defaultdict(list)
     tower = model.speaker
     layers = model.shapes[tower].having("mlp")
-    with model.alone(), hooks() as hook, torch.inference_mode():
+    with model.alone(), Hooks() as hooks, torch.inference_mode():
         for layer in layers:
 
             def keep(x: Tensor, layer: int = layer) -> Tensor:
                 steps[layer].append(x[0, -1].clone())
                 return x
 
-            hook(*_where(model, layer, inputs, variant), keep)
-        most = model.room(inputs, length)
-        ids = model.family.generate(model.hf, inputs, max_new_tokens=most).tolist()
+            hooks.at(_where(model, layer, inputs, variant), keep)
+        ids = generate(model, inputs, most=length).tolist()
     many = min(map(len, steps.values()))
     ids = ids[:many]
     rows = _rows(model, inputs, {layer: torch.stack(some[:many]) for layer, some in steps.items()})
@@ -142,15 +134,15 @@ def taught(
     layers = model.shapes[tower].having("mlp")
     first = len(plain.layout[tower].tokens) - 1
     found: dict[int, Tensor] = {}
-    with model.alone(), hooks() as hook, torch.inference_mode():
+    with model.alone(), Hooks() as hooks:
         for layer in layers:
 
             def keep(x: Tensor, layer: int = layer) -> Tensor:
                 found[layer] = x[0, first:].clone()
                 return x
 
-            hook(*_where(model, layer, fed, variant), keep)
-        model.hf(**fed.tensors, **model.family.keywords)
+            hooks.at(_where(model, layer, fed, variant), keep)
+        forward(model, fed)
     return _caption(model, plain, list(ids), _rows(model, fed, found))
 
 
@@ -181,7 +173,7 @@ def _caption(model: Model, inputs: Inputs, ids: Sequence[int], rows: Tensor) -> 
 def _where(model: Model, layer: int, inputs: Inputs, variant: Variant) -> Access:
     """The module whose input, or whose output for the gate alone, are a layer's neurons."""
     if variant == "input":
-        return model.module(Point(model.speaker, layer, "mlp", "n"), inputs)
+        return model.access(Point(model.speaker, layer, "mlp", "n"), inputs)
     gate = model.family.towers[model.speaker].gate
     try:
         return Access(model.blocks(model.speaker)[layer].get_submodule(gate or "-"))
@@ -347,5 +339,5 @@ def over_image(
         )
     order = sorted(cells, key=lambda at: cells[at])
     points = {layer: Point(tower, layer, "mlp", "n") for layer, _ in neurons}
-    _, values = model.record(inputs, set(points.values()))
+    values = forward(model, inputs, keep=set(points.values())).values
     return torch.stack([values[points[layer]][0, order, neuron].float() for layer, neuron in neurons])

@@ -18,19 +18,20 @@ from typing import Any, Literal, get_args
 import numpy as np
 import pandas as pd
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from vlmscope.data import Examples, listed
 from vlmscope.data.example import Example
 from vlmscope.errors import ExampleError, ModelError, VlmscopeError
 from vlmscope.inputs import Inputs
-from vlmscope.neurons import Caption, say, weights
+from vlmscope.neurons.contributions import Caption, say, weights
+from vlmscope.neurons.weight_edit import WeightEdit, edited
 from vlmscope.progress import progress
+from vlmscope.runs.forward import forward
+from vlmscope.runs.hooks import Access, Hooks
 from vlmscope.runs.model import Model
 from vlmscope.stats import bootstrap, rng, shuffled
-from vlmscope.weights import WeightEdit, edited
-from vlmscope.X import handles
 
 SHARE = 0.01
 """The share of all neurons that an edit changes by default."""
@@ -278,15 +279,28 @@ def _frozen(model: Model) -> Iterator[None]:
 
 def _logits(model: Model, one: _Wanted, delta: Mapping[int, tuple[Tensor, Tensor]]) -> Tensor:
     """The logits of all positions that say the caption, with `delta` added to the columns."""
-    with model.alone(), handles() as held:
+    with model.alone(), Hooks() as hooks:
         for layer, (at, added) in delta.items():
-
-            def add(m: nn.Module, args: Any, out: Tensor, at: Tensor = at, added: Tensor = added) -> Tensor:
-                return out + args[0][..., at.to(out.device)] @ added.T.to(out)
-
-            held(model.down(layer).register_forward_hook(add))
-        logits = model.logits(one.fed, every=True)
+            column = _Added(at, added)
+            hooks.at(Access(model.down(layer), before=True), column.enter)
+            hooks.at(Access(model.down(layer)), column.leave)
+        logits = forward(model, one.fed, positions=None, grad=torch.is_grad_enabled()).logits
     return logits[one.start : one.start + len(one.ids)].float()
+
+
+class _Added:
+    """What is added to columns of one down projection, as it is computed."""
+
+    def __init__(self, at: Tensor, added: Tensor) -> None:
+        self.at, self.added = at, added
+        self.activations = added
+
+    def enter(self, x: Tensor) -> Tensor:
+        self.activations = x[..., self.at.to(x.device)]
+        return x
+
+    def leave(self, x: Tensor) -> Tensor:
+        return x + self.activations @ self.added.T.to(x)
 
 
 def _lead(row: Tensor, token: int) -> Tensor:
@@ -390,16 +404,17 @@ def _elsewhere(
     total = {layer: torch.zeros(len(at), len(at), device=at.device) for layer, (at, _) in delta.items()}
     here = {layer: torch.zeros((), device=at.device) for layer, (at, _) in delta.items()}
     count = many = 0
-    with model.alone(), handles() as held, torch.no_grad():
+    with model.alone(), Hooks() as hooks, torch.no_grad():
         for layer, (at, _) in delta.items():
 
-            def keep(m: nn.Module, args: Any, layer: int = layer, at: Tensor = at) -> None:
-                seen[layer] = args[0].reshape(-1, args[0].shape[-1])[:, at].float()
+            def keep(x: Tensor, layer: int = layer, at: Tensor = at) -> Tensor:
+                seen[layer] = x.reshape(-1, x.shape[-1])[:, at].float().clone()
+                return x
 
-            held(model.down(layer).register_forward_pre_hook(keep))
+            hooks.at(Access(model.down(layer), before=True), keep)
         for one in [*wanted, *kept]:
             seen.clear()  # without a picture a layer may be passed over
-            model.hf(**one.fed.tensors, **model.family.keywords)
+            forward(model, one.fed)
             new = [one.start + n for n in one.new]
             for layer, x in seen.items():
                 is_new = torch.zeros(len(x), dtype=torch.bool, device=x.device)

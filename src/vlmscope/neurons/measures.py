@@ -30,14 +30,14 @@ from vlmscope.data import Examples, listed
 from vlmscope.data.example import Example
 from vlmscope.errors import DataError
 from vlmscope.inputs import Edit, Inputs
-from vlmscope.neurons import Caption, say, taught, top_tokens, weights
+from vlmscope.neurons.contributions import Caption, say, taught, top_tokens, weights
+from vlmscope.neurons.weight_edit import changed
 from vlmscope.progress import progress
-from vlmscope.runs import hooks
-from vlmscope.runs.hooks import Access
+from vlmscope.runs.forward import editing, forward
+from vlmscope.runs.hooks import Access, Hooks
 from vlmscope.runs.model import Model
 from vlmscope.sites import Point
 from vlmscope.stats import bootstrap, rng, shuffled, sign_flip
-from vlmscope.weights import changed
 
 Array = NDArray[np.floating[Any]]
 Embed = Callable[[Sequence[str]], Tensor]
@@ -278,21 +278,12 @@ class _Study:
             if one.token not in said.ids:
                 continue
             fed = self._inputs(self.examples[number], said.ids[: said.ids.index(one.token)])
-            seen: dict[int, Tensor] = {}
-            with self.model.alone(), hooks() as hook:
-                for layer in self.layers:
-
-                    def keep(x: Tensor, layer: int = layer, seen: dict[int, Tensor] = seen) -> Tensor:
-                        seen[layer] = x
-                        return x
-
-                    hook(*self.model.module(Point(self.model.speaker, layer, "mlp", "n"), fed), keep)
-                with torch.enable_grad():
-                    logits = self.model.logits(fed)
-                    parts = torch.autograd.grad(logits[-1, one.token], list(seen.values()))
+            points = [Point(self.model.speaker, layer, "mlp", "n") for layer in self.layers]
+            run = forward(self.model, fed, keep=points, grad=True)
+            kept = [run.values[point] for point in points]
+            parts = torch.autograd.grad(run.logits[-1, one.token], kept)
             rows = [
-                (g[0, -1] * a[0, -1]).detach().float().cpu().numpy()
-                for g, a in zip(parts, seen.values(), strict=True)
+                (g[0, -1] * a[0, -1]).detach().float().cpu().numpy() for g, a in zip(parts, kept, strict=True)
             ]
             total, count = total + np.concatenate(rows), count + 1
         return total / max(1, count)
@@ -548,7 +539,7 @@ class _Study:
             values = next(iter(self.model.capture(fed, [site]).values()))
             draw = self._rng(one, "overlap, shuffled", "patches", example.id)
             mixed = Edit(site, "set", values[torch.tensor(draw.permutation(len(values)))])
-            with self.model.editing(fed, [mixed]):
+            with editing(self.model, fed, [mixed]):
                 again = taught(self.model, said.inputs, fed, said.ids[: at + 1])
             weight = torch.tensor(one.weight)
             tops = [
@@ -715,7 +706,7 @@ class _Study:
 @contextmanager
 def ablated(model: Model, neurons: Mapping[int, tuple[Sequence[int], Tensor]]) -> Iterator[None]:
     """Within this context neurons of the tower that speaks are set to a value, at every position."""
-    with model.alone(), hooks() as hook:
+    with model.alone(), Hooks() as hooks:
         for layer, (some, value) in neurons.items():
 
             def change(x: Tensor, some: Sequence[int] = some, value: Tensor = value) -> Tensor:
@@ -723,7 +714,7 @@ def ablated(model: Model, neurons: Mapping[int, tuple[Sequence[int], Tensor]]) -
                 x[..., list(some)] = value.to(x)
                 return x
 
-            hook(*Access(model.down(layer), before=True), change)
+            hooks.at(Access(model.down(layer), before=True), change)
         yield
 
 

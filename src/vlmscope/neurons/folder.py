@@ -14,18 +14,18 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from vlmscope import concepts, rewrite
-from vlmscope import neurons as contributions
 from vlmscope.data import Examples, listed
 from vlmscope.data.example import Example
 from vlmscope.data.images import open_image
 from vlmscope.errors import ExampleError, ModelError, StoreError, VlmscopeError
 from vlmscope.layout import grid
-from vlmscope.neurons import Variant, over_image, say, score, told, top_tokens
+from vlmscope.neurons import contributions
+from vlmscope.neurons import edits as rewrite
+from vlmscope.neurons import measures as concepts
+from vlmscope.neurons.contributions import Variant, over_image, say, score, told, top_tokens
+from vlmscope.neurons.weight_edit import WeightEdit
 from vlmscope.progress import progress
 from vlmscope.runs.model import Model
-from vlmscope.sites import grid
-from vlmscope.weights import WeightEdit
 
 SHOWN = 4
 """How many pictures a card shows."""
