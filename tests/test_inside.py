@@ -12,7 +12,7 @@ from vlmscope.patching import engine, reference
 from vlmscope.runs.forward import capture, forward
 from vlmscope.sites import Pattern, Point, expand, place
 
-PLAIN = dict(rtol=1e-9, atol=1e-11)
+PLAIN = {"rtol": 1e-9, "atol": 1e-11}
 
 
 def recorded(model, inputs, module, change=None, before=False):
@@ -24,12 +24,14 @@ def recorded(model, inputs, module, change=None, before=False):
         found.append(x.clone())
         if change is not None:
             return (change(x), *args[1:]) if args else args, kwargs
+        return None
 
     def post(m, args, out):
         x = out if isinstance(out, torch.Tensor) else out[0]
         found.append(x.clone())
         if change is not None:
             return change(x) if isinstance(out, torch.Tensor) else (change(x), *out[1:])
+        return None
 
     handle = (
         module.register_forward_pre_hook(pre, with_kwargs=True)

@@ -77,6 +77,7 @@ def score(
     >>> round(found.p.item(), 4), found.ld.item()
     (0.787, 2.0)
     """
+    check_metric(metric)
     if logits.dtype.itemsize < 4:
         logits = logits.float()
     total = logits.logsumexp(-1).double()
