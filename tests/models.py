@@ -24,7 +24,7 @@ from transformers.models.blip.image_processing_pil_blip import BlipImageProcesso
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from vlmscope.data.example import Example, find_roles
-from vlmscope.model import Model
+from vlmscope.runs.model import Model
 
 WORDS = (
     "[PAD] [UNK] [CLS] [SEP] [MASK] [DEC] is this a an the circle square star red blue green "

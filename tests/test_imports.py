@@ -121,7 +121,7 @@ def test_imports_run_downward(file: Path) -> None:
 
 
 def test_the_check_sees_imports_upward_sideways_and_hidden() -> None:
-    hidden = "def f():\n    from vlmscope.engine import sweep\n"
+    hidden = "def f():\n    from vlmscope.patching.engine import sweep\n"
     assert wrong_imports("model", own_parts(hidden)) == ["engine"]
     assert wrong_imports("store", own_parts("from vlmscope import tables")) == ["tables"]
     assert wrong_imports("data", own_parts("from ..study import x", "vlmscope.data")) == ["study"]

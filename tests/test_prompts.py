@@ -12,7 +12,7 @@ from oracle import published_tokenizers as published
 from vlmscope.data.example import Example
 from vlmscope.errors import ExampleError
 from vlmscope.families import causal
-from vlmscope.model import Model
+from vlmscope.runs.model import Model
 
 
 @pytest.fixture(scope="module")

@@ -23,7 +23,7 @@ from vlmscope.data.example import Span
 from vlmscope.errors import ExampleError
 from vlmscope.families import Family, Tower, causal, one_picture
 from vlmscope.inputs import Inputs
-from vlmscope.sites import Layout
+from vlmscope.layout import Layout
 
 VISION = Tower(
     blocks="vision_model.encoder.layers",

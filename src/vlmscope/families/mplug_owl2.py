@@ -33,7 +33,7 @@ from vlmscope.data.example import Span
 from vlmscope.errors import ExampleError
 from vlmscope.families import Family, Tower, behind, causal, one_picture
 from vlmscope.inputs import Inputs
-from vlmscope.sites import Layout
+from vlmscope.layout import Layout
 
 MARK = "<|image|>"
 IMAGE = -200
