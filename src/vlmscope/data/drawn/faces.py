@@ -24,7 +24,7 @@ _PARTS: dict[str, dict[str, Any]] = tomllib.loads(Path(__file__).with_name("face
 _COLORS: dict[str, list[Color]] = {
     name: [(red, green, blue) for red, green, blue in colors] for name, colors in _PARTS["colors"].items()
 }
-_INK = _COLORS["ink"][0]
+INK = _COLORS["ink"][0]
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ class Pen:
         shades = {"neck": 0.15, "ear": 0.12, "shade": 0.35}
         self.colors = {name: colors[0] for name, colors in _COLORS.items()}
         self.colors |= {"skin": face.skin, "hair": face.hair, "shirt": face.shirt}
-        self.colors |= {name: mix(face.skin, _INK, share) for name, share in shades.items()}
+        self.colors |= {name: mix(face.skin, INK, share) for name, share in shades.items()}
 
     def follow(self, steps: Sequence[Any], side: int = 1) -> None:
         """Draw the steps, mirrored if `side` is -1."""
@@ -108,7 +108,7 @@ class Pen:
         self.image.chord(self.box(place), *ends, self.colors[fill], outline, self.width(width))
 
     def arc(self, place: Sequence[float], ends: Point) -> None:
-        self.image.arc(self.box(place), *ends, _INK, self.width(0.1))
+        self.image.arc(self.box(place), *ends, INK, self.width(0.1))
 
     def line(self, place: Sequence[float], width: float, fill: str) -> None:
         points = [(self.side * x, y) for x, y in zip(place[::2], place[1::2], strict=True)]
