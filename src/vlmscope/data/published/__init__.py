@@ -100,9 +100,9 @@ def build(
     _check_root(name, root)
     source = Source(name, root, limit, seed)
     if download:
-        from vlmscope.data.published.download import fetch_and_log
+        from vlmscope.data.published.download import fetch
 
-        source.fetch = partial(fetch_and_log, log=root / "download-failures.csv", progress=progress)
+        source.fetch = partial(fetch, log=root / "download-failures.csv", progress=progress)
     found: list[Example] = import_module(f"vlmscope.data.published.{PUBLISHED[name]}").load(source)
     if not found:
         why = "; ".join(f"{reason} ({number:,})" for reason, number in source.dropped.items())
