@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeAlias, TypeGuard
+from typing import Any, TypeAlias
 
 from PIL import Image
 
@@ -91,11 +91,6 @@ def find_roles(prompt: str, words: Mapping[str, str]) -> dict[str, Span]:
         if word and found:
             spans[role] = found.span()
     return spans
-
-
-def is_box(mask: Picture | Box) -> TypeGuard[Box]:
-    """Whether an object's place is given as a box, not as a picture."""
-    return isinstance(mask, tuple)
 
 
 def fingerprint(examples: Iterable[Example]) -> str:
