@@ -6,8 +6,9 @@ import random
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TypeAlias, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
+from vlmscope.data.example import Example
 from vlmscope.data.images import open_image
 from vlmscope.data.published.layout import looks_like
 from vlmscope.data.questions import ORDERS
@@ -123,34 +124,28 @@ class Partners:
         return None
 
 
-@dataclass(frozen=True)
-class Contrast:
-    """An image of a label, and one of another label."""
-
-    path: Path
-    label: str
-    other: Path
-    other_label: str
-
-
-def label_contrasts(
+def label_examples(
     source: Source,
+    name: str,
     images: Mapping[str, Sequence[Path]],
     groups: Mapping[str, Sequence[str]],
     rivals: Callable[[str, Path], Sequence[str]],
+    ask: Callable[[str, str, str], dict[str, Any]],
     what: str,
-) -> list[tuple[str, str, Contrast]]:
-    """Draw images by label, each with one of another label; balanced over groups of labels.
+) -> list[Example]:
+    """Examples whose clean image is of one label and whose corrupt one of another; balanced over groups.
 
     `rivals` are the labels that an image can stand against, in the order of their drawing; those that gave
     fewest partners so far come first. An image is the clean one at most once; as a partner it comes again
-    only when all of its label were handed out. `what` an image without a partner lacks is counted.
+    only when all of its label were handed out. `ask` makes the prompt, the options and the groups from the
+    two labels and the order of the options. Ids begin with `name`; `what`
+    an image without a partner lacks is counted.
     """
     partners = Partners(source)
     given = dict.fromkeys(images, 0)
     decks = {label: source.shuffled(files, "foils", source.seed, label) for label, files in images.items()}
 
-    def make(item: tuple[str, Path]) -> Contrast | None:
+    def make(item: tuple[str, Path]) -> tuple[str, Path, str, Path] | None:
         label, path = item
         if not source.is_readable(path):
             return None
@@ -159,7 +154,7 @@ def label_contrasts(
                 given[rival] += 1
                 decks[rival].remove(other)
                 decks[rival].append(other)
-                return Contrast(path, label, other, rival)
+                return label, path, rival, other
         source.drop(f"no image of {what} is left")
         return None
 
@@ -169,4 +164,9 @@ def label_contrasts(
         )
         for group, labels in groups.items()
     }
-    return source.balanced(items, make)
+    examples: list[Example] = []
+    for _, order, (label, path, rival, other) in source.balanced(items, make):
+        asked = ask(label, rival, order)
+        words = (label.replace(" ", "-"), path.stem, asked["foil"].replace(" ", "-"))
+        examples.append(Example("-".join((name, *words)), path, corrupt_image=other, **asked))
+    return examples
