@@ -74,21 +74,13 @@ def arrange(scene: Scene) -> Scene:
         "around": (-outer[0] * subject.radius, -outer[1] * subject.radius),
     }[scene.relation]
     subject = replace(subject, x=thing.x + dx, y=thing.y + dy)
-    shift_x, shift_y = (
-        _into_picture(*((getattr(one, axis), one.radius) for one in (subject, thing))) for axis in ("x", "y")
-    )
-    return replace(
-        scene,
-        subject=replace(subject, x=subject.x + shift_x, y=subject.y + shift_y),
-        object=replace(thing, x=thing.x + shift_x, y=thing.y + shift_y),
-    )
-
-
-def _into_picture(*spans: tuple[float, float]) -> float:
-    """The smallest shift that brings all `(middle, radius)` into the picture."""
-    low = min(middle - radius for middle, radius in spans) - 1
-    high = max(middle + radius for middle, radius in spans) + 1
-    return max(0.0, -low) + min(0.0, drawing.SIZE - high)
+    for axis in ("x", "y"):
+        spans = [(getattr(one, axis), one.radius) for one in (subject, thing)]
+        low = min(middle - radius for middle, radius in spans) - 1
+        high = max(middle + radius for middle, radius in spans) + 1
+        shift = max(0.0, -low) + min(0.0, drawing.SIZE - high)
+        subject, thing = (replace(one, **{axis: getattr(one, axis) + shift}) for one in (subject, thing))
+    return replace(scene, subject=subject, object=thing)
 
 
 def sample(rng: random.Random) -> Scene:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from vlmscope.data.example import Example, find_roles
 from vlmscope.data.published.layout import by_stem
-from vlmscope.data.published.sampling import MISSING, Partners, Source
+from vlmscope.data.published.sampling import MISSING, Source
 from vlmscope.data.questions.synonyms import near
 from vlmscope.data.table import read_table
 from vlmscope.errors import DataError
@@ -64,7 +64,6 @@ def load(source: Source) -> list[Example]:
     }
     paired = [row for row in kept if others[row]]
     source.drop("no image that is there has another answer to the question", len(kept) - len(paired))
-    partners = Partners(source)
 
     def make(row: Row) -> Example | None:
         image, prompt, noun = files[row.image], f"{row.question}?", noun_of(row.question)
@@ -72,7 +71,7 @@ def load(source: Source) -> list[Example]:
             return None
         mixed = source.shuffled(others[row], source.seed, row.image, row.question)
         by_path = {files[other.image]: other for other in mixed}
-        partner = partners.first(image, by_path)
+        partner = source.partner(image, by_path)
         if partner is None:
             source.drop("every image with another answer is already its pair, or cannot be read")
             return None

@@ -39,6 +39,7 @@ class Source:
     fetch: Fetch | None = None
     dropped: dict[str, int] = field(default_factory=dict)
     _known: dict[Path, bool] = field(default_factory=dict)
+    _paired: set[tuple[str, frozenset[Path]]] = field(default_factory=set)
 
     def drop(self, why: str, number: int = 1) -> None:
         if number:
@@ -62,6 +63,15 @@ class Source:
                 self._known[path] = False
                 self.drop(UNREADABLE)
         return self._known[path]
+
+    def partner(self, path: Path, others: Iterable[Path], question: str = "") -> Path | None:
+        """The first of the others that can be read, if it is not its pair (for this question) already."""
+        for other in others:
+            pair = question, frozenset((path, other))
+            if pair not in self._paired and self.is_readable(other):
+                self._paired.add(pair)
+                return other
+        return None
 
     def shuffled(self, items: Iterable[Item], *key: object) -> list[Item]:
         """The items in an order that the set's name and `key` alone draw."""
@@ -107,23 +117,6 @@ class Source:
         return drawn
 
 
-class Partners:
-    """Hands out images that can be read as partners of others; no pair comes twice, nor turned around."""
-
-    def __init__(self, source: Source) -> None:
-        self._source = source
-        self._used: set[tuple[str, frozenset[Path]]] = set()
-
-    def first(self, path: Path, others: Iterable[Path], question: str = "") -> Path | None:
-        """The first of the others that is still free for this image (and question)."""
-        for other in others:
-            pair = question, frozenset((path, other))
-            if pair not in self._used and self._source.is_readable(other):
-                self._used.add(pair)
-                return other
-        return None
-
-
 def label_examples(
     source: Source,
     name: str,
@@ -141,7 +134,6 @@ def label_examples(
     two labels and the order of the options. Ids begin with `name`; `what`
     an image without a partner lacks is counted.
     """
-    partners = Partners(source)
     given = dict.fromkeys(images, 0)
     decks = {label: source.shuffled(files, "foils", source.seed, label) for label, files in images.items()}
 
@@ -150,7 +142,7 @@ def label_examples(
         if not source.is_readable(path):
             return None
         for rival in sorted(rivals(label, path), key=given.__getitem__):
-            if other := partners.first(path, decks[rival]):
+            if other := source.partner(path, decks[rival]):
                 given[rival] += 1
                 decks[rival].remove(other)
                 decks[rival].append(other)
