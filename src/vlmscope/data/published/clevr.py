@@ -103,12 +103,14 @@ def load(source: Source) -> list[Example]:
             groups={"kind": row.kind},
         )
 
-    items = {}
-    for relation, answer in CELLS:
-        cell = [row for row in kept if (row.kind, row.answer) == (relation, answer)]
-        # Those with an image pair come before the others.
-        mixed = sorted(source.shuffled(cell, source.seed), key=lambda row: not others(row))
-        items[f"{relation}, {answer}"] = mixed
+    cells: dict[tuple[str, str], list[Row]] = {cell: [] for cell in CELLS}
+    for row in kept:
+        cells[row.kind, row.answer].append(row)
+    # Those with an image pair come before the others.
+    items = {
+        ", ".join(cell): sorted(source.shuffled(members, source.seed), key=lambda row: not others(row))
+        for cell, members in cells.items()
+    }
     return [example for _, _, example in source.balanced(items, make, SIZE // 2)]
 
 
