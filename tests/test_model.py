@@ -15,6 +15,7 @@ from vlmscope.errors import ExampleError, ModelError, SiteError, VlmscopeError
 from vlmscope.families import blip as table
 from vlmscope.inputs import Edit
 from vlmscope.neurons import contributions as neurons
+from vlmscope.runs.forward import room
 from vlmscope.runs.model import Model
 from vlmscope.sites import Pattern
 
