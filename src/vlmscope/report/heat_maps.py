@@ -18,7 +18,8 @@ from matplotlib.colors import Normalize
 from matplotlib.patches import Rectangle
 
 from vlmscope.data.drawn.faces import INK
-from vlmscope.report.canvas import BAR, MISSING, Margins, add_bar, centred, drawable, grid, text_width, title
+from vlmscope.report.canvas import BAR, Margins, add_bar, centred, drawable, grid, text_width, title
+from vlmscope.data.published.sampling import MISSING
 from vlmscope.report.captions import short_number
 
 VALUES = {

@@ -8,16 +8,7 @@ from typing import Any, NamedTuple
 import pandas as pd
 
 from vlmscope.report import figures, image_maps
-from vlmscope.report.captions import (
-    KINDS,
-    TOWERS,
-    ends,
-    kinds_in,
-    largest_change,
-    long,
-    short_number,
-    upper_first,
-)
+from vlmscope.report.captions import KINDS, TOWERS, ends, kinds_in, largest_change, long, short_number, upper_first
 from vlmscope.report.folder import read_json
 from vlmscope.report.gallery import Gallery, Section, Shown, render
 from vlmscope.report.ranking import strongest
