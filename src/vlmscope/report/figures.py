@@ -14,7 +14,17 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 
-from vlmscope.report.canvas import BAR, INK, Margins, add_bar, drawable, figure_of, grid, text_width, title
+from vlmscope.report.canvas import (
+    BAR,
+    INK,
+    Margins,
+    add_bar,
+    drawable,
+    figure_of,
+    grid,
+    set_title,
+    text_width,
+)
 from vlmscope.report.captions import KINDS, TOWERS, upper_first
 from vlmscope.report.heat_maps import VALUES, colour_scale, full_colour, heat_map, label_columns, panels
 from vlmscope.tables import head_table, token_table
@@ -115,7 +125,7 @@ def measures(table: pd.DataFrame, names: Sequence[str], *, ax: Iterable[Axes] | 
     words = list(dict.fromkeys(table["word"]))[::-1]
     size = (1.9, max(0.9, 0.24 * len(words)))
     left = max(text_width(word) for word in words) + 0.2
-    axes = grid(ax, len(names), len(names), size, Margins(left, 0.65, 0.15, across=0.25))
+    axes = grid(ax, len(names), len(names), size, Margins(left, 0.65, 0.15, 0.35, across=0.25))
     for n, (spot, name) in enumerate(zip(axes, names, strict=True)):
         rows = table[(table["measure"] == name) & (table["method"] == "contribution")]
         at = rows["word"].map(words.index)
@@ -123,7 +133,7 @@ def measures(table: pd.DataFrame, names: Sequence[str], *, ax: Iterable[Axes] | 
         spot.plot(rows["value"], at, "o", color="#1f3f66", ms=4.5, label="the word's neurons")
         spot.plot(rows["null"], at, "|", color="#333333", ms=9, mew=1.6, label="null")
         spot.plot(rows["random"], at, "x", color="#B07020", ms=5, label="random neurons")
-        title(spot, name, 9.5)
+        set_title(spot, name, 9.5)
         spot.set_ylim(-0.6, len(words) - 0.4)
         spot.set_yticks(
             range(len(words)), words if n == 0 or ax is not None else [""] * len(words), fontsize=8.5
@@ -133,7 +143,7 @@ def measures(table: pd.DataFrame, names: Sequence[str], *, ax: Iterable[Axes] | 
         spot.set_axisbelow(True)
         spot.spines[["top", "right"]].set_visible(False)
     handles = axes[0].get_legend_handles_labels()
-    figure_of(axes).legend(*handles, fontsize=8, loc="lower center", ncols=3, frameon=False)
+    figure_of(axes[0]).legend(*handles, fontsize=8, loc="lower center", ncols=3, frameon=False)
     return axes
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from math import cos, radians, sin
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -26,8 +27,8 @@ from vlmscope.report.canvas import (
     centred,
     drawable,
     grid,
+    set_title,
     text_width,
-    title,
 )
 from vlmscope.report.captions import short_number
 
@@ -99,7 +100,7 @@ def panels(
     axes = grid(ax, len(held), across, (width, height), margins)
     for n, (spot, text, table) in enumerate(zip(axes, tables, held, strict=True)):
         heat_map(spot, table, scale, None if marks is None else marks.get(text, ()))
-        title(spot, titles[n])
+        set_title(spot, titles[n])
         if not one_header or n + across >= len(held):
             label_columns(spot, names[n], [c in table.attrs.get("roles", ()) for c in table.columns])
             spot.set_xlabel(str(table.columns.name or ""), fontsize=9, color=INK)
@@ -152,8 +153,10 @@ def label_columns(axes: Axes, names: Sequence[str], is_bold: Sequence[bool]) -> 
     shown = sorted(keep)
     axes.tick_params(bottom=False)
     angle = _angle(names)
-    style = {"rotation": angle, "rotation_mode": "anchor", "ha": "right"} if angle else {}
-    style |= {"va": "center"} if angle == 90 else {}
+    style: dict[str, Any] = {}
+    if angle:
+        style = {"rotation": angle, "rotation_mode": "anchor", "ha": "right"}
+        style["va"] = "center" if angle == 90 else "top"
     labels = [names[n] for n in shown]
     axes.set_xticks([n + 0.5 for n in shown], labels, parse_math=False, fontsize=8, color=INK, **style)
     for n, tick in zip(shown, axes.get_xticklabels(), strict=True):
