@@ -10,7 +10,7 @@ from PIL import Image
 
 from vlmscope.errors import DataError
 from vlmscope.report import figures
-from vlmscope.report.heat_maps import FLOOR
+from vlmscope.report.heat_maps import FLOOR, full_colour
 from vlmscope.report.image_maps import image_grid
 from vlmscope.report.ranking import strongest
 from vlmscope.store import EFFECTS, typed
@@ -95,7 +95,7 @@ def test_panels_share_one_scale_that_is_centred():
     tables = {"weak": token_table(rows()), "strong": head_table(rows())}
     low, high = limits_of(figures.panels(tables))
     assert low == -high and high == pytest.approx(102.2 + 0.5)
-    assert figures.full_colour(tables.values()) == high
+    assert full_colour(tables.values()) == high
 
 
 def test_next_to_nothing_has_next_to_no_color():

@@ -16,7 +16,7 @@ from vlmscope.data import examples
 from vlmscope.errors import StoreError
 from vlmscope.model import load
 from vlmscope.report import write_report
-from vlmscope.report.captions import short_number
+from vlmscope.report.words import short_number
 from vlmscope.report.heat_maps import FLOOR
 from vlmscope.store import read_run
 from vlmscope.study import sweep, sweep_to

@@ -115,25 +115,26 @@ def draw_bar(
     *,
     below: bool = False,
 ) -> None:
-    """A colour bar without axes of its own: upright, with the middle of its left side `at` a place in inches, or
-    lying (`below`), with its upper left corner there."""
+    """A colour bar without axes of its own: upright, with the middle of its left side `at` a place in inches,
+    or lying (`below`), with its upper left corner there."""
     first, last = scale.get_clim()
     box = Bbox.from_bounds(at[0], at[1] - length / 2, 0.17, length)
     box = Bbox.from_bounds(at[0], at[1] - 0.17, length, 0.17) if below else box
-    image = BboxImage(TransformedBbox(box, inches), cmap=scale.cmap, norm=scale.norm, origin="lower")  # type: ignore[arg-type]
+    place = TransformedBbox(box, inches)
+    image = BboxImage(place, cmap=scale.cmap, norm=scale.norm, origin="lower")  # type: ignore[arg-type]
     shades = np.linspace(first, last, 256)[None]
     image.set_data(shades if below else shades.T)
     owner.add_artist(image)
     style: dict[str, Any] = {"transform": inches, "color": INK, "ha": "center", "va": "center"}
-    place = (at[0] + length / 2, box.y0 - 0.45) if below else (box.x1 + 0.6, at[1])
+    x, y = (at[0] + length / 2, box.y0 - 0.45) if below else (box.x1 + 0.6, at[1])
     text = textwrap.fill(label, max(20, int(14 * length)))
-    owner.text(place[0], place[1], text, rotation=0 if below else 90, fontsize=9, **style)
+    owner.text(x, y, text, rotation=0 if below else 90, fontsize=9, **style)
     style |= {"fontsize": 8, "ha": "center" if below else "left"}
     for tick in MaxNLocator(int(2 + 1.8 * length), steps=[1, 2, 5, 10]).tick_values(first, last):
         if first <= tick <= last:
             along = length * (tick - first) / (last - first)
-            place = (box.x0 + along, box.y0 - 0.12) if below else (box.x1 + 0.06, box.y0 + along)
-            owner.text(place[0], place[1], f"{tick:g}".replace("-", "−"), **style)
+            x, y = (box.x0 + along, box.y0 - 0.12) if below else (box.x1 + 0.06, box.y0 + along)
+            owner.text(x, y, f"{tick:g}".replace("-", "−"), **style)
 
 
 # --- text ------------------------------------------------------------------------------------

@@ -1,35 +1,24 @@
 """Figures of a table of patches, for notebooks, papers and the report.
 
 `layer_by_token` and `layer_by_head` take the effects table of `read_run` or `sweep`, `panels` tables of
-`vlmscope.token_table` and `vlmscope.head_table`. All draw into the matplotlib axes `ax` if they are given, else
-into a new figure, and give the axes: a notebook shows them, `axes.figure.savefig("heads.pdf")` writes PNG, SVG
-or PDF by the suffix.
+`vlmscope.token_table` and `vlmscope.head_table`. All draw into the matplotlib axes `ax` if they are given,
+else into a new figure, and give the axes: a notebook shows them, and `axes.figure.savefig("heads.pdf")`
+writes PNG, SVG or PDF by the suffix.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 
-from vlmscope.report.canvas import (
-    BAR,
-    INK,
-    Margins,
-    add_bar,
-    drawable,
-    figure_of,
-    grid,
-    set_title,
-    text_width,
-)
-from vlmscope.report.captions import KINDS, TOWERS, upper_first
-from vlmscope.report.heat_maps import VALUES, colour_scale, full_colour, heat_map, label_columns, panels
+from vlmscope.report.canvas import INK, Margins, figure_of, grid, set_title, text_width
+from vlmscope.report.heat_maps import panels
+from vlmscope.report.words import KINDS, TOWERS, upper_first
 from vlmscope.tables import head_table, token_table
 
-__all__ = ["full_colour", "layer_by_head", "layer_by_token", "measures", "panels", "universal"]
+__all__ = ["layer_by_head", "layer_by_token", "measures", "panels", "universal"]
 
 
 def layer_by_token(
@@ -85,40 +74,21 @@ def universal(heads: pd.DataFrame, *, most: int = 30, gap: float = 0.0, ax: Axes
     rows = heads.assign(name=name, size=heads["mean"].abs())
     order = rows.groupby("name").agg(count=("important", "sum"), size=("size", "mean"))
     order = order[order["count"] > 0].sort_values(["count", "size"], ascending=False).head(most)[::-1]
-    runs, names = list(rows["run"].unique()), list(order.index)
-    table = rows.pivot_table(index="name", columns="run", values="mean").reindex(names)[runs]
-    labels = [drawable(run, 24) for run in runs]
-    size = (0.55 * len(runs) + 0.5, 0.25 * max(len(names), 3))
-    left = max((text_width(each) for each in names), default=0.5) + 0.15
-    below = 0.2 + 0.75 * max(text_width(each) for each in labels)
-    (axes,) = grid(ax, 1, 1, size, Margins(left, below, BAR, top=0.1))
-    if not names:
-        axes.set_axis_off()
-        axes.text(0.5, 0.5, "no head is important", ha="center", va="center", fontsize=9, color=INK)
-        return axes
-    scale = colour_scale([table], "logit_diff", gap)
-    important = rows[rows["important"] & rows["name"].isin(names)]
-    heat_map(axes, table, scale, list(zip(important["name"], important["run"], strict=True)))
+    runs = list(rows["run"].unique())
+    table = rows.pivot_table(index="name", columns="run", values="mean").reindex(order.index)[runs]
+    important = rows[rows["important"] & rows["name"].isin(order.index)]
+    marks = {"": list(zip(important["name"], important["run"], strict=True))}
+    (axes,) = panels({"": table.rename_axis(index="", columns="")}, marks=marks, gap=gap, ax=ax)
     confirmed = important[important["confirmed"]]
-    axes.scatter(
-        table.columns.get_indexer(confirmed["run"]) + 0.5,
-        table.index.get_indexer(confirmed["name"]) + 0.5,
-        s=75,
-        facecolors="none",
-        edgecolors=INK,
-        linewidths=1.0,
-    )
-    label_columns(axes, labels, [False] * len(runs))
-    axes.tick_params(left=False)
-    axes.set_yticks(np.arange(len(names)) + 0.5, names, fontsize=8, color=INK)
+    across, up = table.columns.get_indexer(confirmed["run"]), table.index.get_indexer(confirmed["name"])
+    axes.scatter(across + 0.5, up + 0.5, s=75, facecolors="none", edgecolors=INK, linewidths=1.0)
     for tick, count in zip(axes.get_yticklabels(), order["count"], strict=True):
         tick.set_fontweight("bold" if count == len(runs) else "normal")
-    add_bar([axes], scale, VALUES["logit_diff"])
     return axes
 
 
 def measures(table: pd.DataFrame, names: Sequence[str], *, ax: Iterable[Axes] | None = None) -> list[Axes]:
-    """A panel a measure: for each word its value with its interval, and beside it the null and random neurons.
+    """A panel a measure: for each word its value with its interval, beside it the null and random neurons.
 
     `table` is the `measures` of `vlmscope.concepts.measure`; `ax` are axes to draw into, one a name.
     """

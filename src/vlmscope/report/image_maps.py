@@ -157,7 +157,7 @@ def attention(
 
 
 def neuron_maps(maps: pd.DataFrame, pictures: Mapping[str, Picture], *, ax: Axes | None = None) -> Axes:
-    """A row a neuron (or mean of several): its activation over the patches of the pictures that drive it most.
+    """A row a neuron (or mean of several): its activation over the patches of the pictures that drive it.
 
     `maps` is the table of `vlmscope neurons describe`. Each row has a scale of its own, centred at zero; the
     outline is around the patches above the 95th percentile.
@@ -165,44 +165,30 @@ def neuron_maps(maps: pd.DataFrame, pictures: Mapping[str, Picture], *, ax: Axes
     lines, scales = [], {}
     for name, rows in maps.groupby("neuron", sort=False):
         scales[str(name)] = scale = centred([rows["activation"]])
-        shape = (int(rows["row"].max()) + 1, int(rows["column"].max()) + 1)
-        lines.append(
-            [
-                Tile(
-                    _open(pictures[str(example)]),
-                    drawable(str(example), 24),
-                    _cells(cells, "activation", shape),
-                    scale,
-                    _cells(cells, "mask", shape),
-                )
-                for example, cells in rows.groupby("example", sort=False)
-            ]
-        )
+        line = []
+        for example, cells in rows.groupby("example", sort=False):
+            shape = (int(cells["row"].max()) + 1, int(cells["column"].max()) + 1)
+            shown, around = _cells(cells, "activation", shape), _cells(cells, "mask", shape)
+            line.append(Tile(_open(pictures[str(example)]), drawable(str(example), 24), shown, scale, around))
+        lines.append(line)
     board = Board(lines, 1.9, Margins(0.4, 0.1, BAR, 0.25, across=0.1, down=0.3))
     axes = board.draw(ax, 7.5)
-    across = max(map(len, lines))
+    right = board.corner(0, max(map(len, lines)))[0]
     for row, (name, scale) in enumerate(scales.items()):
-        right, middle = board.corner(row, across)[0], board.corner(row, 0)[1] + board.size / 2
+        middle = board.corner(row, 0)[1] + board.size / 2
         axes.text(0.25, middle, name, rotation=90, va="center", ha="center", fontsize=9, color=INK)
         draw_bar(axes, axes.transData, scale, "activation", (right + 0.05, middle), board.size)
     return axes
 
 
 def _draw_tile(axes: Axes, tile: Tile, corner: tuple[float, float], size: float, title_size: float) -> None:
-    """A tile of at most `size` inches a side; over a pale picture, the larger a cell the less is seen of it."""
+    """A tile of at most `size` inches a side; of the pale picture less is seen under larger cells."""
     picture = tile.picture
     width, height = (size * side / max(picture.size) for side in picture.size)
     left, low = corner[0] + (size - width) / 2, corner[1] + (size - height) / 2
     extent = (left, left + width, low, low + height)
-    axes.text(
-        left + width / 2,
-        low + height + 0.06,
-        tile.title,
-        ha="center",
-        va="bottom",
-        fontsize=title_size,
-        color=INK,
-    )
+    place = (left + width / 2, low + height + 0.06)
+    axes.text(*place, tile.title, ha="center", va="bottom", fontsize=title_size, color=INK)
     if tile.cells is None or tile.scale is None:
         axes.imshow(picture, extent=extent)
         return
@@ -212,11 +198,9 @@ def _draw_tile(axes: Axes, tile: Tile, corner: tuple[float, float], size: float,
     colours[..., 3] = np.where(np.isnan(tile.cells), 0.0, 0.1 + 0.8 * np.clip(strength, 0, 1))
     axes.imshow(colours, extent=extent, interpolation="nearest")
     if tile.outline is not None:
-        lines = _around(tile.outline) * (width, -height) + (left, low + height)
+        lines = list(_around(tile.outline) * (width, -height) + (left, low + height))
         for colour, thick in (("white", 2.4), (INK, 1.2)):
-            axes.add_collection(
-                LineCollection(list(lines), colors=colour, linewidths=thick, capstyle="round")
-            )
+            axes.add_collection(LineCollection(lines, colors=colour, linewidths=thick, capstyle="round"))
 
 
 def _around(cells: Cells) -> Cells:
