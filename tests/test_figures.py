@@ -13,8 +13,8 @@ from vlmscope.report import figures
 from vlmscope.report.heat_maps import FLOOR, full_colour
 from vlmscope.report.image_maps import image_grid
 from vlmscope.report.ranking import strongest
-from vlmscope.store import EFFECTS, typed
-from vlmscope.tables import head_table, token_table
+from vlmscope.studies.run_folder import EFFECTS, typed
+from vlmscope.studies.tables import head_table, token_table
 
 TOKENS = ["[CLS]", "is", "red", "or", "blue", "[SEP]"]
 ROLES = {2: "answer", 4: "foil"}

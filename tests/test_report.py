@@ -10,16 +10,16 @@ import pandas as pd
 import pytest
 from models import blip, example, picture
 
-from vlmscope import circuits, heads, tracing
-from vlmscope.corrupt import Noise
+from vlmscope.checkpoint import load
 from vlmscope.data import examples
 from vlmscope.errors import StoreError
-from vlmscope.model import load
 from vlmscope.report import write_report
-from vlmscope.report.words import short_number
 from vlmscope.report.heat_maps import FLOOR
-from vlmscope.store import read_run
-from vlmscope.study import sweep, sweep_to
+from vlmscope.report.words import short_number
+from vlmscope.runs.corrupt import Noise
+from vlmscope.studies import circuits, heads, tracing
+from vlmscope.studies.run_folder import read_run
+from vlmscope.studies.sweep import sweep, sweep_to
 
 SITES = [
     "encoder.*.cross.h*@*",

@@ -11,11 +11,12 @@ from models import example, llava, picture
 from scipy import stats as scipy_stats
 
 import vlmscope
-from vlmscope import stats, tables
+from vlmscope import stats
+from vlmscope.data.example import find_roles
 from vlmscope.errors import DataError
-from vlmscope.example import find_roles
 from vlmscope.report.ranking import strongest
-from vlmscope.store import EFFECTS, typed
+from vlmscope.studies import tables
+from vlmscope.studies.run_folder import EFFECTS, typed
 
 WORDS = {"answer": "red", "foil": "blue", "noun": "circle"}
 

@@ -16,7 +16,7 @@ from matplotlib.axes import Axes
 from vlmscope.report.canvas import INK, Margins, figure_of, grid, set_title, text_width
 from vlmscope.report.heat_maps import panels
 from vlmscope.report.words import KINDS, TOWERS, upper_first
-from vlmscope.tables import head_table, token_table
+from vlmscope.studies.tables import head_table, token_table
 
 __all__ = ["layer_by_head", "layer_by_token", "measures", "panels", "universal"]
 

@@ -22,7 +22,7 @@ from vlmscope.report.heat_maps import full_colour, panels
 from vlmscope.report.ranking import by_size
 from vlmscope.report.words import digits, ends, percent, plural, short_number, upper_first
 from vlmscope.stats import FEWEST
-from vlmscope.tables import slot_words
+from vlmscope.studies.tables import slot_words
 
 
 class Shown(NamedTuple):

@@ -15,7 +15,7 @@ from PIL import Image
 
 from vlmscope.report.canvas import BAR, INK, Margins, centred, draw_bar, drawable, grid
 from vlmscope.report.heat_maps import VALUES, colour_scale, spread
-from vlmscope.tables import choose, mean_gap, means
+from vlmscope.studies.tables import choose, mean_gap, means
 
 Picture: TypeAlias = str | Path | Image.Image
 Cells: TypeAlias = np.ndarray[Any, Any]

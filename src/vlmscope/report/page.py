@@ -16,7 +16,7 @@ from pathlib import Path
 from vlmscope.errors import StoreError
 from vlmscope.report import heads, neurons, run, tracing
 from vlmscope.report.gallery import Gallery, render
-from vlmscope.store import Run, read_run
+from vlmscope.studies.run_folder import Run, read_run
 
 FORMATS = ("svg", "pdf")
 """What figures can be saved as beside PNG."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pandas as pd
 
-from vlmscope.tables import means
+from vlmscope.studies.tables import means
 
 COLUMNS = ["site", "corruption", "slot", "token", "mean", "sd", "low", "high", "n"]
 
