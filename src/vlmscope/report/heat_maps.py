@@ -105,7 +105,7 @@ def _laid_out(
     width = float(np.clip(0.36 * max(table.shape[1] for table in tables.values()), 2.7, 11.0))
     height = float(np.clip(0.26 * max(table.shape[0] for table in tables.values()), 1.3, 6.0))
     across = 3 if width <= 4.3 and len(tables) != 4 else 2 if width <= 6.2 else 1
-    titles = [_wrapped(title, width) for title in tables]
+    titles = [_wrapped(title, width + (len(tables) == 1)) for title in tables]
     above = 0.16 + 0.16 * max(title.count("\n") + 1 for title in titles)
     outside = [_outside(table, each, width) for table, each in zip(tables.values(), names, strict=True)]
     left, below = max(beside for beside, _ in outside), max(under for _, under in outside)
@@ -133,7 +133,8 @@ def heat_map(
     axes.spines[:].set_visible(False)
     axes.set_facecolor(MISSING)
     if table.empty:
-        axes.text(0.5, 0.5, "nothing of this kind\nin the table", ha="center", va="center")
+        axes.set(xlim=(0, table.shape[1]), ylim=(0, 1))
+        axes.text(table.shape[1] / 2, 0.5, "nothing of this kind\nin the table", ha="center", va="center")
         return
     cells = np.ma.masked_invalid(table.to_numpy(dtype=float))
     style = {"edgecolors": "white", "linewidth": 0.6} if cells.shape[1] <= 60 else {"rasterized": True}
