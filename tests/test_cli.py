@@ -118,6 +118,10 @@ def test_your_own_images_and_a_report(run, tmp_path):
     assert status == 0 and out.strip() == str(tmp_path / "report.html")
     assert "<html" in (tmp_path / "report.html").read_text()
     assert list((tmp_path / "report-figures").glob("*.png"))
+    figures = ["--figures", "svg", "--figures", "pdf"]
+    assert run("report", tmp_path / "run", "--out", tmp_path / "r.html", *figures)[0] == 0
+    endings = [file.suffix for file in (tmp_path / "r-figures").iterdir()]
+    assert endings.count(".png") == endings.count(".svg") == endings.count(".pdf") > 0
 
 
 def test_a_saved_model_of_your_own(run, tmp_path):

@@ -345,11 +345,14 @@ def generate(
 def report(
     runs: Annotated[list[Path], typer.Argument(help="Folders of sweep, circuits, heads, tracing or notice.")],
     out: Annotated[Path, typer.Option(help="The HTML file; its figures go beside it.")],
+    figures: Annotated[
+        list[str] | None, typer.Option(metavar="svg|pdf", help="Save figures so beside PNG; once for each.")
+    ] = None,
 ) -> None:
     """Write one self-contained HTML file."""
     from vlmscope.report import write_report
 
-    print(write_report(runs, out))
+    print(write_report(runs, out, formats=figures or ()))
 
 
 @app.command(cls=Command)

@@ -17,7 +17,17 @@ from vlmscope.data.example import Example, find_roles
 from vlmscope.data.published.layout import by_stem
 from vlmscope.data.published.sampling import SIZE, Fetch, Source
 from vlmscope.data.questions import in_order
-from vlmscope.data.questions.english import PREPOSITIONS, definite, indefinite, ing, is_located, is_plural, is_somebody, lemma, preposition
+from vlmscope.data.questions.english import (
+    PREPOSITIONS,
+    definite,
+    indefinite,
+    ing,
+    is_located,
+    is_plural,
+    is_somebody,
+    lemma,
+    preposition,
+)
 from vlmscope.data.questions.synonyms import near
 from vlmscope.data.table import read_table
 from vlmscope.errors import DataError
