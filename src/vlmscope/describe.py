@@ -125,7 +125,7 @@ def example(model: Model, example: Example) -> str:
         for site in corrupt.noisy(model, at):
             ((_, positions),) = model.placed(site, pair.clean)
             sites.append((str(site), _spans(positions)))
-    return _text("example", name=model.name, example=example, towers=towers, noise=noise, grid=grid)
+    return _text("example", model=model, example=example, towers=towers, noise=noise, grid=grid)
 
 
 def _rows(model: Model, pair: Pair, tower: str) -> Iterator[tuple[str, str, int, str, str]]:
