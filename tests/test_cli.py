@@ -15,7 +15,7 @@ from models import blip, picture
 import vlmscope
 from vlmscope.cli import machine
 from vlmscope.cli.main import app, main
-from vlmscope.store import EFFECTS
+from vlmscope.studies.run_folder import EFFECTS
 
 SWEEP = ["sweep", "--model", "toy-blip", "--data", "faces", "--limit", "2", "--corrupt", "image"]
 SITES = ["--sites", "encoder.*.cross.h*@answer"]
@@ -260,7 +260,7 @@ def test_reports_that_cannot_be_written(run, tmp_path):
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a disk that is full")
 def test_a_full_disk(run, tmp_path, monkeypatch):
     """What is safe on disk stays; the rest is said in one line."""
-    from vlmscope import store
+    from vlmscope.studies import run_folder as store
 
     assert run(*SWEEP[:5], "--limit", "1", *SWEEP[7:], *SITES, "--out", tmp_path / "one")[0] == 0
     honest = store._write
@@ -286,7 +286,8 @@ def test_a_word_without_an_option_is_refused_in_one_line(run, tmp_path):
     end = ["--out", tmp_path / "run", "encoder.0.resid@last"]
     refused(
         run(*SWEEP, *SITES, *end),
-        "unexpected 'encoder.0.resid@last'; expected vlmscope sweep [OPTIONS]; only --sites can have several words",
+        "unexpected 'encoder.0.resid@last'; expected vlmscope sweep [OPTIONS]",
+        "only --sites can have several words",
     )
     refused(
         run("models", "toy-blip", "states:0"),
@@ -396,7 +397,7 @@ def test_a_full_machine_still_gives_one_thread(cpus):
 
 @pytest.fixture(scope="module")
 def swept(tmp_path_factory):
-    from vlmscope.study import sweep_to
+    from vlmscope.studies.sweep import sweep_to
 
     model = vlmscope.load("toy-blip")
     folder = tmp_path_factory.mktemp("swept")

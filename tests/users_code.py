@@ -14,11 +14,14 @@ import vlmscope
 def patch(model: vlmscope.Model, example: vlmscope.Example) -> torch.Tensor:
     pair: vlmscope.Pair = model.prepare(example)
     inputs: vlmscope.Inputs = pair.clean
-    site = vlmscope.Site.parse("encoder.1.cross.h2@answer")
-    assert_type(site, vlmscope.Site)
-    edit = vlmscope.Edit(site, "set", model.capture(inputs, [site])[str(site)])
+    name = "encoder.1.cross.h2@answer"
+    edit = vlmscope.Edit(name, "set", model.capture(inputs, name)[name])
     assert_type(model.answer(pair.corrupt, [edit]), str)
     return model.run(pair.corrupt, [edit])
+
+
+def place(site: vlmscope.Site) -> tuple[str, int, tuple[int, ...]]:
+    return site.tower, site.layer, site.positions
 
 
 def study(folder: Path) -> None:

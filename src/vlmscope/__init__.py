@@ -15,43 +15,45 @@ from typing import TYPE_CHECKING, Any
 __version__ = version("vlmscope")
 
 _NAMES = {
-    "corrupt": "Noise",
+    "checkpoint": "load",
     "data": "examples",
+    "data.example": "Example",
+    "data.table": "read_csv write_csv",
     "errors": "VlmscopeError",
-    "example": "Example read_csv write_csv",
     "inputs": "Edit Inputs Pair",
-    "model": "Model load",
+    "neurons.weight_edit": "WeightEdit edited",
     "report": "write_report",
+    "runs.corrupt": "Noise",
+    "runs.model": "Model",
     "sites": "Site",
-    "store": "read_run",
-    "study": "baselines sweep",
-    "tables": "head_table token_table",
-    "weights": "WeightEdit edited",
+    "studies.run_folder": "read_run",
+    "studies.sweep": "baselines sweep",
+    "studies.tables": "head_table token_table",
 }
 _HOME = {name: module for module, names in _NAMES.items() for name in names.split()}
 __all__ = ["__version__", *_HOME]
 
 if TYPE_CHECKING:  # what a type checker sees
-    from vlmscope.corrupt import Noise as Noise
+    from vlmscope.checkpoint import load as load
     from vlmscope.data import examples as examples
+    from vlmscope.data.example import Example as Example
+    from vlmscope.data.table import read_csv as read_csv
+    from vlmscope.data.table import write_csv as write_csv
     from vlmscope.errors import VlmscopeError as VlmscopeError
-    from vlmscope.example import Example as Example
-    from vlmscope.example import read_csv as read_csv
-    from vlmscope.example import write_csv as write_csv
     from vlmscope.inputs import Edit as Edit
     from vlmscope.inputs import Inputs as Inputs
     from vlmscope.inputs import Pair as Pair
-    from vlmscope.model import Model as Model
-    from vlmscope.model import load as load
+    from vlmscope.neurons.weight_edit import WeightEdit as WeightEdit
+    from vlmscope.neurons.weight_edit import edited as edited
     from vlmscope.report import write_report as write_report
+    from vlmscope.runs.corrupt import Noise as Noise
+    from vlmscope.runs.model import Model as Model
     from vlmscope.sites import Site as Site
-    from vlmscope.store import read_run as read_run
-    from vlmscope.study import baselines as baselines
-    from vlmscope.study import sweep as sweep
-    from vlmscope.tables import head_table as head_table
-    from vlmscope.tables import token_table as token_table
-    from vlmscope.weights import WeightEdit as WeightEdit
-    from vlmscope.weights import edited as edited
+    from vlmscope.studies.run_folder import read_run as read_run
+    from vlmscope.studies.sweep import baselines as baselines
+    from vlmscope.studies.sweep import sweep as sweep
+    from vlmscope.studies.tables import head_table as head_table
+    from vlmscope.studies.tables import token_table as token_table
 else:
 
     def __getattr__(name: str) -> Any:

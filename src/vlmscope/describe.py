@@ -8,13 +8,14 @@ from typing import NamedTuple
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from vlmscope import corrupt
+from vlmscope.checkpoint import toys
+from vlmscope.data.example import Example
 from vlmscope.errors import VlmscopeError
-from vlmscope.example import Example
 from vlmscope.families import families
 from vlmscope.inputs import Inputs, Pair
-from vlmscope.model import Model, toys
-from vlmscope.sites import Layout, grid, slots
+from vlmscope.layout import Layout, grid, slots
+from vlmscope.runs import corrupt
+from vlmscope.runs.model import Model
 
 FLOWS = {
     "rows": "many patches in one pass",
@@ -123,8 +124,8 @@ def example(model: Model, example: Example) -> str:
     noise: dict[str, list[tuple[str, str]]] = {"image": [], "text": []}
     for at, sites in noise.items():
         for site in corrupt.noisy(model, at):
-            ((_, positions),) = model.placed(site, pair.clean)
-            sites.append((str(site), _spans(positions)))
+            (found,) = model.places(site, pair.clean)
+            sites.append((str(site), _spans(found.positions)))
     return _text("example", model=model, example=example, towers=towers, noise=noise, grid=grid)
 
 
@@ -133,7 +134,9 @@ def _rows(model: Model, pair: Pair, tower: str) -> Iterator[tuple[str, str, int,
     clean, other = tokens(model, pair.clean, tower), tokens(model, pair.corrupt, tower)
     image = set(pair.clean.layout[tower].image or pair.clean.layout[tower].cells)
     options = {"answer": pair.answer, "foil": pair.foil}
-    scored = ", ".join(f"{what} {printable(model.token(n))} (id {n})" for what, n in options.items())
+    scored = ", ".join(
+        f"{what} {printable(model.token(n))} (id {n})" for what, n in options.items() if n is not None
+    )
 
     def row_of(token: Token) -> object:
         in_image = token.position in image

@@ -66,9 +66,9 @@ def sweep(
     draws: int = 10,
 ) -> None:
     """Patch every site of every example, into a run folder."""
-    from vlmscope import corrupt as corruptions
-    from vlmscope.study import sweep_to, tell
-    from vlmscope.tables import knows
+    from vlmscope.runs import corrupt as corruptions
+    from vlmscope.studies.sweep import sweep_to, tell
+    from vlmscope.studies.tables import knows
 
     how = corruptions.Noise(noise, noise_at, noise_scale, draws) if corrupt == "noise" else corrupt
     options: dict[str, Any] = {
@@ -132,12 +132,12 @@ def tracing(
 
     Clean states are restored layer by layer, token by token.
     """
-    from vlmscope import corrupt
-    from vlmscope.plots import most_restored
     from vlmscope.report import write_report
-    from vlmscope.store import read_run
-    from vlmscope.tables import knows
-    from vlmscope.tracing import KINDS, WINDOWS, trace
+    from vlmscope.report.ranking import most_restored
+    from vlmscope.runs import corrupt
+    from vlmscope.studies.run_folder import read_run
+    from vlmscope.studies.tables import knows
+    from vlmscope.studies.tracing import KINDS, WINDOWS, trace
 
     model = given.load()
     table = trace(
@@ -167,7 +167,7 @@ def circuits(
     runs: list[Path], /, out: Path, position: str | None = None, across_models: bool = False, seed: int = 0
 ) -> None:
     """Important heads of each run, universal ones over all."""
-    from vlmscope.circuits import expressions, write
+    from vlmscope.studies.circuits import expressions, write
 
     found = write(runs, out, position=position, across_models=across_models, seed=seed)
     columns = "run tower layer kind head position mean ci_low ci_high q_value confirmed".split()
@@ -185,8 +185,8 @@ def heads(given: Given, sites: list[str], out: Path, corrupt: Corrupt = "image")
 
     Where they look, what they move, and what happens without them.
     """
-    from vlmscope.heads import write
     from vlmscope.report import write_report
+    from vlmscope.studies.heads import write
 
     found = write(out, given.load(), given.examples(), sites, corrupt, seed=given.seed, data=given.data)
     for row in found.functions.itertuples():
@@ -213,13 +213,13 @@ def data(
 
     Says how many rows each rule dropped, and why.
     """
-    from vlmscope.data import build
-    from vlmscope.example import write_csv
+    from vlmscope.data.published import build
+    from vlmscope.data.table import write_csv
     from vlmscope.progress import progress
 
     pieces = None
     if model:
-        from vlmscope.model import tokenizer
+        from vlmscope.checkpoint import tokenizer
 
         pieces = tokenizer(model)
     with progress(0, quiet=not download, what="images") as step:
@@ -243,10 +243,10 @@ def generate(
     An edit is made as the model reads the prompt; positions count from its start.
     """
     from vlmscope.inputs import parse_edit
-    from vlmscope.sites import Site
+    from vlmscope.sites import parse
 
     edits = [parse_edit(text) for text in edit or []]
-    sites = [Site.parse(text) for text in patch or []]
+    sites = parse(patch or [])
     if sites and other is None:
         raise VlmscopeError("--patch copies from another picture; name it with --other")
     model = given.load()
@@ -276,7 +276,7 @@ def models(model: str | None = None, /, example: str | None = None) -> None:
     With an example, exactly what the model is given for it.
     """
     from vlmscope import describe
-    from vlmscope.model import load
+    from vlmscope.checkpoint import load
 
     if model is None:
         if example is not None:

@@ -28,7 +28,7 @@ class Shown(OneModel):
 
     def examples(self) -> list[Any]:
         from vlmscope.data import examples
-        from vlmscope.example import Example
+        from vlmscope.data.example import Example
 
         if self.data is not None and self.image is None:
             return examples(self.data, limit=self.limit, seed=self.seed)
@@ -57,12 +57,12 @@ def find(
     Writes neurons.parquet: example, word, token, token_id, position, layer, neuron, activation, weight,
     score, rank.
     """
-    from vlmscope import cards
+    from vlmscope.neurons import folder
 
     examples = given.examples()
     if caption is not None and len(examples) > 1:
         raise VlmscopeError("--caption is of one picture; give --image")
-    table = cards.find(
+    table = folder.find(
         out,
         given.load(),
         examples,
@@ -99,13 +99,13 @@ def describe(
 
     Where on the image a neuron is active, which pictures drive it, and the measures with their nulls.
     """
-    from vlmscope import cards
+    from vlmscope.neurons import folder
     from vlmscope.report import write_report
 
     examples = given.examples()
     neurons = [_layer_and_number(text) for text in neuron or []]
     options: dict[str, Any] = {"measures": measures, "embedding": embedding, "seed": given.seed}
-    found = cards.describe(out, given.load(), examples, word or [], neurons, prompt=given.prompt, **options)
+    found = folder.describe(out, given.load(), examples, word or [], neurons, prompt=given.prompt, **options)
     print(found.drop(columns="weights").to_string(index=False))
     print(f"tables in {out}; {write_report([out], out / 'report.html')}")
 
@@ -120,10 +120,10 @@ def perturb(
     sigma: list[float] | None = None,
 ) -> None:
     """A word without its neurons, and without random ones."""
-    from vlmscope import cards
+    from vlmscope.neurons import folder
 
     options: dict[str, Any] = {"tops": top or (1, 10), "sigmas": sigma or (), "seed": given.seed}
-    table = cards.perturb(out, given.load(), given.examples(), word, prompt=prompt, **options)
+    table = folder.perturb(out, given.load(), given.examples(), word, prompt=prompt, **options)
     print(table.to_string(index=False, float_format="{:.3g}".format))
     print(f"table in {out / 'perturb.csv'}")
 
@@ -149,20 +149,20 @@ def edit(
 
     Made on one half of the data and assessed on the other, by free generation; the card lies beside it.
     """
-    from vlmscope import cards, rewrite, weights
+    from vlmscope.neurons import edits, folder, weight_edit
     from vlmscope.report import write_report
-    from vlmscope.seeds import shuffled
+    from vlmscope.stats import shuffled
 
     if (target is None) != suppress:
         raise VlmscopeError("give either --to WORD or --suppress")
-    rewrite.checked(solver, margin)
+    edits.checked(solver, margin)
     seed = given.seed
     model, examples = given.load(), given.examples()
-    before = [weights.WeightEdit.load(path) for path in on or []]
+    before = [weight_edit.WeightEdit.load(path) for path in on or []]
     mixed = [examples[n] for n in shuffled(seed, [example.id for example in examples], "halves")]
     half = (len(mixed) + 1) // 2
-    with weights.edited(model, *before):
-        made = rewrite.edit(
+    with weight_edit.edited(model, *before):
+        made = edits.edit(
             model,
             mixed[:half],
             source,
@@ -178,18 +178,20 @@ def edit(
         print(f"{made}\n{out}")
         card = out.with_name(f"{out.stem}-card")
         prompts = [prompt, *(wording or [])]
-        found = cards.edit(card, model, made, mixed[half:], prompts=prompts, objects=objects or (), seed=seed)
+        found = folder.edit(
+            card, model, made, mixed[half:], prompts=prompts, objects=objects or (), seed=seed
+        )
     print(found.to_string(index=False, float_format="{:.3g}".format))
     print(write_report([card], card / "report.html"))
     if export is not None:
-        weights.export(model, [*before, made], export)
+        weight_edit.export(model, [*before, made], export)
         print(f"edited checkpoint in {export}")
 
 
 @command(app)
 def edits(files: list[Path], /) -> None:
     """List what is in edits."""
-    from vlmscope.weights import WeightEdit
+    from vlmscope.neurons.weight_edit import WeightEdit
 
     for path in files:
         made = WeightEdit.load(path)

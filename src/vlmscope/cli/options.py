@@ -31,7 +31,7 @@ class OneModel:
 
     def load(self) -> Any:
         """The model, on a machine that is set up for it."""
-        from vlmscope.model import load
+        from vlmscope.checkpoint import load
 
         machine.set_up(self.model)
         return load(self.model, dtype=self.dtype, device=self.device)
