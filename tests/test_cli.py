@@ -290,11 +290,13 @@ def test_a_word_without_an_option_is_refused_in_one_line(run, tmp_path):
     end = ["--out", tmp_path / "run", "encoder.0.resid@last"]
     refused(
         run(*SWEEP, *SITES, *end),
-        "unexpected 'encoder.0.resid@last'; every word goes with an option",
+        "unexpected 'encoder.0.resid@last'; expected vlmscope sweep [OPTIONS]",
         "only --sites can have several words",
-        "vlmscope sweep --help",
     )
-    refused(run("models", "toy-blip", "states:0"), "unexpected 'states:0'", "vlmscope models --help")
+    refused(
+        run("models", "toy-blip", "states:0"),
+        "unexpected 'states:0'; expected vlmscope models [OPTIONS] [model]",
+    )
     assert not (tmp_path / "run").exists()
 
 
