@@ -22,7 +22,7 @@ from vlmscope.example import Example, open_image
 from vlmscope.model import Model
 from vlmscope.neurons import Variant, over_image, say, score, told, top_tokens
 from vlmscope.sites import grid
-from vlmscope.studies.sweep import progress
+from vlmscope.progress import progress
 from vlmscope.weights import WeightEdit
 
 SHOWN = 4

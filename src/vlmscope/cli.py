@@ -134,6 +134,7 @@ def sweep(
         float | None, typer.Option(help="Strength of the noise.  [default: 5, 3 or 0.7691]")
     ] = None,
     draws: Annotated[int, typer.Option(min=1, help="Draws of noise to average over.")] = 10,
+    check: Annotated[int, typer.Option(min=0, help="Random rows that the slow engine recomputes.")] = 5,
     more: Annotated[list[str] | None, typer.Argument(hidden=True, metavar="EXPR")] = None,  # --sites A B C
 ) -> None:
     """Patch every site of every example, into a run folder."""
@@ -157,10 +158,11 @@ def sweep(
         engine=engine.value,
         seed=seed,
         data=data,
+        check=check,
     )
     _left_out(run)
     print(f"{run.patches():,} patches of {run.ran()} examples in {out}")
-    print(*knows(run.baselines()).lines(), sep="\n")
+    print(*knows(run.baselines()).lines(), run.check_line(), sep="\n")
 
 
 @app.command()
@@ -732,9 +734,9 @@ def _row(text: str) -> Any:
 
 def _left_out(run: Any) -> None:
     """Warn of examples that could not be run; an error if that is all of them."""
-    from vlmscope.studies.sweep import tell
+    from vlmscope.studies.sweep import warn_of_excluded
 
-    tell(run.baselines())
+    warn_of_excluded(run.baselines())
 
 
 def main() -> None:

@@ -33,7 +33,7 @@ from vlmscope.model import Access, Model, embedder, hooks
 from vlmscope.neurons import Caption, say, taught, top_tokens, weights
 from vlmscope.sites import Point
 from vlmscope.stats import bootstrap, rng, shuffled, sign_flip
-from vlmscope.studies.sweep import progress
+from vlmscope.progress import progress
 from vlmscope.weights import changed
 
 Array = NDArray[np.floating[Any]]

@@ -28,7 +28,7 @@ from vlmscope.inputs import Inputs
 from vlmscope.model import Model, handles
 from vlmscope.neurons import Caption, say, weights
 from vlmscope.stats import bootstrap, rng, shuffled
-from vlmscope.studies.sweep import progress
+from vlmscope.progress import progress
 from vlmscope.weights import WeightEdit, edited
 
 SHARE = 0.01

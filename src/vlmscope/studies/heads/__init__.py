@@ -42,9 +42,10 @@ from vlmscope.example import Box, Example, fingerprint, open_image
 from vlmscope.inputs import Edit, Pair
 from vlmscope.metrics import score
 from vlmscope.model import Model
+from vlmscope.progress import progress
 from vlmscope.sites import Point, Site, expand, grid, place
 from vlmscope.stats import bootstrap, rng, shuffled, sign_flip
-from vlmscope.studies.sweep import SHOWN, progress, sweep_to
+from vlmscope.studies.sweep import SHOWN, sweep_to
 
 FORMAT = "vlmscope-heads-1"
 LABELS = ("detection", "suppression", "outlier suppression", "none", "unclear")
