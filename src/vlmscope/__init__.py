@@ -29,6 +29,7 @@ _HOME = {
     "examples": "data",
     "head_table": "studies.tables",
     "load": "model",
+    "open": "studies.results",
     "read_csv": "example",
     "read_run": "studies.run_folder",
     "sweep": "studies.sweep",

@@ -418,7 +418,9 @@ def _functions(
         say(f"{name}: no important heads (or too few examples), so no head functions")
         return None
     say(f"{name}: what {len(sites)} heads do, on {len(chosen)} examples")
-    table = heads.write(folder / "heads" / name, model, chosen, sites, corrupt, seed=spec.seed, data=name)
+    table = heads.write(
+        folder / "heads" / name, model, chosen, sites, corrupt, seed=spec.seed, effects=one, data=name
+    )
     counts = table.functions["label"].value_counts()
     say("  " + ", ".join(f"{many} {label}" for label, many in counts.items()))
     return folder / "heads" / name
