@@ -259,7 +259,7 @@ def tracing(
         by=by,
         seed=seed,
         data=data,
-    )
+    ).table
     print(*knows(read_run(out / "repeats" / "00").baselines()).lines(), sep="\n")
     print("what restores most of P(answer):")
     for row in most_restored(table).itertuples():
@@ -287,9 +287,10 @@ def circuits(
     seed: Annotated[int, typer.Option(help="Seed of permutations and halves.")] = 0,
 ) -> None:
     """Important heads of each run, universal ones over all."""
-    from vlmscope.studies.circuits import expressions, write
+    from vlmscope.studies.circuits import expressions, find
 
-    found = write(runs, out, position=position, across_models=across_models, seed=seed)
+    found = find(runs, position=position, across_models=across_models, seed=seed)
+    found.save(out)
     columns = [
         "run",
         "tower",

@@ -188,9 +188,8 @@ def run(spec: Spec, out: str | os.PathLike[str], say: Say = lambda text: None) -
             f"no example of any set is kept ('{first['example']}': {first['reason']}); "
             "the model must answer some rightly (or set select = false)"
         )
-    found = circuits.write(
-        [one.path for one in useful], folder / "circuits", position=spec.position, seed=spec.seed
-    )
+    found = circuits.find([one.path for one in useful], position=spec.position, seed=spec.seed)
+    found.save(folder / "circuits")
     say(_say_heads(found))
     parts = [*(one.path for one in useful), folder / "circuits"]
     done = [_functions(spec, model, name, sets[name], runs, found, folder, say) for name in sets]
