@@ -19,13 +19,14 @@ from vlmscope.data.example import Example
 from vlmscope.data.images import open_image
 from vlmscope.errors import ExampleError, ModelError, StoreError, VlmscopeError
 from vlmscope.layout import grid
-from vlmscope.neurons import contributions
+from vlmscope.neurons import contributions, score
 from vlmscope.neurons import edits as rewrite
 from vlmscope.neurons import measures as concepts
 from vlmscope.neurons.contributions import Variant, over_image, say, score, told, top_tokens
 from vlmscope.neurons.weight_edit import WeightEdit
 from vlmscope.progress import progress
 from vlmscope.runs.model import Model
+from vlmscope.sites import grid
 
 SHOWN = 4
 """How many pictures a card shows."""
