@@ -15,7 +15,7 @@ from vlmscope.errors import ExampleError, ModelError, SiteError, VlmscopeError
 from vlmscope.families import blip as table
 from vlmscope.inputs import Edit
 from vlmscope.model import Model
-from vlmscope.neurons import contributions as neurons
+from vlmscope.neurons.captions import generate_caption
 from vlmscope.sites import Site
 
 
@@ -181,7 +181,7 @@ def test_no_more_is_said_than_there_are_positions(make):
         room = longest - many + 1
         assert model.room(inputs, 20) == min(20, room) >= 1
         model.answer(inputs)
-        assert len(neurons.say(model, inputs).ids) <= room
+        assert len(generate_caption(model, inputs).ids) <= room
     with pytest.raises(ExampleError, match=f"{longest + 1} tokens, the model takes at most {longest}"):
         model.inputs(picture(1), " ".join(["red"] * (longest + 1 - alone)))
 

@@ -75,6 +75,10 @@ _Device = Annotated[
 ]
 _Limit = Annotated[int | None, typer.Option(min=1, help="Only the first so many.")]
 _More = Annotated[list[str] | None, typer.Argument(hidden=True, metavar="WORD")]
+_Found = Annotated[
+    Path | None,
+    typer.Option(help="The folder of `neurons find` on these pictures, which are not captioned again."),
+]
 _Words = Annotated[list[str] | None, typer.Option("--word", metavar="WORD...", help="Words of the caption.")]
 
 
@@ -403,13 +407,13 @@ def neurons_find(
     score, rank.
     """
     from vlmscope.model import load
-    from vlmscope.neurons import folder
+    from vlmscope.neurons import find, make_folder
 
     given = _given(image, data, prompt, limit, seed)
     if caption is not None and len(given) > 1:
         raise VlmscopeError("--caption is of one picture; give --image")
-    table = folder.find(
-        out,
+    make_folder(out)
+    found = find(
         load(model, dtype=dtype.value, device=device),
         given,
         [*(word or []), *(more or [])],
@@ -420,7 +424,8 @@ def neurons_find(
         variant="gate" if gate else "input",
         gain=gain,
     )
-    best = table[table["rank"] <= 3].drop(columns=["token_id"])
+    found.save(out)
+    best = found.neurons[found.neurons["rank"] <= 3].drop(columns=["token_id"])
     print(best.head(30).to_string(index=False, float_format="{:.4g}".format))
     print(f"tables in {out}; neurons.parquet has them all")
 
@@ -445,6 +450,7 @@ def neurons_describe(
     embedding: Annotated[
         str | None, typer.Option(help="A small text model that compares top tokens with the word, too.")
     ] = None,
+    found: _Found = None,
     dtype: _Precision = DType.float32,
     device: _Device = None,
     limit: _Limit = None,
@@ -453,12 +459,12 @@ def neurons_describe(
 ) -> None:
     """Cards: top tokens, where on the image, which pictures, and the measures with their nulls."""
     from vlmscope.model import load
-    from vlmscope.neurons import folder
+    from vlmscope.neurons import Found, describe, make_folder, read
     from vlmscope.report import write_report
 
     given = _given(image, data, prompt, limit, seed)
-    found = folder.describe(
-        out,
+    make_folder(out)
+    described = describe(
         load(model, dtype=dtype.value, device=device),
         given,
         [*(word or []), *(more or [])],
@@ -466,9 +472,11 @@ def neurons_describe(
         prompt=prompt,
         measures=measures,
         embedding=embedding,
+        found=None if found is None else read(found, Found),
         seed=seed,
     )
-    print(found.drop(columns="weights").to_string(index=False))
+    described.save(out)
+    print(described.cards.drop(columns="weights").to_string(index=False))
     print(f"tables in {out}; {write_report([out], out / 'report.html')}")
 
 
@@ -485,6 +493,7 @@ def neurons_perturb(
     sigma: Annotated[
         list[float] | None, typer.Option(help="Noise of this size on the columns; once for each.")
     ] = None,
+    found: _Found = None,
     dtype: _Precision = DType.float32,
     device: _Device = None,
     limit: _Limit = None,
@@ -494,19 +503,21 @@ def neurons_perturb(
     """What happens to a word without its neurons, and without random ones."""
     from vlmscope.data import examples
     from vlmscope.model import load
-    from vlmscope.neurons import folder
+    from vlmscope.neurons import Found, make_folder, perturb, read
 
-    table = folder.perturb(
-        out,
+    make_folder(out)
+    result = perturb(
         load(model, dtype=dtype.value, device=device),
         examples(data, limit=limit, seed=seed),
         [*word, *(more or [])],
         prompt=prompt,
         tops=top or (1, 10),
         sigmas=sigma or (),
+        found=None if found is None else read(found, Found),
         seed=seed,
     )
-    print(table.to_string(index=False, float_format="{:.3g}".format))
+    result.save(out)
+    print(result.effects.to_string(index=False, float_format="{:.3g}".format))
     print(f"table in {out / 'perturb.csv'}")
 
 
@@ -536,9 +547,10 @@ def neurons_edit(
     ] = None,
     locality: Annotated[float, typer.Option(min=0, help="What the rest weighs.")] = 1.0,
     on: Annotated[list[Path] | None, typer.Option(help="Edits that are made before; once for each.")] = None,
-    export: Annotated[
-        Path | None, typer.Option(help="Write an edited checkpoint to this folder, too.")
+    checkpoint: Annotated[
+        Path | None, typer.Option("--export", help="Write an edited checkpoint to this folder, too.")
     ] = None,
+    found: _Found = None,
     dtype: _Precision = DType.float32,
     device: _Device = None,
     limit: _Limit = None,
@@ -550,20 +562,21 @@ def neurons_edit(
     """
     from vlmscope.data import examples
     from vlmscope.model import load
-    from vlmscope.neurons import edits, folder, weight_edit
+    from vlmscope.neurons import Found, WeightEdit, check_margin, describe_edit, edit, edited, export, read
     from vlmscope.report import write_report
     from vlmscope.seeds import shuffled
 
     if (target is None) != suppress:
         raise VlmscopeError("give either --to WORD or --suppress")
-    edits.checked(solver.value, margin)
+    check_margin(solver.value, margin)
     loaded = load(model, dtype=dtype.value, device=device)
-    before = [weight_edit.WeightEdit.load(path) for path in on or []]
+    before = [WeightEdit.load(path) for path in on or []]
+    known = None if found is None else read(found, Found)
     given = examples(data, limit=limit, seed=seed)
     given = [given[n] for n in shuffled(seed, [one.id for one in given], "halves")]
     half = (len(given) + 1) // 2
-    with weight_edit.edited(loaded, *before):
-        made = edits.edit(
+    with edited(loaded, *before):
+        made = edit(
             loaded,
             given[:half],
             source,
@@ -573,25 +586,27 @@ def neurons_edit(
             solver=solver.value,
             margin=margin,
             locality=locality,
+            found=known,
             seed=seed,
         )
         made.save(out)
         print(f"{made}\n{out}")
         card = out.with_name(f"{out.stem}-card")
-        found = folder.edit(
-            card,
+        assessed = describe_edit(
             loaded,
             made,
             given[half:],
             prompts=[prompt, *(wording or [])],
-            objects=objects or (),
+            names=objects or (),
+            found=known,
             seed=seed,
         )
-    print(found.to_string(index=False, float_format="{:.3g}".format))
+    assessed.save(card)
+    print(assessed.measures.to_string(index=False, float_format="{:.3g}".format))
     print(write_report([card], card / "report.html"))
-    if export is not None:
-        weight_edit.export(loaded, [*before, made], export)
-        print(f"edited checkpoint in {export}")
+    if checkpoint is not None:
+        export(loaded, [*before, made], checkpoint)
+        print(f"edited checkpoint in {checkpoint}")
 
 
 @neurons.command("edits")
@@ -599,7 +614,7 @@ def neurons_edits(
     files: Annotated[list[Path], typer.Argument(help="Files of `vlmscope neurons edit`.")],
 ) -> None:
     """List what is in edits."""
-    from vlmscope.neurons.weight_edit import WeightEdit
+    from vlmscope.neurons import WeightEdit
 
     for path in files:
         edit = WeightEdit.load(path)
