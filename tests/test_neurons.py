@@ -246,7 +246,8 @@ def test_pictures_are_captioned_once(toy, generations, tmp_path, read):
     """Finding, describing with measures, and editing: what is found is handed on, with the same numbers."""
     given = examples("states", limit=40)
     alone = neurons.describe(toy, given, ["plain"], prompt=ASK)
-    edit = neurons.edit(toy, given, "red", "blue", prompt=ASK, neurons=5, solver="closed")
+    asked = {"prompt": ASK, "neurons": 30, "solver": "closed"}
+    edit = neurons.edit(toy, given[:12], "red", "blue", **asked)
     count = generations(toy)
     found = neurons.find(toy, given, ["plain"], prompt=ASK)
     assert len(count) == len(given)
@@ -261,7 +262,7 @@ def test_pictures_are_captioned_once(toy, generations, tmp_path, read):
         "only captions of the model without its neurons"
     )
     count.clear()
-    again = neurons.edit(toy, given, "red", "blue", prompt=ASK, neurons=5, solver="closed", found=found)
+    again = neurons.edit(toy, given[:12], "red", "blue", found=found, **asked)
     assert len(count) == 1, "only what is said without a picture"
     assert again.neurons == edit.neurons and again.size == pytest.approx(edit.size, rel=1e-3)
     count.clear()
