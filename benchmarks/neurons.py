@@ -31,11 +31,12 @@ from blip import Memory
 from llava import build, pair_of
 
 from vlmscope import neurons
+from vlmscope.checkpoint import load
 from vlmscope.data import BUILT_IN, examples
-from vlmscope.example import Example
+from vlmscope.data.example import Example
 from vlmscope.inputs import Inputs
-from vlmscope.model import Model, load
 from vlmscope.neurons.captions import generate_caption
+from vlmscope.runs.model import Model
 
 ASK, OTHERWISE = "describe this picture.", "what does this picture show?"
 LENGTH, ROUNDS = 20, 3

@@ -28,11 +28,11 @@ import torch
 from blip import base_model, photographs
 from scipy.stats import spearmanr
 
-from vlmscope import circuits
 from vlmscope.data import BUILT_IN
 from vlmscope.notice import default_sites
-from vlmscope.store import read_run
-from vlmscope.study import estimate, sweep_to
+from vlmscope.studies import circuits
+from vlmscope.studies.run_folder import read_run
+from vlmscope.studies.sweep import estimate, sweep_to
 
 
 def pipeline(limit: int, out: Path) -> tuple[float, float]:

@@ -13,13 +13,14 @@ from families import FAMILIES
 from models import example, picture
 from transformers import BertConfig, BertModel, BertTokenizer, LlavaForConditionalGeneration
 
+from vlmscope.checkpoint import load
 from vlmscope.data import BUILT_IN, examples
 from vlmscope.errors import DataError, ModelError
 from vlmscope.inputs import Edit
-from vlmscope.model import Model, load
 from vlmscope.neurons import ablated, measure, measures, perturb, perturbed
 from vlmscope.neurons.ablation import without
 from vlmscope.neurons.words import METHODS, Word, saying, study
+from vlmscope.runs.model import Model
 
 ASK = "describe this picture."
 WORDS = ["red", "orange", "triangle", "purple"]
@@ -182,7 +183,7 @@ def test_cross_attention_reads_patches_in_no_order():
     model = FAMILIES["mllama"]()
     inputs = model.prepare(example()).clean
     site = replace(model.image_site, position="image")
-    ((_, at),) = model.placed(site, inputs)
+    at = model.places(site, inputs)[0].positions
     assert set(at) == set(inputs.layout["vision"].cells), "the tiles that the picture has"
     (value,) = model.capture(inputs, [site]).values()
     mixed = Edit(site, "set", value.flip(0))

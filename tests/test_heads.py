@@ -13,11 +13,11 @@ from models import blip, example, llava, picture
 from PIL import Image
 from planted import TRUTH, planted, planted_examples
 
-from vlmscope import heads
 from vlmscope.errors import DataError, ExampleError, SiteError
 from vlmscope.inputs import Edit
-from vlmscope.sites import Site
-from vlmscope.store import read_run
+from vlmscope.sites import Pattern
+from vlmscope.studies import heads
+from vlmscope.studies.run_folder import read_run
 
 SITES = "encoder.0.cross.h*@all"
 
@@ -91,7 +91,7 @@ def test_knock_outs_are_plain_runs_with_one_edit():
     model = blip(layers=2, heads=2)
     examples = [example(id=f"e{n}", clean_image=picture(n), corrupt_image=picture(50 + n)) for n in range(5)]
     study = heads._Study(model, examples, "encoder.1.cross.h1@answer", "image", 0)
-    site = Site.parse("encoder.1.cross.h1@answer")
+    site = Pattern.parse("encoder.1.cross.h1@answer")
     means = study._means()
     changes = study._knock_out(means)
     own = [model.capture(s.pair.clean, [site])[str(site)] for s in study.seen]

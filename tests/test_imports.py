@@ -23,7 +23,7 @@ FILES = sorted(SOURCE.rglob("*.py"))
 TOP = ("__init__", "__main__")
 """Above the picture: what a user imports or starts, which may use everything below."""
 
-LIGHT = ("cli", "data", "store", "plots", "report", "tables", "stats", "example", "sites")
+LIGHT = ("cli", "data", "store", "plots", "report", "tables", "stats", "sites")
 HEAVY = ("torch", "transformers")
 
 PUBLIC = [
@@ -121,9 +121,9 @@ def test_imports_run_downward(file: Path) -> None:
 
 
 def test_the_check_sees_imports_upward_sideways_and_hidden() -> None:
-    hidden = "def f():\n    from vlmscope.engine import sweep\n"
+    hidden = "def f():\n    from vlmscope.patching.engine import sweep\n"
     assert wrong_imports("model", own_parts(hidden)) == ["engine"]
-    assert wrong_imports("store", own_parts("from vlmscope import data")) == ["data"]
+    assert wrong_imports("store", own_parts("from vlmscope import tables")) == ["tables"]
     assert wrong_imports("data", own_parts("from ..study import x", "vlmscope.data")) == ["study"]
     assert wrong_imports("cli", own_parts("from vlmscope import load")) == ["__init__"]
     assert wrong_imports("cli", own_parts("from vlmscope import __version__, report")) == []
@@ -137,8 +137,8 @@ def test_only_model_and_families_import_transformers(file: Path) -> None:
 
 
 @pytest.mark.parametrize("file", sorted((SOURCE / "data").rglob("*.py")), ids=lambda file: file.name)
-def test_data_knows_only_example(file: Path) -> None:
-    assert own_parts(file.read_text("utf-8"), package_of(file)) <= {"data", "example", "errors"}
+def test_data_stands_on_errors_alone(file: Path) -> None:
+    assert own_parts(file.read_text("utf-8"), package_of(file)) <= {"data", "errors"}
 
 
 def test_light_modules_bring_in_no_heavy_ones() -> None:

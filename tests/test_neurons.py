@@ -12,13 +12,14 @@ from families import blip2, mllama
 from models import blip, example, llava
 
 from vlmscope import neurons
+from vlmscope.checkpoint import load
 from vlmscope.data import examples
 from vlmscope.errors import ExampleError, ModelError, StoreError
 from vlmscope.inputs import Inputs
-from vlmscope.model import Model, load
 from vlmscope.neurons.captions import generate_caption, given_caption
 from vlmscope.neurons.contributions import COLUMNS
 from vlmscope.report import write_report
+from vlmscope.runs.model import Model
 
 ASK = "describe this picture."
 

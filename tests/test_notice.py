@@ -17,11 +17,11 @@ from families import FAMILIES
 from models import blip, example, picture
 
 from vlmscope import notice
+from vlmscope.checkpoint import load
 from vlmscope.errors import DataError, StoreError, VlmscopeError
-from vlmscope.model import load
 from vlmscope.notice import Spec
-from vlmscope.store import read_run
-from vlmscope.study import estimate, sweep, sweep_to
+from vlmscope.studies.run_folder import read_run
+from vlmscope.studies.sweep import estimate, sweep, sweep_to
 
 SMALL = Spec("toy-blip", ("states", "faces"), limit=14, function_examples=6, device="cpu")
 

@@ -6,6 +6,7 @@ import csv
 import random
 import subprocess
 import sys
+import tomllib
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -13,12 +14,14 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from vlmscope.data import PUBLISHED, Built, build, coco_qa, mit_states, svo_probes
-from vlmscope.data.layout import ADJECTIVES, UNREADABLE
-from vlmscope.data.replacement import aligned
-from vlmscope.data.synonyms import near
+from vlmscope.data.example import fingerprint
+from vlmscope.data.published import PUBLISHED, Built, build, coco_qa, mit_states, svo_probes
+from vlmscope.data.published.layout import STATES as KIND_OF
+from vlmscope.data.published.sampling import MISSING, UNREADABLE, Source
+from vlmscope.data.questions.replacement import aligned
+from vlmscope.data.questions.synonyms import near
+from vlmscope.data.table import read_csv, write_csv
 from vlmscope.errors import DataError
-from vlmscope.example import fingerprint, read_csv, write_csv
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 ORDERS = ("answer first", "foil first")
@@ -369,7 +372,7 @@ def test_refuses_what_is_half_unpacked(name: str, expected: str, tmp_path: Path)
 
 
 def _of_a_kind(folder: str) -> bool:
-    return mit_states.kind_of(folder.split()[0]) is not None
+    return KIND_OF.get(folder.split()[0]) in mit_states.KINDS
 
 
 @pytest.mark.parametrize("name", [one for one in PUBLISHED if one != "folder"])
@@ -396,10 +399,10 @@ def test_says_which_column_is_missing(tmp_path: Path) -> None:
 
 def test_says_that_a_table_cannot_be_read(tmp_path: Path) -> None:
     (tmp_path / "svo_probes.csv").write_bytes(b"id,\xff\xfe\n")
-    with pytest.raises(DataError, match=r"svo_probes\.csv: not UTF-8 \(byte 3\)"):
+    with pytest.raises(DataError, match=r"svo_probes\.csv, line 1: not UTF-8 \(byte 0xff\)"):
         build("svo-probes", tmp_path)
     (tmp_path / "svo_probes.csv").write_text(",".join(svo_probes.COLUMNS) + '\n1,"a\n')
-    with pytest.raises(DataError, match=r"svo_probes\.csv: not a CSV file \(.+\)"):
+    with pytest.raises(DataError, match=r"svo_probes\.csv, line 2: not a row of a CSV file \(.+\)"):
         build("svo-probes", tmp_path)
 
 
@@ -451,17 +454,17 @@ def test_the_questions_read_well(kind: str, triplet: str, options: str, expected
     ],
 )
 def test_rows_that_make_no_question_are_counted(kind: str, triplet: str, other: str, why: str) -> None:
-    dropped: dict[str, int] = {}
+    source = Source("svo-probes", Path())
     cells = {name: str(cell) for name, cell in svo_cells(1, triplet, other, kind).items()}
-    assert svo_probes.read_rows([cells], dropped) == []
-    assert dropped == {why: 1}
+    assert svo_probes.read_rows(source, [cells]) == []
+    assert source.dropped == {why: 1}
 
 
 @pytest.mark.parametrize("flag", ["True", "true", "1", "1.0"])
 def test_reads_flags_and_numbers_as_tables_hold_them(flag: str) -> None:
     cells = svo_cells(7, "man,ride,horse", "man,feed,horse", "verb", flag)
     cells |= {"id": "7.0", "pos_image_id": "14.0"}
-    [row] = svo_probes.read_rows([{k: str(v) for k, v in cells.items()}], {})
+    [row] = svo_probes.read_rows(Source("svo-probes", Path()), [{k: str(v) for k, v in cells.items()}])
     assert (row.name, row.kind, row.images) == ("svo-7-verb", "verb", ("14", "15"))
 
 
@@ -516,20 +519,16 @@ def test_missing_images_of_wanted_rows_are_fetched_first(tmp_path: Path) -> None
                 paint(path)
         return bad
 
-    dropped: dict[str, int] = {}
-    examples = svo_probes.load(root, 12, 0, dropped, fetch)
+    source = Source("svo-probes", root, limit=12, fetch=fetch)
+    examples = svo_probes.load(source)
     assert len(examples) == 12
     assert len(asked) == len(set(asked)) < 90
     assert Counter(one.groups["kind"] for one in examples) == dict.fromkeys(svo_probes.KINDS, 4)
-    assert dropped[svo_probes.FAILED] > 0
+    assert source.dropped[svo_probes.FAILED] > 0
+    nothing = plant_svo(tmp_path / "b", svo_rows(9), images=False)
+    source = Source("svo-probes", nothing, fetch=lambda jobs: dict.fromkeys(jobs, "HTTP 404"))
     with pytest.raises(DataError, match="none could be downloaded; see download-failures.csv"):
-        svo_probes.load(
-            plant_svo(tmp_path / "b", svo_rows(9), images=False),
-            None,
-            0,
-            {},
-            lambda jobs: dict.fromkeys(jobs, "HTTP 404"),
-        )
+        svo_probes.load(source)
 
 
 def test_download_asks_the_downloader_and_keeps_its_log(tmp_path: Path) -> None:
@@ -549,15 +548,8 @@ def test_download_asks_the_downloader_and_keeps_its_log(tmp_path: Path) -> None:
 
 
 def test_the_kinds_have_the_published_sizes() -> None:
-    assert len(ADJECTIVES) == 115
-    assert {kind: len(words) for kind, words in mit_states.KINDS.items()} == {
-        "color": 21,
-        "shape": 23,
-        "texture": 14,
-    }
-    every = [word for words in mit_states.KINDS.values() for word in words]
-    assert len(set(every)) == len(every)
-    assert set(every) <= ADJECTIVES
+    assert len(KIND_OF) == 115
+    assert Counter(KIND_OF.values()) == {"color": 21, "shape": 23, "texture": 14, "none": 57}
 
 
 def test_states_of_one_noun_and_one_kind(roots: dict[str, Path]) -> None:
@@ -566,8 +558,7 @@ def test_states_of_one_noun_and_one_kind(roots: dict[str, Path]) -> None:
         noun = one.groups["noun"]
         assert one.clean_image.parent.name == f"{one.answer} {noun}"
         assert one.corrupt_image.parent.name == f"{one.foil} {noun}"
-        kinds = {mit_states.kind_of(one.answer), mit_states.kind_of(one.foil)}
-        assert kinds == {one.groups["kind"]}
+        assert {KIND_OF[one.answer], KIND_OF[one.foil]} == {one.groups["kind"]}
         assert one.clean_prompt in (
             f"is this {noun} {one.answer} or {one.foil}?",
             f"is this {noun} {one.foil} or {one.answer}?",
@@ -683,7 +674,7 @@ def test_the_published_color_questions(tmp_path: Path) -> None:
     built = build("coco-qa", tmp_path, limit=40)
     assert len(built.examples) == 40
     assert all(one.corrupt_prompt for one in built.examples)
-    assert built.dropped["the image is not there"] > 10_000
+    assert built.dropped[MISSING] > 10_000
 
 
 # CLEVR
@@ -775,3 +766,14 @@ sys.exit(str([m for m in ("lemminflect", "urllib3", "numpy", "torch") if m in sy
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert not done.stderr.strip(), done.stderr
+
+
+def test_the_tables_of_words_are_part_of_a_wheel() -> None:
+    root = Path(__file__).parents[1]
+    about = tomllib.loads((root / "pyproject.toml").read_text("utf-8"))
+    package = root / "src" / "vlmscope"
+    patterns = about["tool"]["setuptools"]["package-data"]["vlmscope"]
+    packed = {file for pattern in patterns for file in package.glob(pattern)}
+    tables = {file for file in (package / "data").rglob("*") if file.suffix not in (".py", ".pyc", "")}
+    assert len(tables) == 3
+    assert tables <= packed

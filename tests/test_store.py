@@ -16,9 +16,9 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from vlmscope import store
 from vlmscope.errors import ExampleError, StoreError
-from vlmscope.store import BASELINES, EFFECTS, open_run, read_run
+from vlmscope.studies import run_folder as store
+from vlmscope.studies.run_folder import BASELINES, EFFECTS, open_run, read_run
 
 SPEC = {"model": "toy", "seed": 0, "corrupt": {"kind": "image"}, "sites": ["encoder.*.resid@*"]}
 
@@ -133,7 +133,7 @@ KILLED = """
     import os, signal, sys
     sys.path.insert(0, {tests!r})
     from test_store import SPEC, baselines, effects
-    from vlmscope import store
+    from vlmscope.studies import run_folder as store
     with store.open_run({path!r}, SPEC) as run:
         run.add(0, effects(0), baselines(0)); run.flush()
         run.add(2, effects(2), baselines(2)); run.flush()
@@ -349,7 +349,7 @@ def test_a_full_disk_does_not_hide_the_error_that_ended_the_run(
 
 
 def test_a_second_process_is_refused_until_the_first_is_gone(tmp_path: Path) -> None:
-    hold = f"from vlmscope.store import open_run; open_run({str(tmp_path)!r}, {SPEC!r}); "
+    hold = f"from vlmscope.studies.run_folder import open_run; open_run({str(tmp_path)!r}, {SPEC!r}); "
     hold += "print('open', flush=True); input()"
     pipe = subprocess.PIPE
     with subprocess.Popen([sys.executable, "-c", hold], stdin=pipe, stdout=pipe) as first:
@@ -401,5 +401,5 @@ def test_pictures_are_kept_small_and_come_back(tmp_path: Path) -> None:
 
 
 def test_reading_needs_no_torch() -> None:
-    code = "import sys, vlmscope.store; sys.exit('torch' in sys.modules)"
+    code = "import sys, vlmscope.studies.run_folder; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -16,15 +16,15 @@ from families import blip_captioning
 from models import blip, example
 
 import vlmscope
-from vlmscope import study
-from vlmscope.corrupt import Noise
+from vlmscope.data.example import find_roles
 from vlmscope.errors import DataError, SiteError, StoreError, VlmscopeError
-from vlmscope.example import find_roles
 from vlmscope.inputs import Edit
-from vlmscope.metrics import score
-from vlmscope.sites import Site
-from vlmscope.store import BASELINES, EFFECTS
-from vlmscope.study import baselines, sweep
+from vlmscope.patching.scores import score
+from vlmscope.runs.corrupt import Noise
+from vlmscope.sites import Pattern
+from vlmscope.studies import sweep as study
+from vlmscope.studies.run_folder import BASELINES, EFFECTS
+from vlmscope.studies.sweep import baselines, sweep
 
 SITES = ["encoder.*.cross.h*@answer", "encoder.*.resid@*"]
 
@@ -41,7 +41,7 @@ def test_the_columns_and_their_values_by_plain_runs():
     (row,) = table.to_dict("records")
     one = replace(example(), corrupt_prompt=None)
     pair = model.prepare(one)
-    site = Site.parse("encoder.1.cross.h1@answer")
+    site = Pattern.parse("encoder.1.cross.h1@answer")
     (value,) = model.capture(pair.clean, [site]).values()
     runs = {
         "clean": model.run(pair.clean),
@@ -157,8 +157,9 @@ def test_noise_is_the_same_for_the_same_seed_only():
 
 def test_noise_is_averaged_over_draws():
     model = blip()
-    from vlmscope import corrupt, reference
-    from vlmscope.sites import expand, place
+    from vlmscope.patching import reference
+    from vlmscope.runs import corrupt
+    from vlmscope.sites import Pattern, expand, place
 
     noise = Noise("add", "text", 2.0, draws=3)
     table = sweep(model, [example()], "encoder.1.resid@2", noise)
@@ -166,7 +167,7 @@ def test_noise_is_averaged_over_draws():
     for pair in corrupt.pairs(model, example(), noise):
         sites = [
             p
-            for s in expand([Site.parse("encoder.1.resid@2")], model.shapes)
+            for s in expand([Pattern.parse("encoder.1.resid@2")], model.shapes)
             for p in place(s, pair.clean.layout["encoder"])
         ]
         patched = reference.patch(model, pair, sites)
@@ -244,7 +245,7 @@ def test_what_cannot_be_is_refused_before_anything_runs(arguments, error, messag
 
 def test_a_folder_goes_on_where_it_stopped_and_ends_with_the_same_table(tmp_path, monkeypatch):
     model, whole = blip(), sweep(blip(), several(4), SITES, out=tmp_path / "whole")
-    from vlmscope import engine
+    from vlmscope.patching import engine
 
     honest, count = engine.patch, []
 
@@ -361,7 +362,7 @@ def test_patching_matters_where_the_toy_reads_the_image():
 @pytest.mark.parametrize("factor", [0.5, 2.0])
 def test_the_threshold_of_effect(monkeypatch, factor):
     """Just below the gap there are effects, just above it there are none."""
-    from vlmscope import metrics
+    from vlmscope.patching import metrics
 
     model = blip()
     given = [replace(example(), corrupt_prompt=None)]

@@ -6,10 +6,10 @@ import pandas as pd
 import pytest
 from scipy.stats import spearmanr
 
-from vlmscope import circuits, heads
+from vlmscope.checkpoint import load
 from vlmscope.data import BUILT_IN, examples
-from vlmscope.model import load
-from vlmscope.study import sweep_to
+from vlmscope.studies import circuits, heads
+from vlmscope.studies.sweep import sweep_to
 
 SITES = [
     "encoder.*.attn.h*@answer",

@@ -12,11 +12,12 @@ from transformers import LlavaForConditionalGeneration, LlavaProcessor
 
 import vlmscope
 from vlmscope import neurons
+from vlmscope.checkpoint import load
 from vlmscope.data import BUILT_IN, examples
 from vlmscope.errors import ExampleError, ModelError, StoreError, VlmscopeError
-from vlmscope.model import Model, load
 from vlmscope.neurons import WeightEdit
 from vlmscope.neurons.hallucination import hallucination
+from vlmscope.runs.model import Model
 
 ASK = "describe this picture."
 

@@ -15,8 +15,7 @@ from torch import Tensor
 from vlmscope.data import Examples
 from vlmscope.errors import DataError
 from vlmscope.inputs import Inputs
-from vlmscope.model import Access, Model, hooks
-from vlmscope.neurons.captions import generate_ids
+from vlmscope.neurons.captions import LENGTH
 from vlmscope.neurons.contributions import count_neurons
 from vlmscope.neurons.results import Found, Perturbed
 from vlmscope.neurons.weight_edit import base_fingerprint, changed
@@ -33,17 +32,19 @@ from vlmscope.neurons.words import (
     saying,
     study,
 )
-from vlmscope.seeds import rng
-from vlmscope.stats import bootstrap
-from vlmscope.study import progress
+from vlmscope.progress import progress
+from vlmscope.runs.forward import generate
+from vlmscope.runs.hooks import Access, Hooks
+from vlmscope.runs.model import Model
+from vlmscope.stats import bootstrap, rng
 
 
 @contextmanager
 def ablated(model: Model, neurons: Mapping[int, tuple[Sequence[int], Tensor]]) -> Iterator[None]:
     """Within this context neurons of the tower that speaks are set to a value, at every position."""
-    with model.alone(), hooks() as hook:
+    with model.alone(), Hooks() as hooks:
         for layer, (numbers, value) in neurons.items():
-            hook(*Access(model.down(layer), before=True), partial(_set, list(numbers), value))
+            hooks.at(Access(model.down(layer), before=True), partial(_set, list(numbers), value))
         yield
 
 
@@ -94,7 +95,7 @@ def log_probability(model: Model, fed: Inputs, token: int) -> float:
 
 def loses(study: Study, word: Word, number: int) -> bool:
     """Whether a picture's caption, generated as the model now is, is without the word."""
-    return word.token not in generate_ids(study.model, study.captions[number].inputs)
+    return word.token not in generate(study.model, study.captions[number].inputs, most=LENGTH)
 
 
 def perturb(

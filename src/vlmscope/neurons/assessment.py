@@ -10,17 +10,17 @@ import numpy as np
 import pandas as pd
 
 from vlmscope.data import Examples, listed
+from vlmscope.data.example import Example
 from vlmscope.errors import ExampleError
-from vlmscope.example import Example
-from vlmscope.model import SAID, Model
 from vlmscope.neurons.captions import inputs_of, known_captions, whole_word
 from vlmscope.neurons.cards import SHOWN, small_pictures
 from vlmscope.neurons.hallucination import hallucination, questions, yes_or_no
 from vlmscope.neurons.results import Assessed, Found
 from vlmscope.neurons.weight_edit import WeightEdit, edited
-from vlmscope.seeds import rng
-from vlmscope.stats import bootstrap
-from vlmscope.study import progress
+from vlmscope.progress import progress
+from vlmscope.runs.forward import SPEECH
+from vlmscope.runs.model import Model
+from vlmscope.stats import bootstrap, rng
 
 Asked = Sequence[tuple[Example, str | None]]
 """Pictures and what is asked about them, if not each example's own prompt."""
@@ -110,7 +110,7 @@ def _answers(model: Model, asked: Asked, what: str, found: Found | None = None) 
             if caption is None:
                 answers.append(model.answer(inputs_of(model, example, prompt)))
             else:
-                tokens = caption.ids[:SAID]
+                tokens = caption.ids[:SPEECH]
                 answers.append(model.processor.tokenizer.decode(tokens, skip_special_tokens=True).strip())
             step(0, number)
     return answers

@@ -12,14 +12,16 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from vlmscope.data.example import Example
 from vlmscope.errors import ExampleError, ModelError
-from vlmscope.example import Example
 from vlmscope.inputs import Inputs
-from vlmscope.model import Access, Model, hooks
 from vlmscope.neurons.results import Found
 from vlmscope.neurons.weight_edit import base_fingerprint
+from vlmscope.progress import progress
+from vlmscope.runs.forward import forward, generate
+from vlmscope.runs.hooks import Access, Hooks
+from vlmscope.runs.model import Model
 from vlmscope.sites import Point
-from vlmscope.study import progress
 
 LENGTH = 40
 """The most tokens that a caption is generated with."""
@@ -78,21 +80,15 @@ def inputs_of(model: Model, example: Example, prompt: str | None, ids: Sequence[
     return model.inputs(example.clean_image, prompt or example.clean_prompt, example.more_images, ids)
 
 
-def generate_ids(model: Model, inputs: Inputs, length: int = LENGTH) -> list[int]:
-    """The tokens of a caption, by the model's own greedy generation."""
-    with model.alone(), torch.inference_mode():
-        return model.family.generate(model.hf, inputs, max_new_tokens=model.room(inputs, length)).tolist()
-
-
 def generate_caption(
     model: Model, inputs: Inputs, *, variant: Variant = "input", length: int = LENGTH
 ) -> Caption:
     """The caption that a model generates, with its neurons recorded on the way: nothing is computed twice."""
     steps: dict[int, list[Tensor]] = {layer: [] for layer in model.shapes[model.speaker].having("mlp")}
-    with model.alone(), hooks() as hook, torch.inference_mode():
+    with model.alone(), Hooks() as hooks, torch.inference_mode():
         for layer, rows in steps.items():
-            hook(*_neurons(model, layer, inputs, variant), partial(_keep, rows, -1))
-        ids = generate_ids(model, inputs, length)
+            hooks.at(_neurons(model, layer, inputs, variant), partial(_keep, rows, -1))
+        ids = generate(model, inputs, most=length).tolist()
     steps = {layer: rows for layer, rows in steps.items() if rows}
     ids = ids[: min(map(len, steps.values()))]
     return _caption(
@@ -125,10 +121,10 @@ def forced_caption(
     """
     start = len(plain.layout[model.speaker].tokens) - 1
     rows: dict[int, list[Tensor]] = {layer: [] for layer in model.shapes[model.speaker].having("mlp")}
-    with model.alone(), hooks() as hook:
+    with model.alone(), Hooks() as hooks:
         for layer, found in rows.items():
-            hook(*_neurons(model, layer, fed, variant), partial(_keep, found, slice(start, None)))
-        logits = model.logits(fed, every=True)
+            hooks.at(_neurons(model, layer, fed, variant), partial(_keep, found, slice(start, None)))
+        logits = forward(model, fed, positions=None).logits
     activations = {layer: found[0] for layer, found in rows.items() if found}
     return _caption(model, plain, list(ids), activations), logits[start : start + len(ids)]
 
@@ -213,7 +209,7 @@ def _keep(rows: list[Tensor], at: int | slice, x: Tensor) -> Tensor:
 def _neurons(model: Model, layer: int, inputs: Inputs, variant: Variant) -> Access:
     """The module whose input, or whose output for the gate alone, are a layer's neurons."""
     if variant == "input":
-        return model.module(Point(model.speaker, layer, "mlp", "n"), inputs)
+        return model.access(Point(model.speaker, layer, "mlp", "n"), inputs)
     gate = model.family.towers[model.speaker].gate
     try:
         return Access(model.blocks(model.speaker)[layer].get_submodule(gate or "-"))

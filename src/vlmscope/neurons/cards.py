@@ -10,9 +10,9 @@ import pandas as pd
 from PIL import Image
 
 from vlmscope.data import Examples, listed
+from vlmscope.data.example import Example
 from vlmscope.errors import ExampleError, ModelError, VlmscopeError
-from vlmscope.example import Example
-from vlmscope.model import Model
+from vlmscope.layout import grid
 from vlmscope.neurons.captions import Caption, caption_pictures, inputs_of, whole_word
 from vlmscope.neurons.contributions import Neuron, count_neurons, over_image, strongest, top_tokens
 from vlmscope.neurons.finding import pack
@@ -20,8 +20,8 @@ from vlmscope.neurons.measures import measure
 from vlmscope.neurons.results import Described, Found
 from vlmscope.neurons.weight_edit import base_fingerprint
 from vlmscope.neurons.words import FEW
-from vlmscope.sites import grid
-from vlmscope.study import progress
+from vlmscope.progress import progress
+from vlmscope.runs.model import Model
 
 SHOWN = 4
 """How many pictures a card shows."""

@@ -16,8 +16,9 @@ from torch import Tensor
 
 from vlmscope.errors import ModelError
 from vlmscope.inputs import Inputs
-from vlmscope.model import Model
 from vlmscope.neurons.captions import Caption, wide
+from vlmscope.runs.forward import forward
+from vlmscope.runs.model import Model
 from vlmscope.sites import Point
 
 Neuron = tuple[int, int]
@@ -136,7 +137,7 @@ def strongest(model: Model, captions: Iterable[Caption], word: str, count: int |
 def top_tokens(model: Model, neurons: Sequence[Neuron], count: int = 10) -> list[list[tuple[str, float]]]:
     """The tokens that each neuron (layer, number) moves most: the largest entries of `U · W[:, i]`.
 
-    >>> from vlmscope.model import load
+    >>> from vlmscope.checkpoint import load
     >>> [[(word, number)]] = top_tokens(load("toy-llava"), [(3, 0)], 1)
     >>> isinstance(word, str), number > 0
     (True, True)
@@ -165,5 +166,5 @@ def over_image(model: Model, inputs: Inputs, neurons: Sequence[Neuron]) -> Float
         )
     order = sorted(cells, key=lambda at: cells[at])
     points = {layer: Point(tower, layer, "mlp", "n") for layer, _ in neurons}
-    _, values = model.record(inputs, set(points.values()))
+    values = forward(model, inputs, keep=set(points.values())).values
     return torch.stack([values[points[layer]][0, order, neuron].float() for layer, neuron in neurons])

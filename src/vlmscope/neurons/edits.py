@@ -15,15 +15,16 @@ from typing import Literal, get_args
 import torch
 
 from vlmscope.data import Examples, listed
+from vlmscope.data.example import Example
 from vlmscope.errors import ExampleError, VlmscopeError
-from vlmscope.example import Example
-from vlmscope.model import Model
-from vlmscope.neurons.captions import Caption, caption_pictures, generate_ids, inputs_of, whole_word
+from vlmscope.neurons.captions import LENGTH, Caption, caption_pictures, inputs_of, whole_word
 from vlmscope.neurons.contributions import Neuron, strongest
 from vlmscope.neurons.results import Found
 from vlmscope.neurons.solvers import MARGIN, SURE, Deltas, Task, Wanted, closed, learned, wanted
 from vlmscope.neurons.weight_edit import WeightEdit, base_fingerprint
-from vlmscope.seeds import rng, shuffled
+from vlmscope.runs.forward import generate
+from vlmscope.runs.model import Model
+from vlmscope.stats import rng, shuffled
 
 PICTURES = 64
 """How many pictures that show the word an edit is made on, at most."""
@@ -191,7 +192,7 @@ def _without_picture(model: Model, prompt: str, source: str) -> Wanted | None:
         plain = model.inputs(None, prompt)
     except ExampleError:
         return None
-    ids = generate_ids(model, plain)
+    ids = generate(model, plain, most=LENGTH).tolist()
     if whole_word(source).search(model.processor.tokenizer.decode(ids, skip_special_tokens=True)):
         return None
     start = len(plain.layout[model.speaker].tokens) - 1

@@ -9,11 +9,11 @@ import pandas as pd
 
 from vlmscope.data import Examples, listed
 from vlmscope.errors import ExampleError
-from vlmscope.model import Model
 from vlmscope.neurons.captions import Caption, Variant, caption_pictures, given_caption, nouns
 from vlmscope.neurons.contributions import TOP, score, top_tokens
 from vlmscope.neurons.results import Found
 from vlmscope.neurons.weight_edit import base_fingerprint
+from vlmscope.runs.model import Model
 
 LISTED = 200
 """How many neurons have their top tokens listed."""
@@ -49,7 +49,7 @@ def find(
     Raises `ExampleError` if no caption has any of the words.
 
     >>> from vlmscope.data import examples
-    >>> from vlmscope.model import load
+    >>> from vlmscope.checkpoint import load
     >>> given = examples("states", limit=1)
     >>> found = find(load("toy-llava"), given, ["cross"], prompt="describe this picture.", top=3)
     >>> found.neurons[["word", "rank"]].to_numpy().tolist()

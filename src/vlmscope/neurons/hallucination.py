@@ -7,9 +7,9 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Literal
 
-from vlmscope.example import Example
+from vlmscope.data.example import Example
 from vlmscope.neurons.captions import whole_word
-from vlmscope.seeds import rng
+from vlmscope.stats import rng
 
 
 def hallucination(

@@ -18,9 +18,9 @@ import torch
 from scipy import stats
 from torch import Tensor
 
+from vlmscope.checkpoint import embedder
 from vlmscope.data import Examples
 from vlmscope.inputs import Edit
-from vlmscope.model import Model, embedder
 from vlmscope.neurons.ablation import log_probability, loses, without
 from vlmscope.neurons.captions import Caption, forced_caption
 from vlmscope.neurons.contributions import contributions, count_neurons, named, token_weights, top_tokens
@@ -43,9 +43,10 @@ from vlmscope.neurons.words import (
     saying,
     study,
 )
-from vlmscope.seeds import rng
-from vlmscope.stats import bootstrap, sign_flip
-from vlmscope.study import progress
+from vlmscope.progress import progress
+from vlmscope.runs.forward import editing
+from vlmscope.runs.model import Model
+from vlmscope.stats import bootstrap, rng, sign_flip
 
 Embed = Callable[[Sequence[str]], Tensor]
 Rows = Iterator[dict[str, Any]]
@@ -378,7 +379,7 @@ def shuffled_patches(study: Study, word: Word) -> Rows:
             continue  # these tokens have no place in the picture that could be another's
         values = next(iter(model.capture(fed, [site]).values()))
         order = draw(study, word, "overlap, shuffled", "patches", example.id).permutation(len(values))
-        with model.editing(fed, [Edit(site, "set", values[torch.tensor(order)])]):
+        with editing(model, fed, [Edit(site, "set", values[torch.tensor(order)])]):
             again, _ = forced_caption(model, caption.inputs, fed, caption.ids[: at + 1])
         before, after = (
             set(best(contributions(x, [at], word.weight)[0].float().cpu().numpy(), study.top).tolist())

@@ -13,8 +13,9 @@ from typing import Any, ClassVar, TypeVar
 import pandas as pd
 from PIL import Image
 
+from vlmscope.data.example import Example
+from vlmscope.data.images import open_image
 from vlmscope.errors import StoreError
-from vlmscope.example import Example, open_image
 
 R = TypeVar("R", bound="Result")
 

@@ -8,17 +8,18 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import numpy as np
 import torch
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from vlmscope.inputs import Inputs
-from vlmscope.model import Model, handles
-from vlmscope.study import progress
+from vlmscope.progress import progress
+from vlmscope.runs.forward import forward
+from vlmscope.runs.hooks import Access, Hooks
+from vlmscope.runs.model import Model
 
 Deltas = dict[int, tuple[Tensor, Tensor]]
 """By layer, neurons and what is added to the column of each: what a solver changes in place."""
@@ -99,15 +100,28 @@ def wanted(
 
 def caption_logits(model: Model, fed: Inputs, start: int, count: int, deltas: Deltas) -> Tensor:
     """The logits of all positions that say a caption, with `deltas` added to the columns."""
-    with model.alone(), handles() as held:
+    with model.alone(), Hooks() as hooks:
         for layer, (at, delta) in deltas.items():
-            held(model.down(layer).register_forward_hook(partial(_add, at, delta)))
-        logits = model.logits(fed, every=True)
+            added = _Added(at, delta)
+            hooks.at(Access(model.down(layer), before=True), added.enter)
+            hooks.at(Access(model.down(layer)), added.leave)
+        logits = forward(model, fed, positions=None, grad=torch.is_grad_enabled()).logits
     return logits[start : start + count].float()
 
 
-def _add(at: Tensor, delta: Tensor, module: nn.Module, args: Any, out: Tensor) -> Tensor:
-    return out + args[0][..., at.to(out.device)] @ delta.T.to(out)
+class _Added:
+    """What is added to columns of one down projection, as it is computed."""
+
+    def __init__(self, at: Tensor, delta: Tensor) -> None:
+        self.at, self.delta = at, delta
+        self.activations = delta
+
+    def enter(self, x: Tensor) -> Tensor:
+        self.activations = x[..., self.at.to(x.device)]
+        return x
+
+    def leave(self, x: Tensor) -> Tensor:
+        return x + self.activations @ self.delta.T.to(x)
 
 
 def _lead(row: Tensor, token: int) -> Tensor:
@@ -211,12 +225,12 @@ def _elsewhere(task: Task) -> list[Tensor]:
     total = {n: torch.zeros(len(at), len(at), device=at.device) for n, (at, _) in task.deltas.items()}
     here = {n: torch.zeros((), device=at.device) for n, (at, _) in task.deltas.items()}
     others = words = 0
-    with model.alone(), handles() as held, torch.no_grad():
+    with model.alone(), Hooks() as hooks, torch.no_grad():
         for layer, (at, _) in task.deltas.items():
-            held(model.down(layer).register_forward_pre_hook(partial(_keep, active, layer, at)))
+            hooks.at(Access(model.down(layer), before=True), partial(_keep, active, layer, at))
         for caption in task.captions:
             active.clear()  # without a picture a layer may be passed over
-            model.hf(**caption.fed.tensors, **model.family.keywords)
+            forward(model, caption.fed)
             for layer, x in active.items():
                 is_new = torch.zeros(len(x), dtype=torch.bool, device=x.device)
                 is_new[[caption.start + n for n in caption.new]] = True
@@ -232,8 +246,9 @@ def _elsewhere(task: Task) -> list[Tensor]:
     return found
 
 
-def _keep(active: dict[int, Tensor], layer: int, at: Tensor, module: nn.Module, args: Any) -> None:
-    active[layer] = args[0].reshape(-1, args[0].shape[-1])[:, at].float()
+def _keep(active: dict[int, Tensor], layer: int, at: Tensor, x: Tensor) -> Tensor:
+    active[layer] = x.reshape(-1, x.shape[-1])[:, at].float().clone()
+    return x
 
 
 # -- learned ---------------------------------------------------------------------------------------

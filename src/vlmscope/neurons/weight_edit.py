@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from vlmscope.errors import ModelError, StoreError
-from vlmscope.model import Model
+from vlmscope.runs.model import Model
 
 Columns = Mapping[int, tuple[Int[Tensor, "_chosen"], Float[Tensor, "width _chosen"]]]
 """By layer, neurons and what is added to the column of each."""
@@ -157,7 +157,7 @@ def edited(model: Model, *edits: WeightEdit) -> Iterator[Model]:
     other weights, or on other edits that are not made before it.
 
     >>> import torch
-    >>> from vlmscope.model import load
+    >>> from vlmscope.checkpoint import load
     >>> model = load("toy-llava")
     >>> weight = model.down(3).weight
     >>> edit = WeightEdit({3: (torch.tensor([7]), torch.ones(96, 1))}, model.fingerprint())

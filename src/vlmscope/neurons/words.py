@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -19,16 +18,17 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from vlmscope.data import Examples, listed
+from vlmscope.data.example import Example
 from vlmscope.errors import DataError
-from vlmscope.example import Example
 from vlmscope.inputs import Inputs
-from vlmscope.model import Model, hooks
 from vlmscope.neurons.captions import Caption, caption_pictures, inputs_of
 from vlmscope.neurons.contributions import contributions, count_neurons, token_weights, top_share
 from vlmscope.neurons.finding import pack
 from vlmscope.neurons.results import Found
-from vlmscope.seeds import rng, shuffled
+from vlmscope.runs.forward import forward
+from vlmscope.runs.model import Model
 from vlmscope.sites import Point
+from vlmscope.stats import rng, shuffled
 
 Array = NDArray[np.floating[Any]]
 Labels = NDArray[np.bool_]
@@ -216,23 +216,14 @@ def _gradient(study: Study, word: Word, which: Sequence[int]) -> Array:
     for number in which[: study.pictures]:
         if word.token not in study.captions[number].ids:
             continue
-        fed, active = study.fed(number, word.token), dict[int, Tensor]()
-        with model.alone(), hooks() as hook, torch.enable_grad():
-            for layer in study.layers:
-                hook(
-                    *model.module(Point(model.speaker, layer, "mlp", "n"), fed), partial(_keep, active, layer)
-                )
-            logits = model.logits(fed)
-            gradients = torch.autograd.grad(logits[-1, word.token], list(active.values()))
-        products = [g[0, -1] * a[0, -1] for g, a in zip(gradients, active.values(), strict=True)]
-        total += torch.cat([x.detach().float().cpu() for x in products]).numpy()
+        points = [Point(model.speaker, layer, "mlp", "n") for layer in study.layers]
+        run = forward(model, study.fed(number, word.token), keep=points, grad=True)
+        active = [run.values[point] for point in points]
+        gradients = torch.autograd.grad(run.logits[-1, word.token], active)
+        products = [(g[0, -1] * x[0, -1]).detach().float() for g, x in zip(gradients, active, strict=True)]
+        total += torch.cat([product.cpu() for product in products]).numpy()
         count += 1
     return total / max(1, count)
-
-
-def _keep(active: dict[int, Tensor], layer: int, x: Tensor) -> Tensor:
-    active[layer] = x
-    return x
 
 
 def random_neurons(study: Study, chosen: Neurons, generator: np.random.Generator) -> Neurons:

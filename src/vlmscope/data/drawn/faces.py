@@ -6,25 +6,19 @@ One kind of question, in both orders of the options: "is this person feeling hap
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from PIL import Image, ImageDraw
 
 from vlmscope.data.drawn import drawing
-from vlmscope.data.drawn.drawing import SCALE, Color, mix
-from vlmscope.example import Example, find_roles
+from vlmscope.data.drawn.drawing import SCALE, Color, Contrast, mix
 
 EXPRESSIONS = ("happy", "sad", "angry", "surprised", "calm", "sleepy")
-ORDERS = ("answer first", "foil first")
+KINDS = ("expression",)
 SKINS: tuple[Color, ...] = ((255, 224, 196), (241, 194, 155), (222, 168, 120), (190, 132, 88), (150, 98, 62))
 HAIRS: tuple[Color, ...] = (
-    (40, 34, 34),
-    (92, 60, 40),
-    (150, 92, 48),
-    (222, 184, 96),
-    (170, 70, 40),
-    (170, 170, 176),
+    *((40, 34, 34), (92, 60, 40), (150, 92, 48)),
+    *((222, 184, 96), (170, 70, 40), (170, 170, 176)),
 )
 SHIRTS: tuple[Color, ...] = ((70, 110, 170), (90, 150, 110), (190, 90, 90), (120, 100, 150))
 STYLES = ("short", "long", "curly", "bald", "bun")
@@ -60,6 +54,9 @@ class Face:
         mask = Image.new("L", (drawing.SIZE * SCALE, drawing.SIZE * SCALE), 0)
         ImageDraw.Draw(mask).ellipse(Pen(ImageDraw.Draw(mask), self).box(0, 0, 1, 1.15), fill=255)
         return {"object": drawing.finish_mask(mask)}
+
+    def shows(self) -> frozenset[str]:
+        return frozenset((self.expression, "face"))
 
 
 class Pen:
@@ -196,38 +193,9 @@ def ask(first: str, second: str) -> str:
     return f"is this person feeling {first} or {second}?"
 
 
-def load(n: int = 200, *, seed: int = 0) -> Iterator[Example]:
-    """The first `n` examples of the set that `seed` draws.
-
-    Example i depends on the seed and on i alone, and the orders of the options take turns. The
-    toy model was trained on pictures from seeds of a million and more; smaller seeds are held
-    out.
-
-    >>> example = next(load(1))
-    >>> example.id, sorted(example.roles), sorted(example.masks)
-    ('faces-0-0000', ['answer', 'foil', 'noun'], ['object'])
-    """
-    for i in range(n):
-        yield _example(seed, i)
-
-
-def _example(seed: int, i: int) -> Example:
-    rng = random.Random(f"faces/{seed}/{i}")
-    order = ORDERS[i % 2]
+def contrast(rng: random.Random, kind: str) -> Contrast:
+    """A face, and the same one with another expression."""
     face = sample(rng)
     answer = face.expression
     foil, *others = rng.sample([one for one in EXPRESSIONS if one != answer], 3)
-    prompt = ask(*((answer, foil) if order == "answer first" else (foil, answer)))
-    return Example(
-        id=f"faces-{seed}-{i:04d}",
-        clean_image=face.draw(),
-        clean_prompt=prompt,
-        answer=answer,
-        foil=foil,
-        corrupt_image=replace(face, expression=foil).draw(),
-        corrupt_prompt=ask(*others),
-        roles=find_roles(prompt, {"answer": answer, "foil": foil, "noun": "person"}),
-        groups={"kind": "expression", "order": order},
-        masks=face.masks(),
-        shows=frozenset((face.expression, "face")),
-    )
+    return Contrast(face, replace(face, expression=foil), ask, answer, foil, others, {"noun": "person"})

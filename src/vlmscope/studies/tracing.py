@@ -1,0 +1,217 @@
+"""Causal tracing as for BLIP (Palit et al., arXiv 2308.14179), after ROME (arXiv 2202.05262).
+
+Noise on the image embedding takes the answer away; then the clean state of one sublayer, or of a
+window of layers around it, is restored at one token, and what comes back of P(answer) is the share
+`(P(restored) − P(corrupted)) / (P(clean) − P(corrupted))`. Each repeat draws its noise once, for all
+sites, so that sites differ by what they are and not by their noise.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import pandas as pd
+import pyarrow.compute as pc
+
+from vlmscope.data import Examples, listed
+from vlmscope.errors import DataError, StoreError, VlmscopeError
+from vlmscope.runs.corrupt import Noise
+from vlmscope.runs.model import Model
+from vlmscope.sites import Pattern
+from vlmscope.studies.run_folder import Run
+from vlmscope.studies.sweep import sweep_to
+from vlmscope.studies.tables import is_role, means, slot_order
+
+FORMAT = "vlmscope-tracing-1"
+KINDS = ("resid", "attn", "cross", "mlp")
+WINDOWS = (1, 3, 5)
+MIN_P, MIN_LD = 0.05, 0.5
+"""Where ceiling and floor are nearer than this, an example says nothing in that repeat."""
+
+TABLE = [
+    "tower",
+    "kind",
+    "window",
+    "layer",
+    "length",
+    "at",
+    "order",
+    "is_role",
+    "token",
+    "n",
+    "repeats",
+    "restored",
+    "low",
+    "high",
+    "spread",
+    "restored_ld",
+    "spread_ld",
+]
+_KEYS = ["window", "layer", "length", "at"]
+
+
+def trace(
+    out: str | os.PathLike[str],
+    model: Model,
+    examples: Examples,
+    *,
+    noise: Noise | None = None,
+    windows: Sequence[int] = WINDOWS,
+    kinds: Sequence[str] = KINDS,
+    by: str = "slot",
+    seed: int = 0,
+    data: str = "examples",
+) -> pd.DataFrame:
+    """Causal tracing of the text towers, into the folder `out`; goes on where it stopped.
+
+    `noise.draws` repeats, a run folder each (`repeats/00` …). Of the table (`tracing.parquet` and
+    CSV), a row is a tower, kind, window, layer and token: `restored`, the mean over examples of the mean
+    over an example's repeats of the share of P(answer), over `n` examples, with the 95 % bootstrap interval
+    `low`, `high`; `spread`, the standard deviation over repeats of the mean over examples; `restored_ld`,
+    `spread_ld`, the same for the logit difference. `at` is the token's slot (`by="slot"`), or its position in
+    questions of one length in tokens (`by="length"`); `token` is what stands there in all of them.
+
+    An example whose clean and corrupted runs are nearer than 0.05 in P(answer), or 0.5 in LD, is
+    left out of that repeat; `tracing.json` counts them. Raises `DataError` if none is left.
+    """
+    noise = Noise() if noise is None else noise
+    if by not in ("slot", "length"):
+        raise VlmscopeError(f"tokens cannot be averaged by '{by}'; expected slot or length")
+    folder, examples = Path(out), listed(examples)
+    sites = _sites(model, windows, kinds)
+    runs = [
+        sweep_to(
+            folder / "repeats" / f"{number:02d}",
+            model,
+            examples,
+            sites,
+            replace(noise, draws=1),
+            seed=seed + number,
+            data=data,
+        )
+        for number in range(noise.draws)
+    ]
+    table, left = _average(runs, by)
+    about = {
+        "format": FORMAT,
+        "model": model.name,
+        "data": data,
+        "noise": asdict(noise),
+        "windows": list(windows),
+        "kinds": list(kinds),
+        "by": by,
+        "seed": seed,
+        "examples": len(examples),
+        "left_out_of_each_repeat": left,
+    }
+    try:
+        table.to_parquet(folder / "tracing.parquet", index=False)
+        table.to_csv(folder / "tracing.csv", index=False)
+        text = json.dumps(about, indent=2, ensure_ascii=False) + "\n"
+        (folder / "tracing.json").write_text(text, "utf-8")
+    except OSError as error:
+        raise StoreError(f"{folder}: cannot be written ({error.strerror or error})") from error
+    return table
+
+
+def _sites(model: Model, windows: Sequence[int], kinds: Sequence[str]) -> list[str]:
+    """Every text token of every text tower that has the kind, in windows of every width."""
+    towers = {name: model.shapes[name] for name in model.text_towers}
+    known = [k for k in KINDS if any(k in shape.kinds for shape in towers.values())]
+    if odd := [kind for kind in kinds if kind not in known]:
+        raise VlmscopeError(f"no kind '{odd[0]}' to trace; expected some of {', '.join(known)}")
+    if odd := [str(width) for width in windows if width < 1 or width % 2 == 0]:
+        raise VlmscopeError(f"a window of {odd[0]} layers has no middle; expected odd numbers")
+    return [
+        f"{tower}.*{'' if width == 1 else f'/{width}'}.{kind}@text*"
+        for tower, shape in towers.items()
+        for kind in kinds
+        if kind in shape.kinds
+        for width in windows
+    ]
+
+
+def _average(runs: Sequence[Run], by: str) -> tuple[pd.DataFrame, list[int]]:
+    """The table, and how many examples each repeat leaves out."""
+    usable = [_usable(run) for run in runs]
+    if not sum(map(len, usable)):
+        raise DataError(
+            f"the noise hardly changes P(answer) in any of {len(runs[0].baselines())} examples; "
+            "take stronger noise, or examples that the model answers rightly"
+        )
+    parts = []
+    for tower, kind in _tables(runs[0]):
+        here = (pc.field("tower") == tower) & (pc.field("kind") == kind)
+        rows = pd.concat(
+            [
+                _shares(run.effects(here), gaps, by).assign(repeat=number)
+                for number, (run, gaps) in enumerate(zip(runs, usable, strict=True))
+            ],
+            ignore_index=True,
+        )
+        found = means(rows, _KEYS, "p", intervals=True).rename(columns={"mean": "restored"})
+        found["restored_ld"] = means(rows, _KEYS, "ld")["mean"]
+        for value, name in (("p", "spread"), ("ld", "spread_ld")):
+            each = means(rows, [*_KEYS, "repeat"], value).groupby(_KEYS)["mean"].std()
+            found = found.merge(each.rename(name), left_on=_KEYS, right_index=True)
+        repeats = rows.groupby(_KEYS)["repeat"].nunique().rename("repeats")
+        found = found.merge(repeats, left_on=_KEYS, right_index=True)
+        found = found.merge(_columns(rows, by), on=["length", "at"])
+        parts.append(found.assign(tower=tower, kind=kind, at=found["label"]))
+    left = [
+        int((~run.baselines()["excluded"]).sum()) - len(base) for run, base in zip(runs, usable, strict=True)
+    ]
+    return pd.concat(parts, ignore_index=True)[TABLE], left
+
+
+def _tables(run: Run) -> Iterator[tuple[str, str]]:
+    """The towers and kinds of a run, in the order of its site expressions."""
+    sites = map(Pattern.parse, run.spec["sites"])
+    yield from dict.fromkeys((site.tower, site.kind) for site in sites)
+
+
+def _usable(run: Run) -> pd.DataFrame:
+    """The examples of a repeat whose ceiling and floor are apart, with the two gaps."""
+    base = run.baselines().query("not excluded").set_index("example")
+    gaps = pd.DataFrame(
+        {"p": base["p_clean"] - base["p_corrupt"], "ld": base["ld_clean"] - base["ld_corrupt"]}
+    )
+    return gaps[(gaps["p"] >= MIN_P) & (gaps["ld"] >= MIN_LD)]
+
+
+def _shares(effects: pd.DataFrame, gaps: pd.DataFrame, by: str) -> pd.DataFrame:
+    """Of one repeat: the share that each patch restores, `p` and `ld`, and the column it belongs to."""
+    rows = effects[effects["example"].isin(gaps.index)]
+    length, at = pd.Series(0, index=rows.index), rows["slot"]
+    if by == "length":
+        length = rows.groupby(["tower", "example"])["position"].transform("max").astype(int) + 1
+        at = rows["position"].astype(str)
+    return rows[["example", "layer", "slot", "position", "token", "role"]].assign(
+        window=rows["site"].str.extract(r"/(\d+)\.", expand=False).fillna("1").astype(int),
+        length=length,
+        at=at,
+        p=rows["p_restored"].to_numpy() / gaps["p"].loc[rows["example"]].to_numpy(),
+        ld=rows["logit_diff"].to_numpy() / gaps["ld"].loc[rows["example"]].to_numpy(),
+    )
+
+
+def _columns(rows: pd.DataFrame, by: str) -> pd.DataFrame:
+    """For each `length` and `at`: its place from the left, the token that all examples have there, whether
+    that is a role and no one token; `label`, what it is called in the table."""
+    keys = ["length", "at"]
+    role = rows["role"].astype(object).fillna("")
+    found = rows.assign(role=role).groupby(keys)[["token", "role"]].agg(["first", "nunique"])
+    token = found["token", "first"].where(found["token", "nunique"] == 1)
+    found = pd.DataFrame({"token": token, "role": found["role", "first"], "roles": found["role", "nunique"]})
+    found = found.reset_index()
+    if by == "slot":
+        place = {slot: n for n, slot in enumerate(slot_order(rows))}
+        order, shown = found["at"].map(place), found["at"].map(is_role)
+        return found.assign(label=found["at"], order=order.astype(float), is_role=shown)
+    shown = (found["roles"] == 1) & (found["role"] != "") & found["token"].isna()
+    beside = (" " + found["token"]).fillna((" (" + found["role"] + ")").where(shown, ""))
+    return found.assign(label=found["at"] + beside, order=found["at"].astype(float), is_role=shown)
