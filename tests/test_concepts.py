@@ -183,7 +183,8 @@ def test_cross_attention_reads_patches_in_no_order():
     model = FAMILIES["mllama"]()
     inputs = model.prepare(example()).clean
     site = replace(model.image_site, position="image")
-    at = model.places(site, inputs)[0].positions
+    (placed,) = model.places(site, inputs)
+    at = placed.positions
     assert set(at) == set(inputs.layout["vision"].cells), "the tiles that the picture has"
     (value,) = model.capture(inputs, [site]).values()
     mixed = Edit(site, "set", value.flip(0))

@@ -324,7 +324,7 @@ def test_generation_under_edits(name):
     said: list[int] = []
     for _ in range(4):
         run = model.family.encode(model.hf, model.processor, [one.clean_image], one.clean_prompt, {}, said)
-        placed = [replace(e, site=s) for e in edits for s in model.placed(e.site, plain)]
+        placed = [replace(e, site=s) for e in edits for s in model.places(e.site, plain)]
         each = [replace(e, site=replace(e.site, positions=(p,))) for e in placed for p in e.site.positions]
         said.append(int(model.run(run, each).argmax()))
         special = {model.processor.tokenizer.eos_token_id, getattr(model.hf.config, "image_token_id", -1)}

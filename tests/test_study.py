@@ -19,7 +19,6 @@ import vlmscope
 from vlmscope.data.example import find_roles
 from vlmscope.errors import DataError, SiteError, StoreError, VlmscopeError
 from vlmscope.inputs import Edit
-from vlmscope.patching.scores import score
 from vlmscope.runs.corrupt import Noise
 from vlmscope.sites import Pattern
 from vlmscope.studies import sweep as study
@@ -168,7 +167,7 @@ def test_noise_is_averaged_over_draws():
         sites = [
             p
             for s in expand([Pattern.parse("encoder.1.resid@2")], model.shapes)
-            for p in place(s, pair.clean.layout["encoder"])
+            for p in place(s, pair.clean.layout)
         ]
         patched = reference.patch(model, pair, sites)
         ((_, scores),) = patched.chunks
@@ -181,7 +180,8 @@ def test_baselines():
     table = baselines(model, several(2))
     assert list(table.columns) == BASELINES.names
     pair = model.prepare(replace(example(), corrupt_prompt=None))
-    p, ld = score(model.run(pair.clean), pair.answer, pair.foil)
+    logits = model.run(pair.clean)
+    p, ld = logits.softmax(-1)[pair.answer], logits[pair.answer] - logits[pair.foil]
     assert table["p_clean"].tolist() == pytest.approx([p.item()] * 2)
     assert table["ld_clean"].tolist() == pytest.approx([ld.item()] * 2)
     assert table["predicted"].tolist() == [model.answer(pair.clean)] * 2
@@ -362,7 +362,7 @@ def test_patching_matters_where_the_toy_reads_the_image():
 @pytest.mark.parametrize("factor", [0.5, 2.0])
 def test_the_threshold_of_effect(monkeypatch, factor):
     """Just below the gap there are effects, just above it there are none."""
-    from vlmscope.patching import metrics
+    from vlmscope.patching import scores
 
     model = blip()
     given = [replace(example(), corrupt_prompt=None)]
@@ -370,7 +370,7 @@ def test_the_threshold_of_effect(monkeypatch, factor):
     gap = abs(base["ld_clean"] - base["ld_corrupt"])
     pair = model.prepare(given[0])
     size = max(float(model.run(one).abs().max()) for one in (pair.clean, pair.corrupt))
-    monkeypatch.setitem(metrics.ROUNDING, "float64", factor * gap / size / 10)
+    monkeypatch.setitem(scores.ROUNDING, "float64", factor * gap / size / 10)
     for engine in ("fast", "reference"):
         effect = sweep(model, given, "encoder.0.resid@answer", engine=engine)["effect"]
         assert effect.isna().all() == (factor > 1)

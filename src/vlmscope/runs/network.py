@@ -69,7 +69,7 @@ class Network:
 
     def alone(self) -> AbstractContextManager[None]:
         """Within this context no other thread runs the model, and it is in evaluation mode (`hooks.alone`)."""
-        return alone(self.hf)
+        return alone(self.hf, self.name)
 
     # -- towers ----------------------------------------------------------------------------------
 
