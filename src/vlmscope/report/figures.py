@@ -14,8 +14,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 
-from vlmscope.data.drawn.faces import INK
-from vlmscope.report.canvas import BAR, Margins, add_bar, drawable, figure_of, grid, text_width, title
+from vlmscope.report.canvas import BAR, INK, Margins, add_bar, drawable, figure_of, grid, text_width, title
 from vlmscope.report.captions import KINDS, TOWERS, upper_first
 from vlmscope.report.heat_maps import VALUES, colour_scale, full_colour, heat_map, label_columns, panels
 from vlmscope.studies.tables import head_table, token_table

@@ -17,8 +17,18 @@ from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize
 from matplotlib.patches import Rectangle
 
-from vlmscope.data.drawn.faces import INK
-from vlmscope.report.canvas import BAR, MISSING, Margins, add_bar, centred, drawable, grid, text_width, title
+from vlmscope.report.canvas import (
+    BAR,
+    INK,
+    MISSING,
+    Margins,
+    add_bar,
+    centred,
+    drawable,
+    grid,
+    text_width,
+    title,
+)
 from vlmscope.report.captions import short_number
 
 VALUES = {
