@@ -12,9 +12,10 @@ from families import blip2, blip_captioning
 from models import WORDS, blip, example, picture
 
 from vlmscope.errors import ExampleError, ModelError, SiteError, VlmscopeError
-from vlmscope.families import blip as table
-from vlmscope.inputs import Edit
-from vlmscope.neurons import contributions as neurons
+from vlmscope.models.families import blip as table
+from vlmscope.models.inputs import Edit
+from vlmscope.neurons.captions import generate_caption
+from vlmscope.runs.forward import room
 from vlmscope.runs.model import Model
 from vlmscope.sites import Pattern
 
@@ -136,7 +137,7 @@ def test_wrong_types_are_one_line():
     """In a process of its own, without the tests' type checker, as a user meets them."""
     script = """
 import vlmscope
-for arguments in ((3, "set", 0.0), ("encoder.0.resid@all", "set", [1.0]), ("encoder.0.resid@all", "mul", 0.0)):
+for arguments in ((3, "set", 0.0), ("encoder.0.resid@all", "set", [1.0]), ("encoder.0.resid@all", "mul", 0)):
     try:
         vlmscope.Edit(*arguments)
     except vlmscope.VlmscopeError as error:
@@ -178,10 +179,10 @@ def test_no_more_is_said_than_there_are_positions(make):
     for many in (longest - 40, longest - 19, longest - 18, longest - 1, longest):
         inputs = model.inputs(picture(1), " ".join(["red"] * (many - alone)))
         assert len(inputs.layout["decoder"].tokens) == many
-        room = longest - many + 1
-        assert model.room(inputs, 20) == min(20, room) >= 1
+        left = longest - many + 1
+        assert room(model, inputs, 20) == min(20, left) >= 1
         model.answer(inputs)
-        assert len(neurons.say(model, inputs).ids) <= room
+        assert len(generate_caption(model, inputs).ids) <= left
     with pytest.raises(ExampleError, match=f"{longest + 1} tokens, the model takes at most {longest}"):
         model.inputs(picture(1), " ".join(["red"] * (longest + 1 - alone)))
 
@@ -231,7 +232,7 @@ def test_verify_accepts_what_fits_and_names_what_does_not(monkeypatch):
     model.verify()
     tower = replace(table.VQA.towers["encoder"], cross="crossattention.gone")
     family = replace(table.VQA, towers={**table.VQA.towers, "encoder": tower})
-    monkeypatch.setattr("vlmscope.runs.network.families", lambda: (family,))
+    monkeypatch.setattr("vlmscope.models.families.families", lambda: (family,))
     with pytest.raises(ModelError, match=r"BLIP-VQA does not fit.*transformers 5.*'crossattention.gone'"):
         Model(model.hf, model.processor)
 

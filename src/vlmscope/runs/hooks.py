@@ -50,7 +50,7 @@ _FINDING = threading.Lock()
 
 
 @contextmanager
-def alone(hf: nn.Module) -> Iterator[None]:
+def alone(hf: nn.Module, name: str) -> Iterator[None]:
     """Within this context no other thread runs the model, and it is in evaluation mode.
 
     Hooks are on the modules, so two runs at once would see each other's edits. It may be entered again.
@@ -63,7 +63,7 @@ def alone(hf: nn.Module) -> Iterator[None]:
         if training and not turn.warned:
             turn.warned = True
             warnings.warn(
-                f"{type(hf).__name__} is in training mode, where dropout makes results random; it is run in "
+                f"{name} is in training mode, where dropout makes results random; it is run in "
                 "evaluation mode and put back behind each run",
                 stacklevel=5,
             )
@@ -267,8 +267,8 @@ class Plain:
             return mask[..., :keys].expand(-1, -1, own, -1)
         form = f"one of {mask.ndim} dimensions" if isinstance(mask, Tensor) else f"a {type(mask).__name__}"
         raise ModelError(
-            f"the attention '{self.name}' of {type(module).__name__} has {form} as its mask, which is not read "
-            "here; expected none or one of 4 dimensions, as 'sdpa' and 'eager' have: "
+            f"the attention '{self.name}' of {type(module).__name__} has {form} as its mask, which is not "
+            "read here; expected none or one of 4 dimensions, as 'sdpa' and 'eager' have: "
             "model.hf.set_attn_implementation('sdpa')"
         )
 
@@ -342,7 +342,8 @@ def patterns(
 
 @contextmanager
 def inner(module: Any, part: str, function: Function) -> Iterator[None]:
-    """Within this context `function` gets the queries, keys, values (`q`, `k`, `v`) or attention patterns (`p`)
+    """Within this context `function` gets the queries, keys, values (`q`, `k`, `v`) or attention patterns
+    (`p`)
     of a module that pays attention through transformers' interface: `(1, all positions, heads x width)`."""
 
     def attend(plain: Plain, module: Any, q: Tensor, k: Tensor, v: Tensor, mask: Any, **kw: Any) -> Any:
