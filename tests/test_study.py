@@ -171,7 +171,7 @@ def test_noise_is_averaged_over_draws():
         sites = [
             p
             for s in expand([Site.parse("encoder.1.resid@2")], model.shapes)
-            for p in place(s, pair.clean.layout["encoder"])
+            for p in place(s, pair.clean.layout)
         ]
         patched = reference.patch(model, pair, sites)
         ((_, scores),) = patched.chunks
@@ -463,7 +463,7 @@ def test_patching_matters_where_the_toy_reads_the_image():
 @pytest.mark.parametrize("factor", [0.5, 2.0])
 def test_the_threshold_of_effect(monkeypatch, factor):
     """Just below the gap there are effects, just above it there are none."""
-    from vlmscope import metrics
+    from vlmscope.patching import scores
 
     model = blip()
     given = [replace(example(), corrupt_prompt=None)]
@@ -471,7 +471,7 @@ def test_the_threshold_of_effect(monkeypatch, factor):
     gap = abs(base["ld_clean"] - base["ld_corrupt"])
     pair = model.prepare(given[0])
     size = max(float(model.run(one).abs().max()) for one in (pair.clean, pair.corrupt))
-    monkeypatch.setitem(metrics.ROUNDING, "float64", factor * gap / size / 10)
+    monkeypatch.setitem(scores.ROUNDING, "float64", factor * gap / size / 10)
     for way in ("fast", "reference"):
         effect = sweep(model, given, "encoder.0.resid@answer", engine=way)["effect"]
         assert effect.isna().all() == (factor > 1)

@@ -64,7 +64,7 @@ def trace(
     pixels = inputs.tensors[family.pixels]
     known = None if inside or not whole else images.find(pixels)
     found = Trace(torch.empty(0), {})
-    with _recording(network, inputs, found):
+    with network.alone(), _recording(network, inputs, found):
         if known is None:
             found.logits, found.values = forward(network, inputs, edits, points, positions)
             if whole and images.find(pixels) is None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 from typing import NamedTuple
 
@@ -16,14 +16,12 @@ from vlmscope.layout import grid
 from vlmscope.models.inputs import Change, Edit, Inputs, Op, Value
 from vlmscope.runs.hooks import Hooks
 from vlmscope.runs.network import Network
-from vlmscope.sites import Pattern, Point, Site, expand, parse
+from vlmscope.sites import Point, Site, Sites
 
 SPEECH = 20
 """How many tokens a model generates at most."""
 _UNFIT = re.compile(r"image tokens do not match|image size .* doesn't match")
 """How transformers says that pictures or their tokens are not what the model takes."""
-
-Sites = str | Pattern | Site | Sequence[str | Pattern | Site]
 
 
 class Run(NamedTuple):
@@ -178,8 +176,7 @@ def capture(
 
     The width is that of the kind, of one head (of all heads of a set), or 1 for a neuron.
     """
-    patterns = expand(parse(sites), network.shapes)
-    placed = [found for site in patterns for found in network.places(site, inputs)]
+    placed = network.placed(sites, inputs)
     for site in placed:
         if len(site.parts) > 1:
             raise SiteError(f"bad site '{site}': several layers or sites; expected one here")

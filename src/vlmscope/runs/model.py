@@ -15,8 +15,8 @@ from vlmscope.data.images import open_image
 from vlmscope.layout import Layout
 from vlmscope.models.inputs import Edit, Inputs, Logits, Pair
 from vlmscope.runs import attention, forward, prepare, verify
-from vlmscope.runs.forward import Sites
 from vlmscope.runs.network import Network
+from vlmscope.sites import Sites
 
 
 class Model(Network):

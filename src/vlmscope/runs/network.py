@@ -21,7 +21,7 @@ from vlmscope.models.inputs import Change, Edit, Inputs
 from vlmscope.models.towers import Tower
 from vlmscope.runs.hooks import Access, alone, attending, eager
 from vlmscope.runs.views import Between, Deepstack, Gain, Gaps, Paid, Third, View
-from vlmscope.sites import Pattern, Point, Shape, Site, expand, place
+from vlmscope.sites import Pattern, Point, Shape, Site, Sites, expand, parse, place
 
 QUANTIZED = "4bit"
 """Weights of 4 bits (NF4, by bitsandbytes), which compute in bfloat16."""
@@ -294,6 +294,16 @@ class Network:
                     f"bad site '{site}': layer {part.layer} of the {part.tower} tower attends to the picture "
                     "alone and is passed over in a run without one; name another layer"
                 )
+        return found
+
+    def placed(self, sites: Sites, inputs: Inputs) -> list[Site]:
+        """All sites that expressions name in one run; what has its numbers of positions stays as it is."""
+        if isinstance(sites, (str, Pattern, Site)):
+            sites = [sites]
+        found: list[Site] = []
+        for site in sites:
+            patterns = [site] if isinstance(site, Site) else expand(parse(site), self.shapes)
+            found += [each for pattern in patterns for each in self.places(pattern, inputs)]
         return found
 
     def changes(self, inputs: Inputs, edits: Iterable[Edit]) -> list[Change]:

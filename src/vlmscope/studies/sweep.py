@@ -33,9 +33,8 @@ from vlmscope.patching.trace import Images
 from vlmscope.progress import progress
 from vlmscope.runs import corrupt as corruptions
 from vlmscope.runs.corrupt import Corruption, Noise
-from vlmscope.runs.forward import Sites
 from vlmscope.runs.model import Model
-from vlmscope.sites import Point, Site, expand, parse, place
+from vlmscope.sites import Point, Site, Sites, expand, parse
 from vlmscope.stats import rng
 from vlmscope.studies.run_folder import BASELINES, EFFECTS, Run, bytes_of, read_run, typed
 from vlmscope.studies.run_writer import Writer, open_run
@@ -464,7 +463,7 @@ def _patch_example(
         if task.select and (reason := _unfit(task, example, pairs[0], predicted)):
             return _excluded(task, job, reason=reason, **answered)
     layout = pairs[0].clean.layout
-    placed = [found for site in patterns for found in place(site, layout)]
+    placed = task.model.placed(patterns, pairs[0].clean)
     totals = np.zeros((len(placed), 3))
     base: dict[str, float] = defaultdict(float)
     images, count, least = Images(), 0, 0.0
@@ -599,9 +598,8 @@ def _recomputed(task: _Task, example: Example, sites: Sequence[str]) -> np.ndarr
     """The metric of patches of one example, one plain forward each."""
     pairs = task.pairs(example)
     total = np.zeros(len(sites))
-    patterns = expand(parse(sites), task.model.shapes)
     for pair in pairs:
-        placed = [found for site in patterns for found in place(site, pair.clean.layout)]
+        placed = task.model.placed(sites, pair.clean)
         plain = replace(task, engine="reference")
         for numbers, scores in _patched(plain, example, pair, placed, Images()).chunks:
             total[numbers] += scores.value.cpu().numpy() / len(pairs)

@@ -24,9 +24,9 @@ from vlmscope.patching.scores import logit_difference
 from vlmscope.progress import progress
 from vlmscope.runs import corrupt as corruptions
 from vlmscope.runs.corrupt import Corruption, Noise
-from vlmscope.runs.forward import Sites, forward
+from vlmscope.runs.forward import forward
 from vlmscope.runs.model import Model
-from vlmscope.sites import Point, Site, expand, parse, place
+from vlmscope.sites import Point, Site, Sites, expand, parse, place
 from vlmscope.stats import shuffled
 from vlmscope.studies.heads.masks import masks_of
 from vlmscope.studies.run_folder import Run, read_run
