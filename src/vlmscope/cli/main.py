@@ -346,7 +346,7 @@ def report(
     runs: Annotated[list[Path], typer.Argument(help="Folders of sweep, circuits, heads, tracing or notice.")],
     out: Annotated[Path, typer.Option(help="The HTML file; its figures go beside it.")],
     figures: Annotated[
-        list[str] | None, typer.Option(metavar="svg|pdf", help="Save figures so beside PNG; once for each.")
+        list[str] | None, typer.Option(metavar="svg|pdf...", help="Save figures so, too, beside PNG.")
     ] = None,
 ) -> None:
     """Write one self-contained HTML file."""
