@@ -121,7 +121,7 @@ def draw_bar(
     image.set_data(np.linspace(first, last, 256)[:, None])
     owner.add_artist(image)
     style: dict[str, Any] = {"transform": inches, "color": INK, "va": "center"}
-    text = textwrap.fill(label, max(12, int(14 * length)))
+    text = textwrap.fill(label, max(12, int(15 * length)))
     owner.text(box.x1 + 0.6, middle[1], text, rotation=90, ha="center", fontsize=9, **style)
     for tick in MaxNLocator(int(2 + 1.8 * length), steps=[1, 2, 5, 10]).tick_values(first, last):
         if first <= tick <= last:
