@@ -18,6 +18,7 @@ from vlmscope.errors import ModelError, VlmscopeError
 from vlmscope.inputs import Edit
 from vlmscope.patching import engine, reference
 from vlmscope.runs import corrupt
+from vlmscope.runs.forward import editing, forward
 from vlmscope.runs.model import Model
 from vlmscope.sites import Pattern, expand, place
 
@@ -185,7 +186,7 @@ def test_everything_is_put_back(implementation):
     with pytest.raises(VlmscopeError, match=r"has the shape \(3, 3\)"):
         model.run(pair.clean, [edit])
     wrong = pytest.raises(VlmscopeError, match=r"has the shape \(3, 3\)")
-    with wrong, model.editing(pair.clean, [edit]):
+    with wrong, editing(model, pair.clean, [edit]):
         model.answer(pair.clean)
     assert state(model) == before
 
@@ -315,7 +316,7 @@ def test_models_of_one_hugging_face_model_take_turns():
     results = []
 
     def hold():
-        with one.editing(pair.clean, [edit]):
+        with editing(one, pair.clean, [edit]):
             inside.set()
             leave.wait(10)
 
@@ -371,7 +372,7 @@ def test_a_model_in_training_mode(part):
             answers(engine.patch(model, pair, sites)),
             answers(reference.patch(model, pair, sites[:2])),
             model.attention(pair.clean, "decoder", "attn", [3]),
-            model.logits(pair.clean, every=True),
+            forward(model, pair.clean, positions=None).logits,
             torch.tensor([ord(c) for c in model.answer(pair.clean)]),
         ]
 

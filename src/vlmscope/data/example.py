@@ -23,15 +23,14 @@ Box: TypeAlias = tuple[float, float, float, float]
 class Example:
     """One contrast: what was asked, what is true of the clean image, and what of the corrupt one.
 
-    `roles` maps a role's name to the character spans `(start, end)` of its words, in
-    `clean_prompt` (by token alignment the same words hold it in `corrupt_prompt`). Those that are not
-    given are looked up: `answer`, `foil` and each of `groups`, where its words stand in the prompt
-    (`find_roles`). `dataclasses.replace` with another prompt looks these up anew. `masks` maps
-    an object's name to a black and white picture of the size of `clean_image`, white where the
-    object is, or to the box around it: left, top, right, bottom in pixels of `clean_image`.
-    `more_images` are further pictures that the prompt is about, behind the first and the same in
-    both runs, for models that take several. `shows` are words for what is known to be in
-    `clean_image`, in small letters: labels, which no run reads.
+    `roles` maps a role's name to the character spans `(start, end)` of its words, in `clean_prompt` (by
+    token alignment the same words hold it in `corrupt_prompt`). Those that are not given are looked up:
+    `answer`, `foil` and each of `groups`, where its words stand in the prompt (`find_roles`).
+    `dataclasses.replace` with another prompt looks these up anew. `masks` maps an object's name to a black
+    and white picture of the size of `clean_image`, white where the object is, or to the box around it:
+    left, top, right, bottom in pixels of `clean_image`. `more_images` are further pictures that the prompt
+    is about, behind the first and the same in both runs, for models that take several. `shows` are words
+    for what is known to be in `clean_image`, in small letters: labels, which no run reads.
     """
 
     id: str
@@ -108,8 +107,8 @@ def is_box(mask: Picture | Box) -> TypeGuard[Box]:
 def fingerprint(examples: Iterable[Example]) -> str:
     """The SHA-256, as 64 hex digits, of all that a run reads from the examples, in their order.
 
-    Ids, prompts, answers, foils, roles, and the content of images and masks (not where they
-    lie); groups only label the results and are left out. A file that is missing counts as such.
+    Ids, prompts, answers, foils, roles, and the content of images and masks (not where they lie); groups
+    only label the results and are left out. A file that is missing counts as such.
 
     >>> example = Example("0", Image.new("RGB", (1, 1)), "Red or blue?", "red", "blue")
     >>> fingerprint([example])[:8]

@@ -50,7 +50,7 @@ _FINDING = threading.Lock()
 
 
 @contextmanager
-def alone(hf: nn.Module) -> Iterator[None]:
+def alone(hf: nn.Module, name: str) -> Iterator[None]:
     """Within this context no other thread runs the model, and it is in evaluation mode.
 
     Hooks are on the modules, so two runs at once would see each other's edits. It may be entered again.
@@ -63,7 +63,7 @@ def alone(hf: nn.Module) -> Iterator[None]:
         if training and not turn.warned:
             turn.warned = True
             warnings.warn(
-                f"{type(hf).__name__} is in training mode, where dropout makes results random; it is run in "
+                f"{name} is in training mode, where dropout makes results random; it is run in "
                 "evaluation mode and put back behind each run",
                 stacklevel=5,
             )

@@ -40,6 +40,7 @@ class Network:
         self.hf = hf.eval()
         self.processor = processor
         self.name = name
+        self._fingerprint: tuple[list[tuple[str, int, int]], str] | None = None
         self.unedited: str | None = None
         """The fingerprint before edits of the weights, while there are any."""
         self.edits: tuple[str, ...] = ()
@@ -69,7 +70,7 @@ class Network:
 
     def alone(self) -> AbstractContextManager[None]:
         """Within this context no other thread runs the model, and it is in evaluation mode (`hooks.alone`)."""
-        return alone(self.hf)
+        return alone(self.hf, self.name)
 
     # -- towers ----------------------------------------------------------------------------------
 
@@ -252,12 +253,19 @@ class Network:
         return ((norm(signs) - norm(-signs)) / (2 * signs))[0, 0]
 
     def fingerprint(self) -> str:
-        """SHA-256 over the names, types and bytes of all weights, as hexadecimal digits."""
-        digest = hashlib.sha256()
-        for name, tensor in sorted(self.hf.state_dict().items()):
-            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-            digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-        return digest.hexdigest()
+        """SHA-256 over the names, types and bytes of all weights, as hexadecimal digits.
+
+        Computed once, and anew only when a weight has been written to or replaced since.
+        """
+        weights = sorted(self.hf.state_dict().items())
+        state = [(name, tensor.data_ptr(), tensor._version) for name, tensor in weights]
+        if self._fingerprint is None or self._fingerprint[0] != state:
+            digest = hashlib.sha256()
+            for name, tensor in weights:
+                digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+                digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+            self._fingerprint = state, digest.hexdigest()
+        return self._fingerprint[1]
 
     def token(self, number: int) -> str:
         """A token of the model's tokenizer as it is written there, such as `▁red`."""

@@ -1,7 +1,7 @@
 """How the synthetic sets draw: shapes, colors, textures, and the exact mask of each thing.
 
-Everything is drawn at twice the size and reduced, which smooths the edges. A picture and its
-masks come from the same outline, so a mask covers exactly the pixels that its thing touches.
+Everything is drawn at twice the size and reduced, which smooths the edges. A picture and its masks come
+from the same outline, so a mask covers exactly the pixels that its thing touches.
 """
 
 from __future__ import annotations
@@ -48,8 +48,8 @@ class Drawing(Protocol):
 class Contrast:
     """A picture, one that the foil is true of, and the question about them.
 
-    `ask` makes the question of two options, `others` are two that are neither answer nor foil, and
-    `words` those in the question by their roles.
+    `ask` makes the question of two options, `others` are two that are neither answer nor foil, and `words`
+    those in the question by their roles.
     """
 
     clean: Drawing

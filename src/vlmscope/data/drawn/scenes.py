@@ -1,7 +1,7 @@
 """`scenes`: two objects and the relation between them, drawn from a seed.
 
-Three kinds of questions, each in both orders of the options: "is a circle or a star above the
-square?", "is the circle above or below the square?", "is the circle above a square or a star?".
+Three kinds of questions, each in both orders of the options: "is a circle or a star above the square?", "is
+the circle above or below the square?", "is the circle above a square or a star?".
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ GAP = 5
 class Scene:
     """What a picture of this set shows: the subject is `relation` the object.
 
-    `side` (-1 left, 1 right) and `jitter` (pixels) say where exactly. They stay when the relation
-    changes, so nothing moves more than the relation asks for.
+    `side` (-1 left, 1 right) and `jitter` (pixels) say where exactly. They stay when the relation changes,
+    so nothing moves more than the relation asks for.
     """
 
     subject: Thing
@@ -60,8 +60,8 @@ class Scene:
 def arrange(scene: Scene) -> Scene:
     """The same scene with the subject where the relation wants it.
 
-    The object stays where it is, unless the two would not fit into the picture: then both are
-    shifted, by as little as it takes.
+    The object stays where it is, unless the two would not fit into the picture: then both are shifted, by
+    as little as it takes.
     """
     subject, thing = scene.subject, scene.object
     reach = subject.radius + thing.radius + GAP

@@ -1,7 +1,7 @@
 """`states`: one object and its state, drawn from a seed.
 
-Three kinds of questions, each in both orders of the options: "is this circle red or blue?",
-"is this circle striped or dotted?", "is this shape a circle or a square?".
+Three kinds of questions, each in both orders of the options: "is this circle red or blue?", "is this circle
+striped or dotted?", "is this shape a circle or a square?".
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """COCO-QA: open questions about COCO photographs, "what is the color of the dog?".
 
 As published with the BLIP tracing paper (Palit et al., arXiv 2308.14179): a CSV file a kind, with
-`train_image_id_count, question_count, answer_count` (the suffix may be another, or none), whose
-name says the kind: color, count (or number), location. The photographs are COCO's: `train2017`,
-in the root, in `images/` or as it is. The corrupt image has another answer to the same question.
+`train_image_id_count, question_count, answer_count` (the suffix may be another, or none), whose name says
+the kind: color, count (or number), location. The photographs are COCO's: `train2017`, in the root, in
+`images/` or as it is. The corrupt image has another answer to the same question.
 """
 
 from __future__ import annotations
@@ -23,10 +23,6 @@ KINDS = {"color": "color", "colour": "color", "count": "count", "number": "count
 COLUMNS = ("train_image_id", "question", "answer")
 PLACES = ("train2017", "images/train2017", "train2014", "images/train2014", "images", "")
 
-EMPTY = "a row with an empty cell"
-AGAIN = "the same image and question as an earlier row"
-ALONE = "no image that is there has another answer to the question"
-NO_FOIL = "every image with another answer is already its pair, or cannot be read"
 # Words that end a question and name nothing in the image.
 _EMPTY_WORDS = frozenset(
     """a an the of in on at to by with is are was were be being and or his her its their this
@@ -59,7 +55,7 @@ def load(source: Source) -> list[Example]:
         by_question.setdefault((row.kind, row.question), []).append(row)
     others = {row: _others(row, by_question[row.kind, row.question]) for row in kept}
     paired = [row for row in kept if others[row]]
-    source.drop(ALONE, len(kept) - len(paired))
+    source.drop("no image that is there has another answer to the question", len(kept) - len(paired))
     partners = Partners(source)
 
     def make(row: Row) -> Example | None:
@@ -69,14 +65,14 @@ def load(source: Source) -> list[Example]:
         by_path = {files[other.image]: other for other in mixed}
         if partner := partners.first(files[row.image], by_path):
             return _example(row, by_path[partner], files)
-        source.drop(NO_FOIL)
+        source.drop("every image with another answer is already its pair, or cannot be read")
         return None
 
     items = {
         kind: source.shuffled((row for row in paired if row.kind == kind), kind, source.seed)
         for kind in dict.fromkeys(KINDS.values())
     }
-    return [drawn.made for drawn in source.balanced(items, make)]
+    return [example for _, _, example in source.balanced(items, make)]
 
 
 def read_rows(source: Source) -> list[Row]:
@@ -94,9 +90,9 @@ def read_rows(source: Source) -> list[Row]:
             number = re.fullmatch(r"(\d{1,12})(?:\.0)?", cells["train_image_id"])
             question = " ".join(cells["question"].rstrip("? ").split())
             if not (number and question and cells["answer"]):
-                source.drop(EMPTY)
+                source.drop("a row with an empty cell")
             elif (int(number[1]), question) in rows:
-                source.drop(AGAIN)
+                source.drop("the same image and question as an earlier row")
             else:
                 image = int(number[1])
                 rows[image, question] = Row(kind, image, question, cells["answer"])

@@ -1,10 +1,10 @@
 """Downloading images from addresses that nobody vouches for.
 
-The addresses come from a table that somebody else wrote, and what answers there may have changed
-since. So: http and https only; only to public addresses, which is checked on the connected socket
-of every hop, before a byte is sent through it (a name that resolves to another address the second
-time gains nothing); no cookies, no credentials, no proxies; a limit on size and on time; and what
-arrives counts only if it decodes as an image. A file appears under its name when it is whole.
+The addresses come from a table that somebody else wrote, and what answers there may have changed since. So:
+http and https only; only to public addresses, which is checked on the connected socket of every hop, before
+a byte is sent through it (a name that resolves to another address the second time gains nothing); no
+cookies, no credentials, no proxies; a limit on size and on time; and what arrives counts only if it decodes
+as an image. A file appears under its name when it is whole.
 """
 
 from __future__ import annotations
@@ -60,10 +60,10 @@ _ONE_AT_A_TIME = threading.Lock()
 class Limits:
     """What an address may cost.
 
-    `timeout` (seconds) is for connecting and for each wait for data, `total` for one try at one
-    address with its redirects. What may pass is tried `retries` times more, after `backoff` seconds,
-    then twice as long, with jitter, or when the server says. `allowed` are IP addresses that are
-    connected to though they are not public.
+    `timeout` (seconds) is for connecting and for each wait for data, `total` for one try at one address
+    with its redirects. What may pass is tried `retries` times more, after `backoff` seconds, then twice as
+    long, with jitter, or when the server says. `allowed` are IP addresses that are connected to though they
+    are not public.
     """
 
     timeout: float = 15.0
@@ -120,8 +120,8 @@ def fetch(
 ) -> dict[str, str]:
     """Download addresses to files, and return what could not be had, with the reason.
 
-    A file that is there, with any suffix of an image, is not fetched again; a new one gets the
-    suffix of its content. Ctrl-C stops after the tries in progress and leaves every whole file in place.
+    A file that is there, with any suffix of an image, is not fetched again; a new one gets the suffix of
+    its content. Ctrl-C stops after the tries in progress and leaves every whole file in place.
 
     >>> fetch({"file:///etc/passwd": Path("a.jpg"), "http://me:secret@host/": Path("b.jpg")})
     {'file:///etc/passwd': 'not an http or https address',
@@ -268,8 +268,8 @@ def _checked(url: str) -> Url:
 class _PublicHTTP(HTTPConnection):
     """A connection that refuses an address that is not public once it is connected.
 
-    Its socket is the one that the request goes through, so what the name resolves to at another
-    time does not matter; for https this is before the handshake.
+    Its socket is the one that the request goes through, so what the name resolves to at another time does
+    not matter; for https this is before the handshake.
     """
 
     allowed: frozenset[str] = frozenset()

@@ -1,9 +1,9 @@
 """Your own images, in a folder for each label: "is this a cat or a dog?".
 
-`ROOT/{label}/*.jpg`, two labels or more, of any words. The corrupt image is one of another label.
-A file `prompt.txt` in the root may hold another question with `{x}` and `{y}` where the options
-stand; "a {x}" becomes "an {x}" by sound, and loses its article before a plural. The result is
-meant to be written as a CSV, which can then be edited.
+`ROOT/{label}/*.jpg`, two labels or more, of any words. The corrupt image is one of another label. A file
+`prompt.txt` in the root may hold another question with `{x}` and `{y}` where the options stand; "a {x}"
+becomes "an {x}" by sound, and loses its article before a plural. The result is meant to be written as a
+CSV, which can then be edited.
 """
 
 from __future__ import annotations
@@ -21,7 +21,6 @@ from vlmscope.data.questions.synonyms import near
 from vlmscope.errors import DataError
 
 QUESTION = "is this a {x} or a {y}?"
-NO_FOIL = "no image of another label is left"
 
 
 def load(source: Source) -> list[Example]:
@@ -85,17 +84,17 @@ def label_examples(
 
     examples: list[Example] = []
     groups = {label: [label] for label in sorted(labels)}
-    for drawn in label_contrasts(source, labels, groups, rivals, NO_FOIL):
-        one, label, foil = drawn.made, drawn.made.label, drawn.made.other_label
+    for label, order, one in label_contrasts(source, labels, groups, rivals, "another label"):
+        foil = one.other_label
         examples.append(
             Example(
                 id=f"{source.name}-{label.replace(' ', '-')}-{one.path.stem}-{foil.replace(' ', '-')}",
                 clean_image=one.path,
-                clean_prompt=fill(question, *in_order(drawn.order, label, foil)),
+                clean_prompt=fill(question, *in_order(order, label, foil)),
                 answer=label,
                 foil=foil,
                 corrupt_image=one.other,
-                groups={"kind": kind, "order": drawn.order, "label": label},
+                groups={"kind": kind, "order": order, "label": label},
             )
         )
     return examples
