@@ -10,15 +10,15 @@ from typing import Any
 
 from torch import Tensor
 
-from vlmscope.inputs import Edit, Pair
+from vlmscope.models.inputs import Edit, Pair
 from vlmscope.patching.scores import Metric, Patched, Score, baselines, largest, score
 from vlmscope.runs.forward import forward, read
 from vlmscope.runs.network import Network
 from vlmscope.sites import Point, Site
 
 Values = Mapping[Point, Tensor] | Mapping[Site, Tensor]
-"""What is written instead of another run's activations: a whole activation by point, or a value by site (which
-broadcasts to its positions and width)."""
+"""What is written instead of another run's activations: a whole activation by point, or a value by site
+(which broadcasts to its positions and width)."""
 
 
 def patch(

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from vlmscope.data.example import Example
 from vlmscope.errors import ExampleError, VlmscopeError
-from vlmscope.inputs import Edit, Inputs, Pair
+from vlmscope.models.inputs import Edit, Inputs, Pair
 from vlmscope.runs.forward import forward
 from vlmscope.runs.model import Model
 from vlmscope.sites import Site
@@ -83,7 +83,8 @@ def pairs(
 ) -> list[Pair]:
     """The pairs of runs of one example: one, or one a draw of noise.
 
-    Every site of a draw sees the same noise. With `whole` all tokens of the answer are scored (`Model.prepare`). Raises `ExampleError` if the example lacks what the
+    Every site of a draw sees the same noise. With `whole` all tokens of the answer are scored
+    (`Model.prepare`). Raises `ExampleError` if the example lacks what the
     corruption needs, or changes nothing.
     """
     if isinstance(corruption, Noise):
