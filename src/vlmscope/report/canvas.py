@@ -24,7 +24,8 @@ from matplotlib.transforms import Bbox, Transform, TransformedBbox
 
 from vlmscope.errors import DataError
 
-INK, MISSING = "#222222", "#d4d4d4"
+DARK = "#222222"
+NOT_PATCHED = "#d4d4d4"
 BAR = 1.2
 """What a colour bar takes at the right of its panels, with its numbers and its label, in inches."""
 
@@ -120,7 +121,7 @@ def draw_bar(
     image = BboxImage(place, cmap=scale.cmap, norm=scale.norm, origin="lower")  # type: ignore[arg-type]
     image.set_data(np.linspace(first, last, 256)[:, None])
     owner.add_artist(image)
-    style: dict[str, Any] = {"transform": inches, "color": INK, "va": "center"}
+    style: dict[str, Any] = {"transform": inches, "color": DARK, "va": "center"}
     text = textwrap.fill(label, max(12, int(15 * length)))
     owner.text(box.x1 + 0.6, middle[1], text, rotation=90, ha="center", fontsize=9, **style)
     for tick in MaxNLocator(int(2 + 1.8 * length), steps=[1, 2, 5, 10]).tick_values(first, last):
@@ -133,7 +134,7 @@ def draw_bar(
 
 
 def set_title(axes: Axes, text: str, size: float = 10) -> None:
-    axes.set_title(text, fontsize=size, color=INK, y=1.0, parse_math=False)
+    axes.set_title(text, fontsize=size, color=DARK, y=1.0, parse_math=False)
 
 
 @lru_cache(maxsize=8192)
