@@ -118,7 +118,7 @@ def test_your_own_images_and_a_report(run, tmp_path):
     assert status == 0 and out.strip() == str(tmp_path / "report.html")
     assert "<html" in (tmp_path / "report.html").read_text()
     assert list((tmp_path / "report-figures").glob("*.png"))
-    figures = ["--figures", "svg", "--figures", "pdf"]
+    figures = ["--figures", "svg", "pdf"]
     assert run("report", tmp_path / "run", "--out", tmp_path / "r.html", *figures)[0] == 0
     endings = [file.suffix for file in (tmp_path / "r-figures").iterdir()]
     assert endings.count(".png") == endings.count(".svg") == endings.count(".pdf") > 0

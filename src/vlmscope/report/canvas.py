@@ -24,7 +24,8 @@ from matplotlib.transforms import Bbox, Transform, TransformedBbox
 
 from vlmscope.errors import DataError
 
-INK, MISSING = "#222222", "#d4d4d4"
+DARK = "#222222"
+NOT_PATCHED = "#d4d4d4"
 BAR = 1.2
 """What a colour bar takes at the right of its panels, with its numbers and its label, in inches."""
 
@@ -110,38 +111,30 @@ def draw_bar(
     inches: Transform,
     scale: ScalarMappable,
     label: str,
-    at: tuple[float, float],
+    middle: tuple[float, float],
     length: float,
-    *,
-    below: bool = False,
 ) -> None:
-    """A colour bar without axes of its own: upright, with the middle of its left side `at` a place in inches,
-    or lying (`below`), with its upper left corner there."""
+    """An upright colour bar without axes of its own; `middle` is that of its left side."""
     first, last = scale.get_clim()
-    box = Bbox.from_bounds(at[0], at[1] - length / 2, 0.17, length)
-    box = Bbox.from_bounds(at[0], at[1] - 0.17, length, 0.17) if below else box
+    box = Bbox.from_bounds(middle[0], middle[1] - length / 2, 0.17, length)
     place = TransformedBbox(box, inches)
     image = BboxImage(place, cmap=scale.cmap, norm=scale.norm, origin="lower")  # type: ignore[arg-type]
-    shades = np.linspace(first, last, 256)[None]
-    image.set_data(shades if below else shades.T)
+    image.set_data(np.linspace(first, last, 256)[:, None])
     owner.add_artist(image)
-    style: dict[str, Any] = {"transform": inches, "color": INK, "ha": "center", "va": "center"}
-    x, y = (at[0] + length / 2, box.y0 - 0.45) if below else (box.x1 + 0.6, at[1])
-    text = textwrap.fill(label, max(20, int(14 * length)))
-    owner.text(x, y, text, rotation=0 if below else 90, fontsize=9, **style)
-    style |= {"fontsize": 8, "ha": "center" if below else "left"}
+    style: dict[str, Any] = {"transform": inches, "color": DARK, "va": "center"}
+    text = textwrap.fill(label, max(12, int(15 * length)))
+    owner.text(box.x1 + 0.6, middle[1], text, rotation=90, ha="center", fontsize=9, **style)
     for tick in MaxNLocator(int(2 + 1.8 * length), steps=[1, 2, 5, 10]).tick_values(first, last):
         if first <= tick <= last:
-            along = length * (tick - first) / (last - first)
-            x, y = (box.x0 + along, box.y0 - 0.12) if below else (box.x1 + 0.06, box.y0 + along)
-            owner.text(x, y, f"{tick:g}".replace("-", "−"), **style)
+            y = box.y0 + length * (tick - first) / (last - first)
+            owner.text(box.x1 + 0.06, y, f"{tick:g}".replace("-", "−"), fontsize=8, **style)
 
 
 # --- text ------------------------------------------------------------------------------------
 
 
 def set_title(axes: Axes, text: str, size: float = 10) -> None:
-    axes.set_title(text, fontsize=size, color=INK, y=1.0, parse_math=False)
+    axes.set_title(text, fontsize=size, color=DARK, y=1.0, parse_math=False)
 
 
 @lru_cache(maxsize=8192)

@@ -13,8 +13,7 @@ from collections.abc import Iterable, Sequence
 import pandas as pd
 from matplotlib.axes import Axes
 
-from vlmscope.data.drawn.faces import INK
-from vlmscope.report.canvas import Margins, figure_of, grid, set_title, text_width
+from vlmscope.report.canvas import DARK, Margins, figure_of, grid, set_title, text_width
 from vlmscope.report.heat_maps import panels
 from vlmscope.report.words import KINDS, TOWERS, upper_first
 from vlmscope.studies.tables import head_table, token_table
@@ -82,7 +81,7 @@ def universal(heads: pd.DataFrame, *, most: int = 30, gap: float = 0.0, ax: Axes
     (axes,) = panels({"": table.rename_axis(index="", columns="")}, marks=marks, gap=gap, ax=ax)
     confirmed = important[important["confirmed"]]
     across, up = table.columns.get_indexer(confirmed["run"]), table.index.get_indexer(confirmed["name"])
-    axes.scatter(across + 0.5, up + 0.5, s=75, facecolors="none", edgecolors=INK, linewidths=1.0)
+    axes.scatter(across + 0.5, up + 0.5, s=75, facecolors="none", edgecolors=DARK, linewidths=1.0)
     for tick, count in zip(axes.get_yticklabels(), order["count"], strict=True):
         tick.set_fontweight("bold" if count == len(runs) else "normal")
     return axes

@@ -53,11 +53,8 @@ class Gallery:
         self, name: str, drawn: Axes | list[Axes], data: pd.DataFrame, caption: str, **values: object
     ) -> Shown:
         """Save the figure that these axes are in; its caption is a macro of `captions.html`."""
-        stem, figure, png = (
-            f"{self.prefix}-{name}",
-            figure_of(drawn if isinstance(drawn, Axes) else drawn[0]),
-            io.BytesIO(),
-        )
+        stem, png = f"{self.prefix}-{name}", io.BytesIO()
+        figure = figure_of(drawn if isinstance(drawn, Axes) else drawn[0])
         # A third of the usual effort to make it small: as small, and sooner.
         figure.savefig(png, format="png", dpi=120, pil_kwargs={"compress_level": 3})
         (self.folder / f"{stem}.png").write_bytes(png.getvalue())

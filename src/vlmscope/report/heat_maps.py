@@ -18,10 +18,19 @@ from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize
 from matplotlib.patches import Rectangle
 
-from vlmscope.data.drawn.faces import INK
-from vlmscope.data.published.sampling import MISSING
 from vlmscope.errors import DataError
-from vlmscope.report.canvas import BAR, Margins, add_bar, centred, drawable, grid, set_title, text_width
+from vlmscope.report.canvas import (
+    BAR,
+    DARK,
+    NOT_PATCHED,
+    Margins,
+    add_bar,
+    centred,
+    drawable,
+    grid,
+    set_title,
+    text_width,
+)
 from vlmscope.report.words import short_number
 
 VALUES = {
@@ -79,10 +88,15 @@ def panels(
     axes, across = _laid_out(tables, names, one_index, one_header, ax)
     for n, (spot, (title, table)) in enumerate(zip(axes, tables.items(), strict=True)):
         heat_map(spot, table, scale, None if marks is None else marks.get(title, ()))
-        if not one_header or n + across >= len(axes):
+        spot.tick_params(left=False, bottom=False)
+        if one_header and n + across < len(axes):
+            spot.set_xticks(())
+        else:
             label_columns(spot, names[n], [c in table.attrs.get("roles", ()) for c in table.columns])
-            spot.set_xlabel(str(table.columns.name or ""), fontsize=9, color=INK)
-        if not one_index or n % across == 0:
+            spot.set_xlabel(str(table.columns.name or ""), fontsize=9, color=DARK)
+        if one_index and n % across:
+            spot.set_yticks(())
+        else:
             label_rows(spot, table)
     add_bar(axes, scale, VALUES[value])
     return axes
@@ -123,9 +137,8 @@ def heat_map(
     axes: Axes, table: pd.DataFrame, scale: ScalarMappable, marks: Iterable[tuple[Any, Any]] | None = None
 ) -> None:
     """The cells, without labels; with dots on the `marks`, or in a head table the strongest outlined."""
-    axes.set(xticks=(), yticks=())
     axes.spines[:].set_visible(False)
-    axes.set_facecolor(MISSING)
+    axes.set_facecolor(NOT_PATCHED)
     if table.empty:
         axes.set(xlim=(0, table.shape[1]), ylim=(0, 1))
         axes.text(table.shape[1] / 2, 0.5, "nothing of this kind\nin the table", ha="center", va="center")
@@ -137,7 +150,7 @@ def heat_map(
         _outline_strongest(axes, cells, scale)
     elif places := [(table.columns.get_loc(c), table.index.get_loc(r)) for r, c in marks or ()]:
         across, up = np.transpose(places) + 0.5  # with a light rim, to be seen on any colour
-        axes.scatter(across, up, s=22, color=INK, edgecolors="white", linewidths=1.0)
+        axes.scatter(across, up, s=22, color=DARK, edgecolors="white", linewidths=1.0)
 
 
 def column_names(table: pd.DataFrame) -> list[str]:
@@ -154,9 +167,8 @@ def column_names(table: pd.DataFrame) -> list[str]:
 def label_rows(axes: Axes, table: pd.DataFrame) -> None:
     """Some layers, or all names."""
     rows = spread(list(range(len(table))), 16 if table.index.name == "layer" else len(table))
-    axes.tick_params(left=False)
-    axes.set_yticks([n + 0.5 for n in rows], [str(table.index[n]) for n in rows], fontsize=8, color=INK)
-    axes.set_ylabel(table.index.name, fontsize=9, color=INK)
+    axes.set_yticks([n + 0.5 for n in rows], [str(table.index[n]) for n in rows], fontsize=8, color=DARK)
+    axes.set_ylabel(table.index.name, fontsize=9, color=DARK)
 
 
 def label_columns(axes: Axes, names: Sequence[str], is_bold: Sequence[bool]) -> None:
@@ -167,11 +179,10 @@ def label_columns(axes: Axes, names: Sequence[str], is_bold: Sequence[bool]) -> 
     keep |= {n for n in range(0, len(names), step) if not any(abs(n - k) < near for k in keep)}
     shown = sorted(keep)
     angle, labels = _angle(names), [names[n] for n in shown]
-    style: dict[str, Any] = {"parse_math": False, "fontsize": 8, "color": INK}
+    style: dict[str, Any] = {"parse_math": False, "fontsize": 8, "color": DARK}
     if angle:
         style |= {"rotation": angle, "rotation_mode": "anchor", "ha": "right"}
         style["va"] = "center" if angle == 90 else "top"
-    axes.tick_params(bottom=False)
     axes.set_xticks([n + 0.5 for n in shown], labels, **style)
     for n, tick in zip(shown, axes.get_xticklabels(), strict=True):
         tick.set_fontweight("bold" if is_bold[n] else "normal")

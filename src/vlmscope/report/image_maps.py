@@ -13,8 +13,7 @@ from matplotlib.cm import ScalarMappable
 from matplotlib.collections import LineCollection
 from PIL import Image
 
-from vlmscope.data.drawn.faces import INK
-from vlmscope.report.canvas import BAR, Margins, centred, draw_bar, drawable, grid
+from vlmscope.report.canvas import BAR, DARK, Margins, centred, draw_bar, drawable, grid
 from vlmscope.report.heat_maps import VALUES, colour_scale, spread
 from vlmscope.studies.tables import choose, mean_gap, means
 
@@ -162,7 +161,7 @@ def _draw_tile(axes: Axes, tile: Tile, corner: tuple[float, float], size: float)
     left, low = corner[0] + (size - width) / 2, corner[1] + (size - height) / 2
     extent = (left, left + width, low, low + height)
     place = (left + width / 2, low + height + 0.06)
-    axes.text(*place, tile.title, ha="center", va="bottom", fontsize=8.5, color=INK)
+    axes.text(*place, tile.title, ha="center", va="bottom", fontsize=8.5, color=DARK)
     if tile.cells is None or tile.scale is None:
         axes.imshow(picture, extent=extent)
         return
@@ -173,7 +172,7 @@ def _draw_tile(axes: Axes, tile: Tile, corner: tuple[float, float], size: float)
     axes.imshow(colours, extent=extent, interpolation="nearest")
     if tile.outline is not None:
         lines = list(_around(tile.outline) * (width, -height) + (left, low + height))
-        for colour, thick in (("white", 2.4), (INK, 1.2)):
+        for colour, thick in (("white", 2.4), (DARK, 1.2)):
             axes.add_collection(LineCollection(lines, colors=colour, linewidths=thick, capstyle="round"))
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,8 @@ ROWS = 6
 def section(folder: Path, gallery: Gallery) -> Section:
     about = read_json(folder / "neurons.json")
     what = str(about.get("what"))
-    if what not in _VALUES:
+    values = {"find": _find, "describe": _describe, "perturb": _perturb, "edit": _edit}
+    if what not in values:
         raise StoreError(f"{folder / 'neurons.json'}: is of another version; write that folder anew")
     titles = {
         "find": "Neurons that contribute to words",
@@ -29,9 +29,7 @@ def section(folder: Path, gallery: Gallery) -> Section:
         "perturb": "Words without their neurons",
         "edit": f"Edit: {about.get('from')} to {about.get('to') or 'anything else'}",
     }
-    return Section(
-        titles[what], render(f"neurons_{what}.html", about=about, **_VALUES[what](folder, gallery))
-    )
+    return Section(titles[what], render(f"neurons_{what}.html", about=about, **values[what](folder, gallery)))
 
 
 def _csv(file: Path) -> pd.DataFrame:
@@ -107,12 +105,3 @@ def _edit(folder: Path, gallery: Gallery) -> dict[str, Any]:
         "pictures": pictures,
         "objects": pd.read_csv(objects) if objects.is_file() else None,
     }
-
-
-_VALUES: Mapping[str, Callable[[Path, Gallery], dict[str, Any]]] = {
-    "find": _find,
-    "describe": _describe,
-    "perturb": _perturb,
-    "edit": _edit,
-}
-"""What the template of each kind of folder shows."""

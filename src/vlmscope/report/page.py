@@ -106,13 +106,11 @@ def _names(runs: Sequence[Run]) -> list[str]:
 def _unique(names: Sequence[str], folders: Sequence[str]) -> list[str]:
     """Names that are there twice get their folder beside them, or else a number."""
     count = Counter(names)
-    longer = [
-        f"{name} ({folder})" if count[name] > 1 and folder else name
+    names = [
+        f"{name} ({folder})" if folder and count[name] > 1 else name
         for name, folder in zip(names, folders, strict=True)
     ]
-    again, used = Counter(longer), Counter[str]()
-    found = []
-    for name in longer:
-        used[name] += 1
-        found.append(f"{name}, {used[name]}" if again[name] > 1 else name)
-    return found
+    count = Counter(names)
+    return [
+        f"{name}, {names[: n + 1].count(name)}" if count[name] > 1 else name for n, name in enumerate(names)
+    ]

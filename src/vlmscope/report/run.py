@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import pandas as pd
 
 from vlmscope.report import image_maps
-from vlmscope.report.gallery import Gallery, Section, Shown, read_json, render
+from vlmscope.report.gallery import Gallery, Section, Shown, render
 from vlmscope.report.ranking import strongest
 from vlmscope.report.words import KINDS, TOWERS, ends, kinds_in, short_number, upper_first
 from vlmscope.studies.run_folder import Run
@@ -54,7 +54,6 @@ def report(run: Run, title: str, gallery: Gallery) -> Reported:
         spec=run.spec,
         corruption=corruption(run.spec),
         known=known,
-        check=read_json(run.path / "run.json").get("check"),
         examples=examples,
         ran=base[~excluded],
         left=base[excluded],
