@@ -264,20 +264,20 @@ def test_reports_that_cannot_be_written(run, tmp_path):
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a disk that is full")
 def test_a_full_disk(run, tmp_path, monkeypatch):
     """What is safe on disk stays; the rest is said in one line."""
-    from vlmscope.studies import run_folder as store
+    from vlmscope.studies import files
 
     assert run(*SWEEP[:5], "--limit", "1", *SWEEP[7:], *SITES, "--out", tmp_path / "one")[0] == 0
-    honest = store._write
+    honest = files.write
 
     def full(file, content):
         if file.suffix == ".parquet":
-            with Path("/dev/full").open("wb", buffering=0) as disk, store._storing(file.parent):
+            with Path("/dev/full").open("wb", buffering=0) as disk, files.storing(file.parent):
                 disk.write(content)
         honest(file, content)
 
-    monkeypatch.setattr(store, "_write", full)
+    monkeypatch.setattr(files, "write", full)
     refused(run(*SWEEP, *SITES, "--out", tmp_path / "run"), "free some space")
-    monkeypatch.setattr(store, "_write", honest)
+    monkeypatch.setattr(files, "write", honest)
     assert run(*SWEEP, *SITES, "--out", tmp_path / "run")[0] == 0
 
 

@@ -42,6 +42,7 @@ PUBLIC = [
     "examples",
     "head_table",
     "load",
+    "open",
     "read_csv",
     "read_run",
     "sweep",

@@ -125,7 +125,7 @@ def everything(tmp_path_factory):
     ]
     sites = ["encoder.*.cross.h*@answer", "decoder.*.cross.h*@last"]
     run = sweep_to(folder / "<b>run", model, examples, sites, "image", data=HOSTILE)
-    circuits.write([run.path], folder / "c")
+    circuits.find([run.path]).save(folder / "c")
     heads.write(folder / "h", model, examples, sites, data=HOSTILE)
     noise = Noise(draws=2)
     with pytest.MonkeyPatch.context() as patch:

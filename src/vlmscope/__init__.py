@@ -25,8 +25,9 @@ _NAMES = {
     "report": "write_report",
     "runs.corrupt": "Noise",
     "runs.model": "Model",
-    "sites": "Site",
+    "sites": "Pattern Site",
     "studies.run_folder": "read_run",
+    "studies.results": "open",
     "studies.sweep": "baselines sweep",
     "studies.tables": "head_table token_table",
 }
@@ -48,7 +49,9 @@ if TYPE_CHECKING:  # what a type checker sees
     from vlmscope.report import write_report as write_report
     from vlmscope.runs.corrupt import Noise as Noise
     from vlmscope.runs.model import Model as Model
+    from vlmscope.sites import Pattern as Pattern
     from vlmscope.sites import Site as Site
+    from vlmscope.studies.results import open as open
     from vlmscope.studies.run_folder import read_run as read_run
     from vlmscope.studies.sweep import baselines as baselines
     from vlmscope.studies.sweep import sweep as sweep

@@ -191,9 +191,8 @@ def run(spec: Spec, out: str | os.PathLike[str], say: Say = lambda text: None) -
             f"no example of any set is kept ('{first['example']}': {first['reason']}); "
             "the model must answer some rightly (or set select = false)"
         )
-    found = circuits.write(
-        [one.path for one in useful], folder / "circuits", position=spec.position, seed=spec.seed
-    )
+    found = circuits.find([one.path for one in useful], position=spec.position, seed=spec.seed)
+    found.save(folder / "circuits")
     say(_say_heads(found))
     parts = [*(one.path for one in useful), folder / "circuits"]
     done = [_functions(spec, model, name, sets[name], runs, found, folder, say) for name in sets]
@@ -422,7 +421,9 @@ def _functions(
         say(f"{name}: no important heads (or too few examples), so no head functions")
         return None
     say(f"{name}: what {len(sites)} heads do, on {len(chosen)} examples")
-    table = heads.write(folder / "heads" / name, model, chosen, sites, corrupt, seed=spec.seed, data=name)
+    table = heads.write(
+        folder / "heads" / name, model, chosen, sites, corrupt, seed=spec.seed, effects=one, data=name
+    )
     counts = table.functions["label"].value_counts()
     say("  " + ", ".join(f"{many} {label}" for label, many in counts.items()))
     return folder / "heads" / name

@@ -55,32 +55,38 @@ def demo(out: Path = Path("vlmscope-demo"), limit: int = 20) -> None:
 @command(app)
 def sweep(
     given: Given,
-    corrupt: Corrupt,
     sites: list[str],
     out: Path,
+    corrupt: Corrupt | None = None,
+    metric: Literal["ld", "p", "logprob", "kl"] = "ld",
+    patch: Literal["clean", "zero", "mean", "resample"] = "clean",
     direction: Literal["denoise", "noise"] = "denoise",
     engine: Literal["fast", "reference"] = "fast",
     noise: Noise = "multiply",
     noise_at: Literal["image", "text"] = "image",
     noise_scale: float | None = None,
     draws: int = 10,
+    check: int = 5,
 ) -> None:
     """Patch every site of every example, into a run folder."""
     from vlmscope.runs import corrupt as corruptions
-    from vlmscope.studies.sweep import sweep_to, tell
+    from vlmscope.studies.sweep import sweep_to, warn_of_excluded
     from vlmscope.studies.tables import knows
 
     how = corruptions.Noise(noise, noise_at, noise_scale, draws) if corrupt == "noise" else corrupt
     options: dict[str, Any] = {
         "direction": direction,
         "engine": engine,
+        "metric": metric,
+        "patch": patch,
+        "check": check,
         "seed": given.seed,
         "data": given.data,
     }
     run = sweep_to(out, given.load(), given.examples(), sites, how, **options)
-    tell(run.baselines())
+    warn_of_excluded(run.baselines())
     print(f"{run.patches():,} patches of {run.ran()} examples in {out}")
-    print(*knows(run.baselines()).lines(), sep="\n")
+    print(*knows(run.baselines()).lines(), run.check_line(), sep="\n")
 
 
 @dataclass(kw_only=True)
@@ -150,7 +156,7 @@ def tracing(
         by=by,
         seed=given.seed,
         data=given.data,
-    )
+    ).table
     print(*knows(read_run(out / "repeats" / "00").baselines()).lines(), sep="\n")
     print("what restores most of P(answer):")
     for row in most_restored(table).itertuples():
@@ -167,9 +173,10 @@ def circuits(
     runs: list[Path], /, out: Path, position: str | None = None, across_models: bool = False, seed: int = 0
 ) -> None:
     """Important heads of each run, universal ones over all."""
-    from vlmscope.studies.circuits import expressions, write
+    from vlmscope.studies.circuits import expressions, find
 
-    found = write(runs, out, position=position, across_models=across_models, seed=seed)
+    found = find(runs, position=position, across_models=across_models, seed=seed)
+    found.save(out)
     columns = "run tower layer kind head position mean ci_low ci_high q_value confirmed".split()
     important = found.heads[found.heads["important"]].sort_values("mean", key=abs, ascending=False)
     print(f"{len(important)} important of {len(found.heads)} heads; the strongest:")

@@ -57,13 +57,13 @@ def find(
     Writes neurons.parquet: example, word, token, token_id, position, layer, neuron, activation, weight,
     score, rank.
     """
-    from vlmscope.neurons import folder
+    from vlmscope import neurons
 
     examples = given.examples()
     if caption is not None and len(examples) > 1:
         raise VlmscopeError("--caption is of one picture; give --image")
-    table = folder.find(
-        out,
+    neurons.make_folder(out)
+    found = neurons.find(
         given.load(),
         examples,
         word or [],
@@ -74,7 +74,8 @@ def find(
         variant="gate" if gate else "input",
         gain=gain,
     )
-    best = table[table["rank"] <= 3].drop(columns=["token_id"])
+    found.save(out)
+    best = found.neurons[found.neurons["rank"] <= 3].drop(columns=["token_id"])
     print(best.head(30).to_string(index=False, float_format="{:.4g}".format))
     print(f"tables in {out}; neurons.parquet has them all")
 
@@ -94,19 +95,30 @@ def describe(
     neuron: list[str] | None = None,
     measures: bool = True,
     embedding: str | None = None,
+    found: Path | None = None,
 ) -> None:
     """Cards: top tokens, maps, pictures and measures.
 
     Where on the image a neuron is active, which pictures drive it, and the measures with their nulls.
     """
-    from vlmscope.neurons import folder
+    from vlmscope import neurons
     from vlmscope.report import write_report
 
     examples = given.examples()
-    neurons = [_layer_and_number(text) for text in neuron or []]
-    options: dict[str, Any] = {"measures": measures, "embedding": embedding, "seed": given.seed}
-    found = folder.describe(out, given.load(), examples, word or [], neurons, prompt=given.prompt, **options)
-    print(found.drop(columns="weights").to_string(index=False))
+    neurons.make_folder(out)
+    described = neurons.describe(
+        given.load(),
+        examples,
+        word or [],
+        [_layer_and_number(text) for text in neuron or []],
+        prompt=given.prompt,
+        measures=measures,
+        embedding=embedding,
+        found=neurons.read(found, neurons.Found) if found else None,
+        seed=given.seed,
+    )
+    described.save(out)
+    print(described.cards.drop(columns="weights").to_string(index=False))
     print(f"tables in {out}; {write_report([out], out / 'report.html')}")
 
 
@@ -118,13 +130,24 @@ def perturb(
     prompt: str | None = None,
     top: list[int] | None = None,
     sigma: list[float] | None = None,
+    found: Path | None = None,
 ) -> None:
     """A word without its neurons, and without random ones."""
-    from vlmscope.neurons import folder
+    from vlmscope import neurons
 
-    options: dict[str, Any] = {"tops": top or (1, 10), "sigmas": sigma or (), "seed": given.seed}
-    table = folder.perturb(out, given.load(), given.examples(), word, prompt=prompt, **options)
-    print(table.to_string(index=False, float_format="{:.3g}".format))
+    neurons.make_folder(out)
+    result = neurons.perturb(
+        given.load(),
+        given.examples(),
+        word,
+        prompt=prompt,
+        tops=top or (1, 10),
+        sigmas=sigma or (),
+        found=neurons.read(found, neurons.Found) if found else None,
+        seed=given.seed,
+    )
+    result.save(out)
+    print(result.effects.to_string(index=False, float_format="{:.3g}".format))
     print(f"table in {out / 'perturb.csv'}")
 
 
@@ -144,25 +167,27 @@ def edit(
     locality: float = 1.0,
     on: list[Path] | None = None,
     export: Path | None = None,
+    found: Path | None = None,
 ) -> None:
     """Make the model say another word, by a few neurons' columns only.
 
     Made on one half of the data and assessed on the other, by free generation; the card lies beside it.
     """
-    from vlmscope.neurons import edits, folder, weight_edit
+    from vlmscope import neurons as room
     from vlmscope.report import write_report
     from vlmscope.stats import shuffled
 
     if (target is None) != suppress:
         raise VlmscopeError("give either --to WORD or --suppress")
-    edits.checked(solver, margin)
+    room.check_margin(solver, margin)
     seed = given.seed
     model, examples = given.load(), given.examples()
-    before = [weight_edit.WeightEdit.load(path) for path in on or []]
+    before = [room.WeightEdit.load(path) for path in on or []]
+    known = room.read(found, room.Found) if found else None
     mixed = [examples[n] for n in shuffled(seed, [example.id for example in examples], "halves")]
     half = (len(mixed) + 1) // 2
-    with weight_edit.edited(model, *before):
-        made = edits.edit(
+    with room.edited(model, *before):
+        made = room.edit(
             model,
             mixed[:half],
             source,
@@ -172,26 +197,28 @@ def edit(
             solver=solver,
             margin=margin,
             locality=locality,
+            found=known,
             seed=seed,
         )
         made.save(out)
         print(f"{made}\n{out}")
         card = out.with_name(f"{out.stem}-card")
         prompts = [prompt, *(wording or [])]
-        found = folder.edit(
-            card, model, made, mixed[half:], prompts=prompts, objects=objects or (), seed=seed
+        assessed = room.describe_edit(
+            model, made, mixed[half:], prompts=prompts, names=objects or (), found=known, seed=seed
         )
-    print(found.to_string(index=False, float_format="{:.3g}".format))
+    assessed.save(card)
+    print(assessed.measures.to_string(index=False, float_format="{:.3g}".format))
     print(write_report([card], card / "report.html"))
     if export is not None:
-        weight_edit.export(model, [*before, made], export)
+        room.export(model, [*before, made], export)
         print(f"edited checkpoint in {export}")
 
 
 @command(app)
 def edits(files: list[Path], /) -> None:
     """List what is in edits."""
-    from vlmscope.neurons.weight_edit import WeightEdit
+    from vlmscope.neurons import WeightEdit
 
     for path in files:
         made = WeightEdit.load(path)
