@@ -23,8 +23,8 @@ from torch import Tensor
 from vlmscope.data import Examples, listed
 from vlmscope.data.example import Example, fingerprint
 from vlmscope.errors import DataError, ExampleError, SiteError, VlmscopeError
-from vlmscope.inputs import Inputs, Pair
 from vlmscope.layout import Layout, grid, slots
+from vlmscope.models.inputs import Inputs, Pair
 from vlmscope.patching import engine as fast
 from vlmscope.patching import reference
 from vlmscope.patching.scores import Metric, Patched, agrees, check_metric, effect, least_gap
