@@ -34,6 +34,7 @@ def study(folder: Path) -> None:
     assert_type(vlmscope.baselines(model, examples, corrupt="image"), pd.DataFrame)
     run = vlmscope.read_run(folder / "run")
     assert_type(run.effects(), pd.DataFrame)
+    print(vlmscope.open(folder / "run").effects())
     assert_type(vlmscope.head_table(table, slot="answer"), pd.DataFrame)
     assert_type(vlmscope.token_table(run.effects(), kind="resid"), pd.DataFrame)
     assert_type(vlmscope.write_report([folder / "run"], folder / "report.html"), Path)
