@@ -20,6 +20,12 @@ def patch(model: vlmscope.Model, example: vlmscope.Example) -> torch.Tensor:
     return model.run(pair.corrupt, [edit])
 
 
+def first_heads() -> vlmscope.Pattern:
+    pattern = vlmscope.Pattern.parse("encoder.*.cross.h[0,1]@answer")
+    assert_type(pattern, vlmscope.Pattern)
+    return pattern
+
+
 def place(site: vlmscope.Site) -> tuple[str, int, tuple[int, ...]]:
     return site.tower, site.layer, site.positions
 
