@@ -244,11 +244,15 @@ def test_models_that_cannot_be_loaded(run, tmp_path):
     refused(run("sweep", "--model", "nobody/nothing", *rest), "nobody/nothing", "network")
 
 
-def test_a_folder_of_another_run(run, tmp_path):
+def test_a_folder_takes_more_sites_and_refuses_another_run(run, tmp_path):
     assert run(*SWEEP, *SITES, "--out", tmp_path / "run")[0] == 0
     before = vlmscope.read_run(tmp_path / "run").effects()
-    refused(run(*SWEEP, "--sites", "encoder.0.resid@*", "--out", tmp_path / "run"), "sites")
+    refused(run(*SWEEP, *SITES, "--corrupt", "text", "--out", tmp_path / "run"), "corrupt")
     assert vlmscope.read_run(tmp_path / "run").effects().equals(before)
+    status, out, _ = run(*SWEEP, "--sites", "encoder.0.resid@*", "--out", tmp_path / "run")
+    after = vlmscope.read_run(tmp_path / "run").effects()
+    assert status == 0 and out.startswith(f"{len(after)} patches of 2 examples")
+    assert set(before["site"]) < set(after["site"])
     (tmp_path / "own").mkdir()
     (tmp_path / "own" / "thesis.tex").write_text("mine")
     refused(run(*SWEEP, *SITES, "--out", tmp_path / "own"), "not empty")

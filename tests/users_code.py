@@ -20,6 +20,12 @@ def patch(model: vlmscope.Model, example: vlmscope.Example) -> torch.Tensor:
     return model.run(pair.corrupt, [edit])
 
 
+def first_heads() -> vlmscope.Pattern:
+    pattern = vlmscope.Pattern.parse("encoder.*.cross.h[0,1]@answer")
+    assert_type(pattern, vlmscope.Pattern)
+    return pattern
+
+
 def place(site: vlmscope.Site) -> tuple[str, int, tuple[int, ...]]:
     return site.tower, site.layer, site.positions
 
@@ -34,6 +40,7 @@ def study(folder: Path) -> None:
     assert_type(vlmscope.baselines(model, examples, corrupt="image"), pd.DataFrame)
     run = vlmscope.read_run(folder / "run")
     assert_type(run.effects(), pd.DataFrame)
+    print(vlmscope.open(folder / "run").effects())
     assert_type(vlmscope.head_table(table, slot="answer"), pd.DataFrame)
     assert_type(vlmscope.token_table(run.effects(), kind="resid"), pd.DataFrame)
     assert_type(vlmscope.write_report([folder / "run"], folder / "report.html"), Path)
