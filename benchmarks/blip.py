@@ -36,11 +36,12 @@ from PIL import Image, ImageFilter
 from transformers import BertTokenizer, BlipConfig, BlipForQuestionAnswering, BlipProcessor
 from transformers.models.blip.image_processing_pil_blip import BlipImageProcessorPil
 
-from vlmscope import corrupt, engine
-from vlmscope.example import Example
+from vlmscope.data.example import Example
 from vlmscope.inputs import Pair
-from vlmscope.model import Model
-from vlmscope.sites import Site, expand, place
+from vlmscope.patching import engine
+from vlmscope.runs import corrupt
+from vlmscope.runs.model import Model
+from vlmscope.sites import Pattern, Site, expand, place
 
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 WORDS = ["is", "the", "cat", "red", "or", "blue", "?"]
@@ -185,8 +186,8 @@ def timed(one: Published, sites: list[Placed], pair: Pair) -> tuple[float, list[
 
 
 def placed(model: Model, pair: Pair, expressions: list[str]) -> list[Placed]:
-    sites = expand([Site.parse(e) for e in expressions], model.shapes)
-    return [p for site in sites for p in place(site, pair.clean.layout[site.tower])]
+    sites = expand([Pattern.parse(e) for e in expressions], model.shapes)
+    return [found for site in sites for found in place(site, pair.clean.layout)]
 
 
 def sweep(model: Model, example: Example, expressions: list[str]) -> tuple[float, list[float]]:

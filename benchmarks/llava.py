@@ -31,10 +31,11 @@ from blip import Memory
 from torch import Tensor
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
-from vlmscope import engine
 from vlmscope.inputs import Inputs, Pair
-from vlmscope.model import Model
-from vlmscope.sites import Layout, Site, expand, place
+from vlmscope.layout import Layout
+from vlmscope.patching import engine
+from vlmscope.runs.model import Model
+from vlmscope.sites import Pattern, Site, expand, place
 
 BEFORE, IMAGE, AFTER = 5, 576, 19
 SWEEPS = {"heads": "decoder.*.attn.h*@last", "resid": "decoder.*.resid@581-599"}
@@ -165,7 +166,7 @@ def measure(real: bool) -> dict[str, Any]:
     for name, expression in SWEEPS.items():
         placed = [
             p
-            for s in expand([Site.parse(expression)], model.shapes)
+            for s in expand([Pattern.parse(expression)], model.shapes)
             for p in place(s, pair.clean.layout["decoder"])
         ]
         sample = random.Random(0).sample(range(len(placed)), SAMPLE)

@@ -30,11 +30,15 @@ import torch
 from blip import Memory
 from llava import build, pair_of
 
-from vlmscope import concepts, neurons, rewrite, weights
+from vlmscope.checkpoint import load
 from vlmscope.data import BUILT_IN, examples
-from vlmscope.example import Example
+from vlmscope.data.example import Example
 from vlmscope.inputs import Inputs
-from vlmscope.model import Model, load
+from vlmscope.neurons import contributions as neurons
+from vlmscope.neurons import edits as rewrite
+from vlmscope.neurons import measures as concepts
+from vlmscope.neurons import weight_edit as weights
+from vlmscope.runs.model import Model
 
 ASK, OTHERWISE = "describe this picture.", "what does this picture show?"
 LENGTH, ROUNDS = 20, 3

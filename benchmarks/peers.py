@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from llava import SWEEPS, build, pair_of, sweep
 
-from vlmscope.sites import Site, expand, place
+from vlmscope.sites import Pattern, expand, place
 
 SAMPLE = (3, 70, 140, 250)
 """Which of the 256 heads the peers do."""
@@ -91,7 +91,7 @@ def measure() -> dict[str, Any]:
     pair = pair_of(model)
     sites = [
         p
-        for s in expand([Site.parse(SWEEPS["heads"])], model.shapes)
+        for s in expand([Pattern.parse(SWEEPS["heads"])], model.shapes)
         for p in place(s, pair.clean.layout["decoder"])
     ]
     width = model.shapes["decoder"].width // model.shapes["decoder"].heads["attn"]

@@ -38,7 +38,7 @@ from transformers.models.llava_next.image_processing_pil_llava_next import Llava
 from transformers.models.mllama.image_processing_pil_mllama import MllamaImageProcessorPil
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
-from vlmscope.model import Model
+from vlmscope.runs.model import Model
 
 CHAT = (
     "{% for message in messages %}{{ message['role'] + ': ' }}"

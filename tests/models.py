@@ -23,8 +23,8 @@ from transformers import (
 from transformers.models.blip.image_processing_pil_blip import BlipImageProcessorPil
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
-from vlmscope.example import Example, find_roles
-from vlmscope.model import Model
+from vlmscope.data.example import Example, find_roles
+from vlmscope.runs.model import Model
 
 WORDS = (
     "[PAD] [UNK] [CLS] [SEP] [MASK] [DEC] is this a an the circle square star red blue green "

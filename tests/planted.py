@@ -21,8 +21,8 @@ from models import WORDS, blip_processor
 from PIL import Image, ImageDraw
 from transformers import BlipConfig, BlipForQuestionAnswering
 
-from vlmscope.example import Example, find_roles
-from vlmscope.model import Model
+from vlmscope.data.example import Example, find_roles
+from vlmscope.runs.model import Model
 
 WIDTH, PATCH, SIDE = 16, 4, 6
 OBJECT, COLOR, OUTLIER, PLACE, UNREAD, CONSTANT = 0, 2, 4, 6, 8, 10

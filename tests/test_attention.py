@@ -14,16 +14,18 @@ from models import blip, example, llava
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from vlmscope import corrupt, engine, reference
 from vlmscope.errors import ModelError, VlmscopeError
 from vlmscope.inputs import Edit
-from vlmscope.model import Model
-from vlmscope.sites import Site, expand, place
+from vlmscope.patching import engine, reference
+from vlmscope.runs import corrupt
+from vlmscope.runs.forward import editing, forward
+from vlmscope.runs.model import Model
+from vlmscope.sites import Pattern, expand, place
 
 
 def placed(model, pair, expressions):
-    sites = expand([Site.parse(text) for text in expressions], model.shapes)
-    return [p for site in sites for p in place(site, pair.clean.layout[site.tower])]
+    sites = expand([Pattern.parse(text) for text in expressions], model.shapes)
+    return [found for site in sites for found in place(site, pair.clean.layout)]
 
 
 def answers(patched):
@@ -180,11 +182,11 @@ def test_everything_is_put_back(implementation):
     with pytest.raises(RuntimeError, match="on purpose"), model.attending("decoder", fail):
         model.run(pair.clean)
     assert state(model) == before
-    edit = Edit(Site.parse("decoder.0.attn@all"), "set", torch.zeros(3, 3))
+    edit = Edit(Pattern.parse("decoder.0.attn@all"), "set", torch.zeros(3, 3))
     with pytest.raises(VlmscopeError, match=r"has the shape \(3, 3\)"):
         model.run(pair.clean, [edit])
     wrong = pytest.raises(VlmscopeError, match=r"has the shape \(3, 3\)")
-    with wrong, model.editing(pair.clean, [edit]):
+    with wrong, editing(model, pair.clean, [edit]):
         model.answer(pair.clean)
     assert state(model) == before
 
@@ -225,7 +227,7 @@ def sweeps(model, times=1):
     found = []
     reader = "encoder" if "encoder" in model.shapes else "decoder"
     expressions = [f"{reader}.*.{site}" for site in ("resid@4", "attn@last", "attn.h*@0", "mlp@all")]
-    edit = Edit(Site.parse(f"{reader}.0.resid@all"), "scale", 0.5)
+    edit = Edit(Pattern.parse(f"{reader}.0.resid@all"), "scale", 0.5)
     for _ in range(times):
         for pair in pairs(model):
             sites = placed(model, pair, [*expressions, "vision.1.attn@all"])
@@ -308,13 +310,13 @@ def test_models_of_one_hugging_face_model_take_turns():
     one = llava()
     other = Model(one.hf, one.processor)
     (pair,) = corrupt.pairs(one, example(), "image")
-    edit = Edit(Site.parse("decoder.0.resid@all"), "scale", 0.0)
+    edit = Edit(Pattern.parse("decoder.0.resid@all"), "scale", 0.0)
     plain = one.run(pair.clean)
     inside, leave = threading.Event(), threading.Event()
     results = []
 
     def hold():
-        with one.editing(pair.clean, [edit]):
+        with editing(one, pair.clean, [edit]):
             inside.set()
             leave.wait(10)
 
@@ -370,7 +372,7 @@ def test_a_model_in_training_mode(part):
             answers(engine.patch(model, pair, sites)),
             answers(reference.patch(model, pair, sites[:2])),
             model.attention(pair.clean, "decoder", "attn", [3]),
-            model.logits(pair.clean, every=True),
+            forward(model, pair.clean, positions=None).logits,
             torch.tensor([ord(c) for c in model.answer(pair.clean)]),
         ]
 

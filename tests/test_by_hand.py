@@ -8,7 +8,8 @@ import pytest
 import torch
 from models import WORDS, blip, example
 
-from vlmscope import corrupt, engine, reference
+from vlmscope.patching import engine, reference
+from vlmscope.runs import corrupt
 from vlmscope.sites import Site
 
 
@@ -54,7 +55,7 @@ def test_half_of_the_evidence_by_hand(one):
     """
     model = one_layer_model()
     (pair,) = corrupt.pairs(model, example("red blue"), "text")
-    sites = [(Site.parse("encoder.0.resid@1"), (1,)), (Site.parse("encoder.0.resid@0"), (0,))]
+    sites = [Site("encoder", 0, "resid", position=str(n), positions=(n,)) for n in (1, 0)]
     patched = one.patch(model, pair, sites)
     ld, p = {}, {}
     for numbers, scores in patched.chunks:

@@ -13,10 +13,10 @@ from models import blip, example, picture
 from scipy import stats
 
 import vlmscope
+from vlmscope.checkpoint import load
 from vlmscope.data import examples
+from vlmscope.data.example import find_roles
 from vlmscope.errors import StoreError, VlmscopeError
-from vlmscope.example import find_roles
-from vlmscope.model import load
 from vlmscope.stats import sign_flip
 from vlmscope.studies import circuits
 from vlmscope.studies.run_folder import read_run
@@ -119,9 +119,9 @@ def test_no_head_is_reported_where_there_is_no_effect():
     import torch
     from transformers import BlipForQuestionAnswering
 
-    from vlmscope import engine
-    from vlmscope.model import Model
-    from vlmscope.sites import Site, expand, place
+    from vlmscope.patching import engine
+    from vlmscope.runs.model import Model
+    from vlmscope.sites import Pattern, expand, place
 
     toy = load("toy-blip")
     torch.manual_seed(0)
@@ -129,7 +129,7 @@ def test_no_head_is_reported_where_there_is_no_effect():
     for part in (config, config.text_config, config.vision_config):
         part.initializer_range = 0.3  # so that no head's effect drowns in rounding
     model = Model(BlipForQuestionAnswering(config), toy.processor, "random")
-    wanted = [Site.parse("encoder.*.cross.h*@answer"), Site.parse("decoder.*.cross.h*@last")]
+    wanted = [Pattern.parse("encoder.*.cross.h*@answer"), Pattern.parse("decoder.*.cross.h*@last")]
     rows = []
     for one in several(80):
         one = replace(
@@ -139,7 +139,7 @@ def test_no_head_is_reported_where_there_is_no_effect():
             corrupt_prompt=None,
         )
         pair = model.prepare(one)
-        sites = [p for s in expand(wanted, model.shapes) for p in place(s, pair.clean.layout[s.tower])]
+        sites = [p for s in expand(wanted, model.shapes) for p in place(s, pair.clean.layout)]
         patched = engine.patch(model, pair, sites)
         row = np.zeros(len(sites))
         for numbers, scores in patched.chunks:

@@ -13,7 +13,8 @@ from families import llava_next
 from models import blip, picture
 
 import vlmscope
-from vlmscope import cli
+from vlmscope.cli import machine
+from vlmscope.cli.main import app, main
 from vlmscope.studies.run_folder import EFFECTS
 
 SWEEP = ["sweep", "--model", "toy-blip", "--data", "faces", "--limit", "2", "--corrupt", "image"]
@@ -27,7 +28,7 @@ def run(monkeypatch, capsys):
     def go(*arguments: object):
         monkeypatch.setattr(sys, "argv", ["vlmscope", *map(str, arguments)])
         try:
-            cli.main()
+            main()
             status = 0
         except SystemExit as end:
             status = end.code or 0
@@ -279,6 +280,114 @@ def test_a_full_disk(run, tmp_path, monkeypatch):
 def test_a_wrong_flag_is_told(run):
     status, _, err = run("sweep", "--modle", "toy-blip")
     assert status == 2 and "--modle" in err and "Traceback" not in err
+
+
+def test_a_word_without_an_option_is_refused_in_one_line(run, tmp_path):
+    end = ["--out", tmp_path / "run", "encoder.0.resid@last"]
+    refused(
+        run(*SWEEP, *SITES, *end),
+        "unexpected 'encoder.0.resid@last'; every word goes with an option",
+        "only --sites can have several words",
+        "vlmscope sweep --help",
+    )
+    refused(run("models", "toy-blip", "states:0"), "unexpected 'states:0'", "vlmscope models --help")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_choice_that_does_not_exist_is_told_with_those_that_do(run):
+    status, _, err = run("sweep", "--corrupt", "sound")
+    assert status == 2 and "'sound'" in err and all(word in err for word in ("image", "text", "noise"))
+
+
+@pytest.mark.parametrize("width", [80, 120])
+def test_help_fits_the_terminal_and_no_summary_is_cut_off(run, monkeypatch, width):
+    from typer.main import get_command
+
+    monkeypatch.setenv("COLUMNS", str(width))
+    commands = [(), *((name,) for name in get_command(app).commands)]
+    commands += [("neurons", name) for name in get_command(app).commands["neurons"].commands]
+    for command in commands:
+        status, out, _ = run(*command, "--help")
+        assert status == 0 and max(map(len, out.splitlines())) <= width, command
+        assert "..." not in out.partition("\nCommands:")[2], command
+
+
+def test_help_is_there_before_torch():
+    script = "import sys; from vlmscope.cli.main import app; app(['--help'], standalone_mode=False); "
+    script += "sys.exit(str([m for m in ('torch', 'pandas', 'numpy') if m in sys.modules] or ''))"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert "Usage:" in done.stdout and not done.stderr.strip(), done.stderr
+
+
+# -- threads -------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def threads(monkeypatch):
+    """What torch is told, where it would have eight threads."""
+    import torch
+
+    found: list[int] = []
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 8)
+    monkeypatch.setattr(torch, "set_num_threads", found.append)
+    return found
+
+
+@pytest.fixture
+def cpus(monkeypatch, tmp_path):
+    """A machine of 16 CPUs, on which as many threads run as asked, with a cgroup's quota."""
+
+    def make(running: int, **files: str) -> None:
+        monkeypatch.setattr("os.cpu_count", lambda: 16)
+        monkeypatch.setattr(machine, "LOAD", tmp_path / "loadavg")
+        monkeypatch.setattr(machine, "CGROUP", tmp_path)
+        (tmp_path / "cpu").mkdir(exist_ok=True)
+        (tmp_path / "loadavg").write_text(f"9.99 9.99 9.99 {running}/321 4711\n")
+        for name, text in files.items():
+            (tmp_path / name).write_text(text + "\n")
+
+    return make
+
+
+def test_a_toy_has_one_thread_and_a_large_model_the_idle_cores(threads, cpus, tmp_path):
+    cpus(running=13)
+    machine.set_up("toy-blip")
+    machine.set_up("Salesforce/blip-vqa-base")
+    assert threads == [1, 4]
+    (tmp_path / "model.safetensors").write_bytes(b"")
+    machine.set_up(str(tmp_path))
+    cpus(running=1)
+    machine.set_up("Salesforce/blip-vqa-base")
+    assert threads == [1, 4, 1, 8], "torch's own number, which is no more than the cores"
+
+
+def test_the_environment_decides_about_threads(threads, cpus, monkeypatch):
+    cpus(running=13)
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    machine.set_up("toy-blip")
+    assert threads == []
+
+
+@pytest.mark.parametrize(
+    ("files", "cores"),
+    [
+        ({}, 16),
+        ({"cpu.max": "max 100000"}, 16),
+        ({"cpu.max": "300000 100000"}, 3),
+        ({"cpu.max": "50000 100000"}, 1),
+        ({"cpu/cpu.cfs_quota_us": "400000", "cpu/cpu.cfs_period_us": "100000"}, 4),
+        ({"cpu/cpu.cfs_quota_us": "-1", "cpu/cpu.cfs_period_us": "100000"}, 16),
+    ],
+)
+def test_a_container_has_no_more_threads_than_cpus(cpus, files, cores):
+    cpus(1, **files)
+    assert machine.cores() == cores
+
+
+def test_a_full_machine_still_gives_one_thread(cpus):
+    cpus(running=99)
+    assert machine.cores() == 1
 
 
 # --- notice, tracing, circuits, heads, data --------------------------------------------------

@@ -13,11 +13,12 @@ from families import FAMILIES
 from models import example, picture
 from transformers import BertConfig, BertModel, BertTokenizer, LlavaForConditionalGeneration
 
-from vlmscope import concepts
+from vlmscope.checkpoint import load
 from vlmscope.data import BUILT_IN, examples
 from vlmscope.errors import DataError, ModelError
 from vlmscope.inputs import Edit
-from vlmscope.model import Model, load
+from vlmscope.neurons import measures as concepts
+from vlmscope.runs.model import Model
 
 ASK = "describe this picture."
 WORDS = ["red", "orange", "triangle", "purple"]
@@ -180,7 +181,8 @@ def test_cross_attention_reads_patches_in_no_order():
     model = FAMILIES["mllama"]()
     inputs = model.prepare(example()).clean
     site = replace(model.image_site, position="image")
-    ((_, at),) = model.placed(site, inputs)
+    (placed,) = model.places(site, inputs)
+    at = placed.positions
     assert set(at) == set(inputs.layout["vision"].cells), "the tiles that the picture has"
     (value,) = model.capture(inputs, [site]).values()
     mixed = Edit(site, "set", value.flip(0))

@@ -8,8 +8,8 @@ import pytest
 from PIL import ImageChops
 
 from vlmscope.data import BUILT_IN, examples
+from vlmscope.data.example import fingerprint
 from vlmscope.errors import DataError
-from vlmscope.example import fingerprint
 
 COUNT = 36
 

@@ -8,6 +8,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from email.utils import formatdate
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -15,12 +16,14 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from vlmscope.data import download
-from vlmscope.data.download import fetch, fetch_and_log, is_permanent, is_public
+from vlmscope.data.published import download
+from vlmscope.data.published.download import Limits, fetch, fetch_and_log, is_permanent, is_public
 from vlmscope.errors import DataError
 
 Answer = Callable[[BaseHTTPRequestHandler], None]
 HERE = frozenset({"127.0.0.1"})
+LOCAL = Limits(allowed=HERE)
+ONCE = Limits(retries=0, allowed=HERE)
 
 
 def picture(kind: str = "JPEG", size: tuple[int, int] = (32, 24)) -> bytes:
@@ -92,8 +95,8 @@ def server() -> Iterator[Server]:
 
 def get(url: str, path: Path, **options: object) -> str | None:
     """Why an address could not be had; quick, and allowed on this machine."""
-    quick = {"timeout": 2.0, "total": 5.0, "retries": 0, "backoff": 0.01, "_allowed": HERE}
-    return fetch({url: path}, **{**quick, **options}).get(url)
+    quick = Limits(timeout=2.0, total=5.0, retries=0, backoff=0.01, allowed=HERE)
+    return fetch({url: path}, limits=replace(quick, **options)).get(url)
 
 
 # What is had
@@ -113,7 +116,7 @@ def test_a_file_has_the_suffix_of_its_content(server: Server, tmp_path: Path, ki
 def test_sends_no_more_than_it_must(server: Server, tmp_path: Path) -> None:
     url = server.add("/a", lambda one: send(one, PHOTO, Set_Cookie="id=1"))
     other = server.add("/b", PHOTO)
-    assert fetch({url: tmp_path / "a", other: tmp_path / "b"}, workers=1, _allowed=HERE) == {}
+    assert fetch({url: tmp_path / "a", other: tmp_path / "b"}, workers=1, limits=LOCAL) == {}
     assert len(server.headers) == 2
     for headers in server.headers:
         assert set(headers) == {"Host", "User-Agent", "Accept", "Accept-Encoding"}
@@ -123,10 +126,10 @@ def test_what_is_there_is_not_fetched_again(server: Server, tmp_path: Path) -> N
     (tmp_path / "1.png").write_bytes(picture("PNG"))
     jobs = {server.add(f"/{n}", PHOTO): tmp_path / f"{n}.jpg" for n in (1, 2, 3)}
     seen: list[tuple[int, int]] = []
-    assert fetch(jobs, _allowed=HERE, progress=lambda *now: seen.append(now)) == {}
+    assert fetch(jobs, limits=LOCAL, progress=lambda *now: seen.append(now)) == {}
     assert server.asked == {"/2": 1, "/3": 1}
     assert seen == [(2, 3), (3, 3)]
-    assert fetch(jobs, _allowed=HERE) == {}
+    assert fetch(jobs, limits=LOCAL) == {}
     assert sum(server.asked.values()) == 2
 
 
@@ -179,7 +182,7 @@ def test_refuses_a_private_address_before_it_sends_a_byte(tmp_path: Path, host: 
     """A bare socket sees the connection, and nothing on it."""
     with socket.create_server(("127.0.0.1", 0)) as line:
         url = f"http://{host}:{line.getsockname()[1]}/a.jpg"
-        reason = get(url, tmp_path / "a", _allowed=frozenset())
+        reason = get(url, tmp_path / "a", allowed=frozenset())
         assert reason.startswith("address not public (")
         line.settimeout(2)
         connection, _ = line.accept()
@@ -191,7 +194,7 @@ def test_refuses_a_private_address_before_it_sends_a_byte(tmp_path: Path, host: 
 def test_refuses_a_private_address_before_the_handshake(tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as line:
         url = f"https://127.0.0.1:{line.getsockname()[1]}/a.jpg"
-        assert get(url, tmp_path / "a", _allowed=frozenset()).startswith("address not public")
+        assert get(url, tmp_path / "a", allowed=frozenset()).startswith("address not public")
         connection, _ = line.accept()
         with connection:
             connection.settimeout(2)
@@ -222,7 +225,7 @@ def test_a_name_that_resolves_to_a_private_address_gains_nothing(
     )
     server.add("/a", PHOTO)
     url = f"http://photos.example.com:{server.http.server_port}/a"
-    assert get(url, tmp_path / "a", _allowed=frozenset()) == "address not public (127.0.0.1)"
+    assert get(url, tmp_path / "a", allowed=frozenset()) == "address not public (127.0.0.1)"
     assert not server.asked
 
 
@@ -370,20 +373,27 @@ def test_what_is_gone_is_not_tried_again(server: Server, tmp_path: Path) -> None
     assert server.asked["/a"] == 1
 
 
-def test_waits_as_long_as_the_server_says(server: Server, tmp_path: Path) -> None:
+@pytest.mark.parametrize("how", ["number", "date"])
+def test_waits_as_long_as_the_server_says(server: Server, tmp_path: Path, how: str) -> None:
     def busy(handler: BaseHTTPRequestHandler) -> None:
         if server.asked["/a"] < 2:
-            return send(handler, b"", 429, Retry_After="1")
+            # A date counts whole seconds, so two from now may be no more than one.
+            later = "1" if how == "number" else formatdate(time.time() + 2, usegmt=True)
+            return send(handler, b"", 429, Retry_After=later)
         return send(handler, PHOTO)
 
     begun = time.monotonic()
     assert get(server.add("/a", busy), tmp_path / "a", retries=1) is None
     assert 1 <= time.monotonic() - begun < 3
+
+
+def test_does_not_wait_for_hours(server: Server, tmp_path: Path) -> None:
     url = server.add("/b", lambda one: send(one, b"", 503, Retry_After="9999"))
     assert get(url, tmp_path / "b", retries=3) == "HTTP 503 Service Unavailable"
     assert server.asked["/b"] == 1
-    later = download._wait(formatdate(time.time() + 30, usegmt=True))
-    assert later is not None and 25 < later <= 30
+    url = server.add("/c", lambda one: send(one, b"", 503, Retry_After="soon"))
+    assert get(url, tmp_path / "c", retries=1) == "HTTP 503 Service Unavailable"
+    assert server.asked["/c"] == 2
 
 
 def test_the_pauses_grow(server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -417,7 +427,7 @@ def test_logs_what_failed_and_leaves_alone_what_failed_for_good(server: Server, 
     good = server.add("/good", PHOTO)
     jobs = {url: tmp_path / url.rpartition("/")[2] for url in (gone, busy, good)}
     log = tmp_path / "download-failures.csv"
-    first = fetch_and_log(jobs, log, retries=0, _allowed=HERE)
+    first = fetch_and_log(jobs, log, limits=ONCE)
     assert first == {gone: "HTTP 404 Not Found", busy: "HTTP 503 Service Unavailable"}
     assert log.read_text().splitlines() == [
         "url,reason",
@@ -427,11 +437,11 @@ def test_logs_what_failed_and_leaves_alone_what_failed_for_good(server: Server, 
 
     server.add("/busy", PHOTO)
     server.add("/gone", PHOTO)
-    assert fetch_and_log(jobs, log, retries=0, _allowed=HERE) == {gone: "HTTP 404 Not Found"}
+    assert fetch_and_log(jobs, log, limits=ONCE) == {gone: "HTTP 404 Not Found"}
     assert server.asked == {"/gone": 1, "/busy": 2, "/good": 1}
 
     log.unlink()
-    assert fetch_and_log(jobs, log, retries=0, _allowed=HERE) == {}
+    assert fetch_and_log(jobs, log, limits=ONCE) == {}
     assert server.asked == {"/gone": 2, "/busy": 2, "/good": 1}
     assert not log.exists()
 
@@ -450,10 +460,10 @@ def test_ctrl_c_leaves_what_is_whole(server: Server, tmp_path: Path) -> None:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        fetch(jobs, workers=1, progress=interrupt, _allowed=HERE)
+        fetch(jobs, workers=1, progress=interrupt, limits=LOCAL)
     names = sorted(one.name for one in tmp_path.iterdir())
     assert 5 <= len(names) < 30
     assert all(name.endswith(".jpg") for name in names)
-    assert fetch(jobs, _allowed=HERE) == {}
+    assert fetch(jobs, limits=LOCAL) == {}
     assert all(server.asked[f"/{name.removesuffix('.jpg')}"] == 1 for name in names)
     assert len(list(tmp_path.iterdir())) == 30

@@ -9,11 +9,14 @@ import pytest
 import torch
 from models import blip, example, llava
 
-from vlmscope import corrupt, engine, reference
-from vlmscope.corrupt import Noise
+from vlmscope.checkpoint import load
 from vlmscope.inputs import Edit, Pair
-from vlmscope.model import Model, load
-from vlmscope.sites import Site, expand, place
+from vlmscope.patching import engine, reference
+from vlmscope.patching.trace import Images
+from vlmscope.runs import corrupt
+from vlmscope.runs.corrupt import Noise
+from vlmscope.runs.model import Model
+from vlmscope.sites import Pattern, Site, expand, place
 
 TEXT = ("resid_pre", "resid", "attn", "cross", "mlp", "attn.h*", "cross.h*", "mlp.n*")
 SITES = [
@@ -47,9 +50,9 @@ CORRUPTIONS = {
 }
 
 
-def placed(model: Model, pair: Pair, expressions: list[str]) -> list[tuple[Site, tuple[int, ...]]]:
-    sites = expand([Site.parse(text) for text in expressions], model.shapes)
-    return [p for site in sites for p in place(site, pair.clean.layout[site.tower])]
+def placed(model: Model, pair: Pair, expressions: list[str]) -> list[Site]:
+    sites = expand([Pattern.parse(text) for text in expressions], model.shapes)
+    return [found for site in sites for found in place(site, pair.clean.layout)]
 
 
 def some(model: Model, pair: Pair, expressions: list[str], each: int = 3):
@@ -192,15 +195,15 @@ def test_a_batch_that_does_not_fit_is_halved(monkeypatch):
     sites = placed(model, pair, ["encoder.*.attn.h*@*"])
     expected = dict(_rows(engine.patch(model, pair, sites)))
     tried = []
-    honest = engine.Sweep._chunk
+    honest = engine.run
 
-    def short(self, tower, rows):
+    def short(flow, job, tower, rows):
         tried.append(len(rows))
         if len(rows) > 5:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return honest(self, tower, rows)
+        return honest(flow, job, tower, rows)
 
-    monkeypatch.setattr(engine.Sweep, "_chunk", short)
+    monkeypatch.setattr(engine, "run", short)
     assert dict(_rows(engine.patch(model, pair, sites))) == pytest.approx(expected, rel=1e-9)
     assert tried[0] > 5 and max(tried[-3:]) <= 5
 
@@ -210,10 +213,10 @@ def test_other_errors_are_not_taken_for_missing_memory(monkeypatch):
     pair = model.prepare(example())
     sites = placed(model, pair, ["encoder.*.attn.h*@*"])
 
-    def broken(self, tower, rows):
+    def broken(flow, job, tower, rows):
         raise RuntimeError("shapes do not match")
 
-    monkeypatch.setattr(engine.Sweep, "_chunk", broken)
+    monkeypatch.setattr(engine, "run", broken)
     with pytest.raises(RuntimeError, match="shapes do not match"):
         list(engine.patch(model, pair, sites).chunks)
 
@@ -254,10 +257,10 @@ def test_such_patches_need_no_row(monkeypatch):
     (pair,) = corrupt.pairs(model, example(answer="unhappy", foil="unly"), "image")
     sites = placed(model, pair, ["decoder.1.cross.h*@0", "decoder.1.resid@0", "encoder.0.attn@*"])
 
-    def refuse(self, tower, rows):
+    def refuse(flow, job, tower, rows):
         raise AssertionError("nothing is to be computed")
 
-    monkeypatch.setattr(engine.Sweep, "_chunk", refuse)
+    monkeypatch.setattr(engine, "run", refuse)
     ((numbers, _),) = engine.patch(model, pair, sites).chunks
     assert sorted(numbers) == list(range(len(sites)))
 
@@ -269,11 +272,16 @@ def test_one_image_is_encoded_once(monkeypatch):
     model.hf.vision_model.register_forward_hook(lambda *_: calls.append(1))
     for corruption in ("text", Noise(draws=4)):
         calls.clear()
-        seen = {}
+        images = Images()
         for pair in corrupt.pairs(model, example(), corruption):
             sites = placed(model, pair, ["encoder.*.cross.h*@*", "decoder.*.resid@*"])
-            list(engine.patch(model, pair, sites, seen=seen).chunks)
+            list(engine.patch(model, pair, sites, images=images).chunks)
         assert len(calls) == 1
+
+
+def ablate(model, pair, sites, values):
+    """Values are written into the clean run, with nothing corrupt beside it."""
+    return engine.patch(model, replace(pair, corrupt=pair.clean), sites, "noise", values=values)
 
 
 def test_ablate_sets_what_it_is_given():
@@ -291,16 +299,18 @@ def test_ablate_sets_what_it_is_given():
     sites = placed(model, pair, expressions)
     noise = torch.Generator().manual_seed(0)
     values = {}
-    for number, (site, at) in enumerate(sites):
-        width = model.capture(pair.clean, [replace(site, position="0")]).popitem()[1].shape[-1]
-        shape = (len(at), width) if number % 2 else (1, width)
+    for number, site in enumerate(sites):
+        width = (
+            model.capture(pair.clean, [replace(site, position="0", positions=(0,))]).popitem()[1].shape[-1]
+        )
+        shape = (len(site.positions), width) if number % 2 else (1, width)
         values[site] = torch.randn(shape, generator=noise, dtype=torch.float64)
-    patched = engine.ablate(model, pair.clean, pair.answer, pair.foil, sites, values)
+    patched = ablate(model, pair, sites, values)
     found = torch.full((len(sites),), torch.nan, dtype=torch.float64)
     for numbers, scores in patched.chunks:
         found[numbers] = scores.ld
     wanted = []
-    for site, _ in sites:
+    for site in sites:
         logits = model.run(pair.clean, [Edit(site, "set", values[site])])
         wanted.append(logits[pair.answer] - logits[pair.foil])
     torch.testing.assert_close(found, torch.stack(wanted), rtol=1e-9, atol=1e-12)
@@ -324,15 +334,17 @@ def test_sites_that_share_places_are_ablated_alone(make):
     sites = placed(model, pair, expressions)
     noise = torch.Generator().manual_seed(0)
     values = {}
-    for site, at in sites:
-        width = model.capture(pair.clean, [replace(site, position="0")]).popitem()[1].shape[-1]
-        values[site] = torch.randn(len(at), width, generator=noise, dtype=torch.float64)
-    patched = engine.ablate(model, pair.clean, pair.answer, pair.foil, sites, values)
+    for site in sites:
+        width = (
+            model.capture(pair.clean, [replace(site, position="0", positions=(0,))]).popitem()[1].shape[-1]
+        )
+        values[site] = torch.randn(len(site.positions), width, generator=noise, dtype=torch.float64)
+    patched = ablate(model, pair, sites, values)
     found = torch.full((len(sites),), torch.nan, dtype=torch.float64)
     for numbers, scores in patched.chunks:
         found[numbers] = scores.ld
     wanted = []
-    for site, _ in sites:
+    for site in sites:
         logits = model.run(pair.clean, [Edit(site, "set", values[site])])
         wanted.append(logits[pair.answer] - logits[pair.foil])
     torch.testing.assert_close(found, torch.stack(wanted), rtol=1e-9, atol=1e-12)

@@ -13,9 +13,11 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from vlmscope import example as module
+from vlmscope.data import example as module
+from vlmscope.data.example import Example, find_roles, fingerprint
+from vlmscope.data.images import open_image
+from vlmscope.data.table import read_csv, write_csv
 from vlmscope.errors import DataError, ExampleError
-from vlmscope.example import Example, find_roles, fingerprint, open_image, read_csv, write_csv
 
 HEADER = "clean_image_path,corrupt_image_path,clean_prompt,corrupt_prompt,correct_answer,incorrect_answer"
 ROW = "a.png,b.png,Is this circle red or blue?,Is this circle pink or grey?,red,blue"

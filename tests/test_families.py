@@ -13,11 +13,17 @@ import torch
 from families import FAMILIES, llava_siglip, paligemma
 from models import blip, example, llava, picture
 
-from vlmscope import corrupt, describe, engine, neurons, reference, rewrite
+from vlmscope import describe
+from vlmscope.checkpoint import load
 from vlmscope.errors import ExampleError, ModelError, SiteError
 from vlmscope.inputs import Edit
-from vlmscope.model import Model, load
-from vlmscope.sites import Site, expand, grid, place
+from vlmscope.layout import grid
+from vlmscope.neurons import contributions as neurons
+from vlmscope.neurons import edits as rewrite
+from vlmscope.patching import engine, reference
+from vlmscope.runs import corrupt
+from vlmscope.runs.model import Model
+from vlmscope.sites import Pattern, expand, place
 
 TEXT = ("resid", "resid_pre", "attn", "mlp", "attn.h*")
 if os.environ.get("VLMSCOPE_TORCHVISION"):  # see test_video_families.py
@@ -76,8 +82,8 @@ def test_engine_equals_reference(name, corruption, direction):
 def compare(model, pair, direction, some=None):
     draw = random.Random(0)
     for text in some or expressions(model):
-        found = expand([Site.parse(text)], model.shapes)
-        sites = [p for s in found for p in place(s, pair.clean.layout[s.tower])]
+        found = expand([Pattern.parse(text)], model.shapes)
+        sites = [p for s in found for p in place(s, pair.clean.layout)]
         sites = draw.sample(sites, min(2, len(sites)))
         results = []
         for one in (engine, reference):
@@ -121,7 +127,7 @@ def adds_up(model, towers):
     for tower in towers:
         kinds = [k for k in model.shapes[tower].kinds if k not in ("deepstack", "output")]
         edited = [
-            Edit(Site.parse(f"{tower}.{model.shapes[tower].having(kind)[-1]}.{kind}@all"), "scale", -0.5)
+            Edit(Pattern.parse(f"{tower}.{model.shapes[tower].having(kind)[-1]}.{kind}@all"), "scale", -0.5)
             for kind in kinds[1:-1]
         ]
         plain = model.capture(inputs, [f"{tower}.*.{kind}@all" for kind in kinds])
@@ -180,7 +186,7 @@ def test_what_is_written_back_changes_no_bit(name):
     plain = model.run(inputs)
     sites = [f"{tower}.*.{kind}@all" for tower, shape in model.shapes.items() for kind in shape.kinds]
     for site, value in model.capture(inputs, sites).items():
-        assert torch.equal(model.run(inputs, [Edit(Site.parse(site), "set", value)]), plain), site
+        assert torch.equal(model.run(inputs, [Edit(Pattern.parse(site), "set", value)]), plain), site
 
 
 def embedded(model, inputs, factor):
@@ -249,7 +255,7 @@ def test_what_the_model_multiplies_by_nothing():
     """Where a token sees no picture, Mllama's MLP behind cross-attention adds nothing, whatever it gives."""
     model = made("mllama")
     inputs = model.prepare(example()).clean
-    site = Site.parse("decoder.1.mlp@0")
+    site = Pattern.parse("decoder.1.mlp@0")
     assert not model.capture(inputs, [site])[str(site)].any()
     assert torch.equal(model.run(inputs, [Edit(site, "scale", 3.0)]), model.run(inputs))
     with pytest.raises(
@@ -310,19 +316,15 @@ def test_generation_under_edits(name):
     model = made(name)
     one = example()
     edits = [
-        Edit(Site.parse(text), "scale", 0.0)
+        Edit(Pattern.parse(text), "scale", 0.0)
         for text in (f"{reader(model)}.0.attn.h0@all", "decoder.0.mlp@0", "vision.0.attn@all")
     ]
     plain = model.inputs(one.clean_image, one.clean_prompt)
     said: list[int] = []
     for _ in range(4):
         run = model.family.encode(model.hf, model.processor, [one.clean_image], one.clean_prompt, {}, said)
-        placed = [replace(e, site=s) for e in edits for s, _ in model.placed(e.site, plain)]
-        each = [
-            replace(e, site=replace(e.site, position=str(p)))
-            for e in placed
-            for p in model.placed(e.site, plain)[0][1]
-        ]
+        placed = [replace(e, site=s) for e in edits for s in model.places(e.site, plain)]
+        each = [replace(e, site=replace(e.site, positions=(p,))) for e in placed for p in e.site.positions]
         said.append(int(model.run(run, each).argmax()))
         special = {model.processor.tokenizer.eos_token_id, getattr(model.hf.config, "image_token_id", -1)}
         if said[-1] in special:
@@ -618,17 +620,17 @@ def test_what_is_added_behind_the_last_block(layers):
 
 
 def place_all(model, pair, text):
-    found = expand([Site.parse(text)], model.shapes)
-    return [p for s in found for p in place(s, pair.clean.layout[s.tower])]
+    found = expand([Pattern.parse(text)], model.shapes)
+    return [p for s in found for p in place(s, pair.clean.layout)]
 
 
 def test_heads_of_a_layer_that_has_none():
     model = FAMILIES["mllama"]()
     with pytest.raises(SiteError, match="layer 1 of the decoder tower has no 'attn'; these have: 0, 2"):
-        expand([Site.parse("decoder.1.attn.h0@last")], model.shapes)
+        expand([Pattern.parse("decoder.1.attn.h0@last")], model.shapes)
     with pytest.raises(SiteError, match="layer 0 of the decoder tower has no 'cross'; these have: 1, 3"):
-        expand([Site.parse("decoder.0.cross@last")], model.shapes)
-    assert len(expand([Site.parse("decoder.*.cross.h*@last")], model.shapes)) == 8
+        expand([Pattern.parse("decoder.0.cross@last")], model.shapes)
+    assert len(expand([Pattern.parse("decoder.*.cross.h*@last")], model.shapes)) == 8
 
 
 def test_placeholders():

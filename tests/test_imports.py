@@ -23,17 +23,7 @@ FILES = sorted(SOURCE.rglob("*.py"))
 TOP = ("__init__", "__main__")
 """Above the picture: what a user imports or starts, which may use everything below."""
 
-LIGHT = (
-    "cli",
-    "data",
-    "studies.run_folder",
-    "studies.tables",
-    "plots",
-    "report",
-    "stats",
-    "example",
-    "sites",
-)
+LIGHT = ("cli", "data", "store", "plots", "report", "tables", "stats", "sites")
 HEAVY = ("torch", "transformers")
 
 PUBLIC = [
@@ -62,15 +52,15 @@ PUBLIC = [
 ]
 
 
-def read_layers(title: str) -> dict[str, int]:
-    """The height of each module in the picture under a title; neighbours on a line have the same."""
-    picture = re.search(rf"## {title}\n.*?```\n(.*?)```", PAGE.read_text("utf-8"), re.DOTALL)
-    assert picture, f"no picture under '## {title}' in {PAGE.name}"
+def read_layers() -> dict[str, int]:
+    """The height of each module in the picture; neighbours on a line have the same."""
+    picture = re.search(r"## Layers\n.*?```\n(.*?)```", PAGE.read_text("utf-8"), re.DOTALL)
+    assert picture, f"no picture under '## Layers' in {PAGE.name}"
     lines = picture[1].strip().splitlines()
     return {name.strip(): len(lines) - depth for depth, line in enumerate(lines) for name in line.split("|")}
 
 
-LAYERS = read_layers("Layers")
+LAYERS = read_layers()
 
 
 def part_of(file: Path) -> str:
@@ -131,23 +121,11 @@ def test_imports_run_downward(file: Path) -> None:
     assert not wrong_imports(part, others), f"{part} must not import these"
 
 
-@pytest.mark.parametrize("room", ["studies"])
-def test_imports_run_downward_inside_a_room(room: str) -> None:
-    heights = read_layers(f"Inside `{room}`")
-    for file in sorted((SOURCE / room).rglob("*.py")):
-        part = file.relative_to(SOURCE / room).with_suffix("").parts[0]
-        names = (n.split(".") for n in imported(file.read_text("utf-8"), package_of(file)))
-        others = {name[2] for name in names if name[:2] == ["vlmscope", room] and len(name) > 2}
-        assert part == "__init__" or {part} | others <= set(heights), f"not in the picture: {part}, {others}"
-        wrong = [other for other in others - {part} if heights[other] >= heights[part]]
-        assert not wrong, f"{room}/{part} must not import {wrong}"
-
-
 def test_the_check_sees_imports_upward_sideways_and_hidden() -> None:
-    hidden = "def f():\n    from vlmscope.engine import sweep\n"
+    hidden = "def f():\n    from vlmscope.patching.engine import sweep\n"
     assert wrong_imports("model", own_parts(hidden)) == ["engine"]
-    assert wrong_imports("suffix", own_parts("from vlmscope import engine")) == ["engine"]
-    assert wrong_imports("data", own_parts("from ..studies import x", "vlmscope.data")) == ["studies"]
+    assert wrong_imports("store", own_parts("from vlmscope import tables")) == ["tables"]
+    assert wrong_imports("data", own_parts("from ..study import x", "vlmscope.data")) == ["study"]
     assert wrong_imports("cli", own_parts("from vlmscope import load")) == ["__init__"]
     assert wrong_imports("cli", own_parts("from vlmscope import __version__, report")) == []
     assert wrong_imports("data", own_parts("from vlmscope.data import drawing")) == []
@@ -160,8 +138,8 @@ def test_only_model_and_families_import_transformers(file: Path) -> None:
 
 
 @pytest.mark.parametrize("file", sorted((SOURCE / "data").rglob("*.py")), ids=lambda file: file.name)
-def test_data_knows_only_example(file: Path) -> None:
-    assert own_parts(file.read_text("utf-8"), package_of(file)) <= {"data", "example", "errors"}
+def test_data_stands_on_errors_alone(file: Path) -> None:
+    assert own_parts(file.read_text("utf-8"), package_of(file)) <= {"data", "errors"}
 
 
 def test_light_modules_bring_in_no_heavy_ones() -> None:

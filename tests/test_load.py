@@ -10,10 +10,11 @@ import torch
 from models import blip, example, llava
 from transformers import BlipForImageTextRetrieval, LlavaForConditionalGeneration
 
-from vlmscope import corrupt, engine, reference
+from vlmscope.checkpoint import load, toys
 from vlmscope.errors import ModelError
-from vlmscope.model import load, toys
-from vlmscope.sites import Site, expand, place
+from vlmscope.patching import engine, reference
+from vlmscope.runs import corrupt
+from vlmscope.sites import Pattern, expand, place
 
 
 @pytest.fixture(scope="module")
@@ -156,8 +157,8 @@ def compare(model, close):
     """The engine's answers and the reference's; returns the latter."""
     pair = corrupt.pairs(model, example(), "image")[0]
     texts = ["decoder.*.attn.h*@last", "decoder.*.resid@text*", "vision.1.resid@*", "decoder.*.mlp@3"]
-    found = expand([Site.parse(text) for text in texts], model.shapes)
-    sites = [p for s in found for p in place(s, pair.clean.layout[s.tower])]
+    found = expand([Pattern.parse(text) for text in texts], model.shapes)
+    sites = [p for s in found for p in place(s, pair.clean.layout)]
     results = []
     for one in (engine, reference):
         table = torch.full((len(sites),), torch.nan, dtype=torch.float64)
@@ -175,7 +176,7 @@ def test_weights_of_four_bits(larger, monkeypatch):
     assert model.precision == "4bit"
     # Both ways round to bfloat16 after each layer, in another order.
     compare(model, 0.15)
-    monkeypatch.setattr("vlmscope.model.find_spec", lambda name: None)
+    monkeypatch.setattr("vlmscope.checkpoint.find_spec", lambda name: None)
     with pytest.raises(ModelError, match=r"4bit needs accelerate.*pip install 'vlmscope\[4bit\]'"):
         load(larger, dtype="4bit")
 
@@ -197,7 +198,7 @@ def test_a_model_spread_over_devices(larger):
 
 
 def test_a_model_that_does_not_fit(larger, monkeypatch):
-    monkeypatch.setattr("vlmscope.model.free_memory", lambda device: 100_000)
+    monkeypatch.setattr("vlmscope.checkpoint.free_memory", lambda device: 100_000)
     with pytest.raises(ModelError, match=r"billion weights, .* GB in float32, and 0.0 GB are free on cpu"):
         load(larger, device="cpu")
 

@@ -11,12 +11,13 @@ import torch
 from families import blip2, blip_captioning
 from models import WORDS, blip, example, picture
 
-from vlmscope import neurons
 from vlmscope.errors import ExampleError, ModelError, SiteError, VlmscopeError
 from vlmscope.families import blip as table
 from vlmscope.inputs import Edit
-from vlmscope.model import Model
-from vlmscope.sites import Site
+from vlmscope.neurons import contributions as neurons
+from vlmscope.runs.forward import room
+from vlmscope.runs.model import Model
+from vlmscope.sites import Pattern
 
 
 def test_a_run_without_edits_is_plain_hugging_face_bit_for_bit():
@@ -89,7 +90,7 @@ def test_what_the_sublayers_add_makes_the_residual_stream():
 def test_edits_do_what_they_say(op):
     model = blip()
     inputs = model.prepare(example()).clean
-    site = Site.parse("encoder.0.attn.h1@2")
+    site = Pattern.parse("encoder.0.attn.h1@2")
     (before,) = model.capture(inputs, [site]).values()
     (after,) = model.capture(inputs, [site], [Edit(site, op, 3.0)]).values()
     expected = {"set": torch.full_like(before, 3.0), "add": before + 3, "scale": before * 3}[op]
@@ -104,7 +105,7 @@ def test_edits_leave_the_model_as_it_was():
     model = blip()
     inputs = model.prepare(example()).clean
     before = model.run(inputs)
-    edit = Edit(Site.parse("encoder.0.resid@all"), "set", 0.0)
+    edit = Edit(Pattern.parse("encoder.0.resid@all"), "set", 0.0)
     assert not torch.equal(model.run(inputs, [edit]), before)
     with pytest.raises(VlmscopeError, match=r"'encoder.0.resid@all' has the shape \(3, 3\); .*\(9, 8\)"):
         model.run(inputs, [Edit(edit.site, "set", torch.zeros(3, 3))])
@@ -117,16 +118,16 @@ def test_edits_that_make_no_sense_are_refused():
     model = blip()
     inputs = model.prepare(example()).clean
     with pytest.raises(Exception, match="'mul'"):  # the tests' type checker speaks first
-        Edit(Site.parse("encoder.0.resid@all"), "mul", 0.0)
+        Edit(Pattern.parse("encoder.0.resid@all"), "mul", 0.0)
     with pytest.raises(SiteError, match="names 2"):
-        model.run(inputs, [Edit(Site.parse("encoder.*.resid@all"), "set", 0.0)])
+        model.run(inputs, [Edit(Pattern.parse("encoder.*.resid@all"), "set", 0.0)])
 
 
 def test_an_edit_takes_an_expression():
     model = blip()
     inputs = model.prepare(example()).clean
     edit = Edit("encoder.0.attn.h1@2", "scale", 0.0)
-    assert edit.site == Site.parse("encoder.0.attn.h1@2")
+    assert edit.site == Pattern.parse("encoder.0.attn.h1@2")
     assert torch.equal(model.run(inputs, [edit]), model.run(inputs, [replace(edit, value=0.0)]))
     with pytest.raises(SiteError, match="no position"):
         Edit("encoder.0.attn", "scale", 0.0)
@@ -178,10 +179,10 @@ def test_no_more_is_said_than_there_are_positions(make):
     for many in (longest - 40, longest - 19, longest - 18, longest - 1, longest):
         inputs = model.inputs(picture(1), " ".join(["red"] * (many - alone)))
         assert len(inputs.layout["decoder"].tokens) == many
-        room = longest - many + 1
-        assert model.room(inputs, 20) == min(20, room) >= 1
+        left = longest - many + 1
+        assert room(model, inputs, 20) == min(20, left) >= 1
         model.answer(inputs)
-        assert len(neurons.say(model, inputs).ids) <= room
+        assert len(neurons.say(model, inputs).ids) <= left
     with pytest.raises(ExampleError, match=f"{longest + 1} tokens, the model takes at most {longest}"):
         model.inputs(picture(1), " ".join(["red"] * (longest + 1 - alone)))
 
@@ -194,7 +195,7 @@ def test_an_answer_under_an_edit():
         **{k: v for k, v in inputs.tensors.items() if k != "decoder_input_ids"}, max_new_tokens=20
     )
     assert model.answer(inputs) == model.processor.decode(plain[0, 1:], skip_special_tokens=True).strip()
-    same = [Edit(Site.parse("decoder.0.resid@0"), "scale", 1.0)]
+    same = [Edit(Pattern.parse("decoder.0.resid@0"), "scale", 1.0)]
     assert model.answer(inputs, same) == model.answer(inputs)
 
 
@@ -231,7 +232,7 @@ def test_verify_accepts_what_fits_and_names_what_does_not(monkeypatch):
     model.verify()
     tower = replace(table.VQA.towers["encoder"], cross="crossattention.gone")
     family = replace(table.VQA, towers={**table.VQA.towers, "encoder": tower})
-    monkeypatch.setattr("vlmscope.model.families", lambda: (family,))
+    monkeypatch.setattr("vlmscope.runs.network.families", lambda: (family,))
     with pytest.raises(ModelError, match=r"BLIP-VQA does not fit.*transformers 5.*'crossattention.gone'"):
         Model(model.hf, model.processor)
 

@@ -13,11 +13,12 @@ from families import mplug_owl2
 from models import example, picture
 from mplug_owl2 import IMAGE_TOKEN_INDEX
 
-from vlmscope import describe, engine, reference
+from vlmscope import describe
+from vlmscope.checkpoint import load, tokenizer
 from vlmscope.errors import ExampleError, ModelError
 from vlmscope.inputs import Edit
-from vlmscope.model import load, tokenizer
-from vlmscope.sites import Site, expand, place
+from vlmscope.patching import engine, reference
+from vlmscope.sites import Pattern, expand, place
 
 QUERIES = ("query 0", "query 1", "query 2", "query 3", "query 4", "vit_eos")
 
@@ -110,8 +111,8 @@ def test_answers_of_several_tokens():
     sites = [
         found
         for text in ("decoder.1.resid@text*", "qformer.*.cross.h1@all", "vision.1.mlp@*")
-        for one in expand([Site.parse(text)], model.shapes)
-        for found in place(one, pair.clean.layout[one.tower])
+        for one in expand([Pattern.parse(text)], model.shapes)
+        for found in place(one, pair.clean.layout)
     ]
     tables = []
     for one in (engine, reference):
@@ -129,8 +130,8 @@ def test_generation_under_edits():
     inputs = model.prepare(example()).clean
     for edits in (
         [],
-        [Edit(Site.parse("vision.0.resid@all"), "scale", 0.0)],
-        [Edit(Site.parse("decoder.1.attn@image"), "scale", -2.0)],
+        [Edit(Pattern.parse("vision.0.resid@all"), "scale", 0.0)],
+        [Edit(Pattern.parse("decoder.1.attn@image"), "scale", -2.0)],
     ):
         ids = inputs.tensors["input_ids"]
         for _ in range(20):

@@ -11,12 +11,14 @@ import torch
 from families import blip2, mllama
 from models import blip, example, llava
 
-from vlmscope import cards, neurons
+from vlmscope.checkpoint import load
 from vlmscope.data import examples
 from vlmscope.errors import ExampleError, ModelError
 from vlmscope.inputs import Inputs
-from vlmscope.model import Model, load
+from vlmscope.neurons import contributions as neurons
+from vlmscope.neurons import folder as cards
 from vlmscope.report import write_report
+from vlmscope.runs.model import Model
 
 ASK = "describe this picture."
 

@@ -17,8 +17,8 @@ from families import FAMILIES
 from models import blip, example, picture
 
 from vlmscope import notice
+from vlmscope.checkpoint import load
 from vlmscope.errors import DataError, StoreError, VlmscopeError
-from vlmscope.model import load
 from vlmscope.notice import Spec
 from vlmscope.studies.run_folder import read_run
 from vlmscope.studies.sweep import estimate, sweep, sweep_to
@@ -111,7 +111,7 @@ def test_circuits_of_the_whole_folder(done):
 def test_done_again_it_only_reads(done, tmp_path, monkeypatch):
     folder = shutil.copytree(done[0], tmp_path / "out")
     monkeypatch.setattr(notice.heads, "functions", None)
-    monkeypatch.setattr("vlmscope.engine.patch", None)
+    monkeypatch.setattr("vlmscope.patching.engine.patch", None)
     notice.run(SMALL, folder)
 
 

@@ -7,7 +7,7 @@ import json
 import pytest
 from models import picture
 
-from vlmscope.data.objects import coco, pope
+from vlmscope.data.published.objects import coco, pope
 from vlmscope.errors import DataError
 
 

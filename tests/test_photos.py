@@ -14,7 +14,7 @@ from transformers.models.blip.image_processing_pil_blip import BlipImageProcesso
 
 import vlmscope
 from vlmscope.errors import ExampleError
-from vlmscope.model import Model
+from vlmscope.runs.model import Model
 
 DATA = Path(__file__).parents[2] / "shared" / "data"
 VOCABULARY = DATA / "bert-base-uncased-vocab.txt"
@@ -89,7 +89,7 @@ def test_photographs_run_through(model, examples):
 
 def test_the_grid_is_blip_s(model, examples):
     layout = model.prepare(examples[0]).clean.layout["vision"]
-    assert vlmscope.Site.parse("vision.11.resid@image[23,23]").position == "image[23,23]"
+    assert vlmscope.Pattern.parse("vision.11.resid@image[23,23]").position == "image[23,23]"
     assert len(layout.cells) == 24 * 24
 
 
@@ -97,7 +97,7 @@ def test_bert_s_pieces(model, examples):
     """Words of several pieces: roles cover all of them, prompts align by pieces."""
     from dataclasses import replace
 
-    from vlmscope.example import find_roles
+    from vlmscope.data.example import find_roles
 
     prompt = "is this giraffe striped or spotted?"
     roles = find_roles(prompt, {"noun": "giraffe", "answer": "spotted"})

@@ -9,10 +9,10 @@ from models import llava, picture
 from oracle import chat_templates
 from oracle import published_tokenizers as published
 
+from vlmscope.data.example import Example
 from vlmscope.errors import ExampleError
-from vlmscope.example import Example
 from vlmscope.families import causal
-from vlmscope.model import Model
+from vlmscope.runs.model import Model
 
 
 @pytest.fixture(scope="module")

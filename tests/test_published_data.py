@@ -6,6 +6,7 @@ import csv
 import random
 import subprocess
 import sys
+import tomllib
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -13,12 +14,14 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from vlmscope.data import PUBLISHED, Built, build, coco_qa, mit_states, svo_probes
-from vlmscope.data.layout import ADJECTIVES, UNREADABLE
-from vlmscope.data.replacement import aligned
-from vlmscope.data.synonyms import near
+from vlmscope.data.example import fingerprint
+from vlmscope.data.published import PUBLISHED, Built, build, mit_states, svo_probes
+from vlmscope.data.published.layout import STATES as KIND_OF
+from vlmscope.data.published.sampling import MISSING, UNREADABLE, Source
+from vlmscope.data.questions.replacement import aligned
+from vlmscope.data.questions.synonyms import near
+from vlmscope.data.table import read_csv, write_csv
 from vlmscope.errors import DataError
-from vlmscope.example import fingerprint, read_csv, write_csv
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 ORDERS = ("answer first", "foil first")
@@ -369,7 +372,7 @@ def test_refuses_what_is_half_unpacked(name: str, expected: str, tmp_path: Path)
 
 
 def _of_a_kind(folder: str) -> bool:
-    return mit_states.kind_of(folder.split()[0]) is not None
+    return KIND_OF.get(folder.split()[0]) in mit_states.KINDS
 
 
 @pytest.mark.parametrize("name", [one for one in PUBLISHED if one != "folder"])
@@ -396,10 +399,10 @@ def test_says_which_column_is_missing(tmp_path: Path) -> None:
 
 def test_says_that_a_table_cannot_be_read(tmp_path: Path) -> None:
     (tmp_path / "svo_probes.csv").write_bytes(b"id,\xff\xfe\n")
-    with pytest.raises(DataError, match=r"svo_probes\.csv: not UTF-8 \(byte 3\)"):
+    with pytest.raises(DataError, match=r"svo_probes\.csv, line 1: not UTF-8 \(byte 0xff\)"):
         build("svo-probes", tmp_path)
     (tmp_path / "svo_probes.csv").write_text(",".join(svo_probes.COLUMNS) + '\n1,"a\n')
-    with pytest.raises(DataError, match=r"svo_probes\.csv: not a CSV file \(.+\)"):
+    with pytest.raises(DataError, match=r"svo_probes\.csv, line 2: not a row of a CSV file \(.+\)"):
         build("svo-probes", tmp_path)
 
 
@@ -432,36 +435,56 @@ def test_the_questions_read_well(kind: str, triplet: str, options: str, expected
 @pytest.mark.parametrize(
     ("kind", "triplet", "other", "why"),
     [
-        ("verb", "man,talk,phone", "man,speak,phone", svo_probes.NEAR),
-        ("subject", "man,ride,horse", "guy,ride,horse", svo_probes.NEAR),
-        ("verb", "man,ride,horse", "woman,feed,horse", svo_probes.DIFFERS),
-        ("verb", "man,ride,horse", "man,ride,horse", svo_probes.DIFFERS),
-        ("subject", "man,ride,horse", "man,feed,horse", svo_probes.DIFFERS),
-        ("verb", "man,ride,", "man,feed,", svo_probes.PARTS),
-        ("verb", "man,ride", "man,feed", svo_probes.PARTS),
-        ("verb", "man,pick up,ball", "man,kick,ball", svo_probes.JOINED),
-        ("verb", "man,take a look,ball", "man,kick,ball", svo_probes.MULTI),
-        ("verb", "man,contain,ball", "man,kick,ball", svo_probes.NO_ING),
-        ("verb", "man,sit,grass", "man,eat,grass", svo_probes.JOINED),
-        ("subject", "man,feed,dogs", "women,feed,dogs", svo_probes.NUMBER),
-        ("subject", "dog,chase,cat", "cat,chase,cat", svo_probes.TWICE),
-        ("object", "man,hug,dog", "man,hug,man", svo_probes.TWICE),
-        ("verb", "man,stand,woman", "man,sit,woman", svo_probes.PEOPLE),
-        ("nothing", "man,ride,horse", "man,feed,horse", svo_probes.FLAGS),
+        ("verb", "man,talk,phone", "man,speak,phone", "the two words are near-synonyms"),
+        ("subject", "man,ride,horse", "guy,ride,horse", "the two words are near-synonyms"),
+        (
+            "verb",
+            "man,ride,horse",
+            "woman,feed,horse",
+            "the triplets do not differ in the flagged word alone",
+        ),
+        ("verb", "man,ride,horse", "man,ride,horse", "the triplets do not differ in the flagged word alone"),
+        (
+            "subject",
+            "man,ride,horse",
+            "man,feed,horse",
+            "the triplets do not differ in the flagged word alone",
+        ),
+        ("verb", "man,ride,", "man,feed,", "a triplet lacks a part"),
+        ("verb", "man,ride", "man,feed", "a triplet lacks a part"),
+        ("verb", "man,pick up,ball", "man,kick,ball", "the two options need different prepositions"),
+        ("verb", "man,take a look,ball", "man,kick,ball", "a verb of several words"),
+        (
+            "verb",
+            "man,contain,ball",
+            "man,kick,ball",
+            "a verb without an -ing form that asks what is going on",
+        ),
+        ("verb", "man,sit,grass", "man,eat,grass", "the two options need different prepositions"),
+        ("subject", "man,feed,dogs", "women,feed,dogs", "one subject is singular and the other plural"),
+        ("subject", "dog,chase,cat", "cat,chase,cat", "a word would stand in the question twice"),
+        ("object", "man,hug,dog", "man,hug,man", "a word would stand in the question twice"),
+        ("verb", "man,stand,woman", "man,sit,woman", "a verb of place with a person as its object"),
+        (
+            "nothing",
+            "man,ride,horse",
+            "man,feed,horse",
+            "not exactly one of subj_neg, verb_neg and obj_neg is true",
+        ),
     ],
 )
 def test_rows_that_make_no_question_are_counted(kind: str, triplet: str, other: str, why: str) -> None:
-    dropped: dict[str, int] = {}
+    source = Source("svo-probes", Path())
     cells = {name: str(cell) for name, cell in svo_cells(1, triplet, other, kind).items()}
-    assert svo_probes.read_rows([cells], dropped) == []
-    assert dropped == {why: 1}
+    assert svo_probes.read_rows(source, [cells]) == []
+    assert source.dropped == {why: 1}
 
 
 @pytest.mark.parametrize("flag", ["True", "true", "1", "1.0"])
 def test_reads_flags_and_numbers_as_tables_hold_them(flag: str) -> None:
     cells = svo_cells(7, "man,ride,horse", "man,feed,horse", "verb", flag)
     cells |= {"id": "7.0", "pos_image_id": "14.0"}
-    [row] = svo_probes.read_rows([{k: str(v) for k, v in cells.items()}], {})
+    [row] = svo_probes.read_rows(Source("svo-probes", Path()), [{k: str(v) for k, v in cells.items()}])
     assert (row.name, row.kind, row.images) == ("svo-7-verb", "verb", ("14", "15"))
 
 
@@ -491,7 +514,7 @@ def test_an_image_pair_is_used_once(tmp_path: Path) -> None:
         "neg_image_id": rows[1]["pos_image_id"],
     }
     built = build("svo-probes", plant_svo(tmp_path, [*rows, twin, mirrored]))
-    assert built.dropped == {svo_probes.SAME: 2}
+    assert built.dropped == {"the same id or image pair as an earlier row": 2}
     assert len(built.examples) == 6
 
 
@@ -500,7 +523,7 @@ def test_rows_without_images_are_counted(tmp_path: Path) -> None:
     for number in (0, 2, 4):
         (root / "images" / f"{number}.jpg").unlink()
     built = build("svo-probes", root)
-    assert built.dropped[svo_probes.MISSING] == 3
+    assert built.dropped["an image is not there"] == 3
 
 
 def test_missing_images_of_wanted_rows_are_fetched_first(tmp_path: Path) -> None:
@@ -516,20 +539,16 @@ def test_missing_images_of_wanted_rows_are_fetched_first(tmp_path: Path) -> None
                 paint(path)
         return bad
 
-    dropped: dict[str, int] = {}
-    examples = svo_probes.load(root, 12, 0, dropped, fetch)
+    source = Source("svo-probes", root, limit=12, fetch=fetch)
+    examples = svo_probes.load(source)
     assert len(examples) == 12
     assert len(asked) == len(set(asked)) < 90
     assert Counter(one.groups["kind"] for one in examples) == dict.fromkeys(svo_probes.KINDS, 4)
-    assert dropped[svo_probes.FAILED] > 0
+    assert source.dropped["an image could not be downloaded"] > 0
+    nothing = plant_svo(tmp_path / "b", svo_rows(9), images=False)
+    source = Source("svo-probes", nothing, fetch=lambda jobs: dict.fromkeys(jobs, "HTTP 404"))
     with pytest.raises(DataError, match="none could be downloaded; see download-failures.csv"):
-        svo_probes.load(
-            plant_svo(tmp_path / "b", svo_rows(9), images=False),
-            None,
-            0,
-            {},
-            lambda jobs: dict.fromkeys(jobs, "HTTP 404"),
-        )
+        svo_probes.load(source)
 
 
 def test_download_asks_the_downloader_and_keeps_its_log(tmp_path: Path) -> None:
@@ -549,15 +568,8 @@ def test_download_asks_the_downloader_and_keeps_its_log(tmp_path: Path) -> None:
 
 
 def test_the_kinds_have_the_published_sizes() -> None:
-    assert len(ADJECTIVES) == 115
-    assert {kind: len(words) for kind, words in mit_states.KINDS.items()} == {
-        "color": 21,
-        "shape": 23,
-        "texture": 14,
-    }
-    every = [word for words in mit_states.KINDS.values() for word in words]
-    assert len(set(every)) == len(every)
-    assert set(every) <= ADJECTIVES
+    assert len(KIND_OF) == 115
+    assert Counter(KIND_OF.values()) == {"color": 21, "shape": 23, "texture": 14, "none": 57}
 
 
 def test_states_of_one_noun_and_one_kind(roots: dict[str, Path]) -> None:
@@ -566,15 +578,14 @@ def test_states_of_one_noun_and_one_kind(roots: dict[str, Path]) -> None:
         noun = one.groups["noun"]
         assert one.clean_image.parent.name == f"{one.answer} {noun}"
         assert one.corrupt_image.parent.name == f"{one.foil} {noun}"
-        kinds = {mit_states.kind_of(one.answer), mit_states.kind_of(one.foil)}
-        assert kinds == {one.groups["kind"]}
+        assert {KIND_OF[one.answer], KIND_OF[one.foil]} == {one.groups["kind"]}
         assert one.clean_prompt in (
             f"is this {noun} {one.answer} or {one.foil}?",
             f"is this {noun} {one.foil} or {one.answer}?",
         )
         assert one.clean_prompt[slice(*one.roles["noun"])] == noun
-    assert built.dropped[mit_states.NO_STATE] == len(STATES)
-    assert built.dropped[mit_states.NO_KIND] == 2
+    assert built.dropped["a folder whose adjective is 'adj', that is none"] == len(STATES)
+    assert built.dropped["a folder whose adjective is of none of the three kinds"] == 2
     assert any(one.groups["noun"] == "garden hose" for one in built.examples)
 
 
@@ -588,7 +599,7 @@ def test_a_few_empty_folders_are_counted(tmp_path: Path) -> None:
     root = plant_mit(tmp_path)
     for path in (root / "ripe apple").iterdir():
         path.unlink()
-    assert build("mit-states", root).dropped[mit_states.EMPTY] == 1
+    assert build("mit-states", root).dropped["a folder without images"] == 1
 
 
 # Faces and folders
@@ -668,7 +679,7 @@ def test_photographs_may_lie_in_several_places(tmp_path: Path) -> None:
     paint(tmp_path / "images" / "train2014" / "COCO_train2014_000000000002.jpg")
     built = build("coco-qa", tmp_path, limit=2)
     assert len(built.examples) == 1
-    assert built.dropped[coco_qa.NO_FOIL] == 1
+    assert built.dropped["every image with another answer is already its pair, or cannot be read"] == 1
 
 
 def test_the_published_color_questions(tmp_path: Path) -> None:
@@ -683,7 +694,7 @@ def test_the_published_color_questions(tmp_path: Path) -> None:
     built = build("coco-qa", tmp_path, limit=40)
     assert len(built.examples) == 40
     assert all(one.corrupt_prompt for one in built.examples)
-    assert built.dropped["the image is not there"] > 10_000
+    assert built.dropped[MISSING] > 10_000
 
 
 # CLEVR
@@ -764,7 +775,7 @@ def test_the_summary_counts(roots: dict[str, Path]) -> None:
         "  order: answer first 3, foil first 3",
     ]
     assert "left out:" in lines
-    assert f"       5  {mit_states.NO_STATE}" in lines
+    assert "       5  a folder whose adjective is 'adj', that is none" in lines
     assert Built([], {}).summary() == "0 examples"
 
 
@@ -775,3 +786,13 @@ sys.exit(str([m for m in ("lemminflect", "urllib3", "numpy", "torch") if m in sy
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert not done.stderr.strip(), done.stderr
+
+
+def test_the_tables_of_words_are_part_of_a_wheel() -> None:
+    root = Path(__file__).parents[1]
+    about = tomllib.loads((root / "pyproject.toml").read_text("utf-8"))
+    package = root / "src" / "vlmscope"
+    patterns = about["tool"]["setuptools"]["package-data"]["vlmscope"]
+    packed = {file for pattern in patterns for file in package.glob(pattern)}
+    tables = {file for file in (package / "data").rglob("*") if file.suffix not in (".py", ".pyc", "")}
+    assert tables and tables <= packed

@@ -54,7 +54,7 @@ def test_the_specification_of_the_tutorial_is_one(tmp_path):
 def test_the_commands_of_the_readme_exist(command):
     from typer.main import get_command
 
-    from vlmscope.cli import app
+    from vlmscope.cli.main import app
 
     assert f"vlmscope {command}" in README
     assert command in get_command(app).commands

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from vlmscope.data.replacement import DRAWN, KEPT, NONE, aligned, replace_words
-from vlmscope.data.synonyms import SETS, near
-from vlmscope.example import Example, find_roles
+from vlmscope.data.example import Example, find_roles
+from vlmscope.data.questions.replacement import DRAWN, KEPT, NONE, aligned, replace_words
+from vlmscope.data.questions.synonyms import SETS, near
 
 VOCABULARY = Path(__file__).parents[2] / "shared" / "data" / "bert-base-uncased-vocab.txt"
 
@@ -242,6 +242,5 @@ def test_near_synonyms() -> None:
 
 
 def test_the_table_of_synonyms_holds_sets() -> None:
-    lines = [line.split() for line in SETS.strip().splitlines()]
-    assert all(len(line) == len(set(line)) > 1 for line in lines)
-    assert len({frozenset(line) for line in lines}) == len(lines)
+    assert all(len(words) == len(set(words)) > 1 for words in SETS)
+    assert len({frozenset(words) for words in SETS}) == len(SETS)

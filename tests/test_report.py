@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import re
 from dataclasses import replace
+from html import unescape
 
 import pandas as pd
 import pytest
 from models import blip, example, picture
 
-from vlmscope import plots
-from vlmscope.corrupt import Noise
+from vlmscope.checkpoint import load
 from vlmscope.data import examples
 from vlmscope.errors import StoreError
-from vlmscope.model import load
-from vlmscope.plots import short_number
 from vlmscope.report import write_report
+from vlmscope.report.captions import short_number
+from vlmscope.report.heat_maps import FLOOR
+from vlmscope.runs.corrupt import Noise
 from vlmscope.studies import circuits, heads, tracing
 from vlmscope.studies.run_folder import read_run
 from vlmscope.studies.sweep import sweep, sweep_to
@@ -158,7 +159,7 @@ CAPTION = re.compile(
 def captions(page):
     """The stem of each figure's files, and its caption."""
     found = re.findall(r"<figcaption>(.*?) <a href=\"[^\"]*/([^/\"]+)\.png\"", page)
-    return {name: text.replace("&#x27;", "'") for text, name in found}
+    return {name: unescape(text) for text, name in found}
 
 
 @pytest.mark.parametrize("which", [[0], [0, 1], [2, 3]])
@@ -181,7 +182,7 @@ def test_captions_say_what_their_data_says(toys, tmp_path, which):
         assert (int(layer), at) == (best["layer"], str(best[column]))
         assert panel.casefold() == best["panel"].casefold()
         assert int(many) == data["n"].max() and int(few or many) == data["n"].min()
-        floor = plots.FLOOR * max(gaps if name.startswith("all") else [gaps[int(name[3])]])
+        floor = FLOOR * max(gaps if name.startswith("all") else [gaps[int(name[3])]])
         assert float(full) == pytest.approx(max(floor, data["mean"].abs().max()), rel=0.01)
         checked += 1
     assert checked >= 2 * len(which)

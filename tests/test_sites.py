@@ -7,7 +7,8 @@ from dataclasses import replace
 import pytest
 
 from vlmscope.errors import SiteError
-from vlmscope.sites import Layout, Shape, Site, expand, members, place, slots
+from vlmscope.layout import Layout, slots
+from vlmscope.sites import Pattern, Shape, Site, expand, place
 
 SHAPES = {
     "vision": Shape(2, ("resid_pre", "attn", "mlp", "resid", "output"), {"attn": 3}, 5, 6),
@@ -16,6 +17,14 @@ SHAPES = {
 TEXT = Layout(
     ("[CLS]", "the", "un", "##happy", "cat", "[SEP]"), (0, 1, 2, 3, 4, 5), {"answer": (2, 3), "noun": (4,)}
 )
+
+
+def placed(text, layout=None):
+    """The sites of one expression, in the two towers above or in one layout of its tower."""
+    (site,) = expand([Pattern.parse(text)], SHAPES)
+    return place(site, {"encoder": TEXT, "vision": IMAGE} if layout is None else {site.tower: layout})
+
+
 IMAGE = Layout(("[CLS]", "0,0", "0,1", "1,0", "1,1"), cells={1: (0, 0), 2: (0, 1), 3: (1, 0), 4: (1, 1)})
 
 
@@ -31,8 +40,8 @@ IMAGE = Layout(("[CLS]", "0,0", "0,1", "1,0", "1,1"), cells={1: (0, 0), 2: (0, 1
     ],
 )
 def test_an_expression_prints_back_as_it_was_written(text):
-    assert str(Site.parse(text)) == text
-    assert Site.parse(str(Site.parse(text))) == Site.parse(text)
+    assert str(Pattern.parse(text)) == text
+    assert Pattern.parse(str(Pattern.parse(text))) == Pattern.parse(text)
 
 
 @pytest.mark.parametrize(
@@ -41,7 +50,7 @@ def test_an_expression_prints_back_as_it_was_written(text):
         ("encodr.*.resid@*", r"'encodr' \(character 1\) is not a tower; did you mean 'encoder'"),
         ("encoder.x.resid@*", r"'x' \(character 9\) is not a layer"),
         ("encoder.1.crss@*", r"'crss' \(character 11\) is not a kind; did you mean 'cross'"),
-        ("encoder.1.cross.q2@*", r"'q2' \(character 17\) is not a unit"),
+        ("encoder.1.cross.x2@*", r"'x2' \(character 17\) is not a unit"),
         ("encoder.1.resid.h2@*", "only attn and cross have heads"),
         ("encoder.1.attn.n2@*", "only mlp have neurons"),
         ("encoder.1.attn", "no position"),
@@ -55,7 +64,7 @@ def test_an_expression_prints_back_as_it_was_written(text):
 )
 def test_a_wrong_expression_is_told_where(text, message):
     with pytest.raises(SiteError, match=message):
-        Site.parse(text)
+        Pattern.parse(text)
 
 
 @pytest.mark.parametrize(
@@ -72,14 +81,14 @@ def test_a_wrong_expression_is_told_where(text, message):
 )
 def test_a_site_that_the_model_lacks_is_refused(text, message):
     with pytest.raises(SiteError, match=message):
-        expand([Site.parse(text)], SHAPES)
+        expand([Pattern.parse(text)], SHAPES)
 
 
 def test_expand_lists_each_layer_and_unit_once():
-    sites = expand([Site.parse("encoder.*.cross.h*@*"), Site.parse("encoder.1.cross.h0@*")], SHAPES)
+    sites = expand([Pattern.parse("encoder.*.cross.h*@*"), Pattern.parse("encoder.1.cross.h0@*")], SHAPES)
     assert len(sites) == 24
     assert str(sites[3]) == "encoder.1.cross.h1@*"
-    assert [str(s) for s in expand([Site.parse("vision.*.output@all")], SHAPES)] == ["vision.1.output@all"]
+    assert [str(s) for s in expand([Pattern.parse("vision.*.output@all")], SHAPES)] == ["vision.1.output@all"]
 
 
 @pytest.mark.parametrize(
@@ -97,8 +106,7 @@ def test_expand_lists_each_layer_and_unit_once():
     ],
 )
 def test_positions_of_text(position, expected):
-    placed = place(Site.parse(f"encoder.0.resid@{position}"), TEXT)
-    assert [(site.position, at) for site, at in placed] == expected
+    assert [(site.position, site.positions) for site in placed(f"encoder.0.resid@{position}")] == expected
 
 
 @pytest.mark.parametrize(
@@ -110,8 +118,7 @@ def test_positions_of_text(position, expected):
     ],
 )
 def test_positions_of_an_image(position, expected):
-    placed = place(Site.parse(f"vision.0.resid@{position}"), IMAGE)
-    assert [(site.position, at) for site, at in placed] == expected
+    assert [(site.position, site.positions) for site in placed(f"vision.0.resid@{position}")] == expected
 
 
 @pytest.mark.parametrize(
@@ -127,32 +134,32 @@ def test_positions_of_an_image(position, expected):
 )
 def test_a_position_that_is_not_there_is_refused(text, layout, message):
     with pytest.raises(SiteError, match=message):
-        place(Site.parse(text), layout)
+        placed(text, layout)
 
 
-def test_role_of_a_position():
-    roles = {p: Site.parse(f"encoder.0.resid@{p}").role for p in ("answer", "answer*", "last", "3", "*")}
-    assert roles == {"answer": "answer", "answer*": "answer", "last": None, "3": None, "*": None}
+def test_roles_that_an_expression_names():
+    roles = {p: Pattern.parse(f"encoder.0.attn@{p}").roles for p in ("answer", "noun*", "last", "3", "*")}
+    assert roles == {"answer": ["answer"], "noun*": ["noun"], "last": [], "3": [], "*": []}
+    both = Pattern.parse("encoder.0.attn@last<verb + encoder.0.mlp@noun")
+    assert both.roles == ["verb", "noun"]
 
 
 def test_windows_of_layers():
     shapes = {"encoder": Shape(4, ("resid", "attn"), {"attn": 2}, 8, 4)}
-    found = expand([Site.parse("encoder.*/3.attn.h1@answer")], shapes)
+    found = expand([Pattern.parse("encoder.*/3.attn.h1@answer")], shapes)
     assert [str(s) for s in found] == [f"encoder.{n}/3.attn.h1@answer" for n in range(4)]
-    assert [s.center for s in found] == [0, 1, 2, 3] and found[0].window == 3
-    assert [s.layer for s in members(found[0], shapes)] == ["0", "1"]
-    assert [s.layer for s in members(found[2], shapes)] == ["1", "2", "3"]
-    assert [str(s) for s in expand([Site.parse("encoder.1-2/1.resid@*")], shapes)] == [
+    assert [s.layer for s in found] == [0, 1, 2, 3] and found[0].window == 3
+    assert [part.layer for part in found[0].parts] == [0, 1]
+    assert [part.layer for part in found[2].parts] == [1, 2, 3]
+    assert [str(s) for s in expand([Pattern.parse("encoder.1-2/1.resid@*")], shapes)] == [
         "encoder.1.resid@*",
         "encoder.2.resid@*",
     ]
     with pytest.raises(SiteError, match="an odd window"):
-        Site.parse("encoder.3/2.resid@*")
-    with pytest.raises(SiteError, match="a window of layers; expected one layer"):
-        _ = found[0].point
+        Pattern.parse("encoder.3/2.resid@*")
     vision = {"vision": Shape(4, ("resid", "output"), {}, 8, 4)}
     with pytest.raises(SiteError, match="there is one 'output'"):
-        expand([Site.parse("vision.*/3.output@all")], vision)
+        expand([Pattern.parse("vision.*/3.output@all")], vision)
 
 
 def layout_of(words: str, roles: dict[str, tuple[int, ...]], fed: int = 0) -> Layout:
@@ -163,16 +170,41 @@ def layout_of(words: str, roles: dict[str, tuple[int, ...]], fed: int = 0) -> La
     return Layout(tokens, text, roles, {2: (0, 0), 3: (0, 1)}, image, readout=len(tokens) - 1, fed=fed)
 
 
-def test_a_pattern_has_no_single_place():
-    for text, why in (
-        ("encoder.*.resid@all", r"'\*' is a pattern of layers; expected one here"),
-        ("encoder.0-2.resid@all", "'0-2' is a pattern of layers"),
-        ("encoder.*/3.resid@all", "a window of layers|pattern of layers"),
-    ):
-        with pytest.raises(SiteError, match=why):
-            _ = Site.parse(text).point
-    with pytest.raises(SiteError, match=r"'\*' is a pattern of units"):
-        _ = Site.parse("encoder.1.attn.h*@all").index
+def test_sets_of_units_and_sums_are_one_patch():
+    (heads,) = expand([Pattern.parse("encoder.3.attn.h[1,0]@answer")], SHAPES)
+    assert (heads.units, str(heads)) == ((0, 1), "encoder.3.attn.h[0,1]@answer")
+    text = "encoder.3.attn.h1@answer + encoder.5/3.mlp@noun + vision.1.output@image"
+    (site,) = placed(text)
+    assert str(Pattern.parse(text)) == str(site) == text
+    places = [(part.tower, part.layer, part.kind, part.positions) for part in site.parts]
+    assert places == [
+        ("encoder", 3, "attn", (2, 3)),
+        *(("encoder", layer, "mlp", (4,)) for layer in (4, 5, 6)),
+        ("vision", 1, "output", (1, 2, 3, 4)),
+    ]
+    with pytest.raises(SiteError, match="each part is one layer and one unit"):
+        expand([Pattern.parse("encoder.*.attn@all + encoder.0.mlp@all")], SHAPES)
+    with pytest.raises(SiteError, match="each part is one position"):
+        placed("encoder.0.attn@* + encoder.0.mlp@all")
+
+
+def test_keys_and_values_count_key_value_heads():
+    shapes = {"decoder": replace(SHAPES["encoder"], heads={"attn": 4, "cross": 4}, groups=2)}
+    count = {part: len(expand([Pattern.parse(f"decoder.0.attn.{part}*@all")], shapes)) for part in "hqkvp"}
+    assert count == {"h": 4, "q": 4, "k": 2, "v": 2, "p": 4}
+    with pytest.raises(SiteError, match="no key 2; this tower has keys 0 to 1"):
+        expand([Pattern.parse("decoder.0.attn.k2@all")], shapes)
+
+
+@pytest.mark.parametrize("text", ["decoder.3.attn.h1@last<image[2,3]", "encoder.*/9.attn@answer<image*"])
+def test_edges_of_attention_print_back(text):
+    assert str(Pattern.parse(text)) == text
+
+
+@pytest.mark.parametrize("text", ["encoder.0.mlp@last<image", "encoder.0.attn.q1@last<image"])
+def test_only_attention_has_edges(text):
+    with pytest.raises(SiteError, match="an edge is of attn or cross"):
+        Pattern.parse(text)
 
 
 def test_slots_meet_over_prompts_of_other_lengths():
@@ -254,6 +286,7 @@ def test_no_two_positions_of_one_example_share_a_slot(roles, fed):
 
 def test_readout_is_where_the_answer_is_predicted():
     layout = layout_of("red ? :", {})
-    assert place(Site.parse("decoder.0.resid@readout"), layout)[0][1] == (7,)
+    (site,) = place(Site("decoder", 0, "resid", position="readout"), {"decoder": layout})
+    assert site.positions == (7,)
     with pytest.raises(SiteError, match="nothing is read out in the encoder tower"):
-        place(Site.parse("encoder.0.resid@readout"), TEXT)
+        placed("encoder.0.resid@readout")

@@ -11,9 +11,10 @@ from models import example, llava, picture
 from scipy import stats as scipy_stats
 
 import vlmscope
-from vlmscope import plots, stats
+from vlmscope import stats
+from vlmscope.data.example import find_roles
 from vlmscope.errors import DataError
-from vlmscope.example import find_roles
+from vlmscope.report.ranking import strongest
 from vlmscope.studies import tables
 from vlmscope.studies.run_folder import EFFECTS, typed
 
@@ -370,7 +371,7 @@ def test_the_strongest_sites_can_be_swept_again():
     model = vlmscope.load("toy-llava", device="cpu")
     given = vlmscope.examples("states", limit=6)
     rows = vlmscope.sweep(model, given, ["decoder.*.resid@text*", "decoder.*/3.mlp@text*"])
-    found = plots.strongest(rows, n=1000)
+    found = strongest(rows, n=1000)
     assert len(found) == len(rows.groupby(["layer", "kind", "slot"]))
     can = found[found["site"].str.contains("@")]
     cannot = set(found["slot"]) - set(can["slot"])
@@ -378,7 +379,7 @@ def test_the_strongest_sites_can_be_swept_again():
     at = dict(zip(can["slot"], can["site"].str.partition("@")[2], strict=True))
     assert at["readout"] == "readout" and at["noun"] == "noun" and at["2"] == "2" and at["3"] == "39"
     assert (at["-2"], at["-3"]) == ("-2", "-3")
-    again = plots.strongest(vlmscope.sweep(model, given, list(can["site"])), n=1000)
+    again = strongest(vlmscope.sweep(model, given, list(can["site"])), n=1000)
     both = can.merge(again, on=["site"])
     assert len(both) == len(can)
     np.testing.assert_allclose(both["mean_x"], both["mean_y"], atol=1e-4)
@@ -411,7 +412,7 @@ def test_sites_of_few_examples_come_last():
         if slot != "noun+1" or n == 0
     ]
     rows = typed(pd.DataFrame(some).reindex(columns=EFFECTS.names), EFFECTS)
-    found = plots.strongest(rows)
+    found = strongest(rows)
     assert found["slot"].tolist() == ["noun", "-1", "noun+1"]
     assert found["n"].tolist() == [6, 6, 1]
     assert np.isnan(found["low"].iloc[2]) and found["low"].iloc[0] == pytest.approx(1.0)

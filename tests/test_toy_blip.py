@@ -7,8 +7,8 @@ from collections import defaultdict
 import pytest
 from transformers import BlipForQuestionAnswering, BlipProcessor
 
+from vlmscope.checkpoint import toys
 from vlmscope.data import BUILT_IN, examples
-from vlmscope.model import toys
 
 COUNT = 240
 SEED = 3

@@ -6,8 +6,8 @@ import pandas as pd
 import pytest
 from scipy.stats import spearmanr
 
+from vlmscope.checkpoint import load
 from vlmscope.data import BUILT_IN, examples
-from vlmscope.model import load
 from vlmscope.studies import circuits, heads
 from vlmscope.studies.sweep import sweep_to
 

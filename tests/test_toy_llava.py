@@ -7,10 +7,10 @@ from dataclasses import replace
 
 import pytest
 
+from vlmscope.checkpoint import load, toys
 from vlmscope.data import BUILT_IN, examples
 from vlmscope.data.drawn import faces, scenes, states
-from vlmscope.metrics import agrees
-from vlmscope.model import load, toys
+from vlmscope.patching.scores import agrees
 from vlmscope.studies.sweep import baselines, sweep
 
 ASK = "describe this picture."

@@ -11,13 +11,14 @@ import torch
 from models import blip, example, picture
 
 import vlmscope
-from vlmscope import corrupt, plots
-from vlmscope.corrupt import Noise
+from vlmscope.checkpoint import load
 from vlmscope.data import examples
 from vlmscope.errors import DataError, VlmscopeError
 from vlmscope.inputs import Edit
-from vlmscope.model import load
-from vlmscope.sites import Site
+from vlmscope.report.tracing import tracing_tables
+from vlmscope.runs import corrupt
+from vlmscope.runs.corrupt import Noise
+from vlmscope.sites import Pattern
 from vlmscope.studies import tracing
 from vlmscope.studies.run_folder import read_run
 
@@ -52,7 +53,7 @@ def test_a_share_by_plain_runs(traced):
             (pair,) = corrupt.pairs(model, one, replace(NOISE, draws=1), seed=repeat)
             edits = [
                 Edit(site, "set", model.capture(pair.clean, [site])[str(site)])
-                for site in (Site.parse(f"encoder.{layer}.cross@answer") for layer in (1, 2, 3))
+                for site in (Pattern.parse(f"encoder.{layer}.cross@answer") for layer in (1, 2, 3))
             ]
             runs = (
                 model.run(pair.clean),
@@ -181,7 +182,7 @@ def test_what_is_left_out_is_counted(tmp_path, monkeypatch):
 
 def test_the_tables_of_the_figures(traced):
     _, table, _ = traced
-    found = plots.tracing_tables(table, tower="encoder", window=1)
+    found = tracing_tables(table[(table["tower"] == "encoder") & (table["window"] == 1)])
     assert list(found) == ["resid", "cross"]
     assert found["resid"].shape[0] == 4
     assert list(found["resid"].columns) == [

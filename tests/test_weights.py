@@ -11,11 +11,13 @@ from safetensors.torch import load_file, save_file
 from transformers import LlavaForConditionalGeneration, LlavaProcessor
 
 import vlmscope
-from vlmscope import rewrite, weights
+from vlmscope.checkpoint import load
 from vlmscope.data import BUILT_IN, examples
 from vlmscope.errors import ExampleError, ModelError, StoreError, VlmscopeError
-from vlmscope.model import Model, load
-from vlmscope.weights import WeightEdit
+from vlmscope.neurons import edits as rewrite
+from vlmscope.neurons import weight_edit as weights
+from vlmscope.neurons.weight_edit import WeightEdit
+from vlmscope.runs.model import Model
 
 ASK = "describe this picture."
 

@@ -28,7 +28,7 @@ from transformers import (
     SmolVLMProcessor,
 )
 
-from vlmscope.model import Model
+from vlmscope.runs.model import Model
 
 
 def qwen_tokenizer():

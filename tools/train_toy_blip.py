@@ -25,8 +25,9 @@ from torch.nn import functional as F
 from transformers import BertTokenizer, BlipConfig, BlipForQuestionAnswering, BlipProcessor
 from transformers.models.blip.image_processing_pil_blip import BlipImageProcessorPil
 
+from vlmscope.data import examples as built_in
 from vlmscope.data.drawn import drawing, faces, scenes, states
-from vlmscope.example import Example, Picture
+from vlmscope.data.example import Picture
 
 SETS = {"states": states, "scenes": scenes, "faces": faces}
 SIDE, PATCH = 48, 8
@@ -361,8 +362,8 @@ def answers(
 def report(hf: BlipForQuestionAnswering, made: BlipProcessor, count: int) -> None:
     """Accuracy by set, kind and order on held-out pictures; how answers follow the image."""
     hf.eval()
-    for name, module in SETS.items():
-        examples: list[Example] = list(module.load(count, seed=7))
+    for name in SETS:
+        examples = built_in(name, limit=count, seed=7)
         clean = list(answers(hf, made, [(e.clean_image, e.clean_prompt) for e in examples]))
         image = list(answers(hf, made, [(e.corrupt_image, e.clean_prompt) for e in examples]))
         text = list(answers(hf, made, [(e.clean_image, e.corrupt_prompt) for e in examples]))

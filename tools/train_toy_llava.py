@@ -35,6 +35,7 @@ from transformers import (
 )
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
+from vlmscope.data import examples as built_in
 from vlmscope.data.drawn import drawing, faces, scenes, states
 
 WORK = Path("build/toy-llava")
@@ -385,8 +386,8 @@ def answers(
 def report(hf: LlavaForConditionalGeneration, made: LlavaProcessor, count: int) -> None:
     """Accuracy by set and kind on held-out pictures, corrupt inputs, and captions exactly right."""
     hf.eval()
-    for name, module in SETS.items():
-        examples = list(module.load(count, seed=7))
+    for name in SETS:
+        examples = built_in(name, limit=count, seed=7)
         clean = answers(hf, made, [(e.clean_image, e.clean_prompt) for e in examples])
         image = answers(hf, made, [(e.corrupt_image, e.clean_prompt) for e in examples])
         text = answers(hf, made, [(e.clean_image, e.corrupt_prompt) for e in examples])

@@ -1,5 +1,5 @@
 """`python -m vlmscope`."""
 
-from vlmscope.cli import main
+from vlmscope.cli.main import main
 
 main()

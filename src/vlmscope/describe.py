@@ -6,13 +6,14 @@ from collections.abc import Iterator
 from itertools import groupby
 from typing import NamedTuple
 
-from vlmscope import corrupt
+from vlmscope.checkpoint import toys
+from vlmscope.data.example import Example
 from vlmscope.errors import VlmscopeError
-from vlmscope.example import Example
 from vlmscope.families import families
 from vlmscope.inputs import Inputs, Pair
-from vlmscope.model import Model, toys
-from vlmscope.sites import Layout, grid, slots
+from vlmscope.layout import Layout, grid, slots
+from vlmscope.runs import corrupt
+from vlmscope.runs.model import Model
 
 FLOWS = {
     "rows": "many patches in one pass",
@@ -161,8 +162,8 @@ def example(model: Model, one: Example) -> str:
     lines += ["", "noise"]
     for at in ("image", "text"):
         for site in corrupt.noisy(model, at):
-            ((_, where),) = model.placed(site, pair.clean)
-            lines.append(f"  on the {at:<7}{site}: {_spans(where)}")
+            (found,) = model.places(site, pair.clean)
+            lines.append(f"  on the {at:<7}{site}: {_spans(found.positions)}")
     return "\n".join(lines)
 
 
@@ -201,7 +202,8 @@ def _rows(model: Model, pair: Pair, tower: str) -> Iterator[str]:
 
 def _scored(model: Model, pair: Pair) -> str:
     shown = {"answer": pair.answer, "foil": pair.foil}
-    return ", ".join(f"{what} {_text(model, n, '')} (id {n})" for what, n in shown.items())
+    known = [(what, n) for what, n in shown.items() if n is not None]
+    return ", ".join(f"{what} {_text(model, n, '')} (id {n})" for what, n in known)
 
 
 def _spans(positions: tuple[int, ...]) -> str:

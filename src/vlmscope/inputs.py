@@ -5,15 +5,17 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from numbers import Real
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from jaxtyping import Float
 from torch import Tensor
 
-from vlmscope.errors import SiteError, VlmscopeError
-from vlmscope.sites import Layout, Site, place
+from vlmscope.errors import VlmscopeError
+from vlmscope.layout import Layout
+from vlmscope.sites import Pattern, Site
 
 Op = Literal["set", "add", "scale"]
+Value = float | Tensor
 
 
 @dataclass(frozen=True, eq=False)
@@ -26,35 +28,30 @@ class Inputs:
     tensors: Mapping[str, Tensor]
     layout: Mapping[str, Layout]
 
-    def place(self, site: Site) -> list[tuple[Site, tuple[int, ...]]]:
-        """The patches that a site names in this run (`sites.place`); `SiteError` if its tower has no part in it."""
-        if site.tower not in self.layout:
-            raise SiteError(
-                f"bad site '{site}': the {site.tower} tower has no part in a run without a picture; "
-                f"expected {' or '.join(self.layout)}"
-            )
-        return place(site, self.layout[site.tower])
+    def __repr__(self) -> str:
+        towers = ", ".join(f"{tower} {len(there.tokens)}" for tower, there in self.layout.items())
+        return f"Inputs({towers} positions)"
 
 
 @dataclass(frozen=True, eq=False, init=False)
 class Edit:
     """Change one activation as it passes: `set` it to `value`, `add` to it or `scale` it.
 
-    `site` names one layer and at most one unit; an expression will do. `value` is a number or a tensor that
-    broadcasts to `(positions, width)`, where width is that of the kind, of one head, or 1 for one neuron.
+    `site` names one layer (or a window of them) and at most one set of units; an expression will do. `value` is a
+    number or a tensor that broadcasts to `(positions, width)`, where width is that of the kind, of one head, or 1 for one neuron.
 
     Raises `SiteError` for an expression that is no site, `VlmscopeError` for another operation or value.
 
-    >>> Edit("decoder.2.attn.h1@all", "scale", 0.0).site.index
-    1
+    >>> Edit("decoder.2.attn.h1@all", "scale", 0.0)
+    Edit('decoder.2.attn.h1@all', 'scale', 0.0)
     """
 
-    site: Site
+    site: Pattern | Site
     op: Op
-    value: float | Tensor
+    value: Value
 
-    def __init__(self, site: Site | str, op: Op, value: float | Tensor) -> None:
-        if not isinstance(site, Site | str):
+    def __init__(self, site: Pattern | Site | str, op: Op, value: float | Tensor) -> None:
+        if not isinstance(site, Pattern | Site | str):
             raise VlmscopeError(
                 f"the site of an edit is {_what(site)}; expected a Site, or an expression such "
                 "as 'decoder.2.attn.h1@all'"
@@ -63,9 +60,21 @@ class Edit:
             raise VlmscopeError(f"unknown operation '{op}' of an edit; expected set, add or scale")
         if not isinstance(value, Real | Tensor):
             raise VlmscopeError(f"the value of an edit is {_what(value)}; expected a number or a tensor")
-        object.__setattr__(self, "site", Site.parse(site) if isinstance(site, str) else site)
+        object.__setattr__(self, "site", Pattern.parse(site) if isinstance(site, str) else site)
         object.__setattr__(self, "op", op)
         object.__setattr__(self, "value", value)
+
+    def __repr__(self) -> str:
+        value = f"{tuple(self.value.shape)} tensor" if isinstance(self.value, Tensor) else self.value
+        return f"Edit('{self.site}', '{self.op}', {value})"
+
+
+class Change(NamedTuple):
+    """An edit in one run: of one layer's activation, at numbers of positions."""
+
+    site: Site
+    op: Op
+    value: Value
 
 
 def _what(thing: object) -> str:
@@ -93,17 +102,27 @@ def parse_edit(text: str) -> Edit:
 
 @dataclass(frozen=True, eq=False)
 class Pair:
-    """Two runs that differ by one corruption, and the two tokens that are scored.
+    """Two runs that differ by one corruption, and the tokens that are scored.
 
     `answer` and `foil` are token ids, scored at the read-out position. `edits` make the corrupt
-    run corrupt where its input is the clean one (noise).
+    run corrupt where its input is the clean one (noise). `answers` are the answer's tokens at the last so
+    many positions, where several are scored.
     """
 
     clean: Inputs
     corrupt: Inputs
     answer: int
-    foil: int
+    foil: int | None
     edits: tuple[Edit, ...] = ()
+    answers: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "answers", self.answers or (self.answer,))
+
+    def __repr__(self) -> str:
+        corrupt = "the same inputs" if self.corrupt is self.clean else repr(self.corrupt)
+        scored = f"answer {self.answers}, foil {self.foil}"
+        return f"Pair(clean {self.clean!r}, corrupt {corrupt}, {scored}, {len(self.edits)} edits)"
 
 
 Logits = Float[Tensor, "vocabulary"]

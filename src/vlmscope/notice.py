@@ -19,19 +19,22 @@ import shutil
 import tomllib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
-from importlib import import_module
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import tomli_w
 
+from vlmscope.checkpoint import load, pieces
 from vlmscope.data import BUILT_IN, SIZE, examples
-from vlmscope.data.replacement import replace_words
+from vlmscope.data.drawn import draw
+from vlmscope.data.example import Example
+from vlmscope.data.questions.replacement import replace_words
+from vlmscope.data.table import read_csv, write_csv
 from vlmscope.errors import DataError, StoreError, VlmscopeError
-from vlmscope.example import Example, read_csv, write_csv
-from vlmscope.model import Model, load
 from vlmscope.report import write_report
+from vlmscope.runs.model import Model
 from vlmscope.studies import circuits, heads
 from vlmscope.studies.run_folder import Run, read_run
 from vlmscope.studies.sweep import Estimate, estimate, sweep_to
@@ -241,13 +244,14 @@ def _examples(spec: Spec, data: str, folder: Path, model: Model, say: Say) -> li
     if data in BUILT_IN:
         file = folder / "data" / f"{data}.csv"
         if not file.exists():
-            drawn = import_module(f"vlmscope.data.drawn.{data}").load(spec.limit or SIZE, seed=spec.seed)
-            write_csv(file, drawn)
+            write_csv(file, draw(data, spec.limit or SIZE, seed=spec.seed))
         found = read_csv(file)
     else:
         found = examples(data, limit=spec.limit)
     if "text" in spec.corrupt:
-        found, counts = replace_words(found, pieces=model.pieces, seed=spec.seed)
+        found, counts = replace_words(
+            found, pieces=partial(pieces, model.processor.tokenizer), seed=spec.seed
+        )
         lines = ", ".join(f"{many} {what}" for what, many in counts.items() if many)
         say(f"{name_of(data)}: {len(found)} examples; corrupt prompts: {lines}")
     return found

@@ -13,7 +13,7 @@ from test_oracle_prompts import example
 from torch import Tensor, nn
 
 import vlmscope
-from vlmscope import engine
+from vlmscope.patching import engine
 
 
 class Place:
@@ -98,7 +98,7 @@ def handful(case: Case, inputs: vlmscope.Inputs) -> list[tuple[vlmscope.Site, tu
             name, some = ("text", layout.text) if layout.text else ("image", layout.image)
             if some:
                 found.append((f"{tower}.{layer}.{units[0]}@{name}", tuple(some)))
-    return [(vlmscope.Site.parse(text), at) for text, at in found]
+    return [(vlmscope.Pattern.parse(text), at) for text, at in found]
 
 
 def ld(logits: Tensor, pair: vlmscope.Pair) -> Tensor:
@@ -151,7 +151,7 @@ def test_patches_do_something(case):
     runs = [anatomy.double(case, one) for one in (pair.clean, pair.corrupt)]
     clean, corrupt = (ld(anatomy.forward(case, one), pair) for one in runs)
     assert abs(clean[1] - corrupt[1]) > 1e-3
-    site = vlmscope.Site.parse("vision.0.resid@all")
+    site = vlmscope.Pattern.parse("vision.0.resid@all")
     many = len(pair.clean.layout["vision"].tokens)
     [row] = patched(case.model, pair, [(site, tuple(range(many)))], "denoise")
     assert abs(row[1] - corrupt[1]) > 1e-3

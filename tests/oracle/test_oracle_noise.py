@@ -18,7 +18,7 @@ from test_oracle_prompts import example
 from torch import Tensor
 
 import vlmscope
-from vlmscope import corrupt
+from vlmscope.runs import corrupt
 
 
 @dataclass

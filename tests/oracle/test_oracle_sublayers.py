@@ -89,7 +89,7 @@ def test_adding_to_a_sublayer_adds_to_the_stream(case, kind):
                 with pytest.raises(vlmscope.VlmscopeError, match="multiplies this by 0"):
                     case.model.run(inputs, [vlmscope.Edit(site, "add", 1.0)])
                 site, plain = f"{tower}.{layer}.{kind}@last", plain[-1:]
-            edit = vlmscope.Edit(vlmscope.Site.parse(site), "add", 1.0)
+            edit = vlmscope.Edit(vlmscope.Pattern.parse(site), "add", 1.0)
             terms, whole = parts(case, tower, layer)[:-1], f"{tower}.{layer}.resid@all"
             found = case.model.capture(inputs, [site, *terms, whole], [edit])
             try:
@@ -140,7 +140,7 @@ def test_scaling_a_sublayer_scales_what_it_adds(case, kind):
             if kind not in present(case, tower, layer):
                 continue
             some = True
-            edit = vlmscope.Edit(vlmscope.Site.parse(f"{tower}.{layer}.{kind}@all"), "scale", 0.5)
+            edit = vlmscope.Edit(vlmscope.Pattern.parse(f"{tower}.{layer}.{kind}@all"), "scale", 0.5)
             # InstructBLIP's Q-Former reads words behind its queries, and these alone have names.
             rows = len(inputs.layout[tower].tokens) if tower == "qformer" else None
             want = anatomy.halved(case, tensors, tower, layer, kind, rows)

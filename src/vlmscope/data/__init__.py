@@ -1,20 +1,16 @@
-"""Data sets: one file each. `drawn` holds those that the package draws by itself.
-
-The others are published, and made here into examples from the layout in which they are distributed.
-"""
+"""What is run: examples that the package draws (`drawn`), from CSV files, or from published sets."""
 
 from __future__ import annotations
 
 import itertools
-from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field, replace
-from importlib import import_module
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TypeAlias
 
+from vlmscope.data.drawn import draw
+from vlmscope.data.example import Example
+from vlmscope.data.table import read_csv
 from vlmscope.errors import DataError
-from vlmscope.example import Example, read_csv
 
 Examples: TypeAlias = Iterable[Example] | Example | str | Path
 """What is run: examples, a single one, or the name of a built-in set or a CSV file."""
@@ -26,132 +22,11 @@ SIZE = 200
 """How many examples of a built-in set are drawn where no limit is given."""
 
 
-PUBLISHED = {
-    "svo-probes": "svo_probes",
-    "mit-states": "mit_states",
-    "faces": "emotions",
-    "coco-qa": "coco_qa",
-    "clevr": "clevr",
-    "folder": "folder",
-}
-"""The published sets that `build` makes examples of, and the module of each."""
-
-
-@dataclass(frozen=True)
-class Built:
-    """A contrast set, and what was left out on the way.
-
-    `dropped` counts rows, images or folders by the reason in words; `notes` counts examples, by
-    how they came by their corrupt prompt or what they lack.
-    """
-
-    examples: list[Example]
-    dropped: dict[str, int]
-    notes: dict[str, int] = field(default_factory=dict)
-
-    def summary(self) -> str:
-        """A few lines for a person.
-
-        >>> one = Example("1", "a.png", "red or blue?", "red", "blue", groups={"kind": "color"})
-        >>> print(Built([one], {"the image is not there": 2}).summary())
-        1 examples
-          kind: color 1
-        left out:
-               2  the image is not there
-        """
-        lines = [f"{len(self.examples):,} examples"]
-        for group in ("kind", "order"):
-            values = Counter(one.groups[group] for one in self.examples if group in one.groups)
-            if values:
-                counts = ", ".join(f"{value} {number:,}" for value, number in sorted(values.items()))
-                lines.append(f"  {group}: {counts}")
-        lines += [f"  {number:>6,}  {note}" for note, number in self.notes.items()]
-        if self.dropped:
-            lines.append("left out:")
-        lines += [f"  {number:>6,}  {why}" for why, number in self.dropped.items()]
-        return "\n".join(lines)
-
-
-def build(
-    name: str,
-    root: Path | str,
-    *,
-    limit: int | None = None,
-    seed: int = 0,
-    pieces: Callable[[str], int] | None = None,
-    download: bool = False,
-    progress: Callable[[int, int], None] | None = None,
-) -> Built:
-    """Examples of the published set `name`, from the folder `root` in which it was unpacked.
-
-    `limit` is the number of examples in all; by default as many as the balance over groups and
-    orders allows, up to the published sizes. `seed` draws them, whatever the order of the files.
-    `pieces` counts the tokens of a word, so that corrupt prompts align token for token.
-    `download` first fetches the images that are missing (`svo-probes` only); `progress` is then
-    called with how many are done and how many there are.
-
-    Raises `DataError` where the folder does not hold that set, or no example is left.
-
-    >>> from tempfile import TemporaryDirectory
-    >>> from PIL import Image
-    >>> with TemporaryDirectory() as root:
-    ...     for label in ("cat", "owl"):
-    ...         Path(root, label).mkdir()
-    ...         Image.new("RGB", (8, 8)).save(Path(root, label, "1.png"))
-    ...     build("folder", root, limit=1).examples[0].clean_prompt
-    'is this a cat or an owl?'
-    """
-    from vlmscope.data.layout import check_root
-    from vlmscope.data.replacement import replace_words
-
-    if name not in PUBLISHED:
-        raise DataError(f"no published data set '{name}'; expected one of {', '.join(PUBLISHED)}")
-    if limit is not None and limit < 1:
-        raise DataError(f"a limit of {limit} leaves no examples; expected 1 or more")
-    if download and name != "svo-probes":
-        raise DataError(f"{name}: has no addresses to download from; only svo-probes has")
-    root = Path(root)
-    check_root(name, root)
-    dropped: dict[str, int] = {}
-    options = {"fetch": _fetcher(root, progress)} if download else {}
-    module = import_module(f"vlmscope.data.{PUBLISHED[name]}")
-    found: list[Example] = module.load(root, limit, seed, dropped, **options)
-    if not found:
-        why = "; ".join(f"{reason} ({number:,})" for reason, number in dropped.items())
-        raise DataError(f"{root}: no example of {name} is left: {why or 'its tables are empty'}")
-    found, notes = replace_words(_told_apart(found), pieces=pieces, seed=seed)
-    if without := sum(one.corrupt_image is None for one in found):
-        notes["without a corrupt image: no image pair"] = without
-    return Built(found, dropped, notes)
-
-
-def _fetcher(
-    root: Path, progress: Callable[[int, int], None] | None
-) -> Callable[[Mapping[str, Path]], Mapping[str, str]]:
-    def fetch(jobs: Mapping[str, Path]) -> Mapping[str, str]:
-        from vlmscope.data.download import fetch_and_log
-
-        return fetch_and_log(jobs, root / "download-failures.csv", progress=progress)
-
-    return fetch
-
-
-def _told_apart(found: list[Example]) -> list[Example]:
-    """The examples with a number behind an id that another one has already."""
-    seen: Counter[str] = Counter()
-    told: list[Example] = []
-    for one in found:
-        seen[one.id] += 1
-        again = seen[one.id] > 1
-        told.append(replace(one, id=f"{one.id}-{seen[one.id]}") if again else one)
-    return told
-
-
 def examples(name: str | Path, *, limit: int | None = None, seed: int = 0) -> list[Example]:
     """The examples of a built-in set (by its name) or of a CSV file (by its path).
 
-    `limit` takes the first so many; `seed` is that of a built-in set's drawing. Raises `DataError`
-    if there is no such set or the file cannot be read.
+    `limit` takes the first so many; `seed` is that of a built-in set's drawing. Raises `DataError` if there
+    is no such set or the file cannot be read.
 
     >>> [e.answer in e.clean_prompt for e in examples("states", limit=2)]
     [True, True]
@@ -159,8 +34,7 @@ def examples(name: str | Path, *, limit: int | None = None, seed: int = 0) -> li
     if limit is not None and limit < 1:
         raise DataError(f"a limit of {limit} leaves no examples; expected 1 or more")
     if str(name) in BUILT_IN:
-        module = import_module(f"vlmscope.data.drawn.{name}")
-        return list(module.load(limit or SIZE, seed=seed))
+        return list(draw(str(name), limit or SIZE, seed=seed))
     if not Path(name).exists() and "." not in Path(name).name:
         raise DataError(
             f"no data set '{name}': not a built-in set ({', '.join(BUILT_IN)}) and not a CSV file"
@@ -184,7 +58,7 @@ def listed(given: Examples) -> list[Example]:
     for number, one in enumerate(found):
         if not isinstance(one, Example):
             raise DataError(
-                f"example {number} is a {type(one).__name__} ({one!r:.40}); expected an Example, as read_csv makes "
-                "them, or the name of a CSV file alone"
+                f"example {number} is a {type(one).__name__} ({one!r:.40}); expected an Example, as read_csv "
+                "makes them, or the name of a CSV file alone"
             )
     return found

@@ -14,8 +14,8 @@ from PIL import Image
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from vlmscope.data.example import Box, Span
 from vlmscope.errors import ExampleError
-from vlmscope.example import Box, Span
 from vlmscope.inputs import Inputs
 
 Factor = Callable[[Any], Callable[[Mapping[str, Any]], Any] | None]
@@ -83,8 +83,8 @@ class Family:
       the answer's token ids that are fed before the read-out position.
     - `blank(hf)`: the smallest valid `Inputs`, for `verify`; by default a small picture is encoded.
     - `leave(hf, tower, hidden)`: from the last block's output to the tower's output.
-    - `finish(hf, inputs, tower, output)`: from a tower's output, many rows of it, to the logits at
-      the read-out position, through all that follows. It and `leave` are for towers whose flow is
+    - `finish(hf, inputs, tower, output, keep)`: from a tower's output, many rows of it, to the logits at
+      the last `keep` positions, through all that follows. It and `leave` are for towers whose flow is
       not `plain`, and `finish` for a vision tower that has an `output`.
     - `generate(hf, inputs, **options)`: the answer's token ids, by the model's own generation.
     - `cache()`: an object in which a `fold` module keeps the image's keys and values.
@@ -112,7 +112,7 @@ class Family:
     cache: Callable[[], Any]
     options: Callable[..., list[int]]
     leave: Callable[..., Float[Tensor, "rows pos width"]] = _plain_only
-    finish: Callable[..., Float[Tensor, "rows vocabulary"]] = _plain_only
+    finish: Callable[..., Float[Tensor, "rows keep vocabulary"]] = _plain_only
     keywords: Mapping[str, Any] = field(default_factory=dict)
     pixels: str = "pixel_values"
     variant: str | None = None

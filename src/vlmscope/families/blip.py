@@ -24,11 +24,11 @@ from transformers import (
     PreTrainedModel,
 )
 
+from vlmscope.data.example import Span
 from vlmscope.errors import ExampleError
-from vlmscope.example import Span
 from vlmscope.families import Family, Tower, one_picture
 from vlmscope.inputs import Inputs
-from vlmscope.sites import Layout
+from vlmscope.layout import Layout
 
 
 def _side(value: int | Sequence[int]) -> tuple[int, int]:
@@ -114,8 +114,12 @@ def leave(
 
 
 def finish(
-    hf: BlipForQuestionAnswering, inputs: Inputs, tower: str, output: Float[Tensor, "rows pos width"]
-) -> Float[Tensor, "rows vocabulary"]:
+    hf: BlipForQuestionAnswering,
+    inputs: Inputs,
+    tower: str,
+    output: Float[Tensor, "rows pos width"],
+    keep: int,
+) -> Float[Tensor, "rows keep vocabulary"]:
     """What `BlipForQuestionAnswering.forward` does after a tower, for many rows at once."""
     rows = output.shape[0]
     tensors = inputs.tensors
@@ -128,14 +132,14 @@ def finish(
             encoder_attention_mask=torch.ones(output.shape[:2], dtype=torch.long),
         ).last_hidden_state
     if tower == "decoder":
-        return hf.text_decoder.cls(output[:, -1])
+        return hf.text_decoder.cls(output[:, -keep:])
     return hf.text_decoder(
         input_ids=tensors["decoder_input_ids"].expand(rows, -1),
         encoder_hidden_states=output,
         encoder_attention_mask=mask,
-        logits_to_keep=1,
+        logits_to_keep=keep,
         use_cache=False,
-    ).logits[:, -1]
+    ).logits[:, -keep:]
 
 
 def generate(hf: BlipForQuestionAnswering, inputs: Inputs, **options: object) -> Int[Tensor, "pos"]:
@@ -238,19 +242,23 @@ def blank_caption(hf: BlipForConditionalGeneration) -> Inputs:
 
 
 def finish_caption(
-    hf: BlipForConditionalGeneration, inputs: Inputs, tower: str, output: Float[Tensor, "rows pos width"]
-) -> Float[Tensor, "rows vocabulary"]:
+    hf: BlipForConditionalGeneration,
+    inputs: Inputs,
+    tower: str,
+    output: Float[Tensor, "rows pos width"],
+    keep: int,
+) -> Float[Tensor, "rows keep vocabulary"]:
     """What `BlipForConditionalGeneration.forward` does after a tower, for many rows at once."""
     if tower == "decoder":
-        return hf.text_decoder.cls(output[:, -1])
+        return hf.text_decoder.cls(output[:, -keep:])
     rows = output.shape[0]
     return hf.text_decoder(
         input_ids=inputs.tensors["input_ids"].expand(rows, -1),
         attention_mask=inputs.tensors["attention_mask"].expand(rows, -1),
         encoder_hidden_states=output,
-        logits_to_keep=1,
+        logits_to_keep=keep,
         use_cache=False,
-    ).logits[:, -1]
+    ).logits[:, -keep:]
 
 
 def generate_caption(

@@ -19,11 +19,11 @@ from PIL import Image
 from torch import Tensor
 from transformers import Blip2ForConditionalGeneration, InstructBlipForConditionalGeneration, PreTrainedModel
 
+from vlmscope.data.example import Span
 from vlmscope.errors import ExampleError
-from vlmscope.example import Span
 from vlmscope.families import Family, Tower, causal, one_picture
 from vlmscope.inputs import Inputs
-from vlmscope.sites import Layout
+from vlmscope.layout import Layout
 
 VISION = Tower(
     blocks="vision_model.encoder.layers",

@@ -20,11 +20,11 @@ from PIL import Image
 from torch import Tensor
 from transformers import AutoProcessor, PreTrainedModel
 
+from vlmscope.data.example import Span
 from vlmscope.errors import ExampleError
-from vlmscope.example import Span
 from vlmscope.families import Family, Tower, behind
 from vlmscope.inputs import Inputs
-from vlmscope.sites import Layout
+from vlmscope.layout import Layout
 
 Cells = Callable[[Any, Any, Image.Image, Mapping[str, Tensor], Sequence[int]], dict[int, tuple[int, int]]]
 """`cells(hf, processor, image, tensors, at)`: the row and column of each position in `at` that shows a
@@ -397,9 +397,9 @@ def family(
         return hf.get_submodule(norm)(hidden)
 
     def finish(
-        hf: Any, inputs: Inputs, tower: str, output: Float[Tensor, "rows pos width"]
-    ) -> Float[Tensor, "rows vocabulary"]:
-        logits = hf.get_submodule(head)(output[:, -1])
+        hf: Any, inputs: Inputs, tower: str, output: Float[Tensor, "rows pos width"], keep: int
+    ) -> Float[Tensor, "rows keep vocabulary"]:
+        logits = hf.get_submodule(head)(output[:, -keep:])
         cap = getattr(hf.config.get_text_config(), "final_logit_softcapping", None)
         return logits if cap is None or not capped else cap * torch.tanh(logits / cap)
 

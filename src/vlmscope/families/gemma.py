@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import Gemma3ForConditionalGeneration, PaliGemmaForConditionalGeneration
 
 from vlmscope.families import Tower, causal
-from vlmscope.sites import Layout
+from vlmscope.layout import Layout
 
 SIGLIP = Tower(
     blocks="model.vision_tower.encoder.layers",

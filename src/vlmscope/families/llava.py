@@ -17,11 +17,11 @@ from transformers.models.llava_next.modeling_llava_next import (
     unpad_image,
 )
 
+from vlmscope.data.example import Box
 from vlmscope.errors import ExampleError, ModelError
-from vlmscope.example import Box
 from vlmscope.families import Family, Tower, causal
 from vlmscope.inputs import Inputs
-from vlmscope.sites import Layout
+from vlmscope.layout import Layout
 
 
 def used(config: Any) -> int:
@@ -83,11 +83,15 @@ def leave(
 
 
 def finish(
-    hf: LlavaForConditionalGeneration, inputs: Inputs, tower: str, output: Float[Tensor, "rows pos width"]
-) -> Float[Tensor, "rows vocabulary"]:
+    hf: LlavaForConditionalGeneration,
+    inputs: Inputs,
+    tower: str,
+    output: Float[Tensor, "rows pos width"],
+    keep: int,
+) -> Float[Tensor, "rows keep vocabulary"]:
     """What `LlavaForConditionalGeneration.forward` does after a tower, for many rows at once."""
     if tower == "decoder":
-        return hf.lm_head(output[:, -1])
+        return hf.lm_head(output[:, -keep:])
     if hf.config.vision_feature_select_strategy == "default":
         output = output[:, 1:]
     features = hf.model.multi_modal_projector(output)
@@ -99,7 +103,7 @@ def finish(
     hidden = hf.model.language_model(
         inputs_embeds=embedded, attention_mask=mask, use_cache=False
     ).last_hidden_state
-    return hf.lm_head(hidden[:, -1])
+    return hf.lm_head(hidden[:, -keep:])
 
 
 def tiles(hf: Any, tensors: Mapping[str, Tensor]) -> int:

@@ -20,9 +20,9 @@ from transformers.models.mllama.image_processing_pil_mllama import (
     get_optimal_tiled_canvas,
 )
 
-from vlmscope.example import Box
+from vlmscope.data.example import Box
 from vlmscope.families import Tower, causal
-from vlmscope.sites import Layout
+from vlmscope.layout import Layout
 
 VISION = Tower(
     blocks="model.vision_model.transformer.layers",

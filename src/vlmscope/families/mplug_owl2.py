@@ -29,11 +29,11 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from vlmscope.data.example import Span
 from vlmscope.errors import ExampleError
-from vlmscope.example import Span
 from vlmscope.families import Family, Tower, behind, causal, one_picture
 from vlmscope.inputs import Inputs
-from vlmscope.sites import Layout
+from vlmscope.layout import Layout
 
 MARK = "<|image|>"
 IMAGE = -200

@@ -20,7 +20,7 @@ from transformers import (
 )
 
 from vlmscope.families import Tower, causal
-from vlmscope.sites import Layout
+from vlmscope.layout import Layout
 
 VISION = Tower(
     blocks="model.visual.blocks", config="vision_config", attn="attn.proj", mlp="mlp.fc2", heads="num_heads"

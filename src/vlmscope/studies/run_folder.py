@@ -108,7 +108,7 @@ class Run:
         if not self.check:
             return "not checked: no row was recomputed by plain forwards"
         rows, largest = self.check["rows"], self.check["largest"]
-        return f"checked: {rows} random rows recomputed by plain forwards differ by at most {largest:.2g} logits"
+        return f"checked: {rows} rows recomputed by plain forwards differ by at most {largest:.2g} logits"
 
     def pictures(self) -> list[dict[str, Any]]:
         """The examples kept to look at: `index`, the words that `Writer.add_pictures` was given,

@@ -16,26 +16,27 @@ import numpy as np
 import pandas as pd
 import pyarrow.compute as pc
 
-from vlmscope import corrupt as corruptions
-from vlmscope import engine as fast
-from vlmscope import reference
-from vlmscope.corrupt import Corruption, Noise
 from vlmscope.data import Examples, listed
+from vlmscope.data.example import Example, fingerprint
 from vlmscope.errors import DataError, ExampleError, SiteError, VlmscopeError
-from vlmscope.example import Example, fingerprint
 from vlmscope.inputs import Pair
-from vlmscope.metrics import agrees, effect, least_gap
-from vlmscope.model import Model
+from vlmscope.layout import Layout, grid, slots
+from vlmscope.patching import engine as fast
+from vlmscope.patching import reference
+from vlmscope.patching.scores import agrees, effect, least_gap
+from vlmscope.patching.trace import Images
 from vlmscope.progress import progress
-from vlmscope.sites import Layout, Site, expand, grid, place, slots
+from vlmscope.runs import corrupt as corruptions
+from vlmscope.runs.corrupt import Corruption, Noise
+from vlmscope.runs.forward import Sites
+from vlmscope.runs.model import Model
+from vlmscope.sites import Pattern, Site, expand, parse, place
 from vlmscope.stats import rng
 from vlmscope.studies.run_folder import BASELINES, EFFECTS, Run, bytes_of, read_run, typed
 from vlmscope.studies.run_writer import Writer, open_run
 
 Direction = Literal["denoise", "noise"]
 Engine = Literal["fast", "reference"]
-Sites = str | Site | Sequence[str | Site]
-Placed = tuple[Site, tuple[int, ...]]
 
 SHOWN = 4
 """How many examples a run folder keeps to look at."""
@@ -244,13 +245,13 @@ def _task(
     given = listed(examples)
     if not given:
         raise DataError("there are no examples; nothing to run")
-    parsed = [Site.parse(str(s)) for s in ([sites] if isinstance(sites, (str, Site)) else sites)]
+    parsed = parse(sites)
     expand(parsed, model.shapes)
     roles = {role: None for example in given for role in example.roles}
     for site in parsed:
-        if site.role is not None and site.role not in roles:
+        if unknown := next((role for role in site.roles if role not in roles), None):
             raise SiteError(
-                f"bad site '{site}': no example has a role '{site.role}'; "
+                f"bad site '{site}': no example has a role '{unknown}'; "
                 f"the roles of this data: {', '.join(roles) or 'none'}"
             )
     names = [str(site) for site in parsed]
@@ -375,8 +376,8 @@ def _run(task: _Task, jobs: Sequence[_Job], done: int = 0, quiet: bool = False) 
 
 def _patterns(task: _Task, job: _Job) -> list[Site]:
     """The sites of a job in this model, but for those that other expressions have named."""
-    done = expand(map(Site.parse, job.done), task.model.shapes)
-    return expand(map(Site.parse, [*job.done, *job.sites]), task.model.shapes)[len(done) :]
+    done = expand(map(Pattern.parse, job.done), task.model.shapes)
+    return expand(map(Pattern.parse, [*job.done, *job.sites]), task.model.shapes)[len(done) :]
 
 
 def _patch_example(
@@ -391,16 +392,16 @@ def _patch_example(
         if task.select and (reason := _unfit(task, example, pairs[0], predicted)):
             return _excluded(task, job, reason=reason, **answered)
     layout = pairs[0].clean.layout
-    placed = [p for site in patterns for p in place(site, layout[site.tower])]
+    placed = [found for site in patterns for found in place(site, layout)]
     totals = np.zeros((len(placed), 2))
     base = dict.fromkeys(("p_clean", "p_corrupt", "ld_clean", "ld_corrupt"), 0.0)
-    vision_outputs: dict[int, Any] = {}
+    images = Images()
     count, least = 0, 0.0
     for pair in pairs:
         if task.engine == "reference":
             patched = reference.patch(task.model, pair, placed, task.direction)
         else:
-            patched = fast.patch(task.model, pair, placed, task.direction, seen=vision_outputs)
+            patched = fast.patch(task.model, pair, placed, task.direction, images=images)
         least = max(least, least_gap(task.model.precision, patched.size))
         for name, score in (("clean", patched.clean), ("corrupt", patched.corrupt)):
             base[f"p_{name}"] += score.p.item() / len(pairs)
@@ -412,40 +413,41 @@ def _patch_example(
             step(len(numbers), count / len(placed) / len(pairs))
     names = {tower: slots(one) for tower, one in layout.items()}
     rows = []
-    for (site, at), (p, ld) in zip(placed, totals.tolist(), strict=True):
+    for site, (p, ld) in zip(placed, totals.tolist(), strict=True):
         gains = {
             "p_patched": p,
             "p_restored": p - base["p_corrupt"],
             "logit_diff": ld - base["ld_corrupt"],
             "effect": effect(ld, base["ld_clean"], base["ld_corrupt"], least),
         }
-        words = _words(site, at, layout[site.tower], names[site.tower])
+        words = _words(site, layout[site.tower], names[site.tower])
         rows.append({"example": example.id, "corruption": task.kind, **words, **gains})
     baseline = {
         "example": example.id,
         "corruption": task.kind,
         **base,
         "answer_token": task.model.token(pairs[0].answer),
-        "foil_token": task.model.token(pairs[0].foil),
+        "foil_token": None if pairs[0].foil is None else task.model.token(pairs[0].foil),
         **answered,
         "excluded": False,
     }
     return _Result(job, _frame(rows, EFFECTS.names), _frame([] if job.done else [baseline], BASELINES.names))
 
 
-def _words(site: Site, at: tuple[int, ...], layout: Layout, names: Sequence[str]) -> dict[str, Any]:
+def _words(site: Site, layout: Layout, names: Sequence[str]) -> dict[str, Any]:
     """What a row says of the place that is patched."""
-    position = at[0] if len(at) == 1 else None
+    position = site.positions[0] if len(site.positions) == 1 and not site.also else None
     role = next((role for role, where in layout.roles.items() if position in where), None)
+    written = site.position.removesuffix("*")
     return {
         "site": str(site),
         "tower": site.tower,
-        "layer": site.center,
+        "layer": site.layer,
         "kind": site.kind,
         "unit": site.unit,
         "position": position,
         "token": None if position is None else layout.tokens[position],
-        "role": site.role if site.role in layout.roles else role,
+        "role": written if written in layout.roles else role,
         "slot": site.position if position is None else names[position],
     }
 
@@ -490,7 +492,7 @@ def _check(
         return None
     chosen = [ids[n] for n in draw.permutation(len(ids))[:count]]
     rows = effects_of(chosen)
-    rows = rows[np.isfinite(rows["logit_diff"])]
+    rows = rows[np.isfinite(rows["logit_diff"])].drop_duplicates(["example", "site"])
     if rows.empty:
         return None
     rows = rows.iloc[draw.permutation(len(rows))]
@@ -509,8 +511,8 @@ def _recomputed(task: _Task, example: Example, sites: Sequence[str]) -> np.ndarr
     pairs = corruptions.pairs(task.model, example, task.corruption, task.seed)
     total = np.zeros(len(sites))
     for pair in pairs:
-        layout = pair.clean.layout
-        placed = [p for s in map(Site.parse, sites) for p in place(s, layout[s.tower])]
+        patterns = expand(map(Pattern.parse, sites), task.model.shapes)
+        placed = [found for site in patterns for found in place(site, pair.clean.layout)]
         patched = reference.patch(task.model, pair, placed, task.direction)
         for numbers, scores in patched.chunks:
             total[numbers] += (scores.ld.cpu() - patched.corrupt.ld.cpu()).numpy() / len(pairs)

@@ -17,11 +17,11 @@ from typing import Any
 import pandas as pd
 import pyarrow.compute as pc
 
-from vlmscope.corrupt import Noise
 from vlmscope.data import Examples, listed
 from vlmscope.errors import DataError, StoreError, VlmscopeError
-from vlmscope.model import Model
-from vlmscope.sites import Site
+from vlmscope.runs.corrupt import Noise
+from vlmscope.runs.model import Model
+from vlmscope.sites import Pattern
 from vlmscope.studies import files
 from vlmscope.studies.run_folder import Run
 from vlmscope.studies.sweep import sweep_to
@@ -169,7 +169,7 @@ def _average(runs: Sequence[Run], by: str) -> tuple[pd.DataFrame, list[int]]:
 
 def _tables(run: Run) -> Iterator[tuple[str, str]]:
     """The towers and kinds of a run, in the order of its site expressions."""
-    sites = map(Site.parse, run.spec["sites"])
+    sites = map(Pattern.parse, run.spec["sites"])
     yield from dict.fromkeys((site.tower, site.kind) for site in sites)
 
 

@@ -1,15 +1,15 @@
 """How the synthetic sets draw: shapes, colors, textures, and the exact mask of each thing.
 
-Everything is drawn at twice the size and reduced, which smooths the edges. A picture and its
-masks come from the same outline, so a mask covers exactly the pixels that its thing touches.
+Everything is drawn at twice the size and reduced, which smooths the edges. A picture and its masks come
+from the same outline, so a mask covers exactly the pixels that its thing touches.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import Protocol, TypeAlias
 
 from PIL import Image, ImageChops, ImageDraw
 
@@ -29,16 +29,36 @@ COLORS: dict[str, Color] = {
     "blue": (44, 98, 214),
     "purple": (132, 62, 176),
 }
-SHAPES = ("circle", "square", "triangle", "star", "heart", "cross")
 TEXTURES = ("plain", "striped", "dotted", "checked")
 BACKGROUNDS: tuple[Color, ...] = (
-    (250, 249, 246),
-    (238, 240, 243),
-    (232, 240, 246),
-    (244, 238, 230),
-    (236, 243, 235),
-    (243, 236, 242),
+    *((250, 249, 246), (238, 240, 243), (232, 240, 246)),
+    *((244, 238, 230), (236, 243, 235), (243, 236, 242)),
 )
+
+
+class Drawing(Protocol):
+    """What a picture of a set shows: the masks of its things by their names, the words for what is seen."""
+
+    def draw(self) -> Image.Image: ...
+    def masks(self) -> dict[str, Image.Image]: ...
+    def shows(self) -> frozenset[str]: ...
+
+
+@dataclass(frozen=True)
+class Contrast:
+    """A picture, one that the foil is true of, and the question about them.
+
+    `ask` makes the question of two options, `others` are two that are neither answer nor foil, and `words`
+    those in the question by their roles.
+    """
+
+    clean: Drawing
+    corrupt: Drawing
+    ask: Callable[[str, str], str]
+    answer: str
+    foil: str
+    others: Sequence[str]
+    words: Mapping[str, str]
 
 
 def mix(one: Color, other: Color, share: float) -> Color:
@@ -87,15 +107,9 @@ OUTLINES: dict[str, list[Point]] = {
     "heart": _heart(),
     "cross": _cross(0.38, 0.95),
 }
-# Where the roomiest part of a shape is: the place for something inside it.
-ROOM: dict[str, Point] = {
-    "circle": (0, 0),
-    "square": (0, 0),
-    "triangle": (0, 0.28),
-    "star": (0, 0),
-    "heart": (0, -0.1),
-    "cross": (0, 0),
-}
+SHAPES = tuple(OUTLINES)
+# Where the roomiest part of a shape is, the place for something inside it, if that is not its middle.
+ROOM: dict[str, Point] = {"triangle": (0, 0.28), "heart": (0, -0.1)}
 
 
 @dataclass(frozen=True)

@@ -1,25 +1,23 @@
 """`scenes`: two objects and the relation between them, drawn from a seed.
 
-Three kinds of questions, each in both orders of the options: "is a circle or a star above the
-square?", "is the circle above or below the square?", "is the circle above a square or a star?".
+Three kinds of questions, each in both orders of the options: "is a circle or a star above the square?", "is
+the circle above or below the square?", "is the circle above a square or a star?".
 """
 
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 
 from PIL import Image
 
 from vlmscope.data.drawn import drawing
-from vlmscope.data.drawn.drawing import COLORS, ROOM, SHAPES, Color, Thing
-from vlmscope.example import Example, find_roles
+from vlmscope.data.drawn.drawing import COLORS, ROOM, SHAPES, Color, Contrast, Thing
 
 KINDS = ("subject", "relation", "object")
-RELATIONS = ("above", "below", "beside", "inside", "around")
+RELATIONS: tuple[str, ...] = ("above", "below", "beside", "inside", "around")
 INVERSE = {"above": "below", "below": "above", "beside": "beside", "inside": "around", "around": "inside"}
-ORDERS = ("answer first", "foil first")
 GAP = 5
 
 
@@ -27,8 +25,8 @@ GAP = 5
 class Scene:
     """What a picture of this set shows: the subject is `relation` the object.
 
-    `side` (-1 left, 1 right) and `jitter` (pixels) say where exactly. They stay when the relation
-    changes, so nothing moves more than the relation asks for.
+    `side` (-1 left, 1 right) and `jitter` (pixels) say where exactly. They stay when the relation changes,
+    so nothing moves more than the relation asks for.
     """
 
     subject: Thing
@@ -51,6 +49,10 @@ class Scene:
             return {"subject": back, "object": front}
         return {"subject": front, "object": back}
 
+    def shows(self) -> frozenset[str]:
+        things = self.subject, self.object
+        return frozenset(word for thing in things for word in (thing.shape, thing.color))
+
     def _back_to_front(self) -> list[Thing]:
         return sorted((self.subject, self.object), key=lambda thing: -thing.radius)
 
@@ -58,12 +60,12 @@ class Scene:
 def arrange(scene: Scene) -> Scene:
     """The same scene with the subject where the relation wants it.
 
-    The object stays where it is, unless the two would not fit into the picture: then both are
-    shifted, by as little as it takes.
+    The object stays where it is, unless the two would not fit into the picture: then both are shifted, by
+    as little as it takes.
     """
     subject, thing = scene.subject, scene.object
     reach = subject.radius + thing.radius + GAP
-    inner, outer = ROOM[thing.shape], ROOM[subject.shape]
+    inner, outer = (ROOM.get(one.shape, (0, 0)) for one in (thing, subject))
     dx, dy = {
         "above": (scene.jitter, -reach),
         "below": (scene.jitter, reach),
@@ -111,13 +113,13 @@ def sample(rng: random.Random, subject_is_small: bool | None = None) -> Scene:
     return arrange(Scene(subject, thing, relation, side, jitter, background))
 
 
-def possible(subject_is_small: bool) -> list[str]:
+def possible(subject_is_small: bool) -> tuple[str, ...]:
     """The relations that a small (or a large) subject can have.
 
     >>> possible(True)
-    ['above', 'below', 'beside', 'inside']
+    ('above', 'below', 'beside', 'inside')
     """
-    return [one for one in RELATIONS if one != ("around" if subject_is_small else "inside")]
+    return tuple(one for one in RELATIONS if one != ("around" if subject_is_small else "inside"))
 
 
 def ask(kind: str, scene: Scene, first: str, second: str) -> str:
@@ -130,52 +132,6 @@ def ask(kind: str, scene: Scene, first: str, second: str) -> str:
     return f"is the {subject} {scene.relation} a {first} or a {second}?"
 
 
-def load(n: int = 200, *, seed: int = 0) -> Iterator[Example]:
-    """The first `n` examples of the set that `seed` draws.
-
-    Example i depends on the seed and on i alone. The kinds take turns, and so do the orders of
-    the options. Where the relation is asked, the corrupt image shows the same two objects with
-    the subject moved. The toy model was trained on pictures from seeds of a million and more;
-    smaller seeds are held out.
-
-    >>> example = next(load(1))
-    >>> example.id, example.groups["kind"], sorted(example.roles)
-    ('scenes-0-0000', 'subject', ['answer', 'foil', 'noun', 'object', 'relation', 'subject'])
-    """
-    for i in range(n):
-        yield _example(seed, i)
-
-
-def _example(seed: int, i: int) -> Example:
-    rng = random.Random(f"scenes/{seed}/{i}")
-    kind, order = KINDS[i % 3], ORDERS[i // 3 % 2]
-    scene = sample(rng)
-    answer, foil, others = _options(rng, kind, scene)
-    options = (answer, foil) if order == "answer first" else (foil, answer)
-    prompt = ask(kind, scene, *options)
-    words = {
-        "answer": answer,
-        "foil": foil,
-        "noun": scene.object.shape if kind == "subject" else scene.subject.shape,
-        "subject": scene.subject.shape,
-        "relation": scene.relation,
-        "object": scene.object.shape,
-    }
-    return Example(
-        id=f"scenes-{seed}-{i:04d}",
-        clean_image=scene.draw(),
-        clean_prompt=prompt,
-        answer=answer,
-        foil=foil,
-        corrupt_image=change(scene, kind, foil).draw(),
-        corrupt_prompt=ask(kind, scene, *others),
-        roles=find_roles(prompt, words),
-        groups={"kind": kind, "order": order},
-        masks=scene.masks(),
-        shows=frozenset(x for one in (scene.subject, scene.object) for x in (one.shape, one.color)),
-    )
-
-
 def change(scene: Scene, kind: str, value: str) -> Scene:
     """The scene with another subject, relation or object."""
     if kind == "relation":
@@ -183,17 +139,21 @@ def change(scene: Scene, kind: str, value: str) -> Scene:
     return replace(scene, **{kind: replace(getattr(scene, kind), shape=value)})
 
 
-def _options(rng: random.Random, kind: str, scene: Scene) -> tuple[str, str, list[str]]:
-    """The answer, a foil that can be drawn, and two words that are neither."""
+def contrast(rng: random.Random, kind: str) -> Contrast:
+    """A scene, and one in which the subject, the relation or the object is another.
+
+    Where the relation is asked, both show the same two objects with the subject moved.
+    """
+    scene = sample(rng)
+    subject, thing = scene.subject.shape, scene.object.shape
+    words = {"subject": subject, "relation": scene.relation, "object": thing}
     if kind == "relation":
-        answer = scene.relation
-        foil = rng.choice(
-            [one for one in possible(scene.subject.radius < scene.object.radius) if one != answer]
-        )
-        rest = [one for one in RELATIONS if one not in (answer, foil)]
+        values, fitting = RELATIONS, possible(scene.subject.radius < scene.object.radius)
+        taken = {scene.relation}
     else:
-        answer = getattr(scene, kind).shape
-        taken = (scene.subject.shape, scene.object.shape)
-        foil = rng.choice([one for one in SHAPES if one not in taken])
-        rest = [one for one in SHAPES if one not in (*taken, foil)]
-    return answer, foil, rng.sample(rest, 2)
+        values, fitting, taken = SHAPES, SHAPES, {subject, thing}
+    foil = rng.choice([value for value in fitting if value not in taken])
+    others = rng.sample([value for value in values if value not in {*taken, foil}], 2)
+    words = {"noun": thing if kind == "subject" else subject, **words}
+    changed = change(scene, kind, foil)
+    return Contrast(scene, changed, partial(ask, kind, scene), words[kind], foil, others, words)

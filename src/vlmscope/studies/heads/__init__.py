@@ -26,12 +26,12 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
-from vlmscope.corrupt import Noise
 from vlmscope.data import Examples, listed
+from vlmscope.data.example import fingerprint
 from vlmscope.errors import StoreError
-from vlmscope.example import fingerprint
-from vlmscope.model import Model
-from vlmscope.sites import Site
+from vlmscope.runs.corrupt import Noise
+from vlmscope.runs.forward import Sites
+from vlmscope.runs.model import Model
 from vlmscope.studies import files
 from vlmscope.studies.heads.attention import ON_ALL, ON_MASKS, attention_maps, attention_measures
 from vlmscope.studies.heads.knock_out import change_measures, together
@@ -44,7 +44,6 @@ __all__ = ["LABELS", "ON_ALL", "ON_MASKS", "Functions", "covered", "functions", 
 
 FORMAT = "vlmscope-heads-1"
 MANIFEST = "heads.json"
-Sites = str | Site | Sequence[str | Site]
 
 
 @dataclass(frozen=True)
@@ -185,5 +184,5 @@ def _measures(study: Study, observed: Sequence[Observed]) -> pd.DataFrame:
 
 
 def _names(study: Study) -> pd.DataFrame:
-    fields = [(s.tower, s.center, s.kind, s.index, s.position, str(s)) for s in study.heads]
+    fields = [(s.tower, s.layer, s.kind, s.units[0], s.position, str(s)) for s in study.heads]
     return pd.DataFrame(fields, columns=["tower", "layer", "kind", "head", "position", "site"])

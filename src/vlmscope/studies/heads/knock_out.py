@@ -10,14 +10,14 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from vlmscope import engine
 from vlmscope.inputs import Edit
-from vlmscope.metrics import score
+from vlmscope.patching import engine
+from vlmscope.patching.trace import Images
 from vlmscope.progress import progress
 from vlmscope.sites import Site
 from vlmscope.stats import rng, sign_flip
 from vlmscope.studies.heads.attention import measured
-from vlmscope.studies.heads.observe import Array, Key, Observed, Study
+from vlmscope.studies.heads.observe import Array, Key, Observed, Study, logit_difference
 
 RANDOM = 10
 """How many sets of random heads are knocked out."""
@@ -49,13 +49,10 @@ def knock_out(study: Study, observed: Sequence[Observed]) -> dict[str, Array]:
     with progress(count, what="knock-outs") as step:
         for number, one in enumerate(observed):
             values = {"zero": None, "mean": means, "resample": observed[other[number]].activations}
-            vision_outputs: dict[int, Tensor] = {}
+            images, alone = Images(), replace(one.pair, corrupt=one.pair.clean, edits=())
             for name, given in values.items():
-                instead = {site: _value(study, site, given) for site, _ in one.placed}
-                pair = one.pair
-                patched = engine.ablate(
-                    study.model, pair.clean, pair.answer, pair.foil, one.placed, instead, seen=vision_outputs
-                )
+                instead = {site: _value(study, site, given) for site in one.placed}
+                patched = engine.patch(study.model, alone, one.placed, "noise", values=instead, images=images)
                 for numbers, scores in patched.chunks:
                     found[name][number, numbers] = scores.ld.cpu().numpy() - one.ld_clean
             step(0, number + 1)
@@ -85,7 +82,7 @@ def together(study: Study, observed: Sequence[Observed]) -> pd.DataFrame:
 def _without(study: Study, one: Observed, edits: Sequence[Edit]) -> tuple[bool, float]:
     """Whether the answer's token has the largest logit, and LD, in the clean run with these edits."""
     logits = study.model.run(one.pair.clean, edits)
-    return int(logits.argmax()) == one.pair.answer, float(score(logits, one.pair.answer, one.pair.foil).ld)
+    return int(logits.argmax()) == one.pair.answer, logit_difference(logits, one.pair)
 
 
 def _value(study: Study, site: Site, values: Mapping[Key, Tensor] | None) -> Tensor:
@@ -95,7 +92,7 @@ def _value(study: Study, site: Site, values: Mapping[Key, Tensor] | None) -> Ten
 
 def random_heads(study: Study, number: int) -> list[Site]:
     """As many other heads of the same layers; of other layers where a layer has too few."""
-    taken = {(s.tower, s.kind, s.center, s.index) for s in study.heads}
+    taken = {(s.tower, s.kind, s.layer, s.units[0]) for s in study.heads}
     drawn: list[Site] = []
     for tower, kind in study.keys:
         shape = study.model.shapes[tower]
@@ -107,9 +104,9 @@ def random_heads(study: Study, number: int) -> list[Site]:
         ]
         rng(study.seed, "random heads", number, tower, kind).shuffle(free)
         for site in (study.heads[n] for n in study.numbers((tower, kind))):
-            same = [place for place in free if place[0] == site.center]
-            free = same + [place for place in free if place[0] != site.center]
+            same = [place for place in free if place[0] == site.layer]
+            free = same + [place for place in free if place[0] != site.layer]
             if free:
                 layer, head = free.pop(0)
-                drawn.append(replace(site, layer=str(layer), unit=f"h{head}"))
+                drawn.append(replace(site, layer=layer, units=(head,)))
     return drawn

@@ -6,9 +6,10 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from vlmscope.data.example import Box, Example
+from vlmscope.data.images import open_image
 from vlmscope.errors import ExampleError
-from vlmscope.example import Box, Example, open_image
-from vlmscope.model import Model
+from vlmscope.runs.model import Model
 
 
 def masks_of(model: Model, example: Example, size: tuple[int, int]) -> dict[str, NDArray[np.bool_]]:

@@ -15,16 +15,18 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from vlmscope import corrupt as corruptions
-from vlmscope import engine
-from vlmscope.corrupt import Corruption, Noise
+from vlmscope.data.example import Example
 from vlmscope.errors import DataError, ExampleError, SiteError, VlmscopeError
-from vlmscope.example import Example
 from vlmscope.inputs import Pair
-from vlmscope.metrics import score
-from vlmscope.model import Model
+from vlmscope.layout import grid
+from vlmscope.patching import engine
+from vlmscope.patching.scores import Baselines, score
 from vlmscope.progress import progress
-from vlmscope.sites import Point, Site, expand, grid, place
+from vlmscope.runs import corrupt as corruptions
+from vlmscope.runs.corrupt import Corruption, Noise
+from vlmscope.runs.forward import Sites, forward
+from vlmscope.runs.model import Model
+from vlmscope.sites import Point, Site, expand, parse, place
 from vlmscope.stats import shuffled
 from vlmscope.studies.heads.masks import masks_of
 from vlmscope.studies.run_folder import Run, read_run
@@ -58,7 +60,7 @@ class Study:
     def place(self, site: Site) -> tuple[int, int]:
         """Where a head is among those of its kind: not every layer has any."""
         layers = self.model.shapes[site.tower].having(site.kind)
-        return layers.index(site.center), site.index or 0
+        return layers.index(site.layer), site.units[0]
 
 
 @dataclass(frozen=True, eq=False)
@@ -82,7 +84,7 @@ class Observed:
 
     id: str
     pair: Pair
-    placed: list[tuple[Site, tuple[int, ...]]]
+    placed: list[Site]
     ld_clean: float
     is_right: bool
     """Whether the answer's token has the largest logit."""
@@ -95,15 +97,12 @@ class Observed:
     masks: dict[str, NDArray[np.bool_]]
 
 
-def study_of(
-    model: Model, sites: str | Site | Sequence[str | Site], corrupt: str | Noise | None, seed: int
-) -> Study:
+def study_of(model: Model, sites: Sites, corrupt: str | Noise | None, seed: int) -> Study:
     """Checked: heads of single layers, each kind at one position."""
-    given = [sites] if isinstance(sites, (str, Site)) else sites
-    heads = expand([Site.parse(s) if isinstance(s, str) else s for s in given], model.shapes)
+    heads = expand(parse(sites), model.shapes)
     places: dict[Key, str] = {}
     for site in heads:
-        if site.unit is None or site.unit[0] != "h":
+        if site.part != "h" or len(site.units) > 1 or site.also:
             raise SiteError(f"bad site '{site}': not a head; expected such as encoder.*.cross.h*@answer")
         if site.window > 1:
             raise SiteError(f"bad site '{site}': a window of layers; expected single heads")
@@ -143,6 +142,12 @@ def observe(study: Study, examples: Sequence[Example], effects: Effects | None) 
     return found
 
 
+def logit_difference(logits: Tensor, pair: Pair) -> float:
+    """LD of one run."""
+    base = Baselines(logits[None], logits[None], pair.answers, pair.foil)
+    return float(score(logits[None, None], base).ld)
+
+
 def by_id(study: Study, observed: Sequence[Observed]) -> list[Observed]:
     """In an order that the ids decide, so that no number depends on the one in which they came."""
     return [observed[n] for n in shuffled(study.seed, [one.id for one in observed])]
@@ -156,7 +161,7 @@ def _observe(study: Study, example: Example, known: Mapping[Place, float]) -> Ob
         pairs = corruptions.pairs(model, example, study.corruption, study.seed)
     pair = pairs[0]
     layout = pair.clean.layout
-    placed = [p for site in study.heads for p in place(site, layout[site.tower])]
+    placed = [found for site in study.heads for found in place(site, layout)]
     if len(placed) != len(study.heads):
         raise SiteError("what a head does is asked at one place; name it (answer, last), not *")
     outputs = {
@@ -165,10 +170,10 @@ def _observe(study: Study, example: Example, known: Mapping[Place, float]) -> Ob
     }
     norms = {key: _norms_at(model, key) for key in study.keys}
     points = {*norms.values(), *(point for some in outputs.values() for point in some)}
-    logits, values = model.record(pair.clean, points)
+    logits, values = forward(model, pair.clean, keep=points)
     activations, attention = {}, {}
     for key in study.keys:
-        at = list(placed[study.numbers(key)[0]][1])
+        at = list(placed[study.numbers(key)[0]].positions)
         heads = model.shapes[key[0]].heads[key[1]]
         rows = [values[point][0, at].mean(0).unflatten(-1, (heads, -1)) for point in outputs[key]]
         activations[key] = torch.stack(rows).cpu()
@@ -180,8 +185,8 @@ def _observe(study: Study, example: Example, known: Mapping[Place, float]) -> Ob
         id=example.id,
         pair=pair,
         placed=placed,
-        ld_clean=float(score(logits, pair.answer, pair.foil).ld),
-        is_right=int(logits.argmax()) == pair.answer,
+        ld_clean=logit_difference(logits[0], pair),
+        is_right=int(logits[0].argmax()) == pair.answer,
         ld_corrupt=ld_corrupt,
         effect=effect,
         activations=activations,
@@ -220,16 +225,15 @@ def _effects(
     study: Study,
     example: Example,
     pairs: Sequence[Pair],
-    placed: Sequence[tuple[Site, tuple[int, ...]]],
+    placed: Sequence[Site],
     known: Mapping[Place, float],
 ) -> tuple[float | None, Array | None]:
     """LD of the corrupt run, and the change of it by each head: what is known, or else by patching."""
     if study.corruption is None:
         return None, None
-    found = [known.get(_place(example.id, site, at)) for site, at in placed]
+    found = [known.get(_place(example.id, site)) for site in placed]
     if None not in found:
-        corrupt = [(study.model.run(pair.corrupt, pair.edits), pair) for pair in pairs]
-        lds = [float(score(logits, pair.answer, pair.foil).ld) for logits, pair in corrupt]
+        lds = [logit_difference(study.model.run(pair.corrupt, pair.edits), pair) for pair in pairs]
         return float(np.mean(lds)), np.array(found, dtype=float)
     patched = engine.patch(study.model, pairs[0], placed)
     ld_corrupt, effect = float(patched.corrupt.ld), np.zeros(len(placed))
@@ -238,9 +242,9 @@ def _effects(
     return ld_corrupt, effect
 
 
-def _place(example: str, site: Site, at: Sequence[int]) -> Place:
-    where = at[0] if len(at) == 1 else site.position
-    return example, site.tower, site.kind, site.center, site.unit, where
+def _place(example: str, site: Site) -> Place:
+    where = site.positions[0] if len(site.positions) == 1 else site.position
+    return example, site.tower, site.kind, site.layer, site.unit, where
 
 
 def _known(study: Study, effects: Effects) -> dict[Place, float]:

@@ -1,0 +1,239 @@
+"""From a checkpoint to a verified model; words to tokens and vectors."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub.utils import logging as hub_logging
+from jaxtyping import Float
+from safetensors import SafetensorError
+from torch import Tensor
+from transformers import AutoModel, AutoTokenizer, BitsAndBytesConfig
+from transformers.utils import cached_file, logging
+
+from vlmscope.errors import ModelError
+from vlmscope.families import Family
+from vlmscope.runs.model import Model
+from vlmscope.runs.network import QUANTIZED, family_of, free_memory
+
+DTYPES = {
+    "float64": torch.float64,
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
+TOYS = Path(__file__).parent / "toys"
+
+
+def load(name: str | Path, *, dtype: str | torch.dtype = "float32", device: str | None = None) -> Model:
+    """Load a model and its processor, and check that it fits its family's table.
+
+    `name` is a built-in toy's name, a folder written by `save_pretrained` (of the model and of the
+    processor), or a Hugging Face id; only the last may use the network. Weights are read from
+    safetensors only, and no code that comes with a checkpoint is run. `device` is the GPU where
+    there is one, by default; `auto` spreads the model over all GPUs (with accelerate). `dtype` is one
+    of `DTYPES`, or `4bit` for quantized weights (with bitsandbytes: `pip install vlmscope[4bit]`).
+
+    Raises `ModelError` in one line if that cannot be done.
+
+    >>> model = load("toy-blip")
+    >>> model.shapes["encoder"].heads
+    {'attn': 4, 'cross': 4}
+    """
+    dtype = str(dtype).removeprefix("torch.")
+    if dtype not in (*DTYPES, QUANTIZED):
+        known = ", ".join((*DTYPES, QUANTIZED))
+        raise ModelError(f"unknown dtype '{dtype}'; expected one of {known}")
+    spread = device == "auto"
+    place = _device(None if spread else device)
+    for package in ["accelerate"] * spread + ["accelerate", "bitsandbytes"] * (dtype == QUANTIZED):
+        if not find_spec(package):
+            raise ModelError(
+                f"{'--device auto' if spread else dtype} needs {package}, which is not "
+                "installed; pip install 'vlmscope[4bit]' brings both"
+            )
+    path = toys().get(str(name), name)
+    if not Path(path).exists() and (isinstance(name, Path) or not _HUB_ID.fullmatch(str(name))):
+        raise ModelError(
+            f"no model '{name}': not a folder, not a Hugging Face id, and not one of the "
+            f"built-in toys ({', '.join(toys())})"
+        )
+    family = family_of(*_kind(_config(path)), str(name))
+    if family.model is None:
+        raise _own_code(family, name)
+    if Path(path).is_dir():
+        _check_weights(Path(path))
+    with _one_line(name):
+        options: dict[str, Any] = {"trust_remote_code": False}
+        if not (spread and place.type == "cuda"):
+            _check_memory(family, path, dtype, place)
+        where: dict[str, Any] = {"device_map": "auto"} if spread else {}
+        if dtype == QUANTIZED:
+            how = BitsAndBytesConfig(
+                load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16
+            )
+            where = {"device_map": {"": place}, **where, "quantization_config": how}
+        hf, info = family.model.from_pretrained(
+            path,
+            dtype=DTYPES.get(dtype, torch.bfloat16),
+            use_safetensors=True,
+            output_loading_info=True,
+            **where,
+            **options,
+        )
+        processor = family.processor.from_pretrained(path, **options)
+    lost = sorted(info["missing_keys"])
+    if lost:
+        raise ModelError(
+            f"{name}: {len(lost)} weights are missing from the checkpoint, the first is "
+            f"'{lost[0]}'; save the whole model with save_pretrained"
+        )
+    elsewhere = {str(d) for d in getattr(hf, "hf_device_map", {}).values()} & {"cpu", "disk"}
+    if elsewhere and place.type == "cuda":
+        raise ModelError(
+            f"{name} does not fit into the memory of the GPUs in {dtype}: part of it would "
+            "be fetched again for every patch; load it in bfloat16 or 4bit"
+        )
+    model = Model(hf if where else hf.to(place), processor, str(name))
+    model.verify()
+    return model
+
+
+def _check_memory(family: Family, path: str | Path, dtype: str, place: torch.device) -> None:
+    """Refuse weights that do not fit, before the system stops the process."""
+    made: Any = family.model
+    config = made.config_class.from_pretrained(path)
+    with torch.device("meta"):
+        weights = sum(one.numel() for one in made(config).parameters())
+    bits = 4.5 if dtype == QUANTIZED else torch.finfo(DTYPES[dtype]).bits
+    need, free = weights * bits / 8, free_memory(place)
+    if need > free:
+        raise ModelError(
+            f"{path} has {weights / 1e9:.1f} billion weights, {need / 1e9:.1f} GB in {dtype}, and "
+            f"{free / 1e9:.1f} GB are free on {place}; load it in bfloat16 or 4bit, or over several "
+            "GPUs (device auto)"
+        )
+
+
+_HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
+
+
+def tokenizer(name: str | Path) -> Callable[[str], int]:
+    """How many tokens a word is for a model, without loading its weights; as `pieces`.
+
+    >>> tokenizer("toy-blip")("circle")
+    1
+    """
+    path = toys().get(str(name), name)
+    family = family_of(*_kind(_config(path)), str(name))
+    if family.processor is None:
+        raise _own_code(family, name)
+    with _one_line(name):
+        own = family.processor.from_pretrained(path, trust_remote_code=False).tokenizer
+    return partial(pieces, own)
+
+
+def pieces(tokenizer: Any, word: str) -> int:
+    """How many tokens a word is: behind a blank, as a word of a prompt stands, where its tokens can be others than by itself."""
+    whole, before = (tokenizer(x, add_special_tokens=False)["input_ids"] for x in (f"a {word}", "a"))
+    return len(whole) - len(before)
+
+
+def embedder(name: str | Path) -> Callable[[Sequence[str]], Float[Tensor, "words width"]]:
+    """Words to vectors of length one, by the mean of the last hidden states of a small text model.
+
+    `name` is a Hugging Face id or a folder, such as `sentence-transformers/all-MiniLM-L6-v2`. Raises
+    `ModelError` if it cannot be loaded.
+    """
+    with _one_line(name):
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+        text = AutoModel.from_pretrained(name, use_safetensors=True, trust_remote_code=False).eval()
+
+    @torch.inference_mode()
+    def embed(words: Sequence[str]) -> Tensor:
+        batch = tokenizer(list(words), padding=True, return_tensors="pt")
+        hidden = text(**batch).last_hidden_state
+        mask = batch["attention_mask"][..., None]
+        mean = (hidden * mask).sum(1) / mask.sum(1).clamp(min=1)
+        return mean / mean.norm(dim=-1, keepdim=True).clamp(min=1e-12)
+
+    return embed
+
+
+def toys() -> dict[str, Path]:
+    """The trained toys that ship with the package: name to folder."""
+    return {path.parent.name: path.parent for path in sorted(TOYS.glob("*/config.json"))}
+
+
+def _device(device: str | None) -> torch.device:
+    if device is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        torch.empty(0, device=device)
+        return torch.device(device)
+    except (RuntimeError, AssertionError) as error:
+        raise ModelError(
+            f"no device '{device}' here; expected cpu, or cuda where torch sees a GPU"
+        ) from error
+
+
+def _own_code(family: Family, name: str | Path) -> ModelError:
+    return ModelError(
+        f"{name} is a {family.architecture}, for which transformers has no code; load it with the code "
+        "that was published with it, and use vlmscope.Model(hf, processor) in Python"
+    )
+
+
+def _kind(config: Mapping[str, Any]) -> tuple[list[str], str | None]:
+    """The classes and the type of the language model that a config.json names."""
+    text = config.get("text_config") or {}
+    return config.get("architectures") or [], text.get("model_type")
+
+
+def _config(path: str | Path) -> dict[str, Any]:
+    """The checkpoint's config.json, without any of its code."""
+    if Path(path).is_dir() and not (Path(path) / "config.json").exists():
+        raise ModelError(f"{path} has no config.json; expected a folder written by save_pretrained")
+    with _one_line(path):
+        return dict(json.loads(Path(cached_file(str(path), "config.json") or "").read_text("utf-8")))
+
+
+def _check_weights(path: Path) -> None:
+    if any(path.glob("*.safetensors")):
+        return
+    if any(path.glob("*.bin")) or any(path.glob("*.pt")) or any(path.glob("*.pth")):
+        raise ModelError(
+            f"{path} has its weights as pickle only, which can run code when it is opened and is not "
+            "loaded; convert it: load it in transformers where you trust it, then save_pretrained"
+        )
+    raise ModelError(f"{path} has no weights; expected a model.safetensors beside config.json")
+
+
+@contextmanager
+def _one_line(name: str | Path) -> Iterator[None]:
+    """Load without a bar of its own; turn what transformers and the hub raise into one line."""
+    bar, verbosity = logging.is_progress_bar_enabled(), hub_logging.get_verbosity()
+    logging.disable_progress_bar()
+    hub_logging.set_verbosity_error()  # the hub would tell of each of its five tries
+    try:
+        yield
+    except (OSError, ValueError, RuntimeError, KeyError, TypeError, SafetensorError) as error:
+        first = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+        where = (
+            ""
+            if Path(name).exists()
+            else ("; it needs the network or a copy in the local cache (or give a folder)")
+        )
+        raise ModelError(f"cannot load {name}: {first}{where}") from error
+    finally:
+        hub_logging.set_verbosity(verbosity)
+        if bar:
+            logging.enable_progress_bar()

@@ -1,0 +1,229 @@
+"""Changes of a few neurons' weights that undo themselves bit for bit.
+
+What a neuron adds to the residual stream is its activation times its column of the down projection, so an
+edit of what neurons say is a change of these columns and of nothing else.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from vlmscope.errors import ModelError, StoreError
+from vlmscope.runs.model import Model
+
+Columns = Mapping[int, tuple[Int[Tensor, "_chosen"], Float[Tensor, "width _chosen"]]]
+"""By layer, neurons and what is added to the column of each."""
+
+
+@dataclass(frozen=True, eq=False)
+class WeightEdit:
+    """What is added to some columns, the fingerprint of the model that it is for, and what it is about.
+
+    `on` are the edits of that model, by their `digest`, that were there when it was made: it is for the
+    weights that these leave, and is refused without them. `one + other` is one edit that does what both
+    do, in this order; `str` lists what is in one.
+    """
+
+    columns: Columns
+    model: str
+    about: Mapping[str, str] = field(default_factory=dict)
+    on: tuple[str, ...] = ()
+
+    @property
+    def neurons(self) -> list[tuple[int, int]]:
+        """The changed neurons: layer and number."""
+        return [(layer, int(n)) for layer, (some, _) in sorted(self.columns.items()) for n in some]
+
+    @property
+    def size(self) -> float:
+        """The length of the change, over all columns (Frobenius norm)."""
+        return float(sum(float(delta.double().square().sum()) for _, delta in self.columns.values())) ** 0.5
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 over all that the edit is, as hexadecimal digits: what `on` names it by."""
+        return _digest(self._tensors(), self.model, self._words(), self.on)
+
+    def _tensors(self) -> dict[str, Tensor]:
+        tensors = {}
+        for layer, (some, delta) in self.columns.items():
+            tensors[f"layer.{layer}.neurons"] = some.long().cpu().contiguous()
+            tensors[f"layer.{layer}.added"] = delta.cpu().contiguous()
+        return tensors
+
+    def _words(self) -> str:
+        return json.dumps(dict(self.about), sort_keys=True)
+
+    def __add__(self, other: WeightEdit) -> WeightEdit:
+        if self.model != other.model:
+            raise ModelError("two edits of different models cannot be made together; remake one")
+        if other.on not in (self.on, (*self.on, self.digest)):
+            raise ModelError(
+                f"the edit '{other}' was made on others than '{self}' was; the two cannot be made one, "
+                "apply them one after the other"
+            )
+        found: dict[int, tuple[Tensor, Tensor]] = dict(self.columns)
+        for layer, (some, delta) in other.columns.items():
+            if layer not in found:
+                found[layer] = (some, delta)
+                continue
+            old, there = found[layer]
+            both = torch.unique(torch.cat([old, some]))
+            total = torch.zeros(len(delta), len(both), dtype=delta.dtype)
+            total[:, torch.searchsorted(both, old)] += there
+            total[:, torch.searchsorted(both, some)] += delta
+            found[layer] = (both, total)
+        about = {
+            k: " + ".join(dict.fromkeys([self.about[k], other.about[k]]))
+            for k in self.about
+            if k in other.about
+        }
+        return WeightEdit(found, self.model, about, self.on)
+
+    def __str__(self) -> str:
+        words = [f"{self.about.get('from', '?')} -> {self.about.get('to', '?')}"]
+        layers = ", ".join(f"layer {n}: {len(x)}" for n, (x, _) in sorted(self.columns.items()))
+        on = f", on {' '.join(one[:8] for one in self.on)}" if self.on else ""
+        return f"{words[0]}: {len(self.neurons)} neurons ({layers}), size {self.size:.3g}{on}"
+
+    def save(self, path: str | Path) -> None:
+        """Write the changed columns, the model's fingerprint and what they are about; safetensors."""
+        path, tensors = Path(path), self._tensors()
+        metadata = {
+            "format": "pt",
+            "vlmscope": "edit",
+            "model": self.model,
+            "about": self._words(),
+            "on": " ".join(self.on),
+            "sha256": self.digest,
+        }
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            part = path.with_name(f"{path.name}.part")
+            save_file(tensors, part, metadata)
+            part.replace(path)
+        except OSError as error:
+            raise StoreError(f"{path}: cannot be written ({error.strerror or error})") from error
+
+    @classmethod
+    def load(cls, path: str | Path) -> WeightEdit:
+        """Read what `save` wrote; raises `StoreError` if the file is another or has been changed."""
+        path = Path(path)
+        try:
+            with safe_open(path, "pt") as file:
+                metadata = file.metadata() or {}
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        except (OSError, SafetensorError) as error:
+            raise StoreError(
+                f"{path}: cannot be read as an edit ({error}); expected a file of `vlmscope neurons edit`"
+            ) from error
+        if metadata.get("vlmscope") != "edit":
+            raise StoreError(f"{path}: not an edit; expected a file of `vlmscope neurons edit`")
+        on = tuple(metadata.get("on", "").split())
+        if metadata.get("sha256") != _digest(tensors, metadata["model"], metadata["about"], on):
+            raise StoreError(f"{path}: has been changed since it was written; make the edit again")
+        layers = sorted({int(name.split(".")[1]) for name in tensors})
+        columns = {n: (tensors[f"layer.{n}.neurons"], tensors[f"layer.{n}.added"]) for n in layers}
+        return cls(columns, metadata["model"], json.loads(metadata["about"]), on)
+
+
+def _digest(tensors: Mapping[str, Tensor], model: str, about: str, on: tuple[str, ...]) -> str:
+    digest = hashlib.sha256("\n".join([model, about, *on]).encode())
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+@contextmanager
+def edited(model: Model, *edits: WeightEdit) -> Iterator[Model]:
+    """Within this context a model's weights have the edits; behind it they are as they were, bit for bit.
+
+    Edits are made in the order in which they are given. Raises `ModelError` for an edit that was made for
+    other weights, or on other edits that are not made before it.
+
+    >>> import torch
+    >>> from vlmscope.checkpoint import load
+    >>> model = load("toy-llava")
+    >>> weight = model.down(3).weight
+    >>> edit = WeightEdit({3: (torch.tensor([7]), torch.ones(96, 1))}, model.fingerprint())
+    >>> before = weight.clone()
+    >>> with edited(model, edit):
+    ...     print(bool((weight != before).any()))
+    True
+    >>> torch.equal(weight, before)
+    True
+    """
+    own, made = model.unedited or model.fingerprint(), model.edits
+    for edit in edits:
+        if edit.model != own:
+            raise ModelError(
+                f"the edit '{edit}' was made for another model or revision than {model.name} "
+                f"({edit.model[:8]}…, not {own[:8]}…); make it again for this one"
+            )
+        if [one for one in made if one in edit.on] != list(edit.on):
+            lacking = next((one for one in edit.on if one not in made), None)
+            raise ModelError(
+                f"the edit '{edit}' was made on the edits that it names last, "
+                + (f"and {lacking[:8]} is not made here" if lacking else "in another order or number")
+                + "; give all of them before it, in that order"
+            )
+        made = (*made, edit.digest)
+    outer = model.unedited, model.edits
+    with changed(model, [edit.columns for edit in edits]):
+        model.unedited, model.edits = own, made
+        try:
+            yield model
+        finally:
+            model.unedited, model.edits = outer
+
+
+@contextmanager
+def changed(model: Model, columns: Sequence[Columns]) -> Iterator[None]:
+    """Within this context something is added to columns of a model, one after the other."""
+    kept: list[tuple[Tensor, Tensor, Tensor]] = []
+    try:
+        for some in columns:
+            for layer, (neurons, delta) in some.items():
+                weight = _weight(model, layer)
+                at = neurons.to(weight.device)
+                kept.append((weight, at, weight[:, at].clone()))
+                wide = torch.promote_types(weight.dtype, torch.float32)
+                new = weight[:, at].to(wide) + delta.to(weight.device, wide)
+                weight[:, at] = new.to(weight.dtype)
+        yield
+    finally:
+        for weight, at, before in reversed(kept):
+            weight[:, at] = before
+
+
+def _weight(model: Model, layer: int) -> Tensor:
+    """The weights of a down projection, to be written to."""
+    layers = model.shapes[model.speaker].having("mlp")
+    if layer not in layers:
+        raise ModelError(f"{model.name} has no neurons in layer {layer}")
+    weight: Any = model.down(layer).weight
+    if getattr(weight, "quant_state", None) is not None or not weight.is_floating_point():
+        raise ModelError(f"{model.name}: quantized weights cannot be edited; load it in bfloat16")
+    return weight.detach()  # not `.data`: that would hide the change from `Model.fingerprint`
+
+
+def export(model: Model, edits: Sequence[WeightEdit], folder: str | Path) -> None:
+    """Write the edited model and its processor as a checkpoint that plain transformers loads."""
+    with edited(model, *edits):
+        try:
+            model.save(folder)
+        except OSError as error:
+            raise StoreError(f"{folder}: cannot be written ({error.strerror or error})") from error

@@ -1,0 +1,254 @@
+"""The answers of `reference`, fast: nothing is computed that a patch cannot change.
+
+The clean and the corrupt input are run once each. Then the blocks of Hugging Face's model are
+called again with many rows at once, one row a patch (see `flows`). The layers below a patch are not
+recomputed. A patch that copies what is already there, or that the read-out position cannot see, needs
+no row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from itertools import groupby
+from typing import Any
+
+import torch
+from jaxtyping import Bool
+from torch import Tensor
+
+from vlmscope.inputs import Pair
+from vlmscope.patching.flows.flow import Flow, Job, Row, around
+from vlmscope.patching.flows.memory import Memory, remembering
+from vlmscope.patching.flows.plain import Plain
+from vlmscope.patching.flows.rows import INSIDE, Rows, keeping
+from vlmscope.patching.flows.suffix import Suffix
+from vlmscope.patching.reference import Values
+from vlmscope.patching.scores import Baselines, Metric, Patched, Score, baselines, largest, score
+from vlmscope.patching.trace import Images, given, trace
+from vlmscope.runs.network import INNER, Network
+from vlmscope.sites import KINDS, Point, Site
+
+BUDGET = 128 * 2**20
+"""Bytes that the intermediate results of one batch of rows may take, if there is room."""
+
+FLOWS: dict[str, type[Flow]] = {"rows": Rows, "suffix": Suffix, "plain": Plain}
+Group = tuple[int, str]
+"""The rows that go together: of a tower, by its number, in a flow."""
+
+
+def patch(
+    network: Network,
+    pair: Pair,
+    sites: Sequence[Site],
+    direction: str = "denoise",
+    *,
+    values: Values | None = None,
+    metric: str | Metric = "ld",
+    images: Images | None = None,
+) -> Patched:
+    """Patch every site; the same answers as `reference.patch`, in the order they are ready.
+
+    `images` keeps the vision tower's outputs from one call to the next, for pairs that share an
+    image.
+    """
+    images = Images() if images is None else images
+    plain = [(pair.clean, ()), (pair.corrupt, pair.edits)]
+    if pair.clean is pair.corrupt and not pair.edits:
+        plain = plain[:1]
+    base_at = 0 if direction == "noise" else len(plain) - 1
+    points = _points(network, pair, sites)
+    traces, memory = [], {}
+    for number, (inputs, edits) in enumerate(plain):
+        with ExitStack() as stack:
+            if number == base_at:
+                memory = _remember(network, pair, stack)
+            traces.append(trace(network, inputs, edits, points, images, len(pair.answers)))
+    base = traces[base_at]
+    found = baselines(traces[0].logits, traces[-1].logits, pair)
+    scores = [Score(*(x[0] for x in score(x[None], found, metric))) for x in (found.clean, found.corrupt)]
+    source, shifts = traces[len(traces) - 1 - base_at].values, [0] * len(sites)
+    if values is not None and any(isinstance(key, Site) for key in values):
+        source, shifts = given(network, base.values, sites, values)  # type: ignore[arg-type]
+    elif values is not None:
+        source = values  # type: ignore[assignment]
+    inputs, edits = plain[base_at]
+    changes = network.changes(inputs, edits)
+    job = Job(network, inputs, changes, base, source, memory, len(pair.answers))
+    chunks = _chunks(job, sites, shifts, found, metric, scores[0 if direction == "noise" else 1])
+    return Patched(scores[0], scores[1], largest(found.clean, found.corrupt), chunks)
+
+
+def _points(network: Network, pair: Pair, sites: Sequence[Site]) -> set[Point]:
+    """What the plain runs have to keep: the sites, what positions need to pass a block alone, and the ends
+    of the towers that are patched inside."""
+    points = {part.point for site in sites for part in site.parts}
+    for point in list(points):
+        shape = network.shapes[point.tower]
+        if network.flow(point.tower, pair.clean) == "plain":
+            continue
+        if point.kind != "output":
+            points.add(Point(point.tower, shape.layers - 1, "resid"))
+        if point.kind in INSIDE:
+            heads, entrance = around(point.tower, point.layer)
+            points.update([heads, entrance] if point.layer in shape.having("attn") else [entrance])
+        if network.family.towers[point.tower].deepstack:
+            points.update(Point(point.tower, layer, "resid") for layer in range(shape.layers))
+    return points
+
+
+def _remember(network: Network, pair: Pair, stack: ExitStack) -> dict[str, Any]:
+    """What flows keep of the base run, filled as it is traced."""
+    memory: dict[str, Any] = {}
+    stack.enter_context(network.alone())
+    stack.enter_context(keeping(network, memory))
+    for tower in network.family.towers:
+        if tower in pair.clean.layout and network.flow(tower, pair.clean) == "suffix":
+            memory[tower] = Memory()
+            stack.enter_context(remembering(network, tower, memory[tower]))
+    return memory
+
+
+# -- which patches need a row --------------------------------------------------------------------
+
+
+def plan(job: Job, sites: Sequence[Site], shifts: Sequence[int]) -> tuple[list[tuple[Group, Row]], list[int]]:
+    """The rows, in the order in which they are taken, and the numbers of the patches that need none."""
+    points = {part.point for site in sites for part in site.parts}
+    changed = {point: _changed(job, point).cpu().numpy() for point in points}
+
+    def changes(part: Site, shift: int) -> bool:
+        there = changed[part.point][[shift + position for position in part.positions]]
+        return bool((there[:, list(part.units)] if part.units else there).any())
+
+    towers = list(job.network.family.towers)
+    rows: list[tuple[Group, Row]] = []
+    idle = []
+    for number, (site, shift) in enumerate(zip(sites, shifts, strict=True)):
+        # What comes before the first change writes what is there already; after it, a value
+        # that both runs share still undoes what the change has done to it.
+        parts = site.parts
+        if len(parts) > 1:
+            parts = tuple(sorted(parts, key=lambda p: (towers.index(p.tower), p.layer, KINDS.index(p.kind))))
+        reaching = [part for part in parts if _reaches(job, part)]
+        first = next((n for n, part in enumerate(reaching) if changes(part, shift)), len(reaching))
+        if live := tuple(reaching[first:]):
+            group = towers.index(live[0].tower), _flow(job, live)
+            rows.append((group, Row(number, live, _stage(job, live), shift)))
+        else:
+            idle.append(number)
+    return sorted(rows, key=lambda entry: (entry[0], entry[1].stage)), idle
+
+
+def _flow(job: Job, live: Sequence[Site]) -> str:
+    """How a row is computed: what is in several towers, between blocks, or within attention is in no block's
+    rows."""
+    towers, kinds = {site.tower for site in live}, {site.kind for site in live}
+    mixed = len(towers) > 1 or (len(kinds) > 1 and "output" in kinds)
+    if mixed or "deepstack" in kinds or any(site.part in INNER for site in live):
+        return "plain"
+    return job.network.flow(live[0].tower, job.inputs)
+
+
+def _stage(job: Job, live: Sequence[Site]) -> int:
+    """Where a row joins: behind its first block, unless that has to be redone as a whole."""
+    site = live[0]
+    if site.kind == "output":
+        return job.depth(site.tower) + 1
+    within = (*INSIDE, "resid")
+    own = any(c.site.tower == site.tower and c.site.kind in within for c in job.changes)
+    together = len(live) > 1 and live[1].layer == site.layer
+    if site.kind == "resid_pre" or (site.kind in INSIDE and (own or together)):
+        return site.layer
+    return site.layer + 1
+
+
+def _changed(job: Job, point: Point) -> Bool[Tensor, "pos *units"]:
+    """Where the source differs from the base run at a point."""
+    base, source = job.base.values[point][0], job.source[point][0]
+    differ = (source.unflatten(0, (-1, len(base))) != base).flatten(0, 1)
+    many = job.network.units(point)
+    return (differ if many is None else differ.unflatten(-1, (many, -1))).any(-1)
+
+
+def _reaches(job: Job, site: Site) -> bool:
+    """Whether the positions that are scored can see the patch: in the last block only their own."""
+    last = site.tower == job.network.speaker and site.layer == job.depth(site.tower) - 1
+    if not last or site.kind == "resid_pre" or site.part in ("k", "v"):
+        return True
+    scored = len(job.inputs.layout[site.tower].tokens) - job.positions
+    return any(position >= scored for position in site.positions)
+
+
+# -- batches of rows -----------------------------------------------------------------------------
+
+
+def _chunks(
+    job: Job,
+    sites: Sequence[Site],
+    shifts: Sequence[int],
+    base: Baselines,
+    metric: str | Metric,
+    unchanged: Score,
+) -> Iterator[tuple[list[int], Score]]:
+    """The scores of all patches, a batch of rows at a time."""
+    planned, idle = plan(job, sites, shifts)
+    if idle:
+        yield idle, Score(*(x.expand(len(idle)).clone() for x in unchanged))
+    towers = list(job.network.family.towers)
+    for (number, name), group in groupby(planned, key=lambda entry: entry[0]):
+        flow, tower, rows = FLOWS[name], towers[number], [row for _, row in group]
+        room = _room(job, tower)
+        while rows:
+            many = _fit([flow.cost(job, tower, row) for row in rows], room)
+            try:
+                logits = run(flow, job, tower, rows[:many])
+            except (MemoryError, RuntimeError) as error:
+                if not _out_of_memory(error) or many == 1:
+                    raise
+                room //= 2
+                continue
+            yield [row.number for row in rows[:many]], score(logits, base, metric)
+            rows = rows[many:]
+
+
+@torch.inference_mode()
+def run(flow: type[Flow], job: Job, tower: str, rows: Sequence[Row]) -> Tensor:
+    """Take rows of one tower, in the order of their stages, to their logits."""
+    depth = job.depth(tower)
+    with job.network.alone(), flow(job, tower, rows) as state:
+        for stage in range(rows[0].stage, depth + 1):
+            state.join(stage)
+            if stage < depth:
+                state.block(stage)
+        return state.leave()
+
+
+def _room(job: Job, tower: str) -> int:
+    """How many positions, over all rows, fit the budget with what is computed from here on."""
+    network, floats = job.network, 0
+    towers = list(network.family.towers)
+    for name in towers[towers.index(tower) :]:
+        shape, many = network.shapes[name], len(job.inputs.layout[name].tokens)
+        read = len(job.inputs.layout[towers[0]].tokens)
+        heads = max(shape.heads.values())
+        attention = 3 * heads * max(many, read if "cross" in shape.kinds else 0)
+        floats = max(floats, 2 * shape.neurons + 6 * shape.width + attention)
+    size = torch.finfo(network.dtype).bits // 8
+    return max(1, min(BUDGET, network.free_memory() // 4) // (floats * size))
+
+
+def _fit(costs: Sequence[int], room: int) -> int:
+    """How many of the next rows to take: batches of about equal size, at least one row each."""
+    batches = max(1, -(-sum(costs) // room))
+    share, many, total = sum(costs) / batches, 0, 0
+    while many < len(costs) and (not many or total + costs[many] <= share * 1.001):
+        total += costs[many]
+        many += 1
+    return many
+
+
+def _out_of_memory(error: BaseException) -> bool:
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or (
+        "alloc" in str(error).lower() and "memory" in str(error).lower()
+    )

@@ -1,0 +1,57 @@
+"""One site, one plain forward: the slow and obvious answer.
+
+What `engine` gives is defined by this module, and the tests compare the two.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from vlmscope.inputs import Edit, Pair
+from vlmscope.patching.scores import Metric, Patched, Score, baselines, largest, score
+from vlmscope.runs.forward import forward, read
+from vlmscope.runs.network import Network
+from vlmscope.sites import Point, Site
+
+Values = Mapping[Point, Tensor] | Mapping[Site, Tensor]
+"""What is written instead of another run's activations: a whole activation by point, or a value by site (which
+broadcasts to its positions and width)."""
+
+
+def patch(
+    network: Network,
+    pair: Pair,
+    sites: Sequence[Site],
+    direction: str = "denoise",
+    *,
+    values: Values | None = None,
+    metric: str | Metric = "ld",
+) -> Patched:
+    """Patch every site, one at a time.
+
+    `denoise` copies clean activations into the corrupt run (what is sufficient?), `noise` corrupt
+    ones into the clean run (what is necessary?); `values` are written into that run instead.
+    """
+    runs = [(pair.clean, ()), (pair.corrupt, pair.edits)]
+    many = len(pair.answers)
+    logits = [forward(network, inputs, edits, positions=many).logits for inputs, edits in runs]
+    base = baselines(logits[0], logits[1], pair)
+    (source, source_edits), (inputs, edits) = runs if direction == "denoise" else runs[::-1]
+    points = {part.point for site in sites for part in site.parts}
+    new: Mapping[Any, Tensor] = values or forward(network, source, source_edits, points).values
+
+    def written(site: Site) -> list[Edit]:
+        if site in new:
+            return [Edit(site, "set", new[site])]
+        return [Edit(part, "set", read(network, new[part.point], part)) for part in site.parts]
+
+    def chunks() -> Iterator[tuple[list[int], Score]]:
+        for number, site in enumerate(sites):
+            patched = forward(network, inputs, [*edits, *written(site)], positions=many)
+            yield [number], score(patched.logits[None], base, metric)
+
+    clean, corrupt = (Score(*(x[0] for x in score(x[None], base, metric))) for x in logits)
+    return Patched(clean, corrupt, largest(*logits), chunks())

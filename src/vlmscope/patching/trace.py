@@ -1,0 +1,143 @@
+"""The plain runs that patches stand on: what they left at places, and how every block was called."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vlmscope.inputs import Change, Edit, Inputs
+from vlmscope.runs.forward import edited, editing, forward
+from vlmscope.runs.hooks import Hooks
+from vlmscope.runs.network import Network
+from vlmscope.sites import Point, Site
+
+
+@dataclass(eq=False)
+class Trace:
+    """What one run left: logits, activations at points, and how each block was called."""
+
+    logits: Tensor
+    values: dict[Point, Tensor]
+    outputs: dict[str, Tensor] = field(default_factory=dict)
+    """Each tower's output, before edits of it."""
+    calls: dict[tuple[str, int], tuple[tuple[Any, ...], dict[str, Any]]] = field(default_factory=dict)
+    """How each block was called; behind the last one the final norm, where the model adds to what
+    blocks give."""
+
+    def entrance(self, tower: str, layer: int) -> Tensor:
+        """What a block got, before edits of it."""
+        args, kwargs = self.calls[tower, layer]
+        hidden: Tensor = args[0] if args else kwargs["hidden_states"]
+        return hidden
+
+
+class Images:
+    """The outputs of a vision tower by picture, for pairs that share one: it is encoded once."""
+
+    def __init__(self) -> None:
+        self.known: list[tuple[Tensor, Tensor]] = []
+
+    def find(self, pixels: Tensor) -> Tensor | None:
+        return next((output for known, output in self.known if known is pixels), None)
+
+
+@torch.inference_mode()
+def trace(
+    network: Network,
+    inputs: Inputs,
+    edits: Sequence[Edit],
+    points: Collection[Point],
+    images: Images,
+    positions: int,
+) -> Trace:
+    """One plain run. A picture that is known is not encoded again, unless its tower is looked into."""
+    first, family = next(iter(network.family.towers)), network.family
+    inside = any(p.tower == first and p.kind != "output" for p in points)
+    whole = family.towers[first].output and network.flow(first, inputs) != "plain"
+    pixels = inputs.tensors[family.pixels]
+    known = None if inside or not whole else images.find(pixels)
+    found = Trace(torch.empty(0), {})
+    with _recording(network, inputs, found):
+        if known is None:
+            found.logits, found.values = forward(network, inputs, edits, points, positions)
+            if whole and images.find(pixels) is None:
+                images.known.append((pixels, found.outputs[first]))
+            return found
+        found.outputs[first] = known
+        output = edited_output(network, known, first, network.changes(inputs, edits))
+        with editing(network, inputs, edits), Hooks() as hooks:
+            for point in points:
+                if point.tower == first:
+                    found.values[point] = output
+                else:
+                    hooks.at(network.access(point, inputs), partial(_keep, found.values, point))
+            found.logits = family.finish(network.hf, inputs, first, output, positions)[0]
+    return found
+
+
+def _keep(values: dict[Point, Tensor], point: Point, x: Tensor) -> Tensor:
+    values[point] = x.clone()
+    return x
+
+
+@contextmanager
+def _recording(network: Network, inputs: Inputs, found: Trace) -> Iterator[None]:
+    """Record every block's call and every tower's output, before any edits of them."""
+    with Hooks() as hooks:
+        for tower, table in network.family.towers.items():
+            blocks = list(network.blocks(tower))
+            if table.deepstack:  # the model may add to what the last block gives, too
+                blocks.append(network.module(network.family.norm or ""))
+            for layer, block in enumerate(blocks):
+                hooks.on_call(block, partial(_record_call, found, (tower, layer)))
+            if table.output and tower in inputs.layout and network.flow(tower, inputs) != "plain":
+                hooks.on_output(network.module(table.output), partial(_record_output, found, tower))
+        yield
+
+
+def _record_call(found: Trace, key: tuple[str, int], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    found.calls[key] = (args, kwargs)
+
+
+def _record_output(found: Trace, tower: str, output: Any) -> None:
+    found.outputs[tower] = output.last_hidden_state
+
+
+def edited_output(network: Network, output: Tensor, tower: str, changes: Sequence[Change]) -> Tensor:
+    """A tower's output with a run's own edits of it (its module is not called for rows)."""
+    for change in changes:
+        if change.site.tower == tower and change.site.kind == "output":
+            output = edited(output, *change, units=None)
+    return output
+
+
+def given(
+    network: Network, base: Mapping[Point, Tensor], sites: Sequence[Site], values: Mapping[Site, Tensor]
+) -> tuple[dict[Point, Tensor], list[int]]:
+    """A run that has the given values at the sites, and for each site how far behind its values stand.
+
+    Sites that share a place have values of their own there: each point's positions come as often, end to
+    end, as is needed.
+    """
+    found: dict[Point, list[Tensor]] = defaultdict(list)
+    taken: dict[Point, list[set[tuple[int | None, int]]]] = defaultdict(list)
+    shifts = []
+    for site in sites:
+        point = site.point
+        places = {(unit, position) for position in site.positions for unit in site.units or (None,)}
+        turn = next((n for n, there in enumerate(taken[point]) if not there & places), None)
+        if turn is None:
+            turn = len(found[point])
+            found[point].append(base[point])
+            taken[point].append(set())
+        taken[point][turn] |= places
+        found[point][turn] = edited(found[point][turn], site, "set", values[site], network.units(point))
+        shifts.append(turn * base[point].shape[1])
+    return {point: torch.cat(parts, 1) for point, parts in found.items()}, shifts

@@ -1,0 +1,125 @@
+"""Figures of a table of patches, for notebooks, papers and the report.
+
+`layer_by_token` and `layer_by_head` take the effects table of `read_run` or `sweep`, `panels` tables of
+`vlmscope.token_table` and `vlmscope.head_table`. All draw into the matplotlib axes `ax` if they are given,
+else into a new figure, and give the axes: a notebook shows them, and `axes.figure.savefig("heads.pdf")`
+writes PNG, SVG or PDF by the suffix.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import pandas as pd
+from matplotlib.axes import Axes
+
+from vlmscope.data.drawn.faces import INK
+from vlmscope.report.canvas import Margins, figure_of, grid, set_title, text_width
+from vlmscope.report.heat_maps import panels
+from vlmscope.report.words import KINDS, TOWERS, upper_first
+from vlmscope.studies.tables import head_table, token_table
+
+__all__ = ["layer_by_head", "layer_by_token", "measures", "panels", "universal"]
+
+
+def layer_by_token(
+    effects: pd.DataFrame,
+    *,
+    tower: str | None = None,
+    kind: str | None = None,
+    value: str = "logit_diff",
+    title: str | None = None,
+    ax: Axes | None = None,
+) -> Axes:
+    """Heat map of `vlmscope.token_table`: layers upwards, slots to the right, roles in bold.
+
+    Below a slot stands its token where that is the same in all examples, and `n` where it holds fewer
+    examples than other columns.
+
+    >>> import vlmscope
+    >>> model, examples = vlmscope.load("toy-blip"), vlmscope.examples("states", limit=2)
+    >>> effects = vlmscope.sweep(model, examples, "encoder.*.resid@text*")
+    >>> axes = layer_by_token(effects)
+    >>> axes.get_title()
+    'Residual stream after each block, text encoder\\nmean over 2 examples'
+    """
+    table = token_table(effects, tower=tower, kind=kind, value=value)
+    words = f"{upper_first(KINDS[table.attrs['kind']])}, {TOWERS[table.attrs['tower']]}"
+    return panels({title or f"{words}\n{_over(effects, table)}": table}, value=value, ax=ax)[0]
+
+
+def layer_by_head(
+    effects: pd.DataFrame,
+    *,
+    tower: str | None = None,
+    kind: str | None = None,
+    slot: str = "readout",
+    value: str = "logit_diff",
+    title: str | None = None,
+    ax: Axes | None = None,
+) -> Axes:
+    """Heat map of `vlmscope.head_table`: layers upwards, heads to the right, the strongest outlined."""
+    table = head_table(effects, tower=tower, kind=kind, slot=slot, value=value)
+    words = f"{upper_first(KINDS[table.attrs['kind']])} heads, {TOWERS[table.attrs['tower']]}"
+    words = f"{words} at {table.attrs['slot']}\n{_over(effects, table)}"
+    return panels({title or words: table}, value=value, ax=ax)[0]
+
+
+def universal(heads: pd.DataFrame, *, most: int = 30, gap: float = 0.0, ax: Axes | None = None) -> Axes:
+    """Heads (rows) over runs (columns): the mean `logit_diff`, a dot where a head is important.
+
+    `heads` is the table of `circuits.find`. Heads that are important somewhere are shown, those
+    important in most runs first, `most` at the most; a ring marks what the other half confirms.
+    """
+    name = [f"{r.tower} L{r.layer} {r.kind} H{r.head} @{r.position}" for r in heads.itertuples()]
+    rows = heads.assign(name=name, size=heads["mean"].abs())
+    order = rows.groupby("name").agg(count=("important", "sum"), size=("size", "mean"))
+    order = order[order["count"] > 0].sort_values(["count", "size"], ascending=False).head(most)[::-1]
+    runs = list(rows["run"].unique())
+    table = rows.pivot_table(index="name", columns="run", values="mean").reindex(order.index)[runs]
+    important = rows[rows["important"] & rows["name"].isin(order.index)]
+    marks = {"": list(zip(important["name"], important["run"], strict=True))}
+    (axes,) = panels({"": table.rename_axis(index="", columns="")}, marks=marks, gap=gap, ax=ax)
+    confirmed = important[important["confirmed"]]
+    across, up = table.columns.get_indexer(confirmed["run"]), table.index.get_indexer(confirmed["name"])
+    axes.scatter(across + 0.5, up + 0.5, s=75, facecolors="none", edgecolors=INK, linewidths=1.0)
+    for tick, count in zip(axes.get_yticklabels(), order["count"], strict=True):
+        tick.set_fontweight("bold" if count == len(runs) else "normal")
+    return axes
+
+
+def measures(table: pd.DataFrame, names: Sequence[str], *, ax: Iterable[Axes] | None = None) -> list[Axes]:
+    """A panel a measure: for each word its value with its interval, beside it the null and random neurons.
+
+    `table` is the `measures` of `vlmscope.concepts.measure`; `ax` are axes to draw into, one a name.
+    """
+    words = list(dict.fromkeys(table["word"]))[::-1]
+    size = (1.9, max(0.9, 0.24 * len(words)))
+    left = max(text_width(word) for word in words) + 0.2
+    axes = grid(ax, len(names), len(names), size, Margins(left, 0.65, 0.15, 0.35, across=0.25))
+    for n, (spot, name) in enumerate(zip(axes, names, strict=True)):
+        rows = table[(table["measure"] == name) & (table["method"] == "contribution")]
+        at = rows["word"].map(words.index)
+        spot.hlines(at, rows["ci_low"], rows["ci_high"], color="#4C78A8", lw=2.2)
+        spot.plot(rows["value"], at, "o", color="#1f3f66", ms=4.5, label="the word's neurons")
+        spot.plot(rows["null"], at, "|", color="#333333", ms=9, mew=1.6, label="null")
+        spot.plot(rows["random"], at, "x", color="#B07020", ms=5, label="random neurons")
+        set_title(spot, name, 9.5)
+        spot.set_ylim(-0.6, len(words) - 0.4)
+        spot.set_yticks(
+            range(len(words)), words if n == 0 or ax is not None else [""] * len(words), fontsize=8.5
+        )
+        spot.tick_params(axis="x", labelsize=8)
+        spot.grid(axis="x", color="#e5e5e5")
+        spot.set_axisbelow(True)
+        spot.spines[["top", "right"]].set_visible(False)
+    handles = axes[0].get_legend_handles_labels()
+    figure_of(axes[0]).legend(*handles, fontsize=8, loc="lower center", ncols=3, frameon=False)
+    return axes
+
+
+def _over(effects: pd.DataFrame, table: pd.DataFrame) -> str:
+    examples = table.attrs.get("examples", 0)
+    if examples == 1:
+        return " ".join(f"one example: {effects['example'].iloc[0]}".split())
+    return f"mean over {examples} examples"

@@ -1,0 +1,227 @@
+"""Maps over the patches of pictures: effects, attention and activations, each figure in one pair of axes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, TypeAlias
+
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.cm import ScalarMappable
+from matplotlib.collections import LineCollection
+from PIL import Image
+
+from vlmscope.data.drawn.faces import INK
+from vlmscope.report.canvas import BAR, Margins, centred, draw_bar, drawable, grid
+from vlmscope.report.heat_maps import VALUES, colour_scale, spread
+from vlmscope.studies.tables import choose, mean_gap, means
+
+Picture: TypeAlias = str | Path | Image.Image
+Cells: TypeAlias = np.ndarray[Any, Any]
+
+
+class Tile(NamedTuple):
+    """A picture, or cells over it in the colours of a scale, with a line around those of the outline."""
+
+    picture: Image.Image
+    title: str
+    cells: Cells | None = None
+    scale: ScalarMappable | None = None
+    outline: Cells | None = None
+
+
+class Board(NamedTuple):
+    """Tiles in rows, all in one pair of axes whose unit is an inch."""
+
+    tiles: Sequence[Sequence[Tile]]
+    size: float
+    margins: Margins
+
+    def corner(self, row: int, column: int) -> tuple[float, float]:
+        """Where the lower left corner of a tile is."""
+        margins, below = self.margins, len(self.tiles) - 1 - row
+        return (
+            margins.left + column * (self.size + margins.across),
+            margins.bottom + below * (self.size + margins.down),
+        )
+
+    def draw(self, ax: Axes | None, title_size: float) -> Axes:
+        across = max(map(len, self.tiles))
+        width, height = (end + self.size for end in self.corner(0, across - 1))
+        limits = (width + self.margins.right, height + self.margins.top)
+        (axes,) = grid(ax, 1, 1, limits, Margins(0, 0, 0, 0))
+        axes.set_axis_off()
+        for row, line in enumerate(self.tiles):
+            for column, tile in enumerate(line):
+                _draw_tile(axes, tile, self.corner(row, column), self.size, title_size)
+        axes.set(xlim=(0, limits[0]), ylim=(0, limits[1]), aspect="equal")
+        return axes
+
+
+def is_patch(rows: pd.DataFrame) -> pd.Series[bool]:
+    """Which patches are of one patch of the image: their token is `row,column`."""
+    return rows["token"].astype("string").str.fullmatch(r"\d+,\d+").fillna(False).astype(bool)
+
+
+def places(rows: pd.DataFrame) -> pd.DataFrame:
+    """Patches of which `is_patch` holds, with their `row` and `column` in the image."""
+    found = rows["token"].str.split(",", expand=True).astype(int)
+    return rows.assign(row=found[0], column=found[1])
+
+
+def image_grid(
+    effects: pd.DataFrame,
+    picture: Picture,
+    shape: tuple[int, int],
+    *,
+    kind: str | None = None,
+    tower: str | None = None,
+    value: str = "logit_diff",
+    layers: Sequence[int] | None = None,
+    gap: float | None = None,
+    ax: Axes | None = None,
+) -> Axes:
+    """Effects at image patches, drawn over the picture: the mean of all layers, and a tile a layer.
+
+    `shape` is (rows, columns) of the patches; patches are told by their token, `row,column`. At most
+    six layers are drawn unless `layers` names them. `effects` should hold one example: the one of
+    `picture`. Towers and kinds are chosen as in `vlmscope.token_table`, the vision tower first; `gap` as
+    in `panels`.
+    """
+    rows = effects[effects["position"].notna() & is_patch(effects)]
+    tower = "vision" if tower is None and "vision" in set(rows["tower"]) else tower
+    rows = choose(rows, tower=tower, kind=kind, value=value)
+    found = means(places(rows), ["layer", "row", "column"], value)
+    by_layer = {int(layer): _cells(cells, "mean", shape) for layer, cells in found.groupby("layer")}
+    layers = spread(list(by_layer), 6) if layers is None else list(layers)
+    drawn = {f"layer {layer}": by_layer[layer] for layer in layers}
+    if len(by_layer) > 1 and value != "p_patched":
+        mean = found.groupby(["row", "column"], as_index=False)["mean"].mean()
+        drawn = {f"mean of {len(by_layer)} layers": _cells(mean, "mean", shape), **drawn}
+    scale = colour_scale(drawn.values(), value, (mean_gap(rows) or 0.0) if gap is None else gap)
+    image = _open(picture)
+    tiles = [Tile(image, "picture"), *(Tile(image, name, cells, scale) for name, cells in drawn.items())]
+    lines = [tiles[start : start + 4] for start in range(0, len(tiles), 4)]
+    board = Board(lines, 2.3, Margins(0.1, 0.1, BAR, 0.3, across=0.1, down=0.35))
+    axes = board.draw(ax, 10)
+    (right, top), (_, low) = board.corner(0, len(lines[0])), board.corner(len(lines) - 1, 0)
+    middle = (low + top + board.size) / 2
+    draw_bar(
+        axes, axes.transData, scale, VALUES[value], (right + 0.05, middle), min(top + board.size - low, 3.6)
+    )
+    return axes
+
+
+def attention(
+    maps: pd.DataFrame,
+    pictures: Mapping[str, Picture],
+    patches: pd.DataFrame | None = None,
+    *,
+    titles: Mapping[str, str] | None = None,
+    ax: Axes | None = None,
+) -> Axes:
+    """A row an example: its picture, the attention of each head, and what its patches do.
+
+    `maps` is the table that `heads.write` keeps: attention minus the all-heads mean, on one scale for
+    all; the object's patches have an outline. `patches` are effects of patching the image's patches,
+    on a scale of their own at the right. `titles` are for the sites of the heads.
+    """
+    scale, own = centred([maps["difference"]]), centred([])
+    if patches is not None:
+        patches = places(patches[is_patch(patches)])
+        own = colour_scale([patches["logit_diff"]], "logit_diff", mean_gap(patches) or 0.0)
+    lines: list[list[Tile]] = []
+    for name, rows in maps[maps["example"].isin(list(pictures))].groupby("example", sort=False):
+        image = _open(pictures[str(name)])
+        shape = (int(rows["rows"].iloc[0]), int(rows["columns"].iloc[0]))
+        line = [Tile(image, "picture")]
+        for site, cells in rows.groupby("site", sort=False):
+            shown, around = _cells(cells, "difference", shape), _cells(cells, "object", shape)
+            line.append(Tile(image, (titles or {}).get(str(site), str(site)), shown, scale, around))
+        if patches is not None:
+            shown = _cells(patches[patches["example"] == name], "logit_diff", shape)
+            line.append(Tile(image, "patched in", shown, own, line[1].outline))
+        lines.append(line if not lines else [tile._replace(title="") for tile in line])
+    board = Board(lines, 1.65, Margins(0.1, 0.95, 0.1, 0.42, across=0.1, down=0.1))
+    axes = board.draw(ax, 8.5)
+    sites = maps["site"].nunique()
+    length = min(3.6, sites * (board.size + 0.1) - 0.1)
+    below = board.margins.bottom - 0.12
+    text = "attention minus all-heads mean"
+    draw_bar(axes, axes.transData, scale, text, (board.corner(0, 1)[0], below), length, below=True)
+    if patches is not None:
+        place = (board.corner(0, 1 + sites)[0], below)
+        draw_bar(axes, axes.transData, own, VALUES["logit_diff"], place, board.size, below=True)
+    return axes
+
+
+def neuron_maps(maps: pd.DataFrame, pictures: Mapping[str, Picture], *, ax: Axes | None = None) -> Axes:
+    """A row a neuron (or mean of several): its activation over the patches of the pictures that drive it.
+
+    `maps` is the table of `vlmscope neurons describe`. Each row has a scale of its own, centred at zero; the
+    outline is around the patches above the 95th percentile.
+    """
+    lines, scales = [], {}
+    for name, rows in maps.groupby("neuron", sort=False):
+        scales[str(name)] = scale = centred([rows["activation"]])
+        line = []
+        for example, cells in rows.groupby("example", sort=False):
+            shape = (int(cells["row"].max()) + 1, int(cells["column"].max()) + 1)
+            shown, around = _cells(cells, "activation", shape), _cells(cells, "mask", shape)
+            line.append(Tile(_open(pictures[str(example)]), drawable(str(example), 24), shown, scale, around))
+        lines.append(line)
+    board = Board(lines, 1.9, Margins(0.4, 0.1, BAR, 0.25, across=0.1, down=0.3))
+    axes = board.draw(ax, 7.5)
+    right = board.corner(0, max(map(len, lines)))[0]
+    for row, (name, scale) in enumerate(scales.items()):
+        middle = board.corner(row, 0)[1] + board.size / 2
+        axes.text(0.25, middle, name, rotation=90, va="center", ha="center", fontsize=9, color=INK)
+        draw_bar(axes, axes.transData, scale, "activation", (right + 0.05, middle), board.size)
+    return axes
+
+
+def _draw_tile(axes: Axes, tile: Tile, corner: tuple[float, float], size: float, title_size: float) -> None:
+    """A tile of at most `size` inches a side; of the pale picture less is seen under larger cells."""
+    picture = tile.picture
+    width, height = (size * side / max(picture.size) for side in picture.size)
+    left, low = corner[0] + (size - width) / 2, corner[1] + (size - height) / 2
+    extent = (left, left + width, low, low + height)
+    place = (left + width / 2, low + height + 0.06)
+    axes.text(*place, tile.title, ha="center", va="bottom", fontsize=title_size, color=INK)
+    if tile.cells is None or tile.scale is None:
+        axes.imshow(picture, extent=extent)
+        return
+    axes.imshow(picture.convert("L"), extent=extent, cmap="gray", vmin=-128, vmax=300)
+    colours = tile.scale.to_rgba(tile.cells)
+    strength = np.abs(tile.cells) / tile.scale.get_clim()[1]
+    colours[..., 3] = np.where(np.isnan(tile.cells), 0.0, 0.1 + 0.8 * np.clip(strength, 0, 1))
+    axes.imshow(colours, extent=extent, interpolation="nearest")
+    if tile.outline is not None:
+        lines = list(_around(tile.outline) * (width, -height) + (left, low + height))
+        for colour, thick in (("white", 2.4), (INK, 1.2)):
+            axes.add_collection(LineCollection(lines, colors=colour, linewidths=thick, capstyle="round"))
+
+
+def _around(cells: Cells) -> Cells:
+    """The lines around the cells that are set: `(lines, 2, (x, y))`, as shares of the whole, y downwards."""
+    inside = np.pad(np.nan_to_num(cells) > 0, 1)
+    rows, columns = cells.shape
+    across = np.argwhere(inside[1:, 1:-1] != inside[:-1, 1:-1])  # a line above (row, column)
+    down = np.argwhere(inside[1:-1, 1:] != inside[1:-1, :-1])  # a line at the left of (row, column)
+    starts, ends = np.vstack([across, down]), np.vstack([np.add(across, (0, 1)), np.add(down, (1, 0))])
+    return np.stack([starts, ends], axis=1)[..., ::-1] / (columns, rows)
+
+
+def _cells(rows: pd.DataFrame, value: str, shape: tuple[int, int]) -> Cells:
+    found = np.full(shape, np.nan)
+    found[rows["row"].to_numpy(int), rows["column"].to_numpy(int)] = rows[value].to_numpy(float)
+    return found
+
+
+def _open(picture: Picture) -> Image.Image:
+    if isinstance(picture, Image.Image):
+        return picture.convert("RGB")
+    with Image.open(picture) as opened:
+        return opened.convert("RGB")

@@ -1,0 +1,156 @@
+"""The section of one run, and that of several runs beside each other."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from itertools import product
+from typing import Any, NamedTuple
+
+import pandas as pd
+
+from vlmscope.report import image_maps
+from vlmscope.report.gallery import Gallery, Section, Shown, read_json, render
+from vlmscope.report.ranking import strongest
+from vlmscope.report.words import KINDS, TOWERS, ends, kinds_in, short_number, upper_first
+from vlmscope.studies.run_folder import Run
+from vlmscope.studies.tables import head_cells, head_slot, knows, token_cells, wide
+
+Cells = dict[str, pd.DataFrame]
+"""The cells of a table of layers, by kind."""
+
+
+class Reported(NamedTuple):
+    """A run in the report, and the cells of its figures by tower, of whole modules or of heads."""
+
+    section: Section
+    cells: dict[tuple[str, bool], Cells]
+
+
+def report(run: Run, title: str, gallery: Gallery) -> Reported:
+    """The section of a run, whose table is read once."""
+    base, effects = run.baselines(), run.effects()
+    known, excluded = knows(base), base["excluded"].astype(bool)
+    gap = (base["ld_clean"] - base["ld_corrupt"]).mean()
+    gap = 0.0 if pd.isna(gap) else abs(float(gap))
+    examples = run.pictures()
+    cells: dict[tuple[str, bool], Cells] = {}
+    shown: list[tuple[str, Shown]] = []
+    single = effects[~effects["site"].str.contains("/", regex=False) & effects["logit_diff"].notna()]
+    for tower in TOWERS:
+        rows = single[single["tower"] == tower]
+        modules = rows[rows["unit"].isna()]
+        is_patch = image_maps.is_patch(modules)
+        shown += _images(modules[is_patch], tower, examples, gap, gallery)
+        cells[tower, False] = {} if tower == "vision" else _tokens(modules[~is_patch], tower)
+        cells[tower, True] = _heads(rows, tower)
+        for of_heads, heading in ((False, "Layers and tokens"), (True, "Heads")):
+            if found := cells[tower, of_heads]:
+                name = f"{tower}-{'heads' if of_heads else 'tokens'}"
+                titled = {_panel_title(kind, table): table for kind, table in found.items()}
+                shown.append((f"{heading}, {TOWERS[tower]}", _panels(name, titled, gap, gallery)))
+    text = render(
+        "run.html",
+        run=run,
+        spec=run.spec,
+        corruption=corruption(run.spec),
+        known=known,
+        check=read_json(run.path / "run.json").get("check"),
+        examples=examples,
+        ran=base[~excluded],
+        left=base[excluded],
+        figures=shown,
+        strongest=_strongest(effects),
+    )
+    return Reported(Section(title, text, known.severity == "unknown"), cells)
+
+
+def together(reported: Sequence[Reported], gallery: Gallery) -> list[Section]:
+    """What at least two runs have patched of a tower and kind, beside each other."""
+    shown = []
+    for tower, of_heads, kind in product(TOWERS, (False, True), KINDS):
+        panels, gaps = {}, []
+        for each in reported:
+            cells = each.cells[tower, of_heads].get(kind)
+            if cells is not None and tower != "vision":
+                at = f", at {cells.attrs['slot']}" if of_heads else ""
+                panels[f"{each.section.title}{at}, n = {cells['n'].max()}"] = cells
+                gaps.append(cells.attrs["gap"] or 0.0)
+        if len(panels) > 1:
+            name = f"{tower}-{kind}{'' if of_heads else '-tokens'}"
+            heading = f"{upper_first(KINDS[kind])}{' heads' if of_heads else ''}, {TOWERS[tower]}"
+            shown.append((heading, _panels(name, panels, max(gaps), gallery)))
+    if not shown:
+        return []
+    unknown = [each.section.title for each in reported if each.section.is_unknown]
+    text = render("together.html", unknown=unknown, figures=shown)
+    return [Section("All runs", text, len(unknown) == len(reported))]
+
+
+def corruption(spec: dict[str, Any]) -> str:
+    """What a run corrupts, in words."""
+    corrupt = spec.get("corrupt") or {"kind": "unknown"}
+    if corrupt["kind"] != "noise":
+        return f"{corrupt['kind']} corrupted"
+    form = f"{corrupt.get('form')}, scale {corrupt.get('scale')}, {corrupt.get('draws')} draws"
+    return f"noise on the {corrupt.get('at')} ({form})"
+
+
+def _strongest(effects: pd.DataFrame) -> pd.DataFrame:
+    """The strongest sites as the page shows them: text."""
+    table = strongest(effects, n=15)
+    has_place = table["site"].str.contains("@", regex=False)
+    return pd.DataFrame(
+        {
+            "site": table["site"].where(has_place, table["site"] + " at " + table["slot"]),
+            "token": table["token"],
+            "mean change of LD": table["mean"].map(short_number),
+            "95 % interval": list(map(ends, table["low"], table["high"])),
+            "SD": table["sd"],
+            "examples": table["n"],
+        }
+    )
+
+
+def _tokens(rows: pd.DataFrame, tower: str) -> Cells:
+    """Layer x slot of each kind; patches of the image have figures of their own."""
+    return {kind: token_cells(rows, tower=tower, kind=kind, intervals=True) for kind in kinds_in(rows)}
+
+
+def _heads(rows: pd.DataFrame, tower: str) -> Cells:
+    """Layer x head of each kind of attention, where the tower is read out."""
+    heads = rows[rows["unit"].astype("string").str.startswith("h").fillna(False).astype(bool)]
+    slots = {kind: head_slot(heads[heads["kind"] == kind]) for kind in kinds_in(heads)}
+    return {
+        kind: head_cells(heads, tower=tower, kind=kind, slot=slot, intervals=True)
+        for kind, slot in slots.items()
+    }
+
+
+def _panel_title(kind: str, cells: pd.DataFrame) -> str:
+    return upper_first(KINDS[kind]) + (f" heads at {cells.attrs['slot']}" if "head" in cells else "")
+
+
+def _panels(name: str, cells: Cells, gap: float, gallery: Gallery) -> Shown:
+    return gallery.show_panels(name, cells, {title: wide(table) for title, table in cells.items()}, gap)
+
+
+def _images(
+    rows: pd.DataFrame, tower: str, examples: Sequence[dict[str, Any]], gap: float, gallery: Gallery
+) -> Iterator[tuple[str, Shown]]:
+    """The effect of image patches, over the first kept picture, with its heading."""
+    pictures = {e["id"]: e["clean_image"] for e in examples if e.get("clean_image")}
+    kept = rows[rows["position"].notna() & rows["example"].isin(list(pictures))]
+    for kind in kinds_in(kept):
+        cells = kept[kept["kind"] == kind]
+        example = cells["example"].iloc[0]
+        cells = cells[cells["example"] == example]
+        if len(cells) > 1:
+            grid = image_maps.places(rows)[["row", "column"]].max() + 1
+            shape = (int(grid["row"]), int(grid["column"]))
+            drawn = image_maps.image_grid(cells, pictures[example], shape, kind=kind, tower=tower, gap=gap)
+            best = cells.loc[cells["logit_diff"].abs().idxmax()]
+            heading = f"Image patches, {KINDS[kind]}, {TOWERS[tower]}"
+            yield (
+                heading,
+                gallery.show(f"{tower}-{kind}-image", drawn, cells, "image", example=example, best=best),
+            )

@@ -1,0 +1,212 @@
+"""The one way to run a model: with edits, looking at places, with gradients where they are asked for."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from vlmscope.errors import ModelError, SiteError, VlmscopeError
+from vlmscope.inputs import Change, Edit, Inputs, Op, Value
+from vlmscope.layout import grid
+from vlmscope.runs.hooks import Hooks
+from vlmscope.runs.network import Network
+from vlmscope.sites import Pattern, Point, Site, expand, parse
+
+SPEECH = 20
+"""How many tokens a model generates at most."""
+_UNFIT = re.compile(r"image tokens do not match|image size .* doesn't match")
+"""How transformers says that pictures or their tokens are not what the model takes."""
+
+Sites = str | Pattern | Site | Sequence[str | Pattern | Site]
+
+
+class Run(NamedTuple):
+    """What a run gave: the logits at its last positions, and whole activations by point, after the edits."""
+
+    logits: Float[Tensor, "positions vocabulary"]
+    values: dict[Point, Float[Tensor, "1 pos width"]]
+
+
+def forward(
+    network: Network,
+    inputs: Inputs,
+    edits: Iterable[Edit] = (),
+    keep: Collection[Point] = (),
+    positions: int | None = 1,
+    grad: bool = False,
+) -> Run:
+    """Run a model once: a plain forward of the Hugging Face model, with `edits` made as it computes.
+
+    `keep` are the points whose activations are kept; `positions` says how many of the last positions' logits
+    are given (None: every one). With `grad` what is kept and the logits are parts of one graph, so that
+    `torch.autograd.grad` gives gradients of one to the other; else nothing is recorded for gradients.
+
+    Raises `ModelError` if the model refuses the inputs, `SiteError` for a place that is not in this run.
+
+    >>> from PIL import Image
+    >>> from vlmscope.checkpoint import load
+    >>> model = load("toy-llava")
+    >>> inputs = model.inputs(Image.new("RGB", (48, 48), "white"), "describe this picture.")
+    >>> point = Point("decoder", 1, "resid")
+    >>> run = forward(model, inputs, keep=[point], grad=True)
+    >>> (gradient,) = torch.autograd.grad(run.logits[-1].max(), run.values[point])
+    >>> gradient.shape == run.values[point].shape
+    True
+    """
+    found: dict[Point, Tensor] = {}
+    logits: list[Tensor] = []
+    keywords = dict(network.family.keywords)
+    if "logits_to_keep" in keywords:
+        keywords["logits_to_keep"] = positions or 0
+    mode = torch.enable_grad() if grad else torch.inference_mode()
+    with mode, editing(network, inputs, edits), Hooks() as hooks:
+        for point in keep:
+            hooks.at(network.access(point, inputs), _Keep(found, point, grad))
+        hooks.on_output(network.module(network.family.logits), lambda out: logits.append(out.logits))
+        try:
+            network.hf(**inputs.tensors, **keywords)
+        except ValueError as error:
+            if not _UNFIT.search(str(error)):
+                raise
+            raise ModelError(
+                f"{network.name} refuses what its processor made of the example: {error}; "
+                "load the processor that was saved with the model"
+            ) from error
+    whole = logits[0][0]
+    return Run((whole if positions is None else whole[-positions:]).clone(), found)
+
+
+@torch.inference_mode()
+def generate(
+    network: Network, inputs: Inputs, edits: Iterable[Edit] = (), most: int = SPEECH
+) -> Int[Tensor, "pos"]:
+    """The token ids of the model's own greedy generation, at most so many.
+
+    Edits are made as the model reads the prompt; later steps have what came before in their cache.
+    """
+    with editing(network, inputs, edits, generating=True):
+        return network.family.generate(network.hf, inputs, max_new_tokens=room(network, inputs, most))
+
+
+def room(network: Network, inputs: Inputs, most: int) -> int:
+    """How many tokens a model can generate behind a prompt, up to `most`: its positions are numbered.
+
+    The last one takes no position, since nothing follows it.
+    """
+    longest = getattr(network.hf.config.get_text_config(), "max_position_embeddings", None)
+    there = len(inputs.layout[network.speaker].tokens)
+    return most if longest is None else max(1, min(most, longest - there + 1))
+
+
+@contextmanager
+def editing(
+    network: Network, inputs: Inputs, edits: Iterable[Edit], generating: bool = False
+) -> Iterator[None]:
+    """Within this context every run of the model, in any number of rows, has the edits; other threads wait."""
+    with network.alone(), Hooks() as hooks:
+        for change in network.changes(inputs, edits):
+            hooks.at(network.access(change.site.point, inputs), _Change(network, change, generating))
+        yield
+
+
+class _Keep:
+    """Keeps what stands at a point: a copy, or the very part of a graph."""
+
+    def __init__(self, found: dict[Point, Tensor], point: Point, grad: bool) -> None:
+        self.found, self.point, self.grad = found, point, grad
+
+    def __call__(self, x: Tensor) -> Tensor:
+        self.found[self.point] = x if self.grad else x.clone()
+        return x
+
+
+class _Change:
+    """One change, made in every call, or while generating in those that see the prompt."""
+
+    def __init__(self, network: Network, change: Change, generating: bool) -> None:
+        self.network, self.change, self.generating = network, change, generating
+        self.longest = 0
+
+    def __call__(self, x: Float[Tensor, "rows pos width"]) -> Tensor:
+        if self.generating and x.shape[1] <= self.longest:
+            return x
+        self.longest = x.shape[1]
+        return edited(x, *self.change, units=self.network.units(self.change.site.point))
+
+
+def edited(
+    x: Float[Tensor, "rows pos width"], site: Site, op: Op, value: Value, units: int | None
+) -> Float[Tensor, "rows pos width"]:
+    """A copy of an activation, in which so many units lie side by side, with one change in every row."""
+    x, at = x.clone(), list(site.positions)
+    heads = None if units is None else x.unflatten(-1, (units, -1))
+    now = x[:, at] if heads is None else heads[:, at][:, :, list(site.units)].flatten(2)
+    if isinstance(value, Tensor):
+        if not _fits(value, now):
+            raise VlmscopeError(
+                f"the value of the edit at '{site}' has the shape {tuple(value.shape)}; expected a "
+                f"number, or one that broadcasts to {tuple(now.shape[1:])}: (positions, width)"
+            )
+        value = value.to(now)
+    changed = value if op == "set" else now + value if op == "add" else now * value
+    new = torch.as_tensor(changed, dtype=x.dtype, device=x.device).expand_as(now)
+    if heads is None:
+        x[:, at] = new
+    else:
+        heads[:, torch.tensor(at)[:, None], list(site.units)] = new.unflatten(-1, (len(site.units), -1))
+    return x
+
+
+def _fits(value: Tensor, onto: Tensor) -> bool:
+    """Whether a value can be written over a tensor, repeated where it has one entry."""
+    # Every edit asks, and torch.broadcast_shapes takes as long as the edit itself.
+    sizes = zip(reversed(value.shape), reversed(onto.shape), strict=False)
+    return value.ndim <= onto.ndim and all(a in (1, b) for a, b in sizes)
+
+
+def capture(
+    network: Network, inputs: Inputs, sites: Sites, edits: Iterable[Edit] = ()
+) -> dict[str, Float[Tensor, "pos width"]]:
+    """The activations at sites, by site; one row a position that the site names.
+
+    The width is that of the kind, of one head (of all heads of a set), or 1 for a neuron.
+    """
+    patterns = expand(parse(sites), network.shapes)
+    placed = [found for site in patterns for found in network.places(site, inputs)]
+    for site in placed:
+        if len(site.parts) > 1:
+            raise SiteError(f"bad site '{site}': several layers or sites; expected one here")
+    values = forward(network, inputs, edits, {site.point for site in placed}).values
+    return {str(site): read(network, values[site.point], site) for site in placed}
+
+
+def read(network: Network, value: Tensor, site: Site) -> Float[Tensor, "pos width"]:
+    """A site's part of the activation `(1, pos, width)` kept at its point."""
+    value, units = value[0, list(site.positions)], network.units(site.point)
+    return value if units is None else value.unflatten(-1, (units, -1))[:, list(site.units)].flatten(1)
+
+
+def copied(network: Network, source: Inputs, inputs: Inputs, sites: Sites) -> list[Edit]:
+    """Edits of `inputs` that copy the activations at sites from another run.
+
+    Raises `SiteError` if the two have other grids of patches, or other numbers of positions, so that
+    places do not correspond.
+    """
+    for tower, there in inputs.layout.items():
+        here = source.layout[tower]
+        same = sorted(there.cells.values()) == sorted(here.cells.values())
+        if not same or len(there.tokens) != len(here.tokens):
+            this, other = (
+                f"{len(x.tokens)} positions ({' x '.join(map(str, grid(x)))} patches)" for x in (there, here)
+            )
+            raise SiteError(
+                f"the {tower} tower has {this} for this picture and {other} for the one that is copied from, so "
+                "they do not correspond; resize one picture to the other's size"
+            )
+    return [Edit(site, "set", value) for site, value in capture(network, source, sites).items()]

@@ -1,0 +1,374 @@
+"""All that reaches into the modules of transformers: hooks, attention functions, whose turn it is.
+
+What is relied on, each held by a test: blocks take hidden states as their first argument (or by the name
+`hidden_states`) and return them, alone, first in a tuple, or as `last_hidden_state`; attention modules look
+up a function by the name in their config, and their file has an `eager_attention_forward`; what a model adds
+behind its blocks (DeepStack) goes by the name `deepstack_visual_embeds`.
+"""
+
+from __future__ import annotations
+
+import sys
+import threading
+import warnings
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from copy import copy
+from dataclasses import dataclass, field
+from functools import partial
+from itertools import count
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from vlmscope.errors import ModelError
+from vlmscope.runs.views import Deepstack, Function, View
+
+NUMBERS = count()
+"""Every use of `attending` has a number, and by it a name of its own."""
+
+
+# -- whose turn it is ----------------------------------------------------------------------------
+
+
+@dataclass(eq=False)
+class _Turn:
+    """Whose turn it is to run a model: one thread's at a time."""
+
+    lock: threading.RLock = field(default_factory=threading.RLock)
+    taken: bool = False
+    warned: bool = False
+
+
+_TURNS: WeakKeyDictionary[nn.Module, _Turn] = WeakKeyDictionary()
+_FINDING = threading.Lock()
+
+
+@contextmanager
+def alone(hf: nn.Module, name: str) -> Iterator[None]:
+    """Within this context no other thread runs the model, and it is in evaluation mode.
+
+    Hooks are on the modules, so two runs at once would see each other's edits. It may be entered again.
+    There is one turn for each Hugging Face model, which is not kept in it, so that it can still be copied.
+    """
+    with _FINDING:
+        turn = _TURNS.setdefault(hf, _Turn())
+    with turn.lock:
+        training = [] if turn.taken else _training(hf)
+        if training and not turn.warned:
+            turn.warned = True
+            warnings.warn(
+                f"{name} is in training mode, where dropout makes results random; it is run in "
+                "evaluation mode and put back behind each run",
+                stacklevel=5,
+            )
+        before, turn.taken = turn.taken, True
+        for module in training:
+            module.training = False
+        try:
+            yield
+        finally:
+            turn.taken = before
+            for module in training:
+                module.training = True
+
+
+def _training(hf: nn.Module) -> list[nn.Module]:
+    """The modules of a model that are in training mode.
+
+    Every run asks, so not by `modules()`, which makes all their names as well and takes five times as long.
+    """
+    todo = [hf]
+    for module in todo:
+        if module._modules:
+            todo += [child for child in module._modules.values() if child is not None]
+    return [module for module in todo if module.training]
+
+
+# -- hooks ---------------------------------------------------------------------------------------
+
+
+class _Taps:
+    """Our functions on one module, in the order in which they came, before any hook of others.
+
+    transformers records hidden states by hooks of its own, which some families read image features from:
+    they have to get what ours have changed.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self.before: list[Callable[[Any, dict[str, Any]], tuple[Any, dict[str, Any]]]] = []
+        self.behind: list[Callable[[Any], Any]] = []
+        self.handles = (
+            module.register_forward_pre_hook(self._call, prepend=True, with_kwargs=True),
+            module.register_forward_hook(self._leave, prepend=True),
+        )
+
+    def _call(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
+        for function in self.before:
+            args, kwargs = function(args, kwargs)
+        return args, kwargs
+
+    def _leave(self, module: nn.Module, args: Any, out: Any) -> Any:
+        for function in self.behind:
+            out = function(out)
+        return out
+
+
+_TAPS: WeakKeyDictionary[nn.Module, _Taps] = WeakKeyDictionary()
+
+
+class Hooks:
+    """Functions on modules, until the end of a `with`; the models' turns have to be held."""
+
+    def __init__(self) -> None:
+        self._stack = ExitStack()
+
+    def __enter__(self) -> Hooks:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stack.close()
+
+    def _tap(self, module: nn.Module, behind: bool, function: Any) -> None:
+        taps = _TAPS.get(module)
+        if taps is None:
+            taps = _TAPS[module] = _Taps(module)
+        (taps.behind if behind else taps.before).append(function)
+        self._stack.callback(self._release, module, behind, function)
+
+    @staticmethod
+    def _release(module: nn.Module, behind: bool, function: Any) -> None:
+        taps = _TAPS[module]
+        functions: list[Any] = taps.behind if behind else taps.before
+        functions.remove(function)
+        if not taps.before and not taps.behind:
+            for handle in _TAPS.pop(module).handles:
+                handle.remove()
+
+    def on_call(self, module: nn.Module, function: Callable[[Any, dict[str, Any]], Any]) -> None:
+        """`function(args, kwargs)` gives what the module is called with instead, or None for no change."""
+
+        def call(args: Any, kwargs: dict[str, Any]) -> Any:
+            return function(args, kwargs) or (args, kwargs)
+
+        self._tap(module, False, call)
+
+    def on_output(self, module: nn.Module, function: Callable[[Any], Any]) -> None:
+        """`function(output)` gives what the module is taken to have returned, or None for no change."""
+
+        def leave(out: Any) -> Any:
+            found = function(out)
+            return out if found is None else found
+
+        self._tap(module, True, leave)
+
+    def at(self, access: Access, function: Function) -> None:
+        """`function` gets the hidden states at a place and gives new ones, or the same."""
+        if access.inner:
+            self._stack.enter_context(inner(access.module, access.inner, function))
+            return
+        if access.view is not None:
+            access.view.watch(self)
+        if access.before:
+            self._tap(access.module, False, partial(access.on_call, function))
+        else:
+            self._tap(access.module, True, partial(access.on_output, function))
+
+
+@dataclass(frozen=True, eq=False)
+class Access:
+    """How a place is read and written: a module's output, or its first input (`before`).
+
+    `flat`: what it handles is laid end to end (image tiles, or patches without a batch), and a function gets
+    it as `(1, all positions, width)`. `view`: what stands at the place, where that is not what the module
+    handles. `inner`: the place is within an attention module (see `inner`).
+    """
+
+    module: nn.Module
+    before: bool = False
+    flat: bool = False
+    view: View | None = None
+    inner: str = ""
+
+    def change(self, x: Tensor, function: Function) -> Tensor:
+        if not self.flat and x.ndim == 3 and self.view is None:
+            return function(x)
+        laid = x if not self.flat and x.ndim >= 3 else x.reshape(1, -1, x.shape[-1])
+        if self.view is None:
+            return function(laid).reshape(x.shape)
+        return self.view.write(laid, function(self.view.read(laid))).reshape(x.shape)
+
+    def on_call(self, function: Function, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        if isinstance(self.view, Deepstack):
+            return args, self.view.given(kwargs, lambda x: self.change(x, function))
+        if args:
+            return (self.change(args[0], function), *args[1:]), kwargs
+        return args, {**kwargs, "hidden_states": self.change(kwargs["hidden_states"], function)}
+
+    def on_output(self, function: Function, out: Any) -> Any:
+        if isinstance(out, Tensor):
+            return self.change(out, function)
+        if isinstance(out, tuple):
+            return (self.change(out[0], function), *out[1:])
+        out.last_hidden_state = self.change(out.last_hidden_state, function)
+        return out
+
+
+# -- attention -----------------------------------------------------------------------------------
+
+
+def eager(module: nn.Module) -> Callable[..., Any] | None:
+    """The eager function of a module that pays attention through transformers' interface."""
+    return getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
+
+
+@dataclass(frozen=True)
+class Plain:
+    """The attention function that modules call by themselves, and what it is called there."""
+
+    name: str
+    function: Callable[..., Any]
+    configs: Mapping[nn.Module, Any]
+
+    def __call__(self, module: nn.Module, *args: Any, **keywords: Any) -> Any:
+        # Flash kernels look up in the module's config which of them is meant.
+        ours, module.config = module.config, self.configs[module]
+        try:
+            return self.function(module, *args, **keywords)
+        finally:
+            module.config = ours
+
+    def mask(
+        self, module: nn.Module, mask: Any, own: int, keys: int, device: torch.device, **kw: Any
+    ) -> Tensor | None:
+        """The mask of a call as a dense one, `(tiles or 1, heads or 1, own, keys)`: true where a key is
+        seen, or what is added to the scores. None: everything is seen.
+
+        Kernels that get no mask leave out what comes later, where the call or the module says that it is
+        causal, and what is farther away than the window of the call; eager attention leaves out nothing.
+
+        Raises `ModelError` for masks of any other form (flash attention's for padding, flex
+        attention's blocks).
+        """
+        if mask is None:
+            causal, window = kw.get("is_causal"), kw.get("sliding_window")
+            causal = own > 1 and (getattr(module, "is_causal", True) if causal is None else causal)
+            if self.function is eager(module) or not (causal or window):
+                return None
+            behind = torch.arange(own, device=device)[:, None] - torch.arange(keys, device=device)
+            seen = behind >= 0 if causal else torch.ones_like(behind, dtype=torch.bool)
+            return (seen & (behind.abs() < window) if window else seen)[None, None]
+        if isinstance(mask, Tensor) and mask.ndim == 4:
+            return mask[..., :keys].expand(-1, -1, own, -1)
+        form = f"one of {mask.ndim} dimensions" if isinstance(mask, Tensor) else f"a {type(mask).__name__}"
+        raise ModelError(
+            f"the attention '{self.name}' of {type(module).__name__} has {form} as its mask, which is not read "
+            "here; expected none or one of 4 dimensions, as 'sdpa' and 'eager' have: "
+            "model.hf.set_attn_implementation('sdpa')"
+        )
+
+
+@contextmanager
+def attending(modules: Sequence[Any], function: Callable[..., Any]) -> Iterator[None]:
+    """Within this context the attention of modules calls `function(plain, module, q, k, v, mask,
+    **keywords)`, where `plain` is the attention function that they would call otherwise.
+
+    Each use has a name of its own among transformers' attention functions, and only these modules know it,
+    each by a copy of its config: masks are made as they always are, and another model with the same config
+    is left as it is. Uses may be within each other; the model's turn has to be held.
+    """
+    configs = {module: module.config for module in modules}
+    name = modules[0].config._attn_implementation
+    plain = Plain(str(name), ALL_ATTENTION_FUNCTIONS.get_interface(name, eager(modules[0])), configs)
+
+    def attend(module: Any, q: Tensor, k: Tensor, v: Tensor, attention_mask: Any = None, **kw: Any) -> Any:
+        return function(plain, module, q, k, v, attention_mask, **kw)
+
+    # Some modules read in the name which kind of kernel they call.
+    ours = f"{name}, by vlmscope {next(NUMBERS)}"
+    copies: list[tuple[Any, Any]] = []  # modules that share a config go on sharing one
+    ALL_ATTENTION_FUNCTIONS.register(ours, attend)
+    try:
+        for module, config in configs.items():
+            module.config = next((new for known, new in copies if known is config), None) or copy(config)
+            # not by its property, which sets sub-configs, too
+            module.config._attn_implementation_internal = ours
+            copies.append((config, module.config))
+        yield
+    finally:
+        for module, config in configs.items():
+            module.config = config
+        ALL_ATTENTION_FUNCTIONS._global_mapping.pop(ours)
+
+
+def patterns(
+    plain: Plain,
+    module: Any,
+    q: Float[Tensor, "tiles heads own width"],
+    k: Float[Tensor, "tiles kv_heads keys width"],
+    v: Float[Tensor, "tiles kv_heads keys value_width"],
+    mask: Any,
+    at: Sequence[int],
+    **kw: Any,
+) -> Float[Tensor, "heads at every"]:
+    """The attention patterns of a few queries, by the module's own eager function: with its scale, soft cap,
+    mask and precision.
+
+    Tiles look only within themselves; positions count through all of them.
+    """
+    tiles, heads, own, _ = q.shape
+    keys = k.shape[2]
+    mask = plain.mask(module, mask, own, keys, q.device, **kw)
+    if mask is not None and mask.dtype == torch.bool:  # eager attention adds its mask
+        mask = q.new_zeros(mask.shape).masked_fill(~mask, torch.finfo(q.dtype).min)
+    by_tile = defaultdict(list)
+    for number, position in enumerate(at):
+        by_tile[position // own].append((number, position % own))
+    function: Any = eager(module)
+    found = q.new_zeros(heads, len(at), tiles * keys)
+    for tile, places in by_tile.items():
+        numbers, rows = map(list, zip(*places, strict=True))
+        this = slice(tile, tile + 1)
+        seen = None if mask is None else (mask[this] if len(mask) > 1 else mask)[:, :, rows]
+        _, paid = function(module, q[this, :, rows], k[this], v[this], seen, **kw)
+        found[:, numbers, tile * keys : (tile + 1) * keys] = paid[0].to(found)
+    return found
+
+
+@contextmanager
+def inner(module: Any, part: str, function: Function) -> Iterator[None]:
+    """Within this context `function` gets the queries, keys, values (`q`, `k`, `v`) or attention patterns (`p`)
+    of a module that pays attention through transformers' interface: `(1, all positions, heads x width)`."""
+
+    def attend(plain: Plain, module: Any, q: Tensor, k: Tensor, v: Tensor, mask: Any, **kw: Any) -> Any:
+        if part == "p":
+            return _pay(plain, module, q, k, v, mask, function, **kw)
+        given = {"q": q, "k": k, "v": v}
+        x = given[part].transpose(1, 2)  # tiles, positions, heads, width
+        given[part] = function(x.reshape(1, -1, x.shape[2] * x.shape[3])).reshape(x.shape).transpose(1, 2)
+        return plain(module, *given.values(), mask, **kw)
+
+    with attending([module], attend):
+        yield
+
+
+def _pay(
+    plain: Plain, module: Any, q: Tensor, k: Tensor, v: Tensor, mask: Any, function: Function, **kw: Any
+) -> Any:
+    """The attention's output with other patterns, where they are others."""
+    tiles, heads, own, _ = q.shape
+    out, weights = plain(module, q, k, v, mask, **kw)
+    paid = patterns(plain, module, q, k, v, mask, range(tiles * own), **kw)
+    new = function(paid.transpose(0, 1).reshape(1, tiles * own, -1))
+    new = new.unflatten(-1, (heads, -1))[0].transpose(0, 1)  # heads, all queries, all keys
+    changed = (new != paid).any(-1)
+    if not changed.any():
+        return out, weights
+    values = v.repeat_interleave(heads // v.shape[1], 1).transpose(0, 1).flatten(1, 2)
+    mixed = (new @ values).unflatten(1, (tiles, own)).permute(1, 2, 0, 3)
+    return torch.where(changed.unflatten(1, (tiles, own)).permute(1, 2, 0)[..., None], mixed, out), weights

@@ -1,0 +1,403 @@
+"""A Hugging Face model with its processor, and where its family's table finds things in it."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, suppress
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from jaxtyping import Float
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from vlmscope.errors import ModelError, SiteError
+from vlmscope.families import Family, Tower, families
+from vlmscope.inputs import Change, Edit, Inputs
+from vlmscope.runs.hooks import Access, alone, attending, eager
+from vlmscope.runs.views import Between, Deepstack, Gain, Gaps, Paid, Third, View
+from vlmscope.sites import Pattern, Point, Shape, Site, expand, place
+
+QUANTIZED = "4bit"
+"""Weights of 4 bits (NF4, by bitsandbytes), which compute in bfloat16."""
+BLOCK = ("resid_pre", "resid")
+SUBLAYERS = ("attn", "cross", "mlp")
+INNER = ("q", "k", "v", "p")
+
+
+class Network:
+    """The modules of a model, by its family's table: what there is, and how a place is read and written.
+
+    `shapes` says which sites each tower has. Raises `ModelError` if the model is of no supported family or
+    does not fit its family's table.
+    """
+
+    def __init__(self, hf: PreTrainedModel, processor: Any, name: str = "model") -> None:
+        self.hf = hf.eval()
+        self.processor = processor
+        self.name = name
+        self._fingerprint: tuple[list[tuple[str, int, int]], str] | None = None
+        self.unedited: str | None = None
+        """The fingerprint before edits of the weights, while there are any."""
+        self.edits: tuple[str, ...] = ()
+        """The digests of these edits, in the order in which they were made."""
+        language = getattr(hf.config.get_text_config(), "model_type", None)
+        self.family = family_of([type(hf).__name__], language, name)
+        self.shapes = {tower: self._shape(tower) for tower in self.family.towers}
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.hf.dtype
+
+    @property
+    def precision(self) -> str:
+        """The type of the weights, as `load` takes it."""
+        four = getattr(self.hf, "is_loaded_in_4bit", False)
+        return QUANTIZED if four else str(self.dtype).removeprefix("torch.")
+
+    @property
+    def device(self) -> torch.device:
+        """Where inputs go; a model that is spread over several devices begins there."""
+        return self.hf.device
+
+    def free_memory(self) -> int:
+        """Bytes of free memory on the fullest device of the model."""
+        return min(free_memory(device) for device in {p.device for p in self.hf.parameters()})
+
+    def alone(self) -> AbstractContextManager[None]:
+        """Within this context no other thread runs the model, and it is in evaluation mode (`hooks.alone`)."""
+        return alone(self.hf, self.name)
+
+    # -- towers ----------------------------------------------------------------------------------
+
+    @property
+    def speaker(self) -> str:
+        """The tower that says the words: the last one."""
+        return list(self.family.towers)[-1]
+
+    @property
+    def text_towers(self) -> list[str]:
+        """The towers whose positions are tokens of text; the Q-Former's are queries."""
+        return [tower for tower in self.shapes if tower in ("encoder", "decoder")]
+
+    @property
+    def image_site(self) -> Site:
+        """What the language model reads of the image, all of it.
+
+        Where the image's tokens enter the language model's first block, that is the block's input there;
+        elsewhere it is the output of the tower that is read (`Family.image`). Whoever asks for patches
+        takes the same place at `image`; what has no place in the picture (`Layout.cells`), such as the
+        queries of a Q-Former, is no patch.
+
+        >>> from vlmscope.checkpoint import load
+        >>> str(load("toy-blip").image_site), str(load("toy-llava").image_site)
+        ('vision.2.output@all', 'decoder.0.resid_pre@image')
+        """
+        tower = self.family.image
+        if tower is not None:
+            return Site(tower, self.shapes[tower].layers - 1, "output")
+        return Site(self.text_towers[0], 0, "resid_pre", position="image")
+
+    def attended(self, tower: str, kind: str) -> str:
+        """The tower whose positions `attn` or `cross` of a tower attends to."""
+        return tower if kind == "attn" else self.family.towers[tower].reads or tower
+
+    def idle(self, tower: str, inputs: Inputs) -> list[int]:
+        """The layers that a run passes over: those that read a picture, where there is none."""
+        reads = self.family.towers[tower].reads
+        return [] if reads is None or reads in inputs.layout else self.shapes[tower].having("cross")
+
+    def flow(self, tower: str, inputs: Inputs) -> str:
+        """How patches of a tower are computed: one forward a patch where a batch holds several pictures,
+        or where several blocks make up what leaves the tower."""
+        table = self.family.towers[tower]
+        joined = table.joined is not None and table.joined(self.hf.config)
+        return "plain" if joined or inputs.layout[tower].sequences > 1 else table.flow
+
+    def units(self, point: Point) -> int | None:
+        """How many heads or neurons lie side by side at a point; None for a kind itself."""
+        return self.shapes[point.tower].units(point.kind, point.part)
+
+    # -- modules ---------------------------------------------------------------------------------
+
+    def module(self, path: str) -> nn.Module:
+        """The module at a path of the family's table."""
+        try:
+            return self.hf.get_submodule(path)
+        except AttributeError as error:
+            raise self.misfit(f"no module '{path}'") from error
+
+    def blocks(self, tower: str) -> Sequence[nn.Module]:
+        """The blocks of a tower that are used, in order."""
+        table = self.family.towers[tower]
+        blocks = list(self.module(table.blocks).children())
+        return blocks if table.depth is None else blocks[: table.depth(self.hf.config)]
+
+    def attention_modules(self, tower: str, kind: str) -> list[nn.Module]:
+        """The modules of a tower that pay attention, block by block."""
+        path = self.family.towers[tower].attention.get(kind)
+        if path is None:
+            raise ModelError(
+                f"{self.name}: the models of {self.family.name} do not tell what the {kind} heads of the {tower} "
+                "tower attend to"
+            )
+        return [block.get_submodule(path) for block in self.blocks(tower) if has(block, path)]
+
+    def attending(self, tower: str, function: Any, kind: str = "attn") -> AbstractContextManager[None]:
+        """Within this context a tower's attention calls `function` (`hooks.attending`)."""
+        return attending(self.attention_modules(tower, kind), function)
+
+    def access(self, point: Point, inputs: Inputs) -> Access:
+        """How a point is read and written, for hooks."""
+        table = self.family.towers[point.tower]
+        flat = self.flow(point.tower, inputs) == "plain"
+        place = f"{point.tower}.{point.layer}.{point.kind}"
+        if point.kind == "output":
+            view: View | None = Gaps.of(inputs.layout[point.tower])
+            return Access(self.module(table.output or ""), False, flat, view)
+        if point.kind == "deepstack":
+            layout = inputs.layout[point.tower]
+            view = Deepstack(place, point.layer, layout.image, len(layout.tokens))
+            return Access(self.module(table.blocks.rpartition(".")[0]), True, flat, view)
+        block = self.blocks(point.tower)[point.layer]
+        if point.kind in BLOCK:
+            return Access(block, point.kind == "resid_pre", flat)
+        if point.kind == "resid_mid":
+            return self._between(point, table, block, inputs)
+        if point.part in INNER:
+            return self._inner(point, table, block, flat)
+        if point.part:
+            return Access(block.get_submodule(getattr(table, point.kind) or ""), True, flat)
+        module = block.get_submodule(self._adds(table, block, point.kind))
+        factor = table.factor[point.kind](block) if point.kind in table.factor else None
+        return Access(module, False, flat, None if factor is None else Gain(place, block, factor))
+
+    def _adds(self, table: Tower, block: nn.Module, kind: str) -> str:
+        """The path of the module that gives what a sublayer adds: its last, or the norm behind it."""
+        if all(has(block, path) for path in table.behind.values()):
+            return table.behind.get(kind) or getattr(table, kind) or ""
+        return getattr(table, kind) or ""
+
+    def _between(self, point: Point, table: Tower, block: nn.Module, inputs: Inputs) -> Access:
+        """Between attention and MLP: what blocks that normalise the stream itself read there, or a sum."""
+        kinds = [kind for kind in ("attn", "cross") if (path := getattr(table, kind)) and has(block, path)]
+        if table.normed:  # the norm stands behind the output projection, in the same module
+            path = str(getattr(table, kinds[-1])).rpartition(".")[0]
+            return Access(block.get_submodule(path), False, self.flow(point.tower, inputs) == "plain")
+        *earlier, last = (self.access(point._replace(kind=kind), inputs) for kind in kinds)
+        view = Between(block, [a for a in earlier if isinstance(a, Access)], last.view)
+        return replace(last, view=view)
+
+    def _inner(self, point: Point, table: Tower, block: nn.Module, flat: bool) -> Access:
+        """A head's query, key, value or attention pattern."""
+        path = table.attention.get(point.kind)
+        module: Any = None if path is None else block.get_submodule(path)
+        if module is not None and eager(module) is not None:
+            return Access(module, inner=point.part)
+        names = {"q": ("query", "q"), "k": ("key", "k"), "v": ("value", "v"), "p": ("dropout",)}[point.part]
+        found = next((x for name in names if isinstance(x := getattr(module, name, None), nn.Module)), None)
+        if found is not None:
+            return Access(found, False, flat, Paid() if point.part == "p" else None)
+        if isinstance(getattr(module, "qkv", None), nn.Module) and point.part != "p":
+            return Access(module.qkv, False, flat, Third("qkv".index(point.part)))
+        raise ModelError(
+            f"{self.name}: the models of {self.family.name} do not show the {point.part} of their {point.tower} "
+            f"{point.kind} heads; name the heads' outputs (h)"
+        )
+
+    def down(self, layer: int) -> nn.Module:
+        """The down projection of a block that says the words: its input are the neurons."""
+        table = self.family.towers[self.speaker]
+        return self.blocks(self.speaker)[layer].get_submodule(table.mlp or "")
+
+    def columns(self, layer: int) -> Float[Tensor, "width neurons"]:
+        """The weights of `down`, a column a neuron; in float32 where they are of fewer bits.
+
+        Without a copy where they are float32 already, so these are not to be changed.
+        """
+        weight: Any = self.down(layer).weight
+        state = getattr(weight, "quant_state", None)
+        if state is not None:
+            from bitsandbytes.functional import dequantize_4bit
+
+            weight = dequantize_4bit(weight, state)
+        return weight.detach().float() if weight.dtype.itemsize < 4 else weight.detach()
+
+    def unembedding(
+        self, tokens: Sequence[int] | slice, *, gain: bool = False
+    ) -> Float[Tensor, "tokens width"]:
+        """Rows of the output embedding, in float32 or more; with `gain`, times the final norm's weight.
+
+        Raises `ModelError` for a gain where more than a norm is between the last block and the logits.
+        """
+        head: Any = self.module(self.family.head)
+        rows = head.weight.detach()[tokens]
+        rows = rows.float() if rows.dtype.itemsize < 4 else rows
+        return rows * self._gain().to(rows) if gain else rows
+
+    @torch.inference_mode()
+    def _gain(self) -> Float[Tensor, "width"]:
+        """What the final norm multiplies each feature by, whatever the norm: read off its output."""
+        if self.family.norm is None:
+            raise ModelError(
+                f"{self.name}: more than a norm is between the last block and the logits of {self.family.name}, "
+                "so there is no gain; leave it out"
+            )
+        norm, width = self.module(self.family.norm), self.shapes[self.speaker].width
+        signs = torch.ones(1, 1, width, dtype=self.dtype, device=self.device)
+        signs[..., ::2] = -1.0  # mean zero, mean square one
+        return ((norm(signs) - norm(-signs)) / (2 * signs))[0, 0]
+
+    def fingerprint(self) -> str:
+        """SHA-256 over the names, types and bytes of all weights, as hexadecimal digits.
+
+        Computed once, and anew only when a weight was written to or replaced since.
+        """
+        weights = sorted(self.hf.state_dict().items())
+        state = [(name, tensor.data_ptr(), tensor._version) for name, tensor in weights]
+        if self._fingerprint is None or self._fingerprint[0] != state:
+            digest = hashlib.sha256()
+            for name, tensor in weights:
+                digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+                digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+            self._fingerprint = state, digest.hexdigest()
+        return self._fingerprint[1]
+
+    def token(self, number: int) -> str:
+        """A token of the model's tokenizer as it is written there, such as `▁red`."""
+        return str(self.processor.tokenizer.convert_ids_to_tokens(number))
+
+    # -- places in a run -------------------------------------------------------------------------
+
+    def places(self, site: Pattern | Site, inputs: Inputs) -> list[Site]:
+        """The places that the site of an edit names: one layer and unit, one or more positions.
+
+        Raises `SiteError` if what it is in does not run.
+        """
+        if isinstance(site, Pattern):
+            sites = expand([site], self.shapes)
+            if len(sites) != 1:
+                raise SiteError(f"an edit is of one layer and unit; '{site}' names {len(sites)}")
+            (site,) = sites
+        found = [site] if site.positions else place(site, inputs.layout)
+        for part in found[0].parts:
+            if part.source:
+                raise SiteError(f"'{part}' is an edge of attention, which is neither read nor patched")
+            if part.layer in self.idle(part.tower, inputs):
+                raise SiteError(
+                    f"bad site '{site}': layer {part.layer} of the {part.tower} tower attends to the picture "
+                    "alone and is passed over in a run without one; name another layer"
+                )
+        return found
+
+    def changes(self, inputs: Inputs, edits: Iterable[Edit]) -> list[Change]:
+        """What edits are in one run, layer by layer."""
+        return [
+            Change(part, edit.op, edit.value)
+            for edit in edits
+            for site in self.places(edit.site, inputs)
+            for part in site.parts
+        ]
+
+    # -- how the family's table fits -------------------------------------------------------------
+
+    def misfit(self, what: str) -> ModelError:
+        return ModelError(
+            f"{self.name}: the table of family {self.family.name} does not fit this model under "
+            f"transformers {transformers.__version__}: {what}"
+        )
+
+    def _shape(self, tower: str) -> Shape:
+        """What one tower has, read off its modules and its config."""
+        table = self.family.towers[tower]
+        config = self.hf.config
+        for part in filter(None, table.config.split(".")):
+            config = _entry(config, part)
+        blocks = self.blocks(tower)
+        widths: dict[str, int] = {}
+        lacks: dict[str, frozenset[int]] = {}
+        width = 0
+        for kind in SUBLAYERS:
+            path = getattr(table, kind)
+            found = {n: b.get_submodule(path) for n, b in enumerate(blocks) if path and has(b, path)}
+            missing = frozenset(range(len(blocks))) - set(found)
+            if kind == "mlp" and (missing or not found) and _experts(blocks):
+                raise ModelError(
+                    f"{self.name}: the feed-forward blocks of its {tower} tower are made of experts, which "
+                    "cannot be split into neurons; models with plain or gated blocks are supported"
+                )
+            if path and (not found or (missing and table.cross is None)):
+                raise self.misfit(f"no module '{path}' in block {min(missing)} of {tower}")
+            if found:
+                first: Any = next(iter(found.values()))
+                widths[kind], width = int(first.in_features), int(first.out_features)
+                if missing:
+                    lacks[kind] = missing
+        attention = [kind for kind in ("attn", "cross") if kind in widths]
+        heads: dict[str, int] = {kind: _entry(config, table.heads) for kind in attention}
+        for kind, many in heads.items():
+            if widths[kind] % many:
+                raise self.misfit(
+                    f"{tower}.{kind} is {widths[kind]} wide, not a multiple of its {many} heads"
+                )
+        kinds = ["resid_pre", *attention, *["resid_mid"] * bool(attention), "mlp", "resid"]
+        if table.deepstack:
+            kinds.append("deepstack")
+            lacks["deepstack"] = frozenset(range(table.deepstack(self.hf.config), len(blocks)))
+        out: dict[str, int] = {}
+        if table.output:
+            kinds.append("output")
+            wide = getattr(self.module(table.output), "out_features", width)
+            out = {} if wide == width else {"output": wide}
+        groups = getattr(config, "num_key_value_heads", None)
+        return Shape(len(blocks), tuple(kinds), heads, widths["mlp"], width, lacks, out, groups)
+
+
+def family_of(architectures: Sequence[str], language: str | None, name: str) -> Family:
+    """The family of a checkpoint, by its class and, if that has several, its language model."""
+    known = families()
+    of_class = [f for f in known if f.architecture in architectures]
+    for family in of_class:
+        if family.variant in (None, language):
+            return family
+    what = f"is a {architectures[0]}" if architectures else "does not say what model it is"
+    if of_class:
+        what += f" with a language model of type '{language}'"
+    variants = [f"{f.architecture} with {f.variant}" if f.variant else f.architecture for f in known]
+    names = dict.fromkeys(f"{f.name} ({variant})" for f, variant in zip(known, variants, strict=True))
+    raise ModelError(
+        f"{name} {what}, which is not supported; docs/add-a-family.md says how to add it; "
+        f"supported: {', '.join(names)}"
+    )
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes of free memory on a device; where the system does not tell, half a gigabyte."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    with suppress(OSError, ValueError):  # Linux counts what it would give up for a program
+        lines = Path("/proc/meminfo").read_text("utf-8").splitlines()
+        return next(int(x.split()[1]) * 1024 for x in lines if x.startswith("MemAvailable"))
+    return 2**29
+
+
+def has(block: nn.Module, path: str) -> bool:
+    """Whether a block has a module at a path."""
+    try:
+        block.get_submodule(path)
+    except AttributeError:
+        return False
+    return True
+
+
+def _experts(blocks: Sequence[nn.Module]) -> bool:
+    return any(name.endswith("experts") for block in blocks for name, _ in block.named_modules())
+
+
+def _entry(config: Any, name: str) -> Any:
+    """A part of a config, which may be a dictionary."""
+    return config[name] if isinstance(config, Mapping) else getattr(config, name)

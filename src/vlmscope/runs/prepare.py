@@ -1,0 +1,152 @@
+"""From an example to the tensors of its runs, and the tokens that are scored."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from PIL import Image
+
+from vlmscope.data.example import Example, Picture, Span, find_roles
+from vlmscope.data.images import open_image
+from vlmscope.errors import ExampleError
+from vlmscope.inputs import Inputs, Pair
+from vlmscope.layout import Layout, grid
+from vlmscope.runs.network import Network
+
+_WORD = "\0"
+"""What the name of a word's own role begins with, which no column of a CSV file can."""
+
+
+def encode(
+    network: Network,
+    images: Sequence[Picture],
+    prompt: str,
+    roles: Mapping[str, Any] = {},
+    fed: Sequence[int] = (),
+    read: int = 1,
+) -> Inputs:
+    """The tensors of one run; `fed` are tokens behind the prompt, the `read` last positions are scored."""
+    pictures = [open_image(image) for image in images]
+    inputs = network.family.encode(network.hf, network.processor, pictures, prompt, roles, fed)
+    tensors = {k: v.to(network.device) for k, v in inputs.tensors.items()}
+    there = inputs.layout[network.speaker]
+    there = replace(there, readout=len(there.tokens) - read, fed=len(fed))
+    return Inputs(tensors, {**inputs.layout, network.speaker: there})
+
+
+def prepare(network: Network, example: Example, whole: bool = False) -> Pair:
+    """The clean and the corrupt run of an example, and the tokens that are scored.
+
+    What the example leaves out of the corrupt run (image or prompt) is as in the clean one.
+    Answers of several tokens are scored at the first one in which the two options differ,
+    after what they share has been fed; with `whole` all tokens of the answer are scored, and no foil is needed.
+
+    Raises `ExampleError` if an image cannot be read, the prompts do not align token for token,
+    or an option is empty, unknown to the tokenizer, or the same as the other.
+    """
+    prompt, many = example.clean_prompt, 1 + len(example.more_images)
+    foil: int | None = None
+    if whole:
+        answers = tuple(_option(network, prompt, "answer", example.answer, many)[:-1])
+        fed = list(answers[:-1])
+    else:
+        fed, answer, foil = _options(network, example, many)
+        answers = (answer,)
+    read = len(answers)
+    other = prompt if example.corrupt_prompt is None else example.corrupt_prompt
+    images = [example.clean_image, *example.more_images]
+    if example.corrupt_image is None and other == prompt:
+        clean = encode(network, images, prompt, example.roles, fed, read)
+        return Pair(clean, clean, answers[0], foil, (), answers)
+    words = [_words(network, text) for text in (prompt, other)]
+    clean = encode(network, images, prompt, {**example.roles, **words[0]}, fed, read)
+    corrupt_image = example.corrupt_image or example.clean_image
+    corrupt = encode(network, [corrupt_image, *example.more_images], other, words[1], fed, read)
+    _check_grids(clean, corrupt)
+    clean = _aligned(clean, corrupt, prompt, other)
+    tensors, layout = dict(corrupt.tensors), dict(corrupt.layout)
+    if example.corrupt_image is None:  # the same tensor, so that nobody encodes it twice
+        pixels = network.family.pixels
+        tensors[pixels] = clean.tensors[pixels]
+    for tower, there in clean.layout.items():  # the prompts align: roles stand where they stood
+        layout[tower] = replace(there, tokens=layout[tower].tokens)
+    return Pair(clean, Inputs(tensors, layout), answers[0], foil, (), answers)
+
+
+def _option(network: Network, prompt: str, what: str, text: str, images: int) -> list[int]:
+    """The tokens of an answer or a foil. Its end belongs to it, and tells "red" from "red wine"."""
+    if not text.strip():
+        raise ExampleError(f"the {what} '{text}' is empty; give it a word")
+    tokens = network.family.options(network.processor, prompt, text, images)
+    unknown = network.processor.tokenizer.unk_token_id
+    if unknown is not None and unknown in tokens[:-1]:  # OPT's end token is this, too
+        raise ExampleError(f"the {what} '{text}' is unknown to the model's tokenizer")
+    return tokens
+
+
+def _options(network: Network, example: Example, images: int) -> tuple[list[int], int, int]:
+    """What answer and foil share at their beginning, and the tokens in which they differ first."""
+    options = {"answer": example.answer, "foil": example.foil}
+    answer, foil = (_option(network, example.clean_prompt, *option, images) for option in options.items())
+    same = next((n for n, (a, b) in enumerate(zip(answer, foil, strict=False)) if a != b), None)
+    if same is None:
+        raise ExampleError(f"answer '{example.answer}' and foil '{example.foil}' are the same tokens")
+    return answer[:same], answer[same], foil[same]
+
+
+def _words(network: Network, prompt: str) -> dict[str, Span]:
+    """The words of a prompt as roles, which `_aligned` takes out again; the image's mark is none."""
+    mark = str(getattr(network.processor, "image_token", ""))
+    words = enumerate(re.finditer(r"\S+", prompt))
+    return {f"{_WORD}{n}": m.span() for n, m in words if not mark or mark not in m[0]}
+
+
+def _aligned(clean: Inputs, corrupt: Inputs, prompt: str, other: str) -> Inputs:
+    """The clean run without the words' roles; positions of the two runs must correspond, word by word."""
+    misaligned = "the prompts do not align token for token"
+    words = [text.split() for text in (prompt, other)]
+    if len(words[0]) != len(words[1]):
+        raise ExampleError(
+            f"{misaligned}: the clean one has {len(words[0])} words, the corrupt one {len(words[1])}; "
+            "choose other words"
+        )
+    layout = {}
+    for tower, there in clean.layout.items():
+        here, many = corrupt.layout[tower].roles, len(corrupt.layout[tower].tokens)
+        for name, at in there.roles.items():
+            if name.startswith(_WORD) and at != here.get(name, ()):
+                n = int(name.removeprefix(_WORD))
+                raise ExampleError(
+                    f"{misaligned}: word {n + 1} is '{words[0][n]}' ({len(at)} tokens) in the clean one, "
+                    f"'{words[1][n]}' ({len(here.get(name, ()))} tokens) in the corrupt one; choose other words"
+                )
+        if len(there.tokens) != many:
+            raise ExampleError(
+                f"the clean run has {len(there.tokens)} positions in the {tower} tower, the corrupt one {many}, "
+                "so they do not correspond; choose other words or images"
+            )
+        own = {name: at for name, at in there.roles.items() if not name.startswith(_WORD)}
+        layout[tower] = replace(there, roles=own)
+    return Inputs(clean.tensors, layout)
+
+
+def _check_grids(clean: Inputs, corrupt: Inputs) -> None:
+    """Patches of the two runs must correspond."""
+    for tower, there in clean.layout.items():
+        here = corrupt.layout[tower]
+        if sorted(there.cells.values()) != sorted(here.cells.values()):
+            sizes = [" x ".join(map(str, grid(x))) for x in (there, here)]
+            raise ExampleError(
+                f"the clean image has a grid of {sizes[0]} patches, the corrupt one of {sizes[1]}, so their "
+                "positions do not correspond; resize the corrupt image to the clean one's size"
+            )
+
+
+def layouts(network: Network) -> Mapping[str, Layout]:
+    """What stands at each position of each tower, for a blank picture and a short question."""
+    prompt = "is this circle red or blue?"
+    roles = find_roles(prompt, {"answer": "red", "foil": "blue", "noun": "circle"})
+    return encode(network, [Image.new("RGB", (64, 64))], prompt, roles).layout

@@ -1,0 +1,168 @@
+"""Tables and figures of effects."""
+
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+import pytest
+from matplotlib.axes import Axes
+from PIL import Image
+
+from vlmscope.errors import DataError
+from vlmscope.report import figures
+from vlmscope.report.heat_maps import FLOOR
+from vlmscope.report.image_maps import image_grid
+from vlmscope.report.ranking import strongest
+from vlmscope.studies.run_folder import EFFECTS, typed
+from vlmscope.studies.tables import head_table, token_table
+
+TOKENS = ["[CLS]", "is", "red", "or", "blue", "[SEP]"]
+ROLES = {2: "answer", 4: "foil"}
+
+
+def rows(examples: int = 2, tokens: list[str] | None = None, layers: int = 3) -> pd.DataFrame:
+    """Heads and residual streams of an encoder; the effect says where it is."""
+    tokens = tokens or TOKENS
+    found = []
+    for n in range(examples):
+        for layer in range(layers):
+            for position, token in enumerate(tokens):
+                for unit in (None, "h0", "h1"):
+                    kind = "resid" if unit is None else "cross"
+                    value = layer + position / 10 + (100 if unit == "h1" and position == 2 else 0)
+                    suffix = f".{unit}" if unit else ""
+                    found.append(
+                        {
+                            "example": f"e{n}",
+                            "corruption": "image",
+                            "site": f"encoder.{layer}.{kind}{suffix}@{position}",
+                            "tower": "encoder",
+                            "layer": layer,
+                            "kind": kind,
+                            "unit": unit,
+                            "position": position,
+                            "token": token,
+                            "role": ROLES.get(position),
+                            "slot": ROLES.get(position, str(position)),
+                            "p_patched": 0.5,
+                            "p_restored": 0.1,
+                            "logit_diff": value + n,
+                            "effect": None,
+                        }
+                    )
+    return typed(pd.DataFrame(found, columns=EFFECTS.names), EFFECTS)
+
+
+def labels(axes):
+    return [tick.get_text() for tick in axes.get_xticklabels()]
+
+
+def test_labels_say_the_token_where_it_is_the_same():
+    other = rows(1, ["[CLS]", "was", "green", "or", "pink", "[SEP]"]).assign(example="other")
+    axes = figures.layer_by_token(pd.concat([rows(1), other], ignore_index=True), tower="encoder")
+    assert labels(axes) == ["0 [CLS]", "1", "3 or", "5 [SEP]", "answer", "foil"]
+    bold = [tick.get_text() for tick in axes.get_xticklabels() if tick.get_fontweight() == "bold"]
+    assert bold == ["answer", "foil"]
+
+
+def test_labels_say_how_many_where_a_column_holds_fewer():
+    short = rows(2)
+    axes = figures.layer_by_token(short[(short["example"] == "e0") | (short["slot"] != "3")])
+    assert labels(axes)[2] == "3 or  n=1" and "n=" not in labels(axes)[0]
+
+
+def test_strongest_names_sites_that_can_be_swept_again():
+    table = strongest(rows(), n=3)
+    assert table["site"].tolist() == [
+        "encoder.2.cross.h1@answer",
+        "encoder.1.cross.h1@answer",
+        "encoder.0.cross.h1@answer",
+    ]
+    assert table["mean"][0] == pytest.approx(102.2 + 0.5)
+    assert table["sd"][0] == pytest.approx(np.std([0, 1], ddof=1))
+    assert table["n"].tolist() == [2, 2, 2]
+
+
+def limits_of(axes):
+    """The ends of the colour scales of a figure, below zero and above."""
+    meshes = [mesh for axes in np.ravel(axes)[0].figure.axes for mesh in axes.collections]
+    found = {mesh.get_clim() for mesh in meshes if mesh.get_array() is not None}
+    (limits,) = {limits for limits in found if limits[0] < 0}
+    return limits
+
+
+def test_panels_share_one_scale_that_is_centred():
+    tables = {"weak": token_table(rows()), "strong": head_table(rows())}
+    low, high = limits_of(figures.panels(tables))
+    assert low == -high and high == pytest.approx(102.2 + 0.5)
+    assert figures.full_colour(tables.values()) == high
+
+
+def test_next_to_nothing_has_next_to_no_color():
+    """The scale does not end below a tenth of the run's gap, nor below what is nothing in any run."""
+    weak = rows().assign(logit_diff=0.004, effect=0.004 / 8.0)
+    assert limits_of(figures.layer_by_token(weak))[1] == pytest.approx(0.8)
+    assert limits_of(figures.layer_by_head(weak))[1] == pytest.approx(0.8)
+    assert limits_of(figures.panels({"a": token_table(weak)}, gap=20.0))[1] == pytest.approx(2.0)
+    assert limits_of(figures.layer_by_token(rows().assign(logit_diff=0.004)))[1] == 0.05
+    assert limits_of(figures.layer_by_token(weak, value="effect"))[1] == FLOOR
+
+
+def test_titles_do_not_overlap():
+    table = token_table(rows())
+    titles = {f"{n} a long name of a data set, image corrupted, at the read-out": table for n in range(4)}
+    drawn = figures.panels(titles)
+    drawn[0].figure.canvas.draw()
+    boxes = [axes.title.get_window_extent() for axes in drawn]
+    assert len(boxes) == 4
+    for n, box in enumerate(boxes):
+        assert not any(box.overlaps(other) for other in boxes[n + 1 :])
+
+
+@pytest.mark.parametrize("value", ["logit_diff", "effect", "p_restored", "p_patched"])
+def test_figures_of_every_value(value):
+    given = rows().assign(effect=0.5)
+    assert isinstance(figures.layer_by_token(given, value=value), Axes)
+    assert isinstance(figures.layer_by_head(given, value=value), Axes)
+
+
+def test_odd_tables_do_not_break(tmp_path):
+    odd = {
+        "one row": rows().query("unit == 'h0' and role == 'answer'").head(1),
+        "all zero": rows().assign(logit_diff=0.0),
+        "long tokens": rows(1, ["$x_{1}$" * 20, "<b>", "\n", "漢字", "é" * 60, "ok"]),
+        "many tokens": rows(1, [f"w{n}" for n in range(600)], layers=2),
+    }
+    for name, table in odd.items():
+        if name != "one row":
+            figures.layer_by_token(table).figure.savefig(tmp_path / f"{name}.png")
+        figures.layer_by_head(table).figure.savefig(tmp_path / f"{name}-heads.png")
+        strongest(table)
+    assert strongest(rows().head(0)).empty
+
+
+@pytest.mark.parametrize("draw", [figures.layer_by_token, figures.layer_by_head])
+def test_what_is_not_there_is_said_and_not_drawn(draw):
+    for table, message in (
+        (rows().head(0), "it holds nothing"),
+        (rows().assign(logit_diff=np.nan), "'logit_diff' is null"),
+    ):
+        with pytest.raises(DataError, match=message):
+            draw(table)
+    with pytest.raises(DataError, match="with tower 'decoder' in the table; it holds encoder"):
+        draw(rows(), tower="decoder")
+    with pytest.raises(DataError, match="no value 'loudness'"):
+        draw(rows(), value="loudness")
+
+
+def test_the_image_grid():
+    cells = rows(1, ["[CLS]", *(f"{r},{c}" for r in range(2) for c in range(3))])
+    cells = cells[cells["unit"].isna()].assign(tower="vision", kind="resid")
+    drawn = image_grid(cells, Image.new("RGB", (30, 20)), (2, 3))
+    assert [axes.get_title() for axes in drawn] == [
+        "picture",
+        "mean of 3 layers",
+        "layer 0",
+        "layer 1",
+        "layer 2",
+    ]
