@@ -5,7 +5,7 @@
 - *cost*: on LLaVA-1.5's layout (as `benchmarks/llava.py`, random weights, float32) one generation of 20
   tokens alone, with the neurons of all its words found on the way, and gradient × activation of the same
   words beside it. The scores are compared with a plain hook and the weights.
-- *concepts*: `concepts.measure` on toy-llava over 210 held-out pictures of each of the drawn sets: for each
+- *concepts*: `neurons.measure` on toy-llava over 210 held-out pictures of each of the drawn sets: for each
   shape, color, texture and expression the drop of its probability without 1 % of the neurons and without as
   many random ones, the AUC of its best neuron, and the overlap between pictures.
 - *edits*: ten pairs of words on toy-llava, 3 % of the columns each, by free generation on pictures that the
@@ -30,14 +30,12 @@ import torch
 from blip import Memory
 from llava import build, pair_of
 
+from vlmscope import neurons
 from vlmscope.checkpoint import load
 from vlmscope.data import BUILT_IN, examples
 from vlmscope.data.example import Example
 from vlmscope.inputs import Inputs
-from vlmscope.neurons import contributions as neurons
-from vlmscope.neurons import edits as rewrite
-from vlmscope.neurons import measures as concepts
-from vlmscope.neurons import weight_edit as weights
+from vlmscope.neurons.captions import generate_caption
 from vlmscope.runs.model import Model
 
 ASK, OTHERWISE = "describe this picture.", "what does this picture show?"
@@ -91,7 +89,7 @@ def cost() -> dict[str, Any]:
             ids = model.family.generate(model.hf, inputs, max_new_tokens=LENGTH)
             plain.append(time.perf_counter() - start)
             start = time.perf_counter()
-            said = neurons.say(model, inputs, length=LENGTH)
+            said = generate_caption(model, inputs, length=LENGTH)
             table = neurons.score(model, said, [f"w{n}" for n in dict.fromkeys(said.ids)], top=100)
             found.append(time.perf_counter() - start)
             assert said.ids == tuple(ids.tolist())
@@ -138,9 +136,8 @@ def held_out(limit: int, seed: int) -> list[Example]:
 
 def concept() -> dict[str, Any]:
     model = load("toy-llava", device="cpu")
-    concepts.PATCHED = 64
     start = time.perf_counter()
-    found = concepts.measure(model, held_out(210, 31), ASK)
+    found = neurons.measure(model, held_out(210, 31), prompt=ASK, pictures=64)
     table = found.measures[found.measures["method"] == "contribution"]
     table = table.set_index(["measure", "word"])
     words: dict[str, dict[str, float]] = {}
@@ -181,10 +178,10 @@ def edits() -> dict[str, Any]:
     rows, done = [], []
     for source, target in PAIRS:
         start = time.perf_counter()
-        edit = rewrite.edit(model, made_on, source, target, prompt=ASK, neurons=many)
+        edit = neurons.edit(model, made_on, source, target, prompt=ASK, neurons=many)
         seconds = time.perf_counter() - start
-        own = rewrite.assess(model, [edit], made_on[:150], source, target, prompts=[ASK])[0]
-        new = rewrite.assess(model, [edit], others, source, target, prompts=[ASK, OTHERWISE])[0]
+        own = neurons.assess(model, [edit], made_on[:150], source, target, prompts=[ASK])[0]
+        new = neurons.assess(model, [edit], others, source, target, prompts=[ASK, OTHERWISE])[0]
         own, new = (x.set_index("measure")["value"] for x in (own, new))
         undone = all(torch.equal(value, before[name]) for name, value in model.hf.state_dict().items())
         rows.append(
@@ -206,12 +203,12 @@ def edits() -> dict[str, Any]:
         print(json.dumps(rows[-1]), flush=True)
     first = None
     for number, (source, target) in enumerate(PAIRS):
-        with weights.edited(model, *done):
-            done.append(rewrite.edit(model, made_on, source, target, prompt=ASK, neurons=many))
+        with neurons.edited(model, *done):
+            done.append(neurons.edit(model, made_on, source, target, prompt=ASK, neurons=many))
         if number == 0:
             first = others
     source, target = PAIRS[0]
-    after = rewrite.assess(model, done, first or [], source, target, prompts=[ASK])[0]
+    after = neurons.assess(model, done, first or [], source, target, prompts=[ASK])[0]
     kept = after.set_index("measure")["value"]["generality"]
     mean = lambda name: statistics.mean(row[name] for row in rows)  # noqa: E731
     return {

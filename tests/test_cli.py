@@ -118,6 +118,10 @@ def test_your_own_images_and_a_report(run, tmp_path):
     assert status == 0 and out.strip() == str(tmp_path / "report.html")
     assert "<html" in (tmp_path / "report.html").read_text()
     assert list((tmp_path / "report-figures").glob("*.png"))
+    figures = ["--figures", "svg", "--figures", "pdf"]
+    assert run("report", tmp_path / "run", "--out", tmp_path / "r.html", *figures)[0] == 0
+    endings = [file.suffix for file in (tmp_path / "r-figures").iterdir()]
+    assert endings.count(".png") == endings.count(".svg") == endings.count(".pdf") > 0
 
 
 def test_a_saved_model_of_your_own(run, tmp_path):
@@ -286,11 +290,13 @@ def test_a_word_without_an_option_is_refused_in_one_line(run, tmp_path):
     end = ["--out", tmp_path / "run", "encoder.0.resid@last"]
     refused(
         run(*SWEEP, *SITES, *end),
-        "unexpected 'encoder.0.resid@last'; every word goes with an option",
+        "unexpected 'encoder.0.resid@last'; expected vlmscope sweep [OPTIONS]",
         "only --sites can have several words",
-        "vlmscope sweep --help",
     )
-    refused(run("models", "toy-blip", "states:0"), "unexpected 'states:0'", "vlmscope models --help")
+    refused(
+        run("models", "toy-blip", "states:0"),
+        "unexpected 'states:0'; expected vlmscope models [OPTIONS] [model]",
+    )
     assert not (tmp_path / "run").exists()
 
 

@@ -17,7 +17,9 @@ from vlmscope.checkpoint import load
 from vlmscope.data import BUILT_IN, examples
 from vlmscope.errors import DataError, ModelError
 from vlmscope.inputs import Edit
-from vlmscope.neurons import measures as concepts
+from vlmscope.neurons import ablated, measure, measures, perturb, perturbed
+from vlmscope.neurons.ablation import without
+from vlmscope.neurons.words import METHODS, Word, saying, study
 from vlmscope.runs.model import Model
 
 ASK = "describe this picture."
@@ -37,7 +39,7 @@ def held_out(limit, seed):
 
 @pytest.fixture(scope="module")
 def measured(toy):
-    return concepts.measure(toy, held_out(30, 21), ASK, ["red", "blue", "circle", "star", "triangle"])
+    return measure(toy, held_out(30, 21), prompt=ASK, words=["red", "blue", "circle", "star", "triangle"])
 
 
 def test_the_neurons_carry_their_words(measured):
@@ -58,13 +60,12 @@ def test_the_neurons_carry_their_words(measured):
 
 def test_every_draw_has_its_own_seed(toy, monkeypatch):
     """Optional measures, other words and the order of the examples change no number of a measure."""
-    monkeypatch.setattr(concepts, "PATCHED", 4)
-    monkeypatch.setattr(concepts, "DRAWS", 39)
+    monkeypatch.setattr(measures, "DRAWS", 39)
     given, keys = held_out(30, 21), ["word", "method", "measure"]
     numbers = ["value", "ci_low", "ci_high", "null", "random", "p_value", "n"]
 
     def rows(examples, words, causal):
-        found = concepts.measure(toy, examples, ASK, words, causal=causal)
+        found = measure(toy, examples, words, prompt=ASK, causal=causal, pictures=4)
         return found.measures.set_index(keys)[numbers]
 
     whole = rows(given, ["red"], True)
@@ -74,11 +75,12 @@ def test_every_draw_has_its_own_seed(toy, monkeypatch):
     pd.testing.assert_frame_equal(less, whole.loc[less.index], check_exact=True)
 
 
-def test_perturbing_depends_on_nothing_that_is_perturbed_beside_it(toy, monkeypatch):
-    monkeypatch.setattr(concepts, "PATCHED", 4)
+def test_perturbing_depends_on_nothing_that_is_perturbed_beside_it(toy):
     given = held_out(25, 21)
-    one = concepts.perturb(toy, given, ASK, ["red"], tops=(30,), sigmas=(1.0,))
-    other = concepts.perturb(toy, given[::-1], ASK, ["red"], tops=(1, 30), sigmas=(0.5, 1.0))
+    one = perturb(toy, given, ["red"], prompt=ASK, tops=(30,), sigmas=(1.0,), pictures=4).effects
+    other = perturb(
+        toy, given[::-1], ["red"], prompt=ASK, tops=(1, 30), sigmas=(0.5, 1.0), pictures=4
+    ).effects
     other = other[(other["k"] == 30) & (other["how"] != "sigma 0.5")].reset_index(drop=True)
     pd.testing.assert_frame_equal(one, other, check_exact=True)
 
@@ -88,11 +90,11 @@ def test_noise_on_columns_is_the_pictures_own(toy):
     given = held_out(3, 21)[:6]
 
     def noise(examples, name, seed=0):
-        study = concepts._Study(toy, examples, ASK, 1, seed)
-        number = [one.id for one in study.examples].index(name)
-        weight = toy.down(study.layers[0]).weight.detach()
+        there = study(toy, examples, ASK, seed=seed)
+        number = [one.id for one in there.examples].index(name)
+        weight = toy.down(there.layers[0]).weight.detach()
         before = weight.clone()
-        with study._without(np.array([5]), "sigma 1", number):
+        with without(there, np.array([5]), "sigma 1", number):
             return (weight - before)[:, 5].clone()
 
     name, wanted = given[0].id, noise(given, given[0].id)
@@ -106,7 +108,7 @@ def test_noise_on_columns_is_the_pictures_own(toy):
 def test_nothing_is_found_in_a_random_model(toy, seed):
     torch.manual_seed(seed)
     model = Model(LlavaForConditionalGeneration(toy.hf.config), toy.processor)
-    table = concepts.measure(model, held_out(20, 9), ASK, seed=seed).measures
+    table = measure(model, held_out(20, 9), prompt=ASK, seed=seed).measures
     tested = table[table["p_value"].notna()]
     assert len(tested) >= 20
     assert (tested["q_value"] < 0.05).mean() <= 0.05
@@ -124,33 +126,33 @@ def test_similarity_of_top_tokens(toy, tmp_path):
     )
     BertModel(config).save_pretrained(tmp_path)
     BertTokenizer(vocab={w: n for n, w in enumerate(words)}).save_pretrained(tmp_path)
-    found = concepts.measure(toy, held_out(40, 21), ASK, ["red"], causal=False, embedding=tmp_path)
+    found = measure(toy, held_out(40, 21), ["red"], prompt=ASK, causal=False, embedding=tmp_path)
     rows = found.measures[found.measures["measure"] == "similarity"]
-    assert set(rows["method"]) == set(concepts.METHODS)
+    assert set(rows["method"]) == set(METHODS)
     assert rows["value"].between(-1, 1).all()
     with pytest.raises(ModelError, match="cannot load"):
-        concepts.measure(toy, held_out(20, 9), ASK, ["red"], causal=False, embedding=tmp_path / "no")
+        measure(toy, held_out(20, 9), ["red"], prompt=ASK, causal=False, embedding=tmp_path / "no")
 
 
 def test_auc_and_pairs_by_hand():
     labels = np.array([True, True, False, False])
-    assert concepts._auc(np.array([3.0, 2.0, 1.0, 2.0]), labels) == pytest.approx(3.5 / 4)
-    shared = concepts._shared([{1, 2}, {2, 3}, {1, 2}])
+    assert measures.auc(np.array([3.0, 2.0, 1.0, 2.0]), labels) == pytest.approx(3.5 / 4)
+    shared = measures.shared_neurons([{1, 2}, {2, 3}, {1, 2}])
     assert shared.tolist() == [[1, 0.5, 1], [0.5, 1, 0.5], [1, 0.5, 1]]
-    assert concepts._within(shared, np.array([True, True, False])) == 0.5
-    assert concepts._within(shared, np.array([True, True, True])) == pytest.approx(2 / 3)
+    assert measures.mean_of_pairs(shared, np.array([True, True, False])) == 0.5
+    assert measures.mean_of_pairs(shared) == pytest.approx(2 / 3)
 
 
 def test_ablation_and_noise(toy):
     one = examples("states", limit=1)[0]
     inputs = toy.inputs(one.clean_image, ASK)
     before = toy.down(2).weight.detach().clone()
-    with concepts.ablated(toy, {2: ([4, 9], torch.tensor([0.0, 1.5]))}):
+    with ablated(toy, {2: ([4, 9], torch.tensor([0.0, 1.5]))}):
         found = toy.capture(inputs, ["decoder.2.mlp.n4@all", "decoder.2.mlp.n9@all", "decoder.2.mlp.n5@all"])
         assert found["decoder.2.mlp.n4@all"].unique().tolist() == [0.0]
         assert found["decoder.2.mlp.n9@all"].unique().tolist() == [1.5]
         assert found["decoder.2.mlp.n5@all"].unique().numel() > 10
-    with concepts.perturbed(toy, {2: [4, 9]}, 0.5):
+    with perturbed(toy, {2: [4, 9]}, 0.5):
         change = (toy.down(2).weight - before).detach()
     assert change.abs().sum(0).nonzero().flatten().tolist() == [4, 9]
     assert change[:, [4, 9]].std() == pytest.approx(0.5, rel=0.2)
@@ -159,7 +161,7 @@ def test_ablation_and_noise(toy):
 
 def test_perturbing_over_a_range(toy):
     given = examples("states", limit=60)
-    table = concepts.perturb(toy, given, ASK, ["red"], tops=(1, 30), sigmas=(1.0,))
+    table = perturb(toy, given, ["red"], prompt=ASK, tops=(1, 30), sigmas=(1.0,)).effects
     assert len(table) == 2 * 3 * 2
     top = table[table["set"] == "top"].set_index(["k", "how"])
     other = table[table["set"] == "random"].set_index(["k", "how"])
@@ -171,9 +173,9 @@ def test_perturbing_over_a_range(toy):
 def test_words_that_cannot_be_measured(toy):
     given = examples("states", limit=12)
     with pytest.raises(DataError, match=r"no word can be measured: 'qqq' is 1 tokens, or unknown"):
-        concepts.measure(toy, given, ASK, ["qqq"])
+        measure(toy, given, ["qqq"], prompt=ASK)
     with pytest.raises(DataError, match="'angry' is shown by 0 of 12 pictures"):
-        concepts.measure(toy, given, ASK, ["angry"])
+        measure(toy, given, ["angry"], prompt=ASK)
 
 
 def test_cross_attention_reads_patches_in_no_order():
@@ -198,16 +200,15 @@ def test_patches_are_shuffled_where_they_are_tokens_of_the_language_model(name, 
     """Neither Mllama's one image token nor the queries of a Q-Former stand for patches."""
     model = FAMILIES[name]()
     given = [example(clean_image=picture(n), id=str(n)) for n in range(8)]
-    study = concepts._Study(model, given, "is this circle red ?", 12, 0)
-    token = max(
-        {t for said in study.said for t in said.ids}, key=lambda t: sum(t in said.ids for said in study.said)
-    )
+    there = study(model, given, "is this circle red ?", top=12)
+    said = [set(caption.ids) for caption in there.captions]
+    token = max(set().union(*said), key=lambda t: sum(t in ids for ids in said))
     every = np.ones(len(given), bool)
-    weight = np.random.default_rng(0).normal(size=study.many)
-    word = concepts._Word("red", token, every, weight, weight, weight)
-    study.first[:] = False
-    assert len(study._spoken(word)) >= 2
-    rows = study._shuffled(word)
+    weight = torch.randn(len(there.layers), there.width, generator=torch.Generator().manual_seed(0))
+    word = Word("red", token, every, weight.numpy(), weight, weight.numpy())
+    there = replace(there, first=~every)
+    assert len(saying(there, word)) >= 2
+    rows = list(measures.shuffled_patches(there, word))
     assert bool(rows) == patches
     for row in rows:
         assert row["measure"] == "overlap, shuffled" and row["value"] < 1

@@ -18,8 +18,9 @@ from vlmscope.checkpoint import load
 from vlmscope.errors import ExampleError, ModelError, SiteError
 from vlmscope.inputs import Edit
 from vlmscope.layout import grid
-from vlmscope.neurons import contributions as neurons
-from vlmscope.neurons import edits as rewrite
+from vlmscope.neurons import edit as edit_neurons
+from vlmscope.neurons.captions import forced_caption, generate_caption, given_caption, whole_word
+from vlmscope.neurons.contributions import COLUMNS, score
 from vlmscope.patching import engine, reference
 from vlmscope.runs import corrupt
 from vlmscope.runs.model import Model
@@ -343,7 +344,7 @@ def test_contributions_of_neurons(name, double):
     one = example()
     table, family = model.family.towers[model.speaker], model.family
     caption = "dark green star"
-    told = neurons.told(model, one.clean_image, one.clean_prompt, caption)
+    told = given_caption(model, one, caption)
     assert told.text.strip() == caption
     ids = list(told.ids[:-1])
     fed = model.inputs(one.clean_image, one.clean_prompt, (), ids)
@@ -361,8 +362,8 @@ def test_contributions_of_neurons(name, double):
     for handle in held:
         handle.remove()
     unembed = model.hf.get_submodule(family.head).weight
-    found = neurons.score(model, told, caption.split(), top=0)
-    assert list(found.columns) == list(neurons.COLUMNS)
+    found = score(model, told, caption.split(), top=0)
+    assert list(found.columns) == list(COLUMNS)
     assert {*found["position"]} <= {told.start + n for n in range(len(ids))}
     many = sum(x.shape[-1] for x in seen.values())
     for (word, at), rows in found.groupby(["word", "position"]):
@@ -394,11 +395,11 @@ def test_neurons_as_the_model_speaks(name):
     model = made(name)
     one = example()
     inputs = model.inputs(one.clean_image, one.clean_prompt)
-    said = neurons.say(model, inputs, length=3)
+    said = generate_caption(model, inputs, length=3)
     image = getattr(model.hf.config, "image_token_id", -1)
     ids = said.ids if image not in said.ids else said.ids[: said.ids.index(image) + 1]
     fed = model.inputs(one.clean_image, one.clean_prompt, (), ids[:-1])
-    told = neurons.taught(model, inputs, fed, ids)
+    told, _ = forced_caption(model, inputs, fed, ids)
     # PaliGemma 2's softmax is in float32 whatever the model's type, and here over other numbers of keys.
     close = 1e-5 if name == "paligemma2" else 1e-9
     found = said.activations[: len(ids)]
@@ -441,11 +442,11 @@ def test_mllama_without_a_picture():
     assert model.answer(inputs)
     assert model.idle("decoder", inputs) == [1, 3]
     assert model.idle("decoder", model.prepare(example()).clean) == []
-    said = neurons.say(model, inputs)
+    said = generate_caption(model, inputs)
     assert said.activations.shape[1] == 4
     assert not said.activations[:, [1, 3]].any() and said.activations[:, [0, 2]].all(-1).any()
     fed = model.inputs(None, "is this circle red ?", (), said.ids[:-1])
-    taught = neurons.taught(model, inputs, fed, said.ids)
+    taught, _ = forced_caption(model, inputs, fed, said.ids)
     torch.testing.assert_close(taught.activations, said.activations)
     values = model.capture(inputs, ["decoder.0.resid@last", "decoder.2.attn.h1@last"])
     assert len(values) == 2
@@ -464,10 +465,10 @@ def test_an_edit_of_neurons_that_a_run_without_a_picture_passes_over():
     """What is said to the prompt alone is kept, too; the layers that read the picture have no part in it."""
     model = made("mllama")
     given = [example(id=f"e{n}", clean_image=picture(n), corrupt_prompt=None) for n in range(2)]
-    said = neurons.say(model, model.inputs(given[0].clean_image, given[0].clean_prompt))
-    alone = neurons.say(model, model.inputs(None, given[0].clean_prompt))
-    word = next(w for w in said.text.split() if not rewrite.says(alone.text, w) and w.isalpha())
-    edit = rewrite.edit(model, given, word, None, neurons=20, solver="closed")
+    said = generate_caption(model, model.inputs(given[0].clean_image, given[0].clean_prompt))
+    alone = generate_caption(model, model.inputs(None, given[0].clean_prompt))
+    word = next(w for w in said.text.split() if not whole_word(w).search(alone.text) and w.isalpha())
+    edit = edit_neurons(model, given, word, None, neurons=20, solver="closed")
     assert {1, 3} & {layer for layer, _ in edit.neurons}
 
 

@@ -23,7 +23,7 @@ FILES = sorted(SOURCE.rglob("*.py"))
 TOP = ("__init__", "__main__")
 """Above the picture: what a user imports or starts, which may use everything below."""
 
-LIGHT = ("cli", "data", "store", "plots", "report", "tables", "stats", "sites")
+LIGHT = ("cli", "data", "store", "report", "tables", "stats", "sites")
 HEAVY = ("torch", "transformers")
 
 PUBLIC = [

@@ -14,7 +14,7 @@ from models import WORDS, blip, example, picture
 from vlmscope.errors import ExampleError, ModelError, SiteError, VlmscopeError
 from vlmscope.families import blip as table
 from vlmscope.inputs import Edit
-from vlmscope.neurons import contributions as neurons
+from vlmscope.neurons.captions import generate_caption
 from vlmscope.runs.forward import room
 from vlmscope.runs.model import Model
 from vlmscope.sites import Pattern
@@ -182,7 +182,7 @@ def test_no_more_is_said_than_there_are_positions(make):
         left = longest - many + 1
         assert room(model, inputs, 20) == min(20, left) >= 1
         model.answer(inputs)
-        assert len(neurons.say(model, inputs).ids) <= left
+        assert len(generate_caption(model, inputs).ids) <= left
     with pytest.raises(ExampleError, match=f"{longest + 1} tokens, the model takes at most {longest}"):
         model.inputs(picture(1), " ".join(["red"] * (longest + 1 - alone)))
 

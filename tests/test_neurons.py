@@ -11,12 +11,13 @@ import torch
 from families import blip2, mllama
 from models import blip, example, llava
 
+from vlmscope import neurons
 from vlmscope.checkpoint import load
 from vlmscope.data import examples
-from vlmscope.errors import ExampleError, ModelError
+from vlmscope.errors import ExampleError, ModelError, StoreError
 from vlmscope.inputs import Inputs
-from vlmscope.neurons import contributions as neurons
-from vlmscope.neurons import folder as cards
+from vlmscope.neurons.captions import generate_caption, given_caption
+from vlmscope.neurons.contributions import COLUMNS
 from vlmscope.report import write_report
 from vlmscope.runs.model import Model
 
@@ -31,11 +32,11 @@ def toy() -> Model:
 def test_scores_on_the_toy_as_it_speaks(toy):
     """In float32, of the neurons recorded while it generates, against one forward with a plain hook."""
     one = examples("scenes", limit=1)[0]
-    said = neurons.say(toy, toy.inputs(one.clean_image, ASK))
-    words = said.text.split()
-    table = neurons.score(toy, said, words, top=0)
+    caption = generate_caption(toy, toy.inputs(one.clean_image, ASK))
+    words = caption.text.split()
+    table = neurons.score(toy, caption, words, top=0)
     seen = {}
-    fed = toy.inputs(one.clean_image, ASK, (), said.ids[:-1])
+    fed = toy.inputs(one.clean_image, ASK, (), caption.ids[:-1])
     held = [
         toy.down(n).register_forward_pre_hook(lambda m, args, n=n: seen.update({n: args[0][0]}))
         for n in range(4)
@@ -46,7 +47,7 @@ def test_scores_on_the_toy_as_it_speaks(toy):
         handle.remove()
     for at, rows in table.groupby("position"):
         token = rows["token_id"].iloc[0]
-        assert token == said.ids[at - said.start]
+        assert token == caption.ids[at - caption.start]
         wanted = torch.stack(
             [seen[n][at] * (toy.hf.lm_head.weight[token] @ toy.down(n).weight) for n in range(4)]
         ).detach()
@@ -60,27 +61,27 @@ def test_every_occurrence_and_its_right_position(toy):
     one = next(
         e
         for e in examples("scenes", limit=60)
-        if neurons.say(toy, toy.inputs(e.clean_image, ASK)).text.split().count("a") == 2
+        if generate_caption(toy, toy.inputs(e.clean_image, ASK)).text.split().count("a") == 2
     )
-    said = neurons.say(toy, toy.inputs(one.clean_image, ASK))
-    table = neurons.score(toy, said, ["a"], top=2)
-    places = [n for n, word in enumerate(said.text.split()) if word == "a"]
-    assert sorted(set(table["position"])) == [said.start + n for n in places]
+    caption = generate_caption(toy, toy.inputs(one.clean_image, ASK))
+    table = neurons.score(toy, caption, ["a"], top=2)
+    places = [n for n, word in enumerate(caption.text.split()) if word == "a"]
+    assert sorted(set(table["position"])) == [caption.start + n for n in places]
     assert table["rank"].tolist() == [1, 2, 1, 2]
 
 
 def test_words_of_several_tokens():
     """Each piece at its own position, whatever stands around."""
     model = blip()
-    said = neurons.told(model, example().clean_image, "is this red ?", "un ##happy red".replace(" ##", ""))
-    assert said.text.strip() == "unhappy red"
-    assert [said.ids[n] for n in said.find("unhappy")] == model.processor.tokenizer(
+    caption = given_caption(model, example(), "unhappy red", prompt="is this red ?")
+    assert caption.text.strip() == "unhappy red"
+    assert [caption.ids[n] for n in caption.find("unhappy")] == model.processor.tokenizer(
         "unhappy", add_special_tokens=False
     )["input_ids"]
-    table = neurons.score(model, said, ["unhappy"], top=1)
+    table = neurons.score(model, caption, ["unhappy"], top=1)
     assert table["position"].tolist() == [0, 1]
     with pytest.raises(ExampleError, match="the word 'happy' is not in the caption"):
-        said.find("happy")
+        caption.find("happy")
 
 
 def test_a_word_that_shares_a_token():
@@ -95,25 +96,25 @@ def test_a_word_that_shares_a_token():
 def test_a_word_that_is_not_said(toy):
     one = examples("faces", limit=1)[0]
     with pytest.raises(ExampleError, match="the word 'circle' is not in the caption 'a sleepy face'"):
-        neurons.find(toy, one.clean_image, ASK, ["circle"])
+        neurons.find(toy, one, ["circle"], prompt=ASK)
     with pytest.raises(ExampleError, match="the caption 'qqq' is empty, or unknown in part"):
-        neurons.find(toy, one.clean_image, ASK, ["qqq"], caption="qqq")
+        neurons.find(toy, one, ["qqq"], prompt=ASK, caption="qqq")
 
 
 def test_a_given_caption(toy):
     one = examples("faces", limit=1)[0]
-    found = neurons.find(toy, one.clean_image, ASK, ["happy"], caption="a happy face", top=0)
+    found = neurons.find(toy, one, ["happy"], prompt=ASK, caption="a happy face", top=0).neurons
     assert len(found) == 4 * 256
-    assert list(found.columns) == list(neurons.COLUMNS)
+    assert list(found.columns) == list(COLUMNS)
     assert (found["score"] - found["activation"] * found["weight"]).abs().max() < 1e-6
     assert found["token"].unique().tolist() == ["happy"]
 
 
 def test_the_gate_and_the_gain(toy):
     one = examples("faces", limit=1)[0]
-    ask = {"caption": "a happy face", "top": 0}
+    ask = {"prompt": ASK, "caption": "a happy face", "top": 0}
     plain, gate, gain = (
-        neurons.find(toy, one.clean_image, ASK, ["happy"], **ask, **more).sort_values(["layer", "neuron"])
+        neurons.find(toy, one, ["happy"], **ask, **more).neurons.sort_values(["layer", "neuron"])
         for more in ({}, {"variant": "gate"}, {"gain": True})
     )
     assert (gate["weight"].to_numpy() == plain["weight"].to_numpy()).all()
@@ -133,9 +134,9 @@ def test_the_gate_and_the_gain(toy):
     wanted = (row @ toy.down(1).weight).detach().numpy()
     np.testing.assert_allclose(gain[gain["layer"] == 1]["weight"], wanted, rtol=1e-4, atol=1e-6)
     with pytest.raises(ModelError, match="the neurons of BLIP-2 have no gate"):
-        neurons.find(blip2(), example().clean_image, "red ?", ["red"], caption="red", variant="gate")
+        neurons.find(blip2(), example(), ["red"], caption="red", variant="gate")
     with pytest.raises(ModelError, match="so there is no gain; leave it out"):
-        neurons.find(blip(), example().clean_image, "red ?", ["red"], caption="red", gain=True)
+        neurons.find(blip(), example(), ["red"], caption="red", gain=True)
 
 
 def test_gains_of_both_kinds_of_norm():
@@ -188,9 +189,9 @@ def test_nouns_without_spacy(monkeypatch):
 
 def test_find_over_a_set(toy, tmp_path):
     given = examples("states", limit=6)
-    cards.find(tmp_path, toy, given, prompt=ASK, top=5)
+    neurons.find(toy, given, prompt=ASK, top=5).save(tmp_path)
     table = pd.read_parquet(tmp_path / "neurons.parquet")
-    assert list(table.columns) == list(neurons.COLUMNS)
+    assert list(table.columns) == list(COLUMNS)
     assert set(table["example"]) == {e.id for e in given}
     for e in given:
         assert set(table[table["example"] == e.id]["word"]) == e.shows, (
@@ -203,20 +204,122 @@ def test_find_over_a_set(toy, tmp_path):
     page = write_report([tmp_path], tmp_path / "report.html").read_text()
     assert "Neurons that contribute to words" in page
     with pytest.raises(ExampleError, match="no caption has any of these words"):
-        cards.find(tmp_path / "none", toy, given, ["angry"], prompt=ASK)
+        neurons.find(toy, given, ["angry"], prompt=ASK)
 
 
 def test_cards(toy, tmp_path):
     given = [replace(e, id=f"<b>{e.id}") for e in examples("states", limit=8)]
-    found = cards.describe(tmp_path, toy, given, ["plain"], prompt=ASK, measures=False)
-    assert len(found) == 3
-    maps = pd.read_parquet(tmp_path / "maps.parquet")
+    described = neurons.describe(toy, given, ["plain"], prompt=ASK, measures=False)
+    assert len(described.cards) == 3
+    maps = described.maps
     assert {f"plain: mean of top {n}" for n in (1, 10, 100, 1000)} <= set(maps["neuron"])
     own = maps[maps["neuron"] == maps["neuron"].iloc[0]]
     assert len(own) == 4 * 36 and own.groupby("example")["mask"].sum().between(1, 3).all()
+    described.save(tmp_path)
     page = write_report([tmp_path], tmp_path / "report.html").read_text()
     assert "Neurons, one by one" in page and "<b>states" not in page, "text from data is escaped"
-    named = cards.describe(tmp_path / "named", toy, given, (), [(2, 5)], prompt=ASK)
+    named = neurons.describe(toy, given, (), [(2, 5)], prompt=ASK).cards
     assert named[["layer", "neuron"]].to_numpy().tolist() == [[2, 5]]
     with pytest.raises(ModelError, match=r"has no neuron 9\.5; expected a layer from 0 to 3"):
-        cards.describe(tmp_path / "none", toy, given, (), [(9, 5)], prompt=ASK)
+        neurons.describe(toy, given, (), [(9, 5)], prompt=ASK)
+
+
+@pytest.fixture
+def generations(monkeypatch):
+    """Counts how often a model generates: a list that grows with every generation."""
+    count = []
+
+    def counting(model):
+        generate = model.family.generate
+
+        def counted(*args, **more):
+            count.append(1)
+            return generate(*args, **more)
+
+        monkeypatch.setattr(model, "family", replace(model.family, generate=counted))
+        return count
+
+    return counting
+
+
+@pytest.mark.parametrize("read", [False, True], ids=["in memory", "from a folder"])
+def test_pictures_are_captioned_once(toy, generations, tmp_path, read):
+    """Finding, describing with measures, and editing: what is found is handed on, with the same numbers."""
+    given = examples("states", limit=40)
+    alone = neurons.describe(toy, given, ["plain"], prompt=ASK)
+    asked = {"prompt": ASK, "neurons": 30, "solver": "closed"}
+    edit = neurons.edit(toy, given[:12], "red", "blue", **asked)
+    count = generations(toy)
+    found = neurons.find(toy, given, ["plain"], prompt=ASK)
+    assert len(count) == len(given)
+    if read:
+        found = neurons.read(found.save(tmp_path), neurons.Found)
+    described = neurons.describe(toy, given, prompt=ASK, found=found)
+    lost = len(count) - len(given)
+    pd.testing.assert_frame_equal(described.cards, alone.cards)
+    pd.testing.assert_frame_equal(described.measures, alone.measures, rtol=1e-4)
+    numbers = described.measures.set_index(["method", "measure"])["n"]
+    assert lost == numbers["contribution", "lost, zero"] + numbers["random", "lost, zero"], (
+        "only captions of the model without its neurons"
+    )
+    count.clear()
+    again = neurons.edit(toy, given[:12], "red", "blue", found=found, **asked)
+    assert len(count) == 1, "only what is said without a picture"
+    assert again.neurons == edit.neurons and again.size == pytest.approx(edit.size, rel=1e-3)
+    count.clear()
+    neurons.assess(toy, [again], given, "red", "blue", prompts=[ASK], found=found)
+    assert len(count) == len(given) + 2, "after the edit, and without a picture before and after"
+
+
+def test_captions_of_other_pictures_are_not_taken(toy, generations, tmp_path):
+    """A folder knows pictures by their ids: one that has become another's picture is captioned anew."""
+    given = examples("states", limit=3)
+    found = neurons.read(neurons.find(toy, given, ["a"], prompt=ASK).save(tmp_path))
+    swapped = [replace(given[0], clean_image=given[1].clean_image), given[2]]
+    count = generations(toy)
+    again = neurons.find(toy, swapped, ["a"], prompt=ASK)
+    assert len(count) == 2
+    count.clear()
+    cards = neurons.describe(toy, swapped, ["a"], prompt=ASK, measures=False, found=found).cards
+    assert len(count) == 1
+    pd.testing.assert_frame_equal(
+        cards, neurons.describe(toy, swapped, ["a"], prompt=ASK, measures=False, found=again).cards
+    )
+
+
+def test_what_was_found_is_for_its_model_and_edits(toy, generations):
+    given = examples("states", limit=3)
+    found = neurons.find(toy, given, ["a"], prompt=ASK)
+    other = Model(type(toy.hf)(toy.hf.config), toy.processor)
+    with pytest.raises(ModelError, match="found in another model or revision than model .*; find them again"):
+        neurons.describe(other, given, prompt=ASK, found=found)
+    nothing = neurons.WeightEdit({3: (torch.tensor([7]), torch.zeros(96, 1))}, toy.fingerprint())
+    count = generations(toy)
+    with neurons.edited(toy, nothing):
+        neurons.describe(toy, given, prompt=ASK, measures=False, found=found)
+    assert len(count) == 3, "with an edit the model may say something else"
+
+
+def test_results_are_read_as_they_were_saved(toy, tmp_path):
+    given = examples("states", limit=60)
+    made = neurons.WeightEdit({3: (torch.tensor([7]), torch.ones(96, 1))}, toy.fingerprint())
+    results = {
+        "found": neurons.find(toy, given[:3], prompt=ASK),
+        "described": neurons.describe(toy, given[:3], (), [(3, 250)], prompt=ASK),
+        "perturbed": neurons.perturb(toy, given, ["red"], prompt=ASK, tops=(3,), pictures=2),
+        "assessed": neurons.describe_edit(toy, made, given[:3], prompts=[ASK]),
+    }
+    for name, result in results.items():
+        again = neurons.read(result.save(tmp_path / name))
+        assert type(again) is type(result) and again.about == result.about
+        tables = {key: value for key, value in vars(result).items() if isinstance(value, pd.DataFrame)}
+        assert tables
+        for key, table in tables.items():
+            pd.testing.assert_frame_equal(getattr(again, key), table, rtol=1e-6, check_dtype=False)
+        assert list(getattr(again, "pictures", ())) == list(getattr(result, "pictures", ()))
+    with pytest.raises(StoreError, match="what `vlmscope neurons describe` writes; expected that of"):
+        neurons.read(tmp_path / "described", neurons.Found)
+    with pytest.raises(StoreError, match="cannot be read as what `vlmscope neurons` writes"):
+        neurons.read(tmp_path)
+    with pytest.raises(StoreError, match="cannot be written"):
+        results["found"].save(tmp_path / "found" / "captions.csv")

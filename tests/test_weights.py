@@ -11,12 +11,12 @@ from safetensors.torch import load_file, save_file
 from transformers import LlavaForConditionalGeneration, LlavaProcessor
 
 import vlmscope
+from vlmscope import neurons
 from vlmscope.checkpoint import load
 from vlmscope.data import BUILT_IN, examples
 from vlmscope.errors import ExampleError, ModelError, StoreError, VlmscopeError
-from vlmscope.neurons import edits as rewrite
-from vlmscope.neurons import weight_edit as weights
-from vlmscope.neurons.weight_edit import WeightEdit
+from vlmscope.neurons import WeightEdit
+from vlmscope.neurons.hallucination import hallucination
 from vlmscope.runs.model import Model
 
 ASK = "describe this picture."
@@ -36,7 +36,7 @@ def held_out(limit, seed):
 @pytest.fixture(scope="module")
 def made(toy):
     """Red becomes blue; made on a few pictures."""
-    return rewrite.edit(toy, held_out(30, 0), "red", "blue", prompt=ASK, neurons=30)
+    return neurons.edit(toy, held_out(30, 0), "red", "blue", prompt=ASK, neurons=30)
 
 
 def state(model):
@@ -84,7 +84,7 @@ def test_an_edit_made_on_another_is_for_what_that_one_leaves(toy, tmp_path):
     before, base = state(toy), drawn(toy, 3, 7, 9)
     other = drawn(toy, 3, 9, seed=2)
     with vlmscope.edited(toy, base):
-        made = rewrite.edit(toy, held_out(12, 0), "red", "blue", prompt=ASK, neurons=10, solver="closed")
+        made = neurons.edit(toy, held_out(12, 0), "red", "blue", prompt=ASK, neurons=10, solver="closed")
         assert made.on == (base.digest,) == toy.edits
         with vlmscope.edited(toy, made):
             wanted = state(toy)
@@ -112,18 +112,18 @@ def test_an_edit_made_on_another_is_for_what_that_one_leaves(toy, tmp_path):
     with pytest.raises(ModelError, match="was made on others than"):
         other + made
     with pytest.raises(ModelError, match="is not made here"):
-        weights.export(toy, [made], tmp_path / "model")
+        neurons.export(toy, [made], tmp_path / "model")
 
 
 def test_a_margin_is_of_the_closed_solver(toy):
     """The learned one has another end, and says so before anything is computed."""
     with pytest.raises(VlmscopeError, match=r"a margin is of the closed solver; .* of 0.9; leave"):
-        rewrite.edit(toy, [], "red", "blue", margin=2.0)
+        neurons.edit(toy, [], "red", "blue", margin=2.0)
     with pytest.raises(VlmscopeError, match="unknown solver 'x'; expected closed or learned"):
-        rewrite.checked("x", None)
+        neurons.check_margin("x", None)
     given = held_out(12, 0)
     small, large = (
-        rewrite.edit(toy, given, "red", "blue", prompt=ASK, neurons=30, solver="closed", margin=margin)
+        neurons.edit(toy, given, "red", "blue", prompt=ASK, neurons=30, solver="closed", margin=margin)
         for margin in (1.0, 6.0)
     )
     assert large.size > 1.2 * small.size
@@ -174,7 +174,7 @@ def test_an_edit_takes_and_stays_local(toy, made):
     """By free generation, on pictures that it was not made on."""
     before = state(toy)
     assert len(made.neurons) == 30
-    measures, captions = rewrite.assess(
+    measures, captions = neurons.assess(
         toy, [made], held_out(25, 5), "red", "blue", prompts=[ASK, "what does this picture show?"]
     )
     found = measures.set_index("measure")["value"]
@@ -189,7 +189,7 @@ def test_an_edit_takes_and_stays_local(toy, made):
 
 def test_a_checkpoint_that_transformers_loads(toy, made, tmp_path):
     one = next(e for e in held_out(20, 5) if "red" in toy.answer(toy.inputs(e.clean_image, ASK)).split())
-    weights.export(toy, [made], tmp_path)
+    neurons.export(toy, [made], tmp_path)
     hf = LlavaForConditionalGeneration.from_pretrained(tmp_path)
     processor = LlavaProcessor.from_pretrained(tmp_path)
     inputs = processor(
@@ -206,24 +206,24 @@ def test_a_checkpoint_that_transformers_loads(toy, made, tmp_path):
 
 def test_suppressed(toy):
     given = held_out(20, 0)
-    edit = rewrite.edit(toy, given, "striped", None, prompt=ASK, neurons=30)
-    measures, _ = rewrite.assess(toy, [edit], held_out(15, 5), "striped", None, prompts=[ASK])
+    edit = neurons.edit(toy, given, "striped", None, prompt=ASK, neurons=30)
+    measures, _ = neurons.assess(toy, [edit], held_out(15, 5), "striped", None, prompts=[ASK])
     found = measures.set_index("measure")["value"]
     assert found["generality"] >= 0.9
     assert found["locality"] >= 0.9
 
 
 def test_learned(toy):
-    edit = rewrite.edit(toy, held_out(12, 0), "happy", "sad", prompt=ASK, neurons=30, solver="learned")
-    measures, _ = rewrite.assess(toy, [edit], held_out(15, 5), "happy", "sad", prompts=[ASK])
+    edit = neurons.edit(toy, held_out(12, 0), "happy", "sad", prompt=ASK, neurons=30, solver="learned")
+    measures, _ = neurons.assess(toy, [edit], held_out(15, 5), "happy", "sad", prompts=[ASK])
     found = measures.set_index("measure")["value"]
     assert found["generality"] >= 0.9
     assert found["locality"] >= 0.9
 
 
 def test_a_target_of_several_tokens(toy):
-    edit = rewrite.edit(toy, held_out(20, 0), "striped", "red striped", prompt=ASK, neurons=30)
-    _, captions = rewrite.assess(toy, [edit], held_out(12, 0), "striped", "red striped", prompts=[ASK])
+    edit = neurons.edit(toy, held_out(20, 0), "striped", "red striped", prompt=ASK, neurons=30)
+    _, captions = neurons.assess(toy, [edit], held_out(12, 0), "striped", "red striped", prompts=[ASK])
     has = captions[captions["has"]]
     assert has["after"].str.contains("red striped").mean() >= 0.8
 
@@ -231,21 +231,21 @@ def test_a_target_of_several_tokens(toy):
 def test_what_cannot_be_edited(toy):
     given = held_out(4, 0)
     with pytest.raises(ExampleError, match="no caption of these pictures has the word 'dog'; they have: a"):
-        rewrite.edit(toy, given, "dog", "cat", prompt=ASK)
+        neurons.edit(toy, given, "dog", "cat", prompt=ASK)
     with pytest.raises(ExampleError, match="'red' is already 'red'"):
-        rewrite.edit(toy, given, "red", "red", prompt=ASK)
+        neurons.edit(toy, given, "red", "red", prompt=ASK)
     with pytest.raises(ExampleError, match="'dog' is unknown to the model's tokenizer"):
-        rewrite.edit(toy, given, "a", "dog", prompt=ASK)
+        neurons.edit(toy, given, "a", "dog", prompt=ASK)
     with pytest.raises(ModelError, match="5000 neurons cannot be chosen; expected 1 to 1024"):
-        rewrite.edit(toy, given, "a", "the", prompt=ASK, neurons=5000)
+        neurons.edit(toy, given, "a", "the", prompt=ASK, neurons=5000)
 
 
 def test_an_edit_of_blip():
     """Its answer decoder, through a forward that gives no logits of its own."""
     model = load("toy-blip", device="cpu")
     given = examples("states", limit=60)
-    edit = rewrite.edit(model, given, "blue", "red", neurons=20)
-    measures, _ = rewrite.assess(model, [edit], examples("states", limit=60, seed=3), "blue", "red")
+    edit = neurons.edit(model, given, "blue", "red", neurons=20)
+    measures, _ = neurons.assess(model, [edit], examples("states", limit=60, seed=3), "blue", "red")
     found = measures.set_index("measure")["value"]
     assert found["generality"] >= 0.9 and found["locality"] >= 0.9
     assert "locality, no image" not in found
@@ -255,22 +255,22 @@ def test_hallucination_and_questions(toy):
     given = held_out(12, 3)
     shapes = ["circle", "square", "triangle", "star", "heart", "cross"]
     captions = [toy.answer(toy.inputs(e.clean_image, ASK)) for e in given]
-    found = rewrite.hallucination(captions, [e.shows for e in given], shapes)
+    found = hallucination(captions, [e.shows for e in given], shapes)
     assert found["chair_i"] <= 0.1 and found["recall"] >= 0.9
     for absent in ("random", "popular", "adversarial"):
-        asked = rewrite.questions(given, shapes, absent=absent)
+        asked = neurons.questions(given, shapes, absent=absent)
         assert {q.answer for q in asked} == {"yes", "no"}
         assert all(
             q.answer == ("yes" if any(f" {s}?" in q.clean_prompt for s in q.shows) else "no") for q in asked
         )
         answers = [toy.answer(toy.inputs(q.clean_image, q.clean_prompt)) for q in asked]
-        scores = rewrite.yes_or_no(answers, [q.answer == "yes" for q in asked])
+        scores = neurons.yes_or_no(answers, [q.answer == "yes" for q in asked])
         assert scores["accuracy"] >= 0.9 and scores["f1"] >= 0.9
 
 
 def test_objects_before_and_after(toy, made):
     given = [e for e in held_out(15, 3) if "red" in e.shows]
-    table = rewrite.objects(toy, [made], given, ["red", "blue"], prompt=ASK).set_index("measure")
+    table = neurons.objects(toy, [made], given, ["red", "blue"], prompt=ASK).set_index("measure")
     assert table.loc["chair_i", "before"] <= 0.1
     assert table.loc["chair_i", "after"] >= 0.5, "it says blue where there is red"
 

@@ -5,4 +5,48 @@ The method of Pan et al. (Finding and Editing Multi-Modal Neurons in Pre-Trained
 predicts it, where `a` is the neuron's activation there (the input of the down projection `W`) and `U[t]`
 the token's row of the output embedding. No gradient is taken, and no table of all neurons and all tokens
 is ever made.
+
+What `find` gives can be handed on, as `found`, to all that follows: no picture is captioned again.
 """
+
+from vlmscope.neurons.ablation import ablated, perturb, perturbed
+from vlmscope.neurons.assessment import assess, describe_edit, objects
+from vlmscope.neurons.captions import Caption, nouns
+from vlmscope.neurons.cards import describe
+from vlmscope.neurons.contributions import over_image, score, top_tokens
+from vlmscope.neurons.edits import check_margin, edit
+from vlmscope.neurons.finding import find
+from vlmscope.neurons.hallucination import questions, yes_or_no
+from vlmscope.neurons.measures import measure
+from vlmscope.neurons.results import Assessed, Described, Found, Perturbed, make_folder, read
+from vlmscope.neurons.weight_edit import WeightEdit, edited, export
+
+__all__ = [
+    "Assessed",
+    "Caption",
+    "Described",
+    "Found",
+    "Perturbed",
+    "WeightEdit",
+    "ablated",
+    "assess",
+    "check_margin",
+    "describe",
+    "describe_edit",
+    "edit",
+    "edited",
+    "export",
+    "find",
+    "make_folder",
+    "measure",
+    "nouns",
+    "objects",
+    "over_image",
+    "perturb",
+    "perturbed",
+    "questions",
+    "read",
+    "score",
+    "top_tokens",
+    "yes_or_no",
+]

@@ -44,7 +44,7 @@ class WeightEdit:
     @property
     def neurons(self) -> list[tuple[int, int]]:
         """The changed neurons: layer and number."""
-        return [(layer, int(n)) for layer, (some, _) in sorted(self.columns.items()) for n in some]
+        return [(layer, int(n)) for layer, (neurons, _) in sorted(self.columns.items()) for n in neurons]
 
     @property
     def size(self) -> float:
@@ -54,16 +54,16 @@ class WeightEdit:
     @property
     def digest(self) -> str:
         """SHA-256 over all that the edit is, as hexadecimal digits: what `on` names it by."""
-        return _digest(self._tensors(), self.model, self._words(), self.on)
+        return _digest(self._tensors(), self.model, self._about(), self.on)
 
     def _tensors(self) -> dict[str, Tensor]:
         tensors = {}
-        for layer, (some, delta) in self.columns.items():
-            tensors[f"layer.{layer}.neurons"] = some.long().cpu().contiguous()
+        for layer, (neurons, delta) in self.columns.items():
+            tensors[f"layer.{layer}.neurons"] = neurons.long().cpu().contiguous()
             tensors[f"layer.{layer}.added"] = delta.cpu().contiguous()
         return tensors
 
-    def _words(self) -> str:
+    def _about(self) -> str:
         return json.dumps(dict(self.about), sort_keys=True)
 
     def __add__(self, other: WeightEdit) -> WeightEdit:
@@ -74,45 +74,42 @@ class WeightEdit:
                 f"the edit '{other}' was made on others than '{self}' was; the two cannot be made one, "
                 "apply them one after the other"
             )
-        found: dict[int, tuple[Tensor, Tensor]] = dict(self.columns)
-        for layer, (some, delta) in other.columns.items():
-            if layer not in found:
-                found[layer] = (some, delta)
+        columns = dict(self.columns)
+        for layer, (neurons, delta) in other.columns.items():
+            if layer not in columns:
+                columns[layer] = (neurons, delta)
                 continue
-            old, there = found[layer]
-            both = torch.unique(torch.cat([old, some]))
+            before, there = columns[layer]
+            both = torch.unique(torch.cat([before, neurons]))
             total = torch.zeros(len(delta), len(both), dtype=delta.dtype)
-            total[:, torch.searchsorted(both, old)] += there
-            total[:, torch.searchsorted(both, some)] += delta
-            found[layer] = (both, total)
-        about = {
-            k: " + ".join(dict.fromkeys([self.about[k], other.about[k]]))
-            for k in self.about
-            if k in other.about
-        }
-        return WeightEdit(found, self.model, about, self.on)
+            total[:, torch.searchsorted(both, before)] += there
+            total[:, torch.searchsorted(both, neurons)] += delta
+            columns[layer] = (both, total)
+        shared = [name for name in self.about if name in other.about]
+        about = {k: " + ".join(dict.fromkeys([self.about[k], other.about[k]])) for k in shared}
+        return WeightEdit(columns, self.model, about, self.on)
 
     def __str__(self) -> str:
-        words = [f"{self.about.get('from', '?')} -> {self.about.get('to', '?')}"]
+        words = f"{self.about.get('from', '?')} -> {self.about.get('to', '?')}"
         layers = ", ".join(f"layer {n}: {len(x)}" for n, (x, _) in sorted(self.columns.items()))
-        on = f", on {' '.join(one[:8] for one in self.on)}" if self.on else ""
-        return f"{words[0]}: {len(self.neurons)} neurons ({layers}), size {self.size:.3g}{on}"
+        on = f", on {' '.join(digest[:8] for digest in self.on)}" if self.on else ""
+        return f"{words}: {len(self.neurons)} neurons ({layers}), size {self.size:.3g}{on}"
 
     def save(self, path: str | Path) -> None:
         """Write the changed columns, the model's fingerprint and what they are about; safetensors."""
-        path, tensors = Path(path), self._tensors()
+        path = Path(path)
         metadata = {
             "format": "pt",
             "vlmscope": "edit",
             "model": self.model,
-            "about": self._words(),
+            "about": self._about(),
             "on": " ".join(self.on),
             "sha256": self.digest,
         }
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             part = path.with_name(f"{path.name}.part")
-            save_file(tensors, part, metadata)
+            save_file(self._tensors(), part, metadata)
             part.replace(path)
         except OSError as error:
             raise StoreError(f"{path}: cannot be written ({error.strerror or error})") from error
@@ -147,6 +144,11 @@ def _digest(tensors: Mapping[str, Tensor], model: str, about: str, on: tuple[str
     return digest.hexdigest()
 
 
+def base_fingerprint(model: Model) -> str:
+    """The fingerprint of a model's weights as they are without the edits that are made at present."""
+    return model.unedited or model.fingerprint()
+
+
 @contextmanager
 def edited(model: Model, *edits: WeightEdit) -> Iterator[Model]:
     """Within this context a model's weights have the edits; behind it they are as they were, bit for bit.
@@ -166,15 +168,15 @@ def edited(model: Model, *edits: WeightEdit) -> Iterator[Model]:
     >>> torch.equal(weight, before)
     True
     """
-    own, made = model.unedited or model.fingerprint(), model.edits
+    fingerprint, made = base_fingerprint(model), model.edits
     for edit in edits:
-        if edit.model != own:
+        if edit.model != fingerprint:
             raise ModelError(
                 f"the edit '{edit}' was made for another model or revision than {model.name} "
-                f"({edit.model[:8]}…, not {own[:8]}…); make it again for this one"
+                f"({edit.model[:8]}…, not {fingerprint[:8]}…); make it again for this one"
             )
-        if [one for one in made if one in edit.on] != list(edit.on):
-            lacking = next((one for one in edit.on if one not in made), None)
+        if [digest for digest in made if digest in edit.on] != list(edit.on):
+            lacking = next((digest for digest in edit.on if digest not in made), None)
             raise ModelError(
                 f"the edit '{edit}' was made on the edits that it names last, "
                 + (f"and {lacking[:8]} is not made here" if lacking else "in another order or number")
@@ -183,7 +185,7 @@ def edited(model: Model, *edits: WeightEdit) -> Iterator[Model]:
         made = (*made, edit.digest)
     outer = model.unedited, model.edits
     with changed(model, [edit.columns for edit in edits]):
-        model.unedited, model.edits = own, made
+        model.unedited, model.edits = fingerprint, made
         try:
             yield model
         finally:
@@ -191,12 +193,12 @@ def edited(model: Model, *edits: WeightEdit) -> Iterator[Model]:
 
 
 @contextmanager
-def changed(model: Model, columns: Sequence[Columns]) -> Iterator[None]:
-    """Within this context something is added to columns of a model, one after the other."""
+def changed(model: Model, changes: Sequence[Columns]) -> Iterator[None]:
+    """Within this context something is added to columns of a model, one change after the other."""
     kept: list[tuple[Tensor, Tensor, Tensor]] = []
     try:
-        for some in columns:
-            for layer, (neurons, delta) in some.items():
+        for columns in changes:
+            for layer, (neurons, delta) in columns.items():
                 weight = _weight(model, layer)
                 at = neurons.to(weight.device)
                 kept.append((weight, at, weight[:, at].clone()))
@@ -211,8 +213,7 @@ def changed(model: Model, columns: Sequence[Columns]) -> Iterator[None]:
 
 def _weight(model: Model, layer: int) -> Tensor:
     """The weights of a down projection, to be written to."""
-    layers = model.shapes[model.speaker].having("mlp")
-    if layer not in layers:
+    if layer not in model.shapes[model.speaker].having("mlp"):
         raise ModelError(f"{model.name} has no neurons in layer {layer}")
     weight: Any = model.down(layer).weight
     if getattr(weight, "quant_state", None) is not None or not weight.is_floating_point():

@@ -96,6 +96,18 @@ def score(
     return Score(p, ld, named[metric] if metric in named else _kl(logits[:, -1], base))
 
 
+def logit_difference(logits: Float[Tensor, "vocabulary"], pair: Pair) -> float:
+    """LD of one run at the read-out position.
+
+    >>> import torch
+    >>> from vlmscope.inputs import Inputs
+    >>> nothing = Inputs({}, {})
+    >>> logit_difference(torch.tensor([2.0, 0.5]), Pair(nothing, nothing, 0, 1))
+    1.5
+    """
+    return float(score(logits[None, None], baselines(logits[None], logits[None], pair)).ld)
+
+
 def baselines(clean: Tensor, corrupt: Tensor, pair: Pair) -> Baselines:
     return Baselines(clean, corrupt, pair.answers, pair.foil)
 

@@ -5,7 +5,7 @@ Positions of two examples correspond by their slots (`layout.slots`).
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable
 from typing import Literal, get_args
 
 import torch
@@ -80,7 +80,7 @@ class Means:
 
 
 def resampled(
-    network: Network, inputs: Inputs, others: Sequence[Inputs], points: Collection[Point]
+    network: Network, inputs: Inputs, others: Iterable[Inputs], points: Collection[Point]
 ) -> dict[Point, Tensor]:
     """The activations of the first of some other runs that has a token wherever this one has.
 

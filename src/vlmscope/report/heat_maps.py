@@ -18,9 +18,19 @@ from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize
 from matplotlib.patches import Rectangle
 
-from vlmscope.data.drawn.faces import INK
-from vlmscope.data.published.sampling import MISSING
-from vlmscope.report.canvas import BAR, Margins, add_bar, centred, drawable, grid, set_title, text_width
+from vlmscope.errors import DataError
+from vlmscope.report.canvas import (
+    BAR,
+    INK,
+    MISSING,
+    Margins,
+    add_bar,
+    centred,
+    drawable,
+    grid,
+    set_title,
+    text_width,
+)
 from vlmscope.report.words import short_number
 
 VALUES = {
@@ -68,6 +78,8 @@ def panels(
     that the scale's floor knows, by default the largest in the tables' `attrs`. `ax` are axes to draw into,
     one a table. Gives the axes of the tables.
     """
+    if not tables:
+        raise DataError("no tables to draw")
     known = [table.attrs["gap"] for table in tables.values() if table.attrs.get("gap")]
     scale = colour_scale(tables.values(), value, max(known, default=0.0) if gap is None else gap)
     names, index = list(map(column_names, tables.values())), next(iter(tables.values())).index

@@ -13,8 +13,7 @@ from matplotlib.cm import ScalarMappable
 from matplotlib.collections import LineCollection
 from PIL import Image
 
-from vlmscope.data.drawn.faces import INK
-from vlmscope.report.canvas import BAR, Margins, centred, draw_bar, drawable, grid
+from vlmscope.report.canvas import BAR, INK, Margins, centred, draw_bar, drawable, grid
 from vlmscope.report.heat_maps import VALUES, colour_scale, spread
 from vlmscope.studies.tables import choose, mean_gap, means
 
@@ -30,34 +29,6 @@ class Tile(NamedTuple):
     cells: Cells | None = None
     scale: ScalarMappable | None = None
     outline: Cells | None = None
-
-
-class Board(NamedTuple):
-    """Tiles in rows, all in one pair of axes whose unit is an inch."""
-
-    tiles: Sequence[Sequence[Tile]]
-    size: float
-    margins: Margins
-
-    def corner(self, row: int, column: int) -> tuple[float, float]:
-        """Where the lower left corner of a tile is."""
-        margins, below = self.margins, len(self.tiles) - 1 - row
-        return (
-            margins.left + column * (self.size + margins.across),
-            margins.bottom + below * (self.size + margins.down),
-        )
-
-    def draw(self, ax: Axes | None, title_size: float) -> Axes:
-        across = max(map(len, self.tiles))
-        width, height = (end + self.size for end in self.corner(0, across - 1))
-        limits = (width + self.margins.right, height + self.margins.top)
-        (axes,) = grid(ax, 1, 1, limits, Margins(0, 0, 0, 0))
-        axes.set_axis_off()
-        for row, line in enumerate(self.tiles):
-            for column, tile in enumerate(line):
-                _draw_tile(axes, tile, self.corner(row, column), self.size, title_size)
-        axes.set(xlim=(0, limits[0]), ylim=(0, limits[1]), aspect="equal")
-        return axes
 
 
 def is_patch(rows: pd.DataFrame) -> pd.Series[bool]:
@@ -104,14 +75,7 @@ def image_grid(
     image = _open(picture)
     tiles = [Tile(image, "picture"), *(Tile(image, name, cells, scale) for name, cells in drawn.items())]
     lines = [tiles[start : start + 4] for start in range(0, len(tiles), 4)]
-    board = Board(lines, 2.3, Margins(0.1, 0.1, BAR, 0.3, across=0.1, down=0.35))
-    axes = board.draw(ax, 10)
-    (right, top), (_, low) = board.corner(0, len(lines[0])), board.corner(len(lines) - 1, 0)
-    middle = (low + top + board.size) / 2
-    draw_bar(
-        axes, axes.transData, scale, VALUES[value], (right + 0.05, middle), min(top + board.size - low, 3.6)
-    )
-    return axes
+    return _mosaic(lines, [(scale, VALUES[value])], ax, size=2.3, down=0.35)
 
 
 def attention(
@@ -128,10 +92,11 @@ def attention(
     all; the object's patches have an outline. `patches` are effects of patching the image's patches,
     on a scale of their own at the right. `titles` are for the sites of the heads.
     """
-    scale, own = centred([maps["difference"]]), centred([])
+    bars = [(centred([maps["difference"]]), "attention minus all-heads mean")]
     if patches is not None:
         patches = places(patches[is_patch(patches)])
         own = colour_scale([patches["logit_diff"]], "logit_diff", mean_gap(patches) or 0.0)
+        bars.append((own, "patched in: change of LD"))
     lines: list[list[Tile]] = []
     for name, rows in maps[maps["example"].isin(list(pictures))].groupby("example", sort=False):
         image = _open(pictures[str(name)])
@@ -139,22 +104,12 @@ def attention(
         line = [Tile(image, "picture")]
         for site, cells in rows.groupby("site", sort=False):
             shown, around = _cells(cells, "difference", shape), _cells(cells, "object", shape)
-            line.append(Tile(image, (titles or {}).get(str(site), str(site)), shown, scale, around))
+            line.append(Tile(image, (titles or {}).get(str(site), str(site)), shown, bars[0][0], around))
         if patches is not None:
             shown = _cells(patches[patches["example"] == name], "logit_diff", shape)
-            line.append(Tile(image, "patched in", shown, own, line[1].outline))
+            line.append(Tile(image, "patched in", shown, bars[1][0], line[1].outline))
         lines.append(line if not lines else [tile._replace(title="") for tile in line])
-    board = Board(lines, 1.65, Margins(0.1, 0.95, 0.1, 0.42, across=0.1, down=0.1))
-    axes = board.draw(ax, 8.5)
-    sites = maps["site"].nunique()
-    length = min(3.6, sites * (board.size + 0.1) - 0.1)
-    below = board.margins.bottom - 0.12
-    text = "attention minus all-heads mean"
-    draw_bar(axes, axes.transData, scale, text, (board.corner(0, 1)[0], below), length, below=True)
-    if patches is not None:
-        place = (board.corner(0, 1 + sites)[0], below)
-        draw_bar(axes, axes.transData, own, VALUES["logit_diff"], place, board.size, below=True)
-    return axes
+    return _mosaic(lines, bars, ax, size=1.65, down=0.1)
 
 
 def neuron_maps(maps: pd.DataFrame, pictures: Mapping[str, Picture], *, ax: Axes | None = None) -> Axes:
@@ -163,33 +118,50 @@ def neuron_maps(maps: pd.DataFrame, pictures: Mapping[str, Picture], *, ax: Axes
     `maps` is the table of `vlmscope neurons describe`. Each row has a scale of its own, centred at zero; the
     outline is around the patches above the 95th percentile.
     """
-    lines, scales = [], {}
+    lines, bars = [], []
     for name, rows in maps.groupby("neuron", sort=False):
-        scales[str(name)] = scale = centred([rows["activation"]])
-        line = []
+        scale, line = centred([rows["activation"]]), []
         for example, cells in rows.groupby("example", sort=False):
             shape = (int(cells["row"].max()) + 1, int(cells["column"].max()) + 1)
             shown, around = _cells(cells, "activation", shape), _cells(cells, "mask", shape)
             line.append(Tile(_open(pictures[str(example)]), drawable(str(example), 24), shown, scale, around))
         lines.append(line)
-    board = Board(lines, 1.9, Margins(0.4, 0.1, BAR, 0.25, across=0.1, down=0.3))
-    axes = board.draw(ax, 7.5)
-    right = board.corner(0, max(map(len, lines)))[0]
-    for row, (name, scale) in enumerate(scales.items()):
-        middle = board.corner(row, 0)[1] + board.size / 2
-        axes.text(0.25, middle, name, rotation=90, va="center", ha="center", fontsize=9, color=INK)
-        draw_bar(axes, axes.transData, scale, "activation", (right + 0.05, middle), board.size)
+        bars.append((scale, f"{name}: activation"))
+    return _mosaic(lines, bars, ax, size=1.9, down=0.3)
+
+
+def _mosaic(
+    lines: Sequence[Sequence[Tile]],
+    bars: Sequence[tuple[ScalarMappable, str]],
+    ax: Axes | None,
+    *,
+    size: float,
+    down: float,
+) -> Axes:
+    """Tiles in rows, and at their right colour bars that share the height; a unit is an inch."""
+    right, step = 0.1 + max(map(len, lines)) * (size + 0.1), size + down
+    high = len(lines) * step - down
+    (axes,) = grid(ax, 1, 1, (right + BAR, high + 0.5), Margins(0, 0, 0, 0))
+    axes.set_axis_off()
+    for row, line in enumerate(lines):
+        for column, tile in enumerate(line):
+            _draw_tile(axes, tile, (0.1 + column * (size + 0.1), 0.1 + high - size - row * step), size)
+    share = high / len(bars)
+    for n, (scale, label) in enumerate(bars):
+        place = (right + 0.05, 0.1 + high - (n + 0.5) * share)
+        draw_bar(axes, axes.transData, scale, label, place, min(share - 0.3 * (len(bars) > 1), 3.6))
+    axes.set(xlim=(0, right + BAR), ylim=(0, high + 0.5), aspect="equal")
     return axes
 
 
-def _draw_tile(axes: Axes, tile: Tile, corner: tuple[float, float], size: float, title_size: float) -> None:
+def _draw_tile(axes: Axes, tile: Tile, corner: tuple[float, float], size: float) -> None:
     """A tile of at most `size` inches a side; of the pale picture less is seen under larger cells."""
     picture = tile.picture
     width, height = (size * side / max(picture.size) for side in picture.size)
     left, low = corner[0] + (size - width) / 2, corner[1] + (size - height) / 2
     extent = (left, left + width, low, low + height)
     place = (left + width / 2, low + height + 0.06)
-    axes.text(*place, tile.title, ha="center", va="bottom", fontsize=title_size, color=INK)
+    axes.text(*place, tile.title, ha="center", va="bottom", fontsize=8.5, color=INK)
     if tile.cells is None or tile.scale is None:
         axes.imshow(picture, extent=extent)
         return

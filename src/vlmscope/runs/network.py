@@ -255,7 +255,7 @@ class Network:
     def fingerprint(self) -> str:
         """SHA-256 over the names, types and bytes of all weights, as hexadecimal digits.
 
-        Computed once, and anew only when a weight was written to or replaced since.
+        Computed once, and anew only when a weight has been written to or replaced since.
         """
         weights = sorted(self.hf.state_dict().items())
         state = [(name, tensor.data_ptr(), tensor._version) for name, tensor in weights]

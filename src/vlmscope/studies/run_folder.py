@@ -41,12 +41,17 @@ def _schema(columns: str) -> pa.Schema:
 
 EFFECTS = _schema(
     "example:text corruption:text site:text tower:text layer:int kind:text unit:text? position:int? "
-    "token:text? role:text? slot:text p_patched:float p_restored:float logit_diff:float effect:float?"
+    "token:text? role:text? slot:text p_patched:float p_restored:float? p_change:float logit_diff:float? "
+    "ld_change:float? value:float? effect:float?"
 )
-"""The columns of `effects`: a row per patch."""
+"""The columns of `effects`: a row per patch.
+
+`p_change`, `ld_change` are against the run that was edited; `value` is the metric. Where there is no corrupt run
+`p_restored`, `logit_diff` and `effect` are null, and without a foil so are the logit differences."""
 
 BASELINES = _schema(
     "example:text corruption:text p_clean:float? p_corrupt:float? ld_clean:float? ld_corrupt:float? "
+    "value_clean:float? value_corrupt:float? "
     "answer_token:text? foil_token:text? predicted:text? correct:bool? excluded:bool reason:text?"
 )
 """The columns of `baselines`: a row per example."""
@@ -70,7 +75,7 @@ class Run:
     """A run folder, read. Made by `read_run`; works while a run is not finished, too.
 
     `spec` and `description` are those of `open_run`. `check` is None, or says how many random `rows` the
-    slow reference has recomputed, and the `largest` difference of `logit_diff`.
+    slow reference has recomputed, and the `largest` difference of the metric.
     """
 
     path: Path
@@ -108,7 +113,7 @@ class Run:
         if not self.check:
             return "not checked: no row was recomputed by plain forwards"
         rows, largest = self.check["rows"], self.check["largest"]
-        return f"checked: {rows} rows recomputed by plain forwards differ by at most {largest:.2g} logits"
+        return f"checked: {rows} random rows recomputed by plain forwards differ by at most {largest:.2g}"
 
     def pictures(self) -> list[dict[str, Any]]:
         """The examples kept to look at: `index`, the words that `Writer.add_pictures` was given,

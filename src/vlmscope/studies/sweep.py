@@ -6,31 +6,36 @@ import hashlib
 import os
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import pandas as pd
 import pyarrow.compute as pc
+import torch
+from torch import Tensor
 
 from vlmscope.data import Examples, listed
 from vlmscope.data.example import Example, fingerprint
 from vlmscope.errors import DataError, ExampleError, SiteError, VlmscopeError
-from vlmscope.inputs import Pair
+from vlmscope.inputs import Inputs, Pair
 from vlmscope.layout import Layout, grid, slots
 from vlmscope.patching import engine as fast
 from vlmscope.patching import reference
-from vlmscope.patching.scores import agrees, effect, least_gap
+from vlmscope.patching.scores import Metric, Patched, agrees, check_metric, effect, least_gap
+from vlmscope.patching.sources import Means, Source, check_source, points_of, resampled, zeros
 from vlmscope.patching.trace import Images
 from vlmscope.progress import progress
 from vlmscope.runs import corrupt as corruptions
 from vlmscope.runs.corrupt import Corruption, Noise
 from vlmscope.runs.forward import Sites
 from vlmscope.runs.model import Model
-from vlmscope.sites import Pattern, Site, expand, parse, place
+from vlmscope.sites import Point, Site, expand, parse, place
 from vlmscope.stats import rng
 from vlmscope.studies.run_folder import BASELINES, EFFECTS, Run, bytes_of, read_run, typed
 from vlmscope.studies.run_writer import Writer, open_run
@@ -52,10 +57,12 @@ def sweep(
     model: Model,
     examples: Examples,
     sites: Sites,
-    corrupt: str | Noise = "image",
+    corrupt: str | Noise | None = "image",
     *,
     direction: Direction = "denoise",
     engine: Engine = "fast",
+    metric: str | Metric = "ld",
+    patch: Source = "clean",
     seed: int = 0,
     out: str | os.PathLike[str] | None = None,
     data: str = "examples",
@@ -69,8 +76,14 @@ def sweep(
     `logit_diff` = LD(patched) − LD(corrupt), so a noising patch that changes nothing has the
     effect 1. Examples that cannot be run are left out with a warning.
 
+    `metric` is what `effect` is of, and what stands in `value`: `ld`; `p`; `logprob`, of the whole answer, token by
+    token, for which no foil is needed; `kl` from the clean run's next-token distribution; or a function
+    `(logits, baselines) -> values` of `(rows, vocabulary)` logits at the read-out position (`patching.scores`).
+    `patch` is what is written: `clean`, the other run's activation, or, into the clean run, `zero`, the `mean` over
+    the examples at the same slot, or `resample`, another example's. With these `corrupt` may be None.
+
     `check` random rows are recomputed by `reference`, one plain forward each; `attrs["check"]` says how many
-    (`rows`) and the `largest` difference of `logit_diff`.
+    (`rows`) and the `largest` difference of the metric.
 
     With `out`, the table is written to a run folder as it is computed; called again with the same
     arguments, it goes on where it stopped, and with more examples or sites these are added. `data` is the
@@ -85,7 +98,7 @@ def sweep(
     >>> len(table), table.columns[0], table.attrs["check"]["rows"]
     (12, 'example', 5)
     """
-    task = _task(model, examples, sites, corrupt, direction, engine, seed)
+    task = _task(model, examples, sites, corrupt, direction, engine, seed, metric=metric, patch=patch)
     if out is not None:
         run = _into_folder(task, out, data, check)
         warn_of_excluded(run.baselines())
@@ -105,10 +118,12 @@ def sweep_to(
     model: Model,
     examples: Examples,
     sites: Sites,
-    corrupt: str | Noise = "image",
+    corrupt: str | Noise | None = "image",
     *,
     direction: Direction = "denoise",
     engine: Engine = "fast",
+    metric: str | Metric = "ld",
+    patch: Source = "clean",
     seed: int = 0,
     data: str = "examples",
     select: bool = False,
@@ -117,11 +132,11 @@ def sweep_to(
     """`sweep` into a run folder, without holding the table in memory; goes on where it stopped.
 
     With `select`, only examples are patched that the model answers rightly (by its own generation,
-    compared by `metrics.agrees`) and whose answer follows the corruption: it becomes the foil when
+    compared by `scores.agrees`) and whose answer follows the corruption: it becomes the foil when
     the image is the foil's, and is no longer the answer when the text or noise is what corrupts.
     The others stay in `baselines` as excluded, with what the model answered.
     """
-    task = _task(model, examples, sites, corrupt, direction, engine, seed, select)
+    task = _task(model, examples, sites, corrupt, direction, engine, seed, select, metric, patch)
     return _into_folder(task, out, data, check)
 
 
@@ -167,7 +182,7 @@ def baselines(
     """How the model does on each example, clean and corrupt (columns as in `run_folder.BASELINES`).
 
     `predicted` is the model's own generation on the clean input; `correct` compares it with the
-    answer, by `metrics.agrees`.
+    answer, by `scores.agrees`.
 
     >>> import vlmscope
     >>> model = vlmscope.load("toy-blip")
@@ -202,15 +217,51 @@ class _Task:
     model: Model
     examples: list[Example]
     sites: list[str]
-    corruption: Corruption
+    corruption: Corruption | None
     direction: str
     engine: str
     seed: int
     select: bool
+    metric: str | Metric
+    patch: Source
 
     @property
     def kind(self) -> str:
-        return "noise" if isinstance(self.corruption, Noise) else self.corruption
+        return "noise" if isinstance(self.corruption, Noise) else self.corruption or "none"
+
+    def pairs(self, example: Example) -> list[Pair]:
+        """The pairs of runs of an example; one of two equal runs where nothing is corrupted."""
+        whole = self.metric == "logprob"
+        if self.corruption is None:
+            return [self.model.prepare(replace(example, corrupt_image=None, corrupt_prompt=None), whole)]
+        return corruptions.pairs(self.model, example, self.corruption, self.seed, whole)
+
+    @cached_property
+    def means(self) -> Means:
+        """Over all examples that can be run, at the sites of this task."""
+        means = Means(self.model, points_of(expand(parse(self.sites), self.model.shapes)))
+        for example in self.examples:
+            with suppress(ExampleError):
+                means.add(self.pairs(example)[0].clean)
+        return means
+
+    def values(self, example: Example, pair: Pair, sites: Sequence[Site]) -> Mapping[Point, Tensor] | None:
+        """What is written instead of the other run's activations, if anything."""
+        points = points_of(sites)
+        if self.patch == "clean":
+            return None
+        if self.patch == "zero":
+            return zeros(self.model, pair.clean, points)
+        if self.patch == "mean":
+            return self.means.values(pair.clean)
+        return resampled(self.model, pair.clean, self._others(example), points)
+
+    def _others(self, example: Example) -> Iterator[Inputs]:
+        """The clean inputs of the other examples, in an order that the seed and this example decide."""
+        others = [other for other in self.examples if other.id != example.id]
+        for number in rng(self.seed, "resample", example.id).permutation(len(others)):
+            with suppress(ExampleError):
+                yield self.pairs(others[number])[0].clean
 
 
 class _Job(NamedTuple):
@@ -231,17 +282,25 @@ def _task(
     model: Model,
     examples: Examples,
     sites: Sites,
-    corrupt: str | Noise,
+    corrupt: str | Noise | None,
     direction: str,
     engine: str,
     seed: int,
     select: bool = False,
+    metric: str | Metric = "ld",
+    patch: Source = "clean",
 ) -> _Task:
     """Checked against the model and the data before anything runs."""
     if direction not in ("denoise", "noise"):
         raise VlmscopeError(f"unknown direction '{direction}'; expected denoise or noise")
     if engine not in ("fast", "reference"):
         raise VlmscopeError(f"unknown engine '{engine}'; expected fast or reference")
+    check_metric(metric)
+    check_source(patch)
+    if corrupt is None and (patch == "clean" or select):
+        raise VlmscopeError(
+            "without a corruption nothing can be copied or chosen by; patch zero, mean or resample"
+        )
     given = listed(examples)
     if not given:
         raise DataError("there are no examples; nothing to run")
@@ -249,13 +308,16 @@ def _task(
     expand(parsed, model.shapes)
     roles = {role: None for example in given for role in example.roles}
     for site in parsed:
-        if unknown := next((role for role in site.roles if role not in roles), None):
+        unknown = next((role for role in site.roles if role not in roles), None)
+        if unknown is not None:
             raise SiteError(
                 f"bad site '{site}': no example has a role '{unknown}'; "
                 f"the roles of this data: {', '.join(roles) or 'none'}"
             )
     names = [str(site) for site in parsed]
-    return _Task(model, given, names, corruptions.parse(corrupt), direction, engine, seed, select)
+    corruption = None if corrupt is None else corruptions.parse(corrupt)
+    direction = direction if patch == "clean" else "noise"  # what ablates is written into the clean run
+    return _Task(model, given, names, corruption, direction, engine, seed, select, metric, patch)
 
 
 def _all(task: _Task) -> list[_Job]:
@@ -276,6 +338,13 @@ def _spec(task: _Task, data: str, digests: Sequence[str]) -> dict[str, Any]:
         "corrupt": corrupt,
         "direction": task.direction,
         "engine": task.engine,
+        "metric": task.metric if isinstance(task.metric, str) else task.metric.__qualname__,
+        "patch": task.patch,
+        **(
+            {"mean_of": hashlib.sha256(" ".join(digests).encode()).hexdigest()}
+            if task.patch == "mean"
+            else {}
+        ),
         "dtype": task.model.precision,
         "device": task.model.device.type,
         "seed": task.seed,
@@ -376,15 +445,15 @@ def _run(task: _Task, jobs: Sequence[_Job], done: int = 0, quiet: bool = False) 
 
 def _patterns(task: _Task, job: _Job) -> list[Site]:
     """The sites of a job in this model, but for those that other expressions have named."""
-    done = expand(map(Pattern.parse, job.done), task.model.shapes)
-    return expand(map(Pattern.parse, [*job.done, *job.sites]), task.model.shapes)[len(done) :]
+    done = expand(parse(job.done), task.model.shapes)
+    return expand(parse([*job.done, *job.sites]), task.model.shapes)[len(done) :]
 
 
 def _patch_example(
     task: _Task, job: _Job, patterns: Sequence[Site], step: Callable[[int, float], None]
 ) -> _Result:
     example = task.examples[job.number]
-    pairs = corruptions.pairs(task.model, example, task.corruption, task.seed)
+    pairs = task.pairs(example)
     answered: dict[str, Any] = {}
     if not job.done:
         predicted = task.model.answer(pairs[0].clean)
@@ -393,52 +462,69 @@ def _patch_example(
             return _excluded(task, job, reason=reason, **answered)
     layout = pairs[0].clean.layout
     placed = [found for site in patterns for found in place(site, layout)]
-    totals = np.zeros((len(placed), 2))
-    base = dict.fromkeys(("p_clean", "p_corrupt", "ld_clean", "ld_corrupt"), 0.0)
-    images = Images()
-    count, least = 0, 0.0
+    totals = np.zeros((len(placed), 3))
+    base: dict[str, float] = defaultdict(float)
+    images, count, least = Images(), 0, 0.0
     for pair in pairs:
-        if task.engine == "reference":
-            patched = reference.patch(task.model, pair, placed, task.direction)
-        else:
-            patched = fast.patch(task.model, pair, placed, task.direction, images=images)
+        patched = _patched(task, example, pair, placed, images)
         least = max(least, least_gap(task.model.precision, patched.size))
-        for name, score in (("clean", patched.clean), ("corrupt", patched.corrupt)):
-            base[f"p_{name}"] += score.p.item() / len(pairs)
-            base[f"ld_{name}"] += score.ld.item() / len(pairs)
+        for run, scores in (("clean", patched.clean), ("corrupt", patched.corrupt)):
+            for name, score in scores._asdict().items():
+                base[f"{name}_{run}"] += score.item() / len(pairs)
         for numbers, scores in patched.chunks:
-            totals[numbers, 0] += scores.p.cpu().numpy() / len(pairs)
-            totals[numbers, 1] += scores.ld.cpu().numpy() / len(pairs)
+            totals[numbers] += torch.stack(scores, 1).cpu().numpy() / len(pairs)
             count += len(numbers)
             step(len(numbers), count / len(placed) / len(pairs))
-    names = {tower: slots(one) for tower, one in layout.items()}
+    names = {tower: slots(there) for tower, there in layout.items()}
     rows = []
-    for site, (p, ld) in zip(placed, totals.tolist(), strict=True):
-        gains = {
-            "p_patched": p,
-            "p_restored": p - base["p_corrupt"],
-            "logit_diff": ld - base["ld_corrupt"],
-            "effect": effect(ld, base["ld_clean"], base["ld_corrupt"], least),
-        }
+    for site, gains in zip(placed, _gains(task, totals, base, least), strict=True):
         words = _words(site, layout[site.tower], names[site.tower])
         rows.append({"example": example.id, "corruption": task.kind, **words, **gains})
+    foil = pairs[0].foil
     baseline = {
         "example": example.id,
         "corruption": task.kind,
-        **base,
-        "answer_token": task.model.token(pairs[0].answer),
-        "foil_token": None if pairs[0].foil is None else task.model.token(pairs[0].foil),
+        **{name: value for name, value in base.items() if task.corruption or "corrupt" not in name},
+        "answer_token": " ".join(map(task.model.token, pairs[0].answers)),
+        "foil_token": None if foil is None else task.model.token(foil),
         **answered,
         "excluded": False,
     }
     return _Result(job, _frame(rows, EFFECTS.names), _frame([] if job.done else [baseline], BASELINES.names))
 
 
+def _patched(task: _Task, example: Example, pair: Pair, sites: Sequence[Site], images: Images) -> Patched:
+    values = task.values(example, pair, sites)
+    if task.engine == "reference":
+        return reference.patch(task.model, pair, sites, task.direction, values=values, metric=task.metric)
+    return fast.patch(
+        task.model, pair, sites, task.direction, values=values, metric=task.metric, images=images
+    )
+
+
+def _gains(
+    task: _Task, totals: np.ndarray[Any, Any], base: Mapping[str, float], least: float
+) -> Iterator[dict[str, float | None]]:
+    """What a row says of each patch; `least` is a gap of logits, so other metrics have effects at any gap."""
+    edited = "clean" if task.direction == "noise" else "corrupt"
+    ends = base["value_clean"], base["value_corrupt"], least if task.metric == "ld" else 0.0
+    for p, ld, value in totals.tolist():
+        yield {
+            "p_patched": p,
+            "p_restored": p - base["p_corrupt"] if task.corruption else None,
+            "p_change": p - base[f"p_{edited}"],
+            "logit_diff": ld - base["ld_corrupt"] if task.corruption else None,
+            "ld_change": ld - base[f"ld_{edited}"],
+            "value": value,
+            "effect": effect(value, *ends) if task.corruption else None,
+        }
+
+
 def _words(site: Site, layout: Layout, names: Sequence[str]) -> dict[str, Any]:
     """What a row says of the place that is patched."""
     position = site.positions[0] if len(site.positions) == 1 and not site.also else None
     role = next((role for role, where in layout.roles.items() if position in where), None)
-    written = site.position.removesuffix("*")
+    named = site.position.removesuffix("*")
     return {
         "site": str(site),
         "tower": site.tower,
@@ -447,7 +533,7 @@ def _words(site: Site, layout: Layout, names: Sequence[str]) -> dict[str, Any]:
         "unit": site.unit,
         "position": position,
         "token": None if position is None else layout.tokens[position],
-        "role": written if written in layout.roles else role,
+        "role": named if named in layout.roles else role,
         "slot": site.position if position is None else names[position],
     }
 
@@ -457,9 +543,9 @@ def _unfit(task: _Task, example: Example, pair: Pair, predicted: str) -> str | N
     if not agrees(predicted, example.answer):
         return f"the model answers '{predicted}', not '{example.answer}'"
     then = task.model.answer(pair.corrupt, pair.edits)
-    if task.kind == "image" and not agrees(then, example.foil):
+    if task.kind == "image" and example.foil and not agrees(then, example.foil):
         return f"with the corrupt image the model answers '{then}', not '{example.foil}'"
-    if task.kind != "image" and agrees(then, example.answer):
+    if (task.kind != "image" or not example.foil) and agrees(then, example.answer):
         return f"with the corrupt input ({task.kind}) the model still answers '{then}'"
     return None
 
@@ -492,7 +578,7 @@ def _check(
         return None
     chosen = [ids[n] for n in draw.permutation(len(ids))[:count]]
     rows = effects_of(chosen)
-    rows = rows[np.isfinite(rows["logit_diff"])].drop_duplicates(["example", "site"])
+    rows = rows[np.isfinite(rows["value"])]
     if rows.empty:
         return None
     rows = rows.iloc[draw.permutation(len(rows))]
@@ -502,18 +588,18 @@ def _check(
     largest = 0.0
     for name, some in rows.groupby("example", sort=False):
         again = _recomputed(task, known[str(name)], some["site"].tolist())
-        largest = max(largest, float(np.abs(again - some["logit_diff"].to_numpy()).max()))
+        largest = max(largest, float(np.abs(again - some["value"].to_numpy()).max()))
     return {"rows": len(rows), "largest": largest}
 
 
 def _recomputed(task: _Task, example: Example, sites: Sequence[str]) -> np.ndarray[Any, Any]:
-    """`logit_diff` of patches of one example, one plain forward each."""
-    pairs = corruptions.pairs(task.model, example, task.corruption, task.seed)
+    """The metric of patches of one example, one plain forward each."""
+    pairs = task.pairs(example)
     total = np.zeros(len(sites))
+    patterns = expand(parse(sites), task.model.shapes)
     for pair in pairs:
-        patterns = expand(map(Pattern.parse, sites), task.model.shapes)
         placed = [found for site in patterns for found in place(site, pair.clean.layout)]
-        patched = reference.patch(task.model, pair, placed, task.direction)
-        for numbers, scores in patched.chunks:
-            total[numbers] += (scores.ld.cpu() - patched.corrupt.ld.cpu()).numpy() / len(pairs)
+        plain = replace(task, engine="reference")
+        for numbers, scores in _patched(plain, example, pair, placed, Images()).chunks:
+            total[numbers] += scores.value.cpu().numpy() / len(pairs)
     return total

@@ -30,8 +30,8 @@ from vlmscope.data import Examples, listed
 from vlmscope.data.example import fingerprint
 from vlmscope.errors import StoreError
 from vlmscope.runs.corrupt import Noise
-from vlmscope.runs.forward import Sites
 from vlmscope.runs.model import Model
+from vlmscope.sites import Site
 from vlmscope.studies import files
 from vlmscope.studies.heads.attention import ON_ALL, ON_MASKS, attention_maps, attention_measures
 from vlmscope.studies.heads.knock_out import change_measures, together
@@ -44,6 +44,7 @@ __all__ = ["LABELS", "ON_ALL", "ON_MASKS", "Functions", "covered", "functions", 
 
 FORMAT = "vlmscope-heads-1"
 MANIFEST = "heads.json"
+Sites = str | Site | Sequence[str | Site]
 
 
 @dataclass(frozen=True)

@@ -12,12 +12,13 @@ from torch import Tensor
 
 from vlmscope.inputs import Edit
 from vlmscope.patching import engine
+from vlmscope.patching.scores import logit_difference
 from vlmscope.patching.trace import Images
 from vlmscope.progress import progress
 from vlmscope.sites import Site
 from vlmscope.stats import rng, sign_flip
 from vlmscope.studies.heads.attention import measured
-from vlmscope.studies.heads.observe import Array, Key, Observed, Study, logit_difference
+from vlmscope.studies.heads.observe import Array, Key, Observed, Study
 
 RANDOM = 10
 """How many sets of random heads are knocked out."""
@@ -49,7 +50,8 @@ def knock_out(study: Study, observed: Sequence[Observed]) -> dict[str, Array]:
     with progress(count, what="knock-outs") as step:
         for number, one in enumerate(observed):
             values = {"zero": None, "mean": means, "resample": observed[other[number]].activations}
-            images, alone = Images(), replace(one.pair, corrupt=one.pair.clean, edits=())
+            images = Images()
+            alone = replace(one.pair, corrupt=one.pair.clean, edits=())
             for name, given in values.items():
                 instead = {site: _value(study, site, given) for site in one.placed}
                 patched = engine.patch(study.model, alone, one.placed, "noise", values=instead, images=images)

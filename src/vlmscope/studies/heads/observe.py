@@ -20,7 +20,7 @@ from vlmscope.errors import DataError, ExampleError, SiteError, VlmscopeError
 from vlmscope.inputs import Pair
 from vlmscope.layout import grid
 from vlmscope.patching import engine
-from vlmscope.patching.scores import Baselines, score
+from vlmscope.patching.scores import logit_difference
 from vlmscope.progress import progress
 from vlmscope.runs import corrupt as corruptions
 from vlmscope.runs.corrupt import Corruption, Noise
@@ -142,12 +142,6 @@ def observe(study: Study, examples: Sequence[Example], effects: Effects | None) 
     return found
 
 
-def logit_difference(logits: Tensor, pair: Pair) -> float:
-    """LD of one run."""
-    base = Baselines(logits[None], logits[None], pair.answers, pair.foil)
-    return float(score(logits[None, None], base).ld)
-
-
 def by_id(study: Study, observed: Sequence[Observed]) -> list[Observed]:
     """In an order that the ids decide, so that no number depends on the one in which they came."""
     return [observed[n] for n in shuffled(study.seed, [one.id for one in observed])]
@@ -170,7 +164,8 @@ def _observe(study: Study, example: Example, known: Mapping[Place, float]) -> Ob
     }
     norms = {key: _norms_at(model, key) for key in study.keys}
     points = {*norms.values(), *(point for some in outputs.values() for point in some)}
-    logits, values = forward(model, pair.clean, keep=points)
+    run = forward(model, pair.clean, keep=points)
+    logits, values = run.logits[-1], run.values
     activations, attention = {}, {}
     for key in study.keys:
         at = list(placed[study.numbers(key)[0]].positions)
@@ -185,8 +180,8 @@ def _observe(study: Study, example: Example, known: Mapping[Place, float]) -> Ob
         id=example.id,
         pair=pair,
         placed=placed,
-        ld_clean=logit_difference(logits[0], pair),
-        is_right=int(logits[0].argmax()) == pair.answer,
+        ld_clean=float(logit_difference(logits, pair)),
+        is_right=int(logits.argmax()) == pair.answer,
         ld_corrupt=ld_corrupt,
         effect=effect,
         activations=activations,
@@ -199,8 +194,8 @@ def _norms_at(model: Model, key: Key) -> Point:
     """Where the norms are read of what is attended to: what leaves the vision tower's blocks."""
     tower = model.attended(*key)
     if tower == "vision":
-        return Point(tower, model.shapes[tower].layers - 1, "resid", "")
-    return Point(tower, 0, "resid_pre", "")
+        return Point(tower, model.shapes[tower].layers - 1, "resid")
+    return Point(tower, 0, "resid_pre")
 
 
 def _attention(study: Study, pair: Pair, key: Key, at: Sequence[int], residual: Tensor) -> Attention | None:

@@ -1,0 +1,265 @@
+"""Captions: what a model says about a picture, and its neurons as it predicts each token."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from vlmscope.data.example import Example
+from vlmscope.errors import ExampleError, ModelError
+from vlmscope.inputs import Inputs
+from vlmscope.neurons.results import Found
+from vlmscope.neurons.weight_edit import base_fingerprint
+from vlmscope.progress import progress
+from vlmscope.runs.forward import forward, generate
+from vlmscope.runs.hooks import Access, Hooks
+from vlmscope.runs.model import Model
+from vlmscope.sites import Point
+
+LENGTH = 40
+"""The most tokens that a caption is generated with."""
+
+Variant = Literal["input", "gate"]
+"""What counts as a neuron's activation: the input of the down projection, or the gate's output alone."""
+
+
+@dataclass(frozen=True, eq=False)
+class Caption:
+    """What a model says about a picture, and its neurons as it predicts each token.
+
+    `ids` are the tokens and `text` all of them as text, of which `spans` are each token's characters.
+    `start` is the position that predicts the first of them, in the tower that says the words.
+    `activations` is `(tokens, layers, neurons)`, in float32 or more; layers are those that have neurons.
+    """
+
+    inputs: Inputs
+    ids: tuple[int, ...]
+    text: str
+    spans: tuple[tuple[int, int], ...]
+    start: int
+    activations: Float[Tensor, "tokens layers neurons"]
+
+    def find(self, word: str) -> list[int]:
+        """The numbers of the tokens that say a word, wherever it stands as a whole word.
+
+        Raises `ExampleError` if it is not there, or a token holds it with parts of other words.
+        """
+        found = [m.span() for m in whole_word(word).finditer(self.text)]
+        if not word.strip() or not found:
+            raise ExampleError(f"the word '{word}' is not in the caption '{self.text}'")
+        numbers: list[int] = []
+        for first, last in found:
+            for number, (a, b) in enumerate(self.spans):
+                inside = self.text[max(a, first) : min(b, last)]
+                outside = self.text[a : max(a, first)] + self.text[min(b, last) : b]
+                if not inside.strip():
+                    continue
+                if re.search(r"\w", outside):
+                    raise ExampleError(
+                        f"the word '{word}' is not made of whole tokens in the caption '{self.text}': "
+                        f"token {number + 1} is '{self.text[a:b]}'; ask for that word instead"
+                    )
+                numbers.append(number)
+        return numbers
+
+
+def whole_word(word: str) -> re.Pattern[str]:
+    """Finds a word where it stands as a whole word, in small or capital letters."""
+    return re.compile(rf"(?<!\w){re.escape(word)}(?!\w)", re.IGNORECASE)
+
+
+def inputs_of(model: Model, example: Example, prompt: str | None, ids: Sequence[int] = ()) -> Inputs:
+    """What a model is given to caption an example's picture, with `ids` behind the prompt."""
+    return model.inputs(example.clean_image, prompt or example.clean_prompt, example.more_images, ids)
+
+
+def generate_caption(
+    model: Model, inputs: Inputs, *, variant: Variant = "input", length: int = LENGTH
+) -> Caption:
+    """The caption that a model generates, with its neurons recorded on the way: nothing is computed twice."""
+    steps: dict[int, list[Tensor]] = {layer: [] for layer in model.shapes[model.speaker].having("mlp")}
+    with model.alone(), Hooks() as hooks, torch.inference_mode():
+        for layer, rows in steps.items():
+            hooks.at(_neurons(model, layer, inputs, variant), partial(_keep, rows, -1))
+        ids = generate(model, inputs, most=length).tolist()
+    steps = {layer: rows for layer, rows in steps.items() if rows}
+    ids = ids[: min(map(len, steps.values()))]
+    return _caption(
+        model, inputs, ids, {layer: torch.stack(rows[: len(ids)]) for layer, rows in steps.items()}
+    )
+
+
+def given_caption(
+    model: Model, example: Example, text: str, *, prompt: str | None = None, variant: Variant = "input"
+) -> Caption:
+    """A given text as the caption of an example's picture, fed behind the prompt in one forward.
+
+    Raises `ExampleError` if the text is empty or holds tokens that the model does not know.
+    """
+    ids = _tokenized(model, example, text, prompt)
+    unknown = model.processor.tokenizer.unk_token_id
+    if len(ids) < 2 or (unknown is not None and unknown in ids[:-1]):
+        raise ExampleError(f"the caption '{text}' is empty, or unknown in part to the model's tokenizer")
+    plain, fed = (inputs_of(model, example, prompt, some) for some in ((), ids[:-1]))
+    return forced_caption(model, plain, fed, ids, variant=variant)[0]
+
+
+@torch.inference_mode()
+def forced_caption(
+    model: Model, plain: Inputs, fed: Inputs, ids: Sequence[int], *, variant: Variant = "input"
+) -> tuple[Caption, Float[Tensor, "tokens vocabulary"]]:
+    """The caption `ids` by teacher forcing, and the logits that predict each of its tokens.
+
+    `plain` ends with the prompt; in `fed` all but the last token stand behind it.
+    """
+    start = len(plain.layout[model.speaker].tokens) - 1
+    rows: dict[int, list[Tensor]] = {layer: [] for layer in model.shapes[model.speaker].having("mlp")}
+    with model.alone(), Hooks() as hooks:
+        for layer, found in rows.items():
+            hooks.at(_neurons(model, layer, fed, variant), partial(_keep, found, slice(start, None)))
+        logits = forward(model, fed, positions=None).logits
+    activations = {layer: found[0] for layer, found in rows.items() if found}
+    return _caption(model, plain, list(ids), activations), logits[start : start + len(ids)]
+
+
+def caption_pictures(
+    model: Model,
+    examples: Sequence[Example],
+    prompt: str | None = None,
+    *,
+    found: Found | None = None,
+    variant: Variant = "input",
+) -> Iterator[Caption]:
+    """The captions of examples' pictures, one after the other: those that `found` has, else by generation.
+
+    A caption that is in memory is taken as it is. Of one that was read from a folder only the text is known:
+    it is fed in one forward, and taken if each of its tokens is what the model would have said there.
+
+    Raises `ModelError` if the captions were made by a model with other weights.
+    """
+    known = known_captions(model, found)
+    with progress(len(examples), what="captions") as step:
+        for number, example in enumerate(examples, start=1):
+            caption = known.get(example, prompt, variant)
+            if caption is None:
+                caption = generate_caption(model, inputs_of(model, example, prompt), variant=variant)
+            yield caption
+            step(0, number)
+
+
+@dataclass(frozen=True, eq=False)
+class KnownCaptions:
+    """Captions that a model has given before: those `held` in memory, and the `texts` of all."""
+
+    model: Model
+    held: Mapping[tuple[Example, str], Caption]
+    texts: Mapping[tuple[str, str], str]
+
+    def get(self, example: Example, prompt: str | None, variant: Variant = "input") -> Caption | None:
+        """The caption of an example's picture, or None: see `caption_pictures`."""
+        asked = prompt or example.clean_prompt
+        if variant == "input" and (example, asked) in self.held:
+            return self.held[example, asked]
+        text = self.texts.get((example.id, asked))
+        if not text:
+            return None
+        ids = _tokenized(self.model, example, text, prompt)
+        plain, fed = (inputs_of(self.model, example, prompt, some) for some in ((), ids[:-1]))
+        caption, logits = forced_caption(self.model, plain, fed, ids, variant=variant)
+        return caption if len(ids) <= LENGTH and logits.argmax(-1).tolist() == ids else None
+
+
+def known_captions(model: Model, found: Found | None) -> KnownCaptions:
+    """The captions of what was found, if they are those of this model with its present edits.
+
+    Raises `ModelError` if they were made by a model with other weights.
+    """
+    if found is None:
+        return KnownCaptions(model, {}, {})
+    fingerprint = base_fingerprint(model)
+    if found.about["weights"] != fingerprint:
+        raise ModelError(
+            f"the neurons were found in another model or revision than {model.name} "
+            f"({found.about['weights'][:8]}…, not {fingerprint[:8]}…); find them again in this one"
+        )
+    if found.about.get("on", []) != list(model.edits):
+        return KnownCaptions(model, {}, {})
+    rows = found.captions[["example", "prompt", "caption"]].itertuples(index=False)
+    return KnownCaptions(model, found.held, {(example, prompt): text for example, prompt, text in rows})
+
+
+def _tokenized(model: Model, example: Example, text: str, prompt: str | None) -> list[int]:
+    """A text's tokens as they follow the prompt, and the one that ends it."""
+    asked, images = prompt or example.clean_prompt, 1 + len(example.more_images)
+    return model.family.options(model.processor, asked, text, images)
+
+
+def _keep(rows: list[Tensor], at: int | slice, x: Tensor) -> Tensor:
+    rows.append(x[0, at].clone())
+    return x
+
+
+def _neurons(model: Model, layer: int, inputs: Inputs, variant: Variant) -> Access:
+    """The module whose input, or whose output for the gate alone, are a layer's neurons."""
+    if variant == "input":
+        return model.access(Point(model.speaker, layer, "mlp", "n"), inputs)
+    gate = model.family.towers[model.speaker].gate
+    try:
+        return Access(model.blocks(model.speaker)[layer].get_submodule(gate or "-"))
+    except AttributeError as error:
+        raise ModelError(
+            f"{model.name}: the neurons of {model.family.name} have no gate; leave the variant out"
+        ) from error
+
+
+def _caption(model: Model, inputs: Inputs, ids: Sequence[int], rows: Mapping[int, Tensor]) -> Caption:
+    """A caption of tokens and of the neurons by layer; those of a layer that the run passes over are zero."""
+    idle, first = model.idle(model.speaker, inputs), next(iter(rows.values()))
+    layers = [
+        torch.zeros_like(first) if layer in idle else rows[layer]
+        for layer in model.shapes[model.speaker].having("mlp")
+    ]
+    activations = torch.stack([row.to(model.device) for row in layers], 1)
+    spans, text = [], ""
+    for number in range(len(ids)):
+        longer = model.processor.tokenizer.decode(ids[: number + 1], skip_special_tokens=True)
+        spans.append((len(text), len(longer)))
+        text = longer
+    start = len(inputs.layout[model.speaker].tokens) - 1
+    return Caption(inputs, tuple(ids), text, tuple(spans), start, wide(activations))
+
+
+def wide(x: Tensor) -> Tensor:
+    """In float32 what is of fewer bits."""
+    return x.float() if x.dtype.itemsize < 4 else x
+
+
+def nouns(text: str, tagger: str) -> list[str]:
+    """The nouns of a text, by a spaCy pipeline that is installed or in a folder.
+
+    Raises `ModelError` if there is no spaCy or no such pipeline, `ExampleError` if the text has no noun.
+    """
+    try:
+        import spacy
+    except ImportError as error:
+        raise ModelError(
+            "picking nouns needs spaCy; pip install 'vlmscope[nouns]', or name the words"
+        ) from error
+    try:
+        pipeline = spacy.load(tagger)
+    except OSError as error:
+        raise ModelError(
+            f"no spaCy pipeline '{tagger}'; python -m spacy download en_core_web_sm gets one, "
+            "or name the words"
+        ) from error
+    found = list(dict.fromkeys(t.text for t in pipeline(text) if t.pos_ in ("NOUN", "PROPN")))
+    if not found:
+        raise ExampleError(f"the caption '{text}' has no noun; name the words")
+    return found

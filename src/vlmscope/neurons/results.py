@@ -1,0 +1,186 @@
+"""What finding, describing, perturbing and editing neurons give: tables and pictures that a folder keeps."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, ClassVar, TypeVar
+
+import pandas as pd
+from PIL import Image
+
+from vlmscope.data.example import Example
+from vlmscope.data.images import open_image
+from vlmscope.errors import StoreError
+
+R = TypeVar("R", bound="Result")
+
+ABOUT = "neurons.json"
+FILES = {"neurons": "neurons.parquet", "maps": "maps.parquet", "effects": "perturb.csv"}
+"""Where a table is kept that is not in the CSV file of its name."""
+
+
+@dataclass(frozen=True, eq=False)
+class Result:
+    """`about` says what a result is of: the model, its weights' fingerprint, what was asked."""
+
+    what: ClassVar[str]
+    about: Mapping[str, Any]
+
+    def save(self, folder: str | os.PathLike[str]) -> Path:
+        """Write the tables and pictures, and `neurons.json` with what they are of; returns the folder.
+
+        Raises `StoreError` if the folder cannot be written.
+        """
+        place = make_folder(folder)
+        with _writing(place):
+            for name, file in _files(self).items():
+                _write(place / file, getattr(self, name))
+            if pictures := getattr(self, "pictures", None):
+                _write_pictures(place, pictures)
+            text = json.dumps({"what": self.what, **self.about}, indent=2, ensure_ascii=False) + "\n"
+            (place / ABOUT).write_text(text, "utf-8")
+        return place
+
+
+@dataclass(frozen=True, eq=False)
+class Found(Result):
+    """The neurons that contribute most to words of captions.
+
+    `neurons` has the columns of `contributions.COLUMNS`; `captions` what was said about each example;
+    `layers` how the listed neurons and their scores are spread; `tokens` the top tokens of those listed
+    most. `held` are the captions with their neurons, by example and prompt, as far as there is room for them
+    in memory; in what was read from a folder there are none.
+    """
+
+    what = "find"
+    neurons: pd.DataFrame
+    captions: pd.DataFrame
+    layers: pd.DataFrame
+    tokens: pd.DataFrame
+    held: Mapping[tuple[Example, str], Any] = field(default_factory=dict, repr=False)
+
+    @property
+    def words(self) -> list[str]:
+        """The words that neurons were found for."""
+        return list(dict.fromkeys(self.neurons["word"]))
+
+
+@dataclass(frozen=True, eq=False)
+class Described(Result):
+    """Cards of neurons: their top tokens (`cards`), their `maps` over pictures, the pictures that drive them
+    most (`driving`), and the `measures` of the words, where there are enough pictures."""
+
+    what = "describe"
+    cards: pd.DataFrame
+    maps: pd.DataFrame
+    driving: pd.DataFrame
+    measures: pd.DataFrame | None = None
+    pictures: Mapping[str, Image.Image] | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Perturbed(Result):
+    """What happens to words without their neurons, or with noise on their columns."""
+
+    what = "perturb"
+    effects: pd.DataFrame
+
+
+@dataclass(frozen=True, eq=False)
+class Assessed(Result):
+    """What an edit does to pictures that it was not made on, and the `columns` that it changes."""
+
+    what = "edit"
+    measures: pd.DataFrame
+    captions: pd.DataFrame
+    columns: pd.DataFrame
+    objects: pd.DataFrame | None = None
+    pictures: Mapping[str, Image.Image] | None = None
+
+
+def read(folder: str | os.PathLike[str], kind: type[R] = Result) -> R:  # type: ignore[assignment]
+    """What `vlmscope neurons` wrote into a folder, as the value that it was.
+
+    Raises `StoreError` if the folder is of something else than `kind`, or a file cannot be read.
+    """
+    place = Path(folder)
+    kinds: dict[str, Any] = {one.what: one for one in (Found, Described, Perturbed, Assessed)}
+    try:
+        about = json.loads((place / ABOUT).read_text("utf-8"))
+        there = kinds[about.pop("what")]
+        values: dict[str, Any] = {name: _read(place / file) for name, file in _files(there).items()}
+        if hasattr(there, "pictures"):
+            values["pictures"] = _read_pictures(place)
+    except (OSError, ValueError, KeyError) as error:
+        raise StoreError(
+            f"{place}: cannot be read as what `vlmscope neurons` writes ({error}); write that folder anew"
+        ) from error
+    if not issubclass(there, kind):
+        raise StoreError(
+            f"{place}: what `vlmscope neurons {there.what}` writes; expected that of `neurons {kind.what}`"
+        )
+    return there(about, **values)
+
+
+def make_folder(folder: str | os.PathLike[str]) -> Path:
+    """The folder, made if it is not there; raises `StoreError` if it cannot be."""
+    place = Path(folder)
+    with _writing(place):
+        place.mkdir(parents=True, exist_ok=True)
+    return place
+
+
+@contextmanager
+def _writing(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise StoreError(f"{folder}: cannot be written ({error.strerror or error})") from error
+
+
+def _files(kind: Result | type[Result]) -> dict[str, str]:
+    """The file of each table, by its name."""
+    names = [one.name for one in fields(kind) if "DataFrame" in str(one.type)]
+    return {name: FILES.get(name, f"{name}.csv") for name in names}
+
+
+def _write(file: Path, table: pd.DataFrame | None) -> None:
+    if table is None:
+        file.unlink(missing_ok=True)  # what an earlier result left there is not of this one
+    elif file.suffix == ".csv":
+        table.to_csv(file, index=False)
+    else:
+        part = file.with_name(f"{file.name}.part")
+        table.to_parquet(part, index=False)
+        part.replace(file)
+
+
+def _read(file: Path) -> pd.DataFrame | None:
+    if not file.is_file():
+        return None
+    if file.suffix == ".parquet":
+        return pd.read_parquet(file)
+    # A caption may be the word "none"; an empty text is a text, and an empty number is missing.
+    texts = {"example": str, "word": str, "caption": str}
+    table = pd.read_csv(file, keep_default_na=False, na_values=[""], dtype=texts)
+    empty = table.select_dtypes(exclude=["number", "bool"]).columns
+    return table.fillna(dict.fromkeys(empty, ""))
+
+
+def _write_pictures(folder: Path, pictures: Mapping[str, Image.Image]) -> None:
+    place = folder / "pictures"
+    place.mkdir(exist_ok=True)
+    rows = [(example, f"{number:04d}.png") for number, example in enumerate(pictures)]
+    for example, file in rows:
+        pictures[example].save(place / file)
+    pd.DataFrame(rows, columns=["example", "file"]).to_csv(folder / "pictures.csv", index=False)
+
+
+def _read_pictures(folder: Path) -> dict[str, Image.Image]:
+    rows = pd.read_csv(folder / "pictures.csv", dtype=str, keep_default_na=False)
+    return {row.example: open_image(folder / "pictures" / Path(row.file).name) for row in rows.itertuples()}

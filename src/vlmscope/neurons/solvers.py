@@ -1,0 +1,313 @@
+"""How an edit of neurons' columns is found: in closed form, or learned (see `edits.edit`).
+
+Both see the whole model: a neuron fires at many positions, and later layers read what it adds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.nn import functional as F
+
+from vlmscope.inputs import Inputs
+from vlmscope.progress import progress
+from vlmscope.runs.forward import forward
+from vlmscope.runs.hooks import Access, Hooks
+from vlmscope.runs.model import Model
+
+Deltas = dict[int, tuple[Tensor, Tensor]]
+"""By layer, neurons and what is added to the column of each: what a solver changes in place."""
+
+ROUNDS = 16
+NEAR = 1.0
+"""Margins that hold by less than so many logits are kept in sight."""
+RIDGE = 1e-4
+ELSEWHERE = 30.0
+"""What it weighs that a neuron fires elsewhere, against its own column."""
+CLOSE = 0.05
+"""A margin holds if no more than so many logits lack."""
+STEPS, LEAST, BATCH = 400, 120, (8, 8)
+"""Steps of the learned solver at most and at least, and captions to be changed and kept in each."""
+MARGIN = 4.0
+"""By how many logits a new word is to lead, for the closed solver."""
+SURE = 0.9
+"""The learned solver stops when each new word is as probable."""
+
+
+@dataclass(frozen=True, eq=False)
+class Wanted:
+    """A caption that the edited model is to give: its tokens, which of them are `new`, and what is fed.
+
+    With `avoid`, anything but the new tokens is to be said there. `logits` are those of the tokens before
+    the edit, and `leads` how far each token was ahead in them.
+    """
+
+    fed: Inputs
+    start: int
+    ids: Sequence[int]
+    new: Sequence[int]
+    avoid: bool
+    logits: Float[Tensor, "tokens vocabulary"]
+    leads: Float[Tensor, "tokens"]
+
+
+@dataclass(frozen=True, eq=False)
+class Task:
+    """Captions to be changed and to be kept, the columns that may change, and what keeping weighs."""
+
+    model: Model
+    changed: Sequence[Wanted]
+    kept: Sequence[Wanted]
+    deltas: Deltas
+    locality: float
+
+    @property
+    def captions(self) -> list[Wanted]:
+        return [*self.changed, *self.kept]
+
+    @property
+    def parameters(self) -> list[Tensor]:
+        return [delta.requires_grad_(True) for _, delta in self.deltas.values()]
+
+    def logits(self, caption: Wanted) -> Float[Tensor, "tokens vocabulary"]:
+        """The logits that predict a caption's tokens, with the deltas added to the columns."""
+        return caption_logits(self.model, caption.fed, caption.start, len(caption.ids), self.deltas)
+
+
+def wanted(
+    model: Model,
+    fed: Inputs,
+    start: int,
+    ids: Sequence[int],
+    new: Sequence[int] = (),
+    *,
+    avoid: bool = False,
+    before: Tensor | None = None,
+) -> Wanted:
+    """A wanted caption; `before` are the logits of its tokens where the model as it is says another."""
+    if before is None:
+        with torch.no_grad():
+            before = caption_logits(model, fed, start, len(ids), {})
+    leads = torch.stack([_lead(row, token) for row, token in zip(before, ids, strict=True)])
+    return Wanted(fed, start, ids, new, avoid, before, leads)
+
+
+def caption_logits(model: Model, fed: Inputs, start: int, count: int, deltas: Deltas) -> Tensor:
+    """The logits of all positions that say a caption, with `deltas` added to the columns."""
+    with model.alone(), Hooks() as hooks:
+        for layer, (at, delta) in deltas.items():
+            added = _Added(at, delta)
+            hooks.at(Access(model.down(layer), before=True), added.enter)
+            hooks.at(Access(model.down(layer)), added.leave)
+        logits = forward(model, fed, positions=None, grad=torch.is_grad_enabled()).logits
+    return logits[start : start + count].float()
+
+
+class _Added:
+    """What is added to columns of one down projection, as it is computed."""
+
+    def __init__(self, at: Tensor, delta: Tensor) -> None:
+        self.at, self.delta = at, delta
+        self.activations = delta
+
+    def enter(self, x: Tensor) -> Tensor:
+        self.activations = x[..., self.at.to(x.device)]
+        return x
+
+    def leave(self, x: Tensor) -> Tensor:
+        return x + self.activations @ self.delta.T.to(x)
+
+
+def _lead(row: Tensor, token: int) -> Tensor:
+    """By how many logits a token leads the best other one."""
+    others = row.detach().clone()
+    others[token] = -torch.inf
+    return row[token] - row[int(others.argmax())]
+
+
+# -- in closed form ------------------------------------------------------------------------------
+
+
+def closed(task: Task, margin: float) -> None:
+    """Least-norm steps until the margins hold, to first order at the present activations and gradients.
+
+    The norm counts a column by how much its neuron fires elsewhere (as the covariance does in ROME, Meng et
+    al. 2022, arXiv 2202.05262), so that what is added there stays small.
+    """
+    metric = [root.double() for root in _elsewhere(task)]
+    change = [torch.zeros_like(delta, dtype=torch.float64) for delta in task.parameters]
+    with progress(ROUNDS, what="rounds") as step:
+        for number in range(ROUNDS):
+            rows, needs = _constraints(task, margin, metric)
+            step(0, number + 1)
+            if not needs or max(needs) < CLOSE:
+                return
+            aim = _least_norm(torch.stack(rows), needs, change)
+            change = _go_towards(task, margin, metric, change, aim, sum(need**2 for need in needs))
+
+
+def _constraints(task: Task, margin: float, metric: Sequence[Tensor]) -> tuple[list[Tensor], list[float]]:
+    """The gradient of each margin that fails, or nearly does and is to stay; and by how much it fails."""
+    rows, needs, parameters = [], [], task.parameters
+    for caption in task.captions:
+        for lead, need, weight in _margins(task, caption, margin):
+            if need > -NEAR:
+                gradients = torch.autograd.grad(lead, parameters, retain_graph=True, materialize_grads=True)
+                parts = [(g.double() @ root).flatten() for g, root in zip(gradients, metric, strict=True)]
+                rows.append(weight * torch.cat(parts))
+                needs.append(weight * max(need, 0.0))
+    return rows, needs
+
+
+def _margins(task: Task, caption: Wanted, margin: float) -> Iterator[tuple[Tensor, float, float]]:
+    """For each position: by how much its token leads, how much more is needed, and what that weighs."""
+    logits = task.logits(caption)
+    for n, token in enumerate(caption.ids):
+        if caption.avoid and n > caption.new[0]:
+            return  # behind a word that is to go anything may be said
+        lead = _lead(logits[n], token)
+        if n not in caption.new:
+            least = min(margin / 2, float(caption.leads[n]))
+            yield lead, least - lead.item(), task.locality
+        elif caption.avoid:
+            yield -lead, margin + lead.item(), 1.0
+        else:
+            yield lead, margin - lead.item(), 1.0
+
+
+def _least_norm(rows: Tensor, needs: Sequence[float], change: Sequence[Tensor]) -> list[Tensor]:
+    """The whole change (not the step to it) of least norm that gives each row what it needs."""
+    gram = rows @ rows.T
+    gram += RIDGE * gram.diagonal().median() * torch.eye(len(gram), device=gram.device)
+    needed = torch.tensor(needs, dtype=torch.float64, device=gram.device)
+    there = torch.cat([x.flatten() for x in change])
+    whole = rows.T @ torch.linalg.solve(gram, needed + rows @ there)
+    parts = whole.split([x.numel() for x in change])
+    return [part.view_as(x) for part, x in zip(parts, change, strict=True)]
+
+
+@torch.no_grad()
+def _go_towards(
+    task: Task,
+    margin: float,
+    metric: Sequence[Tensor],
+    start: Sequence[Tensor],
+    aim: Sequence[Tensor],
+    lacking: float,
+) -> list[Tensor]:
+    """A step towards a change, halved until the margins lack less: a first-order step does if short enough."""
+    change: list[Tensor] = []
+    for share in (1.0, 0.5, 0.25, 0.125):
+        change = [x + share * (y - x) for x, y in zip(start, aim, strict=True)]
+        for delta, x, root in zip(task.parameters, change, metric, strict=True):
+            delta.copy_((x @ root).to(delta))
+        now = sum(
+            (weight * need) ** 2
+            for caption in task.captions
+            for _, need, weight in _margins(task, caption, margin)
+            if need > 0
+        )
+        if now < lacking:
+            break
+    return change
+
+
+def _elsewhere(task: Task) -> list[Tensor]:
+    """By layer the inverse square root of 1 + c·C, with C the second moment of the chosen neurons at all
+    positions but those of new words, over their mean square there."""
+    model, active = task.model, dict[int, Tensor]()
+    total = {n: torch.zeros(len(at), len(at), device=at.device) for n, (at, _) in task.deltas.items()}
+    here = {n: torch.zeros((), device=at.device) for n, (at, _) in task.deltas.items()}
+    others = words = 0
+    with model.alone(), Hooks() as hooks, torch.no_grad():
+        for layer, (at, _) in task.deltas.items():
+            hooks.at(Access(model.down(layer), before=True), partial(_keep, active, layer, at))
+        for caption in task.captions:
+            active.clear()  # without a picture a layer may be passed over
+            forward(model, caption.fed)
+            for layer, x in active.items():
+                is_new = torch.zeros(len(x), dtype=torch.bool, device=x.device)
+                is_new[[caption.start + n for n in caption.new]] = True
+                total[layer] += x[~is_new].T @ x[~is_new]
+                here[layer] += x[is_new].square().mean(-1).sum()
+            others, words = others + int((~is_new).sum()), words + len(caption.new)
+    found = []
+    for layer, moment in total.items():
+        scale = (here[layer] / max(1, words)).clamp(min=1e-12)
+        values, vectors = torch.linalg.eigh((moment / others / scale).double())
+        root = (1 + ELSEWHERE * task.locality * values.clamp(min=0)).rsqrt()
+        found.append(vectors @ torch.diag(root) @ vectors.T)
+    return found
+
+
+def _keep(active: dict[int, Tensor], layer: int, at: Tensor, x: Tensor) -> Tensor:
+    active[layer] = x.reshape(-1, x.shape[-1])[:, at].float().clone()
+    return x
+
+
+# -- learned ---------------------------------------------------------------------------------------
+
+
+def learned(task: Task, generator: np.random.Generator) -> None:
+    """Adam on the columns, until each new word is probable."""
+    parameters = task.parameters
+    optimizer = torch.optim.Adam(parameters, lr=2e-2)
+    sure: dict[int, float] = {}
+    with progress(STEPS, what="steps") as step:
+        for number in range(STEPS):
+            drawn = generator.permutation(len(task.changed))[: BATCH[0]].tolist()
+            rest = generator.permutation(len(task.kept))[: BATCH[1]].tolist()
+            loss = 1e-3 * torch.stack([delta.square().sum() for delta in parameters]).sum()
+            for n, caption in [*((n, task.changed[n]) for n in drawn), *((-1, task.kept[n]) for n in rest)]:
+                found = F.log_softmax(task.logits(caption), -1)
+                for term in _losses(caption, found, task.locality):
+                    loss = loss + term
+                if caption.new:
+                    sure[n] = _sureness(caption, found)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            step(0, number + 1)
+            seems = len(sure) == len(task.changed) and min(sure.values()) >= SURE
+            # What was computed of the others is some steps old, so all are looked at again.
+            if number + 1 >= LEAST and seems and _all_sure(task):
+                return
+
+
+def _losses(caption: Wanted, found: Tensor, locality: float) -> Iterator[Tensor]:
+    """Of a caption's log-probabilities: the new tokens' loss, how far the others have moved, and the
+    probability of the new word where it does not belong."""
+    tokens = torch.tensor(caption.ids, device=found.device)
+    is_new = torch.zeros(len(tokens), dtype=torch.bool, device=found.device)
+    is_new[list(caption.new)] = True
+    new = found.gather(1, tokens[:, None])[:, 0][is_new]
+    if caption.new and caption.avoid:
+        yield -torch.log1p(-new.exp().clamp(max=1 - 1e-6)).mean()
+    elif caption.new:
+        yield -new.mean()
+    if is_new.all():
+        return
+    before = F.log_softmax(caption.logits, -1)
+    apart = F.kl_div(found, before, log_target=True, reduction="none").sum(-1)
+    yield locality * apart[~is_new].mean()
+    if caption.new and not caption.avoid:
+        words = tokens[is_new].unique()
+        belongs = (tokens[~is_new][:, None] == words[None]).float()
+        yield locality * (found[~is_new][:, words].exp() * (1 - belongs)).sum(-1).mean()
+
+
+def _sureness(caption: Wanted, found: Tensor) -> float:
+    """The least probability, over the new tokens, of what is wanted there."""
+    new = torch.stack([found[n, caption.ids[n]] for n in caption.new]).detach().exp()
+    return 1 - new.max().item() if caption.avoid else new.min().item()
+
+
+@torch.no_grad()
+def _all_sure(task: Task) -> bool:
+    return all(_sureness(one, F.log_softmax(task.logits(one), -1)) >= SURE for one in task.changed)

@@ -1,0 +1,257 @@
+"""The neurons of words over a set of pictures: what there is, how neurons fire, and which are a word's.
+
+Neurons are chosen on one half of the pictures, to be measured on the other. They are ranked by their
+contribution where the caption says the word (or at most anywhere in the caption where it does not), meant
+over the pictures that show the word, and beside that by activation alone, by gradient times activation
+(Schwettmann et al. 2023, arXiv 2308.01544) and at random in the same layers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from vlmscope.data import Examples, listed
+from vlmscope.data.example import Example
+from vlmscope.errors import DataError
+from vlmscope.inputs import Inputs
+from vlmscope.neurons.captions import Caption, caption_pictures, inputs_of
+from vlmscope.neurons.contributions import contributions, count_neurons, token_weights, top_share
+from vlmscope.neurons.finding import pack
+from vlmscope.neurons.results import Found
+from vlmscope.runs.forward import forward
+from vlmscope.runs.model import Model
+from vlmscope.sites import Point
+from vlmscope.stats import rng, shuffled
+
+Array = NDArray[np.floating[Any]]
+Labels = NDArray[np.bool_]
+Neurons = NDArray[np.int64]
+"""Neurons by their places among those of all layers."""
+
+METHODS = ("contribution", "gradient", "activation", "random")
+FEW = 4
+"""A word that fewer pictures of a half show, or do not show, is not measured."""
+PICTURES = 16
+"""How many pictures of each word the costly measures run on, at most."""
+
+
+@dataclass(frozen=True, eq=False)
+class Study:
+    """A model and the pictures that it has captioned, in the order of their ids, so that no number depends on
+    the one in which they came.
+
+    Neurons are chosen on the `first` of them; `top` of them are a word's. The costly measures run on no more
+    than `pictures` that show it.
+    """
+
+    model: Model
+    examples: Sequence[Example]
+    captions: Sequence[Caption]
+    prompt: str | None
+    top: int
+    pictures: int
+    seed: int
+    shows: Sequence[frozenset[str]]
+    first: Labels
+    activity: Activity
+
+    @property
+    def layers(self) -> list[int]:
+        return self.model.shapes[self.model.speaker].having("mlp")
+
+    @property
+    def width(self) -> int:
+        """Neurons of a layer."""
+        return self.model.shapes[self.model.speaker].neurons
+
+    def fed(self, number: int, token: int) -> Inputs:
+        """A picture with its caption as far as where it says the token."""
+        ids = self.captions[number].ids
+        return inputs_of(self.model, self.examples[number], self.prompt, ids[: ids.index(token)])
+
+
+@dataclass(frozen=True, eq=False)
+class Activity:
+    """Each neuron's activation over the tokens of each caption, `(pictures, neurons)`, and its mean over all."""
+
+    highest: Array
+    lowest: Array
+    size: Array
+    mean: Tensor
+
+    def reach(self, weight: Array) -> Array:
+        """The most that each neuron contributes to a token anywhere in each caption."""
+        return np.where(weight >= 0, self.highest * weight, self.lowest * weight)
+
+
+@dataclass(frozen=True, eq=False)
+class Word:
+    """A word, its token, which pictures show it, and how far each neuron moves it in each picture.
+
+    `reach` is the most anywhere in the caption: the same for every picture, whatever it shows. `contribution`
+    is where the caption says the word, or `reach` where it does not. `chosen` are its neurons by method.
+    """
+
+    word: str
+    token: int
+    shown: Labels
+    reach: Array
+    weight: Tensor
+    contribution: Array
+    chosen: Mapping[str, Neurons] = field(default_factory=dict)
+
+
+def study(
+    model: Model,
+    examples: Examples,
+    prompt: str | None = None,
+    *,
+    top: int | None = None,
+    pictures: int = PICTURES,
+    found: Found | None = None,
+    captions: Iterable[Caption] | None = None,
+    seed: int = 0,
+) -> Study:
+    """Caption pictures (or take the `captions` that there are), and see how each neuron fires."""
+    given = listed(examples)
+    if captions is None:
+        captions = caption_pictures(model, given, prompt, found=found)
+    # A large model's neurons are many: no more than one caption's are held in float32.
+    made = [pack(model, caption) for caption in captions]
+    order = shuffled(seed, [example.id for example in given])
+    given, made = [given[n] for n in order], [made[n] for n in order]
+    return Study(
+        model,
+        given,
+        made,
+        prompt,
+        top_share(model) if top is None else top,
+        pictures,
+        seed,
+        [e.shows or frozenset(c.text.casefold().split()) for e, c in zip(given, made, strict=True)],
+        np.arange(len(given)) < len(given) // 2,
+        _activity(made, count_neurons(model)),
+    )
+
+
+def _activity(captions: Sequence[Caption], neurons: int) -> Activity:
+    highest, lowest, size = np.zeros((3, len(captions), neurons), np.float32)
+    mean = np.zeros(neurons)
+    for number, caption in enumerate(captions):
+        active = caption.activations.flatten(1).float()
+        highest[number], lowest[number] = active.amax(0).numpy(), active.amin(0).numpy()
+        size[number] = active.abs().mean(0).numpy()
+        mean += active.mean(0).numpy()
+    return Activity(highest, lowest, size, torch.tensor(mean / max(1, len(captions)), dtype=torch.float32))
+
+
+def find_words(study: Study, words: Sequence[str] | None) -> list[Word]:
+    """The words that can be measured; by default of all that pictures show.
+
+    Raises `DataError` if there is none.
+    """
+    model = study.model
+    asked = sorted({w for shown in study.shows for w in shown}) if words is None else list(words)
+    found, why = [], []
+    for word in asked:
+        ids = model.family.options(model.processor, "a", word)[:-1]
+        if len(ids) != 1 or ids[0] == model.processor.tokenizer.unk_token_id:
+            why.append(f"'{word}' is {len(ids)} tokens, or unknown")
+            continue
+        shown = np.array([word in labels for labels in study.shows])
+        halves = (shown[study.first], shown[~study.first])
+        if min(min(half.sum(), (~half).sum()) for half in halves) < FEW:
+            why.append(f"'{word}' is shown by {shown.sum()} of {len(shown)} pictures")
+            continue
+        (weight,) = token_weights(model, ids)
+        reach, contribution = contributions_to(study, ids[0], weight)
+        found.append(Word(word, ids[0], shown, reach, weight, contribution))
+    if not found:
+        raise DataError(
+            f"no word can be measured: {'; '.join(why[:5]) or 'nothing is shown'}; "
+            f"a word is a single token that at least {2 * FEW} pictures show and as many do not"
+        )
+    return found
+
+
+def contributions_to(study: Study, token: int, weight: Tensor) -> tuple[Array, Array]:
+    """What each neuron contributes to a token in each picture: at most, and where the caption says it."""
+    reach = study.activity.reach(weight.flatten().float().cpu().numpy())
+    found = reach.copy()
+    for number, caption in enumerate(study.captions):
+        at = [n for n, other in enumerate(caption.ids) if other == token]
+        if at:
+            found[number] = contributions(caption, at, weight).float().mean(0).numpy()
+    return reach, found
+
+
+def best(values: Array, count: int) -> Neurons:
+    """The neurons with the largest values, best first."""
+    return np.argsort(-values, kind="stable")[:count]
+
+
+def choose(study: Study, word: Word) -> Word:
+    """The word with its neurons by each method, chosen on the first half of the pictures."""
+    which = study.first & word.shown
+    contribution = best(word.contribution[which].mean(0), study.top)
+    chosen = {
+        "contribution": contribution,
+        "gradient": best(_gradient(study, word, np.flatnonzero(which).tolist()), study.top),
+        "activation": best(study.activity.size[which].mean(0), study.top),
+        "random": random_neurons(study, contribution, draw(study, word, "random")),
+    }
+    return replace(word, chosen=chosen)
+
+
+def _gradient(study: Study, word: Word, which: Sequence[int]) -> Array:
+    """Gradient times activation where the word is said, meant over some pictures."""
+    model, total, count = study.model, np.zeros(count_neurons(study.model)), 0
+    for number in which[: study.pictures]:
+        if word.token not in study.captions[number].ids:
+            continue
+        points = [Point(model.speaker, layer, "mlp", "n") for layer in study.layers]
+        run = forward(model, study.fed(number, word.token), keep=points, grad=True)
+        active = [run.values[point] for point in points]
+        gradients = torch.autograd.grad(run.logits[-1, word.token], active)
+        products = [(g[0, -1] * x[0, -1]).detach().float() for g, x in zip(gradients, active, strict=True)]
+        total += torch.cat([product.cpu() for product in products]).numpy()
+        count += 1
+    return total / max(1, count)
+
+
+def random_neurons(study: Study, chosen: Neurons, generator: np.random.Generator) -> Neurons:
+    """As many other neurons of the same layers."""
+    found: list[int] = []
+    for layer, count in zip(*np.unique(chosen // study.width, return_counts=True), strict=True):
+        free = np.setdiff1d(np.arange(study.width) + layer * study.width, chosen)
+        found += generator.choice(free, min(count, len(free)), replace=False).tolist()
+    return np.array(found, dtype=np.int64)
+
+
+def chosen_by_chance(study: Study, word: Word, draws: int, measure: str) -> list[tuple[Neurons, Labels]]:
+    """The null of a measure: neurons chosen by labels that are shuffled over the pictures of each half."""
+    generator, found = draw(study, word, measure, "labels"), []
+    for _ in range(draws):
+        labels = word.shown.copy()
+        for half in (study.first, ~study.first):
+            labels[half] = generator.permutation(labels[half])
+        found.append((best(word.contribution[study.first & labels].mean(0), study.top), labels))
+    return found
+
+
+def draw(study: Study, word: Word, *what: object) -> np.random.Generator:
+    """The generator of one draw for a word."""
+    return rng(study.seed, word.word, *what)
+
+
+def saying(study: Study, word: Word) -> list[int]:
+    """Some pictures of the second half that show the word, and whose caption says it."""
+    both = np.flatnonzero(~study.first & word.shown).tolist()
+    return [n for n in both if word.token in study.captions[n].ids][: study.pictures]
