@@ -25,7 +25,7 @@ from vlmscope.patching import engine
 from vlmscope.patching.scores import score
 from vlmscope.runs.corrupt import Noise
 from vlmscope.sites import Site
-from vlmscope.studies import sweep as study
+from vlmscope.studies import task
 from vlmscope.studies.run_folder import BASELINES, EFFECTS
 from vlmscope.studies.sweep import baselines, sweep
 
@@ -110,7 +110,7 @@ def test_prompts_near_the_models_limit_do_not_end_a_sweep():
 
 def test_what_turns_pictures_into_pixels_is_part_of_a_run(tmp_path, monkeypatch):
     """Another torchvision, or none, is another run."""
-    monkeypatch.setattr(study, "version", lambda package: f"{package} 1")
+    monkeypatch.setattr(task, "version", lambda package: f"{package} 1")
     sweep(blip(), [example()], "encoder.0.resid@last", out=tmp_path / "run")
     versions = vlmscope.read_run(tmp_path / "run").spec["versions"]
     assert versions["torchvision"] == "torchvision 1" and versions["pillow"] == "pillow 1"
@@ -120,7 +120,7 @@ def test_what_turns_pictures_into_pixels_is_part_of_a_run(tmp_path, monkeypatch)
             raise PackageNotFoundError(package)
         return f"{package} 1"
 
-    monkeypatch.setattr(study, "version", without)
+    monkeypatch.setattr(task, "version", without)
     with pytest.raises(StoreError, match="versions"):
         sweep(blip(), [example()], "encoder.0.resid@last", out=tmp_path / "run")
     sweep(blip(), [example()], "encoder.0.resid@last", out=tmp_path / "other")
