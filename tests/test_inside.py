@@ -1,4 +1,5 @@
-"""What is inside attention and between sublayers, sets of units, sums of sites: by hooks that are not ours."""
+"""What is inside attention and between sublayers, sets of units, sums of sites: by hooks that are not
+ours."""
 
 from __future__ import annotations
 

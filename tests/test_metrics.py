@@ -128,7 +128,8 @@ def several(model, many=4):
 
 @pytest.mark.parametrize("make", [blip, llava])
 def test_ablations_at_the_engines_speed_are_single_edits(make):
-    """Zero, the mean by slot and another example's activation, each against `run` with the value written out."""
+    """Zero, the mean by slot and another example's activation, each against `run` with the value written
+    out."""
     model = make()
     pairs = several(model)
     sites = placed(model, pairs[0])

@@ -137,7 +137,7 @@ def test_wrong_types_are_one_line():
     """In a process of its own, without the tests' type checker, as a user meets them."""
     script = """
 import vlmscope
-for arguments in ((3, "set", 0.0), ("encoder.0.resid@all", "set", [1.0]), ("encoder.0.resid@all", "mul", 0.0)):
+for arguments in ((3, "set", 0.0), ("encoder.0.resid@all", "set", [1.0]), ("encoder.0.resid@all", "mul", 0)):
     try:
         vlmscope.Edit(*arguments)
     except vlmscope.VlmscopeError as error:

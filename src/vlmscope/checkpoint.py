@@ -142,7 +142,8 @@ def tokenizer(name: str | Path) -> Callable[[str], int]:
 
 
 def pieces(tokenizer: Any, word: str) -> int:
-    """How many tokens a word is: behind a blank, as a word of a prompt stands, where its tokens can be others than by itself."""
+    """How many tokens a word is: behind a blank, as a word of a prompt stands, where its tokens can be
+    others than by itself."""
     whole, before = (tokenizer(x, add_special_tokens=False)["input_ids"] for x in (f"a {word}", "a"))
     return len(whole) - len(before)
 

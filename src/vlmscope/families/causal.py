@@ -387,7 +387,8 @@ def family(
     """A family whose vision tower is followed by one causal decoder.
 
     `norm` and `head` are what follows the decoder's last block, `capped` says that the model bounds its
-    logits where its config asks for that, and `kind` is the token type of what it says. Patches in the vision tower are one
+    logits where its config asks for that, and `kind` is the token type of what it says. Patches in the
+    vision tower are one
     forward each: what comes between the towers differs by family, and is left to the model.
     """
 

@@ -201,7 +201,8 @@ def _go_towards(
     aim: Sequence[Tensor],
     lacking: float,
 ) -> list[Tensor]:
-    """A step towards a change, halved until the margins lack less: a first-order step does if short enough."""
+    """A step towards a change, halved until the margins lack less: a first-order step does if short
+    enough."""
     change: list[Tensor] = []
     for share in (1.0, 0.5, 0.25, 0.125):
         change = [x + share * (y - x) for x, y in zip(start, aim, strict=True)]

@@ -79,7 +79,8 @@ class Study:
 
 @dataclass(frozen=True, eq=False)
 class Activity:
-    """Each neuron's activation over the tokens of each caption, `(pictures, neurons)`, and its mean over all."""
+    """Each neuron's activation over the tokens of each caption, `(pictures, neurons)`, and its mean over
+    all."""
 
     highest: Array
     lowest: Array

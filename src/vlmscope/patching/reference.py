@@ -17,8 +17,8 @@ from vlmscope.runs.network import Network
 from vlmscope.sites import Point, Site
 
 Values = Mapping[Point, Tensor] | Mapping[Site, Tensor]
-"""What is written instead of another run's activations: a whole activation by point, or a value by site (which
-broadcasts to its positions and width)."""
+"""What is written instead of another run's activations: a whole activation by point, or a value by site
+(which broadcasts to its positions and width)."""
 
 
 def patch(

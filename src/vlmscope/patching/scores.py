@@ -54,8 +54,8 @@ def _kl(logits: Float[Tensor, "rows vocabulary"], base: Baselines) -> Float[Tens
 
 
 METRICS = ("ld", "p", "logprob", "kl")
-"""The logit difference; the answer's probability; the log-probability of the whole answer, token by token; the
-Kullback-Leibler divergence of the next token's distribution from the clean run's."""
+"""The logit difference; the answer's probability; the log-probability of the whole answer, token by token;
+the Kullback-Leibler divergence of the next token's distribution from the clean run's."""
 
 
 def check_metric(metric: str | Metric) -> None:
@@ -130,7 +130,8 @@ def least_gap(precision: str, size: float) -> float:
 
 
 def effect(value: float, clean: float, corrupt: float, least: float = 0.0) -> float | None:
-    """(value − corrupt) / (clean − corrupt), of LD or another metric; None where the gap is no larger than `least`.
+    """(value − corrupt) / (clean − corrupt), of LD or another metric; None where the gap is no larger than
+    `least`.
 
     >>> effect(1.0, 3.0, -1.0)
     0.5

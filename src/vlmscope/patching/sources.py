@@ -19,8 +19,8 @@ from vlmscope.runs.network import Network
 from vlmscope.sites import Point, Site
 
 Source = Literal["clean", "zero", "mean", "resample"]
-"""`clean`: the other run of the pair. The others ablate: zeros, the mean over the examples' clean runs at the same
-slot, or the clean run of another example."""
+"""`clean`: the other run of the pair. The others ablate: zeros, the mean over the examples' clean runs at
+the same slot, or the clean run of another example."""
 
 
 def check_source(source: str) -> None:

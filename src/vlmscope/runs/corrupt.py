@@ -83,7 +83,8 @@ def pairs(
 ) -> list[Pair]:
     """The pairs of runs of one example: one, or one a draw of noise.
 
-    Every site of a draw sees the same noise. With `whole` all tokens of the answer are scored (`Model.prepare`). Raises `ExampleError` if the example lacks what the
+    Every site of a draw sees the same noise. With `whole` all tokens of the answer are scored
+    (`Model.prepare`). Raises `ExampleError` if the example lacks what the
     corruption needs, or changes nothing.
     """
     if isinstance(corruption, Noise):

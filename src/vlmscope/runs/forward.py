@@ -108,7 +108,8 @@ def room(network: Network, inputs: Inputs, most: int) -> int:
 def editing(
     network: Network, inputs: Inputs, edits: Iterable[Edit], generating: bool = False
 ) -> Iterator[None]:
-    """Within this context every run of the model, in any number of rows, has the edits; other threads wait."""
+    """Within this context every run of the model, in any number of rows, has the edits; other threads
+    wait."""
     with network.alone(), Hooks() as hooks:
         for change in network.changes(inputs, edits):
             hooks.at(network.access(change.site.point, inputs), _Change(network, change, generating))
@@ -206,7 +207,7 @@ def copied(network: Network, source: Inputs, inputs: Inputs, sites: Sites) -> li
                 f"{len(x.tokens)} positions ({' x '.join(map(str, grid(x)))} patches)" for x in (there, here)
             )
             raise SiteError(
-                f"the {tower} tower has {this} for this picture and {other} for the one that is copied from, so "
-                "they do not correspond; resize one picture to the other's size"
+                f"the {tower} tower has {this} for this picture and {other} for the one that is copied "
+                "from, so they do not correspond; resize one picture to the other's size"
             )
     return [Edit(site, "set", value) for site, value in capture(network, source, sites).items()]

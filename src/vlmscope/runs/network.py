@@ -69,7 +69,8 @@ class Network:
         return min(free_memory(device) for device in {p.device for p in self.hf.parameters()})
 
     def alone(self) -> AbstractContextManager[None]:
-        """Within this context no other thread runs the model, and it is in evaluation mode (`hooks.alone`)."""
+        """Within this context no other thread runs the model, and it is in evaluation mode
+        (`hooks.alone`)."""
         return alone(self.hf, self.name)
 
     # -- towers ----------------------------------------------------------------------------------
@@ -142,8 +143,8 @@ class Network:
         path = self.family.towers[tower].attention.get(kind)
         if path is None:
             raise ModelError(
-                f"{self.name}: the models of {self.family.name} do not tell what the {kind} heads of the {tower} "
-                "tower attend to"
+                f"{self.name}: the models of {self.family.name} do not tell what the {kind} heads of the "
+                f"{tower} tower attend to"
             )
         return [block.get_submodule(path) for block in self.blocks(tower) if has(block, path)]
 
@@ -205,8 +206,8 @@ class Network:
         if isinstance(getattr(module, "qkv", None), nn.Module) and point.part != "p":
             return Access(module.qkv, False, flat, Third("qkv".index(point.part)))
         raise ModelError(
-            f"{self.name}: the models of {self.family.name} do not show the {point.part} of their {point.tower} "
-            f"{point.kind} heads; name the heads' outputs (h)"
+            f"{self.name}: the models of {self.family.name} do not show the {point.part} of their "
+            f"{point.tower} {point.kind} heads; name the heads' outputs (h)"
         )
 
     def down(self, layer: int) -> nn.Module:
@@ -244,8 +245,8 @@ class Network:
         """What the final norm multiplies each feature by, whatever the norm: read off its output."""
         if self.family.norm is None:
             raise ModelError(
-                f"{self.name}: more than a norm is between the last block and the logits of {self.family.name}, "
-                "so there is no gain; leave it out"
+                f"{self.name}: more than a norm is between the last block and the logits of "
+                f"{self.family.name}, so there is no gain; leave it out"
             )
         norm, width = self.module(self.family.norm), self.shapes[self.speaker].width
         signs = torch.ones(1, 1, width, dtype=self.dtype, device=self.device)

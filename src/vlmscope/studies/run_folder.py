@@ -46,8 +46,8 @@ EFFECTS = _schema(
 )
 """The columns of `effects`: a row per patch.
 
-`p_change`, `ld_change` are against the run that was edited; `value` is the metric. Where there is no corrupt run
-`p_restored`, `logit_diff` and `effect` are null, and without a foil so are the logit differences."""
+`p_change`, `ld_change` are against the run that was edited; `value` is the metric. Where there is no corrupt
+run `p_restored`, `logit_diff` and `effect` are null, and without a foil so are the logit differences."""
 
 BASELINES = _schema(
     "example:text corruption:text p_clean:float? p_corrupt:float? ld_clean:float? ld_corrupt:float? "

@@ -424,7 +424,8 @@ def knows(baselines: pd.DataFrame) -> Known:
     Examples that were answered and then left out (`select`) count for the share of right answers alone.
 
     >>> row = {"example": "a", "p_clean": 0.9, "p_corrupt": 0.2, "ld_clean": 3.0, "ld_corrupt": -1.0,
-    ...        "answer_token": "red", "foil_token": "blue", "predicted": "red", "correct": True, "excluded": False}
+    ...        "answer_token": "red", "foil_token": "blue", "predicted": "red", "correct": True,
+    ...        "excluded": False}
     >>> known = knows(pd.DataFrame([row | {"example": str(n)} for n in range(20)]))
     >>> known.severity, known.sentences[0][:62]
     ('fine', '20 examples, 100% answered rightly; P(answer) 0.900 clean and ')
