@@ -111,7 +111,7 @@ def test_circuits_of_the_whole_folder(done):
 def test_done_again_it_only_reads(done, tmp_path, monkeypatch):
     folder = shutil.copytree(done[0], tmp_path / "out")
     monkeypatch.setattr(notice.heads, "functions", None)
-    monkeypatch.setattr("vlmscope.engine.patch", None)
+    monkeypatch.setattr("vlmscope.patching.engine.patch", None)
     notice.run(SMALL, folder)
 
 

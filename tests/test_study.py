@@ -22,9 +22,8 @@ from vlmscope.data.example import find_roles
 from vlmscope.errors import DataError, SiteError, StoreError, VlmscopeError
 from vlmscope.inputs import Edit
 from vlmscope.patching import engine
-from vlmscope.patching.scores import score
 from vlmscope.runs.corrupt import Noise
-from vlmscope.sites import Site
+from vlmscope.sites import Pattern
 from vlmscope.studies import task
 from vlmscope.studies.run_folder import BASELINES, EFFECTS
 from vlmscope.studies.sweep import baselines, sweep
@@ -44,7 +43,7 @@ def test_the_columns_and_their_values_by_plain_runs():
     (row,) = table.to_dict("records")
     one = replace(example(), corrupt_prompt=None)
     pair = model.prepare(one)
-    site = Site.parse("encoder.1.cross.h1@answer")
+    site = Pattern.parse("encoder.1.cross.h1@answer")
     (value,) = model.capture(pair.clean, [site]).values()
     runs = {
         "clean": model.run(pair.clean),
@@ -170,8 +169,8 @@ def test_noise_is_averaged_over_draws():
     for pair in corrupt.pairs(model, example(), noise):
         sites = [
             p
-            for s in expand([Site.parse("encoder.1.resid@2")], model.shapes)
-            for p in place(s, pair.clean.layout["encoder"])
+            for s in expand([Pattern.parse("encoder.1.resid@2")], model.shapes)
+            for p in place(s, pair.clean.layout)
         ]
         patched = reference.patch(model, pair, sites)
         ((_, scores),) = patched.chunks
@@ -184,7 +183,8 @@ def test_baselines():
     table = baselines(model, several(2))
     assert list(table.columns) == BASELINES.names
     pair = model.prepare(replace(example(), corrupt_prompt=None))
-    p, ld = score(model.run(pair.clean), pair.answer, pair.foil)
+    logits = model.run(pair.clean)
+    p, ld = logits.softmax(-1)[pair.answer], logits[pair.answer] - logits[pair.foil]
     assert table["p_clean"].tolist() == pytest.approx([p.item()] * 2)
     assert table["ld_clean"].tolist() == pytest.approx([ld.item()] * 2)
     assert table["predicted"].tolist() == [model.answer(pair.clean)] * 2
@@ -340,7 +340,7 @@ def test_a_run_checks_itself(tmp_path, monkeypatch, corrupt, direction):
 
     def wrong(*args, **kwargs):
         patched = honest(*args, **kwargs)
-        chunks = ((n, s._replace(ld=s.ld + 0.25)) for n, s in patched.chunks)
+        chunks = ((n, s._replace(value=s.value + 0.25)) for n, s in patched.chunks)
         return patched._replace(chunks=chunks)
 
     monkeypatch.setattr(engine, "patch", wrong)
@@ -351,12 +351,12 @@ def test_a_run_checks_itself(tmp_path, monkeypatch, corrupt, direction):
 def test_a_run_that_was_stopped_before_its_check_is_checked_later(tmp_path, monkeypatch):
     model = blip()
     with monkeypatch.context() as patched:
-        patched.setattr("vlmscope.reference.patch", None)
+        patched.setattr("vlmscope.patching.reference.patch", None)
         with pytest.raises(TypeError):
             sweep(model, several(2), SITES, out=tmp_path / "run")
     run = vlmscope.read_run(tmp_path / "run")
     assert run.check is None and not run.finished and len(run.effects())
-    monkeypatch.setattr("vlmscope.engine.patch", None)
+    monkeypatch.setattr("vlmscope.patching.engine.patch", None)
     sweep(model, several(2), SITES, out=tmp_path / "run")
     assert vlmscope.read_run(tmp_path / "run").check["rows"] == 5
 
@@ -463,7 +463,7 @@ def test_patching_matters_where_the_toy_reads_the_image():
 @pytest.mark.parametrize("factor", [0.5, 2.0])
 def test_the_threshold_of_effect(monkeypatch, factor):
     """Just below the gap there are effects, just above it there are none."""
-    from vlmscope import metrics
+    from vlmscope.patching import scores
 
     model = blip()
     given = [replace(example(), corrupt_prompt=None)]
@@ -471,7 +471,7 @@ def test_the_threshold_of_effect(monkeypatch, factor):
     gap = abs(base["ld_clean"] - base["ld_corrupt"])
     pair = model.prepare(given[0])
     size = max(float(model.run(one).abs().max()) for one in (pair.clean, pair.corrupt))
-    monkeypatch.setitem(metrics.ROUNDING, "float64", factor * gap / size / 10)
+    monkeypatch.setitem(scores.ROUNDING, "float64", factor * gap / size / 10)
     for way in ("fast", "reference"):
         effect = sweep(model, given, "encoder.0.resid@answer", engine=way)["effect"]
         assert effect.isna().all() == (factor > 1)

@@ -58,13 +58,11 @@ def sweep(
     effect 1. Examples that cannot be run are left out with a warning.
 
     `metric` is what `effect` is of, and what stands in `value`: `ld`; `p`; `logprob`, of the whole answer,
-    token by
-    token, for which no foil is needed; `kl` from the clean run's next-token distribution; or a function
-    `(logits, baselines) -> values` of `(rows, vocabulary)` logits at the read-out position
-    (`patching.scores`).
-    `patch` is what is written: `clean`, the other run's activation, or, into the clean run, `zero`, the
-    `mean` over
-    the examples at the same slot, or `resample`, another example's. With these `corrupt` may be None.
+    token by token, for which no foil is needed; `kl` from the clean run's next-token distribution; or a
+    function `(logits, baselines) -> values` of `(rows, vocabulary)` logits at the read-out position
+    (`patching.scores`). `patch` is what is written: `clean`, the other run's activation, or, into the clean
+    run, `zero`, the `mean` over the examples at the same slot, or `resample`, another example's. With these
+    `corrupt` may be None.
 
     `check` random rows are recomputed by `reference`, one plain forward each; `attrs["check"]` says how many
     (`rows`) and the `largest` difference of the metric.
