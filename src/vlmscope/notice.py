@@ -36,9 +36,9 @@ from vlmscope.errors import DataError, StoreError, VlmscopeError
 from vlmscope.report import write_report
 from vlmscope.runs.model import Model
 from vlmscope.studies import circuits, heads
+from vlmscope.studies.known import knows
 from vlmscope.studies.run_folder import Run, read_run
 from vlmscope.studies.sweep import Estimate, estimate, sweep_to
-from vlmscope.studies.tables import knows
 
 Say = Callable[[str], None]
 Sweep = tuple[str, str]
@@ -430,7 +430,7 @@ def _functions(
     folder: Path,
     say: Say,
 ) -> Path | None:
-    """What the important heads of one set do, where there are any, with the effects of its run; the folder."""
+    """What the important heads of a set do, where there are any, with the effects of its run; the folder."""
     name, corrupt = sweep
     important = found.heads[found.heads["important"] & (found.heads["run"] == run.path.name)]
     everywhere = found.universal[found.universal["universal"]]
