@@ -34,7 +34,7 @@ from vlmscope import neurons
 from vlmscope.checkpoint import load
 from vlmscope.data import BUILT_IN, examples
 from vlmscope.data.example import Example
-from vlmscope.inputs import Inputs
+from vlmscope.models.inputs import Inputs
 from vlmscope.neurons.captions import generate_caption
 from vlmscope.runs.model import Model
 

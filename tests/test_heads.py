@@ -15,7 +15,7 @@ from planted import TRUTH, planted, planted_examples
 
 import vlmscope
 from vlmscope.errors import DataError, ExampleError, SiteError, VlmscopeError
-from vlmscope.inputs import Edit
+from vlmscope.models.inputs import Edit
 from vlmscope.patching import engine
 from vlmscope.sites import Pattern
 from vlmscope.stats import shuffled

@@ -8,7 +8,7 @@ import torch
 from families import FAMILIES
 from models import blip, example, llava
 
-from vlmscope.inputs import Edit
+from vlmscope.models.inputs import Edit
 from vlmscope.patching import engine, reference
 from vlmscope.runs.forward import capture, forward
 from vlmscope.sites import Pattern, Point, expand, place

@@ -9,8 +9,8 @@ import torch
 from models import blip, example, llava, picture
 
 from vlmscope.errors import ExampleError, VlmscopeError
-from vlmscope.inputs import Edit
 from vlmscope.layout import slots
+from vlmscope.models.inputs import Edit
 from vlmscope.patching import engine, reference
 from vlmscope.patching.sources import Means, points_of, resampled, zeros
 from vlmscope.sites import expand, parse, place

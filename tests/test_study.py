@@ -20,7 +20,7 @@ from models import blip, example
 import vlmscope
 from vlmscope.data.example import find_roles
 from vlmscope.errors import DataError, SiteError, StoreError, VlmscopeError
-from vlmscope.inputs import Edit
+from vlmscope.models.inputs import Edit
 from vlmscope.patching import engine
 from vlmscope.runs.corrupt import Noise
 from vlmscope.sites import Pattern

@@ -14,7 +14,7 @@ import vlmscope
 from vlmscope.checkpoint import load
 from vlmscope.data import examples
 from vlmscope.errors import DataError, VlmscopeError
-from vlmscope.inputs import Edit
+from vlmscope.models.inputs import Edit
 from vlmscope.report.tracing import tracing_tables
 from vlmscope.runs import corrupt
 from vlmscope.runs.corrupt import Noise

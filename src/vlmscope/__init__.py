@@ -20,7 +20,7 @@ _NAMES = {
     "data.example": "Example",
     "data.table": "read_csv write_csv",
     "errors": "VlmscopeError",
-    "inputs": "Edit Inputs Pair",
+    "models.inputs": "Edit Inputs Pair",
     "neurons.weight_edit": "WeightEdit edited",
     "report": "write_report",
     "runs.corrupt": "Noise",
@@ -41,9 +41,9 @@ if TYPE_CHECKING:  # what a type checker sees
     from vlmscope.data.table import read_csv as read_csv
     from vlmscope.data.table import write_csv as write_csv
     from vlmscope.errors import VlmscopeError as VlmscopeError
-    from vlmscope.inputs import Edit as Edit
-    from vlmscope.inputs import Inputs as Inputs
-    from vlmscope.inputs import Pair as Pair
+    from vlmscope.models.inputs import Edit as Edit
+    from vlmscope.models.inputs import Inputs as Inputs
+    from vlmscope.models.inputs import Pair as Pair
     from vlmscope.neurons.weight_edit import WeightEdit as WeightEdit
     from vlmscope.neurons.weight_edit import edited as edited
     from vlmscope.report import write_report as write_report

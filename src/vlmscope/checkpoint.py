@@ -20,9 +20,10 @@ from transformers import AutoModel, AutoTokenizer, BitsAndBytesConfig
 from transformers.utils import cached_file, logging
 
 from vlmscope.errors import ModelError
-from vlmscope.families import Family
+from vlmscope.models.families import family_of
+from vlmscope.models.towers import Family
 from vlmscope.runs.model import Model
-from vlmscope.runs.network import QUANTIZED, family_of, free_memory
+from vlmscope.runs.network import QUANTIZED, free_memory
 
 DTYPES = {
     "float64": torch.float64,

@@ -11,9 +11,9 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from vlmscope.checkpoint import toys
 from vlmscope.data.example import Example
 from vlmscope.errors import VlmscopeError
-from vlmscope.families import families
-from vlmscope.inputs import Inputs, Pair
 from vlmscope.layout import Layout, grid, slots
+from vlmscope.models.families import families
+from vlmscope.models.inputs import Inputs, Pair
 from vlmscope.runs import corrupt
 from vlmscope.runs.model import Model
 

@@ -249,7 +249,7 @@ def generate(
 
     An edit is made as the model reads the prompt; positions count from its start.
     """
-    from vlmscope.inputs import parse_edit
+    from vlmscope.models.inputs import parse_edit
     from vlmscope.sites import parse
 
     edits = [parse_edit(text) for text in edit or []]

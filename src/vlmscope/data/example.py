@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TypeAlias, TypeGuard, cast
+from typing import Any, TypeAlias
 
 from PIL import Image
 
@@ -72,12 +72,7 @@ class Example:
 class _Roles(dict[str, Span]):
     """All roles of an example, which remember those that no lookup finds, and the prompt they are `of`."""
 
-    def __init__(
-        self,
-        roles: Mapping[str, Span] | Iterable[tuple[str, Span]],
-        given: Mapping[str, Span] | None = None,
-        of: str | None = None,
-    ) -> None:
+    def __init__(self, roles: Any, given: Mapping[str, Span] | None = None, of: str | None = None) -> None:
         super().__init__(roles)
         self.given, self.of = dict(self if given is None else given), of
 
@@ -92,16 +87,10 @@ def find_roles(prompt: str, words: Mapping[str, str]) -> dict[str, Span]:
     """
     spans = {}
     for role, word in words.items():
-        pattern = rf"(?<!\w){re.escape(word)}(?!\w)"
-        found = re.search(pattern, prompt, re.IGNORECASE) if word else None
-        if found:
+        found = re.search(rf"(?<!\w){re.escape(word)}(?!\w)", prompt, re.IGNORECASE)
+        if word and found:
             spans[role] = found.span()
     return spans
-
-
-def is_box(mask: Picture | Box) -> TypeGuard[Box]:
-    """Whether an object's place is given as a box, not as a picture."""
-    return isinstance(mask, tuple)
 
 
 def fingerprint(examples: Iterable[Example]) -> str:
@@ -119,23 +108,22 @@ def fingerprint(examples: Iterable[Example]) -> str:
     total = hashlib.sha256()
     known: dict[Path, str] = {}
     for example in examples:
-        pictures = {"clean": example.clean_image, "corrupt": example.corrupt_image}
-        boxes = {name: mask for name, mask in sorted(example.masks.items()) if is_box(mask)}
-        pictures |= {
-            f"mask {name}": cast(Picture, mask)
-            for name, mask in sorted(example.masks.items())
-            if name not in boxes
-        }
+        boxes: dict[str, Box] = {}
+        pictures: dict[str, Picture | None] = {"clean": example.clean_image, "corrupt": example.corrupt_image}
+        for name, mask in sorted(example.masks.items()):
+            if isinstance(mask, tuple):
+                boxes[name] = mask
+            else:
+                pictures[f"mask {name}"] = mask
         record = {
             "id": example.id,
             "prompts": [example.clean_prompt, example.corrupt_prompt],
             "answers": [example.answer, example.foil],
             "roles": {name: list(span) for name, span in sorted(example.roles.items())},
-            "pictures": {name: _content(one, known) for name, one in pictures.items()},
+            "pictures": {name: _content(picture, known) for name, picture in pictures.items()},
         }
-        record |= {"boxes": boxes} if boxes else {}
-        more = [_content(one, known) for one in example.more_images]
-        record |= {"more": more} if more else {}
+        more = [_content(picture, known) for picture in example.more_images]
+        record |= {name: value for name, value in (("boxes", boxes), ("more", more)) if value}
         total.update(json.dumps(record).encode() + b"\n")
     return total.hexdigest()
 

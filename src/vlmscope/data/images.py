@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-from collections.abc import Iterator
 from pathlib import Path
 from typing import cast
 
@@ -41,7 +40,8 @@ def open_image(picture: Picture | str) -> Image.Image:
     name = "the picture in memory" if isinstance(picture, Image.Image) else str(picture)
     try:
         # What Pillow has to say about a file is either an error here or of no interest.
-        with warnings.catch_warnings(action="ignore"), _opened(picture) as image:
+        with warnings.catch_warnings(action="ignore"), contextlib.ExitStack() as opened:
+            image = picture if isinstance(picture, Image.Image) else opened.enter_context(Image.open(picture))
             width, height = image.size
             if not width * height:
                 raise ExampleError(f"{name}: has no pixels ({width}x{height})")
@@ -57,23 +57,13 @@ def open_image(picture: Picture | str) -> Image.Image:
         why = next((why for kind, why in _REFUSALS.items() if isinstance(error, kind)), None)
         # Pillow's decoders meet broken data with OSError, SyntaxError, struct.error and others;
         # an OSError with a number comes from the file system.
-        if why is None and isinstance(error, OSError) and error.errno:
+        file = Path(name)
+        if isinstance(error, UnidentifiedImageError) and file.is_file() and not file.stat().st_size:
+            why = "an empty file; expected an image"
+        elif why is None and isinstance(error, OSError) and error.errno:
             why = f"cannot be read ({error.strerror})"
         broken = f"an image that cannot be decoded, broken or cut off ({error}); copy or save it again"
         raise ExampleError(f"{name}: {why or broken}") from error
-
-
-@contextlib.contextmanager
-def _opened(picture: Picture | str) -> Iterator[Image.Image]:
-    """A picture whose header is read; where it was a path, closed again at the end."""
-    if isinstance(picture, Image.Image):
-        yield picture
-        return
-    path = Path(picture)
-    if path.is_file() and not path.stat().st_size:
-        raise ExampleError(f"{path}: an empty file; expected an image")
-    with Image.open(path) as image:
-        yield image
 
 
 def _to_rgb(image: Image.Image, name: str) -> Image.Image:

@@ -25,14 +25,10 @@ NEEDED = tuple(name for name in COLUMNS if not name.startswith("corrupt"))
 """The corrupt input may be absent or empty: not every corruption needs it, and the one that does says so."""
 PROMPTS = ("clean_prompt", "corrupt_prompt")
 """Taken with the blanks around them, which a model's tokens may depend on."""
-MASK = "mask_path"
-"""A column of this name holds the mask of `object`; `mask_path_NAME` the mask of NAME."""
-BOX = "box"
-"""The same for a box around it, written `left top right bottom`, in pixels of the clean image."""
-SHOWS = "shows"
-"""A column of this name holds the words for what the clean image shows, with commas between them."""
-MORE = "image_path"
-"""Columns `image_path_2`, `image_path_3`… hold the further pictures of an example."""
+MASK, BOX, SHOWS, MORE = "mask_path", "box", "shows", "image_path"
+"""Columns of the mask of `object` or the box around it (`left top right bottom`, in pixels of the clean
+image), with `_NAME` those of NAME; of the words for what the clean image shows, with commas between them;
+and, as `image_path_2`, `image_path_3`…, of the further pictures."""
 SHOWN = 5
 """How many bad lines of a CSV an error lists."""
 

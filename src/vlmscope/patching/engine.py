@@ -17,7 +17,7 @@ import torch
 from jaxtyping import Bool
 from torch import Tensor
 
-from vlmscope.inputs import Pair
+from vlmscope.models.inputs import Pair
 from vlmscope.patching.flows.flow import Flow, Job, Row, around
 from vlmscope.patching.flows.memory import Memory, remembering
 from vlmscope.patching.flows.plain import Plain

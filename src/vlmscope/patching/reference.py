@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
-from vlmscope.inputs import Edit, Pair
+from vlmscope.models.inputs import Edit, Pair
 from vlmscope.patching.scores import Metric, Patched, Score, baselines, largest, score
 from vlmscope.runs.forward import forward, read
 from vlmscope.runs.network import Network

@@ -15,7 +15,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from vlmscope.errors import VlmscopeError
-from vlmscope.inputs import Pair
+from vlmscope.models.inputs import Pair
 
 _NOISE = re.compile(r"[^\w\s]|\b(a|an|the)\b")
 
@@ -100,7 +100,7 @@ def logit_difference(logits: Float[Tensor, "vocabulary"], pair: Pair) -> float:
     """LD of one run at the read-out position.
 
     >>> import torch
-    >>> from vlmscope.inputs import Inputs
+    >>> from vlmscope.models.inputs import Inputs
     >>> nothing = Inputs({}, {})
     >>> logit_difference(torch.tensor([2.0, 0.5]), Pair(nothing, nothing, 0, 1))
     1.5

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from vlmscope.errors import ExampleError, VlmscopeError
-from vlmscope.inputs import Inputs
 from vlmscope.layout import slots
+from vlmscope.models.inputs import Inputs
 from vlmscope.runs.forward import forward
 from vlmscope.runs.network import Network
 from vlmscope.sites import Point, Site

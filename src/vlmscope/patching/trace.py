@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vlmscope.inputs import Change, Edit, Inputs
+from vlmscope.models.inputs import Change, Edit, Inputs
 from vlmscope.runs.forward import edited, editing, forward
 from vlmscope.runs.hooks import Hooks
 from vlmscope.runs.network import Network

@@ -13,7 +13,8 @@ from collections.abc import Iterable, Sequence
 import pandas as pd
 from matplotlib.axes import Axes
 
-from vlmscope.report.canvas import INK, Margins, figure_of, grid, set_title, text_width
+from vlmscope.data.drawn.faces import INK
+from vlmscope.report.canvas import Margins, figure_of, grid, set_title, text_width
 from vlmscope.report.heat_maps import panels
 from vlmscope.report.words import KINDS, TOWERS, upper_first
 from vlmscope.studies.tables import head_table, token_table

@@ -18,19 +18,10 @@ from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize
 from matplotlib.patches import Rectangle
 
+from vlmscope.data.drawn.faces import INK
+from vlmscope.data.published.sampling import MISSING
 from vlmscope.errors import DataError
-from vlmscope.report.canvas import (
-    BAR,
-    INK,
-    MISSING,
-    Margins,
-    add_bar,
-    centred,
-    drawable,
-    grid,
-    set_title,
-    text_width,
-)
+from vlmscope.report.canvas import BAR, Margins, add_bar, centred, drawable, grid, set_title, text_width
 from vlmscope.report.words import short_number
 
 VALUES = {

@@ -13,7 +13,8 @@ from matplotlib.cm import ScalarMappable
 from matplotlib.collections import LineCollection
 from PIL import Image
 
-from vlmscope.report.canvas import BAR, INK, Margins, centred, draw_bar, drawable, grid
+from vlmscope.data.drawn.faces import INK
+from vlmscope.report.canvas import BAR, Margins, centred, draw_bar, drawable, grid
 from vlmscope.report.heat_maps import VALUES, colour_scale, spread
 from vlmscope.studies.tables import choose, mean_gap, means
 

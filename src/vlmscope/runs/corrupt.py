@@ -18,7 +18,7 @@ from torch import Tensor
 
 from vlmscope.data.example import Example
 from vlmscope.errors import ExampleError, VlmscopeError
-from vlmscope.inputs import Edit, Inputs, Pair
+from vlmscope.models.inputs import Edit, Inputs, Pair
 from vlmscope.runs.forward import forward
 from vlmscope.runs.model import Model
 from vlmscope.sites import Site

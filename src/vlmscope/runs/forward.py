@@ -12,8 +12,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from vlmscope.errors import ModelError, SiteError, VlmscopeError
-from vlmscope.inputs import Change, Edit, Inputs, Op, Value
 from vlmscope.layout import grid
+from vlmscope.models.inputs import Change, Edit, Inputs, Op, Value
 from vlmscope.runs.hooks import Hooks
 from vlmscope.runs.network import Network
 from vlmscope.sites import Pattern, Point, Site, expand, parse

@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from vlmscope.errors import ModelError, SiteError
-from vlmscope.families import Family, Tower, families
-from vlmscope.inputs import Change, Edit, Inputs
+from vlmscope.models.families import family_of
+from vlmscope.models.inputs import Change, Edit, Inputs
+from vlmscope.models.towers import Tower
 from vlmscope.runs.hooks import Access, alone, attending, eager
 from vlmscope.runs.views import Between, Deepstack, Gain, Gaps, Paid, Third, View
 from vlmscope.sites import Pattern, Point, Shape, Site, expand, place
@@ -356,24 +357,6 @@ class Network:
             out = {} if wide == width else {"output": wide}
         groups = getattr(config, "num_key_value_heads", None)
         return Shape(len(blocks), tuple(kinds), heads, widths["mlp"], width, lacks, out, groups)
-
-
-def family_of(architectures: Sequence[str], language: str | None, name: str) -> Family:
-    """The family of a checkpoint, by its class and, if that has several, its language model."""
-    known = families()
-    of_class = [f for f in known if f.architecture in architectures]
-    for family in of_class:
-        if family.variant in (None, language):
-            return family
-    what = f"is a {architectures[0]}" if architectures else "does not say what model it is"
-    if of_class:
-        what += f" with a language model of type '{language}'"
-    variants = [f"{f.architecture} with {f.variant}" if f.variant else f.architecture for f in known]
-    names = dict.fromkeys(f"{f.name} ({variant})" for f, variant in zip(known, variants, strict=True))
-    raise ModelError(
-        f"{name} {what}, which is not supported; docs/add-a-family.md says how to add it; "
-        f"supported: {', '.join(names)}"
-    )
 
 
 def free_memory(device: torch.device) -> int:

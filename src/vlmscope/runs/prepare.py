@@ -12,8 +12,8 @@ from PIL import Image
 from vlmscope.data.example import Example, Picture, Span, find_roles
 from vlmscope.data.images import open_image
 from vlmscope.errors import ExampleError
-from vlmscope.inputs import Inputs, Pair
 from vlmscope.layout import Layout, grid
+from vlmscope.models.inputs import Inputs, Pair
 from vlmscope.runs.network import Network
 
 _WORD = "\0"

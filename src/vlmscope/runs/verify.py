@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from PIL import Image
 
-from vlmscope.inputs import Edit, Inputs
+from vlmscope.models.inputs import Edit, Inputs
 from vlmscope.runs.forward import forward
 from vlmscope.runs.network import Network
 from vlmscope.runs.prepare import encode

@@ -13,8 +13,8 @@ import torch
 
 from vlmscope.data.example import Example
 from vlmscope.errors import ExampleError, SiteError
-from vlmscope.inputs import Pair
 from vlmscope.layout import Layout, slots
+from vlmscope.models.inputs import Pair
 from vlmscope.patching import engine as fast
 from vlmscope.patching import reference
 from vlmscope.patching.scores import Patched, agrees, effect, least_gap

@@ -16,8 +16,8 @@ from torch import Tensor
 from vlmscope.data import Examples, listed
 from vlmscope.data.example import Example
 from vlmscope.errors import DataError, ExampleError, SiteError, VlmscopeError
-from vlmscope.inputs import Inputs, Pair
 from vlmscope.layout import grid
+from vlmscope.models.inputs import Inputs, Pair
 from vlmscope.patching.scores import Metric, check_metric
 from vlmscope.patching.sources import Means, Source, check_source, points_of, resampled, zeros
 from vlmscope.runs import corrupt as corruptions

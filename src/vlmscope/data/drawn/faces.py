@@ -97,15 +97,15 @@ class Pen:
     def rounded(self, place: Sequence[float], radius: float, fill: str) -> None:
         self.image.rounded_rectangle(self.box(place), self.width(radius), fill=self.colors[fill])
 
-    def rectangle(self, place: Sequence[float], fill: str, line: str | None = None, width: float = 0) -> None:
-        outline = self.colors[line] if line else None
-        self.image.rectangle(self.box(place), self.colors[fill], outline, self.width(width))
+    def rectangle(self, place: Sequence[float], fill: str, line: str = "none", width: float = 0) -> None:
+        colors = self.colors[fill], self.colors.get(line)
+        self.image.rectangle(self.box(place), *colors, self.width(width))
 
     def chord(
-        self, place: Sequence[float], ends: Point, fill: str, line: str | None = None, width: float = 0
+        self, place: Sequence[float], ends: Point, fill: str, line: str = "none", width: float = 0
     ) -> None:
-        outline = self.colors[line] if line else None
-        self.image.chord(self.box(place), *ends, self.colors[fill], outline, self.width(width))
+        colors = self.colors[fill], self.colors.get(line)
+        self.image.chord(self.box(place), *ends, *colors, self.width(width))
 
     def arc(self, place: Sequence[float], ends: Point) -> None:
         self.image.arc(self.box(place), *ends, INK, self.width(0.1))

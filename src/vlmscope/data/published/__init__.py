@@ -12,15 +12,8 @@ from pathlib import Path
 from vlmscope.data.example import Example
 from vlmscope.errors import DataError
 
-PUBLISHED = {
-    "svo-probes": "svo_probes",
-    "mit-states": "mit_states",
-    "faces": "emotions",
-    "coco-qa": "coco_qa",
-    "clevr": "clevr",
-    "folder": "folder",
-}
-"""The published sets that `build` makes examples of, and the module of each."""
+PUBLISHED = ("svo-probes", "mit-states", "faces", "coco-qa", "clevr", "folder")
+"""The published sets that `build` makes examples of."""
 
 
 @dataclass(frozen=True)
@@ -100,10 +93,10 @@ def build(
     _check_root(name, root)
     source = Source(name, root, limit, seed)
     if download:
-        from vlmscope.data.published.download import fetch_and_log
+        from vlmscope.data.published.download import fetch
 
-        source.fetch = partial(fetch_and_log, log=root / "download-failures.csv", progress=progress)
-    found: list[Example] = import_module(f"vlmscope.data.published.{PUBLISHED[name]}").load(source)
+        source.fetch = partial(fetch, log=root / "download-failures.csv", progress=progress)
+    found: list[Example] = import_module(f"vlmscope.data.published.{name.replace('-', '_')}").load(source)
     if not found:
         why = "; ".join(f"{reason} ({number:,})" for reason, number in source.dropped.items())
         raise DataError(f"{root}: no example of {name} is left: {why or 'its tables are empty'}")

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from vlmscope.data.example import Example, find_roles
 from vlmscope.data.published.layout import by_stem, header_of
-from vlmscope.data.published.sampling import MISSING, SIZE, Partners, Source
+from vlmscope.data.published.sampling import MISSING, SIZE, Source
 from vlmscope.data.questions.replacement import aligned
 from vlmscope.data.table import read_table
 from vlmscope.errors import DataError
@@ -79,7 +79,6 @@ def load(source: Source) -> list[Example]:
     answered: dict[tuple[str, str], list[Path]] = {}
     for row in kept:
         answered.setdefault((row.question, row.answer), []).append(files[row.image])
-    partners = Partners(source)
 
     def others(row: Row) -> list[Path]:
         return answered.get((row.question, OTHER[row.answer]), [])
@@ -88,7 +87,7 @@ def load(source: Source) -> list[Example]:
         if not source.is_readable(files[row.image]):
             return None
         mixed = source.shuffled(others(row), source.seed, row.image, row.question)
-        partner = partners.first(files[row.image], mixed, row.question)
+        partner = source.partner(files[row.image], mixed, row.question)
         if mixed and partner is None:
             source.drop("every image with the other answer is already its pair, or cannot be read")
             return None
@@ -104,12 +103,14 @@ def load(source: Source) -> list[Example]:
             groups={"kind": row.kind},
         )
 
-    items = {}
-    for relation, answer in CELLS:
-        cell = [row for row in kept if (row.kind, row.answer) == (relation, answer)]
-        # Those with an image pair come before the others.
-        mixed = sorted(source.shuffled(cell, source.seed), key=lambda row: not others(row))
-        items[f"{relation}, {answer}"] = mixed
+    cells: dict[tuple[str, str], list[Row]] = {cell: [] for cell in CELLS}
+    for row in kept:
+        cells[row.kind, row.answer].append(row)
+    # Those with an image pair come before the others.
+    items = {
+        ", ".join(cell): sorted(source.shuffled(members, source.seed), key=lambda row: not others(row))
+        for cell, members in cells.items()
+    }
     return [example for _, _, example in source.balanced(items, make, SIZE // 2)]
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from vlmscope.data.example import Example, find_roles
 from vlmscope.data.published.layout import by_stem
-from vlmscope.data.published.sampling import MISSING, Partners, Source
+from vlmscope.data.published.sampling import MISSING, Source
 from vlmscope.data.questions.synonyms import near
 from vlmscope.data.table import read_table
 from vlmscope.errors import DataError
@@ -53,20 +53,38 @@ def load(source: Source) -> list[Example]:
     by_question: dict[tuple[str, str], list[Row]] = {}
     for row in kept:
         by_question.setdefault((row.kind, row.question), []).append(row)
-    others = {row: _others(row, by_question[row.kind, row.question]) for row in kept}
+    # The rows of other images with the same question and a clearly different answer.
+    others = {
+        row: [
+            other
+            for other in by_question[row.kind, row.question]
+            if other.image != row.image and not near(other.answer, row.answer)
+        ]
+        for row in kept
+    }
     paired = [row for row in kept if others[row]]
     source.drop("no image that is there has another answer to the question", len(kept) - len(paired))
-    partners = Partners(source)
 
     def make(row: Row) -> Example | None:
-        if not source.is_readable(files[row.image]):
+        image, prompt, noun = files[row.image], f"{row.question}?", noun_of(row.question)
+        if not source.is_readable(image):
             return None
         mixed = source.shuffled(others[row], source.seed, row.image, row.question)
         by_path = {files[other.image]: other for other in mixed}
-        if partner := partners.first(files[row.image], by_path):
-            return _example(row, by_path[partner], files)
-        source.drop("every image with another answer is already its pair, or cannot be read")
-        return None
+        partner = source.partner(image, by_path)
+        if partner is None:
+            source.drop("every image with another answer is already its pair, or cannot be read")
+            return None
+        return Example(
+            id=f"coco-{row.kind}-{row.image}-{noun.replace(' ', '-')}-{by_path[partner].image}",
+            clean_image=image,
+            clean_prompt=prompt,
+            answer=row.answer,
+            foil=by_path[partner].answer,
+            corrupt_image=partner,
+            roles=find_roles(prompt, {"noun": noun}),
+            groups={"kind": row.kind},
+        )
 
     items = {
         kind: source.shuffled((row for row in paired if row.kind == kind), kind, source.seed)
@@ -86,7 +104,7 @@ def read_rows(source: Source) -> list[Row]:
         raise source.not_here("file named *color*.csv, *count*.csv or *location*.csv")
     rows: dict[tuple[int, str], Row] = {}
     for path, kind in tables.items():
-        for cells in read_table(path, COLUMNS, _without_suffix):
+        for cells in read_table(path, COLUMNS, without_kind):
             number = re.fullmatch(r"(\d{1,12})(?:\.0)?", cells["train_image_id"])
             question = " ".join(cells["question"].rstrip("? ").split())
             if not (number and question and cells["answer"]):
@@ -97,6 +115,15 @@ def read_rows(source: Source) -> list[Row]:
                 image = int(number[1])
                 rows[image, question] = Row(kind, image, question, cells["answer"])
     return list(rows.values())
+
+
+def without_kind(column: str) -> str:
+    """The name of a column without the suffix of its kind.
+
+    >>> without_kind("train_image_id_count"), without_kind("answer")
+    ('train_image_id', 'answer')
+    """
+    return re.sub(r"(?<=id|on|er)_[a-z]+$", "", column.strip())
 
 
 def find_images(root: Path) -> dict[int, Path]:
@@ -122,31 +149,3 @@ def noun_of(question: str) -> str:
     if found := counted or placed:
         return found[1]
     return next((word for word in reversed(words) if word.lower() not in _EMPTY_WORDS), "")
-
-
-def _without_suffix(column: str) -> str:
-    return re.sub(r"(?<=id|on|er)_[a-z]+$", "", column.strip())
-
-
-def _others(row: Row, rows: list[Row]) -> list[Row]:
-    """The rows of other images whose answer is clearly different."""
-    answer = row.answer.casefold()
-    return [
-        other
-        for other in rows
-        if other.image != row.image and other.answer.casefold() != answer and not near(other.answer, answer)
-    ]
-
-
-def _example(row: Row, other: Row, files: dict[int, Path]) -> Example:
-    prompt, noun = f"{row.question}?", noun_of(row.question)
-    return Example(
-        id=f"coco-{row.kind}-{row.image}-{noun.replace(' ', '-')}-{other.image}",
-        clean_image=files[row.image],
-        clean_prompt=prompt,
-        answer=row.answer,
-        foil=other.answer,
-        corrupt_image=files[other.image],
-        roles=find_roles(prompt, {"noun": noun}),
-        groups={"kind": row.kind},
-    )

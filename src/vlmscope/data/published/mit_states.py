@@ -12,10 +12,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 from vlmscope.data.example import Example
 from vlmscope.data.published.layout import STATES, folders_in, images_in
-from vlmscope.data.published.sampling import Contrast, Source, label_contrasts
+from vlmscope.data.published.sampling import Source, label_examples
 from vlmscope.data.questions import in_order
 from vlmscope.data.questions.synonyms import near
 from vlmscope.errors import DataError
@@ -37,8 +38,15 @@ def load(source: Source) -> list[Example]:
     def rivals(state: str, path: Path) -> list[str]:
         return source.shuffled(partners[state], source.seed, *state.split(maxsplit=1), path.name)
 
-    drawn = label_contrasts(source, states, groups, rivals, "another state of the noun")
-    return [_example(*one) for one in drawn]
+    def ask(state: str, rival: str, order: str) -> dict[str, Any]:
+        adjective, noun = state.split(maxsplit=1)
+        foil = rival.split()[0]
+        first, second = in_order(order, adjective, foil)
+        groups = {"kind": STATES[adjective], "order": order, "noun": noun}
+        prompt = f"is this {noun} {first} or {second}?"
+        return {"clean_prompt": prompt, "answer": adjective, "foil": foil, "groups": groups}
+
+    return label_examples(source, "mit", states, groups, rivals, ask, "another state of the noun")
 
 
 def read_states(source: Source) -> dict[str, list[Path]]:
@@ -85,18 +93,3 @@ def _partners(states: Iterable[str]) -> dict[str, list[str]]:
         for (noun, _), alike in adjectives.items()
         for adjective in alike
     }
-
-
-def _example(kind: str, order: str, one: Contrast) -> Example:
-    adjective, noun = one.label.split(maxsplit=1)
-    foil = one.other_label.split()[0]
-    first, second = in_order(order, adjective, foil)
-    return Example(
-        id=f"mit-{adjective}-{noun.replace(' ', '-')}-{one.path.stem}-{foil}",
-        clean_image=one.path,
-        clean_prompt=f"is this {noun} {first} or {second}?",
-        answer=adjective,
-        foil=foil,
-        corrupt_image=one.other,
-        groups={"kind": kind, "order": order, "noun": noun},
-    )

@@ -6,8 +6,9 @@ import random
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TypeAlias, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
+from vlmscope.data.example import Example
 from vlmscope.data.images import open_image
 from vlmscope.data.published.layout import looks_like
 from vlmscope.data.questions import ORDERS
@@ -38,6 +39,7 @@ class Source:
     fetch: Fetch | None = None
     dropped: dict[str, int] = field(default_factory=dict)
     _known: dict[Path, bool] = field(default_factory=dict)
+    _paired: set[tuple[str, frozenset[Path]]] = field(default_factory=set)
 
     def drop(self, why: str, number: int = 1) -> None:
         if number:
@@ -61,6 +63,15 @@ class Source:
                 self._known[path] = False
                 self.drop(UNREADABLE)
         return self._known[path]
+
+    def partner(self, path: Path, others: Iterable[Path], question: str = "") -> Path | None:
+        """The first of the others that can be read, if it is not its pair (for this question) already."""
+        for other in others:
+            pair = question, frozenset((path, other))
+            if pair not in self._paired and self.is_readable(other):
+                self._paired.add(pair)
+                return other
+        return None
 
     def shuffled(self, items: Iterable[Item], *key: object) -> list[Item]:
         """The items in an order that the set's name and `key` alone draw."""
@@ -106,60 +117,36 @@ class Source:
         return drawn
 
 
-class Partners:
-    """Hands out images that can be read as partners of others; no pair comes twice, nor turned around."""
-
-    def __init__(self, source: Source) -> None:
-        self._source = source
-        self._used: set[tuple[str, frozenset[Path]]] = set()
-
-    def first(self, path: Path, others: Iterable[Path], question: str = "") -> Path | None:
-        """The first of the others that is still free for this image (and question)."""
-        for other in others:
-            pair = question, frozenset((path, other))
-            if pair not in self._used and self._source.is_readable(other):
-                self._used.add(pair)
-                return other
-        return None
-
-
-@dataclass(frozen=True)
-class Contrast:
-    """An image of a label, and one of another label."""
-
-    path: Path
-    label: str
-    other: Path
-    other_label: str
-
-
-def label_contrasts(
+def label_examples(
     source: Source,
+    name: str,
     images: Mapping[str, Sequence[Path]],
     groups: Mapping[str, Sequence[str]],
     rivals: Callable[[str, Path], Sequence[str]],
+    ask: Callable[[str, str, str], dict[str, Any]],
     what: str,
-) -> list[tuple[str, str, Contrast]]:
-    """Draw images by label, each with one of another label; balanced over groups of labels.
+) -> list[Example]:
+    """Examples whose clean image is of one label and whose corrupt one of another; balanced over groups.
 
     `rivals` are the labels that an image can stand against, in the order of their drawing; those that gave
     fewest partners so far come first. An image is the clean one at most once; as a partner it comes again
-    only when all of its label were handed out. `what` an image without a partner lacks is counted.
+    only when all of its label were handed out. `ask` makes the prompt, the options and the groups from the
+    two labels and the order of the options. Ids begin with `name`; `what`
+    an image without a partner lacks is counted.
     """
-    partners = Partners(source)
     given = dict.fromkeys(images, 0)
     decks = {label: source.shuffled(files, "foils", source.seed, label) for label, files in images.items()}
 
-    def make(item: tuple[str, Path]) -> Contrast | None:
+    def make(item: tuple[str, Path]) -> tuple[str, Path, str, Path] | None:
         label, path = item
         if not source.is_readable(path):
             return None
         for rival in sorted(rivals(label, path), key=given.__getitem__):
-            if other := partners.first(path, decks[rival]):
+            if other := source.partner(path, decks[rival]):
                 given[rival] += 1
                 decks[rival].remove(other)
                 decks[rival].append(other)
-                return Contrast(path, label, other, rival)
+                return label, path, rival, other
         source.drop(f"no image of {what} is left")
         return None
 
@@ -169,4 +156,9 @@ def label_contrasts(
         )
         for group, labels in groups.items()
     }
-    return source.balanced(items, make)
+    examples: list[Example] = []
+    for _, order, (label, path, rival, other) in source.balanced(items, make):
+        asked = ask(label, rival, order)
+        words = (label.replace(" ", "-"), path.stem, asked["foil"].replace(" ", "-"))
+        examples.append(Example("-".join((name, *words)), path, corrupt_image=other, **asked))
+    return examples

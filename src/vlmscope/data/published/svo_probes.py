@@ -16,18 +16,7 @@ from typing import TypeAlias
 from vlmscope.data.example import Example, find_roles
 from vlmscope.data.published.layout import by_stem
 from vlmscope.data.published.sampling import SIZE, Fetch, Source
-from vlmscope.data.questions import in_order
-from vlmscope.data.questions.english import (
-    PREPOSITIONS,
-    definite,
-    indefinite,
-    ing,
-    is_located,
-    is_plural,
-    is_somebody,
-    lemma,
-    preposition,
-)
+from vlmscope.data.questions import english, in_order
 from vlmscope.data.questions.synonyms import near
 from vlmscope.data.table import read_table
 from vlmscope.errors import DataError
@@ -77,18 +66,20 @@ def ask(kind: str, triplet: Triplet, options: tuple[str, str]) -> str:
     """
     subject, verb, thing = triplet
     action, joint = _verb(verb, thing)
-    place = bool(joint) and (is_located(verb.split()[0]) or joint in ("in", "on", "into", "at", "for"))
+    place = bool(joint) and (
+        english.is_located(verb.split()[0]) or joint in ("in", "on", "into", "at", "for")
+    )
     first, second = options
     if kind == "subject":
-        who = f"{indefinite(first)} or {indefinite(second)}"
-        words = f"{who} {action} {joint} {indefinite(thing, located=place)}"
+        who = f"{english.indefinite(first)} or {english.indefinite(second)}"
+        words = f"{who} {action} {joint} {english.indefinite(thing, located=place)}"
     elif kind == "verb":
         both = f"{_verb(first, thing)[0]} or {_verb(second, thing)[0]}"
-        words = f"{definite(subject)} {both} {joint} {definite(thing)}"
+        words = f"{english.definite(subject)} {both} {joint} {english.definite(thing)}"
     else:
-        what = f"{indefinite(first, located=place)} or {indefinite(second, located=place)}"
-        words = f"{definite(subject)} {action} {joint} {what}"
-    be = "are" if is_plural(first if kind == "subject" else subject) else "is"
+        what = f"{english.indefinite(first, located=place)} or {english.indefinite(second, located=place)}"
+        words = f"{english.definite(subject)} {action} {joint} {what}"
+    be = "are" if english.is_plural(first if kind == "subject" else subject) else "is"
     return " ".join(f"{be} {words}".split()) + "?"
 
 
@@ -163,7 +154,7 @@ def _check_question(kind: str, one: Triplet, other: Triplet) -> None:
     if [name for name, a, b in zip(KINDS, one, other, strict=True) if a != b] != [kind]:
         raise Unfit("the triplets do not differ in the flagged word alone")
     word, foil = (triplet[_PLACES[kind]] for triplet in (one, other))
-    if near(lemma(word), lemma(foil)) if kind == "verb" else near(word, foil):
+    if near(english.lemma(word), english.lemma(foil)) if kind == "verb" else near(word, foil):
         raise Unfit("the two words are near-synonyms")
     (_, joint), (_, other_joint) = _verb(one[1], one[2]), _verb(other[1], other[2])
     if joint != other_joint:
@@ -173,9 +164,9 @@ def _check_question(kind: str, one: Triplet, other: Triplet) -> None:
             raise Unfit("a word would stand in the question twice")
         if kind == "object" and subject in (one[2], other[2]):
             raise Unfit("a word would stand in the question twice")
-        if joint in ("on", "in") and is_somebody(thing) and is_located(verb):
+        if joint in ("on", "in") and thing.split()[-1] in english.PEOPLE and english.is_located(verb):
             raise Unfit("a verb of place with a person as its object")
-    if kind == "subject" and is_plural(one[0]) != is_plural(other[0]):
+    if kind == "subject" and english.is_plural(one[0]) != english.is_plural(other[0]):
         raise Unfit("one subject is singular and the other plural")
 
 
@@ -189,14 +180,14 @@ def _triplet(cell: str) -> Triplet:
 def _verb(verb: str, thing: str) -> tuple[str, str]:
     """The -ing form of a verb, and the preposition before its object."""
     words = verb.split()
-    if len(words) > 2 or (len(words) == 2 and words[1] not in PREPOSITIONS):
+    if len(words) > 2 or (len(words) == 2 and words[1] not in english.PREPOSITIONS):
         raise Unfit("a verb of several words")
-    if words[0] == "lay" and preposition("lie", thing) and thing not in ("egg", "eggs", "brick"):
+    if words[0] == "lay" and english.preposition("lie", thing) and thing not in ("egg", "eggs", "brick"):
         words[0] = "lie"  # captions say "laying on the bed"
-    action = ing(words[0])
+    action = english.ing(words[0])
     if action is None:
         raise Unfit("a verb without an -ing form that asks what is going on")
-    return action, words[1] if len(words) == 2 else preposition(words[0], thing)
+    return action, words[1] if len(words) == 2 else english.preposition(words[0], thing)
 
 
 def _fetch_wanted(source: Source, fetch: Fetch, decks: dict[str, list[Row]], folder: Path) -> None:

@@ -16,6 +16,7 @@ _WORDS = read_words(Path(__file__).with_name("english.toml"))
 _NOUNS, _PLACES, _VERBS = _WORDS["nouns"], _WORDS["places"], _WORDS["verbs"]
 _JOINED = {verb: preposition for preposition, verbs in _WORDS["joined"].items() for verb in verbs}
 _NO_ARTICLE = _NOUNS["mass"] | _NOUNS["games"]
+PEOPLE = _NOUNS["people"]
 PREPOSITIONS = _WORDS["prepositions"]["all"]
 
 
@@ -149,15 +150,6 @@ def preposition(verb: str, noun: str) -> str:
     if plain in _JOINED:
         return _JOINED[plain]
     return where if plain in _VERBS["located"] else ""
-
-
-def is_somebody(noun: str) -> bool:
-    """Whether a noun names somebody, whom one does not stand on or in.
-
-    >>> is_somebody("woman"), is_somebody("bench")
-    (True, False)
-    """
-    return noun.split()[-1] in _NOUNS["people"]
 
 
 def _where(verb: str, thing: str) -> str:

@@ -10,7 +10,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from vlmscope.inputs import Edit
+from vlmscope.models.inputs import Edit
 from vlmscope.patching import engine
 from vlmscope.patching.scores import logit_difference
 from vlmscope.patching.trace import Images

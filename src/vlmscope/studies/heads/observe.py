@@ -17,8 +17,8 @@ from torch import Tensor
 
 from vlmscope.data.example import Example
 from vlmscope.errors import DataError, ExampleError, SiteError, VlmscopeError
-from vlmscope.inputs import Pair
 from vlmscope.layout import grid
+from vlmscope.models.inputs import Pair
 from vlmscope.patching import engine
 from vlmscope.patching.scores import logit_difference
 from vlmscope.progress import progress

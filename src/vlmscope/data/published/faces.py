@@ -10,7 +10,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from vlmscope.data.example import Example
-from vlmscope.data.published.folder import label_examples
+from vlmscope.data.published.folder import ask_labels
 from vlmscope.data.published.layout import EMOTIONS, folders_in, images_in
 from vlmscope.data.published.sampling import Source
 from vlmscope.errors import DataError
@@ -20,7 +20,7 @@ PLACES = ("images/train", "train", "images", "")
 
 def load(source: Source) -> list[Example]:
     """The examples of the release; what was left out is counted in `source`."""
-    return label_examples(source, read_emotions(source), "is this person feeling {x} or {y}?", "emotion")
+    return ask_labels(source, read_emotions(source), "is this person feeling {x} or {y}?", "emotion")
 
 
 def read_emotions(source: Source) -> dict[str, list[Path]]:

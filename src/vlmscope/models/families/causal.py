@@ -22,9 +22,9 @@ from transformers import AutoProcessor, PreTrainedModel
 
 from vlmscope.data.example import Span
 from vlmscope.errors import ExampleError
-from vlmscope.families import Family, Tower, behind
-from vlmscope.inputs import Inputs
 from vlmscope.layout import Layout
+from vlmscope.models.inputs import Inputs
+from vlmscope.models.towers import Family, Tower, behind
 
 Cells = Callable[[Any, Any, Image.Image, Mapping[str, Tensor], Sequence[int]], dict[int, tuple[int, int]]]
 """`cells(hf, processor, image, tensors, at)`: the row and column of each position in `at` that shows a
