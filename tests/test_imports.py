@@ -32,15 +32,15 @@ PUBLIC = """Edit Example Inputs Model Noise Pair Pattern Site VlmscopeError Weig
     edited examples head_table load open read_csv read_run sweep token_table write_csv write_report""".split()
 
 
-def read_layers() -> dict[str, int]:
-    """The height of each module in the picture; neighbours on a line have the same."""
-    picture = re.search(r"## Layers\n.*?```\n(.*?)```", PAGE.read_text("utf-8"), re.DOTALL)
-    assert picture, f"no picture under '## Layers' in {PAGE.name}"
+def read_layers(title: str) -> dict[str, int]:
+    """The height of each module in the picture under a title; neighbours on a line have the same."""
+    picture = re.search(rf"## {title}\n.*?```\n(.*?)```", PAGE.read_text("utf-8"), re.DOTALL)
+    assert picture, f"no picture under '## {title}' in {PAGE.name}"
     lines = picture[1].strip().splitlines()
     return {name.strip(): len(lines) - depth for depth, line in enumerate(lines) for name in line.split("|")}
 
 
-LAYERS = read_layers()
+LAYERS = read_layers("Layers")
 
 
 def part_of(file: Path) -> str:
@@ -99,6 +99,18 @@ def test_imports_run_downward(file: Path) -> None:
     strangers = ({part} | others) - set(LAYERS) - set(TOP)
     assert not strangers, f"not in the picture in docs/architecture.md: {sorted(strangers)}"
     assert not wrong_imports(part, others), f"{part} must not import these"
+
+
+@pytest.mark.parametrize("room", ["studies"])
+def test_imports_run_downward_inside_a_room(room: str) -> None:
+    heights = read_layers(f"Inside `{room}`")
+    for file in sorted((SOURCE / room).rglob("*.py")):
+        part = file.relative_to(SOURCE / room).with_suffix("").parts[0]
+        names = (n.split(".") for n in imported(file.read_text("utf-8"), package_of(file)))
+        others = {name[2] for name in names if name[:2] == ["vlmscope", room] and len(name) > 2}
+        assert part == "__init__" or {part} | others <= set(heights), f"not in the picture: {part}, {others}"
+        wrong = [other for other in others - {part} if heights[other] >= heights[part]]
+        assert not wrong, f"{room}/{part} must not import {wrong}"
 
 
 def test_the_check_sees_imports_upward_sideways_and_hidden() -> None:

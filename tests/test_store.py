@@ -40,7 +40,10 @@ def effects(index: int, rows: int = 4) -> pd.DataFrame:
             "slot": ["0", "answer", "answer+1", "readout"][:rows],
             "p_patched": 0.5,
             "p_restored": 0.1 / (index + 1),
+            "p_change": 0.1,
             "logit_diff": [r * 0.1 + index for r in range(rows)],
+            "ld_change": 0.2,
+            "value": 0.3,
             "effect": [None, 0.5, 0.25, 1.0][:rows],
         }
     )
@@ -56,6 +59,8 @@ def baselines(index: int, excluded: bool = False) -> pd.DataFrame:
             "p_corrupt": [seen],
             "ld_clean": [seen],
             "ld_corrupt": [seen],
+            "value_clean": [seen],
+            "value_corrupt": [seen],
             "answer_token": [None if excluded else "red"],
             "foil_token": [None if excluded else "blue"],
             "predicted": [None if excluded else "red"],

@@ -22,10 +22,9 @@ from vlmscope.data.example import find_roles
 from vlmscope.errors import DataError, SiteError, StoreError, VlmscopeError
 from vlmscope.models.inputs import Edit
 from vlmscope.patching import engine
-from vlmscope.patching.scores import score
 from vlmscope.runs.corrupt import Noise
-from vlmscope.sites import Site
-from vlmscope.studies import sweep as study
+from vlmscope.sites import Pattern
+from vlmscope.studies import task
 from vlmscope.studies.run_folder import BASELINES, EFFECTS
 from vlmscope.studies.sweep import baselines, sweep
 
@@ -44,7 +43,7 @@ def test_the_columns_and_their_values_by_plain_runs():
     (row,) = table.to_dict("records")
     one = replace(example(), corrupt_prompt=None)
     pair = model.prepare(one)
-    site = Site.parse("encoder.1.cross.h1@answer")
+    site = Pattern.parse("encoder.1.cross.h1@answer")
     (value,) = model.capture(pair.clean, [site]).values()
     runs = {
         "clean": model.run(pair.clean),
@@ -110,7 +109,7 @@ def test_prompts_near_the_models_limit_do_not_end_a_sweep():
 
 def test_what_turns_pictures_into_pixels_is_part_of_a_run(tmp_path, monkeypatch):
     """Another torchvision, or none, is another run."""
-    monkeypatch.setattr(study, "version", lambda package: f"{package} 1")
+    monkeypatch.setattr(task, "version", lambda package: f"{package} 1")
     sweep(blip(), [example()], "encoder.0.resid@last", out=tmp_path / "run")
     versions = vlmscope.read_run(tmp_path / "run").spec["versions"]
     assert versions["torchvision"] == "torchvision 1" and versions["pillow"] == "pillow 1"
@@ -120,7 +119,7 @@ def test_what_turns_pictures_into_pixels_is_part_of_a_run(tmp_path, monkeypatch)
             raise PackageNotFoundError(package)
         return f"{package} 1"
 
-    monkeypatch.setattr(study, "version", without)
+    monkeypatch.setattr(task, "version", without)
     with pytest.raises(StoreError, match="versions"):
         sweep(blip(), [example()], "encoder.0.resid@last", out=tmp_path / "run")
     sweep(blip(), [example()], "encoder.0.resid@last", out=tmp_path / "other")
@@ -170,7 +169,7 @@ def test_noise_is_averaged_over_draws():
     for pair in corrupt.pairs(model, example(), noise):
         sites = [
             p
-            for s in expand([Site.parse("encoder.1.resid@2")], model.shapes)
+            for s in expand([Pattern.parse("encoder.1.resid@2")], model.shapes)
             for p in place(s, pair.clean.layout)
         ]
         patched = reference.patch(model, pair, sites)
@@ -184,7 +183,8 @@ def test_baselines():
     table = baselines(model, several(2))
     assert list(table.columns) == BASELINES.names
     pair = model.prepare(replace(example(), corrupt_prompt=None))
-    p, ld = score(model.run(pair.clean), pair.answer, pair.foil)
+    logits = model.run(pair.clean)
+    p, ld = logits.softmax(-1)[pair.answer], logits[pair.answer] - logits[pair.foil]
     assert table["p_clean"].tolist() == pytest.approx([p.item()] * 2)
     assert table["ld_clean"].tolist() == pytest.approx([ld.item()] * 2)
     assert table["predicted"].tolist() == [model.answer(pair.clean)] * 2
@@ -340,7 +340,7 @@ def test_a_run_checks_itself(tmp_path, monkeypatch, corrupt, direction):
 
     def wrong(*args, **kwargs):
         patched = honest(*args, **kwargs)
-        chunks = ((n, s._replace(ld=s.ld + 0.25)) for n, s in patched.chunks)
+        chunks = ((n, s._replace(value=s.value + 0.25)) for n, s in patched.chunks)
         return patched._replace(chunks=chunks)
 
     monkeypatch.setattr(engine, "patch", wrong)
@@ -351,12 +351,12 @@ def test_a_run_checks_itself(tmp_path, monkeypatch, corrupt, direction):
 def test_a_run_that_was_stopped_before_its_check_is_checked_later(tmp_path, monkeypatch):
     model = blip()
     with monkeypatch.context() as patched:
-        patched.setattr("vlmscope.reference.patch", None)
+        patched.setattr("vlmscope.patching.reference.patch", None)
         with pytest.raises(TypeError):
             sweep(model, several(2), SITES, out=tmp_path / "run")
     run = vlmscope.read_run(tmp_path / "run")
     assert run.check is None and not run.finished and len(run.effects())
-    monkeypatch.setattr("vlmscope.engine.patch", None)
+    monkeypatch.setattr("vlmscope.patching.engine.patch", None)
     sweep(model, several(2), SITES, out=tmp_path / "run")
     assert vlmscope.read_run(tmp_path / "run").check["rows"] == 5
 

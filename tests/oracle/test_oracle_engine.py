@@ -19,9 +19,10 @@ from vlmscope.patching import engine
 class Place:
     """Where a site is among transformers' modules: rows and columns of what a module reads or gives."""
 
-    def __init__(self, case: Case, site: vlmscope.Site, rows: tuple[int, ...]) -> None:
-        part = anatomy.towers(case, case.hf)[site.tower]
-        layer, kind, unit = int(site.layer), site.kind, site.unit
+    def __init__(self, case: Case, site: str, rows: tuple[int, ...]) -> None:
+        tower, number, kind, *units = site.partition("@")[0].split(".")
+        part = anatomy.towers(case, case.hf)[tower]
+        layer, unit = int(number), units[0] if units else None
         block, own = part.blocks[layer], part.kinds[layer]
         self.rows, self.columns = list(rows), slice(None)
         self.reads = unit is not None or kind == "resid_pre"

@@ -70,8 +70,8 @@ def sweep(
 ) -> None:
     """Patch every site of every example, into a run folder."""
     from vlmscope.runs import corrupt as corruptions
+    from vlmscope.studies.known import knows
     from vlmscope.studies.sweep import sweep_to, warn_of_excluded
-    from vlmscope.studies.tables import knows
 
     how = corruptions.Noise(noise, noise_at, noise_scale, draws) if corrupt == "noise" else corrupt
     options: dict[str, Any] = {
@@ -141,8 +141,8 @@ def tracing(
     from vlmscope.report import write_report
     from vlmscope.report.ranking import most_restored
     from vlmscope.runs import corrupt
+    from vlmscope.studies.known import knows
     from vlmscope.studies.run_folder import read_run
-    from vlmscope.studies.tables import knows
     from vlmscope.studies.tracing import KINDS, WINDOWS, trace
 
     model = given.load()

@@ -9,8 +9,8 @@ import pandas as pd
 from vlmscope.report import figures, image_maps
 from vlmscope.report.gallery import Gallery, Section, Shown, read_json, render
 from vlmscope.report.words import KINDS, TOWERS, upper_first
+from vlmscope.studies.known import Known
 from vlmscope.studies.run_folder import read_run
-from vlmscope.studies.tables import Known
 
 
 def circuits_section(folder: Path, gallery: Gallery) -> Section:

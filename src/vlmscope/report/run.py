@@ -12,8 +12,9 @@ from vlmscope.report import image_maps
 from vlmscope.report.gallery import Gallery, Section, Shown, render
 from vlmscope.report.ranking import strongest
 from vlmscope.report.words import KINDS, TOWERS, ends, kinds_in, short_number, upper_first
+from vlmscope.studies.known import knows
 from vlmscope.studies.run_folder import Run
-from vlmscope.studies.tables import head_cells, head_slot, knows, token_cells, wide
+from vlmscope.studies.tables import head_cells, head_slot, token_cells, wide
 
 Cells = dict[str, pd.DataFrame]
 """The cells of a table of layers, by kind."""

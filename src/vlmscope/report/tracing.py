@@ -10,8 +10,8 @@ from vlmscope.report import figures
 from vlmscope.report.gallery import Gallery, Section, read_json, render
 from vlmscope.report.ranking import most_restored
 from vlmscope.report.words import KINDS, TOWERS, kinds_in, upper_first
+from vlmscope.studies.known import knows
 from vlmscope.studies.run_folder import read_run
-from vlmscope.studies.tables import knows
 
 
 def section(folder: Path, gallery: Gallery) -> Section:

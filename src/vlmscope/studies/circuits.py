@@ -27,8 +27,9 @@ from scipy import stats
 from vlmscope.errors import DataError, StoreError, VlmscopeError
 from vlmscope.stats import FEWEST, Scores, interval, rng, sign_flip
 from vlmscope.studies import files
+from vlmscope.studies.known import knows
 from vlmscope.studies.run_folder import Run, read_run
-from vlmscope.studies.tables import at_slot, by_example, knows
+from vlmscope.studies.tables import at_slot, by_example
 
 HEADS = (
     "run data corruption tower layer kind head position n mean mean_abs ci_low ci_high p_value q_value "

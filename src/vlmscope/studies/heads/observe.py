@@ -252,6 +252,7 @@ def _known(study: Study, effects: Effects) -> dict[Place, float]:
         wanted = {
             "weights": study.model.fingerprint(),
             "direction": "denoise",
+            "patch": "clean",
             "seed": study.seed if is_noise else run.spec.get("seed"),
         }
         if odd := [name for name, value in wanted.items() if run.spec.get(name) != value]:
