@@ -12,8 +12,10 @@ from transformers import BlipForImageTextRetrieval, LlavaForConditionalGeneratio
 
 from vlmscope.checkpoint import load, toys
 from vlmscope.errors import ModelError
+from vlmscope.models.families import MODULES, families
 from vlmscope.patching import engine, reference
 from vlmscope.runs import corrupt
+from vlmscope.runs.model import Model
 from vlmscope.sites import Pattern, expand, place
 
 
@@ -226,3 +228,32 @@ def test_the_published_checkpoint():
     }
     assert model.shapes["encoder"].heads == {"attn": 12, "cross": 12}
     assert len(model.layouts()["vision"].cells) == 24 * 24
+
+
+def test_what_a_model_is_made_of_is_verified_once(monkeypatch, tmp_path):
+    """On one machine, by this code; the weights are looked at each time."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    calls = []
+    honest = Model.verify
+
+    def verify(model, fits=False):
+        calls.append(fits)
+        honest(model, fits)
+
+    monkeypatch.setattr(Model, "verify", verify)
+    load("toy-blip")
+    load("toy-blip")
+    load("toy-llava")
+    assert calls == [False, True, False]
+    broken = load("toy-blip")
+    broken.hf.text_decoder.cls.predictions.decoder.bias.data.fill_(torch.nan)
+    broken.save(tmp_path / "broken")
+    with pytest.raises(ModelError, match="a run without edits gives NaN"):
+        load(tmp_path / "broken")
+
+
+def test_each_family_is_in_the_file_that_its_class_names():
+    """So that the code of the others need not be imported."""
+    assert {family.architecture for family in families()} == set(MODULES)
+    for architecture in MODULES:
+        assert architecture in {family.architecture for family in families([architecture])}

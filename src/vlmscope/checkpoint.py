@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from huggingface_hub.utils import logging as hub_logging
 from jaxtyping import Float
 from safetensors import SafetensorError
@@ -19,6 +22,7 @@ from torch import Tensor
 from transformers import AutoModel, AutoTokenizer, BitsAndBytesConfig
 from transformers.utils import cached_file, logging
 
+from vlmscope import models, runs
 from vlmscope.errors import ModelError
 from vlmscope.models.families import family_of
 from vlmscope.models.towers import Family
@@ -104,8 +108,26 @@ def load(name: str | Path, *, dtype: str | torch.dtype = "float32", device: str 
             "be fetched again for every patch; load it in bfloat16 or 4bit"
         )
     model = Model(hf if where else hf.to(place), processor, str(name))
-    model.verify()
+    _verify_once(model)
     return model
+
+
+def _verify_once(model: Model) -> None:
+    """Verify a model unless one of its class and config has been, by this code on this machine.
+
+    What fits depends on nothing else: not on the weights, which are only looked at for NaN.
+    """
+    code = [*Path(models.__file__).parent.rglob("*.py"), *Path(runs.__file__).parent.rglob("*.py")]
+    versions = torch.__version__, transformers.__version__, type(model.hf).__name__
+    digest = hashlib.sha256(f"{versions} {model.hf.config.to_json_string()}".encode())
+    for file in sorted(code):
+        digest.update(file.read_bytes())
+    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    mark = home / "vlmscope" / "verified" / digest.hexdigest()
+    model.verify(fits=mark.exists())
+    with suppress(OSError):  # a machine without a place for it verifies again
+        mark.parent.mkdir(parents=True, exist_ok=True)
+        mark.touch()
 
 
 def _check_memory(family: Family, path: str | Path, dtype: str, place: torch.device) -> None:

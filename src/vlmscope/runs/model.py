@@ -40,9 +40,9 @@ class Model(Network):
         towers = ", ".join(f"{tower} {shape.layers} layers" for tower, shape in self.shapes.items())
         return f"Model '{self.name}': {self.family.name}, {self.precision} on {self.device}; {towers}"
 
-    def verify(self) -> None:
+    def verify(self, fits: bool = False) -> None:
         """Check that the model fits its family's table (`runs.verify`); `ModelError` names what does not."""
-        verify.verify(self)
+        verify.verify(self, fits)
 
     def prepare(self, example: Example, whole: bool = False) -> Pair:
         """The clean and the corrupt run of an example, and the tokens that are scored (`runs.prepare`)."""

@@ -2,46 +2,51 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from importlib import import_module
 
 from vlmscope.errors import ModelError
 from vlmscope.models.towers import Family
 
+MODULES = {
+    "BlipForQuestionAnswering": "blip",
+    "BlipForConditionalGeneration": "blip",
+    "Blip2ForConditionalGeneration": "blip2",
+    "InstructBlipForConditionalGeneration": "blip2",
+    "LlavaForConditionalGeneration": "llava",
+    "LlavaNextForConditionalGeneration": "llava",
+    "LlavaOnevisionForConditionalGeneration": "tiled",
+    "SmolVLMForConditionalGeneration": "tiled",
+    "Idefics3ForConditionalGeneration": "tiled",
+    "InternVLForConditionalGeneration": "tiled",
+    "Qwen2VLForConditionalGeneration": "qwen",
+    "Qwen2_5_VLForConditionalGeneration": "qwen",
+    "Qwen3VLForConditionalGeneration": "qwen",
+    "Gemma3ForConditionalGeneration": "gemma",
+    "PaliGemmaForConditionalGeneration": "gemma",
+    "MllamaForConditionalGeneration": "mllama",
+    "MPLUGOwl2LlamaForCausalLM": "mplug_owl2",
+}
+"""Which file has the families of a class: importing transformers' code of all of them takes a while."""
 
-def families() -> tuple[Family, ...]:
-    """The supported families."""
-    from vlmscope.models.families import blip, blip2, gemma, llava, mllama, mplug_owl2, qwen, tiled
 
-    return (
-        blip.VQA,
-        blip.CAPTION,
-        *blip2.FAMILIES,
-        llava.LLAVA,
-        llava.NEXT,
-        tiled.ONEVISION,
-        qwen.QWEN2,
-        qwen.QWEN2_5,
-        qwen.QWEN3,
-        gemma.GEMMA3,
-        gemma.PALIGEMMA,
-        tiled.SMOLVLM,
-        tiled.IDEFICS3,
-        tiled.INTERNVL,
-        mllama.MLLAMA,
-        mplug_owl2.MPLUG_OWL2,
-    )
+def families(architectures: Iterable[str] = MODULES) -> tuple[Family, ...]:
+    """The supported families, or those of some classes."""
+    names = dict.fromkeys(MODULES[name] for name in architectures if name in MODULES)
+    modules = [import_module(f"vlmscope.models.families.{name}") for name in names]
+    return tuple(family for module in modules for family in module.FAMILIES)
 
 
 def family_of(architectures: Sequence[str], language: str | None, name: str) -> Family:
     """The family of a checkpoint, by its class and, if that has several, its language model."""
-    known = families()
-    of_class = [f for f in known if f.architecture in architectures]
+    of_class = [f for f in families(architectures) if f.architecture in architectures]
     for family in of_class:
         if family.variant in (None, language):
             return family
     what = f"is a {architectures[0]}" if architectures else "does not say what model it is"
     if of_class:
         what += f" with a language model of type '{language}'"
+    known = families()
     variants = [f"{f.architecture} with {f.variant}" if f.variant else f.architecture for f in known]
     names = dict.fromkeys(f"{f.name} ({variant})" for f, variant in zip(known, variants, strict=True))
     raise ModelError(

@@ -289,3 +289,5 @@ CAPTION = replace(
     finish=finish_caption,
     generate=generate_caption,
 )
+
+FAMILIES = (VQA, CAPTION)

@@ -84,3 +84,5 @@ PALIGEMMA = replace(
     ),
     options=options,
 )
+
+FAMILIES = (GEMMA3, PALIGEMMA)

@@ -190,3 +190,5 @@ NEXT = causal.family(
     cells=tiled,
     layout=causal.tiles(lambda config: config.vision_config.patch_size, class_token=class_token, count=tiles),
 )
+
+FAMILIES = (LLAVA, NEXT)

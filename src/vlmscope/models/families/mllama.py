@@ -107,3 +107,5 @@ MLLAMA = replace(
     view=view,
     image="vision",
 )
+
+FAMILIES = (MLLAMA,)

@@ -170,3 +170,5 @@ MPLUG_OWL2 = Family(
     pixels="images",
     norm="model.norm",
 )
+
+FAMILIES = (MPLUG_OWL2,)

@@ -62,3 +62,5 @@ QWEN3 = _family(
     replace(VISION, mlp="mlp.linear_fc2"),
     replace(causal.llama(), deepstack=deepstack),
 )
+
+FAMILIES = (QWEN2, QWEN2_5, QWEN3)

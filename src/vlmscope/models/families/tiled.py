@@ -115,3 +115,5 @@ INTERNVL = causal.family(
     cells=causal.put_back(_shuffled, _cropped),
     layout=causal.tiles(_patch, class_token=lambda hf: True),
 )
+
+FAMILIES = (ONEVISION, SMOLVLM, IDEFICS3, INTERNVL)
