@@ -323,3 +323,15 @@ def test_results_are_read_as_they_were_saved(toy, tmp_path):
         neurons.read(tmp_path)
     with pytest.raises(StoreError, match="cannot be written"):
         results["found"].save(tmp_path / "found" / "captions.csv")
+
+
+def test_a_folder_of_neurons_is_opened_as_what_it_was(tmp_path):
+    """`vlmscope.open` finds out what was written."""
+    import vlmscope
+
+    model = load("toy-llava")
+    found = neurons.find(model, examples("states", limit=1), [], prompt="describe this picture.")
+    found.save(tmp_path)
+    opened = vlmscope.open(tmp_path)
+    assert type(opened) is type(found)
+    assert opened.neurons.equals(found.neurons)

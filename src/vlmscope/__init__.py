@@ -27,7 +27,7 @@ _NAMES = {
     "runs.model": "Model",
     "sites": "Pattern Site",
     "studies.run_folder": "read_run",
-    "studies.results": "open",
+    "results": "open",
     "studies.sweep": "baselines sweep",
     "studies.tables": "head_table token_table",
 }
@@ -47,11 +47,11 @@ if TYPE_CHECKING:  # what a type checker sees
     from vlmscope.neurons.weight_edit import WeightEdit as WeightEdit
     from vlmscope.neurons.weight_edit import edited as edited
     from vlmscope.report import write_report as write_report
+    from vlmscope.results import open as open
     from vlmscope.runs.corrupt import Noise as Noise
     from vlmscope.runs.model import Model as Model
     from vlmscope.sites import Pattern as Pattern
     from vlmscope.sites import Site as Site
-    from vlmscope.studies.results import open as open
     from vlmscope.studies.run_folder import read_run as read_run
     from vlmscope.studies.sweep import baselines as baselines
     from vlmscope.studies.sweep import sweep as sweep

@@ -15,6 +15,7 @@ READERS = {
     "circuits.json": "studies.circuits:read",
     "tracing.json": "studies.tracing:read",
     "notice.toml": "notice:read",
+    "neurons.json": "neurons.results:read",
 }
 """What reads a folder, by the file that says what it is; imported when it is needed."""
 
@@ -23,7 +24,8 @@ def open(folder: str | os.PathLike[str]) -> Any:
     """What is in a folder of results, as the value that wrote it.
 
     A sweep gives a `Run`, `circuits` its `Found`, `heads` its `Functions`, `tracing` its `Traced`, `notice` a
-    `Notice` with all of these. Raises `StoreError` for any other folder.
+    `Notice` with all of these, `neurons` what was found, described, perturbed or edited. Raises `StoreError`
+    for any other folder.
 
     >>> import tempfile, vlmscope
     >>> model, examples = vlmscope.load("toy-blip"), vlmscope.examples("states", limit=1)
