@@ -37,7 +37,7 @@ from transformers import BertTokenizer, BlipConfig, BlipForQuestionAnswering, Bl
 from transformers.models.blip.image_processing_pil_blip import BlipImageProcessorPil
 
 from vlmscope.data.example import Example
-from vlmscope.inputs import Pair
+from vlmscope.models.inputs import Pair
 from vlmscope.patching import engine
 from vlmscope.runs import corrupt
 from vlmscope.runs.model import Model

@@ -31,8 +31,8 @@ from blip import Memory
 from torch import Tensor
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
-from vlmscope.inputs import Inputs, Pair
 from vlmscope.layout import Layout
+from vlmscope.models.inputs import Inputs, Pair
 from vlmscope.patching import engine
 from vlmscope.runs.model import Model
 from vlmscope.sites import Pattern, Site, expand, place

@@ -1,6 +1,6 @@
 """Neurons: what finding them costs, whether they carry their words, and how well edits take.
 
-    python benchmarks/neurons.py [--part cost|concepts|edits] [--threads 2] [--out benchmarks/results/NAME.json]
+    python benchmarks/neurons.py [--part cost|concepts|edits] [--threads 2] [--out FILE.json]
 
 - *cost*: on LLaVA-1.5's layout (as `benchmarks/llava.py`, random weights, float32) one generation of 20
   tokens alone, with the neurons of all its words found on the way, and gradient × activation of the same
@@ -34,7 +34,7 @@ from vlmscope import neurons
 from vlmscope.checkpoint import load
 from vlmscope.data import BUILT_IN, examples
 from vlmscope.data.example import Example
-from vlmscope.inputs import Inputs
+from vlmscope.models.inputs import Inputs
 from vlmscope.neurons.captions import generate_caption
 from vlmscope.runs.model import Model
 

@@ -62,9 +62,9 @@ def halves(out: Path) -> dict[str, dict[str, float]]:
     """For each run: Spearman's correlation over all its heads between two halves of the examples."""
     found = {}
     for folder in sorted((out / "runs").iterdir()):
-        grids = circuits._grids(circuits._scores(read_run(folder), None))
-        wide = pd.concat([w.add_prefix(f"{key}") for key, w in grids], axis=1)
-        half = circuits._half(list(wide.index), 0)
+        grids = circuits.head_scores(read_run(folder))
+        wide = pd.concat([w.add_prefix(f"{key}") for key, w in grids.items()], axis=1)
+        half = circuits.first_half(list(wide.index))
         one, other = wide[half], wide[~half]
         found[folder.name] = {
             "examples": len(wide),

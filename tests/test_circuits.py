@@ -12,6 +12,7 @@ import pytest
 from models import blip, example, picture
 from scipy import stats
 
+import vlmscope
 from vlmscope.checkpoint import load
 from vlmscope.data import examples
 from vlmscope.data.example import find_roles
@@ -87,15 +88,15 @@ def test_small_effects_are_not_important_however_significant():
 def test_halves_depend_on_ids_not_on_their_order():
     ids = [f"e{n}" for n in range(40)]
     order = np.random.default_rng(1).permutation(40)
-    half = circuits._half(ids, 0)
+    half = circuits.first_half(ids, 0)
     assert half.sum() == 20
-    assert (circuits._half([ids[n] for n in order], 0) == half[order]).all()
-    assert (circuits._half(ids, 1) != half).any()
+    assert (circuits.first_half([ids[n] for n in order], 0) == half[order]).all()
+    assert (circuits.first_half(ids, 1) != half).any()
 
 
 def test_confirmed_means_found_again_with_the_same_sign():
     ids = [f"e{n}" for n in range(80)]
-    half = circuits._half(ids, 0)
+    half = circuits.first_half(ids, 0)
     scores = np.random.default_rng(0).normal(0, 0.1, size=(80, 4))
     scores[:, 0] += 1.0
     scores[:, 1] += np.where(half, 1.0, -1.0)
@@ -232,16 +233,22 @@ def test_examples_without_that_slot_are_left_out_aloud(tmp_path):
 
 
 def test_everything_is_written(runs, tmp_path):
-    found = circuits.write(runs, tmp_path / "c")
+    found = circuits.find(runs)
+    found.save(tmp_path / "c")
     pd.testing.assert_frame_equal(pd.read_parquet(tmp_path / "c" / "heads.parquet"), found.heads)
     assert len(pd.read_csv(tmp_path / "c" / "heads.csv")) == len(found.heads)
     assert len(pd.read_csv(tmp_path / "c" / "universal.csv")) == 36
     overlap = pd.read_csv(tmp_path / "c" / "overlap.csv")
     assert len(overlap) == 3 and overlap["p_value"].between(0, 1).all()
+    again = vlmscope.open(tmp_path / "c")
+    assert again.about == found.about and again.about["model"] == found.about["model"]
+    for name in ("heads", "universal", "overlap"):
+        pd.testing.assert_frame_equal(getattr(again, name), getattr(found, name), check_dtype=False)
 
 
 def test_the_important_heads_can_be_swept_again(runs, tmp_path):
-    found = circuits.write(runs, tmp_path / "c")
+    found = circuits.find(runs)
+    found.save(tmp_path / "c")
     heads = found.heads.head(3)
     sites = circuits.expressions(heads)
     run = sweep_to(tmp_path / "again", blip(layers=3, heads=4, width=16), several(24), sites, data="ours")

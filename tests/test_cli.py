@@ -118,6 +118,10 @@ def test_your_own_images_and_a_report(run, tmp_path):
     assert status == 0 and out.strip() == str(tmp_path / "report.html")
     assert "<html" in (tmp_path / "report.html").read_text()
     assert list((tmp_path / "report-figures").glob("*.png"))
+    figures = ["--figures", "svg", "pdf"]
+    assert run("report", tmp_path / "run", "--out", tmp_path / "r.html", *figures)[0] == 0
+    endings = [file.suffix for file in (tmp_path / "r-figures").iterdir()]
+    assert endings.count(".png") == endings.count(".svg") == endings.count(".pdf") > 0
 
 
 def test_a_saved_model_of_your_own(run, tmp_path):
@@ -240,11 +244,15 @@ def test_models_that_cannot_be_loaded(run, tmp_path):
     refused(run("sweep", "--model", "nobody/nothing", *rest), "nobody/nothing", "network")
 
 
-def test_a_folder_of_another_run(run, tmp_path):
+def test_a_folder_takes_more_sites_and_refuses_another_run(run, tmp_path):
     assert run(*SWEEP, *SITES, "--out", tmp_path / "run")[0] == 0
     before = vlmscope.read_run(tmp_path / "run").effects()
-    refused(run(*SWEEP, "--sites", "encoder.0.resid@*", "--out", tmp_path / "run"), "sites")
+    refused(run(*SWEEP, *SITES, "--corrupt", "text", "--out", tmp_path / "run"), "corrupt")
     assert vlmscope.read_run(tmp_path / "run").effects().equals(before)
+    status, out, _ = run(*SWEEP, "--sites", "encoder.0.resid@*", "--out", tmp_path / "run")
+    after = vlmscope.read_run(tmp_path / "run").effects()
+    assert status == 0 and out.startswith(f"{len(after)} patches of 2 examples")
+    assert set(before["site"]) < set(after["site"])
     (tmp_path / "own").mkdir()
     (tmp_path / "own" / "thesis.tex").write_text("mine")
     refused(run(*SWEEP, *SITES, "--out", tmp_path / "own"), "not empty")
@@ -260,20 +268,20 @@ def test_reports_that_cannot_be_written(run, tmp_path):
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a disk that is full")
 def test_a_full_disk(run, tmp_path, monkeypatch):
     """What is safe on disk stays; the rest is said in one line."""
-    from vlmscope.studies import run_folder as store
+    from vlmscope.studies import files
 
     assert run(*SWEEP[:5], "--limit", "1", *SWEEP[7:], *SITES, "--out", tmp_path / "one")[0] == 0
-    honest = store._write
+    honest = files.write
 
     def full(file, content):
         if file.suffix == ".parquet":
-            with Path("/dev/full").open("wb", buffering=0) as disk, store._storing(file.parent):
+            with Path("/dev/full").open("wb", buffering=0) as disk, files.storing(file.parent):
                 disk.write(content)
         honest(file, content)
 
-    monkeypatch.setattr(store, "_write", full)
+    monkeypatch.setattr(files, "write", full)
     refused(run(*SWEEP, *SITES, "--out", tmp_path / "run"), "free some space")
-    monkeypatch.setattr(store, "_write", honest)
+    monkeypatch.setattr(files, "write", honest)
     assert run(*SWEEP, *SITES, "--out", tmp_path / "run")[0] == 0
 
 
@@ -286,11 +294,13 @@ def test_a_word_without_an_option_is_refused_in_one_line(run, tmp_path):
     end = ["--out", tmp_path / "run", "encoder.0.resid@last"]
     refused(
         run(*SWEEP, *SITES, *end),
-        "unexpected 'encoder.0.resid@last'; every word goes with an option",
+        "unexpected 'encoder.0.resid@last'; expected vlmscope sweep [OPTIONS]",
         "only --sites can have several words",
-        "vlmscope sweep --help",
     )
-    refused(run("models", "toy-blip", "states:0"), "unexpected 'states:0'", "vlmscope models --help")
+    refused(
+        run("models", "toy-blip", "states:0"),
+        "unexpected 'states:0'; expected vlmscope models [OPTIONS] [model]",
+    )
     assert not (tmp_path / "run").exists()
 
 

@@ -16,7 +16,7 @@ from transformers import BertConfig, BertModel, BertTokenizer, LlavaForCondition
 from vlmscope.checkpoint import load
 from vlmscope.data import BUILT_IN, examples
 from vlmscope.errors import DataError, ModelError
-from vlmscope.inputs import Edit
+from vlmscope.models.inputs import Edit
 from vlmscope.neurons import ablated, measure, measures, perturb, perturbed
 from vlmscope.neurons.ablation import without
 from vlmscope.neurons.words import METHODS, Word, study

@@ -17,7 +17,7 @@ import pytest
 from PIL import Image
 
 from vlmscope.data.published import download
-from vlmscope.data.published.download import Limits, fetch, fetch_and_log, is_permanent, is_public
+from vlmscope.data.published.download import Limits, fetch, is_permanent, is_public
 from vlmscope.errors import DataError
 
 Answer = Callable[[BaseHTTPRequestHandler], None]
@@ -427,7 +427,7 @@ def test_logs_what_failed_and_leaves_alone_what_failed_for_good(server: Server, 
     good = server.add("/good", PHOTO)
     jobs = {url: tmp_path / url.rpartition("/")[2] for url in (gone, busy, good)}
     log = tmp_path / "download-failures.csv"
-    first = fetch_and_log(jobs, log, limits=ONCE)
+    first = fetch(jobs, log=log, limits=ONCE)
     assert first == {gone: "HTTP 404 Not Found", busy: "HTTP 503 Service Unavailable"}
     assert log.read_text().splitlines() == [
         "url,reason",
@@ -437,11 +437,11 @@ def test_logs_what_failed_and_leaves_alone_what_failed_for_good(server: Server, 
 
     server.add("/busy", PHOTO)
     server.add("/gone", PHOTO)
-    assert fetch_and_log(jobs, log, limits=ONCE) == {gone: "HTTP 404 Not Found"}
+    assert fetch(jobs, log=log, limits=ONCE) == {gone: "HTTP 404 Not Found"}
     assert server.asked == {"/gone": 1, "/busy": 2, "/good": 1}
 
     log.unlink()
-    assert fetch_and_log(jobs, log, limits=ONCE) == {}
+    assert fetch(jobs, log=log, limits=ONCE) == {}
     assert server.asked == {"/gone": 2, "/busy": 2, "/good": 1}
     assert not log.exists()
 
@@ -449,7 +449,7 @@ def test_logs_what_failed_and_leaves_alone_what_failed_for_good(server: Server, 
 def test_says_that_a_log_cannot_be_read(tmp_path: Path) -> None:
     (tmp_path / "log.csv").write_text("a,b\n1,2\n")
     with pytest.raises(DataError, match=r"log\.csv: not a list of failures .*; delete it"):
-        fetch_and_log({"http://a/": tmp_path / "a"}, tmp_path / "log.csv")
+        fetch({"http://a/": tmp_path / "a"}, log=tmp_path / "log.csv")
 
 
 def test_ctrl_c_leaves_what_is_whole(server: Server, tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ import torch
 from models import blip, example, llava
 
 from vlmscope.checkpoint import load
-from vlmscope.inputs import Edit, Pair
+from vlmscope.models.inputs import Edit, Pair
 from vlmscope.patching import engine, reference
 from vlmscope.patching.trace import Images
 from vlmscope.runs import corrupt

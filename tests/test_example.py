@@ -356,6 +356,7 @@ def test_writes_a_picture_the_way_it_is_seen(tmp_path: Path) -> None:
         ({"clean_prompt": "", "roles": {}}, "'one': clean_prompt is empty"),
         ({"groups": {"id": "x"}}, "cannot be called 'id'; rename it"),
         ({"groups": {"mask_path_x": "x"}}, "cannot be called 'mask_path_x'; rename it"),
+        ({"groups": {"box": "x"}}, "cannot be called 'box'; rename it"),
         ({"groups": {"noun": "star"}}, r"role 'noun' \('circle'\) has no place in a CSV file"),
         (
             {"clean_prompt": "a red or red?", "roles": {"answer": (9, 12)}},

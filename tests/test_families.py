@@ -16,8 +16,8 @@ from models import blip, example, llava, picture
 from vlmscope import describe
 from vlmscope.checkpoint import load
 from vlmscope.errors import ExampleError, ModelError, SiteError
-from vlmscope.inputs import Edit
 from vlmscope.layout import grid
+from vlmscope.models.inputs import Edit
 from vlmscope.neurons import edit as edit_neurons
 from vlmscope.neurons.captions import forced_caption, generate_caption, given_caption, whole_word
 from vlmscope.neurons.contributions import COLUMNS, score
@@ -569,7 +569,7 @@ def test_batches_with_padding(name, side):
     rotary positions in float32, also in a float64 model.
     """
     close = 1e-5 if side == "left" else 1e-9
-    from vlmscope.families.causal import written
+    from vlmscope.models.families.causal import written
 
     model = made(name)
     processor = model.processor

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import pandas as pd
 import pytest
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.text import Text
 from PIL import Image
 
 from vlmscope.errors import DataError
 from vlmscope.report import figures
-from vlmscope.report.heat_maps import FLOOR
-from vlmscope.report.image_maps import image_grid
+from vlmscope.report.heat_maps import FLOOR, full_colour
+from vlmscope.report.image_maps import attention, image_grid, neuron_maps
 from vlmscope.report.ranking import strongest
 from vlmscope.studies.run_folder import EFFECTS, typed
-from vlmscope.studies.tables import head_table, token_table
+from vlmscope.studies.tables import head_cells, head_table, token_table
 
 TOKENS = ["[CLS]", "is", "red", "or", "blue", "[SEP]"]
 ROLES = {2: "answer", 4: "foil"}
@@ -95,7 +99,7 @@ def test_panels_share_one_scale_that_is_centred():
     tables = {"weak": token_table(rows()), "strong": head_table(rows())}
     low, high = limits_of(figures.panels(tables))
     assert low == -high and high == pytest.approx(102.2 + 0.5)
-    assert figures.full_colour(tables.values()) == high
+    assert full_colour(tables.values()) == high
 
 
 def test_next_to_nothing_has_next_to_no_color():
@@ -111,12 +115,82 @@ def test_next_to_nothing_has_next_to_no_color():
 def test_titles_do_not_overlap():
     table = token_table(rows())
     titles = {f"{n} a long name of a data set, image corrupted, at the read-out": table for n in range(4)}
-    drawn = figures.panels(titles)
-    drawn[0].figure.canvas.draw()
-    boxes = [axes.title.get_window_extent() for axes in drawn]
+    panels = figures.panels(titles)
+    panels[0].figure.draw_without_rendering()
+    boxes = [axes.title.get_window_extent() for axes in panels]
     assert len(boxes) == 4
     for n, box in enumerate(boxes):
         assert not any(box.overlaps(other) for other in boxes[n + 1 :])
+
+
+def patches() -> pd.DataFrame:
+    """Patches of an image of two rows of three, in a vision tower of three layers."""
+    cells = rows(1, ["[CLS]", *(f"{r},{c}" for r in range(2) for c in range(3))])
+    return cells[cells["unit"].isna()].assign(tower="vision", kind="resid")
+
+
+def drawn(ax=None) -> dict[str, Callable[[], Axes]]:
+    """Each figure that stands in one pair of axes."""
+    picture = Image.new("RGB", (30, 20))
+    found = head_cells(rows()).rename(columns={"slot": "position"})
+    found = found.assign(run="states-image", important=found["mean"] > 50, confirmed=True)
+    cells = [{"example": "e0", "row": r, "column": c} for r in range(2) for c in range(3)]
+    maps = pd.DataFrame(cells).assign(neuron="L3.N2", activation=range(6), mask=[False, True] * 3)
+    looks = pd.DataFrame(cells).assign(site="encoder.0.cross.h1@answer", rows=2, columns=3, object=1.0)
+    return {
+        "layer_by_token": lambda: figures.layer_by_token(rows(), ax=ax),
+        "layer_by_head": lambda: figures.layer_by_head(rows(), ax=ax),
+        "universal": lambda: figures.universal(found, ax=ax),
+        "none is universal": lambda: figures.universal(found.assign(important=False), ax=ax),
+        "image_grid": lambda: image_grid(patches(), picture, (2, 3), ax=ax),
+        "attention": lambda: attention(looks.assign(difference=0.1), {"e0": picture}, patches(), ax=ax),
+        "neuron_maps": lambda: neuron_maps(maps, {"e0": picture}, ax=ax),
+    }
+
+
+@pytest.mark.parametrize("name", drawn())
+def test_figures_draw_into_the_axes_that_are_given(name):
+    left, right = Figure(layout="constrained").subplots(1, 2)
+    assert drawn(left)[name]() is left
+    assert left.has_data() or left.texts
+    assert not right.has_data()
+    left.figure.draw_without_rendering()
+
+
+@pytest.mark.parametrize("name", drawn())
+def test_no_text_is_cut_off(name):
+    axes = drawn()[name]()
+    axes.figure.draw_without_rendering()
+    shown = [text for text in axes.figure.findobj(Text) if text.get_visible() and text.get_text().strip()]
+    assert shown
+    for text in shown:
+        box = text.get_window_extent()
+        assert box.x0 >= -1 and box.x1 <= axes.figure.bbox.x1 + 1, text.get_text()
+        assert box.y0 >= -1 and box.y1 <= axes.figure.bbox.y1 + 1, text.get_text()
+
+
+def test_panels_need_axes_for_each():
+    tables = {"weak": token_table(rows()), "strong": head_table(rows())}
+    axes = Figure().subplots(2, 2)
+    assert figures.panels(tables, ax=axes[0]) == list(axes[0])
+    assert labels(axes[0, 0]) and labels(axes[0, 1])
+    with pytest.raises(DataError, match="ax holds 4 axes; this figure has 2 panels"):
+        figures.panels(tables, ax=axes)
+
+
+@pytest.mark.parametrize(("suffix", "begin"), [("png", b"\x89PNG"), ("svg", b"<?xml"), ("pdf", b"%PDF")])
+def test_a_figure_is_written_by_its_suffix(tmp_path, suffix, begin):
+    axes = figures.layer_by_head(rows())
+    axes.figure.savefig(tmp_path / f"heads.{suffix}")
+    assert (tmp_path / f"heads.{suffix}").read_bytes().startswith(begin)
+    assert axes._repr_png_().startswith(b"\x89PNG"), "a notebook shows it"
+
+
+def test_labels_that_all_panels_share_stand_once():
+    table = token_table(rows())
+    axes = figures.panels({f"{n}": table for n in range(4)})
+    assert [bool(labels(each)) for each in axes] == [False, False, True, True]
+    assert [bool(each.get_yticklabels()) for each in axes] == [True, False, True, False]
 
 
 @pytest.mark.parametrize("value", ["logit_diff", "effect", "p_restored", "p_patched"])
@@ -156,13 +230,6 @@ def test_what_is_not_there_is_said_and_not_drawn(draw):
 
 
 def test_the_image_grid():
-    cells = rows(1, ["[CLS]", *(f"{r},{c}" for r in range(2) for c in range(3))])
-    cells = cells[cells["unit"].isna()].assign(tower="vision", kind="resid")
-    drawn = image_grid(cells, Image.new("RGB", (30, 20)), (2, 3))
-    assert [axes.get_title() for axes in drawn] == [
-        "picture",
-        "mean of 3 layers",
-        "layer 0",
-        "layer 1",
-        "layer 2",
-    ]
+    axes = image_grid(patches(), Image.new("RGB", (30, 20)), (2, 3))
+    titles = [text.get_text() for text in axes.texts][:5]
+    assert titles == ["picture", "mean of 3 layers", "layer 0", "layer 1", "layer 2"]

@@ -13,11 +13,15 @@ from models import blip, example, llava, picture
 from PIL import Image
 from planted import TRUTH, planted, planted_examples
 
-from vlmscope.errors import DataError, ExampleError, SiteError
-from vlmscope.inputs import Edit
+import vlmscope
+from vlmscope.errors import DataError, ExampleError, SiteError, VlmscopeError
+from vlmscope.models.inputs import Edit
+from vlmscope.patching import engine
 from vlmscope.sites import Pattern
+from vlmscope.stats import shuffled
 from vlmscope.studies import heads
 from vlmscope.studies.run_folder import read_run
+from vlmscope.studies.sweep import sweep_to
 
 SITES = "encoder.0.cross.h*@all"
 
@@ -90,25 +94,70 @@ def test_knock_outs_are_plain_runs_with_one_edit():
     """Against `run` with the edit written out, by zero, by the mean and by another example's value."""
     model = blip(layers=2, heads=2)
     examples = [example(id=f"e{n}", clean_image=picture(n), corrupt_image=picture(50 + n)) for n in range(5)]
-    study = heads._Study(model, examples, "encoder.1.cross.h1@answer", "image", 0)
     site = Pattern.parse("encoder.1.cross.h1@answer")
-    means = study._means()
-    changes = study._knock_out(means)
-    own = [model.capture(s.pair.clean, [site])[str(site)] for s in study.seen]
-    torch.testing.assert_close(means["encoder", "cross"][1, 1][None], torch.stack(own).mean(0))
+    table = heads.functions(model, examples, str(site), "image").measures.set_index("measure")["value"]
+    pairs = [model.prepare(replace(one, corrupt_prompt=None)) for one in examples]
+    outputs = [model.capture(pair.clean, [site])[str(site)] for pair in pairs]
 
-    def ld(seen, value):
-        logits = model.run(seen.pair.clean, [Edit(site, "set", value)])
-        return float(logits[seen.pair.answer] - logits[seen.pair.foil])
+    def ld(pair, inputs, *values):
+        logits = model.run(inputs, [Edit(site, "set", value) for value in values])
+        return float(logits[pair.answer] - logits[pair.foil])
 
-    for number, seen in enumerate(study.seen):
-        plain = model.run(seen.pair.clean)
-        base = float(plain[seen.pair.answer] - plain[seen.pair.foil])
-        mean = torch.stack(own).mean(0)
-        assert changes["zero"][number, 0] == pytest.approx(ld(seen, 0.0) - base, rel=1e-9)
-        assert changes["mean"][number, 0] == pytest.approx(ld(seen, mean) - base, rel=1e-9)
-        others = [ld(seen, value) - base for n, value in enumerate(own) if n != number]
-        assert any(changes["resample"][number, 0] == pytest.approx(x, rel=1e-9) for x in others)
+    def without(values):
+        changes = [ld(p, p.clean, value) - ld(p, p.clean) for p, value in zip(pairs, values, strict=True)]
+        return pytest.approx(np.mean(changes), rel=1e-9)
+
+    mean = torch.stack(outputs).mean(0)
+    assert table["zero"] == without([0.0] * 5)
+    assert table["mean"] == without([mean] * 5)
+    # Each example is given the output of the one that stands a fixed number of places behind it.
+    order = shuffled(0, [one.id for one in examples])
+    turned = []
+    for step in range(1, 5):
+        given = dict(zip(order, order[step:] + order[:step], strict=True))
+        turned.append(without([outputs[given[n]] for n in range(5)]))
+    assert sum(table["resample"] == change for change in turned) == 1
+    patched = [ld(p, p.corrupt, v) - ld(p, p.corrupt) for p, v in zip(pairs, outputs, strict=True)]
+    assert table["effect"] == pytest.approx(np.mean(patched), rel=1e-9)
+
+
+def test_effects_that_a_run_has_are_not_computed_again(tmp_path, monkeypatch):
+    """From the run or its table, at the same places: the same numbers, and the engine patches nothing."""
+    model = blip(layers=2, heads=2)
+    examples = [example(id=f"e{n}", clean_image=picture(n), corrupt_image=picture(50 + n)) for n in range(4)]
+    sites = ["encoder.*.cross.h*@answer", "decoder.1.cross.h0@last"]
+    swept = ["encoder.*.cross.h*@*", "encoder.*/3.cross.h*@*", "decoder.*.cross.h*@readout"]
+    run = sweep_to(tmp_path / "run", model, examples, swept)
+    wanted = heads.functions(model, examples, sites)
+    patched = []
+    honest = engine.patch
+
+    def counted(*args, values=None, **kwargs):
+        if values is None:  # no knock-out
+            patched.append(args)
+        return honest(*args, values=values, **kwargs)
+
+    monkeypatch.setattr(engine, "patch", counted)
+    for effects in (run, str(run.path), run.effects()):
+        found = heads.functions(model, examples, sites, effects=effects)
+        pd.testing.assert_frame_equal(found.measures, wanted.measures, rtol=1e-9, atol=1e-12)
+        assert found.functions["gap"].tolist() == pytest.approx(wanted.functions["gap"].tolist())
+    assert not patched
+    heads.functions(model, [*examples, replace(examples[0], id="new")], sites, effects=run)
+    assert len(patched) == 1, "an example that the run does not have is patched"
+
+
+def test_effects_of_another_run_are_refused(tmp_path):
+    examples = [example(id=f"e{n}", clean_image=picture(n)) for n in range(2)]
+    site = "encoder.1.cross.h1@answer"
+    run = sweep_to(tmp_path / "run", blip(), examples, site)
+    with pytest.raises(VlmscopeError, match=r"not those of these heads \(weights differ\)"):
+        heads.functions(blip(seed=1), examples, site, effects=run)
+    with pytest.raises(VlmscopeError, match="the corruption 'image' are not those of 'text'"):
+        heads.functions(blip(), examples, site, "text", effects=run.effects())
+    back = sweep_to(tmp_path / "back", blip(), examples, site, direction="noise")
+    with pytest.raises(VlmscopeError, match=r"\(direction differ\); give a run of this model"):
+        heads.functions(blip(), examples, site, effects=back)
 
 
 def test_heads_knocked_out_together(found):
@@ -123,18 +172,20 @@ def test_heads_knocked_out_together(found):
 def test_random_heads_are_of_the_same_layers_where_there_are_enough():
     model = blip(layers=3, heads=4)
     examples = [example(id=f"e{n}", clean_image=picture(n)) for n in range(2)]
+
+    def drawn(sites):
+        table = heads.functions(model, examples, sites, None).together
+        return [text.split() for text in table.loc[table["set"] == "random heads", "heads"]]
+
     chosen = ["encoder.1.cross.h0@answer", "encoder.1.cross.h2@answer", "decoder.2.cross.h1@last"]
-    study = heads._Study(model, examples, chosen, None, 0)
-    for number in range(20):
-        drawn = [str(s) for s in study._random(number)]
-        assert len(set(drawn)) == 3 and not set(drawn) & set(chosen)
-        assert sorted(x.split(".h")[0] for x in drawn) == [
-            "decoder.2.cross",
-            "encoder.1.cross",
-            "encoder.1.cross",
-        ]
-    study = heads._Study(model, examples, "encoder.1.cross.h*@answer", None, 0)
-    assert all(".1.cross" not in str(s) for s in study._random(0))
+    sets = drawn(chosen)
+    assert len(sets) == 10 and len({*map(tuple, sets)}) > 3
+    for names in sets:
+        assert len(set(names)) == 3 and not set(names) & set(chosen)
+        layers = sorted(name.split(".h")[0] for name in names)
+        assert layers == ["decoder.2.cross", "encoder.1.cross", "encoder.1.cross"]
+    for names in drawn("encoder.1.cross.h*@answer"):
+        assert len(set(names)) == 4 and all(".1.cross" not in name for name in names)
 
 
 def test_every_draw_has_its_own_seed():
@@ -166,6 +217,12 @@ def test_the_tables_are_written(tmp_path):
     names = {p.name for p in (tmp_path / "heads").iterdir()}
     assert names == {"functions.csv", "heads.json", "maps.parquet", "measures.csv", "patches", "together.csv"}
     assert len(table.functions) == 4
+    found = vlmscope.open(tmp_path / "heads")
+    assert found.about == table.about
+    for name in ("functions", "measures", "together", "maps"):
+        pd.testing.assert_frame_equal(
+            getattr(found, name), getattr(table, name), check_dtype=False, rtol=1e-12, atol=1e-300
+        )
 
 
 @pytest.mark.parametrize(
@@ -248,11 +305,8 @@ def test_too_few_examples():
         heads.functions(planted(), planted_examples(1), SITES)
 
 
-def test_means_of_nothing_new():
-    """The maps are the attention of the model, and their difference to the mean of all heads."""
-    model = planted()
-    study = heads._Study(model, planted_examples(2), SITES, "image", 0)
-    maps = study.maps()
+def test_the_maps_are_the_attention_and_its_difference_to_the_mean_of_all_heads():
+    maps = heads.functions(planted(), planted_examples(2), SITES).maps
     assert len(maps) == 2 * 4 * 36
     total = maps.groupby(["example", "site"])["attention"].sum()
     assert (total <= 1 + 1e-9).all() and np.allclose(

@@ -6,9 +6,11 @@ The layers are read from the picture in docs/architecture.md, so the page cannot
 from __future__ import annotations
 
 import ast
+import io
 import re
 import subprocess
 import sys
+import tokenize
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -23,43 +25,22 @@ FILES = sorted(SOURCE.rglob("*.py"))
 TOP = ("__init__", "__main__")
 """Above the picture: what a user imports or starts, which may use everything below."""
 
-LIGHT = ("cli", "data", "store", "plots", "report", "tables", "stats", "sites")
+LIGHT = ("cli", "data", "report", "studies.run_folder", "studies.tables", "stats", "layout", "sites")
 HEAVY = ("torch", "transformers")
 
-PUBLIC = [
-    "Edit",
-    "Example",
-    "Inputs",
-    "Model",
-    "Noise",
-    "Pair",
-    "Site",
-    "VlmscopeError",
-    "WeightEdit",
-    "__version__",
-    "baselines",
-    "edited",
-    "examples",
-    "head_table",
-    "load",
-    "read_csv",
-    "read_run",
-    "sweep",
-    "token_table",
-    "write_csv",
-    "write_report",
-]
+PUBLIC = """Edit Example Inputs Model Noise Pair Pattern Site VlmscopeError WeightEdit __version__ baselines
+    edited examples head_table load open read_csv read_run sweep token_table write_csv write_report""".split()
 
 
-def read_layers() -> dict[str, int]:
-    """The height of each module in the picture; neighbours on a line have the same."""
-    picture = re.search(r"## Layers\n.*?```\n(.*?)```", PAGE.read_text("utf-8"), re.DOTALL)
-    assert picture, f"no picture under '## Layers' in {PAGE.name}"
+def read_layers(title: str) -> dict[str, int]:
+    """The height of each module in the picture under a title; neighbours on a line have the same."""
+    picture = re.search(rf"## {title}\n.*?```\n(.*?)```", PAGE.read_text("utf-8"), re.DOTALL)
+    assert picture, f"no picture under '## {title}' in {PAGE.name}"
     lines = picture[1].strip().splitlines()
     return {name.strip(): len(lines) - depth for depth, line in enumerate(lines) for name in line.split("|")}
 
 
-LAYERS = read_layers()
+LAYERS = read_layers("Layers")
 
 
 def part_of(file: Path) -> str:
@@ -120,20 +101,66 @@ def test_imports_run_downward(file: Path) -> None:
     assert not wrong_imports(part, others), f"{part} must not import these"
 
 
+@pytest.mark.parametrize("room", ["studies"])
+def test_imports_run_downward_inside_a_room(room: str) -> None:
+    heights = read_layers(f"Inside `{room}`")
+    for file in sorted((SOURCE / room).rglob("*.py")):
+        part = file.relative_to(SOURCE / room).with_suffix("").parts[0]
+        names = (n.split(".") for n in imported(file.read_text("utf-8"), package_of(file)))
+        others = {name[2] for name in names if name[:2] == ["vlmscope", room] and len(name) > 2}
+        assert part == "__init__" or {part} | others <= set(heights), f"not in the picture: {part}, {others}"
+        wrong = [other for other in others - {part} if heights[other] >= heights[part]]
+        assert not wrong, f"{room}/{part} must not import {wrong}"
+
+
 def test_the_check_sees_imports_upward_sideways_and_hidden() -> None:
-    hidden = "def f():\n    from vlmscope.patching.engine import sweep\n"
-    assert wrong_imports("model", own_parts(hidden)) == ["engine"]
-    assert wrong_imports("store", own_parts("from vlmscope import tables")) == ["tables"]
-    assert wrong_imports("data", own_parts("from ..study import x", "vlmscope.data")) == ["study"]
+    hidden = "def f():\n    from vlmscope.patching.engine import patch\n"
+    assert wrong_imports("models", own_parts(hidden)) == ["patching"]
+    assert wrong_imports("data", own_parts("from vlmscope import stats")) == ["stats"]
+    assert wrong_imports("data", own_parts("from ..studies import x", "vlmscope.data")) == ["studies"]
     assert wrong_imports("cli", own_parts("from vlmscope import load")) == ["__init__"]
     assert wrong_imports("cli", own_parts("from vlmscope import __version__, report")) == []
-    assert wrong_imports("data", own_parts("from vlmscope.data import drawing")) == []
+    assert wrong_imports("data", own_parts("from vlmscope.data import drawn")) == []
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(SOURCE)))
-def test_only_model_and_families_import_transformers(file: Path) -> None:
+def test_only_what_runs_models_imports_transformers(file: Path) -> None:
     names = {name.split(".")[0] for name in imported(file.read_text("utf-8"), package_of(file))}
-    assert part_of(file) in ("model", "families") or "transformers" not in names
+    assert part_of(file) in ("runs", "models", "checkpoint") or "transformers" not in names
+
+
+@pytest.mark.parametrize(
+    ("pattern", "home"),
+    [
+        (
+            r"register_(forward|full_backward)\w*hook|register_\w*_hook|ALL_ATTENTION_FUNCTIONS",
+            "runs/hooks.py",
+        ),
+        (r"\.hf\(|family\.generate\(|\bmodel\.hf\.generate\(", "runs/forward.py"),
+        (r"\bid\(", ""),
+        (r"mallopt", "cli/"),
+    ],
+)
+def test_each_touches_transformers_in_one_file(pattern: str, home: str) -> None:
+    """Hooks and attention functions in one, calls of a model in another; nothing is keyed by `id`."""
+    found = {
+        str(file.relative_to(SOURCE))
+        for file in FILES
+        if re.search(pattern, code_of(file.read_text("utf-8")))
+    }
+    assert all(home and name.startswith(home) for name in found), found
+
+
+def code_of(source: str) -> str:
+    """A source without its texts and comments.
+
+    >>> code_of("x = f('id(3)', 4) # id(4)")
+    'x=f(,4)'
+    """
+    texts = (tokenize.STRING, tokenize.COMMENT)
+    tokens = tokenize.generate_tokens(io.StringIO(source).readline)
+    words = [token.string for token in tokens if token.type not in texts]
+    return re.sub(r"(?<!\w) | (?!\w)", "", " ".join(words)).strip()
 
 
 @pytest.mark.parametrize("file", sorted((SOURCE / "data").rglob("*.py")), ids=lambda file: file.name)

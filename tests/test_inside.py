@@ -1,4 +1,5 @@
-"""What is inside attention and between sublayers, sets of units, sums of sites: by hooks that are not ours."""
+"""What is inside attention and between sublayers, sets of units, sums of sites: by hooks that are not
+ours."""
 
 from __future__ import annotations
 
@@ -7,7 +8,7 @@ import torch
 from families import FAMILIES
 from models import blip, example, llava
 
-from vlmscope.inputs import Edit
+from vlmscope.models.inputs import Edit
 from vlmscope.patching import engine, reference
 from vlmscope.runs.forward import capture, forward
 from vlmscope.sites import Pattern, Point, expand, place

@@ -9,8 +9,8 @@ import torch
 from models import blip, example, llava, picture
 
 from vlmscope.errors import ExampleError, VlmscopeError
-from vlmscope.inputs import Edit
 from vlmscope.layout import slots
+from vlmscope.models.inputs import Edit
 from vlmscope.patching import engine, reference
 from vlmscope.patching.sources import Means, points_of, resampled, zeros
 from vlmscope.sites import expand, parse, place
@@ -128,7 +128,8 @@ def several(model, many=4):
 
 @pytest.mark.parametrize("make", [blip, llava])
 def test_ablations_at_the_engines_speed_are_single_edits(make):
-    """Zero, the mean by slot and another example's activation, each against `run` with the value written out."""
+    """Zero, the mean by slot and another example's activation, each against `run` with the value written
+    out."""
     model = make()
     pairs = several(model)
     sites = placed(model, pairs[0])

@@ -12,8 +12,8 @@ from families import blip2, blip_captioning
 from models import WORDS, blip, example, picture
 
 from vlmscope.errors import ExampleError, ModelError, SiteError, VlmscopeError
-from vlmscope.families import blip as table
-from vlmscope.inputs import Edit
+from vlmscope.models.families import blip as table
+from vlmscope.models.inputs import Edit
 from vlmscope.neurons.captions import generate_caption
 from vlmscope.runs.forward import room
 from vlmscope.runs.model import Model
@@ -137,7 +137,7 @@ def test_wrong_types_are_one_line():
     """In a process of its own, without the tests' type checker, as a user meets them."""
     script = """
 import vlmscope
-for arguments in ((3, "set", 0.0), ("encoder.0.resid@all", "set", [1.0]), ("encoder.0.resid@all", "mul", 0.0)):
+for arguments in ((3, "set", 0.0), ("encoder.0.resid@all", "set", [1.0]), ("encoder.0.resid@all", "mul", 0)):
     try:
         vlmscope.Edit(*arguments)
     except vlmscope.VlmscopeError as error:
@@ -232,7 +232,7 @@ def test_verify_accepts_what_fits_and_names_what_does_not(monkeypatch):
     model.verify()
     tower = replace(table.VQA.towers["encoder"], cross="crossattention.gone")
     family = replace(table.VQA, towers={**table.VQA.towers, "encoder": tower})
-    monkeypatch.setattr("vlmscope.runs.network.families", lambda: (family,))
+    monkeypatch.setattr("vlmscope.models.families.families", lambda: (family,))
     with pytest.raises(ModelError, match=r"BLIP-VQA does not fit.*transformers 5.*'crossattention.gone'"):
         Model(model.hf, model.processor)
 

@@ -16,7 +16,7 @@ from mplug_owl2 import IMAGE_TOKEN_INDEX
 from vlmscope import describe
 from vlmscope.checkpoint import load, tokenizer
 from vlmscope.errors import ExampleError, ModelError
-from vlmscope.inputs import Edit
+from vlmscope.models.inputs import Edit
 from vlmscope.patching import engine, reference
 from vlmscope.sites import Pattern, expand, place
 

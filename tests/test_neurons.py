@@ -15,7 +15,7 @@ from vlmscope import neurons
 from vlmscope.checkpoint import load
 from vlmscope.data import examples
 from vlmscope.errors import ExampleError, ModelError, StoreError
-from vlmscope.inputs import Inputs
+from vlmscope.models.inputs import Inputs
 from vlmscope.neurons import measures, solvers
 from vlmscope.neurons.captions import generate_caption, given_caption
 from vlmscope.neurons.contributions import COLUMNS

@@ -16,6 +16,7 @@ import pytest
 from families import FAMILIES
 from models import blip, example, picture
 
+import vlmscope
 from vlmscope import notice
 from vlmscope.checkpoint import load
 from vlmscope.errors import DataError, StoreError, VlmscopeError
@@ -68,6 +69,33 @@ def test_everything_is_there(done):
         assert text in said, text
 
 
+def test_all_of_it_can_be_opened(done):
+    folder, _ = done
+    found = vlmscope.open(folder)
+    assert found.spec == SMALL and set(found.heads) == {"states", "faces"}
+    assert set(found.runs) == {(name, c) for name in SMALL.data for c in ("image", "text")}
+    assert all(run.check["rows"] == 5 and run.check["largest"] < 1e-3 for run in found.runs.values())
+    wanted = tables(folder)
+    pd.testing.assert_frame_equal(found.selection, wanted["selection"])
+    heads = pd.read_csv(folder / "circuits" / "heads.csv")
+    pd.testing.assert_frame_equal(found.circuits.heads, heads, check_dtype=False)
+
+
+def test_heads_take_the_effects_of_the_sweep(done):
+    """What patching a head in does is the mean of the run's rows, to the last digit."""
+    found = vlmscope.open(done[0])
+    rows = found.runs["states", "image"].effects().set_index("example")
+    measures = found.heads["states"].measures
+    effects = measures[measures["measure"] == "effect"]
+    kept = found.runs["states", "image"].baselines().query("not excluded")["example"].head(6)
+    for row in effects.itertuples():
+        here = rows[(rows["unit"] == f"h{row.head}") & (rows["layer"] == row.layer)]
+        here = here[
+            (here["tower"] == row.tower) & (here["kind"] == row.kind) & (here["slot"] == row.position)
+        ]
+        assert here.loc[kept, "logit_diff"].mean() == pytest.approx(row.value, rel=1e-12)
+
+
 def test_modules_and_heads_at_every_token(done):
     effects = read_run(done[0] / "runs" / "states-image").effects()
     one = effects[effects["example"] == effects["example"][0]]
@@ -110,8 +138,8 @@ def test_circuits_of_the_whole_folder(done):
 
 def test_done_again_it_only_reads(done, tmp_path, monkeypatch):
     folder = shutil.copytree(done[0], tmp_path / "out")
-    monkeypatch.setattr(notice.heads, "_Study", None)
-    monkeypatch.setattr("vlmscope.engine.patch", None)
+    monkeypatch.setattr(notice.heads, "functions", None)
+    monkeypatch.setattr("vlmscope.patching.engine.patch", None)
     notice.run(SMALL, folder)
 
 
@@ -145,7 +173,9 @@ def test_only_right_answers_that_follow_are_kept(tmp_path):
     assert "not 'purple'" in base.loc["wrong", "reason"] and not base.loc["wrong", "correct"]
     assert "with the corrupt image" in base.loc["still", "reason"] and base.loc["still", "correct"]
     assert "no such file" in base.loc["gone", "reason"] and pd.isna(base.loc["gone", "correct"])
-    table = notice.selection({("s", "image"): run}, {"s": everything}).set_index(["group", "value"])
+    table = notice.selection({("s", "image"): run.baselines()}, {"s": everything}).set_index(
+        ["group", "value"]
+    )
     row = table.loc[("all", "all")]
     dropped = row[["dropped_wrong", "dropped_not_following", "dropped_not_run"]].tolist()
     assert row["n"] == 9 and row["kept"] == len(kept) and sum(dropped) == 9 - len(kept)

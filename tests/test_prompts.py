@@ -11,7 +11,7 @@ from oracle import published_tokenizers as published
 
 from vlmscope.data.example import Example
 from vlmscope.errors import ExampleError
-from vlmscope.families import causal
+from vlmscope.models.families import causal
 from vlmscope.runs.model import Model
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import re
+import shutil
 from dataclasses import replace
 from html import unescape
 
@@ -14,11 +16,11 @@ from vlmscope.checkpoint import load
 from vlmscope.data import examples
 from vlmscope.errors import StoreError
 from vlmscope.report import write_report
-from vlmscope.report.captions import short_number
 from vlmscope.report.heat_maps import FLOOR
+from vlmscope.report.words import short_number
 from vlmscope.runs.corrupt import Noise
 from vlmscope.studies import circuits, heads, tracing
-from vlmscope.studies.run_folder import read_run
+from vlmscope.studies.run_folder import Run, read_run
 from vlmscope.studies.sweep import sweep, sweep_to
 
 SITES = [
@@ -75,6 +77,37 @@ def test_every_figure_is_saved_beside_it(runs, tmp_path):
         assert f'href="report-figures/{name}"' in page
 
 
+def test_figures_are_saved_as_svg_and_pdf_too(runs, tmp_path):
+    page = write_report(runs[1:], tmp_path / "report.html", formats=["svg", "pdf"]).read_text("utf-8")
+    saved = list((tmp_path / "report-figures").iterdir())
+    assert len(saved) == 4 * page.count('class="plot"') > 4
+    begins = {".png": b"\x89PNG", ".svg": b"<?xml", ".pdf": b"%PDF", ".csv": b""}
+    for file in saved:
+        assert f'href="report-figures/{file.name}"' in page
+        assert file.read_bytes().startswith(begins[file.suffix])
+    with pytest.raises(StoreError, match="cannot be saved as 'bmp'; expected svg, pdf"):
+        write_report(runs, tmp_path / "report.html", formats=["bmp"])
+
+
+def test_the_table_of_a_run_is_read_once(runs, tmp_path, monkeypatch):
+    read, effects = [], Run.effects
+    monkeypatch.setattr(Run, "effects", lambda run, *which: read.append(run.path) or effects(run, *which))
+    assert "All runs" in write_report(runs, tmp_path / "report.html").read_text("utf-8")
+    assert read == runs
+
+
+def test_the_rows_that_were_recomputed_are_said(runs, tmp_path):
+    run = shutil.copytree(runs[1], tmp_path / "run")
+    about = json.loads((run / "run.json").read_text())
+    (run / "run.json").write_text(json.dumps(about | {"check": {"rows": 5, "largest": 3.1e-7}}))
+    said = "5 random rows were recomputed by one plain forward each: largest difference 3e-07."
+    page = write_report([run], tmp_path / "r.html").read_text("utf-8")
+    assert said in " ".join(page.split())
+    about.pop("check", None)
+    (run / "run.json").write_text(json.dumps(about))
+    assert "recomputed" not in write_report([run], tmp_path / "s.html").read_text("utf-8")
+
+
 @pytest.fixture(scope="module")
 def everything(tmp_path_factory):
     """A folder of each kind, with hostile names wherever a name comes from data."""
@@ -92,7 +125,7 @@ def everything(tmp_path_factory):
     ]
     sites = ["encoder.*.cross.h*@answer", "decoder.*.cross.h*@last"]
     run = sweep_to(folder / "<b>run", model, examples, sites, "image", data=HOSTILE)
-    circuits.write([run.path], folder / "c")
+    circuits.find([run.path]).save(folder / "c")
     heads.write(folder / "h", model, examples, sites, data=HOSTILE)
     noise = Noise(draws=2)
     with pytest.MonkeyPatch.context() as patch:
@@ -266,8 +299,6 @@ def test_text_from_data_is_escaped(runs, tmp_path):
 
 
 def test_an_unfinished_run_is_said_to_be_so(runs, tmp_path):
-    import shutil
-
     run = shutil.copytree(runs[1], tmp_path / "run")
     (run / "done.json").unlink()
     assert "(not finished)" in write_report([run], tmp_path / "r.html").read_text("utf-8")

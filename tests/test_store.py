@@ -17,8 +17,9 @@ import pytest
 from PIL import Image
 
 from vlmscope.errors import ExampleError, StoreError
-from vlmscope.studies import run_folder as store
-from vlmscope.studies.run_folder import BASELINES, EFFECTS, open_run, read_run
+from vlmscope.studies import run_writer
+from vlmscope.studies.run_folder import BASELINES, EFFECTS, read_run
+from vlmscope.studies.run_writer import open_run
 
 SPEC = {"model": "toy", "seed": 0, "corrupt": {"kind": "image"}, "sites": ["encoder.*.resid@*"]}
 
@@ -39,7 +40,10 @@ def effects(index: int, rows: int = 4) -> pd.DataFrame:
             "slot": ["0", "answer", "answer+1", "readout"][:rows],
             "p_patched": 0.5,
             "p_restored": 0.1 / (index + 1),
+            "p_change": 0.1,
             "logit_diff": [r * 0.1 + index for r in range(rows)],
+            "ld_change": 0.2,
+            "value": 0.3,
             "effect": [None, 0.5, 0.25, 1.0][:rows],
         }
     )
@@ -55,6 +59,8 @@ def baselines(index: int, excluded: bool = False) -> pd.DataFrame:
             "p_corrupt": [seen],
             "ld_clean": [seen],
             "ld_corrupt": [seen],
+            "value_clean": [seen],
+            "value_corrupt": [seen],
             "answer_token": [None if excluded else "red"],
             "foil_token": [None if excluded else "blue"],
             "predicted": [None if excluded else "red"],
@@ -133,17 +139,18 @@ KILLED = """
     import os, signal, sys
     sys.path.insert(0, {tests!r})
     from test_store import SPEC, baselines, effects
-    from vlmscope.studies import run_folder as store
-    with store.open_run({path!r}, SPEC) as run:
+    from vlmscope.studies import files
+    from vlmscope.studies.run_writer import open_run
+    with open_run({path!r}, SPEC) as run:
         run.add(0, effects(0), baselines(0)); run.flush()
         run.add(2, effects(2), baselines(2)); run.flush()
-        write = store._write
+        write = files.write
         def die(file, content):
             if file.parent.name == "baselines":
                 file.with_name(".x.tmp").write_bytes(b"half")
                 os.kill(os.getpid(), signal.SIGKILL)
             write(file, content)
-        store._write = die
+        files.write = die
         run.add(1, effects(1), baselines(1)); run.flush()
 """
 
@@ -158,7 +165,7 @@ def test_a_run_killed_between_two_files_goes_on_to_the_same_table(tmp_path: Path
     assert read_run(path).effects()["example"].unique().tolist() == ["e0", "e2"]
     assert not read_run(path).finished
     with open_run(path, SPEC) as run:
-        assert run.done == {0, 2}
+        assert set(run.done) == {0, 2}
         assert "effects/part-000002.parquet" not in files(path)
         assert "baselines/.x.tmp" not in files(path)
     write(path, range(4))
@@ -181,15 +188,15 @@ def test_an_exception_loses_nothing_that_was_computed(tmp_path: Path) -> None:
 def test_rows_are_written_by_themselves_from_time_to_time(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(store, "ROWS", 8)
+    monkeypatch.setattr(run_writer, "ROWS", 8)
     with open_run(tmp_path, SPEC) as run:
         run.add(0, effects(0), baselines(0))
-        assert run.done == set()
+        assert set(run.done) == set()
         run.add(1, effects(1), baselines(1))
-        assert run.done == {0, 1}
-        monkeypatch.setattr(store, "SECONDS", -1.0)
+        assert set(run.done) == {0, 1}
+        monkeypatch.setattr(run_writer, "SECONDS", -1.0)
         run.add(2, effects(2), baselines(2))
-        assert run.done == {0, 1, 2}
+        assert set(run.done) == {0, 1, 2}
 
 
 def test_adding_to_a_finished_run_takes_the_mark_away_until_it_is_finished_again(tmp_path: Path) -> None:
@@ -247,9 +254,9 @@ def test_a_run_killed_before_run_json_can_start(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ('{"format": "vlmscope-run-2", "spec": {"mo', "is damaged .not JSON."),
+        ('{"format": "vlmscope-run-3", "spec": {"mo', "is damaged .not JSON."),
         ("[]", "not a JSON object"),
-        ('{"format": "vlmscope-run-2"}', "no spec in it"),
+        ('{"format": "vlmscope-run-3"}', "no spec in it"),
         ('{"format": "vlmscope-run-9", "spec": {}}', "use the version of vlmscope that wrote it"),
     ],
 )
@@ -349,7 +356,7 @@ def test_a_full_disk_does_not_hide_the_error_that_ended_the_run(
 
 
 def test_a_second_process_is_refused_until_the_first_is_gone(tmp_path: Path) -> None:
-    hold = f"from vlmscope.studies.run_folder import open_run; open_run({str(tmp_path)!r}, {SPEC!r}); "
+    hold = f"from vlmscope.studies.run_writer import open_run; held = open_run({str(tmp_path)!r}, {SPEC!r}); "
     hold += "print('open', flush=True); input()"
     pipe = subprocess.PIPE
     with subprocess.Popen([sys.executable, "-c", hold], stdin=pipe, stdout=pipe) as first:

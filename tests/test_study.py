@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 import signal
 import subprocess
@@ -12,16 +13,18 @@ from importlib.metadata import PackageNotFoundError
 
 import pandas as pd
 import pytest
+import torch
 from families import blip_captioning
 from models import blip, example
 
 import vlmscope
 from vlmscope.data.example import find_roles
 from vlmscope.errors import DataError, SiteError, StoreError, VlmscopeError
-from vlmscope.inputs import Edit
+from vlmscope.models.inputs import Edit
+from vlmscope.patching import engine
 from vlmscope.runs.corrupt import Noise
 from vlmscope.sites import Pattern
-from vlmscope.studies import sweep as study
+from vlmscope.studies import task
 from vlmscope.studies.run_folder import BASELINES, EFFECTS
 from vlmscope.studies.sweep import baselines, sweep
 
@@ -106,7 +109,7 @@ def test_prompts_near_the_models_limit_do_not_end_a_sweep():
 
 def test_what_turns_pictures_into_pixels_is_part_of_a_run(tmp_path, monkeypatch):
     """Another torchvision, or none, is another run."""
-    monkeypatch.setattr(study, "version", lambda package: f"{package} 1")
+    monkeypatch.setattr(task, "version", lambda package: f"{package} 1")
     sweep(blip(), [example()], "encoder.0.resid@last", out=tmp_path / "run")
     versions = vlmscope.read_run(tmp_path / "run").spec["versions"]
     assert versions["torchvision"] == "torchvision 1" and versions["pillow"] == "pillow 1"
@@ -116,7 +119,7 @@ def test_what_turns_pictures_into_pixels_is_part_of_a_run(tmp_path, monkeypatch)
             raise PackageNotFoundError(package)
         return f"{package} 1"
 
-    monkeypatch.setattr(study, "version", without)
+    monkeypatch.setattr(task, "version", without)
     with pytest.raises(StoreError, match="versions"):
         sweep(blip(), [example()], "encoder.0.resid@last", out=tmp_path / "run")
     sweep(blip(), [example()], "encoder.0.resid@last", out=tmp_path / "other")
@@ -158,7 +161,7 @@ def test_noise_is_averaged_over_draws():
     model = blip()
     from vlmscope.patching import reference
     from vlmscope.runs import corrupt
-    from vlmscope.sites import Pattern, expand, place
+    from vlmscope.sites import expand, place
 
     noise = Noise("add", "text", 2.0, draws=3)
     table = sweep(model, [example()], "encoder.1.resid@2", noise)
@@ -245,8 +248,6 @@ def test_what_cannot_be_is_refused_before_anything_runs(arguments, error, messag
 
 def test_a_folder_goes_on_where_it_stopped_and_ends_with_the_same_table(tmp_path, monkeypatch):
     model, whole = blip(), sweep(blip(), several(4), SITES, out=tmp_path / "whole")
-    from vlmscope.patching import engine
-
     honest, count = engine.patch, []
 
     def stop(*args, **kwargs):
@@ -270,10 +271,110 @@ def test_another_specification_is_never_mixed_in(tmp_path):
     for changes, what in (({"direction": "noise"}, "direction"), ({"seed": 3}, "seed")):
         with pytest.raises(StoreError, match=what):
             sweep(model, several(), SITES, out=tmp_path / "run", **changes)
-    with pytest.raises(StoreError, match="data_hash"):
+    with pytest.raises(StoreError, match="holds other examples: number 0 is not the same"):
         sweep(model, several()[::-1], SITES, out=tmp_path / "run")
     with pytest.raises(StoreError, match="weights"):
         sweep(blip(seed=1), several(), SITES, out=tmp_path / "run")
+
+
+def digests(folder):
+    return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in folder.glob("*/part-*.parquet")}
+
+
+def test_running_again_adds_examples_and_sites(tmp_path, monkeypatch):
+    """2 examples at A, then 4 at A and B: the table of a fresh run, and nothing is computed twice."""
+    model, folder = blip(), tmp_path / "grown"
+    first, second = ["encoder.*.resid@answer"], ["encoder.1.cross.h*@*", "encoder.0.resid@answer"]
+    sweep(model, several(2), first, out=folder)
+    before = digests(folder)
+    patched = []
+    honest = engine.patch
+
+    def counted(model, pair, sites, *args, **kwargs):
+        patched.append(len(sites))
+        return honest(model, pair, sites, *args, **kwargs)
+
+    monkeypatch.setattr(engine, "patch", counted)
+    grown = sweep(model, several(4), [*first, *second], out=folder)
+    whole = sweep(model, several(4), [*first, *second], out=tmp_path / "fresh")
+    pd.testing.assert_frame_equal(grown, whole, rtol=1e-9, atol=1e-12)
+    runs = [vlmscope.read_run(path) for path in (folder, tmp_path / "fresh")]
+    pd.testing.assert_frame_equal(runs[0].baselines(), runs[1].baselines())
+    assert runs[0].spec == runs[1].spec and runs[0].finished
+    assert before.items() <= digests(folder).items(), "what was there is untouched"
+    layers, heads = 2, len(whole) // 4 - 2
+    assert patched[:4] == [heads, heads, layers + heads, layers + heads]
+    sweep(model, several(3), second, out=folder)
+    assert len(patched) == 8, "what is there is read"
+
+
+def test_an_example_that_lacks_an_added_site_keeps_what_it_has(tmp_path):
+    """Those that were left out stay so; the others are said to lack the site."""
+    model, given = blip(), several(3)
+    given[0] = replace(given[0], corrupt_image=None)
+    given[1] = replace(given[1], roles={k: v for k, v in given[1].roles.items() if k != "noun"})
+    with pytest.warns(UserWarning, match="1 of 3 examples were left out; 'e0'"):
+        sweep(model, given, "encoder.0.resid@answer", out=tmp_path / "run")
+    with (
+        pytest.warns(UserWarning, match="1 of 3 examples were left out; 'e0'"),
+        pytest.warns(UserWarning, match="'e1' has none of the sites that are added: .*'noun'"),
+    ):
+        table = sweep(model, given, "encoder.0.resid@noun", out=tmp_path / "run")
+    assert table[["example", "slot"]].values.tolist() == [["e1", "answer"], ["e2", "answer"], ["e2", "noun"]]
+    assert vlmscope.read_run(tmp_path / "run").baselines()["excluded"].tolist() == [True, False, False]
+
+
+@pytest.mark.parametrize("corrupt", ["image", "text", Noise(draws=2)])
+@pytest.mark.parametrize("direction", ["denoise", "noise"])
+def test_a_run_checks_itself(tmp_path, monkeypatch, corrupt, direction):
+    """Random rows are recomputed by the reference; an engine that is wrong in one of them is found out."""
+    model = blip()
+    sites = ["encoder.*.cross.h*@*", "encoder.*/3.resid@noun", "vision.*.mlp@all", "decoder.0.mlp.n1@last"]
+    given = {"corrupt": corrupt, "direction": direction}
+    table = sweep(model, several(3), sites, **given, out=tmp_path / "run", check=8)
+    check = vlmscope.read_run(tmp_path / "run").check
+    assert table.attrs["check"] == check and check["rows"] == 8 and check["largest"] < 1e-9
+    assert sweep(model, several(3), sites, **given, check=8).attrs["check"] == check
+    assert sweep(model, several(3), sites, **given, check=0).attrs["check"] is None
+    honest = engine.patch
+
+    def wrong(*args, **kwargs):
+        patched = honest(*args, **kwargs)
+        chunks = ((n, s._replace(value=s.value + 0.25)) for n, s in patched.chunks)
+        return patched._replace(chunks=chunks)
+
+    monkeypatch.setattr(engine, "patch", wrong)
+    found = sweep(model, several(3), sites, **given, check=3).attrs["check"]
+    assert found == {"rows": 3, "largest": pytest.approx(0.25)}
+
+
+def test_a_run_that_was_stopped_before_its_check_is_checked_later(tmp_path, monkeypatch):
+    model = blip()
+    with monkeypatch.context() as patched:
+        patched.setattr("vlmscope.patching.reference.patch", None)
+        with pytest.raises(TypeError):
+            sweep(model, several(2), SITES, out=tmp_path / "run")
+    run = vlmscope.read_run(tmp_path / "run")
+    assert run.check is None and not run.finished and len(run.effects())
+    monkeypatch.setattr("vlmscope.patching.engine.patch", None)
+    sweep(model, several(2), SITES, out=tmp_path / "run")
+    assert vlmscope.read_run(tmp_path / "run").check["rows"] == 5
+
+
+def test_the_weights_fingerprint_is_computed_once_and_follows_changes(monkeypatch):
+    model = blip()
+    first = model.fingerprint()
+    with monkeypatch.context() as patched:
+        patched.setattr("hashlib.sha256", None)
+        assert model.fingerprint() == first
+    weight = next(model.hf.parameters())
+    with torch.no_grad():
+        weight[0] += 1.0
+    changed = model.fingerprint()
+    assert changed != first
+    with torch.no_grad():
+        weight[0] -= 1.0
+    assert model.fingerprint() != changed
 
 
 def test_a_run_that_is_killed_at_any_moment(tmp_path):
@@ -371,6 +472,6 @@ def test_the_threshold_of_effect(monkeypatch, factor):
     pair = model.prepare(given[0])
     size = max(float(model.run(one).abs().max()) for one in (pair.clean, pair.corrupt))
     monkeypatch.setitem(scores.ROUNDING, "float64", factor * gap / size / 10)
-    for engine in ("fast", "reference"):
-        effect = sweep(model, given, "encoder.0.resid@answer", engine=engine)["effect"]
+    for way in ("fast", "reference"):
+        effect = sweep(model, given, "encoder.0.resid@answer", engine=way)["effect"]
         assert effect.isna().all() == (factor > 1)

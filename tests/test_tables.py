@@ -16,6 +16,7 @@ from vlmscope.data.example import find_roles
 from vlmscope.errors import DataError
 from vlmscope.report.ranking import strongest
 from vlmscope.studies import tables
+from vlmscope.studies.known import knows
 from vlmscope.studies.run_folder import EFFECTS, typed
 
 WORDS = {"answer": "red", "foil": "blue", "noun": "circle"}
@@ -440,7 +441,7 @@ def told(n=20, **changes):
 
 
 def test_a_model_that_knows_is_said_to():
-    known = tables.knows(told())
+    known = knows(told())
     assert known.severity == "fine"
     assert known.sentences == [
         "20 examples, 100% answered rightly; P(answer) 0.900 clean and 0.200 corrupt; mean gap LD(clean) − "
@@ -460,7 +461,7 @@ def test_a_model_that_knows_is_said_to():
     ],
 )
 def test_a_model_that_does_not_know(changes, why):
-    known = tables.knows(told(**changes))
+    known = knows(told(**changes))
     assert known.severity == "unknown"
     with pytest.raises(AssertionError, match=why):
         raise AssertionError(known.sentences[1])
@@ -481,19 +482,19 @@ def test_a_model_that_does_not_know(changes, why):
 )
 def test_words_that_are_whole_enough(token, foil, said):
     base = told(answer_token=token, foil_token=foil, predicted=said)
-    assert tables.knows(base).severity == "fine"
+    assert knows(base).severity == "fine"
 
 
 def test_few_examples_are_said():
-    known = tables.knows(told(stats.FEWEST - 1))
+    known = knows(told(stats.FEWEST - 1))
     assert known.severity == "few" and "fewer than 12 examples" in known.sentences[1]
-    assert tables.knows(told(stats.FEWEST)).severity == "fine"
+    assert knows(told(stats.FEWEST)).severity == "fine"
 
 
 def test_examples_that_selection_leaves_out_count_as_answered():
     wrong = told(30, correct=False, excluded=True, predicted="dog", ld_clean=np.nan)
-    known = tables.knows(pd.concat([told(20), wrong], ignore_index=True))
+    known = knows(pd.concat([told(20), wrong], ignore_index=True))
     assert "20 examples, 40% of 50 answered rightly" in known.sentences[0]
     assert known.severity == "unknown"
-    nothing = tables.knows(told(3, excluded=True, correct=None))
+    nothing = knows(told(3, excluded=True, correct=None))
     assert nothing == ("unknown", ["no example was patched"])

@@ -25,9 +25,9 @@ SITES = [
 def test_important_heads_hold(name, tmp_path):
     model, given = load("toy-blip"), examples(name, limit=200)
     run = sweep_to(tmp_path / "run", model, given, SITES, "image", select=True)
-    grids = circuits._grids(circuits._scores(run, None))
-    wide = pd.concat([w.add_prefix(f"{key}") for key, w in grids], axis=1).abs()
-    half = circuits._half(list(wide.index), 0)
+    grids = circuits.head_scores(run)
+    wide = pd.concat([w.add_prefix(f"{key}") for key, w in grids.items()], axis=1).abs()
+    half = circuits.first_half(list(wide.index))
     assert wide.shape == (run.ran(), 48) and run.ran() > 180
     assert spearmanr(wide[half].mean(), wide[~half].mean())[0] >= 0.9
 

@@ -10,10 +10,11 @@ import pytest
 import torch
 from models import blip, example, picture
 
+import vlmscope
 from vlmscope.checkpoint import load
 from vlmscope.data import examples
 from vlmscope.errors import DataError, VlmscopeError
-from vlmscope.inputs import Edit
+from vlmscope.models.inputs import Edit
 from vlmscope.report.tracing import tracing_tables
 from vlmscope.runs import corrupt
 from vlmscope.runs.corrupt import Noise
@@ -39,8 +40,8 @@ def several():
 @pytest.fixture
 def traced(tmp_path):
     model = blip(layers=4)
-    table = tracing.trace(tmp_path / "t", model, several(), noise=NOISE, kinds=("resid", "cross"))
-    return model, table, tmp_path / "t"
+    found = tracing.trace(tmp_path / "t", model, several(), noise=NOISE, kinds=("resid", "cross"))
+    return model, found.table, tmp_path / "t"
 
 
 def test_a_share_by_plain_runs(traced):
@@ -83,12 +84,15 @@ def test_it_goes_on_where_it_stopped(traced, monkeypatch):
     monkeypatch.setattr(model, "run", None)
     monkeypatch.setattr(model, "record", None)
     again = tracing.trace(folder, model, several(), noise=NOISE, kinds=("resid", "cross"))
-    pd.testing.assert_frame_equal(again, table)
+    pd.testing.assert_frame_equal(again.table, table)
+    found = vlmscope.open(folder)
+    pd.testing.assert_frame_equal(found.table, table)
+    assert found.about == again.about
 
 
 def test_by_length(traced):
     model, by_slot, folder = traced
-    table = tracing.trace(folder, model, several(), noise=NOISE, kinds=("resid", "cross"), by="length")
+    table = tracing.trace(folder, model, several(), noise=NOISE, kinds=("resid", "cross"), by="length").table
     encoder = table[table["tower"] == "encoder"]
     assert sorted(encoder["length"].unique()) == [9, 10]
     labels = encoder.query("length == 9").drop_duplicates("at").sort_values("order")["at"]
@@ -145,7 +149,7 @@ def test_all_comes_back_at_the_read_out_position(tmp_path):
     of = {
         by: tracing.trace(
             tmp_path / "t", model, given, noise=replace(NOISE, draws=2), windows=(1,), kinds=("resid",), by=by
-        )
+        ).table
         for by in ("slot", "length")
     }
     last = of["slot"].query("layer == 3 and at == 'readout'").iloc[0]
@@ -163,7 +167,7 @@ def test_all_comes_back_at_the_read_out_position(tmp_path):
 def test_what_is_left_out_is_counted(tmp_path, monkeypatch):
     monkeypatch.setattr(tracing, "MIN_P", 0.0)
     model = blip(seed=1)
-    table = tracing.trace(tmp_path / "t", model, several(), noise=NOISE, kinds=("resid",))
+    table = tracing.trace(tmp_path / "t", model, several(), noise=NOISE, kinds=("resid",)).table
     about = json.loads((tmp_path / "t" / "tracing.json").read_text())
     falls = [
         (lambda b: int((b["p_clean"] <= b["p_corrupt"]).sum()))(read_run(p).baselines())

@@ -4,7 +4,8 @@
 
 Its vision tower starts from that of `toy-blip`, which ships with the package (or the whole model from one
 trained before, with `--start`); the pictures, questions and throw-away patch heads are those of
-`train_toy_blip.py`, and there are questions whether a picture shows an object. One sequence holds a picture and several
+`train_toy_blip.py`, and there are questions whether a picture shows an object. One sequence holds a picture
+and several
 branches behind it, each a question with its answer or the caption; branches do not see each other. The
 training is kept every 500 steps in `build/toy-llava` and goes on from there.
 """

@@ -10,40 +10,60 @@ from __future__ import annotations
 
 from importlib import import_module
 from importlib.metadata import version
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 __version__ = version("vlmscope")
 
-_HOME = {
-    "Edit": "inputs",
-    "Example": "data.example",
-    "Inputs": "inputs",
-    "Model": "runs.model",
-    "Noise": "runs.corrupt",
-    "Pair": "inputs",
-    "Site": "sites",
-    "VlmscopeError": "errors",
-    "WeightEdit": "neurons",
-    "baselines": "studies.sweep",
-    "edited": "neurons",
-    "examples": "data",
-    "head_table": "studies.tables",
-    "load": "checkpoint",
-    "read_csv": "data.table",
-    "read_run": "studies.run_folder",
-    "sweep": "studies.sweep",
-    "token_table": "studies.tables",
-    "write_csv": "data.table",
-    "write_report": "report",
+_NAMES = {
+    "checkpoint": "load",
+    "data": "examples",
+    "data.example": "Example",
+    "data.table": "read_csv write_csv",
+    "errors": "VlmscopeError",
+    "models.inputs": "Edit Inputs Pair",
+    "neurons.weight_edit": "WeightEdit edited",
+    "report": "write_report",
+    "runs.corrupt": "Noise",
+    "runs.model": "Model",
+    "sites": "Pattern Site",
+    "studies.run_folder": "read_run",
+    "studies.results": "open",
+    "studies.sweep": "baselines sweep",
+    "studies.tables": "head_table token_table",
 }
+_HOME = {name: module for module, names in _NAMES.items() for name in names.split()}
 __all__ = ["__version__", *_HOME]
 
+if TYPE_CHECKING:  # what a type checker sees
+    from vlmscope.checkpoint import load as load
+    from vlmscope.data import examples as examples
+    from vlmscope.data.example import Example as Example
+    from vlmscope.data.table import read_csv as read_csv
+    from vlmscope.data.table import write_csv as write_csv
+    from vlmscope.errors import VlmscopeError as VlmscopeError
+    from vlmscope.models.inputs import Edit as Edit
+    from vlmscope.models.inputs import Inputs as Inputs
+    from vlmscope.models.inputs import Pair as Pair
+    from vlmscope.neurons.weight_edit import WeightEdit as WeightEdit
+    from vlmscope.neurons.weight_edit import edited as edited
+    from vlmscope.report import write_report as write_report
+    from vlmscope.runs.corrupt import Noise as Noise
+    from vlmscope.runs.model import Model as Model
+    from vlmscope.sites import Pattern as Pattern
+    from vlmscope.sites import Site as Site
+    from vlmscope.studies.results import open as open
+    from vlmscope.studies.run_folder import read_run as read_run
+    from vlmscope.studies.sweep import baselines as baselines
+    from vlmscope.studies.sweep import sweep as sweep
+    from vlmscope.studies.tables import head_table as head_table
+    from vlmscope.studies.tables import token_table as token_table
+else:
 
-def __getattr__(name: str) -> Any:
-    """The public names, imported when they are first used: torch is not needed to read a table."""
-    if name not in _HOME:
-        raise AttributeError(f"module 'vlmscope' has no attribute '{name}'")
-    return getattr(import_module(f"vlmscope.{_HOME[name]}"), name)
+    def __getattr__(name: str) -> Any:
+        """The public names, imported when they are first used: torch is not needed to read a table."""
+        if name not in _HOME:
+            raise AttributeError(f"module 'vlmscope' has no attribute '{name}'")
+        return getattr(import_module(f"vlmscope.{_HOME[name]}"), name)
 
 
 def __dir__() -> list[str]:

@@ -20,9 +20,10 @@ from transformers import AutoModel, AutoTokenizer, BitsAndBytesConfig
 from transformers.utils import cached_file, logging
 
 from vlmscope.errors import ModelError
-from vlmscope.families import Family
+from vlmscope.models.families import family_of
+from vlmscope.models.towers import Family
 from vlmscope.runs.model import Model
-from vlmscope.runs.network import QUANTIZED, family_of, free_memory
+from vlmscope.runs.network import QUANTIZED, free_memory
 
 DTYPES = {
     "float64": torch.float64,
@@ -142,7 +143,8 @@ def tokenizer(name: str | Path) -> Callable[[str], int]:
 
 
 def pieces(tokenizer: Any, word: str) -> int:
-    """How many tokens a word is: behind a blank, as a word of a prompt stands, where its tokens can be others than by itself."""
+    """How many tokens a word is: behind a blank, as a word of a prompt stands, where its tokens can be
+    others than by itself."""
     whole, before = (tokenizer(x, add_special_tokens=False)["input_ids"] for x in (f"a {word}", "a"))
     return len(whole) - len(before)
 

@@ -36,9 +36,9 @@ from vlmscope.errors import DataError, StoreError, VlmscopeError
 from vlmscope.report import write_report
 from vlmscope.runs.model import Model
 from vlmscope.studies import circuits, heads
+from vlmscope.studies.known import knows
 from vlmscope.studies.run_folder import Run, read_run
 from vlmscope.studies.sweep import Estimate, estimate, sweep_to
-from vlmscope.studies.tables import knows
 
 Say = Callable[[str], None]
 Sweep = tuple[str, str]
@@ -117,20 +117,8 @@ class Spec:
 
 def _checked(path: Path, content: Mapping[str, Any]) -> dict[str, Any]:
     """The keys of a TOML file, each of the type that `Spec` wants."""
-    wanted: dict[str, type] = {
-        "model": str,
-        "data": list,
-        "corrupt": list,
-        "sites": list,
-        "limit": int,
-        "seed": int,
-        "select": bool,
-        "position": str,
-        "function_examples": int,
-        "dtype": str,
-        "device": str,
-    }
-    assert wanted.keys() == {field.name for field in fields(Spec)}
+    types: dict[str, type] = {"str": str, "tuple[str, ...]": list, "int": int, "bool": bool}
+    wanted = {field.name: types[str(field.type).removesuffix(" | None")] for field in fields(Spec)}
     words = {str: "a text", list: "a list of texts", int: "a whole number", bool: "true or false"}
     found: dict[str, Any] = {}
     for key, value in content.items():
@@ -167,7 +155,8 @@ def run(spec: Spec, out: str | os.PathLike[str], say: Say = lambda text: None) -
     sets = {name_of(one): _examples(spec, one, folder, model, say) for one in spec.data}
     sweeps = list(_sweeps(spec, sets, say))
     _estimate(spec, model, sets, sweeps, sites, folder, say)
-    runs = {}
+    runs: dict[Sweep, Run] = {}
+    bases: dict[Sweep, pd.DataFrame] = {}
     for name, corrupt in sweeps:
         say(f"{name}, {corrupt} corrupted")
         runs[name, corrupt] = sweep_to(
@@ -180,27 +169,61 @@ def run(spec: Spec, out: str | os.PathLike[str], say: Say = lambda text: None) -
             data=name,
             select=spec.select,
         )
-        say("\n".join(f"  {line}" for line in knows(runs[name, corrupt].baselines()).lines()))
-    chosen = selection(runs, sets)
+        bases[name, corrupt] = runs[name, corrupt].baselines()
+        lines = [*knows(bases[name, corrupt]).lines(), runs[name, corrupt].check_line()]
+        say("\n".join(f"  {line}" for line in lines))
+    chosen = selection(bases, sets)
     chosen.to_csv(folder / "selection.csv", index=False)
     say(_say_selection(chosen))
-    useful = [one for one in runs.values() if not one.baselines()["excluded"].all()]
+    useful = [runs[key].path for key, base in bases.items() if not base["excluded"].all()]
     if not useful:
-        first = next(iter(runs.values())).baselines().iloc[0]
+        first = next(iter(bases.values())).iloc[0]
         raise DataError(
             f"no example of any set is kept ('{first['example']}': {first['reason']}); "
             "the model must answer some rightly (or set select = false)"
         )
-    found = circuits.write(
-        [one.path for one in useful], folder / "circuits", position=spec.position, seed=spec.seed
-    )
+    found = circuits.find(useful, position=spec.position, seed=spec.seed)
+    found.save(folder / "circuits")
     say(_say_heads(found))
-    parts = [*(one.path for one in useful), folder / "circuits"]
-    done = [_functions(spec, model, name, sets[name], runs, found, folder, say) for name in sets]
-    parts += [path for path in done if path]
+    parts = [*useful, folder / "circuits"]
+    for name, given in sets.items():
+        key = next(((name, c) for c in ("image", "noise", "text") if (name, c) in runs), None)
+        if key is not None:
+            base = bases[key]
+            kept = set(base.loc[~base["excluded"], "example"])
+            studied = [e for e in given if e.id in kept][: spec.function_examples]
+            done = _functions(spec, model, key, studied, runs[key], found, folder, say)
+            parts += [done] if done else []
     report = write_report(parts, folder / "report.html")
     say(f"The report: {report}")
     return report
+
+
+@dataclass(frozen=True)
+class Notice:
+    """What the pipeline has computed: the runs by data set and corruption, the circuits, the heads by set."""
+
+    spec: Spec
+    runs: dict[Sweep, Run]
+    selection: pd.DataFrame
+    circuits: circuits.Found
+    heads: dict[str, heads.Functions]
+
+
+def read(folder: str | os.PathLike[str]) -> Notice:
+    """What `run` has written; raises `StoreError` where that is not all there yet."""
+    path = Path(folder)
+    try:
+        chosen = pd.read_csv(path / "selection.csv")
+    except (OSError, ValueError) as error:
+        text = f"{path}: this notice run is not finished ({error}); run the same command again"
+        raise StoreError(text) from error
+    spec = Spec.from_toml(path / "notice.toml")
+    runs = {}
+    for name, corrupt in chosen[["data", "corruption"]].drop_duplicates().itertuples(index=False):
+        runs[str(name), str(corrupt)] = read_run(path / "runs" / f"{name}-{corrupt}")
+    functions = {file.parent.name: heads.read(file.parent) for file in path.glob("heads/*/heads.json")}
+    return Notice(spec, runs, chosen, circuits.read(path / "circuits"), functions)
 
 
 def default_sites(model: Model) -> tuple[str, ...]:
@@ -333,7 +356,7 @@ def _size(many: float) -> str:
 # --- what came of it -------------------------------------------------------------------------
 
 
-def selection(runs: Mapping[Sweep, Run], sets: Mapping[str, Sequence[Example]]) -> pd.DataFrame:
+def selection(baselines: Mapping[Sweep, pd.DataFrame], sets: Mapping[str, Sequence[Example]]) -> pd.DataFrame:
     """How many examples of each group are answered rightly and how many are kept.
 
     Columns: `data`, `corruption`, `group`, `value` (`all` for all), `n`, `ran` (could be run at all),
@@ -341,8 +364,8 @@ def selection(runs: Mapping[Sweep, Run], sets: Mapping[str, Sequence[Example]]) 
     `dropped_not_run`.
     """
     rows = []
-    for (name, corrupt), one in runs.items():
-        base = one.baselines().set_index("example")
+    for (name, corrupt), table in baselines.items():
+        base = table.set_index("example")
         groups = pd.DataFrame({e.id: dict(e.groups) for e in sets[name]}).T.reindex(base.index)
         few = [c for c in groups if groups[c].nunique() <= MANY]
         parts = [("all", "all", base)]
@@ -400,29 +423,24 @@ def _say_heads(found: circuits.Found) -> str:
 def _functions(
     spec: Spec,
     model: Model,
-    name: str,
-    some: Sequence[Example],
-    runs: Mapping[Sweep, Run],
+    sweep: Sweep,
+    chosen: Sequence[Example],
+    run: Run,
     found: circuits.Found,
     folder: Path,
     say: Say,
 ) -> Path | None:
-    """What the important heads of one set do, where there are any; its folder."""
-    corrupt = next((c for c in ("image", "noise", "text") if (name, c) in runs), "image")
-    one = runs.get((name, corrupt))
-    if one is None:
-        return None
-    important = found.heads[found.heads["important"] & (found.heads["run"] == one.path.name)]
+    """What the important heads of a set do, where there are any, with the effects of its run; the folder."""
+    name, corrupt = sweep
+    important = found.heads[found.heads["important"] & (found.heads["run"] == run.path.name)]
     everywhere = found.universal[found.universal["universal"]]
     sites = circuits.expressions(pd.concat([important, everywhere]))
-    base = one.baselines()
-    kept = set(base.loc[~base["excluded"], "example"])
-    chosen = [e for e in some if e.id in kept][: spec.function_examples]
     if not sites or len(chosen) < 2:
         say(f"{name}: no important heads (or too few examples), so no head functions")
         return None
     say(f"{name}: what {len(sites)} heads do, on {len(chosen)} examples")
-    table = heads.write(folder / "heads" / name, model, chosen, sites, corrupt, seed=spec.seed, data=name)
+    out = folder / "heads" / name
+    table = heads.write(out, model, chosen, sites, corrupt, seed=spec.seed, effects=run, data=name)
     counts = table.functions["label"].value_counts()
     say("  " + ", ".join(f"{many} {label}" for label, many in counts.items()))
-    return folder / "heads" / name
+    return out

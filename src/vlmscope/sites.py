@@ -33,7 +33,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
@@ -255,7 +255,10 @@ def _check_position(text: str, position: str, at: int) -> None:
         )
 
 
-def parse(sites: str | Pattern | Site | Sequence[str | Pattern | Site]) -> list[Pattern]:
+Sites = str | Pattern | Site | Iterable[str | Pattern | Site]
+
+
+def parse(sites: Sites) -> list[Pattern]:
     """Patterns from expressions, patterns or sites: one, or several.
 
     >>> [str(pattern) for pattern in parse(["vision.*.resid@all"])]

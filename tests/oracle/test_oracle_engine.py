@@ -19,9 +19,10 @@ from vlmscope.patching import engine
 class Place:
     """Where a site is among transformers' modules: rows and columns of what a module reads or gives."""
 
-    def __init__(self, case: Case, site: vlmscope.Site, rows: tuple[int, ...]) -> None:
-        part = anatomy.towers(case, case.hf)[site.tower]
-        layer, kind, unit = int(site.layer), site.kind, site.unit
+    def __init__(self, case: Case, site: str, rows: tuple[int, ...]) -> None:
+        tower, number, kind, *units = site.partition("@")[0].split(".")
+        part = anatomy.towers(case, case.hf)[tower]
+        layer, unit = int(number), units[0] if units else None
         block, own = part.blocks[layer], part.kinds[layer]
         self.rows, self.columns = list(rows), slice(None)
         self.reads = unit is not None or kind == "resid_pre"
@@ -77,7 +78,7 @@ class Place:
             return anatomy.forward(case, tensors)
 
 
-def handful(case: Case, inputs: vlmscope.Inputs) -> list[tuple[vlmscope.Site, tuple[int, ...]]]:
+def handful(case: Case, inputs: vlmscope.Inputs) -> list[tuple[str, tuple[int, ...]]]:
     """A few sites of every tower: blocks, sublayers, heads and neurons, early and late, at few places."""
     found = []
     for tower, shape in case.model.shapes.items():
@@ -98,7 +99,7 @@ def handful(case: Case, inputs: vlmscope.Inputs) -> list[tuple[vlmscope.Site, tu
             name, some = ("text", layout.text) if layout.text else ("image", layout.image)
             if some:
                 found.append((f"{tower}.{layer}.{units[0]}@{name}", tuple(some)))
-    return [(vlmscope.Pattern.parse(text), at) for text, at in found]
+    return found
 
 
 def ld(logits: Tensor, pair: vlmscope.Pair) -> Tensor:
@@ -108,8 +109,8 @@ def ld(logits: Tensor, pair: vlmscope.Pair) -> Tensor:
 
 
 def patched(model: vlmscope.Model, pair: vlmscope.Pair, sites: list, direction: str) -> Tensor:
-    """What the engine says: a row a site."""
-    found = engine.patch(model, pair, sites, direction)
+    """What the engine says: a row a site, each a text."""
+    found = engine.patch(model, pair, [text for text, _ in sites], direction)
     rows = torch.full((len(sites), 2), torch.nan, dtype=torch.float64)
     for numbers, score in found.chunks:
         rows[numbers] = torch.stack([score.p, score.ld], dim=-1).double()
@@ -151,7 +152,7 @@ def test_patches_do_something(case):
     runs = [anatomy.double(case, one) for one in (pair.clean, pair.corrupt)]
     clean, corrupt = (ld(anatomy.forward(case, one), pair) for one in runs)
     assert abs(clean[1] - corrupt[1]) > 1e-3
-    site = vlmscope.Pattern.parse("vision.0.resid@all")
+    site = "vision.0.resid@all"
     many = len(pair.clean.layout["vision"].tokens)
     [row] = patched(case.model, pair, [(site, tuple(range(many)))], "denoise")
     assert abs(row[1] - corrupt[1]) > 1e-3

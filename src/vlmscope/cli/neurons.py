@@ -2,68 +2,55 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 import typer
 
-from vlmscope.cli import options as shared
-from vlmscope.cli.options import Command
+from vlmscope.cli.options import Given, OneModel, command
 from vlmscope.errors import VlmscopeError
 
 app = typer.Typer(
     no_args_is_help=True, help="Neurons that turn what is seen into a word.\n\nFind, show, perturb, edit."
 )
 
-_Image = Annotated[Path | None, typer.Option(help="One picture.")]
-_ImageOrData = Annotated[str | None, typer.Option(help="states, scenes, faces, or a CSV file.")]
-_Prompt = Annotated[
-    str | None, typer.Option(help="What asks for the caption.  [default: each example's own]")
-]
-_Found = Annotated[
-    Path | None,
-    typer.Option(help="The folder of `neurons find` on these pictures; they are not captioned again."),
-]
-_Words = Annotated[list[str] | None, typer.Option(metavar="WORD...", help="Words of the caption.")]
+
+@dataclass(kw_only=True)
+class Shown(OneModel):
+    """The options of a command with a model, and one picture with a prompt or a data set."""
+
+    image: Path | None = None
+    data: str | None = None
+    prompt: str | None = None
+    limit: int | None = None
+    seed: int = 0
+
+    def examples(self) -> list[Any]:
+        from vlmscope.data import examples
+        from vlmscope.data.example import Example
+
+        if self.data is not None and self.image is None:
+            return examples(self.data, limit=self.limit, seed=self.seed)
+        if self.image is None or self.data is not None:
+            raise VlmscopeError("give either --image or --data")
+        if self.prompt is None:
+            raise VlmscopeError("--image needs a --prompt that asks for the caption")
+        return [
+            Example(id=self.image.name, clean_image=self.image, clean_prompt=self.prompt, answer="", foil="")
+        ]
 
 
-def _examples(
-    image: Path | None, data: str | None, prompt: str | None, limit: int | None, seed: int
-) -> list[Any]:
-    """One picture with a prompt, or a data set."""
-    from vlmscope.data import examples
-    from vlmscope.data.example import Example
-
-    if data is not None and image is None:
-        return examples(data, limit=limit, seed=seed)
-    if image is None or data is not None:
-        raise VlmscopeError("give either --image or --data")
-    if prompt is None:
-        raise VlmscopeError("--image needs a --prompt that asks for the caption")
-    return [Example(id=image.name, clean_image=image, clean_prompt=prompt, answer="", foil="")]
-
-
-@app.command(cls=Command)
+@command(app)
 def find(
-    model: shared.Model,
-    out: shared.Folder,
-    image: _Image = None,
-    data: _ImageOrData = None,
-    prompt: _Prompt = None,
-    caption: Annotated[str | None, typer.Option(help="Score this instead of what the model says.")] = None,
-    word: _Words = None,
-    tagger: Annotated[
-        str | None, typer.Option(help="A spaCy pipeline that picks the nouns, such as en_core_web_sm.")
-    ] = None,
-    top: Annotated[int, typer.Option(min=0, help="Neurons of each token; 0 for all.")] = 100,
-    gate: Annotated[
-        bool, typer.Option("--gate", help="The gate's activation alone, as some published code.")
-    ] = False,
-    gain: Annotated[bool, typer.Option("--gain", help="Take the final norm's weight into account.")] = False,
-    dtype: shared.Precision = "float32",
-    device: shared.Device = None,
-    limit: shared.Limit = None,
-    seed: shared.Seed = 0,
+    given: Shown,
+    out: Path,
+    caption: str | None = None,
+    word: list[str] | None = None,
+    tagger: str | None = None,
+    top: int = 100,
+    gate: bool = False,
+    gain: bool = False,
 ) -> None:
     """Neurons that contribute most to words of a caption.
 
@@ -71,17 +58,16 @@ def find(
     score, rank.
     """
     from vlmscope import neurons
-    from vlmscope.checkpoint import load
 
-    examples = _examples(image, data, prompt, limit, seed)
+    examples = given.examples()
     if caption is not None and len(examples) > 1:
         raise VlmscopeError("--caption is of one picture; give --image")
     neurons.make_folder(out)
     found = neurons.find(
-        load(model, dtype=dtype, device=device),
+        given.load(),
         examples,
         word or [],
-        prompt=prompt,
+        prompt=given.prompt,
         caption=caption,
         tagger=tagger,
         top=top,
@@ -101,153 +87,109 @@ def _layer_and_number(text: str) -> tuple[int, int]:
     return int(layer), int(number)
 
 
-@app.command(cls=Command)
+@command(app)
 def describe(
-    model: shared.Model,
-    out: shared.Folder,
-    image: _Image = None,
-    data: _ImageOrData = None,
-    prompt: _Prompt = None,
-    word: _Words = None,
-    neuron: Annotated[
-        list[str] | None, typer.Option(metavar="LAYER.NUMBER...", help="Neurons to show, too.")
-    ] = None,
-    measures: Annotated[bool, typer.Option(help="Measure the words' neurons over the set, too.")] = True,
-    embedding: Annotated[
-        str | None, typer.Option(help="A small text model that compares top tokens with the word, too.")
-    ] = None,
-    found: _Found = None,
-    dtype: shared.Precision = "float32",
-    device: shared.Device = None,
-    limit: shared.Limit = None,
-    seed: shared.Seed = 0,
+    given: Shown,
+    out: Path,
+    word: list[str] | None = None,
+    neuron: list[str] | None = None,
+    measures: bool = True,
+    embedding: str | None = None,
+    found: Path | None = None,
 ) -> None:
     """Cards: top tokens, maps, pictures and measures.
 
     Where on the image a neuron is active, which pictures drive it, and the measures with their nulls.
     """
     from vlmscope import neurons
-    from vlmscope.checkpoint import load
     from vlmscope.report import write_report
 
-    examples = _examples(image, data, prompt, limit, seed)
+    examples = given.examples()
     neurons.make_folder(out)
     described = neurons.describe(
-        load(model, dtype=dtype, device=device),
+        given.load(),
         examples,
         word or [],
         [_layer_and_number(text) for text in neuron or []],
-        prompt=prompt,
+        prompt=given.prompt,
         measures=measures,
         embedding=embedding,
         found=neurons.read(found, neurons.Found) if found else None,
-        seed=seed,
+        seed=given.seed,
     )
     described.save(out)
     print(described.cards.drop(columns="weights").to_string(index=False))
     print(f"tables in {out}; {write_report([out], out / 'report.html')}")
 
 
-@app.command(cls=Command)
+@command(app)
 def perturb(
-    model: shared.Model,
-    data: shared.Data,
-    word: Annotated[list[str], typer.Option(metavar="WORD...", help="Words of the captions.")],
-    out: shared.Folder,
-    prompt: _Prompt = None,
-    top: Annotated[
-        list[int] | None, typer.Option(metavar="N...", help="How many neurons.  [default: 1 10]")
-    ] = None,
-    sigma: Annotated[
-        list[float] | None, typer.Option(metavar="X...", help="Noise of this size on the columns.")
-    ] = None,
-    found: _Found = None,
-    dtype: shared.Precision = "float32",
-    device: shared.Device = None,
-    limit: shared.Limit = None,
-    seed: shared.Seed = 0,
+    given: Given,
+    word: list[str],
+    out: Path,
+    prompt: str | None = None,
+    top: list[int] | None = None,
+    sigma: list[float] | None = None,
+    found: Path | None = None,
 ) -> None:
     """A word without its neurons, and without random ones."""
     from vlmscope import neurons
-    from vlmscope.checkpoint import load
-    from vlmscope.data import examples
 
     neurons.make_folder(out)
     result = neurons.perturb(
-        load(model, dtype=dtype, device=device),
-        examples(data, limit=limit, seed=seed),
+        given.load(),
+        given.examples(),
         word,
         prompt=prompt,
         tops=top or (1, 10),
         sigmas=sigma or (),
         found=neurons.read(found, neurons.Found) if found else None,
-        seed=seed,
+        seed=given.seed,
     )
     result.save(out)
     print(result.effects.to_string(index=False, float_format="{:.3g}".format))
     print(f"table in {out / 'perturb.csv'}")
 
 
-@app.command(cls=Command)
+@command(app)
 def edit(
-    model: shared.Model,
-    source: Annotated[str, typer.Option("--from", metavar="WORD", help="The word to change.")],
-    data: shared.Data,
-    out: Annotated[Path, typer.Option(help="The edit, a safetensors file.")],
-    target: Annotated[str | None, typer.Option("--to", metavar="WORD", help="What to say instead.")] = None,
-    suppress: Annotated[bool, typer.Option("--suppress", help="Say anything but the word.")] = False,
-    neurons: Annotated[
-        int | None, typer.Option(min=1, help="How many columns may change.  [default: 1 %]")
-    ] = None,
-    prompt: _Prompt = None,
-    wording: Annotated[
-        list[str] | None, typer.Option(metavar="TEXT...", help="Other wordings to assess it with.")
-    ] = None,
-    objects: Annotated[
-        list[str] | None,
-        typer.Option(metavar="WORD...", help="Objects that captions may name wrongly (CHAIR, POPE)."),
-    ] = None,
-    solver: Annotated[Literal["closed", "learned"], typer.Option(help="How it is found.")] = "learned",
-    margin: Annotated[
-        float | None,
-        typer.Option(help="With --solver closed: logits by which the new word leads.  [default: 4]"),
-    ] = None,
-    locality: Annotated[float, typer.Option(min=0, help="What the rest weighs.")] = 1.0,
-    on: Annotated[
-        list[Path] | None, typer.Option(metavar="FILE...", help="Edits that are made before.")
-    ] = None,
-    export: Annotated[
-        Path | None, typer.Option(help="Write an edited checkpoint to this folder, too.")
-    ] = None,
-    found: _Found = None,
-    dtype: shared.Precision = "float32",
-    device: shared.Device = None,
-    limit: shared.Limit = None,
-    seed: shared.Seed = 0,
+    given: Given,
+    source: str,
+    out: Path,
+    target: str | None = None,
+    suppress: bool = False,
+    neurons: int | None = None,
+    prompt: str | None = None,
+    wording: list[str] | None = None,
+    objects: list[str] | None = None,
+    solver: Literal["closed", "learned"] = "learned",
+    margin: float | None = None,
+    locality: float = 1.0,
+    on: list[Path] | None = None,
+    export: Path | None = None,
+    found: Path | None = None,
 ) -> None:
     """Make the model say another word, by a few neurons' columns only.
 
     Made on one half of the data and assessed on the other, by free generation; the card lies beside it.
     """
     from vlmscope import neurons as room
-    from vlmscope.checkpoint import load
-    from vlmscope.data import examples
     from vlmscope.report import write_report
     from vlmscope.stats import shuffled
 
     if (target is None) != suppress:
         raise VlmscopeError("give either --to WORD or --suppress")
     room.check_margin(solver, margin)
-    loaded = load(model, dtype=dtype, device=device)
+    seed = given.seed
+    model, examples = given.load(), given.examples()
     before = [room.WeightEdit.load(path) for path in on or []]
     known = room.read(found, room.Found) if found else None
-    given = examples(data, limit=limit, seed=seed)
-    given = [given[n] for n in shuffled(seed, [example.id for example in given], "halves")]
-    half = (len(given) + 1) // 2
-    with room.edited(loaded, *before):
+    mixed = [examples[n] for n in shuffled(seed, [example.id for example in examples], "halves")]
+    half = (len(mixed) + 1) // 2
+    with room.edited(model, *before):
         made = room.edit(
-            loaded,
-            given[:half],
+            model,
+            mixed[:half],
             source,
             target,
             prompt=prompt,
@@ -263,21 +205,21 @@ def edit(
         card = out.with_name(f"{out.stem}-card")
         prompts = [prompt, *(wording or [])]
         assessed = room.describe_edit(
-            loaded, made, given[half:], prompts=prompts, names=objects or (), found=known, seed=seed
+            model, made, mixed[half:], prompts=prompts, names=objects or (), found=known, seed=seed
         )
     assessed.save(card)
     print(assessed.measures.to_string(index=False, float_format="{:.3g}".format))
     print(write_report([card], card / "report.html"))
     if export is not None:
-        room.export(loaded, [*before, made], export)
+        room.export(model, [*before, made], export)
         print(f"edited checkpoint in {export}")
 
 
-@app.command(cls=Command)
-def edits(files: Annotated[list[Path], typer.Argument(help="Files of `vlmscope neurons edit`.")]) -> None:
+@command(app)
+def edits(files: list[Path], /) -> None:
     """List what is in edits."""
     from vlmscope.neurons import WeightEdit
 
     for path in files:
-        edit = WeightEdit.load(path)
-        print(f"{path} ({edit.digest[:8]}): {edit}")
+        made = WeightEdit.load(path)
+        print(f"{path} ({made.digest[:8]}): {made}")

@@ -25,8 +25,8 @@ SIZE = 200
 def examples(name: str | Path, *, limit: int | None = None, seed: int = 0) -> list[Example]:
     """The examples of a built-in set (by its name) or of a CSV file (by its path).
 
-    `limit` takes the first so many; `seed` is that of a built-in set's drawing. Raises `DataError`
-    if there is no such set or the file cannot be read.
+    `limit` takes the first so many; `seed` is that of a built-in set's drawing. Raises `DataError` if there
+    is no such set or the file cannot be read.
 
     >>> [e.answer in e.clean_prompt for e in examples("states", limit=2)]
     [True, True]

@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TypeAlias, TypeGuard, cast
+from typing import Any, TypeAlias
 
 from PIL import Image
 
@@ -23,15 +23,14 @@ Box: TypeAlias = tuple[float, float, float, float]
 class Example:
     """One contrast: what was asked, what is true of the clean image, and what of the corrupt one.
 
-    `roles` maps a role's name to the character spans `(start, end)` of its words, in
-    `clean_prompt` (by token alignment the same words hold it in `corrupt_prompt`). Those that are not
-    given are looked up: `answer`, `foil` and each of `groups`, where its words stand in the prompt
-    (`find_roles`). `dataclasses.replace` with another prompt looks these up anew. `masks` maps
-    an object's name to a black and white picture of the size of `clean_image`, white where the
-    object is, or to the box around it: left, top, right, bottom in pixels of `clean_image`.
-    `more_images` are further pictures that the prompt is about, behind the first and the same in
-    both runs, for models that take several. `shows` are words for what is known to be in
-    `clean_image`, in small letters: labels, which no run reads.
+    `roles` maps a role's name to the character spans `(start, end)` of its words, in `clean_prompt` (by
+    token alignment the same words hold it in `corrupt_prompt`). Those that are not given are looked up:
+    `answer`, `foil` and each of `groups`, where its words stand in the prompt (`find_roles`).
+    `dataclasses.replace` with another prompt looks these up anew. `masks` maps an object's name to a black
+    and white picture of the size of `clean_image`, white where the object is, or to the box around it:
+    left, top, right, bottom in pixels of `clean_image`. `more_images` are further pictures that the prompt
+    is about, behind the first and the same in both runs, for models that take several. `shows` are words
+    for what is known to be in `clean_image`, in small letters: labels, which no run reads.
     """
 
     id: str
@@ -73,12 +72,7 @@ class Example:
 class _Roles(dict[str, Span]):
     """All roles of an example, which remember those that no lookup finds, and the prompt they are `of`."""
 
-    def __init__(
-        self,
-        roles: Mapping[str, Span] | Iterable[tuple[str, Span]],
-        given: Mapping[str, Span] | None = None,
-        of: str | None = None,
-    ) -> None:
+    def __init__(self, roles: Any, given: Mapping[str, Span] | None = None, of: str | None = None) -> None:
         super().__init__(roles)
         self.given, self.of = dict(self if given is None else given), of
 
@@ -93,23 +87,17 @@ def find_roles(prompt: str, words: Mapping[str, str]) -> dict[str, Span]:
     """
     spans = {}
     for role, word in words.items():
-        pattern = rf"(?<!\w){re.escape(word)}(?!\w)"
-        found = re.search(pattern, prompt, re.IGNORECASE) if word else None
-        if found:
+        found = re.search(rf"(?<!\w){re.escape(word)}(?!\w)", prompt, re.IGNORECASE)
+        if word and found:
             spans[role] = found.span()
     return spans
-
-
-def is_box(mask: Picture | Box) -> TypeGuard[Box]:
-    """Whether an object's place is given as a box, not as a picture."""
-    return isinstance(mask, tuple)
 
 
 def fingerprint(examples: Iterable[Example]) -> str:
     """The SHA-256, as 64 hex digits, of all that a run reads from the examples, in their order.
 
-    Ids, prompts, answers, foils, roles, and the content of images and masks (not where they
-    lie); groups only label the results and are left out. A file that is missing counts as such.
+    Ids, prompts, answers, foils, roles, and the content of images and masks (not where they lie); groups
+    only label the results and are left out. A file that is missing counts as such.
 
     >>> example = Example("0", Image.new("RGB", (1, 1)), "Red or blue?", "red", "blue")
     >>> fingerprint([example])[:8]
@@ -120,23 +108,22 @@ def fingerprint(examples: Iterable[Example]) -> str:
     total = hashlib.sha256()
     known: dict[Path, str] = {}
     for example in examples:
-        pictures = {"clean": example.clean_image, "corrupt": example.corrupt_image}
-        boxes = {name: mask for name, mask in sorted(example.masks.items()) if is_box(mask)}
-        pictures |= {
-            f"mask {name}": cast(Picture, mask)
-            for name, mask in sorted(example.masks.items())
-            if name not in boxes
-        }
+        boxes: dict[str, Box] = {}
+        pictures: dict[str, Picture | None] = {"clean": example.clean_image, "corrupt": example.corrupt_image}
+        for name, mask in sorted(example.masks.items()):
+            if isinstance(mask, tuple):
+                boxes[name] = mask
+            else:
+                pictures[f"mask {name}"] = mask
         record = {
             "id": example.id,
             "prompts": [example.clean_prompt, example.corrupt_prompt],
             "answers": [example.answer, example.foil],
             "roles": {name: list(span) for name, span in sorted(example.roles.items())},
-            "pictures": {name: _content(one, known) for name, one in pictures.items()},
+            "pictures": {name: _content(picture, known) for name, picture in pictures.items()},
         }
-        record |= {"boxes": boxes} if boxes else {}
-        more = [_content(one, known) for one in example.more_images]
-        record |= {"more": more} if more else {}
+        more = [_content(picture, known) for picture in example.more_images]
+        record |= {name: value for name, value in (("boxes", boxes), ("more", more)) if value}
         total.update(json.dumps(record).encode() + b"\n")
     return total.hexdigest()
 

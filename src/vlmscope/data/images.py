@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-from collections.abc import Iterator
 from pathlib import Path
 from typing import cast
 
@@ -17,12 +16,20 @@ MAX_PIXELS = 89_000_000
 """A larger picture is refused before it is decoded (Pillow warns from about this size on)."""
 
 
+_REFUSALS = {
+    FileNotFoundError: "no such file; expected an image (a path in a CSV file starts from its folder)",
+    IsADirectoryError: "a folder; expected an image file",
+    UnidentifiedImageError: "not an image; expected PNG, JPEG or another format that Pillow reads",
+    Image.DecompressionBombError: f"more than the {MAX_PIXELS:,} pixels that are read; scale it down",
+}
+
+
 def open_image(picture: Picture | str) -> Image.Image:
     """The picture as a person sees it, in RGB with 8 bits a channel.
 
-    Turned the way its EXIF data says, transparency on white, 16 bits scaled to 8, the first frame
-    of an animation; palettes, black and white, grey and CMYK become RGB. A picture in memory is
-    copied, never changed. Color profiles are not applied.
+    Turned the way its EXIF data says, transparency on white, 16 bits scaled to 8, the first frame of an
+    animation; palettes, black and white, grey and CMYK become RGB. A picture in memory is copied, never
+    changed. Color profiles are not applied.
 
     Raises `ExampleError` for what is missing, no image, broken, empty or above `MAX_PIXELS`.
 
@@ -33,7 +40,8 @@ def open_image(picture: Picture | str) -> Image.Image:
     name = "the picture in memory" if isinstance(picture, Image.Image) else str(picture)
     try:
         # What Pillow has to say about a file is either an error here or of no interest.
-        with warnings.catch_warnings(action="ignore"), _opened(picture) as image:
+        with warnings.catch_warnings(action="ignore"), contextlib.ExitStack() as opened:
+            image = picture if isinstance(picture, Image.Image) else opened.enter_context(Image.open(picture))
             width, height = image.size
             if not width * height:
                 raise ExampleError(f"{name}: has no pixels ({width}x{height})")
@@ -42,57 +50,28 @@ def open_image(picture: Picture | str) -> Image.Image:
                     f"{name}: {width}x{height} pixels are more than the {MAX_PIXELS:,} that are "
                     "read; scale it down"
                 )
-            return _to_rgb(_turned(image), name)
+            return _to_rgb(image, name)
     except ExampleError:
         raise
-    except UnidentifiedImageError as error:
-        raise ExampleError(
-            f"{name}: not an image; expected PNG, JPEG or another format that Pillow reads"
-        ) from error
-    except Image.DecompressionBombError as error:
-        raise ExampleError(
-            f"{name}: more than the {MAX_PIXELS:,} pixels that are read; scale it down"
-        ) from error
     except Exception as error:
+        why = next((why for kind, why in _REFUSALS.items() if isinstance(error, kind)), None)
         # Pillow's decoders meet broken data with OSError, SyntaxError, struct.error and others;
         # an OSError with a number comes from the file system.
-        if isinstance(error, OSError) and error.errno:
-            raise ExampleError(f"{name}: cannot be read ({error.strerror})") from error
-        raise ExampleError(
-            f"{name}: an image that cannot be decoded, broken or cut off ({error}); copy or save it again"
-        ) from error
-
-
-@contextlib.contextmanager
-def _opened(picture: Picture | str) -> Iterator[Image.Image]:
-    """A picture whose header is read; where it was a path, closed again at the end."""
-    if isinstance(picture, Image.Image):
-        yield picture
-        return
-    path = Path(picture)
-    if path.is_dir():
-        raise ExampleError(f"{path}: a folder; expected an image file")
-    if not path.is_file():
-        raise ExampleError(
-            f"{path}: no such file; expected an image (a path in a CSV file starts from its folder)"
-        )
-    if not path.stat().st_size:
-        raise ExampleError(f"{path}: an empty file; expected an image")
-    with Image.open(path) as image:
-        yield image
-
-
-def _turned(image: Image.Image) -> Image.Image:
-    """The image turned and mirrored as its EXIF data says; it stays as it is if that is broken."""
-    image.load()
-    try:
-        return ImageOps.exif_transpose(image)
-    except Exception:  # whatever the parser of a broken block stumbles over
-        return image
+        file = Path(name)
+        if isinstance(error, UnidentifiedImageError) and file.is_file() and not file.stat().st_size:
+            why = "an empty file; expected an image"
+        elif why is None and isinstance(error, OSError) and error.errno:
+            why = f"cannot be read ({error.strerror})"
+        broken = f"an image that cannot be decoded, broken or cut off ({error}); copy or save it again"
+        raise ExampleError(f"{name}: {why or broken}") from error
 
 
 def _to_rgb(image: Image.Image, name: str) -> Image.Image:
     """RGB without metadata, so that nothing is applied twice."""
+    image.load()
+    # A broken block of EXIF data, on which its parser may stumble in any way, leaves the image as it is.
+    with contextlib.suppress(Exception):
+        image = ImageOps.exif_transpose(image)
     if image.mode.startswith(("I", "F")):
         image = _to_8_bits(image, name)
     elif image.has_transparency_data:
@@ -106,8 +85,8 @@ def _to_rgb(image: Image.Image, name: str) -> Image.Image:
 def _to_8_bits(image: Image.Image, name: str) -> Image.Image:
     """Grey levels of 16 bits, scaled; Pillow itself would clip them at 255.
 
-    Mode I holds 32 bits, and 16 of them count where Pillow reads a 16-bit file into it. Numbers
-    that do not tell their range are refused rather than guessed at.
+    Mode I holds 32 bits, and 16 of them count where Pillow reads a 16-bit file into it. Numbers that do not
+    tell their range are refused rather than guessed at.
     """
     whole = image.convert("I") if image.mode != "F" else image
     low, high = cast(tuple[float, float], whole.getextrema())

@@ -25,37 +25,34 @@ NEEDED = tuple(name for name in COLUMNS if not name.startswith("corrupt"))
 """The corrupt input may be absent or empty: not every corruption needs it, and the one that does says so."""
 PROMPTS = ("clean_prompt", "corrupt_prompt")
 """Taken with the blanks around them, which a model's tokens may depend on."""
-MASK = "mask_path"
-"""A column of this name holds the mask of `object`; `mask_path_NAME` the mask of NAME."""
-BOX = "box"
-"""The same for a box around it, written `left top right bottom`, in pixels of the clean image."""
-SHOWS = "shows"
-"""A column of this name holds the words for what the clean image shows, with commas between them."""
-MORE = "image_path"
-"""Columns `image_path_2`, `image_path_3`… hold the further pictures of an example."""
+MASK, BOX, SHOWS, MORE = "mask_path", "box", "shows", "image_path"
+"""Columns of the mask of `object` or the box around it (`left top right bottom`, in pixels of the clean
+image), with `_NAME` those of NAME; of the words for what the clean image shows, with commas between them;
+and, as `image_path_2`, `image_path_3`…, of the further pictures."""
 SHOWN = 5
 """How many bad lines of a CSV an error lists."""
 
 # Pandas leaves its index unnamed and reads it back so.
 _INDEX = re.compile(r"(Unnamed: [\d.]+)?")
-_NO_GROUP = re.compile(rf"id|{SHOWS}|{'|'.join(COLUMNS)}|({MASK}|{BOX})(_.+)?|{MORE}_[2-9]|{_INDEX.pattern}")
+_MORE = rf"{MORE}_[2-9]"
+_NO_GROUP = re.compile(rf"id|{SHOWS}|{'|'.join(COLUMNS)}|({MASK}|{BOX})(_.+)?|{_MORE}|{_INDEX.pattern}")
 
 
 def read_csv(path: Path | str) -> list[Example]:
     """The examples in a CSV file, in its order.
 
-    The columns are `COLUMNS`, the published NOTICE code's own; the two of the corrupt input may
-    be absent, and their cells empty. `id` is optional: by default an example's id is the number
-    of its row, counted from 0 as pandas does. `mask_path` and `mask_path_NAME` give masks,
-    `box` and `box_NAME` boxes instead; `image_path_2`, `image_path_3`… are further pictures of an
-    example, the same in both runs; `shows` are words for what the clean image shows. Every further
-    column is a group, and where its words stand in the clean prompt also a role of that name; the
-    roles `answer` and `foil` are always looked up. Columns without a name, as pandas writes an
-    index, are left out. Image paths are relative to the file's folder, and are not opened here.
+    The columns are `COLUMNS`, the published NOTICE code's own; the two of the corrupt input may be absent,
+    and their cells empty. `id` is optional: by default an example's id is the number of its row, counted
+    from 0 as pandas does. `mask_path` and `mask_path_NAME` give masks, `box` and `box_NAME` boxes instead;
+    `image_path_2`, `image_path_3`… are further pictures of an example, the same in both runs; `shows` are
+    words for what the clean image shows. Every further column is a group, and where its words stand in the
+    clean prompt also a role of that name; the roles `answer` and `foil` are always looked up. Columns
+    without a name, as pandas writes an index, are left out. Image paths are relative to the file's folder,
+    and are not opened here.
 
-    Raises `DataError` where the file as a whole cannot be trusted: it is missing or not UTF-8, a
-    column is missing, a row has too many or too few cells or an empty one that every example
-    needs, an id stands twice, or an answer is its own foil.
+    Raises `DataError` where the file as a whole cannot be trusted: it is missing or not UTF-8, a column is
+    missing, a row has too many or too few cells or an empty one that every example needs, an id stands
+    twice, or an answer is its own foil.
 
     >>> from tempfile import TemporaryDirectory
     >>> table = '''clean_image_path,clean_prompt,correct_answer,incorrect_answer,noun
@@ -78,7 +75,7 @@ def read_csv(path: Path | str) -> list[Example]:
     _check_columns(path, names, NEEDED, "rename or add columns")
     if twice := [name for name in names if names.count(name) > 1 and not _INDEX.fullmatch(name)]:
         raise DataError(f"{path}: two columns {twice[0]!r}; rename one or take it out")
-    rows: list[dict[str, str]] = []
+    examples: list[Example] = []
     problems: list[str] = []
     first_line: dict[str, int] = {}
     for line, cells in lines:
@@ -88,35 +85,32 @@ def read_csv(path: Path | str) -> list[Example]:
                 "(put a cell with a comma or a line break in double quotes)"
             )
             continue
-        row = {
-            name: cell if name in PROMPTS and cell.strip() else cell.strip()
-            for name, cell in zip(names, cells, strict=True)
-            if not _INDEX.fullmatch(name)
-        }
-        row.setdefault("id", str(len(rows)))
-        earlier = first_line.setdefault(row["id"], line)
-        if problem := _problem(row):
+        row = {"id": str(len(examples))} | dict(zip(names, cells, strict=True))
+        try:
+            example = _example(path.parent, row)
+            earlier = first_line.setdefault(example.id, line)
+            if earlier != line:
+                raise ValueError(f"the id {example.id!r} is line {earlier}'s (make it new)")
+            examples.append(example)
+        except ValueError as problem:
             problems.append(f"line {line}: {problem}")
-        elif earlier != line:
-            problems.append(f"line {line}: the id {row['id']!r} is line {earlier}'s (make it new)")
-        rows.append(row)
     if problems:
         more = f"; and {len(problems) - SHOWN} more" if len(problems) > SHOWN else ""
         raise DataError(f"{path}: {'; '.join(problems[:SHOWN])}{more}")
-    if not rows:
+    if not examples:
         raise DataError(f"{path}: a header and no examples; expected a row for each example")
-    return [_example(path.parent, row) for row in rows]
+    return examples
 
 
 def write_csv(path: Path | str, examples: Iterable[Example]) -> None:
     """Write examples as the CSV file that `read_csv` reads back.
 
-    Pictures in memory become PNG files in the folder `<stem>-images` next to the file; a picture
-    that is a path stays where it is (relative to the file where it lies below its folder). Roles
-    become columns that hold their words. The file itself is written last and renamed into place.
+    Pictures in memory become PNG files in the folder `<stem>-images` next to the file; a picture that is a
+    path stays where it is (relative to the file where it lies below its folder). Roles become columns that
+    hold their words. The file itself is written last and renamed into place.
 
-    Raises `DataError` for an example that the form cannot hold, such as a role whose words stand
-    in the prompt a second time and mean the later place.
+    Raises `DataError` for an example that the form cannot hold, such as a role whose words stand in the
+    prompt a second time and mean the later place.
     """
     path = Path(path)
     rows: list[dict[str, str]] = []
@@ -146,8 +140,8 @@ def read_table(
 ) -> list[dict[str, str]]:
     """The rows of any CSV file that has these columns (and maybe others); missing cells are empty.
 
-    `rename` is called with the names in the header. Raises `DataError` where the file cannot be
-    read or lacks a column, with the name that is nearest.
+    `rename` is called with the names in the header. Raises `DataError` where the file cannot be read or
+    lacks a column, with the name that is nearest.
     """
     lines = _read_cells(path, columns)
     _, header = next(lines, (1, []))
@@ -202,57 +196,46 @@ def _check_columns(path: Path, names: Sequence[str], needed: Sequence[str], way_
     raise DataError(f"{path}: no column {', '.join(lacks)}; the file has {named}{commas}; {way_out}")
 
 
-def _problem(row: Mapping[str, str]) -> str | None:
-    """Why no example can be made of a row, if so."""
-    if empty := [name for name in ("id", *NEEDED) if not row[name]]:
-        return f"{' and '.join(empty)} {'is' if len(empty) == 1 else 'are'} empty (fill it in)"
-    if row["correct_answer"].casefold() == row["incorrect_answer"].casefold():
-        word = row["correct_answer"]
-        return f"correct_answer and incorrect_answer are both {word!r} (they must differ)"
-    for name, cell in row.items():
-        if cell and name.startswith(f"{BOX}_"):
-            try:
-                _box(cell)
-            except ValueError:
-                return f"{name} is {cell!r} (write left top right bottom, in pixels)"
-    return None
-
-
 def _example(folder: Path, row: Mapping[str, str]) -> Example:
-    """The example in a row that `_problem` has nothing against."""
-    cells = {name: cell for name, cell in row.items() if cell}
+    """The example in a row; raises `ValueError` with what is wrong if it makes none."""
+    cells = {name: cell if name in PROMPTS else cell.strip() for name, cell in row.items() if cell.strip()}
+    if empty := [name for name in ("id", *NEEDED) if name not in cells]:
+        raise ValueError(f"{' and '.join(empty)} {'is' if len(empty) == 1 else 'are'} empty (fill it in)")
+    answer, foil = cells["correct_answer"], cells["incorrect_answer"]
+    if answer.casefold() == foil.casefold():
+        raise ValueError(f"correct_answer and incorrect_answer are both {answer!r} (they must differ)")
     masks: dict[str, Picture | Box] = {}
     for name, cell in cells.items():
         if name.startswith(f"{MASK}_"):
             masks[name.removeprefix(f"{MASK}_")] = folder / cell
         elif name.startswith(f"{BOX}_"):
-            masks[name.removeprefix(f"{BOX}_")] = _box(cell)
+            masks[name.removeprefix(f"{BOX}_")] = _box(name, cell)
+    corrupt_image = cells.get("corrupt_image_path")
     words = (word.strip() for word in cells.get(SHOWS, "").casefold().split(","))
     return Example(
-        id=row["id"],
-        clean_image=folder / row["clean_image_path"],
-        clean_prompt=row["clean_prompt"],
-        answer=row["correct_answer"],
-        foil=row["incorrect_answer"],
-        corrupt_image=folder / cells["corrupt_image_path"] if "corrupt_image_path" in cells else None,
+        id=cells["id"],
+        clean_image=folder / cells["clean_image_path"],
+        clean_prompt=cells["clean_prompt"],
+        answer=answer,
+        foil=foil,
+        corrupt_image=folder / corrupt_image if corrupt_image else None,
         corrupt_prompt=cells.get("corrupt_prompt"),
         groups={name: cell for name, cell in cells.items() if not _NO_GROUP.fullmatch(name)},
         masks=masks,
-        more_images=tuple(folder / cells[name] for name in sorted(cells) if _is_more(name)),
+        more_images=tuple(folder / cells[name] for name in sorted(cells) if re.fullmatch(_MORE, name)),
         shows=frozenset(filter(None, words)),
     )
 
 
-def _is_more(name: str) -> bool:
-    return re.fullmatch(rf"{MORE}_[2-9]", name) is not None
-
-
-def _box(cell: str) -> Box:
+def _box(name: str, cell: str) -> Box:
     """The four numbers of a cell; raises `ValueError` if they are no box."""
-    left, top, right, bottom = (float(part) for part in re.split(r"[,;\s]+", cell.strip("()[] ")))
-    if not (0 <= left < right < math.inf and 0 <= top < bottom < math.inf):
-        raise ValueError(cell)
-    return left, top, right, bottom
+    try:
+        left, top, right, bottom = map(float, re.split(r"[,;\s]+", cell.strip("()[] ")))
+        if 0 <= left < right < math.inf and 0 <= top < bottom < math.inf:
+            return left, top, right, bottom
+    except ValueError:
+        pass
+    raise ValueError(f"{name} is {cell!r} (write left top right bottom, in pixels)")
 
 
 def _row(path: Path, number: int, example: Example) -> dict[str, str]:
@@ -297,12 +280,13 @@ def _check_row(row: Mapping[str, str], example: Example, duplicate: bool) -> Non
     where = f"example {example.id!r}"
     if duplicate:
         raise DataError(f"{where}: a second example of this id; make it new")
-    if problem := _problem(row):
-        raise DataError(f"{where}: {problem}")
     for name in (*example.roles, *example.groups):
         if _NO_GROUP.fullmatch(name) or name != name.strip():
             raise DataError(f"{where}: a role or group cannot be called {name!r}; rename it")
-    back = _example(Path(), row)
+    try:
+        back = _example(Path(), row)
+    except ValueError as problem:
+        raise DataError(f"{where}: {problem}") from None
     if lost := [name for name, span in example.roles.items() if back.roles.get(name) != span]:
         word = example.clean_prompt[slice(*example.roles[lost[0]])]
         raise DataError(

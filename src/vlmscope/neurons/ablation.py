@@ -14,7 +14,7 @@ from torch import Tensor
 
 from vlmscope.data import Examples
 from vlmscope.errors import DataError
-from vlmscope.inputs import Inputs
+from vlmscope.models.inputs import Inputs
 from vlmscope.neurons.captions import LENGTH
 from vlmscope.neurons.contributions import count_neurons
 from vlmscope.neurons.results import Found, Perturbed

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from vlmscope.data.example import Example
 from vlmscope.errors import ExampleError, ModelError
-from vlmscope.inputs import Inputs
+from vlmscope.models.inputs import Inputs
 from vlmscope.neurons.results import Found
 from vlmscope.neurons.weight_edit import base_fingerprint
 from vlmscope.progress import progress

@@ -15,7 +15,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from vlmscope.errors import ModelError
-from vlmscope.inputs import Inputs
+from vlmscope.models.inputs import Inputs
 from vlmscope.neurons.captions import Caption, wide
 from vlmscope.runs.forward import forward
 from vlmscope.runs.model import Model

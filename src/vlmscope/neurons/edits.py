@@ -18,7 +18,7 @@ import torch
 from vlmscope.data import Examples, listed
 from vlmscope.data.example import Example
 from vlmscope.errors import ExampleError, VlmscopeError
-from vlmscope.inputs import Inputs
+from vlmscope.models.inputs import Inputs
 from vlmscope.neurons.captions import LENGTH, Caption, caption_pictures, inputs_of, tokenized, whole_word
 from vlmscope.neurons.contributions import Neuron, strongest
 from vlmscope.neurons.results import Found

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from vlmscope.checkpoint import embedder
 from vlmscope.data import Examples
-from vlmscope.inputs import Edit
+from vlmscope.models.inputs import Edit
 from vlmscope.neurons.ablation import log_probability, loses, without
 from vlmscope.neurons.captions import forced_caption
 from vlmscope.neurons.contributions import contributions, count_neurons, named, token_weights, top_tokens

@@ -15,7 +15,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional as F
 
-from vlmscope.inputs import Inputs
+from vlmscope.models.inputs import Inputs
 from vlmscope.progress import progress
 from vlmscope.runs.forward import forward
 from vlmscope.runs.hooks import Access, Hooks

@@ -218,7 +218,7 @@ def _weight(model: Model, layer: int) -> Tensor:
     weight: Any = model.down(layer).weight
     if getattr(weight, "quant_state", None) is not None or not weight.is_floating_point():
         raise ModelError(f"{model.name}: quantized weights cannot be edited; load it in bfloat16")
-    return weight.data
+    return weight.detach()  # not `.data`: that would hide the change from `Model.fingerprint`
 
 
 def export(model: Model, edits: Sequence[WeightEdit], folder: str | Path) -> None:

@@ -20,7 +20,7 @@ from torch import Tensor
 from vlmscope.data import Examples, listed
 from vlmscope.data.example import Example
 from vlmscope.errors import DataError
-from vlmscope.inputs import Inputs
+from vlmscope.models.inputs import Inputs
 from vlmscope.neurons.captions import Caption, caption_pictures, inputs_of
 from vlmscope.neurons.contributions import contributions, count_neurons, token_weights, top_share
 from vlmscope.neurons.finding import pack

@@ -17,7 +17,7 @@ import torch
 from jaxtyping import Bool
 from torch import Tensor
 
-from vlmscope.inputs import Pair
+from vlmscope.models.inputs import Pair
 from vlmscope.patching.flows.flow import Flow, Job, Row, around
 from vlmscope.patching.flows.memory import Memory, remembering
 from vlmscope.patching.flows.plain import Plain
@@ -27,7 +27,7 @@ from vlmscope.patching.reference import Values
 from vlmscope.patching.scores import Baselines, Metric, Patched, Score, baselines, largest, score
 from vlmscope.patching.trace import Images, given, trace
 from vlmscope.runs.network import INNER, Network
-from vlmscope.sites import KINDS, Point, Site
+from vlmscope.sites import KINDS, Point, Site, Sites
 
 BUDGET = 128 * 2**20
 """Bytes that the intermediate results of one batch of rows may take, if there is room."""
@@ -40,7 +40,7 @@ Group = tuple[int, str]
 def patch(
     network: Network,
     pair: Pair,
-    sites: Sequence[Site],
+    sites: Sites,
     direction: str = "denoise",
     *,
     values: Values | None = None,
@@ -52,6 +52,7 @@ def patch(
     `images` keeps the vision tower's outputs from one call to the next, for pairs that share an
     image.
     """
+    sites = network.placed(sites, pair.clean)
     images = Images() if images is None else images
     plain = [(pair.clean, ()), (pair.corrupt, pair.edits)]
     if pair.clean is pair.corrupt and not pair.edits:

@@ -5,26 +5,26 @@ What `engine` gives is defined by this module, and the tests compare the two.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from torch import Tensor
 
-from vlmscope.inputs import Edit, Pair
+from vlmscope.models.inputs import Edit, Pair
 from vlmscope.patching.scores import Metric, Patched, Score, baselines, largest, score
 from vlmscope.runs.forward import forward, read
 from vlmscope.runs.network import Network
-from vlmscope.sites import Point, Site
+from vlmscope.sites import Point, Site, Sites
 
 Values = Mapping[Point, Tensor] | Mapping[Site, Tensor]
-"""What is written instead of another run's activations: a whole activation by point, or a value by site (which
-broadcasts to its positions and width)."""
+"""What is written instead of another run's activations: a whole activation by point, or a value by site
+(which broadcasts to its positions and width)."""
 
 
 def patch(
     network: Network,
     pair: Pair,
-    sites: Sequence[Site],
+    sites: Sites,
     direction: str = "denoise",
     *,
     values: Values | None = None,
@@ -35,6 +35,7 @@ def patch(
     `denoise` copies clean activations into the corrupt run (what is sufficient?), `noise` corrupt
     ones into the clean run (what is necessary?); `values` are written into that run instead.
     """
+    sites = network.placed(sites, pair.clean)
     runs = [(pair.clean, ()), (pair.corrupt, pair.edits)]
     many = len(pair.answers)
     logits = [forward(network, inputs, edits, positions=many).logits for inputs, edits in runs]

@@ -15,7 +15,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from vlmscope.errors import VlmscopeError
-from vlmscope.inputs import Pair
+from vlmscope.models.inputs import Pair
 
 _NOISE = re.compile(r"[^\w\s]|\b(a|an|the)\b")
 
@@ -54,8 +54,8 @@ def _kl(logits: Float[Tensor, "rows vocabulary"], base: Baselines) -> Float[Tens
 
 
 METRICS = ("ld", "p", "logprob", "kl")
-"""The logit difference; the answer's probability; the log-probability of the whole answer, token by token; the
-Kullback-Leibler divergence of the next token's distribution from the clean run's."""
+"""The logit difference; the answer's probability; the log-probability of the whole answer, token by token;
+the Kullback-Leibler divergence of the next token's distribution from the clean run's."""
 
 
 def check_metric(metric: str | Metric) -> None:
@@ -96,6 +96,18 @@ def score(
     return Score(p, ld, named[metric] if metric in named else _kl(logits[:, -1], base))
 
 
+def logit_difference(logits: Float[Tensor, "vocabulary"], pair: Pair) -> float:
+    """LD of one run at the read-out position.
+
+    >>> import torch
+    >>> from vlmscope.models.inputs import Inputs
+    >>> nothing = Inputs({}, {})
+    >>> logit_difference(torch.tensor([2.0, 0.5]), Pair(nothing, nothing, 0, 1))
+    1.5
+    """
+    return float(score(logits[None, None], baselines(logits[None], logits[None], pair)).ld)
+
+
 def baselines(clean: Tensor, corrupt: Tensor, pair: Pair) -> Baselines:
     return Baselines(clean, corrupt, pair.answers, pair.foil)
 
@@ -118,7 +130,8 @@ def least_gap(precision: str, size: float) -> float:
 
 
 def effect(value: float, clean: float, corrupt: float, least: float = 0.0) -> float | None:
-    """(value − corrupt) / (clean − corrupt), of LD or another metric; None where the gap is no larger than `least`.
+    """(value − corrupt) / (clean − corrupt), of LD or another metric; None where the gap is no larger than
+    `least`.
 
     >>> effect(1.0, 3.0, -1.0)
     0.5

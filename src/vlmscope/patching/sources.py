@@ -5,22 +5,22 @@ Positions of two examples correspond by their slots (`layout.slots`).
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable
 from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
 from vlmscope.errors import ExampleError, VlmscopeError
-from vlmscope.inputs import Inputs
 from vlmscope.layout import slots
+from vlmscope.models.inputs import Inputs
 from vlmscope.runs.forward import forward
 from vlmscope.runs.network import Network
 from vlmscope.sites import Point, Site
 
 Source = Literal["clean", "zero", "mean", "resample"]
-"""`clean`: the other run of the pair. The others ablate: zeros, the mean over the examples' clean runs at the same
-slot, or the clean run of another example."""
+"""`clean`: the other run of the pair. The others ablate: zeros, the mean over the examples' clean runs at
+the same slot, or the clean run of another example."""
 
 
 def check_source(source: str) -> None:
@@ -80,7 +80,7 @@ class Means:
 
 
 def resampled(
-    network: Network, inputs: Inputs, others: Sequence[Inputs], points: Collection[Point]
+    network: Network, inputs: Inputs, others: Iterable[Inputs], points: Collection[Point]
 ) -> dict[Point, Tensor]:
     """The activations of the first of some other runs that has a token wherever this one has.
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vlmscope.inputs import Change, Edit, Inputs
+from vlmscope.models.inputs import Change, Edit, Inputs
 from vlmscope.runs.forward import edited, editing, forward
 from vlmscope.runs.hooks import Hooks
 from vlmscope.runs.network import Network
@@ -64,7 +64,7 @@ def trace(
     pixels = inputs.tensors[family.pixels]
     known = None if inside or not whole else images.find(pixels)
     found = Trace(torch.empty(0), {})
-    with _recording(network, inputs, found):
+    with network.alone(), _recording(network, inputs, found):
         if known is None:
             found.logits, found.values = forward(network, inputs, edits, points, positions)
             if whole and images.find(pixels) is None:

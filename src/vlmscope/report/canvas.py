@@ -1,4 +1,4 @@
-"""What all figures share: panels in a grid that is laid out in inches, colour scales and bars, text.
+"""What all figures share: panels that are laid out in inches, colour scales and bars, text.
 
 A layout engine of matplotlib draws each figure twice and measures every text; here the sizes are known before
 anything is drawn. No pyplot, so nothing keeps a figure alive: a notebook shows it by its axes.
@@ -15,16 +15,18 @@ from typing import Any, NamedTuple
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
-from matplotlib.colorbar import make_axes
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from matplotlib.font_manager import FontProperties, findfont, get_font
+from matplotlib.image import BboxImage
 from matplotlib.ticker import MaxNLocator
+from matplotlib.transforms import Bbox, Transform, TransformedBbox
 
 from vlmscope.errors import DataError
 
-INK, MISSING = "#222222", "#d4d4d4"
-BAR = 1.1
+DARK = "#222222"
+NOT_PATCHED = "#d4d4d4"
+BAR = 1.2
 """What a colour bar takes at the right of its panels, with its numbers and its label, in inches."""
 
 
@@ -33,19 +35,19 @@ class ShownAxes(Axes):
 
     def _repr_png_(self) -> bytes:
         buffer = io.BytesIO()
-        figure_of([self]).savefig(buffer, format="png")
+        figure_of(self).savefig(buffer, format="png")
         return buffer.getvalue()
 
 
 class Margins(NamedTuple):
     """What is free around a grid of panels, and between them, in inches."""
 
-    left: float = 0.1
-    bottom: float = 0.1
-    right: float = 0.1
-    top: float = 0.35
-    across: float = 0.1
-    down: float = 0.1
+    left: float
+    bottom: float
+    right: float
+    top: float
+    across: float = 0.0
+    down: float = 0.0
 
 
 def grid(
@@ -74,45 +76,14 @@ def grid(
     return axes
 
 
-def add_bar(axes: Sequence[Axes], scale: ScalarMappable, label: str, *, below: bool = False) -> None:
-    """The colour bar of these panels: at their right, or below them."""
-    figure, length = figure_of(axes), 3.6
-    if all(isinstance(each, ShownAxes) for each in axes):
-        width, height = figure.get_size_inches()
-        boxes = [each.get_position() for each in axes]
-        left, right = min(box.x0 for box in boxes), max(box.x1 for box in boxes)
-        low, high = min(box.y0 for box in boxes), max(box.y1 for box in boxes)
-        length = min(length, (right - left) * width if below else (high - low) * height)
-        if below:
-            place = (left, low - 0.3 / height, length / width, 0.14 / height)
-        else:
-            place = (right + 0.2 / width, (low + high - length / height) / 2, 0.17 / width, length / height)
-        spot = figure.add_axes(place)
-    else:
-        spot, _ = make_axes(list(axes), location="bottom" if below else "right")
-    first, last = scale.get_clim()
-    shades = np.linspace(first, last, 256)[None]
-    shown, extent = (shades, (first, last, 0, 1)) if below else (shades.T, (0, 1, first, last))
-    spot.imshow(shown, cmap=scale.cmap, norm=scale.norm, aspect="auto", origin="lower", extent=extent)  # type: ignore[arg-type]
-    spot.spines[:].set_visible(False)
-    ticks = MaxNLocator(int(2 + 1.8 * length), steps=[1, 2, 5, 10]).tick_values(first, last)
-    ticks = [tick for tick in ticks if first <= tick <= last]
-    axis = spot.xaxis if below else spot.yaxis
-    axis.set_ticks(ticks, [f"{tick:g}".replace("-", "−") for tick in ticks], fontsize=8, color=INK)
-    axis.set_label_text(textwrap.fill(label, max(20, int(14 * length))), fontsize=9, color=INK)
-    if below:
-        spot.yaxis.set_visible(False)
-    else:
-        spot.xaxis.set_visible(False)
-        spot.yaxis.tick_right()
-        spot.yaxis.set_label_position("right")
-
-
-def figure_of(axes: Sequence[Axes]) -> Figure:
-    """The figure that axes are in, the whole one where they are of a part of it."""
-    figure = axes[0].get_figure(root=True)
+def figure_of(axes: Axes) -> Figure:
+    """The whole figure that axes are in."""
+    figure = axes.get_figure(root=True)
     assert isinstance(figure, Figure)
     return figure
+
+
+# --- colours ---------------------------------------------------------------------------------
 
 
 def centred(values: Iterable[Any], least: float = 0.0) -> ScalarMappable:
@@ -122,11 +93,48 @@ def centred(values: Iterable[Any], least: float = 0.0) -> ScalarMappable:
     return ScalarMappable(Normalize(-limit, limit), "RdBu_r")
 
 
-def title(axes: Axes, text: str, size: float = 10) -> None:
-    axes.set_title(text, fontsize=size, color=INK, y=1.0, parse_math=False)
+def add_bar(axes: Sequence[Axes], scale: ScalarMappable, label: str) -> None:
+    """The colour bar at the right of these axes."""
+    figure = figure_of(axes[0])
+    if not all(isinstance(each, ShownAxes) for each in axes):  # of a figure that others have laid out
+        figure.colorbar(scale, ax=list(axes), label=label)
+        return
+    width, height = figure.get_size_inches()
+    boxes = [each.get_position() for each in axes]
+    low, high = (height * end for end in (min(box.y0 for box in boxes), max(box.y1 for box in boxes)))
+    right = width * max(box.x1 for box in boxes) + 0.2
+    draw_bar(figure, figure.dpi_scale_trans, scale, label, (right, (low + high) / 2), min(high - low, 3.6))
+
+
+def draw_bar(
+    owner: Axes | Figure,
+    inches: Transform,
+    scale: ScalarMappable,
+    label: str,
+    middle: tuple[float, float],
+    length: float,
+) -> None:
+    """An upright colour bar without axes of its own; `middle` is that of its left side."""
+    first, last = scale.get_clim()
+    box = Bbox.from_bounds(middle[0], middle[1] - length / 2, 0.17, length)
+    place = TransformedBbox(box, inches)
+    image = BboxImage(place, cmap=scale.cmap, norm=scale.norm, origin="lower")  # type: ignore[arg-type]
+    image.set_data(np.linspace(first, last, 256)[:, None])
+    owner.add_artist(image)
+    style: dict[str, Any] = {"transform": inches, "color": DARK, "va": "center"}
+    text = textwrap.fill(label, max(12, int(15 * length)))
+    owner.text(box.x1 + 0.6, middle[1], text, rotation=90, ha="center", fontsize=9, **style)
+    for tick in MaxNLocator(int(2 + 1.8 * length), steps=[1, 2, 5, 10]).tick_values(first, last):
+        if first <= tick <= last:
+            y = box.y0 + length * (tick - first) / (last - first)
+            owner.text(box.x1 + 0.06, y, f"{tick:g}".replace("-", "−"), fontsize=8, **style)
 
 
 # --- text ------------------------------------------------------------------------------------
+
+
+def set_title(axes: Axes, text: str, size: float = 10) -> None:
+    axes.set_title(text, fontsize=size, color=DARK, y=1.0, parse_math=False)
 
 
 @lru_cache(maxsize=8192)

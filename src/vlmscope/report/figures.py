@@ -1,25 +1,24 @@
 """Figures of a table of patches, for notebooks, papers and the report.
 
 `layer_by_token` and `layer_by_head` take the effects table of `read_run` or `sweep`, `panels` tables of
-`vlmscope.token_table` and `vlmscope.head_table`. All draw into the matplotlib axes `ax` if they are given, else
-into a new figure, and give the axes: a notebook shows them, `axes.figure.savefig("heads.pdf")` writes PNG, SVG
-or PDF by the suffix.
+`vlmscope.token_table` and `vlmscope.head_table`. All draw into the matplotlib axes `ax` if they are given,
+else into a new figure, and give the axes: a notebook shows them, and `axes.figure.savefig("heads.pdf")`
+writes PNG, SVG or PDF by the suffix.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 
-from vlmscope.report.canvas import BAR, INK, Margins, add_bar, drawable, figure_of, grid, text_width, title
-from vlmscope.report.captions import KINDS, TOWERS, upper_first
-from vlmscope.report.heat_maps import VALUES, colour_scale, full_colour, heat_map, label_columns, panels
+from vlmscope.report.canvas import DARK, Margins, figure_of, grid, set_title, text_width
+from vlmscope.report.heat_maps import panels
+from vlmscope.report.words import KINDS, TOWERS, upper_first
 from vlmscope.studies.tables import head_table, token_table
 
-__all__ = ["full_colour", "layer_by_head", "layer_by_token", "measures", "panels", "universal"]
+__all__ = ["layer_by_head", "layer_by_token", "measures", "panels", "universal"]
 
 
 def layer_by_token(
@@ -75,47 +74,28 @@ def universal(heads: pd.DataFrame, *, most: int = 30, gap: float = 0.0, ax: Axes
     rows = heads.assign(name=name, size=heads["mean"].abs())
     order = rows.groupby("name").agg(count=("important", "sum"), size=("size", "mean"))
     order = order[order["count"] > 0].sort_values(["count", "size"], ascending=False).head(most)[::-1]
-    runs, names = list(rows["run"].unique()), list(order.index)
-    table = rows.pivot_table(index="name", columns="run", values="mean").reindex(names)[runs]
-    labels = [drawable(run, 24) for run in runs]
-    size = (0.55 * len(runs) + 0.5, 0.25 * max(len(names), 3))
-    left = max((text_width(each) for each in names), default=0.5) + 0.15
-    below = 0.2 + 0.75 * max(text_width(each) for each in labels)
-    (axes,) = grid(ax, 1, 1, size, Margins(left, below, BAR, top=0.1))
-    if not names:
-        axes.set_axis_off()
-        axes.text(0.5, 0.5, "no head is important", ha="center", va="center", fontsize=9, color=INK)
-        return axes
-    scale = colour_scale([table], "logit_diff", gap)
-    important = rows[rows["important"] & rows["name"].isin(names)]
-    heat_map(axes, table, scale, list(zip(important["name"], important["run"], strict=True)))
+    runs = list(rows["run"].unique())
+    table = rows.pivot_table(index="name", columns="run", values="mean").reindex(order.index)[runs]
+    important = rows[rows["important"] & rows["name"].isin(order.index)]
+    marks = {"": list(zip(important["name"], important["run"], strict=True))}
+    (axes,) = panels({"": table.rename_axis(index="", columns="")}, marks=marks, gap=gap, ax=ax)
     confirmed = important[important["confirmed"]]
-    axes.scatter(
-        table.columns.get_indexer(confirmed["run"]) + 0.5,
-        table.index.get_indexer(confirmed["name"]) + 0.5,
-        s=75,
-        facecolors="none",
-        edgecolors=INK,
-        linewidths=1.0,
-    )
-    label_columns(axes, labels, [False] * len(runs))
-    axes.tick_params(left=False)
-    axes.set_yticks(np.arange(len(names)) + 0.5, names, fontsize=8, color=INK)
+    across, up = table.columns.get_indexer(confirmed["run"]), table.index.get_indexer(confirmed["name"])
+    axes.scatter(across + 0.5, up + 0.5, s=75, facecolors="none", edgecolors=DARK, linewidths=1.0)
     for tick, count in zip(axes.get_yticklabels(), order["count"], strict=True):
         tick.set_fontweight("bold" if count == len(runs) else "normal")
-    add_bar([axes], scale, VALUES["logit_diff"])
     return axes
 
 
 def measures(table: pd.DataFrame, names: Sequence[str], *, ax: Iterable[Axes] | None = None) -> list[Axes]:
-    """A panel a measure: for each word its value with its interval, and beside it the null and random neurons.
+    """A panel a measure: for each word its value with its interval, beside it the null and random neurons.
 
     `table` is the `measures` of `vlmscope.concepts.measure`; `ax` are axes to draw into, one a name.
     """
     words = list(dict.fromkeys(table["word"]))[::-1]
     size = (1.9, max(0.9, 0.24 * len(words)))
     left = max(text_width(word) for word in words) + 0.2
-    axes = grid(ax, len(names), len(names), size, Margins(left, 0.65, 0.15, across=0.25))
+    axes = grid(ax, len(names), len(names), size, Margins(left, 0.65, 0.15, 0.35, across=0.25))
     for n, (spot, name) in enumerate(zip(axes, names, strict=True)):
         rows = table[(table["measure"] == name) & (table["method"] == "contribution")]
         at = rows["word"].map(words.index)
@@ -123,7 +103,7 @@ def measures(table: pd.DataFrame, names: Sequence[str], *, ax: Iterable[Axes] | 
         spot.plot(rows["value"], at, "o", color="#1f3f66", ms=4.5, label="the word's neurons")
         spot.plot(rows["null"], at, "|", color="#333333", ms=9, mew=1.6, label="null")
         spot.plot(rows["random"], at, "x", color="#B07020", ms=5, label="random neurons")
-        title(spot, name, 9.5)
+        set_title(spot, name, 9.5)
         spot.set_ylim(-0.6, len(words) - 0.4)
         spot.set_yticks(
             range(len(words)), words if n == 0 or ax is not None else [""] * len(words), fontsize=8.5
@@ -133,7 +113,7 @@ def measures(table: pd.DataFrame, names: Sequence[str], *, ax: Iterable[Axes] | 
         spot.set_axisbelow(True)
         spot.spines[["top", "right"]].set_visible(False)
     handles = axes[0].get_legend_handles_labels()
-    figure_of(axes).legend(*handles, fontsize=8, loc="lower center", ncols=3, frameon=False)
+    figure_of(axes[0]).legend(*handles, fontsize=8, loc="lower center", ncols=3, frameon=False)
     return axes
 
 

@@ -1,27 +1,34 @@
-"""Figures on disk and in the page, and the templates that show them."""
+"""Figures on disk and in the page, and the templates that show them; whatever comes from data is escaped."""
 
 from __future__ import annotations
 
 import base64
 import io
+import json
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jinja2
 import pandas as pd
 from markupsafe import Markup
 from matplotlib.axes import Axes
 
+from vlmscope.errors import StoreError
 from vlmscope.report.canvas import figure_of
-from vlmscope.report.captions import digits, upper_first
+from vlmscope.report.heat_maps import full_colour, panels
+from vlmscope.report.ranking import by_size
+from vlmscope.report.words import digits, ends, percent, plural, short_number, upper_first
+from vlmscope.stats import FEWEST
+from vlmscope.studies.tables import slot_words
 
 
 class Shown(NamedTuple):
     """A figure in the page: its caption, the picture itself, and the files beside the page."""
 
-    caption: str
+    caption: Markup
     image: str
     files: list[tuple[str, str]]
 
@@ -36,35 +43,75 @@ class Section(NamedTuple):
 
 @dataclass(frozen=True)
 class Gallery:
-    """Saves each figure, and its data as CSV, in the folder beside the page."""
+    """Saves each figure as PNG, in further formats, and its data as CSV, in the folder beside the page."""
 
     folder: Path
     prefix: str
-    formats: tuple[str, ...] = ()
-    """Beside PNG."""
+    formats: tuple[str, ...]
 
-    def show(self, name: str, drawn: Axes | list[Axes], caption: str, data: pd.DataFrame) -> Shown:
-        """Save the figure that these axes are in, in all formats, and its data."""
-        stem = f"{self.prefix}-{name}"
-        figure = figure_of([drawn] if isinstance(drawn, Axes) else drawn)
-        png = io.BytesIO()
-        # A third of the usual effort: as small, and sooner.
-        figure.savefig(png, format="png", dpi=144, pil_kwargs={"compress_level": 3})
+    def show(
+        self, name: str, drawn: Axes | list[Axes], data: pd.DataFrame, caption: str, **values: object
+    ) -> Shown:
+        """Save the figure that these axes are in; its caption is a macro of `captions.html`."""
+        stem, png = f"{self.prefix}-{name}", io.BytesIO()
+        figure = figure_of(drawn if isinstance(drawn, Axes) else drawn[0])
+        # A third of the usual effort to make it small: as small, and sooner.
+        figure.savefig(png, format="png", dpi=120, pil_kwargs={"compress_level": 3})
         (self.folder / f"{stem}.png").write_bytes(png.getvalue())
         for ending in self.formats:
             figure.savefig(self.folder / f"{stem}.{ending}")
         data.to_csv(self.folder / f"{stem}.csv", index=False)
-        endings = [(ending, ending.upper()) for ending in ("png", *self.formats)]
-        files = [
-            (f"{self.folder.name}/{stem}.{ending}", text) for ending, text in [*endings, ("csv", "data")]
-        ]
-        return Shown(caption, data_address(png.getvalue()), files)
+        links = {"png": "PNG", **{ending: ending.upper() for ending in self.formats}, "csv": "data"}
+        files = [(f"{self.folder.name}/{stem}.{ending}", text) for ending, text in links.items()]
+        text = getattr(_templates().get_template("captions.html").module, caption)(**values)
+        return Shown(Markup(" ".join(text.split())), data_address(png.getvalue()), files)
+
+    def show_panels(
+        self,
+        name: str,
+        cells: Mapping[str, pd.DataFrame],
+        tables: Mapping[str, pd.DataFrame],
+        gap: float,
+        marks: Mapping[str, list[tuple[int, int]]] | None = None,
+        data: pd.DataFrame | None = None,
+    ) -> Shown:
+        """Tables of layers side by side, by title, with the cells that they are made of as data."""
+        rows = pd.concat([each.assign(panel=title) for title, each in cells.items()], ignore_index=True)
+        most = rows.groupby("panel")["n"].transform("max")
+        slots: Iterable[tuple[str, str]] = ()
+        if "head" in rows:
+            slots = zip(rows["position" if "position" in rows else "slot"], rows["tower"], strict=True)
+        return self.show(
+            name,
+            panels(tables, marks=marks, gap=gap),
+            rows if data is None else data,
+            "panels",
+            rows=rows,
+            best=by_size(rows, rows["mean"].abs(), most).iloc[0],
+            held=(rows["n"] < most / 2).any(),
+            column="head" if "head" in rows else "slot",
+            slots=list(dict.fromkeys(slot_words(*place) for place in dict.fromkeys(slots))),
+            full=full_colour(tables.values(), gap=gap),
+            important=None if marks is None else sum(map(len, marks.values())),
+        )
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    try:
+        return dict(json.loads(file.read_text("utf-8")))
+    except ValueError as error:
+        raise StoreError(f"{file}: is damaged ({error}); write that folder anew") from error
 
 
 def data_address(png: bytes | Path) -> str:
     """A PNG as an address that holds it."""
     content = png.read_bytes() if isinstance(png, Path) else png
     return f"data:image/png;base64,{base64.b64encode(content).decode()}"
+
+
+def render(template: str, **values: object) -> Markup:
+    """A template of `templates/` with these values."""
+    return Markup(_templates().get_template(template).render(values))
 
 
 @cache
@@ -76,11 +123,7 @@ def _templates() -> jinja2.Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    templates.filters |= {"inline": data_address, "upper_first": upper_first, "digits": digits}
-    templates.globals["zip"] = zip
+    templates.filters |= {"inline": data_address, "short": short_number, "digits": digits, "percent": percent}
+    templates.filters |= {"upper_first": upper_first, "plural": plural}
+    templates.globals |= {"zip": zip, "ends": ends, "percent": percent, "FEWEST": FEWEST}
     return templates
-
-
-def render(template: str, **values: object) -> Markup:
-    """A template of `templates/`; whatever is no markup is escaped."""
-    return Markup(_templates().get_template(template).render(values))

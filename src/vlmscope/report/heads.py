@@ -1,4 +1,4 @@
-"""The section of what `heads` wrote: what each head does, with its evidence."""
+"""The sections of what `circuits` and `heads` wrote: which heads matter, and what they do."""
 
 from __future__ import annotations
 
@@ -6,21 +6,59 @@ from pathlib import Path
 
 import pandas as pd
 
-from vlmscope.report import image_maps
-from vlmscope.report.folder import read_json
-from vlmscope.report.gallery import Gallery, Section, Shown, render
+from vlmscope.report import figures, image_maps
+from vlmscope.report.gallery import Gallery, Section, Shown, read_json, render
+from vlmscope.report.words import KINDS, TOWERS, upper_first
+from vlmscope.studies.known import Known
 from vlmscope.studies.run_folder import read_run
+
+
+def circuits_section(folder: Path, gallery: Gallery) -> Section:
+    about, heads = read_json(folder / "circuits.json"), pd.read_parquet(folder / "heads.parquet")
+    everywhere = pd.read_csv(folder / "universal.csv").query("universal")
+    gaps = {str(name): float(gap) for name, gap in about.get("gaps", {}).items()}
+    known = {name: Known(**fields) for name, fields in about.get("known", {}).items()}
+    drawn = figures.universal(heads, gap=max(gaps.values(), default=0.0))
+    values = {
+        "heads": heads,
+        "everywhere": [f"{r.tower} L{r.layer} {r.kind} H{r.head}" for r in everywhere.itertuples()],
+        "chance": [found for found in about.get("chance", []) if found["in_every_run"]],
+    }
+    shown = [("", gallery.show("universal", drawn, heads, "universal", **values))]
+    for (tower, kind), rows in heads.groupby(["tower", "kind"], sort=False):
+        heading = upper_first(f"{KINDS[str(kind)]} heads, {TOWERS[str(tower)]}")
+        shown.append((heading, _by_run(f"{tower}-{kind}", rows, gaps, gallery)))
+    warnings = [(name, text) for name, each in known.items() for text in each.sentences[1:]]
+    text = render("circuits.html", warnings=warnings, figures=shown)
+    is_unknown = bool(known) and all(each.severity == "unknown" for each in known.values())
+    return Section("Important and universal heads", text, is_unknown)
+
+
+def _by_run(name: str, rows: pd.DataFrame, gaps: dict[str, float], gallery: Gallery) -> Shown:
+    """Layers x heads of each run, with a dot on the important ones."""
+    tables, marks, cells = {}, {}, {}
+    for run, table in rows.groupby("run", sort=False):
+        title = f"{run}, at {table['position'].iloc[0]}, n = {table['n'].max()}"
+        tables[title] = table.pivot(index="layer", columns="head", values="mean")
+        cells[title] = table.rename(columns={"ci_low": "low", "ci_high": "high"})
+        important = table[table["important"]]
+        marks[title] = list(zip(important["layer"], important["head"], strict=True))
+    gap = max(gaps.get(str(run), 0.0) for run in rows["run"].unique())
+    return gallery.show_panels(name, cells, tables, gap, marks, rows)
 
 
 def section(folder: Path, gallery: Gallery) -> Section:
     about, heads = read_json(folder / "heads.json"), pd.read_csv(folder / "functions.csv")
-    attention = _attention(folder, heads, gallery)
+    attention, together = _attention(folder, heads, gallery), pd.read_csv(folder / "together.csv")
+    these = (together["set"] == "these heads") & (together["knockout"] == "mean")
     text = render(
         "heads.html",
         model=about["model"],
         n=heads["n"].max(),
-        counts=", ".join(f"{n} {label}" for label, n in heads["label"].value_counts().items()),
-        together=_together(pd.read_csv(folder / "together.csv")),
+        counts=heads["label"].value_counts().to_dict(),
+        whole=together.loc[together["set"] == "none", "accuracy"].iloc[0],
+        these=together.loc[these, "accuracy"].iloc[0],
+        random=together.loc[together["set"] == "random heads", "accuracy"],
         heads=heads[["site", "label", "evidence"]].rename(columns={"site": "head"}),
         figures=[("Where they look, and what the patches do", attention)] if attention else [],
     )
@@ -34,39 +72,19 @@ def _attention(folder: Path, heads: pd.DataFrame, gallery: Gallery) -> Shown | N
         return None
     run = read_run(folder / "patches")
     pictures = {e["id"]: e["clean_image"] for e in run.pictures() if e.get("clean_image")}
-    largest = _size(pd.read_csv(folder / "measures.csv"), heads).sort_values(ascending=False).index
-    sites = [site for site in heads["site"][largest] if site in set(maps["site"])][:5]
+    # How far each head moves LD: patched in where that was done, else knocked out.
+    size = (
+        pd.read_csv(folder / "measures.csv")
+        .pivot_table(index="site", columns="measure", values="value")
+        .abs()
+    )
+    size = heads["site"].map(size["effect" if "effect" in size else "mean"]).fillna(0.0)
+    sites = heads["site"][size.sort_values(ascending=False).index]
+    sites = [site for site in sites if site in set(maps["site"])][:5]
     maps = maps[maps["site"].isin(sites)]
     maps = maps.sort_values("site", key=lambda column: column.map(sites.index), kind="stable")
     if not set(maps["example"]) & set(pictures):
         return None
     titles = {r.site: f"{r.tower} L{r.layer} H{r.head}\n{r.label}" for r in heads.itertuples()}
-    return gallery.show(
-        "attention",
-        image_maps.attention(maps, pictures, run.effects(), titles=titles),
-        "Attention minus the mean over all heads, for the heads that move LD most; the line is the object's "
-        "outline in patches. At the right the change of LD when a single patch, as the language model reads it, "
-        "is taken from the clean image.",
-        maps,
-    )
-
-
-def _size(measures: pd.DataFrame, heads: pd.DataFrame) -> pd.Series[float]:
-    """How far each head moves LD: patched in where that was done, else knocked out."""
-    by = measures.pivot_table(index="site", columns="measure", values="value").abs()
-    column = "effect" if "effect" in by else "mean"
-    return heads["site"].map(by[column]).fillna(0.0)
-
-
-def _together(table: pd.DataFrame) -> str:
-    whole = table.loc[table["set"] == "none", "accuracy"].iloc[0]
-    is_mean = (table["set"] == "these heads") & (table["knockout"] == "mean")
-    these = table.loc[is_mean, "accuracy"].iloc[0]
-    text = f"With all of them set to their mean at once, accuracy falls from {whole:.0%} to {these:.0%}"
-    random = table.loc[table["set"] == "random heads", "accuracy"]
-    if random.empty:
-        return f"{text}; there are too few other heads to compare with."
-    return (
-        f"{text}; with equally many random heads of the same layers, to {random.mean():.0%} "
-        f"({len(random)} draws, from {random.min():.0%} to {random.max():.0%})."
-    )
+    drawn = image_maps.attention(maps, pictures, run.effects(), titles=titles)
+    return gallery.show("attention", drawn, maps, "attention")

@@ -9,6 +9,7 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from math import cos, radians, sin
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -17,19 +18,20 @@ from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize
 from matplotlib.patches import Rectangle
 
+from vlmscope.errors import DataError
 from vlmscope.report.canvas import (
     BAR,
-    INK,
-    MISSING,
+    DARK,
+    NOT_PATCHED,
     Margins,
     add_bar,
     centred,
     drawable,
     grid,
+    set_title,
     text_width,
-    title,
 )
-from vlmscope.report.captions import short_number
+from vlmscope.report.words import short_number
 
 VALUES = {
     "logit_diff": "change in logit difference (logits)",
@@ -76,53 +78,79 @@ def panels(
     that the scale's floor knows, by default the largest in the tables' `attrs`. `ax` are axes to draw into,
     one a table. Gives the axes of the tables.
     """
+    if not tables:
+        raise DataError("no tables to draw")
     known = [table.attrs["gap"] for table in tables.values() if table.attrs.get("gap")]
     scale = colour_scale(tables.values(), value, max(known, default=0.0) if gap is None else gap)
-    held = list(tables.values())
-    width = float(np.clip(0.36 * max(table.shape[1] for table in held), 2.7, 11.0))
-    height = float(np.clip(0.26 * max(table.shape[0] for table in held), 1.3, 6.0))
-    across = 3 if width <= 4.3 and len(held) != 4 else 2 if width <= 6.2 else 1
-    names = [column_names(table) for table in held]
-    one_index = ax is None and all(table.index.equals(held[0].index) for table in held)
+    names, index = list(map(column_names, tables.values())), next(iter(tables.values())).index
+    one_index = ax is None and all(table.index.equals(index) for table in tables.values())
     one_header = ax is None and all(each == names[0] for each in names)
-    titles = [_wrapped(text, width) for text in tables]
-    left, below = (max(each) for each in zip(*(_outside(each, width) for each in names), strict=True))
-    above = 0.16 + 0.16 * max(text.count("\n") + 1 for text in titles)
-    margins = Margins(
-        left,
-        below,
-        BAR,
-        above,
-        across=max(0.2, left - 0.45) if one_index else left,
-        down=above + (0.0 if one_header else below),
-    )
-    axes = grid(ax, len(held), across, (width, height), margins)
-    for n, (spot, text, table) in enumerate(zip(axes, tables, held, strict=True)):
-        heat_map(spot, table, scale, None if marks is None else marks.get(text, ()))
-        title(spot, titles[n])
-        if not one_header or n + across >= len(held):
+    axes, across = _laid_out(tables, names, one_index, one_header, ax)
+    for n, (spot, (title, table)) in enumerate(zip(axes, tables.items(), strict=True)):
+        heat_map(spot, table, scale, None if marks is None else marks.get(title, ()))
+        spot.tick_params(left=False, bottom=False)
+        if one_header and n + across < len(axes):
+            spot.set_xticks(())
+        else:
             label_columns(spot, names[n], [c in table.attrs.get("roles", ()) for c in table.columns])
-            spot.set_xlabel(str(table.columns.name or ""), fontsize=9, color=INK)
-        if not one_index or n % across == 0:
-            label_layers(spot, table)
+            spot.set_xlabel(str(table.columns.name or ""), fontsize=9, color=DARK)
+        if one_index and n % across:
+            spot.set_yticks(())
+        else:
+            label_rows(spot, table)
     add_bar(axes, scale, VALUES[value])
     return axes
 
 
+def _laid_out(
+    tables: Mapping[str, pd.DataFrame],
+    names: Sequence[Sequence[str]],
+    one_index: bool,
+    one_header: bool,
+    ax: Axes | Iterable[Axes] | None,
+) -> tuple[list[Axes], int]:
+    """Axes for tables, with titles, and how many stand in a row; labels that all share will stand once."""
+    width = float(np.clip(0.36 * max(table.shape[1] for table in tables.values()), 2.7, 11.0))
+    height = float(np.clip(0.26 * max(table.shape[0] for table in tables.values()), 1.3, 6.0))
+    across = 3 if width <= 4.3 and len(tables) != 4 else 2 if width <= 6.2 else 1
+    titles = [_wrapped(title, width + (len(tables) == 1)) for title in tables]
+    above = 0.16 + 0.16 * max(title.count("\n") + 1 for title in titles)
+    outside = [_outside(table, each, width) for table, each in zip(tables.values(), names, strict=True)]
+    left, below = max(beside for beside, _ in outside), max(under for _, under in outside)
+    apart = (max(0.2, left - 0.45) if one_index else left, above if one_header else above + below)
+    axes = grid(ax, len(tables), across, (width, height), Margins(left, below, BAR, above, *apart))
+    for spot, title in zip(axes, titles, strict=True):
+        set_title(spot, title)
+    return axes, across
+
+
+def _outside(table: pd.DataFrame, names: Sequence[str], width: float) -> tuple[float, float]:
+    """What the labels of a table take at its left and below, in inches."""
+    angle = radians(_angle(names))
+    widths = [text_width(name) for name in names]
+    starts = [wide * cos(angle) - (n + 0.5) * width / len(names) for n, wide in enumerate(widths)]
+    left = max(text_width(str(label)) + 0.35 for label in ["", *table.index])
+    return max([left, *starts]) if angle else left, 0.45 + (max(widths) * sin(angle) if angle else 0.0)
+
+
 def heat_map(
-    axes: Axes, table: pd.DataFrame, scale: ScalarMappable, marks: Iterable[tuple[int, int]] | None = None
+    axes: Axes, table: pd.DataFrame, scale: ScalarMappable, marks: Iterable[tuple[Any, Any]] | None = None
 ) -> None:
-    """The cells alone, without labels; with dots on the `marks`, or in a head table the strongest outlined."""
-    axes.set(xticks=(), yticks=())
+    """The cells, without labels; with dots on the `marks`, or in a head table the strongest outlined."""
     axes.spines[:].set_visible(False)
-    axes.set_facecolor(MISSING)
+    axes.set_facecolor(NOT_PATCHED)
+    if table.empty:
+        axes.set(xlim=(0, table.shape[1]), ylim=(0, 1))
+        axes.text(table.shape[1] / 2, 0.5, "nothing of this kind\nin the table", ha="center", va="center")
+        return
     cells = np.ma.masked_invalid(table.to_numpy(dtype=float))
     style = {"edgecolors": "white", "linewidth": 0.6} if cells.shape[1] <= 60 else {"rasterized": True}
     axes.pcolormesh(cells, cmap=scale.cmap, norm=scale.norm, **style)  # type: ignore[arg-type]
-    if marks is not None:
-        add_dots(axes, [(table.index.get_loc(r), table.columns.get_loc(c)) for r, c in marks])
-    elif table.columns.name == "head":
+    if marks is None and table.columns.name == "head":
         _outline_strongest(axes, cells, scale)
+    elif places := [(table.columns.get_loc(c), table.index.get_loc(r)) for r, c in marks or ()]:
+        across, up = np.transpose(places) + 0.5  # with a light rim, to be seen on any colour
+        axes.scatter(across, up, s=22, color=DARK, edgecolors="white", linewidths=1.0)
 
 
 def column_names(table: pd.DataFrame) -> list[str]:
@@ -130,17 +158,17 @@ def column_names(table: pd.DataFrame) -> list[str]:
     labels, n = table.attrs.get("labels", {}), table.attrs.get("n", {})
     most = max(n.values(), default=0)
     return [
-        drawable(str(labels.get(column, column)), 24)
+        drawable(str(labels.get(column, column)).replace("\n", "□"), 24)
         + (f"  n={n[column]}" if n.get(column, most) < most else "")
         for column in table.columns
     ]
 
 
-def label_layers(axes: Axes, table: pd.DataFrame) -> None:
-    layers = spread(list(range(len(table))), 16)
-    axes.tick_params(left=False)
-    axes.set_yticks([n + 0.5 for n in layers], [str(table.index[n]) for n in layers], fontsize=8, color=INK)
-    axes.set_ylabel("layer", fontsize=9, color=INK)
+def label_rows(axes: Axes, table: pd.DataFrame) -> None:
+    """Some layers, or all names."""
+    rows = spread(list(range(len(table))), 16 if table.index.name == "layer" else len(table))
+    axes.set_yticks([n + 0.5 for n in rows], [str(table.index[n]) for n in rows], fontsize=8, color=DARK)
+    axes.set_ylabel(table.index.name, fontsize=9, color=DARK)
 
 
 def label_columns(axes: Axes, names: Sequence[str], is_bold: Sequence[bool]) -> None:
@@ -150,42 +178,26 @@ def label_columns(axes: Axes, names: Sequence[str], is_bold: Sequence[bool]) -> 
     keep = {n for n, bold in enumerate(is_bold) if bold}
     keep |= {n for n in range(0, len(names), step) if not any(abs(n - k) < near for k in keep)}
     shown = sorted(keep)
-    axes.tick_params(bottom=False)
-    angle = _angle(names)
-    style = {"rotation": angle, "rotation_mode": "anchor", "ha": "right"} if angle else {}
-    style |= {"va": "center"} if angle == 90 else {}
-    labels = [names[n] for n in shown]
-    axes.set_xticks([n + 0.5 for n in shown], labels, parse_math=False, fontsize=8, color=INK, **style)
+    angle, labels = _angle(names), [names[n] for n in shown]
+    style: dict[str, Any] = {"parse_math": False, "fontsize": 8, "color": DARK}
+    if angle:
+        style |= {"rotation": angle, "rotation_mode": "anchor", "ha": "right"}
+        style["va"] = "center" if angle == 90 else "top"
+    axes.set_xticks([n + 0.5 for n in shown], labels, **style)
     for n, tick in zip(shown, axes.get_xticklabels(), strict=True):
         tick.set_fontweight("bold" if is_bold[n] else "normal")
 
 
-def add_dots(axes: Axes, places: Sequence[tuple[int, int]]) -> None:
-    """A dot with a light rim in each cell (row, column), to be seen on any colour."""
-    if places:
-        rows, columns = np.array(places).T + 0.5
-        axes.scatter(columns, rows, s=22, color=INK, edgecolors="white", linewidths=1.0)
-
-
 def spread(items: list[int], count: int) -> list[int]:
     """At most `count` of the items, evenly spread, the first and the last among them."""
-    places = np.unique(np.linspace(0, len(items) - 1, min(count, len(items))).round().astype(int))
-    return [int(items[n]) for n in places]
+    places = np.linspace(0, len(items) - 1, min(count, len(items))).round().astype(int)
+    return [items[n] for n in dict.fromkeys(places)]
 
 
 def _angle(names: Sequence[str]) -> int:
     """How names are turned: short ones not at all, many by 90 degrees."""
     is_flat = max(map(len, names), default=0) <= 2 and len(names) <= 32
     return 0 if is_flat else 90 if len(names) > 24 else 45
-
-
-def _outside(names: Sequence[str], width: float) -> tuple[float, float]:
-    """What the labels of a table take at its left and below, in inches."""
-    angle = radians(_angle(names))
-    widths = [text_width(name) for name in names]
-    starts = [wide * cos(angle) - (n + 0.5) * width / len(names) for n, wide in enumerate(widths)]
-    left = max([0.5, *starts]) if angle else 0.5
-    return left, 0.45 + (max(widths) * sin(angle) if angle else 0.0)
 
 
 def _outline_strongest(

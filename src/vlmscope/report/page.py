@@ -14,13 +14,14 @@ from dataclasses import replace
 from pathlib import Path
 
 from vlmscope.errors import StoreError
-from vlmscope.report import circuits, heads, neurons, run, tracing
+from vlmscope.report import heads, neurons, run, tracing
 from vlmscope.report.gallery import Gallery, render
 from vlmscope.studies.run_folder import Run, read_run
 
-FORMATS = ("png", "svg", "pdf")
+FORMATS = ("svg", "pdf")
+"""What figures can be saved as beside PNG."""
 SECTIONS = {
-    "circuits": circuits.section,
+    "circuits": heads.circuits_section,
     "heads": heads.section,
     "tracing": tracing.section,
     "neurons": neurons.section,
@@ -29,18 +30,18 @@ SECTIONS = {
 
 
 def write_report(
-    parts: Sequence[str | os.PathLike[str]], out: str | os.PathLike[str], *, formats: Sequence[str] = ("png",)
+    parts: Sequence[str | os.PathLike[str]], out: str | os.PathLike[str], *, formats: Sequence[str] = ()
 ) -> Path:
     """Write the report of these folders to `out`, and its figures and data to `<stem>-figures/`.
 
     A folder is a run, or what `circuits`, `heads`, `tracing`, `notice` or `neurons` wrote. Each figure is
-    saved as PNG, and in those `formats` that are given (`svg`, `pdf`). Raises `StoreError` if a folder is none
-    of these, or `out` cannot be written.
+    saved as PNG, and in the further `formats` that are named (`svg`, `pdf`). Raises `StoreError` if a folder
+    is none of these, or `out` cannot be written.
     """
     if not parts:
         raise StoreError("no runs to report on; name at least one run folder")
-    if odd := [name for name in formats if name not in FORMATS]:
-        raise StoreError(f"figures cannot be saved as '{odd[0]}'; expected {', '.join(FORMATS)}")
+    if odd := set(formats) - set(FORMATS):
+        raise StoreError(f"figures cannot be saved as '{min(odd)}'; expected {', '.join(FORMATS)}")
     out = Path(out)
     folders = [folder for part in parts for folder in _unfold(Path(part))]
     figures = out.with_name(f"{out.stem}-figures")
@@ -49,7 +50,7 @@ def write_report(
         if figures.exists():
             shutil.rmtree(figures)
         figures.mkdir()
-        page = _page(folders, Gallery(figures, "", tuple(f for f in FORMATS[1:] if f in formats)))
+        page = _page(folders, Gallery(figures, "", tuple(dict.fromkeys(formats))))
         temporary = out.with_name(f".{out.name}.part")
         temporary.write_text(page, encoding="utf-8")
         temporary.replace(out)
@@ -105,13 +106,11 @@ def _names(runs: Sequence[Run]) -> list[str]:
 def _unique(names: Sequence[str], folders: Sequence[str]) -> list[str]:
     """Names that are there twice get their folder beside them, or else a number."""
     count = Counter(names)
-    longer = [
-        f"{name} ({folder})" if count[name] > 1 and folder else name
+    names = [
+        f"{name} ({folder})" if folder and count[name] > 1 else name
         for name, folder in zip(names, folders, strict=True)
     ]
-    again, used = Counter(longer), Counter[str]()
-    found = []
-    for name in longer:
-        used[name] += 1
-        found.append(f"{name}, {used[name]}" if again[name] > 1 else name)
-    return found
+    count = Counter(names)
+    return [
+        f"{name}, {names[: n + 1].count(name)}" if count[name] > 1 else name for n, name in enumerate(names)
+    ]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pandas as pd
 
-from vlmscope.report.captions import by_size
 from vlmscope.studies.tables import means
 
 COLUMNS = ["site", "corruption", "slot", "token", "mean", "sd", "low", "high", "n"]
@@ -70,6 +69,12 @@ def _positions(effects: pd.DataFrame) -> pd.DataFrame:
         parts.append(same.assign(at=same["at"].astype(int).astype(str))[[*keys, "at"]])
     found = pd.concat([*parts, rows[keys].assign(at="")], ignore_index=True)
     return found.drop_duplicates(keys)
+
+
+def by_size(table: pd.DataFrame, sizes: pd.Series[float], most: pd.Series[int]) -> pd.DataFrame:
+    """The largest first; rows that fewer than half of the examples (`most`) hold, behind all others."""
+    order = pd.DataFrame({"few": table["n"] < most / 2, "size": -sizes})
+    return table.loc[order.sort_values(["few", "size"], kind="stable").index]
 
 
 def most_restored(table: pd.DataFrame, n: int = 5) -> pd.DataFrame:

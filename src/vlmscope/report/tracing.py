@@ -7,42 +7,40 @@ from pathlib import Path
 import pandas as pd
 
 from vlmscope.report import figures
-from vlmscope.report.captions import KINDS, TOWERS, interval, kinds_in, over_examples, percent, upper_first
-from vlmscope.report.folder import read_json
-from vlmscope.report.gallery import Gallery, Section, render
+from vlmscope.report.gallery import Gallery, Section, read_json, render
 from vlmscope.report.ranking import most_restored
+from vlmscope.report.words import KINDS, TOWERS, kinds_in, upper_first
+from vlmscope.studies.known import knows
 from vlmscope.studies.run_folder import read_run
-from vlmscope.studies.tables import knows
 
 
 def section(folder: Path, gallery: Gallery) -> Section:
     about, table = read_json(folder / "tracing.json"), pd.read_parquet(folder / "tracing.parquet")
-    left = about["left_out_of_each_repeat"]
     repeat = folder / "repeats" / "00"
     known = knows(read_run(repeat).baselines()) if (repeat / "run.json").is_file() else None
     shown = []
     for tower, of_tower in table.groupby("tower", sort=False):
         for (length, window), rows in of_tower.groupby(["length", "window"]):
-            title = f"{upper_first(TOWERS[str(tower)])}, windows of {window}"
-            title += f", questions of {length} tokens" if length else ""
+            heading = f"{upper_first(TOWERS[str(tower)])}, windows of {window}"
+            heading += f", questions of {length} tokens" if length else ""
             tables = {upper_first(KINDS[kind]): cells for kind, cells in tracing_tables(rows).items()}
             drawn = figures.panels(tables, value="restored")
-            shown.append((title, gallery.show(f"{tower}-{length}-{window}", drawn, _caption(rows), rows)))
+            (best,) = most_restored(rows, 1).itertuples()
+            values = {"rows": rows, "best": best, "held": rows["n"].min() < rows["n"].max() / 2}
+            shown.append(
+                (heading, gallery.show(f"{tower}-{length}-{window}", drawn, rows, "tracing", **values))
+            )
+    left = about["left_out_of_each_repeat"]
     text = render(
-        "tracing.html",
-        known=known,
-        examples=about["examples"],
-        noise=about["noise"],
-        left_out=" to ".join(map(str, dict.fromkeys((min(left), max(left))))),
-        figures=shown,
+        "tracing.html", known=known, about=about, left_out=sorted({min(left), max(left)}), figures=shown
     )
     is_unknown = known is not None and known.severity == "unknown"
     return Section(f"Causal tracing: {Path(str(about['data'])).name}", text, is_unknown)
 
 
 def tracing_tables(rows: pd.DataFrame) -> dict[str, pd.DataFrame]:
-    """Layer x token tables of the share restored, by kind, from rows of the table of `tracing.trace` that agree
-    in tower, window and length."""
+    """Layer x token tables of the share restored, by kind, from rows of the table of `tracing.trace` of one
+    tower, window and length."""
     has_lengths = bool((rows["length"] > 0).any())
     found = {}
     for kind in kinds_in(rows):
@@ -59,16 +57,3 @@ def tracing_tables(rows: pd.DataFrame) -> dict[str, pd.DataFrame]:
         }
         found[kind] = table
     return found
-
-
-def _caption(rows: pd.DataFrame) -> str:
-    (best,) = most_restored(rows, 1).itertuples()
-    spread = rows["spread"].max()
-    held = (
-        " of those that at least half of the examples hold" if rows["n"].min() < rows["n"].max() / 2 else ""
-    )
-    return (
-        f"The most that comes back{held} is {best.restored:.1%}{interval(best.low, best.high, percent)}, by "
-        f"{best.kind} of layer {best.layer} at {best.at}. {over_examples(rows)} {rows['repeats'].max()} repeats"
-        + ("." if pd.isna(spread) else f", which differ by {spread:.2g} (SD) at the most.")
-    )

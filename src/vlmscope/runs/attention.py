@@ -12,7 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from vlmscope.errors import SiteError
-from vlmscope.inputs import Inputs
+from vlmscope.models.inputs import Inputs
 from vlmscope.runs.forward import forward
 from vlmscope.runs.hooks import Hooks, Plain, attending, eager, patterns
 from vlmscope.runs.network import Network

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from vlmscope.data.example import Example
 from vlmscope.errors import ExampleError, VlmscopeError
-from vlmscope.inputs import Edit, Inputs, Pair
+from vlmscope.models.inputs import Edit, Inputs, Pair
 from vlmscope.runs.forward import forward
 from vlmscope.runs.model import Model
 from vlmscope.sites import Site
@@ -78,14 +78,17 @@ def parse(corrupt: str | Noise) -> Corruption:
     raise VlmscopeError(f"unknown corruption '{corrupt}'; expected image, text or noise")
 
 
-def pairs(model: Model, example: Example, corruption: Corruption, seed: int = 0) -> list[Pair]:
+def pairs(
+    model: Model, example: Example, corruption: Corruption, seed: int = 0, whole: bool = False
+) -> list[Pair]:
     """The pairs of runs of one example: one, or one a draw of noise.
 
-    Every site of a draw sees the same noise. Raises `ExampleError` if the example lacks what the
+    Every site of a draw sees the same noise. With `whole` all tokens of the answer are scored
+    (`Model.prepare`). Raises `ExampleError` if the example lacks what the
     corruption needs, or changes nothing.
     """
     if isinstance(corruption, Noise):
-        pair = model.prepare(replace(example, corrupt_image=None, corrupt_prompt=None))
+        pair = model.prepare(replace(example, corrupt_image=None, corrupt_prompt=None), whole)
         return [
             replace(pair, edits=edits)
             for edits in _noise(model, pair.clean, corruption, f"{seed}/{example.id}")
@@ -93,12 +96,12 @@ def pairs(model: Model, example: Example, corruption: Corruption, seed: int = 0)
     if corruption == "image":
         if example.corrupt_image is None:
             raise ExampleError("there is no corrupt image; fill corrupt_image_path or corrupt the text")
-        return [model.prepare(replace(example, corrupt_prompt=None))]
+        return [model.prepare(replace(example, corrupt_prompt=None), whole)]
     if example.corrupt_prompt is None:
         raise ExampleError("there is no corrupt prompt; fill corrupt_prompt or corrupt the image")
     if example.corrupt_prompt == example.clean_prompt:
         raise ExampleError("the corrupt prompt is the clean one; nothing would be corrupted")
-    return [model.prepare(replace(example, corrupt_image=None))]
+    return [model.prepare(replace(example, corrupt_image=None), whole)]
 
 
 def _noise(model: Model, inputs: Inputs, noise: Noise, seed: str) -> list[tuple[Edit, ...]]:

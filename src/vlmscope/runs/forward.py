@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 from typing import NamedTuple
 
@@ -12,18 +12,16 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from vlmscope.errors import ModelError, SiteError, VlmscopeError
-from vlmscope.inputs import Change, Edit, Inputs, Op, Value
 from vlmscope.layout import grid
+from vlmscope.models.inputs import Change, Edit, Inputs, Op, Value
 from vlmscope.runs.hooks import Hooks
 from vlmscope.runs.network import Network
-from vlmscope.sites import Pattern, Point, Site, expand, parse
+from vlmscope.sites import Point, Site, Sites
 
 SPEECH = 20
 """How many tokens a model generates at most."""
 _UNFIT = re.compile(r"image tokens do not match|image size .* doesn't match")
 """How transformers says that pictures or their tokens are not what the model takes."""
-
-Sites = str | Pattern | Site | Sequence[str | Pattern | Site]
 
 
 class Run(NamedTuple):
@@ -108,7 +106,8 @@ def room(network: Network, inputs: Inputs, most: int) -> int:
 def editing(
     network: Network, inputs: Inputs, edits: Iterable[Edit], generating: bool = False
 ) -> Iterator[None]:
-    """Within this context every run of the model, in any number of rows, has the edits; other threads wait."""
+    """Within this context every run of the model, in any number of rows, has the edits; other threads
+    wait."""
     with network.alone(), Hooks() as hooks:
         for change in network.changes(inputs, edits):
             hooks.at(network.access(change.site.point, inputs), _Change(network, change, generating))
@@ -177,8 +176,7 @@ def capture(
 
     The width is that of the kind, of one head (of all heads of a set), or 1 for a neuron.
     """
-    patterns = expand(parse(sites), network.shapes)
-    placed = [found for site in patterns for found in network.places(site, inputs)]
+    placed = network.placed(sites, inputs)
     for site in placed:
         if len(site.parts) > 1:
             raise SiteError(f"bad site '{site}': several layers or sites; expected one here")
@@ -206,7 +204,7 @@ def copied(network: Network, source: Inputs, inputs: Inputs, sites: Sites) -> li
                 f"{len(x.tokens)} positions ({' x '.join(map(str, grid(x)))} patches)" for x in (there, here)
             )
             raise SiteError(
-                f"the {tower} tower has {this} for this picture and {other} for the one that is copied from, so "
-                "they do not correspond; resize one picture to the other's size"
+                f"the {tower} tower has {this} for this picture and {other} for the one that is copied "
+                "from, so they do not correspond; resize one picture to the other's size"
             )
     return [Edit(site, "set", value) for site, value in capture(network, source, sites).items()]

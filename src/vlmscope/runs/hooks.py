@@ -267,8 +267,8 @@ class Plain:
             return mask[..., :keys].expand(-1, -1, own, -1)
         form = f"one of {mask.ndim} dimensions" if isinstance(mask, Tensor) else f"a {type(mask).__name__}"
         raise ModelError(
-            f"the attention '{self.name}' of {type(module).__name__} has {form} as its mask, which is not read "
-            "here; expected none or one of 4 dimensions, as 'sdpa' and 'eager' have: "
+            f"the attention '{self.name}' of {type(module).__name__} has {form} as its mask, which is not "
+            "read here; expected none or one of 4 dimensions, as 'sdpa' and 'eager' have: "
             "model.hf.set_attn_implementation('sdpa')"
         )
 
@@ -342,7 +342,8 @@ def patterns(
 
 @contextmanager
 def inner(module: Any, part: str, function: Function) -> Iterator[None]:
-    """Within this context `function` gets the queries, keys, values (`q`, `k`, `v`) or attention patterns (`p`)
+    """Within this context `function` gets the queries, keys, values (`q`, `k`, `v`) or attention patterns
+    (`p`)
     of a module that pays attention through transformers' interface: `(1, all positions, heads x width)`."""
 
     def attend(plain: Plain, module: Any, q: Tensor, k: Tensor, v: Tensor, mask: Any, **kw: Any) -> Any:

@@ -12,11 +12,11 @@ from transformers.utils import logging
 
 from vlmscope.data.example import Box, Example, Picture
 from vlmscope.data.images import open_image
-from vlmscope.inputs import Edit, Inputs, Logits, Pair
 from vlmscope.layout import Layout
+from vlmscope.models.inputs import Edit, Inputs, Logits, Pair
 from vlmscope.runs import attention, forward, prepare, verify
-from vlmscope.runs.forward import Sites
 from vlmscope.runs.network import Network
+from vlmscope.sites import Sites
 
 
 class Model(Network):

@@ -16,11 +16,12 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from vlmscope.errors import ModelError, SiteError
-from vlmscope.families import Family, Tower, families
-from vlmscope.inputs import Change, Edit, Inputs
+from vlmscope.models.families import family_of
+from vlmscope.models.inputs import Change, Edit, Inputs
+from vlmscope.models.towers import Tower
 from vlmscope.runs.hooks import Access, alone, attending, eager
 from vlmscope.runs.views import Between, Deepstack, Gain, Gaps, Paid, Third, View
-from vlmscope.sites import Pattern, Point, Shape, Site, expand, place
+from vlmscope.sites import Pattern, Point, Shape, Site, Sites, expand, parse, place
 
 QUANTIZED = "4bit"
 """Weights of 4 bits (NF4, by bitsandbytes), which compute in bfloat16."""
@@ -40,6 +41,7 @@ class Network:
         self.hf = hf.eval()
         self.processor = processor
         self.name = name
+        self._fingerprint: tuple[list[tuple[str, int, int]], str] | None = None
         self.unedited: str | None = None
         """The fingerprint before edits of the weights, while there are any."""
         self.edits: tuple[str, ...] = ()
@@ -68,7 +70,8 @@ class Network:
         return min(free_memory(device) for device in {p.device for p in self.hf.parameters()})
 
     def alone(self) -> AbstractContextManager[None]:
-        """Within this context no other thread runs the model, and it is in evaluation mode (`hooks.alone`)."""
+        """Within this context no other thread runs the model, and it is in evaluation mode
+        (`hooks.alone`)."""
         return alone(self.hf, self.name)
 
     # -- towers ----------------------------------------------------------------------------------
@@ -141,8 +144,8 @@ class Network:
         path = self.family.towers[tower].attention.get(kind)
         if path is None:
             raise ModelError(
-                f"{self.name}: the models of {self.family.name} do not tell what the {kind} heads of the {tower} "
-                "tower attend to"
+                f"{self.name}: the models of {self.family.name} do not tell what the {kind} heads of the "
+                f"{tower} tower attend to"
             )
         return [block.get_submodule(path) for block in self.blocks(tower) if has(block, path)]
 
@@ -204,8 +207,8 @@ class Network:
         if isinstance(getattr(module, "qkv", None), nn.Module) and point.part != "p":
             return Access(module.qkv, False, flat, Third("qkv".index(point.part)))
         raise ModelError(
-            f"{self.name}: the models of {self.family.name} do not show the {point.part} of their {point.tower} "
-            f"{point.kind} heads; name the heads' outputs (h)"
+            f"{self.name}: the models of {self.family.name} do not show the {point.part} of their "
+            f"{point.tower} {point.kind} heads; name the heads' outputs (h)"
         )
 
     def down(self, layer: int) -> nn.Module:
@@ -243,8 +246,8 @@ class Network:
         """What the final norm multiplies each feature by, whatever the norm: read off its output."""
         if self.family.norm is None:
             raise ModelError(
-                f"{self.name}: more than a norm is between the last block and the logits of {self.family.name}, "
-                "so there is no gain; leave it out"
+                f"{self.name}: more than a norm is between the last block and the logits of "
+                f"{self.family.name}, so there is no gain; leave it out"
             )
         norm, width = self.module(self.family.norm), self.shapes[self.speaker].width
         signs = torch.ones(1, 1, width, dtype=self.dtype, device=self.device)
@@ -252,12 +255,19 @@ class Network:
         return ((norm(signs) - norm(-signs)) / (2 * signs))[0, 0]
 
     def fingerprint(self) -> str:
-        """SHA-256 over the names, types and bytes of all weights, as hexadecimal digits."""
-        digest = hashlib.sha256()
-        for name, tensor in sorted(self.hf.state_dict().items()):
-            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-            digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-        return digest.hexdigest()
+        """SHA-256 over the names, types and bytes of all weights, as hexadecimal digits.
+
+        Computed once, and anew only when a weight has been written to or replaced since.
+        """
+        weights = sorted(self.hf.state_dict().items())
+        state = [(name, tensor.data_ptr(), tensor._version) for name, tensor in weights]
+        if self._fingerprint is None or self._fingerprint[0] != state:
+            digest = hashlib.sha256()
+            for name, tensor in weights:
+                digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+                digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+            self._fingerprint = state, digest.hexdigest()
+        return self._fingerprint[1]
 
     def token(self, number: int) -> str:
         """A token of the model's tokenizer as it is written there, such as `▁red`."""
@@ -284,6 +294,16 @@ class Network:
                     f"bad site '{site}': layer {part.layer} of the {part.tower} tower attends to the picture "
                     "alone and is passed over in a run without one; name another layer"
                 )
+        return found
+
+    def placed(self, sites: Sites, inputs: Inputs) -> list[Site]:
+        """All sites that expressions name in one run; what has its numbers of positions stays as it is."""
+        if isinstance(sites, (str, Pattern, Site)):
+            sites = [sites]
+        found: list[Site] = []
+        for site in sites:
+            patterns = [site] if isinstance(site, Site) else expand(parse(site), self.shapes)
+            found += [each for pattern in patterns for each in self.places(pattern, inputs)]
         return found
 
     def changes(self, inputs: Inputs, edits: Iterable[Edit]) -> list[Change]:
@@ -347,24 +367,6 @@ class Network:
             out = {} if wide == width else {"output": wide}
         groups = getattr(config, "num_key_value_heads", None)
         return Shape(len(blocks), tuple(kinds), heads, widths["mlp"], width, lacks, out, groups)
-
-
-def family_of(architectures: Sequence[str], language: str | None, name: str) -> Family:
-    """The family of a checkpoint, by its class and, if that has several, its language model."""
-    known = families()
-    of_class = [f for f in known if f.architecture in architectures]
-    for family in of_class:
-        if family.variant in (None, language):
-            return family
-    what = f"is a {architectures[0]}" if architectures else "does not say what model it is"
-    if of_class:
-        what += f" with a language model of type '{language}'"
-    variants = [f"{f.architecture} with {f.variant}" if f.variant else f.architecture for f in known]
-    names = dict.fromkeys(f"{f.name} ({variant})" for f, variant in zip(known, variants, strict=True))
-    raise ModelError(
-        f"{name} {what}, which is not supported; docs/add-a-family.md says how to add it; "
-        f"supported: {', '.join(names)}"
-    )
 
 
 def free_memory(device: torch.device) -> int:

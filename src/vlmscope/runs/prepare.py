@@ -12,8 +12,8 @@ from PIL import Image
 from vlmscope.data.example import Example, Picture, Span, find_roles
 from vlmscope.data.images import open_image
 from vlmscope.errors import ExampleError
-from vlmscope.inputs import Inputs, Pair
 from vlmscope.layout import Layout, grid
+from vlmscope.models.inputs import Inputs, Pair
 from vlmscope.runs.network import Network
 
 _WORD = "\0"
@@ -42,7 +42,8 @@ def prepare(network: Network, example: Example, whole: bool = False) -> Pair:
 
     What the example leaves out of the corrupt run (image or prompt) is as in the clean one.
     Answers of several tokens are scored at the first one in which the two options differ,
-    after what they share has been fed; with `whole` all tokens of the answer are scored, and no foil is needed.
+    after what they share has been fed; with `whole` all tokens of the answer are scored, and no foil is
+    needed.
 
     Raises `ExampleError` if an image cannot be read, the prompts do not align token for token,
     or an option is empty, unknown to the tokenizer, or the same as the other.
@@ -121,12 +122,13 @@ def _aligned(clean: Inputs, corrupt: Inputs, prompt: str, other: str) -> Inputs:
                 n = int(name.removeprefix(_WORD))
                 raise ExampleError(
                     f"{misaligned}: word {n + 1} is '{words[0][n]}' ({len(at)} tokens) in the clean one, "
-                    f"'{words[1][n]}' ({len(here.get(name, ()))} tokens) in the corrupt one; choose other words"
+                    f"'{words[1][n]}' ({len(here.get(name, ()))} tokens) in the corrupt one; choose other "
+                    "words"
                 )
         if len(there.tokens) != many:
             raise ExampleError(
-                f"the clean run has {len(there.tokens)} positions in the {tower} tower, the corrupt one {many}, "
-                "so they do not correspond; choose other words or images"
+                f"the clean run has {len(there.tokens)} positions in the {tower} tower, the corrupt one "
+                f"{many}, so they do not correspond; choose other words or images"
             )
         own = {name: at for name, at in there.roles.items() if not name.startswith(_WORD)}
         layout[tower] = replace(there, roles=own)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from PIL import Image
 
-from vlmscope.inputs import Edit, Inputs
+from vlmscope.models.inputs import Edit, Inputs
 from vlmscope.runs.forward import forward
 from vlmscope.runs.network import Network
 from vlmscope.runs.prepare import encode
@@ -52,6 +52,6 @@ def _check_sums(network: Network, tower: str, inputs: Inputs) -> None:
         if ((added.sum(0) - whole).abs() > rounding).any():
             names = ", ".join(point.kind for point in own[1:-1])
             raise network.misfit(
-                f"{names} do not add up to what block {layer} of {tower} does, so something stands between them "
-                "and the residual stream; name it (docs/add-a-family.md, `behind`)"
+                f"{names} do not add up to what block {layer} of {tower} does, so something stands between "
+                "them and the residual stream; name it (docs/add-a-family.md, `behind`)"
             )

@@ -31,7 +31,8 @@ class View:
         raise NotImplementedError
 
     def write(self, x: Tensor, value: Tensor) -> Tensor:
-        """The module's tensor with a new value at the place; where that is the old one, bit for bit as it was."""
+        """The module's tensor with a new value at the place; where that is the old one, bit for bit as it
+        was."""
         raise NotImplementedError
 
 

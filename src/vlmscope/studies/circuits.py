@@ -11,12 +11,12 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-import json
 import os
 import warnings
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -26,61 +26,64 @@ from scipy import stats
 
 from vlmscope.errors import DataError, StoreError, VlmscopeError
 from vlmscope.stats import FEWEST, Scores, interval, rng, sign_flip
+from vlmscope.studies import files
+from vlmscope.studies.known import knows
 from vlmscope.studies.run_folder import Run, read_run
-from vlmscope.studies.tables import at_slot, by_example, knows
+from vlmscope.studies.tables import at_slot, by_example
 
-HEADS = [
-    "run",
-    "data",
-    "corruption",
-    "tower",
-    "layer",
-    "kind",
-    "head",
-    "position",
-    "n",
-    "mean",
-    "mean_abs",
-    "ci_low",
-    "ci_high",
-    "p_value",
-    "q_value",
-    "important_published",
-    "important",
-    "confirmed",
-]
+HEADS = (
+    "run data corruption tower layer kind head position n mean mean_abs ci_low ci_high p_value q_value "
+    "important_published important confirmed"
+).split()
 """The columns of the table of heads."""
+OVERLAP = "run other tower kind heads important important_other both expected p_value".split()
 
 FORMAT = "vlmscope-circuits-1"
+MANIFEST = "circuits.json"
 LEVEL = 0.05
 """The false discovery rate that `important` and `confirmed` allow."""
 SHARE = 0.01
 """A head that moves less than this share of the gap between the clean and the corrupt run is not
 important, however significant."""
 _HEAD = ["tower", "layer", "kind", "head", "position"]
+Folders = Sequence[str | os.PathLike[str]]
 
 
-class Found(NamedTuple):
-    """What `find` gives: three tables."""
+@dataclass(frozen=True)
+class Found:
+    """What `find` gives: three tables, and of what they are (`about`)."""
 
     heads: pd.DataFrame
     universal: pd.DataFrame
     overlap: pd.DataFrame
+    about: dict[str, Any] = field(repr=False)
+
+    def save(self, folder: str | os.PathLike[str]) -> None:
+        """Write the tables, and the important heads as site expressions, one a line.
+
+        Files: `heads.parquet`, `heads.csv`, `universal.csv`, `overlap.csv`, `sites.txt` (important in any
+        run), `universal-sites.txt` and, last, `circuits.json`.
+        """
+        sites = {
+            "sites.txt": self.heads[self.heads["important"]],
+            "universal-sites.txt": self.universal[self.universal["universal"]],
+        }
+        texts = {name: "".join(f"{site}\n" for site in expressions(table)) for name, table in sites.items()}
+        tables = {
+            "heads.parquet": self.heads,
+            "heads.csv": self.heads,
+            "universal.csv": self.universal,
+            "overlap.csv": self.overlap,
+        }
+        files.save(folder, MANIFEST, self.about, tables | texts)
 
 
-def find(
-    runs: Sequence[str | os.PathLike[str]],
-    *,
-    position: str | None = None,
-    across_models: bool = False,
-    seed: int = 0,
-) -> Found:
-    """The important heads of each run and the universal ones over all (see the columns below).
+def find(runs: Folders, *, position: str | None = None, across_models: bool = False, seed: int = 0) -> Found:
+    """The important heads of each run (`heads_of`) and the universal ones over all (`universal`, `overlap`).
 
-    A folder of `notice` stands for all its runs.
-
-    `position` is the slot at which heads are read out: a role, `answer`, `readout` or `last`. By default it is
-    the read-out position of a decoder, and the answer's token in any other tower (`tables.at_slot`).
+    A folder of `notice` stands for all its runs. `position` is the slot at which heads are read out: a
+    role, `answer`, `readout` or `last`. By default it is the read-out position of a decoder, and the
+    answer's token in any other tower (`tables.at_slot`).
 
     Raises `StoreError` if a folder is no run or has no heads at that position, and `VlmscopeError`
     if the runs are of different models (with `across_models`, of different head grids) or patch
@@ -88,58 +91,35 @@ def find(
     """
     opened = [read_run(run) for run in _unfold(runs)]
     _check(opened, across_models)
-    names = _names(opened)
-    heads = pd.concat(
-        [heads_of(run, name, position=position, seed=seed) for name, run in zip(names, opened, strict=True)],
-        ignore_index=True,
-    )
-    return Found(heads, universal(heads), overlap(heads))
-
-
-def write(
-    runs: Sequence[str | os.PathLike[str]],
-    out: str | os.PathLike[str],
-    *,
-    position: str | None = None,
-    across_models: bool = False,
-    seed: int = 0,
-) -> Found:
-    """`find`, with its tables in the folder `out`, and the important heads as site expressions.
-
-    Writes `heads.parquet`, `heads.csv`, `universal.csv`, `overlap.csv`, `sites.txt` (the heads
-    important in any run, one expression a line), `universal-sites.txt` and `circuits.json`.
-    """
-    folder = Path(out)
-    found = find(runs, position=position, across_models=across_models, seed=seed)
-    everywhere = found.universal[found.universal["universal"]]
-    opened = [read_run(run) for run in _unfold(runs)]
+    baselines = {name: run.baselines() for name, run in zip(_names(opened), opened, strict=True)}
+    parts = [
+        _heads(run, name, base, position, seed)
+        for run, (name, base) in zip(opened, baselines.items(), strict=True)
+    ]
+    heads = pd.concat(parts, ignore_index=True)
     about = {
         "format": FORMAT,
         "runs": [str(run.path) for run in opened],
         "seed": seed,
         "level": LEVEL,
         "model": opened[0].spec.get("model"),
-        "chance": _chance(found.heads),
-        "gaps": {name: _gap(run) for name, run in zip(_names(opened), opened, strict=True)},
-        "known": {
-            name: knows(run.baselines())._asdict() for name, run in zip(_names(opened), opened, strict=True)
-        },
+        "chance": _chance(heads),
+        "gaps": {name: _gap(base) for name, base in baselines.items()},
+        "known": {name: knows(base)._asdict() for name, base in baselines.items()},
     }
+    return Found(heads, universal(heads), overlap(heads), about)
+
+
+def read(folder: str | os.PathLike[str]) -> Found:
+    """What `Found.save` has written; raises `StoreError` where that is not all there."""
+    path = Path(folder)
+    about = files.read_json(path / MANIFEST, "name a folder of 'vlmscope circuits'")
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        found.heads.to_parquet(folder / "heads.parquet", index=False)
-        found.heads.to_csv(folder / "heads.csv", index=False)
-        found.universal.to_csv(folder / "universal.csv", index=False)
-        found.overlap.to_csv(folder / "overlap.csv", index=False)
-        important = found.heads[found.heads["important"]]
-        for name, table in (("sites", important), ("universal-sites", everywhere)):
-            lines = "".join(f"{site}\n" for site in expressions(table))
-            (folder / f"{name}.txt").write_text(lines, "utf-8")
-        text = json.dumps(about, indent=2, ensure_ascii=False) + "\n"
-        (folder / "circuits.json").write_text(text, "utf-8")
-    except OSError as error:
-        raise StoreError(f"{folder}: cannot be written ({error.strerror or error})") from error
-    return found
+        heads = pd.read_parquet(path / "heads.parquet")
+        others = {name: pd.read_csv(path / f"{name}.csv") for name in ("universal", "overlap")}
+    except (OSError, ValueError) as error:
+        raise StoreError(f"{path}: is damaged ({error}); run the same command again") from error
+    return Found(heads, **others, about=about)
 
 
 def expressions(heads: pd.DataFrame) -> list[str]:
@@ -171,32 +151,71 @@ def heads_of(run: Run, name: str = "run", *, position: str | None = None, seed: 
     - `confirmed`: important on a random half of the examples alone, and then, on the other half,
       of the same sign with a q-value over those heads of at most 0.05.
     """
-    table = _scores(run, position)
-    least = SHARE * _gap(run)
+    return _heads(run, name, run.baselines(), position, seed)
+
+
+def _heads(run: Run, name: str, base: pd.DataFrame, position: str | None, seed: int) -> pd.DataFrame:
     parts = []
-    for (tower, kind, at), wide in _grids(table):
-        heads = wide.columns.to_frame(index=False)
-        parts.append(
-            pd.concat([heads, assess(wide.to_numpy(), list(wide.index), seed, least=least)], axis=1).assign(
-                tower=tower, kind=kind, position=at, n=len(wide)
-            )
-        )
+    for (tower, kind, at), scores in head_scores(run, position).items():
+        table = assess(scores.to_numpy(), list(scores.index), seed, least=SHARE * _gap(base))
+        table = pd.concat([scores.columns.to_frame(index=False), table], axis=1)
+        parts.append(table.assign(tower=tower, kind=kind, position=at, n=len(scores)))
     found = pd.concat(parts, ignore_index=True)
-    spec = run.spec
-    found = found.assign(
-        run=name, data=str(spec.get("data", "")), corruption=str((spec.get("corrupt") or {}).get("kind", ""))
-    )
     few = int(found["n"].min())
     if few < FEWEST:
-        warnings.warn(
-            f"{name}: heads over {few} examples; fewer than {FEWEST} can hardly show anything", stacklevel=2
-        )
+        text = f"{name}: heads over {few} examples; fewer than {FEWEST} can hardly show anything"
+        warnings.warn(text, stacklevel=3)
+    data, corruption = run.spec.get("data", ""), (run.spec.get("corrupt") or {}).get("kind", "")
+    found = found.assign(run=name, data=str(data), corruption=str(corruption))
     return found[HEADS].astype({"layer": "int32", "head": "int32", "n": "int64"})
 
 
-def _gap(run: Run) -> float:
-    """The size of the mean gap LD(clean) − LD(corrupt) of a run."""
-    ran = run.baselines().query("not excluded")
+def head_scores(run: Run, position: str | None = None) -> dict[tuple[str, str, str], pd.DataFrame]:
+    """`logit_diff` of the heads of a run where they are read out: examples × (layer, head).
+
+    A table for each tower, kind and slot; see `find` for `position`. Examples that lack a head there, or
+    have a score that is no number, are left out with a warning.
+    """
+    rows = run.effects(pc.match_substring_regex(pc.field("unit"), "^h[0-9]+$"))
+    rows = rows[~rows["site"].str.contains("/", regex=False)]
+    found = {}
+    for (tower, kind), table in rows.groupby(["tower", "kind"], sort=False):
+        try:
+            at, there = at_slot(table, position or "readout")
+        except DataError:
+            if position is None:
+                text = f"{run.path}: heads of {tower}.{kind} were not patched where they are read out"
+                warnings.warn(text, stacklevel=4)
+            continue
+        left = table["example"].nunique() - there["example"].nunique()
+        if left:
+            warnings.warn(
+                f"{run.path}: {left} examples have no {tower}.{kind} heads at '{at}' (a word of several "
+                f"tokens has none of its own) and are left out; sweep '{tower}.*.{kind}.h*@{at}', too",
+                stacklevel=4,
+            )
+        found[str(tower), str(kind), at] = there.assign(head=there["unit"].str.slice(1).astype(int))
+    if not found:
+        where = f"'{position}'" if position else "the answer's token or the read-out position"
+        raise StoreError(
+            f"{run.path}: no heads were patched at {where}; sweep such sites as "
+            "'encoder.*.cross.h*@answer' or 'decoder.*.attn.h*@readout' first"
+        )
+    broken = {name for t in found.values() for name in t.loc[~np.isfinite(t["logit_diff"]), "example"]}
+    if broken:
+        text = f"{run.path}: {len(broken)} examples have scores that are no numbers and are left out"
+        warnings.warn(text, stacklevel=4)
+    return {key: _grid(table[~table["example"].isin(broken)]) for key, table in found.items()}
+
+
+def _grid(rows: pd.DataFrame) -> pd.DataFrame:
+    wide = by_example(rows, ["layer", "head"]).unstack(["layer", "head"])
+    return wide.sort_index(axis=1).sort_index().dropna()
+
+
+def _gap(base: pd.DataFrame) -> float:
+    """The size of the mean gap LD(clean) − LD(corrupt) of a run, from its `baselines`."""
+    ran = base[~base["excluded"]]
     return abs(float((ran["ld_clean"] - ran["ld_corrupt"]).mean()))
 
 
@@ -206,19 +225,19 @@ def assess(scores: Scores, ids: Sequence[str], seed: int = 0, *, least: float = 
     `ids` name the examples; with the seed they decide which half of them an example is in. A
     |`mean`| below `least` is not important.
 
-    >>> rng = np.random.default_rng(0)
-    >>> scores = rng.normal(size=(40, 3)) + [2.0, 0.0, 0.1]
+    >>> generator = np.random.default_rng(0)
+    >>> scores = generator.normal(size=(40, 3)) + [2.0, 0.0, 0.1]
     >>> table = assess(scores, [str(i) for i in range(40)])
     >>> table["important"].tolist(), table["confirmed"].tolist()
     ([True, False, False], [True, False, False])
     """
-    mean, size = scores.mean(0), np.abs(scores).mean(0)
+    size = np.abs(scores).mean(0)
     low, high = interval(scores, ids)
     p, q, important = _important(scores, rng(seed, "signs"), least)
-    half = _half(ids, seed)
+    half = first_half(ids, seed)
     return pd.DataFrame(
         {
-            "mean": mean,
+            "mean": scores.mean(0),
             "mean_abs": size,
             "ci_low": low,
             "ci_high": high,
@@ -240,70 +259,26 @@ def _important(
     return p, q, (q <= LEVEL) & (size >= max(least, size.mean()))
 
 
-def _confirmed(one: Scores, other: Scores, generator: np.random.Generator, least: float) -> NDArray[np.bool_]:
-    confirmed = np.zeros(one.shape[1], dtype=bool)
-    if min(len(one), len(other)) < 2:
+def _confirmed(
+    first: Scores, second: Scores, generator: np.random.Generator, least: float
+) -> NDArray[np.bool_]:
+    confirmed = np.zeros(first.shape[1], dtype=bool)
+    if min(len(first), len(second)) < 2:
         return confirmed
-    found = np.flatnonzero(_important(one, generator, least)[2])
+    found = np.flatnonzero(_important(first, generator, least)[2])
     if len(found):
-        q = stats.false_discovery_control(sign_flip(other[:, found], generator))
-        same = np.sign(one[:, found].mean(0)) == np.sign(other[:, found].mean(0))
+        q = stats.false_discovery_control(sign_flip(second[:, found], generator))
+        same = np.sign(first[:, found].mean(0)) == np.sign(second[:, found].mean(0))
         confirmed[found] = same & (q <= LEVEL)
     return confirmed
 
 
-def _half(ids: Sequence[str], seed: int) -> NDArray[np.bool_]:
+def first_half(ids: Sequence[str], seed: int = 0) -> NDArray[np.bool_]:
     """Which examples are in the half that heads are found on; the order of the ids is no matter."""
     order = np.argsort([hashlib.sha256(f"{seed}/{x}".encode()).hexdigest() for x in ids])
     half = np.zeros(len(ids), dtype=bool)
     half[order[: len(ids) // 2]] = True
     return half
-
-
-def _scores(run: Run, position: str | None) -> pd.DataFrame:
-    """The patches of heads where each tower is read out, with the slot's name in the column `at`."""
-    table = run.effects(pc.match_substring_regex(pc.field("unit"), "^h[0-9]+$"))
-    table = table[~table["site"].str.contains("/", regex=False)]
-    parts = []
-    for (tower, kind), rows in table.groupby(["tower", "kind"], sort=False):
-        try:
-            at, some = at_slot(rows, position or "readout")
-        except DataError:
-            if position is None:
-                text = f"{run.path}: heads of {tower}.{kind} were not patched where they are read out"
-                warnings.warn(text, stacklevel=4)
-            continue
-        parts.append(some.assign(at=at))
-        left = rows["example"].nunique() - some["example"].nunique()
-        if left:
-            warnings.warn(
-                f"{run.path}: {left} examples have no {tower}.{kind} heads at '{at}' (a word of several "
-                f"tokens has none of its own) and are left out; sweep '{tower}.*.{kind}.h*@{at}', too",
-                stacklevel=4,
-            )
-    if not parts:
-        where = f"'{position}'" if position else "the answer's token or the read-out position"
-        raise StoreError(
-            f"{run.path}: no heads were patched at {where}; sweep such sites as "
-            "'encoder.*.cross.h*@answer' or 'decoder.*.attn.h*@readout' first"
-        )
-    found = pd.concat(parts)
-    broken = found.loc[~np.isfinite(found["logit_diff"]), "example"].unique()
-    if len(broken):
-        warnings.warn(
-            f"{run.path}: {len(broken)} examples have scores that are no numbers and are left out",
-            stacklevel=3,
-        )
-    return found[~found["example"].isin(broken)]
-
-
-def _grids(table: pd.DataFrame) -> Iterator[tuple[tuple[str, str, str], pd.DataFrame]]:
-    """For each tower and kind: examples × (layer, head)."""
-    table = table.assign(head=table["unit"].str.slice(1).astype(int))
-    for key, rows in table.groupby(["tower", "kind", "at"], sort=False):
-        wide = by_example(rows, ["layer", "head"]).unstack(["layer", "head"]).sort_index(axis=1)
-        tower, kind, at = map(str, key)
-        yield (tower, kind, at), wide.sort_index().dropna()
 
 
 # --- several runs ----------------------------------------------------------------------------
@@ -318,18 +293,15 @@ def universal(heads: pd.DataFrame) -> pd.DataFrame:
     (of the same sign for the former).
     """
     total = heads["run"].nunique()
-    found = (
-        heads.assign(size=heads["mean"].abs(), sign=np.sign(heads["mean"]))
-        .groupby(_HEAD, as_index=False)
-        .agg(
-            runs=("run", "nunique"),
-            important_in=("important", "sum"),
-            published_in=("important_published", "sum"),
-            confirmed_in=("confirmed", "sum"),
-            signs=("sign", "nunique"),
-            mean=("mean", "mean"),
-            weakest=("size", "min"),
-        )
+    signed = heads.assign(size=heads["mean"].abs(), sign=np.sign(heads["mean"]))
+    found = signed.groupby(_HEAD, as_index=False).agg(
+        runs=("run", "nunique"),
+        important_in=("important", "sum"),
+        published_in=("important_published", "sum"),
+        confirmed_in=("confirmed", "sum"),
+        signs=("sign", "nunique"),
+        mean=("mean", "mean"),
+        weakest=("size", "min"),
     )
     same = found["signs"] == 1
     found = found.assign(
@@ -348,69 +320,43 @@ def overlap(heads: pd.DataFrame) -> pd.DataFrame:
     random (hypergeometric); `q_value` after Benjamini-Hochberg over the table.
     """
     rows = []
-    for (tower, kind), table in heads.groupby(["tower", "kind"], sort=False):
-        wide = table.pivot_table(
-            index=["layer", "head"], columns="run", values="important", aggfunc="max", sort=False
-        ).dropna()
-        for one, other in itertools.combinations(wide.columns, 2):
-            a, b = wide[one].astype(bool), wide[other].astype(bool)
-            both = int((a & b).sum())
-            sizes = (len(wide), int(a.sum()), int(b.sum()))
-            rows.append(
-                {
-                    "run": one,
-                    "other": other,
-                    "tower": tower,
-                    "kind": kind,
-                    "heads": len(wide),
-                    "important": int(a.sum()),
-                    "important_other": int(b.sum()),
-                    "both": both,
-                    "expected": sizes[1] * sizes[2] / sizes[0],
-                    "p_value": float(stats.hypergeom.sf(both - 1, *sizes)),
-                }
-            )
-    columns = [
-        "run",
-        "other",
-        "tower",
-        "kind",
-        "heads",
-        "important",
-        "important_other",
-        "both",
-        "expected",
-        "p_value",
-    ]
-    found = pd.DataFrame(rows, columns=columns)
+    for tower, kind, important in _important_by_run(heads):
+        for run, other in itertools.combinations(important.columns, 2):
+            both = int((important[run] & important[other]).sum())
+            sizes = [len(important), int(important[run].sum()), int(important[other].sum())]
+            expected, p = sizes[1] * sizes[2] / sizes[0], float(stats.hypergeom.sf(both - 1, *sizes))
+            rows.append([run, other, tower, kind, *sizes, both, expected, p])
+    found = pd.DataFrame(rows, columns=OVERLAP)
     return found.assign(q_value=stats.false_discovery_control(found["p_value"]) if rows else [])
 
 
 def _chance(heads: pd.DataFrame) -> list[dict[str, Any]]:
     """For each tower and kind: heads important in every run, against what chance would give."""
     found = []
-    for (tower, kind), table in heads.groupby(["tower", "kind"], sort=False):
-        wide = (
-            table.pivot_table(
-                index=["layer", "head"], columns="run", values="important", aggfunc="max", sort=False
-            )
-            .dropna()
-            .astype(bool)
-        )
-        spread = in_common(len(wide), [int(n) for n in wide.sum()])
-        both = int(wide.all(axis=1).sum())
+    for tower, kind, important in _important_by_run(heads):
+        spread = in_common(len(important), [int(n) for n in important.sum()])
+        both = int(important.all(axis=1).sum())
         found.append(
             {
                 "tower": tower,
                 "kind": kind,
-                "heads": len(wide),
-                "runs": wide.shape[1],
+                "heads": len(important),
+                "runs": important.shape[1],
                 "in_every_run": both,
                 "expected": float(np.arange(len(spread)) @ spread),
                 "p_value": min(1.0, float(spread[both:].sum())),
             }
         )
     return found
+
+
+def _important_by_run(heads: pd.DataFrame) -> Iterator[tuple[str, str, pd.DataFrame]]:
+    """For each tower and kind: which heads (rows) are important in which run (columns)."""
+    for (tower, kind), table in heads.groupby(["tower", "kind"], sort=False):
+        wide = table.pivot_table(
+            index=["layer", "head"], columns="run", values="important", aggfunc="max", sort=False
+        )
+        yield str(tower), str(kind), wide.dropna().astype(bool)
 
 
 def in_common(total: int, sizes: Sequence[int]) -> Scores:
@@ -432,7 +378,7 @@ def in_common(total: int, sizes: Sequence[int]) -> Scores:
     return spread
 
 
-def _unfold(runs: Sequence[str | os.PathLike[str]]) -> list[Path]:
+def _unfold(runs: Folders) -> list[Path]:
     """The run folders, with all runs of a folder of `notice` in its place."""
     found: list[Path] = []
     for run in map(Path, runs):
@@ -461,11 +407,11 @@ def _check(runs: Sequence[Run], across_models: bool) -> None:
                 f"runs of different models ({names}); give runs of one model, or --across-models "
                 "if their heads are meant to be compared"
             )
-        if _grid(run) != _grid(first):
+        if _shape(run) != _shape(first):
             raise VlmscopeError(f"the models do not have the same layers and heads ({names})")
 
 
-def _grid(run: Run) -> dict[str, tuple[int, int]]:
+def _shape(run: Run) -> dict[str, tuple[int, int]]:
     towers = run.description.get("towers") or {}
     return {name: (tower.get("layers"), tower.get("heads")) for name, tower in towers.items()}
 

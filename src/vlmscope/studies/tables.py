@@ -2,20 +2,19 @@
 
 A column is a slot (`sites.slots`): what a position is called in every example, whatever its length. A
 cell is the mean over examples of the mean within each example, where a patch may be twice in a table.
-What a model knows, from the runs without patches, is said here, too.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any
 
 import numpy as np
 import pandas as pd
 
 from vlmscope.errors import DataError
-from vlmscope.stats import FEWEST, interval
+from vlmscope.stats import interval
 
 VALUES = ("logit_diff", "effect", "p_restored", "p_patched")
 """The columns of `effects` that can be averaged."""
@@ -390,96 +389,3 @@ def mean_gap(rows: pd.DataFrame) -> float | None:
     sums = pd.DataFrame({"up": ld * effect, "down": effect**2}).groupby(rows["example"]).sum()
     gaps = (sums["up"] / sums["down"])[sums["down"] > 0]  # as both are zero in a row without effect
     return abs(float(gaps.mean())) if len(gaps) else None
-
-
-# --- what the model knows ----------------------------------------------------------------------
-
-LEAST_RIGHT = 0.5
-"""A model that answers fewer than this share of examples rightly does not know the task."""
-LEAST_GAP = 0.1
-"""A mean gap below this, in logits, is near zero: the odds change by less than a tenth."""
-
-
-class Known(NamedTuple):
-    """How far the numbers of a run can be trusted, and why, in sentences.
-
-    `fine`; `few`, fewer than `stats.FEWEST` examples; `unknown`, the model does not know the task. The
-    first sentence has the numbers, the others are warnings.
-    """
-
-    severity: Literal["fine", "few", "unknown"]
-    sentences: list[str]
-
-    def lines(self) -> list[str]:
-        """The sentences as the command line says them."""
-        facts, *warned = self.sentences
-        return [facts, *(f"warning: {text}" for text in warned)]
-
-
-def knows(baselines: pd.DataFrame) -> Known:
-    """What a model knows of a task, from the runs without patches (the table `baselines` of a run).
-
-    It does not know the task if it answers fewer than half of the examples rightly, if what is scored is a
-    letter or a small piece of the word in most of them, or if LD hardly falls when the input is corrupted.
-    Examples that were answered and then left out (`select`) count for the share of right answers alone.
-
-    >>> row = {"example": "a", "p_clean": 0.9, "p_corrupt": 0.2, "ld_clean": 3.0, "ld_corrupt": -1.0,
-    ...        "answer_token": "red", "foil_token": "blue", "predicted": "red", "correct": True, "excluded": False}
-    >>> known = knows(pd.DataFrame([row | {"example": str(n)} for n in range(20)]))
-    >>> known.severity, known.sentences[0][:62]
-    ('fine', '20 examples, 100% answered rightly; P(answer) 0.900 clean and ')
-    """
-    ran = baselines[~baselines["excluded"].astype(bool)]
-    if ran.empty:
-        return Known("unknown", ["no example was patched"])
-    answered = baselines["correct"].dropna().astype(bool)
-    right = float(answered.mean()) if len(answered) else 0.0
-    gap = float((ran["ld_clean"] - ran["ld_corrupt"]).mean())
-    of = f" of {len(answered)}" if len(answered) > len(ran) else ""
-    facts = (
-        f"{len(ran)} example{'s' if len(ran) != 1 else ''}, {right:.0%}{of} answered rightly; P(answer) "
-        f"{ran['p_clean'].mean():.3f} clean and {ran['p_corrupt'].mean():.3f} corrupt; mean gap LD(clean) − "
-        f"LD(corrupt) {gap:+.3g} logits"
-    )
-    why = []
-    if right < LEAST_RIGHT:
-        why.append(f"it answers fewer than half of the examples rightly ({right:.0%})")
-    split = ran[[_is_piece(row) for row in ran.itertuples()]]
-    if len(split) > len(ran) / 2:
-        one = split.iloc[0]
-        why.append(
-            f"words are split into small pieces (scored are '{one['answer_token']}' against "
-            f"'{one['foil_token']}' in '{one['example']}')"
-        )
-    if gap < LEAST_GAP:
-        how = "rises" if gap <= -LEAST_GAP else "hardly falls"
-        why.append(f"LD {how} when the input is corrupted (by {abs(gap):.3g} logits)")
-    sentences = [facts]
-    if why:
-        sentences.append(f"the model does not seem to know this task: {'; '.join(why)}")
-    if len(ran) < FEWEST:
-        sentences.append(f"fewer than {FEWEST} examples can hardly show anything")
-    severity: Literal["fine", "few", "unknown"] = "fine"
-    if len(ran) < FEWEST:
-        severity = "few"
-    return Known("unknown" if why else severity, sentences)
-
-
-def _is_piece(row: tuple[object, ...]) -> bool:
-    """Whether what is scored is a letter, or a small piece of what the model says."""
-    is_right = bool(getattr(row, "correct", False))
-    said = str(getattr(row, "predicted", "")).casefold().split() if is_right else []
-    tokens = (getattr(row, "answer_token", None), getattr(row, "foil_token", None))
-    plain = [_plain(token) for token in tokens if isinstance(token, str)]
-    if not plain:
-        return False
-    if plain[0] in said:  # the word itself, be it one letter
-        return False
-    if any(len(one) == 1 and one.lower() != one.upper() for one in plain):
-        return True
-    return any(plain[0] in word and len(plain[0]) < len(word) / 2 for word in said if plain[0])
-
-
-def _plain(token: str) -> str:
-    """A token without what its tokenizer marks the beginning or the inside of a word with."""
-    return token.removeprefix("##").strip("▁Ġ \n").removesuffix("</w>").casefold()

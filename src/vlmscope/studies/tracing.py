@@ -8,11 +8,11 @@ sites, so that sites differ by what they are and not by their noise.
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import pyarrow.compute as pc
@@ -22,36 +22,47 @@ from vlmscope.errors import DataError, StoreError, VlmscopeError
 from vlmscope.runs.corrupt import Noise
 from vlmscope.runs.model import Model
 from vlmscope.sites import Pattern
+from vlmscope.studies import files
 from vlmscope.studies.run_folder import Run
 from vlmscope.studies.sweep import sweep_to
 from vlmscope.studies.tables import is_role, means, slot_order
 
 FORMAT = "vlmscope-tracing-1"
+MANIFEST = "tracing.json"
 KINDS = ("resid", "attn", "cross", "mlp")
 WINDOWS = (1, 3, 5)
 MIN_P, MIN_LD = 0.05, 0.5
 """Where ceiling and floor are nearer than this, an example says nothing in that repeat."""
 
-TABLE = [
-    "tower",
-    "kind",
-    "window",
-    "layer",
-    "length",
-    "at",
-    "order",
-    "is_role",
-    "token",
-    "n",
-    "repeats",
-    "restored",
-    "low",
-    "high",
-    "spread",
-    "restored_ld",
-    "spread_ld",
-]
+TABLE = (
+    "tower kind window layer length at order is_role token n repeats restored low high spread restored_ld "
+    "spread_ld"
+).split()
+"""The columns of the table."""
 _KEYS = ["window", "layer", "length", "at"]
+
+
+@dataclass(frozen=True)
+class Traced:
+    """The table of `trace`, and of what it is."""
+
+    table: pd.DataFrame
+    about: dict[str, Any] = field(repr=False)
+
+    def save(self, folder: str | os.PathLike[str]) -> None:
+        """Write `tracing.parquet`, `tracing.csv` and, last, `tracing.json`."""
+        tables = {"tracing.parquet": self.table, "tracing.csv": self.table}
+        files.save(folder, MANIFEST, self.about, tables)
+
+
+def read(folder: str | os.PathLike[str]) -> Traced:
+    """What `Traced.save` has written; raises `StoreError` where that is not all there."""
+    path = Path(folder)
+    about = files.read_json(path / MANIFEST, "name a folder of 'vlmscope tracing'")
+    try:
+        return Traced(pd.read_parquet(path / "tracing.parquet"), about)
+    except (OSError, ValueError) as error:
+        raise StoreError(f"{path}: is damaged ({error}); run the same command again") from error
 
 
 def trace(
@@ -65,7 +76,7 @@ def trace(
     by: str = "slot",
     seed: int = 0,
     data: str = "examples",
-) -> pd.DataFrame:
+) -> Traced:
     """Causal tracing of the text towers, into the folder `out`; goes on where it stopped.
 
     `noise.draws` repeats, a run folder each (`repeats/00` …). Of the table (`tracing.parquet` and
@@ -83,17 +94,10 @@ def trace(
         raise VlmscopeError(f"tokens cannot be averaged by '{by}'; expected slot or length")
     folder, examples = Path(out), listed(examples)
     sites = _sites(model, windows, kinds)
+    given = replace(noise, draws=1)
     runs = [
-        sweep_to(
-            folder / "repeats" / f"{number:02d}",
-            model,
-            examples,
-            sites,
-            replace(noise, draws=1),
-            seed=seed + number,
-            data=data,
-        )
-        for number in range(noise.draws)
+        sweep_to(folder / "repeats" / f"{n:02d}", model, examples, sites, given, seed=seed + n, data=data)
+        for n in range(noise.draws)
     ]
     table, left = _average(runs, by)
     about = {
@@ -108,14 +112,9 @@ def trace(
         "examples": len(examples),
         "left_out_of_each_repeat": left,
     }
-    try:
-        table.to_parquet(folder / "tracing.parquet", index=False)
-        table.to_csv(folder / "tracing.csv", index=False)
-        text = json.dumps(about, indent=2, ensure_ascii=False) + "\n"
-        (folder / "tracing.json").write_text(text, "utf-8")
-    except OSError as error:
-        raise StoreError(f"{folder}: cannot be written ({error.strerror or error})") from error
-    return table
+    traced = Traced(table, about)
+    traced.save(folder)
+    return traced
 
 
 def _sites(model: Model, windows: Sequence[int], kinds: Sequence[str]) -> list[str]:

@@ -14,9 +14,9 @@ from vlmscope.data.questions import ORDERS, in_order
 def draw(name: str, n: int, *, seed: int = 0) -> Iterator[Example]:
     """The first `n` examples of the set `name` that `seed` draws.
 
-    Example i depends on the seed and on i alone. The kinds of questions take turns, and so do the
-    orders of the options. The toy models were trained on pictures from seeds of a million and more;
-    smaller seeds are held out.
+    Example i depends on the seed and on i alone. The kinds of questions take turns, and so do the orders of
+    the options. The toy models were trained on pictures from seeds of a million and more; smaller seeds are
+    held out.
 
     >>> first = next(draw("states", 1))
     >>> first.id, first.clean_prompt, first.answer, first.foil

@@ -1,7 +1,7 @@
 """How the synthetic sets draw: shapes, colors, textures, and the exact mask of each thing.
 
-Everything is drawn at twice the size and reduced, which smooths the edges. A picture and its
-masks come from the same outline, so a mask covers exactly the pixels that its thing touches.
+Everything is drawn at twice the size and reduced, which smooths the edges. A picture and its masks come
+from the same outline, so a mask covers exactly the pixels that its thing touches.
 """
 
 from __future__ import annotations
@@ -30,6 +30,8 @@ COLORS: dict[str, Color] = {
     "purple": (132, 62, 176),
 }
 TEXTURES = ("plain", "striped", "dotted", "checked")
+# Pixels between the rows and between the columns, and how far every second row is shifted.
+_GRIDS = {"dotted": (22, 26, 13), "checked": (18, 36, 18)}
 BACKGROUNDS: tuple[Color, ...] = (
     *((250, 249, 246), (238, 240, 243), (232, 240, 246)),
     *((244, 238, 230), (236, 243, 235), (243, 236, 242)),
@@ -48,8 +50,8 @@ class Drawing(Protocol):
 class Contrast:
     """A picture, one that the foil is true of, and the question about them.
 
-    `ask` makes the question of two options, `others` are two that are neither answer nor foil, and
-    `words` those in the question by their roles.
+    `ask` makes the question of two options, `others` are two that are neither answer nor foil, and `words`
+    those in the question by their roles.
     """
 
     clean: Drawing
@@ -73,11 +75,8 @@ def mix(one: Color, other: Color, share: float) -> Color:
 
 def _regular(count: int, radii: Sequence[float]) -> list[Point]:
     """`count` points around the middle, the first one on top; `radii` take turns."""
-    points = []
-    for i in range(count):
-        angle, radius = 2 * math.pi * i / count, radii[i % len(radii)]
-        points.append((radius * math.sin(angle), -radius * math.cos(angle)))
-    return points
+    turns = [(radii[i % len(radii)], 2 * math.pi * i / count) for i in range(count)]
+    return [(radius * math.sin(angle), -radius * math.cos(angle)) for radius, angle in turns]
 
 
 def _heart() -> list[Point]:
@@ -90,12 +89,10 @@ def _heart() -> list[Point]:
 
 
 def _cross(arm: float, end: float) -> list[Point]:
-    corner = [(-arm, -end), (arm, -end), (arm, -arm)]
-    turned = []
-    for _ in range(4):
-        turned += corner
-        corner = [(-y, x) for x, y in corner]
-    return turned
+    points = [(-arm, -end), (arm, -end), (arm, -arm)]
+    while len(points) < 12:
+        points += [(-y, x) for x, y in points[-3:]]
+    return points
 
 
 # Outlines in a box from -1 to 1. The sizes differ a little so that the areas look alike.
@@ -141,10 +138,8 @@ def finish_mask(mask: Image.Image) -> Image.Image:
 
 def outline(thing: Thing) -> list[Point]:
     """The corners of a thing's outline, at drawing size."""
-    return [
-        ((thing.x + x * thing.radius) * SCALE, (thing.y + y * thing.radius) * SCALE)
-        for x, y in OUTLINES[thing.shape]
-    ]
+    points = OUTLINES[thing.shape]
+    return [((thing.x + x * thing.radius) * SCALE, (thing.y + y * thing.radius) * SCALE) for x, y in points]
 
 
 def stamp(thing: Thing) -> Image.Image:
@@ -162,16 +157,15 @@ def _texture(draw: ImageDraw.ImageDraw, thing: Thing, tint: Color) -> None:
         for step in range(-2 * reach, 2 * reach, 26):
             x = middle_x + step
             draw.line((x - reach, middle_y - reach, x + reach, middle_y + reach), tint, width=10)
-    elif thing.texture == "dotted":
-        for row, dy in enumerate(range(-reach, reach, 22)):
-            for dx in range(-reach + 13 * (row % 2), reach, 26):
+    elif thing.texture in _GRIDS:
+        down, across, shift = _GRIDS[thing.texture]
+        for row, dy in enumerate(range(-reach, reach, down)):
+            for dx in range(-reach + shift * (row % 2), reach, across):
                 x, y = middle_x + dx, middle_y + dy
-                draw.ellipse((x - 7, y - 7, x + 7, y + 7), fill=tint)
-    elif thing.texture == "checked":
-        for row, dy in enumerate(range(-reach, reach, 18)):
-            for dx in range(-reach + 18 * (row % 2), reach, 36):
-                x, y = middle_x + dx, middle_y + dy
-                draw.rectangle((x, y, x + 17, y + 17), fill=tint)
+                if thing.texture == "dotted":
+                    draw.ellipse((x - 7, y - 7, x + 7, y + 7), fill=tint)
+                else:
+                    draw.rectangle((x, y, x + 17, y + 17), fill=tint)
 
 
 def paint(picture: Image.Image, thing: Thing) -> None:

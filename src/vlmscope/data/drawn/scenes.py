@@ -1,7 +1,7 @@
 """`scenes`: two objects and the relation between them, drawn from a seed.
 
-Three kinds of questions, each in both orders of the options: "is a circle or a star above the
-square?", "is the circle above or below the square?", "is the circle above a square or a star?".
+Three kinds of questions, each in both orders of the options: "is a circle or a star above the square?", "is
+the circle above or below the square?", "is the circle above a square or a star?".
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ GAP = 5
 class Scene:
     """What a picture of this set shows: the subject is `relation` the object.
 
-    `side` (-1 left, 1 right) and `jitter` (pixels) say where exactly. They stay when the relation
-    changes, so nothing moves more than the relation asks for.
+    `side` (-1 left, 1 right) and `jitter` (pixels) say where exactly. They stay when the relation changes,
+    so nothing moves more than the relation asks for.
     """
 
     subject: Thing
@@ -60,8 +60,8 @@ class Scene:
 def arrange(scene: Scene) -> Scene:
     """The same scene with the subject where the relation wants it.
 
-    The object stays where it is, unless the two would not fit into the picture: then both are
-    shifted, by as little as it takes.
+    The object stays where it is, unless the two would not fit into the picture: then both are shifted, by
+    as little as it takes.
     """
     subject, thing = scene.subject, scene.object
     reach = subject.radius + thing.radius + GAP
@@ -74,32 +74,21 @@ def arrange(scene: Scene) -> Scene:
         "around": (-outer[0] * subject.radius, -outer[1] * subject.radius),
     }[scene.relation]
     subject = replace(subject, x=thing.x + dx, y=thing.y + dy)
-    shift_x, shift_y = (
-        _into_picture(*((getattr(one, axis), one.radius) for one in (subject, thing))) for axis in ("x", "y")
-    )
-    return replace(
-        scene,
-        subject=replace(subject, x=subject.x + shift_x, y=subject.y + shift_y),
-        object=replace(thing, x=thing.x + shift_x, y=thing.y + shift_y),
-    )
+    for axis in ("x", "y"):
+        spans = [(getattr(one, axis), one.radius) for one in (subject, thing)]
+        low = min(middle - radius for middle, radius in spans) - 1
+        high = max(middle + radius for middle, radius in spans) + 1
+        shift = max(0.0, -low) + min(0.0, drawing.SIZE - high)
+        subject, thing = (replace(one, **{axis: getattr(one, axis) + shift}) for one in (subject, thing))
+    return replace(scene, subject=subject, object=thing)
 
 
-def _into_picture(*spans: tuple[float, float]) -> float:
-    """The smallest shift that brings all `(middle, radius)` into the picture."""
-    low = min(middle - radius for middle, radius in spans) - 1
-    high = max(middle + radius for middle, radius in spans) + 1
-    return max(0.0, -low) + min(0.0, drawing.SIZE - high)
-
-
-def sample(rng: random.Random, subject_is_small: bool | None = None) -> Scene:
-    """Two objects of different shape and color.
-
-    One is small enough to lie inside the other; `subject_is_small` says which, None for any.
-    """
+def sample(rng: random.Random) -> Scene:
+    """Two objects of different shape and color, one of them small enough to lie inside the other."""
     shapes, colors = rng.sample(SHAPES, 2), rng.sample(tuple(COLORS), 2)
     large = rng.uniform(38, 44)
     radii = [large * rng.uniform(0.40, 0.44), large]
-    small = rng.random() < 0.5 if subject_is_small is None else subject_is_small
+    small = rng.random() < 0.5
     radii = radii if small else radii[::-1]
     subject, thing = (
         Thing(shape, color, "plain", 0, 0, radius)
@@ -132,13 +121,6 @@ def ask(kind: str, scene: Scene, first: str, second: str) -> str:
     return f"is the {subject} {scene.relation} a {first} or a {second}?"
 
 
-def change(scene: Scene, kind: str, value: str) -> Scene:
-    """The scene with another subject, relation or object."""
-    if kind == "relation":
-        return arrange(replace(scene, relation=value))
-    return replace(scene, **{kind: replace(getattr(scene, kind), shape=value)})
-
-
 def contrast(rng: random.Random, kind: str) -> Contrast:
     """A scene, and one in which the subject, the relation or the object is another.
 
@@ -155,5 +137,8 @@ def contrast(rng: random.Random, kind: str) -> Contrast:
     foil = rng.choice([value for value in fitting if value not in taken])
     others = rng.sample([value for value in values if value not in {*taken, foil}], 2)
     words = {"noun": thing if kind == "subject" else subject, **words}
-    changed = change(scene, kind, foil)
+    if kind == "relation":
+        changed = arrange(replace(scene, relation=foil))
+    else:
+        changed = replace(scene, **{kind: replace(getattr(scene, kind), shape=foil)})
     return Contrast(scene, changed, partial(ask, kind, scene), words[kind], foil, others, words)

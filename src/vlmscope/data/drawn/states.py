@@ -1,7 +1,7 @@
 """`states`: one object and its state, drawn from a seed.
 
-Three kinds of questions, each in both orders of the options: "is this circle red or blue?",
-"is this circle striped or dotted?", "is this shape a circle or a square?".
+Three kinds of questions, each in both orders of the options: "is this circle red or blue?", "is this circle
+striped or dotted?", "is this shape a circle or a square?".
 """
 
 from __future__ import annotations
@@ -66,17 +66,12 @@ def ask(kind: str, noun: str, first: str, second: str) -> str:
     return f"is this {noun} {first} or {second}?"
 
 
-def change(state: State, kind: str, value: str) -> State:
-    """The same object with another color, texture or shape."""
-    changes: dict[str, Any] = {kind: value}
-    return replace(state, thing=replace(state.thing, **changes))
-
-
 def contrast(rng: random.Random, kind: str) -> Contrast:
     """A state, and the same object with another value of `kind`."""
     state = sample(rng)
     answer = getattr(state.thing, kind)
     foil, *others = rng.sample([value for value in VALUES[kind] if value != answer], 3)
     noun = "shape" if kind == "shape" else state.thing.shape
-    changed = change(state, kind, foil)
+    changes: dict[str, Any] = {kind: foil}
+    changed = replace(state, thing=replace(state.thing, **changes))
     return Contrast(state, changed, partial(ask, kind, noun), answer, foil, others, {"noun": noun})

@@ -12,23 +12,16 @@ from pathlib import Path
 from vlmscope.data.example import Example
 from vlmscope.errors import DataError
 
-PUBLISHED = {
-    "svo-probes": "svo_probes",
-    "mit-states": "mit_states",
-    "faces": "emotions",
-    "coco-qa": "coco_qa",
-    "clevr": "clevr",
-    "folder": "folder",
-}
-"""The published sets that `build` makes examples of, and the module of each."""
+PUBLISHED = ("svo-probes", "mit-states", "faces", "coco-qa", "clevr", "folder")
+"""The published sets that `build` makes examples of."""
 
 
 @dataclass(frozen=True)
 class Built:
     """A contrast set, and what was left out on the way.
 
-    `dropped` counts rows, images or folders by the reason in words; `notes` counts examples, by
-    how they came by their corrupt prompt or what they lack.
+    `dropped` counts rows, images or folders by the reason in words; `notes` counts examples, by how they
+    came by their corrupt prompt or what they lack.
     """
 
     examples: list[Example]
@@ -70,11 +63,11 @@ def build(
 ) -> Built:
     """Examples of the published set `name`, from the folder `root` in which it was unpacked.
 
-    `limit` is the number of examples in all; by default as many as the balance over groups and
-    orders allows, up to the published sizes. `seed` draws them, whatever the order of the files.
-    `pieces` counts the tokens of a word, so that corrupt prompts align token for token.
-    `download` first fetches the images that are missing (`svo-probes` only); `progress` is then
-    called with how many are done and how many there are.
+    `limit` is the number of examples in all; by default as many as the balance over groups and orders
+    allows, up to the published sizes. `seed` draws them, whatever the order of the files. `pieces` counts
+    the tokens of a word, so that corrupt prompts align token for token. `download` first fetches the images
+    that are missing (`svo-probes` only); `progress` is then called with how many are done and how many
+    there are.
 
     Raises `DataError` where the folder does not hold that set, or no example is left.
 
@@ -100,14 +93,19 @@ def build(
     _check_root(name, root)
     source = Source(name, root, limit, seed)
     if download:
-        from vlmscope.data.published.download import fetch_and_log
+        from vlmscope.data.published.download import fetch
 
-        source.fetch = partial(fetch_and_log, log=root / "download-failures.csv", progress=progress)
-    found: list[Example] = import_module(f"vlmscope.data.published.{PUBLISHED[name]}").load(source)
+        source.fetch = partial(fetch, log=root / "download-failures.csv", progress=progress)
+    found: list[Example] = import_module(f"vlmscope.data.published.{name.replace('-', '_')}").load(source)
     if not found:
         why = "; ".join(f"{reason} ({number:,})" for reason, number in source.dropped.items())
         raise DataError(f"{root}: no example of {name} is left: {why or 'its tables are empty'}")
-    found, notes = replace_words(_numbered(found), pieces=pieces, seed=seed)
+    known: Counter[str] = Counter()
+    for n, example in enumerate(found):
+        known[example.id] += 1
+        if known[example.id] > 1:
+            found[n] = replace(example, id=f"{example.id}-{known[example.id]}")
+    found, notes = replace_words(found, pieces=pieces, seed=seed)
     if without := sum(example.corrupt_image is None for example in found):
         notes["without a corrupt image: no image pair"] = without
     return Built(found, source.dropped, notes)
@@ -121,14 +119,3 @@ def _check_root(name: str, root: Path) -> None:
         raise DataError(f"{root}: a file; expected the folder that holds {name}")
     if not any(root.iterdir()):
         raise DataError(f"{root}: an empty folder; unpack {name} there, or give the folder it is in")
-
-
-def _numbered(examples: list[Example]) -> list[Example]:
-    """The examples with a number behind an id that another one has already."""
-    known: Counter[str] = Counter()
-    numbered: list[Example] = []
-    for example in examples:
-        known[example.id] += 1
-        again = known[example.id] > 1
-        numbered.append(replace(example, id=f"{example.id}-{known[example.id]}") if again else example)
-    return numbered

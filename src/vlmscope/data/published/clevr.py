@@ -1,12 +1,12 @@
 """CLEVR: yes/no questions about where things stand, "Is the large red cube left of the ...?".
 
-As published with the BLIP tracing paper (Palit et al., arXiv 2308.14179): a CSV file with
-`Image_IDs` and, in one cell, `Questions_Answers`, a Python list of questions and answers (1 is
-yes). The images are CLEVR's: `images/val/CLEVR_val_000145.png`, `val/`, `images/` or the root.
+As published with the BLIP tracing paper (Palit et al., arXiv 2308.14179): a CSV file with `Image_IDs` and,
+in one cell, `Questions_Answers`, a Python list of questions and answers (1 is yes). The images are CLEVR's:
+`images/val/CLEVR_val_000145.png`, `val/`, `images/` or the root.
 
-The corrupt image is one whose own questions hold the same text with the other answer; where there
-is none the example has no corrupt image. The corrupt prompt swaps the two objects, which keeps
-all words and turns the answer around; where that would not align, "left" and "right" are swapped.
+The corrupt image is one whose own questions hold the same text with the other answer; where there is none
+the example has no corrupt image. The corrupt prompt swaps the two objects, which keeps all words and turns
+the answer around; where that would not align, "left" and "right" are swapped.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from pathlib import Path
 
 from vlmscope.data.example import Example, find_roles
 from vlmscope.data.published.layout import by_stem, header_of
-from vlmscope.data.published.sampling import MISSING, SIZE, Partners, Source
+from vlmscope.data.published.sampling import MISSING, SIZE, Source
 from vlmscope.data.questions.replacement import aligned
 from vlmscope.data.table import read_table
 from vlmscope.errors import DataError
@@ -33,20 +33,17 @@ CELLS = (
     *(("left", "no"), ("right", "yes"), ("behind", "no"), ("front", "yes")),
 )
 
-BAD_CELL = "a cell that is no list of questions and answers"
-OTHER_QUESTION = "a question of another form than 'Is the ... left of the ...?'"
-CLASH = "the image has the same question twice, or its reverse with the same answer"
-PAIRED = "every image with the other answer is already its pair, or cannot be read"
 
 _QUESTION = re.compile(
-    r"Is the (?P<object>[^?]+?) (?P<relation>right of|left of|behind|in front of) the (?P<other>[^?]+)\?",
+    r"^(?P<is>Is the )(?P<object>[^?]+?) (?P<relation>right of|left of|behind|in front of) "
+    r"the (?P<other>[^?]+)\?$",
     re.IGNORECASE,
 )
 
 
 @dataclass(frozen=True)
 class Row:
-    """One question about one image."""
+    """One question about one image, number `number` of it."""
 
     image: str
     number: int
@@ -82,30 +79,39 @@ def load(source: Source) -> list[Example]:
     answered: dict[tuple[str, str], list[Path]] = {}
     for row in kept:
         answered.setdefault((row.question, row.answer), []).append(files[row.image])
-    partners = Partners(source)
 
     def others(row: Row) -> list[Path]:
         return answered.get((row.question, OTHER[row.answer]), [])
 
     def make(row: Row) -> Example | None:
-        image = files[row.image]
-        if not source.is_readable(image):
+        if not source.is_readable(files[row.image]):
             return None
         mixed = source.shuffled(others(row), source.seed, row.image, row.question)
-        partner = partners.first(image, mixed, row.question)
+        partner = source.partner(files[row.image], mixed, row.question)
         if mixed and partner is None:
-            source.drop(PAIRED)
+            source.drop("every image with the other answer is already its pair, or cannot be read")
             return None
-        return _example(row, image, partner)
-
-    items = {}
-    for relation, answer in CELLS:
-        cell = [row for row in kept if (row.kind, row.answer) == (relation, answer)]
-        # Those with an image pair come before the others.
-        items[f"{relation}, {answer}"] = sorted(
-            source.shuffled(cell, source.seed), key=lambda row: not others(row)
+        return Example(
+            id=f"clevr-{row.image.rpartition('_')[2]}-{row.number}",
+            clean_image=files[row.image],
+            clean_prompt=row.question,
+            answer=row.answer,
+            foil=OTHER[row.answer],
+            corrupt_image=partner,
+            corrupt_prompt=turn_around(row.question),
+            roles=find_roles(row.question, row.words),
+            groups={"kind": row.kind},
         )
-    return [drawn.made for drawn in source.balanced(items, make, SIZE // 2)]
+
+    cells: dict[tuple[str, str], list[Row]] = {cell: [] for cell in CELLS}
+    for row in kept:
+        cells[row.kind, row.answer].append(row)
+    # Those with an image pair come before the others.
+    items = {
+        ", ".join(cell): sorted(source.shuffled(members, source.seed), key=lambda row: not others(row))
+        for cell, members in cells.items()
+    }
+    return [example for _, _, example in source.balanced(items, make, SIZE // 2)]
 
 
 def read_rows(source: Source) -> list[Row]:
@@ -118,21 +124,23 @@ def read_rows(source: Source) -> list[Row]:
     if not tables:
         raise source.not_here("file named clevr*.csv")
     rows: list[Row] = []
-    for path in tables:
-        for cells in read_table(path, COLUMNS):
-            asked = parse_cell(cells["Questions_Answers"])
-            if asked is None:
-                source.drop(BAD_CELL)
-                continue
-            image = Path(cells["Image_IDs"]).stem
-            asked_rows = [Row(image, number, *one) for number, one in enumerate(asked)]
-            for row in asked_rows:
-                if row.words.get("object") == row.words.get("other"):
-                    source.drop(OTHER_QUESTION)
-                elif _clashes(row, asked_rows):
-                    source.drop(CLASH)
-                else:
-                    rows.append(row)
+    for cells in (cells for path in tables for cells in read_table(path, COLUMNS)):
+        asked = parse_cell(cells["Questions_Answers"])
+        if asked is None:
+            source.drop("a cell that is no list of questions and answers")
+            continue
+        for number, (question, answer) in enumerate(asked):
+            row = Row(Path(cells["Image_IDs"]).stem, number, question, answer)
+            if row.words.get("object") == row.words.get("other"):
+                source.drop("a question of another form than 'Is the ... left of the ...?'")
+            elif (
+                question in (earlier for earlier, _ in asked[:number])
+                or (question, OTHER[answer]) in asked
+                or (swap_objects(question), answer) in asked
+            ):
+                source.drop("the image has the same question twice, or its reverse with the same answer")
+            else:
+                rows.append(row)
     return rows
 
 
@@ -156,9 +164,7 @@ def swap_objects(question: str) -> str:
     >>> swap_objects("Is the red cube left of the small ball?")
     'Is the small ball left of the red cube?'
     """
-    return _QUESTION.sub(
-        lambda found: f"{question[:7]}{found['other']} {found['relation']} the {found['object']}?", question
-    )
+    return _QUESTION.sub(r"\g<is>\g<other> \g<relation> the \g<object>?", question)
 
 
 def turn_around(question: str) -> str | None:
@@ -167,40 +173,11 @@ def turn_around(question: str) -> str | None:
     >>> turn_around("Is the cube left of the small ball?")
     'Is the cube right of the small ball?'
     """
-    found = _QUESTION.fullmatch(question)
+    found, swapped = _QUESTION.fullmatch(question), swap_objects(question)
     if found is None:
         return None
-    swapped = swap_objects(question)
     if len(found["object"].split()) == len(found["other"].split()) and aligned(question, swapped):
         return swapped
     turned = {"left of": "right of", "right of": "left of"}.get(found["relation"].lower())
-    if turned is None:
-        return None
     start, end = found.span("relation")
-    return question[:start] + turned + question[end:]
-
-
-def _clashes(row: Row, asked: list[Row]) -> bool:
-    """Whether the image has the question before or with another answer, or its reverse with the same."""
-    swapped = swap_objects(row.question)
-    for other in asked:
-        again = other.question == row.question
-        if again and (other.number < row.number or other.answer != row.answer):
-            return True
-        if other.question == swapped and other.answer == row.answer:
-            return True
-    return False
-
-
-def _example(row: Row, image: Path, partner: Path | None) -> Example:
-    return Example(
-        id=f"clevr-{row.image.rpartition('_')[2]}-{row.number}",
-        clean_image=image,
-        clean_prompt=row.question,
-        answer=row.answer,
-        foil=OTHER[row.answer],
-        corrupt_image=partner,
-        corrupt_prompt=turn_around(row.question),
-        roles=find_roles(row.question, row.words),
-        groups={"kind": row.kind},
-    )
+    return question[:start] + turned + question[end:] if turned else None

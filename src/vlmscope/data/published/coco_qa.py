@@ -1,9 +1,9 @@
 """COCO-QA: open questions about COCO photographs, "what is the color of the dog?".
 
 As published with the BLIP tracing paper (Palit et al., arXiv 2308.14179): a CSV file a kind, with
-`train_image_id_count, question_count, answer_count` (the suffix may be another, or none), whose
-name says the kind: color, count (or number), location. The photographs are COCO's: `train2017`,
-in the root, in `images/` or as it is. The corrupt image has another answer to the same question.
+`train_image_id_count, question_count, answer_count` (the suffix may be another, or none), whose name says
+the kind: color, count (or number), location. The photographs are COCO's: `train2017`, in the root, in
+`images/` or as it is. The corrupt image has another answer to the same question.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from pathlib import Path
 
 from vlmscope.data.example import Example, find_roles
 from vlmscope.data.published.layout import by_stem
-from vlmscope.data.published.sampling import MISSING, Partners, Source
+from vlmscope.data.published.sampling import MISSING, Source
 from vlmscope.data.questions.synonyms import near
 from vlmscope.data.table import read_table
 from vlmscope.errors import DataError
@@ -23,10 +23,6 @@ KINDS = {"color": "color", "colour": "color", "count": "count", "number": "count
 COLUMNS = ("train_image_id", "question", "answer")
 PLACES = ("train2017", "images/train2017", "train2014", "images/train2014", "images", "")
 
-EMPTY = "a row with an empty cell"
-AGAIN = "the same image and question as an earlier row"
-ALONE = "no image that is there has another answer to the question"
-NO_FOIL = "every image with another answer is already its pair, or cannot be read"
 # Words that end a question and name nothing in the image.
 _EMPTY_WORDS = frozenset(
     """a an the of in on at to by with is are was were be being and or his her its their this
@@ -57,26 +53,44 @@ def load(source: Source) -> list[Example]:
     by_question: dict[tuple[str, str], list[Row]] = {}
     for row in kept:
         by_question.setdefault((row.kind, row.question), []).append(row)
-    others = {row: _others(row, by_question[row.kind, row.question]) for row in kept}
+    # The rows of other images with the same question and a clearly different answer.
+    others = {
+        row: [
+            other
+            for other in by_question[row.kind, row.question]
+            if other.image != row.image and not near(other.answer, row.answer)
+        ]
+        for row in kept
+    }
     paired = [row for row in kept if others[row]]
-    source.drop(ALONE, len(kept) - len(paired))
-    partners = Partners(source)
+    source.drop("no image that is there has another answer to the question", len(kept) - len(paired))
 
     def make(row: Row) -> Example | None:
-        if not source.is_readable(files[row.image]):
+        image, prompt, noun = files[row.image], f"{row.question}?", noun_of(row.question)
+        if not source.is_readable(image):
             return None
         mixed = source.shuffled(others[row], source.seed, row.image, row.question)
         by_path = {files[other.image]: other for other in mixed}
-        if partner := partners.first(files[row.image], by_path):
-            return _example(row, by_path[partner], files)
-        source.drop(NO_FOIL)
-        return None
+        partner = source.partner(image, by_path)
+        if partner is None:
+            source.drop("every image with another answer is already its pair, or cannot be read")
+            return None
+        return Example(
+            id=f"coco-{row.kind}-{row.image}-{noun.replace(' ', '-')}-{by_path[partner].image}",
+            clean_image=image,
+            clean_prompt=prompt,
+            answer=row.answer,
+            foil=by_path[partner].answer,
+            corrupt_image=partner,
+            roles=find_roles(prompt, {"noun": noun}),
+            groups={"kind": row.kind},
+        )
 
     items = {
         kind: source.shuffled((row for row in paired if row.kind == kind), kind, source.seed)
         for kind in dict.fromkeys(KINDS.values())
     }
-    return [drawn.made for drawn in source.balanced(items, make)]
+    return [example for _, _, example in source.balanced(items, make)]
 
 
 def read_rows(source: Source) -> list[Row]:
@@ -90,17 +104,26 @@ def read_rows(source: Source) -> list[Row]:
         raise source.not_here("file named *color*.csv, *count*.csv or *location*.csv")
     rows: dict[tuple[int, str], Row] = {}
     for path, kind in tables.items():
-        for cells in read_table(path, COLUMNS, _without_suffix):
+        for cells in read_table(path, COLUMNS, without_kind):
             number = re.fullmatch(r"(\d{1,12})(?:\.0)?", cells["train_image_id"])
             question = " ".join(cells["question"].rstrip("? ").split())
             if not (number and question and cells["answer"]):
-                source.drop(EMPTY)
+                source.drop("a row with an empty cell")
             elif (int(number[1]), question) in rows:
-                source.drop(AGAIN)
+                source.drop("the same image and question as an earlier row")
             else:
                 image = int(number[1])
                 rows[image, question] = Row(kind, image, question, cells["answer"])
     return list(rows.values())
+
+
+def without_kind(column: str) -> str:
+    """The name of a column without the suffix of its kind.
+
+    >>> without_kind("train_image_id_count"), without_kind("answer")
+    ('train_image_id', 'answer')
+    """
+    return re.sub(r"(?<=id|on|er)_[a-z]+$", "", column.strip())
 
 
 def find_images(root: Path) -> dict[int, Path]:
@@ -126,31 +149,3 @@ def noun_of(question: str) -> str:
     if found := counted or placed:
         return found[1]
     return next((word for word in reversed(words) if word.lower() not in _EMPTY_WORDS), "")
-
-
-def _without_suffix(column: str) -> str:
-    return re.sub(r"(?<=id|on|er)_[a-z]+$", "", column.strip())
-
-
-def _others(row: Row, rows: list[Row]) -> list[Row]:
-    """The rows of other images whose answer is clearly different."""
-    answer = row.answer.casefold()
-    return [
-        other
-        for other in rows
-        if other.image != row.image and other.answer.casefold() != answer and not near(other.answer, answer)
-    ]
-
-
-def _example(row: Row, other: Row, files: dict[int, Path]) -> Example:
-    prompt, noun = f"{row.question}?", noun_of(row.question)
-    return Example(
-        id=f"coco-{row.kind}-{row.image}-{noun.replace(' ', '-')}-{other.image}",
-        clean_image=files[row.image],
-        clean_prompt=prompt,
-        answer=row.answer,
-        foil=other.answer,
-        corrupt_image=files[other.image],
-        roles=find_roles(prompt, {"noun": noun}),
-        groups={"kind": row.kind},
-    )

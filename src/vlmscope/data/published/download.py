@@ -1,10 +1,10 @@
 """Downloading images from addresses that nobody vouches for.
 
-The addresses come from a table that somebody else wrote, and what answers there may have changed
-since. So: http and https only; only to public addresses, which is checked on the connected socket
-of every hop, before a byte is sent through it (a name that resolves to another address the second
-time gains nothing); no cookies, no credentials, no proxies; a limit on size and on time; and what
-arrives counts only if it decodes as an image. A file appears under its name when it is whole.
+The addresses come from a table that somebody else wrote, and what answers there may have changed since. So:
+http and https only; only to public addresses, which is checked on the connected socket of every hop, before
+a byte is sent through it (a name that resolves to another address the second time gains nothing); no
+cookies, no credentials, no proxies; a limit on size and on time; and what arrives counts only if it decodes
+as an image. A file appears under its name when it is whole.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from urllib.parse import urljoin
 import urllib3
 from PIL import Image
 from urllib3.connection import HTTPConnection, HTTPSConnection
-from urllib3.util import Retry, Url, parse_url
+from urllib3.util import Retry, parse_url
 
 from vlmscope.data.images import MAX_PIXELS, open_image
 from vlmscope.data.published.layout import SUFFIXES, images_in
@@ -45,12 +45,10 @@ DECODERS = {"JPEG": ".jpg", "PNG": ".png", "WEBP": ".webp", "GIF": ".gif", "BMP"
 """Formats that photographs come in, and suffixes. Some of Pillow's other decoders start programs."""
 HEADERS = {"User-Agent": "vlmscope", "Accept": "image/*", "Accept-Encoding": "identity"}
 
-# Trying again later is of no use where a reason begins with one of these, and with none of the others.
-_PERMANENT = (
-    *("HTTP 4", "not an image", "too large", "too small", "too many redirects"),
-    *("address not public", "not an http", "credentials in"),
+# Trying again later is of no use where a reason begins with one of these.
+_PERMANENT = re.compile(
+    "HTTP 4(?!08|25|29)|not an |too (large|small|many redirects)|address not public|credentials in"
 )
-_PASSING = ("HTTP 408", "HTTP 425", "HTTP 429")
 
 # Pillow's warnings are silenced while an image is checked, and that holds for all threads.
 _ONE_AT_A_TIME = threading.Lock()
@@ -60,10 +58,10 @@ _ONE_AT_A_TIME = threading.Lock()
 class Limits:
     """What an address may cost.
 
-    `timeout` (seconds) is for connecting and for each wait for data, `total` for one try at one
-    address with its redirects. What may pass is tried `retries` times more, after `backoff` seconds,
-    then twice as long, with jitter, or when the server says. `allowed` are IP addresses that are
-    connected to though they are not public.
+    `timeout` (seconds) is for connecting and for each wait for data, `total` for one try at one address
+    with its redirects. What may pass is tried `retries` times more, after `backoff` seconds, then twice as
+    long, with jitter, or when the server says. `allowed` are IP addresses that are connected to though they
+    are not public.
     """
 
     timeout: float = 15.0
@@ -77,9 +75,11 @@ class Limits:
 class _Failure(Exception):  # noqa: N818 (never leaves this file)
     """Why an address gave no image; `after` is how long the server asks to wait, in seconds."""
 
-    def __init__(self, reason: str, after: float | None = None) -> None:
+    def __init__(self, reason: str, retry_after: str | None = None) -> None:
         super().__init__(reason)
-        self.after = after
+        self.after: float | None = None
+        with contextlib.suppress(urllib3.exceptions.InvalidHeader, ValueError, OverflowError):
+            self.after = Retry().parse_retry_after(retry_after) if retry_after else None
 
 
 def is_permanent(reason: str) -> bool:
@@ -90,7 +90,7 @@ def is_permanent(reason: str) -> bool:
     >>> is_permanent("timed out after 60 s")
     False
     """
-    return reason.startswith(_PERMANENT) and not reason.startswith(_PASSING)
+    return _PERMANENT.match(reason) is not None
 
 
 def is_public(address: str) -> bool:
@@ -114,29 +114,34 @@ def is_public(address: str) -> bool:
 def fetch(
     jobs: Mapping[str, Path],
     *,
+    log: Path | None = None,
     limits: Limits | None = None,
     workers: int = 16,
     progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, str]:
     """Download addresses to files, and return what could not be had, with the reason.
 
-    A file that is there, with any suffix of an image, is not fetched again; a new one gets the
-    suffix of its content. Ctrl-C stops after the tries in progress and leaves every whole file in place.
+    A file that is there, with any suffix of an image, is not fetched again; a new one gets the suffix of
+    its content. Ctrl-C stops after the tries in progress and leaves every whole file in place. `log` is a
+    CSV file (url, reason) of what failed; what failed for good in an earlier call is not tried again:
+    delete the file to do so.
 
     >>> fetch({"file:///etc/passwd": Path("a.jpg"), "http://me:secret@host/": Path("b.jpg")})
     {'file:///etc/passwd': 'not an http or https address',
      'http://me:secret@host/': 'credentials in the address'}
     """
-    limits = limits or Limits()
+    known = _read_log(log) if log else {}
+    kept = {url: why for url, why in known.items() if is_permanent(why) or url not in jobs}
     folders = {path.parent for path in jobs.values()}
     there = {image.with_suffix("") for folder in folders for image in images_in(folder)}
-    todo = {url: path for url, path in jobs.items() if path.with_name(_stem(path)) not in there}
-    done = len(jobs) - len(todo)
+    rest = {url: path for url, path in jobs.items() if url not in kept}
+    todo = {url: path for url, path in rest.items() if path.with_name(_stem(path)) not in there}
+    done = len(rest) - len(todo)
     failed: dict[str, str] = {}
     stop = threading.Event()
     pool = ThreadPoolExecutor(workers, thread_name_prefix="download")
     try:
-        futures = {pool.submit(_try, url, path, limits, stop): url for url, path in todo.items()}
+        futures = {pool.submit(_try, url, path, limits or Limits(), stop): url for url, path in todo.items()}
         waiting: set[Future[str | None]] = set(futures)
         while waiting:
             # In short turns, so that Ctrl-C is heard on every system.
@@ -146,44 +151,35 @@ def fetch(
                     failed[futures[future]] = reason
                 done += 1
                 if progress:
-                    progress(done, len(jobs))
+                    progress(done, len(rest))
     finally:
         stop.set()
         pool.shutdown(cancel_futures=True)
+    failed = kept | {url: failed[url] for url in rest if url in failed}
+    if log:
+        _write_log(log, failed)
     return {url: failed[url] for url in jobs if url in failed}
 
 
-def fetch_and_log(
-    jobs: Mapping[str, Path],
-    log: Path,
-    *,
-    limits: Limits | None = None,
-    progress: Callable[[int, int], None] | None = None,
-) -> dict[str, str]:
-    """`fetch`, with what failed kept in a CSV file (url, reason).
-
-    What failed for good in an earlier call is not tried again: delete the file to do so.
-    """
+def _read_log(log: Path) -> dict[str, str]:
     try:
-        rows = read_table(log, ("url", "reason")) if log.exists() else []
+        return (
+            {row["url"]: row["reason"] for row in read_table(log, ("url", "reason"))} if log.exists() else {}
+        )
     except DataError as error:
         raise DataError(f"{log}: not a list of failures (url, reason); delete it") from error
-    known = {row["url"]: row["reason"] for row in rows}
-    gone = {url: known[url] for url in jobs if is_permanent(known.get(url, ""))}
-    rest = {url: path for url, path in jobs.items() if url not in gone}
-    failed = fetch(rest, limits=limits, progress=progress)
-    kept = {url: reason for url, reason in known.items() if url not in rest} | failed
+
+
+def _write_log(log: Path, failed: Mapping[str, str]) -> None:
     part = log.with_name(f"{log.name}.part")
     try:
-        if kept:
-            with part.open("w", encoding="utf-8", newline="") as file:
-                csv.writer(file).writerows([("url", "reason"), *kept.items()])
-            part.replace(log)
-        else:
-            log.unlink(missing_ok=True)
+        if not failed:
+            return log.unlink(missing_ok=True)
+        with part.open("w", encoding="utf-8", newline="") as file:
+            csv.writer(file).writerows([("url", "reason"), *failed.items()])
+        part.replace(log)
     except OSError as error:
         raise DataError(f"{log}: cannot be written ({error.strerror or error})") from error
-    return gone | failed
 
 
 def _stem(path: Path) -> str:
@@ -231,13 +227,13 @@ def _download(url: str, limits: Limits, stop: threading.Event) -> tuple[bytes, s
     """The body that an address leads to, and what the server says that it is."""
     deadline = time.monotonic() + limits.total
     for _ in range(REDIRECTS + 1):
-        with _answer(_checked(url), limits, deadline) as answer:
+        with _answer(url, limits, deadline) as answer:
             if where := answer.get_redirect_location():
                 url = urljoin(url, where)
                 continue
             if answer.status != 200:
                 why = f"HTTP {answer.status} {_plain(answer.reason or '')}".strip()
-                raise _Failure(why, _retry_after(answer))
+                raise _Failure(why, answer.headers.get("Retry-After"))
             body = bytearray()
             length = answer.headers.get("Content-Length", "")
             size = int(length) if length.isdecimal() else 0
@@ -252,24 +248,11 @@ def _download(url: str, limits: Limits, stop: threading.Event) -> tuple[bytes, s
     raise _Failure(f"too many redirects (more than {REDIRECTS})")
 
 
-def _checked(url: str) -> Url:
-    """An address that may be asked, in its parts."""
-    try:
-        address = parse_url(url)
-    except urllib3.exceptions.HTTPError as error:
-        raise _Failure("not an http or https address") from error
-    if address.scheme not in ("http", "https") or not address.host:
-        raise _Failure("not an http or https address")
-    if address.auth is not None:
-        raise _Failure("credentials in the address")
-    return address
-
-
 class _PublicHTTP(HTTPConnection):
     """A connection that refuses an address that is not public once it is connected.
 
-    Its socket is the one that the request goes through, so what the name resolves to at another
-    time does not matter; for https this is before the handshake.
+    Its socket is the one that the request goes through, so what the name resolves to at another time does
+    not matter; for https this is before the handshake.
     """
 
     allowed: frozenset[str] = frozenset()
@@ -308,14 +291,22 @@ class _PublicHTTPS(_PublicHTTP, HTTPSConnection):
 
 
 @contextlib.contextmanager
-def _answer(address: Url, limits: Limits, deadline: float) -> Iterator[urllib3.BaseHTTPResponse]:
+def _answer(url: str, limits: Limits, deadline: float) -> Iterator[urllib3.BaseHTTPResponse]:
     """The answer to one request, over a line of its own that is cut at the deadline.
 
     Whatever the network raises becomes one short reason.
     """
+    try:
+        address = parse_url(url)
+    except urllib3.exceptions.HTTPError as error:
+        raise _Failure("not an http or https address") from error
+    if address.scheme not in ("http", "https") or not address.host:
+        raise _Failure("not an http or https address")
+    if address.auth is not None:
+        raise _Failure("credentials in the address")
     left = max(deadline - time.monotonic(), 0.001)
     kind = _PublicHTTPS if address.scheme == "https" else _PublicHTTP
-    connection = kind((address.host or "").strip("[]"), address.port, timeout=min(limits.timeout, left))
+    connection = kind(address.host.strip("[]"), address.port, timeout=min(limits.timeout, left))
     connection.allowed = limits.allowed
     # Timeouts are for each wait alone: only cutting the line ends a drip of single bytes.
     timer = threading.Timer(left, connection.cut)
@@ -350,14 +341,6 @@ def _reason(error: Exception, is_late: bool, limits: Limits) -> str:
     if "SSL" in type(error).__name__:
         return "no trusted connection to the server (TLS)"
     return f"the connection broke ({type(error).__name__})"
-
-
-def _retry_after(answer: urllib3.BaseHTTPResponse) -> float | None:
-    """The seconds that a server asks to wait, given as a number or a date."""
-    try:
-        return Retry().get_retry_after(answer)
-    except (urllib3.exceptions.HTTPError, ValueError, OverflowError):
-        return None
 
 
 def _check_image(body: bytes, kind: str) -> str:

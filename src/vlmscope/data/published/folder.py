@@ -1,9 +1,9 @@
 """Your own images, in a folder for each label: "is this a cat or a dog?".
 
-`ROOT/{label}/*.jpg`, two labels or more, of any words. The corrupt image is one of another label.
-A file `prompt.txt` in the root may hold another question with `{x}` and `{y}` where the options
-stand; "a {x}" becomes "an {x}" by sound, and loses its article before a plural. The result is
-meant to be written as a CSV, which can then be edited.
+`ROOT/{label}/*.jpg`, two labels or more, of any words. The corrupt image is one of another label. A file
+`prompt.txt` in the root may hold another question with `{x}` and `{y}` where the options stand; "a {x}"
+becomes "an {x}" by sound, and loses its article before a plural. The result is meant to be written as a
+CSV, which can then be edited.
 """
 
 from __future__ import annotations
@@ -11,17 +11,17 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from vlmscope.data.example import Example
 from vlmscope.data.published.layout import folders_in, images_in, looks_like
-from vlmscope.data.published.sampling import Source, label_contrasts
+from vlmscope.data.published.sampling import Source, label_examples
 from vlmscope.data.questions import in_order
 from vlmscope.data.questions.english import article
 from vlmscope.data.questions.synonyms import near
 from vlmscope.errors import DataError
 
 QUESTION = "is this a {x} or a {y}?"
-NO_FOIL = "no image of another label is left"
 
 
 def load(source: Source) -> list[Example]:
@@ -38,7 +38,7 @@ def load(source: Source) -> list[Example]:
             f"{f' ({good[0]!r})' if good else ''}; expected two labels or more, such as "
             f"{root.name}/cat/1.jpg and {root.name}/dog/1.jpg{hint}"
         )
-    return label_examples(source, labels, question, "label")
+    return ask_labels(source, labels, question, "label")
 
 
 def read_question(root: Path) -> str:
@@ -74,7 +74,7 @@ def fill(question: str, first: str, second: str) -> str:
     return re.sub(r"(?P<article>\ban? )?\{(?P<slot>[xy])\}", put, question)
 
 
-def label_examples(
+def ask_labels(
     source: Source, labels: Mapping[str, Sequence[Path]], question: str, kind: str
 ) -> list[Example]:
     """Examples that ask which of two labels an image has; the answers are balanced over labels."""
@@ -83,19 +83,10 @@ def label_examples(
         others = [one for one in sorted(labels) if one != label and not near(one, label)]
         return source.shuffled(others, source.seed, label, path.name)
 
-    examples: list[Example] = []
+    def ask(label: str, foil: str, order: str) -> dict[str, Any]:
+        prompt = fill(question, *in_order(order, label, foil))
+        groups = {"kind": kind, "order": order, "label": label}
+        return {"clean_prompt": prompt, "answer": label, "foil": foil, "groups": groups}
+
     groups = {label: [label] for label in sorted(labels)}
-    for drawn in label_contrasts(source, labels, groups, rivals, NO_FOIL):
-        one, label, foil = drawn.made, drawn.made.label, drawn.made.other_label
-        examples.append(
-            Example(
-                id=f"{source.name}-{label.replace(' ', '-')}-{one.path.stem}-{foil.replace(' ', '-')}",
-                clean_image=one.path,
-                clean_prompt=fill(question, *in_order(drawn.order, label, foil)),
-                answer=label,
-                foil=foil,
-                corrupt_image=one.other,
-                groups={"kind": kind, "order": drawn.order, "label": label},
-            )
-        )
-    return examples
+    return label_examples(source, source.name, labels, groups, rivals, ask, "another label")

@@ -8,7 +8,6 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from vlmscope.data.words import read_words
-from vlmscope.errors import DataError
 
 SUFFIXES = frozenset((".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff"))
 
@@ -43,16 +42,6 @@ def looks_like(root: Path) -> str | None:
         if sum(" " in name and name.split()[0] in STATES for name in names) > 1:
             return "mit-states"
     return None
-
-
-def not_here(name: str, root: Path, expected: str) -> DataError:
-    """The error for a folder that does not hold what `name` has."""
-    other = looks_like(root)
-    if other and other != name:
-        way_out = f"it looks like {other}: ask for {other}, or give {name}'s folder"
-    else:
-        way_out = f"unpack {name} there, or give the folder it is in"
-    return DataError(f"{root}: no {expected}; {way_out}")
 
 
 def folders_in(folder: Path) -> list[Path]:

@@ -1,13 +1,15 @@
 """Which objects pictures show, from the files that hallucination is measured on.
 
-`coco` reads the instances of COCO, whose 80 categories CHAIR counts (Rohrbach et al. 2018, arXiv 1809.02156);
-`pope` the questions of POPE (Li et al. 2023, arXiv 2305.10355).
+`coco` reads the instances of COCO, whose 80 categories CHAIR counts (Rohrbach et al. 2018, arXiv
+1809.02156); `pope` the questions of POPE (Li et al. 2023, arXiv 2305.10355).
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections import defaultdict
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,30 +25,19 @@ def coco(
     Raises `DataError` if the file is not COCO's, or none of its pictures are there.
     """
     path, folder = Path(instances), Path(images)
-    try:
+    shown: dict[Any, set[str]] = defaultdict(set)
+    with _reading(path, "COCO's instances", "instances_val2014.json"):
         whole = json.loads(path.read_text("utf-8"))
         names = {one["id"]: str(one["name"]).casefold() for one in whole["categories"]}
-        files = {one["id"]: str(one["file_name"]) for one in whole["images"]}
-        shown: dict[Any, set[str]] = defaultdict(set)
+        files = {one["id"]: folder / Path(str(one["file_name"])).name for one in whole["images"]}
         for one in whole["annotations"]:
             shown[one["image_id"]].add(names[one["category_id"]])
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror or error})") from error
-    except (ValueError, KeyError, TypeError) as error:
-        raise DataError(
-            f"{path}: not COCO's instances ({error!r}); expected instances_val2014.json"
-        ) from error
     found = [
         Example(
-            id=Path(file).stem,
-            clean_image=folder / Path(file).name,
-            clean_prompt=prompt,
-            answer="",
-            foil="",
-            shows=frozenset(shown[number]),
+            id=file.stem, clean_image=file, clean_prompt=prompt, answer="", foil="", shows=frozenset(shown[n])
         )
-        for number, file in files.items()
-        if (folder / Path(file).name).is_file()
+        for n, file in files.items()
+        if file.is_file()
     ]
     if not found:
         raise DataError(f"{folder}: none of the {len(files)} pictures of {path.name} is there")
@@ -59,12 +50,10 @@ def pope(questions: Path | str, images: Path | str) -> list[Example]:
     Raises `DataError` if the file is not POPE's, or none of its pictures are there.
     """
     path, folder = Path(questions), Path(images)
-    found, lines = [], 0
-    try:
-        for number, line in enumerate(path.read_text("utf-8").splitlines()):
-            if not line.strip():
-                continue
-            lines += 1
+    found: list[Example] = []
+    with _reading(path, "a file of POPE", "lines with image, text and label"):
+        lines = [(n, line) for n, line in enumerate(path.read_text("utf-8").splitlines()) if line.strip()]
+        for number, line in lines:
             one = json.loads(line)
             answer = str(one["label"]).strip().casefold()
             if answer not in ("yes", "no"):
@@ -72,14 +61,19 @@ def pope(questions: Path | str, images: Path | str) -> list[Example]:
             file = folder / Path(str(one["image"])).name
             if file.is_file():
                 foil = "no" if answer == "yes" else "yes"
-                name = str(one.get("question_id", number))
-                found.append(Example(name, file, str(one["text"]), answer, foil))
+                found.append(
+                    Example(str(one.get("question_id", number)), file, str(one["text"]), answer, foil)
+                )
+    if not found:
+        raise DataError(f"{folder}: none of the pictures of the {len(lines)} questions is there")
+    return found
+
+
+@contextlib.contextmanager
+def _reading(path: Path, what: str, expected: str) -> Iterator[None]:
+    try:
+        yield
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror or error})") from error
     except (ValueError, KeyError, TypeError) as error:
-        raise DataError(
-            f"{path}: not a file of POPE ({error!r}); expected lines with image, text and label"
-        ) from error
-    if not found:
-        raise DataError(f"{folder}: none of the pictures of the {lines} questions is there")
-    return found
+        raise DataError(f"{path}: not {what} ({error!r}); expected {expected}") from error

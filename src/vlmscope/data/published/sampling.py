@@ -6,10 +6,11 @@ import random
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Generic, TypeAlias, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
+from vlmscope.data.example import Example
 from vlmscope.data.images import open_image
-from vlmscope.data.published.layout import not_here
+from vlmscope.data.published.layout import looks_like
 from vlmscope.data.questions import ORDERS
 from vlmscope.errors import DataError, ExampleError
 
@@ -22,15 +23,6 @@ Fetch: TypeAlias = Callable[[Mapping[str, Path]], Mapping[str, str]]
 """Downloads addresses to files, and returns those that could not be had, with the reason."""
 Item = TypeVar("Item")
 Made = TypeVar("Made")
-
-
-@dataclass(frozen=True)
-class Drawn(Generic[Made]):
-    """One draw: the group it is of, what was made, and which option comes first."""
-
-    group: str
-    made: Made
-    order: str
 
 
 @dataclass
@@ -47,6 +39,7 @@ class Source:
     fetch: Fetch | None = None
     dropped: dict[str, int] = field(default_factory=dict)
     _known: dict[Path, bool] = field(default_factory=dict)
+    _paired: set[tuple[str, frozenset[Path]]] = field(default_factory=set)
 
     def drop(self, why: str, number: int = 1) -> None:
         if number:
@@ -54,7 +47,11 @@ class Source:
 
     def not_here(self, expected: str) -> DataError:
         """The error for a folder that lacks what the set has."""
-        return not_here(self.name, self.root, expected)
+        other = looks_like(self.root)
+        way_out = f"unpack {self.name} there, or give the folder it is in"
+        if other and other != self.name:
+            way_out = f"it looks like {other}: ask for {other}, or give {self.name}'s folder"
+        return DataError(f"{self.root}: no {expected}; {way_out}")
 
     def is_readable(self, path: Path) -> bool:
         """Whether an image can be read: each is opened once, when it is first asked for, and counted."""
@@ -67,6 +64,15 @@ class Source:
                 self.drop(UNREADABLE)
         return self._known[path]
 
+    def partner(self, path: Path, others: Iterable[Path], question: str = "") -> Path | None:
+        """The first of the others that can be read, if it is not its pair (for this question) already."""
+        for other in others:
+            pair = question, frozenset((path, other))
+            if pair not in self._paired and self.is_readable(other):
+                self._paired.add(pair)
+                return other
+        return None
+
     def shuffled(self, items: Iterable[Item], *key: object) -> list[Item]:
         """The items in an order that the set's name and `key` alone draw."""
         mixed = list(items)
@@ -75,32 +81,32 @@ class Source:
 
     def balanced(
         self, items: Mapping[str, Sequence[Item]], make: Callable[[Item], Made | None], size: int = SIZE
-    ) -> list[Drawn[Made]]:
-        """The same number from every group, in turns; `items` come in the order of their drawing.
+    ) -> list[tuple[str, str, Made]]:
+        """The same number from every group, in turns, as (group, order of the options, what was made).
 
-        `make` opens what an item needs, and returns None where it cannot be used; then the next one
-        takes its place. At most `size` a group, or `limit` in all; it ends where a group has no more.
-        Groups without items take no part. The orders take turns so that they differ by at most one
-        in each group and in all; without a limit, a last round that would make them uneven is left.
+        `items` come in the order of their drawing. `make` opens what an item needs, and returns None where
+        it cannot be used; then the next one takes its place. At most `size` a group, or `limit` in all; it
+        ends where a group has no more. Groups without items take no part. The orders take turns so that they
+        differ by at most one in each group and in all; without a limit, a last round that would make them
+        uneven is left.
 
-        >>> drawn = Source("", Path()).balanced({"a": [1, 2, 3], "b": [4, 5]}, str)
-        >>> [(one.group, one.made, one.order) for one in drawn]
-        [('a', '1', 'answer first'), ('b', '4', 'foil first'),
-         ('a', '2', 'foil first'), ('b', '5', 'answer first')]
+        >>> Source("", Path()).balanced({"a": [1, 2, 3], "b": [4, 5]}, str)
+        [('a', 'answer first', '1'), ('b', 'foil first', '4'),
+         ('a', 'foil first', '2'), ('b', 'answer first', '5')]
         """
         groups = [group for group, members in items.items() if members]
         wanted = size * len(groups) if self.limit is None else self.limit
         streams = {group: iter(items[group]) for group in groups}
-        drawn: list[Drawn[Made]] = []
+        drawn: list[tuple[str, str, Made]] = []
         rounds, short = 0, None
         while groups and len(drawn) < wanted and short is None:
-            turn: list[Drawn[Made]] = []
+            turn: list[tuple[str, str, Made]] = []
             for place, group in enumerate(groups[: wanted - len(drawn)]):
                 made = next((one for item in streams[group] if (one := make(item)) is not None), None)
                 if made is None:
                     short = group
                     break
-                turn.append(Drawn(group, made, ORDERS[(place + rounds) % 2]))
+                turn.append((group, ORDERS[(place + rounds) % 2], made))
             else:
                 drawn += turn
                 rounds += 1
@@ -111,61 +117,37 @@ class Source:
         return drawn
 
 
-class Partners:
-    """Hands out images that can be read as partners of others; no pair comes twice, nor turned around."""
-
-    def __init__(self, source: Source) -> None:
-        self._source = source
-        self._used: set[tuple[str, frozenset[Path]]] = set()
-
-    def first(self, path: Path, others: Iterable[Path], question: str = "") -> Path | None:
-        """The first of the others that is still free for this image (and question)."""
-        for other in others:
-            pair = question, frozenset((path, other))
-            if pair not in self._used and self._source.is_readable(other):
-                self._used.add(pair)
-                return other
-        return None
-
-
-@dataclass(frozen=True)
-class Contrast:
-    """An image of a label, and one of another label."""
-
-    path: Path
-    label: str
-    other: Path
-    other_label: str
-
-
-def label_contrasts(
+def label_examples(
     source: Source,
+    name: str,
     images: Mapping[str, Sequence[Path]],
     groups: Mapping[str, Sequence[str]],
     rivals: Callable[[str, Path], Sequence[str]],
-    why_not: str,
-) -> list[Drawn[Contrast]]:
-    """Draw images by label, each with one of another label; balanced over groups of labels.
+    ask: Callable[[str, str, str], dict[str, Any]],
+    what: str,
+) -> list[Example]:
+    """Examples whose clean image is of one label and whose corrupt one of another; balanced over groups.
 
-    `rivals` are the labels that an image can stand against, in the order of their drawing; those that
-    gave fewest partners so far come first. An image is the clean one at most once; as a partner it comes
-    again only when all of its label were handed out. `why_not` counts images without a partner.
+    `rivals` are the labels that an image can stand against, in the order of their drawing; those that gave
+    fewest partners so far come first. An image is the clean one at most once; as a partner it comes again
+    only when all of its label were handed out. `ask` makes the prompt, the options and the groups from the
+    two labels and the order of the options. Ids begin with `name`; `what`
+    an image without a partner lacks is counted.
     """
-    partners = Partners(source)
     given = dict.fromkeys(images, 0)
     decks = {label: source.shuffled(files, "foils", source.seed, label) for label, files in images.items()}
 
-    def make(item: tuple[str, Path]) -> Contrast | None:
+    def make(item: tuple[str, Path]) -> tuple[str, Path, str, Path] | None:
         label, path = item
         if not source.is_readable(path):
             return None
         for rival in sorted(rivals(label, path), key=given.__getitem__):
-            if other := partners.first(path, decks[rival]):
+            if other := source.partner(path, decks[rival]):
                 given[rival] += 1
                 decks[rival].remove(other)
                 decks[rival].append(other)
-                return Contrast(path, label, other, rival)
-        source.drop(why_not)
+                return label, path, rival, other
+        source.drop(f"no image of {what} is left")
         return None
 
     items = {
@@ -174,4 +156,9 @@ def label_contrasts(
         )
         for group, labels in groups.items()
     }
-    return source.balanced(items, make)
+    examples: list[Example] = []
+    for _, order, (label, path, rival, other) in source.balanced(items, make):
+        asked = ask(label, rival, order)
+        words = (label.replace(" ", "-"), path.stem, asked["foil"].replace(" ", "-"))
+        examples.append(Example("-".join((name, *words)), path, corrupt_image=other, **asked))
+    return examples

@@ -1,9 +1,9 @@
 """SVO-Probes: two photographs that differ in the subject, the verb or the object.
 
-As distributed: `svo_probes.csv` with a triplet, an address and a number for both images of a row.
-The images lie in `images/NUMBER.jpg` (or another suffix). Questions are made from the triplets, as
-in NOTICE (Golovanevsky et al., arXiv 2406.16320): "is a man or a woman riding a horse?", "is the
-man riding or feeding the horse?", "is the man riding a horse or a bike?".
+As distributed: `svo_probes.csv` with a triplet, an address and a number for both images of a row. The
+images lie in `images/NUMBER.jpg` (or another suffix). Questions are made from the triplets, as in NOTICE
+(Golovanevsky et al., arXiv 2406.16320): "is a man or a woman riding a horse?", "is the man riding or
+feeding the horse?", "is the man riding a horse or a bike?".
 """
 
 from __future__ import annotations
@@ -11,25 +11,17 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeAlias
 
 from vlmscope.data.example import Example, find_roles
 from vlmscope.data.published.layout import by_stem
-from vlmscope.data.published.sampling import SIZE, Drawn, Fetch, Source
-from vlmscope.data.questions import in_order
-from vlmscope.data.questions.english import (
-    PREPOSITIONS,
-    definite,
-    indefinite,
-    ing,
-    is_located,
-    is_plural,
-    is_somebody,
-    lemma,
-    preposition,
-)
+from vlmscope.data.published.sampling import SIZE, Fetch, Source
+from vlmscope.data.questions import english, in_order
 from vlmscope.data.questions.synonyms import near
 from vlmscope.data.table import read_table
 from vlmscope.errors import DataError
+
+Triplet: TypeAlias = tuple[str, str, str]
 
 TABLE = "svo_probes.csv"
 KINDS = {"subject": "subj_neg", "verb": "verb_neg", "object": "obj_neg"}
@@ -38,30 +30,17 @@ COLUMNS = (
     *KINDS.values(),
 )
 
-FLAGS = "not exactly one of subj_neg, verb_neg and obj_neg is true"
-PARTS = "a triplet lacks a part"
-DIFFERS = "the triplets do not differ in the flagged word alone"
-NEAR = "the two words are near-synonyms"
-MULTI = "a verb of several words"
-NO_ING = "a verb without an -ing form that asks what is going on"
-NUMBER = "one subject is singular and the other plural"
-JOINED = "the two options need different prepositions"
-PEOPLE = "a verb of place with a person as its object"
-TWICE = "a word would stand in the question twice"
-SAME = "the same id or image pair as an earlier row"
-MISSING = "an image is not there"
-FAILED = "an image could not be downloaded"
-UNFETCHED = "left over: enough others were downloaded"
+_PLACES = {kind: place for place, kind in enumerate(KINDS)}
+_TRUE = ("true", "1", "1.0", "yes", "t")
 
 
 @dataclass(frozen=True)
 class Row:
-    """A row that makes a question; `answer` and `foil` as they stand in it."""
+    """A row that makes a question: what its two images show, which differs in the word of `kind`."""
 
     name: str
     kind: str
-    triplet: tuple[str, str, str]
-    other: str
+    triplets: tuple[Triplet, Triplet]
     images: tuple[str, str]
     urls: tuple[str, str]
 
@@ -75,7 +54,7 @@ class Unfit(Exception):  # noqa: N818 (no error: the row is dropped and counted)
     """Why a row makes no question."""
 
 
-def ask(kind: str, triplet: tuple[str, str, str], options: tuple[str, str]) -> str:
+def ask(kind: str, triplet: Triplet, options: tuple[str, str]) -> str:
     """The question with its two options in their order; words are those of the triplets.
 
     >>> ask("subject", ("man", "ride", "horse"), ("man", "woman"))
@@ -87,26 +66,28 @@ def ask(kind: str, triplet: tuple[str, str, str], options: tuple[str, str]) -> s
     """
     subject, verb, thing = triplet
     action, joint = _verb(verb, thing)
-    be = "are" if is_plural(options[0] if kind == "subject" else subject) else "is"
+    place = bool(joint) and (
+        english.is_located(verb.split()[0]) or joint in ("in", "on", "into", "at", "for")
+    )
     first, second = options
     if kind == "subject":
-        who = f"{indefinite(first)} or {indefinite(second)}"
-        said = [be, who, action, joint, indefinite(thing, located=_is_place(verb, joint))]
+        who = f"{english.indefinite(first)} or {english.indefinite(second)}"
+        words = f"{who} {action} {joint} {english.indefinite(thing, located=place)}"
     elif kind == "verb":
         both = f"{_verb(first, thing)[0]} or {_verb(second, thing)[0]}"
-        said = [be, definite(subject), both, joint, definite(thing)]
+        words = f"{english.definite(subject)} {both} {joint} {english.definite(thing)}"
     else:
-        place = _is_place(verb, joint)
-        what = f"{indefinite(first, located=place)} or {indefinite(second, located=place)}"
-        said = [be, definite(subject), action, joint, what]
-    return " ".join(filter(None, said)) + "?"
+        what = f"{english.indefinite(first, located=place)} or {english.indefinite(second, located=place)}"
+        words = f"{english.definite(subject)} {action} {joint} {what}"
+    be = "are" if english.is_plural(first if kind == "subject" else subject) else "is"
+    return " ".join(f"{be} {words}".split()) + "?"
 
 
 def load(source: Source) -> list[Example]:
     """The examples of the release; why rows were dropped is counted in `source`.
 
-    With `source.fetch`, images that are missing are downloaded first; without it, rows without
-    images are dropped.
+    With `source.fetch`, images that are missing are downloaded first; without it, rows without images are
+    dropped.
     """
     table = source.root / TABLE
     if not table.is_file():
@@ -120,8 +101,9 @@ def load(source: Source) -> list[Example]:
         _fetch_wanted(source, source.fetch, decks, folder)
     files = by_stem([folder])
     for kind, deck in decks.items():
-        decks[kind] = [row for row in deck if all(image in files for image in row.images)]
-        source.drop(UNFETCHED if source.fetch else MISSING, len(deck) - len(decks[kind]))
+        decks[kind] = [row for row in deck if not row.missing(files)]
+        why = "left over: enough others were downloaded" if source.fetch else "an image is not there"
+        source.drop(why, len(deck) - len(decks[kind]))
     if rows and not any(decks.values()):
         way = "none could be downloaded; see download-failures.csv" if source.fetch else "pass --download"
         raise DataError(
@@ -132,7 +114,7 @@ def load(source: Source) -> list[Example]:
     def make(row: Row) -> Row | None:
         return row if all(source.is_readable(files[image]) for image in row.images) else None
 
-    return [_example(one, files) for one in source.balanced(decks, make, SIZE)]
+    return [_example(row, order, files) for _, order, row in source.balanced(decks, make, SIZE)]
 
 
 def read_rows(source: Source, table: Iterable[Mapping[str, str]]) -> list[Row]:
@@ -147,7 +129,7 @@ def read_rows(source: Source, table: Iterable[Mapping[str, str]]) -> list[Row]:
             continue
         keys = {row.name, frozenset(row.images)}
         if keys & known:
-            source.drop(SAME)
+            source.drop("the same id or image pair as an earlier row")
             continue
         known |= keys
         rows.append(row)
@@ -155,74 +137,57 @@ def read_rows(source: Source, table: Iterable[Mapping[str, str]]) -> list[Row]:
 
 
 def _row(cells: Mapping[str, str]) -> Row:
-    flagged = [kind for kind, flag in KINDS.items() if _is_true(cells[flag])]
+    flagged = [kind for kind, flag in KINDS.items() if cells[flag].casefold() in _TRUE]
     if len(flagged) != 1:
-        raise Unfit(FLAGS)
+        raise Unfit("not exactly one of subj_neg, verb_neg and obj_neg is true")
     [kind] = flagged
     one, other = _triplet(cells["pos_triplet"]), _triplet(cells["neg_triplet"])
-    place = list(KINDS).index(kind)
-    if [i for i in range(3) if one[i] != other[i]] != [place]:
-        raise Unfit(DIFFERS)
-    _check_question(kind, one, other, place)
-    return Row(
-        name=f"svo-{_whole(cells['id'])}-{kind}",
-        kind=kind,
-        triplet=one,
-        other=other[place],
-        images=(_whole(cells["pos_image_id"]), _whole(cells["neg_image_id"])),
-        urls=(cells["pos_url"], cells["neg_url"]),
-    )
+    _check_question(kind, one, other)
+    # Pandas may have written a number with a point.
+    name, *images = (cells[c].removesuffix(".0") for c in ("id", "pos_image_id", "neg_image_id"))
+    urls = cells["pos_url"], cells["neg_url"]
+    return Row(f"svo-{name}-{kind}", kind, (one, other), (images[0], images[1]), urls)
 
 
-def _check_question(kind: str, one: tuple[str, str, str], other: tuple[str, str, str], place: int) -> None:
+def _check_question(kind: str, one: Triplet, other: Triplet) -> None:
     """Refuse two triplets of which no question that reads well can be made."""
-    if near(lemma(one[1]), lemma(other[1])) if kind == "verb" else near(one[place], other[place]):
-        raise Unfit(NEAR)
+    if [name for name, a, b in zip(KINDS, one, other, strict=True) if a != b] != [kind]:
+        raise Unfit("the triplets do not differ in the flagged word alone")
+    word, foil = (triplet[_PLACES[kind]] for triplet in (one, other))
+    if near(english.lemma(word), english.lemma(foil)) if kind == "verb" else near(word, foil):
+        raise Unfit("the two words are near-synonyms")
     (_, joint), (_, other_joint) = _verb(one[1], one[2]), _verb(other[1], other[2])
     if joint != other_joint:
-        raise Unfit(JOINED)
+        raise Unfit("the two options need different prepositions")
     for subject, verb, thing in (one, other):
         if subject == thing or (kind == "subject" and thing in (one[0], other[0])):
-            raise Unfit(TWICE)
+            raise Unfit("a word would stand in the question twice")
         if kind == "object" and subject in (one[2], other[2]):
-            raise Unfit(TWICE)
-        if joint in ("on", "in") and is_somebody(thing) and is_located(verb):
-            raise Unfit(PEOPLE)
-    if kind == "subject" and is_plural(one[0]) != is_plural(other[0]):
-        raise Unfit(NUMBER)
+            raise Unfit("a word would stand in the question twice")
+        if joint in ("on", "in") and thing.split()[-1] in english.PEOPLE and english.is_located(verb):
+            raise Unfit("a verb of place with a person as its object")
+    if kind == "subject" and english.is_plural(one[0]) != english.is_plural(other[0]):
+        raise Unfit("one subject is singular and the other plural")
 
 
-def _triplet(cell: str) -> tuple[str, str, str]:
+def _triplet(cell: str) -> Triplet:
     parts = [" ".join(part.lower().replace("_", " ").split()) for part in cell.split(",")]
     if len(parts) != 3 or not all(parts):
-        raise Unfit(PARTS)
+        raise Unfit("a triplet lacks a part")
     return parts[0], parts[1], parts[2]
 
 
 def _verb(verb: str, thing: str) -> tuple[str, str]:
     """The -ing form of a verb, and the preposition before its object."""
     words = verb.split()
-    if len(words) > 2 or (len(words) == 2 and words[1] not in PREPOSITIONS):
-        raise Unfit(MULTI)
-    if words[0] == "lay" and preposition("lie", thing) and thing not in ("egg", "eggs", "brick"):
+    if len(words) > 2 or (len(words) == 2 and words[1] not in english.PREPOSITIONS):
+        raise Unfit("a verb of several words")
+    if words[0] == "lay" and english.preposition("lie", thing) and thing not in ("egg", "eggs", "brick"):
         words[0] = "lie"  # captions say "laying on the bed"
-    action = ing(words[0])
+    action = english.ing(words[0])
     if action is None:
-        raise Unfit(NO_ING)
-    return action, words[1] if len(words) == 2 else preposition(words[0], thing)
-
-
-def _is_place(verb: str, joint: str) -> bool:
-    return bool(joint) and (is_located(verb.split()[0]) or joint in ("in", "on", "into", "at", "for"))
-
-
-def _is_true(cell: str) -> bool:
-    return cell.strip().casefold() in ("true", "1", "1.0", "yes", "t")
-
-
-def _whole(cell: str) -> str:
-    """A number as pandas may have written it, without its point."""
-    return cell.removesuffix(".0")
+        raise Unfit("a verb without an -ing form that asks what is going on")
+    return action, words[1] if len(words) == 2 else english.preposition(words[0], thing)
 
 
 def _fetch_wanted(source: Source, fetch: Fetch, decks: dict[str, list[Row]], folder: Path) -> None:
@@ -241,18 +206,17 @@ def _fetch_wanted(source: Source, fetch: Fetch, decks: dict[str, list[Row]], fol
             return
         for kind in kinds:
             kept = [row for row in decks[kind] if not failed & row.missing(files).keys()]
-            source.drop(FAILED, len(decks[kind]) - len(kept))
+            source.drop("an image could not be downloaded", len(decks[kind]) - len(kept))
             decks[kind] = kept
 
 
-def _example(drawn: Drawn[Row], files: Mapping[str, Path]) -> Example:
-    row = drawn.made
-    answer, foil = row.triplet[list(KINDS).index(row.kind)], row.other
-    prompt = ask(row.kind, row.triplet, in_order(drawn.order, answer, foil))
+def _example(row: Row, order: str, files: Mapping[str, Path]) -> Example:
+    answer, foil = (triplet[_PLACES[row.kind]] for triplet in row.triplets)
+    prompt = ask(row.kind, row.triplets[0], in_order(order, answer, foil))
+    subject, verb, thing = row.triplets[0]
     if row.kind == "verb":
-        answer, foil = (_verb(word, row.triplet[2])[0] for word in (answer, foil))
-    words = dict(zip(KINDS, row.triplet, strict=True))
-    words["verb"] = _verb(row.triplet[1], row.triplet[2])[0]
+        answer, foil = _verb(answer, thing)[0], _verb(foil, thing)[0]
+    words = {"subject": subject, "verb": _verb(verb, thing)[0], "object": thing}
     return Example(
         id=row.name,
         clean_image=files[row.images[0]],
@@ -261,5 +225,5 @@ def _example(drawn: Drawn[Row], files: Mapping[str, Path]) -> Example:
         foil=foil,
         corrupt_image=files[row.images[1]],
         roles=find_roles(prompt, words),
-        groups={"kind": row.kind, "order": drawn.order},
+        groups={"kind": row.kind, "order": order},
     )

@@ -15,28 +15,23 @@ from vlmscope.data.words import read_words
 _WORDS = read_words(Path(__file__).with_name("english.toml"))
 _NOUNS, _PLACES, _VERBS = _WORDS["nouns"], _WORDS["places"], _WORDS["verbs"]
 _JOINED = {verb: preposition for preposition, verbs in _WORDS["joined"].items() for verb in verbs}
+_NO_ARTICLE = _NOUNS["mass"] | _NOUNS["games"]
+PEOPLE = _NOUNS["people"]
 PREPOSITIONS = _WORDS["prepositions"]["all"]
 
 
 @lru_cache(maxsize=4096)
 def article(noun: str) -> str:
-    """`a`, `an`, or nothing for a plural, a mass noun or a game.
+    """`a` or `an` by the sound with which a noun begins, or nothing for a plural, a mass noun or a game.
 
-    >>> [article(noun) for noun in ("horse", "hour", "university", "people", "grass")]
-    ['a', 'an', 'a', '', '']
+    >>> [article(noun) for noun in ("horse", "hour", "umbrella", "university", "SUV", "people", "grass")]
+    ['a', 'an', 'an', 'a', 'an', '', '']
     """
-    return "" if is_plural(noun) or is_mass(noun) else a_or_an(noun)
-
-
-def a_or_an(word: str) -> str:
-    """The indefinite article by the sound with which a word begins.
-
-    >>> [a_or_an(word) for word in ("apple", "umbrella", "uniform", "one-eyed", "hour", "SUV")]
-    ['an', 'an', 'a', 'a', 'an', 'an']
-    """
-    if re.match(r"[AEFHILMNORSX](?![a-z])|[AEFHILMNORSX][A-Z]", word):
+    if is_plural(noun) or noun.lower().split()[-1] in _NO_ARTICLE:
+        return ""
+    if re.match(r"[AEFHILMNORSX](?![a-z])|[AEFHILMNORSX][A-Z]", noun):
         return "an"
-    low = word.lower()
+    low = noun.lower()
     if re.match(r"hou?r(?!s[et])|hono|heir|honest", low) and not low.startswith("hor"):
         return "an"
     if re.match(r"uni(?!n|m)|us[aeiu]|eu|ew|one(?!i)|once|ut[ei]|ufo|ub[ie]|ukulele", low):
@@ -54,7 +49,7 @@ def is_plural(noun: str) -> bool:
     word = noun.lower().split()[-1]
     if word in _NOUNS["plural"]:
         return True
-    if is_mass(word) or word in _NOUNS["singular"] or word.endswith("ss"):
+    if word in _NO_ARTICLE | _NOUNS["singular"] or word.endswith("ss"):
         return False
     import lemminflect
 
@@ -62,16 +57,6 @@ def is_plural(noun: str) -> bool:
         lemma != word and word in lemminflect.getInflection(lemma, "NNS")
         for lemma in lemminflect.getLemma(word, "NOUN")
     )
-
-
-def is_mass(noun: str) -> bool:
-    """Whether a noun takes no indefinite article though it is no plural.
-
-    >>> is_mass("green grass"), is_mass("tennis"), is_mass("horse")
-    (True, True, False)
-    """
-    word = noun.lower().split()[-1]
-    return word in _NOUNS["mass"] | _NOUNS["games"]
 
 
 @lru_cache(maxsize=4096)
@@ -175,12 +160,3 @@ def _where(verb: str, thing: str) -> str:
     if thing in ("airport", "zoo", "beach", "playground") and verb == "work":
         return "at"
     return "in" if thing in _PLACES["in"] else "on"
-
-
-def is_somebody(noun: str) -> bool:
-    """Whether a noun names somebody, whom one does not stand on or in.
-
-    >>> is_somebody("woman"), is_somebody("bench")
-    (True, False)
-    """
-    return noun.split()[-1] in _NOUNS["people"]

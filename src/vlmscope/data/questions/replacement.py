@@ -1,16 +1,19 @@
 """Symmetric token replacement: the same question about other words, token for token aligned.
 
-As in NOTICE (Golovanevsky et al., arXiv 2406.16320), where the image stays and both options in the
-prompt become other words of the same role. There nothing checks that the tokens align; here a
-replacement has the same number of words, and each word the same number of tokens.
+As in NOTICE (Golovanevsky et al., arXiv 2406.16320), where the image stays and both options in the prompt
+become other words of the same role. There nothing checks that the tokens align; here a replacement has the
+same number of words, and each word the same number of tokens.
 """
 
 from __future__ import annotations
 
 import random
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from itertools import combinations, product
+from typing import TypeAlias
 
 from vlmscope.data.example import Example, Span
 from vlmscope.data.questions.synonyms import near
@@ -19,18 +22,20 @@ KEPT = "corrupt prompts kept as they were"
 DRAWN = "corrupt prompts drawn"
 NONE = "without a corrupt prompt: no word fits"
 
-Pieces = Callable[[str], int]
+Pieces: TypeAlias = Callable[[str], int]
+"""The number of tokens of a word."""
+Pool: TypeAlias = tuple[str, str]
+"""Words may stand for each other that are of a kind and role; answers and foils are one role."""
 
-_OPTIONS = ("answer", "foil")
 _WORD = re.compile(r"[\w'’-]+|[^\w\s]")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, order=True)
 class Word:
     """A word (or several) as it stands in a prompt, and what has to stay around it.
 
-    `article` is what stands before it (`a`, `an`, `the` or nothing), `verb` the prompt's first
-    word, for its number, and `after` the word behind the options, such as a preposition.
+    `article` is what stands before it (`a`, `an`, `the` or nothing), `verb` the prompt's first word, for
+    its number, and `after` the word behind the options, such as a preposition.
     """
 
     text: str
@@ -44,33 +49,35 @@ def replace_words(
 ) -> tuple[list[Example], dict[str, int]]:
     """The examples with a corrupt prompt each that aligns, and how they came by it.
 
-    A corrupt prompt that differs from the clean one and aligns with it is kept. Otherwise the
-    words of the roles `answer` and `foil` (where neither stands in the prompt, of `noun`, else of
-    `object`) become words that other examples of the same `kind` have in those roles. `pieces`
-    counts the tokens of a word; without it, every word counts as one. What is drawn for an
-    example depends on the seed, its id and the words there are, not on the order of the list.
+    A corrupt prompt that differs from the clean one and aligns with it is kept. Otherwise the words of the
+    roles `answer` and `foil` (where neither stands in the prompt, of `noun`, else of `object`) become words
+    that other examples of the same `kind` have in those roles. `pieces` counts the tokens of a word;
+    without it, every word counts as one. What is drawn for an example depends on the seed, its id and the
+    words there are, not on the order of the list.
 
-    >>> def made(answer, foil):
-    ...     prompt = f"is it {answer} or {foil}?"
-    ...     roles = find_roles(prompt, {"answer": answer, "foil": foil})
-    ...     return Example(answer, "a.png", prompt, answer, foil, roles=roles)
-    >>> from vlmscope.data.example import find_roles
-    >>> examples, counts = replace_words([made("red", "blue"), made("old", "new")])
+    >>> one = Example("1", "a.png", "is it red or blue?", "red", "blue")
+    >>> other = Example("2", "a.png", "is it old or new?", "old", "new")
+    >>> examples, counts = replace_words([one, other])
     >>> sorted(examples[0].corrupt_prompt[:-1].split()), counts
     (['is', 'it', 'new', 'old', 'or'], {'corrupt prompts drawn': 2})
     """
     examples = list(examples)
-    pools = _pools(examples)
-    counts = dict.fromkeys((KEPT, DRAWN, NONE), 0)
+    found: dict[Pool, set[Word]] = {}
+    for example in examples:
+        for pool, _, word in _slots(example):
+            found.setdefault(pool, set()).add(word)
+    pools = {pool: sorted(words) for pool, words in found.items()}
+    counts = Counter({KEPT: 0, DRAWN: 0, NONE: 0})
     done: list[Example] = []
-    for one in examples:
-        if _fits(one, pieces):
+    for example in examples:
+        clean, corrupt = example.clean_prompt, example.corrupt_prompt
+        if corrupt is not None and corrupt != clean and aligned(clean, corrupt, pieces):
             counts[KEPT] += 1
-            done.append(one)
-            continue
-        prompt = _draw(one, pools, pieces, seed)
-        counts[NONE if prompt is None else DRAWN] += 1
-        done.append(replace(one, corrupt_prompt=prompt))
+            done.append(example)
+        else:
+            prompt = _draw(example, pools, pieces, seed)
+            counts[NONE if prompt is None else DRAWN] += 1
+            done.append(replace(example, corrupt_prompt=prompt))
     return done, {why: number for why, number in counts.items() if number}
 
 
@@ -92,96 +99,61 @@ def aligned(clean: str, corrupt: str, pieces: Pieces | None = None) -> bool:
     return True
 
 
-def _fits(one: Example, pieces: Pieces | None) -> bool:
-    corrupt = one.corrupt_prompt
-    return corrupt is not None and corrupt != one.clean_prompt and aligned(one.clean_prompt, corrupt, pieces)
+def _slots(example: Example) -> list[tuple[Pool, Span, Word]]:
+    """The words that are replaced: their pool, their place, and what they are there."""
+    roles = [role for role in ("answer", "foil") if role in example.roles]
+    roles = roles or [role for role in ("noun", "object") if role in example.roles][:1]
+    slots = []
+    for role in roles:
+        start, end = example.roles[role]
+        before = example.clean_prompt[:start].lower().split() or [""]
+        behind = example.clean_prompt[max(example.roles[role][1] for role in roles) :]
+        after = re.search(r"[\w'-]+", behind)
+        word = Word(
+            text=example.clean_prompt[start:end],
+            article=before[-1] if before[-1] in ("a", "an", "the") else "",
+            verb=before[0] if before[0] in ("is", "are") else "",
+            after=after[0].lower() if after else "",
+        )
+        pool = example.groups.get("kind", ""), "option" if role in ("answer", "foil") else role
+        slots.append((pool, (start, end), word))
+    return slots
 
 
-def _slots(one: Example) -> list[tuple[str, Span]]:
-    """The roles whose words are replaced, with their places."""
-    options = [(role, one.roles[role]) for role in _OPTIONS if role in one.roles]
-    if options:
-        return options
-    return [(role, one.roles[role]) for role in ("noun", "object") if role in one.roles][:1]
-
-
-def _pool(one: Example, role: str) -> tuple[str, str]:
-    """Which words may stand for each other: answers and foils of a kind are one pool."""
-    return one.groups.get("kind", ""), "option" if role in _OPTIONS else role
-
-
-def _pools(examples: Sequence[Example]) -> dict[tuple[str, str], list[Word]]:
-    found: dict[tuple[str, str], set[Word]] = {}
-    for one in examples:
-        slots = _slots(one)
-        for role, span in slots:
-            found.setdefault(_pool(one, role), set()).add(_word(one.clean_prompt, span, slots))
-    key = lambda word: (word.text, word.article, word.verb, word.after)  # noqa: E731
-    return {pool: sorted(words, key=key) for pool, words in found.items()}
-
-
-def _word(prompt: str, span: Span, slots: Sequence[tuple[str, Span]]) -> Word:
-    before = prompt[: span[0]].split()
-    behind = re.findall(r"[\w'-]+", prompt[max(end for _, (_, end) in slots) :])
-    article = before[-1].lower() if before and before[-1].lower() in ("a", "an", "the") else ""
-    verb = before[0].lower() if before and before[0].lower() in ("is", "are") else ""
-    after = behind[0].lower() if behind else ""
-    return Word(prompt[slice(*span)], article, verb, after)
-
-
-def _draw(
-    one: Example, pools: dict[tuple[str, str], list[Word]], pieces: Pieces | None, seed: int
-) -> str | None:
+def _draw(example: Example, pools: dict[Pool, list[Word]], pieces: Pieces | None, seed: int) -> str | None:
     """The prompt with other words in its slots, if there are any that fit."""
-    slots = _slots(one)
+    slots = _slots(example)
     if not slots:
         return None
-    rng = random.Random(f"replacement/{seed}/{one.id}")
+    rng = random.Random(f"replacement/{seed}/{example.id}")
     choices: list[list[str]] = []
-    for role, span in slots:
-        needed = _word(one.clean_prompt, span, slots)
-        words = [word for word in pools[_pool(one, role)] if _may_stand(word, needed, one, pieces)]
+    for pool, _, needed in slots:
+        words = [word for word in pools[pool] if _may_stand(word, needed, example, pieces)]
         # What also fits the preposition behind reads better, so it comes first.
         good = list(dict.fromkeys(word.text for word in words if word.after == needed.after))
         rest = [text for text in dict.fromkeys(word.text for word in words) if text not in good]
         rng.shuffle(good)
         rng.shuffle(rest)
         choices.append(good + rest)
-    chosen = next(_combinations(choices), None)
+    chosen = next((texts for texts in product(*choices) if not _any_close(texts)), None)
     if chosen is None:
         return None
-    prompt = one.clean_prompt
-    for (_, (start, end)), text in sorted(zip(slots, chosen, strict=True), reverse=True, key=_start):
+    prompt = example.clean_prompt
+    for (start, end), text in sorted(zip((span for _, span, _ in slots), chosen, strict=True), reverse=True):
         prompt = prompt[:start] + text + prompt[end:]
     return prompt
 
 
-def _start(slot: tuple[tuple[str, Span], str]) -> int:
-    return slot[0][1][0]
-
-
-def _combinations(choices: Sequence[Sequence[str]]) -> Iterator[list[str]]:
-    """One word a slot, all of them different and no near-synonyms of each other."""
-    if not choices:
-        yield []
-        return
-    for text in choices[0]:
-        for rest in _combinations(choices[1:]):
-            if not any(_close(text, other) for other in rest):
-                yield [text, *rest]
-
-
-def _may_stand(word: Word, needed: Word, one: Example, pieces: Pieces | None) -> bool:
+def _may_stand(word: Word, needed: Word, example: Example, pieces: Pieces | None) -> bool:
     """Whether a word can stand where another one does, in this example."""
     if (word.article, word.verb) != (needed.article, needed.verb):
         return False
-    taken = {text.lower() for text in _WORD.findall(one.clean_prompt)}
-    if taken & {text.lower() for text in _WORD.findall(word.text)}:
-        return False
-    if any(_close(word.text, text) for text in (one.answer, one.foil, needed.text)):
+    taken, new = (set(_WORD.findall(text.lower())) for text in (example.clean_prompt, word.text))
+    if taken & new or any(_any_close((word.text, x)) for x in (example.answer, example.foil, needed.text)):
         return False
     return aligned(needed.text, word.text, pieces)
 
 
-def _close(one: str, other: str) -> bool:
-    return one.casefold() == other.casefold() or near(one, other)
+def _any_close(texts: Sequence[str]) -> bool:
+    """Whether two of the words are the same or near-synonyms."""
+    return any(near(one, other) for one, other in combinations(texts, 2))

@@ -8,6 +8,7 @@ girl may be called a kid), because then both answers may be true of one picture.
 from __future__ import annotations
 
 from collections import defaultdict
+from functools import lru_cache
 from pathlib import Path
 
 SETS = [line.split() for line in Path(__file__).with_name("synonyms.txt").read_text("utf-8").splitlines()]
@@ -21,20 +22,17 @@ for _number, _words in enumerate(SETS):
 def near(one: str, other: str) -> bool:
     """Whether two words say nearly the same, upper and lower case aside.
 
-    A plural in -s, an -ing form and the word itself are told apart by the callers' grammar; here
-    a word also meets its own plural in -s.
+    A word also meets its own plural in -s and its -ing form.
 
     >>> near("man", "guy"), near("Kids", "child"), near("man", "horse")
     (True, True, False)
     """
-    ones, others = _forms(one.casefold()), _forms(other.casefold())
-    if ones & others:
-        return True
-    return any(_SETS_OF.get(a, set()) & _SETS_OF.get(b, set()) for a in ones for b in others)
+    return not _meanings(one.casefold()).isdisjoint(_meanings(other.casefold()))
 
 
-def _forms(word: str) -> set[str]:
-    """The word, and what it may be the plural or the -ing form of."""
+@lru_cache(maxsize=4096)
+def _meanings(word: str) -> frozenset[str | int]:
+    """The word, what it may be the plural or the -ing form of, and the sets that hold any of these."""
     forms = {word}
     if word.endswith("s") and len(word) > 3 and not word.endswith("ss"):
         forms.add(word[:-1])
@@ -47,4 +45,4 @@ def _forms(word: str) -> set[str]:
             forms.add(stem[:-1])
         if stem.endswith("y"):
             forms.add(stem[:-1] + "ie")
-    return forms
+    return frozenset(forms).union(*(_SETS_OF.get(form, ()) for form in forms))

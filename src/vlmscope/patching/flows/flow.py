@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from vlmscope.inputs import Change, Edit, Inputs
+from vlmscope.models.inputs import Change, Edit, Inputs
 from vlmscope.patching.trace import Trace
 from vlmscope.runs.hooks import Hooks
 from vlmscope.runs.network import Network

@@ -73,9 +73,9 @@ def allowed(plain: Plain, module: Any, mask: Any, q: Tensor, k: Tensor, **kw: An
         only = bool((dense.masked_fill(~seen, 0.0) == 0).all())
     if seen.shape[1] != 1 or not only:
         raise ModelError(
-            f"the attention '{plain.name}' of {type(module).__name__} has a mask that differs by head or adds to "
-            "the scores; expected one that says which position sees which; the engine 'reference' takes any, one "
-            "forward a patch"
+            f"the attention '{plain.name}' of {type(module).__name__} has a mask that differs by head or "
+            "adds to the scores; expected one that says which position sees which; the engine 'reference' "
+            "takes any, one forward a patch"
         )
     return seen[0, 0]
 

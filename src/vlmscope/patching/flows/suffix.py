@@ -18,7 +18,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from vlmscope.inputs import Change
+from vlmscope.models.inputs import Change
 from vlmscope.patching.flows.flow import Cell, Flow, Job, Row, around, longest
 from vlmscope.patching.flows.memory import Memory, Ragged
 from vlmscope.patching.flows.rows import INSIDE

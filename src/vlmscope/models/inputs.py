@@ -37,8 +37,9 @@ class Inputs:
 class Edit:
     """Change one activation as it passes: `set` it to `value`, `add` to it or `scale` it.
 
-    `site` names one layer (or a window of them) and at most one set of units; an expression will do. `value` is a
-    number or a tensor that broadcasts to `(positions, width)`, where width is that of the kind, of one head, or 1 for one neuron.
+    `site` names one layer (or a window of them) and at most one set of units; an expression will do. `value`
+    is a number or a tensor that broadcasts to `(positions, width)`, where width is that of the kind, of one
+    head, or 1 for one neuron.
 
     Raises `SiteError` for an expression that is no site, `VlmscopeError` for another operation or value.
 

@@ -26,9 +26,9 @@ from transformers import (
 
 from vlmscope.data.example import Span
 from vlmscope.errors import ExampleError
-from vlmscope.families import Family, Tower, one_picture
-from vlmscope.inputs import Inputs
 from vlmscope.layout import Layout
+from vlmscope.models.inputs import Inputs
+from vlmscope.models.towers import Family, Tower, one_picture
 
 
 def _side(value: int | Sequence[int]) -> tuple[int, int]:

@@ -13,8 +13,9 @@ from typing import Any
 from torch import Tensor
 from transformers import Gemma3ForConditionalGeneration, PaliGemmaForConditionalGeneration
 
-from vlmscope.families import Tower, causal
 from vlmscope.layout import Layout
+from vlmscope.models.families import causal
+from vlmscope.models.towers import Tower
 
 SIGLIP = Tower(
     blocks="model.vision_tower.encoder.layers",

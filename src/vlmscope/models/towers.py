@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from vlmscope.data.example import Box, Span
 from vlmscope.errors import ExampleError
-from vlmscope.inputs import Inputs
+from vlmscope.models.inputs import Inputs
 
 Factor = Callable[[Any], Callable[[Mapping[str, Any]], Any] | None]
 """`factor(block)`: from what the block is called with to what it multiplies a sublayer's output by (a
@@ -138,27 +138,3 @@ def behind(spans: Sequence[Span], end: int) -> int:
     """
     own = [n for n, (a, b) in enumerate(spans) if a < b and a < end]
     return len(spans) - 1 - max(own, default=-1)
-
-
-def families() -> tuple[Family, ...]:
-    """The supported families."""
-    from vlmscope.families import blip, blip2, gemma, llava, mllama, mplug_owl2, qwen, tiled
-
-    return (
-        blip.VQA,
-        blip.CAPTION,
-        *blip2.FAMILIES,
-        llava.LLAVA,
-        llava.NEXT,
-        tiled.ONEVISION,
-        qwen.QWEN2,
-        qwen.QWEN2_5,
-        qwen.QWEN3,
-        gemma.GEMMA3,
-        gemma.PALIGEMMA,
-        tiled.SMOLVLM,
-        tiled.IDEFICS3,
-        tiled.INTERNVL,
-        mllama.MLLAMA,
-        mplug_owl2.MPLUG_OWL2,
-    )

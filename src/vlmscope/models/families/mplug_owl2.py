@@ -31,9 +31,10 @@ from torch import Tensor
 
 from vlmscope.data.example import Span
 from vlmscope.errors import ExampleError
-from vlmscope.families import Family, Tower, behind, causal, one_picture
-from vlmscope.inputs import Inputs
 from vlmscope.layout import Layout
+from vlmscope.models.families import causal
+from vlmscope.models.inputs import Inputs
+from vlmscope.models.towers import Family, Tower, behind, one_picture
 
 MARK = "<|image|>"
 IMAGE = -200

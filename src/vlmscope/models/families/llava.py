@@ -19,9 +19,10 @@ from transformers.models.llava_next.modeling_llava_next import (
 
 from vlmscope.data.example import Box
 from vlmscope.errors import ExampleError, ModelError
-from vlmscope.families import Family, Tower, causal
-from vlmscope.inputs import Inputs
 from vlmscope.layout import Layout
+from vlmscope.models.families import causal
+from vlmscope.models.inputs import Inputs
+from vlmscope.models.towers import Family, Tower
 
 
 def used(config: Any) -> int:

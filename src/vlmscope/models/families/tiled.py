@@ -16,8 +16,9 @@ from transformers import (
 )
 from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import get_optimal_tiled_canvas
 
-from vlmscope.families import Tower, causal, llava
-from vlmscope.families.gemma import SIGLIP
+from vlmscope.models.families import causal, llava
+from vlmscope.models.families.gemma import SIGLIP
+from vlmscope.models.towers import Tower
 
 
 def _patch(config: Any) -> int:

@@ -21,9 +21,10 @@ from transformers import Blip2ForConditionalGeneration, InstructBlipForCondition
 
 from vlmscope.data.example import Span
 from vlmscope.errors import ExampleError
-from vlmscope.families import Family, Tower, causal, one_picture
-from vlmscope.inputs import Inputs
 from vlmscope.layout import Layout
+from vlmscope.models.families import causal
+from vlmscope.models.inputs import Inputs
+from vlmscope.models.towers import Family, Tower, one_picture
 
 VISION = Tower(
     blocks="vision_model.encoder.layers",

@@ -19,8 +19,9 @@ from transformers import (
     Qwen3VLForConditionalGeneration,
 )
 
-from vlmscope.families import Tower, causal
 from vlmscope.layout import Layout
+from vlmscope.models.families import causal
+from vlmscope.models.towers import Tower
 
 VISION = Tower(
     blocks="model.visual.blocks", config="vision_config", attn="attn.proj", mlp="mlp.fc2", heads="num_heads"

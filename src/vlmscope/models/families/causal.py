@@ -22,9 +22,9 @@ from transformers import AutoProcessor, PreTrainedModel
 
 from vlmscope.data.example import Span
 from vlmscope.errors import ExampleError
-from vlmscope.families import Family, Tower, behind
-from vlmscope.inputs import Inputs
 from vlmscope.layout import Layout
+from vlmscope.models.inputs import Inputs
+from vlmscope.models.towers import Family, Tower, behind
 
 Cells = Callable[[Any, Any, Image.Image, Mapping[str, Tensor], Sequence[int]], dict[int, tuple[int, int]]]
 """`cells(hf, processor, image, tensors, at)`: the row and column of each position in `at` that shows a
@@ -387,7 +387,8 @@ def family(
     """A family whose vision tower is followed by one causal decoder.
 
     `norm` and `head` are what follows the decoder's last block, `capped` says that the model bounds its
-    logits where its config asks for that, and `kind` is the token type of what it says. Patches in the vision tower are one
+    logits where its config asks for that, and `kind` is the token type of what it says. Patches in the
+    vision tower are one
     forward each: what comes between the towers differs by family, and is left to the model.
     """
 

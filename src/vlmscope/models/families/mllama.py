@@ -21,8 +21,9 @@ from transformers.models.mllama.image_processing_pil_mllama import (
 )
 
 from vlmscope.data.example import Box
-from vlmscope.families import Tower, causal
 from vlmscope.layout import Layout
+from vlmscope.models.families import causal
+from vlmscope.models.towers import Tower
 
 VISION = Tower(
     blocks="model.vision_model.transformer.layers",

@@ -1,0 +1,129 @@
+"""Whole files or none: what every folder of results is written and read with.
+
+A file is written under a temporary name, synced and renamed. Nothing is pickled.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import io
+import json
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pandas as pd
+
+from vlmscope.errors import ExampleError, StoreError
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+PICTURE = 384
+"""Longest side, in pixels, of a stored example picture."""
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+
+
+def save(
+    folder: str | os.PathLike[str],
+    manifest: str,
+    about: Mapping[str, Any],
+    files: Mapping[str, pd.DataFrame | str],
+) -> None:
+    """Write tables (`.parquet` or `.csv`) and texts, and last the JSON that says what the folder is."""
+    path = Path(folder)
+    with storing(path):
+        path.mkdir(parents=True, exist_ok=True)
+        (path / manifest).unlink(missing_ok=True)
+    for name, content in files.items():
+        if isinstance(content, str):
+            write(path / name, content.encode("utf-8"))
+        elif name.endswith(".csv"):
+            write(path / name, content.to_csv(index=False).encode("utf-8", "surrogatepass"))
+        else:
+            buffer = io.BytesIO()
+            content.to_parquet(buffer, index=False)
+            write(path / name, buffer.getvalue())
+    write_json(path / manifest, about)
+
+
+def write(file: Path, content: bytes) -> None:
+    """Write a whole file or nothing: readers never see half of one, a power cut included."""
+    temporary = file.with_name(f".{file.name}.tmp")
+    with storing(file):
+        try:
+            with temporary.open("wb") as stream:
+                stream.write(content)
+                stream.flush()
+                os.fsync(stream.fileno())
+            temporary.replace(file)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                temporary.unlink()
+            raise
+    with contextlib.suppress(OSError):  # some file systems cannot sync a folder
+        descriptor = os.open(file.parent, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def write_json(file: Path, content: Mapping[str, Any]) -> None:
+    text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+    # A lone surrogate (from an undecodable file name) becomes the JSON escape of itself.
+    write(file, text.encode("utf-8", "backslashreplace"))
+
+
+def read_json(file: Path, way_out: str) -> dict[str, Any]:
+    """The JSON object in a file; raises `StoreError`, which ends with the way out, where there is none."""
+    try:
+        content = json.loads(file.read_text("utf-8"))
+    except OSError as error:
+        raise StoreError(f"{file}: cannot be read ({error.strerror}); {way_out}") from error
+    except ValueError as error:
+        raise StoreError(f"{file}: is damaged (not JSON); {way_out}") from error
+    if not isinstance(content, dict):
+        raise StoreError(f"{file}: is damaged (not a JSON object); {way_out}")
+    return content
+
+
+def is_temporary(path: Path) -> bool:
+    """Whether a killed process has left this file."""
+    return path.name.startswith(".") and path.name.endswith(".tmp")
+
+
+@contextlib.contextmanager
+def storing(path: Path) -> Iterator[None]:
+    """Turn what the system says while something is written into a `StoreError`."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in _FULL:
+            raise StoreError(
+                f"{path}: the disk is full. What was written before is safe; "
+                "free some space and run the same command again"
+            ) from error
+        raise StoreError(
+            f"{path}: cannot be written ({error.strerror or error}); check the folder's "
+            "permissions or choose another --out"
+        ) from error
+
+
+def png(picture: Path | Image.Image) -> bytes:
+    """A small copy of a picture; raises `ExampleError` for what is none."""
+    from PIL import Image, ImageOps
+
+    if not isinstance(picture, Image.Image):
+        try:
+            with Image.open(picture) as opened:
+                return png(opened.copy())
+        except (OSError, ValueError, Image.DecompressionBombError) as error:
+            raise ExampleError(f"{picture}: not a picture that can be read ({error})") from error
+    image = ImageOps.exif_transpose(picture).convert("RGB")
+    image.thumbnail((PICTURE, PICTURE))
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG", optimize=True)
+    return buffer.getvalue()

@@ -1,0 +1,156 @@
+"""Attention of heads to the image: against the masks of objects, against norms, with nulls and intervals."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+from scipy import stats
+
+from vlmscope.stats import interval, rng, sign_flip
+from vlmscope.studies.heads.observe import Array, Attention, Key, Observed, Study
+
+MOST = 400
+"""Over how many examples attention is compared with shuffled masks, at most."""
+SHUFFLES = 2_000
+
+ON_MASKS = {
+    "auc": "area under the ROC curve of attention minus the all-heads mean, object against rest",
+    "iou_fixed": "overlap of the object with the patches that get more than from the average head",
+    "iou_best": "the same at the best of 19 thresholds",
+    "mass": "share of the attention to the image that is on the object",
+}
+ON_ALL = {
+    "outlier_mass": "attention to patches of outlying norm and to the class token",
+    "norm_rank": "rank of the norm of what is attended to, from 0 to 1",
+    "entropy": "entropy of the attention, 1 if it is uniform",
+}
+
+
+def attention_measures(study: Study, observed: Sequence[Observed]) -> Iterator[pd.DataFrame]:
+    """The measures of all heads that look at the image, a table for each kind and measure (`measured`)."""
+    for key in study.keys:
+        looking = [one for one in observed if key in one.attention][:MOST]
+        if not looking:
+            continue
+        found = [one.attention[key] for one in looking]
+        heads = np.stack([_spread(one, one.maps) for one in found])
+        average = np.stack([_spread(one, one.average[None]) for one in found])
+        for column, name in enumerate(ON_ALL):
+            p = sign_flip((heads - average)[..., column], rng(study.seed, name, "signs"))
+            null = average[..., column].mean()
+            yield measured(study.numbers(key), name, heads[..., column], looking, null, p)
+        for which in ("object", "foil"):
+            yield from _on_masks(study, key, [one for one in looking if which in one.masks], which)
+
+
+def measured(
+    numbers: Sequence[int],
+    name: str,
+    scores: Array,
+    observed: Sequence[Observed],
+    null: Array | float,
+    p_value: Array,
+) -> pd.DataFrame:
+    """A row a head, from its scores `(examples, heads)`."""
+    low, high = interval(scores, [one.id for one in observed])
+    return pd.DataFrame(
+        {
+            "number": numbers,
+            "measure": name,
+            "value": scores.mean(0),
+            "low": low,
+            "high": high,
+            "null": null,
+            "p_value": p_value,
+            "n": len(scores),
+        }
+    )
+
+
+def _on_masks(study: Study, key: Key, observed: Sequence[Observed], which: str) -> Iterator[pd.DataFrame]:
+    """Attention against masks, and against the masks of other examples as the null."""
+    masks = [one.masks[which] for one in observed]
+    if len(masks) < 2 or len({mask.size for mask in masks}) > 1:
+        return  # pictures of other grids cannot lend their masks
+    objects = np.stack(masks).astype(float)
+    overlaps = [_overlap(one.attention[key], objects) for one in observed]
+    order = np.arange(len(observed))
+    draw = rng(study.seed, "masks", which)
+    others = np.array([draw.permutation(order) for _ in range(SHUFFLES)])
+    for name in ON_MASKS:
+        values = np.stack([overlap[name] for overlap in overlaps])  # (examples, heads, masks)
+        own = values[order, :, order]
+        null = np.stack([values[order, head, others].mean(1) for head in range(values.shape[1])], axis=1)
+        p = (1 + (null >= own.mean(0) - 1e-12).sum(0)) / (1 + SHUFFLES)
+        name = name if which == "object" else f"{name}_foil"
+        yield measured(study.numbers(key), name, own, observed, null.mean(0), p)
+
+
+def _spread(attention: Attention, maps: Array) -> Array:
+    """Mass on outliers, mean rank of the norm, and entropy, of each head's attention: `(heads, 3)`."""
+    inside = attention.cells >= 0
+    use = np.ones(len(inside), bool) if inside.sum() + 1 >= len(inside) else inside
+    norms, maps, inside = attention.norms[use], maps[:, use], inside[use]
+    middle = np.median(norms)
+    reach = 3 * 1.4826 * np.median(np.abs(norms - middle))
+    outlying = (norms > middle + max(reach, 1e-6 * middle)) | ~inside
+    share = maps / np.maximum(maps.sum(1, keepdims=True), 1e-300)
+    rank = (stats.rankdata(norms) - 0.5) / len(norms)
+    entropy = -(share * np.log(np.clip(share, 1e-300, None))).sum(1) / np.log(len(norms))
+    return np.stack([(share * outlying).sum(1), (share * rank).sum(1), entropy], axis=1)
+
+
+def _overlap(attention: Attention, objects: Array) -> dict[str, Array]:
+    """The measures `ON_MASKS` of one example's attention against each of several masks: `(heads, masks)`."""
+    inside = np.flatnonzero(attention.cells >= 0)
+    inside = inside[np.argsort(attention.cells[inside])]
+    maps = attention.maps[:, inside]
+    above = maps - attention.average[inside]
+    size, patches = objects.sum(1), maps.shape[1]
+    ranks = stats.rankdata(above, axis=1) @ objects.T
+    auc = (ranks - size * (size + 1) / 2) / (size * np.clip(patches - size, 1, None))
+
+    def iou(chosen: NDArray[np.bool_]) -> Array:
+        both = chosen.astype(float) @ objects.T
+        return np.asarray(both / (size + chosen.sum(1, keepdims=True) - both))
+
+    cuts = np.quantile(above, np.linspace(0.05, 0.95, 19), axis=1)
+    return {
+        "auc": auc,
+        "iou_fixed": iou(above > 0),
+        "iou_best": np.max([iou(above > cut[:, None]) for cut in cuts], axis=0),
+        "mass": (maps / np.maximum(maps.sum(1, keepdims=True), 1e-300)) @ objects.T,
+    }
+
+
+def attention_maps(study: Study, observed: Sequence[Observed]) -> pd.DataFrame:
+    """The attention of each head to each patch of some examples, for the figures."""
+    parts = []
+    for one in observed:
+        for number, site in enumerate(study.heads):
+            key = (site.tower, site.kind)
+            if (attention := one.attention.get(key)) is None:
+                continue
+            inside = attention.cells >= 0
+            cells, paid = attention.cells[inside], attention.maps[study.numbers(key).index(number)][inside]
+            mask = one.masks.get("object")
+            rows, columns = attention.grid
+            parts.append(
+                pd.DataFrame(
+                    {
+                        "example": one.id,
+                        "site": str(site),
+                        "row": cells // columns,
+                        "column": cells % columns,
+                        "attention": paid,
+                        "difference": paid - attention.average[inside],
+                        "object": False if mask is None else mask[cells],
+                        "rows": rows,
+                        "columns": columns,
+                    }
+                )
+            )
+    return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame({"example": []})

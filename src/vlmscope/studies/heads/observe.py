@@ -1,0 +1,274 @@
+"""What the runs of each example give of some heads: activations, attention to the image, effects."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TypeAlias
+
+import numpy as np
+import pandas as pd
+import pyarrow.compute as pc
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from vlmscope.data.example import Example
+from vlmscope.errors import DataError, ExampleError, SiteError, VlmscopeError
+from vlmscope.layout import grid
+from vlmscope.models.inputs import Pair
+from vlmscope.patching import engine
+from vlmscope.patching.scores import logit_difference
+from vlmscope.progress import progress
+from vlmscope.runs import corrupt as corruptions
+from vlmscope.runs.corrupt import Corruption, Noise
+from vlmscope.runs.forward import forward
+from vlmscope.runs.model import Model
+from vlmscope.sites import Point, Site, Sites, expand, parse, place
+from vlmscope.stats import shuffled
+from vlmscope.studies.heads.masks import masks_of
+from vlmscope.studies.run_folder import Run, read_run
+
+Array = NDArray[np.float64]
+Key = tuple[str, str]
+"""A tower and a kind of attention."""
+Place = tuple[str, str, str, int, str | None, object]
+"""Example, tower, kind, layer, unit, and position (or the name of several)."""
+Effects: TypeAlias = pd.DataFrame | Run | str | os.PathLike[str]
+"""A table of effects, or the run that has them."""
+
+
+@dataclass(frozen=True)
+class Study:
+    """Which heads are asked about, in which model, and what the corrupt run has changed, if there is one."""
+
+    model: Model
+    heads: list[Site]
+    corruption: Corruption | None
+    seed: int
+
+    @property
+    def keys(self) -> list[Key]:
+        return list(dict.fromkeys((site.tower, site.kind) for site in self.heads))
+
+    def numbers(self, key: Key) -> list[int]:
+        """Which of the heads are of a tower and kind."""
+        return [number for number, site in enumerate(self.heads) if (site.tower, site.kind) == key]
+
+    def place(self, site: Site) -> tuple[int, int]:
+        """Where a head is among those of its kind: not every layer has any."""
+        layers = self.model.shapes[site.tower].having(site.kind)
+        return layers.index(site.layer), site.units[0]
+
+
+@dataclass(frozen=True, eq=False)
+class Attention:
+    """The attention of the heads of one tower and kind to the image, in one example."""
+
+    maps: Array
+    """(heads that are asked about, keys)."""
+    average: Array
+    """Of all heads of the kind: (keys,)."""
+    cells: NDArray[np.intp]
+    """For each key its patch of the image, row by row, or −1."""
+    norms: Array
+    """Of what is attended to: (keys,)."""
+    grid: tuple[int, int]
+
+
+@dataclass(frozen=True, eq=False)
+class Observed:
+    """What the runs of one example gave; arrays are over the heads that are asked about."""
+
+    id: str
+    pair: Pair
+    placed: list[Site]
+    ld_clean: float
+    is_right: bool
+    """Whether the answer's token has the largest logit."""
+    ld_corrupt: float | None
+    effect: Array | None
+    activations: dict[Key, Tensor]
+    """Outputs of all heads, mean over the positions: (layers that have any, heads, width)."""
+    attention: dict[Key, Attention]
+    """Of the kinds that look at the image."""
+    masks: dict[str, NDArray[np.bool_]]
+
+
+def study_of(model: Model, sites: Sites, corrupt: str | Noise | None, seed: int) -> Study:
+    """Checked: heads of single layers, each kind at one position."""
+    heads = expand(parse(sites), model.shapes)
+    places: dict[Key, str] = {}
+    for site in heads:
+        if site.part != "h" or len(site.units) > 1 or site.also:
+            raise SiteError(f"bad site '{site}': not a head; expected such as encoder.*.cross.h*@answer")
+        if site.window > 1:
+            raise SiteError(f"bad site '{site}': a window of layers; expected single heads")
+        if site.position == "*" or site.position.endswith("*") or "-" in site.position.lstrip("-"):
+            raise SiteError(
+                f"bad site '{site}': many positions; what a head does is asked at one: answer, last ..."
+            )
+        at = places.setdefault((site.tower, site.kind), site.position)
+        if at != site.position:
+            raise SiteError(
+                f"bad site '{site}': other {site.tower} {site.kind} heads are read at '{at}'; "
+                "one position a kind"
+            )
+    return Study(model, heads, None if corrupt is None else corruptions.parse(corrupt), seed)
+
+
+def observe(study: Study, examples: Sequence[Example], effects: Effects | None) -> list[Observed]:
+    """Run every example; those that cannot be run are left out with a warning."""
+    known: dict[Place, float] = {} if effects is None else _known(study, effects)
+    found: list[Observed] = []
+    left: list[str] = []
+    with progress(len(examples)) as step:
+        for number, example in enumerate(examples):
+            try:
+                found.append(_observe(study, example, known))
+            except (ExampleError, SiteError) as error:
+                left.append(f"'{example.id}': {error}")
+            step(0, number + 1)
+    if len(found) < 2:
+        why = f"; {left[0]}" if left else ""
+        raise DataError(
+            f"{len(found)} of {len(examples)} examples could be run, and what a head does takes at "
+            f"least two{why}"
+        )
+    if left:
+        warnings.warn(f"{len(left)} of {len(examples)} examples were left out; {left[0]}", stacklevel=4)
+    return found
+
+
+def by_id(study: Study, observed: Sequence[Observed]) -> list[Observed]:
+    """In an order that the ids decide, so that no number depends on the one in which they came."""
+    return [observed[n] for n in shuffled(study.seed, [one.id for one in observed])]
+
+
+def _observe(study: Study, example: Example, known: Mapping[Place, float]) -> Observed:
+    model = study.model
+    if study.corruption is None:
+        pairs = [model.prepare(replace(example, corrupt_image=None, corrupt_prompt=None))]
+    else:
+        pairs = corruptions.pairs(model, example, study.corruption, study.seed)
+    pair = pairs[0]
+    layout = pair.clean.layout
+    placed = [found for site in study.heads for found in place(site, layout)]
+    if len(placed) != len(study.heads):
+        raise SiteError("what a head does is asked at one place; name it (answer, last), not *")
+    outputs = {
+        key: [Point(key[0], n, key[1], "h") for n in model.shapes[key[0]].having(key[1])]
+        for key in study.keys
+    }
+    norms = {key: _norms_at(model, key) for key in study.keys}
+    points = {*norms.values(), *(point for some in outputs.values() for point in some)}
+    run = forward(model, pair.clean, keep=points)
+    logits, values = run.logits[-1], run.values
+    activations, attention = {}, {}
+    for key in study.keys:
+        at = list(placed[study.numbers(key)[0]].positions)
+        heads = model.shapes[key[0]].heads[key[1]]
+        rows = [values[point][0, at].mean(0).unflatten(-1, (heads, -1)) for point in outputs[key]]
+        activations[key] = torch.stack(rows).cpu()
+        if (found := _attention(study, pair, key, at, values[norms[key]])) is not None:
+            attention[key] = found
+    ld_corrupt, effect = _effects(study, example, pairs, placed, known)
+    sizes = [one.grid for one in attention.values()]
+    return Observed(
+        id=example.id,
+        pair=pair,
+        placed=placed,
+        ld_clean=float(logit_difference(logits, pair)),
+        is_right=int(logits.argmax()) == pair.answer,
+        ld_corrupt=ld_corrupt,
+        effect=effect,
+        activations=activations,
+        attention=attention,
+        masks=masks_of(model, example, sizes[0]) if sizes else {},
+    )
+
+
+def _norms_at(model: Model, key: Key) -> Point:
+    """Where the norms are read of what is attended to: what leaves the vision tower's blocks."""
+    tower = model.attended(*key)
+    if tower == "vision":
+        return Point(tower, model.shapes[tower].layers - 1, "resid")
+    return Point(tower, 0, "resid_pre")
+
+
+def _attention(study: Study, pair: Pair, key: Key, at: Sequence[int], residual: Tensor) -> Attention | None:
+    """None where this attention does not look at the image, or cannot be read."""
+    model, layout = study.model, pair.clean.layout[study.model.attended(*key)]
+    if not layout.cells or key[1] not in model.family.towers[key[0]].attention:
+        return None
+    maps = model.attention(pair.clean, *key, at).mean(2).double().cpu().numpy()
+    rows, columns = grid(layout)
+    cells = np.full(maps.shape[-1], -1)
+    for position, (row, column) in layout.cells.items():
+        cells[position] = row * columns + column
+    chosen = np.stack([maps[study.place(study.heads[number])] for number in study.numbers(key)])
+    norms = residual[0].float().norm(dim=-1).double().cpu().numpy()
+    return Attention(chosen, maps.mean((0, 1)), cells, norms, (rows, columns))
+
+
+# --- what patching the heads in does -----------------------------------------------------------
+
+
+def _effects(
+    study: Study,
+    example: Example,
+    pairs: Sequence[Pair],
+    placed: Sequence[Site],
+    known: Mapping[Place, float],
+) -> tuple[float | None, Array | None]:
+    """LD of the corrupt run, and the change of it by each head: what is known, or else by patching."""
+    if study.corruption is None:
+        return None, None
+    found = [known.get(_place(example.id, site)) for site in placed]
+    if None not in found:
+        lds = [logit_difference(study.model.run(pair.corrupt, pair.edits), pair) for pair in pairs]
+        return float(np.mean(lds)), np.array(found, dtype=float)
+    patched = engine.patch(study.model, pairs[0], placed)
+    ld_corrupt, effect = float(patched.corrupt.ld), np.zeros(len(placed))
+    for numbers, scores in patched.chunks:
+        effect[numbers] = scores.ld.cpu().numpy() - ld_corrupt
+    return ld_corrupt, effect
+
+
+def _place(example: str, site: Site) -> Place:
+    where = site.positions[0] if len(site.positions) == 1 else site.position
+    return example, site.tower, site.kind, site.layer, site.unit, where
+
+
+def _known(study: Study, effects: Effects) -> dict[Place, float]:
+    """`logit_diff` of every head that a sweep has patched; raises `VlmscopeError` for another run's."""
+    if isinstance(effects, pd.DataFrame):
+        rows = effects[effects["unit"].astype("string").str.fullmatch(r"h\d+").fillna(False).astype(bool)]
+    else:
+        run = effects if isinstance(effects, Run) else read_run(effects)
+        is_noise = isinstance(study.corruption, Noise)
+        wanted = {
+            "weights": study.model.fingerprint(),
+            "direction": "denoise",
+            "patch": "clean",
+            "seed": study.seed if is_noise else run.spec.get("seed"),
+        }
+        if odd := [name for name, value in wanted.items() if run.spec.get(name) != value]:
+            raise VlmscopeError(
+                f"{run.path}: its effects are not those of these heads ({', '.join(odd)} differ); give a run "
+                "of this model that patches clean activations, or none"
+            )
+        rows = run.effects(pc.match_substring_regex(pc.field("unit"), "^h[0-9]+$"))
+    kind = "noise" if isinstance(study.corruption, Noise) else study.corruption
+    if odd := [c for c in rows["corruption"].unique() if c != kind]:
+        raise VlmscopeError(
+            f"effects with the corruption '{odd[0]}' are not those of '{kind}'; give that run"
+        )
+    rows = rows[~rows["site"].str.contains("/", regex=False).astype(bool)]
+    where = rows["position"].astype(object).where(rows["position"].notna(), rows["slot"])
+    places = zip(
+        rows["example"], rows["tower"], rows["kind"], rows["layer"], rows["unit"], where, strict=True
+    )
+    return dict(zip(places, rows["logit_diff"], strict=True))

@@ -1,0 +1,41 @@
+"""Any folder that vlmscope wrote, read."""
+
+from __future__ import annotations
+
+import os
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from vlmscope.errors import StoreError
+
+READERS = {
+    "run.json": "studies.run_folder:read_run",
+    "heads.json": "studies.heads:read",
+    "circuits.json": "studies.circuits:read",
+    "tracing.json": "studies.tracing:read",
+    "notice.toml": "notice:read",
+}
+"""What reads a folder, by the file that says what it is; imported when it is needed."""
+
+
+def open(folder: str | os.PathLike[str]) -> Any:
+    """What is in a folder of results, as the value that wrote it.
+
+    A sweep gives a `Run`, `circuits` its `Found`, `heads` its `Functions`, `tracing` its `Traced`, `notice` a
+    `Notice` with all of these. Raises `StoreError` for any other folder.
+
+    >>> import tempfile, vlmscope
+    >>> model, examples = vlmscope.load("toy-blip"), vlmscope.examples("states", limit=1)
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     table = vlmscope.sweep(model, examples, "encoder.*.resid@answer", out=folder)
+    ...     print(len(vlmscope.open(folder).effects()))
+    3
+    """
+    path = Path(folder)
+    for manifest, reader in READERS.items():
+        if (path / manifest).is_file():
+            module, _, name = reader.partition(":")
+            return getattr(import_module(f"vlmscope.{module}"), name)(path)
+    what = "not a folder that vlmscope wrote" if path.is_dir() else "no such folder"
+    raise StoreError(f"{path}: {what}; expected one with {', '.join(READERS)} in it")

@@ -1,0 +1,170 @@
+"""What the runs of one example give: a row a patch, and the runs without patches."""
+
+from __future__ import annotations
+
+import warnings
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+
+from vlmscope.data.example import Example
+from vlmscope.errors import ExampleError, SiteError
+from vlmscope.layout import Layout, slots
+from vlmscope.models.inputs import Pair
+from vlmscope.patching import engine as fast
+from vlmscope.patching import reference
+from vlmscope.patching.scores import Patched, agrees, effect, least_gap
+from vlmscope.patching.trace import Images
+from vlmscope.progress import progress
+from vlmscope.sites import Site, expand, parse, place
+from vlmscope.studies.run_folder import BASELINES, EFFECTS
+from vlmscope.studies.task import Job, Result, Task
+
+
+def run_jobs(task: Task, jobs: Sequence[Job], done: int = 0, quiet: bool = False) -> Iterator[Result]:
+    """What each job gives; an example that cannot be run has no effects.
+
+    Where an example of a folder lacks a site that is added, it keeps what it has, and a warning says so.
+    """
+    patterns: dict[tuple[str, ...], list[Site]] = {}
+    with progress(len(jobs) + done, done, quiet) as step:
+        for finished, job in enumerate(jobs, start=done):
+            key = (*job.done, "", *job.sites)
+            if key not in patterns:
+                patterns[key] = _patterns(task, job)
+
+            def share(patches: int, part: float, before: int = finished) -> None:
+                step(patches, before + part)
+
+            example = task.examples[job.number]
+            try:
+                yield _patch_example(task, job, patterns[key], share)
+            except (ExampleError, SiteError) as error:
+                if job.done:
+                    warnings.warn(
+                        f"'{example.id}' has none of the sites that are added: {error}", stacklevel=2
+                    )
+                else:
+                    yield _excluded(task, job, reason=str(error))
+            step(0, finished + 1)
+
+
+def _patterns(task: Task, job: Job) -> list[Site]:
+    """The sites of a job in this model, but for those that other expressions have named."""
+    done = expand(parse(job.done), task.model.shapes)
+    return expand(parse([*job.done, *job.sites]), task.model.shapes)[len(done) :]
+
+
+def _patch_example(
+    task: Task, job: Job, patterns: Sequence[Site], step: Callable[[int, float], None]
+) -> Result:
+    example = task.examples[job.number]
+    pairs = task.pairs(example)
+    answered: dict[str, Any] = {}
+    if not job.done:
+        predicted = task.model.answer(pairs[0].clean)
+        answered = {"predicted": predicted, "correct": agrees(predicted, example.answer)}
+        if task.select and (reason := _unfit(task, example, pairs[0], predicted)):
+            return _excluded(task, job, reason=reason, **answered)
+    layout = pairs[0].clean.layout
+    placed = [part for site in patterns for part in place(site, layout)]
+    totals = np.zeros((len(placed), 3))
+    base: dict[str, float] = defaultdict(float)
+    images, count, least = Images(), 0, 0.0
+    for pair in pairs:
+        found = patched(task, example, pair, placed, images)
+        least = max(least, least_gap(task.model.precision, found.size))
+        for run, scores in (("clean", found.clean), ("corrupt", found.corrupt)):
+            for name, score in scores._asdict().items():
+                base[f"{name}_{run}"] += score.item() / len(pairs)
+        for numbers, scores in found.chunks:
+            totals[numbers] += torch.stack(scores, 1).cpu().numpy() / len(pairs)
+            count += len(numbers)
+            step(len(numbers), count / len(placed) / len(pairs))
+    names = {tower: slots(there) for tower, there in layout.items()}
+    rows = []
+    for site, gains in zip(placed, _gains(task, totals, base, least), strict=True):
+        words = _words(site, layout[site.tower], names[site.tower])
+        rows.append({"example": example.id, "corruption": task.kind, **words, **gains})
+    foil = pairs[0].foil
+    baseline = {
+        "example": example.id,
+        "corruption": task.kind,
+        **{name: value for name, value in base.items() if task.corruption or "corrupt" not in name},
+        "answer_token": " ".join(map(task.model.token, pairs[0].answers)),
+        "foil_token": None if foil is None else task.model.token(foil),
+        **answered,
+        "excluded": False,
+    }
+    return Result(job, _frame(rows, EFFECTS.names), _frame([] if job.done else [baseline], BASELINES.names))
+
+
+def patched(task: Task, example: Example, pair: Pair, sites: Sequence[Site], images: Images) -> Patched:
+    values = task.values(example, pair, sites)
+    if task.engine == "reference":
+        return reference.patch(task.model, pair, sites, task.direction, values=values, metric=task.metric)
+    return fast.patch(
+        task.model, pair, sites, task.direction, values=values, metric=task.metric, images=images
+    )
+
+
+def _gains(
+    task: Task, totals: np.ndarray[Any, Any], base: Mapping[str, float], least: float
+) -> Iterator[dict[str, float | None]]:
+    """What a row says of each patch; `least` is a gap of logits, so other metrics have effects at any gap."""
+    edited = "clean" if task.direction == "noise" else "corrupt"
+    ends = base["value_clean"], base["value_corrupt"], least if task.metric == "ld" else 0.0
+    for p, ld, value in totals.tolist():
+        yield {
+            "p_patched": p,
+            "p_restored": p - base["p_corrupt"] if task.corruption else None,
+            "p_change": p - base[f"p_{edited}"],
+            "logit_diff": ld - base["ld_corrupt"] if task.corruption else None,
+            "ld_change": ld - base[f"ld_{edited}"],
+            "value": value,
+            "effect": effect(value, *ends) if task.corruption else None,
+        }
+
+
+def _words(site: Site, layout: Layout, names: Sequence[str]) -> dict[str, Any]:
+    """What a row says of the place that is patched."""
+    position = site.positions[0] if len(site.positions) == 1 and not site.also else None
+    role = next((role for role, where in layout.roles.items() if position in where), None)
+    named = site.position.removesuffix("*")
+    return {
+        "site": str(site),
+        "tower": site.tower,
+        "layer": site.layer,
+        "kind": site.kind,
+        "unit": site.unit,
+        "position": position,
+        "token": None if position is None else layout.tokens[position],
+        "role": named if named in layout.roles else role,
+        "slot": site.position if position is None else names[position],
+    }
+
+
+def _unfit(task: Task, example: Example, pair: Pair, predicted: str) -> str | None:
+    """Why an example is not one to learn from, if so."""
+    if not agrees(predicted, example.answer):
+        return f"the model answers '{predicted}', not '{example.answer}'"
+    then = task.model.answer(pair.corrupt, pair.edits)
+    if task.kind == "image" and example.foil and not agrees(then, example.foil):
+        return f"with the corrupt image the model answers '{then}', not '{example.foil}'"
+    if (task.kind != "image" or not example.foil) and agrees(then, example.answer):
+        return f"with the corrupt input ({task.kind}) the model still answers '{then}'"
+    return None
+
+
+def _excluded(task: Task, job: Job, **fields: Any) -> Result:
+    example = task.examples[job.number]
+    baseline = {"example": example.id, "corruption": task.kind, "excluded": True, **fields}
+    return Result(job, _frame([], EFFECTS.names), _frame([baseline], BASELINES.names))
+
+
+def _frame(rows: list[dict[str, Any]], columns: Sequence[str]) -> pd.DataFrame:
+    return pd.DataFrame(rows, columns=list(columns))

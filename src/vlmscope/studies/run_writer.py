@@ -1,0 +1,293 @@
+"""Writing a run folder: what is committed is safe, what is not is computed again, and more can be added.
+
+Every file is written whole (`files`); the effects of a part go first, and its baselines commit them.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import pandas as pd
+import pyarrow as pa
+from filelock import FileLock, Timeout
+
+from vlmscope.errors import StoreError
+from vlmscope.studies import files
+from vlmscope.studies.files import is_temporary, storing, write_json
+from vlmscope.studies.run_folder import (
+    BASELINES,
+    EFFECTS,
+    FORMAT,
+    PART,
+    Held,
+    held_in,
+    parquet,
+    parts_of,
+    read_manifest,
+    read_run,
+    table_of,
+)
+
+GROWS = ("sites", "n_examples", "data_hash")
+"""What of a specification may become more when a folder is continued; all else has to be the same."""
+ROWS, SECONDS = 100_000, 10.0
+"""A part is written when this many rows wait, or when so much time has passed since the last."""
+
+_FIELDS = ("id", "clean_prompt", "corrupt_prompt", "answer", "foil")
+
+
+def open_run(
+    path: str | os.PathLike[str],
+    spec: Mapping[str, Any],
+    description: Mapping[str, Any] | None = None,
+    *,
+    digests: Sequence[str] = (),
+) -> Writer:
+    """Create the run folder `path`, or continue the one that is there.
+
+    A folder is continued if its `run.json` holds the same `spec`, but for what can grow (`GROWS`): site
+    expressions are added to those that are there, and the examples with these `digests` begin with those
+    that are there. `description` is kept beside it and not compared. All must be JSON.
+
+    Raises `StoreError` if another specification, other examples, something that is no run, or another
+    process is there.
+    """
+    folder = Path(path)
+    spec = dict(json.loads(json.dumps(spec)))
+    if folder.exists() and not folder.is_dir():
+        raise StoreError(f"{folder}: is a file; a run needs a folder. Choose another --out")
+    with storing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        manifest = folder / "run.json"
+        if not manifest.exists() and any(_is_foreign(p) for p in folder.iterdir()):
+            raise StoreError(f"{folder}: not empty, and not a run folder (no run.json). Choose another --out")
+        lock = _lock(folder)
+    try:
+        content = {"format": FORMAT, "spec": spec, "description": dict(description or {}), "check": None}
+        if manifest.exists():
+            there = read_manifest(folder)
+            content = there | {"spec": _grown(folder, there["spec"], spec)}
+            writer = Writer(folder, content, lock, digests)
+            if content == there:
+                return writer
+            with storing(folder):
+                (folder / "done.json").unlink(missing_ok=True)
+        write_json(manifest, content)
+        return Writer(folder, content, lock, digests)
+    except BaseException:
+        lock.release()
+        raise
+
+
+class Writer:
+    """Adds examples to a run. Made by `open_run`; a context manager.
+
+    `done` says of which examples what is safe on disk. What was added is written from time to time, at
+    `flush`, at `finish`, and when the `with` block is left, also by an exception.
+    """
+
+    def __init__(
+        self, path: Path, content: dict[str, Any], lock: FileLock, digests: Sequence[str] = ()
+    ) -> None:
+        self.path = path
+        self.sites: list[str] = content["spec"].get("sites") or []
+        self.check: dict[str, Any] | None = content.get("check")
+        self.done: dict[int, set[int] | None] = {}
+        self._content, self._lock, self._digests = content, lock, digests
+        self._waiting: list[tuple[Held, pa.Table, pa.Table]] = []
+        self._written = time.monotonic()
+        with storing(path):
+            for name in ("effects", "baselines"):
+                (path / name).mkdir(exist_ok=True)
+            _remove_leftovers(path)
+        parts = parts_of(path)
+        for part in parts:
+            held_in(part, "effects")
+            for held in held_in(part, "baselines"):
+                self._same_example(held)
+                self._note(held)
+        self._next = 1 + max((int(PART.fullmatch(p.name)[1]) for p in parts), default=-1)  # type: ignore[index]
+
+    def _same_example(self, held: Held) -> None:
+        if held.number < len(self._digests) and held.digest != self._digests[held.number]:
+            raise StoreError(
+                f"{self.path}: holds other examples: number {held.number} is not the same there and here. "
+                "More can follow those that are there; for others choose another --out or delete the folder"
+            )
+
+    def _note(self, held: Held) -> None:
+        before = self.done.get(held.number, set())
+        self.done[held.number] = None if held.sites is None or before is None else before | {*held.sites}
+
+    def missing(self, index: int, sites: Sequence[str]) -> list[str]:
+        """Those of the site expressions at which example number `index` has not been patched."""
+        done = self.done.get(index, set())
+        return [] if done is None else [s for s in sites if self.sites.index(s) not in done]
+
+    def add(
+        self, index: int, effects: pd.DataFrame, baselines: pd.DataFrame, sites: Sequence[str] | None = None
+    ) -> None:
+        """Take the rows of example number `index` at these site expressions (by default all of the run's).
+
+        Both tables need exactly the columns of `EFFECTS` and `BASELINES` (an empty frame stands for no
+        rows). An example that is excluded is done at all sites, be they added later.
+        """
+        names = self.sites if sites is None else sites
+        waiting = any(held.number == index for held, _, _ in self._waiting)
+        if waiting or (index in self.done and not self.missing(index, names)):
+            raise ValueError(f"example {index} is already in {self.path}")
+        is_excluded = bool(len(baselines) and baselines["excluded"].any())
+        numbers = None if is_excluded else [self.sites.index(name) for name in names]
+        digest = self._digests[index] if index < len(self._digests) else ""
+        table = table_of(effects, EFFECTS)
+        held = Held(index, table.num_rows, numbers, digest)
+        self._waiting.append((held, table, table_of(baselines, BASELINES)))
+        rows = sum(held.rows for held, _, _ in self._waiting)
+        if rows >= ROWS or time.monotonic() - self._written > SECONDS:
+            self.flush()
+
+    def flush(self) -> None:
+        """Write what waits as one part. The effects go first; the baselines commit them."""
+        if self._waiting:
+            name = f"part-{self._next:06d}.parquet"
+            effects, baselines = self.path / "effects" / name, self.path / "baselines" / name
+            with storing(self.path):
+                (self.path / "done.json").unlink(missing_ok=True)
+            files.write(effects, parquet([(held, table) for held, table, _ in self._waiting]))
+            try:
+                files.write(
+                    baselines,
+                    parquet([(h._replace(rows=table.num_rows), table) for h, _, table in self._waiting]),
+                )
+            except StoreError:
+                effects.unlink(missing_ok=True)
+                raise
+            for held, _, _ in self._waiting:
+                self._note(held)
+            self._waiting.clear()
+            self._next += 1
+        self._written = time.monotonic()
+
+    def keep_check(self, check: Mapping[str, Any]) -> None:
+        """Keep in `run.json` how many rows were recomputed, and the largest difference."""
+        self.check = dict(check)
+        self._content["check"] = self.check
+        write_json(self.path / "run.json", self._content)
+
+    def finish(self) -> None:
+        """Write what waits, and mark the run as finished."""
+        self.flush()
+        run = read_run(self.path)
+        baselines = run.baselines()
+        counts = {
+            "examples": len(self.done),
+            "excluded": int(baselines["excluded"].sum()),
+            "baselines": len(baselines),
+            "effects": run.patches(),
+        }
+        write_json(self.path / "done.json", counts)
+
+    def add_pictures(self, index: int, example: Mapping[str, Any]) -> None:
+        """Keep a small copy of example number `index` for the report.
+
+        `example` has the fields of `Example` (so `vars(example)` will do): `id`, `clean_image`,
+        `corrupt_image`, `clean_prompt`, `corrupt_prompt`, `answer`, `foil`; what is missing or
+        None is left out. Raises `ExampleError` if a picture cannot be read.
+        """
+        folder = self.path / "examples"
+        with storing(folder):
+            folder.mkdir(exist_ok=True)
+        for name in ("clean", "corrupt"):
+            picture = example.get(f"{name}_image")
+            if picture is not None:
+                files.write(folder / f"{index:04d}-{name}.png", files.png(picture))
+        words = {k: str(example[k]) for k in _FIELDS if example.get(k) is not None}
+        write_json(folder / f"{index:04d}.json", words)
+
+    def close(self) -> None:
+        """Let go of the folder, without writing what waits."""
+        self._lock.release()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None
+    ) -> None:
+        try:
+            # After a StoreError the disk would refuse again: what waits is computed anew.
+            if not isinstance(error, StoreError):
+                self.flush()
+        except StoreError as second:
+            if error is None:
+                raise
+            error.add_note(f"and what was computed last could not be stored: {second}")
+        finally:
+            self.close()
+
+
+def _grown(folder: Path, there: Mapping[str, Any], here: Mapping[str, Any]) -> dict[str, Any]:
+    """The specification of a folder that is continued; raises `StoreError` if it is another run's."""
+    old, new = (dict(_flat({k: v for k, v in s.items() if k not in GROWS})) for s in (there, here))
+    differ = [k for k in {**old, **new} if old.get(k, "absent") != new.get(k, "absent")]
+    if differ:
+        lines = "; ".join(
+            f"{k} is {_short(old.get(k, 'absent'))} there, {_short(new.get(k, 'absent'))} here"
+            for k in differ[:6]
+        )
+        more = f"; and {len(differ) - 6} more" if len(differ) > 6 else ""
+        raise StoreError(
+            f"{folder}: holds another run: {lines}{more}. Choose another --out or delete the folder"
+        )
+    grown = {**there}
+    if "sites" in here:
+        grown["sites"] = list(dict.fromkeys([*(there.get("sites") or []), *here["sites"]]))
+    if here.get("n_examples", 0) > there.get("n_examples", 0):
+        grown |= {k: here[k] for k in ("n_examples", "data_hash") if k in here}
+    return grown
+
+
+def _flat(value: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
+    for key, inner in value.items():
+        if isinstance(inner, dict) and inner:
+            yield from _flat(inner, f"{prefix}{key}.")
+        else:
+            yield prefix + key, json.dumps(inner, ensure_ascii=False)
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= 60 else f"{text[:40]}…{text[-15:]}"
+
+
+def _is_foreign(path: Path) -> bool:
+    return not (path.name == ".lock" or is_temporary(path))
+
+
+def _remove_leftovers(folder: Path) -> None:
+    """Remove what a killed run left: temporary files, and effects that no baselines commit."""
+    committed = {p.name for p in parts_of(folder)}
+    for where in (folder, folder / "effects", folder / "baselines", folder / "examples"):
+        for path in list(where.iterdir()) if where.is_dir() else []:
+            is_loose = where.name == "effects" and PART.fullmatch(path.name) and path.name not in committed
+            if is_loose or is_temporary(path):
+                path.unlink()
+
+
+def _lock(folder: Path) -> FileLock:
+    """Hold the folder for this process; the system lets go when the process ends, however."""
+    lock = FileLock(folder / ".lock", timeout=0, fallback_to_soft=False)
+    try:
+        lock.acquire()
+    except Timeout:
+        raise StoreError(
+            f"{folder}: another process is writing to this run; wait for it or choose another --out"
+        ) from None
+    except (OSError, NotImplementedError):
+        pass  # a network file system without locks: better to run than to refuse
+    return lock

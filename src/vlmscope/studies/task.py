@@ -1,0 +1,188 @@
+"""What a sweep is to compute: checked against the model and the data before anything runs."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any, NamedTuple
+
+import pandas as pd
+from torch import Tensor
+
+from vlmscope.data import Examples, listed
+from vlmscope.data.example import Example
+from vlmscope.errors import DataError, ExampleError, SiteError, VlmscopeError
+from vlmscope.layout import grid
+from vlmscope.models.inputs import Inputs, Pair
+from vlmscope.patching.scores import Metric, check_metric
+from vlmscope.patching.sources import Means, Source, check_source, points_of, resampled, zeros
+from vlmscope.runs import corrupt as corruptions
+from vlmscope.runs.corrupt import Corruption, Noise
+from vlmscope.runs.model import Model
+from vlmscope.sites import Point, Site, Sites, expand, parse
+from vlmscope.stats import rng
+
+PACKAGES = ("vlmscope", "torch", "transformers", "torchvision", "pillow")
+"""Whose versions a run depends on; the last two turn pictures into pixels."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """All that decides what is in the table. `sites` are expressions; see `sweep` and `sweep_to`."""
+
+    model: Model
+    examples: list[Example]
+    sites: list[str]
+    corruption: Corruption | None
+    direction: str
+    engine: str
+    seed: int
+    select: bool
+    metric: str | Metric
+    patch: Source
+
+    @property
+    def kind(self) -> str:
+        return "noise" if isinstance(self.corruption, Noise) else self.corruption or "none"
+
+    def pairs(self, example: Example) -> list[Pair]:
+        """The pairs of runs of an example; one of two equal runs where nothing is corrupted."""
+        whole = self.metric == "logprob"
+        if self.corruption is None:
+            return [self.model.prepare(replace(example, corrupt_image=None, corrupt_prompt=None), whole)]
+        return corruptions.pairs(self.model, example, self.corruption, self.seed, whole)
+
+    @cached_property
+    def means(self) -> Means:
+        """Over all examples that can be run, at the sites of this task."""
+        means = Means(self.model, points_of(expand(parse(self.sites), self.model.shapes)))
+        for example in self.examples:
+            with suppress(ExampleError):
+                means.add(self.pairs(example)[0].clean)
+        return means
+
+    def values(self, example: Example, pair: Pair, sites: Sequence[Site]) -> Mapping[Point, Tensor] | None:
+        """What is written instead of the other run's activations, if anything."""
+        points = points_of(sites)
+        if self.patch == "clean":
+            return None
+        if self.patch == "zero":
+            return zeros(self.model, pair.clean, points)
+        if self.patch == "mean":
+            return self.means.values(pair.clean)
+        return resampled(self.model, pair.clean, self._others(example), points)
+
+    def _others(self, example: Example) -> Iterator[Inputs]:
+        """The clean inputs of the other examples, in an order that the seed and this example decide."""
+        others = [other for other in self.examples if other.id != example.id]
+        for number in rng(self.seed, "resample", example.id).permutation(len(others)):
+            with suppress(ExampleError):
+                yield self.pairs(others[number])[0].clean
+
+
+class Job(NamedTuple):
+    """An example's number, the site expressions at which it is to be patched, and those that are done."""
+
+    number: int
+    sites: list[str]
+    done: list[str]
+
+
+class Result(NamedTuple):
+    job: Job
+    effects: pd.DataFrame
+    baseline: pd.DataFrame
+
+
+def task_of(
+    model: Model,
+    examples: Examples,
+    sites: Sites,
+    corrupt: str | Noise | None,
+    direction: str,
+    engine: str,
+    seed: int,
+    select: bool = False,
+    metric: str | Metric = "ld",
+    patch: Source = "clean",
+) -> Task:
+    """Checked against the model and the data before anything runs."""
+    if direction not in ("denoise", "noise"):
+        raise VlmscopeError(f"unknown direction '{direction}'; expected denoise or noise")
+    if engine not in ("fast", "reference"):
+        raise VlmscopeError(f"unknown engine '{engine}'; expected fast or reference")
+    check_metric(metric)
+    check_source(patch)
+    if corrupt is None and (patch == "clean" or select):
+        raise VlmscopeError(
+            "without a corruption nothing can be copied or chosen by; patch zero, mean or resample"
+        )
+    given = listed(examples)
+    if not given:
+        raise DataError("there are no examples; nothing to run")
+    parsed = parse(sites)
+    expand(parsed, model.shapes)
+    roles = {role: None for example in given for role in example.roles}
+    for site in parsed:
+        unknown = next((role for role in site.roles if role not in roles), None)
+        if unknown is not None:
+            raise SiteError(
+                f"bad site '{site}': no example has a role '{unknown}'; "
+                f"the roles of this data: {', '.join(roles) or 'none'}"
+            )
+    names = [str(site) for site in parsed]
+    corruption = None if corrupt is None else corruptions.parse(corrupt)
+    direction = direction if patch == "clean" else "noise"  # what ablates is written into the clean run
+    return Task(model, given, names, corruption, direction, engine, seed, select, metric, patch)
+
+
+def all_jobs(task: Task) -> list[Job]:
+    return [Job(number, task.sites, []) for number in range(len(task.examples))]
+
+
+def spec_of(task: Task, data: str, digests: Sequence[str]) -> dict[str, Any]:
+    corrupt: dict[str, Any] = {"kind": task.kind}
+    data_hash = hashlib.sha256(" ".join(digests).encode()).hexdigest()
+    if isinstance(task.corruption, Noise):
+        corrupt |= asdict(task.corruption)
+    return {
+        "model": task.model.name,
+        "weights": task.model.fingerprint(),
+        "data": data,
+        "data_hash": data_hash,
+        "n_examples": len(task.examples),
+        "sites": task.sites,
+        "corrupt": corrupt,
+        "direction": task.direction,
+        "engine": task.engine,
+        "metric": task.metric if isinstance(task.metric, str) else task.metric.__qualname__,
+        "patch": task.patch,
+        **({"mean_of": data_hash} if task.patch == "mean" else {}),
+        "dtype": task.model.precision,
+        "device": task.model.device.type,
+        "seed": task.seed,
+        "select": task.select,
+        "versions": {p: found for p in PACKAGES if (found := _version(p))},
+    }
+
+
+def _version(package: str) -> str | None:
+    """Which version is installed, if any."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def description_of(model: Model) -> dict[str, Any]:
+    """The model's towers, for the report."""
+    layouts = model.layouts()
+    towers = {
+        tower: {"layers": shape.layers, "heads": max(shape.heads.values()), "grid": grid(layouts[tower])}
+        for tower, shape in model.shapes.items()
+    }
+    return {"towers": towers}

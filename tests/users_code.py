@@ -1,0 +1,65 @@
+"""What a user may write, with every public name: `test_types.py` has mypy read it, nothing runs it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import assert_type
+
+import pandas as pd
+import torch
+
+import vlmscope
+
+
+def patch(model: vlmscope.Model, example: vlmscope.Example) -> torch.Tensor:
+    pair: vlmscope.Pair = model.prepare(example)
+    inputs: vlmscope.Inputs = pair.clean
+    name = "encoder.1.cross.h2@answer"
+    edit = vlmscope.Edit(name, "set", model.capture(inputs, name)[name])
+    assert_type(model.answer(pair.corrupt, [edit]), str)
+    return model.run(pair.corrupt, [edit])
+
+
+def first_heads() -> vlmscope.Pattern:
+    pattern = vlmscope.Pattern.parse("encoder.*.cross.h[0,1]@answer")
+    assert_type(pattern, vlmscope.Pattern)
+    return pattern
+
+
+def place(site: vlmscope.Site) -> tuple[str, int, tuple[int, ...]]:
+    return site.tower, site.layer, site.positions
+
+
+def study(folder: Path) -> None:
+    model = vlmscope.load("toy-blip", dtype="float64", device="cpu")
+    assert_type(model, vlmscope.Model)
+    examples = vlmscope.examples("states", limit=4)
+    assert_type(examples, list[vlmscope.Example])
+    noise = vlmscope.Noise("multiply", draws=2)
+    table = vlmscope.sweep(model, examples, "encoder.*.cross.h*@answer", corrupt=noise, direction="noise")
+    assert_type(vlmscope.baselines(model, examples, corrupt="image"), pd.DataFrame)
+    run = vlmscope.read_run(folder / "run")
+    assert_type(run.effects(), pd.DataFrame)
+    print(vlmscope.open(folder / "run").effects())
+    assert_type(vlmscope.head_table(table, slot="answer"), pd.DataFrame)
+    assert_type(vlmscope.token_table(run.effects(), kind="resid"), pd.DataFrame)
+    assert_type(vlmscope.write_report([folder / "run"], folder / "report.html"), Path)
+
+
+def own_data(folder: Path) -> None:
+    try:
+        assert_type(vlmscope.read_csv(folder / "mine.csv"), list[vlmscope.Example])
+    except vlmscope.VlmscopeError as error:
+        assert_type(error, vlmscope.VlmscopeError)
+    one = vlmscope.Example("1", folder / "1.png", "is this red or blue?", "red", "blue")
+    vlmscope.write_csv(folder / "mine.csv", [one])
+
+
+def change(model: vlmscope.Model, file: Path) -> None:
+    edit = vlmscope.WeightEdit.load(file)
+    assert_type(edit, vlmscope.WeightEdit)
+    with vlmscope.edited(model, edit):
+        assert_type(model.name, str)
+
+
+assert_type(vlmscope.__version__, str)
