@@ -19,7 +19,7 @@ from vlmscope.errors import DataError, ModelError
 from vlmscope.models.inputs import Edit
 from vlmscope.neurons import ablated, measure, measures, perturb, perturbed
 from vlmscope.neurons.ablation import without
-from vlmscope.neurons.words import METHODS, Word, saying, study
+from vlmscope.neurons.words import METHODS, Word, study
 from vlmscope.runs.model import Model
 
 ASK = "describe this picture."
@@ -207,7 +207,7 @@ def test_patches_are_shuffled_where_they_are_tokens_of_the_language_model(name, 
     weight = torch.randn(len(there.layers), there.width, generator=torch.Generator().manual_seed(0))
     word = Word("red", token, every, weight.numpy(), weight, weight.numpy())
     there = replace(there, first=~every)
-    assert len(saying(there, word)) >= 2
+    assert len(there.saying(word)) >= 2
     rows = list(measures.shuffled_patches(there, word))
     assert bool(rows) == patches
     for row in rows:

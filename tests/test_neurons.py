@@ -16,6 +16,7 @@ from vlmscope.checkpoint import load
 from vlmscope.data import examples
 from vlmscope.errors import ExampleError, ModelError, StoreError
 from vlmscope.models.inputs import Inputs
+from vlmscope.neurons import measures, solvers
 from vlmscope.neurons.captions import generate_caption, given_caption
 from vlmscope.neurons.contributions import COLUMNS
 from vlmscope.report import write_report
@@ -243,8 +244,11 @@ def generations(monkeypatch):
 
 
 @pytest.mark.parametrize("read", [False, True], ids=["in memory", "from a folder"])
-def test_pictures_are_captioned_once(toy, generations, tmp_path, read):
+def test_pictures_are_captioned_once(toy, generations, monkeypatch, tmp_path, read):
     """Finding, describing with measures, and editing: what is found is handed on, with the same numbers."""
+    monkeypatch.setattr(measures, "DRAWS", 5)
+    monkeypatch.setattr(measures, "CONTROLS", 2)
+    monkeypatch.setattr(solvers, "ROUNDS", 1)
     given = examples("states", limit=40)
     alone = neurons.describe(toy, given, ["plain"], prompt=ASK)
     asked = {"prompt": ASK, "neurons": 30, "solver": "closed"}

@@ -19,19 +19,7 @@ from vlmscope.neurons.captions import LENGTH
 from vlmscope.neurons.contributions import count_neurons
 from vlmscope.neurons.results import Found, Perturbed
 from vlmscope.neurons.weight_edit import base_fingerprint, changed
-from vlmscope.neurons.words import (
-    FEW,
-    PICTURES,
-    Neurons,
-    Study,
-    Word,
-    best,
-    draw,
-    find_words,
-    random_neurons,
-    saying,
-    study,
-)
+from vlmscope.neurons.words import FEW, PICTURES, Neurons, Study, Word, best, find_words, study
 from vlmscope.progress import progress
 from vlmscope.runs.forward import generate
 from vlmscope.runs.hooks import Access, Hooks
@@ -136,7 +124,7 @@ def perturb(
     rows: list[dict[str, Any]] = []
     with progress(len(measurable) * len(tops) * len(ways), what="perturbations") as step:
         for word in measurable:
-            if not saying(there, word):
+            if not there.saying(word):
                 raise DataError(f"no caption says '{word.word}' where the picture shows it")
             for k in tops:
                 rows += _effects(there, word, k, ways)
@@ -147,11 +135,11 @@ def perturb(
 
 def _effects(study: Study, word: Word, k: int, ways: Sequence[str]) -> Iterator[dict[str, Any]]:
     """What happens to a word without its top k neurons and without as many random ones."""
-    numbers = saying(study, word)
+    numbers = study.saying(word)
     fed = [study.fed(n, word.token) for n in numbers]
     base = np.array([log_probability(study.model, inputs, word.token) for inputs in fed])
     top = best(word.contribution[study.first & word.shown].mean(0), k)
-    other = random_neurons(study, top, draw(study, word, "random", k))
+    other = study.random(top, study.draw(word, "random", k))
     for how in ways:
         for name, neurons in (("top", top), ("random", other)):
             after, lost = [], []
@@ -160,7 +148,7 @@ def _effects(study: Study, word: Word, k: int, ways: Sequence[str]) -> Iterator[
                     after.append(log_probability(study.model, inputs, word.token))
                     lost.append(loses(study, word, number))
             chance = np.exp(base) - np.exp(after)
-            (low,), (high,) = bootstrap(chance[:, None], draw(study, word, "perturb", k, how, name))
+            (low,), (high,) = bootstrap(chance[:, None], study.draw(word, "perturb", k, how, name))
             yield {
                 "word": word.word,
                 "k": k,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Literal
@@ -84,16 +85,9 @@ def generate_caption(
     model: Model, inputs: Inputs, *, variant: Variant = "input", length: int = LENGTH
 ) -> Caption:
     """The caption that a model generates, with its neurons recorded on the way: nothing is computed twice."""
-    steps: dict[int, list[Tensor]] = {layer: [] for layer in model.shapes[model.speaker].having("mlp")}
-    with model.alone(), Hooks() as hooks, torch.inference_mode():
-        for layer, rows in steps.items():
-            hooks.at(_neurons(model, layer, inputs, variant), partial(_keep, rows, -1))
+    with _recording(model, inputs, variant, slice(-1, None)) as rows:
         ids = generate(model, inputs, most=length).tolist()
-    steps = {layer: rows for layer, rows in steps.items() if rows}
-    ids = ids[: min(map(len, steps.values()))]
-    return _caption(
-        model, inputs, ids, {layer: torch.stack(rows[: len(ids)]) for layer, rows in steps.items()}
-    )
+    return _caption(model, inputs, ids, rows)
 
 
 def given_caption(
@@ -103,15 +97,14 @@ def given_caption(
 
     Raises `ExampleError` if the text is empty or holds tokens that the model does not know.
     """
-    ids = _tokenized(model, example, text, prompt)
+    ids = tokenized(model, example, text, prompt)
     unknown = model.processor.tokenizer.unk_token_id
     if len(ids) < 2 or (unknown is not None and unknown in ids[:-1]):
         raise ExampleError(f"the caption '{text}' is empty, or unknown in part to the model's tokenizer")
-    plain, fed = (inputs_of(model, example, prompt, some) for some in ((), ids[:-1]))
+    plain, fed = (inputs_of(model, example, prompt, behind) for behind in ((), ids[:-1]))
     return forced_caption(model, plain, fed, ids, variant=variant)[0]
 
 
-@torch.inference_mode()
 def forced_caption(
     model: Model, plain: Inputs, fed: Inputs, ids: Sequence[int], *, variant: Variant = "input"
 ) -> tuple[Caption, Float[Tensor, "tokens vocabulary"]]:
@@ -120,13 +113,67 @@ def forced_caption(
     `plain` ends with the prompt; in `fed` all but the last token stand behind it.
     """
     start = len(plain.layout[model.speaker].tokens) - 1
+    with _recording(model, fed, variant, slice(start, None)) as rows:
+        logits = forward(model, fed, positions=None).logits
+    return _caption(model, plain, ids, rows), logits[start : start + len(ids)]
+
+
+@contextmanager
+def _recording(
+    model: Model, inputs: Inputs, variant: Variant, at: slice
+) -> Iterator[dict[int, list[Tensor]]]:
+    """Within this context each run appends the neurons at some positions, by layer."""
     rows: dict[int, list[Tensor]] = {layer: [] for layer in model.shapes[model.speaker].having("mlp")}
     with model.alone(), Hooks() as hooks:
         for layer, found in rows.items():
-            hooks.at(_neurons(model, layer, fed, variant), partial(_keep, found, slice(start, None)))
-        logits = forward(model, fed, positions=None).logits
-    activations = {layer: found[0] for layer, found in rows.items() if found}
-    return _caption(model, plain, list(ids), activations), logits[start : start + len(ids)]
+            hooks.at(_neurons(model, layer, inputs, variant), partial(_keep, found, at))
+        yield rows
+
+
+def _keep(rows: list[Tensor], at: slice, x: Tensor) -> Tensor:
+    rows.append(x[0, at].clone())
+    return x
+
+
+def _neurons(model: Model, layer: int, inputs: Inputs, variant: Variant) -> Access:
+    """The module whose input, or whose output for the gate alone, are a layer's neurons."""
+    if variant == "input":
+        return model.access(Point(model.speaker, layer, "mlp", "n"), inputs)
+    gate = model.family.towers[model.speaker].gate
+    try:
+        return Access(model.blocks(model.speaker)[layer].get_submodule(gate or "-"))
+    except AttributeError as error:
+        raise ModelError(
+            f"{model.name}: the neurons of {model.family.name} have no gate; leave the variant out"
+        ) from error
+
+
+def _caption(
+    model: Model, inputs: Inputs, ids: Sequence[int], rows: Mapping[int, Sequence[Tensor]]
+) -> Caption:
+    """A caption of tokens and of the neurons by layer; those of a layer that the run passes over are zero."""
+    found = {layer: torch.cat(list(parts)).to(model.device) for layer, parts in rows.items() if parts}
+    ids = ids[: min(map(len, found.values()))]
+    nothing = torch.zeros_like(next(iter(found.values())))
+    activations = torch.stack([found.get(layer, nothing)[: len(ids)] for layer in rows], 1)
+    spans, text = [], ""
+    for number in range(len(ids)):
+        longer = model.processor.tokenizer.decode(ids[: number + 1], skip_special_tokens=True)
+        spans.append((len(text), len(longer)))
+        text = longer
+    start = len(inputs.layout[model.speaker].tokens) - 1
+    return Caption(inputs, tuple(ids), text, tuple(spans), start, wide(activations))
+
+
+def wide(x: Tensor) -> Tensor:
+    """In float32 what is of fewer bits."""
+    return x.float() if x.dtype.itemsize < 4 else x
+
+
+def tokenized(model: Model, example: Example, text: str, prompt: str | None) -> list[int]:
+    """A text's tokens as they follow the prompt, and the one that ends it."""
+    asked, images = prompt or example.clean_prompt, 1 + len(example.more_images)
+    return model.family.options(model.processor, asked, text, images)
 
 
 def caption_pictures(
@@ -170,7 +217,7 @@ class KnownCaptions:
         text = self.texts.get((example.id, asked))
         if not text:
             return None
-        ids = _tokenized(self.model, example, text, prompt)
+        ids = tokenized(self.model, example, text, prompt)
         plain, fed = (inputs_of(self.model, example, prompt, some) for some in ((), ids[:-1]))
         caption, logits = forced_caption(self.model, plain, fed, ids, variant=variant)
         return caption if len(ids) <= LENGTH and logits.argmax(-1).tolist() == ids else None
@@ -193,52 +240,6 @@ def known_captions(model: Model, found: Found | None) -> KnownCaptions:
         return KnownCaptions(model, {}, {})
     rows = found.captions[["example", "prompt", "caption"]].itertuples(index=False)
     return KnownCaptions(model, found.held, {(example, prompt): text for example, prompt, text in rows})
-
-
-def _tokenized(model: Model, example: Example, text: str, prompt: str | None) -> list[int]:
-    """A text's tokens as they follow the prompt, and the one that ends it."""
-    asked, images = prompt or example.clean_prompt, 1 + len(example.more_images)
-    return model.family.options(model.processor, asked, text, images)
-
-
-def _keep(rows: list[Tensor], at: int | slice, x: Tensor) -> Tensor:
-    rows.append(x[0, at].clone())
-    return x
-
-
-def _neurons(model: Model, layer: int, inputs: Inputs, variant: Variant) -> Access:
-    """The module whose input, or whose output for the gate alone, are a layer's neurons."""
-    if variant == "input":
-        return model.access(Point(model.speaker, layer, "mlp", "n"), inputs)
-    gate = model.family.towers[model.speaker].gate
-    try:
-        return Access(model.blocks(model.speaker)[layer].get_submodule(gate or "-"))
-    except AttributeError as error:
-        raise ModelError(
-            f"{model.name}: the neurons of {model.family.name} have no gate; leave the variant out"
-        ) from error
-
-
-def _caption(model: Model, inputs: Inputs, ids: Sequence[int], rows: Mapping[int, Tensor]) -> Caption:
-    """A caption of tokens and of the neurons by layer; those of a layer that the run passes over are zero."""
-    idle, first = model.idle(model.speaker, inputs), next(iter(rows.values()))
-    layers = [
-        torch.zeros_like(first) if layer in idle else rows[layer]
-        for layer in model.shapes[model.speaker].having("mlp")
-    ]
-    activations = torch.stack([row.to(model.device) for row in layers], 1)
-    spans, text = [], ""
-    for number in range(len(ids)):
-        longer = model.processor.tokenizer.decode(ids[: number + 1], skip_special_tokens=True)
-        spans.append((len(text), len(longer)))
-        text = longer
-    start = len(inputs.layout[model.speaker].tokens) - 1
-    return Caption(inputs, tuple(ids), text, tuple(spans), start, wide(activations))
-
-
-def wide(x: Tensor) -> Tensor:
-    """In float32 what is of fewer bits."""
-    return x.float() if x.dtype.itemsize < 4 else x
 
 
 def nouns(text: str, tagger: str) -> list[str]:

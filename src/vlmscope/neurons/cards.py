@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -16,10 +17,10 @@ from vlmscope.layout import grid
 from vlmscope.neurons.captions import Caption, caption_pictures, inputs_of, whole_word
 from vlmscope.neurons.contributions import Neuron, count_neurons, over_image, strongest, top_tokens
 from vlmscope.neurons.finding import pack
-from vlmscope.neurons.measures import measure
+from vlmscope.neurons.measures import measure_study
 from vlmscope.neurons.results import Described, Found
 from vlmscope.neurons.weight_edit import base_fingerprint
-from vlmscope.neurons.words import FEW
+from vlmscope.neurons.words import FEW, study
 from vlmscope.progress import progress
 from vlmscope.runs.model import Model
 
@@ -55,47 +56,36 @@ def describe(
     95th percentile), `driving` (the pictures that drive a neuron most) and `measures` (see `measure`, where
     there are enough pictures).
     """
-    given = listed(examples)
-    _check_neurons(model, neurons)
-    if not words and not neurons and found is not None:
-        words = found.words
-    if not words and not neurons:
-        raise VlmscopeError("nothing to describe; name words or neurons (layer.number)")
-    measured = measures and len(given) > 4 * FEW
-    captions: list[Caption] = []
-    if words or measured:
-        captions = [pack(model, c) for c in caption_pictures(model, given, prompt, found=found)]
-    ranked = {word: _ranked(model, captions, word) for word in words}
-    cards = _cards(model, ranked, neurons)
-    maps, driving, shown = _look(model, given, cards, ranked, prompt)
-    table = None
-    if measured:
-        table = measure(
-            model,
-            given,
-            list(words) or None,
-            prompt=prompt,
-            embedding=embedding,
-            captions=captions,
-            seed=seed,
-        ).measures
-    about = {
-        "model": model.name,
-        "weights": base_fingerprint(model),
-        "words": list(words),
-        "examples": len(given),
-    }
-    return Described(about, cards, maps, driving, table, small_pictures(model, shown))
-
-
-def _check_neurons(model: Model, neurons: Sequence[Neuron]) -> None:
-    shape = model.shapes[model.speaker]
+    given, shape = listed(examples), model.shapes[model.speaker]
     for layer, number in neurons:
         if layer not in shape.having("mlp") or not 0 <= number < shape.neurons:
             raise ModelError(
                 f"{model.name} has no neuron {layer}.{number}; expected a layer from 0 to "
                 f"{shape.layers - 1} and a number from 0 to {shape.neurons - 1}"
             )
+    if not words and not neurons:
+        words = [] if found is None else found.words
+    if not words and not neurons:
+        raise VlmscopeError("nothing to describe; name words or neurons (layer.number)")
+    measures = measures and len(given) > 4 * FEW
+    captions: list[Caption] = []
+    if words or measures:
+        captions = [pack(model, c) for c in caption_pictures(model, given, prompt, found=found)]
+    ranked = {word: _ranked(model, captions, word) for word in words}
+    rows = [(*neuron, "") for neuron in neurons]
+    rows = rows or [(*neuron, word) for word, best in ranked.items() for neuron in best[:CARDS]]
+    cards = pd.DataFrame(rows, columns=["layer", "neuron", "word"])
+    tokens = top_tokens(model, [(layer, number) for layer, number, _ in rows])
+    cards["tokens"] = [" ".join(word for word, _ in top) for top in tokens]
+    cards["weights"] = [" ".join(f"{x:.3g}" for _, x in top) for top in tokens]
+    maps, driving, shown = _look(model, given, cards, ranked, prompt)
+    table = None
+    if measures:
+        there = study(model, given, prompt, captions=captions, seed=seed)
+        table = measure_study(there, list(words) or None, embedding=embedding).measures
+    about: dict[str, Any] = {"model": model.name, "weights": base_fingerprint(model)}
+    about |= {"words": list(words), "examples": len(given)}
+    return Described(about, cards, maps, driving, table, small_pictures(model, shown))
 
 
 def _ranked(model: Model, captions: Sequence[Caption], word: str) -> list[Neuron]:
@@ -104,17 +94,6 @@ def _ranked(model: Model, captions: Sequence[Caption], word: str) -> list[Neuron
     if not has:
         raise ExampleError(f"no caption of these {len(captions)} pictures has the word '{word}'")
     return strongest(model, has, word, min(max(MEANS), count_neurons(model)))
-
-
-def _cards(model: Model, ranked: Mapping[str, list[Neuron]], neurons: Sequence[Neuron]) -> pd.DataFrame:
-    """Which neurons get a card, with the tokens that they move most."""
-    rows = [(*neuron, "") for neuron in neurons]
-    rows = rows or [(*neuron, word) for word, best in ranked.items() for neuron in best[:CARDS]]
-    tokens = top_tokens(model, [(layer, number) for layer, number, _ in rows])
-    cards = pd.DataFrame(rows, columns=["layer", "neuron", "word"])
-    cards["tokens"] = [" ".join(word for word, _ in some) for some in tokens]
-    cards["weights"] = [" ".join(f"{x:.3g}" for _, x in some) for some in tokens]
-    return cards
 
 
 def _look(
@@ -141,9 +120,13 @@ def _look(
             columns.append(grid(inputs.layout[model.speaker])[1])
             step(0, number)
     order = {name: np.argsort([-own[name].max() for own in maps], kind="stable").tolist() for name in groups}
-    parts = [
-        _map(examples[n].id, name, maps[n][name], columns[n]) for name in groups for n in order[name][:SHOWN]
-    ]
+    parts = []
+    for name in groups:
+        for n in order[name][:SHOWN]:
+            values, at = maps[n][name], np.arange(len(maps[n][name]))
+            part: dict[str, Any] = {"example": examples[n].id, "neuron": name, "row": at // columns[n]}
+            part |= {"column": at % columns[n], "activation": values}
+            parts.append(pd.DataFrame(part | {"mask": values >= np.quantile(values, LEVEL)}))
     driving = [
         (layer, number, rank, examples[n].id, maps[n][f"L{layer}.N{number}"].max())
         for layer, number in neurons
@@ -152,20 +135,6 @@ def _look(
     names = ["layer", "neuron", "rank", "example", "peak"]
     shown = [examples[n] for n in sorted({n for name in groups for n in order[name][:SHOWN]})]
     return pd.concat(parts, ignore_index=True), pd.DataFrame(driving, columns=names), shown
-
-
-def _map(example: str, name: str, values: np.ndarray, columns: int) -> pd.DataFrame:
-    at = np.arange(len(values))
-    return pd.DataFrame(
-        {
-            "example": example,
-            "neuron": name,
-            "row": at // columns,
-            "column": at % columns,
-            "activation": values,
-            "mask": values >= np.quantile(values, LEVEL),
-        }
-    )
 
 
 def small_pictures(model: Model, examples: Sequence[Example]) -> dict[str, Image.Image]:

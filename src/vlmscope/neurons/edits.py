@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Literal, get_args
 
 import torch
@@ -17,10 +18,11 @@ import torch
 from vlmscope.data import Examples, listed
 from vlmscope.data.example import Example
 from vlmscope.errors import ExampleError, VlmscopeError
-from vlmscope.neurons.captions import LENGTH, Caption, caption_pictures, inputs_of, whole_word
+from vlmscope.models.inputs import Inputs
+from vlmscope.neurons.captions import LENGTH, Caption, caption_pictures, inputs_of, tokenized, whole_word
 from vlmscope.neurons.contributions import Neuron, strongest
 from vlmscope.neurons.results import Found
-from vlmscope.neurons.solvers import MARGIN, SURE, Deltas, Task, Wanted, closed, learned, wanted
+from vlmscope.neurons.solvers import MARGIN, SURE, Deltas, Task, Wanted, caption_logits, closed, learned
 from vlmscope.neurons.weight_edit import WeightEdit, base_fingerprint
 from vlmscope.runs.forward import generate
 from vlmscope.runs.model import Model
@@ -144,7 +146,10 @@ def _task(
         raise ExampleError(
             f"'{target}' cannot take the place of '{source}' in these captions: the tokens around it change"
         )
-    kept = [_same(model, example, caption, prompt) for example, caption in other]
+    kept = [
+        _kept(model, inputs_of(model, example, prompt, caption.ids[:-1]), caption.start, caption.ids)
+        for example, caption in other
+    ]
     asked = list(dict.fromkeys(prompt or example.clean_prompt for example, _ in [*has, *other]))[:BLIND]
     alone = [one for text in asked if (one := _without_picture(model, text, source)) is not None]
     kept += (alone * BLIND)[:BLIND]  # they are few, and to be met as often
@@ -160,12 +165,10 @@ def _changed(
 ) -> Wanted | None:
     """What is to be said instead; None where the rest of the caption would be other tokens."""
     numbers, old = caption.find(source), caption.ids
+    same = _kept(model, inputs_of(model, example, prompt, old[:-1]), caption.start, old)
     if target is None:
-        fed = inputs_of(model, example, prompt, old[:-1])
-        return wanted(model, fed, caption.start, old, numbers, avoid=True)
-    text = whole_word(source).sub(target, caption.text.strip())
-    images = 1 + len(example.more_images)
-    ids = model.family.options(model.processor, prompt or example.clean_prompt, text, images)
+        return replace(same, new=numbers, avoid=True)
+    ids = tokenized(model, example, whole_word(source).sub(target, caption.text.strip()), prompt)
     unknown = model.processor.tokenizer.unk_token_id
     if unknown is not None and unknown in ids[:-1]:
         raise ExampleError(f"'{target}' is unknown to the model's tokenizer; give another word")
@@ -177,13 +180,13 @@ def _changed(
     # it has named may go on otherwise.
     longer = len(ids) - len(old)
     rows = [n - longer if n > new[-1] else min(n, len(old) - 1) for n in range(len(ids))]
-    logits = _same(model, example, caption, prompt).logits[rows]
-    return wanted(model, inputs_of(model, example, prompt, ids[:-1]), caption.start, ids, new, before=logits)
+    fed = inputs_of(model, example, prompt, ids[:-1])
+    return Wanted(fed, caption.start, ids, same.logits[rows], new)
 
 
-def _same(model: Model, example: Example, caption: Caption, prompt: str | None) -> Wanted:
-    fed = inputs_of(model, example, prompt, caption.ids[:-1])
-    return wanted(model, fed, caption.start, caption.ids)
+@torch.no_grad()
+def _kept(model: Model, fed: Inputs, start: int, ids: Sequence[int]) -> Wanted:
+    return Wanted(fed, start, ids, caption_logits(model, fed, start, len(ids), {}))
 
 
 def _without_picture(model: Model, prompt: str, source: str) -> Wanted | None:
@@ -196,7 +199,7 @@ def _without_picture(model: Model, prompt: str, source: str) -> Wanted | None:
     if whole_word(source).search(model.processor.tokenizer.decode(ids, skip_special_tokens=True)):
         return None
     start = len(plain.layout[model.speaker].tokens) - 1
-    return wanted(model, model.inputs(None, prompt, (), ids[:-1]), start, ids)
+    return _kept(model, model.inputs(None, prompt, (), ids[:-1]), start, ids)
 
 
 @contextmanager

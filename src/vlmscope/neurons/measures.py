@@ -7,7 +7,7 @@ random; random neurons are given beside it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,7 +22,7 @@ from vlmscope.checkpoint import embedder
 from vlmscope.data import Examples
 from vlmscope.models.inputs import Edit
 from vlmscope.neurons.ablation import log_probability, loses, without
-from vlmscope.neurons.captions import Caption, forced_caption
+from vlmscope.neurons.captions import forced_caption
 from vlmscope.neurons.contributions import contributions, count_neurons, named, token_weights, top_tokens
 from vlmscope.neurons.results import Found
 from vlmscope.neurons.words import (
@@ -35,12 +35,8 @@ from vlmscope.neurons.words import (
     Word,
     best,
     choose,
-    chosen_by_chance,
     contributions_to,
-    draw,
     find_words,
-    random_neurons,
-    saying,
     study,
 )
 from vlmscope.progress import progress
@@ -79,17 +75,15 @@ def measure(
     embedding: str | Path | None = None,
     pictures: int = PICTURES,
     found: Found | None = None,
-    captions: Iterable[Caption] | None = None,
     seed: int = 0,
 ) -> Measured:
     """The measures of the neurons of each word over a set of pictures.
 
-    `prompt` asks for the caption (each example's own by default). What a picture shows are its labels
-    (`Example.shows`), or the words of its caption where it has none; `words` are by default all of these
-    that are a single token for the model and shown by some pictures and not by others. `top` is how many
-    neurons are chosen for a word (1 % of all), and the costly measures run on at most `pictures` that show
-    it. `found` has captions of the pictures that need not be made again, or these are the `captions`. The
-    table has a row a word, method and measure:
+    `prompt` asks for the captions (each example's own by default), unless `found` has them. What a picture
+    shows are its labels (`Example.shows`), or the words of its caption where it has none; `words` are by
+    default all of these that are a single token for the model and shown by some pictures and not by others.
+    `top` is how many neurons are chosen for a word (1 % of all), and the costly measures run on at most
+    `pictures` that show it. The table has a row a word, method and measure:
 
     - `sensitivity`: the share of the neurons among whose 10 top tokens the word's is;
     - `similarity`, with a small text model that is named (`embedding`): the mean cosine of the word and these
@@ -112,10 +106,15 @@ def measure(
 
     Raises `DataError` if no word can be measured.
     """
+    there = study(model, examples, prompt, top=top, pictures=pictures, found=found, seed=seed)
+    return measure_study(there, words, causal=causal, embedding=embedding)
+
+
+def measure_study(
+    there: Study, words: Sequence[str] | None, *, causal: bool = True, embedding: str | Path | None = None
+) -> Measured:
+    """The measures of `measure`, over pictures that are captioned."""
     embed = None if embedding is None else embedder(embedding)
-    there = study(
-        model, examples, prompt, top=top, pictures=pictures, found=found, captions=captions, seed=seed
-    )
     every = find_words(there, words)
     rows: list[dict[str, Any]] = []
     chosen: list[tuple[Any, ...]] = []
@@ -129,7 +128,7 @@ def measure(
             rows += shuffled_patches(there, word)
             rows += drops(there, word) if causal else []
             for method, neurons in word.chosen.items():
-                ranked = enumerate(named(model, neurons), start=1)
+                ranked = enumerate(named(there.model, neurons), start=1)
                 chosen += [(word.word, method, rank, *neuron) for rank, neuron in ranked]
             step(0, number + 1)
     table = pd.DataFrame(rows, columns=COLUMNS)
@@ -145,7 +144,7 @@ def _row(word: Word, method: str, measure: str, value: float, n: int, **more: fl
 def _with_interval(study: Study, word: Word, method: str, measure: str, values: Any) -> dict[str, Any]:
     """The mean of some values with its interval."""
     values = np.asarray(values, np.float64)
-    (low,), (high,) = bootstrap(values[:, None], draw(study, word, measure, method))
+    (low,), (high,) = bootstrap(values[:, None], study.draw(word, measure, method))
     return _row(word, method, measure, float(np.mean(values)), len(values), ci_low=low, ci_high=high)
 
 
@@ -159,11 +158,9 @@ def _p_value(null: Any, value: float) -> float:
 
 def sensitivity(study: Study, word: Word) -> Rows:
     """The share of the neurons that have the word's token among their top tokens."""
-    nulls = [neurons for neurons, _ in chosen_by_chance(study, word, DRAWS, "sensitivity")]
-    which, generator = np.flatnonzero(study.first & word.shown), draw(study, word, "sensitivity")
-    again = [
-        best(word.contribution[generator.choice(which, len(which))].mean(0), study.top) for _ in range(DRAWS)
-    ]
+    nulls = [neurons for neurons, _ in study.by_chance(word, DRAWS, "sensitivity")]
+    which, generator = np.flatnonzero(study.first & word.shown), study.draw(word, "sensitivity")
+    again = [study.strongest(word, generator.choice(which, len(which))) for _ in range(DRAWS)]
     has = _have_token(study, word, np.unique(np.concatenate([*word.chosen.values(), *nulls, *again])))
     random = float(has[word.chosen["random"]].mean())
     null = np.array([has[neurons].mean() for neurons in nulls])
@@ -211,7 +208,7 @@ def specificity(study: Study, word: Word) -> Rows:
         for measure, function in functions.items():
             score, values = function(study, word, neurons, word.shown)
             value = score(values, word.shown[held])
-            low, high = _redrawn(score, values, word.shown[held], draw(study, word, measure, method))
+            low, high = _redrawn(score, values, word.shown[held], study.draw(word, measure, method))
             row = _row(word, method, measure, value, int(held.sum()), ci_low=low, ci_high=high)
             if method == "contribution":
                 row |= _nulls(study, word, neurons, measure, function, value)
@@ -241,9 +238,9 @@ def _nulls(
         score, values = function(study, word, neurons, labels)
         return float(score(values, labels[~study.first]))
 
-    null = np.array([scored(*drawn) for drawn in chosen_by_chance(study, word, DRAWS, measure)])
-    generator = draw(study, word, measure, "neurons")
-    random = np.array([scored(random_neurons(study, neurons, generator), word.shown) for _ in range(DRAWS)])
+    null = np.array([scored(*drawn) for drawn in study.by_chance(word, DRAWS, measure)])
+    generator = study.draw(word, measure, "neurons")
+    random = np.array([scored(study.random(neurons, generator), word.shown) for _ in range(DRAWS)])
     # What random neurons tell as well is not theirs: the less likely of both nulls counts.
     p = max(_p_value(null, value), _p_value(random, value))
     return {"null": null.mean(), "random": random.mean(), "p_value": p}
@@ -289,9 +286,9 @@ def overlaps(study: Study, word: Word, others: Sequence[Word]) -> Rows:
     tops, labels = _tops(study, word.contribution[which]), word.shown[which]
     shared = shared_neurons(tops)
     value, there = mean_of_pairs(shared, labels), np.flatnonzero(labels)
-    generator = draw(study, word, "overlap", "labels")
+    generator = study.draw(word, "overlap", "labels")
     null = [mean_of_pairs(shared, generator.permutation(labels)) for _ in range(DRAWS)]
-    generator = draw(study, word, "overlap")
+    generator = study.draw(word, "overlap")
     again = [generator.choice(there, len(there)) for _ in range(DRAWS)]
     low, high = np.nanquantile(
         [mean_of_pairs(shared[np.ix_(at, at)], pictures=at) for at in again], [0.025, 0.975]
@@ -372,13 +369,13 @@ def shuffled_patches(study: Study, word: Word) -> Rows:
     model, shared = study.model, []
     site = replace(model.image_site, position="image")
     # In cross-attention what is read has no order: it gives the same, whatever the order.
-    for number in saying(study, word) if site.kind != "output" else []:
+    for number in study.saying(word) if site.kind != "output" else []:
         caption, example = study.captions[number], study.examples[number]
         at, fed = caption.ids.index(word.token), study.fed(number, word.token)
         if not fed.layout[site.tower].cells:
             continue  # these tokens have no place in the picture that could be another's
         values = next(iter(model.capture(fed, [site]).values()))
-        order = draw(study, word, "overlap, shuffled", "patches", example.id).permutation(len(values))
+        order = study.draw(word, "overlap, shuffled", "patches", example.id).permutation(len(values))
         with editing(model, fed, [Edit(site, "set", values[torch.tensor(order)])]):
             again, _ = forced_caption(model, caption.inputs, fed, caption.ids[: at + 1])
         before, after = (
@@ -396,7 +393,7 @@ def shuffled_patches(study: Study, word: Word) -> Rows:
 
 def drops(study: Study, word: Word) -> Rows:
     """By how much the word's probability falls without its neurons, and whether the caption loses it."""
-    numbers, model = saying(study, word), study.model
+    numbers, model = study.saying(word), study.model
     if len(numbers) < 2:
         return
     fed = [study.fed(n, word.token) for n in numbers]
@@ -407,9 +404,9 @@ def drops(study: Study, word: Word) -> Rows:
             return [log_probability(model, inputs, word.token) for inputs in fed]
 
     sets = {method: [neurons] for method, neurons in word.chosen.items()}
-    generator = draw(study, word, "drop", "neurons")
-    sets["random"] = [random_neurons(study, word.chosen["contribution"], generator) for _ in range(OTHERS)]
-    sets["null"] = [neurons for neurons, _ in chosen_by_chance(study, word, OTHERS, "drop")]
+    generator = study.draw(word, "drop", "neurons")
+    sets["random"] = [study.random(word.chosen["contribution"], generator) for _ in range(OTHERS)]
+    sets["null"] = [neurons for neurons, _ in study.by_chance(word, OTHERS, "drop")]
     for how in ("zero", "mean"):
         after = {
             name: np.mean([ablated_by(neurons, how) for neurons in group], axis=0)
@@ -418,7 +415,7 @@ def drops(study: Study, word: Word) -> Rows:
         fell = {name: base - values for name, values in after.items()}
         chance = {name: np.exp(base) - np.exp(values) for name, values in after.items()}
         apart = (fell["contribution"] - fell["null"])[:, None]
-        p = float(sign_flip(apart, draw(study, word, f"drop, {how}", "signs"))[0])
+        p = float(sign_flip(apart, study.draw(word, f"drop, {how}", "signs"))[0])
         yield from _drop_rows(study, word, f"drop, {how}", fell, p)
         yield from _drop_rows(study, word, f"p drop, {how}", chance, np.nan)
     for method in ("contribution", "random"):

@@ -40,8 +40,8 @@ class Result:
         with _writing(place):
             for name, file in _files(self).items():
                 _write(place / file, getattr(self, name))
-            if pictures := getattr(self, "pictures", None):
-                _write_pictures(place, pictures)
+            if hasattr(self, "pictures"):
+                _write_pictures(place, self.pictures or {})
             text = json.dumps({"what": self.what, **self.about}, indent=2, ensure_ascii=False) + "\n"
             (place / ABOUT).write_text(text, "utf-8")
         return place
@@ -113,7 +113,11 @@ def read(folder: str | os.PathLike[str], kind: type[R] = Result) -> R:  # type: 
     try:
         about = json.loads((place / ABOUT).read_text("utf-8"))
         there = kinds[about.pop("what")]
-        values: dict[str, Any] = {name: _read(place / file) for name, file in _files(there).items()}
+        values: dict[str, Any] = {
+            name: _read(place / file)
+            for name, file in _files(there).items()
+            if not hasattr(there, name) or (place / file).is_file()  # what has a default may be missing
+        }
         if hasattr(there, "pictures"):
             values["pictures"] = _read_pictures(place)
     except (OSError, ValueError, KeyError) as error:
@@ -160,9 +164,7 @@ def _write(file: Path, table: pd.DataFrame | None) -> None:
         part.replace(file)
 
 
-def _read(file: Path) -> pd.DataFrame | None:
-    if not file.is_file():
-        return None
+def _read(file: Path) -> pd.DataFrame:
     if file.suffix == ".parquet":
         return pd.read_parquet(file)
     # A caption may be the word "none"; an empty text is a text, and an empty number is missing.

@@ -45,16 +45,15 @@ class Wanted:
     """A caption that the edited model is to give: its tokens, which of them are `new`, and what is fed.
 
     With `avoid`, anything but the new tokens is to be said there. `logits` are those of the tokens before
-    the edit, and `leads` how far each token was ahead in them.
+    the edit.
     """
 
     fed: Inputs
     start: int
     ids: Sequence[int]
-    new: Sequence[int]
-    avoid: bool
     logits: Float[Tensor, "tokens vocabulary"]
-    leads: Float[Tensor, "tokens"]
+    new: Sequence[int] = ()
+    avoid: bool = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -78,24 +77,6 @@ class Task:
     def logits(self, caption: Wanted) -> Float[Tensor, "tokens vocabulary"]:
         """The logits that predict a caption's tokens, with the deltas added to the columns."""
         return caption_logits(self.model, caption.fed, caption.start, len(caption.ids), self.deltas)
-
-
-def wanted(
-    model: Model,
-    fed: Inputs,
-    start: int,
-    ids: Sequence[int],
-    new: Sequence[int] = (),
-    *,
-    avoid: bool = False,
-    before: Tensor | None = None,
-) -> Wanted:
-    """A wanted caption; `before` are the logits of its tokens where the model as it is says another."""
-    if before is None:
-        with torch.no_grad():
-            before = caption_logits(model, fed, start, len(ids), {})
-    leads = torch.stack([_lead(row, token) for row, token in zip(before, ids, strict=True)])
-    return Wanted(fed, start, ids, new, avoid, before, leads)
 
 
 def caption_logits(model: Model, fed: Inputs, start: int, count: int, deltas: Deltas) -> Tensor:
@@ -173,7 +154,7 @@ def _margins(task: Task, caption: Wanted, margin: float) -> Iterator[tuple[Tenso
             return  # behind a word that is to go anything may be said
         lead = _lead(logits[n], token)
         if n not in caption.new:
-            least = min(margin / 2, float(caption.leads[n]))
+            least = min(margin / 2, _lead(caption.logits[n], token).item())
             yield lead, least - lead.item(), task.locality
         elif caption.avoid:
             yield -lead, margin + lead.item(), 1.0
@@ -194,27 +175,16 @@ def _least_norm(rows: Tensor, needs: Sequence[float], change: Sequence[Tensor]) 
 
 @torch.no_grad()
 def _go_towards(
-    task: Task,
-    margin: float,
-    metric: Sequence[Tensor],
-    start: Sequence[Tensor],
-    aim: Sequence[Tensor],
-    lacking: float,
+    task: Task, margin: float, metric: Sequence[Tensor], start: list[Tensor], aim: list[Tensor], most: float
 ) -> list[Tensor]:
-    """A step towards a change, halved until the margins lack less: a first-order step does if short
-    enough."""
-    change: list[Tensor] = []
+    """A step towards a change, halved until the margins lack less than `most`, as a short enough one does."""
+    change = start
     for share in (1.0, 0.5, 0.25, 0.125):
         change = [x + share * (y - x) for x, y in zip(start, aim, strict=True)]
         for delta, x, root in zip(task.parameters, change, metric, strict=True):
             delta.copy_((x @ root).to(delta))
-        now = sum(
-            (weight * need) ** 2
-            for caption in task.captions
-            for _, need, weight in _margins(task, caption, margin)
-            if need > 0
-        )
-        if now < lacking:
+        margins = [m for caption in task.captions for m in _margins(task, caption, margin)]
+        if sum((weight * need) ** 2 for _, need, weight in margins if need > 0) < most:
             break
     return change
 
@@ -277,8 +247,11 @@ def learned(task: Task, generator: np.random.Generator) -> None:
             step(0, number + 1)
             seems = len(sure) == len(task.changed) and min(sure.values()) >= SURE
             # What was computed of the others is some steps old, so all are looked at again.
-            if number + 1 >= LEAST and seems and _all_sure(task):
-                return
+            if number + 1 >= LEAST and seems:
+                with torch.no_grad():
+                    every = [_sureness(one, F.log_softmax(task.logits(one), -1)) for one in task.changed]
+                if min(every) >= SURE:
+                    return
 
 
 def _losses(caption: Wanted, found: Tensor, locality: float) -> Iterator[Tensor]:
@@ -307,8 +280,3 @@ def _sureness(caption: Wanted, found: Tensor) -> float:
     """The least probability, over the new tokens, of what is wanted there."""
     new = torch.stack([found[n, caption.ids[n]] for n in caption.new]).detach().exp()
     return 1 - new.max().item() if caption.avoid else new.min().item()
-
-
-@torch.no_grad()
-def _all_sure(task: Task) -> bool:
-    return all(_sureness(one, F.log_softmax(task.logits(one), -1)) >= SURE for one in task.changed)

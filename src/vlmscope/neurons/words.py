@@ -44,8 +44,7 @@ PICTURES = 16
 
 @dataclass(frozen=True, eq=False)
 class Study:
-    """A model and the pictures that it has captioned, in the order of their ids, so that no number depends on
-    the one in which they came.
+    """A model and the pictures that it has captioned, in an order that their ids decide.
 
     Neurons are chosen on the `first` of them; `top` of them are a word's. The costly measures run on no more
     than `pictures` that show it.
@@ -76,11 +75,41 @@ class Study:
         ids = self.captions[number].ids
         return inputs_of(self.model, self.examples[number], self.prompt, ids[: ids.index(token)])
 
+    def saying(self, word: Word) -> list[int]:
+        """Some pictures of the second half that show the word, and whose caption says it."""
+        both = np.flatnonzero(~self.first & word.shown).tolist()
+        return [n for n in both if word.token in self.captions[n].ids][: self.pictures]
+
+    def draw(self, word: Word, *what: object) -> np.random.Generator:
+        """The generator of one draw for a word."""
+        return rng(self.seed, word.word, *what)
+
+    def strongest(self, word: Word, pictures: Any) -> Neurons:
+        """The neurons that contribute most to a word in some pictures, best first."""
+        return best(word.contribution[pictures].mean(0), self.top)
+
+    def random(self, chosen: Neurons, generator: np.random.Generator) -> Neurons:
+        """As many other neurons of the same layers."""
+        found: list[int] = []
+        for layer, count in zip(*np.unique(chosen // self.width, return_counts=True), strict=True):
+            free = np.setdiff1d(np.arange(self.width) + layer * self.width, chosen)
+            found += generator.choice(free, min(count, len(free)), replace=False).tolist()
+        return np.array(found, dtype=np.int64)
+
+    def by_chance(self, word: Word, draws: int, measure: str) -> list[tuple[Neurons, Labels]]:
+        """The null of a measure: neurons chosen by labels that are shuffled within each half."""
+        generator, found = self.draw(word, measure, "labels"), []
+        for _ in range(draws):
+            labels = word.shown.copy()
+            for half in (self.first, ~self.first):
+                labels[half] = generator.permutation(labels[half])
+            found.append((self.strongest(word, self.first & labels), labels))
+        return found
+
 
 @dataclass(frozen=True, eq=False)
 class Activity:
-    """Each neuron's activation over the tokens of each caption, `(pictures, neurons)`, and its mean over
-    all."""
+    """Each neuron's activation over a caption's tokens, `(pictures, neurons)`, and its mean over all."""
 
     highest: Array
     lowest: Array
@@ -201,12 +230,12 @@ def best(values: Array, count: int) -> Neurons:
 def choose(study: Study, word: Word) -> Word:
     """The word with its neurons by each method, chosen on the first half of the pictures."""
     which = study.first & word.shown
-    contribution = best(word.contribution[which].mean(0), study.top)
+    contribution = study.strongest(word, which)
     chosen = {
         "contribution": contribution,
         "gradient": best(_gradient(study, word, np.flatnonzero(which).tolist()), study.top),
         "activation": best(study.activity.size[which].mean(0), study.top),
-        "random": random_neurons(study, contribution, draw(study, word, "random")),
+        "random": study.random(contribution, study.draw(word, "random")),
     }
     return replace(word, chosen=chosen)
 
@@ -225,34 +254,3 @@ def _gradient(study: Study, word: Word, which: Sequence[int]) -> Array:
         total += torch.cat([product.cpu() for product in products]).numpy()
         count += 1
     return total / max(1, count)
-
-
-def random_neurons(study: Study, chosen: Neurons, generator: np.random.Generator) -> Neurons:
-    """As many other neurons of the same layers."""
-    found: list[int] = []
-    for layer, count in zip(*np.unique(chosen // study.width, return_counts=True), strict=True):
-        free = np.setdiff1d(np.arange(study.width) + layer * study.width, chosen)
-        found += generator.choice(free, min(count, len(free)), replace=False).tolist()
-    return np.array(found, dtype=np.int64)
-
-
-def chosen_by_chance(study: Study, word: Word, draws: int, measure: str) -> list[tuple[Neurons, Labels]]:
-    """The null of a measure: neurons chosen by labels that are shuffled over the pictures of each half."""
-    generator, found = draw(study, word, measure, "labels"), []
-    for _ in range(draws):
-        labels = word.shown.copy()
-        for half in (study.first, ~study.first):
-            labels[half] = generator.permutation(labels[half])
-        found.append((best(word.contribution[study.first & labels].mean(0), study.top), labels))
-    return found
-
-
-def draw(study: Study, word: Word, *what: object) -> np.random.Generator:
-    """The generator of one draw for a word."""
-    return rng(study.seed, word.word, *what)
-
-
-def saying(study: Study, word: Word) -> list[int]:
-    """Some pictures of the second half that show the word, and whose caption says it."""
-    both = np.flatnonzero(~study.first & word.shown).tolist()
-    return [n for n in both if word.token in study.captions[n].ids][: study.pictures]
