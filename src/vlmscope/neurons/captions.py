@@ -19,6 +19,7 @@ from vlmscope.models.inputs import Inputs
 from vlmscope.neurons.results import Found
 from vlmscope.neurons.weight_edit import base_fingerprint
 from vlmscope.progress import progress
+from vlmscope.runs.access import access
 from vlmscope.runs.forward import forward, generate
 from vlmscope.runs.hooks import Access, Hooks
 from vlmscope.runs.model import Model
@@ -138,7 +139,7 @@ def _keep(rows: list[Tensor], at: slice, x: Tensor) -> Tensor:
 def _neurons(model: Model, layer: int, inputs: Inputs, variant: Variant) -> Access:
     """The module whose input, or whose output for the gate alone, are a layer's neurons."""
     if variant == "input":
-        return model.access(Point(model.speaker, layer, "mlp", "n"), inputs)
+        return access(model, Point(model.speaker, layer, "mlp", "n"), inputs)
     gate = model.family.towers[model.speaker].gate
     try:
         return Access(model.blocks(model.speaker)[layer].get_submodule(gate or "-"))

@@ -26,7 +26,8 @@ from vlmscope.patching.flows.suffix import Suffix
 from vlmscope.patching.reference import Values
 from vlmscope.patching.scores import Baselines, Metric, Patched, Score, baselines, largest, score
 from vlmscope.patching.trace import Images, given, trace
-from vlmscope.runs.network import INNER, Network
+from vlmscope.runs.access import INNER
+from vlmscope.runs.network import Network
 from vlmscope.sites import KINDS, Point, Site, Sites
 
 BUDGET = 128 * 2**20

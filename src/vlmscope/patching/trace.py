@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from vlmscope.models.inputs import Change, Edit, Inputs
+from vlmscope.runs.access import access
 from vlmscope.runs.forward import edited, editing, forward
 from vlmscope.runs.hooks import Hooks
 from vlmscope.runs.network import Network
@@ -77,7 +78,7 @@ def trace(
                 if point.tower == first:
                     found.values[point] = output
                 else:
-                    hooks.at(network.access(point, inputs), partial(_keep, found.values, point))
+                    hooks.at(access(network, point, inputs), partial(_keep, found.values, point))
             found.logits = family.finish(network.hf, inputs, first, output, positions)[0]
     return found
 

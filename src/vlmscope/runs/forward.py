@@ -14,6 +14,7 @@ from torch import Tensor
 from vlmscope.errors import ModelError, SiteError, VlmscopeError
 from vlmscope.layout import grid
 from vlmscope.models.inputs import Change, Edit, Inputs, Op, Value
+from vlmscope.runs.access import access
 from vlmscope.runs.hooks import Hooks
 from vlmscope.runs.network import Network
 from vlmscope.sites import Point, Site, Sites
@@ -65,7 +66,7 @@ def forward(
     mode = torch.enable_grad() if grad else torch.inference_mode()
     with mode, editing(network, inputs, edits), Hooks() as hooks:
         for point in keep:
-            hooks.at(network.access(point, inputs), _Keep(found, point, grad))
+            hooks.at(access(network, point, inputs), _Keep(found, point, grad))
         hooks.on_output(network.module(network.family.logits), lambda out: logits.append(out.logits))
         try:
             network.hf(**inputs.tensors, **keywords)
@@ -110,7 +111,7 @@ def editing(
     wait."""
     with network.alone(), Hooks() as hooks:
         for change in network.changes(inputs, edits):
-            hooks.at(network.access(change.site.point, inputs), _Change(network, change, generating))
+            hooks.at(access(network, change.site.point, inputs), _Change(network, change, generating))
         yield
 
 

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, suppress
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,16 +17,12 @@ from transformers import PreTrainedModel
 from vlmscope.errors import ModelError, SiteError
 from vlmscope.models.families import family_of
 from vlmscope.models.inputs import Change, Edit, Inputs
-from vlmscope.models.towers import Tower
-from vlmscope.runs.hooks import Access, alone, attending, eager
-from vlmscope.runs.views import Between, Deepstack, Gain, Gaps, Paid, Third, View
-from vlmscope.sites import Pattern, Point, Shape, Site, Sites, expand, parse, place
+from vlmscope.runs.hooks import alone, attending
+from vlmscope.runs.shapes import has, shape_of
+from vlmscope.sites import Pattern, Point, Site, Sites, expand, parse, place
 
 QUANTIZED = "4bit"
 """Weights of 4 bits (NF4, by bitsandbytes), which compute in bfloat16."""
-BLOCK = ("resid_pre", "resid")
-SUBLAYERS = ("attn", "cross", "mlp")
-INNER = ("q", "k", "v", "p")
 
 
 class Network:
@@ -48,7 +43,7 @@ class Network:
         """The digests of these edits, in the order in which they were made."""
         language = getattr(hf.config.get_text_config(), "model_type", None)
         self.family = family_of([type(hf).__name__], language, name)
-        self.shapes = {tower: self._shape(tower) for tower in self.family.towers}
+        self.shapes = {tower: shape_of(self, tower) for tower in self.family.towers}
 
     @property
     def dtype(self) -> torch.dtype:
@@ -152,64 +147,6 @@ class Network:
     def attending(self, tower: str, function: Any, kind: str = "attn") -> AbstractContextManager[None]:
         """Within this context a tower's attention calls `function` (`hooks.attending`)."""
         return attending(self.attention_modules(tower, kind), function)
-
-    def access(self, point: Point, inputs: Inputs) -> Access:
-        """How a point is read and written, for hooks."""
-        table = self.family.towers[point.tower]
-        flat = self.flow(point.tower, inputs) == "plain"
-        place = f"{point.tower}.{point.layer}.{point.kind}"
-        if point.kind == "output":
-            view: View | None = Gaps.of(inputs.layout[point.tower])
-            return Access(self.module(table.output or ""), False, flat, view)
-        if point.kind == "deepstack":
-            layout = inputs.layout[point.tower]
-            view = Deepstack(place, point.layer, layout.image, len(layout.tokens))
-            return Access(self.module(table.blocks.rpartition(".")[0]), True, flat, view)
-        block = self.blocks(point.tower)[point.layer]
-        if point.kind in BLOCK:
-            return Access(block, point.kind == "resid_pre", flat)
-        if point.kind == "resid_mid":
-            return self._between(point, table, block, inputs)
-        if point.part in INNER:
-            return self._inner(point, table, block, flat)
-        if point.part:
-            return Access(block.get_submodule(getattr(table, point.kind) or ""), True, flat)
-        module = block.get_submodule(self._adds(table, block, point.kind))
-        factor = table.factor[point.kind](block) if point.kind in table.factor else None
-        return Access(module, False, flat, None if factor is None else Gain(place, block, factor))
-
-    def _adds(self, table: Tower, block: nn.Module, kind: str) -> str:
-        """The path of the module that gives what a sublayer adds: its last, or the norm behind it."""
-        if all(has(block, path) for path in table.behind.values()):
-            return table.behind.get(kind) or getattr(table, kind) or ""
-        return getattr(table, kind) or ""
-
-    def _between(self, point: Point, table: Tower, block: nn.Module, inputs: Inputs) -> Access:
-        """Between attention and MLP: what blocks that normalise the stream itself read there, or a sum."""
-        kinds = [kind for kind in ("attn", "cross") if (path := getattr(table, kind)) and has(block, path)]
-        if table.normed:  # the norm stands behind the output projection, in the same module
-            path = str(getattr(table, kinds[-1])).rpartition(".")[0]
-            return Access(block.get_submodule(path), False, self.flow(point.tower, inputs) == "plain")
-        *earlier, last = (self.access(point._replace(kind=kind), inputs) for kind in kinds)
-        view = Between(block, [a for a in earlier if isinstance(a, Access)], last.view)
-        return replace(last, view=view)
-
-    def _inner(self, point: Point, table: Tower, block: nn.Module, flat: bool) -> Access:
-        """A head's query, key, value or attention pattern."""
-        path = table.attention.get(point.kind)
-        module: Any = None if path is None else block.get_submodule(path)
-        if module is not None and eager(module) is not None:
-            return Access(module, inner=point.part)
-        names = {"q": ("query", "q"), "k": ("key", "k"), "v": ("value", "v"), "p": ("dropout",)}[point.part]
-        found = next((x for name in names if isinstance(x := getattr(module, name, None), nn.Module)), None)
-        if found is not None:
-            return Access(found, False, flat, Paid() if point.part == "p" else None)
-        if isinstance(getattr(module, "qkv", None), nn.Module) and point.part != "p":
-            return Access(module.qkv, False, flat, Third("qkv".index(point.part)))
-        raise ModelError(
-            f"{self.name}: the models of {self.family.name} do not show the {point.part} of their "
-            f"{point.tower} {point.kind} heads; name the heads' outputs (h)"
-        )
 
     def down(self, layer: int) -> nn.Module:
         """The down projection of a block that says the words: its input are the neurons."""
@@ -323,51 +260,6 @@ class Network:
             f"transformers {transformers.__version__}: {what}"
         )
 
-    def _shape(self, tower: str) -> Shape:
-        """What one tower has, read off its modules and its config."""
-        table = self.family.towers[tower]
-        config = self.hf.config
-        for part in filter(None, table.config.split(".")):
-            config = _entry(config, part)
-        blocks = self.blocks(tower)
-        widths: dict[str, int] = {}
-        lacks: dict[str, frozenset[int]] = {}
-        width = 0
-        for kind in SUBLAYERS:
-            path = getattr(table, kind)
-            found = {n: b.get_submodule(path) for n, b in enumerate(blocks) if path and has(b, path)}
-            missing = frozenset(range(len(blocks))) - set(found)
-            if kind == "mlp" and (missing or not found) and _experts(blocks):
-                raise ModelError(
-                    f"{self.name}: the feed-forward blocks of its {tower} tower are made of experts, which "
-                    "cannot be split into neurons; models with plain or gated blocks are supported"
-                )
-            if path and (not found or (missing and table.cross is None)):
-                raise self.misfit(f"no module '{path}' in block {min(missing)} of {tower}")
-            if found:
-                first: Any = next(iter(found.values()))
-                widths[kind], width = int(first.in_features), int(first.out_features)
-                if missing:
-                    lacks[kind] = missing
-        attention = [kind for kind in ("attn", "cross") if kind in widths]
-        heads: dict[str, int] = {kind: _entry(config, table.heads) for kind in attention}
-        for kind, many in heads.items():
-            if widths[kind] % many:
-                raise self.misfit(
-                    f"{tower}.{kind} is {widths[kind]} wide, not a multiple of its {many} heads"
-                )
-        kinds = ["resid_pre", *attention, *["resid_mid"] * bool(attention), "mlp", "resid"]
-        if table.deepstack:
-            kinds.append("deepstack")
-            lacks["deepstack"] = frozenset(range(table.deepstack(self.hf.config), len(blocks)))
-        out: dict[str, int] = {}
-        if table.output:
-            kinds.append("output")
-            wide = getattr(self.module(table.output), "out_features", width)
-            out = {} if wide == width else {"output": wide}
-        groups = getattr(config, "num_key_value_heads", None)
-        return Shape(len(blocks), tuple(kinds), heads, widths["mlp"], width, lacks, out, groups)
-
 
 def free_memory(device: torch.device) -> int:
     """Bytes of free memory on a device; where the system does not tell, half a gigabyte."""
@@ -377,21 +269,3 @@ def free_memory(device: torch.device) -> int:
         lines = Path("/proc/meminfo").read_text("utf-8").splitlines()
         return next(int(x.split()[1]) * 1024 for x in lines if x.startswith("MemAvailable"))
     return 2**29
-
-
-def has(block: nn.Module, path: str) -> bool:
-    """Whether a block has a module at a path."""
-    try:
-        block.get_submodule(path)
-    except AttributeError:
-        return False
-    return True
-
-
-def _experts(blocks: Sequence[nn.Module]) -> bool:
-    return any(name.endswith("experts") for block in blocks for name, _ in block.named_modules())
-
-
-def _entry(config: Any, name: str) -> Any:
-    """A part of a config, which may be a dictionary."""
-    return config[name] if isinstance(config, Mapping) else getattr(config, name)

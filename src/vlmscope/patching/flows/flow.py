@@ -16,6 +16,7 @@ from torch import Tensor
 
 from vlmscope.models.inputs import Change, Edit, Inputs
 from vlmscope.patching.trace import Trace
+from vlmscope.runs.access import access
 from vlmscope.runs.hooks import Hooks
 from vlmscope.runs.network import Network
 from vlmscope.sites import Point, Site
@@ -96,8 +97,8 @@ class Job:
         for cell in cells:
             by_point[cell.site.point].append(cell)
         for point, some in by_point.items():
-            access = self.network.access(point, self.inputs)
-            hooks.at(access, partial(self.write, cells=some, shape=shape))
+            change = partial(self.write, cells=some, shape=shape)
+            hooks.at(access(self.network, point, self.inputs), change)
 
 
 class Flow(ABC):

@@ -16,9 +16,11 @@ from torch import Tensor
 
 from vlmscope.patching.flows.flow import Cell, Flow, Job, Row, around, longest
 from vlmscope.patching.trace import edited_output
+from vlmscope.runs.access import access
 from vlmscope.runs.forward import editing
 from vlmscope.runs.hooks import Hooks
-from vlmscope.runs.network import SUBLAYERS, Network
+from vlmscope.runs.network import Network
+from vlmscope.runs.shapes import SUBLAYERS
 from vlmscope.sites import Point
 
 
@@ -66,7 +68,7 @@ class Rows(Flow):
         own = job.base.values[heads].to(at.device)[0, at, None]
         alone = [replace(c, row=n, position=0) for n, c in enumerate(cells)]
         with Hooks() as hooks:
-            hooks.at(job.network.access(heads, job.inputs), lambda x: own)
+            hooks.at(access(job.network, heads, job.inputs), lambda x: own)
             hidden = job.base.values[entrance].to(at.device)[0, at, None]
             out = self._call(layer, hidden, alone, attention_mask=None)
         joined[torch.tensor([c.row for c in cells], device=joined.device), at] = out[:, 0]

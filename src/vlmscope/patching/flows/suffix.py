@@ -22,6 +22,7 @@ from vlmscope.models.inputs import Change
 from vlmscope.patching.flows.flow import Cell, Flow, Job, Row, around, longest
 from vlmscope.patching.flows.memory import Memory, Ragged
 from vlmscope.patching.flows.rows import INSIDE
+from vlmscope.runs.access import access
 from vlmscope.runs.forward import edited
 from vlmscope.runs.hooks import Hooks
 from vlmscope.sites import Point
@@ -82,7 +83,7 @@ class Suffix(Flow):
         with Hooks() as hooks, job.network.attending(self.tower, _nothing):
             if heads in job.base.values:
                 own = job.base.values[heads].to(at.device)[:, at]
-                hooks.at(job.network.access(heads, job.inputs), lambda x: own.clone())
+                hooks.at(access(job.network, heads, job.inputs), lambda x: own.clone())
             before = job.base.values[entrance].to(at.device)[:, at]
             out = self._call(layer, before, inside, at)
         hidden[0, [c.position for c in within]] = self._added(layer, out, at)[0]
@@ -132,7 +133,7 @@ class Suffix(Flow):
         network = self.job.network
         there = replace(site, positions=places)
         change_here = partial(edited, site=there, op=change.op, value=value, units=network.units(site.point))
-        hooks.at(network.access(site.point, self.job.inputs), change_here)
+        hooks.at(access(network, site.point, self.job.inputs), change_here)
 
     def _call(self, layer: int, hidden: Tensor, cells: list[Cell], tokens: Tensor) -> Tensor:
         """Call a block on a sequence of the base run's positions, and patch cells on the way."""
