@@ -258,7 +258,7 @@ def test_patches_of_the_part_that_the_model_sees():
     view = model.view(wide.clean_image)
     assert view == (10, 0, 30, 20)
     assert heads.covered(wide, "object", (2, 2), view).tolist() == [[True, False], [False, False]]
-    assert model.seen(mask).size == (20, 20)
+    assert model.cropped(mask).size == (20, 20)
     left = Image.new("RGB", (40, 20), "blue")
     left.paste("red", (0, 0, 5, 20))  # resizing blurs what is close
     prompt = "is this circle red or blue ?"

@@ -139,7 +139,7 @@ def _look(
 
 def small_pictures(model: Model, examples: Sequence[Example]) -> dict[str, Image.Image]:
     """Small copies of examples' pictures, as the grid of patches covers them."""
-    pictures = {example.id: model.seen(example.clean_image) for example in examples}
+    pictures = {example.id: model.cropped(example.clean_image) for example in examples}
     for picture in pictures.values():
         picture.thumbnail((320, 320))
     return pictures

@@ -169,8 +169,8 @@ def _changed(job: Job, point: Point) -> Bool[Tensor, "pos *units"]:
     """Where the source differs from the base run at a point."""
     base, source = job.base.values[point][0], job.source[point][0]
     differ = (source.unflatten(0, (-1, len(base))) != base).flatten(0, 1)
-    many = job.network.units(point)
-    return (differ if many is None else differ.unflatten(-1, (many, -1))).any(-1)
+    units = job.network.units(point)
+    return (differ if units is None else differ.unflatten(-1, (units, -1))).any(-1)
 
 
 def _reaches(job: Job, site: Site) -> bool:
@@ -202,16 +202,16 @@ def _chunks(
         flow, tower, rows = FLOWS[name], towers[number], [row for _, row in group]
         room = _room(job, tower)
         while rows:
-            many = _fit([flow.cost(job, tower, row) for row in rows], room)
+            count = _fit([flow.cost(job, tower, row) for row in rows], room)
             try:
-                logits = run(flow, job, tower, rows[:many])
+                logits = run(flow, job, tower, rows[:count])
             except (MemoryError, RuntimeError) as error:
-                if not _out_of_memory(error) or many == 1:
+                if not _out_of_memory(error) or count == 1:
                     raise
                 room //= 2
                 continue
-            yield [row.number for row in rows[:many]], score(logits, base, metric)
-            rows = rows[many:]
+            yield [row.number for row in rows[:count]], score(logits, base, metric)
+            rows = rows[count:]
 
 
 @torch.inference_mode()
@@ -231,10 +231,10 @@ def _room(job: Job, tower: str) -> int:
     network, floats = job.network, 0
     towers = list(network.family.towers)
     for name in towers[towers.index(tower) :]:
-        shape, many = network.shapes[name], len(job.inputs.layout[name].tokens)
+        shape, length = network.shapes[name], len(job.inputs.layout[name].tokens)
         read = len(job.inputs.layout[towers[0]].tokens)
         heads = max(shape.heads.values())
-        attention = 3 * heads * max(many, read if "cross" in shape.kinds else 0)
+        attention = 3 * heads * max(length, read if "cross" in shape.kinds else 0)
         floats = max(floats, 2 * shape.neurons + 6 * shape.width + attention)
     size = torch.finfo(network.dtype).bits // 8
     return max(1, min(BUDGET, network.free_memory() // 4) // (floats * size))
@@ -243,11 +243,11 @@ def _room(job: Job, tower: str) -> int:
 def _fit(costs: Sequence[int], room: int) -> int:
     """How many of the next rows to take: batches of about equal size, at least one row each."""
     batches = max(1, -(-sum(costs) // room))
-    share, many, total = sum(costs) / batches, 0, 0
-    while many < len(costs) and (not many or total + costs[many] <= share * 1.001):
-        total += costs[many]
-        many += 1
-    return many
+    share, count, total = sum(costs) / batches, 0, 0
+    while count < len(costs) and (not count or total + costs[count] <= share * 1.001):
+        total += costs[count]
+        count += 1
+    return count
 
 
 def _out_of_memory(error: BaseException) -> bool:

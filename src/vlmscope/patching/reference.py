@@ -37,8 +37,8 @@ def patch(
     """
     sites = network.placed(sites, pair.clean)
     runs = [(pair.clean, ()), (pair.corrupt, pair.edits)]
-    many = len(pair.answers)
-    logits = [forward(network, inputs, edits, positions=many).logits for inputs, edits in runs]
+    count = len(pair.answers)
+    logits = [forward(network, inputs, edits, positions=count).logits for inputs, edits in runs]
     base = baselines(logits[0], logits[1], pair)
     (source, source_edits), (inputs, edits) = runs if direction == "denoise" else runs[::-1]
     points = {part.point for site in sites for part in site.parts}
@@ -51,7 +51,7 @@ def patch(
 
     def chunks() -> Iterator[tuple[list[int], Score]]:
         for number, site in enumerate(sites):
-            patched = forward(network, inputs, [*edits, *written(site)], positions=many)
+            patched = forward(network, inputs, [*edits, *written(site)], positions=count)
             yield [number], score(patched.logits[None], base, metric)
 
     clean, corrupt = (Score(*(x[0] for x in score(x[None], base, metric))) for x in logits)

@@ -68,11 +68,11 @@ def _numbers(
     if isinstance(at, str):
         named = replace(whole, position=Pattern.parse(f"{tower}.*.{kind}@{at}").position)
         return [n for site in place(named, inputs.layout) for n in site.positions]
-    many = len(inputs.layout[tower].tokens)
+    length = len(inputs.layout[tower].tokens)
     for n in at:
-        if not isinstance(n, Integral) or not -many <= n < many:
+        if not isinstance(n, Integral) or not -length <= n < length:
             raise SiteError(
-                f"no position {n!r} in the {tower} tower; expected whole numbers from 0 to {many - 1}, "
+                f"no position {n!r} in the {tower} tower; expected whole numbers from 0 to {length - 1}, "
                 "or a name such as 'last'"
             )
-    return [int(n) % many for n in at]
+    return [int(n) % length for n in at]

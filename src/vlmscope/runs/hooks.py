@@ -244,10 +244,10 @@ class Plain:
             module.config = ours
 
     def mask(
-        self, module: nn.Module, mask: Any, own: int, keys: int, device: torch.device, **kw: Any
+        self, module: nn.Module, mask: Any, queries: int, keys: int, device: torch.device, **kw: Any
     ) -> Tensor | None:
-        """The mask of a call as a dense one, `(tiles or 1, heads or 1, own, keys)`: true where a key is
-        seen, or what is added to the scores. None: everything is seen.
+        """The mask of a call as a dense one, `(tiles or 1, heads or 1, queries, keys)`: true where a key is
+        visible, or what is added to the scores. None: everything is visible.
 
         Kernels that get no mask leave out what comes later, where the call or the module says that it is
         causal, and what is farther away than the window of the call; eager attention leaves out nothing.
@@ -257,14 +257,14 @@ class Plain:
         """
         if mask is None:
             causal, window = kw.get("is_causal"), kw.get("sliding_window")
-            causal = own > 1 and (getattr(module, "is_causal", True) if causal is None else causal)
+            causal = queries > 1 and (getattr(module, "is_causal", True) if causal is None else causal)
             if self.function is eager(module) or not (causal or window):
                 return None
-            behind = torch.arange(own, device=device)[:, None] - torch.arange(keys, device=device)
-            seen = behind >= 0 if causal else torch.ones_like(behind, dtype=torch.bool)
-            return (seen & (behind.abs() < window) if window else seen)[None, None]
+            behind = torch.arange(queries, device=device)[:, None] - torch.arange(keys, device=device)
+            visible = behind >= 0 if causal else torch.ones_like(behind, dtype=torch.bool)
+            return (visible & (behind.abs() < window) if window else visible)[None, None]
         if isinstance(mask, Tensor) and mask.ndim == 4:
-            return mask[..., :keys].expand(-1, -1, own, -1)
+            return mask[..., :keys].expand(-1, -1, queries, -1)
         form = f"one of {mask.ndim} dimensions" if isinstance(mask, Tensor) else f"a {type(mask).__name__}"
         raise ModelError(
             f"the attention '{self.name}' of {type(module).__name__} has {form} as its mask, which is not "
@@ -309,7 +309,7 @@ def attending(modules: Sequence[Any], function: Callable[..., Any]) -> Iterator[
 def patterns(
     plain: Plain,
     module: Any,
-    q: Float[Tensor, "tiles heads own width"],
+    q: Float[Tensor, "tiles heads queries width"],
     k: Float[Tensor, "tiles kv_heads keys width"],
     v: Float[Tensor, "tiles kv_heads keys value_width"],
     mask: Any,
@@ -321,21 +321,21 @@ def patterns(
 
     Tiles look only within themselves; positions count through all of them.
     """
-    tiles, heads, own, _ = q.shape
+    tiles, heads, queries, _ = q.shape
     keys = k.shape[2]
-    mask = plain.mask(module, mask, own, keys, q.device, **kw)
+    mask = plain.mask(module, mask, queries, keys, q.device, **kw)
     if mask is not None and mask.dtype == torch.bool:  # eager attention adds its mask
         mask = q.new_zeros(mask.shape).masked_fill(~mask, torch.finfo(q.dtype).min)
     by_tile = defaultdict(list)
     for number, position in enumerate(at):
-        by_tile[position // own].append((number, position % own))
+        by_tile[position // queries].append((number, position % queries))
     function: Any = eager(module)
     found = q.new_zeros(heads, len(at), tiles * keys)
     for tile, places in by_tile.items():
         numbers, rows = map(list, zip(*places, strict=True))
         this = slice(tile, tile + 1)
-        seen = None if mask is None else (mask[this] if len(mask) > 1 else mask)[:, :, rows]
-        _, paid = function(module, q[this, :, rows], k[this], v[this], seen, **kw)
+        visible = None if mask is None else (mask[this] if len(mask) > 1 else mask)[:, :, rows]
+        _, paid = function(module, q[this, :, rows], k[this], v[this], visible, **kw)
         found[:, numbers, tile * keys : (tile + 1) * keys] = paid[0].to(found)
     return found
 
@@ -362,14 +362,16 @@ def _pay(
     plain: Plain, module: Any, q: Tensor, k: Tensor, v: Tensor, mask: Any, function: Function, **kw: Any
 ) -> Any:
     """The attention's output with other patterns, where they are others."""
-    tiles, heads, own, _ = q.shape
+    tiles, heads, queries, _ = q.shape
     out, weights = plain(module, q, k, v, mask, **kw)
-    paid = patterns(plain, module, q, k, v, mask, range(tiles * own), **kw)
-    new = function(paid.transpose(0, 1).reshape(1, tiles * own, -1))
+    paid = patterns(plain, module, q, k, v, mask, range(tiles * queries), **kw)
+    new = function(paid.transpose(0, 1).reshape(1, tiles * queries, -1))
     new = new.unflatten(-1, (heads, -1))[0].transpose(0, 1)  # heads, all queries, all keys
     changed = (new != paid).any(-1)
     if not changed.any():
         return out, weights
     values = v.repeat_interleave(heads // v.shape[1], 1).transpose(0, 1).flatten(1, 2)
-    mixed = (new @ values).unflatten(1, (tiles, own)).permute(1, 2, 0, 3)
-    return torch.where(changed.unflatten(1, (tiles, own)).permute(1, 2, 0)[..., None], mixed, out), weights
+    mixed = (new @ values).unflatten(1, (tiles, queries)).permute(1, 2, 0, 3)
+    return torch.where(
+        changed.unflatten(1, (tiles, queries)).permute(1, 2, 0)[..., None], mixed, out
+    ), weights

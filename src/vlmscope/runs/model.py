@@ -108,7 +108,7 @@ class Model(Network):
         """
         return self.family.view(self.processor, image)
 
-    def seen(self, picture: Picture) -> Image.Image:
+    def cropped(self, picture: Picture) -> Image.Image:
         """A picture as the grid of patches covers it, for drawing over it."""
         image = open_image(picture)
         left, top, right, bottom = (round(x) for x in self.view(image))

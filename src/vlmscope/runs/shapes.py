@@ -44,9 +44,11 @@ def shape_of(network: Network, tower: str) -> Shape:
                 lacks[kind] = missing
     attention = [kind for kind in ("attn", "cross") if kind in widths]
     heads: dict[str, int] = {kind: _entry(config, table.heads) for kind in attention}
-    for kind, many in heads.items():
-        if widths[kind] % many:
-            raise network.misfit(f"{tower}.{kind} is {widths[kind]} wide, not a multiple of its {many} heads")
+    for kind, count in heads.items():
+        if widths[kind] % count:
+            raise network.misfit(
+                f"{tower}.{kind} is {widths[kind]} wide, not a multiple of its {count} heads"
+            )
     kinds = ["resid_pre", *attention, *["resid_mid"] * bool(attention), "mlp", "resid"]
     if table.deepstack:
         kinds.append("deepstack")

@@ -45,7 +45,7 @@ def _check_sums(network: Network, tower: str, inputs: Inputs) -> None:
     shape = network.shapes[tower]
     kinds = [kind for kind in shape.kinds if kind not in ("deepstack", "output", "resid_mid")]
     sorts = {tuple(k for k in kinds if n in shape.having(k)): n for n in range(shape.layers)}
-    points = {n: [Point(tower, n, kind) for kind in own] for own, n in sorts.items()}
+    points = {n: [Point(tower, n, kind) for kind in kinds] for kinds, n in sorts.items()}
     found = forward(network, inputs, keep=[point for own in points.values() for point in own]).values
     for layer, own in points.items():
         *parts, whole = (found[point] for point in own)

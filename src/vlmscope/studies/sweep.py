@@ -226,5 +226,5 @@ def _show(writer: Writer, task: Task, number: int) -> None:
         shown["corrupt_prompt"] = None
     with suppress(ExampleError):  # the example is excluded, with this reason
         for name in ("clean_image", "corrupt_image"):
-            shown[name] = shown[name] and task.model.seen(shown[name])
+            shown[name] = shown[name] and task.model.cropped(shown[name])
         writer.add_pictures(number, shown)

@@ -81,13 +81,13 @@ class Job:
         if not cells:
             return x
         point = cells[0].site.point
-        many = self.network.units(point) or 1
-        view = (x if shape is None else x.view(*shape[:2], -1)).unflatten(-1, (many, -1))
+        units = self.network.units(point) or 1
+        view = (x if shape is None else x.view(*shape[:2], -1)).unflatten(-1, (units, -1))
         numbers = [
             (c.row, c.position, c.source + c.shift, unit) for c in cells for unit in c.site.units or (0,)
         ]
         row, position, source, unit = torch.tensor(numbers, device=x.device).T
-        values = self.source[point][0].unflatten(-1, (many, -1))
+        values = self.source[point][0].unflatten(-1, (units, -1))
         view[row, position, unit] = values[source, unit].to(view)
         return x
 

@@ -63,10 +63,10 @@ def allowed(plain: Plain, module: Any, mask: Any, q: Tensor, k: Tensor, **kw: An
 
     Raises `ModelError` for a mask that says more than that, or says it in another form.
     """
-    many = k.shape[2]
-    dense = plain.mask(module, mask, q.shape[2], many, k.device, **kw)
+    length = k.shape[2]
+    dense = plain.mask(module, mask, q.shape[2], length, k.device, **kw)
     if dense is None:
-        return torch.ones(many, many, dtype=torch.bool, device=k.device)
+        return torch.ones(length, length, dtype=torch.bool, device=k.device)
     seen, only = dense, True
     if dense.dtype != torch.bool:
         seen = dense > torch.finfo(dense.dtype).min / 2
@@ -82,15 +82,15 @@ def allowed(plain: Plain, module: Any, mask: Any, q: Tensor, k: Tensor, **kw: An
 
 def _starts(masks: Sequence[Bool[Tensor, "pos pos"]]) -> list[int]:
     """For each position, the first that a patch there can change."""
-    many = len(masks[0])
-    open_ = torch.zeros(many, many, dtype=torch.bool)
+    length = len(masks[0])
+    open_ = torch.zeros(length, length, dtype=torch.bool)
     for seen in masks:
         open_ |= seen.cpu()
     # The first query that attends to each key; then what is behind the start can be seen in turn.
-    order = torch.arange(many)
-    first = torch.where(open_, order[:, None], many).amin(0)
+    order = torch.arange(length)
+    first = torch.where(open_, order[:, None], length).amin(0)
     found = []
-    for position in range(many):
+    for position in range(length):
         start = min(position, int(first[position:].min()))
         while (lower := min(start, int(first[start:].min()))) < start:
             start = lower
@@ -107,9 +107,9 @@ class Ragged:
 
     def __init__(self, memory: Memory, begins: Sequence[int]) -> None:
         self.memory, self.begins = memory, list(begins)
-        self.many = memory.keys[0].shape[1]
+        self.length = memory.keys[0].shape[1]
         self.device = memory.keys[0].device
-        lengths = [self.many - begin for begin in self.begins]
+        lengths = [self.length - begin for begin in self.begins]
         self.offsets = [0, *torch.tensor(lengths).cumsum(0).tolist()]
 
     def take(self, joined: int) -> None:
@@ -119,9 +119,9 @@ class Ragged:
             groups[begin].append(self.offsets[row])
         self.groups = []
         for begin, first in groups.items():
-            own = torch.arange(self.many - begin, device=self.device)
+            own = torch.arange(self.length - begin, device=self.device)
             self.groups.append((begin, torch.tensor(first, device=self.device)[:, None] + own))
-        parts = [torch.arange(begin, self.many) for begin in self.begins[:joined]]
+        parts = [torch.arange(begin, self.length) for begin in self.begins[:joined]]
         self.tokens = torch.cat(parts).to(self.device)
 
     def place(self, row: int, position: int) -> int:
