@@ -36,12 +36,13 @@ from PIL import Image, ImageFilter
 from transformers import BertTokenizer, BlipConfig, BlipForQuestionAnswering, BlipProcessor
 from transformers.models.blip.image_processing_pil_blip import BlipImageProcessorPil
 
+from vlmscope.cli.machine import keep_freed_memory
 from vlmscope.data.example import Example
 from vlmscope.models.inputs import Pair
 from vlmscope.patching import engine
 from vlmscope.runs import corrupt
 from vlmscope.runs.model import Model
-from vlmscope.sites import Pattern, Site, expand, place
+from vlmscope.sites import Site
 
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 WORDS = ["is", "the", "cat", "red", "or", "blue", "?"]
@@ -52,8 +53,6 @@ ROUNDS = {"resid": 6, "heads": 2}
 """How often a sweep is timed. Machines are noisy, so published sites are timed right before and
 after each sweep, and the ratio is the median over the rounds."""
 TOLERANCE = 2e-4  # of the logit difference, in logits, in float32
-
-Placed = tuple[Site, tuple[int, ...]]
 
 
 def base_model() -> Model:
@@ -95,7 +94,7 @@ class Published:
         found = self.processor(images=picture, text=self.example.clean_prompt, return_tensors="pt")
         return {**found, "decoder_input_ids": self.start}
 
-    def site(self, site: Site, at: tuple[int, ...]) -> torch.Tensor:
+    def site(self, site: Site) -> torch.Tensor:
         clean, corrupt = (self.inputs(p) for p in (self.example.clean_image, self.example.corrupt_image))
         kept: dict[str, torch.Tensor] = {}
 
@@ -104,9 +103,9 @@ class Published:
 
         def put(x: torch.Tensor) -> None:
             columns = slice(None)
-            if site.index is not None:
-                columns = slice(64 * site.index, 64 * site.index + 64)
-            x[:, list(at), columns] = kept["x"][:, list(at), columns]
+            if site.units:
+                columns = slice(64 * site.units[0], 64 * site.units[0] + 64)
+            x[:, list(site.positions), columns] = kept["x"][:, list(site.positions), columns]
 
         with self.looking(site, keep):
             self.forward(clean)
@@ -123,7 +122,7 @@ class Published:
 
     @contextmanager
     def looking(self, site: Site, function: Callable[[torch.Tensor], None]) -> Iterator[None]:
-        layer = self.hf.text_encoder.encoder.layer[int(site.layer)]
+        layer = self.hf.text_encoder.encoder.layer[site.layer]
         if site.kind == "resid":
             handle = layer.register_forward_hook(lambda m, args, out: function(out))
         else:
@@ -138,24 +137,24 @@ class Published:
 class Plain(Published):
     """One forward a site, the vision tower's output and the clean activations kept."""
 
-    def __init__(self, model: Model, example: Example, sites: list[Placed]) -> None:
+    def __init__(self, model: Model, example: Example, sites: list[Site]) -> None:
         super().__init__(model, example)
         self.corrupt = self.inputs(example.corrupt_image)
         self.image = self.hf.vision_model(self.corrupt["pixel_values"]).last_hidden_state
         self.clean: dict[Site, torch.Tensor] = {}
         clean = self.inputs(example.clean_image)
         with ExitStack() as stack:
-            for site, _ in sites:
+            for site in sites:
                 keep = lambda x, site=site: self.clean.update({site: x.clone()})  # noqa: E731
                 stack.enter_context(self.looking(site, keep))
             self.forward(clean)
 
-    def site(self, site: Site, at: tuple[int, ...]) -> torch.Tensor:
+    def site(self, site: Site) -> torch.Tensor:
         def put(x: torch.Tensor) -> None:
             columns = slice(None)
-            if site.index is not None:
-                columns = slice(64 * site.index, 64 * site.index + 64)
-            x[:, list(at), columns] = self.clean[site][:, list(at), columns]
+            if site.units:
+                columns = slice(64 * site.units[0], 64 * site.units[0] + 64)
+            x[:, list(site.positions), columns] = self.clean[site][:, list(site.positions), columns]
 
         with self.looking(site, put):
             asked = self.hf.text_encoder(
@@ -171,12 +170,12 @@ class Plain(Published):
         ).logits[0, -1]
 
 
-def timed(one: Published, sites: list[Placed], pair: Pair) -> tuple[float, list[float]]:
+def timed(one: Published, sites: list[Site], pair: Pair) -> tuple[float, list[float]]:
     """Seconds a site (the median), and the logit differences."""
     seconds, found = [], []
-    for site, at in sites:
+    for site in sites:
         start = time.perf_counter()
-        logits = one.site(site, at)
+        logits = one.site(site)
         seconds.append(time.perf_counter() - start)
         found.append((logits[pair.answer] - logits[pair.foil]).item())
     return statistics.median(seconds), found
@@ -185,9 +184,8 @@ def timed(one: Published, sites: list[Placed], pair: Pair) -> tuple[float, list[
 # -- the engine ----------------------------------------------------------------------------------
 
 
-def placed(model: Model, pair: Pair, expressions: list[str]) -> list[Placed]:
-    sites = expand([Pattern.parse(e) for e in expressions], model.shapes)
-    return [found for site in sites for found in place(site, pair.clean.layout)]
+def placed(model: Model, pair: Pair, expressions: list[str]) -> list[Site]:
+    return model.placed(expressions, pair.clean)
 
 
 def sweep(model: Model, example: Example, expressions: list[str]) -> tuple[float, list[float]]:
@@ -330,6 +328,7 @@ def measure(threads: int) -> dict[str, Any]:
 
 
 def main() -> None:
+    keep_freed_memory()  # as a command does
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--out", type=Path, help="also write the JSON to this file")

@@ -31,11 +31,12 @@ from blip import Memory
 from torch import Tensor
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
+from vlmscope.cli.machine import keep_freed_memory
 from vlmscope.layout import Layout
 from vlmscope.models.inputs import Inputs, Pair
 from vlmscope.patching import engine
 from vlmscope.runs.model import Model
-from vlmscope.sites import Pattern, Site, expand, place
+from vlmscope.sites import Site
 
 BEFORE, IMAGE, AFTER = 5, 576, 19
 SWEEPS = {"heads": "decoder.*.attn.h*@last", "resid": "decoder.*.resid@581-599"}
@@ -106,7 +107,7 @@ class Full:
         return self.model.hf(**inputs.tensors, use_cache=False).logits[0, -1]
 
     def hooked(self, site: Site, function: Callable[[Tensor], None], inputs: Inputs) -> Tensor:
-        block = self.model.hf.model.language_model.layers[site.center]
+        block = self.model.hf.model.language_model.layers[site.layer]
         if site.kind == "resid":
             handle = block.register_forward_hook(lambda m, a, out: function(out))
         else:
@@ -116,18 +117,20 @@ class Full:
         finally:
             handle.remove()
 
-    def site(self, site: Site, at: tuple[int, ...]) -> float:
+    def site(self, site: Site) -> float:
         width = self.model.shapes["decoder"].width // self.model.shapes["decoder"].heads["attn"]
-        columns = slice(None) if site.index is None else slice(width * site.index, width * (site.index + 1))
+        columns = slice(width * site.units[0], width * (site.units[0] + 1)) if site.units else slice(None)
         if site not in self.kept or not self.keep:
             self.hooked(
-                site, lambda x: self.kept.update({site: x[:, list(at), columns].clone()}), self.pair.clean
+                site,
+                lambda x: self.kept.update({site: x[:, list(site.positions), columns].clone()}),
+                self.pair.clean,
             )
             if not self.keep:
                 self.forward(self.pair.corrupt)
 
         def put(x: Tensor) -> None:
-            x[:, list(at), columns] = self.kept[site]
+            x[:, list(site.positions), columns] = self.kept[site]
 
         logits = self.hooked(site, put, self.pair.corrupt).float()
         return float(logits[self.pair.answer] - logits[self.pair.foil])
@@ -135,10 +138,10 @@ class Full:
 
 def timed(model: Model, one: Full, sites: list[Any]) -> tuple[float, list[float]]:
     seconds, found = [], []
-    for site, at in sites:
+    for site in sites:
         sync(model)
         start = time.perf_counter()
-        found.append(one.site(site, at))
+        found.append(one.site(site))
         sync(model)
         seconds.append(time.perf_counter() - start)
     return statistics.median(seconds), found
@@ -164,11 +167,7 @@ def measure(real: bool) -> dict[str, Any]:
     tolerance = 0.1 if real else 2e-4
     results: dict[str, Any] = {}
     for name, expression in SWEEPS.items():
-        placed = [
-            p
-            for s in expand([Pattern.parse(expression)], model.shapes)
-            for p in place(s, pair.clean.layout["decoder"])
-        ]
+        placed = model.placed(expression, pair.clean)
         sample = random.Random(0).sample(range(len(placed)), SAMPLE)
         chosen = [placed[n] for n in sample]
         plain = Full(model, pair, keep=True)
@@ -211,6 +210,7 @@ def measure(real: bool) -> dict[str, Any]:
 
 
 def main() -> None:
+    keep_freed_memory()  # as a command does
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--real", action="store_true", help="LLaVA-1.5-7B's shape, for a GPU")

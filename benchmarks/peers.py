@@ -24,8 +24,6 @@ from typing import Any
 import torch
 from llava import SWEEPS, build, pair_of, sweep
 
-from vlmscope.sites import Pattern, expand, place
-
 SAMPLE = (3, 70, 140, 250)
 """Which of the 256 heads the peers do."""
 
@@ -89,11 +87,7 @@ def with_transformer_lens(hf: Any, pair: Any, width: int) -> Patcher:
 def measure() -> dict[str, Any]:
     model = build(False, "cpu")
     pair = pair_of(model)
-    sites = [
-        p
-        for s in expand([Pattern.parse(SWEEPS["heads"])], model.shapes)
-        for p in place(s, pair.clean.layout["decoder"])
-    ]
+    sites = model.placed(SWEEPS["heads"], pair.clean)
     width = model.shapes["decoder"].width // model.shapes["decoder"].heads["attn"]
     sweep(model, pair, sites)
     results: dict[str, Any] = {}
@@ -104,9 +98,9 @@ def measure() -> dict[str, Any]:
         seconds, error = [], 0.0
         ours, found = sweep(model, pair, sites)
         for number in SAMPLE:
-            site = sites[number][0]
+            site = sites[number]
             start = time.perf_counter()
-            logits = patch(site.center, site.index or 0)
+            logits = patch(site.layer, site.units[0])
             seconds.append(time.perf_counter() - start)
             error = max(error, abs(float(logits[pair.answer] - logits[pair.foil]) - found[number]))
         again, _ = sweep(model, pair, sites)

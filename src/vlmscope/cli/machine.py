@@ -30,7 +30,7 @@ def set_up(model: str | None) -> None:
 
     if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(1 if _is_small(model) else min(torch.get_num_threads(), cores()))
-    _keep_freed_memory()
+    keep_freed_memory()
 
 
 def cores() -> int:
@@ -58,7 +58,7 @@ def _is_small(model: str) -> bool:
     return bool(weights) and sum(weights) <= SMALL
 
 
-def _keep_freed_memory() -> None:
+def keep_freed_memory() -> None:
     """Tell glibc to keep freed memory for the next batch of rows instead of returning it.
 
     Otherwise the system hands out and clears the same pages for every batch, which costs some
