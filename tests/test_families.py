@@ -126,7 +126,7 @@ def test_norms_behind_sublayers():
 def adds_up(model, towers):
     inputs = model.prepare(example()).clean
     for tower in towers:
-        kinds = [k for k in model.shapes[tower].kinds if k not in ("deepstack", "output")]
+        kinds = [k for k in model.shapes[tower].kinds if k not in ("deepstack", "output", "resid_mid")]
         edited = [
             Edit(Pattern.parse(f"{tower}.{model.shapes[tower].having(kind)[-1]}.{kind}@all"), "scale", -0.5)
             for kind in kinds[1:-1]

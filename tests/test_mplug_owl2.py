@@ -94,7 +94,7 @@ def test_towers(class_token):
 def test_sublayers_add_up_to_blocks(tower):
     """The paths name what is added to the residual stream; the abstractor's is normed first."""
     model = mplug_owl2()
-    kinds = model.shapes[tower].kinds
+    kinds = [kind for kind in model.shapes[tower].kinds if kind != "resid_mid"]
     inputs = model.prepare(example()).clean
     found = model.capture(inputs, [f"{tower}.1.{kind}@all" for kind in kinds])
     before, *added, after = (found[f"{tower}.1.{kind}@all"] for kind in kinds)

@@ -82,7 +82,7 @@ def test_each_repeat_is_a_run_and_has_its_own_noise(traced):
 def test_it_goes_on_where_it_stopped(traced, monkeypatch):
     model, table, folder = traced
     monkeypatch.setattr(model, "run", None)
-    monkeypatch.setattr(model, "record", None)
+    monkeypatch.setattr("vlmscope.patching.engine.patch", None)
     again = tracing.trace(folder, model, several(), noise=NOISE, kinds=("resid", "cross"))
     pd.testing.assert_frame_equal(again.table, table)
     found = vlmscope.open(folder)

@@ -32,8 +32,8 @@ class Tower:
     stands between the two, `behind` names, by kind, the norm whose output is added (in the blocks that
     have all that it names), and `factor` gives, by kind, what a block multiplies by. In a tower that is
     `normed` the blocks normalise the residual stream itself, so that sublayers do not add up to a block's
-    output. `output` is
-    the module whose output is the tower's, where something follows the last block: a final norm, or
+    output; `middle` are the modules there (the first that a block has) whose output its MLP reads. `output`
+    is the module whose output is the tower's, where something follows the last block: a final norm, or
     what turns all that the tower found into what the next one reads. `fold` is
     the cross-attention module: no query position of it looks at another, so that rows which share
     the attended image can be laid end to end, as one row. `attention` names, by kind, the modules
@@ -54,6 +54,7 @@ class Tower:
     behind: Mapping[str, str] = field(default_factory=dict)
     factor: Mapping[str, Factor] = field(default_factory=dict)
     normed: bool = False
+    middle: tuple[str, ...] = ()
     output: str | None = None
     fold: str | None = None
     attention: Mapping[str, str] = field(default_factory=dict)

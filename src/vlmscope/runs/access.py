@@ -56,10 +56,10 @@ def _adds(table: Tower, block: nn.Module, kind: str) -> str:
 
 def _between(network: Network, point: Point, table: Tower, block: nn.Module, inputs: Inputs) -> Access:
     """Between attention and MLP: what blocks that normalise the stream itself read there, or a sum."""
-    kinds = [kind for kind in ("attn", "cross") if (path := getattr(table, kind)) and has(block, path)]
-    if table.normed:  # the norm stands behind the output projection, in the same module
-        path = str(getattr(table, kinds[-1])).rpartition(".")[0]
+    if table.normed:
+        path = next(path for path in table.middle if has(block, path))
         return Access(block.get_submodule(path), False, network.flow(point.tower, inputs) == "plain")
+    kinds = [kind for kind in ("attn", "cross") if (path := getattr(table, kind)) and has(block, path)]
     *earlier, last = (access(network, point._replace(kind=kind), inputs) for kind in kinds)
     view = Between(block, [a for a in earlier if isinstance(a, Access)], last.view)
     return replace(last, view=view)

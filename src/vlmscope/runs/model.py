@@ -33,7 +33,7 @@ class Model(Network):
 
     >>> from vlmscope.checkpoint import load
     >>> load("toy-blip")
-    Model 'toy-blip': BLIP-VQA, float32 on cpu; vision 3 layers, encoder 4 layers, decoder 2 layers
+    Model 'toy-blip': BLIP-VQA, float32 on cpu; vision 3 layers, encoder 3 layers, decoder 3 layers
     """
 
     def __repr__(self) -> str:

@@ -49,7 +49,8 @@ def shape_of(network: Network, tower: str) -> Shape:
             raise network.misfit(
                 f"{tower}.{kind} is {widths[kind]} wide, not a multiple of its {count} heads"
             )
-    kinds = ["resid_pre", *attention, *["resid_mid"] * bool(attention), "mlp", "resid"]
+    middle = ["resid_mid"] if attention and (table.middle or not table.normed) else []
+    kinds = ["resid_pre", *attention, *middle, "mlp", "resid"]
     if table.deepstack:
         kinds.append("deepstack")
         lacks["deepstack"] = frozenset(range(table.deepstack(network.hf.config), len(blocks)))

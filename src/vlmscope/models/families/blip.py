@@ -167,6 +167,7 @@ def _text(path: str, reads: str) -> Tower:
         cross="crossattention.output.dense",
         mlp="output.dense",
         normed=True,
+        middle=("crossattention.output",),
         fold="crossattention",
         attention={"attn": "attention.self", "cross": "crossattention.self"},
         reads=reads,

@@ -41,6 +41,7 @@ QFORMER = Tower(
     cross="crossattention.output.dense",
     mlp="output_query.dense",
     normed=True,
+    middle=("crossattention.output", "attention.output"),
     reads="vision",
     output="language_projection",
     flow="plain",

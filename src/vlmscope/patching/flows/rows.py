@@ -27,7 +27,7 @@ from vlmscope.sites import Point
 class Rows(Flow):
     def __init__(self, job: Job, tower: str, rows: Sequence[Row]) -> None:
         super().__init__(job, tower, rows)
-        self.hidden = job.base.entrance(tower, 0)[:0]
+        self.hidden = torch.empty(0)
 
     def __enter__(self) -> Flow:
         self.stack.enter_context(_folding(self.job, self.tower))
