@@ -186,7 +186,7 @@ def test_refuses_quotes_that_do_not_fit(table: Callable[..., Path], cell: str) -
     [
         (",b,red or blue?,,red,blue", r"clean_image_path is empty \(fill it in\)"),
         ("a,b, ,,red,blue", r"clean_prompt is empty"),
-        ("a,b,red or blue?,,,", r"correct_answer and incorrect_answer are empty"),
+        ("a,b,red or blue?,,,", r"correct_answer is empty"),
         ("a,b,red or blue?,,red, Red", r"are both 'red' \(they must differ\)"),
     ],
 )

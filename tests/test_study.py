@@ -344,7 +344,8 @@ def test_a_run_checks_itself(tmp_path, monkeypatch, corrupt, direction):
         return patched._replace(chunks=chunks)
 
     monkeypatch.setattr(engine, "patch", wrong)
-    found = sweep(model, several(3), sites, **given, check=3).attrs["check"]
+    with pytest.warns(UserWarning, match="3 random rows .* differ by up to 0.25, .* do not trust this run"):
+        found = sweep(model, several(3), sites, **given, check=3).attrs["check"]
     assert found == {"rows": 3, "largest": pytest.approx(0.25)}
 
 
@@ -475,3 +476,81 @@ def test_the_threshold_of_effect(monkeypatch, factor):
     for way in ("fast", "reference"):
         effect = sweep(model, given, "encoder.0.resid@answer", engine=way)["effect"]
         assert effect.isna().all() == (factor > 1)
+
+
+def test_ablations_without_a_corruption_say_what_changed():
+    """What compares with a corrupt run is null; the changes are against the run that was patched."""
+    model = blip()
+    table = sweep(model, several(3), "encoder.*.mlp@all", None, patch="zero", metric="kl")
+    assert table[["p_restored", "logit_diff", "effect"]].isna().all().all()
+    assert (table["value"] > 0).all() and table["p_change"].abs().max() > 1e-3
+    for number, one in enumerate(several(3)):
+        pair = model.prepare(replace(one, corrupt_image=None, corrupt_prompt=None))
+        plain, zero = model.run(pair.clean), model.run(pair.clean, [Edit("encoder.0.mlp@all", "set", 0.0)])
+        row = table[table["example"] == one.id].iloc[0]
+        ld = [float(x[pair.answer] - x[pair.foil]) for x in (plain, zero)]
+        assert row["ld_change"] == pytest.approx(ld[1] - ld[0], rel=1e-9), number
+    with pytest.raises(VlmscopeError, match="without a corruption .*--corrupt image"):
+        sweep(model, several(3), "encoder.*.mlp@all", None)
+
+
+def test_changes_are_against_the_run_that_was_patched():
+    model = blip()
+    for direction, edited in (("denoise", "corrupt"), ("noise", "clean")):
+        table = sweep(model, several(2), "encoder.*.resid@*", direction=direction, metric="p")
+        base = baselines(model, several(2)).set_index("example").loc[table["example"]].reset_index()
+        assert table["p_change"].to_numpy() == pytest.approx(
+            table["p_patched"] - base[f"p_{edited}"], abs=1e-12
+        )
+        ld = table["logit_diff"] + base["ld_corrupt"]
+        assert table["ld_change"].to_numpy() == pytest.approx(ld - base[f"ld_{edited}"], abs=1e-9)
+        gap = base["p_clean"] - base["p_corrupt"]
+        assert table["effect"].to_numpy() == pytest.approx(
+            (table["value"] - base["p_corrupt"]) / gap, rel=1e-9
+        )
+
+
+def test_a_metric_of_ones_own():
+    model = blip()
+
+    def second(logits, base):
+        """The foil's log-probability."""
+        return logits.log_softmax(-1)[:, base.foil]
+
+    table = sweep(model, several(1), "encoder.0.resid@*", metric=second)
+    pair = model.prepare(replace(several(1)[0], corrupt_prompt=None))
+    value = model.capture(pair.clean, "encoder.0.resid@1")["encoder.0.resid@1"]
+    logits = model.run(pair.corrupt, [Edit("encoder.0.resid@1", "set", value)])
+    found = table.set_index("site").loc["encoder.0.resid@1", "value"]
+    assert found == pytest.approx(float(logits.log_softmax(-1)[pair.foil]), rel=1e-9)
+
+
+def test_a_whole_answer_needs_no_foil(tmp_path):
+    model = blip()
+    given = [replace(one, foil="") for one in several(2)]
+    table = sweep(model, given, "encoder.*.resid@noun", metric="logprob", out=tmp_path / "run")
+    assert table["ld_change"].isna().all() and (table["value"] < 0).all() and table["effect"].notna().all()
+    with pytest.raises(DataError, match=r"the foil '' is empty; give it a word, or score the whole answer"):
+        sweep(model, given, "encoder.*.resid@noun")
+
+
+@pytest.mark.parametrize("patch", ["mean", "resample"])
+def test_what_is_of_all_examples_cannot_grow(tmp_path, patch):
+    model = blip()
+    sweep(model, several(3), "encoder.*.mlp@noun", None, patch=patch, out=tmp_path)
+    with pytest.raises(StoreError, match="is of all examples, so none can be added"):
+        sweep(model, several(4), "encoder.*.mlp@noun", None, patch=patch, out=tmp_path)
+    with pytest.raises(SiteError, match=f"an attention pattern has .* so it has no {patch} over examples"):
+        sweep(model, several(3), "encoder.0.attn.p1@noun", None, patch=patch)
+
+
+def test_an_edge_is_refused_before_anything_runs():
+    with pytest.raises(SiteError, match="an edge of attention, .* leave '<noun' out"):
+        sweep(blip(), several(1), ["encoder.0.resid@all", "encoder.1.attn@last<noun"])
+
+
+def test_a_sum_of_sites_is_a_row_of_its_own():
+    """It has no single unit's position or token, and a slot of its own."""
+    (row,) = sweep(blip(), several(1), "encoder.0.attn@noun + encoder.1.mlp@last").itertuples()
+    assert row.site == "encoder.0.attn@noun + encoder.1.mlp@last"
+    assert row.slot == "noun + last" and pd.isna(row.position)

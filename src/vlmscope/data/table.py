@@ -22,7 +22,8 @@ COLUMNS = (
 )
 """The columns of the CSV form, besides `id`, masks, groups and roles."""
 NEEDED = tuple(name for name in COLUMNS if not name.startswith("corrupt"))
-"""The corrupt input may be absent or empty: not every corruption needs it, and the one that does says so."""
+"""The corrupt input may be absent or empty, and a foil empty: not every corruption or metric needs them, and
+those that do say so."""
 PROMPTS = ("clean_prompt", "corrupt_prompt")
 """Taken with the blanks around them, which a model's tokens may depend on."""
 MASK, BOX, SHOWS, MORE = "mask_path", "box", "shows", "image_path"
@@ -199,9 +200,9 @@ def _check_columns(path: Path, names: Sequence[str], needed: Sequence[str], way_
 def _example(folder: Path, row: Mapping[str, str]) -> Example:
     """The example in a row; raises `ValueError` with what is wrong if it makes none."""
     cells = {name: cell if name in PROMPTS else cell.strip() for name, cell in row.items() if cell.strip()}
-    if empty := [name for name in ("id", *NEEDED) if name not in cells]:
+    if empty := [name for name in ("id", *NEEDED) if name not in cells and name != "incorrect_answer"]:
         raise ValueError(f"{' and '.join(empty)} {'is' if len(empty) == 1 else 'are'} empty (fill it in)")
-    answer, foil = cells["correct_answer"], cells["incorrect_answer"]
+    answer, foil = cells["correct_answer"], cells.get("incorrect_answer", "")
     if answer.casefold() == foil.casefold():
         raise ValueError(f"correct_answer and incorrect_answer are both {answer!r} (they must differ)")
     masks: dict[str, Picture | Box] = {}

@@ -80,7 +80,8 @@ def prepare(network: Network, example: Example, whole: bool = False) -> Pair:
 def _option(network: Network, prompt: str, what: str, text: str, images: int) -> list[int]:
     """The tokens of an answer or a foil. Its end belongs to it, and tells "red" from "red wine"."""
     if not text.strip():
-        raise ExampleError(f"the {what} '{text}' is empty; give it a word")
+        instead = ", or score the whole answer (metric logprob)" if what == "foil" else ""
+        raise ExampleError(f"the {what} '{text}' is empty; give it a word{instead}")
     tokens = network.family.options(network.processor, prompt, text, images)
     unknown = network.processor.tokenizer.unk_token_id
     if unknown is not None and unknown in tokens[:-1]:  # OPT's end token is this, too

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -10,12 +11,15 @@ import numpy as np
 import pandas as pd
 
 from vlmscope.data.example import Example
+from vlmscope.patching.scores import ROUNDING
 from vlmscope.patching.trace import Images
 from vlmscope.sites import expand, parse, place
 from vlmscope.stats import rng
 from vlmscope.studies.rows import patched
 from vlmscope.studies.task import Task
 
+ALARM = 100
+"""A difference of so many roundings is none of rounding."""
 CHECKED = 5
 """How many random rows of a run the reference recomputes."""
 
@@ -46,6 +50,13 @@ def check_rows(
     for name, some in rows.groupby("example", sort=False):
         again = _recomputed(task, known[str(name)], some["site"].tolist())
         largest = max(largest, float(np.abs(again - some["value"].to_numpy()).max()))
+    size = max(1.0, float(rows["value"].abs().max()))
+    if largest > ALARM * ROUNDING[task.model.precision] * size:
+        warnings.warn(
+            f"{len(rows)} random rows were recomputed by plain forwards and differ by up to {largest:.2g}, "
+            "more than rounding does: do not trust this run, and compute it anew with --engine reference",
+            stacklevel=2,
+        )
     return {"rows": len(rows), "largest": largest}
 
 

@@ -135,6 +135,7 @@ def _words(site: Site, layout: Layout, names: Sequence[str]) -> dict[str, Any]:
     position = site.positions[0] if len(site.positions) == 1 and not site.also else None
     role = next((role for role, where in layout.roles.items() if position in where), None)
     named = site.position.removesuffix("*")
+    where = dict.fromkeys(part.position for part in site.parts)
     return {
         "site": str(site),
         "tower": site.tower,
@@ -144,7 +145,7 @@ def _words(site: Site, layout: Layout, names: Sequence[str]) -> dict[str, Any]:
         "position": position,
         "token": None if position is None else layout.tokens[position],
         "role": named if named in layout.roles else role,
-        "slot": site.position if position is None else names[position],
+        "slot": " + ".join(where) if site.also else site.position if position is None else names[position],
     }
 
 

@@ -244,6 +244,11 @@ def _grown(folder: Path, there: Mapping[str, Any], here: Mapping[str, Any]) -> d
         more = f"; and {len(differ) - 6} more" if len(differ) > 6 else ""
         raise StoreError(
             f"{folder}: holds another run: {lines}{more}. Choose another --out or delete the folder"
+            + (
+                " (a mean or resampled activation is of all examples, so none can be added)"
+                if "examples_of_the_patch" in differ
+                else ""
+            )
         )
     grown = {**there}
     if "sites" in here:

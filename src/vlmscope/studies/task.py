@@ -119,13 +119,24 @@ def task_of(
     check_source(patch)
     if corrupt is None and (patch == "clean" or select):
         raise VlmscopeError(
-            "without a corruption nothing can be copied or chosen by; patch zero, mean or resample"
+            "without a corruption (--corrupt image, text or noise) nothing can be copied or chosen by; "
+            "name one, or patch zero, mean or resample (--patch)"
         )
     given = listed(examples)
     if not given:
         raise DataError("there are no examples; nothing to run")
     parsed = parse(sites)
-    expand(parsed, model.shapes)
+    for part in (part for site in expand(parsed, model.shapes) for part in site.parts):
+        if part.source:
+            raise SiteError(
+                f"bad site '{part}': an edge of attention, which this version can read in an expression "
+                f"but not patch; leave '<{part.source}' out"
+            )
+        if part.part == "p" and patch in ("mean", "resample"):
+            raise SiteError(
+                f"bad site '{part}': an attention pattern has as many numbers as its example has tokens, "
+                f"so it has no {patch} over examples; patch clean or zero"
+            )
     roles = {role: None for example in given for role in example.roles}
     for site in parsed:
         unknown = next((role for role in site.roles if role not in roles), None)
@@ -161,7 +172,8 @@ def spec_of(task: Task, data: str, digests: Sequence[str]) -> dict[str, Any]:
         "engine": task.engine,
         "metric": task.metric if isinstance(task.metric, str) else task.metric.__qualname__,
         "patch": task.patch,
-        **({"mean_of": data_hash} if task.patch == "mean" else {}),
+        # what is written depends on all examples, so that none can be added
+        **({"examples_of_the_patch": data_hash} if task.patch in ("mean", "resample") else {}),
         "dtype": task.model.precision,
         "device": task.model.device.type,
         "seed": task.seed,
