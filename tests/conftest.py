@@ -20,8 +20,8 @@ if torchvision := os.environ.get("VLMSCOPE_TORCHVISION"):
 
 torch.set_num_threads(1)  # the models are tiny: a second thread only waits
 
-LONG = ("test_families_that_need_torchvision", "test_important_heads_hold")
-"""These take minutes; begun last, one of them would keep a single worker busy at the end."""
+LONG = ("test_families_that_need_torchvision",)
+"""This takes minutes; begun last, it would keep a single worker busy at the end."""
 
 
 def pytest_collection_modifyitems(items):

@@ -113,6 +113,7 @@ def test_numbers_in_common_by_counting():
     assert circuits.in_common(6, sizes) == pytest.approx(counts / counts.sum())
 
 
+@pytest.mark.slow
 def test_no_head_is_reported_where_there_is_no_effect():
     """200 repetitions on a random-weights model of toy-blip's shape; which option is the answer is
     a coin flip, so no head has an effect. At most 5 %, within the binomial interval, report one."""

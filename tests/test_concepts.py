@@ -104,7 +104,7 @@ def test_noise_on_columns_is_the_pictures_own(toy):
     assert not torch.equal(noise(given, name, seed=1), wanted)
 
 
-@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_nothing_is_found_in_a_random_model(toy, seed):
     torch.manual_seed(seed)
     model = Model(LlavaForConditionalGeneration(toy.hf.config), toy.processor)

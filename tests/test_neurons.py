@@ -243,7 +243,9 @@ def generations(monkeypatch):
     return counting
 
 
-@pytest.mark.parametrize("read", [False, True], ids=["in memory", "from a folder"])
+@pytest.mark.parametrize(
+    "read", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["in memory", "from a folder"]
+)
 def test_pictures_are_captioned_once(toy, generations, monkeypatch, tmp_path, read):
     """Finding, describing with measures, and editing: what is found is handed on, with the same numbers."""
     monkeypatch.setattr(measures, "DRAWS", 5)

@@ -19,9 +19,8 @@ SITES = [
 ]
 
 
-@pytest.mark.parametrize(
-    "name", [BUILT_IN[0], *(pytest.param(name, marks=pytest.mark.slow) for name in BUILT_IN[1:])]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", BUILT_IN)
 def test_important_heads_hold(name, tmp_path):
     model, given = load("toy-blip"), examples(name, limit=200)
     run = sweep_to(tmp_path / "run", model, given, SITES, "image", select=True)

@@ -115,6 +115,7 @@ def test_an_edit_made_on_another_is_for_what_that_one_leaves(toy, tmp_path):
         neurons.export(toy, [made], tmp_path / "model")
 
 
+@pytest.mark.slow
 def test_a_margin_is_of_the_closed_solver(toy):
     """The learned one has another end, and says so before anything is computed."""
     with pytest.raises(VlmscopeError, match=r"a margin is of the closed solver; .* of 0.9; leave"):
@@ -204,6 +205,7 @@ def test_a_checkpoint_that_transformers_loads(toy, made, tmp_path):
         assert toy.answer(toy.inputs(one.clean_image, ASK)) == said.strip()
 
 
+@pytest.mark.slow
 def test_suppressed(toy):
     given = held_out(20, 0)
     edit = neurons.edit(toy, given, "striped", None, prompt=ASK, neurons=30)
@@ -221,6 +223,7 @@ def test_learned(toy):
     assert found["locality"] >= 0.9
 
 
+@pytest.mark.slow
 def test_a_target_of_several_tokens(toy):
     edit = neurons.edit(toy, held_out(20, 0), "striped", "red striped", prompt=ASK, neurons=30)
     _, captions = neurons.assess(toy, [edit], held_out(12, 0), "striped", "red striped", prompts=[ASK])
@@ -268,6 +271,7 @@ def test_hallucination_and_questions(toy):
         assert scores["accuracy"] >= 0.9 and scores["f1"] >= 0.9
 
 
+@pytest.mark.slow
 def test_objects_before_and_after(toy, made):
     given = [e for e in held_out(15, 3) if "red" in e.shows]
     table = neurons.objects(toy, [made], given, ["red", "blue"], prompt=ASK).set_index("measure")
