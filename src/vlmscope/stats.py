@@ -77,7 +77,7 @@ def _quantiles(drawn: NDArray[np.int64], scores: Scores) -> Scores:
     return np.asarray(np.quantile(drawn @ scores / len(scores), [0.025, 0.975], axis=0))
 
 
-@lru_cache(maxsize=4)
+@lru_cache(maxsize=16)
 def _drawn_of(ids: tuple[str, ...]) -> NDArray[np.int64]:
     """Every figure of a run asks for the draws of the same examples."""
     return _drawn(len(ids), rng(0, "interval", *ids))
