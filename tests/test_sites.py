@@ -53,6 +53,7 @@ def test_an_expression_prints_back_as_it_was_written(text):
         ("encoder.1.cross.x2@*", r"'x2' \(character 17\) is not a unit"),
         ("encoder.1.resid.h2@*", "only attn and cross have heads"),
         ("encoder.1.attn.n2@*", "only mlp have neurons"),
+        ("encoder.1.cross.k2@*", "only attn have keys"),
         ("encoder.1.attn", "no position"),
         ("encoder.1.attn@", "no position"),
         ("encoder.1@3", "2 parts"),

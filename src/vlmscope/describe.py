@@ -61,7 +61,12 @@ def _positions(layout: Layout) -> str:
         tokens = [token for _, token in group]
         words += [f"[{len(tokens)} of the image]"] if is_image else tokens
     shown = words if len(words) <= 40 else [*words[:20], "...", *words[-10:]]
-    names = ["all", "last"] + ["image"] * bool(image) + ["text"] * bool(layout.text)
+    names = (
+        ["all", "last"]
+        + ["readout"] * (layout.readout is not None)
+        + ["image"] * bool(image)
+        + ["text"] * bool(layout.text)
+    )
     parts = [f"0-{len(layout.tokens) - 1}: {' '.join(shown)}", ", ".join(names)]
     parts += ["roles such as answer, foil, noun"] * bool(layout.roles)
     rows, columns = grid(layout)

@@ -16,9 +16,9 @@ kind      `resid` (a block's output), `resid_pre` (its input), `resid_mid` (betw
           layer has it, where there is one), `deepstack` (what Qwen3-VL adds to the image's tokens
           behind a block)
 unit      `.h3`: a head's value output, before the output projection (kinds `attn`, `cross`); `.q3`,
-          `.k1`, `.v1`: its query, key, value (`k` and `v` count key-value heads); `.p3`: its attention
-          pattern, a row of probabilities a position; `.n512`: a neuron's activation, the input of the
-          down projection (kind `mlp`); `.h*`: each of them; `.h[3,7]`: these, as one patch
+          `.p3`: its query, its attention pattern (a row of probabilities a position); `.k1`, `.v1`: a
+          key, a value (of `attn` alone; they count key-value heads); `.n512`: a neuron's activation, the
+          input of the down projection (kind `mlp`); `.h*`: each of them; `.h[3,7]`: these, as one patch
 position  each on its own: `5`, `-1`, `last`, a range `2-6`, `*`; together, as one patch: `all`,
           `text`, `image`, a role (`answer`, `noun`, …; one token as a rule); one grid cell:
           `image[3,7]` (row, column); `text*`, `image*`, `answer*`: each token of those on its own;
@@ -46,8 +46,8 @@ ATTENTION = ("attn", "cross")
 UNITS = {
     "h": ("head", ATTENTION),
     "q": ("query", ATTENTION),
-    "k": ("key", ATTENTION),
-    "v": ("value", ATTENTION),
+    "k": ("key", ("attn",)),  # those of cross-attention stand at the positions of what it reads
+    "v": ("value", ("attn",)),
     "p": ("attention pattern", ATTENTION),
     "n": ("neuron", ("mlp",)),
 }
