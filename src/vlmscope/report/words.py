@@ -29,6 +29,14 @@ def upper_first(text: str) -> str:
     return text[:1].upper() + text[1:]
 
 
+def lower_first(text: str) -> str:
+    """
+    >>> lower_first("Residual stream"), lower_first("MLP"), lower_first("Q-Former")
+    ('residual stream', 'MLP', 'Q-Former')
+    """
+    return text[:1].lower() + text[1:] if text[1:2].islower() else text
+
+
 def short_number(number: float) -> str:
     """A signed number of three figures, with a true minus.
 
