@@ -233,3 +233,8 @@ def test_the_image_grid():
     axes = image_grid(patches(), Image.new("RGB", (30, 20)), (2, 3))
     titles = [text.get_text() for text in axes.texts][:5]
     assert titles == ["picture", "mean of 3 layers", "layer 0", "layer 1", "layer 2"]
+
+
+def test_the_stream_between_sublayers_has_a_name():
+    axes = figures.layer_by_token(rows().assign(kind="resid_mid"))
+    assert axes.get_title().startswith("Residual stream between attention and MLP,\ntext encoder")

@@ -379,7 +379,7 @@ def test_sets_and_sums_of_heads_are_no_heads(tmp_path):
     with pytest.raises(DataError, match="no patches of heads in single layers"):
         head_table(run.effects())
     page = write_report([run.path], tmp_path / "r.html").read_text("utf-8")
-    assert "they were patched in sets, such as encoder.1.cross.h[0,2]@answer, not one by one." in page
+    assert "Sets of heads and sums of sites, such as encoder.1.cross.h[0,2]@answer, are in no figure" in page
     assert pair in page and 'class="plot"' not in page
 
 

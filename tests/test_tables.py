@@ -354,6 +354,12 @@ def test_the_gap_is_that_of_the_baselines(tmp_path):
 # --- intervals -------------------------------------------------------------------------------
 
 
+def test_the_gap_is_not_told_from_effects_of_another_metric():
+    given = vlmscope.load("toy-blip"), vlmscope.examples("states", limit=3), "encoder.*.resid@text*"
+    assert vlmscope.token_table(vlmscope.sweep(*given)).attrs["gap"] > 1
+    assert vlmscope.token_table(vlmscope.sweep(*given, metric="p")).attrs["gap"] is None
+
+
 def test_an_interval_depends_on_its_examples_alone(effects):
     rows = effects["toy-llava"]
     whole = tables.token_cells(rows, kind="resid", intervals=True)

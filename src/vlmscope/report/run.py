@@ -38,7 +38,6 @@ def report(run: Run, title: str, gallery: Gallery) -> Reported:
     examples = run.pictures()
     cells: dict[tuple[str, bool], Cells] = {}
     shown: list[tuple[str, Shown]] = []
-    notes: list[str] = []
     value = change_of(effects)
     single = effects[is_single(effects) & effects[value].notna()]
     for tower in TOWERS:
@@ -48,12 +47,6 @@ def report(run: Run, title: str, gallery: Gallery) -> Reported:
         shown += _images(modules[is_patch], tower, examples, gap, value, gallery)
         cells[tower, False] = {} if tower == "vision" else _tokens(modules[~is_patch], tower, value)
         cells[tower, True] = _heads(rows[is_head(rows)], tower, value)
-        sets = rows.loc[rows["unit"].astype("string").str.startswith("h[").fillna(False).astype(bool), "site"]
-        if len(sets) and not cells[tower, True]:
-            notes.append(
-                f"No figure of the heads of the {TOWERS[tower]}: they were patched in sets, such as "
-                f"{sets.iloc[0]}, not one by one."
-            )
         for of_heads, heading in ((False, "Layers and tokens"), (True, "Heads")):
             if found := cells[tower, of_heads]:
                 name = f"{tower}-{'heads' if of_heads else 'tokens'}"
@@ -67,7 +60,7 @@ def report(run: Run, title: str, gallery: Gallery) -> Reported:
         patching=patching(run.spec),
         metric=metric,
         changed=CHANGED[value],
-        notes=notes,
+        left_out=_left_out(effects),
         known=known,
         examples=examples,
         ran=base[~excluded],
@@ -136,6 +129,17 @@ def patching(spec: dict[str, Any]) -> str:
     is_noise = spec.get("direction") == "noise"
     return (
         f"{'corrupt' if is_noise else 'clean'} activations into the {'clean' if is_noise else 'corrupt'} run"
+    )
+
+
+def _left_out(effects: pd.DataFrame) -> str:
+    """One sentence about patches that have no place in a figure of layers, or nothing."""
+    is_set = effects["unit"].astype("string").str.startswith("h[").fillna(False).astype(bool)
+    odd = effects.loc[is_set | effects["site"].str.contains(" + ", regex=False), "site"]
+    if odd.empty:
+        return ""
+    return (
+        f"Sets of heads and sums of sites, such as {odd.iloc[0]}, are in no figure: they are no single heads."
     )
 
 

@@ -12,6 +12,7 @@ KINDS = {
     "resid_pre": "residual stream before each block",
     "attn": "self-attention",
     "cross": "cross-attention",
+    "resid_mid": "residual stream between attention and MLP",
     "mlp": "MLP",
     "deepstack": "features added behind each block (DeepStack)",
     "output": "the tower's output",

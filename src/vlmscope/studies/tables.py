@@ -21,7 +21,7 @@ VALUES = ("logit_diff", "effect", "p_restored", "p_patched", "ld_change", "p_cha
 CHANGES = ("ld_change", "logit_diff", "p_change")
 """What patches are ranked and drawn by: the first of these that has values."""
 TOWERS = ("encoder", "decoder", "qformer", "vision")
-KINDS = ("resid", "resid_pre", "mlp", "attn", "cross", "deepstack", "output")
+KINDS = ("resid", "resid_pre", "resid_mid", "mlp", "attn", "cross", "deepstack", "output")
 HEAD_KINDS = ("cross", "attn")
 """What is taken where a table holds several and none is named: the first of these that it has."""
 
@@ -410,9 +410,12 @@ def labels(rows: pd.DataFrame, order: Sequence[str]) -> dict[str, str]:
 
 
 def mean_gap(rows: pd.DataFrame) -> float | None:
-    """The size of the mean LD(clean) − LD(corrupt) of the rows' examples, read off `effect`."""
-    rows = rows[rows["logit_diff"].notna()]
-    effect, ld = rows["effect"].astype(float), rows["logit_diff"].astype(float)
-    sums = pd.DataFrame({"up": ld * effect, "down": effect**2}).groupby(rows["example"]).sum()
+    """The size of the mean LD(clean) − LD(corrupt) of the rows' examples, read off `effect`; null where that
+    is not known, as `effect` is of another metric."""
+    rows = rows[rows["logit_diff"].notna() & rows["effect"].notna()]
+    effect, ld, of = rows["effect"].astype(float), rows["logit_diff"].astype(float), rows["example"]
+    sums = pd.DataFrame({"up": ld * effect, "down": effect**2}).groupby(of).sum()
     gaps = (sums["up"] / sums["down"])[sums["down"] > 0]  # as both are zero in a row without effect
-    return abs(float(gaps.mean())) if len(gaps) else None
+    if gaps.empty or (ld - effect * of.map(gaps)).abs().max() > 0.01 * max(1.0, ld.abs().max()):
+        return None
+    return abs(float(gaps.mean()))
