@@ -455,6 +455,16 @@ def test_circuits_heads_and_report(run, swept, tmp_path):
     assert status == 0 and (tmp_path / "r.html").is_file()
 
 
+def test_circuits_without_an_important_head_say_so_in_one_line(run, tmp_path):
+    from vlmscope.studies.sweep import sweep_to
+
+    few = vlmscope.examples("faces", limit=2)
+    sweep_to(tmp_path / "run", vlmscope.load("toy-blip"), few, "encoder.*.cross.h*@answer", "image")
+    status, out, _ = run("circuits", tmp_path / "run", "--out", tmp_path / "c")
+    assert status == 0
+    assert out.strip() == f"0 important of 12 heads; nothing to sweep again; tables in {tmp_path / 'c'}"
+
+
 def test_circuits_that_cannot_be(run, swept, tmp_path):
     refused(run("circuits", swept[0], swept[0], "--out", tmp_path / "c"), "given twice")
     refused(run("circuits", tmp_path, "--out", tmp_path / "c"), "not a run folder")

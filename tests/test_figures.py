@@ -18,7 +18,7 @@ from vlmscope.report.heat_maps import FLOOR, full_colour
 from vlmscope.report.image_maps import attention, image_grid, neuron_maps
 from vlmscope.report.ranking import strongest
 from vlmscope.studies.run_folder import EFFECTS, typed
-from vlmscope.studies.tables import head_cells, head_table, token_table
+from vlmscope.studies.tables import VALUES, head_cells, head_table, token_table
 
 TOKENS = ["[CLS]", "is", "red", "or", "blue", "[SEP]"]
 ROLES = {2: "answer", 4: "foil"}
@@ -193,9 +193,9 @@ def test_labels_that_all_panels_share_stand_once():
     assert [bool(each.get_yticklabels()) for each in axes] == [True, False, True, False]
 
 
-@pytest.mark.parametrize("value", ["logit_diff", "effect", "p_restored", "p_patched"])
+@pytest.mark.parametrize("value", VALUES)
 def test_figures_of_every_value(value):
-    given = rows().assign(effect=0.5)
+    given = rows().assign(effect=0.5, ld_change=0.2, p_change=0.1, value=3.0)
     assert isinstance(figures.layer_by_token(given, value=value), Axes)
     assert isinstance(figures.layer_by_head(given, value=value), Axes)
 
@@ -233,3 +233,8 @@ def test_the_image_grid():
     axes = image_grid(patches(), Image.new("RGB", (30, 20)), (2, 3))
     titles = [text.get_text() for text in axes.texts][:5]
     assert titles == ["picture", "mean of 3 layers", "layer 0", "layer 1", "layer 2"]
+
+
+def test_the_stream_between_sublayers_has_a_name():
+    axes = figures.layer_by_token(rows().assign(kind="resid_mid"))
+    assert axes.get_title().startswith("Residual stream between attention and MLP,\ntext encoder")

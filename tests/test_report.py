@@ -14,14 +14,16 @@ from models import blip, example, picture
 
 from vlmscope.checkpoint import load
 from vlmscope.data import examples
-from vlmscope.errors import StoreError
+from vlmscope.errors import DataError, StoreError
 from vlmscope.report import write_report
 from vlmscope.report.heat_maps import FLOOR
+from vlmscope.report.ranking import strongest
 from vlmscope.report.words import short_number
 from vlmscope.runs.corrupt import Noise
 from vlmscope.studies import circuits, heads, tracing
 from vlmscope.studies.run_folder import Run, read_run
 from vlmscope.studies.sweep import sweep, sweep_to
+from vlmscope.studies.tables import head_table
 
 SITES = [
     "encoder.*.cross.h*@*",
@@ -309,3 +311,93 @@ def test_no_runs_and_no_folder(tmp_path):
         write_report([], tmp_path / "r.html")
     with pytest.raises(StoreError, match="no such folder"):
         write_report([tmp_path / "gone"], tmp_path / "r.html")
+
+
+# --- ablations, noise and other metrics --------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def other(tmp_path_factory):
+    """Runs in which `logit_diff` is null, or is not what a patch does."""
+    folder, model = tmp_path_factory.mktemp("other"), load("toy-blip", device="cpu")
+    sites = ["encoder.*.resid@text*", "encoder.*.cross.h*@answer"]
+    ways = {
+        "logprob": ("image", {"metric": "logprob"}),
+        "zero": (None, {"patch": "zero"}),
+        "kl": (None, {"patch": "mean", "metric": "kl"}),
+        "resample": ("image", {"patch": "resample"}),
+        "noise": ("image", {"direction": "noise"}),
+    }
+    for name, (corrupt, options) in ways.items():
+        given = examples("states", limit=3)
+        sweep_to(folder / name, model, given, sites, corrupt, check=0, data="states", **options)
+    return folder
+
+
+PATCHING = {
+    "logprob": "clean activations into the corrupt run (denoise)",
+    "zero": "zero ablation of the clean run",
+    "kl": "mean ablation of the clean run",
+    "resample": "clean run with activations resampled from other examples",
+    "noise": "corrupt activations into the clean run (noise)",
+}
+
+
+@pytest.mark.parametrize("name", PATCHING)
+def test_a_run_is_ranked_and_drawn_against_the_run_that_was_patched(other, tmp_path, name):
+    page = write_report([other / name], tmp_path / "r.html").read_text("utf-8")
+    column, words = ("p_change", "P(answer)") if name == "logprob" else ("ld_change", "LD")
+    effects = read_run(other / name).effects()
+    by_site = effects.groupby(["layer", "kind", "unit", "slot"], dropna=False)[column].agg(["mean", "size"])
+    most = by_site.loc[by_site["size"] >= 2, "mean"].abs().max()
+    assert abs(strongest(effects)["mean"].iloc[0]) == pytest.approx(most)
+    assert f"<code>{PATCHING[name]}</code>" in page
+    assert f"mean change of {words}</th>" in page
+    assert all(f"The largest mean change of {words}" in text for text in captions(page).values())
+    data = pd.read_csv(tmp_path / "r-figures" / "run0-encoder-tokens.csv", dtype={"slot": str})
+    for row in data.head(20).itertuples():
+        here = effects[effects["unit"].isna() & (effects["slot"] == row.slot)]
+        each = here[here["layer"] == row.layer].groupby("example")[column].mean()
+        assert row.mean == pytest.approx(each.mean(), abs=1e-9)
+    assert (f"<code>{name};" in page) == (name in ("logprob", "kl"))
+    assert "nan" not in re.sub(r'"data:[^"]*"', "", page)
+
+
+def test_runs_of_other_metrics_are_not_drawn_on_one_scale(other, tmp_path):
+    page = write_report([other / name for name in PATCHING], tmp_path / "r.html").read_text("utf-8")
+    data = pd.read_csv(tmp_path / "r-figures" / "all-encoder-cross.csv")
+    assert data["panel"].nunique() == 4 and not data["panel"].str.contains("logprob").any()
+    assert "states, image corrupted, metric logprob" in page
+    assert "states, zero ablation of the clean run" in page
+
+
+def test_sets_and_sums_of_heads_are_no_heads(tmp_path):
+    model, pair = load("toy-blip", device="cpu"), "encoder.0.cross.h1@answer + encoder.2.cross.h3@answer"
+    sites = ["encoder.1.cross.h[0,2]@answer", pair]
+    run = sweep_to(tmp_path / "run", model, examples("states", limit=3), sites, "image", check=0)
+    assert set(strongest(run.effects())["site"]) == set(sites)
+    with pytest.raises(DataError, match="no patches of heads in single layers"):
+        head_table(run.effects())
+    page = write_report([run.path], tmp_path / "r.html").read_text("utf-8")
+    assert "Sets of heads and sums of sites, such as encoder.1.cross.h[0,2]@answer, are in no figure" in page
+    assert pair in page and 'class="plot"' not in page
+
+
+def test_a_refused_report_leaves_no_folder_and_no_file(runs, tmp_path):
+    with pytest.raises(StoreError, match=r"expected a file that ends in \.html"):
+        write_report(runs, tmp_path / "r.pdf")
+    with pytest.raises(StoreError, match="no such folder"):
+        write_report([tmp_path / "none"], tmp_path / "r.html")
+    assert not list(tmp_path.iterdir())
+    write_report(runs, tmp_path / "r.html")
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(StoreError, match="no such folder"):
+        write_report([tmp_path / "none"], tmp_path / "r.html")
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_captions_keep_the_case_of_names(tmp_path):
+    model = load("toy-blip", device="cpu")
+    run = sweep_to(tmp_path / "run", model, examples("states", limit=2), "encoder.*.mlp@answer", "image")
+    page = write_report([run.path], tmp_path / "r.html").read_text("utf-8")
+    assert "(MLP)." in page and "mLP" not in page

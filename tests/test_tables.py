@@ -319,6 +319,17 @@ def test_more_that_is_not_held(effects):
         vlmscope.token_table(both)
 
 
+@pytest.mark.parametrize("draw", [vlmscope.token_table, vlmscope.head_table])
+def test_where_a_column_is_null_those_with_values_are_named(effects, draw):
+    rows = effects["toy-blip"].assign(logit_diff=np.nan, ld_change=np.nan, effect=np.nan)
+    said = (
+        "'logit_diff' is null in all rows of .*; columns with values: p_restored, p_patched, p_change, value"
+    )
+    with pytest.raises(DataError, match=said):
+        draw(rows)
+    assert draw(rows, value="p_change").notna().any(axis=None)
+
+
 def test_nulls_do_not_count(effects):
     rows = effects["toy-llava"].copy()
     rows.loc[rows["example"] == "r0", "effect"] = np.nan
@@ -341,6 +352,12 @@ def test_the_gap_is_that_of_the_baselines(tmp_path):
 
 
 # --- intervals -------------------------------------------------------------------------------
+
+
+def test_the_gap_is_not_told_from_effects_of_another_metric():
+    given = vlmscope.load("toy-blip"), vlmscope.examples("states", limit=3), "encoder.*.resid@text*"
+    assert vlmscope.token_table(vlmscope.sweep(*given)).attrs["gap"] > 1
+    assert vlmscope.token_table(vlmscope.sweep(*given, metric="p")).attrs["gap"] is None
 
 
 def test_an_interval_depends_on_its_examples_alone(effects):
@@ -447,6 +464,17 @@ def test_a_model_that_knows_is_said_to():
         "20 examples, 100% answered rightly; P(answer) 0.900 clean and 0.200 corrupt; mean gap LD(clean) − "
         "LD(corrupt) +4 logits"
     ]
+
+
+def test_what_was_not_run_is_not_said():
+    nan = float("nan")
+    known = knows(told(p_corrupt=nan, ld_corrupt=nan))
+    assert (known.severity, known.sentences) == (
+        "fine",
+        ["20 examples, 100% answered rightly; P(answer) 0.900 clean"],
+    )
+    facts = knows(told(ld_clean=nan, ld_corrupt=nan)).sentences[0]
+    assert facts.endswith("P(answer) 0.900 clean and 0.200 corrupt")
 
 
 @pytest.mark.parametrize(

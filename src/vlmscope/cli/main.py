@@ -179,7 +179,11 @@ def circuits(
     found.save(out)
     columns = "run tower layer kind head position mean ci_low ci_high q_value confirmed".split()
     important = found.heads[found.heads["important"]].sort_values("mean", key=abs, ascending=False)
-    print(f"{len(important)} important of {len(found.heads)} heads; the strongest:")
+    count = f"{len(important)} important of {len(found.heads)} heads"
+    if important.empty:
+        print(f"{count}; nothing to sweep again; tables in {out}")
+        return
+    print(f"{count}; the strongest:")
     print(important[columns].head(15).to_string(index=False, float_format="{:.3g}".format))
     everywhere = expressions(found.universal[found.universal["universal"]])
     print(f"important in every run: {' '.join(everywhere) or 'none'}")

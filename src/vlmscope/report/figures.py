@@ -16,7 +16,7 @@ from matplotlib.axes import Axes
 from vlmscope.report.canvas import DARK, Margins, figure_of, grid, set_title, text_width
 from vlmscope.report.heat_maps import panels
 from vlmscope.report.words import KINDS, TOWERS, upper_first
-from vlmscope.studies.tables import head_table, token_table
+from vlmscope.studies.tables import change_of, head_table, token_table
 
 __all__ = ["layer_by_head", "layer_by_token", "measures", "panels", "universal"]
 
@@ -26,14 +26,15 @@ def layer_by_token(
     *,
     tower: str | None = None,
     kind: str | None = None,
-    value: str = "logit_diff",
+    value: str | None = None,
     title: str | None = None,
     ax: Axes | None = None,
 ) -> Axes:
     """Heat map of `vlmscope.token_table`: layers upwards, slots to the right, roles in bold.
 
     Below a slot stands its token where that is the same in all examples, and `n` where it holds fewer
-    examples than other columns.
+    examples than other columns. By default `value` is `ld_change`, against the run that was patched, or
+    `p_change` where there is no logit difference; so it is in all figures of a table of patches.
 
     >>> import vlmscope
     >>> model, examples = vlmscope.load("toy-blip"), vlmscope.examples("states", limit=2)
@@ -42,6 +43,7 @@ def layer_by_token(
     >>> axes.get_title()
     'Residual stream after each block, text encoder\\nmean over 2 examples'
     """
+    value = value or change_of(effects)
     table = token_table(effects, tower=tower, kind=kind, value=value)
     words = f"{upper_first(KINDS[table.attrs['kind']])}, {TOWERS[table.attrs['tower']]}"
     return panels({title or f"{words}\n{_over(effects, table)}": table}, value=value, ax=ax)[0]
@@ -53,11 +55,12 @@ def layer_by_head(
     tower: str | None = None,
     kind: str | None = None,
     slot: str = "readout",
-    value: str = "logit_diff",
+    value: str | None = None,
     title: str | None = None,
     ax: Axes | None = None,
 ) -> Axes:
     """Heat map of `vlmscope.head_table`: layers upwards, heads to the right, the strongest outlined."""
+    value = value or change_of(effects)
     table = head_table(effects, tower=tower, kind=kind, slot=slot, value=value)
     words = f"{upper_first(KINDS[table.attrs['kind']])} heads, {TOWERS[table.attrs['tower']]}"
     words = f"{words} at {table.attrs['slot']}\n{_over(effects, table)}"

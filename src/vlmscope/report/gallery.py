@@ -18,9 +18,9 @@ from matplotlib.axes import Axes
 
 from vlmscope.errors import StoreError
 from vlmscope.report.canvas import figure_of
-from vlmscope.report.heat_maps import full_colour, panels
+from vlmscope.report.heat_maps import CHANGED, IN_LOGITS, full_colour, panels
 from vlmscope.report.ranking import by_size
-from vlmscope.report.words import digits, ends, percent, plural, short_number, upper_first
+from vlmscope.report.words import digits, ends, lower_first, percent, plural, short_number, upper_first
 from vlmscope.stats import FEWEST
 from vlmscope.studies.tables import slot_words
 
@@ -78,12 +78,13 @@ class Gallery:
         """Tables of layers side by side, by title, with the cells that they are made of as data."""
         rows = pd.concat([each.assign(panel=title) for title, each in cells.items()], ignore_index=True)
         most = rows.groupby("panel")["n"].transform("max")
+        value = str(next(iter(cells.values())).attrs.get("value", "logit_diff"))
         slots: Iterable[tuple[str, str]] = ()
         if "head" in rows:
             slots = zip(rows["position" if "position" in rows else "slot"], rows["tower"], strict=True)
         return self.show(
             name,
-            panels(tables, marks=marks, gap=gap),
+            panels(tables, value=value, marks=marks, gap=gap),
             rows if data is None else data,
             "panels",
             rows=rows,
@@ -91,7 +92,9 @@ class Gallery:
             held=(rows["n"] < most / 2).any(),
             column="head" if "head" in rows else "slot",
             slots=list(dict.fromkeys(slot_words(*place) for place in dict.fromkeys(slots))),
-            full=full_colour(tables.values(), gap=gap),
+            full=full_colour(tables.values(), value, gap),
+            what=CHANGED[value],
+            unit=" logits" if value in IN_LOGITS else "",
             important=None if marks is None else sum(map(len, marks.values())),
         )
 
@@ -124,6 +127,6 @@ def _templates() -> jinja2.Environment:
         lstrip_blocks=True,
     )
     templates.filters |= {"inline": data_address, "short": short_number, "digits": digits, "percent": percent}
-    templates.filters |= {"upper_first": upper_first, "plural": plural}
+    templates.filters |= {"upper_first": upper_first, "lower_first": lower_first, "plural": plural}
     templates.globals |= {"zip": zip, "ends": ends, "percent": percent, "FEWEST": FEWEST}
     return templates

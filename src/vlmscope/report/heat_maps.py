@@ -35,6 +35,9 @@ from vlmscope.report.words import short_number
 
 VALUES = {
     "logit_diff": "change in logit difference (logits)",
+    "ld_change": "change in logit difference (logits)",
+    "p_change": "change in P(answer)",
+    "value": "the metric after the patch",
     "effect": "normalised effect (1: as the clean run)",
     "p_restored": "change in P(answer)",
     "p_patched": "P(answer) after the patch",
@@ -45,7 +48,18 @@ VALUES = {
 FLOOR = 0.1
 """The share of the mean gap LD(clean) − LD(corrupt) below which no colour scale of `logit_diff` ends; also
 where the scale of `effect`, which is a share of the gap already, may end."""
-LEAST = {"logit_diff": 0.05, "effect": FLOOR, "p_restored": 0.02, "restored": 1.0}
+CHANGED = {"logit_diff": "change of LD", "ld_change": "change of LD", "p_change": "change of P(answer)"}
+"""What the columns that patches are ranked by are called in captions."""
+IN_LOGITS = ("logit_diff", "ld_change")
+LEAST = {
+    "logit_diff": 0.05,
+    "ld_change": 0.05,
+    "effect": FLOOR,
+    "p_restored": 0.02,
+    "p_change": 0.02,
+    "value": 0.05,
+    "restored": 1.0,
+}
 """Where a colour scale may end at all, whatever the gap: logits, shares, probabilities."""
 
 
@@ -55,7 +69,7 @@ def colour_scale(
     """One colour scale: centred at zero for a change, with a floor; from 0 to 1 for a probability."""
     if value == "p_patched":
         return ScalarMappable(Normalize(0.0, 1.0), "viridis")
-    return centred(tables, max(LEAST[value], FLOOR * abs(gap) if value == "logit_diff" else 0.0))
+    return centred(tables, max(LEAST[value], FLOOR * abs(gap) if value in IN_LOGITS else 0.0))
 
 
 def full_colour(tables: Iterable[pd.DataFrame], value: str = "logit_diff", gap: float = 0.0) -> float:
@@ -66,20 +80,21 @@ def full_colour(tables: Iterable[pd.DataFrame], value: str = "logit_diff", gap: 
 def panels(
     tables: Mapping[str, pd.DataFrame],
     *,
-    value: str = "logit_diff",
+    value: str | None = None,
     marks: Mapping[str, Iterable[tuple[int, int]]] | None = None,
     gap: float | None = None,
     ax: Axes | Iterable[Axes] | None = None,
 ) -> list[Axes]:
     """Tables of `token_table` or `head_table` side by side, with one colour scale for all.
 
-    The keys are the titles. `marks` names cells, (row label, column label), that get a dot, by title;
-    without it the strongest cells of a head table are outlined. `gap` is the mean LD(clean) − LD(corrupt)
-    that the scale's floor knows, by default the largest in the tables' `attrs`. `ax` are axes to draw into,
-    one a table. Gives the axes of the tables.
+    The keys are the titles; `value` is by default the column that the first table is of. `marks` names cells,
+    (row label, column label), that get a dot, by title; without it the strongest cells of a head table are
+    outlined. `gap` is the mean LD(clean) − LD(corrupt) that the floor knows, by default the largest in
+    the tables' `attrs`. `ax` are axes to draw into, one a table. Gives the axes of the tables.
     """
     if not tables:
         raise DataError("no tables to draw")
+    value = value or str(next(iter(tables.values())).attrs.get("value", "logit_diff"))
     known = [table.attrs["gap"] for table in tables.values() if table.attrs.get("gap")]
     scale = colour_scale(tables.values(), value, max(known, default=0.0) if gap is None else gap)
     names, index = list(map(column_names, tables.values())), next(iter(tables.values())).index

@@ -14,8 +14,8 @@ from matplotlib.collections import LineCollection
 from PIL import Image
 
 from vlmscope.report.canvas import BAR, DARK, Margins, centred, draw_bar, drawable, grid
-from vlmscope.report.heat_maps import VALUES, colour_scale, spread
-from vlmscope.studies.tables import choose, mean_gap, means
+from vlmscope.report.heat_maps import CHANGED, VALUES, colour_scale, spread
+from vlmscope.studies.tables import change_of, choose, mean_gap, means
 
 Picture: TypeAlias = str | Path | Image.Image
 Cells: TypeAlias = np.ndarray[Any, Any]
@@ -49,7 +49,7 @@ def image_grid(
     *,
     kind: str | None = None,
     tower: str | None = None,
-    value: str = "logit_diff",
+    value: str | None = None,
     layers: Sequence[int] | None = None,
     gap: float | None = None,
     ax: Axes | None = None,
@@ -63,6 +63,7 @@ def image_grid(
     """
     rows = effects[effects["position"].notna() & is_patch(effects)]
     tower = "vision" if tower is None and "vision" in set(rows["tower"]) else tower
+    value = value or change_of(rows)
     rows = choose(rows, tower=tower, kind=kind, value=value)
     found = means(places(rows), ["layer", "row", "column"], value)
     by_layer = {int(layer): _cells(cells, "mean", shape) for layer, cells in found.groupby("layer")}
@@ -95,8 +96,9 @@ def attention(
     bars = [(centred([maps["difference"]]), "attention minus all-heads mean")]
     if patches is not None:
         patches = places(patches[is_patch(patches)])
-        own = colour_scale([patches["logit_diff"]], "logit_diff", mean_gap(patches) or 0.0)
-        bars.append((own, "patched in: change of LD"))
+        change = change_of(patches)
+        own = colour_scale([patches[change]], change, mean_gap(patches) or 0.0)
+        bars.append((own, f"patched in: {CHANGED[change]}"))
     lines: list[list[Tile]] = []
     for name, rows in maps[maps["example"].isin(list(pictures))].groupby("example", sort=False):
         image = _open(pictures[str(name)])
@@ -106,7 +108,7 @@ def attention(
             shown, around = _cells(cells, "difference", shape), _cells(cells, "object", shape)
             line.append(Tile(image, (titles or {}).get(str(site), str(site)), shown, bars[0][0], around))
         if patches is not None:
-            shown = _cells(patches[patches["example"] == name], "logit_diff", shape)
+            shown = _cells(patches[patches["example"] == name], change, shape)
             line.append(Tile(image, "patched in", shown, bars[1][0], line[1].outline))
         lines.append(line if not lines else [tile._replace(title="") for tile in line])
     return _mosaic(lines, bars, ax, size=1.65, down=0.1)

@@ -36,26 +36,33 @@ def write_report(
 
     A folder is a run, or what `circuits`, `heads`, `tracing`, `notice` or `neurons` wrote. Each figure is
     saved as PNG, and in the further `formats` that are named (`svg`, `pdf`). Raises `StoreError` if a folder
-    is none of these, or `out` cannot be written.
+    is none of these, or `out` is no `.html` or cannot be written.
     """
     if not parts:
         raise StoreError("no runs to report on; name at least one run folder")
     if odd := set(formats) - set(FORMATS):
         raise StoreError(f"figures cannot be saved as '{min(odd)}'; expected {', '.join(FORMATS)}")
     out = Path(out)
+    if out.suffix.lower() not in (".html", ".htm"):
+        raise StoreError(f"{out}: a report is a web page; expected a file that ends in .html")
     folders = [folder for part in parts for folder in _unfold(Path(part))]
     figures = out.with_name(f"{out.stem}-figures")
+    unfinished = out.with_name(f".{figures.name}.part")  # what is there stays until all is drawn
     try:
-        out.parent.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(unfinished, ignore_errors=True)
+        drawn = unfinished / figures.name
+        drawn.mkdir(parents=True)
+        page = _page(folders, Gallery(drawn, "", tuple(dict.fromkeys(formats))))
         if figures.exists():
             shutil.rmtree(figures)
-        figures.mkdir()
-        page = _page(folders, Gallery(figures, "", tuple(dict.fromkeys(formats))))
+        drawn.replace(figures)
         temporary = out.with_name(f".{out.name}.part")
         temporary.write_text(page, encoding="utf-8")
         temporary.replace(out)
     except OSError as error:
         raise StoreError(f"{out}: cannot write the report: {error.strerror or error}") from error
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
     return out
 
 
@@ -98,8 +105,7 @@ def _names(runs: Sequence[Run]) -> list[str]:
     names = []
     for number, each in enumerate(runs):
         data = Path(str(each.spec.get("data", number))).name
-        way = ", corrupt into clean" if each.spec.get("direction") == "noise" else ""
-        names.append(f"{data}, {run.corruption(each.spec)}{way}")
+        names.append(f"{data}, {run.name(each.spec)}")
     return _unique(names, [each.path.name for each in runs])
 
 

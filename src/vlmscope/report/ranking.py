@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import pandas as pd
 
-from vlmscope.studies.tables import means
+from vlmscope.studies.tables import change_of, means
 
 COLUMNS = ["site", "corruption", "slot", "token", "mean", "sd", "low", "high", "n"]
 
 
-def strongest(effects: pd.DataFrame, n: int = 10) -> pd.DataFrame:
-    """The `n` sites with the largest |mean `logit_diff`| over examples, largest first; sites that fewer
-    than half of the table's examples hold come behind all others.
+def strongest(effects: pd.DataFrame, n: int = 10, value: str | None = None) -> pd.DataFrame:
+    """The `n` sites with the largest |mean `value`| over examples, largest first; sites that fewer than half
+    of the table's examples hold come behind all others. By default `value` is the change against the run that
+    was patched: `ld_change`, or `p_change` where there is no logit difference.
 
     Patches are one site if they agree in tower, layer (and its window), kind, unit and slot. Columns:
     `site`, `corruption`, `slot`, `token` (where it is the same in all examples), `mean`, `sd` (over
@@ -19,29 +20,33 @@ def strongest(effects: pd.DataFrame, n: int = 10) -> pd.DataFrame:
 
     `site` can be swept again. A role, `readout` and a place of the picture name themselves. Any other slot
     (`3`, `answer+1`, `-2`) stands as a position, `@5` or `@-2`, where that is the slot in every example;
-    where it is not, no expression means the slot, and `site` ends before the @.
+    where it is not, no expression means the slot, and `site` ends before the @. Sums `A + B` are named whole.
     """
     keys = ["corruption", "tower", "depth", "kind", "part", "slot"]
-    if effects.empty:
+    value = value or change_of(effects)
+    if effects.empty or effects[value].isna().all():
         return pd.DataFrame(columns=COLUMNS)
     rows = effects.assign(
         depth=effects["site"].str.split(".", n=2).str[1],  # with the window, where it has one
         part=effects["unit"].astype(object).fillna(""),
     )
+    is_sum = rows["site"].str.contains(" + ", regex=False)
+    rows["part"] = rows["part"].where(~is_sum, rows["site"])
     # One number for six columns of text, which are then not sorted out again each time.
     rows["cell"] = rows.groupby(keys, sort=False).ngroup()
-    found = means(rows, ["cell"]).merge(rows.drop_duplicates("cell")[["cell", *keys]], on="cell")
+    found = means(rows, ["cell"], value).merge(rows.drop_duplicates("cell")[["cell", *keys]], on="cell")
     examples = found["corruption"].map(rows.groupby("corruption")["example"].nunique())
     found = by_size(found, found["mean"].abs(), examples).head(n)
     shown = rows[rows["cell"].isin(found["cell"])]
-    found = found.merge(means(shown, ["cell"], intervals=True)[["cell", "low", "high"]], on="cell")
+    found = found.merge(means(shown, ["cell"], value, intervals=True)[["cell", "low", "high"]], on="cell")
     tokens = shown.groupby("cell")["token"].agg(["first", "nunique"])
     tokens = tokens["first"].where(tokens["nunique"] == 1).rename("token")
     found = found.merge(tokens, left_on="cell", right_index=True)
     found = found.merge(_positions(effects), on=["corruption", "tower", "slot"], how="left")
     place = found["tower"] + "." + found["depth"] + "." + found["kind"]
     unit = found["part"].where(found["part"] == "", "." + found["part"])
-    found["site"] = place + unit + ("@" + found["at"]).where(found["at"] != "", "")
+    site = place + unit + ("@" + found["at"]).where(found["at"] != "", "")
+    found["site"] = site.where(~found["part"].str.contains(" + ", regex=False), found["part"])
     return found[COLUMNS].reset_index(drop=True)
 
 

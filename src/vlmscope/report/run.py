@@ -10,11 +10,12 @@ import pandas as pd
 
 from vlmscope.report import image_maps
 from vlmscope.report.gallery import Gallery, Section, Shown, render
+from vlmscope.report.heat_maps import CHANGED, IN_LOGITS
 from vlmscope.report.ranking import strongest
 from vlmscope.report.words import KINDS, TOWERS, ends, kinds_in, short_number, upper_first
 from vlmscope.studies.known import knows
 from vlmscope.studies.run_folder import Run
-from vlmscope.studies.tables import head_cells, head_slot, token_cells, wide
+from vlmscope.studies.tables import change_of, head_cells, head_slot, is_head, is_single, token_cells, wide
 
 Cells = dict[str, pd.DataFrame]
 """The cells of a table of layers, by kind."""
@@ -33,17 +34,19 @@ def report(run: Run, title: str, gallery: Gallery) -> Reported:
     known, excluded = knows(base), base["excluded"].astype(bool)
     gap = (base["ld_clean"] - base["ld_corrupt"]).mean()
     gap = 0.0 if pd.isna(gap) else abs(float(gap))
+    metric = run.spec.get("metric", "ld")
     examples = run.pictures()
     cells: dict[tuple[str, bool], Cells] = {}
     shown: list[tuple[str, Shown]] = []
-    single = effects[~effects["site"].str.contains("/", regex=False) & effects["logit_diff"].notna()]
+    value = change_of(effects)
+    single = effects[is_single(effects) & effects[value].notna()]
     for tower in TOWERS:
         rows = single[single["tower"] == tower]
         modules = rows[rows["unit"].isna()]
         is_patch = image_maps.is_patch(modules)
-        shown += _images(modules[is_patch], tower, examples, gap, gallery)
-        cells[tower, False] = {} if tower == "vision" else _tokens(modules[~is_patch], tower)
-        cells[tower, True] = _heads(rows, tower)
+        shown += _images(modules[is_patch], tower, examples, gap, value, gallery)
+        cells[tower, False] = {} if tower == "vision" else _tokens(modules[~is_patch], tower, value)
+        cells[tower, True] = _heads(rows[is_head(rows)], tower, value)
         for of_heads, heading in ((False, "Layers and tokens"), (True, "Heads")):
             if found := cells[tower, of_heads]:
                 name = f"{tower}-{'heads' if of_heads else 'tokens'}"
@@ -54,12 +57,16 @@ def report(run: Run, title: str, gallery: Gallery) -> Reported:
         run=run,
         spec=run.spec,
         corruption=corruption(run.spec),
+        patching=patching(run.spec),
+        metric=metric,
+        changed=CHANGED[value],
+        left_out=_left_out(effects),
         known=known,
         examples=examples,
         ran=base[~excluded],
         left=base[excluded],
         figures=shown,
-        strongest=_strongest(effects),
+        strongest=_strongest(effects, value),
     )
     return Reported(Section(title, text, known.severity == "unknown"), cells)
 
@@ -67,16 +74,16 @@ def report(run: Run, title: str, gallery: Gallery) -> Reported:
 def together(reported: Sequence[Reported], gallery: Gallery) -> list[Section]:
     """What at least two runs have patched of a tower and kind, beside each other."""
     shown = []
-    for tower, of_heads, kind in product(TOWERS, (False, True), KINDS):
+    for tower, of_heads, kind, values in product(TOWERS, (False, True), KINDS, (IN_LOGITS, ("p_change",))):
         panels, gaps = {}, []
         for each in reported:
             cells = each.cells[tower, of_heads].get(kind)
-            if cells is not None and tower != "vision":
+            if cells is not None and tower != "vision" and cells.attrs["value"] in values:
                 at = f", at {cells.attrs['slot']}" if of_heads else ""
                 panels[f"{each.section.title}{at}, n = {cells['n'].max()}"] = cells
                 gaps.append(cells.attrs["gap"] or 0.0)
         if len(panels) > 1:
-            name = f"{tower}-{kind}{'' if of_heads else '-tokens'}"
+            name = f"{tower}-{kind}{'' if of_heads else '-tokens'}{'' if values is IN_LOGITS else '-p'}"
             heading = f"{upper_first(KINDS[kind])}{' heads' if of_heads else ''}, {TOWERS[tower]}"
             shown.append((heading, _panels(name, panels, max(gaps), gallery)))
     if not shown:
@@ -89,21 +96,62 @@ def together(reported: Sequence[Reported], gallery: Gallery) -> list[Section]:
 def corruption(spec: dict[str, Any]) -> str:
     """What a run corrupts, in words."""
     corrupt = spec.get("corrupt") or {"kind": "unknown"}
+    if corrupt["kind"] == "none":
+        return "nothing corrupted"
     if corrupt["kind"] != "noise":
         return f"{corrupt['kind']} corrupted"
     form = f"{corrupt.get('form')}, scale {corrupt.get('scale')}, {corrupt.get('draws')} draws"
     return f"noise on the {corrupt.get('at')} ({form})"
 
 
-def _strongest(effects: pd.DataFrame) -> pd.DataFrame:
+def name(spec: dict[str, Any]) -> str:
+    """What tells a run from others of its data: corruption, what is patched, and its metric."""
+    is_corrupt = (spec.get("corrupt") or {}).get("kind") != "none"
+    words = [corruption(spec)] if is_corrupt else []
+    if spec.get("patch", "clean") != "clean":
+        words.append(patching(spec))
+    elif spec.get("direction") == "noise":
+        words.append("corrupt into clean")
+    if spec.get("metric", "ld") != "ld":
+        words.append(f"metric {spec['metric']}")
+    return ", ".join(words)
+
+
+def patching(spec: dict[str, Any]) -> str:
+    """What a run writes into which other run, in words."""
+    ablations = {
+        "zero": "zero ablation of the clean run",
+        "mean": "mean ablation of the clean run",
+        "resample": "clean run with activations resampled from other examples",
+    }
+    if (patch := spec.get("patch", "clean")) in ablations:
+        return ablations[patch]
+    is_noise = spec.get("direction") == "noise"
+    return (
+        f"{'corrupt' if is_noise else 'clean'} activations into the {'clean' if is_noise else 'corrupt'} run"
+    )
+
+
+def _left_out(effects: pd.DataFrame) -> str:
+    """One sentence about patches that have no place in a figure of layers, or nothing."""
+    is_set = effects["unit"].astype("string").str.startswith("h[").fillna(False).astype(bool)
+    odd = effects.loc[is_set | effects["site"].str.contains(" + ", regex=False), "site"]
+    if odd.empty:
+        return ""
+    return (
+        f"Sets of heads and sums of sites, such as {odd.iloc[0]}, are in no figure: they are no single heads."
+    )
+
+
+def _strongest(effects: pd.DataFrame, value: str) -> pd.DataFrame:
     """The strongest sites as the page shows them: text."""
-    table = strongest(effects, n=15)
+    table = strongest(effects, n=15, value=value)
     has_place = table["site"].str.contains("@", regex=False)
     return pd.DataFrame(
         {
             "site": table["site"].where(has_place, table["site"] + " at " + table["slot"]),
             "token": table["token"],
-            "mean change of LD": table["mean"].map(short_number),
+            f"mean {CHANGED[value]}": table["mean"].map(short_number),
             "95 % interval": list(map(ends, table["low"], table["high"])),
             "SD": table["sd"],
             "examples": table["n"],
@@ -111,17 +159,19 @@ def _strongest(effects: pd.DataFrame) -> pd.DataFrame:
     )
 
 
-def _tokens(rows: pd.DataFrame, tower: str) -> Cells:
+def _tokens(rows: pd.DataFrame, tower: str, value: str) -> Cells:
     """Layer x slot of each kind; patches of the image have figures of their own."""
-    return {kind: token_cells(rows, tower=tower, kind=kind, intervals=True) for kind in kinds_in(rows)}
+    return {
+        kind: token_cells(rows, tower=tower, kind=kind, value=value, intervals=True)
+        for kind in kinds_in(rows)
+    }
 
 
-def _heads(rows: pd.DataFrame, tower: str) -> Cells:
+def _heads(heads: pd.DataFrame, tower: str, value: str) -> Cells:
     """Layer x head of each kind of attention, where the tower is read out."""
-    heads = rows[rows["unit"].astype("string").str.startswith("h").fillna(False).astype(bool)]
     slots = {kind: head_slot(heads[heads["kind"] == kind]) for kind in kinds_in(heads)}
     return {
-        kind: head_cells(heads, tower=tower, kind=kind, slot=slot, intervals=True)
+        kind: head_cells(heads, tower=tower, kind=kind, slot=slot, value=value, intervals=True)
         for kind, slot in slots.items()
     }
 
@@ -135,7 +185,12 @@ def _panels(name: str, cells: Cells, gap: float, gallery: Gallery) -> Shown:
 
 
 def _images(
-    rows: pd.DataFrame, tower: str, examples: Sequence[dict[str, Any]], gap: float, gallery: Gallery
+    rows: pd.DataFrame,
+    tower: str,
+    examples: Sequence[dict[str, Any]],
+    gap: float,
+    value: str,
+    gallery: Gallery,
 ) -> Iterator[tuple[str, Shown]]:
     """The effect of image patches, over the first kept picture, with its heading."""
     pictures = {e["id"]: e["clean_image"] for e in examples if e.get("clean_image")}
@@ -147,10 +202,10 @@ def _images(
         if len(cells) > 1:
             grid = image_maps.places(rows)[["row", "column"]].max() + 1
             shape = (int(grid["row"]), int(grid["column"]))
-            drawn = image_maps.image_grid(cells, pictures[example], shape, kind=kind, tower=tower, gap=gap)
-            best = cells.loc[cells["logit_diff"].abs().idxmax()]
-            heading = f"Image patches, {KINDS[kind]}, {TOWERS[tower]}"
-            yield (
-                heading,
-                gallery.show(f"{tower}-{kind}-image", drawn, cells, "image", example=example, best=best),
+            drawn = image_maps.image_grid(
+                cells, pictures[example], shape, kind=kind, tower=tower, value=value, gap=gap
             )
+            best = cells.loc[cells[value].abs().idxmax()]
+            words = {"example": example, "best": best, "value": value, "what": CHANGED[value]}
+            heading = f"Image patches, {KINDS[kind]}, {TOWERS[tower]}"
+            yield (heading, gallery.show(f"{tower}-{kind}-image", drawn, cells, "image", **words))

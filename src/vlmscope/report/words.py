@@ -12,6 +12,7 @@ KINDS = {
     "resid_pre": "residual stream before each block",
     "attn": "self-attention",
     "cross": "cross-attention",
+    "resid_mid": "residual stream between attention and MLP",
     "mlp": "MLP",
     "deepstack": "features added behind each block (DeepStack)",
     "output": "the tower's output",
@@ -27,6 +28,14 @@ def kinds_in(rows: pd.DataFrame) -> list[str]:
 
 def upper_first(text: str) -> str:
     return text[:1].upper() + text[1:]
+
+
+def lower_first(text: str) -> str:
+    """
+    >>> lower_first("Residual stream"), lower_first("MLP"), lower_first("Q-Former")
+    ('residual stream', 'MLP', 'Q-Former')
+    """
+    return text[:1].lower() + text[1:] if text[1:2].islower() else text
 
 
 def short_number(number: float) -> str:

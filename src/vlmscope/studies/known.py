@@ -53,9 +53,12 @@ def knows(baselines: pd.DataFrame) -> Known:
     of = f" of {len(answered)}" if len(answered) > len(ran) else ""
     facts = (
         f"{len(ran)} example{'s' if len(ran) != 1 else ''}, {right:.0%}{of} answered rightly; P(answer) "
-        f"{ran['p_clean'].mean():.3f} clean and {ran['p_corrupt'].mean():.3f} corrupt; mean gap LD(clean) − "
-        f"LD(corrupt) {gap:+.3g} logits"
+        f"{ran['p_clean'].mean():.3f} clean"
     )
+    if ran["p_corrupt"].notna().any():
+        facts += f" and {ran['p_corrupt'].mean():.3f} corrupt"
+    if not pd.isna(gap):
+        facts += f"; mean gap LD(clean) − LD(corrupt) {gap:+.3g} logits"
     why = []
     if right < LEAST_RIGHT:
         why.append(f"it answers fewer than half of the examples rightly ({right:.0%})")

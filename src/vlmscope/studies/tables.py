@@ -16,16 +16,20 @@ import pandas as pd
 from vlmscope.errors import DataError
 from vlmscope.stats import interval
 
-VALUES = ("logit_diff", "effect", "p_restored", "p_patched")
+VALUES = ("logit_diff", "effect", "p_restored", "p_patched", "ld_change", "p_change", "value")
 """The columns of `effects` that can be averaged."""
+CHANGES = ("ld_change", "logit_diff", "p_change")
+"""What patches are ranked and drawn by: the first of these that has values."""
 TOWERS = ("encoder", "decoder", "qformer", "vision")
-KINDS = ("resid", "resid_pre", "mlp", "attn", "cross", "deepstack", "output")
+KINDS = ("resid", "resid_pre", "resid_mid", "mlp", "attn", "cross", "deepstack", "output")
 HEAD_KINDS = ("cross", "attn")
 """What is taken where a table holds several and none is named: the first of these that it has."""
 
 SPEAKER = "decoder"
 """The tower whose last position predicts the answer: nothing is read out in any other."""
 
+_TOGETHER_SITES = r"/| \+ "
+"""In a site that is of several layers, or of several places together."""
 _ROLE = re.compile(r"(?P<role>[A-Za-z_]\w*)(\[(?P<piece>\d+)\]|\+(?P<steps>\d+))?")
 _CELL = re.compile(r"image\[(\d+),(\d+)\]")
 _TOGETHER = ("all", "text", "image")
@@ -202,7 +206,26 @@ def _cells(rows: pd.DataFrame, column: str, value: str, intervals: bool) -> pd.D
     return cells
 
 
-# --- which rows --------------------------------------------------------------------------------
+# --- which rows and column --------------------------------------------------------------------------------
+
+
+def change_of(effects: pd.DataFrame) -> str:
+    """The column that says how far each patch moves the answer, against the run that was patched.
+
+    That is `ld_change`; where there is no logit difference, as with `--metric logprob`, `p_change`.
+    """
+    return next((name for name in CHANGES if name in effects and effects[name].notna().any()), "logit_diff")
+
+
+def is_single(effects: pd.DataFrame) -> pd.Series[bool]:
+    """Which patches are of one layer: no windows `/`, and no sums `A + B`."""
+    return ~effects["site"].str.contains(_TOGETHER_SITES).astype(bool)
+
+
+def is_head(effects: pd.DataFrame) -> pd.Series[bool]:
+    """Which patches are of one head each: no sets such as `h[0,2]`, and no sums."""
+    unit = effects["unit"].astype("string")
+    return unit.str.fullmatch(r"h\d+").fillna(False).astype(bool) & is_single(effects)
 
 
 def choose(
@@ -220,9 +243,7 @@ def choose(
     if value not in VALUES:
         raise DataError(f"no value '{value}' in a table of effects; expected {', '.join(VALUES)}")
     what = "patches of heads" if heads else "patches of whole kinds"
-    unit = effects["unit"].astype("string")
-    wanted = unit.str.fullmatch(r"h\d+").fillna(False).astype(bool) if heads else unit.isna()
-    rows = effects[wanted & ~effects["site"].str.contains("/", regex=False).astype(bool)]
+    rows = effects[is_head(effects) if heads else effects["unit"].isna() & is_single(effects)]
     if rows.empty:
         some = ", ".join(effects["site"].unique()[:3]) or "nothing"
         raise DataError(f"the table has no {what} in single layers; it holds {some}")
@@ -242,9 +263,14 @@ def choose(
                 f"no {what}{where} with {column} '{name}' in the table; it holds {', '.join(held)}"
             )
         rows = rows[rows[column] == (name or held[0])]
-    if rows[value].isna().all():
-        why = ": the runs differ too little in LD to divide by" if value == "effect" else ""
-        raise DataError(f"'{value}' is null in all rows of {rows['site'].iloc[0]} and its like{why}")
+    if value not in rows or rows[value].isna().all():
+        has_gap = "logit_diff" in rows and rows["logit_diff"].notna().any()
+        why = ": the runs differ too little in LD to divide by" if value == "effect" and has_gap else ""
+        others = [name for name in VALUES if name in rows and rows[name].notna().any()]
+        raise DataError(
+            f"'{value}' is null in all rows of {rows['site'].iloc[0]} and its like{why}; "
+            f"columns with values: {', '.join(others) or 'none'}"
+        )
     return rows
 
 
@@ -384,8 +410,12 @@ def labels(rows: pd.DataFrame, order: Sequence[str]) -> dict[str, str]:
 
 
 def mean_gap(rows: pd.DataFrame) -> float | None:
-    """The size of the mean LD(clean) − LD(corrupt) of the rows' examples, read off `effect`."""
-    effect, ld = rows["effect"].astype(float), rows["logit_diff"]
-    sums = pd.DataFrame({"up": ld * effect, "down": effect**2}).groupby(rows["example"]).sum()
+    """The size of the mean LD(clean) − LD(corrupt) of the rows' examples, read off `effect`; null where that
+    is not known, as `effect` is of another metric."""
+    rows = rows[rows["logit_diff"].notna() & rows["effect"].notna()]
+    effect, ld, of = rows["effect"].astype(float), rows["logit_diff"].astype(float), rows["example"]
+    sums = pd.DataFrame({"up": ld * effect, "down": effect**2}).groupby(of).sum()
     gaps = (sums["up"] / sums["down"])[sums["down"] > 0]  # as both are zero in a row without effect
-    return abs(float(gaps.mean())) if len(gaps) else None
+    if gaps.empty or (ld - effect * of.map(gaps)).abs().max() > 0.01 * max(1.0, ld.abs().max()):
+        return None
+    return abs(float(gaps.mean()))
