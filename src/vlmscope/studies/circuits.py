@@ -29,7 +29,7 @@ from vlmscope.stats import FEWEST, Scores, interval, rng, sign_flip
 from vlmscope.studies import files
 from vlmscope.studies.known import knows
 from vlmscope.studies.run_folder import Run, read_run
-from vlmscope.studies.tables import at_slot, by_example
+from vlmscope.studies.tables import at_slot, by_example, is_head
 
 HEADS = (
     "run data corruption tower layer kind head position n mean mean_abs ci_low ci_high p_value q_value "
@@ -177,7 +177,7 @@ def head_scores(run: Run, position: str | None = None) -> dict[tuple[str, str, s
     have a score that is no number, are left out with a warning.
     """
     rows = run.effects(pc.match_substring_regex(pc.field("unit"), "^h[0-9]+$"))
-    rows = rows[~rows["site"].str.contains("/", regex=False)]
+    rows = rows[is_head(rows)]
     found = {}
     for (tower, kind), table in rows.groupby(["tower", "kind"], sort=False):
         try:

@@ -30,6 +30,7 @@ from vlmscope.sites import Point, Site, Sites, expand, parse, place
 from vlmscope.stats import shuffled
 from vlmscope.studies.heads.masks import masks_of
 from vlmscope.studies.run_folder import Run, read_run
+from vlmscope.studies.tables import is_head
 
 Array = NDArray[np.float64]
 Key = tuple[str, str]
@@ -245,7 +246,7 @@ def _place(example: str, site: Site) -> Place:
 def _known(study: Study, effects: Effects) -> dict[Place, float]:
     """`logit_diff` of every head that a sweep has patched; raises `VlmscopeError` for another run's."""
     if isinstance(effects, pd.DataFrame):
-        rows = effects[effects["unit"].astype("string").str.fullmatch(r"h\d+").fillna(False).astype(bool)]
+        rows = effects
     else:
         run = effects if isinstance(effects, Run) else read_run(effects)
         is_noise = isinstance(study.corruption, Noise)
@@ -266,7 +267,7 @@ def _known(study: Study, effects: Effects) -> dict[Place, float]:
         raise VlmscopeError(
             f"effects with the corruption '{odd[0]}' are not those of '{kind}'; give that run"
         )
-    rows = rows[~rows["site"].str.contains("/", regex=False).astype(bool)]
+    rows = rows[is_head(rows)]
     where = rows["position"].astype(object).where(rows["position"].notna(), rows["slot"])
     places = zip(
         rows["example"], rows["tower"], rows["kind"], rows["layer"], rows["unit"], where, strict=True
