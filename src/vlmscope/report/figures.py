@@ -93,7 +93,7 @@ def universal(heads: pd.DataFrame, *, most: int = 30, gap: float = 0.0, ax: Axes
 def measures(table: pd.DataFrame, names: Sequence[str], *, ax: Iterable[Axes] | None = None) -> list[Axes]:
     """A panel a measure: for each word its value with its interval, beside it the null and random neurons.
 
-    `table` is the `measures` of `vlmscope.concepts.measure`; `ax` are axes to draw into, one a name.
+    `table` is the `measures` of `vlmscope.neurons.measure`; `ax` are axes to draw into, one a name.
     """
     words = list(dict.fromkeys(table["word"]))[::-1]
     size = (1.9, max(0.9, 0.24 * len(words)))
