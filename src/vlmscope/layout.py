@@ -14,8 +14,9 @@ class Layout:
     image position to its grid cell `(row, column)`. `image` are all positions of the image, where some
     have no cell in the grid (further views of it, ends of lines). `sequences` says over how many
     sequences of a batch the positions are spread, laid end to end (several pictures). `readout` is the
-    position whose prediction is scored, in the tower that predicts; `fed` says how many tokens of the
-    answer stand at the end, because both options begin with them, and `behind` how many tokens before
+    position whose prediction is scored (the first of them, where a whole answer is), in the tower that
+    predicts; `fed` says how many tokens of the answer stand at the end (what both options begin with, or all
+    of a whole answer but its last), and `behind` how many tokens before
     those are no longer the prompt's own (the end of a chat template, a separator).
     """
 
@@ -46,7 +47,7 @@ def slots(layout: Layout) -> tuple[str, ...]:
     - `noun+1`, `noun+2` …: text behind a role and before the next.
     - `-1`, `-2` …: text behind the last role and what a template writes behind the prompt, counted from the
       right.
-    - `fed[0]` …: the beginning of the answer, where both options share it.
+    - `fed[0]` …: the tokens of the answer that are fed.
     - `image[3,7]`: a place of the picture (row, column); `image.12`: the 13th of the image's tokens, where
       it has no such place.
 

@@ -35,8 +35,8 @@ class Noise:
     - `factor`: x·scale, no randomness; 0.7691 in a later notebook of the BLIP tracing authors.
 
     `at` is what the language model reads of the image (`image`, in every family `Model.image_site`: the
-    image's features as they enter its first block, or as its cross-attention reads them), or the text
-    embeddings (`text`), never the image's tokens. What Qwen3-VL adds to its image tokens behind its first
+    image's features as they enter its first block, or as its cross-attention reads them), or the
+    embeddings of the text's tokens alone (`text`). What Qwen3-VL adds to its image tokens behind its first
     blocks (DeepStack) is read of the image, too.
     """
 

@@ -4,18 +4,15 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
 from vlmscope.data.example import Example
+from vlmscope.patching import reference
 from vlmscope.patching.scores import ROUNDING
-from vlmscope.patching.trace import Images
-from vlmscope.sites import expand, parse, place
 from vlmscope.stats import rng
-from vlmscope.studies.rows import patched
 from vlmscope.studies.task import Task
 
 ALARM = 100
@@ -64,10 +61,10 @@ def _recomputed(task: Task, example: Example, sites: Sequence[str]) -> np.ndarra
     """The metric of patches of one example, one plain forward each."""
     pairs = task.pairs(example)
     total = np.zeros(len(sites))
-    patterns = expand(parse(sites), task.model.shapes)
     for pair in pairs:
-        placed = [found for site in patterns for found in place(site, pair.clean.layout)]
-        plain = replace(task, engine="reference")
-        for numbers, scores in patched(plain, example, pair, placed, Images()).chunks:
+        placed = task.model.placed(sites, pair.clean)
+        values = task.values(example, pair, placed)
+        again = reference.patch(task.model, pair, placed, task.direction, values=values, metric=task.metric)
+        for numbers, scores in again.chunks:
             total[numbers] += scores.value.cpu().numpy() / len(pairs)
     return total

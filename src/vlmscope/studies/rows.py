@@ -20,7 +20,7 @@ from vlmscope.patching import reference
 from vlmscope.patching.scores import Patched, agrees, effect, least_gap
 from vlmscope.patching.trace import Images
 from vlmscope.progress import progress
-from vlmscope.sites import Site, expand, parse, place
+from vlmscope.sites import Site, expand, parse
 from vlmscope.studies.run_folder import BASELINES, EFFECTS
 from vlmscope.studies.task import Job, Result, Task
 
@@ -71,7 +71,7 @@ def _patch_example(
         if task.select and (reason := _unfit(task, example, pairs[0], predicted)):
             return _excluded(task, job, reason=reason, **answered)
     layout = pairs[0].clean.layout
-    placed = [part for site in patterns for part in place(site, layout)]
+    placed = task.model.placed(patterns, pairs[0].clean)
     totals = np.zeros((len(placed), 3))
     base: dict[str, float] = defaultdict(float)
     images, count, least = Images(), 0, 0.0
