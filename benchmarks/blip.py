@@ -218,10 +218,10 @@ def unavoidable(model: Model, pair: Pair, expressions: list[str]) -> float:
     answer = layers * (14 * d * d + 2 * words * d * d + 2 * words * d) + d * d + d * 30_524
     total = 2 * (image + layers * (block + keys) + answer)
     own = {"attn": 11 * d * d + 2 * seen * d, "cross": 9 * d * d, "resid": 0}
-    for site, _ in placed(model, pair, expressions):
-        if site.kind == "attn" and site.layer == "0":
+    for site in placed(model, pair, expressions):
+        if site.kind == "attn" and site.layer == 0:
             continue  # the image has not been read yet: nothing changes
-        above = layers - 1 - int(site.layer)
+        above = layers - 1 - site.layer
         total += own[site.kind] + above * block - (3 * (words - 1) * d * d if above else 0)
         total += answer - 5 * d * d
     return 2.0 * total
