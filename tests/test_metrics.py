@@ -12,8 +12,8 @@ from vlmscope.errors import ExampleError, VlmscopeError
 from vlmscope.layout import slots
 from vlmscope.models.inputs import Edit
 from vlmscope.patching import engine, reference
-from vlmscope.patching.sources import Means, points_of, resampled, zeros
-from vlmscope.sites import expand, parse, place
+from vlmscope.patching.sources import Means, resampled, zeros
+from vlmscope.sites import expand, parse, place, points_of
 
 EXPRESSIONS = ["{0}.*.attn.h*@answer", "{0}.*.mlp@*", "{0}.1.resid@last", "vision.*.resid@image[1,1]"]
 

@@ -77,26 +77,35 @@ def load(name: str | Path, *, dtype: str | torch.dtype = "float32", device: str 
     if Path(path).is_dir():
         _check_weights(Path(path))
     with _one_line(name):
-        options: dict[str, Any] = {"trust_remote_code": False}
         if not (spread and place.type == "cuda"):
             _check_memory(family, path, dtype, place)
-        where: dict[str, Any] = {"device_map": "auto"} if spread else {}
-        if dtype == QUANTIZED:
-            how = BitsAndBytesConfig(
-                load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16
-            )
-            where = {"device_map": {"": place}, **where, "quantization_config": how}
-        hf, info = family.model.from_pretrained(
-            path,
-            dtype=DTYPES.get(dtype, torch.bfloat16),
-            use_safetensors=True,
-            output_loading_info=True,
-            **where,
-            **options,
+        hf = _weights(family, path, str(name), dtype, place, spread)
+        processor = family.processor.from_pretrained(path, trust_remote_code=False)
+    model = Model(hf, processor, str(name))
+    _verify_once(model)
+    return model
+
+
+def _weights(
+    family: Family, path: str | Path, name: str, dtype: str, place: torch.device, spread: bool
+) -> Any:
+    """The Hugging Face model of a checkpoint, where it is to run."""
+    made: Any = family.model
+    where: dict[str, Any] = {"device_map": "auto"} if spread else {}
+    if dtype == QUANTIZED:
+        how = BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16
         )
-        processor = family.processor.from_pretrained(path, **options)
-    lost = sorted(info["missing_keys"])
-    if lost:
+        where = {"device_map": {"": place}, **where, "quantization_config": how}
+    hf, info = made.from_pretrained(
+        path,
+        dtype=DTYPES.get(dtype, torch.bfloat16),
+        use_safetensors=True,
+        output_loading_info=True,
+        trust_remote_code=False,
+        **where,
+    )
+    if lost := sorted(info["missing_keys"]):
         raise ModelError(
             f"{name}: {len(lost)} weights are missing from the checkpoint, the first is "
             f"'{lost[0]}'; save the whole model with save_pretrained"
@@ -107,9 +116,7 @@ def load(name: str | Path, *, dtype: str | torch.dtype = "float32", device: str 
             f"{name} does not fit into the memory of the GPUs in {dtype}: part of it would "
             "be fetched again for every patch; load it in bfloat16 or 4bit"
         )
-    model = Model(hf if where else hf.to(place), processor, str(name))
-    _verify_once(model)
-    return model
+    return hf if where else hf.to(place)
 
 
 def _verify_once(model: Model) -> None:

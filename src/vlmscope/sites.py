@@ -345,6 +345,11 @@ def _numbers(pattern: Pattern | Site, what: str, part: str, many: int) -> list[i
     return list(range(first, last + 1))
 
 
+def points_of(sites: Iterable[Site]) -> set[Point]:
+    """The activations that sites lie in, those of a window or a sum each."""
+    return {part.point for site in sites for part in site.parts}
+
+
 def place(site: Site, layout: Mapping[str, Layout]) -> list[Site]:
     """The patches that a site names in one example: with the numbers of its positions.
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -92,13 +92,18 @@ def assess(
         "repetition": [_repeated(text) for text in after],
         "length": [len(now.split()) / max(1, len(text.split())) for text, now in pairs],
     }
+    return _with_intervals(values, seed), table
+
+
+def _with_intervals(values: Mapping[str, Any], seed: int) -> pd.DataFrame:
+    """The mean of each measure and its interval, where there is anything to take the mean of."""
     rows = []
     for name, scores in values.items():
         ordered = np.sort(np.asarray(scores, dtype=float))  # so that the examples' order does not matter
         if len(ordered):
             (low,), (high,) = bootstrap(ordered[:, None], rng(seed, name))
             rows.append((name, ordered.mean(), low, high, len(ordered)))
-    return pd.DataFrame(rows, columns=["measure", "value", "low", "high", "n"]), table
+    return pd.DataFrame(rows, columns=["measure", "value", "low", "high", "n"])
 
 
 def _answers(model: Model, asked: Asked, what: str, found: Found | None = None) -> list[str]:

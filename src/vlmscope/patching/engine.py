@@ -28,7 +28,7 @@ from vlmscope.patching.scores import Baselines, Metric, Patched, Score, baseline
 from vlmscope.patching.trace import Images, given, trace
 from vlmscope.runs.access import INNER
 from vlmscope.runs.network import Network
-from vlmscope.sites import KINDS, Point, Site, Sites
+from vlmscope.sites import KINDS, Point, Site, Sites, points_of
 
 BUDGET = 128 * 2**20
 """Bytes that the intermediate results of one batch of rows may take, if there is room."""
@@ -84,7 +84,7 @@ def patch(
 def _points(network: Network, pair: Pair, sites: Sequence[Site]) -> set[Point]:
     """What the plain runs have to keep: the sites, what positions need to pass a block alone, and the ends
     of the towers that are patched inside."""
-    points = {part.point for site in sites for part in site.parts}
+    points = points_of(sites)
     for point in list(points):
         shape = network.shapes[point.tower]
         if network.flow(point.tower, pair.clean) == "plain":
@@ -116,7 +116,7 @@ def _remember(network: Network, pair: Pair, stack: ExitStack) -> dict[str, Any]:
 
 def plan(job: Job, sites: Sequence[Site], shifts: Sequence[int]) -> tuple[list[tuple[Group, Row]], list[int]]:
     """The rows, in the order in which they are taken, and the numbers of the patches that need none."""
-    points = {part.point for site in sites for part in site.parts}
+    points = points_of(sites)
     changed = {point: _changed(job, point).cpu().numpy() for point in points}
 
     def changes(part: Site, shift: int) -> bool:

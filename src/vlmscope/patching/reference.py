@@ -14,7 +14,7 @@ from vlmscope.models.inputs import Edit, Pair
 from vlmscope.patching.scores import Metric, Patched, Score, baselines, largest, score
 from vlmscope.runs.forward import forward, read
 from vlmscope.runs.network import Network
-from vlmscope.sites import Point, Site, Sites
+from vlmscope.sites import Point, Site, Sites, points_of
 
 Values = Mapping[Point, Tensor] | Mapping[Site, Tensor]
 """What is written instead of another run's activations: a whole activation by point, or a value by site
@@ -38,11 +38,12 @@ def patch(
     sites = network.placed(sites, pair.clean)
     runs = [(pair.clean, ()), (pair.corrupt, pair.edits)]
     count = len(pair.answers)
-    logits = [forward(network, inputs, edits, positions=count).logits for inputs, edits in runs]
+    points = points_of(sites) if values is None else ()
+    plain = [forward(network, inputs, edits, points, count) for inputs, edits in runs]
+    logits = [run.logits for run in plain]
     base = baselines(logits[0], logits[1], pair)
-    (source, source_edits), (inputs, edits) = runs if direction == "denoise" else runs[::-1]
-    points = {part.point for site in sites for part in site.parts}
-    new: Mapping[Any, Tensor] = values or forward(network, source, source_edits, points).values
+    source, (inputs, edits) = (plain[0], runs[1]) if direction == "denoise" else (plain[1], runs[0])
+    new: Mapping[Any, Tensor] = source.values if values is None else values
 
     def written(site: Site) -> list[Edit]:
         if site in new:

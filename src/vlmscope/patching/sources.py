@@ -16,7 +16,7 @@ from vlmscope.layout import slots
 from vlmscope.models.inputs import Inputs
 from vlmscope.runs.forward import forward
 from vlmscope.runs.network import Network
-from vlmscope.sites import Point, Site
+from vlmscope.sites import Point
 
 Source = Literal["clean", "zero", "mean", "resample"]
 """`clean`: the other run of the pair. The others ablate: zeros, the mean over the examples' clean runs at
@@ -27,10 +27,6 @@ def check_source(source: str) -> None:
     """Raises `VlmscopeError` for a source that there is not."""
     if source not in get_args(Source):
         raise VlmscopeError(f"unknown patch '{source}'; expected one of {', '.join(get_args(Source))}")
-
-
-def points_of(sites: Iterable[Site]) -> set[Point]:
-    return {part.point for site in sites for part in site.parts}
 
 
 def zeros(network: Network, inputs: Inputs, points: Collection[Point]) -> dict[Point, Tensor]:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from vlmscope.models.inputs import Change, Edit, Inputs
 from vlmscope.runs.access import access
-from vlmscope.runs.forward import edited, editing, forward
+from vlmscope.runs.forward import Keep, edited, editing, forward
 from vlmscope.runs.hooks import Hooks
 from vlmscope.runs.network import Network
 from vlmscope.sites import Point, Site
@@ -58,7 +58,8 @@ def trace(
     images: Images,
     positions: int,
 ) -> Trace:
-    """One plain run. A picture that is known is not encoded again, unless its tower is looked into."""
+    """One plain run. A picture that is known is not encoded again, unless its tower is looked into (or has no
+    `output` to go on from, as LLaVA's)."""
     first, family = next(iter(network.family.towers)), network.family
     inside = any(p.tower == first and p.kind != "output" for p in points)
     whole = family.towers[first].output and network.flow(first, inputs) != "plain"
@@ -78,14 +79,9 @@ def trace(
                 if point.tower == first:
                     found.values[point] = output
                 else:
-                    hooks.at(access(network, point, inputs), partial(_keep, found.values, point))
+                    hooks.at(access(network, point, inputs), Keep(found.values, point))
             found.logits = family.finish(network.hf, inputs, first, output, positions)[0]
     return found
-
-
-def _keep(values: dict[Point, Tensor], point: Point, x: Tensor) -> Tensor:
-    values[point] = x.clone()
-    return x
 
 
 @contextmanager

@@ -61,8 +61,7 @@ def _between(network: Network, point: Point, table: Tower, block: nn.Module, inp
         return Access(block.get_submodule(path), False, network.flow(point.tower, inputs) == "plain")
     kinds = [kind for kind in ("attn", "cross") if (path := getattr(table, kind)) and has(block, path)]
     *earlier, last = (access(network, point._replace(kind=kind), inputs) for kind in kinds)
-    view = Between(block, [a for a in earlier if isinstance(a, Access)], last.view)
-    return replace(last, view=view)
+    return replace(last, view=Between(block, earlier, last.view))
 
 
 def _inner(network: Network, point: Point, table: Tower, block: nn.Module, flat: bool) -> Access:

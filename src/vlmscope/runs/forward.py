@@ -66,7 +66,7 @@ def forward(
     mode = torch.enable_grad() if grad else torch.inference_mode()
     with mode, editing(network, inputs, edits), Hooks() as hooks:
         for point in keep:
-            hooks.at(access(network, point, inputs), _Keep(found, point, grad))
+            hooks.at(access(network, point, inputs), Keep(found, point, grad))
         hooks.on_output(network.module(network.family.logits), lambda out: logits.append(out.logits))
         try:
             network.hf(**inputs.tensors, **keywords)
@@ -115,10 +115,10 @@ def editing(
         yield
 
 
-class _Keep:
+class Keep:
     """Keeps what stands at a point: a copy, or the very part of a graph."""
 
-    def __init__(self, found: dict[Point, Tensor], point: Point, grad: bool) -> None:
+    def __init__(self, found: dict[Point, Tensor], point: Point, grad: bool = False) -> None:
         self.found, self.point, self.grad = found, point, grad
 
     def __call__(self, x: Tensor) -> Tensor:

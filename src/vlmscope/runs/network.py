@@ -26,7 +26,8 @@ QUANTIZED = "4bit"
 
 
 class Network:
-    """The modules of a model, by its family's table: what there is, and how a place is read and written.
+    """The modules of a model, by its family's table: what there is (`access`: how a place is read and
+    written).
 
     `shapes` says which sites each tower has. Raises `ModelError` if the model is of no supported family or
     does not fit its family's table.

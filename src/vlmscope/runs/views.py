@@ -69,7 +69,7 @@ class Gain(View):
 class Between(View):
     """The residual stream between two sublayers: the block's input, and what was added to it before.
 
-    The module is that of the last sublayer before the place; `behind` sees what it and those before it add.
+    The module is that of the last sublayer before the place; `earlier` are those of the others, in order.
     """
 
     def __init__(self, block: nn.Module, earlier: Sequence[Access], last: View | None) -> None:

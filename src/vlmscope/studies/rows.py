@@ -22,27 +22,27 @@ from vlmscope.patching.trace import Images
 from vlmscope.progress import progress
 from vlmscope.sites import Site, expand, parse
 from vlmscope.studies.run_folder import BASELINES, EFFECTS
-from vlmscope.studies.task import Job, Result, Task
+from vlmscope.studies.task import Result, Task, Todo
 
 
-def run_jobs(task: Task, jobs: Sequence[Job], done: int = 0, quiet: bool = False) -> Iterator[Result]:
+def run_jobs(task: Task, jobs: Sequence[Todo], done: int = 0, quiet: bool = False) -> Iterator[Result]:
     """What each job gives; an example that cannot be run has no effects.
 
     Where an example of a folder lacks a site that is added, it keeps what it has, and a warning says so.
     """
-    patterns: dict[tuple[str, ...], list[Site]] = {}
+    unplaced: dict[tuple[str, ...], list[Site]] = {}
     with progress(len(jobs) + done, done, quiet) as step:
         for finished, job in enumerate(jobs, start=done):
             key = (*job.done, "", *job.sites)
-            if key not in patterns:
-                patterns[key] = _patterns(task, job)
+            if key not in unplaced:
+                unplaced[key] = _unplaced(task, job)
 
             def share(patches: int, part: float, before: int = finished) -> None:
                 step(patches, before + part)
 
             example = task.examples[job.number]
             try:
-                yield _patch_example(task, job, patterns[key], share)
+                yield _patch_example(task, job, unplaced[key], share)
             except (ExampleError, SiteError) as error:
                 if job.done:
                     warnings.warn(
@@ -53,14 +53,14 @@ def run_jobs(task: Task, jobs: Sequence[Job], done: int = 0, quiet: bool = False
             step(0, finished + 1)
 
 
-def _patterns(task: Task, job: Job) -> list[Site]:
+def _unplaced(task: Task, job: Todo) -> list[Site]:
     """The sites of a job in this model, but for those that other expressions have named."""
     done = expand(parse(job.done), task.model.shapes)
     return expand(parse([*job.done, *job.sites]), task.model.shapes)[len(done) :]
 
 
 def _patch_example(
-    task: Task, job: Job, patterns: Sequence[Site], step: Callable[[int, float], None]
+    task: Task, job: Todo, unplaced: Sequence[Site], step: Callable[[int, float], None]
 ) -> Result:
     example = task.examples[job.number]
     pairs = task.pairs(example)
@@ -71,7 +71,7 @@ def _patch_example(
         if task.select and (reason := _unfit(task, example, pairs[0], predicted)):
             return _excluded(task, job, reason=reason, **answered)
     layout = pairs[0].clean.layout
-    placed = task.model.placed(patterns, pairs[0].clean)
+    placed = task.model.placed(unplaced, pairs[0].clean)
     totals = np.zeros((len(placed), 3))
     base: dict[str, float] = defaultdict(float)
     images, count, least = Images(), 0, 0.0
@@ -161,7 +161,7 @@ def _unfit(task: Task, example: Example, pair: Pair, predicted: str) -> str | No
     return None
 
 
-def _excluded(task: Task, job: Job, **fields: Any) -> Result:
+def _excluded(task: Task, job: Todo, **fields: Any) -> Result:
     example = task.examples[job.number]
     baseline = {"example": example.id, "corruption": task.kind, "excluded": True, **fields}
     return Result(job, _frame([], EFFECTS.names), _frame([baseline], BASELINES.names))

@@ -23,7 +23,7 @@ from vlmscope.studies.check import CHECKED, check_rows
 from vlmscope.studies.rows import run_jobs
 from vlmscope.studies.run_folder import BASELINES, EFFECTS, Run, bytes_of, read_run, typed
 from vlmscope.studies.run_writer import Writer, open_run
-from vlmscope.studies.task import Job, Task, all_jobs, description_of, spec_of, task_of
+from vlmscope.studies.task import Task, Todo, all_jobs, description_of, spec_of, task_of
 
 Direction = Literal["denoise", "noise"]
 Engine = Literal["fast", "reference"]
@@ -199,7 +199,7 @@ def _into_folder(task: Task, out: str | os.PathLike[str], data: str, check: int)
             missing = writer.missing(number, task.sites)
             if number not in writer.done or missing:
                 done = [s for s in writer.sites if s not in writer.missing(number, writer.sites)]
-                jobs.append(Job(number, missing, done))
+                jobs.append(Todo(number, missing, done))
         for result in run_jobs(task, jobs, len(task.examples) - len(jobs)):
             number = result.job.number
             writer.add(number, result.effects, result.baseline, result.job.sites)

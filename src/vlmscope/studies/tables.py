@@ -1,6 +1,6 @@
 """Tables over examples: the one place where examples are averaged.
 
-A column is a slot (`sites.slots`): what a position is called in every example, whatever its length. A
+A column is a slot (`layout.slots`): what a position is called in every example, whatever its length. A
 cell is the mean over examples of the mean within each example, where a patch may be twice in a table.
 """
 

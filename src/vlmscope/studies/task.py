@@ -19,11 +19,11 @@ from vlmscope.errors import DataError, ExampleError, SiteError, VlmscopeError
 from vlmscope.layout import grid
 from vlmscope.models.inputs import Inputs, Pair
 from vlmscope.patching.scores import Metric, check_metric
-from vlmscope.patching.sources import Means, Source, check_source, points_of, resampled, zeros
+from vlmscope.patching.sources import Means, Source, check_source, resampled, zeros
 from vlmscope.runs import corrupt as corruptions
 from vlmscope.runs.corrupt import Corruption, Noise
 from vlmscope.runs.model import Model
-from vlmscope.sites import Point, Site, Sites, expand, parse
+from vlmscope.sites import Point, Site, Sites, expand, parse, points_of
 from vlmscope.stats import rng
 
 PACKAGES = ("vlmscope", "torch", "transformers", "torchvision", "pillow")
@@ -84,7 +84,7 @@ class Task:
                 yield self.pairs(others[number])[0].clean
 
 
-class Job(NamedTuple):
+class Todo(NamedTuple):
     """An example's number, the site expressions at which it is to be patched, and those that are done."""
 
     number: int
@@ -93,7 +93,7 @@ class Job(NamedTuple):
 
 
 class Result(NamedTuple):
-    job: Job
+    job: Todo
     effects: pd.DataFrame
     baseline: pd.DataFrame
 
@@ -151,8 +151,8 @@ def task_of(
     return Task(model, given, names, corruption, direction, engine, seed, select, metric, patch)
 
 
-def all_jobs(task: Task) -> list[Job]:
-    return [Job(number, task.sites, []) for number in range(len(task.examples))]
+def all_jobs(task: Task) -> list[Todo]:
+    return [Todo(number, task.sites, []) for number in range(len(task.examples))]
 
 
 def spec_of(task: Task, data: str, digests: Sequence[str]) -> dict[str, Any]:

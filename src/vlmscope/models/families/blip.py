@@ -55,6 +55,12 @@ def _text_layout(encoding: BatchEncoding, roles: Mapping[str, Span]) -> Layout:
     return Layout(tuple(tokens), everywhere, own, behind=1)  # [SEP]
 
 
+def _check_length(hf: PreTrainedModel, length: int) -> None:
+    longest = hf.config.text_config.max_position_embeddings
+    if length > longest:
+        raise ExampleError(f"the prompt has {length} tokens, the model takes at most {longest}; shorten it")
+
+
 def encode(
     hf: BlipForQuestionAnswering,
     processor: BlipProcessor,
@@ -68,11 +74,7 @@ def encode(
     pixels = processor.image_processor(images=images[0], return_tensors="pt")["pixel_values"]
     encoding = processor.tokenizer(prompt, return_offsets_mapping=True)
     ids = torch.tensor([encoding["input_ids"]])
-    longest = hf.config.text_config.max_position_embeddings
-    if ids.shape[1] > longest:
-        raise ExampleError(
-            f"the prompt has {ids.shape[1]} tokens, the model takes at most {longest}; shorten it"
-        )
+    _check_length(hf, ids.shape[1])
     start = [hf.decoder_start_token_id, *prefix]
     return Inputs(
         {
@@ -221,9 +223,7 @@ def encode_caption(
     encoding = processor.tokenizer(prompt, return_offsets_mapping=True)
     whole = _text_layout(encoding, roles)
     ids = [hf.config.text_config.bos_token_id, *encoding["input_ids"][1:-1], *prefix]
-    longest = hf.config.text_config.max_position_embeddings
-    if len(ids) > longest:
-        raise ExampleError(f"the prompt has {len(ids)} tokens, the model takes at most {longest}; shorten it")
+    _check_length(hf, len(ids))
     tokens = tuple(processor.tokenizer.convert_ids_to_tokens(ids))
     tensors = {
         "pixel_values": pixels,

@@ -1,4 +1,4 @@
-"""Rows of whole runs: a row begins as a copy of the base run and joins at the layer of its own site.
+"""Rows of whole runs: a row begins as a copy of the base run and joins behind the layer of its own site.
 
 Rows that read the same image share its cross-attention keys and values, which are computed once a layer.
 """
@@ -116,9 +116,11 @@ def keeping(network: Network, kept: dict[str, Any]) -> Iterator[None]:
     """Keep the keys and values of all that is attended to across towers, as the base run computes them."""
     with Hooks() as hooks:
         for tower, table in network.family.towers.items():
+            if table.fold is None:
+                continue
             kept[tower] = network.family.cache()
-            for block in network.blocks(tower) if table.fold else ():
-                hooks.on_call(block.get_submodule(table.fold or ""), _Past(kept[tower]))
+            for block in network.blocks(tower):
+                hooks.on_call(block.get_submodule(table.fold), _Past(kept[tower]))
         yield
 
 
