@@ -192,3 +192,15 @@ def test_what_no_other_example_has_cannot_be_resampled():
     points = points_of(placed(model, long, ["{0}.0.mlp@last"]))
     with pytest.raises(ExampleError, match="no other example has a token at every slot"):
         resampled(model, long.clean, [short.clean], points)
+
+
+def test_whom_an_example_is_resampled_from_does_not_depend_on_the_sites():
+    """The check of a run, and sites that are added later, ask for other sites than the run did."""
+    model = llava()
+    short, long = several(model)[0], several(model)[1]
+    others = [short.clean, several(model)[3].clean]
+    vision = points_of(placed(model, long, ["vision.0.resid@image[1,1]"]))
+    both = vision | points_of(placed(model, long, ["{0}.0.mlp@last"]))
+    (point,) = vision
+    found = [resampled(model, long.clean, others, points)[point] for points in (vision, both)]
+    assert torch.equal(*found)

@@ -291,3 +291,14 @@ def test_readout_is_where_the_answer_is_predicted():
     assert site.positions == (7,)
     with pytest.raises(SiteError, match="nothing is read out in the encoder tower"):
         placed("encoder.0.resid@readout")
+
+
+def test_a_role_does_not_take_a_name_of_the_language():
+    """A column called `text` or `image` is one of the data's; `@text` and `@image` stay what they are."""
+    layout = replace(IMAGE, text=(0,), roles={"text": (3,), "image": (2,)})
+    assert placed("vision.0.resid@text", layout)[0].positions == (0,)
+    assert placed("vision.0.resid@image", layout)[0].positions == (1, 2, 3, 4)
+
+
+def test_a_role_may_begin_with_a_capital():
+    assert Pattern.parse("encoder.0.resid@Nuon").roles == ["Nuon"]

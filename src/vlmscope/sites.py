@@ -130,7 +130,7 @@ class Pattern:
     def roles(self) -> list[str]:
         """The roles that its positions name."""
         names = [name.removesuffix("*") for name in (self.position, self.source)]
-        found = [name for name in names if re.fullmatch(r"[a-z_]\w*", name) and name not in _NAMES]
+        found = [name for name in names if re.fullmatch(r"[A-Za-z_]\w*", name) and name not in _NAMES]
         return found + [role for one in self.also for role in one.roles]
 
 
@@ -416,7 +416,8 @@ def _named(site: Site, name: str, layout: Layout) -> tuple[int, ...]:
         rows, columns = grid(layout)
         size = f"the image here has {rows} rows and {columns} columns of patches"
     else:
-        known = {"text": layout.text, "image": layout.image or tuple(layout.cells), **layout.roles}
+        reserved = {"text": layout.text, "image": layout.image or tuple(layout.cells)}
+        known = {**reserved, **layout.roles, **reserved}  # a role of that name does not take its place
         found = known.get(name, ())
         size = "positions with a name here: " + ", ".join(n for n, at in known.items() if at)
     if not found:

@@ -82,12 +82,12 @@ def resampled(
 
     Raises `ExampleError` if none has.
     """
-    towers = {point.tower for point in points}
-    names = {tower: slots(inputs.layout[tower]) for tower in towers}
+    names = {tower: slots(layout) for tower, layout in inputs.layout.items()}
     for other in others:
-        there = {tower: slots(other.layout[tower]) for tower in towers if tower in other.layout}
-        if all(set(names[tower]) <= set(there.get(tower, ())) for tower in towers):
+        there = {tower: slots(layout) for tower, layout in other.layout.items()}
+        # in all towers, so that whose activations they are does not depend on the points
+        if all(set(names[tower]) <= set(there.get(tower, ())) for tower in names):
             values = forward(network, other, keep=points).values
-            at = {tower: [there[tower].index(name) for name in names[tower]] for tower in towers}
+            at = {tower: [there[tower].index(name) for name in names[tower]] for tower in names}
             return {point: value[:, at[point.tower]] for point, value in values.items()}
     raise ExampleError("no other example has a token at every slot of this one, so none can be resampled")
