@@ -205,10 +205,10 @@ def test_patches_are_shuffled_where_they_are_tokens_of_the_language_model(name, 
     token = max(set().union(*said), key=lambda t: sum(t in ids for ids in said))
     every = np.ones(len(given), bool)
     weight = torch.randn(len(there.layers), there.width, generator=torch.Generator().manual_seed(0))
-    word = Word("red", token, every, weight.numpy(), weight, weight.numpy())
     there = replace(there, first=~every)
-    assert len(there.saying(word)) >= 2
-    rows = list(measures.shuffled_patches(there, word))
+    word = Word(there, "red", token, every, weight, weight.numpy(), weight.numpy())
+    assert len(word.said()) >= 2
+    rows = list(measures.shuffled_patches(word))
     assert bool(rows) == patches
     for row in rows:
         assert row["measure"] == "overlap, shuffled" and row["value"] < 1

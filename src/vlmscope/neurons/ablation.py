@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -19,7 +19,7 @@ from vlmscope.neurons.captions import LENGTH
 from vlmscope.neurons.contributions import count_neurons
 from vlmscope.neurons.results import Found, Perturbed
 from vlmscope.neurons.weight_edit import base_fingerprint, changed
-from vlmscope.neurons.words import FEW, PICTURES, Neurons, Study, Word, best, find_words, study
+from vlmscope.neurons.words import FEW, PICTURES, Array, Neurons, Study, Word, find_words, study
 from vlmscope.progress import progress
 from vlmscope.runs.forward import generate
 from vlmscope.runs.hooks import Access, Hooks
@@ -61,29 +61,38 @@ def perturbed(
 def without(study: Study, neurons: Neurons, how: str, number: int = 0) -> Iterator[None]:
     """Within this context neurons are set to `zero` or to their `mean`, or their columns have noise
     (`sigma S`) that is the picture's own."""
-    by_layer = {
-        study.layers[n]: neurons[neurons // study.width == n] for n in np.unique(neurons // study.width)
-    }
-    numbers = {layer: (places % study.width).tolist() for layer, places in by_layer.items()}
+    layer_of = neurons // study.width
+    places = {study.layers[n]: neurons[layer_of == n] for n in np.unique(layer_of)}
+    numbers = {layer: (at % study.width).tolist() for layer, at in places.items()}
     if how.startswith("sigma"):
         seed = int(rng(study.seed, "columns", study.examples[number].id).integers(2**63))
         with perturbed(study.model, numbers, float(how.split()[1]), seed=seed):
             yield
     else:
-        mean = study.activity.mean if how == "mean" else torch.zeros_like(study.activity.mean)
-        values = {n: (numbers[n], mean[torch.tensor(places)]) for n, places in by_layer.items()}
-        with ablated(study.model, values):
+        value = study.mean if how == "mean" else torch.zeros_like(study.mean)
+        with ablated(study.model, {n: (numbers[n], value[torch.tensor(at)]) for n, at in places.items()}):
             yield
 
 
-def log_probability(model: Model, fed: Inputs, token: int) -> float:
-    """The log-probability of a token behind what is fed."""
-    return float(model.run(fed).float().log_softmax(-1)[token])
+def log_probabilities(
+    word: Word, fed: Mapping[int, Inputs], neurons: Neurons | None = None, how: str = "zero"
+) -> Array:
+    """The log-probability of a word where each picture's caption says it, `without` neurons."""
+    found = []
+    for number, inputs in fed.items():
+        with without(word.study, np.array([], int) if neurons is None else neurons, how, number):
+            found.append(float(word.study.model.run(inputs).float().log_softmax(-1)[word.token]))
+    return np.array(found)
 
 
-def loses(study: Study, word: Word, number: int) -> bool:
-    """Whether a picture's caption, generated as the model now is, is without the word."""
-    return word.token not in generate(study.model, study.captions[number].inputs, most=LENGTH)
+def lost(word: Word, pictures: Iterable[int], neurons: Neurons, how: str) -> list[bool]:
+    """Whether each picture's caption, generated anew `without` neurons, lacks the word."""
+    found = []
+    for number in pictures:
+        with without(word.study, neurons, how, number):
+            ids = generate(word.study.model, word.study.captions[number].inputs, most=LENGTH)
+            found.append(word.token not in ids)
+    return found
 
 
 def perturb(
@@ -113,51 +122,46 @@ def perturb(
     every = count_neurons(model)
     if wrong := [k for k in tops if not 1 <= k <= every]:
         raise DataError(f"the top {wrong[0]} of {every} neurons; expected 1 to {every}")
-    there = study(model, examples, prompt, top=1, pictures=pictures, found=found, seed=seed)
+    there = study(model, examples, prompt, pictures=pictures, found=found, seed=seed)
     measurable = find_words(there, words)
-    if lacking := [word for word in words if word not in {one.word for one in measurable}]:
+    if lacking := set(words) - {word.word for word in measurable}:
         raise DataError(
-            f"'{lacking[0]}' cannot be measured: it is not a single token that at least "
+            f"'{min(lacking, key=words.index)}' cannot be measured: it is not a single token that at least "
             f"{2 * FEW} pictures show and as many do not"
         )
     ways = ["zero", "mean", *(f"sigma {sigma:g}" for sigma in sigmas)]
     rows: list[dict[str, Any]] = []
     with progress(len(measurable) * len(tops) * len(ways), what="perturbations") as step:
         for word in measurable:
-            if not there.saying(word):
-                raise DataError(f"no caption says '{word.word}' where the picture shows it")
             for k in tops:
-                rows += _effects(there, word, k, ways)
+                rows += _effects(word, k, ways)
                 step(0, len(rows) // 2)
     about = {"model": model.name, "weights": base_fingerprint(model), "words": list(words)}
     return Perturbed(about, pd.DataFrame(rows))
 
 
-def _effects(study: Study, word: Word, k: int, ways: Sequence[str]) -> Iterator[dict[str, Any]]:
+def _effects(word: Word, k: int, ways: Sequence[str]) -> Iterator[dict[str, Any]]:
     """What happens to a word without its top k neurons and without as many random ones."""
-    numbers = study.saying(word)
-    fed = [study.fed(n, word.token) for n in numbers]
-    base = np.array([log_probability(study.model, inputs, word.token) for inputs in fed])
-    top = best(word.contribution[study.first & word.shown].mean(0), k)
-    other = study.random(top, study.draw(word, "random", k))
+    study, fed = word.study, {number: word.fed(number) for number in word.said()}
+    if not fed:
+        raise DataError(f"no caption says '{word.word}' where the picture shows it")
+    base = log_probabilities(word, fed)
+    top = word.strongest(study.first & word.shown, k)
+    sets = {"top": top, "random": study.random(top, word.draw("random", k))}
     for how in ways:
-        for name, neurons in (("top", top), ("random", other)):
-            after, lost = [], []
-            for number, inputs in zip(numbers, fed, strict=True):
-                with without(study, neurons, how, number):
-                    after.append(log_probability(study.model, inputs, word.token))
-                    lost.append(loses(study, word, number))
+        for name, neurons in sets.items():
+            after = log_probabilities(word, fed, neurons, how)
             chance = np.exp(base) - np.exp(after)
-            (low,), (high,) = bootstrap(chance[:, None], study.draw(word, "perturb", k, how, name))
+            (low,), (high,) = bootstrap(chance[:, None], word.draw("perturb", k, how, name))
             yield {
                 "word": word.word,
                 "k": k,
                 "how": how,
                 "set": name,
-                "drop_log_p": (base - np.array(after)).mean(),
+                "drop_log_p": (base - after).mean(),
                 "drop_p": chance.mean(),
                 "ci_low": low,
                 "ci_high": high,
-                "lost": np.mean(lost),
-                "n": len(numbers),
+                "lost": np.mean(lost(word, fed, neurons, how)),
+                "n": len(fed),
             }

@@ -12,12 +12,11 @@ import pandas as pd
 from vlmscope.data import Examples, listed
 from vlmscope.data.example import Example
 from vlmscope.errors import ExampleError
-from vlmscope.neurons.captions import inputs_of, known_captions, whole_word
+from vlmscope.neurons.captions import inputs_of, known, whole_word
 from vlmscope.neurons.cards import SHOWN, small_pictures
 from vlmscope.neurons.hallucination import hallucination, questions, yes_or_no
 from vlmscope.neurons.results import Assessed, Found
 from vlmscope.neurons.weight_edit import WeightEdit, edited
-from vlmscope.progress import progress
 from vlmscope.runs.forward import SPEECH
 from vlmscope.runs.model import Model
 from vlmscope.stats import bootstrap, rng
@@ -108,16 +107,13 @@ def _with_intervals(values: Mapping[str, Any], seed: int) -> pd.DataFrame:
 
 def _answers(model: Model, asked: Asked, what: str, found: Found | None = None) -> list[str]:
     """What the model says, by free generation where it is not known."""
-    known, answers = known_captions(model, found), []
-    with progress(len(asked), what=what) as step:
-        for number, (example, prompt) in enumerate(asked, start=1):
-            caption = known.get(example, prompt)
-            if caption is None:
-                answers.append(model.answer(inputs_of(model, example, prompt)))
-            else:
-                tokens = caption.ids[:SPEECH]
-                answers.append(model.processor.tokenizer.decode(tokens, skip_special_tokens=True).strip())
-            step(0, number)
+    answers = []
+    for (example, prompt), caption in zip(asked, known(model, asked, found, what=what), strict=True):
+        if caption is None:
+            answers.append(model.answer(inputs_of(model, example, prompt)))
+        else:
+            tokens = caption.ids[:SPEECH]
+            answers.append(model.processor.tokenizer.decode(tokens, skip_special_tokens=True).strip())
     return answers
 
 

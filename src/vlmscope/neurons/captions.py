@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Literal
 
@@ -99,11 +99,16 @@ def given_caption(
     Raises `ExampleError` if the text is empty or holds tokens that the model does not know.
     """
     ids = tokenized(model, example, text, prompt)
-    unknown = model.processor.tokenizer.unk_token_id
-    if len(ids) < 2 or (unknown is not None and unknown in ids[:-1]):
+    if len(ids) < 2 or model.processor.tokenizer.unk_token_id in ids[:-1]:
         raise ExampleError(f"the caption '{text}' is empty, or unknown in part to the model's tokenizer")
+    return _told(model, example, prompt, ids, variant)[0]
+
+
+def _told(
+    model: Model, example: Example, prompt: str | None, ids: Sequence[int], variant: Variant
+) -> tuple[Caption, Tensor]:
     plain, fed = (inputs_of(model, example, prompt, behind) for behind in ((), ids[:-1]))
-    return forced_caption(model, plain, fed, ids, variant=variant)[0]
+    return forced_caption(model, plain, fed, ids, variant=variant)
 
 
 def forced_caption(
@@ -113,10 +118,15 @@ def forced_caption(
 
     `plain` ends with the prompt; in `fed` all but the last token stand behind it.
     """
-    start = len(plain.layout[model.speaker].tokens) - 1
+    start = first_position(model, plain)
     with _recording(model, fed, variant, slice(start, None)) as rows:
         logits = forward(model, fed, positions=None).logits
     return _caption(model, plain, ids, rows), logits[start : start + len(ids)]
+
+
+def first_position(model: Model, plain: Inputs) -> int:
+    """The position that predicts what follows a prompt: its last."""
+    return len(plain.layout[model.speaker].tokens) - 1
 
 
 @contextmanager
@@ -162,13 +172,17 @@ def _caption(
         longer = model.processor.tokenizer.decode(ids[: number + 1], skip_special_tokens=True)
         spans.append((len(text), len(longer)))
         text = longer
-    start = len(inputs.layout[model.speaker].tokens) - 1
-    return Caption(inputs, tuple(ids), text, tuple(spans), start, wide(activations))
+    return Caption(inputs, tuple(ids), text, tuple(spans), first_position(model, inputs), wide(activations))
 
 
 def wide(x: Tensor) -> Tensor:
     """In float32 what is of fewer bits."""
     return x.float() if x.dtype.itemsize < 4 else x
+
+
+def packed(model: Model, caption: Caption) -> Caption:
+    """A caption that takes the room in the computer's memory that the model's own precision asks for."""
+    return replace(caption, activations=caption.activations.to("cpu", model.dtype))
 
 
 def tokenized(model: Model, example: Example, text: str, prompt: str | None) -> list[int]:
@@ -185,62 +199,51 @@ def caption_pictures(
     found: Found | None = None,
     variant: Variant = "input",
 ) -> Iterator[Caption]:
-    """The captions of examples' pictures, one after the other: those that `found` has, else by generation.
+    """The captions of examples' pictures, one after the other: those that are `known`, else by generation."""
+    asked = [(example, prompt) for example in examples]
+    for example, caption in zip(examples, known(model, asked, found, variant), strict=True):
+        yield caption or generate_caption(model, inputs_of(model, example, prompt), variant=variant)
+
+
+def known(
+    model: Model,
+    asked: Sequence[tuple[Example, str | None]],
+    found: Found | None,
+    variant: Variant = "input",
+    what: str = "captions",
+) -> Iterator[Caption | None]:
+    """For pictures and what is asked about them the captions that `found` has of this model, or None.
 
     A caption that is in memory is taken as it is. Of one that was read from a folder only the text is known:
-    it is fed in one forward, and taken if each of its tokens is what the model would have said there.
+    it is fed in one forward, and taken if each of its tokens is what the model would have said there. With
+    other edits the model may say something else, so none is known.
 
     Raises `ModelError` if the captions were made by a model with other weights.
     """
-    known = known_captions(model, found)
-    with progress(len(examples), what="captions") as step:
-        for number, example in enumerate(examples, start=1):
-            caption = known.get(example, prompt, variant)
-            if caption is None:
-                caption = generate_caption(model, inputs_of(model, example, prompt), variant=variant)
+    held: Mapping[tuple[Example, str], Caption] = {}
+    texts: dict[tuple[str, str], str] = {}
+    if found is not None:
+        fingerprint = base_fingerprint(model)
+        if found.about["weights"] != fingerprint:
+            raise ModelError(
+                f"the neurons were found in another model or revision than {model.name} "
+                f"({found.about['weights'][:8]}…, not {fingerprint[:8]}…); find them again in this one"
+            )
+        if found.about.get("on", []) == list(model.edits):
+            columns = (found.captions[name] for name in ("example", "prompt", "caption"))
+            held = found.held if variant == "input" else {}
+            texts = {(example, prompt): text for example, prompt, text in zip(*columns, strict=True)}
+    with progress(len(asked), what=what) as step:
+        for number, (example, prompt) in enumerate(asked, start=1):
+            words = prompt or example.clean_prompt
+            caption, text = held.get((example, words)), texts.get((example.id, words))
+            if caption is None and text:
+                ids = tokenized(model, example, text, prompt)
+                caption, logits = _told(model, example, prompt, ids, variant)
+                if len(ids) > LENGTH or logits.argmax(-1).tolist() != ids:
+                    caption = None
             yield caption
             step(0, number)
-
-
-@dataclass(frozen=True, eq=False)
-class KnownCaptions:
-    """Captions that a model has given before: those `held` in memory, and the `texts` of all."""
-
-    model: Model
-    held: Mapping[tuple[Example, str], Caption]
-    texts: Mapping[tuple[str, str], str]
-
-    def get(self, example: Example, prompt: str | None, variant: Variant = "input") -> Caption | None:
-        """The caption of an example's picture, or None: see `caption_pictures`."""
-        asked = prompt or example.clean_prompt
-        if variant == "input" and (example, asked) in self.held:
-            return self.held[example, asked]
-        text = self.texts.get((example.id, asked))
-        if not text:
-            return None
-        ids = tokenized(self.model, example, text, prompt)
-        plain, fed = (inputs_of(self.model, example, prompt, some) for some in ((), ids[:-1]))
-        caption, logits = forced_caption(self.model, plain, fed, ids, variant=variant)
-        return caption if len(ids) <= LENGTH and logits.argmax(-1).tolist() == ids else None
-
-
-def known_captions(model: Model, found: Found | None) -> KnownCaptions:
-    """The captions of what was found, if they are those of this model with its present edits.
-
-    Raises `ModelError` if they were made by a model with other weights.
-    """
-    if found is None:
-        return KnownCaptions(model, {}, {})
-    fingerprint = base_fingerprint(model)
-    if found.about["weights"] != fingerprint:
-        raise ModelError(
-            f"the neurons were found in another model or revision than {model.name} "
-            f"({found.about['weights'][:8]}…, not {fingerprint[:8]}…); find them again in this one"
-        )
-    if found.about.get("on", []) != list(model.edits):
-        return KnownCaptions(model, {}, {})
-    rows = found.captions[["example", "prompt", "caption"]].itertuples(index=False)
-    return KnownCaptions(model, found.held, {(example, prompt): text for example, prompt, text in rows})
 
 
 def nouns(text: str, tagger: str) -> list[str]:

@@ -14,9 +14,8 @@ from vlmscope.data import Examples, listed
 from vlmscope.data.example import Example
 from vlmscope.errors import ExampleError, ModelError, VlmscopeError
 from vlmscope.layout import grid
-from vlmscope.neurons.captions import Caption, caption_pictures, inputs_of, whole_word
+from vlmscope.neurons.captions import Caption, inputs_of, whole_word
 from vlmscope.neurons.contributions import Neuron, count_neurons, over_image, strongest, top_tokens
-from vlmscope.neurons.finding import pack
 from vlmscope.neurons.measures import measure_study
 from vlmscope.neurons.results import Described, Found
 from vlmscope.neurons.weight_edit import base_fingerprint
@@ -68,10 +67,8 @@ def describe(
     if not words and not neurons:
         raise VlmscopeError("nothing to describe; name words or neurons (layer.number)")
     measures = measures and len(given) > 4 * FEW
-    captions: list[Caption] = []
-    if words or measures:
-        captions = [pack(model, c) for c in caption_pictures(model, given, prompt, found=found)]
-    ranked = {word: _ranked(model, captions, word) for word in words}
+    there = study(model, given, prompt, found=found, seed=seed) if words or measures else None
+    ranked = {word: _ranked(model, there.captions, word) for word in words} if there else {}
     rows = [(*neuron, "") for neuron in neurons]
     rows = rows or [(*neuron, word) for word, best in ranked.items() for neuron in best[:CARDS]]
     cards = pd.DataFrame(rows, columns=["layer", "neuron", "word"])
@@ -80,8 +77,7 @@ def describe(
     cards["weights"] = [" ".join(f"{x:.3g}" for _, x in top) for top in tokens]
     maps, driving, shown = _look(model, given, cards, ranked, prompt)
     table = None
-    if measures:
-        there = study(model, given, prompt, captions=captions, seed=seed)
+    if there and measures:
         table = measure_study(there, list(words) or None, embedding=embedding).measures
     about: dict[str, Any] = {"model": model.name, "weights": base_fingerprint(model)}
     about |= {"words": list(words), "examples": len(given)}

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import replace
 
 import pandas as pd
 
 from vlmscope.data import Examples, listed
 from vlmscope.errors import ExampleError
-from vlmscope.neurons.captions import Caption, Variant, caption_pictures, given_caption, nouns
+from vlmscope.neurons.captions import Caption, Variant, caption_pictures, given_caption, nouns, packed
 from vlmscope.neurons.contributions import TOP, score, top_tokens
 from vlmscope.neurons.results import Found
 from vlmscope.neurons.weight_edit import base_fingerprint
@@ -71,10 +70,10 @@ def find(
             tables.append(score(model, made, there, top=top, gain=gain, example=example.id))
         else:
             problems.append(f"{example.id}: {why}")
-        packed = pack(model, made)
-        room -= packed.activations.nbytes
+        small = packed(model, made)
+        room -= small.activations.nbytes
         if caption is None and variant == "input" and room >= 0:
-            held[example, asked] = packed
+            held[example, asked] = small
     if not tables:
         raise ExampleError(f"no caption has any of these words: {'; '.join(problems[:3])}")
     neurons = pd.concat(tables, ignore_index=True)
@@ -92,12 +91,6 @@ def find(
     }
     table = pd.DataFrame(rows, columns=["example", "prompt", "caption"])
     return Found(about, neurons, table, _by_layer(best), _most_listed(model, best), held)
-
-
-def pack(model: Model, caption: Caption) -> Caption:
-    """A caption that takes the room in the computer's memory that the model's own precision asks for."""
-    narrow = caption.activations.to("cpu", model.dtype)
-    return replace(caption, activations=narrow)
 
 
 def _in_caption(caption: Caption, words: Sequence[str]) -> tuple[list[str], str]:
