@@ -118,15 +118,9 @@ def forced_caption(
 
     `plain` ends with the prompt; in `fed` all but the last token stand behind it.
     """
-    start = first_position(model, plain)
-    with _recording(model, fed, variant, slice(start, None)) as rows:
+    with _recording(model, fed, variant, slice(-len(ids), None)) as rows:
         logits = forward(model, fed, positions=None).logits
-    return _caption(model, plain, ids, rows), logits[start : start + len(ids)]
-
-
-def first_position(model: Model, plain: Inputs) -> int:
-    """The position that predicts what follows a prompt: its last."""
-    return len(plain.layout[model.speaker].tokens) - 1
+    return _caption(model, plain, ids, rows), logits[-len(ids) :]
 
 
 @contextmanager
@@ -172,7 +166,8 @@ def _caption(
         longer = model.processor.tokenizer.decode(ids[: number + 1], skip_special_tokens=True)
         spans.append((len(text), len(longer)))
         text = longer
-    return Caption(inputs, tuple(ids), text, tuple(spans), first_position(model, inputs), wide(activations))
+    start = len(inputs.layout[model.speaker].tokens) - 1
+    return Caption(inputs, tuple(ids), text, tuple(spans), start, wide(activations))
 
 
 def wide(x: Tensor) -> Tensor:
