@@ -108,14 +108,18 @@ def closed(task: Task, margin: float) -> None:
     al. 2022, arXiv 2202.05262), so that what is added there stays small.
     """
     metric = [root.double() for root in _elsewhere(task)]
-    change = [torch.zeros_like(delta, dtype=torch.float64) for delta in task.parameters]
+    change = torch.cat([torch.zeros_like(delta, dtype=torch.float64).flatten() for delta in task.parameters])
     with progress(ROUNDS, what="rounds") as step:
         for number in range(ROUNDS):
-            rows, needs = _constraints(task, margin, metric)
+            found, needs = _constraints(task, margin, metric)
             step(0, number + 1)
             if not needs or max(needs) < CLOSE:
                 return
-            aim = _least_norm(torch.stack(rows), needs, change)
+            rows, needed = torch.stack(found), torch.tensor(needs, dtype=torch.float64, device=change.device)
+            gram = rows @ rows.T
+            gram += RIDGE * gram.diagonal().median() * torch.eye(len(gram), device=gram.device)
+            # The whole change (not the step to it) of least norm that gives each row what it needs.
+            aim = rows.T @ torch.linalg.solve(gram, needed + rows @ change)
             change = _go_towards(task, margin, metric, change, aim, sum(need**2 for need in needs))
 
 
@@ -153,27 +157,17 @@ def _lead(row: Tensor, token: int) -> Tensor:
     return row[token] - torch.cat([row[:token], row[token + 1 :]]).max()
 
 
-def _least_norm(rows: Tensor, needs: Sequence[float], change: Sequence[Tensor]) -> list[Tensor]:
-    """The whole change (not the step to it) of least norm that gives each row what it needs."""
-    gram = rows @ rows.T
-    gram += RIDGE * gram.diagonal().median() * torch.eye(len(gram), device=gram.device)
-    needed = torch.tensor(needs, dtype=torch.float64, device=gram.device)
-    there = torch.cat([x.flatten() for x in change])
-    whole = rows.T @ torch.linalg.solve(gram, needed + rows @ there)
-    parts = whole.split([x.numel() for x in change])
-    return [part.view_as(x) for part, x in zip(parts, change, strict=True)]
-
-
 @torch.no_grad()
 def _go_towards(
-    task: Task, margin: float, metric: Sequence[Tensor], start: list[Tensor], aim: list[Tensor], most: float
-) -> list[Tensor]:
+    task: Task, margin: float, metric: Sequence[Tensor], start: Tensor, aim: Tensor, most: float
+) -> Tensor:
     """A step towards a change, halved until the margins lack less than `most`, as a short enough one does."""
-    change = start
+    change, deltas = start, task.parameters
     for share in (1.0, 0.5, 0.25, 0.125):
-        change = [x + share * (y - x) for x, y in zip(start, aim, strict=True)]
-        for delta, x, root in zip(task.parameters, change, metric, strict=True):
-            delta.copy_((x @ root).to(delta))
+        change = start + share * (aim - start)
+        parts = change.split([delta.numel() for delta in deltas])
+        for delta, part, root in zip(deltas, parts, metric, strict=True):
+            delta.copy_((part.view_as(delta) @ root).to(delta))
         margins = [m for caption in task.captions for m in _margins(task, caption, margin)]
         if sum((weight * need) ** 2 for _, need, weight in margins if need > 0) < most:
             break
