@@ -13,9 +13,8 @@ from vlmscope.neurons.ablation import ablated, perturb, perturbed
 from vlmscope.neurons.assessment import assess, describe_edit, objects
 from vlmscope.neurons.captions import Caption, nouns
 from vlmscope.neurons.cards import describe
-from vlmscope.neurons.contributions import over_image, score, top_tokens
+from vlmscope.neurons.contributions import find, over_image, score, top_tokens
 from vlmscope.neurons.edits import check_margin, edit
-from vlmscope.neurons.finding import find
 from vlmscope.neurons.hallucination import questions, yes_or_no
 from vlmscope.neurons.measures import measure
 from vlmscope.neurons.results import Assessed, Described, Found, Perturbed, make_folder, read

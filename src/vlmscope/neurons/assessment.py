@@ -171,14 +171,7 @@ def describe_edit(
         part = {"layer": layer, "neuron": neurons, "length": length, "change": delta.norm(dim=0)}
         parts.append(pd.DataFrame(part).astype({"length": float, "change": float}))
     pictured = set(captions.groupby("has").head(SHOWN)["example"])
-    about = {
-        "model": model.name,
-        "weights": made.model,
-        **made.about,
-        "digest": made.digest,
-        "on": list(made.on),
-        "neurons": len(made.neurons),
-        "size": made.size,
-    }
+    about: dict[str, Any] = {"model": model.name, "weights": made.model, **made.about, "digest": made.digest}
+    about |= {"on": list(made.on), "neurons": len(made.neurons), "size": made.size}
     pictures = small_pictures(model, [example for example in given if example.id in pictured])
     return Assessed(about, measures, captions, pd.concat(parts, ignore_index=True), counts, pictures)

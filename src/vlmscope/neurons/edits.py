@@ -96,15 +96,9 @@ def edit(
             closed(task, margin)
         else:
             learned(task, rng(seed, "edit", source, target))
-    about = {
-        "from": source,
-        "to": target or "",
-        "solver": solver,
-        "pictures": str(len(changed)),
-        "model": model.name,
-    }
+    about = {"from": source, "to": target or "", "solver": solver, "pictures": str(len(changed))}
     columns = {layer: (at.cpu(), delta.detach().cpu()) for layer, (at, delta) in deltas.items()}
-    return WeightEdit(columns, base_fingerprint(model), about, model.edits)
+    return WeightEdit(columns, base_fingerprint(model), {**about, "model": model.name}, model.edits)
 
 
 def check_margin(solver: str, margin: float | None) -> float:

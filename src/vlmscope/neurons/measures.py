@@ -25,18 +25,7 @@ from vlmscope.neurons.ablation import log_probabilities, lost
 from vlmscope.neurons.captions import forced_caption
 from vlmscope.neurons.contributions import contributions, count_neurons, named, token_weights, top_tokens
 from vlmscope.neurons.results import Found
-from vlmscope.neurons.words import (
-    METHODS,
-    PICTURES,
-    Array,
-    Labels,
-    Neurons,
-    Study,
-    Word,
-    best,
-    find_words,
-    study,
-)
+from vlmscope.neurons.words import PICTURES, Array, Labels, Neurons, Study, Word, best, find_words, study
 from vlmscope.progress import progress
 from vlmscope.runs.forward import editing
 from vlmscope.runs.model import Model
@@ -372,7 +361,7 @@ def drops(word: Word) -> Rows:
             if scale is not np.exp:
                 apart = (fell["contribution"] - fell["null"])[:, None]
                 own["p_value"] = float(sign_flip(apart, word.draw(measure, "signs"))[0])
-            for method in METHODS:
+            for method in word.chosen:
                 row = _mean(word, method, measure, fell[method], random=float(fell["random"].mean()))
                 yield row | (own if method == "contribution" else {})
     for method in ("contribution", "random"):

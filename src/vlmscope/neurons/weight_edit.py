@@ -96,14 +96,8 @@ class WeightEdit:
 
     def save(self, path: str | Path) -> None:
         """Write the changed columns, the model's fingerprint and what they are about; safetensors."""
-        metadata = {
-            "format": "pt",
-            "vlmscope": "edit",
-            "model": self.model,
-            "about": self._about(),
-            "on": " ".join(self.on),
-            "sha256": self.digest,
-        }
+        metadata = {"format": "pt", "vlmscope": "edit", "model": self.model, "about": self._about()}
+        metadata |= {"on": " ".join(self.on), "sha256": self.digest}
         make_folder(Path(path).parent)
         files.write(Path(path), save(self._tensors(), metadata))
 

@@ -35,7 +35,6 @@ Labels = NDArray[np.bool_]
 Neurons = NDArray[np.int64]
 """Neurons by their places among those of all layers."""
 
-METHODS = ("contribution", "gradient", "activation", "random")
 FEW = 4
 """A word that fewer pictures of a half show, or do not show, is not measured."""
 PICTURES = 16
@@ -116,21 +115,12 @@ def study(
         highest[number], lowest[number] = active.amax(0).numpy(), active.amin(0).numpy()
         size[number] = active.abs().mean(0).numpy()
         mean += active.mean(0).numpy()
-    return Study(
-        model,
-        given,
-        made,
-        prompt,
-        top_share(model) if top is None else top,
-        pictures,
-        seed,
-        [e.shows or frozenset(c.text.casefold().split()) for e, c in zip(given, made, strict=True)],
-        np.arange(len(given)) < len(given) // 2,
-        highest,
-        lowest,
-        size,
-        torch.tensor(mean / max(1, len(made)), dtype=torch.float32),
-    )
+    top = top_share(model) if top is None else top
+    shows = [e.shows or frozenset(c.text.casefold().split()) for e, c in zip(given, made, strict=True)]
+    first = np.arange(len(given)) < len(given) // 2
+    means = torch.tensor(mean / max(1, len(made)), dtype=torch.float32)
+    choices = (prompt, top, pictures, seed, shows, first)
+    return Study(model, given, made, *choices, highest, lowest, size, means)
 
 
 @dataclass(frozen=True, eq=False)
