@@ -99,23 +99,20 @@ def score(
         (scores,) = contributions(caption, [number], weights[token])
         best = scores.topk(min(top or len(scores), len(scores))).indices
         layers, neurons = np.divmod(best.cpu().numpy(), shape.neurons)
-        parts.append(
-            pd.DataFrame(
-                {
-                    "example": example,
-                    "word": word,
-                    "token": caption.text[slice(*caption.spans[number])].strip(),
-                    "token_id": token,
-                    "position": caption.start + number,
-                    "layer": np.array(shape.having("mlp"))[layers],
-                    "neuron": neurons,
-                    "activation": caption.activations[number].flatten()[best].cpu().numpy(),
-                    "weight": weights[token].to(scores).flatten()[best].cpu().numpy(),
-                    "score": scores[best].cpu().numpy(),
-                    "rank": np.arange(1, len(best) + 1),
-                }
-            )
-        )
+        columns = {
+            "example": example,
+            "word": word,
+            "token": caption.text[slice(*caption.spans[number])].strip(),
+            "token_id": token,
+            "position": caption.start + number,
+            "layer": np.array(shape.having("mlp"))[layers],
+            "neuron": neurons,
+            "activation": caption.activations[number].flatten()[best].cpu().numpy(),
+            "weight": weights[token].to(scores).flatten()[best].cpu().numpy(),
+            "score": scores[best].cpu().numpy(),
+            "rank": np.arange(1, len(best) + 1),
+        }
+        parts.append(pd.DataFrame(columns))
     return pd.concat(parts, ignore_index=True)
 
 
@@ -169,7 +166,7 @@ def over_image(model: Model, inputs: Inputs, neurons: Sequence[Neuron]) -> Float
             f"{model.name}: the {tower} tower of {model.family.name} has no image tokens in a "
             "grid, so its neurons have no map over the image"
         )
-    order = sorted(cells, key=lambda at: cells[at])
+    order = sorted(cells, key=cells.__getitem__)
     points = {layer: Point(tower, layer, "mlp", "n") for layer, _ in neurons}
     values = forward(model, inputs, keep=set(points.values())).values
     return torch.stack([values[points[layer]][0, order, neuron].float() for layer, neuron in neurons])
@@ -231,16 +228,18 @@ def find(
     if not tables:
         raise ExampleError(f"no caption has any of these words: {'; '.join(problems[:3])}")
     neurons = pd.concat(tables, ignore_index=True)
-    best = neurons[neurons["rank"] <= TOP]
-    about: dict[str, Any] = {
-        "model": model.name,
-        "family": model.family.name,
-        "weights": base_fingerprint(model),
-    }
-    about |= {"words": list(words), "top": top, "variant": variant, "gain": gain, "examples": len(given)}
-    about |= {"on": list(model.edits)} if model.edits else {}
     table = pd.DataFrame(rows, columns=["example", "prompt", "caption"])
-    return Found(about, neurons, table, _by_layer(best), _most_listed(model, best), held)
+    best = neurons[neurons["rank"] <= TOP]
+    layers = best.groupby(["word", "layer"])["score"].agg(neurons="size", score="sum").reset_index()
+    layers["share"] = layers["score"] / layers.groupby("word")["score"].transform("sum")
+    most = best.groupby(["layer", "neuron"])["score"].agg(listed="size", mean_score="mean")
+    most = most.sort_values(["listed", "mean_score"], ascending=False).head(LISTED).reset_index()
+    tokens = top_tokens(model, list(zip(most["layer"], most["neuron"], strict=True)))
+    most["tokens"] = [" ".join(word for word, _ in words) for words in tokens]
+    about: dict[str, Any] = {"model": model.name, "family": model.family.name}
+    about |= {"weights": base_fingerprint(model), "words": list(words), "top": top, "variant": variant}
+    about |= {"gain": gain, "examples": len(given)} | ({"on": list(model.edits)} if model.edits else {})
+    return Found(about, neurons, table, layers, most, held)
 
 
 def _in_caption(caption: Caption, words: Sequence[str]) -> tuple[list[str], str]:
@@ -255,19 +254,3 @@ def _in_caption(caption: Caption, words: Sequence[str]) -> tuple[list[str], str]
     if not words:
         why = f"nothing is known of what is shown beside the caption '{caption.text.strip()}'; name words"
     return found, why
-
-
-def _by_layer(best: pd.DataFrame) -> pd.DataFrame:
-    """By word and layer: how many of the listed neurons lie there, and their share of the scores."""
-    by = best.groupby(["word", "layer"])["score"].agg(["size", "sum"]).reset_index()
-    by["share"] = by["sum"] / by.groupby("word")["sum"].transform("sum")
-    return by.rename(columns={"size": "neurons", "sum": "score"})
-
-
-def _most_listed(model: Model, best: pd.DataFrame) -> pd.DataFrame:
-    """The neurons that are listed most, with their top tokens."""
-    by = best.groupby(["layer", "neuron"])["score"].agg(["size", "mean"])
-    by = by.sort_values(["size", "mean"], ascending=False).head(LISTED).reset_index()
-    tokens = top_tokens(model, list(zip(by["layer"], by["neuron"], strict=True)))
-    by["tokens"] = [" ".join(word for word, _ in words) for words in tokens]
-    return by.rename(columns={"size": "listed", "mean": "mean_score"})
