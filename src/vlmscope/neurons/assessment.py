@@ -11,8 +11,7 @@ import pandas as pd
 
 from vlmscope.data import Examples, listed
 from vlmscope.data.example import Example
-from vlmscope.errors import ExampleError
-from vlmscope.neurons.captions import inputs_of, known, whole_word
+from vlmscope.neurons.captions import imageless, inputs_of, known, whole_word
 from vlmscope.neurons.cards import SHOWN, small_pictures
 from vlmscope.neurons.hallucination import hallucination, questions, yes_or_no
 from vlmscope.neurons.results import Assessed, Found
@@ -55,12 +54,10 @@ def assess(
     given = listed(examples)
     asked = [(example, prompt) for prompt in prompts for example in given]
     words = [prompt or example.clean_prompt for example, prompt in asked]
-    alone = list(dict.fromkeys(words))[:ALONE]
-    before = _answers(model, asked, "captions before", found)
-    alone_before = [_without_picture(model, prompt) for prompt in alone]
+    blind = [fed for text in list(dict.fromkeys(words))[:ALONE] if (fed := imageless(model, text))]
+    before, blind_before = _answers(model, asked, "captions before", found), list(map(model.answer, blind))
     with edited(model, *edits):
-        after = _answers(model, asked, "captions after")
-        alone_after = [_without_picture(model, prompt) for prompt in alone]
+        after, blind_after = _answers(model, asked, "captions after"), list(map(model.answer, blind))
     ids = [example.id for example, _ in asked]
     table = pd.DataFrame({"example": ids, "prompt": words, "before": before, "after": after})
     old, new = whole_word(source), whole_word(target or "")
@@ -68,7 +65,7 @@ def assess(
     took = [not old.search(text) and (target is None or bool(new.search(text))) for text in after]
     table = table.assign(has=has, took=has & np.array(took, bool), same=table["before"] == table["after"])
     first = np.isin(words, words[: len(given)])
-    pairs, alone_pairs = list(zip(before, after, strict=True)), zip(alone_before, alone_after, strict=True)
+    pairs, blind_pairs = list(zip(before, after, strict=True)), zip(blind_before, blind_after, strict=True)
     only = np.array([old.sub(target or "", text) == now for text, now in pairs], bool)
     values: dict[str, Any] = {
         "generality": table["took"][has & first],
@@ -76,7 +73,7 @@ def assess(
         "only the word": only[table["took"]] if target else [],
         "locality": table["same"][~has & first],
         "locality, other wording": table["same"][~has & ~first],
-        "locality, no image": [x == y for x, y in alone_pairs if x is not None and not old.search(x)],
+        "locality, no image": [text == now for text, now in blind_pairs if not old.search(text)],
         "repetition": [_repeated(text) for text in after],
         "length": [len(now.split()) / max(1, len(text.split())) for text, now in pairs],
     }
@@ -99,14 +96,6 @@ def _answers(model: Model, asked: Asked, what: str, found: Found | None = None) 
             tokens = caption.ids[:SPEECH]
             answers.append(model.processor.tokenizer.decode(tokens, skip_special_tokens=True).strip())
     return answers
-
-
-def _without_picture(model: Model, prompt: str) -> str | None:
-    """What the model says to a prompt alone; None where it takes no prompt without a picture."""
-    try:
-        return model.answer(model.inputs(None, prompt))
-    except ExampleError:
-        return None
 
 
 def _repeated(text: str) -> float:

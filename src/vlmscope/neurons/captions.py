@@ -53,11 +53,8 @@ class Caption:
 
         Raises `ExampleError` if it is not there, or a token holds it with parts of other words.
         """
-        found = [m.span() for m in whole_word(word).finditer(self.text)]
-        if not word.strip() or not found:
-            raise ExampleError(f"the word '{word}' is not in the caption '{self.text}'")
-        numbers: list[int] = []
-        for first, last in found:
+        numbers = []
+        for first, last in (match.span() for match in whole_word(word).finditer(self.text)):
             for number, (a, b) in enumerate(self.spans):
                 inside = self.text[max(a, first) : min(b, last)]
                 outside = self.text[a : max(a, first)] + self.text[min(b, last) : b]
@@ -69,6 +66,8 @@ class Caption:
                         f"token {number + 1} is '{self.text[a:b]}'; ask for that word instead"
                     )
                 numbers.append(number)
+        if not numbers:
+            raise ExampleError(f"the word '{word}' is not in the caption '{self.text}'")
         return numbers
 
 
@@ -80,6 +79,14 @@ def whole_word(word: str) -> re.Pattern[str]:
 def inputs_of(model: Model, example: Example, prompt: str | None, ids: Sequence[int] = ()) -> Inputs:
     """What a model is given to caption an example's picture, with `ids` behind the prompt."""
     return model.inputs(example.clean_image, prompt or example.clean_prompt, example.more_images, ids)
+
+
+def imageless(model: Model, prompt: str) -> Inputs | None:
+    """A prompt without a picture; None where the model takes no such."""
+    try:
+        return model.inputs(None, prompt)
+    except ExampleError:
+        return None
 
 
 def generate_caption(
@@ -248,12 +255,12 @@ def nouns(text: str, tagger: str) -> list[str]:
     """
     try:
         import spacy
+
+        pipeline = spacy.load(tagger)
     except ImportError as error:
         raise ModelError(
             "picking nouns needs spaCy; pip install 'vlmscope[nouns]', or name the words"
         ) from error
-    try:
-        pipeline = spacy.load(tagger)
     except OSError as error:
         raise ModelError(
             f"no spaCy pipeline '{tagger}'; python -m spacy download en_core_web_sm gets one, "

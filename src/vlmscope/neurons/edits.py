@@ -19,7 +19,15 @@ from vlmscope.data import Examples, listed
 from vlmscope.data.example import Example
 from vlmscope.errors import ExampleError, VlmscopeError
 from vlmscope.models.inputs import Inputs
-from vlmscope.neurons.captions import LENGTH, Caption, caption_pictures, inputs_of, tokenized, whole_word
+from vlmscope.neurons.captions import (
+    LENGTH,
+    Caption,
+    caption_pictures,
+    imageless,
+    inputs_of,
+    tokenized,
+    whole_word,
+)
 from vlmscope.neurons.contributions import strongest
 from vlmscope.neurons.results import Found
 from vlmscope.neurons.solvers import MARGIN, SURE, Deltas, Task, Wanted, closed, last_logits, learned
@@ -166,9 +174,8 @@ def _kept(model: Model, fed: Inputs, ids: Sequence[int]) -> Wanted:
 
 def _without_picture(model: Model, prompt: str, source: str) -> Wanted | None:
     """What the model says to a prompt alone, if it takes such and does not say the word."""
-    try:
-        plain = model.inputs(None, prompt)
-    except ExampleError:
+    plain = imageless(model, prompt)
+    if plain is None:
         return None
     ids = generate(model, plain, most=LENGTH).tolist()
     if whole_word(source).search(model.processor.tokenizer.decode(ids, skip_special_tokens=True)):
