@@ -18,7 +18,6 @@ from vlmscope.data import BUILT_IN, examples
 from vlmscope.errors import DataError, ModelError
 from vlmscope.models.inputs import Edit
 from vlmscope.neurons import ablated, measure, measures, perturb, perturbed
-from vlmscope.neurons.ablation import without
 from vlmscope.neurons.words import Word, study
 from vlmscope.runs.model import Model
 
@@ -94,7 +93,7 @@ def test_noise_on_columns_is_the_pictures_own(toy):
         number = [one.id for one in there.examples].index(name)
         weight = toy.down(there.layers[0]).weight.detach()
         before = weight.clone()
-        with without(there, np.array([5]), "sigma 1", number):
+        with there.without(np.array([5]), "sigma 1", number):
             return (weight - before)[:, 5].clone()
 
     name, wanted = given[0].id, noise(given, given[0].id)

@@ -20,12 +20,13 @@ from torch import Tensor
 
 from vlmscope.checkpoint import embedder
 from vlmscope.data import Examples
+from vlmscope.errors import DataError
 from vlmscope.models.inputs import Edit
-from vlmscope.neurons.ablation import log_probabilities, lost
 from vlmscope.neurons.captions import forced_caption
 from vlmscope.neurons.contributions import contributions, count_neurons, named, token_weights, top_tokens
-from vlmscope.neurons.results import Found
-from vlmscope.neurons.words import PICTURES, Array, Labels, Neurons, Study, Word, best, find_words, study
+from vlmscope.neurons.results import Found, Perturbed
+from vlmscope.neurons.weight_edit import base_fingerprint
+from vlmscope.neurons.words import FEW, PICTURES, Array, Labels, Neurons, Study, Word, best, find_words, study
 from vlmscope.progress import progress
 from vlmscope.runs.forward import editing
 from vlmscope.runs.model import Model
@@ -318,8 +319,8 @@ def shuffled_patches(word: Word) -> Rows:
     study, model, shared = word.study, word.study.model, []
     site = replace(model.image_site, position="image")
     # In cross-attention what is read has no order: it gives the same, whatever the order.
-    for number in word.said() if site.kind != "output" else []:
-        caption, fed = study.captions[number], word.fed(number)
+    for number, fed in word.said().items() if site.kind != "output" else ():
+        caption = study.captions[number]
         if not fed.layout[site.tower].cells:
             continue  # these tokens have no place in the picture that could be another's
         at, (values,) = caption.ids.index(word.token), model.capture(fed, [site]).values()
@@ -342,17 +343,17 @@ def shuffled_patches(word: Word) -> Rows:
 
 def drops(word: Word) -> Rows:
     """By how much the word's probability falls without its neurons, and whether the caption loses it."""
-    fed = {number: word.fed(number) for number in word.said()}
+    fed = word.said()
     if len(fed) < 2:
         return
     sets = {method: [neurons] for method, neurons in word.chosen.items()}
     generator = word.draw("drop", "neurons")
     sets["random"] = [word.study.random(word.chosen["contribution"], generator) for _ in range(OTHERS)]
     sets["null"] = [neurons for neurons, _ in word.by_chance(OTHERS, "drop")]
-    base = log_probabilities(word, fed)
+    base = word.log_probabilities(fed)
     for how in ("zero", "mean"):
         after = {
-            name: np.mean([log_probabilities(word, fed, neurons, how) for neurons in group], axis=0)
+            name: np.mean([word.log_probabilities(fed, neurons, how) for neurons in group], axis=0)
             for name, group in sets.items()
         }
         for measure, scale in ((f"drop, {how}", np.asarray), (f"p drop, {how}", np.exp)):
@@ -365,4 +366,79 @@ def drops(word: Word) -> Rows:
                 row = _mean(word, method, measure, fell[method], random=float(fell["random"].mean()))
                 yield row | (own if method == "contribution" else {})
     for method in ("contribution", "random"):
-        yield _mean(word, method, "lost, zero", lost(word, fed, sets[method][0], "zero"))
+        yield _mean(word, method, "lost, zero", word.lost(fed, sets[method][0], "zero"))
+
+
+# -- over a range of neurons -----------------------------------------------------------------------
+
+
+def perturb(
+    model: Model,
+    examples: Examples,
+    words: Sequence[str],
+    *,
+    prompt: str | None = None,
+    tops: Sequence[int] = (1, 10),
+    sigmas: Sequence[float] = (),
+    pictures: int = PICTURES,
+    found: Found | None = None,
+    seed: int = 0,
+) -> Perturbed:
+    """What happens to words as their top neurons are ablated or their columns perturbed, by how many.
+
+    Neurons are chosen on half of the pictures, and the others measured that show the word and whose caption
+    says it (at most `pictures` of them). `found` has captions of the pictures that need not be made again.
+
+    A row of `effects` is a word, `k`, `how` (`zero`, `mean`, or `sigma S`: S·N(0, I) is added to the columns)
+    and `set` (`top`, or `random` neurons of the same layers): the mean drop of the log-probability and of the
+    probability with its interval (bootstrap, 95 %), and the share of captions, generated anew, that lose the
+    word.
+
+    Raises `DataError` if a word cannot be measured.
+    """
+    every = count_neurons(model)
+    if wrong := [k for k in tops if not 1 <= k <= every]:
+        raise DataError(f"the top {wrong[0]} of {every} neurons; expected 1 to {every}")
+    there = study(model, examples, prompt, pictures=pictures, found=found, seed=seed)
+    measurable = find_words(there, words)
+    if lacking := set(words) - {word.word for word in measurable}:
+        raise DataError(
+            f"'{min(lacking, key=words.index)}' cannot be measured: it is not a single token that at least "
+            f"{2 * FEW} pictures show and as many do not"
+        )
+    ways = ["zero", "mean", *(f"sigma {sigma:g}" for sigma in sigmas)]
+    rows: list[dict[str, Any]] = []
+    with progress(len(measurable) * len(tops) * len(ways), what="perturbations") as step:
+        for word in measurable:
+            for k in tops:
+                rows += _effects(word, k, ways)
+                step(0, len(rows) // 2)
+    about = {"model": model.name, "weights": base_fingerprint(model), "words": list(words)}
+    return Perturbed(about, pd.DataFrame(rows))
+
+
+def _effects(word: Word, k: int, ways: Sequence[str]) -> Iterator[dict[str, Any]]:
+    """What happens to a word without its top k neurons and without as many random ones."""
+    study, fed = word.study, word.said()
+    if not fed:
+        raise DataError(f"no caption says '{word.word}' where the picture shows it")
+    base = word.log_probabilities(fed)
+    top = word.strongest(study.first & word.shown, k)
+    sets = {"top": top, "random": study.random(top, word.draw("random", k))}
+    for how in ways:
+        for name, neurons in sets.items():
+            after = word.log_probabilities(fed, neurons, how)
+            chance = np.exp(base) - np.exp(after)
+            (low,), (high,) = bootstrap(chance[:, None], word.draw("perturb", k, how, name))
+            yield {
+                "word": word.word,
+                "k": k,
+                "how": how,
+                "set": name,
+                "drop_log_p": (base - after).mean(),
+                "drop_p": chance.mean(),
+                "ci_low": low,
+                "ci_high": high,
+                "lost": np.mean(word.lost(fed, neurons, how)),
+                "n": len(fed),
+            }

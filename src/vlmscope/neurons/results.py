@@ -38,7 +38,7 @@ class Result:
         """
         place = make_folder(folder)
         tables = {file: getattr(self, name) for name, file in _files(self).items()}
-        pictures: Mapping[str, Image.Image] | None = getattr(self, "pictures", None)
+        tables["pictures.csv"], pictures = None, getattr(self, "pictures", None)
         if pictures is not None:
             names = [f"{number:04d}.png" for number in range(len(pictures))]
             tables["pictures.csv"] = pd.DataFrame({"example": list(pictures), "file": names})
@@ -122,7 +122,7 @@ def read(folder: str | os.PathLike[str], kind: type[R] = Result) -> R:  # type: 
             for name, file in _files(there).items()
             if not hasattr(there, name) or (place / file).is_file()  # what has a default may be missing
         }
-        if hasattr(there, "pictures"):
+        if hasattr(there, "pictures") and (place / "pictures.csv").is_file():
             rows = pd.read_csv(place / "pictures.csv", dtype=str, keep_default_na=False).itertuples()
             shown = {row.example: place / "pictures" / Path(row.file).name for row in rows}
             values["pictures"] = {example: open_image(file) for example, file in shown.items()}

@@ -215,8 +215,7 @@ def learned(task: Task, generator: np.random.Generator) -> None:
             loss = 1e-3 * torch.stack([delta.square().sum() for delta in parameters]).sum()
             for n, caption in [*((n, task.changed[n]) for n in drawn), *((-1, task.kept[n]) for n in rest)]:
                 found = task.logits(caption).log_softmax(-1)
-                for term in _losses(caption, found, task.locality):
-                    loss = loss + term
+                loss = sum(_losses(caption, found, task.locality), loss)
                 if caption.new:
                     sure[n] = _sureness(caption, found)
             optimizer.zero_grad()

@@ -11,6 +11,7 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from torch import Tensor
 
 from vlmscope.errors import ModelError, StoreError
 from vlmscope.neurons.results import make_folder
+from vlmscope.runs.hooks import Access, Hooks
 from vlmscope.runs.model import Model
 from vlmscope.studies import files
 
@@ -201,6 +203,36 @@ def changed(model: Model, changes: Sequence[Columns]) -> Iterator[None]:
     finally:
         for weight, at, before in reversed(kept):
             weight[:, at] = before
+
+
+@contextmanager
+def ablated(model: Model, neurons: Mapping[int, tuple[Sequence[int], Tensor]]) -> Iterator[None]:
+    """Within this context neurons of the tower that speaks are set to a value, at every position."""
+    with model.alone(), Hooks() as hooks:
+        for layer, (numbers, value) in neurons.items():
+            hooks.at(Access(model.down(layer), before=True), partial(_set, list(numbers), value))
+        yield
+
+
+def _set(numbers: list[int], value: Tensor, x: Tensor) -> Tensor:
+    x = x.clone()
+    x[..., numbers] = value.to(x)
+    return x
+
+
+@contextmanager
+def perturbed(
+    model: Model, neurons: Mapping[int, Sequence[int]], sigma: float, seed: int = 0
+) -> Iterator[None]:
+    """Within this context σ·N(0, I) is added to neurons' columns, as in Pan et al.; undone bit for bit."""
+    generator = torch.Generator().manual_seed(seed)
+    width = model.shapes[model.speaker].width
+    columns = {
+        layer: (torch.tensor(list(numbers)), sigma * torch.randn(width, len(numbers), generator=generator))
+        for layer, numbers in neurons.items()
+    }
+    with changed(model, [columns]):
+        yield
 
 
 def export(model: Model, edits: Sequence[WeightEdit], folder: str | Path) -> None:

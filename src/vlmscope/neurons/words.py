@@ -8,7 +8,8 @@ over the pictures that show the word, and beside that by activation alone, by gr
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -22,10 +23,11 @@ from vlmscope.data import Examples, listed
 from vlmscope.data.example import Example
 from vlmscope.errors import DataError
 from vlmscope.models.inputs import Inputs
-from vlmscope.neurons.captions import Caption, caption_pictures, inputs_of, packed
+from vlmscope.neurons.captions import LENGTH, Caption, caption_pictures, inputs_of, packed
 from vlmscope.neurons.contributions import contributions, count_neurons, token_weights, top_share
 from vlmscope.neurons.results import Found
-from vlmscope.runs.forward import forward
+from vlmscope.neurons.weight_edit import ablated, perturbed
+from vlmscope.runs.forward import forward, generate
 from vlmscope.runs.model import Model
 from vlmscope.sites import Point
 from vlmscope.stats import rng, shuffled
@@ -90,6 +92,22 @@ class Study:
             free = np.setdiff1d(np.arange(self.width) + layer * self.width, chosen)
             found += generator.choice(free, min(count, len(free)), replace=False).tolist()
         return np.array(found, dtype=np.int64)
+
+    @contextmanager
+    def without(self, neurons: Neurons, how: str, number: int = 0) -> Iterator[None]:
+        """Within this context neurons are set to `zero` or to their `mean`, or their columns have noise
+        (`sigma S`) that is the picture's own."""
+        layer_of = neurons // self.width
+        places = {self.layers[n]: neurons[layer_of == n] for n in np.unique(layer_of)}
+        numbers = {layer: (at % self.width).tolist() for layer, at in places.items()}
+        if how.startswith("sigma"):
+            seed = int(rng(self.seed, "columns", self.examples[number].id).integers(2**63))
+            with perturbed(self.model, numbers, float(how.split()[1]), seed=seed):
+                yield
+        else:
+            value = self.mean if how == "mean" else torch.zeros_like(self.mean)
+            with ablated(self.model, {n: (numbers[n], value[torch.tensor(at)]) for n, at in places.items()}):
+                yield
 
 
 def study(
@@ -174,14 +192,34 @@ class Word:
         study, ids = self.study, self.study.captions[number].ids
         return inputs_of(study.model, study.examples[number], study.prompt, ids[: ids.index(self.token)])
 
-    def said(self) -> list[int]:
-        """Some pictures of the second half that show the word, and whose caption says it."""
+    def said(self) -> dict[int, Inputs]:
+        """Some pictures of the second half that show the word and whose caption says it, and what is `fed`."""
         both = np.flatnonzero(~self.study.first & self.shown).tolist()
-        return [n for n in both if self.token in self.study.captions[n].ids][: self.study.pictures]
+        numbers = [n for n in both if self.token in self.study.captions[n].ids][: self.study.pictures]
+        return {number: self.fed(number) for number in numbers}
 
     def strongest(self, pictures: Any, count: int | None = None) -> Neurons:
         """The neurons that contribute most to the word in some pictures, best first."""
         return best(self.contribution[pictures].mean(0), self.study.top if count is None else count)
+
+    def log_probabilities(
+        self, fed: Mapping[int, Inputs], neurons: Neurons | None = None, how: str = "zero"
+    ) -> Array:
+        """The log-probability of a word where each picture's caption says it, `without` neurons."""
+        found = []
+        for number, inputs in fed.items():
+            with self.study.without(np.array([], int) if neurons is None else neurons, how, number):
+                found.append(float(self.study.model.run(inputs).float().log_softmax(-1)[self.token]))
+        return np.array(found)
+
+    def lost(self, pictures: Iterable[int], neurons: Neurons, how: str) -> list[bool]:
+        """Whether each picture's caption, generated anew `without` neurons, lacks the word."""
+        found = []
+        for number in pictures:
+            with self.study.without(neurons, how, number):
+                ids = generate(self.study.model, self.study.captions[number].inputs, most=LENGTH)
+                found.append(self.token not in ids)
+        return found
 
     def by_chance(self, draws: int, measure: str) -> list[tuple[Neurons, Labels]]:
         """The null of a measure: neurons chosen by labels that are shuffled within each half."""
