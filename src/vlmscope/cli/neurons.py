@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -79,10 +80,10 @@ def find(
 
 
 def _layer_and_number(text: str) -> tuple[int, int]:
-    layer, dot, number = text.strip().lstrip("L").replace(".N", ".").partition(".")
-    if not (dot and layer.isdigit() and number.isdigit()):
+    found = re.fullmatch(r"L?(\d+)\.N?(\d+)", text.strip())
+    if found is None:
         raise VlmscopeError(f"bad neuron '{text}'; expected LAYER.NUMBER, such as 12.4071")
-    return int(layer), int(number)
+    return int(found[1]), int(found[2])
 
 
 @command(app)

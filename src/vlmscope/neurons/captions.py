@@ -216,11 +216,9 @@ def known(
 ) -> Iterator[Caption | None]:
     """For pictures and what is asked about them the captions that `found` has of this model, or None.
 
-    A caption that is in memory is taken as it is. Of one that was read from a folder only the text is known:
-    it is fed in one forward, and taken if each of its tokens is what the model would have said there. With
-    other edits the model may say something else, so none is known.
-
-    Raises `ModelError` if the captions were made by a model with other weights.
+    Of one that was read from a folder only the text is known: it is fed in one forward, and taken if each of
+    its tokens is what the model would have said there. With other edits the model may say something else.
+    Raises `ModelError` if the captions are of other weights.
     """
     held: Mapping[tuple[Example, str], Caption] = {}
     texts: dict[tuple[str, str], str] = {}
@@ -249,10 +247,7 @@ def known(
 
 
 def nouns(text: str, tagger: str) -> list[str]:
-    """The nouns of a text, by a spaCy pipeline that is installed or in a folder.
-
-    Raises `ModelError` if there is no spaCy or no such pipeline, `ExampleError` if the text has no noun.
-    """
+    """The nouns of a text, by a spaCy pipeline (`ModelError` without it); `ExampleError` if it has none."""
     try:
         import spacy
 

@@ -6,6 +6,7 @@ Only the rows of the output embedding that are asked for are used, and no gradie
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -124,14 +125,12 @@ def strongest(model: Model, captions: Iterable[Caption], word: str, count: int |
     every, count = count_neurons(model), top_share(model) if count is None else count
     if not 1 <= count <= every:
         raise ModelError(f"{count} neurons cannot be chosen; expected 1 to {every}")
-    weights: dict[int, Tensor] = {}
+    weight_of = cache(lambda token: token_weights(model, [token])[0])
     total, terms = torch.zeros(every), 0
     for caption in captions:
         for number in caption.find(word):
-            token = caption.ids[number]
-            if token not in weights:
-                weights[token] = token_weights(model, [token])[0]
-            total += contributions(caption, [number], weights[token])[0].float().cpu()
+            weight = weight_of(caption.ids[number])
+            total += contributions(caption, [number], weight)[0].float().cpu()
             terms += 1
     return named(model, (total / terms).topk(count).indices.tolist())
 

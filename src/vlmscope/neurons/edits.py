@@ -69,12 +69,11 @@ def edit(
     change (1 % of all by default). `locality` weighs what is to stay against what is to change. Made within
     `edited`, an edit is for the model with those edits (`WeightEdit.on`).
 
-    - `learned`: Adam on the columns; negative log-likelihood of the new words, plus the divergence of
-      all other positions from what they were, plus the probability of the new word where it does not
-      belong, plus a decay; until each new word has a probability of 0.9.
-    - `closed`: the change of least norm (see `solvers.closed`) after which every margin holds, to first order
-      at the activations and with the gradients of the model as it is; repeated from where that leads until
-      they hold, or 16 times. A new word's margin is that it leads by `margin` logits (4 by default).
+    - `learned`: Adam on the columns, until each new word has a probability of 0.9; negative log-likelihood of
+      the new words, divergence of all other positions from what they were, the probability of the new word
+      where it does not belong, and a decay.
+    - `closed`: the change of least norm (see `solvers.closed`) after which, to first order, every new word
+      leads by `margin` logits (4 by default); repeated from where that leads until they do, or 16 times.
 
     Raises `ExampleError` if no caption has the word, `ModelError` if the weights cannot be edited,
     `VlmscopeError` for a margin of the learned solver, which has none.
@@ -187,8 +186,7 @@ def _without_picture(model: Model, prompt: str, source: str) -> Wanted | None:
 def _frozen(model: Model) -> Iterator[None]:
     """No gradients of the model's own weights are kept."""
     weights = [p for p in model.hf.parameters() if p.requires_grad]
-    for weight in weights:
-        weight.requires_grad_(False)
+    model.hf.requires_grad_(False)
     try:
         yield
     finally:

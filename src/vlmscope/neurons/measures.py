@@ -71,9 +71,8 @@ def measure(
 
     `prompt` asks for the captions (each example's own by default), unless `found` has them. What a picture
     shows are its labels (`Example.shows`), or the words of its caption where it has none; `words` are by
-    default all of these that are a single token for the model and shown by some pictures and not by others.
-    `top` is how many neurons are chosen for a word (1 % of all), and the costly measures run on at most
-    `pictures` that show it. The table has a row a word, method and measure:
+    default all of these that can be measured. `top` neurons are chosen for a word (1 % of all); the costly
+    measures run on at most `pictures` that show it. The table has a row a word, method and measure:
 
     - `sensitivity`: the share of the neurons among whose 10 top tokens the word's is;
     - `similarity`, with a small text model that is named (`embedding`): the mean cosine of the word and these
@@ -83,18 +82,17 @@ def measure(
     - `selectivity`: (with − without) / (|with| + |without|) of that, meant over the neurons;
     - `overlap`: the share of a picture's top neurons for the word that are another's, too, for pictures
       that show it; `overlap, others`: that with the neurons of another word in a picture without it;
-    - `overlap, shuffled`: with those of the same picture when its patches are shuffled, where they
-      are tokens of the language model (cross-attention reads patches in no order, so that a shuffle changes
-      nothing, and the queries of a Q-Former have no place in the picture);
+    - `overlap, shuffled`: with those of the same picture when its patches are shuffled, where these are
+      tokens of the language model (cross-attention reads them in no order; a Q-Former's queries are none);
     - `drop, zero` and `drop, mean`, unless `causal` is false: by how much the log-probability of the word
       falls when the neurons are set to zero, or to their mean; `p drop, zero`: the probability itself;
       `lost, zero`: the share of captions, generated anew, that lose the word.
 
-    `null` is the same of neurons chosen by shuffled labels (with the same token), `random` of as many random
-    neurons of the same layers; `p_value` is against the null, `q_value` after Benjamini and Hochberg over
-    the words.
+    `null` is the same of neurons chosen by shuffled labels, `random` of random ones of the same layers;
+    `p_value` is against the null, `q_value` after Benjamini and Hochberg over the words.
 
-    Raises `DataError` if no word can be measured.
+    Raises `DataError` if no word can be measured: each has to be a single token for the model, and shown by
+    some pictures and not by others.
     """
     there = study(model, examples, prompt, top=top, pictures=pictures, found=found, seed=seed)
     return measure_study(there, words, causal=causal, embedding=embedding)
@@ -430,15 +428,6 @@ def _effects(word: Word, k: int, ways: Sequence[str]) -> Iterator[dict[str, Any]
             after = word.log_probabilities(fed, neurons, how)
             chance = np.exp(base) - np.exp(after)
             (low,), (high,) = bootstrap(chance[:, None], word.draw("perturb", k, how, name))
-            yield {
-                "word": word.word,
-                "k": k,
-                "how": how,
-                "set": name,
-                "drop_log_p": (base - after).mean(),
-                "drop_p": chance.mean(),
-                "ci_low": low,
-                "ci_high": high,
-                "lost": np.mean(word.lost(fed, neurons, how)),
-                "n": len(fed),
-            }
+            row = {"word": word.word, "k": k, "how": how, "set": name, "drop_log_p": (base - after).mean()}
+            row |= {"drop_p": chance.mean(), "ci_low": low, "ci_high": high}
+            yield row | {"lost": np.mean(word.lost(fed, neurons, how)), "n": len(fed)}

@@ -184,7 +184,6 @@ class Word:
         return np.mean(products or [np.zeros(count_neurons(model))], axis=0, dtype=np.float64)
 
     def draw(self, *what: object) -> np.random.Generator:
-        """The generator of one draw for this word."""
         return rng(self.study.seed, self.word, *what)
 
     def fed(self, number: int) -> Inputs:
@@ -193,7 +192,7 @@ class Word:
         return inputs_of(study.model, study.examples[number], study.prompt, ids[: ids.index(self.token)])
 
     def said(self) -> dict[int, Inputs]:
-        """Some pictures of the second half that show the word and whose caption says it, and what is `fed`."""
+        """Some pictures of the second half that show the word, and whose caption says it: what is `fed`."""
         both = np.flatnonzero(~self.study.first & self.shown).tolist()
         numbers = [n for n in both if self.token in self.study.captions[n].ids][: self.study.pictures]
         return {number: self.fed(number) for number in numbers}
