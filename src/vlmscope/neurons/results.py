@@ -12,10 +12,10 @@ from typing import Any, ClassVar, TypeVar
 import pandas as pd
 from PIL import Image
 
+from vlmscope import files
 from vlmscope.data.example import Example
 from vlmscope.data.images import open_image
 from vlmscope.errors import StoreError
-from vlmscope.studies import files
 
 R = TypeVar("R", bound="Result")
 

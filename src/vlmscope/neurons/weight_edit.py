@@ -21,11 +21,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from vlmscope import files
 from vlmscope.errors import ModelError, StoreError
 from vlmscope.neurons.results import make_folder
 from vlmscope.runs.hooks import Access, Hooks
 from vlmscope.runs.model import Model
-from vlmscope.studies import files
 
 Columns = Mapping[int, tuple[Int[Tensor, "_chosen"], Float[Tensor, "width _chosen"]]]
 """By layer, neurons and what is added to the column of each."""
