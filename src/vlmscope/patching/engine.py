@@ -18,10 +18,9 @@ from jaxtyping import Bool
 from torch import Tensor
 
 from vlmscope.models.inputs import Pair
-from vlmscope.patching.flows.flow import Flow, Job, Row, around
+from vlmscope.patching.flows.flow import INSIDE, Flow, Job, Plain, Row, around
 from vlmscope.patching.flows.memory import Memory, remembering
-from vlmscope.patching.flows.plain import Plain
-from vlmscope.patching.flows.rows import INSIDE, Rows, keeping
+from vlmscope.patching.flows.rows import Rows, keeping
 from vlmscope.patching.flows.suffix import Suffix
 from vlmscope.patching.reference import Values
 from vlmscope.patching.scores import Baselines, Metric, Patched, Score, baselines, largest, score

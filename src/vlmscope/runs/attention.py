@@ -13,10 +13,10 @@ from torch import Tensor
 
 from vlmscope.errors import SiteError
 from vlmscope.models.inputs import Inputs
+from vlmscope.runs.access import unpadded
 from vlmscope.runs.forward import forward
 from vlmscope.runs.hooks import Hooks, Plain, attending, eager, patterns
 from vlmscope.runs.network import Network
-from vlmscope.runs.views import unpadded
 from vlmscope.sites import Pattern, expand, place
 
 

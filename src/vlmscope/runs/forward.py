@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor
 from vlmscope.errors import ModelError, SiteError, VlmscopeError
 from vlmscope.layout import grid
 from vlmscope.models.inputs import Change, Edit, Inputs, Op, Value
-from vlmscope.runs.access import access
+from vlmscope.runs.access import hook
 from vlmscope.runs.hooks import Hooks
 from vlmscope.runs.network import Network
 from vlmscope.sites import Point, Site, Sites
@@ -42,9 +43,8 @@ def forward(
 ) -> Run:
     """Run a model once: a plain forward of the Hugging Face model, with `edits` made as it computes.
 
-    `keep` are the points whose activations are kept; `positions` says how many of the last positions' logits
-    are given (None: every one). With `grad` what is kept and the logits are parts of one graph, so that
-    `torch.autograd.grad` gives gradients of one to the other; else nothing is recorded for gradients.
+    It keeps the activations at the points `keep`, and the logits of the last `positions` (None: all). With
+    `grad` these are parts of one graph, for `torch.autograd.grad`; else nothing is recorded for gradients.
 
     Raises `ModelError` if the model refuses the inputs, `SiteError` for a place that is not in this run.
 
@@ -66,7 +66,7 @@ def forward(
     mode = torch.enable_grad() if grad else torch.inference_mode()
     with mode, editing(network, inputs, edits), Hooks() as hooks:
         for point in keep:
-            hooks.at(access(network, point, inputs), Keep(found, point, grad))
+            hook(hooks, network, point, inputs, partial(keep_value, found, point, grad))
         hooks.on_output(network.module(network.family.logits), lambda out: logits.append(out.logits))
         try:
             network.hf(**inputs.tensors, **keywords)
@@ -107,37 +107,28 @@ def room(network: Network, inputs: Inputs, most: int) -> int:
 def editing(
     network: Network, inputs: Inputs, edits: Iterable[Edit], generating: bool = False
 ) -> Iterator[None]:
-    """Within this context every run of the model, in any number of rows, has the edits; other threads
+    """Within this context all runs of the model, in any number of rows, have the edits; other threads
     wait."""
     with network.alone(), Hooks() as hooks:
         for change in network.changes(inputs, edits):
-            hooks.at(access(network, change.site.point, inputs), _Change(network, change, generating))
+            point, seen = change.site.point, [0] if generating else None
+            hook(hooks, network, point, inputs, partial(_change, change, network.units(point), seen))
         yield
 
 
-class Keep:
-    """Keeps what stands at a point: a copy, or the very part of a graph."""
-
-    def __init__(self, found: dict[Point, Tensor], point: Point, grad: bool = False) -> None:
-        self.found, self.point, self.grad = found, point, grad
-
-    def __call__(self, x: Tensor) -> Tensor:
-        self.found[self.point] = x if self.grad else x.clone()
-        return x
+def keep_value(found: dict[Point, Tensor], point: Point, grad: bool, x: Tensor) -> Tensor:
+    """Keep what stands at a point: a copy, or the very part of a graph."""
+    found[point] = x if grad else x.clone()
+    return x
 
 
-class _Change:
+def _change(change: Change, units: int | None, seen: list[int] | None, x: Tensor) -> Tensor:
     """One change, made in every call, or while generating in those that see the prompt."""
-
-    def __init__(self, network: Network, change: Change, generating: bool) -> None:
-        self.network, self.change, self.generating = network, change, generating
-        self.longest = 0
-
-    def __call__(self, x: Float[Tensor, "rows pos width"]) -> Tensor:
-        if self.generating and x.shape[1] <= self.longest:
+    if seen is not None:
+        if x.shape[1] <= seen[0]:
             return x
-        self.longest = x.shape[1]
-        return edited(x, *self.change, units=self.network.units(self.change.site.point))
+        seen[0] = x.shape[1]
+    return edited(x, *change, units=units)
 
 
 def edited(
@@ -148,7 +139,9 @@ def edited(
     heads = None if units is None else x.unflatten(-1, (units, -1))
     now = x[:, at] if heads is None else heads[:, at][:, :, list(site.units)].flatten(2)
     if isinstance(value, Tensor):
-        if not _fits(value, now):
+        # Every edit asks, and torch.broadcast_shapes takes as long as the edit itself.
+        sizes = zip(reversed(value.shape), reversed(now.shape), strict=False)
+        if value.ndim > now.ndim or any(a not in (1, b) for a, b in sizes):
             raise VlmscopeError(
                 f"the value of the edit at '{site}' has the shape {tuple(value.shape)}; expected a "
                 f"number, or one that broadcasts to {tuple(now.shape[1:])}: (positions, width)"
@@ -161,13 +154,6 @@ def edited(
     else:
         heads[:, torch.tensor(at)[:, None], list(site.units)] = new.unflatten(-1, (len(site.units), -1))
     return x
-
-
-def _fits(value: Tensor, onto: Tensor) -> bool:
-    """Whether a value can be written over a tensor, repeated where it has one entry."""
-    # Every edit asks, and torch.broadcast_shapes takes as long as the edit itself.
-    sizes = zip(reversed(value.shape), reversed(onto.shape), strict=False)
-    return value.ndim <= onto.ndim and all(a in (1, b) for a, b in sizes)
 
 
 def capture(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, suppress
 from pathlib import Path
 from typing import Any
@@ -18,19 +18,18 @@ from vlmscope.errors import ModelError, SiteError
 from vlmscope.models.families import family_of
 from vlmscope.models.inputs import Change, Edit, Inputs
 from vlmscope.runs.hooks import alone, attending
-from vlmscope.runs.shapes import has, shape_of
-from vlmscope.sites import Pattern, Point, Site, Sites, expand, parse, place
+from vlmscope.sites import Pattern, Point, Shape, Site, Sites, expand, parse, place
+
+SUBLAYERS = ("attn", "cross", "mlp")
 
 QUANTIZED = "4bit"
 """Weights of 4 bits (NF4, by bitsandbytes), which compute in bfloat16."""
 
 
 class Network:
-    """The modules of a model, by its family's table: what there is (`access`: how a place is read and
-    written).
+    """The modules of a model, by its family's table; `shapes` says which sites each tower has.
 
-    `shapes` says which sites each tower has. Raises `ModelError` if the model is of no supported family or
-    does not fit its family's table.
+    Raises `ModelError` if the model is of no supported family or does not fit its family's table.
     """
 
     def __init__(self, hf: PreTrainedModel, processor: Any, name: str = "model") -> None:
@@ -66,8 +65,7 @@ class Network:
         return min(free_memory(device) for device in {p.device for p in self.hf.parameters()})
 
     def alone(self) -> AbstractContextManager[None]:
-        """Within this context no other thread runs the model, and it is in evaluation mode
-        (`hooks.alone`)."""
+        """Within this context no other thread runs the model (`hooks.alone`)."""
         return alone(self.hf, self.name)
 
     # -- towers ----------------------------------------------------------------------------------
@@ -84,12 +82,8 @@ class Network:
 
     @property
     def image_site(self) -> Site:
-        """What the language model reads of the image, all of it.
-
-        Where the image's tokens enter the language model's first block, that is the block's input there;
-        elsewhere it is the output of the tower that is read (`Family.image`). Whoever asks for patches
-        takes the same place at `image`; what has no place in the picture (`Layout.cells`), such as the
-        queries of a Q-Former, is no patch.
+        """What the language model reads of the image, all of it: its tokens as they enter the first block, or
+        the output of the tower that is read (`Family.image`).
 
         >>> from vlmscope.checkpoint import load
         >>> str(load("toy-blip").image_site), str(load("toy-llava").image_site)
@@ -110,8 +104,8 @@ class Network:
         return [] if reads is None or reads in inputs.layout else self.shapes[tower].having("cross")
 
     def flow(self, tower: str, inputs: Inputs) -> str:
-        """How patches of a tower are computed: one forward a patch where a batch holds several pictures,
-        or where several blocks make up what leaves the tower."""
+        """How patches of a tower are computed: as its table says, or `plain` where a batch holds several
+        pictures, or several blocks make up what leaves the tower."""
         table = self.family.towers[tower]
         joined = table.joined is not None and table.joined(self.hf.config)
         return "plain" if joined or inputs.layout[tower].sequences > 1 else table.flow
@@ -253,8 +247,6 @@ class Network:
             for part in site.parts
         ]
 
-    # -- how the family's table fits -------------------------------------------------------------
-
     def misfit(self, what: str) -> ModelError:
         return ModelError(
             f"{self.name}: the table of family {self.family.name} does not fit this model under "
@@ -270,3 +262,72 @@ def free_memory(device: torch.device) -> int:
         lines = Path("/proc/meminfo").read_text("utf-8").splitlines()
         return next(int(x.split()[1]) * 1024 for x in lines if x.startswith("MemAvailable"))
     return 2**29
+
+
+# -- what the towers have ------------------------------------------------------------------------
+
+
+def has(block: nn.Module, path: str) -> bool:
+    """Whether a block has a module at a path."""
+    try:
+        block.get_submodule(path)
+    except AttributeError:
+        return False
+    return True
+
+
+def shape_of(network: Network, tower: str) -> Shape:
+    """What one tower has, read off its modules and its config."""
+    table, config = network.family.towers[tower], network.hf.config
+    for part in filter(None, table.config.split(".")):
+        config = _entry(config, part)
+    blocks = network.blocks(tower)
+    widths: dict[str, int] = {}
+    lacks: dict[str, frozenset[int]] = {}
+    heads: dict[str, int] = {}
+    width = 0
+    for kind in SUBLAYERS:
+        path = getattr(table, kind)
+        found = {n: b.get_submodule(path) for n, b in enumerate(blocks) if path and has(b, path)}
+        missing = frozenset(range(len(blocks))) - set(found)
+        if (
+            kind == "mlp"
+            and missing
+            and any(name.endswith("experts") for b in blocks for name, _ in b.named_modules())
+        ):
+            raise ModelError(
+                f"{network.name}: the feed-forward blocks of its {tower} tower are made of experts, which "
+                "cannot be split into neurons; models with plain or gated blocks are supported"
+            )
+        if path and (not found or (missing and table.cross is None)):
+            raise network.misfit(f"no module '{path}' in block {min(missing)} of {tower}")
+        if not found:
+            continue
+        first: Any = next(iter(found.values()))
+        widths[kind], width = int(first.in_features), int(first.out_features)
+        if missing:
+            lacks[kind] = missing
+        if kind == "mlp":
+            continue
+        heads[kind] = _entry(config, table.heads)
+        if widths[kind] % heads[kind]:
+            raise network.misfit(
+                f"{tower}.{kind} is {widths[kind]} wide, not a multiple of its {heads[kind]} heads"
+            )
+    middle = ["resid_mid"] if heads and (table.middle or not table.normed) else []
+    kinds = ["resid_pre", *heads, *middle, "mlp", "resid"]
+    if table.deepstack:
+        kinds.append("deepstack")
+        lacks["deepstack"] = frozenset(range(table.deepstack(network.hf.config), len(blocks)))
+    out: dict[str, int] = {}
+    if table.output:
+        kinds.append("output")
+        wide = getattr(network.module(table.output), "out_features", width)
+        out = {} if wide == width else {"output": wide}
+    groups = getattr(config, "num_key_value_heads", None)
+    return Shape(len(blocks), tuple(kinds), heads, widths["mlp"], width, lacks, out, groups)
+
+
+def _entry(config: Any, name: str) -> Any:
+    """A part of a config, which may be a dictionary."""
+    return config[name] if isinstance(config, Mapping) else getattr(config, name)

@@ -2,33 +2,36 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from vlmscope.models.inputs import Change, Edit, Inputs
-from vlmscope.patching.trace import Trace
-from vlmscope.runs.access import access
+from vlmscope.patching.trace import Trace, edited_output
+from vlmscope.runs.access import hook
+from vlmscope.runs.forward import forward, read
 from vlmscope.runs.hooks import Hooks
-from vlmscope.runs.network import Network
+from vlmscope.runs.network import SUBLAYERS, Network
 from vlmscope.sites import Point, Site
+
+INSIDE = (*SUBLAYERS, "resid_mid")
+"""Kinds that are within a block."""
 
 
 @dataclass(frozen=True, eq=False)
 class Row:
     """One patch: its number in the sweep, what it sets, and the stage of its tower it joins at.
 
-    `sites` are of one layer each, in the order in which the model computes them; a window of layers has
-    several. Stage L is the entrance of block L; the stage behind the last block is its output, the next
-    one the tower's. `shift` says how far behind the positions of the run the source's values stand.
+    `sites` are of one layer each, in the order in which the model computes them. Stage L is the entrance of
+    block L; the stage behind the last block is its output, the next one the tower's. `shift` says how far
+    behind the positions of the run the source's values stand.
     """
 
     number: int
@@ -46,7 +49,7 @@ class Cell:
     position: int
     site: Site
     source: int
-    shift: int = 0
+    shift: int
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,44 +76,27 @@ class Job:
     def depth(self, tower: str) -> int:
         return self.network.shapes[tower].layers
 
-    def write(self, x: Tensor, cells: Sequence[Cell], shape: torch.Size | None = None) -> Tensor:
-        """Write the source's values into cells of one point's activation, in place.
-
-        `shape` gives the rows and positions where they have been laid end to end.
-        """
-        if not cells:
-            return x
-        point = cells[0].site.point
-        units = self.network.units(point) or 1
-        view = (x if shape is None else x.view(*shape[:2], -1)).unflatten(-1, (units, -1))
-        numbers = [
-            (c.row, c.position, c.source + c.shift, unit) for c in cells for unit in c.site.units or (0,)
-        ]
-        row, position, source, unit = torch.tensor(numbers, device=x.device).T
-        values = self.source[point][0].unflatten(-1, (units, -1))
-        view[row, position, unit] = values[source, unit].to(view)
-        return x
-
-    def hook_cells(self, hooks: Hooks, cells: Sequence[Cell], shape: torch.Size | None = None) -> None:
-        """Write into cells as blocks compute."""
-        by_point = defaultdict(list)
-        for cell in cells:
-            by_point[cell.site.point].append(cell)
-        for point, some in by_point.items():
-            change = partial(self.write, cells=some, shape=shape)
-            hooks.at(access(self.network, point, self.inputs), change)
+    def longest(self, tower: str) -> int:
+        """The positions of the longest of a tower and those behind it."""
+        towers = list(self.network.family.towers)
+        return max(len(self.inputs.layout[name].tokens) for name in towers[towers.index(tower) :])
 
 
-class Flow(ABC):
-    """Some rows of one tower on their way to their logits.
+class Flow:
+    """Some rows of one tower on their way to their logits: copies of the base run, patched.
 
     Used as a context. `join` and `block` are called stage by stage from that of the first row on, `leave` at
-    the end; `cost` says how many positions a row carries.
+    the end. Rows stand side by side in a batch (`along` 0), or end to end in one sequence (1); `begins` are
+    their first positions.
     """
+
+    along: ClassVar[int]
 
     def __init__(self, job: Job, tower: str, rows: Sequence[Row]) -> None:
         self.job, self.tower, self.rows = job, tower, rows
         self.stack = ExitStack()
+        self.begins = [0] * len(rows)
+        self.hidden = torch.empty(0)
 
     def __enter__(self) -> Flow:
         return self
@@ -119,21 +105,142 @@ class Flow(ABC):
         self.stack.close()
 
     @classmethod
-    @abstractmethod
     def cost(cls, job: Job, tower: str, row: Row) -> int:
         """How many positions of its tower, or of the longest behind it, a row carries."""
+        return job.longest(tower)
 
-    @abstractmethod
     def join(self, stage: int) -> None:
-        """Add the rows of this stage: copies of the base run, patched where that can be done here."""
+        """Add the rows of this stage, patched where that can be done here."""
+        new = [(i, row) for i, row in enumerate(self.rows) if row.stage == stage]
+        if not new:
+            return
+        base, depth = self.job.base, self.job.depth(self.tower)
+        if stage > depth:
+            entrance = edited_output(self.job.network, base.outputs[self.tower], self.tower, self.job.changes)
+        elif stage == depth:
+            entrance = base.values[Point(self.tower, depth - 1, "resid")]
+        else:
+            entrance = base.entrance(self.tower, stage)
+        parts = [self.hidden.to(entrance), *(entrance[:, self.begins[i] :] for i, _ in new)]
+        self.hidden = torch.cat(parts, self.along)
+        cells = self.cells((i, row, row.sites[0]) for i, row in new)
+        if behind := [c for c in cells if c.site.kind in ("resid", "output")]:
+            self.write(self.hidden, behind, self.hidden.shape)
+            rows, positions, at = _places(behind)
+            self.hidden[rows, positions] = self.added(stage - 1, self.hidden[rows, positions][None], at)[0]
+        if within := [c for c in cells if c.site.kind in INSIDE and c.site.layer < stage]:
+            self._alone(stage - 1, within)
 
-    @abstractmethod
+    def _alone(self, layer: int, cells: Sequence[Cell]) -> None:
+        """Write what patches inside a block change behind it, at their own positions.
+
+        Within a block positions meet in self-attention alone, which these patches leave as it is:
+        so each patched position passes its block by itself, with the base run's self-attention
+        written over its own, and the patch after that.
+        """
+        values = self.job.base.values
+        heads, entrance = around(self.tower, layer)
+        rows, positions, at = _places(cells)
+        there = [(0, n) if self.along else (n, 0) for n in range(len(cells))]
+        alone = [replace(c, row=i, position=p) for c, (i, p) in zip(cells, there, strict=True)]
+        single = {
+            point: values[point].to(self.hidden.device)[0, at].unsqueeze(1 - self.along)
+            for point in (entrance, heads)
+            if point in values
+        }
+        with Hooks() as hooks:
+            if heads in single:
+                hook(hooks, self.job.network, heads, self.job.inputs, lambda x: single[heads])
+            out = self.call(layer, single[entrance], alone, at)
+        self.hidden[rows, positions] = out.flatten(0, 1)
+
     def block(self, layer: int) -> None:
         """All rows that have joined pass a block, and are patched in it."""
+        joined = [(i, row) for i, row in enumerate(self.rows) if row.stage <= layer]
+        cells = self.cells((i, row, site) for i, row in joined for site in row.sites if site.layer == layer)
+        with Hooks() as hooks:
+            self.edit(hooks, layer, joined)
+            self.hidden = self.call(layer, self.hidden, cells)
 
-    @abstractmethod
+    def call(
+        self, layer: int, hidden: Tensor, cells: Sequence[Cell], at: Sequence[int] | None = None
+    ) -> Tensor:
+        """Call a block as the base run called it, with other rows (or positions `at`, each alone), and patch
+        cells on the way."""
+        args, kwargs = self.job.base.calls[self.tower, layer]
+        kwargs = {k: v for k, v in self.arguments(kwargs, at).items() if k != "hidden_states"}
+        by_point = defaultdict(list)
+        for cell in cells:
+            by_point[cell.site.point].append(cell)
+        with Hooks() as hooks:
+            for point, some in by_point.items():
+                change = partial(self.write, cells=some, shape=hidden.shape)
+                hook(hooks, self.job.network, point, self.job.inputs, change)
+            out = self.job.network.blocks(self.tower)[layer](hidden, *args[1:], **kwargs)
+        return self.added(layer, out if isinstance(out, Tensor) else out[0], at)
+
+    def cells(self, sites: Iterable[tuple[int, Row, Site]]) -> list[Cell]:
+        """The writes of some rows' sites."""
+        return [Cell(*self.place(i, p), site, p, row.shift) for i, row, site in sites for p in site.positions]
+
+    def write(self, x: Tensor, cells: Sequence[Cell], shape: torch.Size) -> Tensor:
+        """Write the source's values into cells of one point's activation, in place; `shape` gives rows and
+        positions, which may have been laid end to end."""
+        point = cells[0].site.point
+        units = self.job.network.units(point) or 1
+        numbers = [
+            (c.row, c.position, c.source + c.shift, unit) for c in cells for unit in c.site.units or (0,)
+        ]
+        row, position, source, unit = torch.tensor(numbers, device=x.device).T
+        values = self.job.source[point][0].unflatten(-1, (units, -1))
+        x.view(*shape[:2], -1).unflatten(-1, (units, -1))[row, position, unit] = values[source, unit].to(x)
+        return x
+
+    # -- what differs ----------------------------------------------------------------------------
+
+    def place(self, row: int, position: int) -> tuple[int, int]:
+        """Where a row's position is in `hidden`."""
+        return row, position
+
+    def arguments(self, kwargs: Mapping[str, Any], at: Sequence[int] | None) -> Mapping[str, Any]:
+        """What a block is called with, where it is called with all rows, or with positions by themselves."""
+        raise NotImplementedError
+
+    def edit(self, hooks: Hooks, layer: int, joined: Sequence[tuple[int, Row]]) -> None:
+        """Make the base run's own edits in a block."""
+        raise NotImplementedError
+
+    def added(self, layer: int, hidden: Tensor, at: Sequence[int] | None) -> Tensor:
+        """With what the model adds behind a block, before whatever is next."""
+        return hidden
+
     def leave(self) -> Float[Tensor, "rows positions vocabulary"]:
         """From behind the last block through all that follows, to the logits."""
+        raise NotImplementedError
+
+
+class Plain(Flow):
+    """One plain forward a patch, where a tower's blocks cannot be called with rows."""
+
+    along = 0
+
+    @classmethod
+    def cost(cls, job: Job, tower: str, row: Row) -> int:
+        return 2**40  # more than there is room for: one at a time
+
+    def join(self, stage: int) -> None:
+        """The patch is made as the model computes."""
+
+    def block(self, layer: int) -> None:
+        """The model calls its blocks itself."""
+
+    def leave(self) -> Float[Tensor, "rows positions vocabulary"]:
+        job, (row,) = self.job, self.rows
+        edits = job.edits
+        for site in row.sites:
+            there = replace(site, positions=tuple(position + row.shift for position in site.positions))
+            edits.append(Edit(site, "set", read(job.network, job.source[site.point], there)))
+        return forward(job.network, job.inputs, edits, positions=job.positions).logits[None]
 
 
 def around(tower: str, layer: int) -> tuple[Point, Point]:
@@ -141,7 +248,6 @@ def around(tower: str, layer: int) -> tuple[Point, Point]:
     return Point(tower, layer, "attn", "h"), Point(tower, layer, "resid_pre")
 
 
-def longest(job: Job, tower: str) -> int:
-    """The positions of the longest of a tower and those behind it."""
-    towers = list(job.network.family.towers)
-    return max(len(job.inputs.layout[name].tokens) for name in towers[towers.index(tower) :])
+def _places(cells: Sequence[Cell]) -> tuple[list[int], list[int], list[int]]:
+    """The rows, the positions in the batch, and the positions in a run."""
+    return [c.row for c in cells], [c.position for c in cells], [c.source for c in cells]

@@ -6,7 +6,8 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from itertools import accumulate
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float
@@ -17,20 +18,22 @@ from vlmscope.runs.hooks import Plain
 from vlmscope.runs.network import Network
 
 
+class Kept(NamedTuple):
+    """What one attention module kept: `open` says which position (row) attends to which (column), `coarse`
+    that the softmax is rounded to float32, as eager attention's is in a model of any type."""
+
+    keys: Float[Tensor, "heads pos width"]
+    values: Float[Tensor, "heads pos width"]
+    open: Bool[Tensor, "pos pos"]
+    coarse: bool
+
+
 @dataclass(eq=False)
 class Memory:
-    """What the base run's attention kept, by layer.
+    """What the base run's attention kept, by module. `starts` says for each position which is the first that
+    a patch there can change: itself, if all are causal."""
 
-    `open` says which position (row) attends to which (column); `coarse` that the softmax is rounded to
-    float32, as eager attention's is in a model of any type. `starts` says for each position which is the
-    first that a patch there can change: itself, if all are causal.
-    """
-
-    keys: list[Float[Tensor, "heads pos width"]] = field(default_factory=list)
-    values: list[Float[Tensor, "heads pos width"]] = field(default_factory=list)
-    open: list[Bool[Tensor, "pos pos"]] = field(default_factory=list)
-    coarse: list[bool] = field(default_factory=list)
-    modules: list[Any] = field(default_factory=list)
+    kept: dict[Any, Kept] = field(default_factory=dict)
     starts: list[int] = field(default_factory=list)
 
 
@@ -41,16 +44,13 @@ def remembering(network: Network, tower: str, memory: Memory) -> Iterator[None]:
 
     def keep(plain: Plain, module: Any, q: Tensor, k: Tensor, v: Tensor, mask: Any, **kw: Any) -> Any:
         out, paid = plain(module, q, k, v, mask, **kw)
-        memory.keys.append(k[0].clone())
-        memory.values.append(v[0].clone())
         sort = kw.get("is_causal"), getattr(module, "is_causal", None), kw.get("sliding_window"), k.device
         found = next((seen for other, how, seen in known if other is mask and how == sort), None)
         if found is None:
             found = allowed(plain, module, mask, q, k, **kw)
             known.append((mask, sort, found))
-        memory.open.append(found)
-        memory.coarse.append(paid is not None and torch.equal(paid, paid.float().to(paid)))
-        memory.modules.append(module)
+        coarse = paid is not None and torch.equal(paid, paid.float().to(paid))
+        memory.kept[module] = Kept(k[0].clone(), v[0].clone(), found, coarse)
         return out, paid
 
     with network.attending(tower, keep):
@@ -82,41 +82,35 @@ def allowed(plain: Plain, module: Any, mask: Any, q: Tensor, k: Tensor, **kw: An
 
 def _starts(masks: Sequence[Bool[Tensor, "pos pos"]]) -> list[int]:
     """For each position, the first that a patch there can change."""
-    length = len(masks[0])
-    open_ = torch.zeros(length, length, dtype=torch.bool)
-    for seen in masks:
-        open_ |= seen.cpu()
-    # The first query that attends to each key; then what is behind the start can be seen in turn.
-    order = torch.arange(length)
-    first = torch.where(open_, order[:, None], length).amin(0)
-    found = []
-    for position in range(length):
-        start = min(position, int(first[position:].min()))
-        while (lower := min(start, int(first[start:].min()))) < start:
-            start = lower
-        found.append(start)
-    return found
+    seen = torch.stack([mask.cpu() for mask in masks]).any(0)
+    order = torch.arange(len(seen))
+    # The first query that attends to a key, or to one behind it; what is behind that can be seen in turn.
+    first = torch.where(seen, order[:, None], len(seen)).amin(0).flip(0).cummin(0).values.flip(0)
+    starts = order
+    while (lower := starts.minimum(first[starts])).ne(starts).any():
+        starts = lower
+    return starts.tolist()
 
 
 class Ragged:
     """Rows of different lengths as one sequence, and their attention.
 
-    `begins` is each row's first position. The rows that have joined are the first so many, which
-    `take` sets; `tokens` are the positions of all their places in the sequence.
+    `begins` is each row's first position, `offsets` where rows are in the sequence. The rows that have joined
+    are the first so many, which `take` sets; `tokens` are the positions of all their places in the sequence.
     """
 
     def __init__(self, memory: Memory, begins: Sequence[int]) -> None:
-        self.memory, self.begins = memory, list(begins)
-        self.length = memory.keys[0].shape[1]
-        self.device = memory.keys[0].device
-        lengths = [self.length - begin for begin in self.begins]
-        self.offsets = [0, *torch.tensor(lengths).cumsum(0).tolist()]
+        self.memory, self.begins = memory, begins
+        self.length = len(memory.starts)
+        self.device = next(iter(memory.kept.values())).keys.device
+        self.offsets = [0, *accumulate(self.length - begin for begin in begins)]
+        self.groups: list[tuple[int, Tensor]] = []
 
     def take(self, joined: int) -> None:
         """The first `joined` rows are in the sequence."""
         groups = defaultdict(list)
-        for row, begin in enumerate(self.begins[:joined]):
-            groups[begin].append(self.offsets[row])
+        for offset, begin in zip(self.offsets, self.begins[:joined], strict=False):
+            groups[begin].append(offset)
         self.groups = []
         for begin, first in groups.items():
             own = torch.arange(self.length - begin, device=self.device)
@@ -124,55 +118,45 @@ class Ragged:
         parts = [torch.arange(begin, self.length) for begin in self.begins[:joined]]
         self.tokens = torch.cat(parts).to(self.device)
 
-    def place(self, row: int, position: int) -> int:
-        """Where a row's position is in the sequence."""
-        return self.offsets[row] + position - self.begins[row]
-
-    def ends(self, positions: int) -> list[int]:
-        """The places of the last so many positions of each row."""
-        return [place for end in self.offsets[1:] for place in range(end - positions, end)]
-
     def attend(
         self, plain: Any, module: Any, q: Tensor, k: Tensor, v: Tensor, mask: Any, **kw: Any
     ) -> tuple[Tensor, None]:
         """Each row over the base run's keys before it and over its own: `(1, tokens, heads, width)`."""
-        layer = next(n for n, known in enumerate(self.memory.modules) if known is module)
         scale = kw.get("scaling")
         scale = q.shape[-1] ** -0.5 if scale is None else scale
         out = torch.empty_like(q[0])  # heads, tokens, width
         for begin, at in self.groups:
             at = at.to(q.device)
-            parts = q[0][:, at], k[0][:, at], v[0][:, at]
-            out[:, at] = self._group(*parts, layer, begin, scale, kw.get("softcap"))
+            kept = self.memory.kept[module]
+            out[:, at] = _attend(q[0][:, at], k[0][:, at], v[0][:, at], kept, begin, scale, kw.get("softcap"))
         return out.transpose(0, 1)[None], None
 
-    def _group(
-        self,
-        q: Float[Tensor, "heads rows own width"],
-        k: Float[Tensor, "kv_heads rows own width"],
-        v: Float[Tensor, "kv_heads rows own width"],
-        layer: int,
-        begin: int,
-        scale: float,
-        cap: float | None,
-    ) -> Float[Tensor, "heads rows own width"]:
-        """Rows that begin at the same position."""
-        heads, rows, own, width = q.shape
-        kv = k.shape[0]
-        shared_k, shared_v = (x[layer][:, :begin] for x in (self.memory.keys, self.memory.values))
-        # Queries of all rows, and of all heads that share keys, in one product with the prefix.
-        folded = q.view(kv, -1, width)
-        before = (folded @ shared_k.mT).view(heads, rows, own, begin)
-        grouped = q.view(kv, heads // kv, rows, own, width)
-        within = (grouped @ k[:, None].mT).view(heads, rows, own, own)
-        scores = torch.cat([before, within], -1) * scale
-        if cap is not None:
-            scores = cap * torch.tanh(scores / cap)
-        scores = scores.masked_fill(~self.memory.open[layer][begin:], -torch.inf)
-        if scores.dtype.itemsize < 4 or self.memory.coarse[layer]:
-            scores = scores.float()
-        paid = scores.softmax(-1).to(q.dtype)
-        left, right = paid[..., :begin], paid[..., begin:]
-        prefix = left.reshape(kv, heads // kv * rows * own, begin) @ shared_v
-        mine = right.reshape(kv, heads // kv, rows, own, own) @ v[:, None]
-        return prefix.view(heads, rows, own, width) + mine.view(heads, rows, own, width)
+
+def _attend(
+    q: Float[Tensor, "heads rows own width"],
+    k: Float[Tensor, "kv_heads rows own width"],
+    v: Float[Tensor, "kv_heads rows own width"],
+    kept: Kept,
+    begin: int,
+    scale: float,
+    cap: float | None,
+) -> Float[Tensor, "heads rows own width"]:
+    """Rows that begin at the same position."""
+    heads, rows, own, width = q.shape
+    kv = k.shape[0]
+    # Queries of all rows, and of all heads that share keys, in one product with the prefix.
+    folded = q.view(kv, -1, width)
+    before = (folded @ kept.keys[:, :begin].mT).view(heads, rows, own, begin)
+    grouped = q.view(kv, heads // kv, rows, own, width)
+    within = (grouped @ k[:, None].mT).view(heads, rows, own, own)
+    scores = torch.cat([before, within], -1) * scale
+    if cap is not None:
+        scores = cap * torch.tanh(scores / cap)
+    scores = scores.masked_fill(~kept.open[begin:], -torch.inf)
+    if scores.dtype.itemsize < 4 or kept.coarse:
+        scores = scores.float()
+    paid = scores.softmax(-1).to(q.dtype)
+    left, right = paid[..., :begin], paid[..., begin:]
+    prefix = left.reshape(kv, heads // kv * rows * own, begin) @ kept.values[:, :begin]
+    mine = right.reshape(kv, heads // kv, rows, own, own) @ v[:, None]
+    return prefix.view(heads, rows, own, width) + mine.view(heads, rows, own, width)

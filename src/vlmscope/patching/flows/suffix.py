@@ -18,11 +18,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from vlmscope.models.inputs import Change
-from vlmscope.patching.flows.flow import Cell, Flow, Job, Row, around, longest
+from vlmscope.patching.flows.flow import Cell, Flow, Job, Row
 from vlmscope.patching.flows.memory import Memory, Ragged
-from vlmscope.patching.flows.rows import INSIDE
-from vlmscope.runs.access import access
+from vlmscope.runs.access import hook
 from vlmscope.runs.forward import edited
 from vlmscope.runs.hooks import Hooks
 from vlmscope.sites import Point
@@ -38,10 +36,12 @@ ALONG = {
 
 
 class Suffix(Flow):
+    along = 1
+
     def __init__(self, job: Job, tower: str, rows: Sequence[Row]) -> None:
         super().__init__(job, tower, rows)
-        self.hidden = job.base.entrance(tower, 0)[:, :0]
-        self.ragged = Ragged(job.memory[tower], [_begin(job, tower, row) for row in rows])
+        self.begins = [_begin(job, tower, row) for row in rows]
+        self.ragged = Ragged(job.memory[tower], self.begins)
 
     def __enter__(self) -> Flow:
         self.stack.enter_context(self.job.network.attending(self.tower, self.ragged.attend))
@@ -49,108 +49,64 @@ class Suffix(Flow):
 
     @classmethod
     def cost(cls, job: Job, tower: str, row: Row) -> int:
-        return longest(job, tower) - _begin(job, tower, row)
+        return job.longest(tower) - _begin(job, tower, row)
 
     def join(self, stage: int) -> None:
-        new = [(i, row) for i, row in enumerate(self.rows) if row.stage == stage]
-        if not new:
-            return
-        last = stage == self.job.depth(self.tower)
-        end = Point(self.tower, stage - 1, "resid")
-        base = self.job.base.values[end] if last else self.job.base.entrance(self.tower, stage)
-        parts = [self.hidden.to(base.device), *(base[:, self.ragged.begins[i] :] for i, _ in new)]
-        self.hidden = torch.cat(parts, 1)
-        self._patch_joined(new)
-        self.ragged.take(new[-1][0] + 1)
+        super().join(stage)
+        if any(row.stage == stage for row in self.rows):
+            self.ragged.take(sum(row.stage <= stage for row in self.rows))
 
-    def _patch_joined(self, new: list[tuple[int, Row]]) -> None:
-        """Write the first patch of rows that join, behind the block that it is in."""
-        job, hidden = self.job, self.hidden
-        cells = self._cells([(i, row, row.sites[:1]) for i, row in new])
-        behind = [c for c in cells if c.site.kind == "resid"]
-        job.write(hidden, behind)
-        if behind:
-            places = [c.position for c in behind]
-            at = torch.tensor([c.source for c in behind], device=hidden.device)
-            hidden[:, places] = self._added(behind[0].site.layer, hidden[:, places], at)
-        within = [c for c in cells if c.site.kind in INSIDE and c.site.layer < new[0][1].stage]
-        if not within:
-            return
-        layer = within[0].site.layer
-        at = torch.tensor([c.source for c in within], device=hidden.device)
-        heads, entrance = around(self.tower, layer)
-        inside = [replace(c, position=n) for n, c in enumerate(within)]
-        with Hooks() as hooks, job.network.attending(self.tower, _nothing):
-            if heads in job.base.values:
-                own = job.base.values[heads].to(at.device)[:, at]
-                hooks.at(access(job.network, heads, job.inputs), lambda x: own.clone())
-            before = job.base.values[entrance].to(at.device)[:, at]
-            out = self._call(layer, before, inside, at)
-        hidden[0, [c.position for c in within]] = self._added(layer, out, at)[0]
+    def _alone(self, layer: int, cells: Sequence[Cell]) -> None:
+        with self.job.network.attending(self.tower, _nothing):
+            super()._alone(layer, cells)
 
-    def _cells(self, rows: Sequence[tuple[int, Row, Sequence[Any]]]) -> list[Cell]:
-        return [
-            Cell(0, self.ragged.place(i, p), site, p, row.shift)
-            for i, row, sites in rows
-            for site in sites
-            for p in site.positions
-        ]
+    def place(self, row: int, position: int) -> tuple[int, int]:
+        return 0, self.ragged.offsets[row] + position - self.begins[row]
 
-    def block(self, layer: int) -> None:
-        joined = [(i, row) for i, row in enumerate(self.rows) if row.stage <= layer]
-        cells = self._cells([(i, row, [s for s in row.sites if s.layer == layer]) for i, row in joined])
-        with Hooks() as hooks:
-            for change in self.job.changes:
-                # What is added between blocks is in the base run, which the rows take it from.
-                own = change.site.tower == self.tower and change.site.kind != "deepstack"
-                if own and change.site.layer == layer:
-                    self._hook_own(hooks, change, joined)
-            hidden = self._call(layer, self.hidden, cells, self.ragged.tokens)
-        self.hidden = self._added(layer, hidden, self.ragged.tokens)
+    def arguments(self, kwargs: Mapping[str, Any], at: Sequence[int] | None) -> Mapping[str, Any]:
+        """Those of the base run's positions; nothing is masked or cached."""
+        tokens = self._tokens(at)
+        found = {name: _select(value, ALONG.get(name), tokens) for name, value in kwargs.items()}
+        return {**found, **dict.fromkeys({"attention_mask", "past_key_values"} & kwargs.keys())}
 
-    def _added(self, layer: int, hidden: Tensor, tokens: Tensor) -> Tensor:
-        """With what the model adds behind this block, before whatever is next, at these positions."""
+    def _tokens(self, at: Sequence[int] | None) -> Tensor:
+        return self.ragged.tokens if at is None else torch.tensor(at, device=self.hidden.device)
+
+    def added(self, layer: int, hidden: Tensor, at: Sequence[int] | None) -> Tensor:
         if not self.job.network.family.towers[self.tower].deepstack:
             return hidden
         given = self.job.base.values[Point(self.tower, layer, "resid")]
         added = self.job.base.entrance(self.tower, layer + 1) - given
-        return hidden + added[:, tokens.to(added.device)]
+        return hidden + added[:, self._tokens(at).to(added.device)]
 
-    def _hook_own(self, hooks: Hooks, change: Change, joined: list[tuple[int, Row]]) -> None:
-        """One of the run's own edits, at the places that its positions have in each row."""
-        site, value, ragged = change.site, change.value, self.ragged
-        found = [
-            (ragged.place(i, p), n)
-            for i, _ in joined
-            for n, p in enumerate(site.positions)
-            if p >= ragged.begins[i]
-        ]
-        if not found:
-            return
-        places, numbers = zip(*found, strict=True)
-        if isinstance(value, Tensor) and value.ndim > 1 and len(value) > 1:
-            value = value[list(numbers)]
-        network = self.job.network
-        there = replace(site, positions=places)
-        change_here = partial(edited, site=there, op=change.op, value=value, units=network.units(site.point))
-        hooks.at(access(network, site.point, self.job.inputs), change_here)
-
-    def _call(self, layer: int, hidden: Tensor, cells: list[Cell], tokens: Tensor) -> Tensor:
-        """Call a block on a sequence of the base run's positions, and patch cells on the way."""
-        _, kwargs = self.job.base.calls[self.tower, layer]
-        kwargs = at_positions(kwargs, tokens)
-        kwargs.pop("hidden_states", None)
-        with Hooks() as hooks:
-            self.job.hook_cells(hooks, cells)
-            out = self.job.network.blocks(self.tower)[layer](hidden, **kwargs)
-        return out if isinstance(out, Tensor) else out[0]
+    def edit(self, hooks: Hooks, layer: int, joined: Sequence[tuple[int, Row]]) -> None:
+        """At the places that the positions have in each row; what is added between blocks is in the base run,
+        which the rows take it from."""
+        for site, op, value in self.job.changes:
+            if (site.tower, site.layer) != (self.tower, layer) or site.kind == "deepstack":
+                continue
+            found = [
+                (self.place(i, p)[1], n)
+                for i, _ in joined
+                for n, p in enumerate(site.positions)
+                if p >= self.begins[i]
+            ]
+            if not found:
+                continue
+            places, numbers = zip(*found, strict=True)
+            if isinstance(value, Tensor) and value.ndim > 1 and len(value) > 1:
+                value = value[list(numbers)]
+            units, there = self.job.network.units(site.point), replace(site, positions=places)
+            change = partial(edited, site=there, op=op, value=value, units=units)
+            hook(hooks, self.job.network, site.point, self.job.inputs, change)
 
     def leave(self) -> Float[Tensor, "rows positions vocabulary"]:
-        job, many = self.job, self.job.positions
-        ends = self.hidden[0, self.ragged.ends(many)].unflatten(0, (len(self.rows), many))
+        job, many, family = self.job, self.job.positions, self.job.network.family
+        ends = [place for end in self.ragged.offsets[1:] for place in range(end - many, end)]
+        hidden = self.hidden[0, ends].unflatten(0, (len(self.rows), many))
         self.stack.close()
-        output = job.network.family.leave(job.network.hf, self.tower, ends)
-        return job.network.family.finish(job.network.hf, job.inputs, self.tower, output, many)
+        output = family.leave(job.network.hf, self.tower, hidden)
+        return family.finish(job.network.hf, job.inputs, self.tower, output, many)
 
 
 def _begin(job: Job, tower: str, row: Row) -> int:
@@ -165,22 +121,11 @@ def _nothing(plain: Any, module: Any, q: Tensor, k: Tensor, v: Tensor, mask: Any
     return q.transpose(1, 2), None
 
 
-def at_positions(kwargs: Mapping[str, Any], tokens: Tensor) -> dict[str, Any]:
-    """A block's arguments for a sequence of other positions; nothing is masked or cached."""
-    found: dict[str, Any] = {}
-    for name, value in kwargs.items():
-        if name in ("attention_mask", "past_key_values"):
-            found[name] = None
-        elif name in ALONG:
-            found[name] = _select(value, ALONG[name], tokens)
-        else:
-            found[name] = value
-    return found
-
-
-def _select(value: Any, dimension: int, tokens: Tensor) -> Any:
+def _select(value: Any, dimension: int | None, tokens: Tensor) -> Any:
+    if dimension is None:
+        return value
     if isinstance(value, tuple):
-        return tuple(map(partial(_select, dimension=dimension, tokens=tokens), value))
+        return tuple(_select(part, dimension, tokens) for part in value)
     if isinstance(value, Tensor) and value.ndim >= -dimension:
         return value.index_select(value.ndim + dimension, tokens.to(value.device))
     return value
