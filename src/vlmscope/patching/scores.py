@@ -105,16 +105,20 @@ def logit_difference(logits: Float[Tensor, "vocabulary"], pair: Pair) -> float:
     >>> logit_difference(torch.tensor([2.0, 0.5]), Pair(nothing, nothing, 0, 1))
     1.5
     """
-    return float(score(logits[None, None], baselines(logits[None], logits[None], pair)).ld)
+    return float(score(logits[None, None], Baselines(logits[None], logits[None], pair.answers, pair.foil)).ld)
 
 
-def baselines(clean: Tensor, corrupt: Tensor, pair: Pair) -> Baselines:
-    return Baselines(clean, corrupt, pair.answers, pair.foil)
-
-
-def largest(*logits: Float[Tensor, "*rows vocabulary"]) -> float:
-    """The size of the largest finite logit of some runs."""
-    return max(float(x[x.isfinite()].abs().max()) for x in logits)
+def unpatched(
+    clean: Float[Tensor, "positions vocabulary"],
+    corrupt: Float[Tensor, "positions vocabulary"],
+    pair: Pair,
+    metric: str | Metric,
+) -> tuple[Baselines, Score, Score, float]:
+    """The two runs of a pair: what metrics compare with, the runs' scores, and the size of the largest finite
+    logit."""
+    base, runs = Baselines(clean, corrupt, pair.answers, pair.foil), (clean, corrupt)
+    first, second = (Score(*(x[0] for x in score(run[None], base, metric))) for run in runs)
+    return base, first, second, max(float(run[run.isfinite()].abs().max()) for run in runs)
 
 
 def least_gap(precision: str, size: float) -> float:

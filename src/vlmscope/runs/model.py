@@ -5,17 +5,17 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+import torch
 from PIL import Image
 from transformers.utils import logging
 
 from vlmscope.data.example import Box, Picture
 from vlmscope.data.images import open_image
 from vlmscope.models.inputs import Edit, Inputs, Logits
-from vlmscope.runs import attention as looking
 from vlmscope.runs import forward as running
 from vlmscope.runs import prepare as preparing
-from vlmscope.runs import verify as checking
 from vlmscope.runs.network import Network
+from vlmscope.sites import Point, Site
 
 
 class Model(Network):
@@ -36,12 +36,11 @@ class Model(Network):
         towers = ", ".join(f"{tower} {shape.layers} layers" for tower, shape in self.shapes.items())
         return f"Model '{self.name}': {self.family.name}, {self.precision} on {self.device}; {towers}"
 
-    verify = checking.verify
     prepare = preparing.prepare
     layouts = preparing.layouts
     capture = running.capture
     copied = running.copied
-    attention = looking.attention
+    attention = running.attention
 
     def inputs(
         self, image: Picture | None, prompt: str, more: Sequence[Picture] = (), fed: Sequence[int] = ()
@@ -92,3 +91,48 @@ class Model(Network):
         finally:
             if bar:
                 logging.enable_progress_bar()
+
+    def verify(self, fits: bool = False) -> None:
+        """Check that the model fits its family's table; raises `ModelError` naming what does not.
+
+        Every path resolves, head counts and widths divide, an activation set to NaN at each kind of site in
+        each tower reaches the logits (a NaN shows the connection whatever the weights are), and what the
+        sublayers add makes up what a block does. With `fits` that is known, and only whether the weights give
+        NaN is looked at."""
+        if self.family.blank is None:
+            inputs = self.inputs(Image.new("RGB", (64, 64)), "a")
+        else:
+            blank = self.family.blank(self.hf)
+            inputs = Inputs({k: v.to(self.device) for k, v in blank.tensors.items()}, blank.layout)
+        if running.forward(self, inputs).logits.isnan().any():
+            raise self.misfit("a run without edits gives NaN")
+        if fits:
+            return
+        for tower, shape in self.shapes.items():
+            for kind in shape.kinds:
+                parts = ["", *["h"] * (kind in shape.heads), *["n"] * (kind == "mlp")]
+                for part in parts:
+                    site = Site(tower, shape.having(kind)[-1], kind, part, (0,) * bool(part))
+                    if not running.forward(self, inputs, [Edit(site, "set", torch.nan)]).logits.isnan().any():
+                        raise self.misfit(f"an edit at {site} does not reach the logits")
+            if not self.family.towers[tower].normed:
+                self._check_sums(tower, inputs)
+
+    def _check_sums(self, tower: str, inputs: Inputs) -> None:
+        """A block's input and what its sublayers add, in one layer of each sort, are its output."""
+        shape = self.shapes[tower]
+        kinds = [kind for kind in shape.kinds if kind not in ("deepstack", "output", "resid_mid")]
+        sorts = {tuple(k for k in kinds if n in shape.having(k)): n for n in range(shape.layers)}
+        points = {n: [Point(tower, n, kind) for kind in kinds] for kinds, n in sorts.items()}
+        found = running.forward(self, inputs, keep=[point for own in points.values() for point in own]).values
+        for layer, own in points.items():
+            *parts, whole = (found[point] for point in own)
+            wide = torch.promote_types(whole.dtype, torch.float32)
+            added = torch.stack([part.to(wide) for part in parts])
+            rounding = 8 * torch.finfo(whole.dtype).eps * added.abs().sum(0)
+            if ((added.sum(0) - whole).abs() > rounding).any():
+                names = ", ".join(point.kind for point in own[1:-1])
+                raise self.misfit(
+                    f"{names} do not add up to what block {layer} of {tower} does, so something stands between "
+                    "them and the residual stream; name it (docs/add-a-family.md, `behind`)"
+                )

@@ -1,10 +1,11 @@
-"""How many patched runs are computed at once: what a flow is, and how rows are patched."""
+"""How many patched runs are computed at once: what a flow is, rows of whole runs, and one plain run a
+patch."""
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, ClassVar
@@ -16,7 +17,7 @@ from torch import Tensor
 from vlmscope.models.inputs import Change, Edit, Inputs
 from vlmscope.patching.trace import Trace, edited_output
 from vlmscope.runs.access import hook
-from vlmscope.runs.forward import forward, read
+from vlmscope.runs.forward import editing, forward, read
 from vlmscope.runs.hooks import Hooks
 from vlmscope.runs.network import SUBLAYERS, Network
 from vlmscope.sites import Point, Site
@@ -219,6 +220,16 @@ class Flow:
         raise NotImplementedError
 
 
+def around(tower: str, layer: int) -> tuple[Point, Point]:
+    """What a position needs to pass a block alone: its heads' outputs, and the block's input."""
+    return Point(tower, layer, "attn", "h"), Point(tower, layer, "resid_pre")
+
+
+def _places(cells: Sequence[Cell]) -> tuple[list[int], list[int], list[int]]:
+    """The rows, the positions in the batch, and the positions in a run."""
+    return [c.row for c in cells], [c.position for c in cells], [c.source for c in cells]
+
+
 class Plain(Flow):
     """One plain forward a patch, where a tower's blocks cannot be called with rows."""
 
@@ -243,11 +254,72 @@ class Plain(Flow):
         return forward(job.network, job.inputs, edits, positions=job.positions).logits[None]
 
 
-def around(tower: str, layer: int) -> tuple[Point, Point]:
-    """What a position needs to pass a block alone: its heads' outputs, and the block's input."""
-    return Point(tower, layer, "attn", "h"), Point(tower, layer, "resid_pre")
+class Rows(Flow):
+    """Rows of whole runs, side by side. Those that read the same image share its cross-attention keys and
+    values, which are computed once a layer."""
+
+    along = 0
+
+    def __enter__(self) -> Flow:
+        self.stack.enter_context(_folding(self.job, self.tower))
+        return self
+
+    def arguments(self, kwargs: Mapping[str, Any], at: Sequence[int] | None) -> Mapping[str, Any]:
+        lacking = ("past_key_values",) if at is None else ("past_key_values", "attention_mask")
+        return {name: None if name in lacking else value for name, value in kwargs.items()}
+
+    def edit(self, hooks: Hooks, layer: int, joined: Sequence[tuple[int, Row]]) -> None:
+        hooks.enter_context(editing(self.job.network, self.job.inputs, self.job.edits))
+
+    def leave(self) -> Float[Tensor, "rows positions vocabulary"]:
+        job, family, tower = self.job, self.job.network.family, self.tower
+        if len(self.hidden):
+            hidden = family.leave(job.network.hf, tower, self.hidden)
+            self.hidden = edited_output(job.network, hidden, tower, job.changes)
+        self.join(job.depth(tower) + 1)
+        self.stack.close()
+        with editing(job.network, job.inputs, job.edits):
+            return family.finish(job.network.hf, job.inputs, tower, self.hidden, job.positions)
 
 
-def _places(cells: Sequence[Cell]) -> tuple[list[int], list[int], list[int]]:
-    """The rows, the positions in the batch, and the positions in a run."""
-    return [c.row for c in cells], [c.position for c in cells], [c.source for c in cells]
+@contextmanager
+def keeping(network: Network, kept: dict[str, Any]) -> Iterator[None]:
+    """Keep the keys and values of all that is attended to across towers, as the base run computes them."""
+
+    def give(cache: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        return args, {**kwargs, "past_key_values": cache}
+
+    with Hooks() as hooks:
+        for tower, table in network.family.towers.items():
+            if table.fold is not None:
+                kept[tower] = network.family.cache()
+                for block in network.blocks(tower):
+                    hooks.on_call(block.get_submodule(table.fold), partial(give, kept[tower]))
+        yield
+
+
+@contextmanager
+def _folding(job: Job, tower: str) -> Iterator[None]:
+    """Lay rows that attend to the same image end to end, and take its keys and values from the base run.
+
+    Cross-attention looks at each query position alone, so this changes no result; it saves
+    copying the keys and values for every row. The base run's own edits inside cross-attention count
+    positions of a row, so with such edits rows stay apart.
+    """
+    path = job.network.family.towers[tower].fold
+    apart = any(change.site.kind == "cross" and change.site.tower == tower for change in job.changes)
+    rows: list[torch.Size] = []
+
+    def lay(args: Any, kwargs: dict[str, Any]) -> Any:
+        (hidden,), mask = args, kwargs.get("attention_mask")
+        rows.append(hidden.shape)
+        mask = None if mask is None else mask[:, :, :1]
+        kwargs = {**kwargs, "attention_mask": mask, "past_key_values": job.memory[tower]}
+        return (hidden.reshape(1, -1, hidden.shape[-1]),), kwargs
+
+    with Hooks() as hooks:
+        for block in [] if path is None or apart else job.network.blocks(tower):
+            module = block.get_submodule(path or "")
+            hooks.on_call(module, lay)
+            hooks.on_output(module, lambda out: (out[0].view(rows.pop()), *out[1:]))
+        yield
