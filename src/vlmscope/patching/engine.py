@@ -8,6 +8,7 @@ no row.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from itertools import groupby
@@ -21,7 +22,7 @@ from vlmscope.models.inputs import Pair
 from vlmscope.patching.flows import INSIDE, Flow, Job, Plain, Row, Rows, around, keeping
 from vlmscope.patching.reference import Values
 from vlmscope.patching.scores import Baselines, Metric, Patched, Score, score, unpatched
-from vlmscope.patching.suffix import Memory, Suffix, remembering
+from vlmscope.patching.suffix import Suffix, remembering
 from vlmscope.patching.trace import Images, given, trace
 from vlmscope.runs.access import INNER
 from vlmscope.runs.network import Network
@@ -30,6 +31,8 @@ from vlmscope.sites import KINDS, Point, Site, Sites, points_of
 BUDGET = 128 * 2**20
 """Bytes that the intermediate results of one batch of rows may take, if there is room."""
 
+_ALLOCATION = re.compile("alloc.*memory|memory.*alloc", re.IGNORECASE | re.DOTALL)
+"""How an error of a CPU's or GPU's memory reads that is of no class of its own."""
 FLOWS: dict[str, type[Flow]] = {"rows": Rows, "suffix": Suffix, "plain": Plain}
 
 
@@ -96,8 +99,7 @@ def _remember(network: Network, pair: Pair, memory: dict[str, Any], stack: ExitS
     stack.enter_context(keeping(network, memory))
     for tower in network.family.towers:
         if tower in pair.clean.layout and network.flow(tower, pair.clean) == "suffix":
-            memory[tower] = Memory()
-            stack.enter_context(remembering(network, tower, memory[tower]))
+            memory[tower] = stack.enter_context(remembering(network, tower))
 
 
 # -- which patches need a row --------------------------------------------------------------------
@@ -195,7 +197,8 @@ def _chunks(
             try:
                 logits = run(flow, job, tower, rows[:count])
             except (MemoryError, RuntimeError) as error:
-                if not _out_of_memory(error) or count == 1:
+                known = isinstance(error, (MemoryError, torch.OutOfMemoryError))
+                if count == 1 or not (known or _ALLOCATION.search(str(error))):
                     raise
                 room //= 2
                 continue
@@ -235,9 +238,3 @@ def _fit(costs: Sequence[int], room: int) -> int:
         total += costs[count]
         count += 1
     return count
-
-
-def _out_of_memory(error: BaseException) -> bool:
-    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or (
-        "alloc" in str(error).lower() and "memory" in str(error).lower()
-    )

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import torch
 from jaxtyping import Float
@@ -83,7 +83,7 @@ class Job:
         return max(len(self.inputs.layout[name].tokens) for name in towers[towers.index(tower) :])
 
 
-class Flow:
+class Flow(ExitStack):
     """Some rows of one tower on their way to their logits: copies of the base run, patched.
 
     Used as a context. `join` and `block` are called stage by stage from that of the first row on, `leave` at
@@ -94,16 +94,10 @@ class Flow:
     along: ClassVar[int]
 
     def __init__(self, job: Job, tower: str, rows: Sequence[Row]) -> None:
+        super().__init__()
         self.job, self.tower, self.rows = job, tower, rows
-        self.stack = ExitStack()
         self.begins = [0] * len(rows)
         self.hidden = torch.empty(0)
-
-    def __enter__(self) -> Flow:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.stack.close()
 
     @classmethod
     def cost(cls, job: Job, tower: str, row: Row) -> int:
@@ -260,8 +254,8 @@ class Rows(Flow):
 
     along = 0
 
-    def __enter__(self) -> Flow:
-        self.stack.enter_context(_folding(self.job, self.tower))
+    def __enter__(self) -> Self:
+        self.enter_context(_folding(self.job, self.tower))
         return self
 
     def arguments(self, kwargs: Mapping[str, Any], at: Sequence[int] | None) -> Mapping[str, Any]:
@@ -277,7 +271,7 @@ class Rows(Flow):
             hidden = family.leave(job.network.hf, tower, self.hidden)
             self.hidden = edited_output(job.network, hidden, tower, job.changes)
         self.join(job.depth(tower) + 1)
-        self.stack.close()
+        self.close()
         with editing(job.network, job.inputs, job.edits):
             return family.finish(job.network.hf, job.inputs, tower, self.hidden, job.positions)
 

@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import accumulate
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import torch
 from jaxtyping import Bool, Float
@@ -46,10 +46,12 @@ class Suffix(Flow):
     def __init__(self, job: Job, tower: str, rows: Sequence[Row]) -> None:
         super().__init__(job, tower, rows)
         self.begins = [_begin(job, tower, row) for row in rows]
-        self.ragged = Ragged(job.memory[tower], self.begins)
+        self.memory: Memory = job.memory[tower]
+        self.length = len(self.memory.starts)
+        self.offsets = [0, *accumulate(self.length - begin for begin in self.begins)]
 
-    def __enter__(self) -> Flow:
-        self.stack.enter_context(self.job.network.attending(self.tower, self.ragged.attend))
+    def __enter__(self) -> Self:
+        self.enter_context(self.job.network.attending(self.tower, self._attend))
         return self
 
     @classmethod
@@ -58,15 +60,33 @@ class Suffix(Flow):
 
     def join(self, stage: int) -> None:
         super().join(stage)
-        if any(row.stage == stage for row in self.rows):
-            self.ragged.take(sum(row.stage <= stage for row in self.rows))
+        if not any(row.stage == stage for row in self.rows):
+            return
+        begins = [begin for begin, row in zip(self.begins, self.rows, strict=True) if row.stage <= stage]
+        groups = defaultdict(list)  # rows that begin at the same position
+        for offset, begin in zip(self.offsets, begins, strict=False):
+            groups[begin].append(torch.arange(offset, offset + self.length - begin))
+        self.groups = [(begin, torch.stack(at).to(self.hidden.device)) for begin, at in groups.items()]
+        self.tokens = torch.cat([torch.arange(n, self.length) for n in begins]).to(self.hidden.device)
+
+    def _attend(
+        self, plain: Any, module: Any, q: Tensor, k: Tensor, v: Tensor, mask: Any, **kw: Any
+    ) -> tuple[Tensor, None]:
+        """Each row over the base run's keys before it and over its own: `(1, tokens, heads, width)`."""
+        scale = kw.get("scaling")
+        scale = q.shape[-1] ** -0.5 if scale is None else scale
+        out, kept = torch.empty_like(q[0]), self.memory.kept[module]  # heads, tokens, width
+        for begin, at in self.groups:
+            at = at.to(q.device)
+            out[:, at] = _attend(q[0][:, at], k[0][:, at], v[0][:, at], kept, begin, scale, kw.get("softcap"))
+        return out.transpose(0, 1)[None], None
 
     def _alone(self, layer: int, cells: Sequence[Cell]) -> None:
         with self.job.network.attending(self.tower, _nothing):
             super()._alone(layer, cells)
 
     def place(self, row: int, position: int) -> tuple[int, int]:
-        return 0, self.ragged.offsets[row] + position - self.begins[row]
+        return 0, self.offsets[row] + position - self.begins[row]
 
     def arguments(self, kwargs: Mapping[str, Any], at: Sequence[int] | None) -> Mapping[str, Any]:
         """Those of the base run's positions; nothing is masked or cached."""
@@ -75,7 +95,7 @@ class Suffix(Flow):
         return {**found, **dict.fromkeys({"attention_mask", "past_key_values"} & kwargs.keys())}
 
     def _tokens(self, at: Sequence[int] | None) -> Tensor:
-        return self.ragged.tokens if at is None else torch.tensor(at, device=self.hidden.device)
+        return self.tokens if at is None else torch.tensor(at, device=self.hidden.device)
 
     def added(self, layer: int, hidden: Tensor, at: Sequence[int] | None) -> Tensor:
         if not self.job.network.family.towers[self.tower].deepstack:
@@ -107,9 +127,9 @@ class Suffix(Flow):
 
     def leave(self) -> Float[Tensor, "rows positions vocabulary"]:
         job, many, family = self.job, self.job.positions, self.job.network.family
-        ends = [place for end in self.ragged.offsets[1:] for place in range(end - many, end)]
+        ends = [place for end in self.offsets[1:] for place in range(end - many, end)]
         hidden = self.hidden[0, ends].unflatten(0, (len(self.rows), many))
-        self.stack.close()
+        self.close()
         output = family.leave(job.network.hf, self.tower, hidden)
         return family.finish(job.network.hf, job.inputs, self.tower, output, many)
 
@@ -159,8 +179,9 @@ class Memory:
 
 
 @contextmanager
-def remembering(network: Network, tower: str, memory: Memory) -> Iterator[None]:
+def remembering(network: Network, tower: str) -> Iterator[Memory]:
     """Keep keys, values and masks of a run; the attention itself is as it always is."""
+    memory = Memory()
     known: list[tuple[Any, Any, Tensor]] = []  # layers share their masks
 
     def keep(plain: Attention, module: Any, q: Tensor, k: Tensor, v: Tensor, mask: Any, **kw: Any) -> Any:
@@ -175,7 +196,7 @@ def remembering(network: Network, tower: str, memory: Memory) -> Iterator[None]:
         return out, paid
 
     with network.attending(tower, keep):
-        yield
+        yield memory
     memory.starts = _starts([seen for _, _, seen in known])
 
 
@@ -213,46 +234,6 @@ def _starts(masks: Sequence[Bool[Tensor, "pos pos"]]) -> list[int]:
     while (lower := starts.minimum(first[starts])).ne(starts).any():
         starts = lower
     return starts.tolist()
-
-
-class Ragged:
-    """Rows of different lengths as one sequence, and their attention.
-
-    `begins` is each row's first position, `offsets` where rows are in the sequence. The rows that have joined
-    are the first so many, which `take` sets; `tokens` are the positions of all their places in the sequence.
-    """
-
-    def __init__(self, memory: Memory, begins: Sequence[int]) -> None:
-        self.memory, self.begins = memory, begins
-        self.length = len(memory.starts)
-        self.device = next(iter(memory.kept.values())).keys.device
-        self.offsets = [0, *accumulate(self.length - begin for begin in begins)]
-        self.groups: list[tuple[int, Tensor]] = []
-
-    def take(self, joined: int) -> None:
-        """The first `joined` rows are in the sequence."""
-        groups = defaultdict(list)
-        for offset, begin in zip(self.offsets, self.begins[:joined], strict=False):
-            groups[begin].append(offset)
-        self.groups = []
-        for begin, first in groups.items():
-            own = torch.arange(self.length - begin, device=self.device)
-            self.groups.append((begin, torch.tensor(first, device=self.device)[:, None] + own))
-        parts = [torch.arange(begin, self.length) for begin in self.begins[:joined]]
-        self.tokens = torch.cat(parts).to(self.device)
-
-    def attend(
-        self, plain: Any, module: Any, q: Tensor, k: Tensor, v: Tensor, mask: Any, **kw: Any
-    ) -> tuple[Tensor, None]:
-        """Each row over the base run's keys before it and over its own: `(1, tokens, heads, width)`."""
-        scale = kw.get("scaling")
-        scale = q.shape[-1] ** -0.5 if scale is None else scale
-        out = torch.empty_like(q[0])  # heads, tokens, width
-        for begin, at in self.groups:
-            at = at.to(q.device)
-            kept = self.memory.kept[module]
-            out[:, at] = _attend(q[0][:, at], k[0][:, at], v[0][:, at], kept, begin, scale, kw.get("softcap"))
-        return out.transpose(0, 1)[None], None
 
 
 def _attend(

@@ -137,9 +137,9 @@ def edited(
     x: Float[Tensor, "rows pos width"], site: Site, op: Op, value: Value, units: int | None
 ) -> Float[Tensor, "rows pos width"]:
     """A copy of an activation, in which so many units lie side by side, with one change in every row."""
-    x, at = x.clone(), list(site.positions)
-    heads = None if units is None else x.unflatten(-1, (units, -1))
-    now = x[:, at] if heads is None else heads[:, at][:, :, list(site.units)].flatten(2)
+    x, at, chosen = x.clone(), list(site.positions), list(site.units) or [0]
+    split = x.unflatten(-1, (units or 1, -1))
+    now = split[:, at][:, :, chosen].flatten(2)
     if isinstance(value, Tensor):
         # Every edit asks, and torch.broadcast_shapes takes as long as the edit itself.
         sizes = zip(reversed(value.shape), reversed(now.shape), strict=False)
@@ -151,10 +151,7 @@ def edited(
         value = value.to(now)
     changed = value if op == "set" else now + value if op == "add" else now * value
     new = torch.as_tensor(changed, dtype=x.dtype, device=x.device).expand_as(now)
-    if heads is None:
-        x[:, at] = new
-    else:
-        heads[:, torch.tensor(at)[:, None], list(site.units)] = new.unflatten(-1, (len(site.units), -1))
+    split[:, torch.tensor(at)[:, None], chosen] = new.unflatten(-1, (len(chosen), -1))
     return x
 
 
@@ -175,8 +172,8 @@ def capture(
 
 def read(network: Network, value: Tensor, site: Site) -> Float[Tensor, "pos width"]:
     """A site's part of the activation `(1, pos, width)` kept at its point."""
-    value, units = value[0, list(site.positions)], network.units(site.point)
-    return value if units is None else value.unflatten(-1, (units, -1))[:, list(site.units)].flatten(1)
+    split = value[0, list(site.positions)].unflatten(-1, (network.units(site.point) or 1, -1))
+    return split[:, list(site.units) or [0]].flatten(1)
 
 
 def copied(network: Network, source: Inputs, inputs: Inputs, sites: Sites) -> list[Edit]:

@@ -190,7 +190,7 @@ def eager(module: nn.Module) -> Callable[..., Any] | None:
 
 @dataclass(frozen=True)
 class Plain:
-    """The attention function that modules call by themselves, and what it is called there."""
+    """The attention function that modules call by themselves, and its name there."""
 
     name: str
     function: Callable[..., Any]
@@ -210,12 +210,9 @@ class Plain:
         """The mask of a call as a dense one, `(tiles or 1, heads or 1, queries, keys)`: true where a key is
         visible, or what is added to the scores. None: everything is visible.
 
-        Kernels that get no mask leave out what comes later, where the call or the module says that it is
-        causal, and what is farther away than the window of the call; eager attention leaves out nothing.
-
-        Raises `ModelError` for masks of any other form (flash attention's for padding, flex
-        attention's blocks).
-        """
+        Kernels without a mask leave out what comes later, where the call or the module is causal, and what is
+        beyond the window of the call; eager attention leaves out nothing. Raises `ModelError` for other
+        forms."""
         if mask is None:
             causal, window = kw.get("is_causal"), kw.get("sliding_window")
             causal = queries > 1 and (getattr(module, "is_causal", True) if causal is None else causal)
@@ -239,10 +236,9 @@ def attending(modules: Sequence[Any], function: Callable[..., Any]) -> Iterator[
     """Within this context the attention of modules calls `function(plain, module, q, k, v, mask,
     **keywords)`, where `plain` is the attention function that they would call otherwise.
 
-    Each use has a name of its own among transformers' attention functions, and only these modules know it,
-    each by a copy of its config: masks are made as they always are, and another model with the same config
-    is left as it is. Uses may be within each other; the model's turn has to be held.
-    """
+    Each use has a name of its own among transformers' attention functions, which only copies of these
+    modules' configs say: masks are made as always, and other models are left alone. Uses may be within each
+    other; the model's turn has to be held."""
     configs = {module: module.config for module in modules}
     name = modules[0].config._attn_implementation
     plain = Plain(str(name), ALL_ATTENTION_FUNCTIONS.get_interface(name, eager(modules[0])), configs)
@@ -304,8 +300,7 @@ def patterns(
 @contextmanager
 def inner(module: Any, part: str, function: Function) -> Iterator[None]:
     """Within this context `function` gets the queries, keys, values (`q`, `k`, `v`) or attention patterns
-    (`p`)
-    of a module that pays attention through transformers' interface: `(1, all positions, heads x width)`."""
+    (`p`) of a module that uses transformers' attention interface: `(1, all positions, heads x width)`."""
 
     def attend(plain: Plain, module: Any, q: Tensor, k: Tensor, v: Tensor, mask: Any, **kw: Any) -> Any:
         if part == "p":

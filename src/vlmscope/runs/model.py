@@ -110,8 +110,7 @@ class Model(Network):
             return
         for tower, shape in self.shapes.items():
             for kind in shape.kinds:
-                parts = ["", *["h"] * (kind in shape.heads), *["n"] * (kind == "mlp")]
-                for part in parts:
+                for part in ["", *["h"] * (kind in shape.heads), *["n"] * (kind == "mlp")]:
                     site = Site(tower, shape.having(kind)[-1], kind, part, (0,) * bool(part))
                     if not running.forward(self, inputs, [Edit(site, "set", torch.nan)]).logits.isnan().any():
                         raise self.misfit(f"an edit at {site} does not reach the logits")
@@ -133,6 +132,6 @@ class Model(Network):
             if ((added.sum(0) - whole).abs() > rounding).any():
                 names = ", ".join(point.kind for point in own[1:-1])
                 raise self.misfit(
-                    f"{names} do not add up to what block {layer} of {tower} does, so something stands between "
-                    "them and the residual stream; name it (docs/add-a-family.md, `behind`)"
+                    f"{names} do not add up to what block {layer} of {tower} does, so something stands "
+                    "between them and the residual stream; name it (docs/add-a-family.md, `behind`)"
                 )

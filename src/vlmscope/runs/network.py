@@ -43,7 +43,11 @@ class Network:
         """The digests of these edits, in the order in which they were made."""
         language = getattr(hf.config.get_text_config(), "model_type", None)
         self.family = family_of([type(hf).__name__], language, name)
+        self.speaker = list(self.family.towers)[-1]
+        """The tower that says the words: the last one."""
         self.shapes = {tower: shape_of(self, tower) for tower in self.family.towers}
+        self.text_towers = [tower for tower in self.shapes if tower in ("encoder", "decoder")]
+        """The towers whose positions are tokens of text; the Q-Former's are queries."""
 
     @property
     def dtype(self) -> torch.dtype:
@@ -67,18 +71,6 @@ class Network:
     def alone(self) -> AbstractContextManager[None]:
         """Within this context no other thread runs the model (`hooks.alone`)."""
         return alone(self.hf, self.name)
-
-    # -- towers ----------------------------------------------------------------------------------
-
-    @property
-    def speaker(self) -> str:
-        """The tower that says the words: the last one."""
-        return list(self.family.towers)[-1]
-
-    @property
-    def text_towers(self) -> list[str]:
-        """The towers whose positions are tokens of text; the Q-Former's are queries."""
-        return [tower for tower in self.shapes if tower in ("encoder", "decoder")]
 
     @property
     def image_site(self) -> Site:
@@ -114,8 +106,6 @@ class Network:
         """How many heads or neurons lie side by side at a point; None for a kind itself."""
         return self.shapes[point.tower].units(point.kind, point.part)
 
-    # -- modules ---------------------------------------------------------------------------------
-
     def module(self, path: str) -> nn.Module:
         """The module at a path of the family's table."""
         try:
@@ -149,10 +139,8 @@ class Network:
         return self.blocks(self.speaker)[layer].get_submodule(table.mlp or "")
 
     def columns(self, layer: int) -> Float[Tensor, "width neurons"]:
-        """The weights of `down`, a column a neuron; in float32 where they are of fewer bits.
-
-        Without a copy where they are float32 already, so these are not to be changed.
-        """
+        """The weights of `down`, a column a neuron, in float32 or more; not to be changed, as they may be no
+        copy."""
         weight: Any = self.down(layer).weight
         state = getattr(weight, "quant_state", None)
         if state is not None:
@@ -187,10 +175,8 @@ class Network:
         return ((norm(signs) - norm(-signs)) / (2 * signs))[0, 0]
 
     def fingerprint(self) -> str:
-        """SHA-256 over the names, types and bytes of all weights, as hexadecimal digits.
-
-        Computed once, and anew only when a weight has been written to or replaced since.
-        """
+        """SHA-256 over the names, types and bytes of all weights, as hexadecimal digits; computed anew only
+        when a weight has been written to or replaced."""
         weights = sorted(self.hf.state_dict().items())
         state = [(name, tensor.data_ptr(), tensor._version) for name, tensor in weights]
         if self._fingerprint is None or self._fingerprint[0] != state:
@@ -205,13 +191,9 @@ class Network:
         """A token of the model's tokenizer as it is written there, such as `▁red`."""
         return str(self.processor.tokenizer.convert_ids_to_tokens(number))
 
-    # -- places in a run -------------------------------------------------------------------------
-
     def places(self, site: Pattern | Site, inputs: Inputs) -> list[Site]:
-        """The places that the site of an edit names: one layer and unit, one or more positions.
-
-        Raises `SiteError` if what it is in does not run.
-        """
+        """The places that the site of an edit names: one layer and unit, one or more positions; raises
+        `SiteError` if what it is in does not run."""
         if isinstance(site, Pattern):
             sites = expand([site], self.shapes)
             if len(sites) != 1:
@@ -230,13 +212,13 @@ class Network:
 
     def placed(self, sites: Sites, inputs: Inputs) -> list[Site]:
         """All sites that expressions name in one run; what has its numbers of positions stays as it is."""
-        if isinstance(sites, (str, Pattern, Site)):
-            sites = [sites]
-        found: list[Site] = []
-        for site in sites:
-            patterns = [site] if isinstance(site, Site) else expand(parse(site), self.shapes)
-            found += [each for pattern in patterns for each in self.places(pattern, inputs)]
-        return found
+        several = [sites] if isinstance(sites, (str, Pattern, Site)) else sites
+        each = (
+            place
+            for site in several
+            for place in ([site] if isinstance(site, Site) else expand(parse(site), self.shapes))
+        )
+        return [place for site in each for place in self.places(site, inputs)]
 
     def changes(self, inputs: Inputs, edits: Iterable[Edit]) -> list[Change]:
         """What edits are in one run, layer by layer."""
