@@ -67,9 +67,8 @@ def check_metric(metric: str | Metric) -> None:
 def score(
     logits: Float[Tensor, "rows positions vocabulary"], base: Baselines, metric: str | Metric = "ld"
 ) -> Score:
-    """P(answer) over the whole vocabulary, the logit difference, and the metric.
-
-    Where the answer has several positions, P(answer) is that of all its tokens, and there is no difference.
+    """P(answer) over the whole vocabulary (of all its tokens, where it has several positions), the logit
+    difference (of one token alone), and the metric.
 
     >>> import torch
     >>> logits = torch.tensor([[[2.0, 0.0, 0.0]]])
@@ -124,8 +123,8 @@ def unpatched(
 def least_gap(precision: str, size: float) -> float:
     """The smallest |LD(clean) − LD(corrupt)|, in logits, that `effect` is divided by.
 
-    Ten times what rounding does in this precision (`ROUNDING`) where the largest logit has this size: then
-    it moves `effect` by at most about a tenth.
+    Ten times what rounding does in this precision where the largest logit has this size, so that it moves
+    `effect` by at most about a tenth.
 
     >>> least_gap("float32", 20.0), least_gap("bfloat16", 20.0)
     (0.002, 2.0)
@@ -157,12 +156,8 @@ def agrees(predicted: str, answer: str) -> bool:
 
 
 class Patched(NamedTuple):
-    """What a sweep over one pair gives: two baselines, the size of their largest logit, and chunks of rows
-    as they are computed.
-
-    A chunk is the numbers of its sites (in the sweep's order, each exactly once over all chunks)
-    and their scores.
-    """
+    """What a sweep over one pair gives: two baselines, the size of their largest logit, and chunks of rows as
+    they are computed: the numbers of sites (each once over all chunks) and their scores."""
 
     clean: Score
     corrupt: Score

@@ -25,8 +25,7 @@ from vlmscope.errors import ModelError
 from vlmscope.patching.flows import Cell, Flow, Job, Row
 from vlmscope.runs.access import hook
 from vlmscope.runs.forward import edited
-from vlmscope.runs.hooks import Hooks
-from vlmscope.runs.hooks import Plain as Attention
+from vlmscope.runs.hooks import Hooks, Plain
 from vlmscope.runs.network import Network
 from vlmscope.sites import Point
 
@@ -184,12 +183,12 @@ def remembering(network: Network, tower: str) -> Iterator[Memory]:
     memory = Memory()
     known: list[tuple[Any, Any, Tensor]] = []  # layers share their masks
 
-    def keep(plain: Attention, module: Any, q: Tensor, k: Tensor, v: Tensor, mask: Any, **kw: Any) -> Any:
+    def keep(plain: Plain, module: Any, q: Tensor, k: Tensor, v: Tensor, mask: Any, **kw: Any) -> Any:
         out, paid = plain(module, q, k, v, mask, **kw)
         sort = kw.get("is_causal"), getattr(module, "is_causal", None), kw.get("sliding_window"), k.device
         found = next((seen for other, how, seen in known if other is mask and how == sort), None)
         if found is None:
-            found = allowed(plain, module, mask, q, k, **kw)
+            found = _allowed(plain, module, mask, q, k, **kw)
             known.append((mask, sort, found))
         coarse = paid is not None and torch.equal(paid, paid.float().to(paid))
         memory.kept[module] = Kept(k[0].clone(), v[0].clone(), found, coarse)
@@ -200,13 +199,11 @@ def remembering(network: Network, tower: str) -> Iterator[Memory]:
     memory.starts = _starts([seen for _, _, seen in known])
 
 
-def allowed(
-    plain: Attention, module: Any, mask: Any, q: Tensor, k: Tensor, **kw: Any
+def _allowed(
+    plain: Plain, module: Any, mask: Any, q: Tensor, k: Tensor, **kw: Any
 ) -> Bool[Tensor, "pos pos"]:
-    """Which position (row) may attend to which (column) in a call of attention.
-
-    Raises `ModelError` for a mask that says more than that, or says it in another form.
-    """
+    """Which position (row) may attend to which (column) in a call of attention; raises `ModelError` for a
+    mask that says more than that."""
     length = k.shape[2]
     dense = plain.mask(module, mask, q.shape[2], length, k.device, **kw)
     if dense is None:

@@ -23,15 +23,13 @@ from vlmscope.sites import Point, Site
 
 @dataclass(eq=False)
 class Trace:
-    """What one run left: logits, activations at points, and how each block was called."""
+    """What one run left: logits, activations at points, each tower's output before edits of it, and how each
+    block was called (and the final norm, where the model adds to what the last block gives)."""
 
-    logits: Tensor
-    values: dict[Point, Tensor]
+    logits: Tensor = field(default_factory=lambda: torch.empty(0))
+    values: dict[Point, Tensor] = field(default_factory=dict)
     outputs: dict[str, Tensor] = field(default_factory=dict)
-    """Each tower's output, before edits of it."""
     calls: dict[tuple[str, int], tuple[tuple[Any, ...], dict[str, Any]]] = field(default_factory=dict)
-    """How each block was called; behind the last one the final norm, where the model adds to what
-    blocks give."""
 
     def entrance(self, tower: str, layer: int) -> Tensor:
         """What a block got, before edits of it."""
@@ -58,7 +56,7 @@ def trace(
     whole = family.towers[first].output and network.flow(first, inputs) != "plain"
     pixels = inputs.tensors[family.pixels]
     known = None if inside or not whole else images.get(pixels)
-    found = Trace(torch.empty(0), {})
+    found = Trace()
     with network.alone(), _recording(network, inputs, found):
         if known is None:
             found.logits, found.values = forward(network, inputs, edits, points, positions)

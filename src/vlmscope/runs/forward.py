@@ -18,7 +18,7 @@ from vlmscope.errors import ModelError, SiteError, VlmscopeError
 from vlmscope.layout import grid
 from vlmscope.models.inputs import Change, Edit, Inputs, Op, Value
 from vlmscope.runs.access import hook, unpadded
-from vlmscope.runs.hooks import Hooks, Plain, attending, eager, patterns
+from vlmscope.runs.hooks import Hooks, Plain, eager, patterns
 from vlmscope.runs.network import Network
 from vlmscope.sites import Pattern, Point, Site, Sites, expand, place
 
@@ -96,10 +96,8 @@ def generate(
 
 
 def room(network: Network, inputs: Inputs, most: int) -> int:
-    """How many tokens a model can generate behind a prompt, up to `most`: its positions are numbered.
-
-    The last one takes no position, since nothing follows it.
-    """
+    """How many tokens a model can generate behind a prompt, up to `most`: its positions are numbered, and the
+    last token takes none."""
     longest = getattr(network.hf.config.get_text_config(), "max_position_embeddings", None)
     there = len(inputs.layout[network.speaker].tokens)
     return most if longest is None else max(1, min(most, longest - there + 1))
@@ -137,9 +135,13 @@ def edited(
     x: Float[Tensor, "rows pos width"], site: Site, op: Op, value: Value, units: int | None
 ) -> Float[Tensor, "rows pos width"]:
     """A copy of an activation, in which so many units lie side by side, with one change in every row."""
-    x, at, chosen = x.clone(), list(site.positions), list(site.units) or [0]
-    split = x.unflatten(-1, (units or 1, -1))
-    now = split[:, at][:, :, chosen].flatten(2)
+    x = x.clone()
+    split: Tensor = x
+    at: tuple[Any, ...] = slice(None), list(site.positions)
+    if units is not None:
+        split = x.unflatten(-1, (units, -1))
+        at = (slice(None), torch.tensor(site.positions)[:, None], list(site.units))
+    now = split[at].flatten(2)
     if isinstance(value, Tensor):
         # Every edit asks, and torch.broadcast_shapes takes as long as the edit itself.
         sizes = zip(reversed(value.shape), reversed(now.shape), strict=False)
@@ -151,17 +153,15 @@ def edited(
         value = value.to(now)
     changed = value if op == "set" else now + value if op == "add" else now * value
     new = torch.as_tensor(changed, dtype=x.dtype, device=x.device).expand_as(now)
-    split[:, torch.tensor(at)[:, None], chosen] = new.unflatten(-1, (len(chosen), -1))
+    split[at] = new if units is None else new.unflatten(-1, (len(site.units), -1))
     return x
 
 
 def capture(
     network: Network, inputs: Inputs, sites: Sites, edits: Iterable[Edit] = ()
 ) -> dict[str, Float[Tensor, "pos width"]]:
-    """The activations at sites, by site; one row a position that the site names.
-
-    The width is that of the kind, of one head (of all heads of a set), or 1 for a neuron.
-    """
+    """The activations at sites, by site; one row a position that the site names, as wide as the kind, the
+    head (all heads of a set), or 1 for a neuron."""
     placed = network.placed(sites, inputs)
     for site in placed:
         if len(site.parts) > 1:
@@ -172,16 +172,13 @@ def capture(
 
 def read(network: Network, value: Tensor, site: Site) -> Float[Tensor, "pos width"]:
     """A site's part of the activation `(1, pos, width)` kept at its point."""
-    split = value[0, list(site.positions)].unflatten(-1, (network.units(site.point) or 1, -1))
-    return split[:, list(site.units) or [0]].flatten(1)
+    value, units = value[0, list(site.positions)], network.units(site.point)
+    return value if units is None else value.unflatten(-1, (units, -1))[:, list(site.units)].flatten(1)
 
 
 def copied(network: Network, source: Inputs, inputs: Inputs, sites: Sites) -> list[Edit]:
-    """Edits of `inputs` that copy the activations at sites from another run.
-
-    Raises `SiteError` if the two have other grids of patches, or other numbers of positions, so that
-    places do not correspond.
-    """
+    """Edits of `inputs` that copy the activations at sites from another run; raises `SiteError` if the two
+    have other grids of patches, or other numbers of positions."""
     for tower, there in inputs.layout.items():
         here = source.layout[tower]
         same = sorted(there.cells.values()) == sorted(here.cells.values())
@@ -200,14 +197,12 @@ def copied(network: Network, source: Inputs, inputs: Inputs, sites: Sites) -> li
 def attention(
     network: Network, inputs: Inputs, tower: str, kind: str, at: Sequence[int] | str
 ) -> Float[Tensor, "layers heads at keys"]:
-    """What every head of a tower's `attn` or `cross` pays attention to, from the positions `at`.
+    """What every head of a tower's `attn` or `cross` pays attention to, from the positions `at` (numbers, or
+    a position of the site language such as `last`) to those of `attended(tower, kind)`, in float32.
 
-    `at` are numbers, or a position of the site language such as `last`. Keys are the positions of
-    `attended(tower, kind)`. Only these rows are kept, in float32. They are what transformers' own eager
-    attention pays, whichever attention the model runs with.
-
-    Raises `SiteError` for a position or a tower that there is not, `ModelError` where the model does
-    not tell what is paid, or where its kernel reads its mask in a form of its own.
+    It is what transformers' own eager attention pays, whichever attention the model runs with. Raises
+    `SiteError` for a position or a tower that there is not, `ModelError` where the model does not tell what
+    is paid, or where its kernel reads its mask in a form of its own.
     """
     at = _positions(network, inputs, tower, kind, at)
     modules = network.attention_modules(tower, kind)
@@ -224,15 +219,15 @@ def attention(
                     hooks.on_output(module, lambda out: rows.append(out[1][0][:, list(at)].float()))
                 forward(network, inputs)
         else:
-            with attending(modules, pay):
+            with network.attending(tower, pay, kind):
                 forward(network, inputs)
     paid = torch.stack([row.to(network.device) for row in rows])
     layout = inputs.layout[network.attended(tower, kind)]
-    if paid.shape[-1] == len(layout.tokens):
-        return paid
-    every = paid.new_zeros(*paid.shape[:-1], len(layout.tokens))
-    every[..., unpadded(layout)] = paid
-    return every
+    if paid.shape[-1] < len(layout.tokens):
+        every = paid.new_zeros(*paid.shape[:-1], len(layout.tokens))
+        every[..., unpadded(layout)] = paid
+        return every
+    return paid
 
 
 def _positions(
