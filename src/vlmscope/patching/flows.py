@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Float
@@ -254,7 +254,7 @@ class Rows(Flow):
 
     along = 0
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> Rows:
         self.enter_context(_folding(self.job, self.tower))
         return self
 

@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import accumulate
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float
@@ -49,7 +49,7 @@ class Suffix(Flow):
         self.length = len(self.memory.starts)
         self.offsets = [0, *accumulate(self.length - begin for begin in self.begins)]
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> Suffix:
         self.enter_context(self.job.network.attending(self.tower, self._attend))
         return self
 
