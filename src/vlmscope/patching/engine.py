@@ -8,7 +8,6 @@ no row.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from itertools import groupby
@@ -18,6 +17,7 @@ import torch
 from jaxtyping import Bool
 from torch import Tensor
 
+from vlmscope.errors import RoomError
 from vlmscope.models.inputs import Pair
 from vlmscope.patching.flows import INSIDE, Flow, Job, Plain, Row, Rows, around, keeping
 from vlmscope.patching.reference import Values
@@ -31,8 +31,6 @@ from vlmscope.sites import KINDS, Point, Site, Sites, points_of
 BUDGET = 128 * 2**20
 """Bytes that the intermediate results of one batch of rows may take, if there is room."""
 
-_ALLOCATION = re.compile("alloc.*memory|memory.*alloc", re.IGNORECASE | re.DOTALL)
-"""How an error of a CPU's or GPU's memory reads that is of no class of its own."""
 FLOWS: dict[str, type[Flow]] = {"rows": Rows, "suffix": Suffix, "plain": Plain}
 
 
@@ -196,9 +194,8 @@ def _chunks(
             count = _fit([flow.cost(job, tower, row) for row in rows], room)
             try:
                 logits = run(flow, job, tower, rows[:count])
-            except (MemoryError, RuntimeError) as error:
-                known = isinstance(error, (MemoryError, torch.OutOfMemoryError))
-                if count == 1 or not (known or _ALLOCATION.search(str(error))):
+            except RoomError:
+                if count == 1:
                     raise
                 room //= 2
                 continue

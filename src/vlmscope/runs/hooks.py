@@ -25,7 +25,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from vlmscope.errors import ModelError
+from vlmscope.errors import ModelError, RoomError, line
 
 Function = Callable[[Tensor], Tensor]
 """From hidden states `(rows, pos, width)` to what takes their place."""
@@ -52,7 +52,9 @@ _FINDING = threading.Lock()
 @contextmanager
 def alone(hf: nn.Module, name: str) -> Iterator[None]:
     """Within this context, which may be entered again, no other thread runs the model, and it is in
-    evaluation mode: hooks are on the modules, so two runs at once would see each other's edits."""
+    evaluation mode: hooks are on the modules, so two runs at once would see each other's edits. Raises
+    `RoomError` where what is run is out of memory.
+    """
     with _FINDING:  # not kept in the model, so that it can still be copied
         turn = _TURNS.setdefault(hf, _Turn())
     with turn.lock:
@@ -69,10 +71,23 @@ def alone(hf: nn.Module, name: str) -> Iterator[None]:
             module.training = False
         try:
             yield
+        except (MemoryError, RuntimeError) as error:
+            if not _is_out_of_memory(error):
+                raise
+            raise RoomError(
+                f"{name}: a run needs more memory than there is ({line(str(error), 120)}); take a smaller "
+                "picture, a shorter prompt, another dtype or a device with more memory"
+            ) from error
         finally:
             turn.taken = before
             for module in training:
                 module.training = True
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or (
+        "alloc" in str(error).lower() and "memory" in str(error).lower()
+    )
 
 
 def _training(hf: nn.Module) -> list[nn.Module]:
@@ -238,7 +253,8 @@ def attending(modules: Sequence[Any], function: Callable[..., Any]) -> Iterator[
 
     Each use has a name of its own among transformers' attention functions, which only copies of these
     modules' configs say: masks are made as always, and other models are left alone. Uses may be within each
-    other; the model's turn has to be held."""
+    other; the model's turn has to be held.
+    """
     configs = {module: module.config for module in modules}
     name = modules[0].config._attn_implementation
     plain = Plain(str(name), ALL_ATTENTION_FUNCTIONS.get_interface(name, eager(modules[0])), configs)
