@@ -1,5 +1,4 @@
-"""How many patched runs are computed at once: what a flow is, rows of whole runs, and one plain run a
-patch."""
+"""How many patched runs are computed at once: what a flow is, rows of whole runs, one plain run a patch."""
 
 from __future__ import annotations
 

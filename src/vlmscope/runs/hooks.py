@@ -227,7 +227,8 @@ class Plain:
 
         Kernels without a mask leave out what comes later, where the call or the module is causal, and what is
         beyond the window of the call; eager attention leaves out nothing. Raises `ModelError` for other
-        forms."""
+        forms.
+        """
         if mask is None:
             causal, window = kw.get("is_causal"), kw.get("sliding_window")
             causal = queries > 1 and (getattr(module, "is_causal", True) if causal is None else causal)

@@ -98,7 +98,8 @@ class Model(Network):
         Every path resolves, head counts and widths divide, an activation set to NaN at each kind of site in
         each tower reaches the logits (a NaN shows the connection whatever the weights are), and what the
         sublayers add makes up what a block does. With `fits` that is known, and only whether the weights give
-        NaN is looked at."""
+        NaN is looked at.
+        """
         if self.family.blank is None:
             inputs = self.inputs(Image.new("RGB", (64, 64)), "a")
         else:

@@ -103,7 +103,7 @@ def _words(network: Network, prompt: str) -> dict[str, Span]:
 
 
 def _aligned(clean: Inputs, corrupt: Inputs, words: Sequence[str], others: Sequence[str]) -> Inputs:
-    """The clean run without the words' roles; patches and positions of the two runs must correspond, word by
+    """The clean run without the words' roles; places of the two must correspond, patch by patch, word by
     word."""
     misaligned = "the prompts do not align token for token"
     if len(words) != len(others):
