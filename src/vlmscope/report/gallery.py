@@ -22,7 +22,7 @@ from vlmscope.report.heat_maps import CHANGED, IN_LOGITS, full_colour, panels
 from vlmscope.report.ranking import by_size
 from vlmscope.report.words import digits, ends, lower_first, percent, plural, short_number, upper_first
 from vlmscope.stats import FEWEST
-from vlmscope.studies.tables import slot_words
+from vlmscope.studies.tables import slot_words, wide
 
 
 class Shown(NamedTuple):
@@ -70,12 +70,14 @@ class Gallery:
         self,
         name: str,
         cells: Mapping[str, pd.DataFrame],
-        tables: Mapping[str, pd.DataFrame],
         gap: float,
+        *,
+        tables: Mapping[str, pd.DataFrame] | None = None,
         marks: Mapping[str, list[tuple[int, int]]] | None = None,
         data: pd.DataFrame | None = None,
     ) -> Shown:
-        """Tables of layers side by side, by title, with the cells that they are made of as data."""
+        """Tables of layers side by side, by title (by default of all these cells), with the cells as data."""
+        tables = tables or {title: wide(each) for title, each in cells.items()}
         rows = pd.concat([each.assign(panel=title) for title, each in cells.items()], ignore_index=True)
         most = rows.groupby("panel")["n"].transform("max")
         value = str(next(iter(cells.values())).attrs.get("value", "logit_diff"))

@@ -64,7 +64,7 @@ def image_grid(
     rows = effects[effects["position"].notna() & is_patch(effects)]
     tower = "vision" if tower is None and "vision" in set(rows["tower"]) else tower
     value = value or change_of(rows)
-    rows = choose(rows, tower=tower, kind=kind, value=value)
+    rows = choose(rows, tower, kind, value)
     found = means(places(rows), ["layer", "row", "column"], value)
     by_layer = {int(layer): _cells(cells, "mean", shape) for layer, cells in found.groupby("layer")}
     layers = spread(list(by_layer), 6) if layers is None else list(layers)
