@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -61,7 +61,7 @@ class Gallery:
         for ending in self.formats:
             figure.savefig(self.folder / f"{stem}.{ending}")
         data.to_csv(self.folder / f"{stem}.csv", index=False)
-        links = {"png": "PNG", **{ending: ending.upper() for ending in self.formats}, "csv": "data"}
+        links = {ending: ending.upper() for ending in ("png", *self.formats)} | {"csv": "data"}
         files = [(f"{self.folder.name}/{stem}.{ending}", text) for ending, text in links.items()]
         text = getattr(_templates().get_template("captions.html").module, caption)(**values)
         return Shown(Markup(" ".join(text.split())), data_address(png.getvalue()), files)
@@ -81,9 +81,8 @@ class Gallery:
         rows = pd.concat([each.assign(panel=title) for title, each in cells.items()], ignore_index=True)
         most = rows.groupby("panel")["n"].transform("max")
         value = str(next(iter(cells.values())).attrs.get("value", "logit_diff"))
-        slots: Iterable[tuple[str, str]] = ()
-        if "head" in rows:
-            slots = zip(rows["position" if "position" in rows else "slot"], rows["tower"], strict=True)
+        at = "position" if "position" in rows else "slot"
+        slots = rows[[at, "tower"]].drop_duplicates().to_numpy() if "head" in rows else ()
         return self.show(
             name,
             panels(tables, value=value, marks=marks, gap=gap),
@@ -93,7 +92,7 @@ class Gallery:
             best=by_size(rows, rows["mean"].abs(), most).iloc[0],
             held=(rows["n"] < most / 2).any(),
             column="head" if "head" in rows else "slot",
-            slots=list(dict.fromkeys(slot_words(*place) for place in dict.fromkeys(slots))),
+            slots=list(dict.fromkeys(slot_words(*place) for place in slots)),
             full=full_colour(tables.values(), value, gap),
             what=CHANGED[value],
             unit=" logits" if value in IN_LOGITS else "",

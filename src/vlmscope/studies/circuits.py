@@ -106,7 +106,7 @@ def find(
         "seed": seed,
         "level": LEVEL,
         "model": opened[0].spec.get("model"),
-        "chance": _chance(heads),
+        "chance": list(_chance(heads)),
         "gaps": {name: _gap(base) for name, base in baselines.items()},
         "known": {name: knows(base)._asdict() for name, base in baselines.items()},
     }
@@ -134,9 +134,6 @@ def expressions(heads: pd.DataFrame) -> list[str]:
     """
     rows = heads[_HEAD].drop_duplicates().itertuples()
     return [f"{r.tower}.{r.layer}.{r.kind}.h{r.head}@{r.position}" for r in rows]
-
-
-# --- one run ---------------------------------------------------------------------------------
 
 
 def heads_of(run: Run, name: str = "run", *, position: str | None = None, seed: int = 0) -> pd.DataFrame:
@@ -268,9 +265,6 @@ def first_half(ids: Sequence[str], seed: int = 0) -> Truths:
     return np.isin(np.arange(len(ids)), order[: len(ids) // 2])
 
 
-# --- several runs ----------------------------------------------------------------------------
-
-
 def universal(heads: pd.DataFrame) -> pd.DataFrame:
     """Every head over the runs in which it was patched, those important in most runs first.
 
@@ -305,25 +299,26 @@ def overlap(heads: pd.DataFrame) -> pd.DataFrame:
     """
     rows = []
     for tower, kind, important in _important_by_run(heads):
-        for run, other in itertools.combinations(important.columns, 2):
-            both = int((important[run] & important[other]).sum())
-            sizes = [len(important), int(important[run].sum()), int(important[other].sum())]
-            expected, p = sizes[1] * sizes[2] / sizes[0], float(stats.hypergeom.sf(both - 1, *sizes))
-            rows.append([run, other, tower, kind, *sizes, both, expected, p])
+        for pair in itertools.combinations(important.columns, 2):
+            both = important[list(pair)]
+            rows.append([*pair, tower, kind, len(both), *both.sum(), *_against_chance(both)])
     found = pd.DataFrame(rows, columns=OVERLAP)
     return found.assign(q_value=stats.false_discovery_control(found["p_value"]) if rows else [])
 
 
-def _chance(heads: pd.DataFrame) -> list[dict[str, Any]]:
+def _chance(heads: pd.DataFrame) -> Iterator[dict[str, Any]]:
     """For each tower and kind: heads important in every run, against what chance would give."""
-    found: list[dict[str, Any]] = []
     for tower, kind, important in _important_by_run(heads):
-        spread = in_common(len(important), [int(n) for n in important.sum()])
-        both = int(important.all(axis=1).sum())
-        numbers = {"heads": len(important), "runs": important.shape[1], "in_every_run": both}
-        expected, p = float(np.arange(len(spread)) @ spread), min(1.0, float(spread[both:].sum()))
-        found.append({"tower": tower, "kind": kind, **numbers, "expected": expected, "p_value": p})
-    return found
+        both, expected, p = _against_chance(important)
+        counts = {"heads": len(important), "runs": important.shape[1], "in_every_run": both}
+        yield {"tower": tower, "kind": kind, **counts, "expected": expected, "p_value": p}
+
+
+def _against_chance(important: pd.DataFrame) -> tuple[int, float, float]:
+    """How many heads are important in all columns, how many chance would give, and P(at least so many)."""
+    spread = in_common(len(important), [int(n) for n in important.sum()])
+    both = int(important.all(axis=1).sum())
+    return both, float(np.arange(len(spread)) @ spread), min(1.0, float(spread[both:].sum()))
 
 
 def _important_by_run(heads: pd.DataFrame) -> Iterator[tuple[str, str, pd.DataFrame]]:
@@ -343,14 +338,11 @@ def in_common(total: int, sizes: Sequence[int]) -> Scores:
     >>> in_common(4, [2, 2]).round(4).tolist()
     [0.1667, 0.6667, 0.1667]
     """
-    spread = np.zeros(sizes[0] + 1)
-    spread[-1] = 1.0
+    counts = np.arange(sizes[0] + 1)
+    spread = (counts == sizes[0]).astype(float)
     for size in sizes[1:]:
-        counts = np.arange(len(spread))
-        spread = sum(
-            (p * stats.hypergeom.pmf(counts, total, n, size) for n, p in enumerate(spread) if p),
-            start=np.zeros(len(counts)),
-        )
+        parts = [p * stats.hypergeom.pmf(counts, total, n, size) for n, p in enumerate(spread) if p]
+        spread = np.sum(parts, axis=0)
     return spread
 
 

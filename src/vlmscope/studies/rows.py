@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,7 @@ from vlmscope.layout import Layout, slots
 from vlmscope.models.inputs import Pair
 from vlmscope.patching import engine as fast
 from vlmscope.patching import reference
-from vlmscope.patching.scores import Patched, agrees, effect, least_gap
+from vlmscope.patching.scores import agrees, effect, least_gap
 from vlmscope.patching.trace import Images
 from vlmscope.progress import progress
 from vlmscope.sites import Site, expand, parse
@@ -76,7 +77,9 @@ def _patch_example(
     base: dict[str, float] = defaultdict(float)
     images, count, least = Images(), 0, 0.0
     for pair in pairs:
-        found = patched(task, example, pair, placed, images)
+        way = reference.patch if task.engine == "reference" else partial(fast.patch, images=images)
+        values = task.values(example, pair, placed)
+        found = way(task.model, pair, placed, task.direction, values=values, metric=task.metric)
         least = max(least, least_gap(task.model.precision, found.size))
         for run, scores in (("clean", found.clean), ("corrupt", found.corrupt)):
             for name, score in scores._asdict().items():
@@ -101,15 +104,6 @@ def _patch_example(
         "excluded": False,
     }
     return Result(job, _frame(rows, EFFECTS.names), _frame([] if job.done else [baseline], BASELINES.names))
-
-
-def patched(task: Task, example: Example, pair: Pair, sites: Sequence[Site], images: Images) -> Patched:
-    values = task.values(example, pair, sites)
-    if task.engine == "reference":
-        return reference.patch(task.model, pair, sites, task.direction, values=values, metric=task.metric)
-    return fast.patch(
-        task.model, pair, sites, task.direction, values=values, metric=task.metric, images=images
-    )
 
 
 def _gains(

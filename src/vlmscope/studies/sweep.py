@@ -80,7 +80,8 @@ def sweep(
     >>> len(table), table.columns[0], table.attrs["check"]["rows"]
     (12, 'example', 5)
     """
-    task = task_of(model, examples, sites, corrupt, direction, engine, seed, metric=metric, patch=patch)
+    options = {"direction": direction, "engine": engine, "metric": metric, "patch": patch, "seed": seed}
+    task = task_of(model, examples, sites, corrupt, **options)
     if out is not None:
         run = _into_folder(task, out, data, check)
         warn_of_excluded(run.baselines())
@@ -118,12 +119,13 @@ def sweep_to(
     the image is the foil's, and is no longer the answer when the text or noise is what corrupts.
     The others stay in `baselines` as excluded, with what the model answered.
     """
-    task = task_of(model, examples, sites, corrupt, direction, engine, seed, select, metric, patch)
+    options = {"direction": direction, "engine": engine, "metric": metric, "patch": patch, "seed": seed}
+    task = task_of(model, examples, sites, corrupt, select=select, **options)
     return _into_folder(task, out, data, check)
 
 
 class Estimate(NamedTuple):
-    """What a sweep will take: seconds of computing, bytes on disk, patches of one example."""
+    """What a sweep will take: seconds of computing, bytes on disk, and the patches of one example."""
 
     seconds: float
     bytes: int
@@ -144,18 +146,17 @@ def estimate(
     An upper bound where `select` leaves some out, and of the bytes (parts compress better than a
     single example).
     """
-    task = task_of(model, examples, sites, corrupt, "denoise", "fast", seed, select)
-    seconds, size, patches, counted = 0.0, 0, 0, 0
+    task = task_of(model, examples, sites, corrupt, seed=seed, select=select)
+    many, found = len(task.examples), [Estimate(0.0, 0, 0)]
     for job in all_jobs(task)[:TRIED]:
         start = time.perf_counter()
         [result] = run_jobs(task, [job], quiet=True)
-        if result.effects.empty:
-            continue
-        seconds, counted = time.perf_counter() - start, counted + 1
-        size, patches = bytes_of(result.effects), len(result.effects)
-        if counted == 2 or seconds > 10.0:  # a long one has warmed up by itself
-            break
-    return Estimate(seconds * len(task.examples), size * len(task.examples), patches)
+        seconds = time.perf_counter() - start
+        if not result.effects.empty:
+            found.append(Estimate(seconds * many, bytes_of(result.effects) * many, len(result.effects)))
+            if len(found) > 2 or seconds > 10.0:  # a long one has warmed up by itself
+                break
+    return found[-1]
 
 
 def baselines(
@@ -172,7 +173,7 @@ def baselines(
     >>> table["correct"].tolist()
     [True, True]
     """
-    task = task_of(model, examples, [], corrupt, "denoise", "fast", seed)
+    task = task_of(model, examples, [], corrupt, seed=seed)
     tables = [result.baseline for result in run_jobs(task, all_jobs(task))]
     return typed(pd.concat(tables, ignore_index=True), BASELINES)
 
@@ -219,11 +220,10 @@ def _into_folder(task: Task, out: str | os.PathLike[str], data: str, check: int)
 
 def _show(writer: Writer, task: Task, number: int) -> None:
     """Keep what a person wants to see of an example: what this corruption uses, as the model sees it."""
-    shown = vars(task.examples[number]).copy()
-    if task.corruption != "image":
-        shown["corrupt_image"] = None
-    if task.corruption != "text":
-        shown["corrupt_prompt"] = None
+    shown = dict(vars(task.examples[number]))
+    for kind, name in (("image", "corrupt_image"), ("text", "corrupt_prompt")):
+        if task.corruption != kind:
+            shown[name] = None
     with suppress(ExampleError):  # the example is excluded, with this reason
         for name in ("clean_image", "corrupt_image"):
             shown[name] = shown[name] and task.model.cropped(shown[name])

@@ -174,9 +174,6 @@ def _intervals(each: pd.Series[float]) -> pd.DataFrame:
     return pd.DataFrame(ends, index=table.index, columns=["low", "high"])
 
 
-# --- which rows and column --------------------------------------------------------------------------------
-
-
 def change_of(effects: pd.DataFrame) -> str:
     """The column that patches are ranked and drawn by: how far each moves the answer, against the run that
     was patched. That is `ld_change`, or `p_change` where there is no logit difference (`--metric logprob`).
@@ -277,9 +274,6 @@ def slot_words(slot: str, tower: str) -> str:
         return "the read-out position, where the answer is predicted"
     words = {"answer": "the answer's token", "last": "the last token"}.get(slot, f"the slot {slot}")
     return words if tower == "decoder" else f"{words} (nothing is read out in this tower)"
-
-
-# --- slots in order ----------------------------------------------------------------------------
 
 
 def slot_order(rows: pd.DataFrame) -> list[str]:

@@ -32,18 +32,20 @@ from vlmscope.errors import StoreError
 from vlmscope.runs.corrupt import Noise
 from vlmscope.runs.model import Model
 from vlmscope.sites import Site
+from vlmscope.stats import shuffled
 from vlmscope.studies import files
 from vlmscope.studies.heads.attention import ON_ALL, ON_MASKS, attention_maps, attention_measures
 from vlmscope.studies.heads.knock_out import change_measures, together
 from vlmscope.studies.heads.labels import LABELS, label
 from vlmscope.studies.heads.masks import covered
-from vlmscope.studies.heads.observe import Effects, Observed, Study, by_id, observe, study_of
+from vlmscope.studies.heads.observe import Effects, Study, observe, study_of
 from vlmscope.studies.sweep import SHOWN, sweep_to
 
 __all__ = ["LABELS", "ON_ALL", "ON_MASKS", "Functions", "covered", "functions", "read", "write"]
 
 FORMAT = "vlmscope-heads-1"
 MANIFEST = "heads.json"
+CSV = ("functions", "measures", "together")
 Sites = str | Site | Sequence[str | Site]
 
 
@@ -64,7 +66,7 @@ class Functions:
 
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Write `functions.csv`, `measures.csv`, `together.csv`, `maps.parquet` and, last, `heads.json`."""
-        tables = {f"{name}.csv": getattr(self, name) for name in ("functions", "measures", "together")}
+        tables = {f"{name}.csv": getattr(self, name) for name in CSV}
         files.save(folder, MANIFEST, self.about, tables | {"maps.parquet": self.maps})
 
 
@@ -103,16 +105,25 @@ def functions(
     """
     examples = listed(examples)
     study = study_of(model, sites, corrupt, seed)
-    about = _about(study, examples, corrupt, data)
     given = observe(study, examples, effects if corrupt is not None else None)
-    observed = by_id(study, given)
-    measures = _measures(study, observed)
+    # In an order that the ids decide, so that no number depends on the one in which they came.
+    observed = [given[n] for n in shuffled(seed, [one.id for one in given])]
+    measures = pd.concat([*attention_measures(study, observed), *change_measures(study, observed)])
+    measures = measures.sort_values("number", kind="stable", ignore_index=True)
+    p_values = measures.groupby("measure")["p_value"]
+    measures["q_value"] = p_values.transform(lambda p: stats.false_discovery_control(p.to_numpy()))
+    fields = [(s.tower, s.layer, s.kind, s.units[0], s.position, str(s)) for s in study.heads]
+    names = pd.DataFrame(fields, columns=["tower", "layer", "kind", "head", "position", "site"])
     gap = abs(float(np.mean([one.ld_clean - (one.ld_corrupt or 0.0) for one in observed])))
     rows = [{r.measure: r for r in some.itertuples()} for _, some in measures.groupby("number")]
     labels = pd.DataFrame([label(row, gap) for row in rows], columns=["label", "evidence"])
-    table = pd.concat([_names(study), labels], axis=1).assign(n=len(observed), gap=gap)
-    maps = attention_maps(study, given[:SHOWN])
-    return Functions(table, measures.drop(columns="number"), together(study, observed), maps, about)
+    return Functions(
+        pd.concat([names, labels], axis=1).assign(n=len(observed), gap=gap),
+        names.join(measures.set_index("number"), how="right").reset_index(drop=True),
+        together(study, observed),
+        attention_maps(study, given[:SHOWN]),
+        _about(study, examples, corrupt, data),
+    )
 
 
 def write(
@@ -137,7 +148,7 @@ def write(
         found = read(folder)
         if found.about == _about(study, examples, corrupt, data):
             return found
-    except (OSError, StoreError):
+    except StoreError:
         pass
     found = functions(model, examples, sites, corrupt, seed=seed, effects=effects, data=data)
     names = set(found.maps["example"])
@@ -155,7 +166,7 @@ def read(folder: str | os.PathLike[str]) -> Functions:
     path = Path(folder)
     about = files.read_json(path / MANIFEST, "name a folder of 'vlmscope heads'")
     try:
-        tables = {n: pd.read_csv(path / f"{n}.csv") for n in ("functions", "measures", "together")}
+        tables = {name: pd.read_csv(path / f"{name}.csv") for name in CSV}
         tables["together"] = tables["together"].fillna({"knockout": "", "heads": ""})
         return Functions(**tables, maps=pd.read_parquet(path / "maps.parquet"), about=about)
     except (OSError, ValueError) as error:
@@ -173,17 +184,3 @@ def _about(study: Study, examples: Sequence[Any], corrupt: str | Noise | None, d
         "corrupt": None if corrupt is None else str(corrupt),
         "seed": study.seed,
     }
-
-
-def _measures(study: Study, observed: Sequence[Observed]) -> pd.DataFrame:
-    """All measures of all heads, a head after the other, with q-values over heads."""
-    tables = [*attention_measures(study, observed), *change_measures(study, observed)]
-    table = pd.concat(tables, ignore_index=True).sort_values("number", kind="stable", ignore_index=True)
-    q = table.groupby("measure")["p_value"].transform(lambda p: stats.false_discovery_control(p.to_numpy()))
-    names = _names(study).iloc[table["number"]].reset_index(drop=True)
-    return pd.concat([names, table], axis=1).assign(q_value=q)
-
-
-def _names(study: Study) -> pd.DataFrame:
-    fields = [(s.tower, s.layer, s.kind, s.units[0], s.position, str(s)) for s in study.heads]
-    return pd.DataFrame(fields, columns=["tower", "layer", "kind", "head", "position", "site"])

@@ -56,18 +56,8 @@ def measured(
 ) -> pd.DataFrame:
     """A row a head, from its scores `(examples, heads)`."""
     low, high = interval(scores, [one.id for one in observed])
-    return pd.DataFrame(
-        {
-            "number": numbers,
-            "measure": name,
-            "value": scores.mean(0),
-            "low": low,
-            "high": high,
-            "null": null,
-            "p_value": p_value,
-            "n": len(scores),
-        }
-    )
+    table = pd.DataFrame({"number": numbers, "measure": name, "value": scores.mean(0), "low": low})
+    return table.assign(high=high, null=null, p_value=p_value, n=len(scores))
 
 
 def _on_masks(study: Study, key: Key, observed: Sequence[Observed], which: str) -> Iterator[pd.DataFrame]:
@@ -138,19 +128,16 @@ def attention_maps(study: Study, observed: Sequence[Observed]) -> pd.DataFrame:
             cells, paid = attention.cells[inside], attention.maps[study.numbers(key).index(number)][inside]
             mask = one.masks.get("object")
             rows, columns = attention.grid
-            parts.append(
-                pd.DataFrame(
-                    {
-                        "example": one.id,
-                        "site": str(site),
-                        "row": cells // columns,
-                        "column": cells % columns,
-                        "attention": paid,
-                        "difference": paid - attention.average[inside],
-                        "object": False if mask is None else mask[cells],
-                        "rows": rows,
-                        "columns": columns,
-                    }
-                )
-            )
+            table = {
+                "example": one.id,
+                "site": str(site),
+                "row": cells // columns,
+                "column": cells % columns,
+                "attention": paid,
+                "difference": paid - attention.average[inside],
+                "object": False if mask is None else mask[cells],
+                "rows": rows,
+                "columns": columns,
+            }
+            parts.append(pd.DataFrame(table))
     return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame({"example": []})

@@ -64,9 +64,7 @@ def knock_out(study: Study, observed: Sequence[Observed]) -> dict[str, Array]:
 def together(study: Study, observed: Sequence[Observed]) -> pd.DataFrame:
     """Accuracy and LD with no head, these heads, and random ones of the same layers knocked out."""
     means = mean_activations(observed)
-    sets: list[tuple[str, str, Sequence[Site]]] = [
-        ("these heads", how, study.heads) for how in ("mean", "zero")
-    ]
+    sets = [("these heads", how, study.heads) for how in ("mean", "zero")]
     drawn = [random_heads(study, number) for number in range(RANDOM)]
     sets += [("random heads", "mean", heads) for heads in drawn if len(heads) == len(study.heads)]
     clean = [(one.is_right, one.ld_clean) for one in observed]
@@ -75,16 +73,11 @@ def together(study: Study, observed: Sequence[Observed]) -> pd.DataFrame:
         for number, (name, how, heads) in enumerate(sets):
             values = None if how == "zero" else means
             edits = [Edit(site, "set", _value(study, site, values)) for site in heads]
-            found = [_without(study, one, edits) for one in observed]
+            runs = [(one.pair, study.model.run(one.pair.clean, edits)) for one in observed]
+            found = [(int(x.argmax()) == pair.answer, logit_difference(x, pair)) for pair, x in runs]
             rows.append((name, how, " ".join(map(str, heads)), len(found), *np.mean(found, axis=0)))
             step(0, number + 1)
     return pd.DataFrame(rows, columns=["set", "knockout", "heads", "n", "accuracy", "ld"])
-
-
-def _without(study: Study, one: Observed, edits: Sequence[Edit]) -> tuple[bool, float]:
-    """Whether the answer's token has the largest logit, and LD, in the clean run with these edits."""
-    logits = study.model.run(one.pair.clean, edits)
-    return int(logits.argmax()) == one.pair.answer, logit_difference(logits, one.pair)
 
 
 def _value(study: Study, site: Site, values: Mapping[Key, Tensor] | None) -> Tensor:

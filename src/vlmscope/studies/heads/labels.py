@@ -33,13 +33,12 @@ def label(found: Mapping[str, Any], gap: float) -> tuple[str, str]:
     if the interval lies within 5 % of it.
     """
 
-    def moves(name: str, sign: int) -> bool:
-        """Whether it moves LD up (sign 1) or down (sign −1) by what counts."""
+    def moves(name: str) -> int:
+        """Whether it moves LD up (1) or down (−1) by what counts."""
         row = found.get(name)
-        if row is None:
-            return False
-        is_away = row.low > 0 if sign > 0 else row.high < 0
-        return bool(is_away and abs(row.value) >= SHARE * gap)
+        if row is None or not abs(row.value) >= SHARE * gap:
+            return 0
+        return int(row.low > 0) - int(row.high < 0)
 
     def lands(name: str) -> bool:
         """Whether its attention separates what is meant."""
@@ -48,16 +47,16 @@ def label(found: Mapping[str, Any], gap: float) -> tuple[str, str]:
 
     changes = [found[name] for name in ("mean", "effect") if name in found]
     is_little = all(max(abs(row.low), abs(row.high)) <= LITTLE * gap for row in changes)
-    acts = any(moves(name, sign) for name in ("mean", "effect") for sign in (1, -1))
     on_outliers = "outlier_mass" in found and found["outlier_mass"].low > MASS
-    favours = moves("effect", 1) if "effect" in found else moves("mean", -1)
+    on_object, on_foil, without = lands("auc"), lands("auc_foil"), moves("mean")
+    favours = moves("effect") == 1 if "effect" in found else without == -1
     if on_outliers and is_little:
         name = "outlier suppression"
-    elif lands("auc") and favours and not moves("mean", 1):
+    elif on_object and favours and without != 1:
         name = "detection"
-    elif (lands("auc") and moves("mean", 1) and not favours) or (lands("auc_foil") and moves("mean", -1)):
+    elif (on_object and without == 1 and not favours) or (on_foil and without == -1):
         name = "suppression"
-    elif is_little and not acts and not on_outliers and not lands("auc") and not lands("auc_foil"):
+    elif is_little and not (moves("effect") or without or on_outliers or on_object or on_foil):
         name = "none"
     else:
         name = "unclear"
