@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import io
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
@@ -16,12 +15,12 @@ import pandas as pd
 from markupsafe import Markup
 from matplotlib.axes import Axes
 
-from vlmscope.errors import StoreError
 from vlmscope.report.canvas import figure_of
 from vlmscope.report.heat_maps import CHANGED, IN_LOGITS, full_colour, panels
 from vlmscope.report.ranking import by_size
 from vlmscope.report.words import digits, ends, lower_first, percent, plural, short_number, upper_first
 from vlmscope.stats import FEWEST
+from vlmscope.studies.files import read_json
 from vlmscope.studies.tables import slot_words, wide
 
 
@@ -100,11 +99,8 @@ class Gallery:
         )
 
 
-def read_json(file: Path) -> dict[str, Any]:
-    try:
-        return dict(json.loads(file.read_text("utf-8")))
-    except ValueError as error:
-        raise StoreError(f"{file}: is damaged ({error}); write that folder anew") from error
+def about_of(folder: Path, what: str) -> dict[str, Any]:
+    return read_json(folder / f"{what}.json", "write that folder anew")
 
 
 def data_address(png: bytes | Path) -> str:

@@ -18,10 +18,10 @@ from vlmscope.layout import Layout, slots
 from vlmscope.models.inputs import Pair
 from vlmscope.patching import engine as fast
 from vlmscope.patching import reference
-from vlmscope.patching.scores import agrees, effect, least_gap
+from vlmscope.patching.scores import Patched, agrees, effect, least_gap
 from vlmscope.patching.trace import Images
 from vlmscope.progress import progress
-from vlmscope.sites import Site, expand, parse
+from vlmscope.sites import Site, Sites, expand, parse
 from vlmscope.studies.run_folder import BASELINES, EFFECTS
 from vlmscope.studies.task import Result, Task, Todo
 
@@ -31,38 +31,30 @@ def run_jobs(task: Task, jobs: Sequence[Todo], done: int = 0, quiet: bool = Fals
 
     Where an example of a folder lacks a site that is added, it keeps what it has, and a warning says so.
     """
-    unplaced: dict[tuple[str, ...], list[Site]] = {}
+    unplaced: dict[tuple[str, ...], list[Site]] = {}  # but for sites that other expressions have named
+    shapes = task.model.shapes
     with progress(len(jobs) + done, done, quiet) as step:
         for finished, job in enumerate(jobs, start=done):
             key = (*job.done, "", *job.sites)
             if key not in unplaced:
-                unplaced[key] = _unplaced(task, job)
+                named = len(expand(parse(job.done), shapes))
+                unplaced[key] = expand(parse([*job.done, *job.sites]), shapes)[named:]
 
             def share(patches: int, part: float, before: int = finished) -> None:
                 step(patches, before + part)
 
-            example = task.examples[job.number]
             try:
-                yield _patch_example(task, job, unplaced[key], share)
+                yield _result(task, job, unplaced[key], share)
             except (ExampleError, SiteError) as error:
                 if job.done:
-                    warnings.warn(
-                        f"'{example.id}' has none of the sites that are added: {error}", stacklevel=2
-                    )
+                    name = task.examples[job.number].id
+                    warnings.warn(f"'{name}' has none of the sites that are added: {error}", stacklevel=2)
                 else:
                     yield _excluded(task, job, reason=str(error))
             step(0, finished + 1)
 
 
-def _unplaced(task: Task, job: Todo) -> list[Site]:
-    """The sites of a job in this model, but for those that other expressions have named."""
-    done = expand(parse(job.done), task.model.shapes)
-    return expand(parse([*job.done, *job.sites]), task.model.shapes)[len(done) :]
-
-
-def _patch_example(
-    task: Task, job: Todo, unplaced: Sequence[Site], step: Callable[[int, float], None]
-) -> Result:
+def _result(task: Task, job: Todo, unplaced: Sequence[Site], step: Callable[[int, float], None]) -> Result:
     example = task.examples[job.number]
     pairs = task.pairs(example)
     answered: dict[str, Any] = {}
@@ -71,13 +63,36 @@ def _patch_example(
         answered = {"predicted": predicted, "correct": agrees(predicted, example.answer)}
         if task.select and (reason := _unfit(task, example, pairs[0], predicted)):
             return _excluded(task, job, reason=reason, **answered)
+    way = reference.patch if task.engine == "reference" else partial(fast.patch, images=Images())
+    rows, base = patch_example(task, example, pairs, unplaced, way, step)
+    foil = pairs[0].foil
+    baseline = {
+        "example": example.id,
+        "corruption": task.kind,
+        **{name: value for name, value in base.items() if task.corruption or "corrupt" not in name},
+        "answer_token": " ".join(map(task.model.token, pairs[0].answers)),
+        "foil_token": None if foil is None else task.model.token(foil),
+        **answered,
+        "excluded": False,
+    }
+    return Result(job, _frame(rows, EFFECTS.names), _frame([] if job.done else [baseline], BASELINES.names))
+
+
+def patch_example(
+    task: Task,
+    example: Example,
+    pairs: Sequence[Pair],
+    sites: Sites,
+    way: Callable[..., Patched],
+    step: Callable[[int, float], None] = lambda patches, part: None,
+) -> tuple[list[dict[str, Any]], Mapping[str, float]]:
+    """The rows of an example, means over its pairs, and the scores of the runs without patches."""
     layout = pairs[0].clean.layout
-    placed = task.model.placed(unplaced, pairs[0].clean)
+    placed = task.model.placed(sites, pairs[0].clean)
     totals = np.zeros((len(placed), 3))
     base: dict[str, float] = defaultdict(float)
-    images, count, least = Images(), 0, 0.0
+    count, least = 0, 0.0
     for pair in pairs:
-        way = reference.patch if task.engine == "reference" else partial(fast.patch, images=images)
         values = task.values(example, pair, placed)
         found = way(task.model, pair, placed, task.direction, values=values, metric=task.metric)
         least = max(least, least_gap(task.model.precision, found.size))
@@ -93,17 +108,7 @@ def _patch_example(
     for site, gains in zip(placed, _gains(task, totals, base, least), strict=True):
         words = _words(site, layout[site.tower], names[site.tower])
         rows.append({"example": example.id, "corruption": task.kind, **words, **gains})
-    foil = pairs[0].foil
-    baseline = {
-        "example": example.id,
-        "corruption": task.kind,
-        **{name: value for name, value in base.items() if task.corruption or "corrupt" not in name},
-        "answer_token": " ".join(map(task.model.token, pairs[0].answers)),
-        "foil_token": None if foil is None else task.model.token(foil),
-        **answered,
-        "excluded": False,
-    }
-    return Result(job, _frame(rows, EFFECTS.names), _frame([] if job.done else [baseline], BASELINES.names))
+    return rows, base
 
 
 def _gains(

@@ -17,7 +17,7 @@ rules over measures, each with its interval and its null:
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -31,14 +31,12 @@ from vlmscope.data.example import fingerprint
 from vlmscope.errors import StoreError
 from vlmscope.runs.corrupt import Noise
 from vlmscope.runs.model import Model
-from vlmscope.sites import Site
+from vlmscope.sites import Sites
 from vlmscope.stats import shuffled
 from vlmscope.studies import files
 from vlmscope.studies.heads.attention import ON_ALL, ON_MASKS, attention_maps, attention_measures
 from vlmscope.studies.heads.knock_out import change_measures, together
-from vlmscope.studies.heads.labels import LABELS, label
-from vlmscope.studies.heads.masks import covered
-from vlmscope.studies.heads.observe import Effects, Study, observe, study_of
+from vlmscope.studies.heads.observe import Effects, Study, covered, observe, study_of
 from vlmscope.studies.sweep import SHOWN, sweep_to
 
 __all__ = ["LABELS", "ON_ALL", "ON_MASKS", "Functions", "covered", "functions", "read", "write"]
@@ -46,7 +44,26 @@ __all__ = ["LABELS", "ON_ALL", "ON_MASKS", "Functions", "covered", "functions", 
 FORMAT = "vlmscope-heads-1"
 MANIFEST = "heads.json"
 CSV = ("functions", "measures", "together")
-Sites = str | Site | Sequence[str | Site]
+
+LABELS = ("detection", "suppression", "outlier suppression", "none", "unclear")
+LEVEL = 0.05
+SHARE = 0.01
+"""An effect below this share of the gap between clean and corrupt runs counts as none ..."""
+LITTLE = 0.05
+"""... and one that is surely below this share as little."""
+AUC = 0.6
+"""Attention that separates the object by less than this does not detect it, however surely."""
+MASS = 0.5
+"""The share of its attention that a head of outliers has on them, at least."""
+
+WORDS = {
+    "auc": "attention to the object, AUC",
+    "auc_foil": "attention to the foil's object, AUC",
+    "outlier_mass": "attention to outliers and class token",
+    "effect": "patched in, LD",
+    "mean": "knocked out, LD",
+}
+"""The measures that a label is read off, and what its evidence calls them."""
 
 
 @dataclass(frozen=True)
@@ -116,7 +133,7 @@ def functions(
     names = pd.DataFrame(fields, columns=["tower", "layer", "kind", "head", "position", "site"])
     gap = abs(float(np.mean([one.ld_clean - (one.ld_corrupt or 0.0) for one in observed])))
     rows = [{r.measure: r for r in some.itertuples()} for _, some in measures.groupby("number")]
-    labels = pd.DataFrame([label(row, gap) for row in rows], columns=["label", "evidence"])
+    labels = pd.DataFrame([_label(row, gap) for row in rows], columns=["label", "evidence"])
     return Functions(
         pd.concat([names, labels], axis=1).assign(n=len(observed), gap=gap),
         names.join(measures.set_index("number"), how="right").reset_index(drop=True),
@@ -184,3 +201,43 @@ def _about(study: Study, examples: Sequence[Any], corrupt: str | Noise | None, d
         "corrupt": None if corrupt is None else str(corrupt),
         "seed": study.seed,
     }
+
+
+def _label(found: Mapping[str, Any], gap: float) -> tuple[str, str]:
+    """The label of a head and its evidence, from its measures; `gap` is between clean and corrupt runs."""
+
+    def moves(name: str) -> int:
+        """Whether it moves LD up (1) or down (−1) by what counts."""
+        row = found.get(name)
+        if row is None or not abs(row.value) >= SHARE * gap:
+            return 0
+        return int(row.low > 0) - int(row.high < 0)
+
+    def lands(name: str) -> bool:
+        """Whether its attention separates what is meant."""
+        row = found.get(name)
+        return bool(row and row.q_value <= LEVEL and row.low > 0.5 and row.value >= AUC)
+
+    changes = [found[name] for name in ("mean", "effect") if name in found]
+    is_little = all(max(abs(row.low), abs(row.high)) <= LITTLE * gap for row in changes)
+    on_outliers = "outlier_mass" in found and found["outlier_mass"].low > MASS
+    on_object, on_foil, without = lands("auc"), lands("auc_foil"), moves("mean")
+    favours = moves("effect") == 1 if "effect" in found else without == -1
+    if on_outliers and is_little:
+        name = "outlier suppression"
+    elif on_object and favours and without != 1:
+        name = "detection"
+    elif (on_object and without == 1 and not favours) or (on_foil and without == -1):
+        name = "suppression"
+    elif is_little and not (moves("effect") or without or on_outliers or on_object or on_foil):
+        name = "none"
+    else:
+        name = "unclear"
+    blind = [] if "entropy" in found else ["does not look at the image"]
+    return name, "; ".join([*blind, *(_words(n, found[n]) for n in WORDS if n in found)])
+
+
+def _words(name: str, row: Any) -> str:
+    sign = "+" if name in ("effect", "mean") else ""
+    null = "" if sign else f" (null {row.null:.2f})"
+    return f"{WORDS[name]} {row.value:{sign}.2f} [{row.low:{sign}.2f}, {row.high:{sign}.2f}]{null}"

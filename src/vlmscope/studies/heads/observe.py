@@ -13,9 +13,11 @@ import pandas as pd
 import pyarrow.compute as pc
 import torch
 from numpy.typing import NDArray
+from PIL import Image
 from torch import Tensor
 
-from vlmscope.data.example import Example
+from vlmscope.data.example import Box, Example
+from vlmscope.data.images import open_image
 from vlmscope.errors import DataError, ExampleError, SiteError, VlmscopeError
 from vlmscope.layout import grid
 from vlmscope.models.inputs import Pair
@@ -27,7 +29,6 @@ from vlmscope.runs.corrupt import Corruption, Noise
 from vlmscope.runs.forward import forward
 from vlmscope.runs.model import Model
 from vlmscope.sites import Point, Site, Sites, expand, parse, place
-from vlmscope.studies.heads.masks import masks_of
 from vlmscope.studies.run_folder import Run, read_run
 from vlmscope.studies.tables import is_head
 
@@ -176,7 +177,7 @@ def _observe(study: Study, example: Example, known: Known) -> Observed:
         effect=effect,
         activations=activations,
         attention=attention,
-        masks=masks_of(model, example, sizes[0]) if sizes else {},
+        masks=_masks(model, example, sizes[0]) if sizes else {},
     )
 
 
@@ -201,6 +202,49 @@ def _attention(study: Study, pair: Pair, key: Key, at: Sequence[int], residual: 
     chosen = np.stack([maps[study.place(study.heads[number])] for number in study.numbers(key)])
     norms = residual[0].float().norm(dim=-1).double().cpu().numpy()
     return Attention(chosen, maps.mean((0, 1)), cells, norms, (rows, columns))
+
+
+def _masks(model: Model, example: Example, size: tuple[int, int]) -> dict[str, NDArray[np.bool_]]:
+    """The patches of the answer's `object`, and of the `foil`'s, where the example says where they are."""
+    wanted = ("answer", example.groups.get("kind", ""), "object")
+    names = {
+        "object": next((n for n in wanted if n in example.masks), None),
+        "foil": "foil" if "foil" in example.masks else None,
+    }
+    found = {which: name for which, name in names.items() if name}
+    if not found:
+        return {}
+    view = model.view(open_image(example.clean_image))
+    return {which: covered(example, name, size, view).ravel() for which, name in found.items()}
+
+
+def covered(example: Example, name: str, size: tuple[int, int], view: Box | None = None) -> NDArray[np.bool_]:
+    """Which patches of a grid of `size` (rows, columns) an object covers by half, or else the most.
+
+    The grid lies over the part `view` of the picture (left, top, right, bottom in pixels; see
+    `Model.view`), by default over all of it.
+    """
+    mask = example.masks[name]
+    whole = open_image(example.clean_image).size
+    if isinstance(mask, tuple):
+        shown = Image.new("L", whole, 0)
+        left, top, right, bottom = (round(x) for x in mask)
+        shown.paste(255, (left, top, right, bottom))
+    else:
+        shown = open_image(mask).convert("L")
+        if shown.size != whole:
+            (width, height), (wide, high) = shown.size, whole
+            raise ExampleError(
+                f"the mask of '{name}' is {width}x{height}, its picture {wide}x{high}; "
+                "draw it in the picture's size"
+            )
+    if view is not None:
+        left, top, right, bottom = (round(x) for x in view)
+        shown = shown.crop((left, top, right, bottom))
+    share = np.asarray(shown.convert("F").resize(size[::-1], Image.Resampling.BOX)) / 255
+    if share.max() <= 0:
+        raise ExampleError(f"the mask of '{name}' is empty; draw the object white")
+    return np.asarray(share >= min(0.5, float(share.max())))
 
 
 def _effects(
