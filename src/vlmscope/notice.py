@@ -153,7 +153,8 @@ def run(spec: Spec, out: str | os.PathLike[str], say: Say = lambda text: None) -
     folder = Path(out)
     _claim(spec, folder)
     model = load(spec.model, dtype=spec.dtype, device=spec.device)
-    parts = _Pipeline(spec, folder, model, say)
+    sites = spec.sites or default_sites(model)
+    parts = _Pipeline(spec, folder, model, sites, say)
     sets = {name_of(one): parts.examples(one) for one in spec.data}
     sweeps = list(_sweeps(spec, sets, say))
     parts.estimate(sets, sweeps)
@@ -161,7 +162,8 @@ def run(spec: Spec, out: str | os.PathLike[str], say: Say = lambda text: None) -
     bases: dict[Sweep, pd.DataFrame] = {}
     for name, corrupt in sweeps:
         say(f"{name}, {corrupt} corrupted")
-        made = parts.sweep(name, corrupt, sets[name])
+        place, seed = folder / "runs" / f"{name}-{corrupt}", spec.seed
+        made = sweep_to(place, model, sets[name], sites, corrupt, seed=seed, data=name, select=spec.select)
         runs[name, corrupt], bases[name, corrupt] = made, made.baselines()
         lines = [*knows(bases[name, corrupt]).lines(), made.check_line()]
         say("\n".join(f"  {line}" for line in lines))
@@ -259,6 +261,7 @@ class _Pipeline:
     spec: Spec
     folder: Path
     model: Model
+    sites: Sequence[str]
     say: Say
 
     def examples(self, data: str) -> list[Example]:
@@ -277,10 +280,6 @@ class _Pipeline:
             lines = ", ".join(f"{many} {what}" for what, many in counts.items() if many)
             self.say(f"{name_of(data)}: {len(found)} examples; corrupt prompts: {lines}")
         return found
-
-    @property
-    def sites(self) -> tuple[str, ...]:
-        return self.spec.sites or default_sites(self.model)
 
     def estimate(self, sets: Mapping[str, list[Example]], sweeps: Sequence[Sweep]) -> None:
         """Say what the sweeps will take, before they start; raise `StoreError` if the disk is too small."""
@@ -305,10 +304,6 @@ class _Pipeline:
                 f"{self.folder}: the results may take {_size(size)}, and {_size(free)} are free; "
                 "free some space or choose another --out"
             )
-
-    def sweep(self, name: str, corrupt: str, given: list[Example]) -> Run:
-        out, seed, select = self.folder / "runs" / f"{name}-{corrupt}", self.spec.seed, self.spec.select
-        return sweep_to(out, self.model, given, self.sites, corrupt, seed=seed, data=name, select=select)
 
     def functions(
         self, name: str, corrupt: str, chosen: Sequence[Example], run: Run, found: circuits.Found

@@ -92,14 +92,16 @@ def find(
     if the runs are of different models (with `across_models`, of different head grids) or patch
     corrupt activations into clean runs.
     """
-    paths = list(itertools.chain.from_iterable(map(_unfold, map(Path, runs))))
+    paths: list[Path] = []
+    for run in map(Path, runs):
+        paths += sorted(run.glob("runs/*")) if (run / "notice.toml").is_file() else [run]
     opened = [read_run(path) for path in paths]
     _check(opened, across_models)
     names = [path.resolve().name for path in paths]  # or their whole paths where two names are the same
     named = dict(zip(names if len(set(names)) == len(names) else map(str, paths), opened, strict=True))
-    parts = [heads_of(run, name, position=position, seed=seed) for name, run in named.items()]
+    parts = [heads_of(one, name, position=position, seed=seed) for name, one in named.items()]
     heads = pd.concat(parts, ignore_index=True)
-    baselines = {name: run.baselines() for name, run in named.items()}
+    baselines = {name: one.baselines() for name, one in named.items()}
     about = {
         "format": FORMAT,
         "runs": list(map(str, paths)),
@@ -159,8 +161,8 @@ def heads_of(run: Run, name: str = "run", *, position: str | None = None, seed: 
     found = pd.concat(parts, ignore_index=True)
     if (few := found["n"].min()) < FEWEST:
         _warn(f"{name}: heads over {few} examples; fewer than {FEWEST} can hardly show anything")
-    data, corruption = run.spec.get("data", ""), (run.spec.get("corrupt") or {}).get("kind", "")
-    found = found.assign(run=name, data=str(data), corruption=str(corruption))
+    corruption = str((run.spec.get("corrupt") or {}).get("kind", ""))
+    found = found.assign(run=name, data=str(run.spec.get("data", "")), corruption=corruption)
     return found[HEADS].astype({"layer": "int32", "head": "int32", "n": "int64"})
 
 
@@ -344,11 +346,6 @@ def in_common(total: int, sizes: Sequence[int]) -> Scores:
         parts = [p * stats.hypergeom.pmf(counts, total, n, size) for n, p in enumerate(spread) if p]
         spread = np.sum(parts, axis=0)
     return spread
-
-
-def _unfold(folder: Path) -> list[Path]:
-    """A run folder, or all runs of a folder of `notice`."""
-    return sorted(folder.glob("runs/*")) if (folder / "notice.toml").is_file() else [folder]
 
 
 def _check(runs: Sequence[Run], across_models: bool) -> None:
