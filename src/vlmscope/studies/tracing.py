@@ -160,9 +160,7 @@ def _average(runs: Sequence[Run], by: str) -> tuple[pd.DataFrame, list[int]]:
 def _usable(run: Run) -> pd.DataFrame:
     """The examples of a repeat whose ceiling and floor are apart, with the two gaps."""
     base = run.baselines().query("not excluded").set_index("example")
-    gaps = pd.DataFrame(
-        {"p": base["p_clean"] - base["p_corrupt"], "ld": base["ld_clean"] - base["ld_corrupt"]}
-    )
+    gaps = pd.DataFrame({name: base[f"{name}_clean"] - base[f"{name}_corrupt"] for name in ("p", "ld")})
     return gaps[(gaps["p"] >= MIN_P) & (gaps["ld"] >= MIN_LD)]
 
 
@@ -185,18 +183,10 @@ def _shares(effects: pd.DataFrame, gaps: pd.DataFrame, by: str) -> pd.DataFrame:
 def _columns(rows: pd.DataFrame, by: str) -> pd.DataFrame:
     """For each `length` and `at`: its place from the left, the token that all examples have there, whether
     that is a role and no one token; `label`, what it is called in the table."""
-    role = rows["role"].astype(object).fillna("")
-    found = (
-        rows.assign(role=role)
-        .groupby(["length", "at"], as_index=False)
-        .agg(
-            token=("token", "first"),
-            tokens=("token", "nunique"),
-            role=("role", "first"),
-            roles=("role", "nunique"),
-        )
-    )
-    found["token"] = found["token"].where(found["tokens"] == 1)
+    each = rows.assign(role=rows["role"].astype(object).fillna("")).groupby(["length", "at"])
+    token = each["token"].first().where(each["token"].nunique() == 1)
+    found = pd.DataFrame({"token": token, "role": each["role"].first(), "roles": each["role"].nunique()})
+    found = found.reset_index()
     if by == "slot":
         place = {slot: float(n) for n, slot in enumerate(slot_order(rows))}
         order, shown = found["at"].map(place), found["at"].map(is_role)

@@ -39,25 +39,25 @@ def attention_measures(study: Study, observed: Sequence[Observed]) -> Iterator[p
         heads = np.stack([_spread(one, one.maps) for one in found])
         average = np.stack([_spread(one, one.average[None]) for one in found])
         for column, name in enumerate(ON_ALL):
-            p = sign_flip((heads - average)[..., column], rng(study.seed, name, "signs"))
-            null = average[..., column].mean()
-            yield measured(study.numbers(key), name, heads[..., column], looking, null, p)
+            own, null = heads[..., column], average[..., column]
+            p = sign_flip(own - null, rng(study.seed, name, "signs"))
+            yield measured(study.numbers(key), name, own, looking, null.mean(), p)
         for which in ("object", "foil"):
             yield from _on_masks(study, key, [one for one in looking if which in one.masks], which)
 
 
 def measured(
-    numbers: Sequence[int],
+    heads: Sequence[int],
     name: str,
     scores: Array,
     observed: Sequence[Observed],
     null: Array | float,
-    p_value: Array,
+    p: Array,
 ) -> pd.DataFrame:
     """A row a head, from its scores `(examples, heads)`."""
     low, high = interval(scores, [one.id for one in observed])
-    table = pd.DataFrame({"number": numbers, "measure": name, "value": scores.mean(0), "low": low})
-    return table.assign(high=high, null=null, p_value=p_value, n=len(scores))
+    table = pd.DataFrame({"number": heads, "measure": name, "value": scores.mean(0), "low": low})
+    return table.assign(high=high, null=null, p_value=p, n=len(scores))
 
 
 def _on_masks(study: Study, key: Key, observed: Sequence[Observed], which: str) -> Iterator[pd.DataFrame]:
