@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -34,8 +35,14 @@ from vlmscope.runs.model import Model
 from vlmscope.sites import Sites
 from vlmscope.stats import shuffled
 from vlmscope.studies import files
-from vlmscope.studies.heads.attention import ON_ALL, ON_MASKS, attention_maps, attention_measures
-from vlmscope.studies.heads.knock_out import change_measures, together
+from vlmscope.studies.heads.measures import (
+    ON_ALL,
+    ON_MASKS,
+    attention_maps,
+    attention_measures,
+    change_measures,
+    together,
+)
 from vlmscope.studies.heads.observe import Effects, Study, covered, observe, study_of
 from vlmscope.studies.sweep import SHOWN, sweep_to
 
@@ -161,12 +168,10 @@ def write(
     """
     folder, examples = Path(out), listed(examples)
     study = study_of(model, sites, corrupt, seed)
-    try:
+    with suppress(StoreError):  # there is nothing, or only a part
         found = read(folder)
         if found.about == _about(study, examples, corrupt, data):
             return found
-    except StoreError:
-        pass
     found = functions(model, examples, sites, corrupt, seed=seed, effects=effects, data=data)
     names = set(found.maps["example"])
     shown = [e for e in examples if e.id in names and e.corrupt_image is not None]
