@@ -25,7 +25,6 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from scipy import stats
 
 from vlmscope.data import Examples, listed
 from vlmscope.data.example import fingerprint
@@ -35,14 +34,7 @@ from vlmscope.runs.model import Model
 from vlmscope.sites import Sites
 from vlmscope.stats import shuffled
 from vlmscope.studies import files
-from vlmscope.studies.heads.measures import (
-    ON_ALL,
-    ON_MASKS,
-    attention_maps,
-    attention_measures,
-    change_measures,
-    together,
-)
+from vlmscope.studies.heads.measures import ON_ALL, ON_MASKS, attention_maps, measures_of, together
 from vlmscope.studies.heads.observe import Effects, Study, covered, observe, study_of
 from vlmscope.studies.sweep import SHOWN, sweep_to
 
@@ -132,10 +124,7 @@ def functions(
     given = observe(study, examples, effects if corrupt is not None else None)
     # In an order that the ids decide, so that no number depends on the one in which they came.
     observed = [given[n] for n in shuffled(seed, [one.id for one in given])]
-    measures = pd.concat([*attention_measures(study, observed), *change_measures(study, observed)])
-    measures = measures.sort_values("number", kind="stable", ignore_index=True)
-    p_values = measures.groupby("measure")["p_value"]
-    measures["q_value"] = p_values.transform(lambda p: stats.false_discovery_control(p.to_numpy()))
+    measures = measures_of(study, observed)
     fields = [(s.tower, s.layer, s.kind, s.units[0], s.position, str(s)) for s in study.heads]
     names = pd.DataFrame(fields, columns=["tower", "layer", "kind", "head", "position", "site"])
     gap = abs(float(np.mean([one.ld_clean - (one.ld_corrupt or 0.0) for one in observed])))

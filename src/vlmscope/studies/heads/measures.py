@@ -40,8 +40,16 @@ ON_ALL = {
 }
 
 
-def attention_measures(study: Study, observed: Sequence[Observed]) -> Iterator[pd.DataFrame]:
-    """The measures of all heads that look at the image, a table for each kind and measure (`measured`)."""
+def measures_of(study: Study, observed: Sequence[Observed]) -> pd.DataFrame:
+    """A row a head (its `number`) and measure, a head after the other, with q-values over heads."""
+    table = pd.concat([*_attention_measures(study, observed), *_change_measures(study, observed)])
+    table = table.sort_values("number", kind="stable", ignore_index=True)
+    p_values = table.groupby("measure")["p_value"]
+    return table.assign(q_value=p_values.transform(lambda p: stats.false_discovery_control(p.to_numpy())))
+
+
+def _attention_measures(study: Study, observed: Sequence[Observed]) -> Iterator[pd.DataFrame]:
+    """The measures of all heads that look at the image, a table for each kind and measure (`_measured`)."""
     for key in study.keys:
         looking = [one for one in observed if key in one.attention][:MOST]
         if not looking:
@@ -52,12 +60,12 @@ def attention_measures(study: Study, observed: Sequence[Observed]) -> Iterator[p
         for column, name in enumerate(ON_ALL):
             own, null = heads[..., column], average[..., column]
             p = sign_flip(own - null, rng(study.seed, name, "signs"))
-            yield measured(study.numbers(key), name, own, looking, null.mean(), p)
+            yield _measured(study.numbers(key), name, own, looking, null.mean(), p)
         for which in ("object", "foil"):
             yield from _on_masks(study, key, [one for one in looking if which in one.masks], which)
 
 
-def measured(
+def _measured(
     heads: Sequence[int],
     name: str,
     scores: Array,
@@ -87,7 +95,7 @@ def _on_masks(study: Study, key: Key, observed: Sequence[Observed], which: str) 
         null = np.stack([values[order, head, others].mean(1) for head in range(values.shape[1])], axis=1)
         p = (1 + (null >= own.mean(0) - 1e-12).sum(0)) / (1 + SHUFFLES)
         name = name if which == "object" else f"{name}_foil"
-        yield measured(study.numbers(key), name, own, observed, null.mean(0), p)
+        yield _measured(study.numbers(key), name, own, observed, null.mean(0), p)
 
 
 def _spread(attention: Attention, maps: Array) -> Array:
@@ -154,28 +162,28 @@ def attention_maps(study: Study, observed: Sequence[Observed]) -> pd.DataFrame:
     return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame({"example": []})
 
 
-def change_measures(study: Study, observed: Sequence[Observed]) -> Iterator[pd.DataFrame]:
+def _change_measures(study: Study, observed: Sequence[Observed]) -> Iterator[pd.DataFrame]:
     """The change of LD without each head (`zero`, `mean`, `resample`), and with it patched in (`effect`)."""
-    changes = knock_out(study, observed)
+    changes = _knock_out(study, observed)
     effects = [one.effect for one in observed if one.effect is not None]
     if effects:
         changes["effect"] = np.stack(effects)
     for name, scores in changes.items():
         p = sign_flip(scores, rng(study.seed, name, "signs"))
-        yield measured(range(len(study.heads)), name, scores, observed, 0.0, p)
+        yield _measured(range(len(study.heads)), name, scores, observed, 0.0, p)
 
 
-def mean_activations(observed: Sequence[Observed]) -> dict[Key, Tensor]:
+def _mean_activations(observed: Sequence[Observed]) -> dict[Key, Tensor]:
     """Over the examples, for each kind: `(layers, heads, width)`."""
     keys = observed[0].activations
     return {key: torch.stack([one.activations[key] for one in observed]).mean(0) for key in keys}
 
 
-def knock_out(study: Study, observed: Sequence[Observed]) -> dict[str, Array]:
+def _knock_out(study: Study, observed: Sequence[Observed]) -> dict[str, Array]:
     """LD without each head, less LD: `(examples, heads)` for each way of knocking it out."""
     count = len(observed)
     other = (np.arange(count) + rng(study.seed, "resample").integers(1, count)) % count
-    means = mean_activations(observed)
+    means = _mean_activations(observed)
     found = {name: np.zeros((count, len(study.heads))) for name in ("zero", "mean", "resample")}
     with progress(count, what="knock-outs") as step:
         for number, one in enumerate(observed):
@@ -193,9 +201,9 @@ def knock_out(study: Study, observed: Sequence[Observed]) -> dict[str, Array]:
 
 def together(study: Study, observed: Sequence[Observed]) -> pd.DataFrame:
     """Accuracy and LD with no head, these heads, and random ones of the same layers knocked out."""
-    means = mean_activations(observed)
+    means = _mean_activations(observed)
     sets = [("these heads", how, study.heads) for how in ("mean", "zero")]
-    drawn = [random_heads(study, number) for number in range(RANDOM)]
+    drawn = [_random_heads(study, number) for number in range(RANDOM)]
     sets += [("random heads", "mean", heads) for heads in drawn if len(heads) == len(study.heads)]
     clean = [(one.is_right, one.ld_clean) for one in observed]
     rows = [("none", "", "", len(clean), *np.mean(clean, axis=0))]
@@ -215,7 +223,7 @@ def _value(study: Study, site: Site, values: Mapping[Key, Tensor] | None) -> Ten
     return torch.zeros(1) if values is None else values[site.tower, site.kind][study.place(site)][None]
 
 
-def random_heads(study: Study, number: int) -> list[Site]:
+def _random_heads(study: Study, number: int) -> list[Site]:
     """As many other heads of the same layers; of other layers where a layer has too few."""
     taken = {(s.tower, s.kind, s.layer, s.units[0]) for s in study.heads}
     drawn: list[Site] = []
