@@ -33,10 +33,10 @@ from vlmscope.data.example import Example
 from vlmscope.data.questions.replacement import replace_words
 from vlmscope.data.table import read_csv, write_csv
 from vlmscope.errors import DataError, StoreError, VlmscopeError
+from vlmscope.files import storing, write
 from vlmscope.report import write_report
 from vlmscope.runs.model import Model
 from vlmscope.studies import circuits, heads
-from vlmscope.studies.files import storing, write
 from vlmscope.studies.known import knows
 from vlmscope.studies.run_folder import Run, read_run
 from vlmscope.studies.sweep import Estimate, estimate, sweep_to

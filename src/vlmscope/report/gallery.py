@@ -15,12 +15,12 @@ import pandas as pd
 from markupsafe import Markup
 from matplotlib.axes import Axes
 
+from vlmscope.files import read_json
 from vlmscope.report.canvas import figure_of
 from vlmscope.report.heat_maps import CHANGED, IN_LOGITS, full_colour, panels
 from vlmscope.report.ranking import by_size
 from vlmscope.report.words import digits, ends, lower_first, percent, plural, short_number, upper_first
 from vlmscope.stats import FEWEST
-from vlmscope.studies.files import read_json
 from vlmscope.studies.tables import slot_words, wide
 
 

@@ -26,6 +26,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from vlmscope import files
 from vlmscope.data import Examples, listed
 from vlmscope.data.example import fingerprint
 from vlmscope.errors import StoreError
@@ -33,7 +34,6 @@ from vlmscope.runs.corrupt import Noise
 from vlmscope.runs.model import Model
 from vlmscope.sites import Sites
 from vlmscope.stats import shuffled
-from vlmscope.studies import files
 from vlmscope.studies.heads.measures import ON_ALL, ON_MASKS, attention_maps, measures_of, together
 from vlmscope.studies.heads.observe import Effects, Study, covered, observe, study_of
 from vlmscope.studies.sweep import SHOWN, sweep_to
