@@ -36,7 +36,7 @@ MIN_SIDE = 8
 """Pixels; anything smaller is a placeholder or counts visitors."""
 DECODERS = {"JPEG": ".jpg", "PNG": ".png", "WEBP": ".webp", "GIF": ".gif", "BMP": ".bmp"}
 """Formats that photographs come in, and suffixes. Some of Pillow's other decoders start programs."""
-LONGEST_ADDRESS = 250
+LONGEST_ADDRESS = 200
 """Characters of an address in the log; what is longer, or cannot be printed, ends with its hash there."""
 
 # Trying again later is of no use where a reason begins with one of these.
@@ -44,7 +44,7 @@ _PERMANENT = re.compile(
     "HTTP 4(?!08|25|29)|not an |too (large|small|many redirects)|address not public|credentials in"
 )
 # One part of a path on every system, which no program takes for an option or a hidden file.
-_PLAIN_NAME = re.compile(r"(?!-)[\w.@+-][\w .@+-]*(?<![ .])")
+_PLAIN_NAME = re.compile(r"[\w@+][\w .@+-]*(?<![ .])")
 LONGEST_NAME = 200  # bytes: file systems end at 255, and a part file's name is longer
 
 # Pillow's warnings are silenced while an image is checked, and that holds for all threads.
