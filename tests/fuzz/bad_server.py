@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import io
 import socket
+import ssl
 import struct
 import threading
 import zlib
@@ -81,9 +82,13 @@ PNG = picture("PNG")
 
 
 class BadServer:
-    """Answers on 127.0.0.1; `urls` are its bad addresses by the way, `asked` counts requests by the path."""
+    """Answers on 127.0.0.1, behind TLS where that is given.
 
-    def __init__(self) -> None:
+    `urls` are its bad addresses by the way, `good` its good ones; `asked` counts requests by the path.
+    """
+
+    def __init__(self, tls: ssl.SSLContext | None = None) -> None:
+        self.tls = tls
         self.asked: Counter[str] = Counter()
         self.stop = threading.Event()
         self.lines: list[socket.socket] = []
@@ -112,8 +117,12 @@ class BadServer:
                 threading.Thread(target=self._serve, args=(visitor, way), daemon=True).start()
 
     def _serve(self, visitor: socket.socket, way: Way | None) -> None:
-        with visitor, contextlib.suppress(OSError, IndexError):
+        with contextlib.ExitStack() as opened:
+            opened.enter_context(contextlib.suppress(OSError, IndexError))
+            opened.enter_context(visitor)
             visitor.settimeout(10)
+            if self.tls:
+                visitor = opened.enter_context(self.tls.wrap_socket(visitor, server_side=True))
             asked = visitor.recv(100_000)
             if way is None:
                 path = asked.split()[1].decode("latin-1").removeprefix("/")
@@ -486,9 +495,9 @@ def png(width: int, height: int, *chunks: bytes, depth: int = 8, color: int = 2)
 def slow_jpeg(scans: int) -> bytes:
     """A progressive picture whose last scan comes again and again: each is an eighth of a second's work."""
     file = io.BytesIO()
-    Image.new("L", (9000, 9000), 128).save(file, "JPEG", progressive=True, quality=50)
-    data = file.getvalue()
-    return data[:-2] + data[data.rindex(b"\xff\xda") : -2] * scans + b"\xff\xd9"
+    Image.new("L", (9000, 9000), 128).save(file, "JPEG", progressive=True)
+    data, table = file.getvalue(), b"\xff\xc4"
+    return data[: data.index(table)] + data[data.rindex(table) : -2] * scans + b"\xff\xd9"
 
 
 NO_IMAGE = r"not an image \(.+\)"

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import csv
 import re
+import ssl
 import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import bad_server
 import pytest
 from bad_server import TLS, WAYS, BadServer
 
-from vlmscope.data.published import download
+from vlmscope.data.published import download, web
 from vlmscope.data.published.web import Clock, Limits, get
 
 LIMITS = Limits(timeout=0.8, total=1.6, retries=1, backoff=0.01, allowed=frozenset({"127.0.0.1"}))
@@ -92,3 +96,49 @@ def test_what_may_pass_is_asked_again_and_nothing_else(done: SimpleNamespace) ->
     assert asked["later-in-years"] == asked["later-in-5000-digits"] == asked["later-in-the-year-9999"] == 1
     assert asked["cookies"] == asked["status-999"] - 1 == asked["body-html"] == asked["body-slow-jpeg"] == 1
     assert asked["redirect-loop"] == 6
+
+
+# Behind TLS
+
+
+@pytest.fixture
+def secure(monkeypatch: pytest.MonkeyPatch) -> Iterator[BadServer]:
+    """A server whose certificate, for localhost and 127.0.0.1, only this test trusts."""
+    pem = Path(__file__).with_name("localhost.pem")
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(pem)
+    monkeypatch.setattr(web, "_tls", lambda: ssl.create_default_context(cafile=pem))
+    server = BadServer(context)
+    yield server
+    server.close()
+
+
+def test_a_trusted_server_is_asked_behind_tls(secure: BadServer, tmp_path: Path) -> None:
+    for n, host in enumerate(("localhost", "127.0.0.1")):
+        url = secure.good[0].replace("http://127.0.0.1", f"https://{host}")
+        assert download.fetch({url: f"{n}"}, tmp_path, limits=LIMITS) == {}
+
+
+@pytest.mark.parametrize(
+    "name", ["slow-body", "slow-head", "continue-forever", "silent-body", "endless-body"]
+)
+def test_bad_servers_behind_tls_have_the_same_limits(secure: BadServer, tmp_path: Path, name: str) -> None:
+    url = secure.urls[name].replace("http:", "https:")
+    begun = time.monotonic()
+    why = download.fetch({url: "a"}, tmp_path, limits=replace(LIMITS, total=0.8))[url]
+    assert re.fullmatch(WAYS[name].reason, why)
+    assert time.monotonic() - begun < 1.8
+
+
+def test_a_certificate_must_be_trusted_and_of_this_name(
+    secure: BadServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    url = secure.good[0].replace("http:", "https:")
+    other = url.replace("127.0.0.1", "photos.example.com")
+    connect = web._connect
+    monkeypatch.setattr(web, "_connect", lambda _, port, clock: connect("127.0.0.1", port, clock))
+    why = "no trusted connection to the server (TLS)"
+    assert download.fetch({url: "a", other: "b"}, tmp_path, limits=LIMITS) == {other: why}
+    monkeypatch.setattr(web, "_tls", ssl.create_default_context)
+    assert download.fetch({url: "c"}, tmp_path, limits=LIMITS) == {url: why}
+    assert [path.name for path in tmp_path.iterdir()] == ["a.jpg"]
