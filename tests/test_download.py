@@ -18,7 +18,7 @@ from urllib.parse import quote
 import pytest
 from PIL import Image
 
-from vlmscope.data.published import download
+from vlmscope.data.published import build, download
 from vlmscope.data.published.download import fetch, is_permanent
 from vlmscope.data.published.web import Limits, is_public
 from vlmscope.errors import DataError
@@ -369,7 +369,7 @@ def test_dead_addresses_take_no_more_than_the_limit(tmp_path: Path, monkeypatch:
     limits = {"timeout": 0.3, "total": 0.7, "retries": 3}
     assert get("http://photos.example.com/", tmp_path / "a", **limits) == "timed out after 0.7 s"
     assert time.monotonic() - begun < 2
-    assert waits == pytest.approx([0.3, 0.3, 0.1], abs=0.1)
+    assert len(waits) <= 3 and max(waits) <= 0.3 and sum(waits) <= 0.7
 
 
 def test_a_slow_name_server_takes_no_more_than_the_limit(
@@ -396,7 +396,7 @@ def test_retries_and_redirects_take_no_more_than_the_limit(server: Server, tmp_p
     why = get(server.add("/a", slow), tmp_path / "a", total=1.0, retries=100)
     assert why in ("timed out after 1 s", "HTTP 503 Service Unavailable")
     assert time.monotonic() - begun < 2
-    assert 2 <= server.asked["/b"] <= 3
+    assert 1 <= server.asked["/b"] <= 3
 
 
 # Trying again
@@ -589,6 +589,32 @@ def test_makes_no_file_but_under_a_plain_name(server: Server, tmp_path: Path, na
     assert not server.asked["/a"]
     # A row that was put right is asked for again.
     assert fetch({url: "a"}, folder, log=log, limits=ONCE) == {}
+
+
+def test_a_table_cannot_name_a_file_outside_its_folder(tmp_path: Path) -> None:
+    """The whole way from a published table; neither address is one that is asked."""
+    root = tmp_path / "a" / "svo"
+    root.mkdir(parents=True)
+    cells = {
+        "id": "1",
+        "sentence": "a girl",
+        "pos_triplet": "girl,lie,grass",
+        "neg_triplet": "girl,sit,grass",
+    }
+    cells |= {
+        "pos_url": "http://127.0.0.1:1/",
+        "pos_image_id": "../../x",
+        "neg_image_id": str(tmp_path / "y"),
+    }
+    cells |= {"neg_url": "http://127.0.0.1:2/", "subj_neg": "False", "verb_neg": "True", "obj_neg": "False"}
+    with (root / "svo_probes.csv").open("w", newline="") as file:
+        csv.writer(file).writerows([cells, cells.values()])
+    with pytest.raises(DataError, match=r"none could be downloaded; see download-failures\.csv"):
+        build("svo-probes", root, download=True)
+    lines = (root / "download-failures.csv").read_text().splitlines()
+    assert [line.partition(",")[2][:26] for line in lines[1:]] == ['"no plain name for a file:'] * 2
+    names = sorted(path.name for path in tmp_path.rglob("*") if path.is_file())
+    assert names == ["download-failures.csv", "svo_probes.csv"]
 
 
 @pytest.mark.parametrize("name", ["7", "a b", "v1.2_x-3@2+4", "ÄÖÜ", "猫", "x" * 200, "_", "@x"])
