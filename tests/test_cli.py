@@ -268,7 +268,7 @@ def test_reports_that_cannot_be_written(run, tmp_path):
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a disk that is full")
 def test_a_full_disk(run, tmp_path, monkeypatch):
     """What is safe on disk stays; the rest is said in one line."""
-    from vlmscope.studies import files
+    from vlmscope import files
 
     assert run(*SWEEP[:5], "--limit", "1", *SWEEP[7:], *SITES, "--out", tmp_path / "one")[0] == 0
     honest = files.write

@@ -139,7 +139,7 @@ KILLED = """
     import os, signal, sys
     sys.path.insert(0, {tests!r})
     from test_store import SPEC, baselines, effects
-    from vlmscope.studies import files
+    from vlmscope import files
     from vlmscope.studies.run_writer import open_run
     with open_run({path!r}, SPEC) as run:
         run.add(0, effects(0), baselines(0)); run.flush()

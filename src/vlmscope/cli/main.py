@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import os
 import sys
-import warnings
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from vlmscope import __version__
-from vlmscope.cli import machine, neurons
+from vlmscope.cli import machine, neurons, terminal
 from vlmscope.cli.options import Corrupt, DType, Given, Noise, OneModel, command
 from vlmscope.errors import VlmscopeError
 
@@ -38,8 +38,12 @@ def _options(
     version: Annotated[
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
     ] = False,
+    traceback: Annotated[
+        bool, typer.Option("--traceback", help="Behind an error, print where it came from.")
+    ] = False,
 ) -> None:
-    pass
+    if traceback:
+        os.environ[terminal.TRACEBACK] = "1"
 
 
 @command(app)
@@ -317,16 +321,5 @@ app.add_typer(neurons.app, name="neurons")
 
 
 def main() -> None:
-    """Run the command line; an error that a person can mend is one line and exit status 1."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("default")
-        warnings.showwarning = lambda text, *_, **__: print(f"warning: {text}", file=sys.stderr)
-        try:
-            app(prog_name="vlmscope")
-        except VlmscopeError as error:
-            print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-            sys.exit(1)
-        except SystemExit as end:
-            if end.code == 130:  # what typer makes of Ctrl-C
-                print("interrupted; run the same command again to go on", file=sys.stderr)
-            raise
+    """Run the command line; whatever goes wrong is one line on standard error (`terminal.run`)."""
+    sys.exit(terminal.run(app))

@@ -3,22 +3,21 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import warnings
-from pathlib import Path
 from typing import cast
 
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from vlmscope import files
 from vlmscope.data.example import Picture
 from vlmscope.errors import ExampleError
 
 MAX_PIXELS = 89_000_000
 """A larger picture is refused before it is decoded (Pillow warns from about this size on)."""
-
+EXPECTED = "an image (a path in a CSV file starts from its folder)"
 
 _REFUSALS = {
-    FileNotFoundError: "no such file; expected an image (a path in a CSV file starts from its folder)",
-    IsADirectoryError: "a folder; expected an image file",
     UnidentifiedImageError: "not an image; expected PNG, JPEG or another format that Pillow reads",
     Image.DecompressionBombError: f"more than the {MAX_PIXELS:,} pixels that are read; scale it down",
 }
@@ -41,7 +40,13 @@ def open_image(picture: Picture | str) -> Image.Image:
     try:
         # What Pillow has to say about a file is either an error here or of no interest.
         with warnings.catch_warnings(action="ignore"), contextlib.ExitStack() as opened:
-            image = picture if isinstance(picture, Image.Image) else opened.enter_context(Image.open(picture))
+            if isinstance(picture, Image.Image):
+                image = picture
+            else:
+                content = files.read(picture, EXPECTED, ExampleError)
+                if not content:
+                    raise ExampleError(f"{name}: an empty file; expected {EXPECTED}")
+                image = opened.enter_context(Image.open(io.BytesIO(content)))
             width, height = image.size
             if not width * height:
                 raise ExampleError(f"{name}: has no pixels ({width}x{height})")
@@ -55,13 +60,7 @@ def open_image(picture: Picture | str) -> Image.Image:
         raise
     except Exception as error:
         why = next((why for kind, why in _REFUSALS.items() if isinstance(error, kind)), None)
-        # Pillow's decoders meet broken data with OSError, SyntaxError, struct.error and others;
-        # an OSError with a number comes from the file system.
-        file = Path(name)
-        if isinstance(error, UnidentifiedImageError) and file.is_file() and not file.stat().st_size:
-            why = "an empty file; expected an image"
-        elif why is None and isinstance(error, OSError) and error.errno:
-            why = f"cannot be read ({error.strerror})"
+        # Pillow's decoders meet broken data with OSError, SyntaxError, struct.error and others.
         broken = f"an image that cannot be decoded, broken or cut off ({error}); copy or save it again"
         raise ExampleError(f"{name}: {why or broken}") from error
 

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from PIL import Image
 
+from vlmscope import files
 from vlmscope.data.example import Box, Example, Picture
 from vlmscope.data.images import open_image
 from vlmscope.errors import DataError
@@ -155,13 +156,7 @@ def read_table(
 def _read_cells(path: Path, columns: Sequence[str]) -> Iterator[tuple[int, list[str]]]:
     """The rows that hold anything, the header first, each with the number of the line on which it begins."""
     try:
-        text = path.read_bytes().decode("utf-8-sig")
-    except FileNotFoundError:
-        raise DataError(f"{path}: no such file; expected a CSV file") from None
-    except IsADirectoryError:
-        raise DataError(f"{path}: a folder; expected the CSV file in it") from None
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror or error})") from error
+        text = files.read(path, "a CSV file").decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = error.object[: error.start].count(b"\n") + 1
         byte = error.object[error.start]

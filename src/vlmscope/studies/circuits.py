@@ -24,9 +24,9 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 from scipy import stats
 
+from vlmscope import files
 from vlmscope.errors import DataError, StoreError, VlmscopeError
 from vlmscope.stats import FEWEST, Scores, interval, rng, sign_flip
-from vlmscope.studies import files
 from vlmscope.studies.known import knows
 from vlmscope.studies.run_folder import Run, read_run
 from vlmscope.studies.tables import at_slot, by_example, is_head

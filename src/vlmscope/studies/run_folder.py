@@ -29,7 +29,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from vlmscope.errors import StoreError
-from vlmscope.studies.files import read_json
+from vlmscope.files import read_json
 
 
 def _schema(columns: str) -> pa.Schema:

@@ -17,9 +17,9 @@ import pandas as pd
 import pyarrow as pa
 from filelock import FileLock, Timeout
 
+from vlmscope import files
 from vlmscope.errors import StoreError
-from vlmscope.studies import files
-from vlmscope.studies.files import is_temporary, storing, write_json
+from vlmscope.files import is_temporary, storing, write_json
 from vlmscope.studies.run_folder import (
     BASELINES,
     EFFECTS,

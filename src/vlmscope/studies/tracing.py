@@ -17,12 +17,12 @@ from typing import Any
 import pandas as pd
 import pyarrow.compute as pc
 
+from vlmscope import files
 from vlmscope.data import Examples, listed
 from vlmscope.errors import DataError, StoreError, VlmscopeError
 from vlmscope.runs.corrupt import Noise
 from vlmscope.runs.model import Model
 from vlmscope.sites import Pattern
-from vlmscope.studies import files
 from vlmscope.studies.run_folder import Run
 from vlmscope.studies.sweep import sweep_to
 from vlmscope.studies.tables import is_role, means, slot_order

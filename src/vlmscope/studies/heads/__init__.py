@@ -26,13 +26,13 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
+from vlmscope import files
 from vlmscope.data import Examples, listed
 from vlmscope.data.example import fingerprint
 from vlmscope.errors import StoreError
 from vlmscope.runs.corrupt import Noise
 from vlmscope.runs.model import Model
 from vlmscope.sites import Site
-from vlmscope.studies import files
 from vlmscope.studies.heads.attention import ON_ALL, ON_MASKS, attention_maps, attention_measures
 from vlmscope.studies.heads.knock_out import change_measures, together
 from vlmscope.studies.heads.labels import LABELS, label

@@ -1,6 +1,7 @@
-"""Whole files or none: what every folder of results is written and read with.
+"""Files: the one way to read what somebody else may have made, and whole files or none on the way out.
 
-A file is written under a temporary name, synced and renamed. Nothing is pickled.
+Only regular files of a sensible size are read, never devices, pipes or what has no end. A file is written
+under a temporary name, synced and renamed. Nothing is pickled.
 """
 
 from __future__ import annotations
@@ -9,21 +10,67 @@ import contextlib
 import errno
 import io
 import json
+import math
 import os
+import stat
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import pandas as pd
 
-from vlmscope.errors import ExampleError, StoreError
+from vlmscope.errors import DataError, ExampleError, StoreError, VlmscopeError
 
 if TYPE_CHECKING:
     from PIL import Image
 
 PICTURE = 384
 """Longest side, in pixels, of a stored example picture."""
+LARGEST = 2**28
+"""Bytes up to which a file that somebody names is read."""
 _FULL = (errno.ENOSPC, errno.EDQUOT)
+
+
+def regular(
+    file: str | os.PathLike[str],
+    expected: str,
+    error: type[VlmscopeError] = DataError,
+    largest: float = math.inf,
+) -> BinaryIO:
+    """A regular file, opened for reading; raises `error`, with what was `expected`, for anything else.
+
+    No pipe is waited for, and what has no end, or more than `largest` bytes, is not begun with.
+    """
+    try:
+        # Without O_NONBLOCK a pipe that nobody writes to would be waited for.
+        descriptor = os.open(file, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        status = os.fstat(descriptor)
+        if stat.S_ISREG(status.st_mode) and status.st_size <= largest:
+            return os.fdopen(descriptor, "rb")
+        os.close(descriptor)
+    except (OSError, ValueError) as problem:  # a name with a NUL is a ValueError
+        missing = isinstance(problem, FileNotFoundError)
+        why = (
+            "no such file" if missing else f"cannot be read ({getattr(problem, 'strerror', None) or problem})"
+        )
+    else:
+        why = "a device or a pipe"
+        if stat.S_ISDIR(status.st_mode):
+            why = "a folder"
+        elif stat.S_ISREG(status.st_mode):
+            why = f"has {status.st_size / 2**20:,.0f} MiB, of which at most {largest / 2**20:,.0f} are read"
+    raise error(f"{file}: {why}; expected {expected}")
+
+
+def read(
+    file: str | os.PathLike[str],
+    expected: str,
+    error: type[VlmscopeError] = DataError,
+    largest: int = LARGEST,
+) -> bytes:
+    """The content of a regular file; raises as `regular` does."""
+    with regular(file, expected, error, largest) as stream:
+        return stream.read(largest)
 
 
 def save(
@@ -80,10 +127,8 @@ def write_json(file: Path, content: Mapping[str, Any]) -> None:
 def read_json(file: Path, way_out: str) -> dict[str, Any]:
     """The JSON object in a file; raises `StoreError`, which ends with the way out, where there is none."""
     try:
-        content = json.loads(file.read_text("utf-8"))
-    except OSError as error:
-        raise StoreError(f"{file}: cannot be read ({error.strerror}); {way_out}") from error
-    except ValueError as error:
+        content = json.loads(read(file, f"a file that vlmscope wrote; {way_out}", StoreError))
+    except (ValueError, RecursionError) as error:
         raise StoreError(f"{file}: is damaged (not JSON); {way_out}") from error
     if not isinstance(content, dict):
         raise StoreError(f"{file}: is damaged (not a JSON object); {way_out}")
