@@ -298,7 +298,7 @@ def test_refuses_other_addresses(tmp_path: Path, url: str, reason: str) -> None:
     [
         (b"<html>gone</html>", "text/html; charset=utf-8", "not an image (text/html)"),
         (b"<html>gone</html>", "image/jpeg", "not an image (image/jpeg)"),
-        (b"%!PS-Adobe-3.0 EPSF-3.0\n", "image/x\x07", "not an image (image/x?)"),
+        (b"%!PS-Adobe-3.0 EPSF-3.0\n", "image/x\x07", "not an image (image/x\\x07)"),
         (picture("TIFF"), "image/tiff", "not an image (image/tiff)"),
         (b"", "image/jpeg", "an empty answer"),
         (PHOTO[: len(PHOTO) // 2], "image/jpeg", "a broken image, or one that was cut off"),

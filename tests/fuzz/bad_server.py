@@ -372,17 +372,17 @@ def part_that_nobody_asked_for() -> Sent:
     yield head("206 Partial Content", "Content-Range: bytes 0-1/9") + PHOTO
 
 
-@way(r"HTTP 404 \?\[31mgone\?\[0m\?\?x{1,40}")
+@way(r"HTTP 404 \\x1b\[31mgone[ -~…]{1,40}")
 def reason_that_paints_the_terminal() -> Sent:
     yield head("404 \x1b[31mgone\x1b[0m\t\x9b" + "x" * 5000)
 
 
-@way(r"HTTP 403 \?\?\?")
+@way("HTTP 403 ÿþ.*")
 def reason_that_is_not_text() -> Sent:
     yield head("403 \xff\xfe\x80", b"X-\xff\xfe: \xff\x80", b"Content-Type: \xff\xfe")
 
 
-@way(r"not an image \([ -~]{1,40}\)")
+@way(r"not an image \(.{1,40}\)")
 def type_that_is_not_text() -> Sent:
     yield whole(b"%PDF-1.4", b"Content-Type: image/\xff\x1b[2J" + b"\xe2\x80\xae" * 100)
 

@@ -81,7 +81,7 @@ def test_every_good_picture_arrives_and_nothing_else(done: SimpleNamespace) -> N
 def test_the_log_can_be_read_by_people_and_machines(done: SimpleNamespace) -> None:
     lines = done.log.read_text("utf-8").splitlines()
     assert len(lines) == len(done.failed) + 1 == len(WAYS) + len(TLS) + 1
-    assert all(re.fullmatch("[ -~]{1,400}", line) for line in lines)
+    assert all(line.isprintable() and len(line) <= 400 for line in lines)
     with done.log.open(encoding="utf-8", newline="") as file:
         assert dict(list(csv.reader(file))[1:]) == done.failed
 

@@ -23,11 +23,12 @@ from pathlib import Path
 
 from PIL import Image
 
+from vlmscope import files
 from vlmscope.data.images import MAX_PIXELS, open_image
 from vlmscope.data.published.layout import by_stem
-from vlmscope.data.published.web import Clock, Failure, Limits, get, plain
+from vlmscope.data.published.web import Clock, Failure, Limits, get
 from vlmscope.data.table import read_table
-from vlmscope.errors import DataError, ExampleError
+from vlmscope.errors import DataError, ExampleError, StoreError, line, shown
 
 BLOCK = 1024
 """Bytes that are decoded at once: hundreds of scans of a progressive JPEG would fit into Pillow's 64 KiB, and
@@ -83,8 +84,8 @@ def fetch(
      'http://me:secret@host/': 'credentials in the address'}
     """
     known = _read_log(log) if log else {}
-    shown = {url: _shown(url) for url in jobs}
-    failed = {url: known[line] for url, line in shown.items() if is_permanent(known.get(line, ""))}
+    named = {url: _named(url) for url in jobs}
+    failed = {url: known[key] for url, key in named.items() if is_permanent(known.get(key, ""))}
     there = by_stem([folder])
     rest = {url: name for url, name in jobs.items() if url not in failed}
     todo: dict[str, str] = {}
@@ -116,18 +117,16 @@ def fetch(
         stop.set()
         pool.shutdown(cancel_futures=True)
         if log:
-            others = {line: why for line, why in known.items() if line not in shown.values()}
-            _write_log(log, others | {shown[url]: failed[url] for url in jobs if url in failed})
+            others = {key: why for key, why in known.items() if key not in named.values()}
+            _write_log(log, others | {named[url]: failed[url] for url in jobs if url in failed})
     return {url: failed[url] for url in jobs if url in failed}
 
 
-def _shown(url: str) -> str:
-    """An address as the log has it."""
-    short = "".join(char if char.isprintable() and char != '"' else "?" for char in url.strip())
-    if short == url and len(url) <= LONGEST_ADDRESS:
-        return url
+def _named(url: str) -> str:
+    """An address as the log has it; a quotation mark would stand there twice."""
+    short = line(url, LONGEST_ADDRESS).replace('"', "?")
     digest = hashlib.sha256(url.encode("utf-8", "surrogatepass")).hexdigest()[:16]
-    return f"{short[: LONGEST_ADDRESS - 20]}... {digest}"
+    return url if short == url else f"{short} {digest}"
 
 
 def _read_log(log: Path) -> dict[str, str]:
@@ -140,21 +139,17 @@ def _read_log(log: Path) -> dict[str, str]:
 
 
 def _write_log(log: Path, failed: Mapping[str, str]) -> None:
-    part = log.with_name(f"{log.name}.part")
-    try:
-        if not failed:
-            return log.unlink(missing_ok=True)
-        with part.open("w", encoding="utf-8", newline="") as file:
-            csv.writer(file).writerows([("url", "reason"), *failed.items()])
-        part.replace(log)
-    except OSError as error:
-        raise DataError(f"{log}: cannot be written ({error.strerror or error})") from error
+    if not failed:
+        return log.unlink(missing_ok=True)
+    table = io.StringIO(newline="")
+    csv.writer(table).writerows([("url", "reason"), *failed.items()])
+    return files.write(log, table.getvalue().encode())
 
 
 def _refuse(name: str, taken: Collection[str]) -> str | None:
     """Why a file cannot have this name."""
     if not _PLAIN_NAME.fullmatch(name) or len(name.encode()) > LONGEST_NAME:
-        return f"no plain name for a file: {ascii(name)[:40]}; expected letters, digits, blanks or .@+-_"
+        return f"no plain name for a file: {shown(name, 40)}; expected letters, digits, blanks or .@+-_"
     return f"the file {name[:40]} is an earlier address's" if name in taken else None
 
 
@@ -183,20 +178,16 @@ def _try(url: str, path: Path, limits: Limits, stop: threading.Event) -> str | N
 
 
 def _keep(body: bytes, path: Path) -> None:
-    """Write a file beside its place, and rename it where no other has come meanwhile."""
-    part = path.with_name(f".{path.name}.{os.getpid()}-{threading.get_ident()}.part")
+    """Write a file, where no other has come meanwhile."""
+    if os.path.lexists(path):
+        raise Failure("cannot be written (a file of its name has come meanwhile)")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            with part.open("xb") as file:
-                file.write(body)
-            if os.path.lexists(path):
-                raise Failure("cannot be written (a file of its name has come meanwhile)")
-            part.replace(path)
-        finally:
-            part.unlink(missing_ok=True)
-    except OSError as error:
-        raise Failure(f"cannot be written ({error.strerror or error})") from error
+        with files.storing(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+        files.write(path, body)
+    except StoreError as error:
+        why = getattr(error.__cause__, "strerror", None) or type(error.__cause__).__name__
+        raise Failure(f"cannot be written ({why})") from error
 
 
 class _Timed(io.BytesIO):
@@ -227,7 +218,7 @@ def _check_image(body: bytes, kind: str, clock: Clock) -> str:
             image = Image.open(file, formats=tuple(DECODERS))
     except Exception as error:
         file.check()
-        kind = plain(kind.partition(";")[0]) or "no type given"
+        kind = line(kind.partition(";")[0], 40) or "no type given"
         raise Failure(f"not an image ({kind})") from error
     if min(image.size) < MIN_SIDE:
         raise Failure(f"too small: {image.width}x{image.height} pixels, a placeholder")

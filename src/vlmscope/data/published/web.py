@@ -25,6 +25,8 @@ from string import punctuation
 from typing import Any
 from urllib.parse import SplitResult, quote, urljoin, urlsplit
 
+from vlmscope.errors import line
+
 REDIRECTS = 5
 NO_ADDRESS = "not an http or https address"
 CHUNK = 64 * 1024
@@ -109,7 +111,7 @@ def is_public(address: str) -> bool:
 def get(url: str, clock: Clock) -> tuple[bytes, str]:
     """The body that an address leads to, and the type that the server gives it.
 
-    Raises `Failure` with a short reason in ASCII, whatever else the network raises.
+    Raises `Failure` with a short reason, whatever else the network raises.
     """
     try:
         address = _address(url)
@@ -121,7 +123,7 @@ def get(url: str, clock: Clock) -> tuple[bytes, str]:
                     address = _address(quote(where.encode("latin-1"), safe=punctuation), address.geturl())
                     continue
                 if answer.status != 200:
-                    why = f"HTTP {answer.status} {plain(answer.reason)}".strip()
+                    why = f"HTTP {answer.status} {line(answer.reason, 40)}".strip()
                     raise Failure(why, _seconds(answer.headers.get("Retry-After", "")))
                 return _body(answer, clock.limits.max_bytes), answer.headers.get("Content-Type", "")
     except Failure:
@@ -129,15 +131,6 @@ def get(url: str, clock: Clock) -> tuple[bytes, str]:
     except Exception as error:
         raise Failure(_reason(error, clock)) from error
     raise Failure(f"too many redirects (more than {REDIRECTS})")
-
-
-def plain(text: str) -> str:
-    """What a server wrote, short and without anything that a terminal would act on.
-
-    >>> plain("gone\\x1b[2J")
-    'gone?[2J'
-    """
-    return re.sub(r"[^ -~]", "?", text)[:40].strip()
 
 
 def _reason(error: Exception, clock: Clock) -> str:
@@ -177,11 +170,13 @@ def _seconds(retry_after: str) -> float | None:
 
 
 def _body(answer: http.client.HTTPResponse, most: int) -> bytes:
-    told = {one.strip() for line in answer.headers.get_all("Content-Length", ()) for one in line.split(",")}
-    if len(told) > 1 or not all(re.fullmatch("[0-9]+", one) for one in told):
+    lengths = {
+        one.strip() for told in answer.headers.get_all("Content-Length", ()) for one in told.split(",")
+    }
+    if len(lengths) > 1 or not all(re.fullmatch("[0-9]+", one) for one in lengths):
         raise Failure("an answer without a clear length")
     body = bytearray()
-    size = max(map(float, told), default=0.0)
+    size = max(map(float, lengths), default=0.0)
     while size <= most and (chunk := answer.read(CHUNK)):
         body += chunk
         size = max(size, len(body))
@@ -200,16 +195,16 @@ def _answer(address: SplitResult, clock: Clock) -> Iterator[http.client.HTTPResp
     query = f"?{address.query}" if address.query else ""
     target = quote((address.path or "/") + query, safe=punctuation)
     with contextlib.ExitStack() as opened:
-        line = opened.enter_context(_connect(host, port, clock))
+        wire = opened.enter_context(_connect(host, port, clock))
         if address.scheme == "https":
-            line.settimeout(clock.turn())
-            line = opened.enter_context(_tls().wrap_socket(line, server_hostname=host))
+            wire.settimeout(clock.turn())
+            wire = opened.enter_context(_tls().wrap_socket(wire, server_hostname=host))
         request = http.client.HTTPConnection(host, port)
         request.default_port = PORTS[address.scheme]  # what the header Host leaves out
-        request.sock = line
+        request.sock = wire
         request.request("GET", target, headers=HEADERS)
         # All that it asks of a socket is a file to read from.
-        answer = http.client.HTTPResponse(_Reader(line, clock), method="GET")  # type: ignore[arg-type]
+        answer = http.client.HTTPResponse(_Reader(wire, clock), method="GET")  # type: ignore[arg-type]
         opened.enter_context(contextlib.closing(answer))
         answer.begin()
         yield answer
@@ -218,15 +213,15 @@ def _answer(address: SplitResult, clock: Clock) -> Iterator[http.client.HTTPResp
 class _Reader(io.RawIOBase):
     """What comes over a line while the clock allows it; a socket's own timeout is for each wait alone."""
 
-    def __init__(self, line: socket.socket, clock: Clock) -> None:
-        self.line, self.clock = line, clock
+    def __init__(self, wire: socket.socket, clock: Clock) -> None:
+        self.wire, self.clock = wire, clock
 
     def readable(self) -> bool:
         return True
 
     def readinto(self, buffer: Any) -> int:
-        self.line.settimeout(self.clock.turn())
-        return self.line.recv_into(buffer)
+        self.wire.settimeout(self.clock.turn())
+        return self.wire.recv_into(buffer)
 
     def makefile(self, _mode: str) -> io.BufferedReader:
         return io.BufferedReader(self, CHUNK)
