@@ -140,7 +140,8 @@ def _read_log(log: Path) -> dict[str, str]:
 
 def _write_log(log: Path, failed: Mapping[str, str]) -> None:
     if not failed:
-        return log.unlink(missing_ok=True)
+        with files.storing(log):
+            return log.unlink(missing_ok=True)
     table = io.StringIO(newline="")
     csv.writer(table).writerows([("url", "reason"), *failed.items()])
     return files.write(log, table.getvalue().encode())

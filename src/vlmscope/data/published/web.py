@@ -170,9 +170,8 @@ def _seconds(retry_after: str) -> float | None:
 
 
 def _body(answer: http.client.HTTPResponse, most: int) -> bytes:
-    lengths = {
-        one.strip() for told in answer.headers.get_all("Content-Length", ()) for one in told.split(",")
-    }
+    told = answer.headers.get_all("Content-Length", ())
+    lengths = {one.strip() for some in told for one in some.split(",")}
     if len(lengths) > 1 or not all(re.fullmatch("[0-9]+", one) for one in lengths):
         raise Failure("an answer without a clear length")
     body = bytearray()
