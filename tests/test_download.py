@@ -651,6 +651,10 @@ def test_does_not_follow_a_link_out_of_the_folder(server: Server, tmp_path: Path
         send(handler, PHOTO)
 
     assert get(server.add("/a", answer), folder / "a").startswith("cannot be written")
+    (folder / ".b.jpg.tmp").symlink_to(tmp_path / "outside")
+    assert get(server.add("/b", PHOTO), folder / "b") is None
+    assert sorted(path.name for path in folder.iterdir()) == ["a.jpg", "b.jpg"]
+    assert not (folder / "b.jpg").is_symlink()
     assert not (tmp_path / "outside").exists()
 
 
