@@ -112,7 +112,7 @@ def share_interval(yes: ArrayLike) -> Scores:
 
 
 class _Estimate(NamedTuple):
-    """Means or their differences, with standard error (null: none), skewness (never 0), degrees of freedom."""
+    """Means or their differences, with standard error (null: none) and skewness (never 0)."""
 
     mean: Scores
     error: Scores

@@ -92,7 +92,7 @@ def cells_of(
     """The cells of `token_table`, or of `head_table` where a `slot` is named, a row each: `tower`, `kind`,
     `layer`, `slot` (and `head`), `mean`, `sd`, `n`.
 
-    With `intervals` also `low` and `high`, the 95 % bootstrap interval of the mean over examples.
+    With `intervals` also `low` and `high`, the 95 % interval of the mean over examples.
     """
     rows = choose(effects, tower, kind, value, heads=slot is not None)
     words, column = {"tower": rows["tower"].iloc[0], "kind": rows["kind"].iloc[0]}, "slot"
@@ -143,7 +143,7 @@ def means(
     """Of any rows with an `example`: the mean of `value` by `keys`, within an example first, then over
     examples. Columns: the keys (not null), `mean`, `sd` and `n`, over examples whose value is not null.
 
-    With `intervals` also `low` and `high`: `stats.interval`, null for one example.
+    With `intervals` also `low` and `high`: `stats.interval`, null below 10 examples.
 
     >>> rows = pd.DataFrame({"example": ["a", "a", "b"], "layer": [0, 0, 0], "logit_diff": [1.0, 3.0, 6.0]})
     >>> means(rows, ["layer"])[["mean", "n"]].to_dict("records")
@@ -163,14 +163,13 @@ def by_example(rows: pd.DataFrame, keys: Sequence[str], value: str = "logit_diff
 
 
 def _intervals(each: pd.Series[float]) -> pd.DataFrame:
-    """Of all cells that hold the same examples at once: they are drawn anew together."""
+    """Of all cells that hold the same examples at once."""
     table = each.unstack("example").sort_index(axis=1)
-    scores, ids = table.to_numpy(dtype=float), table.columns.astype(str)
-    ends = np.full((len(table), 2), np.nan)
+    scores, ends = table.to_numpy(dtype=float), np.full((len(table), 2), np.nan)
     sets, of = np.unique(table.notna(), axis=0, return_inverse=True)
     for number, held in enumerate(sets):
         cells = np.flatnonzero(of.reshape(-1) == number)
-        ends[cells] = interval(scores[np.ix_(cells, held)].T, list(ids[held])).T
+        ends[cells] = interval(scores[np.ix_(cells, held)].T).T
     return pd.DataFrame(ends, index=table.index, columns=["low", "high"])
 
 
@@ -239,18 +238,17 @@ def at_slot(rows: pd.DataFrame, slot: str = "readout") -> tuple[str, pd.DataFram
 
     `readout` is where the answer is predicted, in the decoder. In any other tower nothing is read out: there
     it stands for the answer's token, or, where no example has such a slot, for the last token of a text.
-    `last` is the read-out position, too, and elsewhere the last token of each example.
+    `last` is the read-out position, too, and elsewhere the last token of a text, the slot `-1`: not the last
+    that happens to be patched.
 
     Raises `DataError` where the rows hold no such slot.
     """
     tower, held = str(rows["tower"].iloc[0]), set(rows["slot"])
     wanted = {"readout": ("readout", "answer", "last"), "last": ("readout", "last")}.get(slot, (slot,))
     for name in wanted[:1] if tower == "decoder" else wanted:
-        if name in held:
-            return name, rows[rows["slot"] == name]
-        single = rows[rows["position"].notna()]
-        if name == "last" and (slot == "last" or tower == "encoder") and len(single):
-            return name, single[single["position"] == single.groupby("example")["position"].transform("max")]
+        at = "-1" if name == "last" else name
+        if at in held:
+            return name, rows[rows["slot"] == at]
     there = slot_order(rows)
     more = f" and {len(there) - 12} more" if len(there) > 12 else ""
     raise DataError(

@@ -23,6 +23,7 @@ from vlmscope.errors import DataError, StoreError, VlmscopeError
 from vlmscope.runs.corrupt import Noise
 from vlmscope.runs.model import Model
 from vlmscope.sites import Pattern
+from vlmscope.stats import rng
 from vlmscope.studies.run_folder import Run
 from vlmscope.studies.sweep import sweep_to
 from vlmscope.studies.tables import is_role, means, slot_order
@@ -81,7 +82,7 @@ def trace(
 
     `noise.draws` repeats, a run folder each (`repeats/00` …). Of the table (`tracing.parquet` and
     CSV), a row is a tower, kind, window, layer and token: `restored`, the mean over examples of the mean
-    over an example's repeats of the share of P(answer), over `n` examples, with the 95 % bootstrap interval
+    over an example's repeats of the share of P(answer), over `n` examples, with the 95 % interval
     `low`, `high`; `spread`, the standard deviation over repeats of the mean over examples; `restored_ld`,
     `spread_ld`, the same for the logit difference. `at` is the token's slot (`by="slot"`), or its position in
     questions of one length in tokens (`by="length"`); `token` is what stands there in all of them.
@@ -97,7 +98,7 @@ def trace(
     runs = []
     for n in range(noise.draws):
         out, draw = folder / "repeats" / f"{n:02d}", replace(noise, draws=1)
-        runs.append(sweep_to(out, model, examples, sites, draw, seed=seed + n, data=data))
+        runs.append(sweep_to(out, model, examples, sites, draw, seed=_seed_of(seed, n), data=data))
     table, left = _average(runs, by)
     about = {
         "format": FORMAT,
@@ -114,6 +115,11 @@ def trace(
     traced = Traced(table, about)
     traced.save(folder)
     return traced
+
+
+def _seed_of(seed: int, repeat: int) -> int:
+    """A repeat's own seed: that of no repeat of another."""
+    return int(rng(seed, "repeat", repeat).integers(2**31))
 
 
 def _sites(model: Model, windows: Sequence[int], kinds: Sequence[str]) -> list[str]:

@@ -142,6 +142,28 @@ def observe(study: Study, examples: Sequence[Example], effects: Effects | None) 
     return found
 
 
+def of_heads(
+    study: Study, observed: Sequence[Observed], heads: Sequence[int]
+) -> tuple[Study, list[Observed]]:
+    """The study of some of its heads, by their numbers, and what the runs gave of these."""
+    some = replace(study, heads=[study.heads[number] for number in heads])
+    rows = {key: [study.numbers(key).index(n) for n in heads if n in study.numbers(key)] for key in some.keys}
+    found = [
+        replace(
+            one,
+            placed=[one.placed[number] for number in heads],
+            effect=None if one.effect is None else one.effect[list(heads)],
+            attention={
+                key: replace(one.attention[key], maps=one.attention[key].maps[at])
+                for key, at in rows.items()
+                if key in one.attention
+            },
+        )
+        for one in observed
+    ]
+    return some, found
+
+
 def _observe(study: Study, example: Example, known: Known) -> Observed:
     model = study.model
     if study.corruption is None:
