@@ -81,7 +81,8 @@ def test_halves_depend_on_ids_not_on_their_order():
 def test_confirmed_means_found_again_in_most_halves():
     """Not what a few examples make, and nothing where halves are too small to test."""
     ids = [f"e{n}" for n in range(80)]
-    scores = stats.zscore(np.random.default_rng(0).normal(size=(80, 3))) + [1.0, 0.33, 0.0]
+    scores = stats.zscore(np.random.default_rng(0).normal(size=(80, 3)))
+    scores += [1.0, 0.33, 0.0]
     table = circuits.assess(scores, ids)
     assert table["important"].tolist() == [True, True, False]
     assert table["confirmed"].tolist() == [True, False, False]

@@ -81,7 +81,7 @@ def test_sweep_writes_the_table_that_python_gives(run, tmp_path):
     status, out, err = run(*SWEEP, *SITES, "--out", tmp_path / "run")
     assert (status, err) == (0, "")
     assert "2 examples, 100% answered rightly; P(answer)" in out and "mean gap LD(clean)" in out
-    assert "warning: fewer than 12 examples can hardly show anything" in out
+    assert "warning: fewer than 10 examples can hardly show anything" in out
     assert out.startswith(f"24 patches of 2 examples in {tmp_path / 'run'}\n")
     found = vlmscope.read_run(tmp_path / "run").effects()
     again = vlmscope.sweep(
@@ -476,7 +476,7 @@ def test_tracing(run, tmp_path):
     status, out, _ = run(*base, "--kinds", "cross", "--windows", "3", "--out", tmp_path / "t")
     assert status == 0 and "what restores most of P(answer)" in out
     assert "at readout, window of 3" in out and "(2 examples, SD over repeats" in out
-    assert "answered rightly; P(answer)" in out and "warning: fewer than 12 examples" in out
+    assert "answered rightly; P(answer)" in out and "warning: fewer than 10 examples" in out
     assert (tmp_path / "t" / "report.html").is_file()
     refused(run(*base, "--kinds", "output", "--out", tmp_path / "u"), "no kind 'output' to trace")
     refused(run(*base, "--windows", "4", "--out", tmp_path / "u"), "has no middle")

@@ -29,7 +29,7 @@ _NAMES = {
     "studies.run_folder": "read_run",
     "results": "open",
     "studies.sweep": "baselines sweep",
-    "studies.tables": "head_table token_table",
+    "studies.tables": "compare head_table token_table",
 }
 _HOME = {name: module for module, names in _NAMES.items() for name in names.split()}
 __all__ = ["__version__", *_HOME]
@@ -55,6 +55,7 @@ if TYPE_CHECKING:  # what a type checker sees
     from vlmscope.studies.run_folder import read_run as read_run
     from vlmscope.studies.sweep import baselines as baselines
     from vlmscope.studies.sweep import sweep as sweep
+    from vlmscope.studies.tables import compare as compare
     from vlmscope.studies.tables import head_table as head_table
     from vlmscope.studies.tables import token_table as token_table
 else:

@@ -311,13 +311,29 @@ class _Pipeline:
         """What the important heads of a set do, with the effects of its run; the folder, if there are any."""
         important = found.heads[found.heads["important"] & (found.heads["run"] == run.path.name)]
         everywhere = found.universal[found.universal["universal"]]
-        sites = circuits.expressions(pd.concat([important, everywhere]))
-        if not sites or len(chosen) < 2:
+        every, ids = circuits.expressions(pd.concat([important, everywhere])), {one.id for one in chosen}
+        held_out = circuits.held_out(run, position=self.spec.position, seed=self.spec.seed)
+        sites = [site for site in every if len(ids.intersection(held_out.get(site, ()))) > 1]
+        if not sites:
             self.say(f"{name}: no important heads (or too few examples), so no head functions")
             return []
-        self.say(f"{name}: what {len(sites)} heads do, on {len(chosen)} examples")
-        out, seed = self.folder / "heads" / name, self.spec.seed
-        table = heads.write(out, self.model, chosen, sites, corrupt, seed=seed, effects=run, data=name)
+        few = f" of {len(every)}" if len(sites) < len(every) else ""
+        self.say(
+            f"{name}: what {len(sites)}{few} heads do, on {len(chosen)} examples, each on those that did not "
+            "choose it"
+        )
+        out = self.folder / "heads" / name
+        table = heads.write(
+            out,
+            self.model,
+            chosen,
+            sites,
+            corrupt,
+            seed=self.spec.seed,
+            effects=run,
+            held_out={site: held_out[site] for site in sites},
+            data=name,
+        )
         counts = table.functions["label"].value_counts()
         self.say("  " + ", ".join(f"{many} {label}" for label, many in counts.items()))
         return [out]
@@ -386,13 +402,12 @@ def _say_selection(table: pd.DataFrame) -> str:
 
 
 def _say_heads(found: circuits.Found) -> str:
-    lines = [
-        "Important heads (significant, at least the average head's size; * confirmed on the other half):"
-    ]
+    lines = ["Important heads (by their mean over examples that did not choose them; * confirmed by halves):"]
     for run_name, table in found.heads[found.heads["important"]].groupby("run", sort=False):
-        table = table.sort_values("mean", key=abs, ascending=False)
+        table = table.assign(held=table["mean_held_out"].fillna(0.0))
+        table = table.sort_values("held", key=abs, ascending=False)
         shown = [
-            f"{r.tower}.L{r.layer}.{r.kind}.H{r.head} {r.mean:+.2f}{'*' if r.confirmed else ''}"
+            f"{r.tower}.L{r.layer}.{r.kind}.H{r.head} {r.held:+.2f}{'*' if r.confirmed is True else ''}"
             for r in table.head(6).itertuples()
         ]
         more = f" and {len(table) - 6} more" if len(table) > 6 else ""

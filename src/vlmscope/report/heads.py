@@ -55,6 +55,8 @@ def section(folder: Path, gallery: Gallery) -> Section:
         "heads.html",
         model=about["model"],
         n=heads["n"].max(),
+        fewest=heads["n"].min(),
+        held_out=about.get("held_out") is not None,
         counts=heads["label"].value_counts().to_dict(),
         whole=together.loc[together["set"] == "none", "accuracy"].iloc[0],
         these=together.loc[these, "accuracy"].iloc[0],

@@ -306,8 +306,8 @@ def universal(heads: pd.DataFrame) -> pd.DataFrame:
 
     Columns: the head; `runs` and `important_in`, in how many runs it was patched and is important;
     `confirmed_in` (null where that is impossible); `same_sign`, whether its means agree in sign; `mean`, of
-    its means; `weakest`, the smallest |mean|; `universal` and `universal_published`, important in every run by
-    either rule (of the same sign for the former).
+    its means; `weakest`, the smallest |mean|; `universal` and `universal_published`, important in every run
+    by either rule (of the same sign for the former).
     """
     total = heads["run"].nunique()
     signed = heads.assign(size=heads["mean"].abs(), sign=np.sign(heads["mean"]))

@@ -121,7 +121,7 @@ def functions(
 
     >>> import vlmscope
     >>> model = vlmscope.load("toy-blip")
-    >>> found = functions(model, vlmscope.examples("states", limit=8), "encoder.1.cross.h2@answer")
+    >>> found = functions(model, vlmscope.examples("states", limit=12), "encoder.1.cross.h2@answer")
     >>> found.functions["label"].item() in LABELS
     True
     """
@@ -183,8 +183,9 @@ def write(
         found = read(folder)
         if found.about == _about(study, examples, corrupt, held_out, data):
             return found
-    given = {"seed": seed, "effects": effects, "held_out": held_out, "data": data}
-    found = functions(model, examples, sites, corrupt, **given)
+    found = functions(
+        model, examples, sites, corrupt, seed=seed, effects=effects, held_out=held_out, data=data
+    )
     names = set(found.maps["example"])
     shown = [e for e in examples if e.id in names and e.corrupt_image is not None]
     patches = replace(model.image_site, position="image*")
@@ -247,7 +248,8 @@ def _label(found: Mapping[str, Any], gap: float) -> tuple[str, str]:
     is_none = [row.value == 0 and row.n >= FEWEST for row in changes]
     reach = [max(abs(row.low), abs(row.high)) for row in changes]
     is_little = all(no or most <= LITTLE * gap for no, most in zip(is_none, reach, strict=True))
-    on_outliers = "outlier_mass" in found and found["outlier_mass"].low > MASS
+    outliers = found.get("outlier_mass")
+    on_outliers = bool(outliers and outliers.value > MASS and not outliers.low <= MASS)
     on_object, on_foil, without = lands("auc"), lands("auc_foil"), moves("mean")
     favours = moves("effect") == 1 if "effect" in found else without == -1
     if on_outliers and is_little:
