@@ -18,6 +18,8 @@ import unicodedata
 
 LONGEST = 390
 """Characters in the text of an error, so that a whole line of the command line has at most 400."""
+INTERRUPTED = "interrupted; run the same command again to go on"
+"""What the command line says when it is stopped with Ctrl-C."""
 _UNSEEN = ("Cc", "Cf", "Cs", "Zl", "Zp")
 """Unicode's categories of what steers a terminal, turns text around, or cannot be encoded."""
 

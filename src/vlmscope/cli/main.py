@@ -11,7 +11,6 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from vlmscope import __version__
 from vlmscope.cli import machine, neurons, terminal
 from vlmscope.cli.options import Corrupt, DType, Given, Noise, OneModel, command
 from vlmscope.errors import VlmscopeError
@@ -29,6 +28,8 @@ app = typer.Typer(
 
 def _version(wanted: bool) -> None:
     if wanted:
+        from vlmscope import __version__
+
         print(f"vlmscope {__version__}")
         raise typer.Exit
 

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import Any, TextIO
 
-from vlmscope.errors import VlmscopeError, line, plain
+from vlmscope.errors import INTERRUPTED, VlmscopeError, line, plain
 
 TRACEBACK = "VLMSCOPE_TRACEBACK"
 """The environment variable with which an error is followed by where it came from."""
@@ -74,7 +74,7 @@ def run(app: Callable[..., Any]) -> int:
     finally:
         sys.stdout = out
     if status == 130:
-        said = "interrupted; run the same command again to go on"
+        said = INTERRUPTED
     if said:
         with suppress(OSError, ValueError):
             print(said, file=sys.stderr)

@@ -202,9 +202,9 @@ def _into_folder(task: Task, out: str | os.PathLike[str], data: str, check: int)
                 jobs.append(Todo(number, missing, done))
         for result in run_jobs(task, jobs, len(task.examples) - len(jobs)):
             number = result.job.number
-            writer.add(number, result.effects, result.baseline, result.job.sites)
             if number < SHOWN and not result.job.done:
-                _show(writer, task, number)
+                _show(writer, task, number)  # before the example is committed: it is not run again
+            writer.add(number, result.effects, result.baseline, result.job.sites)
         writer.flush()
         if jobs or writer.check is None:
             run = read_run(out)
