@@ -31,13 +31,12 @@ source    `last<image`: an edge of attention, what the positions before `<` read
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
-from vlmscope.errors import SiteError
+from vlmscope.errors import SiteError, line, nearest, shown
 from vlmscope.layout import Layout, grid
 
 TOWERS = ("vision", "qformer", "encoder", "decoder")
@@ -51,6 +50,10 @@ UNITS = {
     "p": ("attention pattern", ATTENTION),
     "n": ("neuron", ("mlp",)),
 }
+
+
+LONGEST = 100_000
+"""Characters of the longest expression that is read."""
 
 
 class Point(NamedTuple):
@@ -117,6 +120,15 @@ class Pattern:
     @classmethod
     def parse(cls, text: str) -> Pattern:
         """Parse one expression; raises `SiteError` that names the part that is wrong."""
+        if not isinstance(text, str):
+            raise SiteError(
+                f"bad site {shown(text)}; expected an expression such as 'encoder.0.resid@answer'"
+            )
+        if len(text) > LONGEST:
+            raise SiteError(
+                f"bad site {shown(text)}: has {len(text):,} characters; expected at most {LONGEST:,}, write "
+                "several sites instead"
+            )
         first, *more = (_parse(part, text.strip()) for part in re.split(r"\s+\+\s+", text.strip()))
         return replace(first, also=tuple(more))
 
@@ -188,19 +200,21 @@ class Site:
 
 
 _NAMES = ("all", "last", "text", "image", "readout")
-_RANGE = re.compile(r"(\d+)-(\d+)")
-_CELL = re.compile(r"image\[(\d+),(\d+)\]")
-_POSITION = r"\*|-?\d+|\d+-\d+|image\[\d+,\d+\]|[A-Za-z_]\w*\*?"
+_N = "[0-9]{1,9}"
+_RANGE = re.compile(rf"({_N})-({_N})")
+_CELL = re.compile(rf"image\[({_N}),({_N})\]")
+_LAYERS = re.compile(rf"(\*|{_N}|{_N}-{_N})(/[0-9]{{0,8}}[13579])?")
+_UNIT = re.compile(rf"[hqkvpn](\*|{_N}|\[{_N}(,{_N})*\])")
+_POSITION = re.compile(rf"\*|-?{_N}|{_N}-{_N}|image\[{_N},{_N}\]|[A-Za-z_]\w*\*?")
 
 
 def _wrong(text: str, part: str, at: int, why: str) -> SiteError:
-    return SiteError(f"bad site '{text}': '{part}' (character {at + 1}) {why}")
+    return SiteError(f"bad site {shown(text)}: {shown(part)} (character {at + 1}) {why}")
 
 
 def _allowed(part: str, allowed: Iterable[str]) -> str:
     allowed = list(allowed)
-    near = difflib.get_close_matches(part, allowed, n=1)
-    return (f"; did you mean '{near[0]}'?" if near else "") + f" (allowed: {', '.join(allowed)})"
+    return f"{nearest(part, allowed)} (allowed: {', '.join(allowed)})"
 
 
 def _parse(text: str, whole: str) -> Pattern:
@@ -209,19 +223,19 @@ def _parse(text: str, whole: str) -> Pattern:
     parts = place.split(".")
     if not at or not position:
         raise SiteError(
-            f"bad site '{whole}': no position; expected tower.layer.kind[.unit]@position, "
+            f"bad site {shown(whole)}: no position; expected tower.layer.kind[.unit]@position, "
             "such as encoder.*.cross.h*@answer"
         )
     if not 3 <= len(parts) <= 4:
         raise SiteError(
-            f"bad site '{whole}': '{place}' has {len(parts)} parts; "
+            f"bad site {shown(whole)}: {shown(place)} has {len(parts)} parts; "
             "expected tower.layer.kind or tower.layer.kind.unit before the @"
         )
     starts = [begin + sum(len(p) + 1 for p in parts[:i]) for i in range(len(parts))]
     tower, layers, kind, *unit = parts
     if tower not in TOWERS:
         raise _wrong(whole, tower, starts[0], f"is not a tower{_allowed(tower, TOWERS)}")
-    if not re.fullmatch(r"(\*|\d+|\d+-\d+)(/\d*[13579])?", layers):
+    if not _LAYERS.fullmatch(layers):
         raise _wrong(whole, layers, starts[1], "is not a layer; expected 5, 3-7 or *, or 5/3 (an odd window)")
     if kind not in KINDS:
         raise _wrong(whole, kind, starts[2], f"is not a kind{_allowed(kind, KINDS)}")
@@ -232,13 +246,13 @@ def _parse(text: str, whole: str) -> Pattern:
     if edge:
         _check_position(whole, source, begin + text.index("<") + 1)
         if kind not in ATTENTION or (unit and unit[0][0] != "h"):
-            raise SiteError(f"bad site '{whole}': an edge is of attn or cross, all of it or a head (h3)")
+            raise SiteError(f"bad site {shown(whole)}: an edge is of attn or cross, all of it or a head (h3)")
     part, units = (unit[0][0], unit[0][1:]) if unit else ("", "")
     return Pattern(tower, layers, kind, part, units, position, source)
 
 
 def _check_unit(text: str, unit: str, kind: str, at: int) -> None:
-    if not re.fullmatch(r"[hqkvpn](\*|\d+|\[\d+(,\d+)*\])", unit):
+    if not _UNIT.fullmatch(unit):
         raise _wrong(text, unit, at, "is not a unit; expected h3, h*, h[3,7], q3, k3, v3, p3, n512 or n*")
     name, kinds = UNITS[unit[0]]
     if kind not in kinds:
@@ -246,7 +260,7 @@ def _check_unit(text: str, unit: str, kind: str, at: int) -> None:
 
 
 def _check_position(text: str, position: str, at: int) -> None:
-    if not re.fullmatch(_POSITION, position):
+    if not _POSITION.fullmatch(position):
         raise _wrong(
             text,
             position,
@@ -264,8 +278,11 @@ def parse(sites: Sites) -> list[Pattern]:
     >>> [str(pattern) for pattern in parse(["vision.*.resid@all"])]
     ['vision.*.resid@all']
     """
-    several = [sites] if isinstance(sites, (str, Pattern, Site)) else sites
-    return [site if isinstance(site, Pattern) else Pattern.parse(str(site)) for site in several]
+    several = [sites] if isinstance(sites, (str, Pattern, Site)) or not isinstance(sites, Iterable) else sites
+    return [
+        site if isinstance(site, Pattern) else Pattern.parse(str(site) if isinstance(site, Site) else site)
+        for site in several
+    ]
 
 
 def expand(patterns: Iterable[Pattern], shapes: Mapping[str, Shape]) -> list[Site]:
@@ -281,7 +298,9 @@ def expand(patterns: Iterable[Pattern], shapes: Mapping[str, Shape]) -> list[Sit
     for pattern in patterns:
         first, *more = (_expand(one, shapes) for one in (replace(pattern, also=()), *pattern.also))
         if more and any(len(some) != 1 for some in (first, *more)):
-            raise SiteError(f"bad site '{pattern}': with a + each part is one layer and one unit (or a set)")
+            raise SiteError(
+                f"bad site {shown(pattern)}: with a + each part is one layer and one unit (or a set)"
+            )
         also = tuple(site for (site,) in more)
         found.update(dict.fromkeys(replace(site, also=also) if also else site for site in first))
     return list(found)
@@ -290,11 +309,13 @@ def expand(patterns: Iterable[Pattern], shapes: Mapping[str, Shape]) -> list[Sit
 def _expand(pattern: Pattern, shapes: Mapping[str, Shape]) -> list[Site]:
     tower, kind = pattern.tower, pattern.kind
     if tower not in shapes:
-        raise SiteError(f"bad site '{pattern}': this model has no '{tower}' tower{_allowed(tower, shapes)}")
+        raise SiteError(
+            f"bad site {shown(pattern)}: this model has no '{tower}' tower{_allowed(tower, shapes)}"
+        )
     shape = shapes[tower]
     if kind not in shape.kinds:
         why = f"the {tower} tower of this model has no '{kind}'{_allowed(kind, shape.kinds)}"
-        raise SiteError(f"bad site '{pattern}': {why}")
+        raise SiteError(f"bad site {shown(pattern)}: {why}")
     numbers, _, width = pattern.layers.partition("/")
     window = int(width or 1)
     layers = _numbers(pattern, "layer", numbers, shape.layers)
@@ -302,13 +323,15 @@ def _expand(pattern: Pattern, shapes: Mapping[str, Shape]) -> list[Site]:
     if numbers != "*" and "-" not in numbers and layers[0] not in there:
         these = ", ".join(map(str, there))
         why = f"layer {numbers} of the {tower} tower has no '{kind}'; these have: {these}"
-        raise SiteError(f"bad site '{pattern}': {why}")
+        raise SiteError(f"bad site {shown(pattern)}: {why}")
     layers = [n for n in layers if n in there]
     if kind == "output":
         if window > 1:
-            raise SiteError(f"bad site '{pattern}': there is one 'output', so no window of layers")
+            raise SiteError(f"bad site {shown(pattern)}: there is one 'output', so no window of layers")
         if numbers != "*" and layers != [shape.layers - 1]:
-            raise SiteError(f"bad site '{pattern}': only the last layer, {shape.layers - 1}, has 'output'")
+            raise SiteError(
+                f"bad site {shown(pattern)}: only the last layer, {shape.layers - 1}, has 'output'"
+            )
         layers = [shape.layers - 1]
     units: list[tuple[int, ...]] = [()]
     if pattern.part:
@@ -341,7 +364,9 @@ def _numbers(pattern: Pattern | Site, what: str, part: str, many: int) -> list[i
         return [n for number in part.split(",") for n in _numbers(pattern, what, number, many)]
     first, last = (int(p) for p in (part.split("-") if "-" in part else (part, part)))
     if first > last or last >= many:
-        raise SiteError(f"bad site '{pattern}': no {what} {part}; this tower has {what}s 0 to {many - 1}")
+        raise SiteError(
+            f"bad site {shown(pattern)}: no {what} {line(part, 60)}; this tower has {what}s 0 to {many - 1}"
+        )
     return list(range(first, last + 1))
 
 
@@ -362,13 +387,15 @@ def place(site: Site, layout: Mapping[str, Layout]) -> list[Site]:
     """
     if site.tower not in layout:
         raise SiteError(
-            f"bad site '{site}': the {site.tower} tower has no part in a run without a picture; "
+            f"bad site {shown(site)}: the {site.tower} tower has no part in a run without a picture; "
             f"expected {' or '.join(layout)}"
         )
     if site.also:
         each = [place(part, layout) for part in (replace(site, also=()), *site.also)]
         if any(len(some) > 1 for some in each):
-            raise SiteError(f"bad site '{site}': with a + each part is one position, or a name for several")
+            raise SiteError(
+                f"bad site {shown(site)}: with a + each part is one position, or a name for several"
+            )
         (first,), *more = each
         return [replace(first, also=tuple(part for (part,) in more))]
     found = _places(site, site.position, layout[site.tower])
@@ -388,7 +415,7 @@ def _places(site: Site, name: str, layout: Layout) -> list[tuple[str, tuple[int,
         index = int(name)
         if not -many <= index < many:
             where = f"the {site.tower} tower has positions 0 to {many - 1} here"
-            raise SiteError(f"bad site '{site}': no position {name}; {where}")
+            raise SiteError(f"bad site {shown(site)}: no position {name}; {where}")
         return [(name, (index % many,))]
     return [(name, _named(site, name, layout))]
 
@@ -405,8 +432,8 @@ def _named(site: Site, name: str, layout: Layout) -> tuple[int, ...]:
     if name == "readout":
         if layout.readout is None:
             raise SiteError(
-                f"bad site '{site}': nothing is read out in the {site.tower} tower; expected readout in the "
-                "last tower, which predicts the answer"
+                f"bad site {shown(site)}: nothing is read out in the {site.tower} tower; expected readout in "
+                "the last tower, which predicts the answer"
             )
         return (layout.readout,)
     cell = _CELL.fullmatch(name)
@@ -421,5 +448,7 @@ def _named(site: Site, name: str, layout: Layout) -> tuple[int, ...]:
         found = known.get(name, ())
         size = "positions with a name here: " + ", ".join(n for n, at in known.items() if at)
     if not found:
-        raise SiteError(f"bad site '{site}': no position '{name}' in the {site.tower} tower; {size}")
+        raise SiteError(
+            f"bad site {shown(site)}: no position {shown(name)} in the {site.tower} tower; {size}"
+        )
     return found

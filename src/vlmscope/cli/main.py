@@ -11,9 +11,10 @@ from typing import Annotated, Any, Literal
 
 import typer
 
+from vlmscope import files
 from vlmscope.cli import machine, neurons, terminal
 from vlmscope.cli.options import Corrupt, DType, Given, Noise, OneModel, command
-from vlmscope.errors import VlmscopeError
+from vlmscope.errors import VlmscopeError, shown
 
 app = typer.Typer(
     name="vlmscope",
@@ -150,6 +151,7 @@ def tracing(
     from vlmscope.studies.run_folder import read_run
     from vlmscope.studies.tracing import KINDS, WINDOWS, trace
 
+    files.try_place(out)
     model = given.load()
     table = trace(
         out,
@@ -180,6 +182,7 @@ def circuits(
     """Important heads of each run, universal ones over all."""
     from vlmscope.studies.circuits import expressions, find
 
+    files.try_place(out)
     found = find(runs, position=position, across_models=across_models, seed=seed)
     found.save(out)
     columns = "run tower layer kind head position mean ci_low ci_high q_value confirmed".split()
@@ -204,6 +207,7 @@ def heads(given: Given, sites: list[str], out: Path, corrupt: Corrupt = "image")
     from vlmscope.report import write_report
     from vlmscope.studies.heads import write
 
+    files.try_place(out)
     found = write(out, given.load(), given.examples(), sites, corrupt, seed=given.seed, data=given.data)
     for row in found.functions.itertuples():
         print(f"{row.site}: {row.label}\n  {row.evidence}")
@@ -233,6 +237,11 @@ def data(
     from vlmscope.data.table import write_csv
     from vlmscope.progress import progress
 
+    if out.suffix.lower() != ".csv":
+        raise VlmscopeError(f"{out}: the examples are a CSV file; expected a name that ends in .csv")
+    if out.exists() and root.resolve() in out.resolve().parents:
+        raise VlmscopeError(f"{out}: is a file of the data set; choose another --out")
+    files.claim_file(out)
     pieces = None
     if model:
         from vlmscope.checkpoint import tokenizer
@@ -310,12 +319,12 @@ def _row(text: str) -> Any:
 
     data, _, row = text.rpartition(":")
     if not data or not row:
-        raise VlmscopeError(f"'{text}' names no example; expected DATA:ROW, such as states:0")
+        raise VlmscopeError(f"{shown(text)} names no example; expected DATA:ROW, such as states:0")
     found = examples(data)
     for number, example in enumerate(found):
         if row in (example.id, str(number)):
             return example
-    raise VlmscopeError(f"{data} has no example '{row}'; expected an id, or a row from 0 to {len(found) - 1}")
+    raise VlmscopeError(f"{shown(data)} has no example {shown(row)}; expected an id, or a row from 0 to {len(found) - 1}")
 
 
 app.add_typer(neurons.app, name="neurons")

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from vlmscope.data import Examples, listed
 from vlmscope.data.example import Example
-from vlmscope.errors import DataError, ExampleError, SiteError, VlmscopeError
+from vlmscope.errors import SEED, DataError, ExampleError, SiteError, VlmscopeError, nearest, shown, whole
 from vlmscope.layout import grid
 from vlmscope.models.inputs import Inputs, Pair
 from vlmscope.patching.scores import Metric, check_metric
@@ -23,7 +23,7 @@ from vlmscope.patching.sources import Means, Source, check_source, resampled, ze
 from vlmscope.runs import corrupt as corruptions
 from vlmscope.runs.corrupt import Corruption, Noise
 from vlmscope.runs.model import Model
-from vlmscope.sites import Point, Site, Sites, expand, parse, points_of
+from vlmscope.sites import Pattern, Point, Site, Sites, expand, parse, place, points_of
 from vlmscope.stats import rng
 
 PACKAGES = ("vlmscope", "torch", "transformers", "torchvision", "pillow")
@@ -112,9 +112,10 @@ def task_of(
 ) -> Task:
     """Checked against the model and the data before anything runs."""
     if direction not in ("denoise", "noise"):
-        raise VlmscopeError(f"unknown direction '{direction}'; expected denoise or noise")
+        raise VlmscopeError(f"unknown direction {shown(direction)}; expected denoise or noise")
     if engine not in ("fast", "reference"):
-        raise VlmscopeError(f"unknown engine '{engine}'; expected fast or reference")
+        raise VlmscopeError(f"unknown engine {shown(engine)}; expected fast or reference")
+    whole(seed, "the seed", most=SEED)
     check_metric(metric)
     check_source(patch)
     if corrupt is None and (patch == "clean" or select):
@@ -125,30 +126,44 @@ def task_of(
     given = listed(examples)
     if not given:
         raise DataError("there are no examples; nothing to run")
+    names = [str(site) for site in check_sites(model, given, sites, patch)]
+    corruption = None if corrupt is None else corruptions.parse(corrupt)
+    direction = direction if patch == "clean" else "noise"  # what ablates is written into the clean run
+    return Task(model, given, names, corruption, direction, engine, seed, select, metric, patch)
+
+
+def check_sites(
+    model: Model, examples: Sequence[Example], sites: Sites, patch: Source = "clean"
+) -> list[Pattern]:
+    """The patterns of the sites; raises `SiteError` for what this model or these examples do not have."""
     parsed = parse(sites)
-    for part in (part for site in expand(parsed, model.shapes) for part in site.parts):
+    expanded = expand(parsed, model.shapes)
+    for part in (part for site in expanded for part in site.parts):
         if part.source:
             raise SiteError(
-                f"bad site '{part}': an edge of attention, which this version can read in an expression "
-                f"but not patch; leave '<{part.source}' out"
+                f"bad site {shown(part)}: an edge of attention, which this version can read in an "
+                f"expression but not patch; leave '<{part.source}' out"
             )
         if part.part == "p" and patch in ("mean", "resample"):
             raise SiteError(
-                f"bad site '{part}': an attention pattern has as many numbers as its example has tokens, "
-                f"so it has no {patch} over examples; patch clean or zero"
+                f"bad site {shown(part)}: an attention pattern has as many numbers as its example has "
+                f"tokens, so it has no {patch} over examples; patch clean or zero"
             )
-    roles = {role: None for example in given for role in example.roles}
+    roles = {role: None for example in examples for role in example.roles}
     for site in parsed:
         unknown = next((role for role in site.roles if role not in roles), None)
         if unknown is not None:
             raise SiteError(
-                f"bad site '{site}': no example has a role '{unknown}'; "
+                f"bad site {shown(site)}: no example has a role {shown(unknown)}{nearest(unknown, roles)}; "
                 f"the roles of this data: {', '.join(roles) or 'none'}"
             )
-    names = [str(site) for site in parsed]
-    corruption = None if corrupt is None else corruptions.parse(corrupt)
-    direction = direction if patch == "clean" else "noise"  # what ablates is written into the clean run
-    return Task(model, given, names, corruption, direction, engine, seed, select, metric, patch)
+    for example in examples:
+        with suppress(ExampleError):
+            clean = model.prepare(replace(example, corrupt_image=None, corrupt_prompt=None)).clean
+            for one in expanded:
+                place(one, clean.layout)
+            break
+    return parsed
 
 
 def all_jobs(task: Task) -> list[Todo]:
