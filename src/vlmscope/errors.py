@@ -107,32 +107,36 @@ def nearest(given: object, known: Iterable[str]) -> str:
     return f"; did you mean '{names[near[0]]}'?" if near else ""
 
 
-def whole(value: object, what: str, least: int = 0, most: int = MOST) -> int:
-    """A whole number from `least` to `most`, or the text of one; raises `VlmscopeError`, which names `what`.
+def written(text: str) -> int | float | str:
+    """The number that a text is, in ASCII digits; another text as it is.
 
-    >>> whole("12", "--limit")
-    12
+    >>> written("12"), written("1e-3"), written("1_0")
+    (12, 0.001, '1_0')
     """
-    number = value
-    if isinstance(value, str) and re.fullmatch(r"[+-]?[0-9]{1,18}", value):
-        number = int(value)
-    if isinstance(number, Integral) and not isinstance(number, bool) and least <= int(number) <= most:
-        return int(number)
+    if re.fullmatch(r"[+-]?[0-9]{1,18}", text):
+        return int(text)
+    if re.fullmatch(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]{1,3})?", text):
+        return float(text)
+    return text
+
+
+def whole(value: object, what: str, least: int = 0, most: int = MOST) -> int:
+    """A whole number from `least` to `most`; raises `VlmscopeError`, which names `what`, for all else."""
+    if isinstance(value, Integral) and not isinstance(value, bool) and least <= int(value) <= most:
+        return int(value)
     raise VlmscopeError(f"{what} is {shown(value)}; expected a whole number from {least:,} to {most:,}")
 
 
 def number(value: object, what: str, least: float = -LARGEST, most: float = LARGEST) -> float:
-    """A number from `least` to `most`, or the text of one; raises `VlmscopeError`, which names `what`.
+    """A number from `least` to `most`; raises `VlmscopeError`, which names `what`, for anything else.
 
-    >>> number("1e-3", "--locality", 0)
-    0.001
+    >>> number(float("nan"), "the scale")
+    Traceback (most recent call last):
+    ...
+    vlmscope.errors.VlmscopeError: the scale is 'nan'; expected a number from -1e+30 to 1e+30
     """
-    found = value
-    if isinstance(value, str) and re.fullmatch(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?", value):
-        found = float(value)
-    is_number = isinstance(found, Real) and not isinstance(found, bool)
-    if is_number and least <= found <= most:  # type: ignore[operator]
-        return float(found)  # type: ignore[arg-type]
+    if isinstance(value, Real) and not isinstance(value, bool) and least <= value <= most:  # type: ignore[operator]
+        return float(value)
     raise VlmscopeError(f"{what} is {shown(value)}; expected a number from {least:g} to {most:g}")
 
 

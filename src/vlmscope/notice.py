@@ -50,8 +50,12 @@ Sweep = tuple[str, str]
 """The name of a data set, and a corruption."""
 
 MODULES = ("resid", "attn", "cross", "mlp")
-LARGEST_SPEC = 2**16
+LARGEST_SPEC = 2**20
 """Bytes of the largest specification that is read."""
+_TEXTS = re.compile(
+    r'"""(?:\\.|[^\\])*?"""|\'\'\'.*?\'\'\'|"(?:\\.|[^"\\\n])*"|\'[^\'\n]*\'|#[^\n]*', re.DOTALL
+)
+"""TOML's strings and comments."""
 MANY = 12
 """A group with more values than this (an id, a noun) is no group to report on."""
 
@@ -109,6 +113,8 @@ class Spec:
         path = Path(path)
         try:
             text = files.read(path, "a TOML file", VlmscopeError, LARGEST_SPEC).decode("utf-8")
+            if _TEXTS.sub("", text).count(".") > 100:  # a key of thousands of parts takes minutes
+                raise ValueError("it has dotted keys")
             content = tomllib.loads(text)
         except (ValueError, RecursionError) as error:
             raise VlmscopeError(

@@ -37,7 +37,8 @@ LINES = {
     "generate": "--model toy-llava --image a.png --prompt what? --edit 'decoder.2.mlp@all scale 0'",
     "report": "run --out out.html",
     "models": "toy-blip",
-    "neurons find": "--model toy-llava --image a.png --prompt what? --caption 'a red star' --word red --out out",
+    "neurons find": "--model toy-llava --image a.png --prompt what? --caption 'a red star' --word red "
+    "--out out",
     "neurons describe": f"{LLAVA} --neuron 1.2 --no-measures --out out",
     "neurons perturb": "--model toy-llava --data states --word red --found found --out out",
     "neurons edit": "--model toy-llava --data states --limit 6 --prompt what? --from red --to blue "
@@ -78,6 +79,19 @@ def _option(parameter: Any) -> Option:
 def line(command: str) -> list[str]:
     """The words of a good line."""
     return [*command.split(), *shlex.split(LINES[command])]
+
+
+def with_value(words: list[str], flag: str, value: str) -> list[str]:
+    """A line whose option has another value; without a flag, the line's first argument."""
+    if not flag:
+        first = next((n for n, word in enumerate(words) if word.startswith("--")), len(words))
+        at = 1 if words[0] != "neurons" else 2
+        return [*words[:at], value, *words[first:]]
+    if flag not in words:
+        return [*words, flag, value]
+    at = words.index(flag)
+    end = next((n for n in range(at + 1, len(words)) if words[n].startswith("--")), len(words))
+    return [*words[: at + 1], value, *words[end:]]
 
 
 @cache

@@ -324,7 +324,9 @@ def _row(text: str) -> Any:
     for number, example in enumerate(found):
         if row in (example.id, str(number)):
             return example
-    raise VlmscopeError(f"{shown(data)} has no example {shown(row)}; expected an id, or a row from 0 to {len(found) - 1}")
+    raise VlmscopeError(
+        f"{shown(data)} has no example {shown(row)}; expected an id, or a row from 0 to {len(found) - 1}"
+    )
 
 
 app.add_typer(neurons.app, name="neurons")

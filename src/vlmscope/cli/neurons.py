@@ -183,7 +183,9 @@ def edit(
         raise VlmscopeError("give either --to WORD or --suppress")
     room.check_margin(solver, margin)
     if out.suffix != ".safetensors":
-        raise VlmscopeError(f"{out}: an edit is a safetensors file; expected a name that ends in .safetensors")
+        raise VlmscopeError(
+            f"{out}: an edit is a safetensors file; expected a name that ends in .safetensors"
+        )
     files.claim_file(out)
     if out.exists():
         room.WeightEdit.load(out)  # what is no edit is not written over

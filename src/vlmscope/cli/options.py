@@ -15,7 +15,7 @@ import typer
 from typer.core import TyperCommand
 
 from vlmscope.cli import machine
-from vlmscope.errors import LARGEST, MOST, VlmscopeError, nearest, number, shown, whole
+from vlmscope.errors import LARGEST, MOST, VlmscopeError, nearest, number, shown, whole, written
 
 Corrupt = Literal["image", "text", "noise"]
 DType = Literal["float64", "float32", "bfloat16", "float16", "4bit"]
@@ -120,12 +120,12 @@ def _choice(name: str, choices: tuple[str, ...], value: str) -> str:
     raise VlmscopeError(text)
 
 
-def _whole(name: str, value: object, min: int = 0, max: int = MOST) -> int:
-    return whole(value, name, min, max)
+def _whole(name: str, value: str | int, min: int = 0, max: int = MOST) -> int:
+    return whole(written(value) if isinstance(value, str) else value, name, min, max)
 
 
-def _number(name: str, value: object, min: float = -LARGEST, max: float = LARGEST) -> float:
-    return number(value, name, min, max)
+def _number(name: str, value: str | float, min: float = -LARGEST, max: float = LARGEST) -> float:
+    return number(written(value) if isinstance(value, str) else value, name, min, max)
 
 
 def _path(name: str, value: str | Path) -> Path:

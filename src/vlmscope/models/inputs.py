@@ -10,7 +10,7 @@ from typing import Literal, NamedTuple, get_args
 from jaxtyping import Float
 from torch import Tensor
 
-from vlmscope.errors import MOST, VlmscopeError, number, shown
+from vlmscope.errors import MOST, VlmscopeError, number, shown, written
 from vlmscope.layout import Layout
 from vlmscope.sites import Pattern, Site
 
@@ -96,7 +96,7 @@ def parse_edit(text: str) -> Edit:
             f"bad edit {shown(text)}; expected 'SITE set|add|scale NUMBER', such as "
             "'decoder.2.attn.h1@all scale 0'"
         )
-    return Edit(site, op, number(value, "the value of an edit", -MOST, MOST))  # type: ignore[arg-type]
+    return Edit(site, op, number(written(value), "the value of an edit", -MOST, MOST))  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True, eq=False)

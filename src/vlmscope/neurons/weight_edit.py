@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -16,15 +17,20 @@ from typing import Any
 
 import torch
 from jaxtyping import Float, Int
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors import SafetensorError
+from safetensors.torch import load, save_file
 from torch import Tensor
 
-from vlmscope.errors import ModelError, StoreError
+from vlmscope import files
+from vlmscope.errors import ModelError, StoreError, VlmscopeError, line, whole
 from vlmscope.runs.model import Model
 
 Columns = Mapping[int, tuple[Int[Tensor, "_chosen"], Float[Tensor, "width _chosen"]]]
 """By layer, neurons and what is added to the column of each."""
+EXPECTED = "a file of `vlmscope neurons edit`"
+LARGEST = 2**32
+"""Bytes of the largest file that is read."""
+_SHA256, _NEURONS = re.compile("[0-9a-f]{64}"), re.compile(r"layer\.(0|[1-9][0-9]{0,5})\.neurons")
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,6 +46,21 @@ class WeightEdit:
     model: str
     about: Mapping[str, str] = field(default_factory=dict)
     on: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        for layer, (neurons, delta) in self.columns.items():
+            whole(layer, "the layer of an edit")
+            if neurons.dtype != torch.int64 or neurons.ndim != 1 or not delta.is_floating_point():
+                raise ModelError(
+                    f"an edit of layer {layer} needs whole numbers of neurons, and floats to add"
+                )
+            if delta.ndim != 2 or delta.shape[1] != len(neurons) or not delta.numel():
+                shapes = f"{list(delta.shape)} for {len(neurons)} neurons"
+                raise ModelError(f"an edit of layer {layer} adds {shapes}; expected a column for each")
+            if (neurons < 0).any() or len(neurons.unique()) < len(neurons):
+                raise ModelError(f"an edit of layer {layer} must name each neuron once, counted from 0")
+            if not delta.isfinite().all():
+                raise ModelError(f"an edit of layer {layer} adds what is no number; make it again")
 
     @property
     def neurons(self) -> list[tuple[int, int]]:
@@ -90,7 +111,7 @@ class WeightEdit:
         return WeightEdit(columns, self.model, about, self.on)
 
     def __str__(self) -> str:
-        words = f"{self.about.get('from', '?')} -> {self.about.get('to', '?')}"
+        words = line(f"{self.about.get('from', '?')} -> {self.about.get('to', '?')}", 100)
         layers = ", ".join(f"layer {n}: {len(x)}" for n, (x, _) in sorted(self.columns.items()))
         on = f", on {' '.join(digest[:8] for digest in self.on)}" if self.on else ""
         return f"{words}: {len(self.neurons)} neurons ({layers}), size {self.size:.3g}{on}"
@@ -117,23 +138,27 @@ class WeightEdit:
     @classmethod
     def load(cls, path: str | Path) -> WeightEdit:
         """Read what `save` wrote; raises `StoreError` if the file is another or has been changed."""
-        path = Path(path)
+        content = files.read(path, EXPECTED, StoreError, LARGEST)
         try:
-            with safe_open(path, "pt") as file:
-                metadata = file.metadata() or {}
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        except (OSError, SafetensorError) as error:
-            raise StoreError(
-                f"{path}: cannot be read as an edit ({error}); expected a file of `vlmscope neurons edit`"
-            ) from error
-        if metadata.get("vlmscope") != "edit":
-            raise StoreError(f"{path}: not an edit; expected a file of `vlmscope neurons edit`")
-        on = tuple(metadata.get("on", "").split())
-        if metadata.get("sha256") != _digest(tensors, metadata["model"], metadata["about"], on):
+            tensors = load(content)
+            header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
+            metadata = header["__metadata__"]
+            about = json.loads(metadata["about"])
+            model, on = metadata["model"], tuple(metadata["on"].split())
+            wrong = metadata["vlmscope"] != "edit" or not all(_SHA256.fullmatch(one) for one in (model, *on))
+            if wrong or not all(isinstance(x, str) for x in (*about, *about.values())):
+                raise ValueError("its metadata are not those of an edit")
+            layers = sorted(int(_NEURONS.fullmatch(name)[1]) for name in tensors if "neurons" in name)  # type: ignore[index]
+            columns = {n: (tensors[f"layer.{n}.neurons"], tensors[f"layer.{n}.added"]) for n in layers}
+            if not columns or len(tensors) != 2 * len(columns):
+                raise ValueError("its tensors are not those of an edit")
+            made = cls(columns, model, about, on)
+        # The file may be anything: what it lacks or has too much shows in one of these.
+        except (SafetensorError, ValueError, KeyError, TypeError, AttributeError, VlmscopeError) as error:
+            raise StoreError(f"{path}: cannot be read as an edit ({error}); expected {EXPECTED}") from error
+        if metadata.get("sha256") != _digest(tensors, model, metadata["about"], on):
             raise StoreError(f"{path}: has been changed since it was written; make the edit again")
-        layers = sorted({int(name.split(".")[1]) for name in tensors})
-        columns = {n: (tensors[f"layer.{n}.neurons"], tensors[f"layer.{n}.added"]) for n in layers}
-        return cls(columns, metadata["model"], json.loads(metadata["about"]), on)
+        return made
 
 
 def _digest(tensors: Mapping[str, Tensor], model: str, about: str, on: tuple[str, ...]) -> str:
@@ -182,6 +207,16 @@ def edited(model: Model, *edits: WeightEdit) -> Iterator[Model]:
                 + (f"and {lacking[:8]} is not made here" if lacking else "in another order or number")
                 + "; give all of them before it, in that order"
             )
+        for layer, (neurons, delta) in edit.columns.items():
+            shape = model.shapes[model.speaker]
+            if layer not in shape.having("mlp") or int(neurons.max()) >= shape.neurons:
+                raise ModelError(
+                    f"{model.name} has no such neurons in layer {layer} as the edit '{edit}' names"
+                )
+            if len(delta) != shape.width:
+                raise ModelError(
+                    f"the edit '{edit}' has columns of {len(delta)} numbers; {model.name} needs {shape.width}"
+                )
         made = (*made, edit.digest)
     outer = model.unedited, model.edits
     with changed(model, [edit.columns for edit in edits]):

@@ -146,27 +146,12 @@ def values(option: Option, command: str) -> tuple[str, ...]:
     return (*found, *TEXTS)
 
 
-def with_value(words: list[str], option: Option, value: str) -> list[str]:
-    """A line whose option has another value."""
-    if not option.flag:
-        at = len(words) - 1 - next(n for n, word in enumerate(reversed(words)) if not word.startswith("--"))
-        first = next((n for n, word in enumerate(words) if word.startswith("--")), len(words))
-        return [*words[: min(at, first - 1)], value, *words[first:]]
-    if option.flag not in words:
-        return [*words, option.flag, value]
-    at = words.index(option.flag)
-    end = next((n for n in range(at + 1, len(words)) if words[n].startswith("--")), len(words))
-    return [*words[: at + 1], value, *words[end:]]
-
-
 def broken(random: Random, words: list[str], options: list[Option]) -> list[str]:
     """A line that no command has: flags twice, without a value, with one too many, misspelt; stray words."""
     flags = [n for n, word in enumerate(words) if word.startswith("--")]
-    singles = [n for n in flags if not next((o.several for o in options if o.flag == words[n]), False)]
-    at, command = (
-        random.choice(flags) if flags else 0,
-        next(n for n in range(len(words)) if n == flags[0]) if flags else 1,
-    )
+    several = {option.flag for option in options if option.several}
+    singles = [n for n in flags if words[n] not in several and words[n] != "--no-measures"]
+    at = random.choice(flags) if flags else 0
     ways: list[Callable[[], list[str]]] = [
         lambda: [*words, "--no-such-option"],
         lambda: [*words, "-x"],
@@ -180,10 +165,9 @@ def broken(random: Random, words: list[str], options: list[Option]) -> list[str]
         lambda: ["--verson"],
         lambda: [words[0][:-1], *words[1:]],
         lambda: [words[0].upper(), *words[1:]],
-        lambda: words[:command] if flags and words[0] not in ("models", "demo") else ["sweep"],
+        lambda: words[: flags[0]] if flags and words[0] not in ("models", "demo") else ["sweep"],
     ]
     if flags and words[at] != "--no-measures":
-        several = words[at] in [o.flag for o in options if o.several]
         ways += [
             lambda: (
                 [*words[: at + 1], *words[at + 2 :]] if not several else [*words[: at + 1], "--seed", "1"]
@@ -194,7 +178,7 @@ def broken(random: Random, words: list[str], options: list[Option]) -> list[str]
             lambda: [*words[:at], words[at].upper(), *words[at + 1 :]],
         ]
         if singles:
-            one = random.choice([n for n in singles if words[n] != "--no-measures"])
+            one = random.choice(singles)
             ways += [
                 lambda: [*words, *words[one : one + 2]],
                 lambda: [*words[:one], *words[one : one + 2], *words[one:]],
@@ -219,7 +203,7 @@ def cases(random: Random, top: Path) -> Iterator[Case]:
             options = [option for option in commands[command] if option.kind is not bool]
             option = random.choice(options)
             wrong = random.choice(values(option, command))
-            words = with_value(good.line(command), option, wrong)
+            words = good.with_value(good.line(command), option.flag, wrong)
             if random.random() < 0.3:
                 words = broken(random, good.line(command), commands[command])
         else:
@@ -241,9 +225,7 @@ def first(commands: dict[str, list[Option]]) -> Iterator[list[str]]:
         ),
         *(("--model", "toy-blp"), ("--data", "stats"), ("--out", "a.png"), ("--device", "nonsense")),
     ):
-        option = next(option for option in commands["sweep"] if option.flag == flag)
-        noise = with_value(sweep, Option("corrupt", "--corrupt", str, False), "noise")
-        yield with_value(noise, option, value)
+        yield good.with_value(good.with_value(sweep, "--corrupt", "noise"), flag, value)
     yield [*good.line("neurons describe"), "--neuron", "3.²"]
     yield [*sweep, "--limit", "2"]
     yield ["models", "toy-blip", "states:0"]
