@@ -22,7 +22,7 @@ from vlmscope.neurons.weight_edit import base_fingerprint, changed
 from vlmscope.neurons.words import FEW, PICTURES, Neurons, Study, Word, best, find_words, study
 from vlmscope.progress import progress
 from vlmscope.runs.forward import generate
-from vlmscope.runs.hooks import Access, Hooks
+from vlmscope.runs.hooks import Hooks
 from vlmscope.runs.model import Model
 from vlmscope.stats import bootstrap, rng
 
@@ -32,7 +32,7 @@ def ablated(model: Model, neurons: Mapping[int, tuple[Sequence[int], Tensor]]) -
     """Within this context neurons of the tower that speaks are set to a value, at every position."""
     with model.alone(), Hooks() as hooks:
         for layer, (numbers, value) in neurons.items():
-            hooks.at(Access(model.down(layer), before=True), partial(_set, list(numbers), value))
+            hooks.on_hidden(model.down(layer), partial(_set, list(numbers), value), before=True)
         yield
 
 

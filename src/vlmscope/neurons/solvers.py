@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from vlmscope.models.inputs import Inputs
 from vlmscope.progress import progress
 from vlmscope.runs.forward import forward
-from vlmscope.runs.hooks import Access, Hooks
+from vlmscope.runs.hooks import Hooks
 from vlmscope.runs.model import Model
 
 Deltas = dict[int, tuple[Tensor, Tensor]]
@@ -84,8 +84,8 @@ def caption_logits(model: Model, fed: Inputs, start: int, count: int, deltas: De
     with model.alone(), Hooks() as hooks:
         for layer, (at, delta) in deltas.items():
             added = _Added(at, delta)
-            hooks.at(Access(model.down(layer), before=True), added.enter)
-            hooks.at(Access(model.down(layer)), added.leave)
+            hooks.on_hidden(model.down(layer), added.enter, before=True)
+            hooks.on_hidden(model.down(layer), added.leave)
         logits = forward(model, fed, positions=None, grad=torch.is_grad_enabled()).logits
     return logits[start : start + count].float()
 
@@ -198,7 +198,7 @@ def _elsewhere(task: Task) -> list[Tensor]:
     others = words = 0
     with model.alone(), Hooks() as hooks, torch.no_grad():
         for layer, (at, _) in task.deltas.items():
-            hooks.at(Access(model.down(layer), before=True), partial(_keep, active, layer, at))
+            hooks.on_hidden(model.down(layer), partial(_keep, active, layer, at), before=True)
         for caption in task.captions:
             active.clear()  # without a picture a layer may be passed over
             forward(model, caption.fed)
