@@ -79,6 +79,8 @@ def sweep(
     from vlmscope.studies.known import knows
     from vlmscope.studies.sweep import sweep_to, warn_of_excluded
 
+    if corrupt != "noise" and noise_scale is not None:
+        raise VlmscopeError("--noise-scale is of noise; leave it out, or take --corrupt noise")
     how = corruptions.Noise(noise, noise_at, noise_scale, draws) if corrupt == "noise" else corrupt
     options: dict[str, Any] = {
         "direction": direction,
@@ -89,10 +91,17 @@ def sweep(
         "seed": given.seed,
         "data": given.data,
     }
-    run = sweep_to(out, given.load(), given.examples(), sites, how, **options)
+    model, examples = given.load(), given.examples()
+    run = sweep_to(out, model, examples, sites, how, **options)
     warn_of_excluded(run.baselines())
     print(f"{run.patches():,} patches of {run.ran()} examples in {out}")
-    print(*knows(run.baselines()).lines(), run.check_line(), sep="\n")
+    print(*knows(run.baselines()).lines(), run.check_line(), *_more(run, len(examples)), sep="\n")
+
+
+def _more(run: Any, asked: int) -> list[str]:
+    """A line, where a folder holds examples of an earlier command that asked for more."""
+    held = len(run.baselines())
+    return [f"the folder holds {held} examples (this command asked for {asked})"] if held > asked else []
 
 
 @dataclass(kw_only=True)
@@ -152,11 +161,11 @@ def tracing(
     from vlmscope.studies.tracing import KINDS, WINDOWS, trace
 
     files.try_place(out)
-    model = given.load()
+    model, examples = given.load(), given.examples()
     table = trace(
         out,
         model,
-        given.examples(),
+        examples,
         noise=corrupt.Noise(noise, "image", noise_scale, repeats),
         windows=windows or WINDOWS,
         kinds=kinds or [k for k in KINDS if any(k in shape.kinds for shape in model.shapes.values())],
@@ -164,7 +173,8 @@ def tracing(
         seed=given.seed,
         data=given.data,
     ).table
-    print(*knows(read_run(out / "repeats" / "00").baselines()).lines(), sep="\n")
+    first = read_run(out / "repeats" / "00")
+    print(*knows(first.baselines()).lines(), sep="\n")
     print("what restores most of P(answer):")
     for row in most_restored(table).itertuples():
         spread = f", SD over repeats {row.spread:.1%}" if row.repeats > 1 else ""
@@ -173,6 +183,8 @@ def tracing(
             f"{row.restored:.1%} ({row.n} examples{spread})"
         )
     print(f"{len(table):,} rows in {out / 'tracing.parquet'}; {write_report([out], out / 'report.html')}")
+    for text in _more(first, len(examples)):
+        print(text)
 
 
 @command(app)
@@ -272,10 +284,11 @@ def generate(
 
     edits = [parse_edit(text) for text in edit or []]
     sites = parse(patch or [])
-    if sites and other is None:
-        raise VlmscopeError("--patch copies from another picture; name it with --other")
+    if bool(sites) != (other is not None):
+        raise VlmscopeError("--patch copies from another picture; name both --patch and --other")
     model = given.load()
     inputs = model.inputs(image, prompt)
+    model.changes(inputs, edits)  # what cannot be made is refused before anything is said
     if sites:
         source = model.inputs(other, prompt)
         edits += model.copied(source, inputs, sites)

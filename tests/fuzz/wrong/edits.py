@@ -172,27 +172,26 @@ def damaged(random: Random, content: bytes) -> bytes:
 
 def spoiled(random: Random, found: Path) -> str:
     """A folder of found neurons, one of whose files is not what it was; what was done."""
-    file = random.choice(sorted(found.iterdir()))
-    content = file.read_bytes()
-    about = json.loads((found / "neurons.json").read_text())
-    ways: list[tuple[str, Callable[[], Any]]] = [
-        ("gone", file.unlink),
-        ("empty", lambda: file.write_bytes(b"")),
-        ("half", lambda: file.write_bytes(content[: len(content) // 2])),
-        ("zeros", lambda: file.write_bytes(bytes(len(content)))),
-        ("no text", lambda: file.write_bytes(b"\xff\xfe\x00" + content)),
-    ]
-    for what in ("describe", "x", 3, None, ["find"]):
-        text = json.dumps({**about, "what": what})
-        ways.append((f"what {what!r}", lambda text=text: (found / "neurons.json").write_text(text)))  # type: ignore[misc]
-    for text in ("[]", "{}", "null", "{" * 50_000, '{"what": "find"}', "1"):
-        ways.append((f"json {text[:20]}", lambda text=text: (found / "neurons.json").write_text(text)))  # type: ignore[misc]
-    for text in ("0" * 64, 3, None):
-        changed = json.dumps({**about, "weights": text})
-        ways.append((f"weights {text}", lambda text=changed: (found / "neurons.json").write_text(text)))  # type: ignore[misc]
-    what, way = random.choice(ways)
-    way()
-    return f"{file.name} {what}"
+    file, about = random.choice(sorted(found.iterdir())), found / "neurons.json"
+    content, said = file.read_bytes(), json.loads(about.read_text())
+    bytes_of: dict[str, bytes] = {
+        "empty": b"",
+        "half": content[: len(content) // 2],
+        "zeros": bytes(len(content)),
+        "no text": b"\xff\xfe\x00" + content,
+    }
+    texts = ["[]", "{}", "null", "{" * 50_000, '{"what": "find"}', "1"]
+    texts += [json.dumps({**said, "what": what}) for what in ("describe", "x", 3, None, ["find"])]
+    texts += [json.dumps({**said, "weights": weights}) for weights in ("0" * 64, 3, None)]
+    if random.random() < 0.5:
+        text = random.choice(texts)
+        about.write_text(text)
+        return f"neurons.json is {text[:100]}"
+    what = random.choice(["gone", *bytes_of])
+    file.unlink()
+    if what in bytes_of:
+        file.write_bytes(bytes_of[what])
+    return f"{file.name} is {what}"
 
 
 def cases(random: Random, top: Path) -> Iterator[Case]:
@@ -203,8 +202,8 @@ def cases(random: Random, top: Path) -> Iterator[Case]:
         name, listed = next(first, None), ["neurons", "edits", "edit.safetensors"]
         if name is None and random.random() < 0.2:
             what = spoiled(random, folder / "found")
-            line = "neurons describe --model toy-llava --data states --limit 40 --word red --no-measures --out out"
-            yield Case(f"--found: {what}", [*line.split(), "--found", "found"], folder)
+            line = "neurons describe --model toy-llava --data states --limit 40 --word red --no-measures"
+            yield Case(f"--found: {what}", [*line.split(), "--found", "found", "--out", "out"], folder)
         elif name is None:
             file.write_bytes(damaged(random, content))
             line = f"edit.safetensors ({given[1]['sha256'][:8]}): {shown}\n"

@@ -55,75 +55,72 @@ FOLDERS = (
 PLACES = ("a.png", "a.png/x", "spec.toml", "", "\0", LONG, "device", "pipe", "root", "loop")
 """Where nothing can be written, or something else lies. No device by its own name: it would be replaced."""
 MODELS = (
-    "toy-blp",
-    "toyblip",
-    "BLIP-VQA",
-    "LLaVA",
-    "states",
-    "a.png",
-    "root",
-    "gone/",
-    "./gone",
-    "..",
-    "../..",
-    "/",
-)
-MORE_MODELS = (
-    "https://huggingface.co/a/b",
-    "a/b/c",
-    "-x",
-    "a b",
-    LONG,
-    "nobody/nothing",
-    "spec.toml",
-    "found",
-    "~",
-    "*",
+    *(
+        "toy-blp",
+        "toyblip",
+        "BLIP-VQA",
+        "LLaVA",
+        "states",
+        "a.png",
+        "root",
+        "gone/",
+        "./gone",
+        "..",
+        "../..",
+        "/",
+    ),
+    *(
+        "https://huggingface.co/a/b",
+        "a/b/c",
+        "-x",
+        "a b",
+        LONG,
+        "nobody/nothing",
+        "spec.toml",
+        "found",
+        "~",
+        "*",
+    ),
 )
 SETS = (
-    "stats",
-    "sates",
-    "state",
-    "colours",
-    "toy-blip",
-    "root",
-    "a.png",
-    "gone.csv",
-    "..",
-    "/",
-    "pipe",
-    "/dev/zero",
-    LONG,
+    *("stats", "sates", "state", "colours", "toy-blip", "root", "a.png", "gone.csv", "..", "/", "pipe"),
+    *("/dev/zero", LONG),
 )
 SITES = ("encoder", "encoder.9.resid@answer", "encoder.0.resid", "encoder.0.resid@verb", "*", "@", LONG)
+WORDS = ("xylophone", "two words", LONG)
 WRONG: dict[str, tuple[str, ...]] = {
-    "model": MODELS + MORE_MODELS,
+    "model": MODELS,
     "data": SETS,
     "device": ("tpu9", "cuda:99", "CPU", "gpu", "cpu:x", LONG, "cuda:-1", "meta", "mps", "0"),
     "sites": SITES,
     "patch": (*SITES, "decoder.0.resid@last + decoder.0.resid"),
     "edit": (
-        *("decoder.2.mlp@all", "decoder.2.mlp@all scale", "decoder.2.mlp@all scale x", "scale 0"),
-        *("decoder.2.mlp@all double 2", "decoder.2.mlp@all scale nan", "decoder.2.mlp@all set inf", LONG),
+        *("decoder.2.mlp@all", "decoder.2.mlp@all scale", "decoder.2.mlp@all scale x", "scale 0", LONG),
+        *("decoder.2.mlp@all double 2", "decoder.2.mlp@all scale nan", "decoder.2.mlp@all set inf"),
         *("decoder.*.mlp@all scale 0", "decoder.2.mlp.n*@all scale 0", "decoder.2.mlp@* scale 0 0"),
         *("decoder.2.mlp@all scale 1e999", "decoder.9.mlp@all scale 0", "decoder.2.mlp@all scale ３"),
         *("decoder.2.mlp@all + decoder.3.mlp scale 0", "decoder.2.mlp@noun set 1"),
     ),
     "position": ("verb", "answr", LONG, "*", "1-2", "image[9,9]"),
     "corrupt": ("sound", "Image", "image,text", LONG, "noise image"),
-    "word": ("xylophone", "two words", LONG),
-    "source": ("xylophone", "two words", LONG),
-    "neuron": ("3.²", "3", "3.", ".3", "99.1", "1.99999999", "-1.2", "1.-2", "a.b", "L3.N", "9" * 5000 + ".1", "３.1", "1.2.3"),
+    "word": WORDS,
+    "source": WORDS,
+    "neuron": (
+        *("3.²", "3", "3.", ".3", "99.1", "1.99999999", "-1.2", "1.-2", "a.b", "L3.N", "９.1", "1.2.3"),
+        "9" * 5000 + ".1",
+    ),
     "kinds": ("residd", "cross attn", "output", LONG),
     "figures": ("png8", "SVG", "svg,pdf", "../x", LONG),
     "name": ("folders", "coco", "../folder", "svo_probes", LONG),
-    "example": ("states", "states:", ":0", "states:99999999999", "states:-1", "states:²", "stats:0", "gone.csv:0", LONG),
+    "example": (
+        *("states", "states:", ":0", "states:99999999999", "states:-1", "states:²", "stats:0", "gone.csv:0"),
+        LONG,
+    ),
     "tagger": ("gone", "../..", "os", LONG),
     "embedding": ("gone", "../..", "a.png", LONG),
     "windows": ("2", "0", "4"),
     "top": ("0", "99999"),
-    "data-out": ("a.png",),
-}  # fmt: skip
+}
 """By the name of an option, what has the right type and still is wrong."""
 OUT = ("out", "export")
 INPUTS = {"image": FILES, "other": FILES, "spec": FILES, "on": FILES, "files": FILES}
@@ -169,9 +166,7 @@ def broken(random: Random, words: list[str], options: list[Option]) -> list[str]
     ]
     if flags and words[at] != "--no-measures":
         ways += [
-            lambda: (
-                [*words[: at + 1], *words[at + 2 :]] if not several else [*words[: at + 1], "--seed", "1"]
-            ),
+            lambda: [*words[: at + 1], "--seed", "1"],
             lambda: [*words[:at], *words[at + 2 :], words[at]],
             lambda: [*words[:at], words[at][:-1], *words[at + 1 :]],
             lambda: [*words[:at], words[at][1:], *words[at + 1 :]],

@@ -1,8 +1,8 @@
 """Expressions that are no sites, or that name what a model or an example does not have.
 
-A good expression is changed, in its parts or in its characters. What comes out is judged by a grammar of its own
-(`meant`), written for the model and the example of the cases: what it takes is no wrong input, and is left out,
-unless it says the same as the good one; then the run has to have the same rows.
+A good expression is changed, in its parts or in its characters. What comes out is judged by a grammar of its
+own (`meant`), written for the model and the example of the cases: what it takes is no wrong input, and is
+left out, unless it says the same as the good one; then the run has to have the same rows.
 """
 
 from __future__ import annotations
