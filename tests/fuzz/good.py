@@ -101,7 +101,7 @@ def _made(top: Path) -> Path:
     folder.mkdir()
     Image.new("RGB", (48, 48), "red").save(folder / "a.png")
     (folder / "spec.toml").write_text(
-        'model = "toy-blip"\ndata = ["states"]\ncorrupt = ["image"]\nlimit = 2\nseed = 1\n'
+        'model = "toy-blip"\ndata = ["states"]\ncorrupt = ["image"]\nlimit = 1\nseed = 1\n'
         'sites = ["encoder.1.cross.h*@answer"]\nselect = false\n'
     )
     for label, color in (("cat", "red"), ("owl", "blue")):

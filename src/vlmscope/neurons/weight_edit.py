@@ -146,15 +146,15 @@ class WeightEdit:
             about = json.loads(metadata["about"])
             model, on = metadata["model"], tuple(metadata["on"].split())
             wrong = metadata["vlmscope"] != "edit" or not all(_SHA256.fullmatch(one) for one in (model, *on))
-            if wrong or not all(isinstance(x, str) for x in (*about, *about.values())):
+            if wrong or not all(isinstance(x, str) for x in (*about, *dict(about).values())):
                 raise ValueError("its metadata are not those of an edit")
-            layers = sorted(int(_NEURONS.fullmatch(name)[1]) for name in tensors if "neurons" in name)  # type: ignore[index]
+            layers = sorted(int(found[1]) for found in map(_NEURONS.fullmatch, tensors) if found)
             columns = {n: (tensors[f"layer.{n}.neurons"], tensors[f"layer.{n}.added"]) for n in layers}
             if not columns or len(tensors) != 2 * len(columns):
                 raise ValueError("its tensors are not those of an edit")
             made = cls(columns, model, about, on)
         # The file may be anything: what it lacks or has too much shows in one of these.
-        except (SafetensorError, ValueError, KeyError, TypeError, AttributeError, VlmscopeError) as error:
+        except (SafetensorError, RecursionError, ValueError, LookupError, TypeError, VlmscopeError) as error:
             raise StoreError(f"{path}: cannot be read as an edit ({error}); expected {EXPECTED}") from error
         if metadata.get("sha256") != _digest(tensors, model, metadata["about"], on):
             raise StoreError(f"{path}: has been changed since it was written; make the edit again")

@@ -13,7 +13,7 @@ import pyarrow.compute as pc
 
 from vlmscope.data import Examples
 from vlmscope.data.example import fingerprint
-from vlmscope.errors import DataError, ExampleError
+from vlmscope.errors import DataError, ExampleError, whole
 from vlmscope.patching.scores import Metric
 from vlmscope.patching.sources import Source
 from vlmscope.runs.corrupt import Noise
@@ -80,6 +80,7 @@ def sweep(
     >>> len(table), table.columns[0], table.attrs["check"]["rows"]
     (12, 'example', 5)
     """
+    check = whole(check, "the number of rows to check")
     task = task_of(model, examples, sites, corrupt, direction, engine, seed, metric=metric, patch=patch)
     if out is not None:
         run = _into_folder(task, out, data, check)
@@ -118,6 +119,7 @@ def sweep_to(
     the image is the foil's, and is no longer the answer when the text or noise is what corrupts.
     The others stay in `baselines` as excluded, with what the model answered.
     """
+    check = whole(check, "the number of rows to check")
     task = task_of(model, examples, sites, corrupt, direction, engine, seed, select, metric, patch)
     return _into_folder(task, out, data, check)
 

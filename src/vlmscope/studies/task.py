@@ -111,6 +111,8 @@ def task_of(
     patch: Source = "clean",
 ) -> Task:
     """Checked against the model and the data before anything runs."""
+    if not isinstance(model, Model):
+        raise VlmscopeError(f"the model is {shown(model)}; expected a Model, as vlmscope.load gives it")
     if direction not in ("denoise", "noise"):
         raise VlmscopeError(f"unknown direction {shown(direction)}; expected denoise or noise")
     if engine not in ("fast", "reference"):
