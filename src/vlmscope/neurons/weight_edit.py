@@ -142,11 +142,13 @@ class WeightEdit:
         try:
             tensors = load(content)
             header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
-            metadata = header["__metadata__"]
+            metadata = header.get("__metadata__", {})
+            if metadata.get("vlmscope") != "edit":
+                raise StoreError(f"{path}: not an edit; expected {EXPECTED}")
             about = json.loads(metadata["about"])
             model, on = metadata["model"], tuple(metadata["on"].split())
-            wrong = metadata["vlmscope"] != "edit" or not all(_SHA256.fullmatch(one) for one in (model, *on))
-            if wrong or not all(isinstance(x, str) for x in (*about, *dict(about).values())):
+            texts = [*about, *dict(about).values()]
+            if not all(map(_SHA256.fullmatch, (model, *on))) or not all(isinstance(x, str) for x in texts):
                 raise ValueError("its metadata are not those of an edit")
             layers = sorted(int(found[1]) for found in map(_NEURONS.fullmatch, tensors) if found)
             columns = {n: (tensors[f"layer.{n}.neurons"], tensors[f"layer.{n}.added"]) for n in layers}
@@ -154,6 +156,8 @@ class WeightEdit:
                 raise ValueError("its tensors are not those of an edit")
             made = cls(columns, model, about, on)
         # The file may be anything: what it lacks or has too much shows in one of these.
+        except StoreError:
+            raise
         except (SafetensorError, RecursionError, ValueError, LookupError, TypeError, VlmscopeError) as error:
             raise StoreError(f"{path}: cannot be read as an edit ({error}); expected {EXPECTED}") from error
         if metadata.get("sha256") != _digest(tensors, model, metadata["about"], on):
