@@ -155,9 +155,9 @@ def test_columns_that_no_edit_has(columns, words):
 def test_an_edit_does_not_reach_beyond_the_model():
     toy = vlmscope.load("toy-llava")
     for columns, words in (
-        ({3: (torch.tensor([256]), torch.ones(96, 1))}, "toy-llava does not have in layer 3"),
-        ({4: (torch.tensor([0]), torch.ones(96, 1))}, "toy-llava does not have in layer 4"),
-        ({3: (torch.tensor([0]), torch.ones(95, 1))}, "needs 96"),
+        ({3: (torch.tensor([256]), torch.ones(96, 1))}, "of neurons 0 to 255"),
+        ({4: (torch.tensor([0]), torch.ones(96, 1))}, "has no neurons in layer 4"),
+        ({3: (torch.tensor([0]), torch.ones(95, 1))}, "columns of 96 numbers"),
     ):
         edit = vlmscope.WeightEdit(columns, toy.fingerprint())
         with pytest.raises(VlmscopeError, match=words), vlmscope.edited(toy, edit):

@@ -20,11 +20,10 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, BinaryIO
 
-import pandas as pd
-
 from vlmscope.errors import DataError, ExampleError, StoreError, VlmscopeError, shown
 
 if TYPE_CHECKING:
+    import pandas as pd
     from PIL import Image
 
 PICTURE = 384
@@ -236,7 +235,9 @@ def _put(file: Path, content: bytes) -> Path:
     """Write and sync a temporary beside a file, for a rename; none is left behind a failure."""
     temporary = file.with_name(f".{file.name}.tmp")
     try:
-        with temporary.open("wb") as stream:
+        # What a killed process left goes, and so does a link to somewhere else.
+        temporary.unlink(missing_ok=True)
+        with temporary.open("xb") as stream:
             stream.write(content)
             stream.flush()
             os.fsync(stream.fileno())

@@ -38,9 +38,7 @@ class Shown(OneModel):
             raise VlmscopeError("give either --image or --data")
         if self.prompt is None:
             raise VlmscopeError("--image needs a --prompt that asks for the caption")
-        return [
-            Example(id=self.image.name, clean_image=self.image, clean_prompt=self.prompt, answer="", foil="")
-        ]
+        return [Example(self.image.name, self.image, self.prompt, answer="", foil="")]
 
 
 @command(app)
@@ -191,8 +189,7 @@ def edit(
         room.WeightEdit.load(out)  # what is no edit is not written over
     if export is not None and export.exists() and (not export.is_dir() or any(export.iterdir())):
         raise VlmscopeError(f"{export}: is there and not empty; choose another --export")
-    seed = given.seed
-    model, examples = given.load(), given.examples()
+    model, examples, seed = given.load(), given.examples(), given.seed
     before = [room.WeightEdit.load(path) for path in on or []]
     known = room.read(found, room.Found) if found else None
     mixed = [examples[n] for n in shuffled(seed, [example.id for example in examples], "halves")]
@@ -213,12 +210,11 @@ def edit(
         )
         made.save(out)
         print(f"{made}\n{out}")
-        card = out.with_name(f"{out.stem}-card")
         prompts = [prompt, *(wording or [])]
         assessed = room.describe_edit(
             model, made, mixed[half:], prompts=prompts, names=objects or (), found=known, seed=seed
         )
-    assessed.save(card)
+    card = assessed.save(out.with_name(f"{out.stem}-card"))
     print(assessed.measures.to_string(index=False, float_format="{:.3g}".format))
     print(write_report([card], card / "report.html"))
     if export is not None:

@@ -23,7 +23,7 @@ from vlmscope.patching.sources import Means, Source, check_source, resampled, ze
 from vlmscope.runs import corrupt as corruptions
 from vlmscope.runs.corrupt import Corruption, Noise
 from vlmscope.runs.model import Model
-from vlmscope.sites import Pattern, Point, Site, Sites, expand, parse, place, points_of
+from vlmscope.sites import Point, Site, Sites, expand, parse, place, points_of
 from vlmscope.stats import rng
 
 PACKAGES = ("vlmscope", "torch", "transformers", "torchvision", "pillow")
@@ -38,12 +38,12 @@ class Task:
     examples: list[Example]
     sites: list[str]
     corruption: Corruption | None
-    direction: str
-    engine: str
-    seed: int
-    select: bool
-    metric: str | Metric
-    patch: Source
+    direction: str = "denoise"
+    engine: str = "fast"
+    seed: int = 0
+    select: bool = False
+    metric: str | Metric = "ld"
+    patch: Source = "clean"
 
     @property
     def kind(self) -> str:
@@ -99,45 +99,36 @@ class Result(NamedTuple):
 
 
 def task_of(
-    model: Model,
-    examples: Examples,
-    sites: Sites,
-    corrupt: str | Noise | None,
-    direction: str,
-    engine: str,
-    seed: int,
-    select: bool = False,
-    metric: str | Metric = "ld",
-    patch: Source = "clean",
+    model: Model, examples: Examples, sites: Sites, corrupt: str | Noise | None, **options: Any
 ) -> Task:
-    """Checked against the model and the data before anything runs."""
+    """Checked against the model and the data before anything runs; `options` are the other fields."""
     if not isinstance(model, Model):
         raise VlmscopeError(f"the model is {shown(model)}; expected a Model, as vlmscope.load gives it")
-    if direction not in ("denoise", "noise"):
-        raise VlmscopeError(f"unknown direction {shown(direction)}; expected denoise or noise")
-    if engine not in ("fast", "reference"):
-        raise VlmscopeError(f"unknown engine {shown(engine)}; expected fast or reference")
-    whole(seed, "the seed", most=SEED)
-    check_metric(metric)
-    check_source(patch)
-    if corrupt is None and (patch == "clean" or select):
+    corruption = None if corrupt is None else corruptions.parse(corrupt)
+    task = Task(model, listed(examples), [str(site) for site in parse(sites)], corruption, **options)
+    if task.direction not in ("denoise", "noise"):
+        raise VlmscopeError(f"unknown direction {shown(task.direction)}; expected denoise or noise")
+    if task.engine not in ("fast", "reference"):
+        raise VlmscopeError(f"unknown engine {shown(task.engine)}; expected fast or reference")
+    whole(task.seed, "the seed", most=SEED)
+    check_metric(task.metric)
+    check_source(task.patch)
+    if corrupt is None and (task.patch == "clean" or task.select):
         raise VlmscopeError(
             "without a corruption (--corrupt image, text or noise) nothing can be copied or chosen by; "
             "name one, or patch zero, mean or resample (--patch)"
         )
-    given = listed(examples)
-    if not given:
+    if not task.examples:
         raise DataError("there are no examples; nothing to run")
-    names = [str(site) for site in check_sites(model, given, sites, patch)]
-    corruption = None if corrupt is None else corruptions.parse(corrupt)
-    direction = direction if patch == "clean" else "noise"  # what ablates is written into the clean run
-    return Task(model, given, names, corruption, direction, engine, seed, select, metric, patch)
+    check_sites(model, task.examples, task.sites, task.patch)
+    # what ablates is written into the clean run
+    return task if task.patch == "clean" else replace(task, direction="noise")
 
 
 def check_sites(
-    model: Model, examples: Sequence[Example], sites: Sites, patch: Source = "clean"
-) -> list[Pattern]:
-    """The patterns of the sites; raises `SiteError` for what this model or these examples do not have."""
+    model: Model, examples: Sequence[Example], sites: Sequence[str], patch: Source = "clean"
+) -> None:
+    """Raises `SiteError` for sites that this model or these examples do not have."""
     parsed = parse(sites)
     expanded = expand(parsed, model.shapes)
     for part in (part for site in expanded for part in site.parts):
@@ -153,19 +144,24 @@ def check_sites(
             )
     roles = {role: None for example in examples for role in example.roles}
     for site in parsed:
-        unknown = next((role for role in site.roles if role not in roles), None)
-        if unknown is not None:
+        if unknown := [role for role in site.roles if role not in roles]:
             raise SiteError(
-                f"bad site {shown(site)}: no example has a role {shown(unknown)}{nearest(unknown, roles)}; "
-                f"the roles of this data: {', '.join(roles) or 'none'}"
+                f"bad site {shown(site)}: no example has a role {shown(unknown[0])}; name one of the roles of this "
+                f"data: {', '.join(roles) or 'none'}{nearest(unknown[0], roles)}"
             )
+    wrong: SiteError | None = None
     for example in examples:
-        with suppress(ExampleError):
+        try:
             clean = model.prepare(replace(example, corrupt_image=None, corrupt_prompt=None)).clean
             for one in expanded:
                 place(one, clean.layout)
-            break
-    return parsed
+            return  # another example that lacks them is left out of the run
+        except ExampleError:
+            continue
+        except SiteError as error:
+            wrong = wrong or error
+    if wrong is not None:
+        raise wrong
 
 
 def all_jobs(task: Task) -> list[Todo]:
@@ -173,10 +169,8 @@ def all_jobs(task: Task) -> list[Todo]:
 
 
 def spec_of(task: Task, data: str, digests: Sequence[str]) -> dict[str, Any]:
-    corrupt: dict[str, Any] = {"kind": task.kind}
     data_hash = hashlib.sha256(" ".join(digests).encode()).hexdigest()
-    if isinstance(task.corruption, Noise):
-        corrupt |= asdict(task.corruption)
+    noise = asdict(task.corruption) if isinstance(task.corruption, Noise) else {}
     return {
         "model": task.model.name,
         "weights": task.model.fingerprint(),
@@ -184,7 +178,7 @@ def spec_of(task: Task, data: str, digests: Sequence[str]) -> dict[str, Any]:
         "data_hash": data_hash,
         "n_examples": len(task.examples),
         "sites": task.sites,
-        "corrupt": corrupt,
+        "corrupt": {"kind": task.kind, **noise},
         "direction": task.direction,
         "engine": task.engine,
         "metric": task.metric if isinstance(task.metric, str) else task.metric.__qualname__,
@@ -200,11 +194,9 @@ def spec_of(task: Task, data: str, digests: Sequence[str]) -> dict[str, Any]:
 
 
 def _version(package: str) -> str | None:
-    """Which version is installed, if any."""
-    try:
+    with suppress(PackageNotFoundError):
         return version(package)
-    except PackageNotFoundError:
-        return None
+    return None
 
 
 def description_of(model: Model) -> dict[str, Any]:
