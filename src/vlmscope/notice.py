@@ -274,6 +274,8 @@ def _check_folder(spec: Spec, folder: Path) -> None:
     file = folder / "notice.toml"
     files.try_place(folder)
     if not file.exists():
+        if folder.is_dir() and not all(map(files.is_temporary, folder.iterdir())):
+            raise StoreError(f"{folder}: not empty, and holds no notice run; choose another --out")
         return
     there, here = Spec.from_toml(file), spec._absolute()
     if there != here:

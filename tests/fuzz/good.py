@@ -40,7 +40,7 @@ LINES = {
     "neurons find": "--model toy-llava --image a.png --prompt what? --caption 'a red star' --word red "
     "--out out",
     "neurons describe": f"{LLAVA} --neuron 1.2 --no-measures --out out",
-    "neurons perturb": "--model toy-llava --data states --word red --found found --out out",
+    "neurons perturb": "--model toy-llava --data states --limit 40 --word red --found found --out out",
     "neurons edit": "--model toy-llava --data states --limit 6 --prompt what? --from red --to blue "
     "--neurons 5 --solver closed --on edit.safetensors --out out.safetensors",
     "neurons edits": "edit.safetensors",

@@ -146,8 +146,8 @@ def check_sites(
     for site in parsed:
         if unknown := [role for role in site.roles if role not in roles]:
             raise SiteError(
-                f"bad site {shown(site)}: no example has a role {shown(unknown[0])}; name one of the roles of this "
-                f"data: {', '.join(roles) or 'none'}{nearest(unknown[0], roles)}"
+                f"bad site {shown(site)}: no example has a role {shown(unknown[0])}; the roles of this data: "
+                f"{', '.join(roles) or 'none'}; name one of these{nearest(unknown[0], roles)}"
             )
     wrong: SiteError | None = None
     for example in examples:

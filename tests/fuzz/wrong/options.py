@@ -140,7 +140,7 @@ def values(option: Option, command: str) -> tuple[str, ...]:
     if choices := get_args(option.kind):
         near = [choices[0][:-1], choices[0].upper(), f"{choices[0]},{choices[-1]}", f" {choices[0]}"]
         return (*found, *near, "", LONG, "\x1b[2J", "\0")
-    return (*found, *TEXTS)
+    return (*found, *(text for text in TEXTS if text or option.name not in ("prompt", "wording")))
 
 
 def broken(random: Random, words: list[str], options: list[Option]) -> list[str]:
