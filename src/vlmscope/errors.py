@@ -18,8 +18,8 @@ import unicodedata
 
 LONGEST = 390
 """Characters in the text of an error, so that a whole line of the command line has at most 400."""
-_UNSEEN = ("Cc", "Cf", "Cs", "Zl", "Zp")
-"""Unicode's categories of what steers a terminal, turns text around, or cannot be encoded."""
+_UNSEEN = ("Cc", "Cf", "Cn", "Co", "Cs", "Zl", "Zp")
+"""Unicode's categories of what steers a terminal, turns text around, is no character or cannot be encoded."""
 
 
 class VlmscopeError(Exception):

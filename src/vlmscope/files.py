@@ -27,6 +27,8 @@ PICTURE = 384
 """Longest side, in pixels, of a stored example picture."""
 LARGEST = 2**28
 """Bytes up to which a file that somebody names is read."""
+LONGEST_NAME = 200
+"""Bytes of a file's name: file systems end at 255, and what is written beside it has a longer one."""
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
@@ -88,11 +90,18 @@ def save(
 
 
 def write(file: Path, content: bytes) -> None:
-    """Write a whole file or nothing: readers never see half of one, a power cut included."""
+    """Write a whole file or nothing: readers never see half of one, a power cut included.
+
+    Nothing but a file is replaced: no device, pipe or folder, and a link itself, not what it leads to.
+    """
     temporary = file.with_name(f".{file.name}.tmp")
     with storing(file):
+        if os.path.lexists(file) and not (file.is_symlink() or file.is_file()):
+            raise OSError("not a file")
+        temporary.unlink(missing_ok=True)
         try:
-            with temporary.open("wb") as stream:
+            # New, or it might be a link that leads elsewhere.
+            with temporary.open("xb") as stream:
                 stream.write(content)
                 stream.flush()
                 os.fsync(stream.fileno())
@@ -124,6 +133,37 @@ def read_json(file: Path, way_out: str) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise StoreError(f"{file}: is damaged (not a JSON object); {way_out}")
     return content
+
+
+def is_text(text: str) -> bool:
+    """Whether a text can be written as UTF-8; names on disk need not be.
+
+    >>> is_text("café"), is_text("caf\\udce9")
+    (True, False)
+    """
+    try:
+        return bool(text.encode()) or not text
+    except UnicodeEncodeError:
+        return False
+
+
+def is_plain_name(text: str) -> bool:
+    """Whether a text is the name of a file or folder, on any system: no path, nothing hidden or odd.
+
+    What data names becomes a name on disk only if it is one.
+
+    >>> is_plain_name("COCO_val2014_000000000042"), is_plain_name("my data (2)")
+    (True, True)
+    >>> any(map(is_plain_name, ("", "..", "a/b", ".x", "-x", "x" * 300, "a\\nb")))
+    False
+    """
+    return (
+        text.isprintable()
+        and text == text.strip(" .")
+        and not text.startswith("-")
+        and not set(text) & set('/\\:*?"<>|')
+        and 0 < len(text.encode()) <= LONGEST_NAME
+    )
 
 
 def is_temporary(path: Path) -> bool:

@@ -8,11 +8,13 @@ feeding the horse?", "is the man riding a horse or a bike?".
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeAlias
 
+from vlmscope import files
 from vlmscope.data.example import Example, find_roles
 from vlmscope.data.published.layout import by_stem
 from vlmscope.data.published.sampling import SIZE, Fetch, Source
@@ -90,7 +92,7 @@ def load(source: Source) -> list[Example]:
     dropped.
     """
     table = source.root / TABLE
-    if not table.is_file():
+    if not os.path.lexists(table):
         raise source.not_here(f"file {TABLE}")
     rows = read_rows(source, read_table(table, COLUMNS))
     decks = {
@@ -98,6 +100,8 @@ def load(source: Source) -> list[Example]:
     }
     folder = source.root / "images"
     if source.fetch:
+        if folder.is_symlink():
+            raise DataError(f"{folder}: a link, through which nothing is downloaded; make it a folder")
         _fetch_wanted(source, source.fetch, decks, folder)
     files = by_stem([folder])
     for kind, deck in decks.items():
@@ -145,6 +149,8 @@ def _row(cells: Mapping[str, str]) -> Row:
     _check_question(kind, one, other)
     # Pandas may have written a number with a point.
     name, *images = (cells[c].removesuffix(".0") for c in ("id", "pos_image_id", "neg_image_id"))
+    if not all(map(files.is_plain_name, images)):
+        raise Unfit("an image number that is no plain name of a file")
     urls = cells["pos_url"], cells["neg_url"]
     return Row(f"svo-{name}-{kind}", kind, (one, other), (images[0], images[1]), urls)
 

@@ -8,7 +8,7 @@ from PIL import Image
 
 from vlmscope.data.example import Box, Example
 from vlmscope.data.images import open_image
-from vlmscope.errors import ExampleError
+from vlmscope.errors import ExampleError, shown
 from vlmscope.runs.model import Model
 
 
@@ -36,14 +36,16 @@ def covered(example: Example, name: str, size: tuple[int, int], view: Box | None
     whole = open_image(example.clean_image).size
     if isinstance(mask, tuple):
         shown = Image.new("L", whole, 0)
-        left, top, right, bottom = (round(x) for x in mask)
+        # Numbers that are none, or beyond all pictures, have no pixels.
+        edges = zip(mask, (*whole, *whole), strict=True)
+        left, top, right, bottom = (round(min(max(x, 0), end)) if x == x else 0 for x, end in edges)
         shown.paste(255, (left, top, right, bottom))
     else:
         shown = open_image(mask).convert("L")
         if shown.size != whole:
             (width, height), (wide, high) = shown.size, whole
             raise ExampleError(
-                f"the mask of '{name}' is {width}x{height}, its picture {wide}x{high}; "
+                f"the mask of {shown(name)} is {width}x{height}, its picture {wide}x{high}; "
                 "draw it in the picture's size"
             )
     if view is not None:
@@ -51,5 +53,5 @@ def covered(example: Example, name: str, size: tuple[int, int], view: Box | None
         shown = shown.crop((left, top, right, bottom))
     share = np.asarray(shown.convert("F").resize(size[::-1], Image.Resampling.BOX)) / 255
     if share.max() <= 0:
-        raise ExampleError(f"the mask of '{name}' is empty; draw the object white")
+        raise ExampleError(f"the mask of {shown(name)} is empty; draw the object white")
     return np.asarray(share >= min(0.5, float(share.max())))
