@@ -17,11 +17,10 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
-import pandas as pd
-
 from vlmscope.errors import DataError, ExampleError, StoreError, VlmscopeError
 
 if TYPE_CHECKING:
+    import pandas as pd
     from PIL import Image
 
 PICTURE = 384
@@ -105,7 +104,7 @@ def write(file: Path, content: bytes) -> None:
     """
     temporary = file.with_name(f".{file.name}.tmp")
     with storing(file):
-        if os.path.lexists(file) and not (file.is_symlink() or file.is_file()):
+        if file.exists() and not file.is_file():
             raise OSError("not a file")
         temporary.unlink(missing_ok=True)
         try:

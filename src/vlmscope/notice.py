@@ -32,7 +32,8 @@ from vlmscope.data.drawn import draw
 from vlmscope.data.example import Example
 from vlmscope.data.questions.replacement import replace_words
 from vlmscope.data.table import read_csv, write_csv
-from vlmscope.errors import DataError, StoreError, VlmscopeError
+from vlmscope.errors import DataError, StoreError, VlmscopeError, shown
+from vlmscope.files import is_plain_name
 from vlmscope.report import write_report
 from vlmscope.runs.model import Model
 from vlmscope.studies import circuits, heads
@@ -138,8 +139,14 @@ def _checked(path: Path, content: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def name_of(data: str) -> str:
-    """What a data set is called in the results: a built-in set's name, or that of the CSV file."""
-    return data if data in BUILT_IN else Path(data).stem
+    """What a data set is called in the results: a built-in set's name, or that of the CSV file.
+
+    Raises `VlmscopeError` for a file whose name is none for the folders of results.
+    """
+    name = data if data in BUILT_IN else Path(data).stem
+    if not is_plain_name(name):
+        raise VlmscopeError(f"{data}: would be called {shown(name)} in the results; rename the file")
+    return name
 
 
 def run(spec: Spec, out: str | os.PathLike[str], say: Say = lambda text: None) -> Path:

@@ -9,7 +9,7 @@ from typing import Any, Literal
 import typer
 
 from vlmscope.cli.options import Given, OneModel, command
-from vlmscope.errors import VlmscopeError
+from vlmscope.errors import VlmscopeError, plain
 
 app = typer.Typer(
     no_args_is_help=True, help="Neurons that turn what is seen into a word.\n\nFind, show, perturb, edit."
@@ -36,9 +36,9 @@ class Shown(OneModel):
             raise VlmscopeError("give either --image or --data")
         if self.prompt is None:
             raise VlmscopeError("--image needs a --prompt that asks for the caption")
-        return [
-            Example(id=self.image.name, clean_image=self.image, clean_prompt=self.prompt, answer="", foil="")
-        ]
+        # The name goes into tables, which hold no bytes that are no text.
+        name = plain(self.image.name)
+        return [Example(id=name, clean_image=self.image, clean_prompt=self.prompt, answer="", foil="")]
 
 
 @command(app)

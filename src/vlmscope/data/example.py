@@ -58,12 +58,13 @@ class Example:
             if not 0 <= start < end <= len(prompt):
                 problem = f"the prompt has {len(prompt)} characters"
             elif of is not None and of[start:end] != prompt[start:end]:
-                problem = f"there {shown(prompt[start:end])} has taken the place of {shown(of[start:end])}"
+                was, now = shown(of[start:end]), shown(prompt[start:end])
+                problem = f"there {now} has taken the place of {was}"
             else:
                 continue
             raise ExampleError(
-                f"example {shown(self.id)}: the role {shown(name)} is characters {start} to {end} of clean_prompt, and "
-                f"{problem}; give the roles of this prompt"
+                f"example {shown(self.id)}: the role {shown(name)} is characters {start} to {end} of "
+                f"clean_prompt, and {problem}; give the roles of this prompt"
             )
         words = {**self.groups, "answer": self.answer, "foil": self.foil}
         found = find_roles(prompt, words)
@@ -89,7 +90,7 @@ def check_text(what: str, text: str) -> None:
     """
     if odd := _NO_TEXT.search(text):
         raise ExampleError(
-            f"{what} {shown(text)} has the control character {ascii(odd[0])} at {odd.start()}; take it out"
+            f"{what} {shown(text)} has the control character {odd[0]!a} at {odd.start()}; take it out"
         )
     if len(text) > LONGEST_TEXT:
         raise ExampleError(

@@ -11,7 +11,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from vlmscope import files
 from vlmscope.data.example import Picture
-from vlmscope.errors import ExampleError
+from vlmscope.errors import ExampleError, line
 
 MAX_PIXELS = 89_000_000
 """A larger picture is refused before it is decoded (Pillow warns from about this size on)."""
@@ -61,7 +61,8 @@ def open_image(picture: Picture | str) -> Image.Image:
     except Exception as error:
         why = next((why for kind, why in _REFUSALS.items() if isinstance(error, kind)), None)
         # Pillow's decoders meet broken data with OSError, SyntaxError, struct.error and others.
-        broken = f"an image that cannot be decoded, broken or cut off ({error}); copy or save it again"
+        said = line(str(error), 100)
+        broken = f"an image that cannot be decoded, broken or cut off ({said}); copy or save it again"
         raise ExampleError(f"{name}: {why or broken}") from error
 
 

@@ -39,7 +39,7 @@ SHOWN = 5
 
 # Pandas leaves its index unnamed and reads it back so.
 _INDEX = re.compile(r"(Unnamed: [\d.]+)?")
-_MORE = rf"{MORE}_([2-9]|[1-9][0-9]{1,8})"
+_MORE = rf"{MORE}_([2-9]|[1-9][0-9]{1, 8})"
 _NO_GROUP = re.compile(
     rf"id|{SHOWS}|{'|'.join(COLUMNS)}|({MASK}|{BOX}|{MORE})(_.*)?|{_INDEX.pattern}", re.DOTALL
 )
@@ -51,11 +51,11 @@ def read_csv(path: Path | str) -> list[Example]:
     The columns are `COLUMNS`, the published NOTICE code's own; the two of the corrupt input may be absent,
     and their cells empty. `id` is optional: by default an example's id is the number of its row, counted
     from 0 as pandas does. `mask_path` and `mask_path_NAME` give masks, `box` and `box_NAME` boxes instead;
-    `image_path_2`, `image_path_3`… (any number from 2 on) are further pictures of an example, the same in both runs; `shows` are
-    words for what the clean image shows. Every further column is a group, and where its words stand in the
-    clean prompt also a role of that name; the roles `answer` and `foil` are always looked up. Columns
-    without a name, as pandas writes an index, are left out. Image paths are relative to the file's folder,
-    and are not opened here.
+    `image_path_2`, `image_path_3`… (any number from 2 on) are further pictures of an example, the same in
+    both runs; `shows` are words for what the clean image shows. Every further column is a group, and where
+    its words stand in the clean prompt also a role of that name; the roles `answer` and `foil` are always
+    looked up. Columns without a name, as pandas writes an index, are left out. Image paths are relative to
+    the file's folder, and are not opened here.
 
     Raises `DataError` where the file as a whole cannot be trusted: it is missing or not UTF-8, a column is
     missing, there twice or named as none can be, a row has too many or too few cells, an empty one that
@@ -83,8 +83,8 @@ def read_csv(path: Path | str) -> list[Example]:
     for name in names:
         if re.fullmatch(rf"{MORE}(_.*)?|({MASK}|{BOX})_", name) and not re.fullmatch(_MORE, name):
             raise DataError(
-                f"{path}: no picture or object is called {shown(name)}; further pictures are {MORE}_2, {MORE}_3 "
-                f"and so on, masks {MASK}_NAME, boxes {BOX}_NAME: rename the column"
+                f"{path}: no picture or object is called {shown(name)}; further pictures are {MORE}_2, "
+                f"{MORE}_3 and so on, masks {MASK}_NAME, boxes {BOX}_NAME: rename the column"
             )
     examples: list[Example] = []
     problems: list[str] = []

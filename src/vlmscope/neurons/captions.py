@@ -23,6 +23,7 @@ from vlmscope.runs.access import access
 from vlmscope.runs.forward import forward, generate
 from vlmscope.runs.hooks import Access, Hooks
 from vlmscope.runs.model import Model
+from vlmscope.runs.prepare import check_words
 from vlmscope.sites import Point
 
 LENGTH = 40
@@ -173,6 +174,7 @@ def wide(x: Tensor) -> Tensor:
 
 def tokenized(model: Model, example: Example, text: str, prompt: str | None) -> list[int]:
     """A text's tokens as they follow the prompt, and the one that ends it."""
+    check_words(model, "the caption", text)
     asked, images = prompt or example.clean_prompt, 1 + len(example.more_images)
     return model.family.options(model.processor, asked, text, images)
 

@@ -9,9 +9,9 @@ from typing import Any
 
 from PIL import Image
 
-from vlmscope.data.example import Example, Picture, Span, find_roles
+from vlmscope.data.example import Example, Picture, Span, check_text, find_roles
 from vlmscope.data.images import open_image
-from vlmscope.errors import ExampleError
+from vlmscope.errors import ExampleError, shown
 from vlmscope.layout import Layout, grid
 from vlmscope.models.inputs import Inputs, Pair
 from vlmscope.runs.network import Network
@@ -29,12 +29,37 @@ def encode(
     read: int = 1,
 ) -> Inputs:
     """The tensors of one run; `fed` are tokens behind the prompt, the `read` last positions are scored."""
+    check_words(network, "the prompt", prompt)
     pictures = [open_image(image) for image in images]
     inputs = network.family.encode(network.hf, network.processor, pictures, prompt, roles, fed)
     tensors = {k: v.to(network.device) for k, v in inputs.tensors.items()}
     there = inputs.layout[network.speaker]
     there = replace(there, readout=len(there.tokens) - read, fed=len(fed))
     return Inputs(tensors, {**inputs.layout, network.speaker: there})
+
+
+def check_words(network: Network, what: str, text: str) -> None:
+    """Refuse words that are none to the model: blanks alone, or tokens that only its template writes.
+
+    A prompt that holds the image's placeholder is the whole text that the model reads, so it may hold the
+    template's tokens, but not those that the processor puts in the placeholder's place. Raises
+    `ExampleError`, which begins with `what`.
+    """
+    check_text(what, text)
+    if text and not text.strip():
+        raise ExampleError(f"{what} is blanks alone; write words")
+    tokenizer, config = network.processor.tokenizer, network.hf.config
+    mark = str(getattr(network.processor, "image_token", None) or "")
+    image = getattr(config, "image_token_id", None)
+    special = [tokenizer.convert_ids_to_tokens(image)] if image is not None else []
+    special += [getattr(network.processor, "video_token", None)]
+    if what != "the prompt" or not mark or mark not in text:
+        special += tokenizer.all_special_tokens
+    if typed := next((one for one in special if one and one != mark and one in text), None):
+        whole = f", or write the whole text that the model reads, with {mark} in it" if mark else ""
+        raise ExampleError(
+            f"{what} holds '{typed}', which is no word but a token of its own; take it out{whole}"
+        )
 
 
 def prepare(network: Network, example: Example, whole: bool = False) -> Pair:
@@ -81,11 +106,14 @@ def _option(network: Network, prompt: str, what: str, text: str, images: int) ->
     """The tokens of an answer or a foil. Its end belongs to it, and tells "red" from "red wine"."""
     if not text.strip():
         instead = ", or score the whole answer (metric logprob)" if what == "foil" else ""
-        raise ExampleError(f"the {what} '{text}' is empty; give it a word{instead}")
+        raise ExampleError(f"the {what} {shown(text)} is empty; give it a word{instead}")
+    check_words(network, f"the {what}", text)
     tokens = network.family.options(network.processor, prompt, text, images)
     unknown = network.processor.tokenizer.unk_token_id
     if unknown is not None and unknown in tokens[:-1]:  # OPT's end token is this, too
-        raise ExampleError(f"the {what} '{text}' is unknown to the model's tokenizer")
+        raise ExampleError(
+            f"the {what} {shown(text)} is unknown to the model's tokenizer; choose another word"
+        )
     return tokens
 
 
@@ -95,7 +123,8 @@ def _options(network: Network, example: Example, images: int) -> tuple[list[int]
     answer, foil = (_option(network, example.clean_prompt, *option, images) for option in options.items())
     same = next((n for n, (a, b) in enumerate(zip(answer, foil, strict=False)) if a != b), None)
     if same is None:
-        raise ExampleError(f"answer '{example.answer}' and foil '{example.foil}' are the same tokens")
+        both = f"answer {shown(example.answer)} and foil {shown(example.foil)}"
+        raise ExampleError(f"{both} are the same tokens; choose another foil")
     return answer[:same], answer[same], foil[same]
 
 
@@ -122,9 +151,9 @@ def _aligned(clean: Inputs, corrupt: Inputs, prompt: str, other: str) -> Inputs:
             if name.startswith(_WORD) and at != here.get(name, ()):
                 n = int(name.removeprefix(_WORD))
                 raise ExampleError(
-                    f"{misaligned}: word {n + 1} is '{words[0][n]}' ({len(at)} tokens) in the clean one, "
-                    f"'{words[1][n]}' ({len(here.get(name, ()))} tokens) in the corrupt one; choose other "
-                    "words"
+                    f"{misaligned}: word {n + 1} is {shown(words[0][n])} ({len(at)} tokens) in the clean "
+                    f"one, {shown(words[1][n])} ({len(here.get(name, ()))} tokens) in the corrupt one; "
+                    "choose other words"
                 )
         if len(there.tokens) != many:
             raise ExampleError(

@@ -10,8 +10,8 @@ from random import Random
 
 import pandas as pd
 from frame import Case
-from good import DATA, EXAMPLE, FIND, HEADS, IMAGE, TEXT, changed, drawn, fill, folders, rows, same, table
 from hypothesis import strategies as st
+from sets import DATA, EXAMPLE, FIND, HEADS, IMAGE, TEXT, changed, drawn, fill, folders, rows, same, table
 
 GOOD = table(rows())
 CONTROL = "\x00 \x01 \x07 \x08 \x1b[2J \x7f \x9b".split()

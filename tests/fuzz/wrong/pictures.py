@@ -11,8 +11,8 @@ from pathlib import Path
 from random import Random
 
 from frame import Case
-from good import DATA, EXAMPLE, HEADS, IMAGE, changed, fill, folders, one, pictures, same
 from PIL import Image, ImageOps
+from sets import DATA, EXAMPLE, HEADS, IMAGE, changed, fill, folders, one, pictures, same
 
 GENERATE = ["generate", "--model", "toy-blip", "--prompt", "is this cross yellow or green?", "--image"]
 CAPTION = ["neurons", "find", "--model", "toy-llava", "--prompt", "describe this picture.", "--top", "3"]
@@ -37,7 +37,11 @@ def chunk(name: bytes, content: bytes) -> bytes:
 def png(width: int, height: int, content: bytes = b"", more: bytes = b"") -> bytes:
     head = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
     return (
-        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + more + chunk(b"IDAT", zlib.compress(content)) + chunk(b"IEND", b"")
+        b"\x89PNG\r\n\x1a\n"
+        + chunk(b"IHDR", head)
+        + more
+        + chunk(b"IDAT", zlib.compress(content))
+        + chunk(b"IEND", b"")
     )
 
 
@@ -133,7 +137,9 @@ def decoded(content: bytes) -> bytes | None:
 
 def broken(random: Random) -> bytes:
     """A picture with some bytes that are others, away or twice."""
-    good = random.choice([GOOD, saved(_clean(), random.choice(["JPEG", "GIF", "WEBP", "TIFF", "BMP", "PPM"]))])
+    good = random.choice(
+        [GOOD, saved(_clean(), random.choice(["JPEG", "GIF", "WEBP", "TIFF", "BMP", "PPM"]))]
+    )
     content = bytearray(good)
     for _ in range(random.choice((1, 2, 10))):
         at = random.randrange(len(content))
@@ -158,15 +164,39 @@ def special(folder: Path) -> dict[str, Path | str]:
     (folder / "zeros.png").symlink_to("/dev/zero")
     with (folder / "huge.png").open("wb") as file:
         file.truncate(2**33)
-    names = ["pipe.png", "folder.png", "loop.png", "zeros.png", "huge.png", "nowhere.png", "/dev/zero", "/dev/tty"]
-    names += ["/proc/self/mem", "x" * 300 + ".png", "x/" * 3000, "clean-0.png/x", "../here", "\x1b[2J.png", "a\u202eb.png"]
+    names = [
+        "pipe.png",
+        "folder.png",
+        "loop.png",
+        "zeros.png",
+        "huge.png",
+        "nowhere.png",
+        "/dev/zero",
+        "/dev/tty",
+    ]
+    names += [
+        "/proc/self/mem",
+        "x" * 300 + ".png",
+        "x/" * 3000,
+        "clean-0.png/x",
+        "../here",
+        "\x1b[2J.png",
+        "a\u202eb.png",
+    ]
     return {name: name for name in names}
 
 
 def cells(random: Random) -> tuple[str, bytes]:
     """Masks and boxes that are none of the picture."""
     boxes = ["", "1 2 3", "1 2 3 4 5", "nan 0 9 9", "0 0 inf 9", "9 9 1 1", "0 0 0 0", "-5 0 9 9", "a b c d"]
-    boxes += ["500 500 900 900", "0.1 0.1 0.2 0.2", "1e300 1e300 2e300 2e300", "0 0 1e309 9", "1,,2,3,4", "1e-9 0 2e-9 1"]
+    boxes += [
+        "500 500 900 900",
+        "0.1 0.1 0.2 0.2",
+        "1e300 1e300 2e300 2e300",
+        "0 0 1e309 9",
+        "1,,2,3,4",
+        "1e-9 0 2e-9 1",
+    ]
     boxes += ["1;2;3", "0 0 9", "0x1 1 9 9", "١ ٢ ٣ x", "1_0 0 5 5 5"]
     box = random.choice(boxes[1:])
     row = {"mask_path": "", "box": box}
@@ -236,7 +266,9 @@ def cases(random: Random, top: Path) -> Iterator[Case]:
                 continue
             column = random.choice(("clean_image_path", "corrupt_image_path"))
             (folder / DATA).write_bytes(one(**{column: name}))
-            yield Case(f"{column} {name[:30]!r}", random.choice((EXAMPLE, IMAGE)), folder, may_change=("out",))
+            yield Case(
+                f"{column} {name[:30]!r}", random.choice((EXAMPLE, IMAGE)), folder, may_change=("out",)
+            )
         folder = next(place)
         what, content = cells(random)
         fill(folder, content)

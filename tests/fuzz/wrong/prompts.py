@@ -8,11 +8,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from random import Random
 
-import vlmscope.toys
 from frame import Case
-from good import EXAMPLE, IMAGE, TEXT, changed, drawn, fill, folders, one, rows, same
 from hypothesis import strategies as st
+from sets import EXAMPLE, IMAGE, TEXT, changed, drawn, fill, folders, one, rows, same
 from tokenizers import Tokenizer
+
+import vlmscope.toys
 
 SPECIAL = {
     "toy-blip": "[PAD] [UNK] [CLS] [SEP] [MASK] [DEC] [ENC]".split(),
@@ -80,7 +81,10 @@ def options(random: Random) -> tuple[str, dict[str, str]]:
         "60 words in common": {"correct_answer": shared + "red", "incorrect_answer": shared + "blue"},
         "an unknown answer": {"correct_answer": "quixotic"},
         "an unknown foil": {"incorrect_answer": "quixotic"},
-        "the same tokens": {"correct_answer": "yellow", "incorrect_answer": "ye\u0301llow".replace("e\u0301", "é")},
+        "the same tokens": {
+            "correct_answer": "yellow",
+            "incorrect_answer": "ye\u0301llow".replace("e\u0301", "é"),
+        },
         "an answer of marks": {"correct_answer": "\u0301\u0302"},
         "an answer that is turned": {"correct_answer": "\u202e\u202d"},
         "an answer of no width": {"correct_answer": "\u200b\u200d"},

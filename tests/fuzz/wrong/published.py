@@ -15,13 +15,14 @@ from pathlib import Path
 from random import Random
 
 from frame import Case
-from good import copied, folders
 from PIL import Image
+from sets import copied, folders
 
 sys.path.append(str(Path(__file__).parents[2]))
 
-from test_published_data import svo_rows  # noqa: E402
-from vlmscope.data.published.svo_probes import COLUMNS as SVO  # noqa: E402
+from test_published_data import svo_rows
+
+from vlmscope.data.published.svo_probes import COLUMNS as SVO
 
 OUT = "built.csv"
 
@@ -47,7 +48,14 @@ def svo_probes(root: Path) -> None:
 
 
 def mit_states(root: Path) -> None:
-    for name in ("ripe apple", "unripe apple", "sliced apple", "diced apple", "peeled apple", "wrinkled apple"):
+    for name in (
+        "ripe apple",
+        "unripe apple",
+        "sliced apple",
+        "diced apple",
+        "peeled apple",
+        "wrinkled apple",
+    ):
         for n in range(2):
             paint(root / name / f"{n}.png")
 
@@ -64,7 +72,9 @@ def coco_qa(root: Path) -> None:
         rows: list[Sequence[object]] = [["", f"train_image_id_{kind}", f"question_{kind}", f"answer_{kind}"]]
         for n, answer in enumerate(answers):
             image = 100 * (kind == "count") + n
-            rows.append([n, image, "what is the color of the dog" if kind == "color" else "how many dogs", answer])
+            rows.append(
+                [n, image, "what is the color of the dog" if kind == "color" else "how many dogs", answer]
+            )
             paint(root / "train2017" / f"{image:012d}.png")
         write_table(root / f"coco_{kind}.csv", rows)
 
@@ -76,7 +86,12 @@ def clevr(root: Path) -> None:
         left = number % 2 == 0
         asked = [
             {"question": f"Is the {one} {relation} the {other}?", "answer": int(holds)}
-            for relation, holds in (("left of", left), ("right of", not left), ("behind", left), ("in front of", not left))
+            for relation, holds in (
+                ("left of", left),
+                ("right of", not left),
+                ("behind", left),
+                ("in front of", not left),
+            )
         ]
         name = f"CLEVR_val_{number:06d}"
         rows.append([number, name, repr(asked)])
@@ -150,7 +165,9 @@ def table_is_none(random: Random, root: Path) -> str | None:
     table = random.choice(tables)
     content = table.read_bytes()
     table.unlink()
-    how = random.choice(["pipe", "folder", "loop", "device", "empty", "utf-16", "cp1252", "nul", "header", "huge", "quote"])
+    how = random.choice(
+        ["pipe", "folder", "loop", "device", "empty", "utf-16", "cp1252", "nul", "header", "huge", "quote"]
+    )
     bad = {
         "empty": b"",
         "utf-16": content.decode().encode("utf-16"),
@@ -257,8 +274,12 @@ def name_is_odd(random: Random, root: Path) -> str:
     image = random.choice(images_of(root))
     # Folders of labels and files of images: what is no text can be in no table.
     path = random.choice([image, image.parent])
-    odd = os.fsencode(path.name).replace(b".", b"\xff.") + b"" if path == image else os.fsencode(path.name) + b"\xff"
-    os.rename(os.fsencode(path), os.path.join(os.fsencode(path.parent), odd))
+    odd = (
+        os.fsencode(path.name).replace(b".", b"\xff.") + b""
+        if path == image
+        else os.fsencode(path.name) + b"\xff"
+    )
+    path.rename(path.parent / os.fsdecode(odd))
     return f"a name that is not UTF-8: {odd!r}"
 
 
@@ -277,7 +298,20 @@ def row_more(random: Random, root: Path) -> str | None:
     if not path.exists():
         return None
     row = dict(zip(SVO, next(csv.reader(io.StringIO(path.read_text().splitlines()[1]))), strict=True))
-    bad = ["../../x", "/etc/passwd", "a/b", "..", ".", "", "x" * 300, "a\x1b[31mb", "\u202e1", "con\\..\\x", "-1", "~"]
+    bad = [
+        "../../x",
+        "/etc/passwd",
+        "a/b",
+        "..",
+        ".",
+        "",
+        "x" * 300,
+        "a\x1b[31mb",
+        "\u202e1",
+        "con\\..\\x",
+        "-1",
+        "~",
+    ]
     row |= {"id": "999", random.choice(["pos_image_id", "neg_image_id"]): random.choice(bad)}
     out = io.StringIO()
     csv.writer(out).writerow([row[name] for name in SVO])
@@ -287,7 +321,9 @@ def row_more(random: Random, root: Path) -> str | None:
 
 def file_more(random: Random, root: Path) -> str:
     """Files that are none of the set's."""
-    name = random.choice(["README.txt", ".hidden.png", "x" * 250, "\x1b[31m.md", "a\u202eb", "-x", "'; ls", "=1+1"])
+    name = random.choice(
+        ["README.txt", ".hidden.png", "x" * 250, "\x1b[31m.md", "a\u202eb", "-x", "'; ls", "=1+1"]
+    )
     (random.choice([root, images_of(root)[0].parent]) / name).write_text("x")
     return f"a file more: {name!r}"
 
@@ -323,7 +359,7 @@ def built(folder: Path, name: str) -> Callable[[str], bool]:
 
 @cache
 def table_of(name: str) -> bytes:
-    from good import of_good
+    from sets import of_good
 
     kept: list[bytes] = []
     del of_good, kept
@@ -345,7 +381,9 @@ def bytes_changed(random: Random, root: Path) -> str | None:
     table = random.choice(tables)
     content = bytearray(table.read_bytes())
     at = random.randrange(len(content))
-    content[at : at + random.choice((0, 1))] = random.choice([b'"', b"\0", b"\xff", b"\n", b",", b"\x1b", b"'"])
+    content[at : at + random.choice((0, 1))] = random.choice(
+        [b'"', b"\0", b"\xff", b"\n", b",", b"\x1b", b"'"]
+    )
     table.write_bytes(content)
     return f"{table.name}: byte {at} {content[at : at + 1]!r}"
 

@@ -101,12 +101,14 @@ def build(
         found: list[Example] = module.load(source)
     except (OSError, UnicodeEncodeError) as error:
         where, why = getattr(error, "filename", None) or root, getattr(error, "strerror", None) or error
-        raise DataError(f"{where}: cannot be read ({why}); check permissions and names, or unpack {name} again") from error
+        raise DataError(
+            f"{where}: cannot be read ({why}); check permissions and names, or unpack {name} again"
+        ) from error
     if not found:
         why = "; ".join(f"{reason} ({number:,})" for reason, number in source.dropped.items())
         raise DataError(
-            f"{root}: no example of {name} is left: {why or 'its tables are empty'}; check what lies there, or "
-            f"unpack {name} again"
+            f"{root}: no example of {name} is left: {why or 'its tables are empty'}; check what lies there, "
+            f"or unpack {name} again"
         )
     known: Counter[str] = Counter()
     for n, example in enumerate(found):

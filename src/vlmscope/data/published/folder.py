@@ -56,7 +56,8 @@ def read_question(root: Path) -> str:
         raise DataError(f"{path}: cannot be read ({error}); expected UTF-8 text") from error
     if len(text) > LONGEST or not text.isprintable():
         raise DataError(
-            f"{path}: {len(text):,} characters; expected a question of at most {LONGEST:,} that can be printed"
+            f"{path}: {len(text):,} characters; expected a question of at most {LONGEST:,}, in letters that "
+            "can be printed"
         )
     if text.count("{x}") != 1 or text.count("{y}") != 1:
         raise DataError(

@@ -48,7 +48,7 @@ def looks_like(root: Path) -> str | None:
 
 def folders_in(folder: Path) -> list[Path]:
     """The folders in a folder by name, without hidden ones; none where there is no such folder."""
-    return [folder / name for name in _names(folder) if os.path.isdir(folder / name)]  # noqa: PTH112
+    return [folder / name for name in _names(folder) if (folder / name).is_dir()]
 
 
 def images_in(folder: Path) -> list[Path]:

@@ -28,7 +28,7 @@ def coco(
     path, folder = Path(instances), Path(images)
     shown: dict[Any, set[str]] = defaultdict(set)
     with _reading(path, "COCO's instances", "instances_val2014.json"):
-        whole = json.loads(files.read(path, "COCO's instances"))
+        whole = json.loads(files.read(path, "COCO's instances", largest=2**31))
         names = {one["id"]: str(one["name"]).casefold() for one in whole["categories"]}
         pictures = {one["id"]: folder / _name(one["file_name"]) for one in whole["images"]}
         for one in whole["annotations"]:
@@ -41,7 +41,9 @@ def coco(
         if file.is_file()
     ]
     if not found:
-        raise DataError(f"{folder}: none of the {len(pictures)} pictures of {path.name} is there; expected them as named there")
+        raise DataError(
+            f"{folder}: none of the {len(pictures)} pictures of {path.name} is there; name theirs"
+        )
     return found, list(names.values())
 
 
@@ -66,7 +68,7 @@ def pope(questions: Path | str, images: Path | str) -> list[Example]:
                 check_text(f"the question in line {number + 1}", question := str(one["text"]))
                 found.append(Example(str(one.get("question_id", number)), file, question, answer, foil))
     if not found:
-        raise DataError(f"{folder}: none of the pictures of the {len(lines)} questions is there; expected them as named there")
+        raise DataError(f"{folder}: none of the pictures of the {len(lines)} questions is there; name theirs")
     return found
 
 

@@ -35,23 +35,23 @@ def covered(example: Example, name: str, size: tuple[int, int], view: Box | None
     mask = example.masks[name]
     whole = open_image(example.clean_image).size
     if isinstance(mask, tuple):
-        shown = Image.new("L", whole, 0)
+        drawn = Image.new("L", whole, 0)
         # Numbers that are none, or beyond all pictures, have no pixels.
         edges = zip(mask, (*whole, *whole), strict=True)
         left, top, right, bottom = (round(min(max(x, 0), end)) if x == x else 0 for x, end in edges)
-        shown.paste(255, (left, top, right, bottom))
+        drawn.paste(255, (left, top, right, bottom))
     else:
-        shown = open_image(mask).convert("L")
-        if shown.size != whole:
-            (width, height), (wide, high) = shown.size, whole
+        drawn = open_image(mask).convert("L")
+        if drawn.size != whole:
+            (width, height), (wide, high) = drawn.size, whole
             raise ExampleError(
                 f"the mask of {shown(name)} is {width}x{height}, its picture {wide}x{high}; "
                 "draw it in the picture's size"
             )
     if view is not None:
         left, top, right, bottom = (round(x) for x in view)
-        shown = shown.crop((left, top, right, bottom))
-    share = np.asarray(shown.convert("F").resize(size[::-1], Image.Resampling.BOX)) / 255
+        drawn = drawn.crop((left, top, right, bottom))
+    share = np.asarray(drawn.convert("F").resize(size[::-1], Image.Resampling.BOX)) / 255
     if share.max() <= 0:
         raise ExampleError(f"the mask of {shown(name)} is empty; draw the object white")
     return np.asarray(share >= min(0.5, float(share.max())))

@@ -18,6 +18,7 @@ import pandas as pd
 from frame import Answer, Case, answer
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis.strategies import SearchStrategy
+
 from vlmscope.data import examples
 from vlmscope.models.families import families
 
@@ -67,8 +68,9 @@ def pictures() -> Mapping[str, bytes]:
 def table(cells: Sequence[Mapping[str, str]], ending: str = "\n") -> bytes:
     """A CSV file of such rows."""
     out = io.StringIO()
-    writer = csv.DictWriter(out, list(dict.fromkeys(name for row in cells for name in row)), restval="",
-                            lineterminator=ending)
+    writer = csv.DictWriter(
+        out, list(dict.fromkeys(name for row in cells for name in row)), restval="", lineterminator=ending
+    )
     writer.writeheader()
     writer.writerows(cells)
     return out.getvalue().encode("utf-8", "surrogateescape")
@@ -129,7 +131,9 @@ def of_good(argv: Sequence[str], put: Fill, key: str | None = None) -> str:
     return found
 
 
-def same(folder: Path, argv: Sequence[str], put: Fill = fill, key: str | None = "good") -> Callable[[str], bool]:
+def same(
+    folder: Path, argv: Sequence[str], put: Fill = fill, key: str | None = "good"
+) -> Callable[[str], bool]:
     """Whether the outcome in a folder is that of good data."""
 
     def right(out: str) -> bool:
@@ -144,8 +148,13 @@ def drawn(strategy: SearchStrategy[Any], random: Random, many: int = 40) -> list
     found: list[Any] = []
 
     @seed(random.getrandbits(64))
-    @settings(max_examples=many, database=None, phases=[Phase.generate], deadline=None,
-              suppress_health_check=list(HealthCheck))
+    @settings(
+        max_examples=many,
+        database=None,
+        phases=[Phase.generate],
+        deadline=None,
+        suppress_health_check=list(HealthCheck),
+    )
     @given(strategy)
     def keep(value: Any) -> None:
         found.append(value)

@@ -1,0 +1,258 @@
+"""What somebody else has made: names, texts, pictures and tables that no data should have."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from PIL import Image
+from test_published_data import plant_folder, plant_svo, svo_rows
+
+from vlmscope import files
+from vlmscope.data.example import Example, fingerprint
+from vlmscope.data.published import build, svo_probes
+from vlmscope.data.published.objects import coco, pope
+from vlmscope.data.published.sampling import Source
+from vlmscope.data.table import read_csv, read_table, write_csv
+from vlmscope.errors import DataError, StoreError, VlmscopeError, plain
+from vlmscope.notice import Spec
+
+HEADER = "clean_image_path,clean_prompt,correct_answer,incorrect_answer"
+ROW = "a.png,red or blue?,red,blue"
+
+
+@pytest.fixture
+def table(tmp_path: Path) -> Callable[..., Path]:
+    """Writes a CSV file of a header and rows."""
+
+    def write(header: str = HEADER, *rows: str) -> Path:
+        path = tmp_path / "my.csv"
+        path.write_text("\n".join([header, *(rows or [ROW])]), "utf-8")
+        return path
+
+    return write
+
+
+# Names
+
+
+@pytest.mark.parametrize(
+    "name", ["../../x", "/abs/x", "a/b", "..", "", "x" * 300, "a\x1bb", "-x", ".x", "a\\b"]
+)
+def test_a_name_in_a_table_is_a_plain_one(tmp_path: Path, name: str) -> None:
+    """The downloader is asked for plain names only: nothing is written outside the folder of images."""
+    rows = svo_rows(3)
+    rows[0]["pos_image_id"] = name
+    plant_svo(tmp_path, rows, images=False)
+    asked: list[str] = []
+    source = Source("svo-probes", tmp_path)
+
+    def fetch(jobs: object, *where: object) -> dict[str, str]:
+        asked.extend(map(str, jobs.values()))  # type: ignore[attr-defined]
+        return dict.fromkeys(jobs, "no network here")  # type: ignore[call-overload]
+
+    source.fetch = fetch
+    with pytest.raises(DataError):
+        svo_probes.load(source)
+    assert source.dropped["an image number that is no plain name of a file"] == 1
+    assert len(asked) == 4
+    assert all(Path(one).name.split(".")[0].isdigit() for one in asked), asked
+
+
+def test_nothing_is_downloaded_through_a_link(tmp_path: Path) -> None:
+    plant_svo(tmp_path / "root", svo_rows(3), images=False)
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "root" / "images").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(
+        DataError, match="images: a link, through which nothing is downloaded; make it a folder"
+    ):
+        build("svo-probes", tmp_path / "root", download=True)
+
+
+def test_nothing_is_written_through_a_link(tmp_path: Path) -> None:
+    target = tmp_path / "precious"
+    target.write_text("x")
+    for name in ("my.csv", ".my.csv.tmp"):
+        (tmp_path / name).symlink_to(target)
+    (tmp_path / "here-images").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "elsewhere").mkdir()
+    one = Example("1", tmp_path / "a.png", "red or blue?", "red", "blue")
+    write_csv(tmp_path / "my.csv", [one])
+    assert target.read_text() == "x"
+    assert not (tmp_path / "my.csv").is_symlink()
+    with pytest.raises(DataError, match="here-images: a link, through which nothing is written"):
+        write_csv(tmp_path / "here.csv", [replace(one, clean_image=Image.new("RGB", (2, 2)))])
+    assert not list((tmp_path / "elsewhere").iterdir())
+
+
+def test_no_pipe_is_replaced_by_a_file(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(StoreError, match="pipe: "):
+        files.write(tmp_path / "pipe", b"x")
+    assert (tmp_path / "pipe").is_fifo()
+
+
+@pytest.mark.parametrize("name", ["...csv", "x" * 240 + ".csv", "-x.csv", ".csv"])
+def test_a_data_file_is_called_what_a_folder_can_be(name: str) -> None:
+    with pytest.raises(VlmscopeError, match=r"would be called .* in the results; rename the file"):
+        Spec("toy-blip", (f"sets/{name}",))
+
+
+def test_pictures_of_other_files_have_plain_names(tmp_path: Path) -> None:
+    file = tmp_path / "x.json"
+    asked = {"image": "a/..", "text": "red?", "label": "yes"}
+    file.write_text(json.dumps(asked))
+    with pytest.raises(DataError, match=r"not a file of POPE .*'a/\.\.' is no plain name of a file"):
+        pope(file, tmp_path)
+    file.write_text(
+        json.dumps({"images": [{"id": 1, "file_name": "/x\0"}], "categories": [], "annotations": []})
+    )
+    with pytest.raises(DataError, match="is no plain name of a file"):
+        coco(file, tmp_path)
+
+
+def test_names_that_are_no_text(tmp_path: Path) -> None:
+    plant_folder(tmp_path, each=2)
+    (tmp_path / "cat" / os.fsdecode(b"caf\xe9.jpg")).write_bytes((tmp_path / "cat" / "0.jpg").read_bytes())
+    with pytest.raises(
+        DataError, match=r"caf\\udce9\.jpg: a name that is not UTF-8, which no table can hold"
+    ):
+        build("folder", tmp_path)
+    one = Example("1", tmp_path / os.fsdecode(b"\xe9.png"), "red or blue?", "red", "blue")
+    with pytest.raises(DataError, match=r"'1': clean_image_path '.*\\udce9\.png' is not UTF-8; rename it"):
+        write_csv(tmp_path / "my.csv", [one])
+    assert not (tmp_path / "my.csv").exists()
+
+
+# Devices, pipes, and what cannot be read
+
+
+@pytest.fixture
+def pipe(tmp_path: Path) -> Path:
+    """Whoever opens it waits for ever."""
+    os.mkfifo(tmp_path / "pipe")
+    return tmp_path / "pipe"
+
+
+def test_nobody_waits_for_a_pipe(pipe: Path) -> None:
+    example = Example("1", pipe, "red or blue?", "red", "blue")
+    assert fingerprint([example]) == fingerprint([replace(example, clean_image=Path("/dev/zero"))])
+    for read in (coco, pope):
+        with pytest.raises(DataError, match="pipe: a device or a pipe; expected "):
+            read(pipe, pipe.parent)
+
+
+@pytest.mark.parametrize(
+    ("name", "file"),
+    [
+        ("svo-probes", "svo_probes.csv"),
+        ("clevr", "clevr.csv"),
+        ("coco-qa", "color.csv"),
+        ("folder", "prompt.txt"),
+    ],
+)
+@pytest.mark.parametrize("kind", ["pipe", "endless", "loop"])
+def test_no_published_set_waits(tmp_path: Path, name: str, file: str, kind: str) -> None:
+    if kind == "pipe":
+        os.mkfifo(tmp_path / file)
+    else:
+        (tmp_path / file).symlink_to("/dev/zero" if kind == "endless" else file)
+    with pytest.raises(DataError, match=r"a device or a pipe|cannot be read \(Too many levels"):
+        build(name, tmp_path)
+
+
+@pytest.mark.parametrize("name", ["faces", "folder", "mit-states", "clevr"])
+def test_a_folder_that_cannot_be_read(tmp_path: Path, name: str) -> None:
+    for root in (tmp_path / ("x" * 300), tmp_path / "\0", tmp_path / "loop"):
+        (tmp_path / "loop").is_symlink() or (tmp_path / "loop").symlink_to("loop")
+        with pytest.raises(DataError, match="cannot be read|no such folder"):
+            build(name, root)
+
+
+def test_a_folder_without_permission(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(path: object) -> None:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    plant_folder(tmp_path, each=2)
+    monkeypatch.setattr(os, "listdir", refuse)
+    with pytest.raises(DataError, match=r"cannot be read \(Permission denied\); check permissions"):
+        build("folder", tmp_path)
+
+
+# Tables
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        (f"{HEADER}\n{ROW}\n".encode("utf-16-le"), "line 1: not text .* UTF-16"),
+        (f"{HEADER}\n{ROW}\0\n".encode(), r"line 2: not text \(a byte of zeros"),
+        (f"{HEADER},k\x1bd\n{ROW},x\n".encode(), r"a column 'k\\x1bd', with characters that are not seen"),
+        (f"\ufeff\ufeff{HEADER}\n{ROW}\n".encode(), r"a column '\\ufeffclean_image_path'"),
+        ((HEADER + ",c" * 100_000 + f"\n{ROW}\n").encode(), "100,004 columns; expected at most 1,000"),
+        (f"{HEADER}\n{ROW}\x07\n".encode(), r"line 2: incorrect_answer .* control character '\\x07' at 4"),
+        (f"{HEADER},id\n{ROW},a\x1bb\n".encode(), "line 2: id .* has the control character"),
+        (
+            f"{HEADER},box,mask_path\n{ROW},1 1 2 2,m.png\n".encode(),
+            "mask_path_object and box_object are both",
+        ),
+    ],
+)
+def test_refuses_tables_that_are_none(tmp_path: Path, content: bytes, expected: str) -> None:
+    (tmp_path / "my.csv").write_bytes(content)
+    with pytest.raises(DataError, match=expected):
+        read_csv(tmp_path / "my.csv")
+
+
+def test_any_number_of_pictures(table: Callable[..., Path]) -> None:
+    names = ",".join(f"image_path_{n}" for n in range(12, 1, -1))
+    [one] = read_csv(table(f"{HEADER},{names}", f"{ROW},{','.join(f'{n}.png' for n in range(12, 1, -1))}"))
+    assert [path.name for path in one.more_images] == [f"{n}.png" for n in range(2, 13)]
+    assert not one.groups
+
+
+@pytest.mark.parametrize(
+    "name", ["image_path", "image_path_1", "image_path_02", "image_path_x", "mask_path_"]
+)
+def test_no_column_of_pictures_becomes_a_group(table: Callable[..., Path], name: str) -> None:
+    with pytest.raises(DataError, match=f"no picture or object is called '{name}'; further pictures are"):
+        read_csv(table(f"{HEADER},{name}", f"{ROW},b.png"))
+
+
+def test_a_published_table_is_read_as_it_is_or_not(table: Callable[..., Path]) -> None:
+    """A comma too many would move what stands behind it, a column that is there twice hides the first."""
+    with pytest.raises(DataError, match="line 2 has 5 cells where the header has 4"):
+        read_table(table(HEADER, "a.png,red, or blue?,red,blue"), ["clean_prompt"])
+    with pytest.raises(DataError, match="two columns 'clean_prompt'"):
+        read_table(table(f"{HEADER},clean_prompt", f"{ROW},x"), ["clean_prompt"])
+
+
+def test_cells_that_a_spreadsheet_computes_read_back(tmp_path: Path) -> None:
+    cells = ["=1+1", "+1", "-1", "@x", "'=1", "''"]
+    picture = tmp_path / "a.png"
+    some = [
+        Example(f"{n}{cell}", picture, f"{cell} or b?", cell, "b", groups={"kind": cell})
+        for n, cell in enumerate(cells)
+    ]
+    write_csv(tmp_path / "my.csv", some)
+    back = read_csv(tmp_path / "my.csv")
+    assert [(e.id, e.answer, e.clean_prompt, dict(e.groups)) for e in back] == [
+        (e.id, e.answer, e.clean_prompt, dict(e.groups)) for e in some
+    ]
+
+
+def test_a_question_of_a_megabyte(tmp_path: Path) -> None:
+    plant_folder(tmp_path, each=1)
+    for text in ("word " * 200_000 + "{x} {y}", "\x1b[2J {x} {y}"):
+        (tmp_path / "prompt.txt").write_text(text)
+        with pytest.raises(DataError, match=r"prompt\.txt: .* expected a question of at most 1,000"):
+            build("folder", tmp_path)
+
+
+def test_what_is_not_seen_is_an_escape() -> None:
+    """Private and unassigned characters are no printable ones."""
+    assert plain("a\ue000\U0008db53\ufdd0 b") == "a\\ue000\\U0008db53\\ufdd0 b"
