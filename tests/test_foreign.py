@@ -9,6 +9,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from families import FAMILIES
+from models import blip, llava, picture
 from PIL import Image
 from test_published_data import plant_folder, plant_svo, svo_rows
 
@@ -18,8 +20,9 @@ from vlmscope.data.published import build, svo_probes
 from vlmscope.data.published.objects import coco, pope
 from vlmscope.data.published.sampling import Source
 from vlmscope.data.table import read_csv, read_table, write_csv
-from vlmscope.errors import DataError, StoreError, VlmscopeError, plain
+from vlmscope.errors import DataError, ExampleError, StoreError, VlmscopeError, plain
 from vlmscope.notice import Spec
+from vlmscope.runs.model import Model
 
 HEADER = "clean_image_path,clean_prompt,correct_answer,incorrect_answer"
 ROW = "a.png,red or blue?,red,blue"
@@ -256,3 +259,79 @@ def test_a_question_of_a_megabyte(tmp_path: Path) -> None:
 def test_what_is_not_seen_is_an_escape() -> None:
     """Private and unassigned characters are no printable ones."""
     assert plain("a\ue000\U0008db53\ufdd0 b") == "a\\ue000\\U0008db53\\ufdd0 b"
+
+
+# Prompts and answers
+
+
+@pytest.fixture(scope="module", params=["llava", "blip-vqa", *FAMILIES])
+def family(request: pytest.FixtureRequest) -> Model:
+    return {"llava": llava, "blip-vqa": blip, **FAMILIES}[request.param]()  # type: ignore[no-any-return]
+
+
+def test_no_prompt_or_answer_holds_a_token_of_its_own(family: Model) -> None:
+    """Typed in a prompt, a placeholder would make another number of pictures, an end token an end."""
+    question = "is this circle red or blue ?"
+    mark = str(getattr(family.processor, "image_token", None))
+    tokens = {*family.processor.tokenizer.all_special_tokens}
+    assert tokens
+    good = Example("1", picture(1), question, "red", "blue")
+    family.prepare(good)
+    for token in sorted(tokens):
+        prompt = f"is this {token} circle red or blue ?"
+        wrong = "holds '.*', which is no word but a token of its own; take it out"
+        if token == mark:
+            prompt, wrong = f"{token} {token} {prompt}", "placeholder"
+        with pytest.raises(ExampleError, match=wrong):
+            family.inputs(picture(1), prompt)
+        with pytest.raises(ExampleError, match="the (answer|foil) holds '.*', which is no word"):
+            family.prepare(replace(good, answer=f"red {token}"))
+
+
+def test_no_picture_and_a_placeholder() -> None:
+    with pytest.raises(ExampleError, match="1 placeholders '<image>' and there are no images"):
+        llava().inputs(None, "<image> red or blue ?")
+
+
+def test_what_stands_for_a_picture_is_no_word_of_a_whole_text_either() -> None:
+    """Gemma 3's processor puts other tokens in the placeholder's place."""
+    model = FAMILIES["gemma3"]()
+    inner = model.processor.tokenizer.convert_ids_to_tokens(model.hf.config.image_token_id)
+    mark = model.processor.image_token
+    assert inner != mark
+    with pytest.raises(ExampleError, match="is no word but a token of its own"):
+        model.inputs(picture(1), f"{mark} red {inner} or blue ?")
+
+
+@pytest.mark.parametrize("text", ["red\x00", "\x1b[31mred", "red\udcff", "\x9b", "red\x07 or blue"])
+def test_control_characters_are_no_words(text: str) -> None:
+    model = blip()
+    with pytest.raises(
+        ExampleError, match="the prompt .* has the control character '.*' at [0-9]; take it out"
+    ):
+        model.inputs(picture(1), text)
+    with pytest.raises(ExampleError, match="the foil .* has the control character"):
+        model.prepare(Example("1", picture(1), "red or blue ?", "red", text))
+
+
+@pytest.mark.parametrize("text", [" ", "\t\n", "\u00a0\u3000", "\u202e\u202d", "\u200b", "\u0301\u0302"])
+def test_nothing_to_read(text: str) -> None:
+    with pytest.raises(ExampleError, match="the prompt '.*' has nothing to read in it; write words"):
+        blip().inputs(picture(1), text)
+    with pytest.raises(ExampleError, match="the answer .* (is empty|has nothing to read in it)"):
+        blip().prepare(Example("1", picture(1), "red or blue ?", text, "blue"))
+
+
+def test_more_than_a_model_reads() -> None:
+    """What two answers share is fed, and a whole answer is: both have to fit into the decoder."""
+    shared = "red " * 600
+    model = blip()
+    with pytest.raises(ExampleError, match="what answer and foil share, .* has 601 tokens, the model takes"):
+        model.prepare(Example("1", picture(1), "red or blue ?", f"{shared}red", f"{shared}blue"))
+    with pytest.raises(ExampleError, match="the model takes at most"):
+        model.prepare(Example("1", picture(1), "red or blue ?", shared, ""), whole=True)
+    for text in ("red " * 30_000, "x" * 10**6):
+        with pytest.raises(
+            ExampleError, match=r"the prompt .{1,70} has 1.0,000|1,000,000 characters; expected"
+        ):
+            model.inputs(picture(1), text)

@@ -39,7 +39,7 @@ SHOWN = 5
 
 # Pandas leaves its index unnamed and reads it back so.
 _INDEX = re.compile(r"(Unnamed: [\d.]+)?")
-_MORE = rf"{MORE}_([2-9]|[1-9][0-9]{1, 8})"
+_MORE = MORE + "_([2-9]|[1-9][0-9]{1,8})"
 _NO_GROUP = re.compile(
     rf"id|{SHOWS}|{'|'.join(COLUMNS)}|({MASK}|{BOX}|{MORE})(_.*)?|{_INDEX.pattern}", re.DOTALL
 )

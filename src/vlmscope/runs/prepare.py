@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -39,24 +40,29 @@ def encode(
 
 
 def check_words(network: Network, what: str, text: str) -> None:
-    """Refuse words that are none to the model: blanks alone, or tokens that only its template writes.
+    """Refuse words that are none to the model: nothing to read, or tokens that only its template writes.
 
     A prompt that holds the image's placeholder is the whole text that the model reads, so it may hold the
     template's tokens, but not those that the processor puts in the placeholder's place. Raises
     `ExampleError`, which begins with `what`.
     """
     check_text(what, text)
-    if text and not text.strip():
-        raise ExampleError(f"{what} is blanks alone; write words")
+    if text and not any(unicodedata.category(c)[0] in "LNPS" for c in text):
+        raise ExampleError(f"{what} {shown(text)} has nothing to read in it; write words")
     tokenizer, config = network.processor.tokenizer, network.hf.config
     mark = str(getattr(network.processor, "image_token", None) or "")
     image = getattr(config, "image_token_id", None)
-    special = [tokenizer.convert_ids_to_tokens(image)] if image is not None else []
-    special += [getattr(network.processor, "video_token", None)]
-    if what != "the prompt" or not mark or mark not in text:
-        special += tokenizer.all_special_tokens
-    if typed := next((one for one in special if one and one != mark and one in text), None):
-        whole = f", or write the whole text that the model reads, with {mark} in it" if mark else ""
+    special = {getattr(network.processor, "video_token", None)}
+    special |= {tokenizer.convert_ids_to_tokens(image)} if image is not None else {None}
+    is_prompt = what == "the prompt"
+    if not (is_prompt and mark and mark in text):
+        special |= {*tokenizer.all_special_tokens, mark}
+    if typed := next(
+        (one for one in sorted(filter(None, special - {mark * is_prompt})) if one in text), None
+    ):
+        whole = (
+            f", or write the whole text that the model reads, with {mark} in it" if mark and is_prompt else ""
+        )
         raise ExampleError(
             f"{what} holds '{typed}', which is no word but a token of its own; take it out{whole}"
         )
@@ -109,6 +115,10 @@ def _option(network: Network, prompt: str, what: str, text: str, images: int) ->
         raise ExampleError(f"the {what} {shown(text)} is empty; give it a word{instead}")
     check_words(network, f"the {what}", text)
     tokens = network.family.options(network.processor, prompt, text, images)
+    if not tokens[:-1]:
+        raise ExampleError(
+            f"the {what} {shown(text)} is nothing to the model's tokenizer; choose another word"
+        )
     unknown = network.processor.tokenizer.unk_token_id
     if unknown is not None and unknown in tokens[:-1]:  # OPT's end token is this, too
         raise ExampleError(

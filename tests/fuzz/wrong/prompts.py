@@ -64,12 +64,12 @@ def read_as(prompt: str) -> Callable[[str], bool]:
 def long(random: Random) -> tuple[str, list[str], dict[str, str]]:
     """More than a model reads."""
     word = random.choice(["red ", "x", "\U0001f600", "a\u0301", "? ", "\u202e"])
-    size = random.choice([200, 5_000, 100_000])
+    size = random.choice([200, 5_000, 130_000])
     text = word * (size // len(word))
     if random.random() < 0.5:
         model = random.choice(["toy-blip", "toy-llava"])
         return f"{size} characters", alone(random, model, text), {}
-    column = random.choice(["clean_prompt", "corrupt_prompt", "correct_answer"])
+    column = random.choice(["clean_prompt", "corrupt_prompt"])
     argv = EXAMPLE if column != "corrupt_prompt" else TEXT
     return f"{size} characters in {column}", argv, {column: text}
 
@@ -79,8 +79,10 @@ def options(random: Random) -> tuple[str, dict[str, str]]:
     shared = "red " * random.choice([31, 60, 200])
     every = {
         "60 words in common": {"correct_answer": shared + "red", "incorrect_answer": shared + "blue"},
-        "an unknown answer": {"correct_answer": "quixotic"},
-        "an unknown foil": {"incorrect_answer": "quixotic"},
+        "an unknown answer": {"correct_answer": "日本"},
+        "an unknown foil": {"incorrect_answer": "Ω"},
+        "an answer of 131,000 letters": {"correct_answer": "x" * 131_000},
+        "a foil of 131,000 letters": {"incorrect_answer": "yellow " * 18_000},
         "the same tokens": {
             "correct_answer": "yellow",
             "incorrect_answer": "ye\u0301llow".replace("e\u0301", "é"),
