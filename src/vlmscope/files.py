@@ -12,8 +12,9 @@ import io
 import json
 import math
 import os
+import re
 import stat
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
@@ -29,6 +30,7 @@ LARGEST = 2**28
 """Bytes up to which a file that somebody names is read."""
 LONGEST_NAME = 200
 """Bytes of a file's name: file systems end at 255, and what is written beside it has a longer one."""
+_FORMULA, _NUMBER = re.compile(r"'*[=+\-@\t\r]"), re.compile(r"[+-]?[0-9]+(\.[0-9]+)?")
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
@@ -70,8 +72,16 @@ def read(
     largest: int = LARGEST,
 ) -> bytes:
     """The content of a regular file; raises as `regular` does."""
-    with regular(file, expected, error, largest) as stream:
-        return stream.read(largest)
+    try:
+        with regular(file, expected, error, largest) as stream:
+            content = stream.read(largest + 1)
+    except OSError as problem:  # the system's own files, such as /proc/self/mem, and broken disks
+        raise error(f"{file}: cannot be read ({problem.strerror}); expected {expected}") from problem
+    if len(content) > largest:
+        raise error(
+            f"{file}: has more than the {largest / 2**20:,.0f} MiB that are read; expected {expected}"
+        )
+    return content
 
 
 def save(
@@ -89,12 +99,57 @@ def save(
         if isinstance(content, str):
             write(path / name, content.encode("utf-8"))
         elif name.endswith(".csv"):
-            write(path / name, content.to_csv(index=False).encode("utf-8", "surrogatepass"))
+            write(path / name, to_csv(content))
         else:
             buffer = io.BytesIO()
             content.to_parquet(buffer, index=False)
             write(path / name, buffer.getvalue())
     write_json(path / manifest, about)
+
+
+def to_csv(table: pd.DataFrame) -> bytes:
+    """A table as a CSV file that `from_csv` reads back, without what a spreadsheet would compute.
+
+    A text that begins like a formula gets an apostrophe in front, as people type it; numbers are as they are.
+
+    >>> import pandas
+    >>> to_csv(pandas.DataFrame({"word": ["=1+1", "-2", "red"], "score": [-1, 2, 3]})).split()
+    [b'word,score', b"'=1+1,-1", b'-2,2', b'red,3']
+    """
+    safe = _with(_as_text, table)
+    text = safe.to_csv(index=False)
+    if "\r" in text:  # which is quoted only where lines end with one, and would end the line
+        text = safe.to_csv(index=False, lineterminator="\r\n")
+    return text.encode("utf-8", "surrogatepass")
+
+
+def from_csv(file: str | os.PathLike[str], **options: Any) -> pd.DataFrame:
+    """A table that `to_csv` has made; `options` are those of `pandas.read_csv`."""
+    import pandas as pd
+
+    return _with(_from_text, pd.read_csv(file, **options))
+
+
+def _with(change: Callable[[Any], Any], table: pd.DataFrame) -> pd.DataFrame:
+    """A table with some of its texts changed, those of the header too."""
+    texts = {}
+    for name in table.select_dtypes(exclude=["number", "bool"]):
+        cells = table[name].astype(object)
+        # Others stay the objects that they are: pandas would make numbers of what looks like some.
+        if at := [n for n, cell in enumerate(cells) if change(cell) is not cell]:
+            cells.iloc[at] = [change(cells.iloc[n]) for n in at]
+            texts[name] = cells.astype(table[name].dtype)
+    return table.assign(**texts).rename(columns=change)
+
+
+def _as_text(cell: Any) -> Any:
+    """An apostrophe more before what begins like a formula, apostrophes aside, and is no number."""
+    is_formula = isinstance(cell, str) and _FORMULA.match(cell) and not _NUMBER.fullmatch(cell)
+    return f"'{cell}" if is_formula else cell
+
+
+def _from_text(cell: Any) -> Any:
+    return cell[1:] if isinstance(cell, str) and cell[:1] == "'" and _FORMULA.match(cell) else cell
 
 
 def write(file: Path, content: bytes) -> None:

@@ -26,6 +26,7 @@ from typing import Any
 import pandas as pd
 import tomli_w
 
+from vlmscope import files
 from vlmscope.checkpoint import load, pieces
 from vlmscope.data import BUILT_IN, SIZE, examples
 from vlmscope.data.drawn import draw
@@ -33,7 +34,6 @@ from vlmscope.data.example import Example
 from vlmscope.data.questions.replacement import replace_words
 from vlmscope.data.table import read_csv, write_csv
 from vlmscope.errors import DataError, StoreError, VlmscopeError, shown
-from vlmscope.files import is_plain_name
 from vlmscope.report import write_report
 from vlmscope.runs.model import Model
 from vlmscope.studies import circuits, heads
@@ -144,7 +144,7 @@ def name_of(data: str) -> str:
     Raises `VlmscopeError` for a file whose name is none for the folders of results.
     """
     name = data if data in BUILT_IN else Path(data).stem
-    if not is_plain_name(name):
+    if not files.is_plain_name(name):
         raise VlmscopeError(f"{data}: would be called {shown(name)} in the results; rename the file")
     return name
 
@@ -180,7 +180,7 @@ def run(spec: Spec, out: str | os.PathLike[str], say: Say = lambda text: None) -
         lines = [*knows(bases[name, corrupt]).lines(), runs[name, corrupt].check_line()]
         say("\n".join(f"  {line}" for line in lines))
     chosen = selection(bases, sets)
-    chosen.to_csv(folder / "selection.csv", index=False)
+    files.write(folder / "selection.csv", files.to_csv(chosen))
     say(_say_selection(chosen))
     useful = [runs[key].path for key, base in bases.items() if not base["excluded"].all()]
     if not useful:
@@ -221,7 +221,7 @@ def read(folder: str | os.PathLike[str]) -> Notice:
     """What `run` has written; raises `StoreError` where that is not all there yet."""
     path = Path(folder)
     try:
-        chosen = pd.read_csv(path / "selection.csv")
+        chosen = files.from_csv(path / "selection.csv")
     except (OSError, ValueError) as error:
         text = f"{path}: this notice run is not finished ({error}); run the same command again"
         raise StoreError(text) from error

@@ -13,6 +13,7 @@ from typing import Any, ClassVar, TypeVar
 import pandas as pd
 from PIL import Image
 
+from vlmscope import files
 from vlmscope.data.example import Example
 from vlmscope.data.images import open_image
 from vlmscope.errors import StoreError
@@ -157,7 +158,7 @@ def _write(file: Path, table: pd.DataFrame | None) -> None:
     if table is None:
         file.unlink(missing_ok=True)  # what an earlier result left there is not of this one
     elif file.suffix == ".csv":
-        table.to_csv(file, index=False)
+        file.write_bytes(files.to_csv(table))
     else:
         part = file.with_name(f"{file.name}.part")
         table.to_parquet(part, index=False)
@@ -169,7 +170,7 @@ def _read(file: Path) -> pd.DataFrame:
         return pd.read_parquet(file)
     # A caption may be the word "none"; an empty text is a text, and an empty number is missing.
     texts = {"example": str, "word": str, "caption": str}
-    table = pd.read_csv(file, keep_default_na=False, na_values=[""], dtype=texts)
+    table = files.from_csv(file, keep_default_na=False, na_values=[""], dtype=texts)
     empty = table.select_dtypes(exclude=["number", "bool"]).columns
     return table.fillna(dict.fromkeys(empty, ""))
 
@@ -180,9 +181,10 @@ def _write_pictures(folder: Path, pictures: Mapping[str, Image.Image]) -> None:
     rows = [(example, f"{number:04d}.png") for number, example in enumerate(pictures)]
     for example, file in rows:
         pictures[example].save(place / file)
-    pd.DataFrame(rows, columns=["example", "file"]).to_csv(folder / "pictures.csv", index=False)
+    table = pd.DataFrame(rows, columns=["example", "file"])
+    (folder / "pictures.csv").write_bytes(files.to_csv(table))
 
 
 def _read_pictures(folder: Path) -> dict[str, Image.Image]:
-    rows = pd.read_csv(folder / "pictures.csv", dtype=str, keep_default_na=False)
+    rows = files.from_csv(folder / "pictures.csv", dtype=str, keep_default_na=False)
     return {row.example: open_image(folder / "pictures" / Path(row.file).name) for row in rows.itertuples()}

@@ -16,6 +16,7 @@ import pandas as pd
 from markupsafe import Markup
 from matplotlib.axes import Axes
 
+from vlmscope import files
 from vlmscope.errors import StoreError
 from vlmscope.report.canvas import figure_of
 from vlmscope.report.heat_maps import CHANGED, IN_LOGITS, full_colour, panels
@@ -60,11 +61,11 @@ class Gallery:
         (self.folder / f"{stem}.png").write_bytes(png.getvalue())
         for ending in self.formats:
             figure.savefig(self.folder / f"{stem}.{ending}")
-        data.to_csv(self.folder / f"{stem}.csv", index=False)
+        (self.folder / f"{stem}.csv").write_bytes(files.to_csv(data))
         links = {"png": "PNG", **{ending: ending.upper() for ending in self.formats}, "csv": "data"}
-        files = [(f"{self.folder.name}/{stem}.{ending}", text) for ending, text in links.items()]
+        shown = [(f"{self.folder.name}/{stem}.{ending}", text) for ending, text in links.items()]
         text = getattr(_templates().get_template("captions.html").module, caption)(**values)
-        return Shown(Markup(" ".join(text.split())), data_address(png.getvalue()), files)
+        return Shown(Markup(" ".join(text.split())), data_address(png.getvalue()), shown)
 
     def show_panels(
         self,

@@ -155,7 +155,7 @@ def read(folder: str | os.PathLike[str]) -> Functions:
     path = Path(folder)
     about = files.read_json(path / MANIFEST, "name a folder of 'vlmscope heads'")
     try:
-        tables = {n: pd.read_csv(path / f"{n}.csv") for n in ("functions", "measures", "together")}
+        tables = {n: files.from_csv(path / f"{n}.csv") for n in ("functions", "measures", "together")}
         tables["together"] = tables["together"].fillna({"knockout": "", "heads": ""})
         return Functions(**tables, maps=pd.read_parquet(path / "maps.parquet"), about=about)
     except (OSError, ValueError) as error:
