@@ -19,7 +19,7 @@ EXPECTED = "an image (a path in a CSV file starts from its folder)"
 
 _REFUSALS = {
     UnidentifiedImageError: "not an image; expected PNG, JPEG or another format that Pillow reads",
-    Image.DecompressionBombError: f"more than the {MAX_PIXELS:,} pixels that are read; scale it down",
+    Image.DecompressionBombError: f"more than the {MAX_PIXELS:,} pixels that are read; make it smaller",
 }
 
 
@@ -53,7 +53,7 @@ def open_image(picture: Picture | str) -> Image.Image:
             if width * height > MAX_PIXELS:
                 raise ExampleError(
                     f"{name}: {width}x{height} pixels are more than the {MAX_PIXELS:,} that are "
-                    "read; scale it down"
+                    "read; make it smaller"
                 )
             return _to_rgb(image, name)
     except ExampleError:
