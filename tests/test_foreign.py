@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 import os
 from collections.abc import Callable
 from dataclasses import replace
@@ -17,7 +18,7 @@ from PIL import Image
 from test_published_data import plant_folder, plant_svo, svo_rows
 
 from vlmscope import files
-from vlmscope.data.example import Example, fingerprint
+from vlmscope.data.example import Box, Example, fingerprint
 from vlmscope.data.published import build, svo_probes
 from vlmscope.data.published.objects import coco, pope
 from vlmscope.data.published.sampling import Source
@@ -25,6 +26,7 @@ from vlmscope.data.table import read_csv, read_table, write_csv
 from vlmscope.errors import DataError, ExampleError, StoreError, VlmscopeError, plain
 from vlmscope.notice import Spec
 from vlmscope.runs.model import Model
+from vlmscope.studies.heads import covered
 
 HEADER = "clean_image_path,clean_prompt,correct_answer,incorrect_answer"
 ROW = "a.png,red or blue?,red,blue"
@@ -362,3 +364,26 @@ def test_a_file_that_only_looks_like_one() -> None:
         files.read("/proc/self/mem", "a table")
     with pytest.raises(DataError, match="has more than the 0 MiB that are read"):
         files.read("/proc/self/maps", "a table", largest=10)
+
+
+@pytest.mark.parametrize(
+    "box",
+    [
+        (1e300, 1e300, 2e300, 2e300),
+        (500, 500, 900, 900),
+        (math.nan, 0, 9, 9),
+        (0.1, 0.1, 0.2, 0.2),
+        (9, 9, 1, 1),
+    ],
+)
+def test_a_box_without_a_pixel(box: Box) -> None:
+    one = Example("1", Image.new("RGB", (40, 30)), "red or blue?", "red", "blue", masks={"object": box})
+    with pytest.raises(ExampleError, match="the mask of 'object' is empty; draw the object white"):
+        covered(one, "object", (4, 4))
+
+
+def test_a_box_that_reaches_beyond_its_picture() -> None:
+    one = Example(
+        "1", Image.new("RGB", (40, 40)), "red?", "red", "blue", masks={"object": (20, 0, 1e300, 1e9)}
+    )
+    assert covered(one, "object", (2, 2)).tolist() == [[False, True], [False, True]]

@@ -161,9 +161,9 @@ def write(file: Path, content: bytes) -> None:
     with storing(file):
         if file.exists() and not file.is_file():
             raise OSError("not a file")
-        temporary.unlink(missing_ok=True)
         try:
-            # New, or it might be a link that leads elsewhere.
+            # What a killed process left goes, and so does a link to somewhere else.
+            temporary.unlink(missing_ok=True)
             with temporary.open("xb") as stream:
                 stream.write(content)
                 stream.flush()
