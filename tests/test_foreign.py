@@ -19,9 +19,8 @@ from test_published_data import plant_folder, plant_svo, svo_rows
 
 from vlmscope import files
 from vlmscope.data.example import Box, Example, fingerprint
-from vlmscope.data.published import build, svo_probes
+from vlmscope.data.published import build
 from vlmscope.data.published.objects import coco, pope
-from vlmscope.data.published.sampling import Source
 from vlmscope.data.table import read_csv, read_table, write_csv
 from vlmscope.errors import DataError, ExampleError, StoreError, VlmscopeError, plain
 from vlmscope.notice import Spec
@@ -45,29 +44,6 @@ def table(tmp_path: Path) -> Callable[..., Path]:
 
 
 # Names
-
-
-@pytest.mark.parametrize(
-    "name", ["../../x", "/abs/x", "a/b", "..", "", "x" * 300, "a\x1bb", "-x", ".x", "a\\b"]
-)
-def test_a_name_in_a_table_is_a_plain_one(tmp_path: Path, name: str) -> None:
-    """The downloader is asked for plain names only: nothing is written outside the folder of images."""
-    rows = svo_rows(3)
-    rows[0]["pos_image_id"] = name
-    plant_svo(tmp_path, rows, images=False)
-    asked: list[str] = []
-    source = Source("svo-probes", tmp_path)
-
-    def fetch(jobs: object, *where: object) -> dict[str, str]:
-        asked.extend(map(str, jobs.values()))  # type: ignore[attr-defined]
-        return dict.fromkeys(jobs, "no network here")  # type: ignore[call-overload]
-
-    source.fetch = fetch
-    with pytest.raises(DataError):
-        svo_probes.load(source)
-    assert source.dropped["an image number that is no plain name of a file"] == 1
-    assert len(asked) == 4
-    assert all(Path(one).name.split(".")[0].isdigit() for one in asked), asked
 
 
 def test_nothing_is_downloaded_through_a_link(tmp_path: Path) -> None:

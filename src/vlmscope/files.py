@@ -30,6 +30,7 @@ LARGEST = 2**28
 """Bytes up to which a file that somebody names is read."""
 LONGEST_NAME = 200
 """Bytes of a file's name: file systems end at 255, and what is written beside it has a longer one."""
+_PLAIN_NAME = re.compile(r"[\w@+][\w .,@+()-]*(?<![ .])")
 _FORMULA, _NUMBER = re.compile(r"'*[=+\-@\t\r]"), re.compile(r"[+-]?[0-9]+(\.[0-9]+)?")
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 
@@ -220,13 +221,7 @@ def is_plain_name(text: str) -> bool:
     >>> any(map(is_plain_name, ("", "..", "a/b", ".x", "-x", "x" * 300, "a\\nb")))
     False
     """
-    return (
-        text.isprintable()
-        and text == text.strip(" .")
-        and not text.startswith("-")
-        and not set(text) & set('/\\:*?"<>|')
-        and 0 < len(text.encode()) <= LONGEST_NAME
-    )
+    return bool(_PLAIN_NAME.fullmatch(text)) and len(text.encode()) <= LONGEST_NAME
 
 
 def is_temporary(path: Path) -> bool:

@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeAlias
 
-from vlmscope import files
 from vlmscope.data.example import Example, find_roles
 from vlmscope.data.published.layout import by_stem
 from vlmscope.data.published.sampling import SIZE, Fetch, Source
@@ -149,8 +148,6 @@ def _row(cells: Mapping[str, str]) -> Row:
     _check_question(kind, one, other)
     # Pandas may have written a number with a point.
     name, *images = (cells[c].removesuffix(".0") for c in ("id", "pos_image_id", "neg_image_id"))
-    if not all(map(files.is_plain_name, images)):
-        raise Unfit("an image number that is no plain name of a file")
     urls = cells["pos_url"], cells["neg_url"]
     return Row(f"svo-{name}-{kind}", kind, (one, other), (images[0], images[1]), urls)
 
