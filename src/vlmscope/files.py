@@ -251,10 +251,11 @@ def png(picture: Path | Image.Image) -> bytes:
     from PIL import Image, ImageOps
 
     if not isinstance(picture, Image.Image):
+        content = read(picture, "a picture", ExampleError)
         try:
-            with Image.open(picture) as opened:
+            with Image.open(io.BytesIO(content)) as opened:
                 return png(opened.copy())
-        except (OSError, ValueError, Image.DecompressionBombError) as error:
+        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
             raise ExampleError(f"{picture}: not a picture that can be read ({error})") from error
     image = ImageOps.exif_transpose(picture).convert("RGB")
     image.thumbnail((PICTURE, PICTURE))
