@@ -18,7 +18,7 @@ from PIL import Image
 from test_published_data import plant_folder, plant_svo, svo_rows
 
 from vlmscope import files
-from vlmscope.cli.main import _row as row
+from vlmscope.cli.main import _row as example_of
 from vlmscope.data.example import Box, Example, fingerprint
 from vlmscope.data.published import build
 from vlmscope.data.published.objects import coco, pope
@@ -369,7 +369,7 @@ def test_a_box_that_reaches_beyond_its_picture() -> None:
 def test_an_id_comes_before_a_number(table: Callable[..., Path]) -> None:
     """And ids that differ in capitals alone are two examples."""
     path = table(f"id,{HEADER}", f"1,{ROW}", f"0,{ROW}", f"a,{ROW}", f"A,{ROW}")
-    assert [row(f"{path}:{one}").id for one in ("0", "1", "2", "a", "A")] == ["0", "1", "a", "a", "A"]
+    assert [example_of(f"{path}:{one}").id for one in ("0", "1", "2", "a", "A")] == ["0", "1", "a", "a", "A"]
 
 
 def test_no_stored_picture_waits_for_a_pipe(pipe: Path) -> None:

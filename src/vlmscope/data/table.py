@@ -161,6 +161,8 @@ def read_table(
         if len(cells) != len(names):
             raise DataError(f"{path}: {_other_length(line, cells, names)}")
         rows.append({name: cell.strip() for name, cell in zip(names, cells, strict=True)})
+    if not rows:
+        raise DataError(f"{path}: a header and no rows; expected some below it")
     return rows
 
 

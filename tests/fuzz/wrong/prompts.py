@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from random import Random
 
@@ -74,6 +75,14 @@ def long(random: Random) -> tuple[str, list[str], dict[str, str]]:
     return f"{size} characters in {column}", argv, {column: text}
 
 
+def fits(argv: list[str]) -> Callable[[str], bool]:
+    """Whether a prompt of a command is read by its model: few tokens, of whatever many characters."""
+    if argv[0] != "generate":
+        return lambda out: False
+    model, room = model_of(argv), {"toy-blip": 32, "toy-llava": 120}
+    return lambda out: len(tokenizer(model).encode(argv[-1]).ids) <= room[model]
+
+
 def options(random: Random) -> tuple[str, dict[str, str]]:
     """Answers that cannot be told apart, or not said."""
     shared = "red " * random.choice([31, 60, 200])
@@ -132,11 +141,16 @@ def cases(random: Random, top: Path) -> Iterator[Case]:
         for _ in range(8):
             what, argv, cells = long(random)
             content = one(**cells) if cells else None
-            yield Case(what, argv, folder(content), may_change=("out",) if argv is TEXT else ())
+            free = ("out",) if argv is TEXT else ()
+            yield Case(what, argv, folder(content), may_change=free, right=fits(argv))
         for _ in range(8):
             what, cells = options(random)
             argv = random.choice((EXAMPLE, IMAGE))
-            yield Case(what, argv, folder(one(**cells)), may_change=("out",) if argv is IMAGE else ())
+            there = folder(one(**cells))
+            case = Case(what, argv, there, may_change=("out",) if argv is IMAGE else ())
+            if what == "an answer with marks":  # which the tokenizer leaves out
+                case = replace(case, right=same(there, argv, lambda good: fill(good, one()), "one"))
+            yield case
         texts = st.text(st.characters(exclude_categories=["Cc", "Cs"]), min_size=1, max_size=10)
         for text in drawn(texts, random, 15):
             prompt = f"is {text} this cross yellow or green?"
