@@ -62,7 +62,6 @@ def find(
     examples = given.examples()
     if caption is not None and len(examples) > 1:
         raise VlmscopeError("--caption is of one picture; give --image")
-    neurons.make_folder(out)
     found = neurons.find(
         given.load(),
         examples,

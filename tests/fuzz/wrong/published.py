@@ -70,10 +70,10 @@ def coco_qa(root: Path) -> None:
     (root / "train2017").mkdir()
     for kind, answers in (("color", ("red", "gray", "blue")), ("count", ("two", "four", "three"))):
         rows: list[Sequence[object]] = [["", f"train_image_id_{kind}", f"question_{kind}", f"answer_{kind}"]]
-        for n, answer in enumerate(answers):
+        for n, said in enumerate(answers):
             image = 100 * (kind == "count") + n
             rows.append(
-                [n, image, "what is the color of the dog" if kind == "color" else "how many dogs", answer]
+                [n, image, "what is the color of the dog" if kind == "color" else "how many dogs", said]
             )
             paint(root / "train2017" / f"{image:012d}.png")
         write_table(root / f"coco_{kind}.csv", rows)
