@@ -31,8 +31,8 @@ SEED = 2**32 - 1
 """The largest seed."""
 LARGEST = 1e30
 """The largest number that is given: float32 holds it, and sums of it."""
-_UNSEEN = ("Cc", "Cf", "Cs", "Zl", "Zp")
-"""Unicode's categories of what steers a terminal, turns text around, or cannot be encoded."""
+_UNSEEN = ("Cc", "Cf", "Cn", "Co", "Cs", "Zl", "Zp")
+"""Unicode's categories of what steers a terminal, turns text around, is no character or cannot be encoded."""
 
 
 class VlmscopeError(Exception):

@@ -35,6 +35,7 @@ from vlmscope.data.example import Example
 from vlmscope.data.questions.replacement import replace_words
 from vlmscope.data.table import read_csv, write_csv
 from vlmscope.errors import MOST, SEED, DataError, StoreError, VlmscopeError, nearest, shown, whole
+from vlmscope.files import from_csv, is_plain_name, to_csv, write
 from vlmscope.report import write_report
 from vlmscope.runs.model import Model
 from vlmscope.runs.network import QUANTIZED
@@ -175,8 +176,14 @@ def _check(name: str, kind: str, value: object) -> None:
 
 
 def name_of(data: str) -> str:
-    """What a data set is called in the results: a built-in set's name, or that of the CSV file."""
-    return data if data in BUILT_IN else Path(data).stem
+    """What a data set is called in the results: a built-in set's name, or that of the CSV file.
+
+    Raises `VlmscopeError` for a file whose name is none for the folders of results.
+    """
+    name = data if data in BUILT_IN else Path(data).stem
+    if not is_plain_name(name):
+        raise VlmscopeError(f"{data}: would be called {shown(name)} in the results; rename the file")
+    return name
 
 
 def run(spec: Spec, out: str | os.PathLike[str], say: Say = lambda text: None) -> Path:
@@ -208,7 +215,7 @@ def run(spec: Spec, out: str | os.PathLike[str], say: Say = lambda text: None) -
         lines = [*knows(bases[name, corrupt]).lines(), made.check_line()]
         say("\n".join(f"  {line}" for line in lines))
     chosen = selection(bases, sets)
-    chosen.to_csv(folder / "selection.csv", index=False)
+    write(folder / "selection.csv", to_csv(chosen))
     say(_say_selection(chosen))
     useful = [runs[key].path for key, base in bases.items() if not base["excluded"].all()]
     if not useful:
@@ -247,7 +254,7 @@ def read(folder: str | os.PathLike[str]) -> Notice:
     """What `run` has written; raises `StoreError` where that is not all there yet."""
     path = Path(folder)
     try:
-        chosen = pd.read_csv(path / "selection.csv")
+        chosen = from_csv(path / "selection.csv")
     except (OSError, ValueError) as error:
         text = f"{path}: this notice run is not finished ({error}); run the same command again"
         raise StoreError(text) from error

@@ -334,9 +334,10 @@ def _row(text: str) -> Any:
     if not data or not row:
         raise VlmscopeError(f"{shown(text)} names no example; expected DATA:ROW, such as states:0")
     found = examples(data)
-    for number, example in enumerate(found):
-        if row in (example.id, str(number)):
-            return example
+    # The number of one row may be the id of another.
+    named = {str(number): one for number, one in enumerate(found)} | {one.id: one for one in found}
+    if row in named:
+        return named[row]
     raise VlmscopeError(
         f"{shown(data)} has no example {shown(row)}; expected an id, or a row from 0 to {len(found) - 1}"
     )

@@ -11,7 +11,7 @@ import typer
 
 from vlmscope import files
 from vlmscope.cli.options import Given, OneModel, command
-from vlmscope.errors import VlmscopeError, shown
+from vlmscope.errors import VlmscopeError, plain, shown
 
 app = typer.Typer(
     no_args_is_help=True, help="Neurons that turn what is seen into a word.\n\nFind, show, perturb, edit."
@@ -38,7 +38,8 @@ class Shown(OneModel):
             raise VlmscopeError("give either --image or --data")
         if self.prompt is None:
             raise VlmscopeError("--image needs a --prompt that asks for the caption")
-        return [Example(self.image.name, self.image, self.prompt, answer="", foil="")]
+        # The name goes into tables, which hold no bytes that are no text.
+        return [Example(plain(self.image.name), self.image, self.prompt, answer="", foil="")]
 
 
 @command(app)
