@@ -103,7 +103,7 @@ def studies(n: int, count: int):
     truth = np.r_[np.full(10, 0.6), np.zeros(134)]
     for study in range(count):
         noise = generator.normal(size=(n, 144)) + generator.normal(size=(n, 1))
-        table = circuits.assess(truth + noise / np.sqrt(2), [f"{study}/{i}" for i in range(n)], least=0.05)
+        table = circuits.assess(truth + noise / np.sqrt(2), [f"{study}/{i}" for i in range(n)], least=0.02)
         yield table, truth > 0
 
 
@@ -139,7 +139,7 @@ def agreement(generator, rates, runs, groups):
 
 @pytest.mark.parametrize(("layers", "heads", "runs", "groups"), [(3, 4, 6, 3), (12, 12, 2, 2)])
 def test_heads_of_late_layers_agree_by_chance(layers, heads, runs, groups):
-    """Where the layer alone decides, p is at most 5 % in at most 5 % of draws; over all layers it is in most."""
+    """Where the layer alone decides, p is rarely at most 5 %; with all layers exchanged it is in most draws."""
     generator, found = np.random.default_rng(0), []
     rates = np.linspace(0.02, 0.9, layers)[:, None].repeat(heads, 1)
     for _ in range(300):
