@@ -191,6 +191,26 @@ def test_random_heads_are_of_the_same_layers_or_there_are_none():
     )
 
 
+def test_heads_are_measured_on_the_examples_that_are_held_out():
+    """As if the others had not been given; a head without any is left out, and said."""
+    examples = planted_examples(24)
+    site, other, chosen_by_all = (f"encoder.0.cross.h{n}@all" for n in range(3))
+    ids = [one.id for one in examples]
+    held_out = {site: ids[:12], other: ids}
+    with pytest.warns(UserWarning, match="1 of 3 heads have fewer than two held-out examples .*h2@all"):
+        table = heads.functions(planted(), examples, [site, other, chosen_by_all], held_out=held_out)
+    assert dict(zip(table.functions["site"], table.functions["n"], strict=True)) == {site: 12, other: 24}
+    numbers = ["measure", "value", "low", "high", "n"]
+    for name, some in ((site, examples[:12]), (other, examples)):
+        alone = heads.functions(planted(), some, name).measures[numbers]
+        mine = table.measures.query("site == @name")[numbers].reset_index(drop=True)
+        pd.testing.assert_frame_equal(mine, alone, rtol=1e-9)
+    (none,) = table.together.query("set == 'none'").to_dict("records")
+    assert none["n"] == 24
+    with pytest.raises(DataError, match="so what they do is not measured"):
+        heads.functions(planted(), examples, site, held_out={})
+
+
 def test_every_draw_has_its_own_seed():
     """What is measured beside it, and the order of the examples, change no number of a measure."""
     keys, examples = ["site", "measure"], planted_examples(16)

@@ -139,7 +139,7 @@ def agreement(generator, rates, runs, groups):
 
 @pytest.mark.parametrize(("layers", "heads", "runs", "groups"), [(3, 4, 6, 3), (12, 12, 2, 2)])
 def test_heads_of_late_layers_agree_by_chance(layers, heads, runs, groups):
-    """Where the layer alone decides, p is rarely at most 5 %; with all layers exchanged it is in most draws."""
+    """Where the layer alone decides, p is rarely at most 5 %; over all layers it is in most."""
     generator, found = np.random.default_rng(0), []
     rates = np.linspace(0.02, 0.9, layers)[:, None].repeat(heads, 1)
     for _ in range(300):

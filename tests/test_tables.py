@@ -279,6 +279,14 @@ def test_an_encoder_without_an_answer_is_read_at_its_last_token(effects):
     assert name == "last" and set(found["token"]) == {"[SEP]"}
 
 
+def test_the_last_that_was_patched_is_not_the_last(effects):
+    """Where only the answer's token was patched, nothing is at the last one, and nothing is called so."""
+    for name, tower in (("toy-blip", "encoder"), ("toy-llava", "decoder")):
+        rows = effects[name].query(f"tower == '{tower}' and slot == 'answer'")
+        with pytest.raises(DataError, match="nothing was patched at the slot 'last' .* holds answer"):
+            tables.at_slot(rows, "last")
+
+
 def test_what_is_taken_where_nothing_is_named(effects):
     blip, lava = effects["toy-blip"], effects["toy-llava"]
     assert vlmscope.token_table(blip).attrs["tower"] == "encoder"

@@ -22,6 +22,7 @@ def circuits_section(folder: Path, gallery: Gallery) -> Section:
     drawn = figures.universal(heads, gap=max(gaps.values(), default=0.0))
     values = {
         "heads": heads,
+        "confirmed": int((heads["important"] & heads["confirmed"].fillna(False).astype(bool)).sum()),
         "everywhere": [f"{r.tower} L{r.layer} {r.kind} H{r.head}" for r in everywhere.itertuples()],
         "chance": [found for found in about.get("chance", []) if found["in_every_run"]],
     }
