@@ -15,7 +15,7 @@ import os
 import stat
 import tempfile
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
@@ -111,6 +111,15 @@ def claim_file(file: Path) -> None:
     try_place(file.parent)
 
 
+def is_kept(file: Path, content: Callable[[], bytes]) -> bool:
+    """Whether a file is there as it would be written; raises `StoreError` if it is there and is not."""
+    if not os.path.lexists(file):
+        return False
+    if not file.is_file() or file.read_bytes() != content():
+        raise StoreError(f"{file}: is there, with other content; delete it or choose another --out")
+    return True
+
+
 def try_place(folder: Path) -> None:
     """Write a nameless file into a folder, or into the nearest above it that is there, to see if one can."""
     there = next(path for path in (folder, *folder.parents) if os.path.lexists(path))
@@ -187,7 +196,7 @@ def write(file: Path, content: bytes, ends: Path | None = None) -> None:
     """
     if file.exists() and not file.is_file():
         raise StoreError(f"{file}: is no file; choose another --out")
-    with storing(file), locked(file.parent):
+    with _folders(file.parent, ()), storing(file), locked(file.parent):
         temporary = _put(file, content)
         try:
             if ends is not None:

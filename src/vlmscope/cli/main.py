@@ -229,10 +229,12 @@ def data(
 
     Says how many rows each rule dropped, and why.
     """
+    from vlmscope import files
     from vlmscope.data.published import build
     from vlmscope.data.table import write_csv
     from vlmscope.progress import progress
 
+    files.claim_file(out)
     pieces = None
     if model:
         from vlmscope.checkpoint import tokenizer

@@ -8,6 +8,7 @@ import io
 import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 from PIL import Image
@@ -109,32 +110,36 @@ def write_csv(path: Path | str, examples: Iterable[Example]) -> None:
 
     Pictures in memory become PNG files in the folder `<stem>-images` next to the file; a picture that is a
     path stays where it is (relative to the file where it lies below its folder). Roles become columns that
-    hold their words. The file itself is written last and renamed into place.
+    hold their words. The file itself is written last.
 
     Raises `DataError` for an example that the form cannot hold, such as a role whose words stand in the
-    prompt a second time and mean the later place.
+    prompt a second time and mean the later place, and `StoreError` if one of the files is there with other
+    content (a CSV file does not say who made it, so none is replaced), or cannot be written.
     """
     path = Path(path)
+    files.claim_file(path)
     rows: list[dict[str, str]] = []
     ids = set[str]()
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        for number, example in enumerate(examples):
-            row = _row(path, number, example)
-            _check_row(row, example, duplicate=example.id in ids)
-            ids.add(example.id)
-            rows.append(row)
-        if not rows:
-            raise DataError(f"{path}: no examples to write; expected at least one")
-        columns = list(dict.fromkeys(("id", *COLUMNS, *(name for row in rows for name in row))))
-        part = path.with_name(f"{path.name}.part")
-        with part.open("w", encoding="utf-8", newline="") as file:
-            writer = csv.DictWriter(file, columns, restval="")
-            writer.writeheader()
-            writer.writerows(rows)
-        part.replace(path)
-    except OSError as error:
-        raise DataError(f"{path}: cannot be written ({error.strerror or error})") from error
+    pictures: dict[Path, Image.Image] = {}
+    for number, example in enumerate(examples):
+        row = _row(path, number, example, pictures)
+        _check_row(row, example, duplicate=example.id in ids)
+        ids.add(example.id)
+        rows.append(row)
+    if not rows:
+        raise DataError(f"{path}: no examples to write; expected at least one")
+    columns = list(dict.fromkeys(("id", *COLUMNS, *(name for row in rows for name in row))))
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, columns, restval="")
+    writer.writeheader()
+    writer.writerows(rows)
+    content = text.getvalue().encode("utf-8", "surrogatepass")
+    missing = [file for file, picture in pictures.items() if not files.is_kept(file, partial(_png, picture))]
+    is_new = not files.is_kept(path, lambda: content)
+    for file in missing:
+        files.write(file, _png(pictures[file]))
+    if is_new:
+        files.write(path, content)
 
 
 def read_table(
@@ -234,15 +239,15 @@ def _box(name: str, cell: str) -> Box:
     raise ValueError(f"{name} is {cell!r} (write left top right bottom, in pixels)")
 
 
-def _row(path: Path, number: int, example: Example) -> dict[str, str]:
-    """The cells of an example; its pictures in memory are saved on the way."""
+def _row(path: Path, number: int, example: Example, pictures: dict[Path, Image.Image]) -> dict[str, str]:
+    """The cells of an example; its pictures in memory are added to `pictures`, by their files."""
 
     def place(picture: Picture | None, name: str) -> str:
         if picture is None:
             return ""
         if isinstance(picture, Image.Image):
             file = path.with_name(f"{path.stem}-images") / f"{number:05d}-{name}.png"
-            _save(picture, file)
+            pictures[file] = picture
             return file.relative_to(path.parent).as_posix()
         here, there = path.parent.absolute(), Path(picture).absolute()
         return (there.relative_to(here) if there.is_relative_to(here) else there).as_posix()
@@ -292,10 +297,9 @@ def _check_row(row: Mapping[str, str], example: Example, duplicate: bool) -> Non
         )
 
 
-def _save(picture: Image.Image, file: Path) -> None:
-    """Save a picture in memory as a PNG that `open_image` reads as the same pixels."""
+def _png(picture: Image.Image) -> bytes:
+    """A picture in memory as a PNG file that `open_image` reads as the same pixels."""
     plain = picture.mode in ("1", "L", "RGB") and not picture.info and not picture.getexif()
-    file.parent.mkdir(parents=True, exist_ok=True)
-    part = file.with_suffix(".part")
-    (picture if plain else open_image(picture)).save(part, format="PNG")
-    part.replace(file)
+    file = io.BytesIO()
+    (picture if plain else open_image(picture)).save(file, format="PNG")
+    return file.getvalue()
