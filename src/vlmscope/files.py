@@ -11,13 +11,14 @@ import errno
 import fcntl
 import io
 import json
+import math
 import os
 import stat
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import pandas as pd
 
@@ -35,38 +36,46 @@ _WAIT = 10.0
 """Seconds for which a writer waits for another one in the same folder."""
 
 
+def regular(
+    file: str | os.PathLike[str],
+    expected: str,
+    error: type[VlmscopeError] = DataError,
+    largest: float = math.inf,
+) -> BinaryIO:
+    """A regular file, opened for reading; raises `error`, with what was `expected`, for anything else.
+
+    No pipe is waited for, and what has no end, or more than `largest` bytes, is not begun with.
+    """
+    try:
+        # Without O_NONBLOCK a pipe that nobody writes to would be waited for.
+        descriptor = os.open(file, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        status = os.fstat(descriptor)
+        if stat.S_ISREG(status.st_mode) and status.st_size <= largest:
+            return os.fdopen(descriptor, "rb")
+        os.close(descriptor)
+    except (OSError, ValueError) as problem:  # a name with a NUL is a ValueError
+        missing = isinstance(problem, FileNotFoundError)
+        why = (
+            "no such file" if missing else f"cannot be read ({getattr(problem, 'strerror', None) or problem})"
+        )
+    else:
+        why = "a device or a pipe"
+        if stat.S_ISDIR(status.st_mode):
+            why = "a folder"
+        elif stat.S_ISREG(status.st_mode):
+            why = f"has {status.st_size / 2**20:,.0f} MiB, of which at most {largest / 2**20:,.0f} are read"
+    raise error(f"{file}: {why}; expected {expected}")
+
+
 def read(
     file: str | os.PathLike[str],
     expected: str,
     error: type[VlmscopeError] = DataError,
     largest: int = LARGEST,
 ) -> bytes:
-    """The content of a regular file; raises `error`, with what was `expected`, for anything else.
-
-    Nothing is read of a pipe, a device or a file of more than `largest` bytes, and none is waited for.
-    """
-    try:
-        # Without O_NONBLOCK a pipe that nobody writes to would be waited for when it is opened.
-        descriptor = os.open(file, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
-        with os.fdopen(descriptor, "rb") as stream:
-            status = os.fstat(descriptor)
-            if stat.S_ISDIR(status.st_mode):
-                raise IsADirectoryError
-            if not stat.S_ISREG(status.st_mode):
-                raise error(f"{file}: a device or a pipe; expected {expected}")
-            if status.st_size > largest:
-                size = f"{status.st_size / 2**20:,.0f} MiB"
-                raise error(
-                    f"{file}: {size}, of which at most {largest / 2**20:,.0f} are read; expected {expected}"
-                )
-            return stream.read(largest + 1)
-    except FileNotFoundError:
-        raise error(f"{file}: no such file; expected {expected}") from None
-    except IsADirectoryError:
-        raise error(f"{file}: a folder; expected {expected}") from None
-    except (OSError, ValueError) as problem:  # a name with a NUL is a ValueError
-        why = getattr(problem, "strerror", None) or problem
-        raise error(f"{file}: cannot be read ({why}); expected {expected}") from problem
+    """The content of a regular file; raises as `regular` does."""
+    with regular(file, expected, error, largest) as stream:
+        return stream.read(largest)
 
 
 def read_about(folder: str | os.PathLike[str], manifest: str, way_out: str) -> dict[str, Any]:
