@@ -173,7 +173,7 @@ class Bench:
         checkpoint.load = notice.load = lambda name, dtype="float32", device=None: load(name)
         for name in ("toy-blip", "toy-llava"):
             load(name)
-        self.top, self.scratch, self.number = top, top / "scratch", 0
+        self.top, self.scratch = top, top / "scratch"
         self.scratch.mkdir()
         self._make_inputs()
         self.wanted: dict[str, dict[str, str]] = {}
@@ -224,17 +224,15 @@ class Bench:
             raise LostError(f"two undisturbed runs differ: {odd}")
         state = self.folder()
         self.done(BEFORE.get(name, COMMANDS[name]), state)
-        self.states[name] = state
+        self.states[name] = Path(shutil.copytree(state, self.top / "states" / name))
 
     def folder(self, like: Path | None = None) -> Path:
-        """A new folder for a command, empty or like another one."""
-        self.number += 1
-        folder = self.top / f"case-{self.number}" / "here"
-        folder.parent.mkdir()
-        if like is None:
-            folder.mkdir()
-        else:
-            shutil.copytree(like, folder)
+        """The folder for a command, always of the same name; empty, or like another one."""
+        folder = self.top / "case" / "here"
+        shutil.rmtree(folder.parent, ignore_errors=True)
+        folder.mkdir(parents=True)
+        if like is not None:
+            shutil.copytree(like, folder, dirs_exist_ok=True)
         return folder
 
     def start(self, words: str, folder: Path, scratch: Path, first: Callable[[], object]) -> int:
@@ -448,15 +446,12 @@ def accidents(
         for accident in plan:
             name = next(drawn)
             counts[name][accident] += 1
-            case = bench.number
             try:
                 bench.kill(name, random) if accident == "kill" else bench.other(name, accident, random)
             except LostError as fault:
                 counts[name]["wrong"] += 1
                 wrong.append(Wrong(name, accident, str(fault)))
                 print(f"{name}: {accident}: {fault}", flush=True)
-            for number in range(case + 1, bench.number + 1):
-                shutil.rmtree(Path(top) / f"case-{number}", ignore_errors=True)
     return counts, wrong
 
 
