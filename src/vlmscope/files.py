@@ -13,11 +13,12 @@ import io
 import json
 import math
 import os
+import shutil
 import stat
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 import pandas as pd
@@ -102,11 +103,12 @@ def claim(folder: str | os.PathLike[str], manifest: str, kind: str, names: Itera
                 "--out or delete the folder"
             )
         listed = about.get("files")
-        ours = {str(name) for name in listed if _is_inside(str(name))} if isinstance(listed, list) else ours
+        names_there = map(str, listed if isinstance(listed, list) else ())
+        ours = {name for name in names_there if _is_inside(path, name)}
     for name in names:
         file = path / name
-        mine = not file.is_dir() if name in ours else any(one.startswith(f"{name}/") for one in ours)
-        if not mine and os.path.lexists(file):
+        mine = name in ours or any(one.startswith(f"{name}/") for one in ours)
+        if (not mine and os.path.lexists(file)) or not _is_inside(path, name):
             raise StoreError(f"{file}: is there, and no result of this command; choose another --out")
     try_place(path)
     return ours
@@ -162,13 +164,17 @@ def save(
         try:
             pairs.append((_put(path / f"{manifest}.begun", _json(begun)), path / manifest))
             for name, one in content.items():
-                made = one if isinstance(one, Path) else _put(path / name, _bytes(name, one))
-                pairs.append((made, path / name))
+                if isinstance(one, Path):
+                    _sync(one)
+                pairs.append(
+                    (one if isinstance(one, Path) else _put(path / name, _bytes(name, one)), path / name)
+                )
             pairs.append((_put(path / manifest, _json(whole)), path / manifest))
             for temporary, file in pairs[:-1]:
                 temporary.replace(file)
             for name in ours - {*content}:
-                (path / name).unlink(missing_ok=True)
+                if not (path / name).is_dir():
+                    (path / name).unlink(missing_ok=True)
             for place in {file.parent for _, file in pairs}:
                 _sync(place)
             temporary, file = pairs[-1]
@@ -179,6 +185,22 @@ def save(
                 with contextlib.suppress(OSError):
                     temporary.unlink()
             raise
+
+
+@contextlib.contextmanager
+def beside(folder: Path) -> Iterator[Path]:
+    """An empty folder on the same disk, for what somebody else's code writes before `save` moves it."""
+    folder = folder.absolute()  # so that it has a name, be it the current one
+    place = folder.with_name(f".{folder.name}.tmp")
+    with _folders(folder.parent, ()), storing(folder):
+        place.mkdir(exist_ok=True)
+        with locked(place):
+            try:
+                for left in place.iterdir():  # by a process that was killed
+                    shutil.rmtree(left) if left.is_dir() else left.unlink()
+                yield place
+            finally:
+                shutil.rmtree(place, ignore_errors=True)
 
 
 @contextlib.contextmanager
@@ -282,10 +304,10 @@ def _json(content: Mapping[str, Any]) -> bytes:
     return (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode("utf-8", "backslashreplace")
 
 
-def _is_inside(name: str) -> bool:
-    """Whether a name from a manifest stays below its folder."""
-    path = PurePosixPath(name)
-    return bool(name) and not path.is_absolute() and ".." not in path.parts
+def _is_inside(folder: Path, name: str) -> bool:
+    """Whether the file of a name lies below a folder, where no link leads elsewhere."""
+    parent = (folder / name).parent
+    return ".." not in parent.parts[len(folder.parts) :] and parent.resolve().is_relative_to(folder.resolve())
 
 
 def write_json(file: Path, content: Mapping[str, Any], ends: Path | None = None) -> None:

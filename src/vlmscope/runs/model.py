@@ -7,16 +7,22 @@ from pathlib import Path
 
 from jaxtyping import Float
 from PIL import Image
+from safetensors import SafetensorError
 from torch import Tensor
 from transformers.utils import logging
 
+from vlmscope import files
 from vlmscope.data.example import Box, Example, Picture
 from vlmscope.data.images import open_image
+from vlmscope.errors import StoreError
 from vlmscope.layout import Layout
 from vlmscope.models.inputs import Edit, Inputs, Logits, Pair
 from vlmscope.runs import attention, forward, prepare, verify
 from vlmscope.runs.network import Network
 from vlmscope.sites import Sites
+
+MANIFEST, FORMAT = "vlmscope.json", "vlmscope-checkpoint-1"
+"""What a saved checkpoint has beside the files of transformers: the list of them."""
 
 
 class Model(Network):
@@ -115,12 +121,23 @@ class Model(Network):
         return image.crop((left, top, right, bottom))
 
     def save(self, folder: str | Path) -> None:
-        """Write model and processor as a checkpoint that plain transformers, and `load`, read."""
+        """Write model and processor as a checkpoint that plain transformers, and `load`, read.
+
+        Everything is written beside the folder first and then renamed; `vlmscope.json` lists what is written.
+        Raises `StoreError` if that cannot be, or the folder has files of these names that are not listed.
+        """
         bar = logging.is_progress_bar_enabled()
         logging.disable_progress_bar()
         try:
-            self.hf.save_pretrained(folder)
-            self.processor.save_pretrained(folder)
+            with files.beside(Path(folder)) as place:
+                self.hf.save_pretrained(place)
+                self.processor.save_pretrained(place)
+                made = {str(file.relative_to(place)): file for file in place.rglob("*") if file.is_file()}
+                files.save(folder, MANIFEST, {"format": FORMAT, "model": self.name}, made)
+        except SafetensorError as error:
+            raise StoreError(
+                f"{folder}: cannot be written ({error}); free some space or choose another place"
+            ) from error
         finally:
             if bar:
                 logging.enable_progress_bar()
