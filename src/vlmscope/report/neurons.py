@@ -19,17 +19,17 @@ ROWS = 6
 
 def section(folder: Path, gallery: Gallery) -> Section:
     about = read_json(folder / "neurons.json")
-    what = str(about.get("what"))
-    values = {"find": _find, "describe": _describe, "perturb": _perturb, "edit": _edit}
-    if what not in values:
-        raise StoreError(f"{folder / 'neurons.json'}: is of another version; write that folder anew")
-    titles = {
-        "find": "Neurons that contribute to words",
-        "describe": "Neurons, one by one",
-        "perturb": "Words without their neurons",
-        "edit": f"Edit: {about.get('from')} to {about.get('to') or 'anything else'}",
+    sections = {
+        "find": ("Neurons that contribute to words", _find),
+        "describe": ("Neurons, one by one", _describe),
+        "perturb": ("Words without their neurons", _perturb),
+        "edit": (f"Edit: {about.get('from')} to {about.get('to') or 'anything else'}", _edit),
     }
-    return Section(titles[what], render(f"neurons_{what}.html", about=about, **values[what](folder, gallery)))
+    what = str(about.get("what"))
+    if what not in sections:
+        raise StoreError(f"{folder / 'neurons.json'}: is of another version; write that folder anew")
+    title, values = sections[what]
+    return Section(title, render(f"neurons_{what}.html", about=about, **values(folder, gallery)))
 
 
 def _csv(file: Path) -> pd.DataFrame:
@@ -90,11 +90,8 @@ def _perturb(folder: Path, gallery: Gallery) -> dict[str, Any]:
 
 
 def _edit(folder: Path, gallery: Gallery) -> dict[str, Any]:
-    captions, columns, pictures = (
-        _csv(folder / "captions.csv"),
-        pd.read_csv(folder / "columns.csv"),
-        _pictures(folder),
-    )
+    columns, pictures = pd.read_csv(folder / "columns.csv"), _pictures(folder)
+    captions = _csv(folder / "captions.csv")
     captions = captions[captions["example"].isin(pictures)].drop_duplicates("example")
     objects = folder / "objects.csv"
     return {
