@@ -91,16 +91,16 @@ def read_about(folder: str | os.PathLike[str], manifest: str, way_out: str) -> d
 def claim(folder: str | os.PathLike[str], manifest: str, kind: str, names: Iterable[str]) -> set[str]:
     """Refuse, before anything is computed, a folder in which `save` could not write these names.
 
-    Whatever is there under one of them has to be listed in a manifest of the same kind (its `format`): then
-    vlmscope made it. Gives the names that are listed; raises `StoreError`.
+    Whatever is there under one of them has to be listed in a manifest of the same kind (its `format` or
+    `what`): then vlmscope made it. Gives the names that are listed; raises `StoreError`.
     """
     path, ours = Path(folder), set[str]()
     if (path / manifest).exists():
         about = read_json(path / manifest, "choose another --out or delete the folder")
-        if about.get("format") != kind:
+        if _kind(about) != kind:
             raise StoreError(
-                f"{path}: holds {shown(about.get('format'))}, where {kind} is to be written; choose another "
-                "--out or delete the folder"
+                f"{path}: holds {shown(_kind(about))}, where {kind} is to be written; choose another --out, "
+                "or delete the folder"
             )
         listed = about.get("files")
         names_there = map(str, listed if isinstance(listed, list) else ())
@@ -158,7 +158,7 @@ def save(
     path = Path(folder)
     pairs: list[tuple[Path, Path]] = []
     with _folders(path, content), storing(path), locked(path):
-        ours = claim(path, manifest, str(about["format"]), content) | {*content}
+        ours = claim(path, manifest, _kind(about), content) | {*content}
         begun = {**about, "files": sorted(ours), "unfinished": True}
         whole = {**about, "files": sorted(content)}
         try:
@@ -302,6 +302,10 @@ def _bytes(name: str, content: pd.DataFrame | str | bytes) -> bytes:
 def _json(content: Mapping[str, Any]) -> bytes:
     # A lone surrogate (from an undecodable file name) becomes the JSON escape of itself.
     return (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode("utf-8", "backslashreplace")
+
+
+def _kind(about: Mapping[str, Any]) -> str:
+    return str(about.get("format") or about.get("what"))
 
 
 def _is_inside(folder: Path, name: str) -> bool:

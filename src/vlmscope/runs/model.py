@@ -141,3 +141,8 @@ class Model(Network):
         finally:
             if bar:
                 logging.enable_progress_bar()
+
+    @staticmethod
+    def claim(folder: str | Path) -> None:
+        """Refuse, before anything is computed, a folder that `save` could not write (`StoreError`)."""
+        files.claim(folder, MANIFEST, FORMAT, ["config.json", "model.safetensors"])
