@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
-import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -16,13 +15,13 @@ import pandas as pd
 from markupsafe import Markup
 from matplotlib.axes import Axes
 
-from vlmscope.errors import StoreError
+from vlmscope.files import read_json
 from vlmscope.report.canvas import figure_of
 from vlmscope.report.heat_maps import CHANGED, IN_LOGITS, full_colour, panels
 from vlmscope.report.ranking import by_size
 from vlmscope.report.words import digits, ends, lower_first, percent, plural, short_number, upper_first
 from vlmscope.stats import FEWEST
-from vlmscope.studies.tables import slot_words
+from vlmscope.studies.tables import slot_words, wide
 
 
 class Shown(NamedTuple):
@@ -61,7 +60,7 @@ class Gallery:
         for ending in self.formats:
             figure.savefig(self.folder / f"{stem}.{ending}")
         data.to_csv(self.folder / f"{stem}.csv", index=False)
-        links = {"png": "PNG", **{ending: ending.upper() for ending in self.formats}, "csv": "data"}
+        links = {ending: ending.upper() for ending in ("png", *self.formats)} | {"csv": "data"}
         files = [(f"{self.folder.name}/{stem}.{ending}", text) for ending, text in links.items()]
         text = getattr(_templates().get_template("captions.html").module, caption)(**values)
         return Shown(Markup(" ".join(text.split())), data_address(png.getvalue()), files)
@@ -70,18 +69,19 @@ class Gallery:
         self,
         name: str,
         cells: Mapping[str, pd.DataFrame],
-        tables: Mapping[str, pd.DataFrame],
         gap: float,
+        *,
+        tables: Mapping[str, pd.DataFrame] | None = None,
         marks: Mapping[str, list[tuple[int, int]]] | None = None,
         data: pd.DataFrame | None = None,
     ) -> Shown:
-        """Tables of layers side by side, by title, with the cells that they are made of as data."""
+        """Tables of layers side by side, by title (by default of all these cells), with the cells as data."""
+        tables = tables or {title: wide(each) for title, each in cells.items()}
         rows = pd.concat([each.assign(panel=title) for title, each in cells.items()], ignore_index=True)
         most = rows.groupby("panel")["n"].transform("max")
         value = str(next(iter(cells.values())).attrs.get("value", "logit_diff"))
-        slots: Iterable[tuple[str, str]] = ()
-        if "head" in rows:
-            slots = zip(rows["position" if "position" in rows else "slot"], rows["tower"], strict=True)
+        at = "position" if "position" in rows else "slot"
+        slots = rows[[at, "tower"]].drop_duplicates().to_numpy() if "head" in rows else ()
         return self.show(
             name,
             panels(tables, value=value, marks=marks, gap=gap),
@@ -91,7 +91,7 @@ class Gallery:
             best=by_size(rows, rows["mean"].abs(), most).iloc[0],
             held=(rows["n"] < most / 2).any(),
             column="head" if "head" in rows else "slot",
-            slots=list(dict.fromkeys(slot_words(*place) for place in dict.fromkeys(slots))),
+            slots=list(dict.fromkeys(slot_words(*place) for place in slots)),
             full=full_colour(tables.values(), value, gap),
             what=CHANGED[value],
             unit=" logits" if value in IN_LOGITS else "",
@@ -99,11 +99,8 @@ class Gallery:
         )
 
 
-def read_json(file: Path) -> dict[str, Any]:
-    try:
-        return dict(json.loads(file.read_text("utf-8")))
-    except ValueError as error:
-        raise StoreError(f"{file}: is damaged ({error}); write that folder anew") from error
+def about_of(folder: Path, what: str) -> dict[str, Any]:
+    return read_json(folder / f"{what}.json", "write that folder anew")
 
 
 def data_address(png: bytes | Path) -> str:

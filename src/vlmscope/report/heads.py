@@ -7,14 +7,14 @@ from pathlib import Path
 import pandas as pd
 
 from vlmscope.report import figures, image_maps
-from vlmscope.report.gallery import Gallery, Section, Shown, read_json, render
+from vlmscope.report.gallery import Gallery, Section, Shown, about_of, render
 from vlmscope.report.words import KINDS, TOWERS, upper_first
 from vlmscope.studies.known import Known
 from vlmscope.studies.run_folder import read_run
 
 
 def circuits_section(folder: Path, gallery: Gallery) -> Section:
-    about, heads = read_json(folder / "circuits.json"), pd.read_parquet(folder / "heads.parquet")
+    about, heads = about_of(folder, "circuits"), pd.read_parquet(folder / "heads.parquet")
     everywhere = pd.read_csv(folder / "universal.csv").query("universal")
     gaps = {str(name): float(gap) for name, gap in about.get("gaps", {}).items()}
     known = {name: Known(**fields) for name, fields in about.get("known", {}).items()}
@@ -44,11 +44,11 @@ def _by_run(name: str, rows: pd.DataFrame, gaps: dict[str, float], gallery: Gall
         important = table[table["important"]]
         marks[title] = list(zip(important["layer"], important["head"], strict=True))
     gap = max(gaps.get(str(run), 0.0) for run in rows["run"].unique())
-    return gallery.show_panels(name, cells, tables, gap, marks, rows)
+    return gallery.show_panels(name, cells, gap, tables=tables, marks=marks, data=rows)
 
 
 def section(folder: Path, gallery: Gallery) -> Section:
-    about, heads = read_json(folder / "heads.json"), pd.read_csv(folder / "functions.csv")
+    about, heads = about_of(folder, "heads"), pd.read_csv(folder / "functions.csv")
     attention, together = _attention(folder, heads, gallery), pd.read_csv(folder / "together.csv")
     these = (together["set"] == "these heads") & (together["knockout"] == "mean")
     text = render(

@@ -9,7 +9,7 @@ import pandas as pd
 
 from vlmscope.errors import StoreError
 from vlmscope.report import figures, image_maps
-from vlmscope.report.gallery import Gallery, Section, Shown, read_json, render
+from vlmscope.report.gallery import Gallery, Section, Shown, about_of, render
 
 MEASURES = ("auc", "selectivity", "overlap", "overlap, shuffled", "p drop, zero")
 """The measures that are drawn, of those that were taken."""
@@ -18,7 +18,7 @@ ROWS = 6
 
 
 def section(folder: Path, gallery: Gallery) -> Section:
-    about = read_json(folder / "neurons.json")
+    about = about_of(folder, "neurons")
     sections = {
         "find": ("Neurons that contribute to words", _find),
         "describe": ("Neurons, one by one", _describe),

@@ -7,7 +7,7 @@ from pathlib import Path
 import pandas as pd
 
 from vlmscope.report import figures
-from vlmscope.report.gallery import Gallery, Section, read_json, render
+from vlmscope.report.gallery import Gallery, Section, about_of, render
 from vlmscope.report.ranking import most_restored
 from vlmscope.report.words import KINDS, TOWERS, kinds_in, upper_first
 from vlmscope.studies.known import knows
@@ -15,7 +15,7 @@ from vlmscope.studies.run_folder import read_run
 
 
 def section(folder: Path, gallery: Gallery) -> Section:
-    about, table = read_json(folder / "tracing.json"), pd.read_parquet(folder / "tracing.parquet")
+    about, table = about_of(folder, "tracing"), pd.read_parquet(folder / "tracing.parquet")
     repeat = folder / "repeats" / "00"
     known = knows(read_run(repeat).baselines()) if (repeat / "run.json").is_file() else None
     shown = []
