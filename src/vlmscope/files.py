@@ -88,30 +88,30 @@ def read_about(folder: str | os.PathLike[str], manifest: str, way_out: str) -> d
     return content
 
 
-def claim(folder: str | os.PathLike[str], manifest: str, kind: str, names: Iterable[str]) -> set[str]:
+def claim(
+    folder: str | os.PathLike[str], manifest: str, kind: str, names: Iterable[str]
+) -> Mapping[str, Any]:
     """Refuse, before anything is computed, a folder in which `save` could not write these names.
 
     Whatever is there under one of them has to be listed in a manifest of the same kind (its `format` or
-    `what`): then vlmscope made it. Gives the names that are listed; raises `StoreError`.
+    `what`): then vlmscope made it. Gives that manifest, empty where there is none; raises `StoreError`.
     """
-    path, ours = Path(folder), set[str]()
-    if (path / manifest).exists():
+    path, about = Path(folder), dict[str, Any]()
+    if os.path.lexists(path / manifest):
         about = read_json(path / manifest, "choose another --out or delete the folder")
         if _kind(about) != kind:
             raise StoreError(
                 f"{path}: holds {shown(_kind(about))}, where {kind} is to be written; choose another --out, "
                 "or delete the folder"
             )
-        listed = about.get("files")
-        names_there = map(str, listed if isinstance(listed, list) else ())
-        ours = {name for name in names_there if _is_inside(path, name)}
+    ours = _listed(path, about)
     for name in names:
         file = path / name
         mine = name in ours or any(one.startswith(f"{name}/") for one in ours)
         if (not mine and os.path.lexists(file)) or not _is_inside(path, name):
             raise StoreError(f"{file}: is there, and no result of this command; choose another --out")
     try_place(path)
-    return ours
+    return about
 
 
 def claim_file(file: Path) -> None:
@@ -158,7 +158,7 @@ def save(
     path = Path(folder)
     pairs: list[tuple[Path, Path]] = []
     with _folders(path, content), storing(path), locked(path):
-        ours = claim(path, manifest, _kind(about), content) | {*content}
+        ours = _listed(path, claim(path, manifest, _kind(about), content)) | {*content}
         begun = {**about, "files": sorted(ours), "unfinished": True}
         whole = {**about, "files": sorted(content)}
         try:
@@ -306,6 +306,12 @@ def _json(content: Mapping[str, Any]) -> bytes:
 
 def _kind(about: Mapping[str, Any]) -> str:
     return str(about.get("format") or about.get("what"))
+
+
+def _listed(folder: Path, about: Mapping[str, Any]) -> set[str]:
+    """The names that a manifest lists, of files below its folder."""
+    names = about.get("files")
+    return {name for name in map(str, names if isinstance(names, list) else ()) if _is_inside(folder, name)}
 
 
 def _is_inside(folder: Path, name: str) -> bool:

@@ -4,6 +4,7 @@
     DIR/data/NAME.csv        built-in sets, drawn once, so that pictures need no memory
     DIR/runs/NAME-image/     a sweep of all modules and heads (a run folder)
     DIR/selection.csv        how many the model answers rightly, and how many are kept, by group
+    DIR/selection.json       that this pipeline made it
     DIR/circuits/            important heads of each run, universal heads over all
     DIR/heads/NAME/          what the important heads do
     DIR/report.html          all of it to look at
@@ -26,6 +27,7 @@ from typing import Any
 import pandas as pd
 import tomli_w
 
+from vlmscope import files
 from vlmscope.checkpoint import load, pieces
 from vlmscope.data import BUILT_IN, SIZE, examples
 from vlmscope.data.drawn import draw
@@ -33,7 +35,6 @@ from vlmscope.data.example import Example
 from vlmscope.data.questions.replacement import replace_words
 from vlmscope.data.table import read_csv, write_csv
 from vlmscope.errors import DataError, StoreError, VlmscopeError
-from vlmscope.files import storing, write
 from vlmscope.report import write_report
 from vlmscope.runs.model import Model
 from vlmscope.studies import circuits, heads
@@ -46,6 +47,7 @@ Sweep = tuple[str, str]
 """The name of a data set, and a corruption."""
 
 MODULES = ("resid", "attn", "cross", "mlp")
+SELECTION = "vlmscope-selection-1"
 MANY = 12
 """A group with more values than this (an id, a noun) is no group to report on."""
 
@@ -108,9 +110,11 @@ class Spec:
         return cls(**given)
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the specification as TOML; paths of CSV files become absolute."""
+        """Write the specification as TOML; paths of CSV files become absolute. Replaces no other file."""
         content = {k: v for k, v in asdict(self._absolute()).items() if v not in (None, ())}
-        write(Path(path), tomli_w.dumps(content).encode("utf-8"))
+        text = tomli_w.dumps(content).encode("utf-8")
+        if not files.is_kept(Path(path), lambda: text):
+            files.write(Path(path), text)
 
     def _absolute(self) -> Spec:
         return replace(self, data=tuple(d if d in BUILT_IN else str(Path(d).resolve()) for d in self.data))
@@ -151,6 +155,7 @@ def run(spec: Spec, out: str | os.PathLike[str], say: Say = lambda text: None) -
     what is estimated, and what its parts raise.
     """
     folder = Path(out)
+    _check_own(folder)
     _claim(spec, folder)
     model = load(spec.model, dtype=spec.dtype, device=spec.device)
     sites = spec.sites or default_sites(model)
@@ -168,7 +173,7 @@ def run(spec: Spec, out: str | os.PathLike[str], say: Say = lambda text: None) -
         lines = [*knows(bases[name, corrupt]).lines(), made.check_line()]
         say("\n".join(f"  {line}" for line in lines))
     chosen = selection(bases, sets)
-    chosen.to_csv(folder / "selection.csv", index=False)
+    files.save(folder, "selection.json", {"format": SELECTION}, {"selection.csv": chosen})
     say(_say_selection(chosen))
     useful = [runs[key].path for key, base in bases.items() if not base["excluded"].all()]
     if not useful:
@@ -229,10 +234,22 @@ def default_sites(model: Model) -> tuple[str, ...]:
     return tuple(found)
 
 
+def _check_own(folder: Path) -> None:
+    """Refuse, before anything is computed, a folder with what this pipeline has not made."""
+    with files.storing(folder):
+        own = (folder / "notice.toml").exists() or not folder.is_dir()
+        if not own and any(not files.is_temporary(path) for path in folder.iterdir()):
+            raise StoreError(
+                f"{folder}: not empty, and not a folder of notice (no notice.toml); choose another --out"
+            )
+    files.claim(folder, "selection.json", SELECTION, ["selection.csv"])
+    circuits.Found.claim(folder / "circuits")
+
+
 def _claim(spec: Spec, folder: Path) -> None:
     """Keep the specification in the folder; refuse the folder of another."""
     file, here = folder / "notice.toml", spec._absolute()
-    with storing(folder):
+    with files.storing(folder):
         folder.mkdir(parents=True, exist_ok=True)
         if not file.exists():
             spec.save(file)

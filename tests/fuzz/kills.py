@@ -381,12 +381,16 @@ def told(what: str) -> Iterator[None]:
 
 
 def digests(folder: Path) -> dict[str, str]:
-    """A digest of each file."""
-    return {
-        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
-        for path in sorted(folder.rglob("*"))
-        if path.is_file()
-    }
+    """A digest of each file; of safetensors the header as a JSON object, whose order is none."""
+    found = {}
+    for path in sorted(folder.rglob("*")):
+        if path.is_file():
+            content = path.read_bytes()
+            end = 8 + int.from_bytes(content[:8], "little")
+            if path.suffix == ".safetensors" and end <= len(content):
+                content = json.dumps(json.loads(content[8:end]), sort_keys=True).encode() + content[end:]
+            found[str(path.relative_to(folder))] = hashlib.sha256(content).hexdigest()
+    return found
 
 
 def contents(folder: Path) -> dict[str, str]:
