@@ -77,7 +77,7 @@ def test_what_the_manifest_does_not_list_is_not_replaced(tmp_path: Path, name: s
         before = contents(tmp_path)
     files.save(tmp_path, "set.json", ABOUT, {"f.txt": "other names"})
     with pytest.raises(StoreError, match="is there, and no result of this command"):
-        files.claim(tmp_path, "set.json", "set-1", [name.split("/", maxsplit=1)[0]])
+        files.claim(tmp_path, "set.json", "set-1", [name])
 
 
 def test_a_folder_of_another_kind_is_refused(tmp_path: Path) -> None:

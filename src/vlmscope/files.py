@@ -107,8 +107,7 @@ def claim(
     ours = _listed(path, about)
     for name in names:
         file = path / name
-        mine = name in ours or any(one.startswith(f"{name}/") for one in ours)
-        if (not mine and os.path.lexists(file)) or not _is_inside(path, name):
+        if (name not in ours and os.path.lexists(file)) or not _is_inside(path, name):
             raise StoreError(f"{file}: is there, and no result of this command; choose another --out")
     try_place(path)
     return about

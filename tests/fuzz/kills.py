@@ -447,7 +447,9 @@ def accidents(
         bench = Bench(Path(top).resolve(), only)
         drawn = names(random, only)
         plan = ["kill"] * kills + [OTHERS[n % len(OTHERS)] for n in range(others)]
-        for accident in plan:
+        for number, accident in enumerate(plan):
+            if number % 100 == 0:
+                print(f"{number} of {len(plan)}", file=sys.stderr, flush=True)
             name = next(drawn)
             counts[name][accident] += 1
             try:

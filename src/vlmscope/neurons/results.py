@@ -49,7 +49,7 @@ class Result:
     @classmethod
     def claim(cls, folder: str | os.PathLike[str]) -> None:
         """Refuse, before anything is computed, a folder that `save` could not write (`StoreError`)."""
-        files.claim(folder, ABOUT, cls.what, [*_files(cls).values(), "pictures.csv", "pictures"])
+        files.claim(folder, ABOUT, cls.what, [*_files(cls).values(), "pictures.csv", "pictures/0000.png"])
 
 
 @dataclass(frozen=True, eq=False)
