@@ -14,11 +14,12 @@ import json
 import math
 import os
 import re
+import shutil
 import stat
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 from vlmscope.errors import DataError, ExampleError, StoreError, VlmscopeError, shown
@@ -99,29 +100,29 @@ def read_about(folder: str | os.PathLike[str], manifest: str, way_out: str) -> d
     return content
 
 
-def claim(folder: str | os.PathLike[str], manifest: str, kind: str, names: Iterable[str]) -> set[str]:
+def claim(
+    folder: str | os.PathLike[str], manifest: str, kind: str, names: Iterable[str]
+) -> Mapping[str, Any]:
     """Refuse, before anything is computed, a folder in which `save` could not write these names.
 
-    Whatever is there under one of them has to be listed in a manifest of the same kind (its `format`): then
-    vlmscope made it. Gives the names that are listed; raises `StoreError`.
+    Whatever is there under one of them has to be listed in a manifest of the same kind (its `format` or
+    `what`): then vlmscope made it. Gives that manifest, empty where there is none; raises `StoreError`.
     """
-    path, ours = Path(folder), set[str]()
-    if (path / manifest).exists():
+    path, about = Path(folder), dict[str, Any]()
+    if os.path.lexists(path / manifest):
         about = read_json(path / manifest, "choose another --out or delete the folder")
-        if about.get("format") != kind:
+        if _kind(about) != kind:
             raise StoreError(
-                f"{path}: holds {shown(about.get('format'))}, where {kind} is to be written; choose another "
-                "--out or delete the folder"
+                f"{path}: holds {shown(_kind(about))}, where {kind} is to be written; choose another --out, "
+                "or delete the folder"
             )
-        listed = about.get("files")
-        ours = {str(name) for name in listed if _is_inside(str(name))} if isinstance(listed, list) else ours
+    ours = _listed(path, about)
     for name in names:
         file = path / name
-        mine = not file.is_dir() if name in ours else any(one.startswith(f"{name}/") for one in ours)
-        if not mine and os.path.lexists(file):
+        if (name not in ours and os.path.lexists(file)) or not _is_inside(path, name):
             raise StoreError(f"{file}: is there, and no result of this command; choose another --out")
     try_place(path)
-    return ours
+    return about
 
 
 def claim_file(file: Path) -> None:
@@ -130,6 +131,15 @@ def claim_file(file: Path) -> None:
         what = "a folder" if file.is_dir() else "a device or a pipe"
         raise StoreError(f"{file}: is {what}; name a file")
     try_place(file.parent)
+
+
+def is_kept(file: Path, content: Callable[[], bytes]) -> bool:
+    """Whether a file is there as it would be written; raises `StoreError` if it is there and is not."""
+    if not os.path.lexists(file):
+        return False
+    if not file.is_file() or file.read_bytes() != content():
+        raise StoreError(f"{file}: is there, with other content; delete it or choose another --out")
+    return True
 
 
 def try_place(folder: Path) -> None:
@@ -159,19 +169,23 @@ def save(
     path = Path(folder)
     pairs: list[tuple[Path, Path]] = []
     with _folders(path, content), storing(path), locked(path):
-        ours = claim(path, manifest, str(about["format"]), content) | {*content}
+        ours = _listed(path, claim(path, manifest, _kind(about), content)) | {*content}
         begun = {**about, "files": sorted(ours), "unfinished": True}
         whole = {**about, "files": sorted(content)}
         try:
             pairs.append((_put(path / f"{manifest}.begun", _json(begun)), path / manifest))
             for name, one in content.items():
-                made = one if isinstance(one, Path) else _put(path / name, _bytes(name, one))
-                pairs.append((made, path / name))
+                if isinstance(one, Path):
+                    _sync(one)
+                pairs.append(
+                    (one if isinstance(one, Path) else _put(path / name, _bytes(name, one)), path / name)
+                )
             pairs.append((_put(path / manifest, _json(whole)), path / manifest))
             for temporary, file in pairs[:-1]:
                 temporary.replace(file)
             for name in ours - {*content}:
-                (path / name).unlink(missing_ok=True)
+                if not (path / name).is_dir():
+                    (path / name).unlink(missing_ok=True)
             for place in {file.parent for _, file in pairs}:
                 _sync(place)
             temporary, file = pairs[-1]
@@ -182,6 +196,22 @@ def save(
                 with contextlib.suppress(OSError):
                     temporary.unlink()
             raise
+
+
+@contextlib.contextmanager
+def beside(folder: Path) -> Iterator[Path]:
+    """An empty folder on the same disk, for what somebody else's code writes before `save` moves it."""
+    folder = folder.absolute()  # so that it has a name, be it the current one
+    place = folder.with_name(f".{folder.name}.tmp")
+    with _folders(folder.parent, ()), storing(folder):
+        place.mkdir(exist_ok=True)
+        with locked(place):
+            try:
+                for left in place.iterdir():  # by a process that was killed
+                    shutil.rmtree(left) if left.is_dir() else left.unlink()
+                yield place
+            finally:
+                shutil.rmtree(place, ignore_errors=True)
 
 
 @contextlib.contextmanager
@@ -253,7 +283,7 @@ def write(file: Path, content: bytes, ends: Path | None = None) -> None:
     """
     if file.exists() and not file.is_file():
         raise StoreError(f"{file}: is no file; choose another --out")
-    with storing(file), locked(file.parent):
+    with _folders(file.parent, ()), storing(file), locked(file.parent):
         temporary = _put(file, content)
         try:
             if ends is not None:
@@ -332,10 +362,20 @@ def _json(content: Mapping[str, Any]) -> bytes:
     return (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode("utf-8", "backslashreplace")
 
 
-def _is_inside(name: str) -> bool:
-    """Whether a name from a manifest stays below its folder."""
-    path = PurePosixPath(name)
-    return bool(name) and not path.is_absolute() and ".." not in path.parts
+def _kind(about: Mapping[str, Any]) -> str:
+    return str(about.get("format") or about.get("what"))
+
+
+def _listed(folder: Path, about: Mapping[str, Any]) -> set[str]:
+    """The names that a manifest lists, of files below its folder."""
+    names = about.get("files")
+    return {name for name in map(str, names if isinstance(names, list) else ()) if _is_inside(folder, name)}
+
+
+def _is_inside(folder: Path, name: str) -> bool:
+    """Whether the file of a name lies below a folder, where no link leads elsewhere."""
+    parent = (folder / name).parent
+    return ".." not in parent.parts[len(folder.parts) :] and parent.resolve().is_relative_to(folder.resolve())
 
 
 def write_json(file: Path, content: Mapping[str, Any], ends: Path | None = None) -> None:

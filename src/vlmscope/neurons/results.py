@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
@@ -34,21 +33,23 @@ class Result:
     def save(self, folder: str | os.PathLike[str]) -> Path:
         """Write the tables and pictures, and `neurons.json` with what they are of; returns the folder.
 
-        Raises `StoreError` if the folder cannot be written.
+        An earlier result of the same command is replaced. Raises `StoreError` as `files.save` does.
         """
-        place = make_folder(folder)
         tables = {file: getattr(self, name) for name, file in _files(self).items()}
-        tables["pictures.csv"], pictures = None, getattr(self, "pictures", None)
+        content: dict[str, Any] = {file: table for file, table in tables.items() if table is not None}
+        pictures = getattr(self, "pictures", None)
         if pictures is not None:
             names = [f"{number:04d}.png" for number in range(len(pictures))]
-            tables["pictures.csv"] = pd.DataFrame({"example": list(pictures), "file": names})
+            content["pictures.csv"] = pd.DataFrame({"example": list(pictures), "file": names})
             for name, picture in zip(names, pictures.values(), strict=True):
-                files.write(make_folder(place / "pictures") / name, files.png(picture))
-        for file in [file for file, table in tables.items() if table is None]:
-            (place / file).unlink(missing_ok=True)  # what an earlier result left there is not of this one
-            del tables[file]
-        files.save(place, ABOUT, {"what": self.what, **self.about}, tables)
-        return place
+                content[f"pictures/{name}"] = files.png(picture)
+        files.save(folder, ABOUT, {"what": self.what, **self.about}, content)
+        return Path(folder)
+
+    @classmethod
+    def claim(cls, folder: str | os.PathLike[str]) -> None:
+        """Refuse, before anything is computed, a folder that `save` could not write (`StoreError`)."""
+        files.claim(folder, ABOUT, cls.what, [*_files(cls).values(), "pictures.csv", "pictures/0000.png"])
 
 
 @dataclass(frozen=True, eq=False)
@@ -115,7 +116,7 @@ def read(folder: str | os.PathLike[str], kind: type[R] = Result) -> R:  # type: 
     place = Path(folder)
     kinds: dict[str, Any] = {one.what: one for one in (Found, Described, Perturbed, Assessed)}
     try:
-        about = json.loads((place / ABOUT).read_text("utf-8"))
+        about = files.read_about(place, ABOUT, "write that folder anew")
         there = kinds[about.pop("what")]
         values: dict[str, Any] = {
             name: _read(place / file)
@@ -126,7 +127,7 @@ def read(folder: str | os.PathLike[str], kind: type[R] = Result) -> R:  # type: 
             rows = files.from_csv(place / "pictures.csv", dtype=str, keep_default_na=False).itertuples()
             shown = {row.example: place / "pictures" / Path(row.file).name for row in rows}
             values["pictures"] = {example: open_image(file) for example, file in shown.items()}
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, StoreError) as error:
         raise StoreError(
             f"{place}: cannot be read as what `vlmscope neurons` writes ({error}); write that folder anew"
         ) from error
@@ -135,14 +136,6 @@ def read(folder: str | os.PathLike[str], kind: type[R] = Result) -> R:  # type: 
             f"{place}: what `vlmscope neurons {there.what}` writes; expected that of `neurons {kind.what}`"
         )
     return there(about, **values)
-
-
-def make_folder(folder: str | os.PathLike[str]) -> Path:
-    """The folder, made if it is not there; raises `StoreError` if it cannot be."""
-    place = Path(folder)
-    with files.storing(place):
-        place.mkdir(parents=True, exist_ok=True)
-    return place
 
 
 def _files(kind: Result | type[Result]) -> dict[str, str]:

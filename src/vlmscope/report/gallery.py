@@ -15,7 +15,7 @@ import pandas as pd
 from markupsafe import Markup
 from matplotlib.axes import Axes
 
-from vlmscope.files import read_json, to_csv
+from vlmscope.files import read_about, to_csv
 from vlmscope.report.canvas import figure_of
 from vlmscope.report.heat_maps import CHANGED, IN_LOGITS, full_colour, panels
 from vlmscope.report.ranking import by_size
@@ -100,7 +100,7 @@ class Gallery:
 
 
 def about_of(folder: Path, what: str) -> dict[str, Any]:
-    return read_json(folder / f"{what}.json", "write that folder anew")
+    return read_about(folder, f"{what}.json", "write that folder anew")
 
 
 def data_address(png: bytes | Path) -> str:

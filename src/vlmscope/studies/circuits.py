@@ -38,6 +38,7 @@ OVERLAP = "run other tower kind heads important important_other both expected p_
 
 FORMAT = "vlmscope-circuits-1"
 MANIFEST = "circuits.json"
+NAMES = "heads.parquet heads.csv universal.csv overlap.csv sites.txt universal-sites.txt".split()
 LEVEL = 0.05
 """The false discovery rate that `important` and `confirmed` allow."""
 SHARE = 0.01
@@ -73,6 +74,11 @@ class Found:
             "universal-sites.txt": "".join(f"{site}\n" for site in expressions(everywhere)),
         }
         files.save(folder, MANIFEST, self.about, content)
+
+    @staticmethod
+    def claim(folder: str | os.PathLike[str]) -> None:
+        """Refuse, before anything is computed, a folder that `save` could not write (`StoreError`)."""
+        files.claim(folder, MANIFEST, FORMAT, NAMES)
 
 
 def find(
@@ -118,7 +124,7 @@ def find(
 def read(folder: str | os.PathLike[str]) -> Found:
     """What `Found.save` has written; raises `StoreError` where that is not all there."""
     path = Path(folder)
-    about = files.read_json(path / MANIFEST, "name a folder of 'vlmscope circuits'")
+    about = files.read_about(path, MANIFEST, "name a folder of 'vlmscope circuits'")
     try:
         heads = pd.read_parquet(path / "heads.parquet")
         others = {name: files.from_csv(path / f"{name}.csv") for name in ("universal", "overlap")}
@@ -190,7 +196,7 @@ def head_scores(run: Run, position: str | None = None) -> dict[tuple[str, str, s
     if not found:
         where = f"'{position}'" if position else "the answer's token or the read-out position"
         raise StoreError(
-            f"{run.path}: no heads were patched at {where}; sweep such sites as "
+            f"{run.path}: no heads were patched at {where}; name another position, or sweep such sites as "
             "'encoder.*.cross.h*@answer' or 'decoder.*.attn.h*@readout' first"
         )
     broken = {name for t in found.values() for name in t.loc[~np.isfinite(t["logit_diff"]), "example"]}

@@ -58,7 +58,7 @@ class Traced:
 def read(folder: str | os.PathLike[str]) -> Traced:
     """What `Traced.save` has written; raises `StoreError` where that is not all there."""
     path = Path(folder)
-    about = files.read_json(path / MANIFEST, "name a folder of 'vlmscope tracing'")
+    about = files.read_about(path, MANIFEST, "name a folder of 'vlmscope tracing'")
     try:
         return Traced(pd.read_parquet(path / "tracing.parquet"), about)
     except (OSError, ValueError) as error:
@@ -94,6 +94,7 @@ def trace(
         raise VlmscopeError(f"tokens cannot be averaged by '{by}'; expected slot or length")
     folder, examples = Path(out), listed(examples)
     sites = _sites(model, windows, kinds)
+    files.claim(folder, MANIFEST, FORMAT, ["tracing.parquet", "tracing.csv"])
     runs = []
     for n in range(noise.draws):
         out, draw = folder / "repeats" / f"{n:02d}", replace(noise, draws=1)

@@ -36,6 +36,7 @@ from vlmscope.sites import Sites
 from vlmscope.stats import shuffled
 from vlmscope.studies.heads.measures import ON_ALL, ON_MASKS, attention_maps, measures_of, together
 from vlmscope.studies.heads.observe import Effects, Study, covered, observe, study_of
+from vlmscope.studies.run_writer import claim
 from vlmscope.studies.sweep import SHOWN, sweep_to
 
 __all__ = ["LABELS", "ON_ALL", "ON_MASKS", "Functions", "covered", "functions", "read", "write"]
@@ -153,20 +154,26 @@ def write(
     """`functions`, saved in the folder `out`, with what the figures of the report need.
 
     That is `patches/`, a run that patches the image's patches in the first examples, where there is a
-    corrupt image and the language model reads patches. A folder that holds the same already is read.
+    corrupt image and the language model reads patches. A folder that holds the same already is read, and
+    one that holds another call's, or what is none, is refused (`StoreError`) before anything is computed.
     """
     folder, examples = Path(out), listed(examples)
     study = study_of(model, sites, corrupt, seed)
+    here = _about(study, examples, corrupt, data)
+    there = files.claim(folder, MANIFEST, FORMAT, [*(f"{name}.csv" for name in CSV), "maps.parquet"])
+    if odd := [key for key in here if there and there.get(key) != here[key]]:
+        raise StoreError(
+            f"{folder}: holds what heads do by another call ({', '.join(odd)} differ); choose another --out, "
+            "or delete the folder"
+        )
+    claim(folder / "patches")
     with suppress(StoreError):  # there is nothing, or only a part
-        found = read(folder)
-        if found.about == _about(study, examples, corrupt, data):
-            return found
+        return read(folder)
     found = functions(model, examples, sites, corrupt, seed=seed, effects=effects, data=data)
     names = set(found.maps["example"])
     shown = [e for e in examples if e.id in names and e.corrupt_image is not None]
     patches = replace(model.image_site, position="image*")
     if shown and model.layouts()[patches.tower].cells:
-        (folder / MANIFEST).unlink(missing_ok=True)
         sweep_to(folder / "patches", model, shown, str(patches), data=data)
     found.save(folder)
     return found
@@ -175,7 +182,7 @@ def write(
 def read(folder: str | os.PathLike[str]) -> Functions:
     """What `Functions.save` has written; raises `StoreError` where that is not all there."""
     path = Path(folder)
-    about = files.read_json(path / MANIFEST, "name a folder of 'vlmscope heads'")
+    about = files.read_about(path, MANIFEST, "name a folder of 'vlmscope heads'")
     try:
         tables = {name: files.from_csv(path / f"{name}.csv") for name in CSV}
         tables["together"] = tables["together"].fillna({"knockout": "", "heads": ""})
