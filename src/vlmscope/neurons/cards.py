@@ -12,7 +12,7 @@ from PIL import Image
 
 from vlmscope.data import Examples, listed
 from vlmscope.data.example import Example
-from vlmscope.errors import ExampleError, ModelError, VlmscopeError, shown
+from vlmscope.errors import ExampleError, ModelError, VlmscopeError
 from vlmscope.layout import grid
 from vlmscope.neurons.captions import inputs_of, whole_word
 from vlmscope.neurons.contributions import Neuron, count_neurons, over_image, strongest, top_tokens
@@ -74,7 +74,7 @@ def describe(
         )
         if not has:
             raise ExampleError(
-                f"no caption of these {len(given)} pictures has the word {shown(word)}; name another word"
+                f"no caption of these {len(given)} pictures has the word '{word}'; name another word"
             )
         ranked[word] = strongest(model, has, word, min(max(MEANS), count_neurons(model)))
     rows = [(*neuron, "") for neuron in neurons]
