@@ -14,7 +14,7 @@ import os
 import stat
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import pandas as pd
 
@@ -35,16 +35,31 @@ def read(
     expected: str,
     error: type[VlmscopeError] = DataError,
     largest: int = LARGEST,
+    *,
+    within: Path | None = None,
 ) -> bytes:
     """The content of a regular file; raises `error`, with what was `expected`, for anything else.
 
-    Nothing is read of a pipe, a device or a file of more than `largest` bytes, and none is waited for.
+    Nothing is read of a pipe, a device or a file of more than `largest` bytes, and none is waited for. With
+    `within`, a folder that the file lies in, no link is followed on the way from there.
     """
+    with opened(file, expected, error, largest, within=within) as stream:
+        return stream.read(largest + 1)
+
+
+@contextlib.contextmanager
+def opened(
+    file: str | os.PathLike[str],
+    expected: str,
+    error: type[VlmscopeError] = DataError,
+    largest: int = LARGEST,
+    *,
+    within: Path | None = None,
+) -> Iterator[BinaryIO]:
+    """A file that `read` would read, open."""
     try:
-        # Without O_NONBLOCK a pipe that nobody writes to would be waited for when it is opened.
-        descriptor = os.open(file, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
-        with os.fdopen(descriptor, "rb") as stream:
-            status = os.fstat(descriptor)
+        with os.fdopen(_descriptor(file, within), "rb") as stream:
+            status = os.fstat(stream.fileno())
             if stat.S_ISDIR(status.st_mode):
                 raise IsADirectoryError
             if not stat.S_ISREG(status.st_mode):
@@ -54,14 +69,35 @@ def read(
                 raise error(
                     f"{file}: {size}, of which at most {largest / 2**20:,.0f} are read; expected {expected}"
                 )
-            return stream.read(largest + 1)
+            yield stream
     except FileNotFoundError:
         raise error(f"{file}: no such file; expected {expected}") from None
     except IsADirectoryError:
         raise error(f"{file}: a folder; expected {expected}") from None
     except (OSError, ValueError) as problem:  # a name with a NUL is a ValueError
         why = getattr(problem, "strerror", None) or problem
+        if within is not None and getattr(problem, "errno", None) in (errno.ELOOP, errno.ENOTDIR):
+            why = "links are not followed there; put the file itself into the folder"
         raise error(f"{file}: cannot be read ({why}); expected {expected}") from problem
+
+
+def _descriptor(file: str | os.PathLike[str], within: Path | None) -> int:
+    # Without O_NONBLOCK a pipe that nobody writes to would be waited for when it is opened.
+    flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK
+    if within is None:
+        return os.open(file, flags)
+    *parents, name = Path(file).relative_to(within).parts
+    if ".." in (*parents, name):
+        raise ValueError("outside of the folder")
+    folder = os.open(within, flags | os.O_DIRECTORY)
+    try:
+        for parent in parents:
+            inner = os.open(parent, flags | os.O_DIRECTORY | os.O_NOFOLLOW, dir_fd=folder)
+            os.close(folder)
+            folder = inner
+        return os.open(name, flags | os.O_NOFOLLOW, dir_fd=folder)
+    finally:
+        os.close(folder)
 
 
 def save(
@@ -113,17 +149,6 @@ def write_json(file: Path, content: Mapping[str, Any]) -> None:
     text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
     # A lone surrogate (from an undecodable file name) becomes the JSON escape of itself.
     write(file, text.encode("utf-8", "backslashreplace"))
-
-
-def read_json(file: Path, way_out: str) -> dict[str, Any]:
-    """The JSON object in a file; raises `StoreError`, which ends with the way out, where there is none."""
-    try:
-        content = json.loads(read(file, f"a file that vlmscope wrote; {way_out}", StoreError))
-    except (ValueError, RecursionError) as error:
-        raise StoreError(f"{file}: is damaged (not JSON); {way_out}") from error
-    if not isinstance(content, dict):
-        raise StoreError(f"{file}: is damaged (not a JSON object); {way_out}")
-    return content
 
 
 def is_temporary(path: Path) -> bool:

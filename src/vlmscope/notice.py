@@ -26,13 +26,14 @@ from typing import Any
 import pandas as pd
 import tomli_w
 
+from vlmscope import files, formats, stored
 from vlmscope.checkpoint import load, pieces
 from vlmscope.data import BUILT_IN, SIZE, examples
 from vlmscope.data.drawn import draw
 from vlmscope.data.example import Example
 from vlmscope.data.questions.replacement import replace_words
 from vlmscope.data.table import read_csv, write_csv
-from vlmscope.errors import DataError, StoreError, VlmscopeError
+from vlmscope.errors import DataError, StoreError, VlmscopeError, shown
 from vlmscope.report import write_report
 from vlmscope.runs.model import Model
 from vlmscope.studies import circuits, heads
@@ -94,10 +95,8 @@ class Spec:
         """
         path = Path(path)
         try:
-            content = tomllib.loads(path.read_text("utf-8"))
-        except OSError as error:
-            raise VlmscopeError(f"{path}: cannot be read ({error.strerror})") from error
-        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+            content = tomllib.loads(files.read(path, "a TOML file", VlmscopeError).decode("utf-8"))
+        except (ValueError, RecursionError) as error:
             raise VlmscopeError(f"{path}: not a TOML file ({error})") from error
         given: dict[str, Any] = _checked(path, content)
         given |= {name: value for name, value in changes.items() if value is not None}
@@ -212,17 +211,21 @@ class Notice:
 
 def read(folder: str | os.PathLike[str]) -> Notice:
     """What `run` has written; raises `StoreError` where that is not all there yet."""
-    path = Path(folder)
-    try:
-        chosen = pd.read_csv(path / "selection.csv")
-    except (OSError, ValueError) as error:
-        text = f"{path}: this notice run is not finished ({error}); run the same command again"
-        raise StoreError(text) from error
+    path, way_out = Path(folder), "run the same command again"
+    chosen = stored.table(
+        path / "selection.csv", formats.SELECTION, f"this notice run is not finished; {way_out}"
+    )
     spec = Spec.from_toml(path / "notice.toml")
-    runs = {}
+    runs, there = {}, {run.name: run for run in path.glob("runs/*")}
     for name, corrupt in chosen[["data", "corruption"]].drop_duplicates().itertuples(index=False):
-        runs[str(name), str(corrupt)] = read_run(path / "runs" / f"{name}-{corrupt}")
-    functions = {file.parent.name: heads.read(file.parent) for file in path.glob("heads/*/heads.json")}
+        if f"{name}-{corrupt}" not in there:
+            raise StoreError(f"{path}: no run {shown(f'{name}-{corrupt}')} in it; {way_out}")
+        runs[name, corrupt] = read_run(there[f"{name}-{corrupt}"], path)
+    functions = {}
+    for of_set in path.glob("heads/*"):
+        stored.no_links(of_set, path)
+        functions[of_set.name] = heads.read(of_set)
+    stored.no_links(path / "circuits", path)
     return Notice(spec, runs, chosen, circuits.read(path / "circuits"), functions)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 from collections.abc import Iterator, Mapping
@@ -13,6 +14,7 @@ from typing import Any, ClassVar, TypeVar
 import pandas as pd
 from PIL import Image
 
+from vlmscope import formats, stored
 from vlmscope.data.example import Example
 from vlmscope.data.images import open_image
 from vlmscope.errors import StoreError
@@ -108,27 +110,18 @@ def read(folder: str | os.PathLike[str], kind: type[R] = Result) -> R:  # type: 
 
     Raises `StoreError` if the folder is of something else than `kind`, or a file cannot be read.
     """
-    place = Path(folder)
-    kinds: dict[str, Any] = {one.what: one for one in (Found, Described, Perturbed, Assessed)}
-    try:
-        about = json.loads((place / ABOUT).read_text("utf-8"))
-        there = kinds[about.pop("what")]
-        values: dict[str, Any] = {
-            name: _read(place / file)
-            for name, file in _files(there).items()
-            if not hasattr(there, name) or (place / file).is_file()  # what has a default may be missing
-        }
-        if hasattr(there, "pictures"):
-            values["pictures"] = _read_pictures(place)
-    except (OSError, ValueError, KeyError) as error:
-        raise StoreError(
-            f"{place}: cannot be read as what `vlmscope neurons` writes ({error}); write that folder anew"
-        ) from error
+    place, kinds = Path(folder), {one.what: one for one in (Found, Described, Perturbed, Assessed)}
+    what, about, values = stored.read_one(place, formats.NEURONS)
+    there: Any = kinds[what]
     if not issubclass(there, kind):
         raise StoreError(
-            f"{place}: what `vlmscope neurons {there.what}` writes; expected that of `neurons {kind.what}`"
+            f"{place}: what `vlmscope neurons {what}` writes; expected that of `neurons {kind.what}`"
         )
-    return there(about, **values)
+    values = {name: values.get(Path(file).stem) for name, file in _files(there).items()}
+    if hasattr(there, "pictures"):
+        pictures = formats.pictures(place)
+        values["pictures"] = {e: open_image(Image.open(io.BytesIO(p))) for e, p in pictures.items()}
+    return there({name: value for name, value in about.items() if name != "what"}, **values)
 
 
 def make_folder(folder: str | os.PathLike[str]) -> Path:
@@ -164,16 +157,6 @@ def _write(file: Path, table: pd.DataFrame | None) -> None:
         part.replace(file)
 
 
-def _read(file: Path) -> pd.DataFrame:
-    if file.suffix == ".parquet":
-        return pd.read_parquet(file)
-    # A caption may be the word "none"; an empty text is a text, and an empty number is missing.
-    texts = {"example": str, "word": str, "caption": str}
-    table = pd.read_csv(file, keep_default_na=False, na_values=[""], dtype=texts)
-    empty = table.select_dtypes(exclude=["number", "bool"]).columns
-    return table.fillna(dict.fromkeys(empty, ""))
-
-
 def _write_pictures(folder: Path, pictures: Mapping[str, Image.Image]) -> None:
     place = folder / "pictures"
     place.mkdir(exist_ok=True)
@@ -181,8 +164,3 @@ def _write_pictures(folder: Path, pictures: Mapping[str, Image.Image]) -> None:
     for example, file in rows:
         pictures[example].save(place / file)
     pd.DataFrame(rows, columns=["example", "file"]).to_csv(folder / "pictures.csv", index=False)
-
-
-def _read_pictures(folder: Path) -> dict[str, Image.Image]:
-    rows = pd.read_csv(folder / "pictures.csv", dtype=str, keep_default_na=False)
-    return {row.example: open_image(folder / "pictures" / Path(row.file).name) for row in rows.itertuples()}

@@ -2,27 +2,30 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Mapping
 from pathlib import Path
 
 import pandas as pd
 
+from vlmscope import formats, stored
 from vlmscope.report import figures, image_maps
-from vlmscope.report.gallery import Gallery, Section, Shown, read_json, render
+from vlmscope.report.gallery import Gallery, Section, Shown, render
 from vlmscope.report.words import KINDS, TOWERS, upper_first
 from vlmscope.studies.known import Known
 from vlmscope.studies.run_folder import read_run
 
 
 def circuits_section(folder: Path, gallery: Gallery) -> Section:
-    about, heads = read_json(folder / "circuits.json"), pd.read_parquet(folder / "heads.parquet")
-    everywhere = pd.read_csv(folder / "universal.csv").query("universal")
-    gaps = {str(name): float(gap) for name, gap in about.get("gaps", {}).items()}
-    known = {name: Known(**fields) for name, fields in about.get("known", {}).items()}
+    about, tables = stored.read(folder, formats.CIRCUITS)
+    heads, everywhere = tables["heads"], tables["universal"].query("universal")
+    gaps = {name: float(gap) for name, gap in about["gaps"].items()}
+    known = {name: Known(each["severity"], each["sentences"]) for name, each in about["known"].items()}
     drawn = figures.universal(heads, gap=max(gaps.values(), default=0.0))
     values = {
         "heads": heads,
         "everywhere": [f"{r.tower} L{r.layer} {r.kind} H{r.head}" for r in everywhere.itertuples()],
-        "chance": [found for found in about.get("chance", []) if found["in_every_run"]],
+        "chance": [found for found in about["chance"] if found["in_every_run"]],
     }
     shown = [("", gallery.show("universal", drawn, heads, "universal", **values))]
     for (tower, kind), rows in heads.groupby(["tower", "kind"], sort=False):
@@ -48,8 +51,9 @@ def _by_run(name: str, rows: pd.DataFrame, gaps: dict[str, float], gallery: Gall
 
 
 def section(folder: Path, gallery: Gallery) -> Section:
-    about, heads = read_json(folder / "heads.json"), pd.read_csv(folder / "functions.csv")
-    attention, together = _attention(folder, heads, gallery), pd.read_csv(folder / "together.csv")
+    about, tables = stored.read(folder, formats.HEADS)
+    heads, together = tables["functions"], tables["together"]
+    attention = _attention(folder, tables, gallery)
     these = (together["set"] == "these heads") & (together["knockout"] == "mean")
     text = render(
         "heads.html",
@@ -65,19 +69,15 @@ def section(folder: Path, gallery: Gallery) -> Section:
     return Section(f"What heads do: {Path(str(about['data'])).name}", text)
 
 
-def _attention(folder: Path, heads: pd.DataFrame, gallery: Gallery) -> Shown | None:
+def _attention(folder: Path, tables: Mapping[str, pd.DataFrame], gallery: Gallery) -> Shown | None:
     """Where the five heads look that move LD most, where the pictures are kept."""
-    maps = pd.read_parquet(folder / "maps.parquet")
-    if maps.empty or not (folder / "patches" / "run.json").is_file():
+    heads, maps = tables["functions"], tables["maps"]
+    if maps.empty or not os.path.lexists(folder / "patches"):
         return None
-    run = read_run(folder / "patches")
-    pictures = {e["id"]: e["clean_image"] for e in run.pictures() if e.get("clean_image")}
+    run = read_run(folder / "patches", folder)
+    pictures = {e["id"]: e["clean_image"] for e in run.pictures() if e.get("clean_image") and "id" in e}
     # How far each head moves LD: patched in where that was done, else knocked out.
-    size = (
-        pd.read_csv(folder / "measures.csv")
-        .pivot_table(index="site", columns="measure", values="value")
-        .abs()
-    )
+    size = tables["measures"].pivot_table(index="site", columns="measure", values="value").abs()
     size = heads["site"].map(size["effect" if "effect" in size else "mean"]).fillna(0.0)
     sites = heads["site"][size.sort_values(ascending=False).index]
     sites = [site for site in sites if site in set(maps["site"])][:5]

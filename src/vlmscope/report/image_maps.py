@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
@@ -17,7 +18,7 @@ from vlmscope.report.canvas import BAR, DARK, Margins, centred, draw_bar, drawab
 from vlmscope.report.heat_maps import CHANGED, VALUES, colour_scale, spread
 from vlmscope.studies.tables import change_of, choose, mean_gap, means
 
-Picture: TypeAlias = str | Path | Image.Image
+Picture: TypeAlias = str | Path | bytes | Image.Image
 Cells: TypeAlias = np.ndarray[Any, Any]
 
 
@@ -33,7 +34,7 @@ class Tile(NamedTuple):
 
 def is_patch(rows: pd.DataFrame) -> pd.Series[bool]:
     """Which patches are of one patch of the image: their token is `row,column`."""
-    return rows["token"].astype("string").str.fullmatch(r"\d+,\d+").fillna(False).astype(bool)
+    return rows["token"].astype("string").str.fullmatch(r"[0-9]{1,3},[0-9]{1,3}").fillna(False).astype(bool)
 
 
 def places(rows: pd.DataFrame) -> pd.DataFrame:
@@ -197,5 +198,5 @@ def _cells(rows: pd.DataFrame, value: str, shape: tuple[int, int]) -> Cells:
 def _open(picture: Picture) -> Image.Image:
     if isinstance(picture, Image.Image):
         return picture.convert("RGB")
-    with Image.open(picture) as opened:
+    with Image.open(io.BytesIO(picture) if isinstance(picture, bytes) else picture) as opened:
         return opened.convert("RGB")

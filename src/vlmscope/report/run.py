@@ -8,13 +8,14 @@ from typing import Any, NamedTuple
 
 import pandas as pd
 
+from vlmscope import stored
 from vlmscope.report import image_maps
 from vlmscope.report.gallery import Gallery, Section, Shown, render
 from vlmscope.report.heat_maps import CHANGED, IN_LOGITS
 from vlmscope.report.ranking import strongest
 from vlmscope.report.words import KINDS, TOWERS, ends, kinds_in, short_number, upper_first
 from vlmscope.studies.known import knows
-from vlmscope.studies.run_folder import Run
+from vlmscope.studies.run_folder import SPEC, Run
 from vlmscope.studies.tables import change_of, head_cells, head_slot, is_head, is_single, token_cells, wide
 
 Cells = dict[str, pd.DataFrame]
@@ -30,6 +31,8 @@ class Reported(NamedTuple):
 
 def report(run: Run, title: str, gallery: Gallery) -> Reported:
     """The section of a run, whose table is read once."""
+    whole = {name.removesuffix("?"): shape for name, shape in SPEC.items()}
+    stored.fits(run.spec, whole, run.path / "run.json", "sweep again into another --out")
     base, effects = run.baselines(), run.effects()
     known, excluded = knows(base), base["excluded"].astype(bool)
     gap = (base["ld_clean"] - base["ld_corrupt"]).mean()
@@ -193,7 +196,7 @@ def _images(
     gallery: Gallery,
 ) -> Iterator[tuple[str, Shown]]:
     """The effect of image patches, over the first kept picture, with its heading."""
-    pictures = {e["id"]: e["clean_image"] for e in examples if e.get("clean_image")}
+    pictures = {e["id"]: e["clean_image"] for e in examples if e.get("clean_image") and "id" in e}
     kept = rows[rows["position"].notna() & rows["example"].isin(list(pictures))]
     for kind in kinds_in(kept):
         cells = kept[kept["kind"] == kind]

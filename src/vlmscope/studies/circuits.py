@@ -24,8 +24,8 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 from scipy import stats
 
-from vlmscope import files
-from vlmscope.errors import DataError, StoreError, VlmscopeError
+from vlmscope import files, formats, stored
+from vlmscope.errors import DataError, StoreError, VlmscopeError, plain
 from vlmscope.stats import FEWEST, Scores, interval, rng, sign_flip
 from vlmscope.studies.known import knows
 from vlmscope.studies.run_folder import Run, read_run
@@ -112,14 +112,8 @@ def find(runs: Folders, *, position: str | None = None, across_models: bool = Fa
 
 def read(folder: str | os.PathLike[str]) -> Found:
     """What `Found.save` has written; raises `StoreError` where that is not all there."""
-    path = Path(folder)
-    about = files.read_json(path / MANIFEST, "name a folder of 'vlmscope circuits'")
-    try:
-        heads = pd.read_parquet(path / "heads.parquet")
-        others = {name: pd.read_csv(path / f"{name}.csv") for name in ("universal", "overlap")}
-    except (OSError, ValueError) as error:
-        raise StoreError(f"{path}: is damaged ({error}); run the same command again") from error
-    return Found(heads, **others, about=about)
+    about, tables = stored.read(Path(folder), formats.CIRCUITS)
+    return Found(**tables, about=about)
 
 
 def expressions(heads: pd.DataFrame) -> list[str]:
@@ -382,8 +376,10 @@ def _unfold(runs: Folders) -> list[Path]:
     """The run folders, with all runs of a folder of `notice` in its place."""
     found: list[Path] = []
     for run in map(Path, runs):
-        is_notice = (run / "notice.toml").is_file()
-        found += sorted(run.glob("runs/*")) if is_notice else [run]
+        inner = sorted(run.glob("runs/*")) if (run / "notice.toml").is_file() else []
+        for path in inner:
+            stored.no_links(path, run)
+        found += inner or [run]
     return found
 
 
@@ -418,5 +414,5 @@ def _shape(run: Run) -> dict[str, tuple[int, int]]:
 
 def _names(runs: Sequence[Run]) -> list[str]:
     """The folders' names, or their whole paths where two names are the same."""
-    names = [run.path.resolve().name for run in runs]
-    return names if len(set(names)) == len(names) else [str(run.path) for run in runs]
+    names = [plain(run.path.resolve().name) for run in runs]
+    return names if len(set(names)) == len(names) else [plain(str(run.path)) for run in runs]

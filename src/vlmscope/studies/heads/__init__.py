@@ -26,7 +26,7 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
-from vlmscope import files
+from vlmscope import files, formats, stored
 from vlmscope.data import Examples, listed
 from vlmscope.data.example import fingerprint
 from vlmscope.errors import StoreError
@@ -152,14 +152,8 @@ def write(
 
 def read(folder: str | os.PathLike[str]) -> Functions:
     """What `Functions.save` has written; raises `StoreError` where that is not all there."""
-    path = Path(folder)
-    about = files.read_json(path / MANIFEST, "name a folder of 'vlmscope heads'")
-    try:
-        tables = {n: pd.read_csv(path / f"{n}.csv") for n in ("functions", "measures", "together")}
-        tables["together"] = tables["together"].fillna({"knockout": "", "heads": ""})
-        return Functions(**tables, maps=pd.read_parquet(path / "maps.parquet"), about=about)
-    except (OSError, ValueError) as error:
-        raise StoreError(f"{path}: is damaged ({error}); run the same command again") from error
+    about, tables = stored.read(Path(folder), formats.HEADS)
+    return Functions(**tables, about=about)
 
 
 def _about(study: Study, examples: Sequence[Any], corrupt: str | Noise | None, data: str) -> dict[str, Any]:
