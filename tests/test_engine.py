@@ -10,8 +10,10 @@ import torch
 from models import blip, example, llava
 
 from vlmscope.checkpoint import load
+from vlmscope.errors import RoomError
 from vlmscope.models.inputs import Edit, Pair
 from vlmscope.patching import engine, reference
+from vlmscope.patching.flows.rows import Rows
 from vlmscope.patching.trace import Images
 from vlmscope.runs import corrupt
 from vlmscope.runs.corrupt import Noise
@@ -194,18 +196,45 @@ def test_a_batch_that_does_not_fit_is_halved(monkeypatch):
     pair = model.prepare(example())
     sites = placed(model, pair, ["encoder.*.attn.h*@*"])
     expected = dict(_rows(engine.patch(model, pair, sites)))
-    tried = []
-    honest = engine.run
-
-    def short(flow, job, tower, rows):
-        tried.append(len(rows))
-        if len(rows) > 5:
-            raise torch.OutOfMemoryError("CUDA out of memory")
-        return honest(flow, job, tower, rows)
-
-    monkeypatch.setattr(engine, "run", short)
+    tried = lacking_memory(monkeypatch, beyond=5)
     assert dict(_rows(engine.patch(model, pair, sites))) == pytest.approx(expected, rel=1e-9)
     assert tried[0] > 5 and max(tried[-3:]) <= 5
+
+
+def lacking_memory(monkeypatch, beyond):
+    """Let memory be enough for so many rows; the list of how many were tried."""
+    tried = []
+    honest = Rows.block
+
+    def short(rows, stage):
+        tried.append(len(rows.rows))
+        if len(rows.rows) > beyond:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return honest(rows, stage)
+
+    monkeypatch.setattr(Rows, "block", short)
+    return tried
+
+
+def test_a_single_row_that_does_not_fit_is_one_line(monkeypatch):
+    model = blip()
+    pair = model.prepare(example())
+    lacking_memory(monkeypatch, beyond=0)
+    sites = placed(model, pair, ["encoder.*.attn.h*@*"])
+    with pytest.raises(RoomError, match="needs more memory than there is .* take a smaller picture"):
+        list(engine.patch(model, pair, sites).chunks)
+
+
+def test_a_plain_run_that_does_not_fit_is_one_line(monkeypatch):
+    model = blip()
+    inputs = model.prepare(example()).clean
+
+    def full(**_):
+        raise RuntimeError("[enforce fail at alloc_cpu.cpp:124] . DefaultCPUAllocator: not enough memory")
+
+    monkeypatch.setattr(model.hf.text_encoder, "forward", full)
+    with pytest.raises(RoomError, match="needs more memory than there is"):
+        model.run(inputs)
 
 
 def test_other_errors_are_not_taken_for_missing_memory(monkeypatch):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 
 import pytest
@@ -124,13 +125,59 @@ def test_missing_weights(copy):
 def test_a_folder_without_a_processor(copy):
     for name in ("processor_config.json", "tokenizer.json", "tokenizer_config.json"):
         (copy / name).unlink()
-    with pytest.raises(ModelError, match="cannot load"):
+    with pytest.raises(ModelError, match="has no tokenizer"):
         load(copy)
 
 
 def test_a_broken_config(copy):
     (copy / "config.json").write_text("{")
-    with pytest.raises(ModelError, match="cannot load"):
+    with pytest.raises(ModelError, match="is damaged, not JSON"):
+        load(copy)
+
+
+def test_weights_of_another_shape(copy):
+    config = json.loads((copy / "config.json").read_text())
+    config["text_config"]["intermediate_size"] += 1
+    (copy / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ModelError, match=r"weights have another shape than config.json says, the first is"):
+        load(copy)
+
+
+def test_a_folder_without_a_tokenizer(copy):
+    for name in ("tokenizer.json", "vocab.txt"):
+        (copy / name).unlink(missing_ok=True)
+    with pytest.raises(ModelError, match="has no tokenizer"):
+        load(copy)
+
+
+def test_more_layers_than_any_model_has(copy):
+    config = json.loads((copy / "config.json").read_text())
+    config["vision_config"]["num_hidden_layers"] = 10**9
+    (copy / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ModelError, match=r"num_hidden_layers '1000000000'; expected 0 to 1,000 layers"):
+        load(copy)
+
+
+@pytest.mark.parametrize(
+    ("template", "why"),
+    [
+        ("{% for", "fails .TemplateSyntaxError"),
+        ("{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}", "steps"),
+        ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "fails .RecursionError"),
+        ("{{ ''.__class__.__mro__[1].__subclasses__() }}", "fails .SecurityError"),
+    ],
+)
+def test_a_chat_template_that_breaks_or_never_ends(tmp_path, template, why):
+    folder = shutil.copytree(toys()["toy-llava"], tmp_path / "copy")
+    (folder / "chat_template.jinja").write_text(template)
+    with pytest.raises(ModelError, match=f"chat template .*{why}"):
+        load(folder)
+
+
+def test_a_pipe_in_a_model_folder_is_not_waited_for(copy):
+    (copy / "config.json").unlink()
+    os.mkfifo(copy / "config.json")
+    with pytest.raises(ModelError, match="a device or a pipe; expected"):
         load(copy)
 
 

@@ -202,7 +202,7 @@ def test_an_answer_under_an_edit():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"answer": "  "}, "answer '  ' is empty"),
+        ({"answer": "  "}, "answer ' ' is empty"),
         ({"foil": "zebra"}, "foil 'zebra' is unknown to the model's tokenizer"),
         ({"foil": "RED"}, "'red' and foil 'RED' are the same tokens"),
         ({"corrupt_prompt": "is this circle green ?"}, "7 words, the corrupt one 5"),

@@ -12,7 +12,7 @@ from oracle import published_tokenizers as published
 from vlmscope.checkpoint import pieces
 from vlmscope.data.example import Example
 from vlmscope.errors import ExampleError
-from vlmscope.models.families import causal
+from vlmscope.models.families import chat
 from vlmscope.runs.model import Model
 from vlmscope.runs.prepare import encode
 
@@ -65,7 +65,7 @@ def test_a_role_is_where_its_words_first_stand(model):
 
 @pytest.mark.parametrize("prompt", ["assistant", "USER", " is it red? "])
 def test_prompts_that_the_template_says_too(model, prompt):
-    text, start = causal.written(model.processor, prompt)
+    text, start = chat.written(model.processor, prompt)
     assert text[start : start + len(prompt)] == prompt
     assert text[:start].endswith("<image>\n")
 
@@ -77,7 +77,7 @@ def test_a_template_that_strips_the_prompt(model):
         patch_size=4,
         chat_template=chat_templates.LLAVA.replace("part['text']", "part['text'] | trim"),
     )
-    text, start = causal.written(processor, "  is it red? ")
+    text, start = chat.written(processor, "  is it red? ")
     assert text[start + 2 : start + 12] == "is it red?"
 
 
@@ -86,14 +86,14 @@ def test_a_template_without_the_prompt(model):
         model.processor.image_processor, model.processor.tokenizer, chat_template="<image> say"
     )
     with pytest.raises(ExampleError, match="does not write the prompt and one '<image>'"):
-        causal.written(processor, "is it red?")
+        chat.written(processor, "is it red?")
 
 
 def test_an_answer_behind_a_prompt_that_ends_with_a_blank(model):
     """The run has the blank as a token, so the answer's first token has none of its own."""
     tokenizer = model.processor.tokenizer
     for prompt, wanted in (("<image> say: ", "red"), ("<image> say:", "▁red"), ("<image>\n", "red")):
-        ids = causal.options(model.processor, prompt, "red")
+        ids = chat.options(model.processor, prompt, "red")
         assert tokenizer.convert_ids_to_tokens(ids) == [wanted, "</s>"]
         text = tokenizer.decode([*tokenizer(prompt)["input_ids"], *ids[:-1]])
         assert text.endswith("red") and "  red" not in text
@@ -109,7 +109,7 @@ def test_what_ends_an_answer_is_the_templates():
         patch_size=4,
         chat_template=chat_templates.chatml("<image>"),
     )
-    assert tokenizer.convert_ids_to_tokens(causal.options(processor, "is it red?", "red")) == [
+    assert tokenizer.convert_ids_to_tokens(chat.options(processor, "is it red?", "red")) == [
         "red",
         "<|im_end|>",
     ]

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
 from importlib.util import find_spec
+from logging import CRITICAL
 from pathlib import Path
 from typing import Any
 
@@ -17,15 +18,16 @@ import torch
 import transformers
 from huggingface_hub.utils import logging as hub_logging
 from jaxtyping import Float
-from safetensors import SafetensorError
+from PIL import Image
 from torch import Tensor
 from transformers import AutoModel, AutoTokenizer, BitsAndBytesConfig
 from transformers.utils import cached_file, logging
 
-from vlmscope import models, runs
-from vlmscope.errors import ModelError
+from vlmscope import files, models, runs
+from vlmscope.errors import ModelError, VlmscopeError, line, shown
 from vlmscope.models.families import family_of
 from vlmscope.models.towers import Family
+from vlmscope.runs import forward
 from vlmscope.runs.model import Model
 from vlmscope.runs.network import QUANTIZED, free_memory
 
@@ -36,6 +38,15 @@ DTYPES = {
     "float16": torch.float16,
 }
 TOYS = Path(__file__).parent / "toys"
+SAVED = "a folder written by save_pretrained"
+READ = (".json", ".jinja", ".txt", ".model", ".safetensors")
+"""The endings of the files that transformers reads in a folder."""
+TOKENIZERS = (
+    "tokenizer.json vocab.json vocab.txt tokenizer.model spiece.model sentencepiece.bpe.model".split()
+)
+"""Any of these makes a tokenizer."""
+MOST_LAYERS = 1000
+_DEPTH = re.compile(r"(\w+_)?(layers|depth)|num_\w*layers")
 
 
 def load(name: str | Path, *, dtype: str | torch.dtype = "float32", device: str | None = None) -> Model:
@@ -71,18 +82,20 @@ def load(name: str | Path, *, dtype: str | torch.dtype = "float32", device: str 
             f"no model '{name}': not a folder, not a Hugging Face id, and not one of the "
             f"built-in toys ({', '.join(toys())})"
         )
+    if Path(path).is_dir():
+        _check_folder(Path(path))
     family = family_of(*_kind(_config(path)), str(name))
     if family.model is None:
         raise _own_code(family, name)
-    if Path(path).is_dir():
-        _check_weights(Path(path))
     with _one_line(name):
         if not (spread and place.type == "cuda"):
             _check_memory(family, path, dtype, place)
         hf = _weights(family, path, str(name), dtype, place, spread)
         processor = family.processor.from_pretrained(path, trust_remote_code=False)
-    model = Model(hf, processor, str(name))
-    _verify_once(model)
+        model = Model(hf, processor, str(name))
+        _verify_once(model)
+        # Whether processor and generation work: both have files of their own that nothing else has read.
+        forward.generate(model, model.inputs(Image.new("RGB", (64, 64)), "a"), most=1)
     return model
 
 
@@ -102,9 +115,16 @@ def _weights(
         dtype=DTYPES.get(dtype, torch.bfloat16),
         use_safetensors=True,
         output_loading_info=True,
+        ignore_mismatched_sizes=True,  # they are refused below, in one line
         trust_remote_code=False,
         **where,
     )
+    if other := sorted(info["mismatched_keys"]):
+        key, there, here = other[0]
+        raise ModelError(
+            f"{name}: {len(other)} weights have another shape than config.json says, the first is '{key}' "
+            f"({list(there)}, expected {list(here)}); save the whole model with save_pretrained"
+        )
     if lost := sorted(info["missing_keys"]):
         raise ModelError(
             f"{name}: {len(lost)} weights are missing from the checkpoint, the first is "
@@ -140,7 +160,7 @@ def _verify_once(model: Model) -> None:
 def _check_memory(family: Family, path: str | Path, dtype: str, place: torch.device) -> None:
     """Refuse weights that do not fit, before the system stops the process."""
     made: Any = family.model
-    config = made.config_class.from_pretrained(path)
+    config = made.config_class.from_pretrained(path, trust_remote_code=False)
     with torch.device("meta"):
         weights = sum(one.numel() for one in made(config).parameters())
     bits = 4.5 if dtype == QUANTIZED else torch.finfo(DTYPES[dtype]).bits
@@ -231,13 +251,47 @@ def _kind(config: Mapping[str, Any]) -> tuple[list[str], str | None]:
 
 def _config(path: str | Path) -> dict[str, Any]:
     """The checkpoint's config.json, without any of its code."""
-    if Path(path).is_dir() and not (Path(path) / "config.json").exists():
-        raise ModelError(f"{path} has no config.json; expected a folder written by save_pretrained")
     with _one_line(path):
-        return dict(json.loads(Path(cached_file(str(path), "config.json") or "").read_text("utf-8")))
+        config = _json(Path(cached_file(str(path), "config.json") or ""))
+    for key, value in _entries(config):
+        if _DEPTH.fullmatch(key) and isinstance(value, int) and not 0 <= value <= MOST_LAYERS:
+            raise ModelError(
+                f"{path}: config.json says {key} {shown(value)}; expected 0 to {MOST_LAYERS:,} layers"
+            )
+    return config
 
 
-def _check_weights(path: Path) -> None:
+def _json(file: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(files.read(file, SAVED, ModelError))
+    except (ValueError, RecursionError) as error:
+        raise ModelError(f"{file}: is damaged, not JSON ({error}); expected {SAVED}") from error
+    if not isinstance(content, dict):
+        raise ModelError(f"{file}: is damaged, not a JSON object; expected {SAVED}")
+    return content
+
+
+def _entries(config: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    for key, value in config.items():
+        yield key, value
+        if isinstance(value, dict):
+            yield from _entries(value)
+
+
+def _check_folder(path: Path) -> None:
+    """Refuse a folder that lacks a file, or holds one that cannot be read, before transformers looks into it:
+    it goes on without a tokenizer or a template that is not there."""
+    if not (path / "config.json").exists():
+        raise ModelError(f"{path} has no config.json; expected {SAVED}")
+    for file in sorted(path.iterdir()):
+        if file.suffix == ".json":
+            _json(file)
+        elif file.suffix in READ:
+            with files.regular(file, SAVED, ModelError) as stream:
+                if not stream.read(1):
+                    raise ModelError(f"{file}: is empty; expected {SAVED}")
+    if not any((path / name).exists() for name in TOKENIZERS):
+        raise ModelError(f"{path} has no tokenizer ({', '.join(TOKENIZERS)}); save the whole processor there")
     if any(path.glob("*.safetensors")):
         return
     if any(path.glob("*.bin")) or any(path.glob("*.pt")) or any(path.glob("*.pth")):
@@ -251,20 +305,26 @@ def _check_weights(path: Path) -> None:
 @contextmanager
 def _one_line(name: str | Path) -> Iterator[None]:
     """Load without a bar of its own; turn what transformers and the hub raise into one line."""
-    bar, verbosity = logging.is_progress_bar_enabled(), hub_logging.get_verbosity()
+    bar, verbosity = logging.is_progress_bar_enabled(), (logging.get_verbosity(), hub_logging.get_verbosity())
     logging.disable_progress_bar()
-    hub_logging.set_verbosity_error()  # the hub would tell of each of its five tries
+    # All that they have to say is in the error; the hub would tell of each of its five tries.
+    logging.set_verbosity(CRITICAL)
+    hub_logging.set_verbosity(CRITICAL)
     try:
         yield
-    except (OSError, ValueError, RuntimeError, KeyError, TypeError, SafetensorError) as error:
+    except (VlmscopeError, MemoryError):
+        raise
+    # Whatever a config makes the libraries do: their validators and tokenizers raise Exception itself.
+    except Exception as error:
         first = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
-        where = (
-            ""
+        way_out = (
+            f"expected {SAVED}"
             if Path(name).exists()
-            else ("; it needs the network or a copy in the local cache (or give a folder)")
+            else "it needs the network or a copy in the local cache (or give a folder)"
         )
-        raise ModelError(f"cannot load {name}: {first}{where}") from error
+        raise ModelError(f"cannot load {name}: {line(first, 200)}; {way_out}") from error
     finally:
-        hub_logging.set_verbosity(verbosity)
+        logging.set_verbosity(verbosity[0])
+        hub_logging.set_verbosity(verbosity[1])
         if bar:
             logging.enable_progress_bar()

@@ -7,6 +7,7 @@ that line and exits with status 1; any other exception means a bug.
     VlmscopeError
     ├── SiteError      a site expression that cannot be parsed, or names nothing in this model
     ├── ModelError     a model that cannot be loaded, or does not fit its family's table
+    │   └── RoomError      a run that needs more memory than there is
     ├── DataError      a data set or table that cannot be read
     │   └── ExampleError   one example that cannot be run (the others can)
     └── StoreError     a result folder that cannot be read, written or continued
@@ -35,6 +36,10 @@ class SiteError(VlmscopeError):
 
 class ModelError(VlmscopeError):
     """A model that cannot be loaded, or that does not fit its family's table."""
+
+
+class RoomError(ModelError):
+    """A run that needs more memory than there is."""
 
 
 class DataError(VlmscopeError):

@@ -10,6 +10,7 @@ import contextlib
 import errno
 import io
 import json
+import math
 import os
 import stat
 from collections.abc import Iterator, Mapping
@@ -30,6 +31,41 @@ LARGEST = 2**28
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
+def regular(
+    file: str | os.PathLike[str],
+    expected: str,
+    error: type[VlmscopeError] = DataError,
+    largest: float = math.inf,
+    *,
+    within: Path | None = None,
+) -> BinaryIO:
+    """A regular file, opened for reading; raises `error`, with what was `expected`, for anything else.
+
+    No pipe is waited for, and what has no end, or more than `largest` bytes, is not begun with. With
+    `within`, a folder that the file lies in, no link is followed on the way from there.
+    """
+    try:
+        descriptor = _descriptor(file, within)
+        status = os.fstat(descriptor)
+        if stat.S_ISREG(status.st_mode) and status.st_size <= largest:
+            return os.fdopen(descriptor, "rb")
+        os.close(descriptor)
+    except (OSError, ValueError) as problem:  # a name with a NUL is a ValueError
+        missing = isinstance(problem, FileNotFoundError)
+        if within is not None and getattr(problem, "errno", None) in (errno.ELOOP, errno.ENOTDIR):
+            problem = ValueError("a link, and none is followed there")
+        why = (
+            "no such file" if missing else f"cannot be read ({getattr(problem, 'strerror', None) or problem})"
+        )
+    else:
+        why = "a device or a pipe"
+        if stat.S_ISDIR(status.st_mode):
+            why = "a folder"
+        elif stat.S_ISREG(status.st_mode):
+            why = f"has {status.st_size / 2**20:,.0f} MiB, of which at most {largest / 2**20:,.0f} are read"
+    raise error(f"{file}: {why}; expected {expected}")
+
+
 def read(
     file: str | os.PathLike[str],
     expected: str,
@@ -38,51 +74,13 @@ def read(
     *,
     within: Path | None = None,
 ) -> bytes:
-    """The content of a regular file; raises `error`, with what was `expected`, for anything else.
-
-    Nothing is read of a pipe, a device or a file of more than `largest` bytes, and none is waited for. With
-    `within`, a folder that the file lies in, no link is followed on the way from there.
-    """
-    with opened(file, expected, error, largest, within=within) as stream:
-        return stream.read(largest + 1)
-
-
-@contextlib.contextmanager
-def opened(
-    file: str | os.PathLike[str],
-    expected: str,
-    error: type[VlmscopeError] = DataError,
-    largest: int = LARGEST,
-    *,
-    within: Path | None = None,
-) -> Iterator[BinaryIO]:
-    """A file that `read` would read, open."""
-    try:
-        with os.fdopen(_descriptor(file, within), "rb") as stream:
-            status = os.fstat(stream.fileno())
-            if stat.S_ISDIR(status.st_mode):
-                raise IsADirectoryError
-            if not stat.S_ISREG(status.st_mode):
-                raise error(f"{file}: a device or a pipe; expected {expected}")
-            if status.st_size > largest:
-                size = f"{status.st_size / 2**20:,.0f} MiB"
-                raise error(
-                    f"{file}: {size}, of which at most {largest / 2**20:,.0f} are read; expected {expected}"
-                )
-            yield stream
-    except FileNotFoundError:
-        raise error(f"{file}: no such file; expected {expected}") from None
-    except IsADirectoryError:
-        raise error(f"{file}: a folder; expected {expected}") from None
-    except (OSError, ValueError) as problem:  # a name with a NUL is a ValueError
-        why = getattr(problem, "strerror", None) or problem
-        if within is not None and getattr(problem, "errno", None) in (errno.ELOOP, errno.ENOTDIR):
-            why = "links are not followed there; put the file itself into the folder"
-        raise error(f"{file}: cannot be read ({why}); expected {expected}") from problem
+    """The content of a regular file; raises as `regular` does."""
+    with regular(file, expected, error, largest, within=within) as stream:
+        return stream.read(largest)
 
 
 def _descriptor(file: str | os.PathLike[str], within: Path | None) -> int:
-    # Without O_NONBLOCK a pipe that nobody writes to would be waited for when it is opened.
+    # Without O_NONBLOCK a pipe that nobody writes to would be waited for.
     flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK
     if within is None:
         return os.open(file, flags)

@@ -120,12 +120,20 @@ SELECTION = Table(
 PICTURES = Table("example:text file:text", "example")
 """The table `pictures.csv`, of the files in `pictures/`."""
 _INTERVAL = "value:float? low:float? high:float? n:int"
-_ABOUT = {"model": str, "weights?": (str, None)}
+_ABOUT = {"model": str, "weights?": (str, None), "examples?": int, "on?": [str]}
 
 NEURONS = {
     "find": Format(
         "neurons.json",
-        {"what": "find", **_ABOUT, "words": [str]},
+        {
+            "what": "find",
+            **_ABOUT,
+            "family?": str,
+            "words": [str],
+            "top?": int,
+            "variant?": str,
+            "gain?": bool,
+        },
         {
             "neurons.parquet": Table(
                 "example:text word:text token:text token_id:int position:int layer:grid neuron:int "
@@ -167,7 +175,7 @@ NEURONS = {
     ),
     "edit": Format(
         "neurons.json",
-        {"what": "edit", **_ABOUT, "from": str, "to?": (str, None), "size": float},
+        {"what": "edit", **_ABOUT, "from": str, "to?": (str, None), "size": float, "neurons?": int},
         {
             "measures.csv": Table(f"measure:text {_INTERVAL}", "measure"),
             "captions.csv": Table(

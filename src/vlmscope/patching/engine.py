@@ -17,6 +17,7 @@ import torch
 from jaxtyping import Bool
 from torch import Tensor
 
+from vlmscope.errors import RoomError
 from vlmscope.models.inputs import Pair
 from vlmscope.patching.flows.flow import Flow, Job, Row, around
 from vlmscope.patching.flows.memory import Memory, remembering
@@ -205,8 +206,8 @@ def _chunks(
             count = _fit([flow.cost(job, tower, row) for row in rows], room)
             try:
                 logits = run(flow, job, tower, rows[:count])
-            except (MemoryError, RuntimeError) as error:
-                if not _out_of_memory(error) or count == 1:
+            except RoomError:
+                if count == 1:
                     raise
                 room //= 2
                 continue
@@ -248,9 +249,3 @@ def _fit(costs: Sequence[int], room: int) -> int:
         total += costs[count]
         count += 1
     return count
-
-
-def _out_of_memory(error: BaseException) -> bool:
-    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or (
-        "alloc" in str(error).lower() and "memory" in str(error).lower()
-    )

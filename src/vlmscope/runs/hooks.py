@@ -26,7 +26,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from vlmscope.errors import ModelError
+from vlmscope.errors import ModelError, RoomError, line
 from vlmscope.runs.views import Deepstack, Function, View
 
 NUMBERS = count()
@@ -55,6 +55,7 @@ def alone(hf: nn.Module, name: str) -> Iterator[None]:
 
     Hooks are on the modules, so two runs at once would see each other's edits. It may be entered again.
     There is one turn for each Hugging Face model, which is not kept in it, so that it can still be copied.
+    Raises `RoomError` where what is run is out of memory.
     """
     with _FINDING:
         turn = _TURNS.setdefault(hf, _Turn())
@@ -72,10 +73,23 @@ def alone(hf: nn.Module, name: str) -> Iterator[None]:
             module.training = False
         try:
             yield
+        except (MemoryError, RuntimeError) as error:
+            if not _is_out_of_memory(error):
+                raise
+            raise RoomError(
+                f"{name}: a run needs more memory than there is ({line(str(error), 120)}); take a smaller "
+                "picture, a shorter prompt, another dtype or a device with more memory"
+            ) from error
         finally:
             turn.taken = before
             for module in training:
                 module.training = True
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or (
+        "alloc" in str(error).lower() and "memory" in str(error).lower()
+    )
 
 
 def _training(hf: nn.Module) -> list[nn.Module]:

@@ -77,7 +77,7 @@ SPEC = {
     "versions?": {str: (str, None)},
 }
 """The shape of a run's specification (`stored.fits`), of which a report needs all."""
-_TOWER = {"layers?": int, "heads?": int}
+_TOWER = {"layers?": int, "heads?": int, "grid?": [int]}
 _SHAPE = {
     "format": FORMAT,
     "spec": SPEC,
@@ -279,7 +279,7 @@ def held_in(part: Path, name: str) -> list[Held]:
     """The examples in a part, from its footer alone."""
     folder = part.parent.parent
     file = folder / name / part.name
-    with _reading(file, part), files.opened(file, "a part of a run", within=folder) as stream:
+    with _reading(file, part), files.regular(file, "a part of a run", within=folder) as stream:
         return _entries(pq.read_schema(stream))
 
 

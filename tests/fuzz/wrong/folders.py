@@ -39,7 +39,8 @@ about = {"model": "toy-llava", "weights": "abc", "words": ["heart"]}
 row = {"word": "heart", "k": 1, "how": "zero", "set": "top", "drop_log_p": 0.5, "drop_p": 0.25}
 row |= {"ci_low": 0.1, "ci_high": 0.4, "lost": 0.5, "n": 8}
 Perturbed(about, pd.DataFrame([row, row | {"set": "random"}])).save("perturb")
-measures = pd.DataFrame([("generality", 0.5, 0.25, 0.75, 8)], columns=["measure", "value", "low", "high", "n"])
+names = ["measure", "value", "low", "high", "n"]
+measures = pd.DataFrame([("generality", 0.5, 0.25, 0.75, 8)], columns=names)
 said = {"example": ["a", "b"], "prompt": "what?", "before": ["heart", "cross"], "after": "cross"}
 captions = pd.DataFrame(said | {"has": [True, False], "took": [True, False], "same": [False, True]})
 columns = pd.DataFrame([(3, 48, 1.5, 0.5)], columns=["layer", "neuron", "length", "change"])
@@ -93,16 +94,8 @@ def other_format(random: Random, file: Path) -> bool:
     Image.new("RGB", (3, 3)).save(buffer, "JPEG")
     table = io.BytesIO()
     pd.DataFrame({"a": [1, 2]}).to_parquet(table)
-    held = [
-        buffer.getvalue(),
-        table.getvalue(),
-        b"a,b\n1,2\n",
-        b"{}",
-        b"[]",
-        b"null",
-        b"\x00" * 50,
-        b"PK\x03\x04",
-    ]
+    texts = [b"a,b\n1,2\n", b"{}", b"[]", b"null", b"\x00" * 50, b"PK\x03\x04"]
+    held = [buffer.getvalue(), table.getvalue(), *texts]
     file.write_bytes(random.choice(held))
     return True
 
@@ -126,7 +119,6 @@ def a_device(random: Random, file: Path) -> bool:
 
 
 def a_link(random: Random, file: Path) -> bool:
-    kept = file.parents[-2 if file.is_absolute() else -1] / "x"
     kept = file.with_name(f"{file.name}.elsewhere")
     file.rename(kept)
     file.symlink_to(kept.absolute() if random.random() < 0.5 else kept.name)
@@ -186,7 +178,7 @@ def strange_json(random: Random, file: Path) -> bool:
         inner = inner[key]
     old = inner[way[-1]]
     new = random.choice([one for one in STRANGE if type(one) is not type(old)])
-    if isinstance(old, float) and isinstance(new, (int, float)) or old is None:
+    if old is None or (isinstance(old, float) and isinstance(new, (int, float))):
         new = [1]
     inner[way[-1]] = new
     file.write_text(json.dumps(content))
@@ -195,8 +187,13 @@ def strange_json(random: Random, file: Path) -> bool:
 
 def lacking_json(random: Random, file: Path) -> bool:
     content = json.loads(file.read_text("utf-8"))
-    key = random.choice(list(content))
-    del content[key]
+    optional = (
+        "check description family weights examples top variant gain id clean_prompt answer foil".split()
+    )
+    key = random.choice([key for key in content if key not in optional or "noise" in content] or ["id"])
+    content[key] = [1]
+    if key != "id":
+        del content[key]
     file.write_text(json.dumps(content))
     return True
 
@@ -224,7 +221,7 @@ def odd_csv(random: Random, file: Path) -> bool:
     lines = table.to_csv(index=False).splitlines(keepends=True)
     if text == "wide":
         table["more"] = "1"
-    elif text == "narrow":
+    elif text == "narrow" and len(table):
         table = table.drop(columns=random.choice(list(table)))
     elif text == "rename":
         table = table.rename(columns={random.choice(list(table)): "<b>"})
@@ -311,7 +308,7 @@ def a_bomb(random: Random, file: Path) -> bool:
     """A small Parquet file of very many rows."""
     schema = pq.read_schema(file)
     many = pa.chunked_array([pa.nulls(2**22, type=schema[0].type)] * 64)
-    made = pa.table({name: many for name in schema.names}).replace_schema_metadata(schema.metadata)
+    made = pa.table(dict.fromkeys(schema.names, many)).replace_schema_metadata(schema.metadata)
     pq.write_table(made, file, compression="zstd")
     return True
 

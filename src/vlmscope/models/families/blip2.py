@@ -22,7 +22,7 @@ from transformers import Blip2ForConditionalGeneration, InstructBlipForCondition
 from vlmscope.data.example import Span
 from vlmscope.errors import ExampleError
 from vlmscope.layout import Layout
-from vlmscope.models.families import causal
+from vlmscope.models.families import causal, chat
 from vlmscope.models.inputs import Inputs
 from vlmscope.models.towers import Family, Tower, one_picture
 
@@ -159,7 +159,7 @@ def _decoder_only(
         image=image,
         towers={"vision": VISION, "qformer": QFORMER, "decoder": decoder},
         encode=partial(encode, causal.no_cells, vision_layout, write=written),
-        options=partial(causal.options, write=written),
+        options=partial(chat.options, write=written),
     )
 
 

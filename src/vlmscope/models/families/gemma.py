@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import Gemma3ForConditionalGeneration, PaliGemmaForConditionalGeneration
 
 from vlmscope.layout import Layout
-from vlmscope.models.families import causal
+from vlmscope.models.families import causal, chat
 from vlmscope.models.towers import Tower
 
 SIGLIP = Tower(
@@ -40,14 +40,14 @@ def vision_layout(hf: Any, tensors: Mapping[str, Tensor]) -> Layout:
 
 def written(processor: Any, prompt: str, images: int = 1) -> tuple[str, int]:
     """PaliGemma's placeholders and the prompt; its processor writes the start token between them."""
-    return causal.written(processor, prompt, images, between="")
+    return chat.written(processor, prompt, images, between="")
 
 
-def tokenized(processor: Any, text: str) -> causal.Tokens:
+def tokenized(processor: Any, text: str) -> chat.Tokens:
     """With the start token behind the placeholders and the line break at the end."""
     mark, begin = str(processor.image_token), str(processor.tokenizer.bos_token)
     cut = text.rfind(mark) + len(mark) if mark in text else 0
-    found = causal.tokenized(processor, f"{text[:cut]}{begin}{text[cut:]}\n")
+    found = chat.tokenized(processor, f"{text[:cut]}{begin}{text[cut:]}\n")
     longer = len(begin)
     return [
         (token, (a, b) if b <= cut else (max(a - longer, cut), max(b - longer, cut)))

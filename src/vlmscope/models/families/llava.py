@@ -20,7 +20,7 @@ from transformers.models.llava_next.modeling_llava_next import (
 from vlmscope.data.example import Box
 from vlmscope.errors import ExampleError, ModelError
 from vlmscope.layout import Layout
-from vlmscope.models.families import causal
+from vlmscope.models.families import causal, chat
 from vlmscope.models.inputs import Inputs
 from vlmscope.models.towers import Family, Tower
 
@@ -176,7 +176,7 @@ LLAVA = Family(
     finish=finish,
     generate=causal.generate,
     cache=lambda: None,
-    options=causal.options,
+    options=chat.options,
     keywords=causal.KEYWORDS,
     view=view,
     norm="model.language_model.norm",

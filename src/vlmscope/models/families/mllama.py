@@ -22,7 +22,7 @@ from transformers.models.mllama.image_processing_pil_mllama import (
 
 from vlmscope.data.example import Box
 from vlmscope.layout import Layout
-from vlmscope.models.families import causal
+from vlmscope.models.families import causal, chat
 from vlmscope.models.towers import Tower
 
 VISION = Tower(
@@ -102,7 +102,7 @@ MLLAMA = replace(
         decoder=DECODER,
         cells=causal.no_cells,
         layout=vision_layout,
-        write=partial(causal.written, between=""),
+        write=partial(chat.written, between=""),
     ),
     view=view,
     image="vision",

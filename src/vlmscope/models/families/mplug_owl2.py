@@ -32,7 +32,7 @@ from torch import Tensor
 from vlmscope.data.example import Span
 from vlmscope.errors import ExampleError
 from vlmscope.layout import Layout
-from vlmscope.models.families import causal
+from vlmscope.models.families import causal, chat
 from vlmscope.models.inputs import Inputs
 from vlmscope.models.towers import Family, Tower, behind, one_picture
 
@@ -165,7 +165,7 @@ MPLUG_OWL2 = Family(
     blank=None,
     generate=causal.generate,
     cache=lambda: None,
-    options=partial(causal.options, write=written),
+    options=partial(chat.options, write=written),
     keywords={"use_cache": False},
     pixels="images",
     norm="model.norm",
