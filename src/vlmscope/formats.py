@@ -10,7 +10,7 @@ import pandas as pd
 from vlmscope import stored
 from vlmscope.stored import Format, Table
 
-_WAY_OUT = "write that folder anew with the command that made it"
+WAY_OUT = "write that folder anew with the command that made it"
 _HEAD = "tower:tower layer:grid kind:kind head:grid position:text"
 _KEY = "tower layer kind head position"
 
@@ -40,7 +40,7 @@ CIRCUITS = Format(
             f"run:text data:text corruption:text {_HEAD} n:int mean:float mean_abs:float ci_low:float? "
             "ci_high:float? p_value:share q_value:share important_published:bool important:bool "
             "confirmed:bool",
-            f"run {_KEY}",
+            "run tower layer kind head",
         ),
         "universal.csv": Table(
             f"{_HEAD} runs:int important_in:int confirmed_in:int mean:float weakest:float same_sign:bool "
@@ -51,9 +51,10 @@ CIRCUITS = Format(
             "run:text other:text tower:tower kind:kind heads:int important:int important_other:int both:int "
             "expected:float p_value:share q_value:share",
             "run other tower kind",
+            may_be_empty=True,
         ),
     },
-    _WAY_OUT,
+    WAY_OUT,
 )
 
 HEADS = Format(
@@ -80,9 +81,10 @@ HEADS = Format(
             "example:text site:text row:grid column:grid attention:float difference:float object:bool "
             "rows:grid columns:grid",
             "example site row column",
+            may_be_empty=True,
         ),
     },
-    _WAY_OUT,
+    WAY_OUT,
 )
 
 TRACING = Format(
@@ -107,7 +109,7 @@ TRACING = Format(
             "tower kind window layer length at",
         )
     },
-    _WAY_OUT,
+    WAY_OUT,
 )
 
 SELECTION = Table(
@@ -117,7 +119,7 @@ SELECTION = Table(
 )
 """The table `selection.csv` of a folder of `notice`."""
 
-PICTURES = Table("example:text file:text", "example")
+PICTURES = Table("example:text file:text", "example", may_be_empty=True)
 """The table `pictures.csv`, of the files in `pictures/`."""
 _INTERVAL = "value:float? low:float? high:float? n:int"
 _ABOUT = {"model": str, "weights?": (str, None), "examples?": int, "on?": [str]}
@@ -145,7 +147,7 @@ NEURONS = {
                 "layer:grid neuron:int listed:int mean_score:float tokens:text", "layer neuron"
             ),
         },
-        _WAY_OUT,
+        WAY_OUT,
     ),
     "describe": Format(
         "neurons.json",
@@ -160,7 +162,7 @@ NEURONS = {
                 is_optional=True,
             ),
         },
-        _WAY_OUT,
+        WAY_OUT,
     ),
     "perturb": Format(
         "neurons.json",
@@ -171,7 +173,7 @@ NEURONS = {
                 "ci_high:float? lost:share? n:int"
             )
         },
-        _WAY_OUT,
+        WAY_OUT,
     ),
     "edit": Format(
         "neurons.json",
@@ -182,9 +184,11 @@ NEURONS = {
                 "example:text prompt:text before:text after:text has:bool took:bool same:bool"
             ),
             "columns.csv": Table("layer:grid neuron:int length:float change:float", "layer neuron"),
-            "objects.csv": Table("measure:text before:float? after:float?", "measure", is_optional=True),
+            "objects.csv": Table(
+                "measure:text before:float? after:float?", "measure", is_optional=True, may_be_empty=True
+            ),
         },
-        _WAY_OUT,
+        WAY_OUT,
     ),
 }
 """What `neurons` wrote, by the `what` of its manifest."""
@@ -193,8 +197,8 @@ NEURONS = {
 def pictures(folder: Path) -> dict[str, bytes]:
     """The pictures that `neurons` keeps of examples, as PNG."""
     listed = folder / "pictures.csv"
-    rows = stored.table(listed, PICTURES, _WAY_OUT) if os.path.lexists(listed) else pd.DataFrame()
+    rows = stored.table(listed, PICTURES, WAY_OUT) if os.path.lexists(listed) else pd.DataFrame()
     return {
-        row.example: stored.picture(folder / "pictures" / Path(row.file).name, _WAY_OUT, folder)
+        row.example: stored.picture(folder / "pictures" / Path(row.file).name, WAY_OUT, folder)
         for row in rows.itertuples()
     }

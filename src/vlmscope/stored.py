@@ -42,7 +42,7 @@ FOREIGN = (*_FOREIGN, pa.ArrowException, csv.Error)
 
 
 class Table(NamedTuple):
-    """The columns of a table, `name:type` each, and those that no two rows have in common.
+    """The columns of a table, `name:type` each, and the `key`: those that no two rows have in common.
 
     Types: `text`, `bool`, `int` (not negative), `grid` (an `int` below `GRID`), `float` (finite), `share`
     (from 0 to 1), `number` (any), `tower`, `kind`. One that ends in `?` may be null.
@@ -51,6 +51,7 @@ class Table(NamedTuple):
     columns: str
     key: str = ""
     is_optional: bool = False
+    may_be_empty: bool = False
 
 
 class Format(NamedTuple):
@@ -117,6 +118,8 @@ def table(file: Path, form: Table, way_out: str, folder: Path | None = None) -> 
     content = files.read(file, expected, StoreError, largest, within=folder or file.parent)
     try:
         frame = parquet(content).to_pandas() if file.suffix == ".parquet" else _from_csv(content, columns)
+        if frame.empty and not form.may_be_empty:
+            raise ValueError("no rows")
         return _checked(frame, columns, form.key.split())
     except FOREIGN as error:
         raise StoreError(f"{file}: is damaged ({line(str(error), 150)}); {way_out}") from error
@@ -305,7 +308,7 @@ def _odd_column(values: pd.Series[Any], column: _Column) -> str | None:
     kind = values.dtype.kind if len(there) or not is_float else "f"
     if kind not in ("b" if column.type == "bool" else "fiu" if is_float else "iu"):
         return f"not of type {column.type}"
-    if column.type in ("float", "share") and there.abs().max() > 1e300:
+    if column.type in ("float", "share") and there.astype(float).abs().max() > 1e100:
         return "not finite"
     low, high = {"share": (-1e-9, 1 + 1e-9), "int": (0, 2**53), "grid": (0, GRID - 1)}.get(
         column.type, (None, None)

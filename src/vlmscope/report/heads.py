@@ -9,6 +9,7 @@ from pathlib import Path
 import pandas as pd
 
 from vlmscope import formats, stored
+from vlmscope.errors import StoreError
 from vlmscope.report import figures, image_maps
 from vlmscope.report.gallery import Gallery, Section, Shown, render
 from vlmscope.report.words import KINDS, TOWERS, upper_first
@@ -54,15 +55,21 @@ def section(folder: Path, gallery: Gallery) -> Section:
     about, tables = stored.read(folder, formats.HEADS)
     heads, together = tables["functions"], tables["together"]
     attention = _attention(folder, tables, gallery)
-    these = (together["set"] == "these heads") & (together["knockout"] == "mean")
+    is_mean = together["knockout"] == "mean"
+    accuracy = {
+        name: together.loc[(together["set"] == name) & (is_mean | (name == "none")), "accuracy"]
+        for name in ("none", "these heads", "random heads")
+    }
+    if accuracy["none"].empty or accuracy["these heads"].empty:
+        raise StoreError(f"{folder / 'together.csv'}: lacks rows; {formats.HEADS.way_out}")
     text = render(
         "heads.html",
         model=about["model"],
         n=heads["n"].max(),
         counts=heads["label"].value_counts().to_dict(),
-        whole=together.loc[together["set"] == "none", "accuracy"].iloc[0],
-        these=together.loc[these, "accuracy"].iloc[0],
-        random=together.loc[together["set"] == "random heads", "accuracy"],
+        whole=accuracy["none"].iloc[0],
+        these=accuracy["these heads"].iloc[0],
+        random=accuracy["random heads"],
         heads=heads[["site", "label", "evidence"]].rename(columns={"site": "head"}),
         figures=[("Where they look, and what the patches do", attention)] if attention else [],
     )
@@ -78,7 +85,8 @@ def _attention(folder: Path, tables: Mapping[str, pd.DataFrame], gallery: Galler
     pictures = {e["id"]: e["clean_image"] for e in run.pictures() if e.get("clean_image") and "id" in e}
     # How far each head moves LD: patched in where that was done, else knocked out.
     size = tables["measures"].pivot_table(index="site", columns="measure", values="value").abs()
-    size = heads["site"].map(size["effect" if "effect" in size else "mean"]).fillna(0.0)
+    moved = [size[name] for name in ("effect", "mean") if name in size]
+    size = heads["site"].map(moved[0] if moved else {}).fillna(0.0)
     sites = heads["site"][size.sort_values(ascending=False).index]
     sites = [site for site in sites if site in set(maps["site"])][:5]
     maps = maps[maps["site"].isin(sites)]

@@ -14,6 +14,7 @@ from matplotlib.cm import ScalarMappable
 from matplotlib.collections import LineCollection
 from PIL import Image
 
+from vlmscope.errors import DataError
 from vlmscope.report.canvas import BAR, DARK, Margins, centred, draw_bar, drawable, grid
 from vlmscope.report.heat_maps import CHANGED, VALUES, colour_scale, spread
 from vlmscope.studies.tables import change_of, choose, mean_gap, means
@@ -39,7 +40,7 @@ def is_patch(rows: pd.DataFrame) -> pd.Series[bool]:
 
 def places(rows: pd.DataFrame) -> pd.DataFrame:
     """Patches of which `is_patch` holds, with their `row` and `column` in the image."""
-    found = rows["token"].str.split(",", expand=True).astype(int)
+    found = rows["token"].astype("string").str.extract(r"(\d+),(\d+)").astype(int)
     return rows.assign(row=found[0], column=found[1])
 
 
@@ -190,8 +191,12 @@ def _around(cells: Cells) -> Cells:
 
 
 def _cells(rows: pd.DataFrame, value: str, shape: tuple[int, int]) -> Cells:
-    found = np.full(shape, np.nan)
-    found[rows["row"].to_numpy(int), rows["column"].to_numpy(int)] = rows[value].to_numpy(float)
+    found, at = np.full(shape, np.nan), (rows["row"].to_numpy(int), rows["column"].to_numpy(int))
+    if any(each.size and each.max() >= size for each, size in zip(at, shape, strict=True)):
+        raise DataError(
+            f"patches lie outside of the {shape[0]} × {shape[1]} patches of a picture; check the table"
+        )
+    found[at] = rows[value].to_numpy(float)
     return found
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import pandas as pd
 
 from vlmscope import formats, stored
+from vlmscope.errors import StoreError
 from vlmscope.report import figures, image_maps
 from vlmscope.report.gallery import Gallery, Section, Shown, render
 
@@ -45,21 +46,25 @@ def _find(folder: Path, tables: Tables, gallery: Gallery) -> dict[str, Any]:
 
 def _describe(folder: Path, tables: Tables, gallery: Gallery) -> dict[str, Any]:
     driving, measured, measures = tables["driving"], None, pd.DataFrame()
-    if (table := tables.get("measures")) is not None:
-        drawn = figures.measures(table, [name for name in MEASURES if name in set(table["measure"])])
+    table = tables.get("measures", pd.DataFrame(columns=["measure"]))
+    if names := [name for name in MEASURES if name in set(table["measure"])]:
+        drawn = figures.measures(table, names)
         measured = gallery.show("measures", drawn, table, "measures")
         measures = table[table["method"] == "contribution"].drop(columns="method")
     return {
         "cards": tables["cards"].drop(columns="weights"),
-        "maps": _maps(tables["maps"], formats.pictures(folder), gallery),
+        "maps": _maps(folder, tables["maps"], gallery),
         "driving": driving[driving["rank"] <= 3],
         "measured": measured,
         "measures": measures,
     }
 
 
-def _maps(maps: pd.DataFrame, pictures: dict[str, bytes], gallery: Gallery) -> list[Shown]:
+def _maps(folder: Path, maps: pd.DataFrame, gallery: Gallery) -> list[Shown]:
     """The maps of neurons, then those of means, a few rows a figure."""
+    pictures = formats.pictures(folder)
+    if lacking := set(maps["example"]) - set(pictures):
+        raise StoreError(f"{folder}: no picture of an example in it ({min(lacking)}); {formats.WAY_OUT}")
     is_mean = maps["neuron"].str.contains(": mean of top")
     shown = []
     for what, rows in (("maps", maps[~is_mean]), ("means", maps[is_mean])):

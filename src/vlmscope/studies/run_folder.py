@@ -87,6 +87,7 @@ _SHAPE = {
 _WORDS = {f"{name}?": str for name in ("id", "clean_prompt", "corrupt_prompt", "answer", "foil")}
 _INDEX = b"vlmscope.index"
 _UNIT = re.compile(r"[hqkvpn](\d{1,7}|\[[\d,]{1,9999}\])", re.ASCII)
+_SITE = re.compile(r"[a-z]+\.\d{1,3}(/\d{1,3})?\.[a-z_]+[.@]", re.ASCII)
 PART = re.compile(r"part-(\d{6,})\.parquet")
 
 
@@ -248,6 +249,9 @@ def _check_places(effects: pa.Table) -> None:
         ends = pc.min_max(effects[name])
         if ends["min"].is_valid and not 0 <= ends["min"].as_py() <= ends["max"].as_py() < limit:
             raise ValueError(f"{name} {ends['min']} to {ends['max']}")
+    for site in effects["site"].unique().to_pylist():
+        if len(site) > stored.LONGEST or not _SITE.match(site):
+            raise ValueError(f"unknown site {site}")
     if len(max(effects["slot"].unique().to_pylist(), key=len, default="")) > 1000:
         raise ValueError("a slot of a long name")
 
