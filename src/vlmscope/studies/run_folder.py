@@ -301,7 +301,7 @@ def _reading(file: Path, part: Path) -> Iterator[None]:
     try:
         yield
     except (DataError, *stored.FOREIGN) as error:
-        what = "is damaged" if file.exists() else "is missing"
+        what = "is damaged" if os.path.lexists(file) else "is missing"
         raise StoreError(
             f"{file}: this part {what}. Delete {part} and run the same command again: "
             "the examples in it are computed anew"

@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -429,10 +430,23 @@ def cases(random: Random, top: Path) -> Iterator[Case]:
         is_table = kind in ("run", "notice") and "examples" not in file.parts and file.suffix == ".parquet"
         if is_table and "heads.parquet" not in file.name and random.random() < 0.4:
             argv = ["circuits", kind, "--out", "c"]
+        if kind == "run" and file.suffix != ".png" and random.random() < 0.2:
+            expected = good / "run"
+            is_same = partial(same_effects, made, expected)
+            yield Case(f"sweep on {what}", MADE["run"].split(), folder, ("run",), is_same)
+            continue
         if kind == "find" and random.random() < 0.4:
             words = "--model toy-llava --data states --limit 3 --word heart --found find --out p"
             argv = ["neurons", "perturb", *words.split()]
         yield Case(f"{argv[0]} {what}", argv, folder, may_change=("p",))
+
+
+def same_effects(made: Path, good: Path, out: str) -> bool:
+    """Whether a run that went on has the rows of the good one."""
+    from vlmscope.studies.run_folder import read_run
+
+    one, other = read_run(made), read_run(good)
+    return one.effects().equals(other.effects()) and one.baselines().equals(other.baselines())
 
 
 def _is_ignored(file: Path, kind: str) -> bool:
