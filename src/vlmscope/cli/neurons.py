@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -36,9 +37,7 @@ class Shown(OneModel):
             raise VlmscopeError("give either --image or --data")
         if self.prompt is None:
             raise VlmscopeError("--image needs a --prompt that asks for the caption")
-        return [
-            Example(id=self.image.name, clean_image=self.image, clean_prompt=self.prompt, answer="", foil="")
-        ]
+        return [Example(self.image.name, self.image, self.prompt, answer="", foil="")]
 
 
 @command(app)
@@ -81,10 +80,10 @@ def find(
 
 
 def _layer_and_number(text: str) -> tuple[int, int]:
-    layer, dot, number = text.strip().lstrip("L").replace(".N", ".").partition(".")
-    if not (dot and layer.isdigit() and number.isdigit()):
+    found = re.fullmatch(r"L?(\d+)\.N?(\d+)", text.strip())
+    if found is None:
         raise VlmscopeError(f"bad neuron '{text}'; expected LAYER.NUMBER, such as 12.4071")
-    return int(layer), int(number)
+    return int(found[1]), int(found[2])
 
 
 @command(app)
@@ -180,8 +179,7 @@ def edit(
     if (target is None) != suppress:
         raise VlmscopeError("give either --to WORD or --suppress")
     room.check_margin(solver, margin)
-    seed = given.seed
-    model, examples = given.load(), given.examples()
+    model, examples, seed = given.load(), given.examples(), given.seed
     before = [room.WeightEdit.load(path) for path in on or []]
     known = room.read(found, room.Found) if found else None
     mixed = [examples[n] for n in shuffled(seed, [example.id for example in examples], "halves")]
@@ -202,12 +200,11 @@ def edit(
         )
         made.save(out)
         print(f"{made}\n{out}")
-        card = out.with_name(f"{out.stem}-card")
         prompts = [prompt, *(wording or [])]
         assessed = room.describe_edit(
             model, made, mixed[half:], prompts=prompts, names=objects or (), found=known, seed=seed
         )
-    assessed.save(card)
+    card = assessed.save(out.with_name(f"{out.stem}-card"))
     print(assessed.measures.to_string(index=False, float_format="{:.3g}".format))
     print(write_report([card], card / "report.html"))
     if export is not None:

@@ -9,17 +9,15 @@ is ever made.
 What `find` gives can be handed on, as `found`, to all that follows: no picture is captioned again.
 """
 
-from vlmscope.neurons.ablation import ablated, perturb, perturbed
 from vlmscope.neurons.assessment import assess, describe_edit, objects
 from vlmscope.neurons.captions import Caption, nouns
 from vlmscope.neurons.cards import describe
-from vlmscope.neurons.contributions import over_image, score, top_tokens
+from vlmscope.neurons.contributions import find, over_image, score, top_tokens
 from vlmscope.neurons.edits import check_margin, edit
-from vlmscope.neurons.finding import find
 from vlmscope.neurons.hallucination import questions, yes_or_no
-from vlmscope.neurons.measures import measure
+from vlmscope.neurons.measures import measure, perturb
 from vlmscope.neurons.results import Assessed, Described, Found, Perturbed, make_folder, read
-from vlmscope.neurons.weight_edit import WeightEdit, edited, export
+from vlmscope.neurons.weight_edit import WeightEdit, ablated, edited, export, perturbed
 
 __all__ = [
     "Assessed",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -11,13 +11,11 @@ import pandas as pd
 
 from vlmscope.data import Examples, listed
 from vlmscope.data.example import Example
-from vlmscope.errors import ExampleError
-from vlmscope.neurons.captions import inputs_of, known_captions, whole_word
+from vlmscope.neurons.captions import imageless, inputs_of, known, whole_word
 from vlmscope.neurons.cards import SHOWN, small_pictures
 from vlmscope.neurons.hallucination import hallucination, questions, yes_or_no
 from vlmscope.neurons.results import Assessed, Found
 from vlmscope.neurons.weight_edit import WeightEdit, edited
-from vlmscope.progress import progress
 from vlmscope.runs.forward import SPEECH
 from vlmscope.runs.model import Model
 from vlmscope.stats import bootstrap, rng
@@ -55,78 +53,49 @@ def assess(
     """
     given = listed(examples)
     asked = [(example, prompt) for prompt in prompts for example in given]
-    alone = list(dict.fromkeys(prompt or example.clean_prompt for example, prompt in asked))[:ALONE]
-    before = _answers(model, asked, "captions before", found)
-    alone_before = [_without_picture(model, prompt) for prompt in alone]
+    words = [prompt or example.clean_prompt for example, prompt in asked]
+    blind = [fed for text in list(dict.fromkeys(words))[:ALONE] if (fed := imageless(model, text))]
+    before, blind_before = _answers(model, asked, "captions before", found), list(map(model.answer, blind))
     with edited(model, *edits):
-        after = _answers(model, asked, "captions after")
-        alone_after = [_without_picture(model, prompt) for prompt in alone]
-    table = pd.DataFrame(
-        {
-            "example": [example.id for example, _ in asked],
-            "prompt": [prompt or example.clean_prompt for example, prompt in asked],
-            "before": before,
-            "after": after,
-        }
-    )
+        after, blind_after = _answers(model, asked, "captions after"), list(map(model.answer, blind))
+    ids = [example.id for example, _ in asked]
+    table = pd.DataFrame({"example": ids, "prompt": words, "before": before, "after": after})
     old, new = whole_word(source), whole_word(target or "")
-    table["has"] = [bool(old.search(text)) for text in before]
+    has = np.array([bool(old.search(text)) for text in before], bool)
     took = [not old.search(text) and (target is None or bool(new.search(text))) for text in after]
-    table["took"] = table["has"] & np.array(took, bool)
-    table["same"] = table["before"] == table["after"]
-    first = table["prompt"].isin([prompts[0] or example.clean_prompt for example in given])
-    pairs = list(zip(before, after, strict=True))
+    table = table.assign(has=has, took=has & np.array(took, bool), same=table["before"] == table["after"])
+    first = np.isin(words, words[: len(given)])
+    pairs, blind_pairs = list(zip(before, after, strict=True)), zip(blind_before, blind_after, strict=True)
     only = np.array([old.sub(target or "", text) == now for text, now in pairs], bool)
-    has = table["has"]
     values: dict[str, Any] = {
-        "generality": table.loc[has & first, "took"],
-        "generality, other wording": table.loc[has & ~first, "took"],
-        "only the word": only[has & table["took"]] if target else [],
-        "locality": table.loc[~has & first, "same"],
-        "locality, other wording": table.loc[~has & ~first, "same"],
-        "locality, no image": [
-            text == now
-            for text, now in zip(alone_before, alone_after, strict=True)
-            if text is not None and not old.search(text)
-        ],
+        "generality": table["took"][has & first],
+        "generality, other wording": table["took"][has & ~first],
+        "only the word": only[table["took"]] if target else [],
+        "locality": table["same"][~has & first],
+        "locality, other wording": table["same"][~has & ~first],
+        "locality, no image": [text == now for text, now in blind_pairs if not old.search(text)],
         "repetition": [_repeated(text) for text in after],
         "length": [len(now.split()) / max(1, len(text.split())) for text, now in pairs],
     }
-    return _with_intervals(values, seed), table
-
-
-def _with_intervals(values: Mapping[str, Any], seed: int) -> pd.DataFrame:
-    """The mean of each measure and its interval, where there is anything to take the mean of."""
     rows = []
     for name, scores in values.items():
         ordered = np.sort(np.asarray(scores, dtype=float))  # so that the examples' order does not matter
         if len(ordered):
             (low,), (high,) = bootstrap(ordered[:, None], rng(seed, name))
             rows.append((name, ordered.mean(), low, high, len(ordered)))
-    return pd.DataFrame(rows, columns=["measure", "value", "low", "high", "n"])
+    return pd.DataFrame(rows, columns=["measure", "value", "low", "high", "n"]), table
 
 
 def _answers(model: Model, asked: Asked, what: str, found: Found | None = None) -> list[str]:
     """What the model says, by free generation where it is not known."""
-    known, answers = known_captions(model, found), []
-    with progress(len(asked), what=what) as step:
-        for number, (example, prompt) in enumerate(asked, start=1):
-            caption = known.get(example, prompt)
-            if caption is None:
-                answers.append(model.answer(inputs_of(model, example, prompt)))
-            else:
-                tokens = caption.ids[:SPEECH]
-                answers.append(model.processor.tokenizer.decode(tokens, skip_special_tokens=True).strip())
-            step(0, number)
+    answers = []
+    for (example, prompt), caption in zip(asked, known(model, asked, found, what=what), strict=True):
+        if caption is None:
+            answers.append(model.answer(inputs_of(model, example, prompt)))
+        else:
+            tokens = caption.ids[:SPEECH]
+            answers.append(model.processor.tokenizer.decode(tokens, skip_special_tokens=True).strip())
     return answers
-
-
-def _without_picture(model: Model, prompt: str) -> str | None:
-    """What the model says to a prompt alone; None where it takes no prompt without a picture."""
-    try:
-        return model.answer(model.inputs(None, prompt))
-    except ExampleError:
-        return None
 
 
 def _repeated(text: str) -> float:
@@ -146,27 +115,20 @@ def objects(
     """Objects that are named and not there (`hallucination`), before and after edits, and with `asked`
     answers to whether an object is there (`yes_or_no`): a row a measure, with the columns `before` and
     `after`."""
-    before = _count_objects(model, examples, names, prompt, asked)
+
+    def counted() -> dict[str, float]:
+        captions = _answers(model, [(example, prompt) for example in examples], "captions")
+        found = hallucination(captions, [example.shows for example in examples], names)
+        if asked:
+            answers = _answers(model, [(example, None) for example in asked], "questions")
+            scores = yes_or_no(answers, [example.answer == "yes" for example in asked])
+            found |= {f"yes or no: {name}": value for name, value in scores.items()}
+        return found
+
+    before = counted()
     with edited(model, *edits):
-        after = _count_objects(model, examples, names, prompt, asked)
-    columns = {"measure": list(before), "before": list(before.values()), "after": list(after.values())}
-    return pd.DataFrame(columns)
-
-
-def _count_objects(
-    model: Model,
-    examples: Sequence[Example],
-    names: Sequence[str],
-    prompt: str | None,
-    asked: Sequence[Example],
-) -> dict[str, float]:
-    captions = _answers(model, [(example, prompt) for example in examples], "captions")
-    found = hallucination(captions, [example.shows for example in examples], names)
-    if asked:
-        answers = _answers(model, [(example, None) for example in asked], "questions")
-        scores = yes_or_no(answers, [example.answer == "yes" for example in asked])
-        found |= {f"yes or no: {name}": value for name, value in scores.items()}
-    return found
+        after = counted()
+    return pd.DataFrame({"measure": list(before), "before": before.values(), "after": after.values()})
 
 
 def describe_edit(
@@ -192,32 +154,13 @@ def describe_edit(
     if names:
         asked = questions(given, names, seed=seed)
         counts = objects(model, [made], given, names, prompt=prompts[0], asked=asked)
-    columns = [
-        (layer, int(n), float(length), float(change))
-        for layer, (neurons, delta) in sorted(made.columns.items())
-        for n, length, change in zip(
-            neurons,
-            model.columns(layer)[:, neurons.to(model.device)].norm(dim=0),
-            delta.norm(dim=0),
-            strict=True,
-        )
-    ]
-    shown = [captions[is_one]["example"].head(SHOWN) for is_one in (captions["has"], ~captions["has"])]
-    pictured = {*shown[0], *shown[1]}
-    about = {
-        "model": model.name,
-        "weights": made.model,
-        **made.about,
-        "digest": made.digest,
-        "on": list(made.on),
-        "neurons": len(made.neurons),
-        "size": made.size,
-    }
-    return Assessed(
-        about,
-        measures,
-        captions,
-        pd.DataFrame(columns, columns=["layer", "neuron", "length", "change"]),
-        counts,
-        small_pictures(model, [example for example in given if example.id in pictured]),
-    )
+    parts = []
+    for layer, (neurons, delta) in sorted(made.columns.items()):
+        length = model.columns(layer)[:, neurons.to(model.device)].norm(dim=0).cpu()
+        part = {"layer": layer, "neuron": neurons, "length": length, "change": delta.norm(dim=0)}
+        parts.append(pd.DataFrame(part).astype({"length": float, "change": float}))
+    pictured = set(captions.groupby("has").head(SHOWN)["example"])
+    about: dict[str, Any] = {"model": model.name, "weights": made.model, **made.about, "digest": made.digest}
+    about |= {"on": list(made.on), "neurons": len(made.neurons), "size": made.size}
+    pictures = small_pictures(model, [example for example in given if example.id in pictured])
+    return Assessed(about, measures, captions, pd.concat(parts, ignore_index=True), counts, pictures)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Literal
 
@@ -53,11 +53,8 @@ class Caption:
 
         Raises `ExampleError` if it is not there, or a token holds it with parts of other words.
         """
-        found = [m.span() for m in whole_word(word).finditer(self.text)]
-        if not word.strip() or not found:
-            raise ExampleError(f"the word '{word}' is not in the caption '{self.text}'")
-        numbers: list[int] = []
-        for first, last in found:
+        numbers = []
+        for first, last in (match.span() for match in whole_word(word).finditer(self.text)):
             for number, (a, b) in enumerate(self.spans):
                 inside = self.text[max(a, first) : min(b, last)]
                 outside = self.text[a : max(a, first)] + self.text[min(b, last) : b]
@@ -69,6 +66,8 @@ class Caption:
                         f"token {number + 1} is '{self.text[a:b]}'; ask for that word instead"
                     )
                 numbers.append(number)
+        if not numbers:
+            raise ExampleError(f"the word '{word}' is not in the caption '{self.text}'")
         return numbers
 
 
@@ -80,6 +79,14 @@ def whole_word(word: str) -> re.Pattern[str]:
 def inputs_of(model: Model, example: Example, prompt: str | None, ids: Sequence[int] = ()) -> Inputs:
     """What a model is given to caption an example's picture, with `ids` behind the prompt."""
     return model.inputs(example.clean_image, prompt or example.clean_prompt, example.more_images, ids)
+
+
+def imageless(model: Model, prompt: str) -> Inputs | None:
+    """A prompt without a picture; None where the model takes no such."""
+    try:
+        return model.inputs(None, prompt)
+    except ExampleError:
+        return None
 
 
 def generate_caption(
@@ -99,11 +106,16 @@ def given_caption(
     Raises `ExampleError` if the text is empty or holds tokens that the model does not know.
     """
     ids = tokenized(model, example, text, prompt)
-    unknown = model.processor.tokenizer.unk_token_id
-    if len(ids) < 2 or (unknown is not None and unknown in ids[:-1]):
+    if len(ids) < 2 or model.processor.tokenizer.unk_token_id in ids[:-1]:
         raise ExampleError(f"the caption '{text}' is empty, or unknown in part to the model's tokenizer")
+    return _told(model, example, prompt, ids, variant)[0]
+
+
+def _told(
+    model: Model, example: Example, prompt: str | None, ids: Sequence[int], variant: Variant
+) -> tuple[Caption, Tensor]:
     plain, fed = (inputs_of(model, example, prompt, behind) for behind in ((), ids[:-1]))
-    return forced_caption(model, plain, fed, ids, variant=variant)[0]
+    return forced_caption(model, plain, fed, ids, variant=variant)
 
 
 def forced_caption(
@@ -113,10 +125,9 @@ def forced_caption(
 
     `plain` ends with the prompt; in `fed` all but the last token stand behind it.
     """
-    start = len(plain.layout[model.speaker].tokens) - 1
-    with _recording(model, fed, variant, slice(start, None)) as rows:
+    with _recording(model, fed, variant, slice(-len(ids), None)) as rows:
         logits = forward(model, fed, positions=None).logits
-    return _caption(model, plain, ids, rows), logits[start : start + len(ids)]
+    return _caption(model, plain, ids, rows), logits[-len(ids) :]
 
 
 @contextmanager
@@ -171,6 +182,11 @@ def wide(x: Tensor) -> Tensor:
     return x.float() if x.dtype.itemsize < 4 else x
 
 
+def packed(model: Model, caption: Caption) -> Caption:
+    """A caption that takes the room in the computer's memory that the model's own precision asks for."""
+    return replace(caption, activations=caption.activations.to("cpu", model.dtype))
+
+
 def tokenized(model: Model, example: Example, text: str, prompt: str | None) -> list[int]:
     """A text's tokens as they follow the prompt, and the one that ends it."""
     asked, images = prompt or example.clean_prompt, 1 + len(example.more_images)
@@ -185,77 +201,61 @@ def caption_pictures(
     found: Found | None = None,
     variant: Variant = "input",
 ) -> Iterator[Caption]:
-    """The captions of examples' pictures, one after the other: those that `found` has, else by generation.
+    """The captions of examples' pictures, one after the other: those that are `known`, else by generation."""
+    asked = [(example, prompt) for example in examples]
+    for example, caption in zip(examples, known(model, asked, found, variant), strict=True):
+        yield caption or generate_caption(model, inputs_of(model, example, prompt), variant=variant)
 
-    A caption that is in memory is taken as it is. Of one that was read from a folder only the text is known:
-    it is fed in one forward, and taken if each of its tokens is what the model would have said there.
 
-    Raises `ModelError` if the captions were made by a model with other weights.
+def known(
+    model: Model,
+    asked: Sequence[tuple[Example, str | None]],
+    found: Found | None,
+    variant: Variant = "input",
+    what: str = "captions",
+) -> Iterator[Caption | None]:
+    """For pictures and what is asked about them the captions that `found` has of this model, or None.
+
+    Of one that was read from a folder only the text is known: it is fed in one forward, and taken if each of
+    its tokens is what the model would have said there. With other edits the model may say something else.
+    Raises `ModelError` if the captions are of other weights.
     """
-    known = known_captions(model, found)
-    with progress(len(examples), what="captions") as step:
-        for number, example in enumerate(examples, start=1):
-            caption = known.get(example, prompt, variant)
-            if caption is None:
-                caption = generate_caption(model, inputs_of(model, example, prompt), variant=variant)
+    held: Mapping[tuple[Example, str], Caption] = {}
+    texts: dict[tuple[str, str], str] = {}
+    if found is not None:
+        fingerprint = base_fingerprint(model)
+        if found.about["weights"] != fingerprint:
+            raise ModelError(
+                f"the neurons were found in another model or revision than {model.name} "
+                f"({found.about['weights'][:8]}…, not {fingerprint[:8]}…); find them again in this one"
+            )
+        if found.about.get("on", []) == list(model.edits):
+            columns = (found.captions[name] for name in ("example", "prompt", "caption"))
+            held = found.held if variant == "input" else {}
+            texts = {(example, prompt): text for example, prompt, text in zip(*columns, strict=True)}
+    with progress(len(asked), what=what) as step:
+        for number, (example, prompt) in enumerate(asked, start=1):
+            words = prompt or example.clean_prompt
+            caption, text = held.get((example, words)), texts.get((example.id, words))
+            if caption is None and text:
+                ids = tokenized(model, example, text, prompt)
+                caption, logits = _told(model, example, prompt, ids, variant)
+                if len(ids) > LENGTH or logits.argmax(-1).tolist() != ids:
+                    caption = None
             yield caption
             step(0, number)
 
 
-@dataclass(frozen=True, eq=False)
-class KnownCaptions:
-    """Captions that a model has given before: those `held` in memory, and the `texts` of all."""
-
-    model: Model
-    held: Mapping[tuple[Example, str], Caption]
-    texts: Mapping[tuple[str, str], str]
-
-    def get(self, example: Example, prompt: str | None, variant: Variant = "input") -> Caption | None:
-        """The caption of an example's picture, or None: see `caption_pictures`."""
-        asked = prompt or example.clean_prompt
-        if variant == "input" and (example, asked) in self.held:
-            return self.held[example, asked]
-        text = self.texts.get((example.id, asked))
-        if not text:
-            return None
-        ids = tokenized(self.model, example, text, prompt)
-        plain, fed = (inputs_of(self.model, example, prompt, some) for some in ((), ids[:-1]))
-        caption, logits = forced_caption(self.model, plain, fed, ids, variant=variant)
-        return caption if len(ids) <= LENGTH and logits.argmax(-1).tolist() == ids else None
-
-
-def known_captions(model: Model, found: Found | None) -> KnownCaptions:
-    """The captions of what was found, if they are those of this model with its present edits.
-
-    Raises `ModelError` if they were made by a model with other weights.
-    """
-    if found is None:
-        return KnownCaptions(model, {}, {})
-    fingerprint = base_fingerprint(model)
-    if found.about["weights"] != fingerprint:
-        raise ModelError(
-            f"the neurons were found in another model or revision than {model.name} "
-            f"({found.about['weights'][:8]}…, not {fingerprint[:8]}…); find them again in this one"
-        )
-    if found.about.get("on", []) != list(model.edits):
-        return KnownCaptions(model, {}, {})
-    rows = found.captions[["example", "prompt", "caption"]].itertuples(index=False)
-    return KnownCaptions(model, found.held, {(example, prompt): text for example, prompt, text in rows})
-
-
 def nouns(text: str, tagger: str) -> list[str]:
-    """The nouns of a text, by a spaCy pipeline that is installed or in a folder.
-
-    Raises `ModelError` if there is no spaCy or no such pipeline, `ExampleError` if the text has no noun.
-    """
+    """The nouns of a text, by a spaCy pipeline (`ModelError` without it); `ExampleError` if it has none."""
     try:
         import spacy
+
+        pipeline = spacy.load(tagger)
     except ImportError as error:
         raise ModelError(
             "picking nouns needs spaCy; pip install 'vlmscope[nouns]', or name the words"
         ) from error
-    try:
-        pipeline = spacy.load(tagger)
     except OSError as error:
         raise ModelError(
             f"no spaCy pipeline '{tagger}'; python -m spacy download en_core_web_sm gets one, "

@@ -14,9 +14,8 @@ from vlmscope.data import Examples, listed
 from vlmscope.data.example import Example
 from vlmscope.errors import ExampleError, ModelError, VlmscopeError
 from vlmscope.layout import grid
-from vlmscope.neurons.captions import Caption, caption_pictures, inputs_of, whole_word
+from vlmscope.neurons.captions import inputs_of, whole_word
 from vlmscope.neurons.contributions import Neuron, count_neurons, over_image, strongest, top_tokens
-from vlmscope.neurons.finding import pack
 from vlmscope.neurons.measures import measure_study
 from vlmscope.neurons.results import Described, Found
 from vlmscope.neurons.weight_edit import base_fingerprint
@@ -63,15 +62,19 @@ def describe(
                 f"{model.name} has no neuron {layer}.{number}; expected a layer from 0 to "
                 f"{shape.layers - 1} and a number from 0 to {shape.neurons - 1}"
             )
-    if not words and not neurons:
-        words = [] if found is None else found.words
+    words = words or ([] if found is None or neurons else found.words)
     if not words and not neurons:
         raise VlmscopeError("nothing to describe; name words or neurons (layer.number)")
     measures = measures and len(given) > 4 * FEW
-    captions: list[Caption] = []
-    if words or measures:
-        captions = [pack(model, c) for c in caption_pictures(model, given, prompt, found=found)]
-    ranked = {word: _ranked(model, captions, word) for word in words}
+    there = study(model, given, prompt, found=found, seed=seed) if words or measures else None
+    ranked: dict[str, list[Neuron]] = {}
+    for word in words:
+        has = (
+            [caption for caption in there.captions if whole_word(word).search(caption.text)] if there else []
+        )
+        if not has:
+            raise ExampleError(f"no caption of these {len(given)} pictures has the word '{word}'")
+        ranked[word] = strongest(model, has, word, min(max(MEANS), count_neurons(model)))
     rows = [(*neuron, "") for neuron in neurons]
     rows = rows or [(*neuron, word) for word, best in ranked.items() for neuron in best[:CARDS]]
     cards = pd.DataFrame(rows, columns=["layer", "neuron", "word"])
@@ -80,20 +83,11 @@ def describe(
     cards["weights"] = [" ".join(f"{x:.3g}" for _, x in top) for top in tokens]
     maps, driving, shown = _look(model, given, cards, ranked, prompt)
     table = None
-    if measures:
-        there = study(model, given, prompt, captions=captions, seed=seed)
+    if there and measures:
         table = measure_study(there, list(words) or None, embedding=embedding).measures
     about: dict[str, Any] = {"model": model.name, "weights": base_fingerprint(model)}
     about |= {"words": list(words), "examples": len(given)}
     return Described(about, cards, maps, driving, table, small_pictures(model, shown))
-
-
-def _ranked(model: Model, captions: Sequence[Caption], word: str) -> list[Neuron]:
-    """A word's neurons in the order of their contribution, as many as means are drawn of."""
-    has = [caption for caption in captions if whole_word(word).search(caption.text)]
-    if not has:
-        raise ExampleError(f"no caption of these {len(captions)} pictures has the word '{word}'")
-    return strongest(model, has, word, min(max(MEANS), count_neurons(model)))
 
 
 def _look(
@@ -104,37 +98,38 @@ def _look(
     prompt: str | None,
 ) -> tuple[pd.DataFrame, pd.DataFrame, list[Example]]:
     """The maps of neurons and of means over the pictures that drive them most, and which these are."""
-    neurons = [(int(a), int(b)) for a, b in zip(cards["layer"], cards["neuron"], strict=True)]
+    neurons = list(zip(cards["layer"].tolist(), cards["neuron"].tolist(), strict=True))
     groups = {f"L{layer}.N{number}": [(layer, number)] for layer, number in neurons}
     for word, best in ranked.items():
         groups |= {f"{word}: mean of top {k}": best[:k] for k in MEANS if k <= len(best)}
     every = list(dict.fromkeys(neuron for group in groups.values() for neuron in group))
     place = {neuron: number for number, neuron in enumerate(every)}
     maps: list[dict[str, np.ndarray]] = []
-    columns = []
+    widths = []
     with progress(len(examples), what="pictures") as step:
         for number, example in enumerate(examples, start=1):
             inputs = inputs_of(model, example, prompt)
             active = over_image(model, inputs, every).cpu().numpy()
             maps.append({name: active[[place[n] for n in group]].mean(0) for name, group in groups.items()})
-            columns.append(grid(inputs.layout[model.speaker])[1])
+            widths.append(grid(inputs.layout[model.speaker])[1])
             step(0, number)
     order = {name: np.argsort([-own[name].max() for own in maps], kind="stable").tolist() for name in groups}
     parts = []
-    for name in groups:
-        for n in order[name][:SHOWN]:
-            values, at = maps[n][name], np.arange(len(maps[n][name]))
-            part: dict[str, Any] = {"example": examples[n].id, "neuron": name, "row": at // columns[n]}
-            part |= {"column": at % columns[n], "activation": values}
-            parts.append(pd.DataFrame(part | {"mask": values >= np.quantile(values, LEVEL)}))
+    for name, numbers in order.items():
+        for n in numbers[:SHOWN]:
+            values = maps[n][name]
+            part = pd.DataFrame({"example": examples[n].id, "neuron": name, "activation": values})
+            part["row"], part["column"] = np.divmod(np.arange(len(values)), widths[n])
+            parts.append(part.assign(mask=values >= np.quantile(values, LEVEL)))
     driving = [
         (layer, number, rank, examples[n].id, maps[n][f"L{layer}.N{number}"].max())
         for layer, number in neurons
         for rank, n in enumerate(order[f"L{layer}.N{number}"][:DRIVING], start=1)
     ]
+    columns = ["example", "neuron", "row", "column", "activation", "mask"]
+    shown = [examples[n] for n in sorted({n for numbers in order.values() for n in numbers[:SHOWN]})]
     names = ["layer", "neuron", "rank", "example", "peak"]
-    shown = [examples[n] for n in sorted({n for name in groups for n in order[name][:SHOWN]})]
-    return pd.concat(parts, ignore_index=True), pd.DataFrame(driving, columns=names), shown
+    return pd.concat(parts, ignore_index=True)[columns], pd.DataFrame(driving, columns=names), shown
 
 
 def small_pictures(model: Model, examples: Sequence[Example]) -> dict[str, Image.Image]:

@@ -19,10 +19,18 @@ from vlmscope.data import Examples, listed
 from vlmscope.data.example import Example
 from vlmscope.errors import ExampleError, VlmscopeError
 from vlmscope.models.inputs import Inputs
-from vlmscope.neurons.captions import LENGTH, Caption, caption_pictures, inputs_of, tokenized, whole_word
-from vlmscope.neurons.contributions import Neuron, strongest
+from vlmscope.neurons.captions import (
+    LENGTH,
+    Caption,
+    caption_pictures,
+    imageless,
+    inputs_of,
+    tokenized,
+    whole_word,
+)
+from vlmscope.neurons.contributions import strongest
 from vlmscope.neurons.results import Found
-from vlmscope.neurons.solvers import MARGIN, SURE, Deltas, Task, Wanted, caption_logits, closed, learned
+from vlmscope.neurons.solvers import MARGIN, SURE, Deltas, Task, Wanted, closed, last_logits, learned
 from vlmscope.neurons.weight_edit import WeightEdit, base_fingerprint
 from vlmscope.runs.forward import generate
 from vlmscope.runs.model import Model
@@ -61,12 +69,11 @@ def edit(
     change (1 % of all by default). `locality` weighs what is to stay against what is to change. Made within
     `edited`, an edit is for the model with those edits (`WeightEdit.on`).
 
-    - `learned`: Adam on the columns; negative log-likelihood of the new words, plus the divergence of
-      all other positions from what they were, plus the probability of the new word where it does not
-      belong, plus a decay; until each new word has a probability of 0.9.
-    - `closed`: the change of least norm (see `solvers.closed`) after which every margin holds, to first order
-      at the activations and with the gradients of the model as it is; repeated from where that leads until
-      they hold, or 16 times. A new word's margin is that it leads by `margin` logits (4 by default).
+    - `learned`: Adam on the columns, until each new word has a probability of 0.9; negative log-likelihood of
+      the new words, divergence of all other positions from what they were, the probability of the new word
+      where it does not belong, and a decay.
+    - `closed`: the change of least norm (see `solvers.closed`) after which, to first order, every new word
+      leads by `margin` logits (4 by default); repeated from where that leads until they do, or 16 times.
 
     Raises `ExampleError` if no caption has the word, `ModelError` if the weights cannot be edited,
     `VlmscopeError` for a margin of the learned solver, which has none.
@@ -76,21 +83,29 @@ def edit(
         raise ExampleError(f"'{source}' is already '{target}'; give another target")
     has, other = _split(model, listed(examples), source, prompt, found, seed)
     chosen = strongest(model, [caption for _, caption in has], source, neurons)
+    width, deltas = model.shapes[model.speaker].width, Deltas()
+    for layer in sorted({layer for layer, _ in chosen}):
+        at = torch.tensor(sorted(n for there, n in chosen if there == layer), device=model.device)
+        deltas[layer] = (at, torch.zeros(width, len(at), device=model.device))
     with _frozen(model):
-        task = _task(model, has, other, source, target, prompt, locality, chosen)
+        changed = [w for pair in has if (w := _changed(model, *pair, source, target, prompt))]
+        if not changed:
+            raise ExampleError(
+                f"'{target}' cannot take the place of '{source}' in these captions: the tokens around it "
+                "change"
+            )
+        kept = [_kept(model, inputs_of(model, e, prompt, said.ids[:-1]), said.ids) for e, said in other]
+        asked = list(dict.fromkeys(prompt or example.clean_prompt for example, _ in [*has, *other]))
+        alone = [w for text in asked[:BLIND] if (w := _without_picture(model, text, source))]
+        kept += (alone * BLIND)[:BLIND]  # they are few, and to be met as often
+        task = Task(model, changed, kept, deltas, locality)
         if solver == "closed":
             closed(task, margin)
         else:
             learned(task, rng(seed, "edit", source, target))
-    about = {
-        "from": source,
-        "to": target or "",
-        "solver": solver,
-        "pictures": str(len(task.changed)),
-        "model": model.name,
-    }
-    columns = {layer: (at.cpu(), delta.detach().cpu()) for layer, (at, delta) in task.deltas.items()}
-    return WeightEdit(columns, base_fingerprint(model), about, model.edits)
+    about = {"from": source, "to": target or "", "solver": solver, "pictures": str(len(changed))}
+    columns = {layer: (at.cpu(), delta.detach().cpu()) for layer, (at, delta) in deltas.items()}
+    return WeightEdit(columns, base_fingerprint(model), {**about, "model": model.name}, model.edits)
 
 
 def check_margin(solver: str, margin: float | None) -> float:
@@ -130,84 +145,48 @@ def _split(
     return has, other
 
 
-def _task(
-    model: Model,
-    has: Sequence[Captioned],
-    other: Sequence[Captioned],
-    source: str,
-    target: str | None,
-    prompt: str | None,
-    locality: float,
-    chosen: Sequence[Neuron],
-) -> Task:
-    """What the edited model is to say, and the columns that may change for it."""
-    changed = [w for pair in has if (w := _changed(model, *pair, source, target, prompt)) is not None]
-    if not changed:
-        raise ExampleError(
-            f"'{target}' cannot take the place of '{source}' in these captions: the tokens around it change"
-        )
-    kept = [
-        _kept(model, inputs_of(model, example, prompt, caption.ids[:-1]), caption.start, caption.ids)
-        for example, caption in other
-    ]
-    asked = list(dict.fromkeys(prompt or example.clean_prompt for example, _ in [*has, *other]))[:BLIND]
-    alone = [one for text in asked if (one := _without_picture(model, text, source)) is not None]
-    kept += (alone * BLIND)[:BLIND]  # they are few, and to be met as often
-    width, deltas = model.shapes[model.speaker].width, Deltas()
-    for layer in sorted({layer for layer, _ in chosen}):
-        at = torch.tensor(sorted(n for there, n in chosen if there == layer), device=model.device)
-        deltas[layer] = (at, torch.zeros(width, len(at), device=model.device))
-    return Task(model, changed, kept, deltas, locality)
-
-
 def _changed(
     model: Model, example: Example, caption: Caption, source: str, target: str | None, prompt: str | None
 ) -> Wanted | None:
     """What is to be said instead; None where the rest of the caption would be other tokens."""
     numbers, old = caption.find(source), caption.ids
-    same = _kept(model, inputs_of(model, example, prompt, old[:-1]), caption.start, old)
+    same = _kept(model, inputs_of(model, example, prompt, old[:-1]), old)
     if target is None:
         return replace(same, new=numbers, avoid=True)
     ids = tokenized(model, example, whole_word(source).sub(target, caption.text.strip()), prompt)
-    unknown = model.processor.tokenizer.unk_token_id
-    if unknown is not None and unknown in ids[:-1]:
+    if model.processor.tokenizer.unk_token_id in ids[:-1]:
         raise ExampleError(f"'{target}' is unknown to the model's tokenizer; give another word")
-    before, after = numbers[0], len(old) - 1 - numbers[-1]
+    before, after, longer = numbers[0], len(old) - 1 - numbers[-1], len(ids) - len(old)
     if tuple(ids[:before]) != old[:before] or (after and tuple(ids[-after:]) != old[-after:]):
         return None
     new = [n for n in range(before, len(ids) - after) if n >= len(old) or ids[n] != old[n]]
     # Behind a new word, what was said behind the old one: fed the new one, a model that knows which objects
     # it has named may go on otherwise.
-    longer = len(ids) - len(old)
     rows = [n - longer if n > new[-1] else min(n, len(old) - 1) for n in range(len(ids))]
-    fed = inputs_of(model, example, prompt, ids[:-1])
-    return Wanted(fed, caption.start, ids, same.logits[rows], new)
+    return Wanted(inputs_of(model, example, prompt, ids[:-1]), ids, same.logits[rows], new)
 
 
 @torch.no_grad()
-def _kept(model: Model, fed: Inputs, start: int, ids: Sequence[int]) -> Wanted:
-    return Wanted(fed, start, ids, caption_logits(model, fed, start, len(ids), {}))
+def _kept(model: Model, fed: Inputs, ids: Sequence[int]) -> Wanted:
+    return Wanted(fed, ids, last_logits(model, fed, len(ids), {}))
 
 
 def _without_picture(model: Model, prompt: str, source: str) -> Wanted | None:
     """What the model says to a prompt alone, if it takes such and does not say the word."""
-    try:
-        plain = model.inputs(None, prompt)
-    except ExampleError:
+    plain = imageless(model, prompt)
+    if plain is None:
         return None
     ids = generate(model, plain, most=LENGTH).tolist()
     if whole_word(source).search(model.processor.tokenizer.decode(ids, skip_special_tokens=True)):
         return None
-    start = len(plain.layout[model.speaker].tokens) - 1
-    return _kept(model, model.inputs(None, prompt, (), ids[:-1]), start, ids)
+    return _kept(model, model.inputs(None, prompt, (), ids[:-1]), ids)
 
 
 @contextmanager
 def _frozen(model: Model) -> Iterator[None]:
     """No gradients of the model's own weights are kept."""
     weights = [p for p in model.hf.parameters() if p.requires_grad]
-    for weight in weights:
-        weight.requires_grad_(False)
+    model.hf.requires_grad_(False)
     try:
         yield
     finally:

@@ -95,17 +95,8 @@ def questions(
         elif absent == "adversarial":
             together = {name: sum(beside[other, name] for other in there) for name in missing}
             drawn = max(missing, key=together.__getitem__)
-        found += [_question(example, named, template, "yes"), _question(example, drawn, template, "no")]
+        for name, answer, foil in ((named, "yes", "no"), (drawn, "no", "yes")):
+            asked = template.format(f"{'an' if name[0] in 'aeiou' else 'a'} {name}")
+            id_ = f"{example.id}-{name}"
+            found.append(Example(id_, example.clean_image, asked, answer, foil, shows=example.shows))
     return found
-
-
-def _question(example: Example, name: str, template: str, answer: str) -> Example:
-    article = "an" if name[0] in "aeiou" else "a"
-    return Example(
-        id=f"{example.id}-{name}",
-        clean_image=example.clean_image,
-        clean_prompt=template.format(f"{article} {name}"),
-        answer=answer,
-        foil="no" if answer == "yes" else "yes",
-        shows=example.shows,
-    )

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import io
-import json
 import os
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
@@ -14,7 +12,7 @@ from typing import Any, ClassVar, TypeVar
 import pandas as pd
 from PIL import Image
 
-from vlmscope import formats, stored
+from vlmscope import files, formats, stored
 from vlmscope.data.example import Example
 from vlmscope.data.images import open_image
 from vlmscope.errors import StoreError
@@ -39,13 +37,17 @@ class Result:
         Raises `StoreError` if the folder cannot be written.
         """
         place = make_folder(folder)
-        with _writing(place):
-            for name, file in _files(self).items():
-                _write(place / file, getattr(self, name))
-            if hasattr(self, "pictures"):
-                _write_pictures(place, self.pictures or {})
-            text = json.dumps({"what": self.what, **self.about}, indent=2, ensure_ascii=False) + "\n"
-            (place / ABOUT).write_text(text, "utf-8")
+        tables = {file: getattr(self, name) for name, file in _files(self).items()}
+        tables["pictures.csv"], pictures = None, getattr(self, "pictures", None)
+        if pictures is not None:
+            names = [f"{number:04d}.png" for number in range(len(pictures))]
+            tables["pictures.csv"] = pd.DataFrame({"example": list(pictures), "file": names})
+            for name, picture in zip(names, pictures.values(), strict=True):
+                files.write(make_folder(place / "pictures") / name, files.png(picture))
+        for file in [file for file, table in tables.items() if table is None]:
+            (place / file).unlink(missing_ok=True)  # what an earlier result left there is not of this one
+            del tables[file]
+        files.save(place, ABOUT, {"what": self.what, **self.about}, tables)
         return place
 
 
@@ -127,40 +129,12 @@ def read(folder: str | os.PathLike[str], kind: type[R] = Result) -> R:  # type: 
 def make_folder(folder: str | os.PathLike[str]) -> Path:
     """The folder, made if it is not there; raises `StoreError` if it cannot be."""
     place = Path(folder)
-    with _writing(place):
+    with files.storing(place):
         place.mkdir(parents=True, exist_ok=True)
     return place
-
-
-@contextmanager
-def _writing(folder: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise StoreError(f"{folder}: cannot be written ({error.strerror or error})") from error
 
 
 def _files(kind: Result | type[Result]) -> dict[str, str]:
     """The file of each table, by its name."""
     names = [one.name for one in fields(kind) if "DataFrame" in str(one.type)]
     return {name: FILES.get(name, f"{name}.csv") for name in names}
-
-
-def _write(file: Path, table: pd.DataFrame | None) -> None:
-    if table is None:
-        file.unlink(missing_ok=True)  # what an earlier result left there is not of this one
-    elif file.suffix == ".csv":
-        table.to_csv(file, index=False)
-    else:
-        part = file.with_name(f"{file.name}.part")
-        table.to_parquet(part, index=False)
-        part.replace(file)
-
-
-def _write_pictures(folder: Path, pictures: Mapping[str, Image.Image]) -> None:
-    place = folder / "pictures"
-    place.mkdir(exist_ok=True)
-    rows = [(example, f"{number:04d}.png") for number, example in enumerate(pictures)]
-    for example, file in rows:
-        pictures[example].save(place / file)
-    pd.DataFrame(rows, columns=["example", "file"]).to_csv(folder / "pictures.csv", index=False)

@@ -20,6 +20,7 @@ from vlmscope.progress import progress
 from vlmscope.runs.forward import forward
 from vlmscope.runs.hooks import Access, Hooks
 from vlmscope.runs.model import Model
+from vlmscope.sites import Point
 
 Deltas = dict[int, tuple[Tensor, Tensor]]
 """By layer, neurons and what is added to the column of each: what a solver changes in place."""
@@ -49,7 +50,6 @@ class Wanted:
     """
 
     fed: Inputs
-    start: int
     ids: Sequence[int]
     logits: Float[Tensor, "tokens vocabulary"]
     new: Sequence[int] = ()
@@ -76,40 +76,26 @@ class Task:
 
     def logits(self, caption: Wanted) -> Float[Tensor, "tokens vocabulary"]:
         """The logits that predict a caption's tokens, with the deltas added to the columns."""
-        return caption_logits(self.model, caption.fed, caption.start, len(caption.ids), self.deltas)
+        return last_logits(self.model, caption.fed, len(caption.ids), self.deltas)
 
 
-def caption_logits(model: Model, fed: Inputs, start: int, count: int, deltas: Deltas) -> Tensor:
-    """The logits of all positions that say a caption, with `deltas` added to the columns."""
-    with model.alone(), Hooks() as hooks:
-        for layer, (at, delta) in deltas.items():
-            added = _Added(at, delta)
-            hooks.at(Access(model.down(layer), before=True), added.enter)
-            hooks.at(Access(model.down(layer)), added.leave)
-        logits = forward(model, fed, positions=None, grad=torch.is_grad_enabled()).logits
-    return logits[start : start + count].float()
+def last_logits(model: Model, fed: Inputs, count: int, deltas: Deltas) -> Tensor:
+    """The logits of the last positions, with `deltas` added to the columns."""
+    active: dict[int, Tensor] = {}
 
-
-class _Added:
-    """What is added to columns of one down projection, as it is computed."""
-
-    def __init__(self, at: Tensor, delta: Tensor) -> None:
-        self.at, self.delta = at, delta
-        self.activations = delta
-
-    def enter(self, x: Tensor) -> Tensor:
-        self.activations = x[..., self.at.to(x.device)]
+    def enter(layer: int, at: Tensor, x: Tensor) -> Tensor:
+        active[layer] = x[..., at.to(x.device)]
         return x
 
-    def leave(self, x: Tensor) -> Tensor:
-        return x + self.activations @ self.delta.T.to(x)
+    def leave(layer: int, delta: Tensor, x: Tensor) -> Tensor:
+        return x + active[layer] @ delta.T.to(x)
 
-
-def _lead(row: Tensor, token: int) -> Tensor:
-    """By how many logits a token leads the best other one."""
-    others = row.detach().clone()
-    others[token] = -torch.inf
-    return row[token] - row[int(others.argmax())]
+    with model.alone(), Hooks() as hooks:
+        for layer, (at, delta) in deltas.items():
+            hooks.at(Access(model.down(layer), before=True), partial(enter, layer, at))
+            hooks.at(Access(model.down(layer)), partial(leave, layer, delta))
+        logits = forward(model, fed, positions=None, grad=torch.is_grad_enabled()).logits
+    return logits[-count:].float()
 
 
 # -- in closed form ------------------------------------------------------------------------------
@@ -122,14 +108,18 @@ def closed(task: Task, margin: float) -> None:
     al. 2022, arXiv 2202.05262), so that what is added there stays small.
     """
     metric = [root.double() for root in _elsewhere(task)]
-    change = [torch.zeros_like(delta, dtype=torch.float64) for delta in task.parameters]
+    change = torch.cat([torch.zeros_like(delta, dtype=torch.float64).flatten() for delta in task.parameters])
     with progress(ROUNDS, what="rounds") as step:
         for number in range(ROUNDS):
-            rows, needs = _constraints(task, margin, metric)
+            found, needs = _constraints(task, margin, metric)
             step(0, number + 1)
             if not needs or max(needs) < CLOSE:
                 return
-            aim = _least_norm(torch.stack(rows), needs, change)
+            rows, needed = torch.stack(found), torch.tensor(needs, dtype=torch.float64, device=change.device)
+            gram = rows @ rows.T
+            gram += RIDGE * gram.diagonal().median() * torch.eye(len(gram), device=gram.device)
+            # The whole change (not the step to it) of least norm that gives each row what it needs.
+            aim = rows.T @ torch.linalg.solve(gram, needed + rows @ change)
             change = _go_towards(task, margin, metric, change, aim, sum(need**2 for need in needs))
 
 
@@ -162,27 +152,22 @@ def _margins(task: Task, caption: Wanted, margin: float) -> Iterator[tuple[Tenso
             yield lead, margin - lead.item(), 1.0
 
 
-def _least_norm(rows: Tensor, needs: Sequence[float], change: Sequence[Tensor]) -> list[Tensor]:
-    """The whole change (not the step to it) of least norm that gives each row what it needs."""
-    gram = rows @ rows.T
-    gram += RIDGE * gram.diagonal().median() * torch.eye(len(gram), device=gram.device)
-    needed = torch.tensor(needs, dtype=torch.float64, device=gram.device)
-    there = torch.cat([x.flatten() for x in change])
-    whole = rows.T @ torch.linalg.solve(gram, needed + rows @ there)
-    parts = whole.split([x.numel() for x in change])
-    return [part.view_as(x) for part, x in zip(parts, change, strict=True)]
+def _lead(row: Tensor, token: int) -> Tensor:
+    """By how many logits a token leads the best other one."""
+    return row[token] - torch.cat([row[:token], row[token + 1 :]]).max()
 
 
 @torch.no_grad()
 def _go_towards(
-    task: Task, margin: float, metric: Sequence[Tensor], start: list[Tensor], aim: list[Tensor], most: float
-) -> list[Tensor]:
+    task: Task, margin: float, metric: Sequence[Tensor], start: Tensor, aim: Tensor, most: float
+) -> Tensor:
     """A step towards a change, halved until the margins lack less than `most`, as a short enough one does."""
-    change = start
+    change, deltas = start, task.parameters
     for share in (1.0, 0.5, 0.25, 0.125):
-        change = [x + share * (y - x) for x, y in zip(start, aim, strict=True)]
-        for delta, x, root in zip(task.parameters, change, metric, strict=True):
-            delta.copy_((x @ root).to(delta))
+        change = start + share * (aim - start)
+        parts = change.split([delta.numel() for delta in deltas])
+        for delta, part, root in zip(deltas, parts, metric, strict=True):
+            delta.copy_((part.view_as(delta) @ root).to(delta))
         margins = [m for caption in task.captions for m in _margins(task, caption, margin)]
         if sum((weight * need) ** 2 for _, need, weight in margins if need > 0) < most:
             break
@@ -192,22 +177,20 @@ def _go_towards(
 def _elsewhere(task: Task) -> list[Tensor]:
     """By layer the inverse square root of 1 + c·C, with C the second moment of the chosen neurons at all
     positions but those of new words, over their mean square there."""
-    model, active = task.model, dict[int, Tensor]()
+    points = {layer: Point(task.model.speaker, layer, "mlp", "n") for layer in task.deltas}
     total = {n: torch.zeros(len(at), len(at), device=at.device) for n, (at, _) in task.deltas.items()}
     here = {n: torch.zeros((), device=at.device) for n, (at, _) in task.deltas.items()}
     others = words = 0
-    with model.alone(), Hooks() as hooks, torch.no_grad():
+    for caption in task.captions:
+        run = forward(task.model, caption.fed, keep=points.values())
+        is_new = torch.zeros(len(caption.fed.layout[task.model.speaker].tokens), dtype=torch.bool)
+        is_new[[n - len(caption.ids) for n in caption.new]] = True
         for layer, (at, _) in task.deltas.items():
-            hooks.at(Access(model.down(layer), before=True), partial(_keep, active, layer, at))
-        for caption in task.captions:
-            active.clear()  # without a picture a layer may be passed over
-            forward(model, caption.fed)
-            for layer, x in active.items():
-                is_new = torch.zeros(len(x), dtype=torch.bool, device=x.device)
-                is_new[[caption.start + n for n in caption.new]] = True
+            if points[layer] in run.values:  # without a picture a layer may be passed over
+                x = run.values[points[layer]][0, :, at].float()
                 total[layer] += x[~is_new].T @ x[~is_new]
                 here[layer] += x[is_new].square().mean(-1).sum()
-            others, words = others + int((~is_new).sum()), words + len(caption.new)
+        others, words = others + int((~is_new).sum()), words + len(caption.new)
     found = []
     for layer, moment in total.items():
         scale = (here[layer] / max(1, words)).clamp(min=1e-12)
@@ -215,11 +198,6 @@ def _elsewhere(task: Task) -> list[Tensor]:
         root = (1 + ELSEWHERE * task.locality * values.clamp(min=0)).rsqrt()
         found.append(vectors @ torch.diag(root) @ vectors.T)
     return found
-
-
-def _keep(active: dict[int, Tensor], layer: int, at: Tensor, x: Tensor) -> Tensor:
-    active[layer] = x.reshape(-1, x.shape[-1])[:, at].float().clone()
-    return x
 
 
 # -- learned ---------------------------------------------------------------------------------------
@@ -236,9 +214,8 @@ def learned(task: Task, generator: np.random.Generator) -> None:
             rest = generator.permutation(len(task.kept))[: BATCH[1]].tolist()
             loss = 1e-3 * torch.stack([delta.square().sum() for delta in parameters]).sum()
             for n, caption in [*((n, task.changed[n]) for n in drawn), *((-1, task.kept[n]) for n in rest)]:
-                found = F.log_softmax(task.logits(caption), -1)
-                for term in _losses(caption, found, task.locality):
-                    loss = loss + term
+                found = task.logits(caption).log_softmax(-1)
+                loss = sum(_losses(caption, found, task.locality), loss)
                 if caption.new:
                     sure[n] = _sureness(caption, found)
             optimizer.zero_grad()
@@ -246,12 +223,11 @@ def learned(task: Task, generator: np.random.Generator) -> None:
             optimizer.step()
             step(0, number + 1)
             seems = len(sure) == len(task.changed) and min(sure.values()) >= SURE
-            # What was computed of the others is some steps old, so all are looked at again.
             if number + 1 >= LEAST and seems:
+                # What was computed of the others is some steps old, so all are looked at again.
                 with torch.no_grad():
-                    every = [_sureness(one, F.log_softmax(task.logits(one), -1)) for one in task.changed]
-                if min(every) >= SURE:
-                    return
+                    if all(_sureness(w, task.logits(w).log_softmax(-1)) >= SURE for w in task.changed):
+                        return
 
 
 def _losses(caption: Wanted, found: Tensor, locality: float) -> Iterator[Tensor]:
@@ -267,7 +243,7 @@ def _losses(caption: Wanted, found: Tensor, locality: float) -> Iterator[Tensor]
         yield -new.mean()
     if is_new.all():
         return
-    before = F.log_softmax(caption.logits, -1)
+    before = caption.logits.log_softmax(-1)
     apart = F.kl_div(found, before, log_target=True, reduction="none").sum(-1)
     yield locality * apart[~is_new].mean()
     if caption.new and not caption.avoid:

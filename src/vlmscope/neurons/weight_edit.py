@@ -11,16 +11,20 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
+from vlmscope import files
 from vlmscope.errors import ModelError, StoreError
+from vlmscope.neurons.results import make_folder
+from vlmscope.runs.hooks import Access, Hooks
 from vlmscope.runs.model import Model
 
 Columns = Mapping[int, tuple[Int[Tensor, "_chosen"], Float[Tensor, "width _chosen"]]]
@@ -76,10 +80,7 @@ class WeightEdit:
             )
         columns = dict(self.columns)
         for layer, (neurons, delta) in other.columns.items():
-            if layer not in columns:
-                columns[layer] = (neurons, delta)
-                continue
-            before, there = columns[layer]
+            before, there = columns.get(layer, (neurons[:0], delta[:, :0]))
             both = torch.unique(torch.cat([before, neurons]))
             total = torch.zeros(len(delta), len(both), dtype=delta.dtype)
             total[:, torch.searchsorted(both, before)] += there
@@ -97,22 +98,10 @@ class WeightEdit:
 
     def save(self, path: str | Path) -> None:
         """Write the changed columns, the model's fingerprint and what they are about; safetensors."""
-        path = Path(path)
-        metadata = {
-            "format": "pt",
-            "vlmscope": "edit",
-            "model": self.model,
-            "about": self._about(),
-            "on": " ".join(self.on),
-            "sha256": self.digest,
-        }
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            part = path.with_name(f"{path.name}.part")
-            save_file(self._tensors(), part, metadata)
-            part.replace(path)
-        except OSError as error:
-            raise StoreError(f"{path}: cannot be written ({error.strerror or error})") from error
+        metadata = {"format": "pt", "vlmscope": "edit", "model": self.model, "about": self._about()}
+        metadata |= {"on": " ".join(self.on), "sha256": self.digest}
+        make_folder(Path(path).parent)
+        files.write(Path(path), save(self._tensors(), metadata))
 
     @classmethod
     def load(cls, path: str | Path) -> WeightEdit:
@@ -199,7 +188,12 @@ def changed(model: Model, changes: Sequence[Columns]) -> Iterator[None]:
     try:
         for columns in changes:
             for layer, (neurons, delta) in columns.items():
-                weight = _weight(model, layer)
+                if layer not in model.shapes[model.speaker].having("mlp"):
+                    raise ModelError(f"{model.name} has no neurons in layer {layer}")
+                weight: Any = model.down(layer).weight
+                if getattr(weight, "quant_state", None) is not None or not weight.is_floating_point():
+                    raise ModelError(f"{model.name}: quantized weights cannot be edited; load it in bfloat16")
+                weight = weight.detach()  # not `.data`: that would hide the change from `Model.fingerprint`
                 at = neurons.to(weight.device)
                 kept.append((weight, at, weight[:, at].clone()))
                 wide = torch.promote_types(weight.dtype, torch.float32)
@@ -211,20 +205,37 @@ def changed(model: Model, changes: Sequence[Columns]) -> Iterator[None]:
             weight[:, at] = before
 
 
-def _weight(model: Model, layer: int) -> Tensor:
-    """The weights of a down projection, to be written to."""
-    if layer not in model.shapes[model.speaker].having("mlp"):
-        raise ModelError(f"{model.name} has no neurons in layer {layer}")
-    weight: Any = model.down(layer).weight
-    if getattr(weight, "quant_state", None) is not None or not weight.is_floating_point():
-        raise ModelError(f"{model.name}: quantized weights cannot be edited; load it in bfloat16")
-    return weight.detach()  # not `.data`: that would hide the change from `Model.fingerprint`
+@contextmanager
+def ablated(model: Model, neurons: Mapping[int, tuple[Sequence[int], Tensor]]) -> Iterator[None]:
+    """Within this context neurons of the tower that speaks are set to a value, at every position."""
+    with model.alone(), Hooks() as hooks:
+        for layer, (numbers, value) in neurons.items():
+            hooks.at(Access(model.down(layer), before=True), partial(_set, list(numbers), value))
+        yield
+
+
+def _set(numbers: list[int], value: Tensor, x: Tensor) -> Tensor:
+    x = x.clone()
+    x[..., numbers] = value.to(x)
+    return x
+
+
+@contextmanager
+def perturbed(
+    model: Model, neurons: Mapping[int, Sequence[int]], sigma: float, seed: int = 0
+) -> Iterator[None]:
+    """Within this context σ·N(0, I) is added to neurons' columns, as in Pan et al.; undone bit for bit."""
+    generator = torch.Generator().manual_seed(seed)
+    width = model.shapes[model.speaker].width
+    columns = {
+        layer: (torch.tensor(list(numbers)), sigma * torch.randn(width, len(numbers), generator=generator))
+        for layer, numbers in neurons.items()
+    }
+    with changed(model, [columns]):
+        yield
 
 
 def export(model: Model, edits: Sequence[WeightEdit], folder: str | Path) -> None:
     """Write the edited model and its processor as a checkpoint that plain transformers loads."""
-    with edited(model, *edits):
-        try:
-            model.save(folder)
-        except OSError as error:
-            raise StoreError(f"{folder}: cannot be written ({error.strerror or error})") from error
+    with edited(model, *edits), files.storing(Path(folder)):
+        model.save(folder)

@@ -8,8 +8,10 @@ over the pictures that show the word, and beside that by activation alone, by gr
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -21,11 +23,11 @@ from vlmscope.data import Examples, listed
 from vlmscope.data.example import Example
 from vlmscope.errors import DataError
 from vlmscope.models.inputs import Inputs
-from vlmscope.neurons.captions import Caption, caption_pictures, inputs_of
+from vlmscope.neurons.captions import LENGTH, Caption, caption_pictures, inputs_of, packed
 from vlmscope.neurons.contributions import contributions, count_neurons, token_weights, top_share
-from vlmscope.neurons.finding import pack
 from vlmscope.neurons.results import Found
-from vlmscope.runs.forward import forward
+from vlmscope.neurons.weight_edit import ablated, perturbed
+from vlmscope.runs.forward import forward, generate
 from vlmscope.runs.model import Model
 from vlmscope.sites import Point
 from vlmscope.stats import rng, shuffled
@@ -35,7 +37,6 @@ Labels = NDArray[np.bool_]
 Neurons = NDArray[np.int64]
 """Neurons by their places among those of all layers."""
 
-METHODS = ("contribution", "gradient", "activation", "random")
 FEW = 4
 """A word that fewer pictures of a half show, or do not show, is not measured."""
 PICTURES = 16
@@ -47,7 +48,8 @@ class Study:
     """A model and the pictures that it has captioned, in an order that their ids decide.
 
     Neurons are chosen on the `first` of them; `top` of them are a word's. The costly measures run on no more
-    than `pictures` that show it.
+    than `pictures` that show it. `highest`, `lowest` and `size` are each neuron's activation over a caption's
+    tokens, `(pictures, neurons)`, and `mean` that over all captions.
     """
 
     model: Model
@@ -59,7 +61,10 @@ class Study:
     seed: int
     shows: Sequence[frozenset[str]]
     first: Labels
-    activity: Activity
+    highest: Array
+    lowest: Array
+    size: Array
+    mean: Tensor
 
     @property
     def layers(self) -> list[int]:
@@ -70,23 +75,15 @@ class Study:
         """Neurons of a layer."""
         return self.model.shapes[self.model.speaker].neurons
 
-    def fed(self, number: int, token: int) -> Inputs:
-        """A picture with its caption as far as where it says the token."""
-        ids = self.captions[number].ids
-        return inputs_of(self.model, self.examples[number], self.prompt, ids[: ids.index(token)])
-
-    def saying(self, word: Word) -> list[int]:
-        """Some pictures of the second half that show the word, and whose caption says it."""
-        both = np.flatnonzero(~self.first & word.shown).tolist()
-        return [n for n in both if word.token in self.captions[n].ids][: self.pictures]
-
-    def draw(self, word: Word, *what: object) -> np.random.Generator:
-        """The generator of one draw for a word."""
-        return rng(self.seed, word.word, *what)
-
-    def strongest(self, word: Word, pictures: Any) -> Neurons:
-        """The neurons that contribute most to a word in some pictures, best first."""
-        return best(word.contribution[pictures].mean(0), self.top)
+    def contributions(self, token: int, weight: Tensor) -> tuple[Array, Array]:
+        """What each neuron contributes to a token in each picture: at most, and where the caption says it."""
+        flat = weight.flatten().float().cpu().numpy()
+        reach = np.where(flat >= 0, self.highest * flat, self.lowest * flat)
+        found = reach.copy()
+        for number, caption in enumerate(self.captions):
+            if at := [n for n, other in enumerate(caption.ids) if other == token]:
+                found[number] = contributions(caption, at, weight).float().mean(0).numpy()
+        return reach, found
 
     def random(self, chosen: Neurons, generator: np.random.Generator) -> Neurons:
         """As many other neurons of the same layers."""
@@ -96,46 +93,21 @@ class Study:
             found += generator.choice(free, min(count, len(free)), replace=False).tolist()
         return np.array(found, dtype=np.int64)
 
-    def by_chance(self, word: Word, draws: int, measure: str) -> list[tuple[Neurons, Labels]]:
-        """The null of a measure: neurons chosen by labels that are shuffled within each half."""
-        generator, found = self.draw(word, measure, "labels"), []
-        for _ in range(draws):
-            labels = word.shown.copy()
-            for half in (self.first, ~self.first):
-                labels[half] = generator.permutation(labels[half])
-            found.append((self.strongest(word, self.first & labels), labels))
-        return found
-
-
-@dataclass(frozen=True, eq=False)
-class Activity:
-    """Each neuron's activation over a caption's tokens, `(pictures, neurons)`, and its mean over all."""
-
-    highest: Array
-    lowest: Array
-    size: Array
-    mean: Tensor
-
-    def reach(self, weight: Array) -> Array:
-        """The most that each neuron contributes to a token anywhere in each caption."""
-        return np.where(weight >= 0, self.highest * weight, self.lowest * weight)
-
-
-@dataclass(frozen=True, eq=False)
-class Word:
-    """A word, its token, which pictures show it, and how far each neuron moves it in each picture.
-
-    `reach` is the most anywhere in the caption: the same for every picture, whatever it shows. `contribution`
-    is where the caption says the word, or `reach` where it does not. `chosen` are its neurons by method.
-    """
-
-    word: str
-    token: int
-    shown: Labels
-    reach: Array
-    weight: Tensor
-    contribution: Array
-    chosen: Mapping[str, Neurons] = field(default_factory=dict)
+    @contextmanager
+    def without(self, neurons: Neurons, how: str, number: int = 0) -> Iterator[None]:
+        """Within this context neurons are set to `zero` or to their `mean`, or their columns have noise
+        (`sigma S`) that is the picture's own."""
+        layer_of = neurons // self.width
+        places = {self.layers[n]: neurons[layer_of == n] for n in np.unique(layer_of)}
+        numbers = {layer: (at % self.width).tolist() for layer, at in places.items()}
+        if how.startswith("sigma"):
+            seed = int(rng(self.seed, "columns", self.examples[number].id).integers(2**63))
+            with perturbed(self.model, numbers, float(how.split()[1]), seed=seed):
+                yield
+        else:
+            value = self.mean if how == "mean" else torch.zeros_like(self.mean)
+            with ablated(self.model, {n: (numbers[n], value[torch.tensor(at)]) for n, at in places.items()}):
+                yield
 
 
 def study(
@@ -146,40 +118,117 @@ def study(
     top: int | None = None,
     pictures: int = PICTURES,
     found: Found | None = None,
-    captions: Iterable[Caption] | None = None,
     seed: int = 0,
 ) -> Study:
-    """Caption pictures (or take the `captions` that there are), and see how each neuron fires."""
+    """Caption pictures, and see how each neuron fires."""
     given = listed(examples)
-    if captions is None:
-        captions = caption_pictures(model, given, prompt, found=found)
     # A large model's neurons are many: no more than one caption's are held in float32.
-    made = [pack(model, caption) for caption in captions]
+    made = [packed(model, caption) for caption in caption_pictures(model, given, prompt, found=found)]
     order = shuffled(seed, [example.id for example in given])
     given, made = [given[n] for n in order], [made[n] for n in order]
-    return Study(
-        model,
-        given,
-        made,
-        prompt,
-        top_share(model) if top is None else top,
-        pictures,
-        seed,
-        [e.shows or frozenset(c.text.casefold().split()) for e, c in zip(given, made, strict=True)],
-        np.arange(len(given)) < len(given) // 2,
-        _activity(made, count_neurons(model)),
-    )
-
-
-def _activity(captions: Sequence[Caption], neurons: int) -> Activity:
-    highest, lowest, size = np.zeros((3, len(captions), neurons), np.float32)
-    mean = np.zeros(neurons)
-    for number, caption in enumerate(captions):
+    highest, lowest, size = np.zeros((3, len(made), count_neurons(model)), np.float32)
+    mean = np.zeros(count_neurons(model))
+    for number, caption in enumerate(made):
         active = caption.activations.flatten(1).float()
         highest[number], lowest[number] = active.amax(0).numpy(), active.amin(0).numpy()
         size[number] = active.abs().mean(0).numpy()
         mean += active.mean(0).numpy()
-    return Activity(highest, lowest, size, torch.tensor(mean / max(1, len(captions)), dtype=torch.float32))
+    top = top_share(model) if top is None else top
+    shows = [e.shows or frozenset(c.text.casefold().split()) for e, c in zip(given, made, strict=True)]
+    first = np.arange(len(given)) < len(given) // 2
+    means = torch.tensor(mean / max(1, len(made)), dtype=torch.float32)
+    choices = (prompt, top, pictures, seed, shows, first)
+    return Study(model, given, made, *choices, highest, lowest, size, means)
+
+
+@dataclass(frozen=True, eq=False)
+class Word:
+    """A word, its token, which pictures show it, and how far each neuron moves it in each picture.
+
+    `reach` is the most anywhere in the caption: the same for every picture, whatever it shows. `contribution`
+    is where the caption says the word, or `reach` where it does not.
+    """
+
+    study: Study
+    word: str
+    token: int
+    shown: Labels
+    weight: Tensor
+    reach: Array
+    contribution: Array
+
+    @cached_property
+    def chosen(self) -> Mapping[str, Neurons]:
+        """Its neurons by each method, chosen on the first half of the pictures."""
+        study, which = self.study, self.study.first & self.shown
+        contribution = self.strongest(which)
+        return {
+            "contribution": contribution,
+            "gradient": best(self._gradient(np.flatnonzero(which).tolist()), study.top),
+            "activation": best(study.size[which].mean(0), study.top),
+            "random": study.random(contribution, self.draw("random")),
+        }
+
+    def _gradient(self, which: Sequence[int]) -> Array:
+        """Gradient times activation where the word is said, meant over some pictures."""
+        model, products = self.study.model, []
+        for number in which[: self.study.pictures]:
+            if self.token not in self.study.captions[number].ids:
+                continue
+            points = [Point(model.speaker, layer, "mlp", "n") for layer in self.study.layers]
+            run = forward(model, self.fed(number), keep=points, grad=True)
+            active = [run.values[point] for point in points]
+            gradients = torch.autograd.grad(run.logits[-1, self.token], active)
+            parts = [g[0, -1] * x[0, -1] for g, x in zip(gradients, active, strict=True)]
+            products.append(torch.cat([part.detach().float().cpu() for part in parts]).numpy())
+        return np.mean(products or [np.zeros(count_neurons(model))], axis=0, dtype=np.float64)
+
+    def draw(self, *what: object) -> np.random.Generator:
+        return rng(self.study.seed, self.word, *what)
+
+    def fed(self, number: int) -> Inputs:
+        """A picture with its caption as far as where it says the word."""
+        study, ids = self.study, self.study.captions[number].ids
+        return inputs_of(study.model, study.examples[number], study.prompt, ids[: ids.index(self.token)])
+
+    def said(self) -> dict[int, Inputs]:
+        """Some pictures of the second half that show the word, and whose caption says it: what is `fed`."""
+        both = np.flatnonzero(~self.study.first & self.shown).tolist()
+        numbers = [n for n in both if self.token in self.study.captions[n].ids][: self.study.pictures]
+        return {number: self.fed(number) for number in numbers}
+
+    def strongest(self, pictures: Any, count: int | None = None) -> Neurons:
+        """The neurons that contribute most to the word in some pictures, best first."""
+        return best(self.contribution[pictures].mean(0), self.study.top if count is None else count)
+
+    def log_probabilities(
+        self, fed: Mapping[int, Inputs], neurons: Neurons | None = None, how: str = "zero"
+    ) -> Array:
+        """The log-probability of a word where each picture's caption says it, `without` neurons."""
+        found = []
+        for number, inputs in fed.items():
+            with self.study.without(np.array([], int) if neurons is None else neurons, how, number):
+                found.append(float(self.study.model.run(inputs).float().log_softmax(-1)[self.token]))
+        return np.array(found)
+
+    def lost(self, pictures: Iterable[int], neurons: Neurons, how: str) -> list[bool]:
+        """Whether each picture's caption, generated anew `without` neurons, lacks the word."""
+        found = []
+        for number in pictures:
+            with self.study.without(neurons, how, number):
+                ids = generate(self.study.model, self.study.captions[number].inputs, most=LENGTH)
+                found.append(self.token not in ids)
+        return found
+
+    def by_chance(self, draws: int, measure: str) -> list[tuple[Neurons, Labels]]:
+        """The null of a measure: neurons chosen by labels that are shuffled within each half."""
+        generator, found = self.draw(measure, "labels"), []
+        for _ in range(draws):
+            labels = self.shown.copy()
+            for half in (self.study.first, ~self.study.first):
+                labels[half] = generator.permutation(labels[half])
+            found.append((self.strongest(self.study.first & labels), labels))
+        return found
 
 
 def find_words(study: Study, words: Sequence[str] | None) -> list[Word]:
@@ -192,17 +241,15 @@ def find_words(study: Study, words: Sequence[str] | None) -> list[Word]:
     found, why = [], []
     for word in asked:
         ids = model.family.options(model.processor, "a", word)[:-1]
+        shown = np.array([word in labels for labels in study.shows], bool)
+        halves = (shown[study.first], shown[~study.first])
         if len(ids) != 1 or ids[0] == model.processor.tokenizer.unk_token_id:
             why.append(f"'{word}' is {len(ids)} tokens, or unknown")
-            continue
-        shown = np.array([word in labels for labels in study.shows])
-        halves = (shown[study.first], shown[~study.first])
-        if min(min(half.sum(), (~half).sum()) for half in halves) < FEW:
+        elif min(min(half.sum(), (~half).sum()) for half in halves) < FEW:
             why.append(f"'{word}' is shown by {shown.sum()} of {len(shown)} pictures")
-            continue
-        (weight,) = token_weights(model, ids)
-        reach, contribution = contributions_to(study, ids[0], weight)
-        found.append(Word(word, ids[0], shown, reach, weight, contribution))
+        else:
+            (weight,) = token_weights(model, ids)
+            found.append(Word(study, word, ids[0], shown, weight, *study.contributions(ids[0], weight)))
     if not found:
         raise DataError(
             f"no word can be measured: {'; '.join(why[:5]) or 'nothing is shown'}; "
@@ -211,46 +258,6 @@ def find_words(study: Study, words: Sequence[str] | None) -> list[Word]:
     return found
 
 
-def contributions_to(study: Study, token: int, weight: Tensor) -> tuple[Array, Array]:
-    """What each neuron contributes to a token in each picture: at most, and where the caption says it."""
-    reach = study.activity.reach(weight.flatten().float().cpu().numpy())
-    found = reach.copy()
-    for number, caption in enumerate(study.captions):
-        at = [n for n, other in enumerate(caption.ids) if other == token]
-        if at:
-            found[number] = contributions(caption, at, weight).float().mean(0).numpy()
-    return reach, found
-
-
 def best(values: Array, count: int) -> Neurons:
     """The neurons with the largest values, best first."""
     return np.argsort(-values, kind="stable")[:count]
-
-
-def choose(study: Study, word: Word) -> Word:
-    """The word with its neurons by each method, chosen on the first half of the pictures."""
-    which = study.first & word.shown
-    contribution = study.strongest(word, which)
-    chosen = {
-        "contribution": contribution,
-        "gradient": best(_gradient(study, word, np.flatnonzero(which).tolist()), study.top),
-        "activation": best(study.activity.size[which].mean(0), study.top),
-        "random": study.random(contribution, study.draw(word, "random")),
-    }
-    return replace(word, chosen=chosen)
-
-
-def _gradient(study: Study, word: Word, which: Sequence[int]) -> Array:
-    """Gradient times activation where the word is said, meant over some pictures."""
-    model, total, count = study.model, np.zeros(count_neurons(study.model)), 0
-    for number in which[: study.pictures]:
-        if word.token not in study.captions[number].ids:
-            continue
-        points = [Point(model.speaker, layer, "mlp", "n") for layer in study.layers]
-        run = forward(model, study.fed(number, word.token), keep=points, grad=True)
-        active = [run.values[point] for point in points]
-        gradients = torch.autograd.grad(run.logits[-1, word.token], active)
-        products = [(g[0, -1] * x[0, -1]).detach().float() for g, x in zip(gradients, active, strict=True)]
-        total += torch.cat([product.cpu() for product in products]).numpy()
-        count += 1
-    return total / max(1, count)

@@ -20,16 +20,14 @@ ROWS = 6
 
 def section(folder: Path, gallery: Gallery) -> Section:
     what, about, tables = stored.read_one(folder, formats.NEURONS)
-    values = {"find": _find, "describe": _describe, "perturb": _perturb, "edit": _edit}
-    titles = {
-        "find": "Neurons that contribute to words",
-        "describe": "Neurons, one by one",
-        "perturb": "Words without their neurons",
-        "edit": f"Edit: {about.get('from')} to {about.get('to') or 'anything else'}",
+    sections = {
+        "find": ("Neurons that contribute to words", _find),
+        "describe": ("Neurons, one by one", _describe),
+        "perturb": ("Words without their neurons", _perturb),
+        "edit": (f"Edit: {about.get('from')} to {about.get('to') or 'anything else'}", _edit),
     }
-    return Section(
-        titles[what], render(f"neurons_{what}.html", about=about, **values[what](folder, tables, gallery))
-    )
+    title, values = sections[what]
+    return Section(title, render(f"neurons_{what}.html", about=about, **values(folder, tables, gallery)))
 
 
 Tables = dict[str, pd.DataFrame]
