@@ -275,7 +275,7 @@ def test_a_bad_specification(tmp_path, text, message):
 
 
 def test_no_such_specification(tmp_path):
-    with pytest.raises(VlmscopeError, match="cannot be read"):
+    with pytest.raises(VlmscopeError, match="no such file; expected a TOML file"):
         Spec.from_toml(tmp_path / "gone.toml")
 
 

@@ -133,6 +133,8 @@ def _what(part: Path) -> str:
 
 def _page(folders: Sequence[tuple[str, Path]], gallery: Gallery) -> str:
     runs = [read_run(path) for what, path in folders if what == "run"]
+    for each in runs:
+        each.pictures()  # what is damaged is said before anything is drawn
     others = [folder for folder in folders if folder[0] != "run"]
     others.sort(key=lambda folder: folder[0] != "circuits")
     sections = [
