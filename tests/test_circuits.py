@@ -21,7 +21,7 @@ from vlmscope.stats import sign_flip
 from vlmscope.studies import circuits
 from vlmscope.studies.run_folder import read_run
 from vlmscope.studies.sweep import sweep_to
-from vlmscope.studies.tables import head_cells
+from vlmscope.studies.tables import cells_of
 
 SITES = ["encoder.*.cross.h*@answer", "encoder.*.attn.h*@answer", "decoder.*.cross.h*@last"]
 
@@ -203,7 +203,7 @@ def test_prompts_of_several_lengths_all_count(tmp_path):
     means = found.set_index(["layer", "head"])["mean"]
     assert means.idxmax() == (2, 2) and means[2, 2] == pytest.approx(7.64, abs=0.01)
     assert means[3, 3] == pytest.approx(2.64, abs=0.01)
-    cells = head_cells(run.effects(), intervals=True).merge(found, on=["layer", "head"])
+    cells = cells_of(run.effects(), slot="readout", intervals=True).merge(found, on=["layer", "head"])
     assert cells["mean_x"].tolist() == pytest.approx(cells["mean_y"].tolist())
     assert cells["low"].tolist() == pytest.approx(cells["ci_low"].tolist())
     assert cells["high"].tolist() == pytest.approx(cells["ci_high"].tolist())

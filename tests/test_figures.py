@@ -18,7 +18,7 @@ from vlmscope.report.heat_maps import FLOOR, full_colour
 from vlmscope.report.image_maps import attention, image_grid, neuron_maps
 from vlmscope.report.ranking import strongest
 from vlmscope.studies.run_folder import EFFECTS, typed
-from vlmscope.studies.tables import VALUES, head_cells, head_table, token_table
+from vlmscope.studies.tables import VALUES, cells_of, head_table, token_table
 
 TOKENS = ["[CLS]", "is", "red", "or", "blue", "[SEP]"]
 ROLES = {2: "answer", 4: "foil"}
@@ -132,7 +132,7 @@ def patches() -> pd.DataFrame:
 def drawn(ax=None) -> dict[str, Callable[[], Axes]]:
     """Each figure that stands in one pair of axes."""
     picture = Image.new("RGB", (30, 20))
-    found = head_cells(rows()).rename(columns={"slot": "position"})
+    found = cells_of(rows(), slot="readout").rename(columns={"slot": "position"})
     found = found.assign(run="states-image", important=found["mean"] > 50, confirmed=True)
     cells = [{"example": "e0", "row": r, "column": c} for r in range(2) for c in range(3)]
     maps = pd.DataFrame(cells).assign(neuron="L3.N2", activation=range(6), mask=[False, True] * 3)

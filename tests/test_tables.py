@@ -115,7 +115,7 @@ def test_every_cell_is_a_group_by(effects, name, value):
 
 def test_cells_with_their_intervals_are_those_of_the_table(effects):
     rows = effects["toy-llava"]
-    cells = tables.token_cells(rows, kind="resid", intervals=True)
+    cells = tables.cells_of(rows, kind="resid", intervals=True)
     plain = rows[rows["unit"].isna() & (rows["kind"] == "resid")]
     plain = plain[~plain["site"].str.contains("/", regex=False)]
     for (layer, slot), (mean, n) in by_hand(plain, "slot", "logit_diff").items():
@@ -362,9 +362,9 @@ def test_the_gap_is_not_told_from_effects_of_another_metric():
 
 def test_an_interval_depends_on_its_examples_alone(effects):
     rows = effects["toy-llava"]
-    whole = tables.token_cells(rows, kind="resid", intervals=True)
+    whole = tables.cells_of(rows, kind="resid", intervals=True)
     few = rows[rows["slot"].isin(["readout", "noun"])].sample(frac=1, random_state=1)
-    alone = tables.token_cells(few, kind="resid", intervals=True)
+    alone = tables.cells_of(few, kind="resid", intervals=True)
     both = whole.merge(alone, on=["layer", "slot"])
     assert len(both) == len(alone)
     for end in ("mean", "low", "high"):

@@ -34,6 +34,7 @@ from vlmscope.data.example import Example
 from vlmscope.data.questions.replacement import replace_words
 from vlmscope.data.table import read_csv, write_csv
 from vlmscope.errors import DataError, StoreError, VlmscopeError, shown
+from vlmscope.files import storing, write
 from vlmscope.report import write_report
 from vlmscope.runs.model import Model
 from vlmscope.studies import circuits, heads
@@ -98,42 +99,43 @@ class Spec:
             content = tomllib.loads(files.read(path, "a TOML file", VlmscopeError).decode("utf-8"))
         except (ValueError, RecursionError) as error:
             raise VlmscopeError(f"{path}: not a TOML file ({error})") from error
-        given: dict[str, Any] = _checked(path, content)
+        given = dict(_checked(path, key, value) for key, value in content.items())
+        given["data"] = tuple(d if d in BUILT_IN else str(path.parent / d) for d in given.get("data", ()))
         given |= {name: value for name, value in changes.items() if value is not None}
-        if "data" not in changes or changes["data"] is None:
-            names: tuple[str, ...] = given.get("data", ())
-            given["data"] = tuple(d if d in BUILT_IN else str(path.parent / d) for d in names)
         if missing := [name for name in ("model", "data") if not given.get(name)]:
             raise VlmscopeError(f"{path}: no {missing[0]}; add it, or give --{missing[0]}")
         return cls(**given)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the specification as TOML; paths of CSV files become absolute."""
-        content = {k: v for k, v in asdict(self).items() if v not in (None, ())}
-        content["data"] = [d if d in BUILT_IN else str(Path(d).resolve()) for d in self.data]
-        Path(path).write_text(tomli_w.dumps(content), "utf-8")
+        content = {k: v for k, v in asdict(self._absolute()).items() if v not in (None, ())}
+        write(Path(path), tomli_w.dumps(content).encode("utf-8"))
+
+    def _absolute(self) -> Spec:
+        return replace(self, data=tuple(d if d in BUILT_IN else str(Path(d).resolve()) for d in self.data))
 
 
-def _checked(path: Path, content: Mapping[str, Any]) -> dict[str, Any]:
-    """The keys of a TOML file, each of the type that `Spec` wants."""
-    types: dict[str, type] = {"str": str, "tuple[str, ...]": list, "int": int, "bool": bool}
-    wanted = {field.name: types[str(field.type).removesuffix(" | None")] for field in fields(Spec)}
-    words = {str: "a text", list: "a list of texts", int: "a whole number", bool: "true or false"}
-    found: dict[str, Any] = {}
-    for key, value in content.items():
-        if key not in wanted:
-            near = difflib.get_close_matches(key, wanted, n=1, cutoff=0.5)
-            hint = f"did you mean '{near[0]}'? " if near else ""
-            raise VlmscopeError(f"{path}: unknown key '{key}'; {hint}(known: {', '.join(wanted)})")
-        kind = wanted[key]
-        if kind is list and isinstance(value, str):
-            value = [value]
-        right = type(value) is kind
-        right = right and (kind is not list or all(isinstance(v, str) for v in value))
-        if not right or (kind is int and key != "seed" and value < 1):
-            raise VlmscopeError(f"{path}: {key} is {value!r}; expected {words[kind]}")
-        found[key] = tuple(value) if kind is list else value
-    return found
+def _checked(path: Path, key: str, value: Any) -> tuple[str, Any]:
+    """A key of a TOML file and its value, of the type that `Spec` wants."""
+    words = {
+        "str": "a text",
+        "tuple[str, ...]": "a list of texts",
+        "int": "a whole number",
+        "bool": "true or false",
+    }
+    wanted = {field.name: str(field.type).removesuffix(" | None") for field in fields(Spec)}
+    if key not in wanted:
+        near = difflib.get_close_matches(key, wanted, n=1, cutoff=0.5)
+        hint = f"did you mean '{near[0]}'? " if near else ""
+        raise VlmscopeError(f"{path}: unknown key '{key}'; {hint}(known: {', '.join(wanted)})")
+    kind = wanted[key]
+    if kind.startswith("tuple"):
+        found = [value] if isinstance(value, str) else value
+        if isinstance(found, list) and all(isinstance(one, str) for one in found):
+            return key, tuple(found)
+    elif type(value).__name__ == kind and (kind != "int" or key == "seed" or value > 0):
+        return key, value
+    raise VlmscopeError(f"{path}: {key} is {value!r}; expected {words[kind]}")
 
 
 def name_of(data: str) -> str:
@@ -151,25 +153,18 @@ def run(spec: Spec, out: str | os.PathLike[str], say: Say = lambda text: None) -
     _claim(spec, folder)
     model = load(spec.model, dtype=spec.dtype, device=spec.device)
     sites = spec.sites or default_sites(model)
-    sets = {name_of(one): _examples(spec, one, folder, model, say) for one in spec.data}
+    parts = _Pipeline(spec, folder, model, sites, say)
+    sets = {name_of(one): parts.examples(one) for one in spec.data}
     sweeps = list(_sweeps(spec, sets, say))
-    _estimate(spec, model, sets, sweeps, sites, folder, say)
+    parts.estimate(sets, sweeps)
     runs: dict[Sweep, Run] = {}
     bases: dict[Sweep, pd.DataFrame] = {}
     for name, corrupt in sweeps:
         say(f"{name}, {corrupt} corrupted")
-        runs[name, corrupt] = sweep_to(
-            folder / "runs" / f"{name}-{corrupt}",
-            model,
-            sets[name],
-            sites,
-            corrupt,
-            seed=spec.seed,
-            data=name,
-            select=spec.select,
-        )
-        bases[name, corrupt] = runs[name, corrupt].baselines()
-        lines = [*knows(bases[name, corrupt]).lines(), runs[name, corrupt].check_line()]
+        place, seed = folder / "runs" / f"{name}-{corrupt}", spec.seed
+        made = sweep_to(place, model, sets[name], sites, corrupt, seed=seed, data=name, select=spec.select)
+        runs[name, corrupt], bases[name, corrupt] = made, made.baselines()
+        lines = [*knows(bases[name, corrupt]).lines(), made.check_line()]
         say("\n".join(f"  {line}" for line in lines))
     chosen = selection(bases, sets)
     chosen.to_csv(folder / "selection.csv", index=False)
@@ -184,16 +179,14 @@ def run(spec: Spec, out: str | os.PathLike[str], say: Say = lambda text: None) -
     found = circuits.find(useful, position=spec.position, seed=spec.seed)
     found.save(folder / "circuits")
     say(_say_heads(found))
-    parts = [*useful, folder / "circuits"]
+    folders = [*useful, folder / "circuits"]
     for name, given in sets.items():
         key = next(((name, c) for c in ("image", "noise", "text") if (name, c) in runs), None)
         if key is not None:
-            base = bases[key]
-            kept = set(base.loc[~base["excluded"], "example"])
+            kept = set(bases[key].loc[~bases[key]["excluded"], "example"])
             studied = [e for e in given if e.id in kept][: spec.function_examples]
-            done = _functions(spec, model, key, studied, runs[key], found, folder, say)
-            parts += [done] if done else []
-    report = write_report(parts, folder / "report.html")
+            folders += parts.functions(*key, studied, runs[key], found)
+    report = write_report(folders, folder / "report.html")
     say(f"The report: {report}")
     return report
 
@@ -241,47 +234,17 @@ def default_sites(model: Model) -> tuple[str, ...]:
 
 def _claim(spec: Spec, folder: Path) -> None:
     """Keep the specification in the folder; refuse the folder of another."""
-    file = folder / "notice.toml"
-    try:
+    file, here = folder / "notice.toml", spec._absolute()
+    with storing(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        if file.exists():
-            there = Spec.from_toml(file)
-            here = replace(
-                spec, data=tuple(d if d in BUILT_IN else str(Path(d).resolve()) for d in spec.data)
-            )
-            if there != here:
-                odd = [k for k, v in asdict(there).items() if v != getattr(here, k)]
-                raise StoreError(
-                    f"{folder}: holds another notice run ({', '.join(odd)} differ); choose another "
-                    "--out or delete the folder"
-                )
-            return
-        temporary = folder / ".notice.toml.tmp"
-        spec.save(temporary)
-        temporary.replace(file)
-    except OSError as error:
-        raise StoreError(f"{folder}: cannot be written ({error.strerror or error})") from error
-
-
-# --- examples --------------------------------------------------------------------------------
-
-
-def _examples(spec: Spec, data: str, folder: Path, model: Model, say: Say) -> list[Example]:
-    """The examples of one set, their pictures on disk, with corrupt prompts that align."""
-    if data in BUILT_IN:
-        file = folder / "data" / f"{data}.csv"
         if not file.exists():
-            write_csv(file, draw(data, spec.limit or SIZE, seed=spec.seed))
-        found = read_csv(file)
-    else:
-        found = examples(data, limit=spec.limit)
-    if "text" in spec.corrupt:
-        found, counts = replace_words(
-            found, pieces=partial(pieces, model.processor.tokenizer), seed=spec.seed
-        )
-        lines = ", ".join(f"{many} {what}" for what, many in counts.items() if many)
-        say(f"{name_of(data)}: {len(found)} examples; corrupt prompts: {lines}")
-    return found
+            spec.save(file)
+        elif (there := Spec.from_toml(file)) != here:
+            odd = [k for k, v in asdict(there).items() if v != getattr(here, k)]
+            raise StoreError(
+                f"{folder}: holds another notice run ({', '.join(odd)} differ); choose another "
+                "--out or delete the folder"
+            )
 
 
 def _sweeps(spec: Spec, sets: Mapping[str, Sequence[Example]], say: Say) -> Iterator[Sweep]:
@@ -294,42 +257,73 @@ def _sweeps(spec: Spec, sets: Mapping[str, Sequence[Example]], say: Say) -> Iter
                 yield name, corrupt
 
 
-# --- what it will take -----------------------------------------------------------------------
+@dataclass(frozen=True)
+class _Pipeline:
+    """The parts that need the model."""
 
+    spec: Spec
+    folder: Path
+    model: Model
+    sites: Sequence[str]
+    say: Say
 
-def _estimate(
-    spec: Spec,
-    model: Model,
-    sets: Mapping[str, list[Example]],
-    sweeps: Sequence[Sweep],
-    sites: Sequence[str],
-    folder: Path,
-    say: Say,
-) -> None:
-    """Say what the sweeps will take, before they start; raise `StoreError` if the disk is too small."""
-    lines, left = [], []
-    for name, corrupt in sweeps:
-        path = folder / "runs" / f"{name}-{corrupt}"
-        done = len(read_run(path).baselines()) if (path / "run.json").exists() else 0
-        many = len(sets[name]) - done
-        one = Estimate(0.0, 0, 0)
-        if many > 0:
-            one = estimate(model, sets[name][done:], sites, corrupt, seed=spec.seed, select=spec.select)
-            left.append(one)
-        what = f"{many} examples" if not done else f"{many} of {len(sets[name])} examples left"
-        lines.append(
-            f"  {f'{name}, {corrupt}':<24}{what:<28}{one.patches:>7,} patches each"
-            f"{_time(one.seconds):>16}{_size(one.bytes):>10}"
-        )
-    seconds, size = sum(one.seconds for one in left), sum(one.bytes for one in left)
-    free = shutil.disk_usage(folder).free
-    total = f"  {'all sweeps, at most':<68}{_time(seconds):>16}{_size(size):>10}"
-    say("\n".join(["Estimated from one example of each:", *lines, total]))
-    if size > free:
-        raise StoreError(
-            f"{folder}: the results may take {_size(size)}, and {_size(free)} are free; "
-            "free some space or choose another --out"
-        )
+    def examples(self, data: str) -> list[Example]:
+        """The examples of one set, their pictures on disk, with corrupt prompts that align."""
+        spec = self.spec
+        if data in BUILT_IN:
+            file = self.folder / "data" / f"{data}.csv"
+            if not file.exists():
+                write_csv(file, draw(data, spec.limit or SIZE, seed=spec.seed))
+            found = read_csv(file)
+        else:
+            found = examples(data, limit=spec.limit)
+        if "text" in spec.corrupt:
+            split = partial(pieces, self.model.processor.tokenizer)
+            found, counts = replace_words(found, pieces=split, seed=spec.seed)
+            lines = ", ".join(f"{many} {what}" for what, many in counts.items() if many)
+            self.say(f"{name_of(data)}: {len(found)} examples; corrupt prompts: {lines}")
+        return found
+
+    def estimate(self, sets: Mapping[str, list[Example]], sweeps: Sequence[Sweep]) -> None:
+        """Say what the sweeps will take, before they start; raise `StoreError` if the disk is too small."""
+        lines, seconds, size, spec = ["Estimated from one example of each:"], 0.0, 0, self.spec
+        for name, corrupt in sweeps:
+            path = self.folder / "runs" / f"{name}-{corrupt}"
+            done = len(read_run(path).baselines()) if (path / "run.json").exists() else 0
+            left, one = sets[name][done:], Estimate(0.0, 0, 0)
+            if left:
+                one = estimate(self.model, left, self.sites, corrupt, seed=spec.seed, select=spec.select)
+            seconds, size = seconds + one.seconds, size + one.bytes
+            many = len(sets[name])
+            what = f"{len(left)} of {many} examples left" if done else f"{many} examples"
+            lines.append(
+                f"  {f'{name}, {corrupt}':<24}{what:<28}{one.patches:>7,} patches each"
+                f"{_time(one.seconds):>16}{_size(one.bytes):>10}"
+            )
+        self.say("\n".join([*lines, f"  {'all sweeps, at most':<68}{_time(seconds):>16}{_size(size):>10}"]))
+        free = shutil.disk_usage(self.folder).free
+        if size > free:
+            raise StoreError(
+                f"{self.folder}: the results may take {_size(size)}, and {_size(free)} are free; "
+                "free some space or choose another --out"
+            )
+
+    def functions(
+        self, name: str, corrupt: str, chosen: Sequence[Example], run: Run, found: circuits.Found
+    ) -> list[Path]:
+        """What the important heads of a set do, with the effects of its run; the folder, if there are any."""
+        important = found.heads[found.heads["important"] & (found.heads["run"] == run.path.name)]
+        everywhere = found.universal[found.universal["universal"]]
+        sites = circuits.expressions(pd.concat([important, everywhere]))
+        if not sites or len(chosen) < 2:
+            self.say(f"{name}: no important heads (or too few examples), so no head functions")
+            return []
+        self.say(f"{name}: what {len(sites)} heads do, on {len(chosen)} examples")
+        out, seed = self.folder / "heads" / name, self.spec.seed
+        table = heads.write(out, self.model, chosen, sites, corrupt, seed=seed, effects=run, data=name)
+        counts = table.functions["label"].value_counts()
+        self.say("  " + ", ".join(f"{many} {label}" for label, many in counts.items()))
+        return [out]
 
 
 def _time(seconds: float) -> str:
@@ -351,12 +345,11 @@ def _size(many: float) -> str:
     >>> _size(900), _size(2_400_000)
     ('0.9 kB', '2.4 MB')
     """
-    units = ("kB", "MB", "GB", "TB")
-    power = next((n for n in range(len(units)) if many < 1000 ** (n + 2)), len(units) - 1)
-    return f"{many / 1000 ** (power + 1):.1f} {units[power]}"
-
-
-# --- what came of it -------------------------------------------------------------------------
+    for unit in ("kB", "MB", "GB"):
+        many /= 1000
+        if many < 1000:
+            return f"{many:.1f} {unit}"
+    return f"{many / 1000:.1f} TB"
 
 
 def selection(baselines: Mapping[Sweep, pd.DataFrame], sets: Mapping[str, Sequence[Example]]) -> pd.DataFrame:
@@ -366,33 +359,23 @@ def selection(baselines: Mapping[Sweep, pd.DataFrame], sets: Mapping[str, Sequen
     `correct`, `accuracy` (of those that ran), `kept`, `dropped_wrong`, `dropped_not_following`,
     `dropped_not_run`.
     """
-    rows = []
+    parts = []
     for (name, corrupt), table in baselines.items():
-        base = table.set_index("example")
-        groups = pd.DataFrame({e.id: dict(e.groups) for e in sets[name]}).T.reindex(base.index)
-        few = [c for c in groups if groups[c].nunique() <= MANY]
-        parts = [("all", "all", base)]
-        parts += [(c, str(v), base[groups[c] == v]) for c in few for v in sorted(groups[c].dropna().unique())]
-        for group, value, part in parts:
-            ran, correct = part["correct"].notna(), part["correct"].fillna(False).astype(bool)
-            kept = ~part["excluded"]
-            rows.append(
-                {
-                    "data": name,
-                    "corruption": corrupt,
-                    "group": group,
-                    "value": value,
-                    "n": len(part),
-                    "ran": int(ran.sum()),
-                    "correct": int(correct.sum()),
-                    "accuracy": float(correct.sum() / ran.sum()) if ran.any() else None,
-                    "kept": int(kept.sum()),
-                    "dropped_wrong": int((~kept & ran & ~correct).sum()),
-                    "dropped_not_following": int((~kept & correct).sum()),
-                    "dropped_not_run": int((~ran).sum()),
-                }
-            )
-    return pd.DataFrame(rows)
+        base, whole = table.set_index("example"), {"all": "all"}
+        groups = pd.DataFrame({e.id: whole | dict(e.groups) | whole for e in sets[name]}).T.reindex(
+            base.index
+        )
+        ran, correct = base["correct"].notna(), base["correct"].fillna(False).astype(bool)
+        kept = ~base["excluded"]
+        counts = pd.DataFrame({"n": True, "ran": ran, "correct": correct, "kept": kept})
+        counts["dropped_wrong"] = ~kept & ran & ~correct
+        counts["dropped_not_following"] = ~kept & correct
+        counts["dropped_not_run"] = ~ran
+        for group in (c for c in groups if groups[c].nunique() <= MANY):
+            part = counts.groupby(groups[group].rename("value")).sum().reset_index()
+            part.insert(4, "accuracy", part["correct"] / part["ran"])
+            parts.append(pd.DataFrame({"data": name, "corruption": corrupt, "group": group, **part}))
+    return pd.concat(parts, ignore_index=True)
 
 
 def _say_selection(table: pd.DataFrame) -> str:
@@ -421,29 +404,3 @@ def _say_heads(found: circuits.Found) -> str:
     names = [f"{r.tower}.L{r.layer}.{r.kind}.H{r.head}" for r in everywhere.itertuples()]
     lines.append(f"Universal over all {found.heads['run'].nunique()} runs: {', '.join(names) or 'none'}")
     return "\n".join(lines)
-
-
-def _functions(
-    spec: Spec,
-    model: Model,
-    sweep: Sweep,
-    chosen: Sequence[Example],
-    run: Run,
-    found: circuits.Found,
-    folder: Path,
-    say: Say,
-) -> Path | None:
-    """What the important heads of a set do, where there are any, with the effects of its run; the folder."""
-    name, corrupt = sweep
-    important = found.heads[found.heads["important"] & (found.heads["run"] == run.path.name)]
-    everywhere = found.universal[found.universal["universal"]]
-    sites = circuits.expressions(pd.concat([important, everywhere]))
-    if not sites or len(chosen) < 2:
-        say(f"{name}: no important heads (or too few examples), so no head functions")
-        return None
-    say(f"{name}: what {len(sites)} heads do, on {len(chosen)} examples")
-    out = folder / "heads" / name
-    table = heads.write(out, model, chosen, sites, corrupt, seed=spec.seed, effects=run, data=name)
-    counts = table.functions["label"].value_counts()
-    say("  " + ", ".join(f"{many} {label}" for label, many in counts.items()))
-    return out

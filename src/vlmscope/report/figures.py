@@ -43,10 +43,8 @@ def layer_by_token(
     >>> axes.get_title()
     'Residual stream after each block, text encoder\\nmean over 2 examples'
     """
-    value = value or change_of(effects)
-    table = token_table(effects, tower=tower, kind=kind, value=value)
-    words = f"{upper_first(KINDS[table.attrs['kind']])}, {TOWERS[table.attrs['tower']]}"
-    return panels({title or f"{words}\n{_over(effects, table)}": table}, value=value, ax=ax)[0]
+    table = token_table(effects, tower=tower, kind=kind, value=value or change_of(effects))
+    return panels({title or _title(effects, table, ", {}"): table}, ax=ax)[0]
 
 
 def layer_by_head(
@@ -60,11 +58,10 @@ def layer_by_head(
     ax: Axes | None = None,
 ) -> Axes:
     """Heat map of `vlmscope.head_table`: layers upwards, heads to the right, the strongest outlined."""
-    value = value or change_of(effects)
-    table = head_table(effects, tower=tower, kind=kind, slot=slot, value=value)
-    words = f"{upper_first(KINDS[table.attrs['kind']])} heads, {TOWERS[table.attrs['tower']]}"
-    words = f"{words} at {table.attrs['slot']}\n{_over(effects, table)}"
-    return panels({title or words: table}, value=value, ax=ax)[0]
+    table = head_table(effects, tower=tower, kind=kind, slot=slot, value=value or change_of(effects))
+    return panels({title or _title(effects, table, f" heads, {{}} at {table.attrs['slot']}"): table}, ax=ax)[
+        0
+    ]
 
 
 def universal(heads: pd.DataFrame, *, most: int = 30, gap: float = 0.0, ax: Axes | None = None) -> Axes:
@@ -108,9 +105,8 @@ def measures(table: pd.DataFrame, names: Sequence[str], *, ax: Iterable[Axes] | 
         spot.plot(rows["random"], at, "x", color="#B07020", ms=5, label="random neurons")
         set_title(spot, name, 9.5)
         spot.set_ylim(-0.6, len(words) - 0.4)
-        spot.set_yticks(
-            range(len(words)), words if n == 0 or ax is not None else [""] * len(words), fontsize=8.5
-        )
+        shown = words if n == 0 or ax is not None else [""] * len(words)
+        spot.set_yticks(range(len(words)), shown, fontsize=8.5)
         spot.tick_params(axis="x", labelsize=8)
         spot.grid(axis="x", color="#e5e5e5")
         spot.set_axisbelow(True)
@@ -120,8 +116,9 @@ def measures(table: pd.DataFrame, names: Sequence[str], *, ax: Iterable[Axes] | 
     return axes
 
 
-def _over(effects: pd.DataFrame, table: pd.DataFrame) -> str:
-    examples = table.attrs.get("examples", 0)
-    if examples == 1:
-        return " ".join(f"one example: {effects['example'].iloc[0]}".split())
-    return f"mean over {examples} examples"
+def _title(effects: pd.DataFrame, table: pd.DataFrame, form: str) -> str:
+    attrs = table.attrs
+    words = upper_first(KINDS[attrs["kind"]]) + form.format(TOWERS[attrs["tower"]])
+    if attrs["examples"] == 1:
+        return f"{words}\n" + " ".join(f"one example: {effects['example'].iloc[0]}".split())
+    return f"{words}\nmean over {attrs['examples']} examples"

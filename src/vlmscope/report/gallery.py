@@ -6,7 +6,7 @@ import base64
 import hashlib
 import io
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any, NamedTuple
@@ -22,7 +22,7 @@ from vlmscope.report.heat_maps import CHANGED, IN_LOGITS, full_colour, panels
 from vlmscope.report.ranking import by_size
 from vlmscope.report.words import digits, ends, lower_first, percent, plural, short_number, upper_first
 from vlmscope.stats import FEWEST
-from vlmscope.studies.tables import slot_words
+from vlmscope.studies.tables import slot_words, wide
 
 
 class Shown(NamedTuple):
@@ -65,7 +65,7 @@ class Gallery:
             figure.savefig(buffer := io.BytesIO(), format=ending, **options)
             self.files[f"{stem}.{ending}"] = buffer.getvalue()
         self.files[f"{stem}.csv"] = data.to_csv(index=False).encode("utf-8", "backslashreplace")
-        links = {"png": "PNG", **{ending: ending.upper() for ending in self.formats}, "csv": "data"}
+        links = {ending: ending.upper() for ending in ("png", *self.formats)} | {"csv": "data"}
         files = [(_address(f"{self.folder}/{stem}.{ending}"), text) for ending, text in links.items()]
         # The macro has escaped what it was given; words that are joined again hold no more than it gave.
         text = getattr(_templates().get_template("captions.html").module, caption)(**values)
@@ -75,18 +75,19 @@ class Gallery:
         self,
         name: str,
         cells: Mapping[str, pd.DataFrame],
-        tables: Mapping[str, pd.DataFrame],
         gap: float,
+        *,
+        tables: Mapping[str, pd.DataFrame] | None = None,
         marks: Mapping[str, list[tuple[int, int]]] | None = None,
         data: pd.DataFrame | None = None,
     ) -> Shown:
-        """Tables of layers side by side, by title, with the cells that they are made of as data."""
+        """Tables of layers side by side, by title (by default of all these cells), with the cells as data."""
+        tables = tables or {title: wide(each) for title, each in cells.items()}
         rows = pd.concat([each.assign(panel=title) for title, each in cells.items()], ignore_index=True)
         most = rows.groupby("panel")["n"].transform("max")
         value = str(next(iter(cells.values())).attrs.get("value", "logit_diff"))
-        slots: Iterable[tuple[str, str]] = ()
-        if "head" in rows:
-            slots = zip(rows["position" if "position" in rows else "slot"], rows["tower"], strict=True)
+        at = "position" if "position" in rows else "slot"
+        slots = rows[[at, "tower"]].drop_duplicates().to_numpy() if "head" in rows else ()
         return self.show(
             name,
             panels(tables, value=value, marks=marks, gap=gap),
@@ -96,7 +97,7 @@ class Gallery:
             best=by_size(rows, rows["mean"].abs(), most).iloc[0],
             held=(rows["n"] < most / 2).any(),
             column="head" if "head" in rows else "slot",
-            slots=list(dict.fromkeys(slot_words(*place) for place in dict.fromkeys(slots))),
+            slots=list(dict.fromkeys(slot_words(*place) for place in slots)),
             full=full_colour(tables.values(), value, gap),
             what=CHANGED[value],
             unit=" logits" if value in IN_LOGITS else "",

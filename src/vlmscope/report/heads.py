@@ -48,7 +48,7 @@ def _by_run(name: str, rows: pd.DataFrame, gaps: dict[str, float], gallery: Gall
         important = table[table["important"]]
         marks[title] = list(zip(important["layer"], important["head"], strict=True))
     gap = max(gaps.get(str(run), 0.0) for run in rows["run"].unique())
-    return gallery.show_panels(name, cells, tables, gap, marks, rows)
+    return gallery.show_panels(name, cells, gap, tables=tables, marks=marks, data=rows)
 
 
 def section(folder: Path, gallery: Gallery) -> Section:

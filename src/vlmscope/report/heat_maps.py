@@ -51,16 +51,8 @@ where the scale of `effect`, which is a share of the gap already, may end."""
 CHANGED = {"logit_diff": "change of LD", "ld_change": "change of LD", "p_change": "change of P(answer)"}
 """What the columns that patches are ranked by are called in captions."""
 IN_LOGITS = ("logit_diff", "ld_change")
-LEAST = {
-    "logit_diff": 0.05,
-    "ld_change": 0.05,
-    "effect": FLOOR,
-    "p_restored": 0.02,
-    "p_change": 0.02,
-    "value": 0.05,
-    "restored": 1.0,
-}
-"""Where a colour scale may end at all, whatever the gap: logits, shares, probabilities."""
+LEAST = {"effect": FLOOR, "p_restored": 0.02, "p_change": 0.02, "restored": 1.0}
+"""Where a colour scale may end at all, whatever the gap: shares, probabilities; 0.05 for all others."""
 
 
 def colour_scale(
@@ -69,7 +61,7 @@ def colour_scale(
     """One colour scale: centred at zero for a change, with a floor; from 0 to 1 for a probability."""
     if value == "p_patched":
         return ScalarMappable(Normalize(0.0, 1.0), "viridis")
-    return centred(tables, max(LEAST[value], FLOOR * abs(gap) if value in IN_LOGITS else 0.0))
+    return centred(tables, max(LEAST.get(value, 0.05), FLOOR * abs(gap) if value in IN_LOGITS else 0.0))
 
 
 def full_colour(tables: Iterable[pd.DataFrame], value: str = "logit_diff", gap: float = 0.0) -> float:
@@ -94,14 +86,24 @@ def panels(
     """
     if not tables:
         raise DataError("no tables to draw")
-    value = value or str(next(iter(tables.values())).attrs.get("value", "logit_diff"))
-    known = [table.attrs["gap"] for table in tables.values() if table.attrs.get("gap")]
-    scale = colour_scale(tables.values(), value, max(known, default=0.0) if gap is None else gap)
-    names, index = list(map(column_names, tables.values())), next(iter(tables.values())).index
-    one_index = ax is None and all(table.index.equals(index) for table in tables.values())
+    whole = list(tables.values())
+    value = value or str(whole[0].attrs.get("value", "logit_diff"))
+    if gap is None:
+        gap = max(table.attrs.get("gap") or 0.0 for table in whole)
+    scale, names = colour_scale(whole, value, gap), list(map(column_names, whole))
+    one_index = ax is None and all(table.index.equals(whole[0].index) for table in whole)
     one_header = ax is None and all(each == names[0] for each in names)
-    axes, across = _laid_out(tables, names, one_index, one_header, ax)
+    width = float(np.clip(0.36 * max(table.shape[1] for table in whole), 2.7, 11.0))
+    height = float(np.clip(0.26 * max(table.shape[0] for table in whole), 1.3, 6.0))
+    across = 3 if width <= 4.3 and len(tables) != 4 else 2 if width <= 6.2 else 1
+    titles = [_wrapped(title, width + (len(tables) == 1)) for title in tables]
+    above = 0.16 + 0.16 * max(title.count("\n") + 1 for title in titles)
+    outside = [_outside(table, each, width) for table, each in zip(whole, names, strict=True)]
+    left, below = max(beside for beside, _ in outside), max(under for _, under in outside)
+    apart = (max(0.2, left - 0.45) if one_index else left, above if one_header else above + below)
+    axes = grid(ax, len(tables), across, (width, height), Margins(left, below, BAR, above, *apart))
     for n, (spot, (title, table)) in enumerate(zip(axes, tables.items(), strict=True)):
+        set_title(spot, titles[n])
         heat_map(spot, table, scale, None if marks is None else marks.get(title, ()))
         spot.tick_params(left=False, bottom=False)
         if one_header and n + across < len(axes):
@@ -115,28 +117,6 @@ def panels(
             label_rows(spot, table)
     add_bar(axes, scale, VALUES[value])
     return axes
-
-
-def _laid_out(
-    tables: Mapping[str, pd.DataFrame],
-    names: Sequence[Sequence[str]],
-    one_index: bool,
-    one_header: bool,
-    ax: Axes | Iterable[Axes] | None,
-) -> tuple[list[Axes], int]:
-    """Axes for tables, with titles, and how many stand in a row; labels that all share will stand once."""
-    width = float(np.clip(0.36 * max(table.shape[1] for table in tables.values()), 2.7, 11.0))
-    height = float(np.clip(0.26 * max(table.shape[0] for table in tables.values()), 1.3, 6.0))
-    across = 3 if width <= 4.3 and len(tables) != 4 else 2 if width <= 6.2 else 1
-    titles = [_wrapped(title, width + (len(tables) == 1)) for title in tables]
-    above = 0.16 + 0.16 * max(title.count("\n") + 1 for title in titles)
-    outside = [_outside(table, each, width) for table, each in zip(tables.values(), names, strict=True)]
-    left, below = max(beside for beside, _ in outside), max(under for _, under in outside)
-    apart = (max(0.2, left - 0.45) if one_index else left, above if one_header else above + below)
-    axes = grid(ax, len(tables), across, (width, height), Margins(left, below, BAR, above, *apart))
-    for spot, title in zip(axes, titles, strict=True):
-        set_title(spot, title)
-    return axes, across
 
 
 def _outside(table: pd.DataFrame, names: Sequence[str], width: float) -> tuple[float, float]:
@@ -190,9 +170,9 @@ def label_columns(axes: Axes, names: Sequence[str], is_bold: Sequence[bool]) -> 
     """All names while they fit; of 600 tokens every so many, and always those in bold."""
     step = -(-len(names) // 48)
     near = max(1, step // 2)
-    keep = {n for n, bold in enumerate(is_bold) if bold}
-    keep |= {n for n in range(0, len(names), step) if not any(abs(n - k) < near for k in keep)}
-    shown = sorted(keep)
+    bold = {n for n, each in enumerate(is_bold) if each}
+    others = {n for n in range(0, len(names), step) if not any(abs(n - k) < near for k in bold)}
+    shown = sorted(bold | others)
     angle, labels = _angle(names), [names[n] for n in shown]
     style: dict[str, Any] = {"parse_math": False, "fontsize": 8, "color": DARK}
     if angle:
@@ -200,7 +180,7 @@ def label_columns(axes: Axes, names: Sequence[str], is_bold: Sequence[bool]) -> 
         style["va"] = "center" if angle == 90 else "top"
     axes.set_xticks([n + 0.5 for n in shown], labels, **style)
     for n, tick in zip(shown, axes.get_xticklabels(), strict=True):
-        tick.set_fontweight("bold" if is_bold[n] else "normal")
+        tick.set_fontweight("bold" if n in bold else "normal")
 
 
 def spread(items: list[int], count: int) -> list[int]:

@@ -21,6 +21,7 @@ from vlmscope.studies.tables import change_of, choose, mean_gap, means
 
 Picture: TypeAlias = str | Path | bytes | Image.Image
 Cells: TypeAlias = np.ndarray[Any, Any]
+Bar: TypeAlias = tuple[ScalarMappable, str]
 
 
 class Tile(NamedTuple):
@@ -66,19 +67,21 @@ def image_grid(
     rows = effects[effects["position"].notna() & is_patch(effects)]
     tower = "vision" if tower is None and "vision" in set(rows["tower"]) else tower
     value = value or change_of(rows)
-    rows = choose(rows, tower=tower, kind=kind, value=value)
+    rows = choose(rows, tower, kind, value)
     found = means(places(rows), ["layer", "row", "column"], value)
     by_layer = {int(layer): _cells(cells, "mean", shape) for layer, cells in found.groupby("layer")}
     layers = spread(list(by_layer), 6) if layers is None else list(layers)
-    drawn = {f"layer {layer}": by_layer[layer] for layer in layers}
+    drawn = {}
     if len(by_layer) > 1 and value != "p_patched":
         mean = found.groupby(["row", "column"], as_index=False)["mean"].mean()
-        drawn = {f"mean of {len(by_layer)} layers": _cells(mean, "mean", shape), **drawn}
+        drawn[f"mean of {len(by_layer)} layers"] = _cells(mean, "mean", shape)
+    drawn |= {f"layer {layer}": by_layer[layer] for layer in layers}
     scale = colour_scale(drawn.values(), value, (mean_gap(rows) or 0.0) if gap is None else gap)
     image = _open(picture)
     tiles = [Tile(image, "picture"), *(Tile(image, name, cells, scale) for name, cells in drawn.items())]
-    lines = [tiles[start : start + 4] for start in range(0, len(tiles), 4)]
-    return _mosaic(lines, [(scale, VALUES[value])], ax, size=2.3, down=0.35)
+    return _mosaic(
+        [tiles[n : n + 4] for n in range(0, len(tiles), 4)], [(scale, VALUES[value])], ax, size=2.3, down=0.35
+    )
 
 
 def attention(
@@ -91,9 +94,9 @@ def attention(
 ) -> Axes:
     """A row an example: its picture, the attention of each head, and what its patches do.
 
-    `maps` is the table that `heads.write` keeps: attention minus the all-heads mean, on one scale for
-    all; the object's patches have an outline. `patches` are effects of patching the image's patches,
-    on a scale of their own at the right. `titles` are for the sites of the heads.
+    `maps` is the table that `heads.write` keeps: attention minus the all-heads mean, on one scale; the object
+    has an outline. `patches` are effects of the image's patches, on a scale of their own. `titles` are for
+    the sites of the heads.
     """
     bars = [(centred([maps["difference"]]), "attention minus all-heads mean")]
     if patches is not None:
@@ -135,12 +138,7 @@ def neuron_maps(maps: pd.DataFrame, pictures: Mapping[str, Picture], *, ax: Axes
 
 
 def _mosaic(
-    lines: Sequence[Sequence[Tile]],
-    bars: Sequence[tuple[ScalarMappable, str]],
-    ax: Axes | None,
-    *,
-    size: float,
-    down: float,
+    lines: Sequence[Sequence[Tile]], bars: Sequence[Bar], ax: Axes | None, *, size: float, down: float
 ) -> Axes:
     """Tiles in rows, and at their right colour bars that share the height; a unit is an inch."""
     right, step = 0.1 + max(map(len, lines)) * (size + 0.1), size + down

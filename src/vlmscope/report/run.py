@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import product
 from typing import Any, NamedTuple
 
@@ -16,7 +16,7 @@ from vlmscope.report.ranking import strongest
 from vlmscope.report.words import KINDS, TOWERS, ends, kinds_in, short_number, upper_first
 from vlmscope.studies.known import knows
 from vlmscope.studies.run_folder import SPEC, Run
-from vlmscope.studies.tables import change_of, head_cells, head_slot, is_head, is_single, token_cells, wide
+from vlmscope.studies.tables import cells_of, change_of, head_slot, is_head, is_single
 
 Cells = dict[str, pd.DataFrame]
 """The cells of a table of layers, by kind."""
@@ -37,8 +37,8 @@ def report(run: Run, title: str, gallery: Gallery) -> Reported:
     known, excluded = knows(base), base["excluded"].astype(bool)
     gap = (base["ld_clean"] - base["ld_corrupt"]).mean()
     gap = 0.0 if pd.isna(gap) else abs(float(gap))
-    metric = run.spec.get("metric", "ld")
     examples = run.pictures()
+    pictures = {e["id"]: e["clean_image"] for e in examples if e.get("clean_image") and "id" in e}
     cells: dict[tuple[str, bool], Cells] = {}
     shown: list[tuple[str, Shown]] = []
     value = change_of(effects)
@@ -47,21 +47,24 @@ def report(run: Run, title: str, gallery: Gallery) -> Reported:
         rows = single[single["tower"] == tower]
         modules = rows[rows["unit"].isna()]
         is_patch = image_maps.is_patch(modules)
-        shown += _images(modules[is_patch], tower, examples, gap, value, gallery)
-        cells[tower, False] = {} if tower == "vision" else _tokens(modules[~is_patch], tower, value)
-        cells[tower, True] = _heads(rows[is_head(rows)], tower, value)
+        shown += _images(modules[is_patch], pictures, gap, value, gallery)
+        cells[tower, False] = {} if tower == "vision" else _cells(modules[~is_patch], value, False)
+        cells[tower, True] = _cells(rows[is_head(rows)], value, True)
         for of_heads, heading in ((False, "Layers and tokens"), (True, "Heads")):
-            if found := cells[tower, of_heads]:
+            panels = {
+                upper_first(KINDS[kind]) + (f" heads at {table.attrs['slot']}" if of_heads else ""): table
+                for kind, table in cells[tower, of_heads].items()
+            }
+            if panels:
                 name = f"{tower}-{'heads' if of_heads else 'tokens'}"
-                titled = {_panel_title(kind, table): table for kind, table in found.items()}
-                shown.append((f"{heading}, {TOWERS[tower]}", _panels(name, titled, gap, gallery)))
+                shown.append((f"{heading}, {TOWERS[tower]}", gallery.show_panels(name, panels, gap)))
     text = render(
         "run.html",
         run=run,
         spec=run.spec,
         corruption=corruption(run.spec),
         patching=patching(run.spec),
-        metric=metric,
+        metric=run.spec.get("metric", "ld"),
         changed=CHANGED[value],
         left_out=_left_out(effects),
         known=known,
@@ -88,7 +91,7 @@ def together(reported: Sequence[Reported], gallery: Gallery) -> list[Section]:
         if len(panels) > 1:
             name = f"{tower}-{kind}{'' if of_heads else '-tokens'}{'' if values is IN_LOGITS else '-p'}"
             heading = f"{upper_first(KINDS[kind])}{' heads' if of_heads else ''}, {TOWERS[tower]}"
-            shown.append((heading, _panels(name, panels, max(gaps), gallery)))
+            shown.append((heading, gallery.show_panels(name, panels, max(gaps))))
     if not shown:
         return []
     unknown = [each.section.title for each in reported if each.section.is_unknown]
@@ -99,18 +102,15 @@ def together(reported: Sequence[Reported], gallery: Gallery) -> list[Section]:
 def corruption(spec: dict[str, Any]) -> str:
     """What a run corrupts, in words."""
     corrupt = spec.get("corrupt") or {"kind": "unknown"}
-    if corrupt["kind"] == "none":
-        return "nothing corrupted"
     if corrupt["kind"] != "noise":
-        return f"{corrupt['kind']} corrupted"
+        return f"{corrupt['kind'].replace('none', 'nothing')} corrupted"
     form = f"{corrupt.get('form')}, scale {corrupt.get('scale')}, {corrupt.get('draws')} draws"
     return f"noise on the {corrupt.get('at')} ({form})"
 
 
 def name(spec: dict[str, Any]) -> str:
     """What tells a run from others of its data: corruption, what is patched, and its metric."""
-    is_corrupt = (spec.get("corrupt") or {}).get("kind") != "none"
-    words = [corruption(spec)] if is_corrupt else []
+    words = [] if (spec.get("corrupt") or {}).get("kind") == "none" else [corruption(spec)]
     if spec.get("patch", "clean") != "clean":
         words.append(patching(spec))
     elif spec.get("direction") == "noise":
@@ -122,28 +122,20 @@ def name(spec: dict[str, Any]) -> str:
 
 def patching(spec: dict[str, Any]) -> str:
     """What a run writes into which other run, in words."""
-    ablations = {
-        "zero": "zero ablation of the clean run",
-        "mean": "mean ablation of the clean run",
-        "resample": "clean run with activations resampled from other examples",
-    }
-    if (patch := spec.get("patch", "clean")) in ablations:
-        return ablations[patch]
-    is_noise = spec.get("direction") == "noise"
-    return (
-        f"{'corrupt' if is_noise else 'clean'} activations into the {'clean' if is_noise else 'corrupt'} run"
-    )
+    if (patch := spec.get("patch", "clean")) == "resample":
+        return "clean run with activations resampled from other examples"
+    if patch != "clean":
+        return f"{patch} ablation of the clean run"
+    ends = ("corrupt", "clean") if spec.get("direction") == "noise" else ("clean", "corrupt")
+    return "{} activations into the {} run".format(*ends)
 
 
 def _left_out(effects: pd.DataFrame) -> str:
     """One sentence about patches that have no place in a figure of layers, or nothing."""
     is_set = effects["unit"].astype("string").str.startswith("h[").fillna(False).astype(bool)
     odd = effects.loc[is_set | effects["site"].str.contains(" + ", regex=False), "site"]
-    if odd.empty:
-        return ""
-    return (
-        f"Sets of heads and sums of sites, such as {odd.iloc[0]}, are in no figure: they are no single heads."
-    )
+    text = "Sets of heads and sums of sites, such as {}, are in no figure: they are no single heads."
+    return "" if odd.empty else text.format(odd.iloc[0])
 
 
 def _strongest(effects: pd.DataFrame, value: str) -> pd.DataFrame:
@@ -162,53 +154,28 @@ def _strongest(effects: pd.DataFrame, value: str) -> pd.DataFrame:
     )
 
 
-def _tokens(rows: pd.DataFrame, tower: str, value: str) -> Cells:
-    """Layer x slot of each kind; patches of the image have figures of their own."""
-    return {
-        kind: token_cells(rows, tower=tower, kind=kind, value=value, intervals=True)
-        for kind in kinds_in(rows)
-    }
-
-
-def _heads(heads: pd.DataFrame, tower: str, value: str) -> Cells:
-    """Layer x head of each kind of attention, where the tower is read out."""
-    slots = {kind: head_slot(heads[heads["kind"] == kind]) for kind in kinds_in(heads)}
-    return {
-        kind: head_cells(heads, tower=tower, kind=kind, slot=slot, value=value, intervals=True)
-        for kind, slot in slots.items()
-    }
-
-
-def _panel_title(kind: str, cells: pd.DataFrame) -> str:
-    return upper_first(KINDS[kind]) + (f" heads at {cells.attrs['slot']}" if "head" in cells else "")
-
-
-def _panels(name: str, cells: Cells, gap: float, gallery: Gallery) -> Shown:
-    return gallery.show_panels(name, cells, {title: wide(table) for title, table in cells.items()}, gap)
+def _cells(rows: pd.DataFrame, value: str, of_heads: bool) -> Cells:
+    """Of each kind in one tower: layer x slot, or layer x head where the tower is read out."""
+    found = {}
+    for kind in kinds_in(rows):
+        slot = head_slot(rows[rows["kind"] == kind]) if of_heads else None
+        found[kind] = cells_of(rows, kind=kind, slot=slot, value=value, intervals=True)
+    return found
 
 
 def _images(
-    rows: pd.DataFrame,
-    tower: str,
-    examples: Sequence[dict[str, Any]],
-    gap: float,
-    value: str,
-    gallery: Gallery,
+    rows: pd.DataFrame, pictures: Mapping[str, bytes], gap: float, value: str, gallery: Gallery
 ) -> Iterator[tuple[str, Shown]]:
-    """The effect of image patches, over the first kept picture, with its heading."""
-    pictures = {e["id"]: e["clean_image"] for e in examples if e.get("clean_image") and "id" in e}
+    """The effect of image patches of one tower, over the first kept picture, with its heading."""
     kept = rows[rows["position"].notna() & rows["example"].isin(list(pictures))]
     for kind in kinds_in(kept):
         cells = kept[kept["kind"] == kind]
-        example = cells["example"].iloc[0]
+        example, tower = cells["example"].iloc[0], cells["tower"].iloc[0]
         cells = cells[cells["example"] == example]
         if len(cells) > 1:
-            grid = image_maps.places(rows)[["row", "column"]].max() + 1
-            shape = (int(grid["row"]), int(grid["column"]))
-            drawn = image_maps.image_grid(
-                cells, pictures[example], shape, kind=kind, tower=tower, value=value, gap=gap
-            )
+            shape = tuple(image_maps.places(rows)[["row", "column"]].max() + 1)
+            drawn = image_maps.image_grid(cells, pictures[example], shape, kind=kind, value=value, gap=gap)
             best = cells.loc[cells[value].abs().idxmax()]
             words = {"example": example, "best": best, "value": value, "what": CHANGED[value]}
             heading = f"Image patches, {KINDS[kind]}, {TOWERS[tower]}"
-            yield (heading, gallery.show(f"{tower}-{kind}-image", drawn, cells, "image", **words))
+            yield heading, gallery.show(f"{tower}-{kind}-image", drawn, cells, "image", **words)

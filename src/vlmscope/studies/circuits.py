@@ -1,10 +1,8 @@
 """Which attention heads are important, how surely, and in which of several runs.
 
-The table `heads` has a row a head: the mean of `logit_diff` over examples at the read-out position,
-its bootstrap interval, a sign-flip permutation test with Benjamini-Hochberg control over all heads
-of a tower and kind, the rule of NOTICE (arXiv 2406.16320), and whether a head found on one half
-of the examples is found again on the other. `universal` says which heads are important in every
-run, `overlap` how that compares with chance.
+Statistics of a head are over examples, of `logit_diff` at the read-out position: a bootstrap interval, a
+sign-flip permutation test, the rule of NOTICE (arXiv 2406.16320), and whether what one half of the examples
+finds the other half confirms (`heads_of`).
 """
 
 from __future__ import annotations
@@ -46,12 +44,12 @@ SHARE = 0.01
 """A head that moves less than this share of the gap between the clean and the corrupt run is not
 important, however significant."""
 _HEAD = ["tower", "layer", "kind", "head", "position"]
-Folders = Sequence[str | os.PathLike[str]]
+Truths = NDArray[np.bool_]
 
 
 @dataclass(frozen=True)
 class Found:
-    """What `find` gives: three tables, and of what they are (`about`)."""
+    """What `find` gives: three tables, and what they are of (`about`)."""
 
     heads: pd.DataFrame
     universal: pd.DataFrame
@@ -64,21 +62,26 @@ class Found:
         Files: `heads.parquet`, `heads.csv`, `universal.csv`, `overlap.csv`, `sites.txt` (important in any
         run), `universal-sites.txt` and, last, `circuits.json`.
         """
-        sites = {
-            "sites.txt": self.heads[self.heads["important"]],
-            "universal-sites.txt": self.universal[self.universal["universal"]],
-        }
-        texts = {name: "".join(f"{site}\n" for site in expressions(table)) for name, table in sites.items()}
-        tables = {
+        important = self.heads[self.heads["important"]]
+        everywhere = self.universal[self.universal["universal"]]
+        content = {
             "heads.parquet": self.heads,
             "heads.csv": self.heads,
             "universal.csv": self.universal,
             "overlap.csv": self.overlap,
+            "sites.txt": "".join(f"{site}\n" for site in expressions(important)),
+            "universal-sites.txt": "".join(f"{site}\n" for site in expressions(everywhere)),
         }
-        files.save(folder, MANIFEST, self.about, tables | texts)
+        files.save(folder, MANIFEST, self.about, content)
 
 
-def find(runs: Folders, *, position: str | None = None, across_models: bool = False, seed: int = 0) -> Found:
+def find(
+    runs: Sequence[str | os.PathLike[str]],
+    *,
+    position: str | None = None,
+    across_models: bool = False,
+    seed: int = 0,
+) -> Found:
     """The important heads of each run (`heads_of`) and the universal ones over all (`universal`, `overlap`).
 
     A folder of `notice` stands for all its runs. `position` is the slot at which heads are read out: a
@@ -89,21 +92,27 @@ def find(runs: Folders, *, position: str | None = None, across_models: bool = Fa
     if the runs are of different models (with `across_models`, of different head grids) or patch
     corrupt activations into clean runs.
     """
-    opened = [read_run(run) for run in _unfold(runs)]
+    opened: list[Run] = []
+    for run in map(Path, runs):
+        is_notice = (run / "notice.toml").is_file()
+        opened += (
+            [read_run(path, run) for path in sorted(run.glob("runs/*"))] if is_notice else [read_run(run)]
+        )
+    paths = [one.path for one in opened]
     _check(opened, across_models)
-    baselines = {name: run.baselines() for name, run in zip(_names(opened), opened, strict=True)}
-    parts = [
-        _heads(run, name, base, position, seed)
-        for run, (name, base) in zip(opened, baselines.items(), strict=True)
-    ]
+    names = [plain(path.resolve().name) for path in paths]  # or whole paths where two names are the same
+    wholes = (plain(str(path)) for path in paths)
+    named = dict(zip(names if len(set(names)) == len(names) else wholes, opened, strict=True))
+    parts = [heads_of(one, name, position=position, seed=seed) for name, one in named.items()]
     heads = pd.concat(parts, ignore_index=True)
+    baselines = {name: one.baselines() for name, one in named.items()}
     about = {
         "format": FORMAT,
-        "runs": [str(run.path) for run in opened],
+        "runs": list(map(str, paths)),
         "seed": seed,
         "level": LEVEL,
         "model": opened[0].spec.get("model"),
-        "chance": _chance(heads),
+        "chance": list(_chance(heads)),
         "gaps": {name: _gap(base) for name, base in baselines.items()},
         "known": {name: knows(base)._asdict() for name, base in baselines.items()},
     }
@@ -127,9 +136,6 @@ def expressions(heads: pd.DataFrame) -> list[str]:
     return [f"{r.tower}.{r.layer}.{r.kind}.h{r.head}@{r.position}" for r in rows]
 
 
-# --- one run ---------------------------------------------------------------------------------
-
-
 def heads_of(run: Run, name: str = "run", *, position: str | None = None, seed: int = 0) -> pd.DataFrame:
     """The heads of one run, columns `HEADS`.
 
@@ -145,22 +151,16 @@ def heads_of(run: Run, name: str = "run", *, position: str | None = None, seed: 
     - `confirmed`: important on a random half of the examples alone, and then, on the other half,
       of the same sign with a q-value over those heads of at most 0.05.
     """
-    return _heads(run, name, run.baselines(), position, seed)
-
-
-def _heads(run: Run, name: str, base: pd.DataFrame, position: str | None, seed: int) -> pd.DataFrame:
-    parts = []
+    parts, least = [], SHARE * _gap(run.baselines())
     for (tower, kind, at), scores in head_scores(run, position).items():
-        table = assess(scores.to_numpy(), list(scores.index), seed, least=SHARE * _gap(base))
+        table = assess(scores.to_numpy(), list(scores.index), seed, least=least)
         table = pd.concat([scores.columns.to_frame(index=False), table], axis=1)
         parts.append(table.assign(tower=tower, kind=kind, position=at, n=len(scores)))
     found = pd.concat(parts, ignore_index=True)
-    few = int(found["n"].min())
-    if few < FEWEST:
-        text = f"{name}: heads over {few} examples; fewer than {FEWEST} can hardly show anything"
-        warnings.warn(text, stacklevel=3)
-    data, corruption = run.spec.get("data", ""), (run.spec.get("corrupt") or {}).get("kind", "")
-    found = found.assign(run=name, data=str(data), corruption=str(corruption))
+    if (few := found["n"].min()) < FEWEST:
+        _warn(f"{name}: heads over {few} examples; fewer than {FEWEST} can hardly show anything")
+    corruption = str((run.spec.get("corrupt") or {}).get("kind", ""))
+    found = found.assign(run=name, data=str(run.spec.get("data", "")), corruption=corruption)
     return found[HEADS].astype({"layer": "int32", "head": "int32", "n": "int64"})
 
 
@@ -171,22 +171,18 @@ def head_scores(run: Run, position: str | None = None) -> dict[tuple[str, str, s
     have a score that is no number, are left out with a warning.
     """
     rows = run.effects(pc.match_substring_regex(pc.field("unit"), "^h[0-9]+$"))
-    rows = rows[is_head(rows)]
     found = {}
-    for (tower, kind), table in rows.groupby(["tower", "kind"], sort=False):
+    for (tower, kind), table in rows[is_head(rows)].groupby(["tower", "kind"], sort=False):
         try:
             at, there = at_slot(table, position or "readout")
         except DataError:
             if position is None:
-                text = f"{run.path}: heads of {tower}.{kind} were not patched where they are read out"
-                warnings.warn(text, stacklevel=4)
+                _warn(f"{run.path}: heads of {tower}.{kind} were not patched where they are read out")
             continue
-        left = table["example"].nunique() - there["example"].nunique()
-        if left:
-            warnings.warn(
+        if left := table["example"].nunique() - there["example"].nunique():
+            _warn(
                 f"{run.path}: {left} examples have no {tower}.{kind} heads at '{at}' (a word of several "
-                f"tokens has none of its own) and are left out; sweep '{tower}.*.{kind}.h*@{at}', too",
-                stacklevel=4,
+                f"tokens has none of its own) and are left out; sweep '{tower}.*.{kind}.h*@{at}', too"
             )
         found[str(tower), str(kind), at] = there.assign(head=there["unit"].str.slice(1).astype(int))
     if not found:
@@ -197,14 +193,16 @@ def head_scores(run: Run, position: str | None = None) -> dict[tuple[str, str, s
         )
     broken = {name for t in found.values() for name in t.loc[~np.isfinite(t["logit_diff"]), "example"]}
     if broken:
-        text = f"{run.path}: {len(broken)} examples have scores that are no numbers and are left out"
-        warnings.warn(text, stacklevel=4)
-    return {key: _grid(table[~table["example"].isin(broken)]) for key, table in found.items()}
+        _warn(f"{run.path}: {len(broken)} examples have scores that are no numbers and are left out")
+    grids = {}
+    for key, table in found.items():
+        scores = by_example(table[~table["example"].isin(broken)], ["layer", "head"])
+        grids[key] = scores.unstack(["layer", "head"]).sort_index(axis=1).sort_index().dropna()
+    return grids
 
 
-def _grid(rows: pd.DataFrame) -> pd.DataFrame:
-    wide = by_example(rows, ["layer", "head"]).unstack(["layer", "head"])
-    return wide.sort_index(axis=1).sort_index().dropna()
+def _warn(text: str) -> None:
+    warnings.warn(text, stacklevel=4)
 
 
 def _gap(base: pd.DataFrame) -> float:
@@ -225,10 +223,9 @@ def assess(scores: Scores, ids: Sequence[str], seed: int = 0, *, least: float = 
     >>> table["important"].tolist(), table["confirmed"].tolist()
     ([True, False, False], [True, False, False])
     """
-    size = np.abs(scores).mean(0)
+    size, half = np.abs(scores).mean(0), first_half(ids, seed)
     low, high = interval(scores, ids)
     p, q, important = _important(scores, rng(seed, "signs"), least)
-    half = first_half(ids, seed)
     return pd.DataFrame(
         {
             "mean": scores.mean(0),
@@ -244,18 +241,13 @@ def assess(scores: Scores, ids: Sequence[str], seed: int = 0, *, least: float = 
     )
 
 
-def _important(
-    scores: Scores, generator: np.random.Generator, least: float
-) -> tuple[Scores, Scores, NDArray[np.bool_]]:
-    p = sign_flip(scores, generator)
+def _important(scores: Scores, generator: np.random.Generator, least: float) -> tuple[Scores, Scores, Truths]:
+    p, size = sign_flip(scores, generator), np.abs(scores.mean(0))
     q = stats.false_discovery_control(p)
-    size = np.abs(scores.mean(0))
     return p, q, (q <= LEVEL) & (size >= max(least, size.mean()))
 
 
-def _confirmed(
-    first: Scores, second: Scores, generator: np.random.Generator, least: float
-) -> NDArray[np.bool_]:
+def _confirmed(first: Scores, second: Scores, generator: np.random.Generator, least: float) -> Truths:
     confirmed = np.zeros(first.shape[1], dtype=bool)
     if min(len(first), len(second)) < 2:
         return confirmed
@@ -267,15 +259,10 @@ def _confirmed(
     return confirmed
 
 
-def first_half(ids: Sequence[str], seed: int = 0) -> NDArray[np.bool_]:
+def first_half(ids: Sequence[str], seed: int = 0) -> Truths:
     """Which examples are in the half that heads are found on; the order of the ids is no matter."""
     order = np.argsort([hashlib.sha256(f"{seed}/{x}".encode()).hexdigest() for x in ids])
-    half = np.zeros(len(ids), dtype=bool)
-    half[order[: len(ids) // 2]] = True
-    return half
-
-
-# --- several runs ----------------------------------------------------------------------------
+    return np.isin(np.arange(len(ids)), order[: len(ids) // 2])
 
 
 def universal(heads: pd.DataFrame) -> pd.DataFrame:
@@ -291,18 +278,15 @@ def universal(heads: pd.DataFrame) -> pd.DataFrame:
     found = signed.groupby(_HEAD, as_index=False).agg(
         runs=("run", "nunique"),
         important_in=("important", "sum"),
-        published_in=("important_published", "sum"),
         confirmed_in=("confirmed", "sum"),
-        signs=("sign", "nunique"),
         mean=("mean", "mean"),
         weakest=("size", "min"),
+        signs=("sign", "nunique"),
+        published_in=("important_published", "sum"),
     )
-    same = found["signs"] == 1
-    found = found.assign(
-        same_sign=same,
-        universal=(found["important_in"] == total) & same,
-        universal_published=found["published_in"] == total,
-    ).drop(columns=["signs", "published_in"])
+    same, published = found.pop("signs") == 1, found.pop("published_in") == total
+    everywhere = same & (found["important_in"] == total)
+    found = found.assign(same_sign=same, universal=everywhere, universal_published=published)
     order = ["important_in", "confirmed_in", "weakest"]
     return found.sort_values(order, ascending=False, kind="stable", ignore_index=True)
 
@@ -315,33 +299,26 @@ def overlap(heads: pd.DataFrame) -> pd.DataFrame:
     """
     rows = []
     for tower, kind, important in _important_by_run(heads):
-        for run, other in itertools.combinations(important.columns, 2):
-            both = int((important[run] & important[other]).sum())
-            sizes = [len(important), int(important[run].sum()), int(important[other].sum())]
-            expected, p = sizes[1] * sizes[2] / sizes[0], float(stats.hypergeom.sf(both - 1, *sizes))
-            rows.append([run, other, tower, kind, *sizes, both, expected, p])
+        for pair in itertools.combinations(important.columns, 2):
+            both = important[list(pair)]
+            rows.append([*pair, tower, kind, len(both), *both.sum(), *_against_chance(both)])
     found = pd.DataFrame(rows, columns=OVERLAP)
     return found.assign(q_value=stats.false_discovery_control(found["p_value"]) if rows else [])
 
 
-def _chance(heads: pd.DataFrame) -> list[dict[str, Any]]:
+def _chance(heads: pd.DataFrame) -> Iterator[dict[str, Any]]:
     """For each tower and kind: heads important in every run, against what chance would give."""
-    found = []
     for tower, kind, important in _important_by_run(heads):
-        spread = in_common(len(important), [int(n) for n in important.sum()])
-        both = int(important.all(axis=1).sum())
-        found.append(
-            {
-                "tower": tower,
-                "kind": kind,
-                "heads": len(important),
-                "runs": important.shape[1],
-                "in_every_run": both,
-                "expected": float(np.arange(len(spread)) @ spread),
-                "p_value": min(1.0, float(spread[both:].sum())),
-            }
-        )
-    return found
+        both, expected, p = _against_chance(important)
+        counts = {"heads": len(important), "runs": important.shape[1], "in_every_run": both}
+        yield {"tower": tower, "kind": kind, **counts, "expected": expected, "p_value": p}
+
+
+def _against_chance(important: pd.DataFrame) -> tuple[int, float, float]:
+    """How many heads are important in all columns, how many chance would give, and P(at least so many)."""
+    spread = in_common(len(important), [int(n) for n in important.sum()])
+    both = int(important.all(axis=1).sum())
+    return both, float(np.arange(len(spread)) @ spread), min(1.0, float(spread[both:].sum()))
 
 
 def _important_by_run(heads: pd.DataFrame) -> Iterator[tuple[str, str, pd.DataFrame]]:
@@ -361,26 +338,12 @@ def in_common(total: int, sizes: Sequence[int]) -> Scores:
     >>> in_common(4, [2, 2]).round(4).tolist()
     [0.1667, 0.6667, 0.1667]
     """
-    spread = np.zeros(sizes[0] + 1)
-    spread[-1] = 1.0
+    counts = np.arange(sizes[0] + 1)
+    spread = (counts == sizes[0]).astype(float)
     for size in sizes[1:]:
-        counts = np.arange(len(spread))
-        spread = sum(
-            (p * stats.hypergeom.pmf(counts, total, n, size) for n, p in enumerate(spread) if p),
-            start=np.zeros(len(counts)),
-        )
+        parts = [p * stats.hypergeom.pmf(counts, total, n, size) for n, p in enumerate(spread) if p]
+        spread = np.sum(parts, axis=0)
     return spread
-
-
-def _unfold(runs: Folders) -> list[Path]:
-    """The run folders, with all runs of a folder of `notice` in its place."""
-    found: list[Path] = []
-    for run in map(Path, runs):
-        inner = sorted(run.glob("runs/*")) if (run / "notice.toml").is_file() else []
-        for path in inner:
-            stored.no_links(path, run)
-        found += inner or [run]
-    return found
 
 
 def _check(runs: Sequence[Run], across_models: bool) -> None:
@@ -410,9 +373,3 @@ def _check(runs: Sequence[Run], across_models: bool) -> None:
 def _shape(run: Run) -> dict[str, tuple[int, int]]:
     towers = run.description.get("towers") or {}
     return {name: (tower.get("layers"), tower.get("heads")) for name, tower in towers.items()}
-
-
-def _names(runs: Sequence[Run]) -> list[str]:
-    """The folders' names, or their whole paths where two names are the same."""
-    names = [plain(run.path.resolve().name) for run in runs]
-    return names if len(set(names)) == len(names) else [plain(str(run.path)) for run in runs]

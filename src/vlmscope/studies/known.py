@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pandas as pd
 
@@ -64,11 +64,8 @@ def knows(baselines: pd.DataFrame) -> Known:
         why.append(f"it answers fewer than half of the examples rightly ({right:.0%})")
     split = ran[[_is_piece(row) for row in ran.itertuples()]]
     if len(split) > len(ran) / 2:
-        one = split.iloc[0]
-        why.append(
-            f"words are split into small pieces (scored are '{one['answer_token']}' against "
-            f"'{one['foil_token']}' in '{one['example']}')"
-        )
+        scored = "(scored are '{answer_token}' against '{foil_token}' in '{example}')".format(**split.iloc[0])
+        why.append(f"words are split into small pieces {scored}")
     if gap < LEAST_GAP:
         how = "rises" if gap <= -LEAST_GAP else "hardly falls"
         why.append(f"LD {how} when the input is corrupted (by {abs(gap):.3g} logits)")
@@ -81,15 +78,11 @@ def knows(baselines: pd.DataFrame) -> Known:
     return Known("unknown" if why else severity, sentences)
 
 
-def _is_piece(row: tuple[object, ...]) -> bool:
+def _is_piece(row: Any) -> bool:
     """Whether what is scored is a letter, or a small piece of what the model says."""
-    is_right = bool(getattr(row, "correct", False))
-    said = str(getattr(row, "predicted", "")).casefold().split() if is_right else []
-    tokens = (getattr(row, "answer_token", None), getattr(row, "foil_token", None))
-    plain = [_plain(token) for token in tokens if isinstance(token, str)]
-    if not plain:
-        return False
-    if plain[0] in said:  # the word itself, be it one letter
+    said = row.predicted.casefold().split() if row.correct else []
+    plain = [_plain(token) for token in (row.answer_token, row.foil_token) if isinstance(token, str)]
+    if not plain or plain[0] in said:  # the word itself, be it one letter
         return False
     if any(len(one) == 1 and one.lower() != one.upper() for one in plain):
         return True

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -20,7 +21,7 @@ from vlmscope.patching import reference
 from vlmscope.patching.scores import Patched, agrees, effect, least_gap
 from vlmscope.patching.trace import Images
 from vlmscope.progress import progress
-from vlmscope.sites import Site, expand, parse
+from vlmscope.sites import Site, Sites, expand, parse
 from vlmscope.studies.run_folder import BASELINES, EFFECTS
 from vlmscope.studies.task import Result, Task, Todo
 
@@ -30,38 +31,30 @@ def run_jobs(task: Task, jobs: Sequence[Todo], done: int = 0, quiet: bool = Fals
 
     Where an example of a folder lacks a site that is added, it keeps what it has, and a warning says so.
     """
-    unplaced: dict[tuple[str, ...], list[Site]] = {}
+    unplaced: dict[tuple[str, ...], list[Site]] = {}  # but for sites that other expressions have named
+    shapes = task.model.shapes
     with progress(len(jobs) + done, done, quiet) as step:
         for finished, job in enumerate(jobs, start=done):
             key = (*job.done, "", *job.sites)
             if key not in unplaced:
-                unplaced[key] = _unplaced(task, job)
+                named = len(expand(parse(job.done), shapes))
+                unplaced[key] = expand(parse([*job.done, *job.sites]), shapes)[named:]
 
             def share(patches: int, part: float, before: int = finished) -> None:
                 step(patches, before + part)
 
-            example = task.examples[job.number]
             try:
-                yield _patch_example(task, job, unplaced[key], share)
+                yield _result(task, job, unplaced[key], share)
             except (ExampleError, SiteError) as error:
                 if job.done:
-                    warnings.warn(
-                        f"'{example.id}' has none of the sites that are added: {error}", stacklevel=2
-                    )
+                    name = task.examples[job.number].id
+                    warnings.warn(f"'{name}' has none of the sites that are added: {error}", stacklevel=2)
                 else:
                     yield _excluded(task, job, reason=str(error))
             step(0, finished + 1)
 
 
-def _unplaced(task: Task, job: Todo) -> list[Site]:
-    """The sites of a job in this model, but for those that other expressions have named."""
-    done = expand(parse(job.done), task.model.shapes)
-    return expand(parse([*job.done, *job.sites]), task.model.shapes)[len(done) :]
-
-
-def _patch_example(
-    task: Task, job: Todo, unplaced: Sequence[Site], step: Callable[[int, float], None]
-) -> Result:
+def _result(task: Task, job: Todo, unplaced: Sequence[Site], step: Callable[[int, float], None]) -> Result:
     example = task.examples[job.number]
     pairs = task.pairs(example)
     answered: dict[str, Any] = {}
@@ -70,26 +63,8 @@ def _patch_example(
         answered = {"predicted": predicted, "correct": agrees(predicted, example.answer)}
         if task.select and (reason := _unfit(task, example, pairs[0], predicted)):
             return _excluded(task, job, reason=reason, **answered)
-    layout = pairs[0].clean.layout
-    placed = task.model.placed(unplaced, pairs[0].clean)
-    totals = np.zeros((len(placed), 3))
-    base: dict[str, float] = defaultdict(float)
-    images, count, least = Images(), 0, 0.0
-    for pair in pairs:
-        found = patched(task, example, pair, placed, images)
-        least = max(least, least_gap(task.model.precision, found.size))
-        for run, scores in (("clean", found.clean), ("corrupt", found.corrupt)):
-            for name, score in scores._asdict().items():
-                base[f"{name}_{run}"] += score.item() / len(pairs)
-        for numbers, scores in found.chunks:
-            totals[numbers] += torch.stack(scores, 1).cpu().numpy() / len(pairs)
-            count += len(numbers)
-            step(len(numbers), count / len(placed) / len(pairs))
-    names = {tower: slots(there) for tower, there in layout.items()}
-    rows = []
-    for site, gains in zip(placed, _gains(task, totals, base, least), strict=True):
-        words = _words(site, layout[site.tower], names[site.tower])
-        rows.append({"example": example.id, "corruption": task.kind, **words, **gains})
+    way = reference.patch if task.engine == "reference" else partial(fast.patch, images=Images())
+    rows, base = patch_example(task, example, pairs, unplaced, way, step)
     foil = pairs[0].foil
     baseline = {
         "example": example.id,
@@ -103,13 +78,37 @@ def _patch_example(
     return Result(job, _frame(rows, EFFECTS.names), _frame([] if job.done else [baseline], BASELINES.names))
 
 
-def patched(task: Task, example: Example, pair: Pair, sites: Sequence[Site], images: Images) -> Patched:
-    values = task.values(example, pair, sites)
-    if task.engine == "reference":
-        return reference.patch(task.model, pair, sites, task.direction, values=values, metric=task.metric)
-    return fast.patch(
-        task.model, pair, sites, task.direction, values=values, metric=task.metric, images=images
-    )
+def patch_example(
+    task: Task,
+    example: Example,
+    pairs: Sequence[Pair],
+    sites: Sites,
+    way: Callable[..., Patched],
+    step: Callable[[int, float], None] = lambda patches, part: None,
+) -> tuple[list[dict[str, Any]], Mapping[str, float]]:
+    """The rows of an example, means over its pairs, and the scores of the runs without patches."""
+    layout = pairs[0].clean.layout
+    placed = task.model.placed(sites, pairs[0].clean)
+    totals = np.zeros((len(placed), 3))
+    base: dict[str, float] = defaultdict(float)
+    count, least = 0, 0.0
+    for pair in pairs:
+        values = task.values(example, pair, placed)
+        found = way(task.model, pair, placed, task.direction, values=values, metric=task.metric)
+        least = max(least, least_gap(task.model.precision, found.size))
+        for run, scores in (("clean", found.clean), ("corrupt", found.corrupt)):
+            for name, score in scores._asdict().items():
+                base[f"{name}_{run}"] += score.item() / len(pairs)
+        for numbers, scores in found.chunks:
+            totals[numbers] += torch.stack(scores, 1).cpu().numpy() / len(pairs)
+            count += len(numbers)
+            step(len(numbers), count / len(placed) / len(pairs))
+    names = {tower: slots(there) for tower, there in layout.items()}
+    rows = []
+    for site, gains in zip(placed, _gains(task, totals, base, least), strict=True):
+        words = _words(site, layout[site.tower], names[site.tower])
+        rows.append({"example": example.id, "corruption": task.kind, **words, **gains})
+    return rows, base
 
 
 def _gains(

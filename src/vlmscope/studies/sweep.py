@@ -1,26 +1,29 @@
-"""The one loop: examples × sites, into a table or a run folder."""
+"""The one loop: examples × sites, into a table or a run folder; every run checks itself."""
 
 from __future__ import annotations
 
 import os
 import time
 import warnings
+from collections.abc import Callable
 from contextlib import suppress
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
+import numpy as np
 import pandas as pd
 import pyarrow.compute as pc
 
 from vlmscope.data import Examples
 from vlmscope.data.example import fingerprint
 from vlmscope.errors import DataError, ExampleError
-from vlmscope.patching.scores import Metric
+from vlmscope.patching import reference
+from vlmscope.patching.scores import ROUNDING, Metric
 from vlmscope.patching.sources import Source
 from vlmscope.runs.corrupt import Noise
 from vlmscope.runs.model import Model
 from vlmscope.sites import Sites
-from vlmscope.studies.check import CHECKED, check_rows
-from vlmscope.studies.rows import run_jobs
+from vlmscope.stats import rng
+from vlmscope.studies.rows import patch_example, run_jobs
 from vlmscope.studies.run_folder import BASELINES, EFFECTS, Run, bytes_of, read_run, typed
 from vlmscope.studies.run_writer import Writer, open_run
 from vlmscope.studies.task import Task, Todo, all_jobs, description_of, spec_of, task_of
@@ -32,6 +35,10 @@ SHOWN = 4
 """How many examples a run folder keeps to look at."""
 TRIED = 20
 """How many examples an estimate tries, until two of them are of those that are kept."""
+ALARM = 100
+"""A difference of so many roundings is none of rounding."""
+CHECKED = 5
+"""How many random rows of a run the reference recomputes."""
 
 
 def sweep(
@@ -80,7 +87,8 @@ def sweep(
     >>> len(table), table.columns[0], table.attrs["check"]["rows"]
     (12, 'example', 5)
     """
-    task = task_of(model, examples, sites, corrupt, direction, engine, seed, metric=metric, patch=patch)
+    options = {"direction": direction, "engine": engine, "metric": metric, "patch": patch, "seed": seed}
+    task = task_of(model, examples, sites, corrupt, **options)
     if out is not None:
         run = _into_folder(task, out, data, check)
         warn_of_excluded(run.baselines())
@@ -90,7 +98,7 @@ def sweep(
         base = pd.concat([result.baseline for result in results], ignore_index=True)
         warn_of_excluded(base)
         table = typed(pd.concat([result.effects for result in results], ignore_index=True), EFFECTS)
-        found = check_rows(task, check, base, lambda names: table[table["example"].isin(names)])
+        found = _check(task, check, base, lambda names: table[table["example"].isin(names)])
     table.attrs["check"] = found
     return table
 
@@ -118,12 +126,13 @@ def sweep_to(
     the image is the foil's, and is no longer the answer when the text or noise is what corrupts.
     The others stay in `baselines` as excluded, with what the model answered.
     """
-    task = task_of(model, examples, sites, corrupt, direction, engine, seed, select, metric, patch)
+    options = {"direction": direction, "engine": engine, "metric": metric, "patch": patch, "seed": seed}
+    task = task_of(model, examples, sites, corrupt, select=select, **options)
     return _into_folder(task, out, data, check)
 
 
 class Estimate(NamedTuple):
-    """What a sweep will take: seconds of computing, bytes on disk, patches of one example."""
+    """What a sweep will take: seconds of computing, bytes on disk, and the patches of one example."""
 
     seconds: float
     bytes: int
@@ -144,18 +153,17 @@ def estimate(
     An upper bound where `select` leaves some out, and of the bytes (parts compress better than a
     single example).
     """
-    task = task_of(model, examples, sites, corrupt, "denoise", "fast", seed, select)
-    seconds, size, patches, counted = 0.0, 0, 0, 0
+    task = task_of(model, examples, sites, corrupt, seed=seed, select=select)
+    many, found = len(task.examples), [Estimate(0.0, 0, 0)]
     for job in all_jobs(task)[:TRIED]:
         start = time.perf_counter()
         [result] = run_jobs(task, [job], quiet=True)
-        if result.effects.empty:
-            continue
-        seconds, counted = time.perf_counter() - start, counted + 1
-        size, patches = bytes_of(result.effects), len(result.effects)
-        if counted == 2 or seconds > 10.0:  # a long one has warmed up by itself
-            break
-    return Estimate(seconds * len(task.examples), size * len(task.examples), patches)
+        seconds = time.perf_counter() - start
+        if not result.effects.empty:
+            found.append(Estimate(seconds * many, bytes_of(result.effects) * many, len(result.effects)))
+            if len(found) > 2 or seconds > 10.0:  # a long one has warmed up by itself
+                break
+    return found[-1]
 
 
 def baselines(
@@ -172,7 +180,7 @@ def baselines(
     >>> table["correct"].tolist()
     [True, True]
     """
-    task = task_of(model, examples, [], corrupt, "denoise", "fast", seed)
+    task = task_of(model, examples, [], corrupt, seed=seed)
     tables = [result.baseline for result in run_jobs(task, all_jobs(task))]
     return typed(pd.concat(tables, ignore_index=True), BASELINES)
 
@@ -208,7 +216,7 @@ def _into_folder(task: Task, out: str | os.PathLike[str], data: str, check: int)
         writer.flush()
         if jobs or writer.check is None:
             run = read_run(out)
-            found = check_rows(
+            found = _check(
                 task, check, run.baselines(), lambda ids: run.effects(pc.field("example").isin(ids))
             )
             if found is not None:
@@ -219,12 +227,46 @@ def _into_folder(task: Task, out: str | os.PathLike[str], data: str, check: int)
 
 def _show(writer: Writer, task: Task, number: int) -> None:
     """Keep what a person wants to see of an example: what this corruption uses, as the model sees it."""
-    shown = vars(task.examples[number]).copy()
-    if task.corruption != "image":
-        shown["corrupt_image"] = None
-    if task.corruption != "text":
-        shown["corrupt_prompt"] = None
+    shown = dict(vars(task.examples[number]))
+    for kind, name in (("image", "corrupt_image"), ("text", "corrupt_prompt")):
+        if task.corruption != kind:
+            shown[name] = None
     with suppress(ExampleError):  # the example is excluded, with this reason
         for name in ("clean_image", "corrupt_image"):
             shown[name] = shown[name] and task.model.cropped(shown[name])
         writer.add_pictures(number, shown)
+
+
+def _check(
+    task: Task, count: int, base: pd.DataFrame, effects_of: Callable[[list[str]], pd.DataFrame]
+) -> dict[str, Any] | None:
+    """Recompute random rows, spread over kinds and examples, by plain forwards; None if there are none."""
+    draw = rng(task.seed, "check")
+    ran = base.loc[~base["excluded"].astype(bool), "example"]
+    known = {example.id: example for example in task.examples}
+    ids = [name for name in ran.drop_duplicates(keep=False) if name in known]
+    if count < 1 or task.engine == "reference" or not ids:
+        return None
+    chosen = [ids[n] for n in draw.permutation(len(ids))[:count]]
+    rows = effects_of(chosen)
+    rows = rows[np.isfinite(rows["value"])].drop_duplicates(["example", "site"])
+    if rows.empty:
+        return None
+    rows = rows.iloc[draw.permutation(len(rows))]
+    kinds = [rows["tower"], rows["kind"], rows["unit"].astype("string").str.get(0).fillna("")]
+    turns = pd.DataFrame({"kind": rows.groupby(kinds).cumcount(), "of": rows.groupby("example").cumcount()})
+    rows = rows.loc[turns.sort_values(["kind", "of"], kind="stable").index[:count]]
+    largest = 0.0
+    for name, some in rows.groupby("example", sort=False):
+        example = known[str(name)]
+        again, _ = patch_example(task, example, task.pairs(example), some["site"].tolist(), reference.patch)
+        apart = np.array([row["value"] for row in again]) - some["value"].to_numpy()
+        largest = max(largest, float(np.abs(apart).max()))
+    size = max(1.0, float(rows["value"].abs().max()))
+    if largest > ALARM * ROUNDING[task.model.precision] * size:
+        warnings.warn(
+            f"{len(rows)} random rows were recomputed by plain forwards and differ by up to {largest:.2g}, "
+            "more than rounding does: do not trust this run, and compute it anew with --engine reference",
+            stacklevel=2,
+        )
+    return {"rows": len(rows), "largest": largest}

@@ -18,21 +18,16 @@ from vlmscope.stats import interval
 
 VALUES = ("logit_diff", "effect", "p_restored", "p_patched", "ld_change", "p_change", "value")
 """The columns of `effects` that can be averaged."""
-CHANGES = ("ld_change", "logit_diff", "p_change")
-"""What patches are ranked and drawn by: the first of these that has values."""
 TOWERS = ("encoder", "decoder", "qformer", "vision")
 KINDS = ("resid", "resid_pre", "resid_mid", "mlp", "attn", "cross", "deepstack", "output")
 HEAD_KINDS = ("cross", "attn")
 """What is taken where a table holds several and none is named: the first of these that it has."""
 
-SPEAKER = "decoder"
-"""The tower whose last position predicts the answer: nothing is read out in any other."""
-
-_TOGETHER_SITES = r"/| \+ "
-"""In a site that is of several layers, or of several places together."""
-_ROLE = re.compile(r"(?P<role>[A-Za-z_]\w*)(\[(?P<piece>\d+)\]|\+(?P<steps>\d+))?")
-_CELL = re.compile(r"image\[(\d+),(\d+)\]")
-_TOGETHER = ("all", "text", "image")
+_SLOT = re.compile(
+    r"(?P<left>\d+)|(?P<right>-\d+)|fed\[(?P<fed>\d+)\]|readout|all|text|image|"
+    r"(?P<role>[A-Za-z_]\w*)(\[(?P<piece>\d+)\]|\+(?P<steps>\d+))?"
+)
+"""All slots but the image's, by what decides where they stand."""
 
 
 def token_table(
@@ -58,7 +53,7 @@ def token_table(
     >>> token_table(effects).shape
     (3, 9)
     """
-    return wide(token_cells(effects, tower=tower, kind=kind, value=value))
+    return wide(cells_of(effects, tower=tower, kind=kind, value=value))
 
 
 def head_table(
@@ -69,17 +64,11 @@ def head_table(
     slot: str = "readout",
     value: str = "logit_diff",
 ) -> pd.DataFrame:
-    """Mean `value` by layer (rows) and head (columns) at one slot.
+    """Mean `value` by layer (rows) and head (columns) at one slot; as `token_table`, with `HEAD_KINDS`.
 
     `readout` is the position whose prediction is scored; in a tower where nothing is read out (BLIP's
     question encoder) it stands for the answer's token, and where no example has one for the last
-    (`at_slot`). Towers and kinds are chosen as in `token_table`, kinds by `HEAD_KINDS`. Layers and heads
-    without a patch are nulls.
-
-    `attrs` as in `token_table`, and `slot`, the one that is shown.
-
-    Raises `DataError` for a tower, kind, slot or value that the table does not hold, or several
-    corruptions.
+    (`at_slot`). `attrs` have the `slot` that is shown instead of labels and roles.
 
     >>> import vlmscope
     >>> model = vlmscope.load("toy-blip")
@@ -88,54 +77,63 @@ def head_table(
     >>> table.shape, table.attrs["slot"], table.attrs["n"][0]
     ((3, 4), 'answer', 2)
     """
-    return wide(head_cells(effects, tower=tower, kind=kind, slot=slot, value=value))
+    return wide(cells_of(effects, tower=tower, kind=kind, slot=slot, value=value))
 
 
-# --- cells: the same tables, a row a cell, with what the mean is worth -------------------------
-
-
-def token_cells(
+def cells_of(
     effects: pd.DataFrame,
     *,
     tower: str | None = None,
     kind: str | None = None,
+    slot: str | None = None,
     value: str = "logit_diff",
     intervals: bool = False,
 ) -> pd.DataFrame:
-    """The cells of `token_table`, a row each: `tower`, `kind`, `layer`, `slot`, `mean`, `sd`, `n`.
+    """The cells of `token_table`, or of `head_table` where a `slot` is named, a row each: `tower`, `kind`,
+    `layer`, `slot` (and `head`), `mean`, `sd`, `n`.
 
     With `intervals` also `low` and `high`, the 95 % bootstrap interval of the mean over examples.
     """
-    rows = choose(effects, tower=tower, kind=kind, value=value)
-    return _cells(rows, "slot", value, intervals)
-
-
-def head_cells(
-    effects: pd.DataFrame,
-    *,
-    tower: str | None = None,
-    kind: str | None = None,
-    slot: str = "readout",
-    value: str = "logit_diff",
-    intervals: bool = False,
-) -> pd.DataFrame:
-    """The cells of `head_table`, a row each: as `token_cells`, with `head` and the `slot` they are at."""
-    rows = choose(effects, tower=tower, kind=kind, value=value, heads=True)
-    name, rows = at_slot(rows, slot)
-    cells = _cells(rows.assign(head=rows["unit"].str.slice(1).astype(int)), "head", value, intervals)
-    cells.insert(2, "slot", name)
-    cells.attrs["slot"] = name
-    return cells
+    rows = choose(effects, tower, kind, value, heads=slot is not None)
+    words, column = {"tower": rows["tower"].iloc[0], "kind": rows["kind"].iloc[0]}, "slot"
+    if slot is not None:
+        words["slot"], rows = at_slot(rows, slot)
+        rows, column = rows.assign(head=rows["unit"].str.slice(1).astype(int)), "head"
+    held = rows[rows[value].notna()].groupby(column)["example"].nunique().to_dict()
+    order: list[Any] = list(range(int(rows["head"].max()) + 1)) if slot is not None else slot_order(rows)
+    if slot is None:
+        order = [name for name in order if name in held]
+    place = {name: number for number, name in enumerate(order)}
+    found = means(rows, ["layer", column], value, intervals=intervals)
+    found = found.sort_values(
+        ["layer", column], key=lambda c: c.map(place) if c.name == column else c, ignore_index=True
+    )
+    for number, name in enumerate(words):
+        found.insert(number, name, words[name])
+    found.attrs = {
+        **words,
+        "column": column,
+        "order": order,
+        "n": {name: held.get(name, 0) for name in order},
+        "examples": int(rows["example"].nunique()),
+        "value": value,
+        "gap": mean_gap(rows),
+    }
+    if slot is None:
+        tokens = rows.groupby("slot")["token"].agg(["first", "nunique"])
+        one = tokens["first"].where((tokens["nunique"] == 1) & ~tokens.index.str.startswith("image"))
+        labels = {name: name if pd.isna(one[name]) else f"{name} {one[name]}" for name in order}
+        found.attrs |= {"labels": labels, "roles": [name for name in order if is_role(name)]}
+    return found
 
 
 def wide(cells: pd.DataFrame) -> pd.DataFrame:
-    """Layers × slots, or layers × heads, of the cells that `token_cells` or `head_cells` gave."""
-    attrs = cells.attrs
-    table = cells.pivot(index="layer", columns=attrs["column"], values="mean")
-    layers = range(int(cells["layer"].min()), int(cells["layer"].max()) + 1)
-    table = table.reindex(index=layers, columns=attrs["order"])
-    table.index.name, table.columns.name = "layer", attrs["column"]
-    table.attrs = {k: v for k, v in attrs.items() if k not in ("column", "order")}
+    """Layers × slots, or layers × heads, of what `cells_of` gave."""
+    attrs = dict(cells.attrs)
+    column, order = attrs.pop("column"), attrs.pop("order")
+    layers = pd.RangeIndex(cells["layer"].min(), cells["layer"].max() + 1, name="layer")
+    table = cells.pivot(index="layer", columns=column, values="mean").reindex(index=layers, columns=order)
+    table.columns.name, table.attrs = column, attrs
     return table
 
 
@@ -152,10 +150,9 @@ def means(
     [{'mean': 4.0, 'n': 2}]
     """
     each = by_example(rows, keys, value)
-    found = each.groupby(level=list(keys), sort=False).agg(["mean", "std", "count"])
-    found = found.rename(columns={"std": "sd", "count": "n"})
+    found = each.groupby(level=list(keys), sort=False).agg(mean="mean", sd="std", n="count")
     if intervals:
-        found[["low", "high"]] = _intervals(each, list(keys)).reindex(found.index)
+        found[["low", "high"]] = _intervals(each).reindex(found.index)
     return found.reset_index()
 
 
@@ -165,61 +162,29 @@ def by_example(rows: pd.DataFrame, keys: Sequence[str], value: str = "logit_diff
     return each.astype(float).dropna()
 
 
-def _intervals(each: pd.Series[float], keys: list[str]) -> pd.DataFrame:
+def _intervals(each: pd.Series[float]) -> pd.DataFrame:
     """Of all cells that hold the same examples at once: they are drawn anew together."""
     table = each.unstack("example").sort_index(axis=1)
-    scores, there = table.to_numpy(dtype=float), table.notna().to_numpy()
-    ids = [str(name) for name in table.columns]
+    scores, ids = table.to_numpy(dtype=float), table.columns.astype(str)
     ends = np.full((len(table), 2), np.nan)
-    sets, of = np.unique(there, axis=0, return_inverse=True)
+    sets, of = np.unique(table.notna(), axis=0, return_inverse=True)
     for number, held in enumerate(sets):
         cells = np.flatnonzero(of.reshape(-1) == number)
-        names = [name for name, is_there in zip(ids, held, strict=True) if is_there]
-        ends[cells] = interval(scores[np.ix_(cells, held)].T, names).T
+        ends[cells] = interval(scores[np.ix_(cells, held)].T, list(ids[held])).T
     return pd.DataFrame(ends, index=table.index, columns=["low", "high"])
 
 
-def _cells(rows: pd.DataFrame, column: str, value: str, intervals: bool) -> pd.DataFrame:
-    tower, kind = rows["tower"].iloc[0], rows["kind"].iloc[0]
-    cells = means(rows, ["layer", column], value, intervals=intervals)
-    held = rows.loc[rows[value].notna()].groupby(column)["example"].nunique().to_dict()
-    slots = [slot for slot in slot_order(rows) if slot in held] if column == "slot" else []
-    order: list[Any] = [*slots] or list(range(int(rows[column].max()) + 1))
-    place = {name: number for number, name in enumerate(order)}
-    cells = cells.sort_values(
-        ["layer", column], key=lambda c: c.map(place) if c.name == column else c, ignore_index=True
-    )
-    cells.insert(0, "tower", tower)
-    cells.insert(1, "kind", kind)
-    cells.attrs = {
-        "column": column,
-        "order": order,
-        "n": {name: held.get(name, 0) for name in order},
-        "examples": int(rows["example"].nunique()),
-        "tower": tower,
-        "kind": kind,
-        "value": value,
-        "gap": mean_gap(rows),
-    }
-    if column == "slot":
-        cells.attrs |= {"labels": labels(rows, slots), "roles": [slot for slot in slots if is_role(slot)]}
-    return cells
-
-
-# --- which rows and column --------------------------------------------------------------------------------
-
-
 def change_of(effects: pd.DataFrame) -> str:
-    """The column that says how far each patch moves the answer, against the run that was patched.
-
-    That is `ld_change`; where there is no logit difference, as with `--metric logprob`, `p_change`.
+    """The column that patches are ranked and drawn by: how far each moves the answer, against the run that
+    was patched. That is `ld_change`, or `p_change` where there is no logit difference (`--metric logprob`).
     """
-    return next((name for name in CHANGES if name in effects and effects[name].notna().any()), "logit_diff")
+    known = ("ld_change", "logit_diff", "p_change")
+    return next((name for name in known if name in effects and effects[name].notna().any()), "logit_diff")
 
 
 def is_single(effects: pd.DataFrame) -> pd.Series[bool]:
     """Which patches are of one layer: no windows `/`, and no sums `A + B`."""
-    return ~effects["site"].str.contains(_TOGETHER_SITES).astype(bool)
+    return ~effects["site"].str.contains(r"/| \+ ").astype(bool)
 
 
 def is_head(effects: pd.DataFrame) -> pd.Series[bool]:
@@ -229,12 +194,7 @@ def is_head(effects: pd.DataFrame) -> pd.Series[bool]:
 
 
 def choose(
-    effects: pd.DataFrame,
-    *,
-    tower: str | None = None,
-    kind: str | None = None,
-    value: str = "logit_diff",
-    heads: bool = False,
+    effects: pd.DataFrame, tower: str | None, kind: str | None, value: str, heads: bool = False
 ) -> pd.DataFrame:
     """The patches of one tower and kind (with `heads` of its heads), of single layers.
 
@@ -253,9 +213,9 @@ def choose(
             f"the table holds the corruptions {', '.join(corruptions)}, which are not averaged; keep "
             f"one, as in effects[effects['corruption'] == '{corruptions[0]}']"
         )
+    if tower is None and kind in set(rows["kind"]):
+        rows = rows[rows["kind"] == kind]
     for column, name, known in (("tower", tower, TOWERS), ("kind", kind, HEAD_KINDS if heads else KINDS)):
-        if column == "tower" and name is None and kind is not None and kind in set(rows["kind"]):
-            rows = rows[rows["kind"] == kind]
         held = sorted(rows[column].unique(), key=lambda x: (*known, x).index(x))
         if name is not None and name not in held:
             where = f" of the {tower} tower" if column == "kind" and tower else ""
@@ -263,12 +223,12 @@ def choose(
                 f"no {what}{where} with {column} '{name}' in the table; it holds {', '.join(held)}"
             )
         rows = rows[rows[column] == (name or held[0])]
-    if value not in rows or rows[value].isna().all():
-        has_gap = "logit_diff" in rows and rows["logit_diff"].notna().any()
-        why = ": the runs differ too little in LD to divide by" if value == "effect" and has_gap else ""
-        others = [name for name in VALUES if name in rows and rows[name].notna().any()]
+    others = [name for name in VALUES if name in rows and rows[name].notna().any()]
+    if value not in others:
+        why = ": the runs differ too little in LD to divide by"
         raise DataError(
-            f"'{value}' is null in all rows of {rows['site'].iloc[0]} and its like{why}; "
+            f"'{value}' is null in all rows of {rows['site'].iloc[0]} and its like"
+            f"{why if value == 'effect' and 'logit_diff' in others else ''}; "
             f"columns with values: {', '.join(others) or 'none'}"
         )
     return rows
@@ -285,15 +245,12 @@ def at_slot(rows: pd.DataFrame, slot: str = "readout") -> tuple[str, pd.DataFram
     """
     tower, held = str(rows["tower"].iloc[0]), set(rows["slot"])
     wanted = {"readout": ("readout", "answer", "last"), "last": ("readout", "last")}.get(slot, (slot,))
-    wanted = wanted[:1] if tower == SPEAKER else wanted
-    for name in wanted:
+    for name in wanted[:1] if tower == "decoder" else wanted:
         if name in held:
             return name, rows[rows["slot"] == name]
-        if name == "last" and (slot == "last" or tower == "encoder"):
-            single = rows[rows["position"].notna()]
-            last = single.groupby("example")["position"].transform("max")
-            if len(single):
-                return name, single[single["position"] == last]
+        single = rows[rows["position"].notna()]
+        if name == "last" and (slot == "last" or tower == "encoder") and len(single):
+            return name, single[single["position"] == single.groupby("example")["position"].transform("max")]
     there = slot_order(rows)
     more = f" and {len(there) - 12} more" if len(there) > 12 else ""
     raise DataError(
@@ -308,8 +265,7 @@ def head_slot(rows: pd.DataFrame) -> str:
     try:
         return at_slot(rows)[0]
     except DataError:
-        held = rows.groupby("slot")["example"].nunique()
-        return max(slot_order(rows), key=lambda slot: int(held[slot]))
+        return str(rows.groupby("slot")["example"].nunique()[slot_order(rows)].idxmax())
 
 
 def slot_words(slot: str, tower: str) -> str:
@@ -317,10 +273,7 @@ def slot_words(slot: str, tower: str) -> str:
     if slot == "readout":
         return "the read-out position, where the answer is predicted"
     words = {"answer": "the answer's token", "last": "the last token"}.get(slot, f"the slot {slot}")
-    return words if tower == SPEAKER else f"{words} (nothing is read out in this tower)"
-
-
-# --- slots in order ----------------------------------------------------------------------------
+    return words if tower == "decoder" else f"{words} (nothing is read out in this tower)"
 
 
 def slot_order(rows: pd.DataFrame) -> list[str]:
@@ -332,29 +285,43 @@ def slot_order(rows: pd.DataFrame) -> list[str]:
     """
     places = rows[["example", "slot", "position"]].drop_duplicates(["example", "slot"])
     single = places[places["position"].notna()].sort_values(["example", "position"], kind="stable")
-    ranks = _role_ranks(single)
+    first = single.assign(role=single["slot"].map(_role_of)).dropna(subset=["role"])
+    first = first.groupby(["example", "role"])["position"].min().groupby(level="example").rank()
+    mean = first.groupby(level="role").mean()
+    ranks = {role: n for n, role in enumerate(sorted(mean.index, key=lambda role: (mean[role], role)))}
     keys: dict[str, tuple[int, ...]] = {}
-    before: tuple[int, ...] = ()
-    example = None
-    for row in single.itertuples(index=False):
-        if row.example != example:
-            example, before = row.example, (-1,)
-        key = _text_key(str(row.slot), ranks)
-        if key is None:  # of the image: behind the text that it follows
-            key = (*before, *_image_key(str(row.slot)))
-        else:
-            before = (*key, *(0,) * (3 - len(key)))
-            key = before
-        keys[row.slot] = min(keys.get(row.slot, key), key)
-    together = sorted(set(places["slot"]) - set(keys), key=lambda s: ((*_TOGETHER, s).index(s), s))
-    return [*sorted(keys, key=lambda slot: keys[slot]), *together]
+    for _, slots in single.groupby("example", sort=False)["slot"]:
+        before: tuple[int, ...] = (-1,)
+        for slot in slots:
+            key = _text_key(slot, ranks)
+            if key is None:  # the image is behind the text that it follows: its grid, then its other tokens
+                numbers = [int(number) for number in re.findall(r"\d+", slot)]
+                key = (*before, 3 - len(numbers), *numbers)
+            else:
+                before = key
+            keys[slot] = min(keys.get(slot, key), key)
+    together = ("all", "text", "image")
+    others = sorted(set(places["slot"]) - set(keys), key=lambda slot: ((*together, slot).index(slot), slot))
+    return [*sorted(keys, key=lambda slot: keys[slot]), *others]
+
+
+def _text_key(slot: str, ranks: dict[str, int]) -> tuple[int, ...] | None:
+    """Where text stands among the columns; None for what is no text."""
+    found = _SLOT.fullmatch(slot)
+    if found is None:
+        return None
+    if found["role"]:
+        steps, piece = found["steps"], found["piece"]
+        return (1, ranks[found["role"]], 100_000 + int(steps) if steps else int(piece or 0))
+    for rank, name in ((0, "left"), (2, "right"), (3, "fed")):
+        if found[name]:
+            return (rank, int(found[name]))
+    return (4,)
 
 
 def _role_of(slot: str) -> str | None:
-    """The role that a slot belongs to, if it does."""
-    found = _ROLE.fullmatch(slot)
-    is_other = slot == "readout" or slot.startswith("fed[") or slot in _TOGETHER
-    return None if found is None or is_other else found["role"]
+    found = _SLOT.fullmatch(slot)
+    return found and found["role"]
 
 
 def is_role(slot: str) -> bool:
@@ -364,49 +331,6 @@ def is_role(slot: str) -> bool:
     [True, True, False, False, False, False]
     """
     return _role_of(slot) is not None and "+" not in slot
-
-
-def _role_ranks(single: pd.DataFrame) -> dict[str, int]:
-    """The roles by their mean place among the roles of an example, and by name where that is the same."""
-    rows = single.assign(role=single["slot"].map(_role_of)).dropna(subset=["role"])
-    first = rows.groupby(["example", "role"])["position"].min()
-    mean = first.groupby(level="example").rank().groupby(level="role").mean()
-    return {str(role): n for n, role in enumerate(sorted(mean.index, key=lambda r: (mean[r], r)))}
-
-
-def _text_key(slot: str, ranks: dict[str, int]) -> tuple[int, ...] | None:
-    """Where text stands among the columns; None for what is no text."""
-    if slot == "readout":
-        return (4,)
-    if slot.startswith("fed["):
-        return (3, int(slot[4:-1]))
-    if slot.lstrip("-").isdigit():
-        return (2, int(slot)) if slot.startswith("-") else (0, int(slot))
-    role = _role_of(slot)
-    if role is None:
-        return None
-    match = _ROLE.fullmatch(slot)
-    assert match is not None
-    steps, piece = match["steps"], match["piece"]
-    return (1, ranks[role], 100_000 + int(steps) if steps else int(piece or 0))
-
-
-def _image_key(slot: str) -> tuple[int, ...]:
-    cell = _CELL.fullmatch(slot)
-    if cell:
-        return (1, int(cell[1]), int(cell[2]))
-    return (2, int(re.sub(r"\D", "", slot) or 0), 0)
-
-
-def labels(rows: pd.DataFrame, order: Sequence[str]) -> dict[str, str]:
-    """What stands below each column: its slot, and its token where that is the same in all examples."""
-    tokens = rows.groupby("slot")["token"].agg(["first", "nunique"])
-    found = {}
-    for slot in order:
-        token, many = tokens.loc[slot, "first"], tokens.loc[slot, "nunique"]
-        is_plain = slot.startswith("image") or many != 1
-        found[slot] = slot if is_plain else f"{slot} {token}"
-    return found
 
 
 def mean_gap(rows: pd.DataFrame) -> float | None:

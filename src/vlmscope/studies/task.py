@@ -38,12 +38,12 @@ class Task:
     examples: list[Example]
     sites: list[str]
     corruption: Corruption | None
-    direction: str
-    engine: str
-    seed: int
-    select: bool
-    metric: str | Metric
-    patch: Source
+    direction: str = "denoise"
+    engine: str = "fast"
+    seed: int = 0
+    select: bool = False
+    metric: str | Metric = "ld"
+    patch: Source = "clean"
 
     @property
     def kind(self) -> str:
@@ -99,56 +99,44 @@ class Result(NamedTuple):
 
 
 def task_of(
-    model: Model,
-    examples: Examples,
-    sites: Sites,
-    corrupt: str | Noise | None,
-    direction: str,
-    engine: str,
-    seed: int,
-    select: bool = False,
-    metric: str | Metric = "ld",
-    patch: Source = "clean",
+    model: Model, examples: Examples, sites: Sites, corrupt: str | Noise | None, **options: Any
 ) -> Task:
-    """Checked against the model and the data before anything runs."""
-    if direction not in ("denoise", "noise"):
-        raise VlmscopeError(f"unknown direction '{direction}'; expected denoise or noise")
-    if engine not in ("fast", "reference"):
-        raise VlmscopeError(f"unknown engine '{engine}'; expected fast or reference")
-    check_metric(metric)
-    check_source(patch)
-    if corrupt is None and (patch == "clean" or select):
+    """Checked against the model and the data before anything runs; `options` are the other fields."""
+    parsed, corruption = parse(sites), None if corrupt is None else corruptions.parse(corrupt)
+    task = Task(model, listed(examples), [str(site) for site in parsed], corruption, **options)
+    if task.direction not in ("denoise", "noise"):
+        raise VlmscopeError(f"unknown direction '{task.direction}'; expected denoise or noise")
+    if task.engine not in ("fast", "reference"):
+        raise VlmscopeError(f"unknown engine '{task.engine}'; expected fast or reference")
+    check_metric(task.metric)
+    check_source(task.patch)
+    if corrupt is None and (task.patch == "clean" or task.select):
         raise VlmscopeError(
             "without a corruption (--corrupt image, text or noise) nothing can be copied or chosen by; "
             "name one, or patch zero, mean or resample (--patch)"
         )
-    given = listed(examples)
-    if not given:
+    if not task.examples:
         raise DataError("there are no examples; nothing to run")
-    parsed = parse(sites)
     for part in (part for site in expand(parsed, model.shapes) for part in site.parts):
         if part.source:
             raise SiteError(
                 f"bad site '{part}': an edge of attention, which this version can read in an expression "
                 f"but not patch; leave '<{part.source}' out"
             )
-        if part.part == "p" and patch in ("mean", "resample"):
+        if part.part == "p" and task.patch in ("mean", "resample"):
             raise SiteError(
                 f"bad site '{part}': an attention pattern has as many numbers as its example has tokens, "
-                f"so it has no {patch} over examples; patch clean or zero"
+                f"so it has no {task.patch} over examples; patch clean or zero"
             )
-    roles = {role: None for example in given for role in example.roles}
+    roles = {role: None for example in task.examples for role in example.roles}
     for site in parsed:
-        unknown = next((role for role in site.roles if role not in roles), None)
-        if unknown is not None:
+        if unknown := [role for role in site.roles if role not in roles]:
             raise SiteError(
-                f"bad site '{site}': no example has a role '{unknown}'; "
+                f"bad site '{site}': no example has a role '{unknown[0]}'; "
                 f"the roles of this data: {', '.join(roles) or 'none'}"
             )
-    names = [str(site) for site in parsed]
-    corruption = None if corrupt is None else corruptions.parse(corrupt)
-    direction = direction if patch == "clean" else "noise"  # what ablates is written into the clean run
-    return Task(model, given, names, corruption, direction, engine, seed, select, metric, patch)
+    # what ablates is written into the clean run
+    return task if task.patch == "clean" else replace(task, direction="noise")
 
 
 def all_jobs(task: Task) -> list[Todo]:
@@ -156,10 +144,8 @@ def all_jobs(task: Task) -> list[Todo]:
 
 
 def spec_of(task: Task, data: str, digests: Sequence[str]) -> dict[str, Any]:
-    corrupt: dict[str, Any] = {"kind": task.kind}
     data_hash = hashlib.sha256(" ".join(digests).encode()).hexdigest()
-    if isinstance(task.corruption, Noise):
-        corrupt |= asdict(task.corruption)
+    noise = asdict(task.corruption) if isinstance(task.corruption, Noise) else {}
     return {
         "model": task.model.name,
         "weights": task.model.fingerprint(),
@@ -167,7 +153,7 @@ def spec_of(task: Task, data: str, digests: Sequence[str]) -> dict[str, Any]:
         "data_hash": data_hash,
         "n_examples": len(task.examples),
         "sites": task.sites,
-        "corrupt": corrupt,
+        "corrupt": {"kind": task.kind, **noise},
         "direction": task.direction,
         "engine": task.engine,
         "metric": task.metric if isinstance(task.metric, str) else task.metric.__qualname__,
@@ -183,11 +169,9 @@ def spec_of(task: Task, data: str, digests: Sequence[str]) -> dict[str, Any]:
 
 
 def _version(package: str) -> str | None:
-    """Which version is installed, if any."""
-    try:
+    with suppress(PackageNotFoundError):
         return version(package)
-    except PackageNotFoundError:
-        return None
+    return None
 
 
 def description_of(model: Model) -> dict[str, Any]:

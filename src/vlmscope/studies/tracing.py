@@ -9,7 +9,7 @@ sites, so that sites differ by what they are and not by their noise.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -85,16 +85,15 @@ def trace(
     An example whose clean and corrupted runs are nearer than 0.05 in P(answer), or 0.5 in LD, is
     left out of that repeat; `tracing.json` counts them. Raises `DataError` if none is left.
     """
-    noise = Noise() if noise is None else noise
+    noise = noise or Noise()
     if by not in ("slot", "length"):
         raise VlmscopeError(f"tokens cannot be averaged by '{by}'; expected slot or length")
     folder, examples = Path(out), listed(examples)
     sites = _sites(model, windows, kinds)
-    given = replace(noise, draws=1)
-    runs = [
-        sweep_to(folder / "repeats" / f"{n:02d}", model, examples, sites, given, seed=seed + n, data=data)
-        for n in range(noise.draws)
-    ]
+    runs = []
+    for n in range(noise.draws):
+        out, draw = folder / "repeats" / f"{n:02d}", replace(noise, draws=1)
+        runs.append(sweep_to(out, model, examples, sites, draw, seed=seed + n, data=data))
     table, left = _average(runs, by)
     about = {
         "format": FORMAT,
@@ -115,17 +114,16 @@ def trace(
 
 def _sites(model: Model, windows: Sequence[int], kinds: Sequence[str]) -> list[str]:
     """Every text token of every text tower that has the kind, in windows of every width."""
-    towers = {name: model.shapes[name] for name in model.text_towers}
-    known = [k for k in KINDS if any(k in shape.kinds for shape in towers.values())]
+    known = [k for k in KINDS if any(k in model.shapes[tower].kinds for tower in model.text_towers)]
     if odd := [kind for kind in kinds if kind not in known]:
         raise VlmscopeError(f"no kind '{odd[0]}' to trace; expected some of {', '.join(known)}")
     if odd := [str(width) for width in windows if width < 1 or width % 2 == 0]:
         raise VlmscopeError(f"a window of {odd[0]} layers has no middle; expected odd numbers")
     return [
         f"{tower}.*{'' if width == 1 else f'/{width}'}.{kind}@text*"
-        for tower, shape in towers.items()
+        for tower in model.text_towers
         for kind in kinds
-        if kind in shape.kinds
+        if kind in model.shapes[tower].kinds
         for width in windows
     ]
 
@@ -139,74 +137,56 @@ def _average(runs: Sequence[Run], by: str) -> tuple[pd.DataFrame, list[int]]:
             "take stronger noise, or examples that the model answers rightly"
         )
     parts = []
-    for tower, kind in _tables(runs[0]):
+    sites = map(Pattern.parse, runs[0].spec["sites"])
+    for tower, kind in dict.fromkeys((site.tower, site.kind) for site in sites):
         here = (pc.field("tower") == tower) & (pc.field("kind") == kind)
-        rows = pd.concat(
-            [
-                _shares(run.effects(here), gaps, by).assign(repeat=number)
-                for number, (run, gaps) in enumerate(zip(runs, usable, strict=True))
-            ],
-            ignore_index=True,
-        )
-        found = means(rows, _KEYS, "p", intervals=True).rename(columns={"mean": "restored"})
-        found["restored_ld"] = means(rows, _KEYS, "ld")["mean"]
+        shares = [_shares(run.effects(here), gaps, by) for run, gaps in zip(runs, usable, strict=True)]
+        rows = pd.concat([each.assign(repeat=number) for number, each in enumerate(shares)])
+        found = means(rows, _KEYS, "p", intervals=True).set_index(_KEYS).rename(columns={"mean": "restored"})
+        found["restored_ld"] = means(rows, _KEYS, "ld").set_index(_KEYS)["mean"]
+        found["repeats"] = rows.groupby(_KEYS)["repeat"].nunique()
         for value, name in (("p", "spread"), ("ld", "spread_ld")):
-            each = means(rows, [*_KEYS, "repeat"], value).groupby(_KEYS)["mean"].std()
-            found = found.merge(each.rename(name), left_on=_KEYS, right_index=True)
-        repeats = rows.groupby(_KEYS)["repeat"].nunique().rename("repeats")
-        found = found.merge(repeats, left_on=_KEYS, right_index=True)
-        found = found.merge(_columns(rows, by), on=["length", "at"])
+            found[name] = means(rows, [*_KEYS, "repeat"], value).groupby(_KEYS)["mean"].std()
+        found = found.reset_index().merge(_columns(rows, by), on=["length", "at"])
         parts.append(found.assign(tower=tower, kind=kind, at=found["label"]))
-    left = [
-        int((~run.baselines()["excluded"]).sum()) - len(base) for run, base in zip(runs, usable, strict=True)
-    ]
+    left = [run.ran() - len(gaps) for run, gaps in zip(runs, usable, strict=True)]
     return pd.concat(parts, ignore_index=True)[TABLE], left
-
-
-def _tables(run: Run) -> Iterator[tuple[str, str]]:
-    """The towers and kinds of a run, in the order of its site expressions."""
-    sites = map(Pattern.parse, run.spec["sites"])
-    yield from dict.fromkeys((site.tower, site.kind) for site in sites)
 
 
 def _usable(run: Run) -> pd.DataFrame:
     """The examples of a repeat whose ceiling and floor are apart, with the two gaps."""
     base = run.baselines().query("not excluded").set_index("example")
-    gaps = pd.DataFrame(
-        {"p": base["p_clean"] - base["p_corrupt"], "ld": base["ld_clean"] - base["ld_corrupt"]}
-    )
+    gaps = pd.DataFrame({name: base[f"{name}_clean"] - base[f"{name}_corrupt"] for name in ("p", "ld")})
     return gaps[(gaps["p"] >= MIN_P) & (gaps["ld"] >= MIN_LD)]
 
 
 def _shares(effects: pd.DataFrame, gaps: pd.DataFrame, by: str) -> pd.DataFrame:
     """Of one repeat: the share that each patch restores, `p` and `ld`, and the column it belongs to."""
     rows = effects[effects["example"].isin(gaps.index)]
-    length, at = pd.Series(0, index=rows.index), rows["slot"]
-    if by == "length":
-        length = rows.groupby(["tower", "example"])["position"].transform("max").astype(int) + 1
-        at = rows["position"].astype(str)
-    return rows[["example", "layer", "slot", "position", "token", "role"]].assign(
+    rows = rows[["example", "layer", "slot", "position", "token", "role"]].assign(
         window=rows["site"].str.extract(r"/(\d+)\.", expand=False).fillna("1").astype(int),
-        length=length,
-        at=at,
-        p=rows["p_restored"].to_numpy() / gaps["p"].loc[rows["example"]].to_numpy(),
-        ld=rows["logit_diff"].to_numpy() / gaps["ld"].loc[rows["example"]].to_numpy(),
+        length=0,
+        at=rows["slot"],
+        p=rows["p_restored"] / rows["example"].map(gaps["p"]),
+        ld=rows["logit_diff"] / rows["example"].map(gaps["ld"]),
     )
+    if by == "length":
+        rows["length"] = rows.groupby("example")["position"].transform("max").astype(int) + 1
+        rows["at"] = rows["position"].astype(str)
+    return rows
 
 
 def _columns(rows: pd.DataFrame, by: str) -> pd.DataFrame:
     """For each `length` and `at`: its place from the left, the token that all examples have there, whether
     that is a role and no one token; `label`, what it is called in the table."""
-    keys = ["length", "at"]
-    role = rows["role"].astype(object).fillna("")
-    found = rows.assign(role=role).groupby(keys)[["token", "role"]].agg(["first", "nunique"])
-    token = found["token", "first"].where(found["token", "nunique"] == 1)
-    found = pd.DataFrame({"token": token, "role": found["role", "first"], "roles": found["role", "nunique"]})
+    each = rows.assign(role=rows["role"].astype(object).fillna("")).groupby(["length", "at"])
+    token = each["token"].first().where(each["token"].nunique() == 1)
+    found = pd.DataFrame({"token": token, "role": each["role"].first(), "roles": each["role"].nunique()})
     found = found.reset_index()
     if by == "slot":
-        place = {slot: n for n, slot in enumerate(slot_order(rows))}
+        place = {slot: float(n) for n, slot in enumerate(slot_order(rows))}
         order, shown = found["at"].map(place), found["at"].map(is_role)
-        return found.assign(label=found["at"], order=order.astype(float), is_role=shown)
+        return found.assign(label=found["at"], order=order, is_role=shown)
     shown = (found["roles"] == 1) & (found["role"] != "") & found["token"].isna()
     beside = (" " + found["token"]).fillna((" (" + found["role"] + ")").where(shown, ""))
     return found.assign(label=found["at"] + beside, order=found["at"].astype(float), is_role=shown)

@@ -17,14 +17,14 @@ rules over measures, each with its interval and its null:
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
-from scipy import stats
 
 from vlmscope import files, formats, stored
 from vlmscope.data import Examples, listed
@@ -32,19 +32,37 @@ from vlmscope.data.example import fingerprint
 from vlmscope.errors import StoreError
 from vlmscope.runs.corrupt import Noise
 from vlmscope.runs.model import Model
-from vlmscope.sites import Site
-from vlmscope.studies.heads.attention import ON_ALL, ON_MASKS, attention_maps, attention_measures
-from vlmscope.studies.heads.knock_out import change_measures, together
-from vlmscope.studies.heads.labels import LABELS, label
-from vlmscope.studies.heads.masks import covered
-from vlmscope.studies.heads.observe import Effects, Observed, Study, by_id, observe, study_of
+from vlmscope.sites import Sites
+from vlmscope.stats import shuffled
+from vlmscope.studies.heads.measures import ON_ALL, ON_MASKS, attention_maps, measures_of, together
+from vlmscope.studies.heads.observe import Effects, Study, covered, observe, study_of
 from vlmscope.studies.sweep import SHOWN, sweep_to
 
 __all__ = ["LABELS", "ON_ALL", "ON_MASKS", "Functions", "covered", "functions", "read", "write"]
 
 FORMAT = "vlmscope-heads-1"
 MANIFEST = "heads.json"
-Sites = str | Site | Sequence[str | Site]
+CSV = ("functions", "measures", "together")
+
+LABELS = ("detection", "suppression", "outlier suppression", "none", "unclear")
+LEVEL = 0.05
+SHARE = 0.01
+"""An effect below this share of the gap between clean and corrupt runs counts as none ..."""
+LITTLE = 0.05
+"""... and one that is surely below this share as little."""
+AUC = 0.6
+"""Attention that separates the object by less than this does not detect it, however surely."""
+MASS = 0.5
+"""The share of its attention that a head of outliers has on them, at least."""
+
+WORDS = {
+    "auc": "attention to the object, AUC",
+    "auc_foil": "attention to the foil's object, AUC",
+    "outlier_mass": "attention to outliers and class token",
+    "effect": "patched in, LD",
+    "mean": "knocked out, LD",
+}
+"""The measures that a label is read off, and what its evidence calls them."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +82,7 @@ class Functions:
 
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Write `functions.csv`, `measures.csv`, `together.csv`, `maps.parquet` and, last, `heads.json`."""
-        tables = {f"{name}.csv": getattr(self, name) for name in ("functions", "measures", "together")}
+        tables = {f"{name}.csv": getattr(self, name) for name in CSV}
         files.save(folder, MANIFEST, self.about, tables | {"maps.parquet": self.maps})
 
 
@@ -103,16 +121,22 @@ def functions(
     """
     examples = listed(examples)
     study = study_of(model, sites, corrupt, seed)
-    about = _about(study, examples, corrupt, data)
     given = observe(study, examples, effects if corrupt is not None else None)
-    observed = by_id(study, given)
-    measures = _measures(study, observed)
+    # In an order that the ids decide, so that no number depends on the one in which they came.
+    observed = [given[n] for n in shuffled(seed, [one.id for one in given])]
+    measures = measures_of(study, observed)
+    fields = [(s.tower, s.layer, s.kind, s.units[0], s.position, str(s)) for s in study.heads]
+    names = pd.DataFrame(fields, columns=["tower", "layer", "kind", "head", "position", "site"])
     gap = abs(float(np.mean([one.ld_clean - (one.ld_corrupt or 0.0) for one in observed])))
     rows = [{r.measure: r for r in some.itertuples()} for _, some in measures.groupby("number")]
-    labels = pd.DataFrame([label(row, gap) for row in rows], columns=["label", "evidence"])
-    table = pd.concat([_names(study), labels], axis=1).assign(n=len(observed), gap=gap)
-    maps = attention_maps(study, given[:SHOWN])
-    return Functions(table, measures.drop(columns="number"), together(study, observed), maps, about)
+    labels = pd.DataFrame([_label(row, gap) for row in rows], columns=["label", "evidence"])
+    return Functions(
+        pd.concat([names, labels], axis=1).assign(n=len(observed), gap=gap),
+        names.join(measures.set_index("number"), how="right").reset_index(drop=True),
+        together(study, observed),
+        attention_maps(study, given[:SHOWN]),
+        _about(study, examples, corrupt, data),
+    )
 
 
 def write(
@@ -133,12 +157,10 @@ def write(
     """
     folder, examples = Path(out), listed(examples)
     study = study_of(model, sites, corrupt, seed)
-    try:
+    with suppress(StoreError):  # there is nothing, or only a part
         found = read(folder)
         if found.about == _about(study, examples, corrupt, data):
             return found
-    except (OSError, StoreError):
-        pass
     found = functions(model, examples, sites, corrupt, seed=seed, effects=effects, data=data)
     names = set(found.maps["example"])
     shown = [e for e in examples if e.id in names and e.corrupt_image is not None]
@@ -169,15 +191,41 @@ def _about(study: Study, examples: Sequence[Any], corrupt: str | Noise | None, d
     }
 
 
-def _measures(study: Study, observed: Sequence[Observed]) -> pd.DataFrame:
-    """All measures of all heads, a head after the other, with q-values over heads."""
-    tables = [*attention_measures(study, observed), *change_measures(study, observed)]
-    table = pd.concat(tables, ignore_index=True).sort_values("number", kind="stable", ignore_index=True)
-    q = table.groupby("measure")["p_value"].transform(lambda p: stats.false_discovery_control(p.to_numpy()))
-    names = _names(study).iloc[table["number"]].reset_index(drop=True)
-    return pd.concat([names, table], axis=1).assign(q_value=q)
+def _label(found: Mapping[str, Any], gap: float) -> tuple[str, str]:
+    """The label of a head and its evidence, from its measures; `gap` is between clean and corrupt runs."""
+
+    def moves(name: str) -> int:
+        """Whether it moves LD up (1) or down (−1) by what counts."""
+        row = found.get(name)
+        if row is None or not abs(row.value) >= SHARE * gap:
+            return 0
+        return int(row.low > 0) - int(row.high < 0)
+
+    def lands(name: str) -> bool:
+        """Whether its attention separates what is meant."""
+        row = found.get(name)
+        return bool(row and row.q_value <= LEVEL and row.low > 0.5 and row.value >= AUC)
+
+    changes = [found[name] for name in ("mean", "effect") if name in found]
+    is_little = all(max(abs(row.low), abs(row.high)) <= LITTLE * gap for row in changes)
+    on_outliers = "outlier_mass" in found and found["outlier_mass"].low > MASS
+    on_object, on_foil, without = lands("auc"), lands("auc_foil"), moves("mean")
+    favours = moves("effect") == 1 if "effect" in found else without == -1
+    if on_outliers and is_little:
+        name = "outlier suppression"
+    elif on_object and favours and without != 1:
+        name = "detection"
+    elif (on_object and without == 1 and not favours) or (on_foil and without == -1):
+        name = "suppression"
+    elif is_little and not (moves("effect") or without or on_outliers or on_object or on_foil):
+        name = "none"
+    else:
+        name = "unclear"
+    blind = [] if "entropy" in found else ["does not look at the image"]
+    return name, "; ".join([*blind, *(_words(n, found[n]) for n in WORDS if n in found)])
 
 
-def _names(study: Study) -> pd.DataFrame:
-    fields = [(s.tower, s.layer, s.kind, s.units[0], s.position, str(s)) for s in study.heads]
-    return pd.DataFrame(fields, columns=["tower", "layer", "kind", "head", "position", "site"])
+def _words(name: str, row: Any) -> str:
+    sign = "+" if name in ("effect", "mean") else ""
+    null = "" if sign else f" (null {row.null:.2f})"
+    return f"{WORDS[name]} {row.value:{sign}.2f} [{row.low:{sign}.2f}, {row.high:{sign}.2f}]{null}"

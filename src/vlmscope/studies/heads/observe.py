@@ -13,9 +13,11 @@ import pandas as pd
 import pyarrow.compute as pc
 import torch
 from numpy.typing import NDArray
+from PIL import Image
 from torch import Tensor
 
-from vlmscope.data.example import Example
+from vlmscope.data.example import Box, Example
+from vlmscope.data.images import open_image
 from vlmscope.errors import DataError, ExampleError, SiteError, VlmscopeError
 from vlmscope.layout import grid
 from vlmscope.models.inputs import Pair
@@ -27,8 +29,6 @@ from vlmscope.runs.corrupt import Corruption, Noise
 from vlmscope.runs.forward import forward
 from vlmscope.runs.model import Model
 from vlmscope.sites import Point, Site, Sites, expand, parse, place
-from vlmscope.stats import shuffled
-from vlmscope.studies.heads.masks import masks_of
 from vlmscope.studies.run_folder import Run, read_run
 from vlmscope.studies.tables import is_head
 
@@ -37,6 +37,8 @@ Key = tuple[str, str]
 """A tower and a kind of attention."""
 Place = tuple[str, str, str, int, str | None, object]
 """Example, tower, kind, layer, unit, and position (or the name of several)."""
+Known: TypeAlias = Mapping[Place, float]
+"""The change of LD by each head that was patched before."""
 Effects: TypeAlias = pd.DataFrame | Run | str | os.PathLike[str]
 """A table of effects, or the run that has them."""
 
@@ -107,7 +109,7 @@ def study_of(model: Model, sites: Sites, corrupt: str | Noise | None, seed: int)
             raise SiteError(f"bad site '{site}': not a head; expected such as encoder.*.cross.h*@answer")
         if site.window > 1:
             raise SiteError(f"bad site '{site}': a window of layers; expected single heads")
-        if site.position == "*" or site.position.endswith("*") or "-" in site.position.lstrip("-"):
+        if site.position.endswith("*") or "-" in site.position.lstrip("-"):
             raise SiteError(
                 f"bad site '{site}': many positions; what a head does is asked at one: answer, last ..."
             )
@@ -122,9 +124,8 @@ def study_of(model: Model, sites: Sites, corrupt: str | Noise | None, seed: int)
 
 def observe(study: Study, examples: Sequence[Example], effects: Effects | None) -> list[Observed]:
     """Run every example; those that cannot be run are left out with a warning."""
-    known: dict[Place, float] = {} if effects is None else _known(study, effects)
-    found: list[Observed] = []
-    left: list[str] = []
+    known = {} if effects is None else _known(study, effects)
+    found, left = [], []
     with progress(len(examples)) as step:
         for number, example in enumerate(examples):
             try:
@@ -134,46 +135,35 @@ def observe(study: Study, examples: Sequence[Example], effects: Effects | None) 
             step(0, number + 1)
     if len(found) < 2:
         why = f"; {left[0]}" if left else ""
-        raise DataError(
-            f"{len(found)} of {len(examples)} examples could be run, and what a head does takes at "
-            f"least two{why}"
-        )
+        many = f"{len(found)} of {len(examples)} examples could be run"
+        raise DataError(f"{many}, and what a head does takes at least two{why}")
     if left:
         warnings.warn(f"{len(left)} of {len(examples)} examples were left out; {left[0]}", stacklevel=4)
     return found
 
 
-def by_id(study: Study, observed: Sequence[Observed]) -> list[Observed]:
-    """In an order that the ids decide, so that no number depends on the one in which they came."""
-    return [observed[n] for n in shuffled(study.seed, [one.id for one in observed])]
-
-
-def _observe(study: Study, example: Example, known: Mapping[Place, float]) -> Observed:
+def _observe(study: Study, example: Example, known: Known) -> Observed:
     model = study.model
     if study.corruption is None:
         pairs = [model.prepare(replace(example, corrupt_image=None, corrupt_prompt=None))]
     else:
         pairs = corruptions.pairs(model, example, study.corruption, study.seed)
     pair = pairs[0]
-    layout = pair.clean.layout
-    placed = [found for site in study.heads for found in place(site, layout)]
-    if len(placed) != len(study.heads):
-        raise SiteError("what a head does is asked at one place; name it (answer, last), not *")
+    placed = [found for site in study.heads for found in place(site, pair.clean.layout)]
     outputs = {
-        key: [Point(key[0], n, key[1], "h") for n in model.shapes[key[0]].having(key[1])]
-        for key in study.keys
+        (tower, kind): [Point(tower, n, kind, "h") for n in model.shapes[tower].having(kind)]
+        for tower, kind in study.keys
     }
     norms = {key: _norms_at(model, key) for key in study.keys}
     points = {*norms.values(), *(point for some in outputs.values() for point in some)}
     run = forward(model, pair.clean, keep=points)
-    logits, values = run.logits[-1], run.values
-    activations, attention = {}, {}
+    logits, activations, attention = run.logits[-1], {}, {}
     for key in study.keys:
         at = list(placed[study.numbers(key)[0]].positions)
         heads = model.shapes[key[0]].heads[key[1]]
-        rows = [values[point][0, at].mean(0).unflatten(-1, (heads, -1)) for point in outputs[key]]
+        rows = [run.values[point][0, at].mean(0).unflatten(-1, (heads, -1)) for point in outputs[key]]
         activations[key] = torch.stack(rows).cpu()
-        if (found := _attention(study, pair, key, at, values[norms[key]])) is not None:
+        if (found := _attention(study, pair, key, at, run.values[norms[key]])) is not None:
             attention[key] = found
     ld_corrupt, effect = _effects(study, example, pairs, placed, known)
     sizes = [one.grid for one in attention.values()]
@@ -187,7 +177,7 @@ def _observe(study: Study, example: Example, known: Mapping[Place, float]) -> Ob
         effect=effect,
         activations=activations,
         attention=attention,
-        masks=masks_of(model, example, sizes[0]) if sizes else {},
+        masks=_masks(model, example, sizes[0]) if sizes else {},
     )
 
 
@@ -214,20 +204,58 @@ def _attention(study: Study, pair: Pair, key: Key, at: Sequence[int], residual: 
     return Attention(chosen, maps.mean((0, 1)), cells, norms, (rows, columns))
 
 
-# --- what patching the heads in does -----------------------------------------------------------
+def _masks(model: Model, example: Example, size: tuple[int, int]) -> dict[str, NDArray[np.bool_]]:
+    """The patches of the answer's `object`, and of the `foil`'s, where the example says where they are."""
+    wanted = ("answer", example.groups.get("kind", ""), "object")
+    names = {
+        "object": next((n for n in wanted if n in example.masks), None),
+        "foil": "foil" if "foil" in example.masks else None,
+    }
+    found = {which: name for which, name in names.items() if name}
+    if not found:
+        return {}
+    view = model.view(open_image(example.clean_image))
+    return {which: covered(example, name, size, view).ravel() for which, name in found.items()}
+
+
+def covered(example: Example, name: str, size: tuple[int, int], view: Box | None = None) -> NDArray[np.bool_]:
+    """Which patches of a grid of `size` (rows, columns) an object covers by half, or else the most.
+
+    The grid lies over the part `view` of the picture (left, top, right, bottom in pixels; see
+    `Model.view`), by default over all of it.
+    """
+    mask = example.masks[name]
+    whole = open_image(example.clean_image).size
+    if isinstance(mask, tuple):
+        shown = Image.new("L", whole, 0)
+        left, top, right, bottom = (round(x) for x in mask)
+        shown.paste(255, (left, top, right, bottom))
+    else:
+        shown = open_image(mask).convert("L")
+        if shown.size != whole:
+            (width, height), (wide, high) = shown.size, whole
+            raise ExampleError(
+                f"the mask of '{name}' is {width}x{height}, its picture {wide}x{high}; "
+                "draw it in the picture's size"
+            )
+    if view is not None:
+        left, top, right, bottom = (round(x) for x in view)
+        shown = shown.crop((left, top, right, bottom))
+    share = np.asarray(shown.convert("F").resize(size[::-1], Image.Resampling.BOX)) / 255
+    if share.max() <= 0:
+        raise ExampleError(f"the mask of '{name}' is empty; draw the object white")
+    return np.asarray(share >= min(0.5, float(share.max())))
 
 
 def _effects(
-    study: Study,
-    example: Example,
-    pairs: Sequence[Pair],
-    placed: Sequence[Site],
-    known: Mapping[Place, float],
+    study: Study, example: Example, pairs: Sequence[Pair], placed: Sequence[Site], known: Known
 ) -> tuple[float | None, Array | None]:
     """LD of the corrupt run, and the change of it by each head: what is known, or else by patching."""
     if study.corruption is None:
         return None, None
-    found = [known.get(_place(example.id, site)) for site in placed]
+    where = [site.positions[0] if len(site.positions) == 1 else site.position for site in placed]
+    places = [(example.id, s.tower, s.kind, s.layer, s.unit, at) for s, at in zip(placed, where, strict=True)]
+    found = [known.get(place) for place in places]
     if None not in found:
         lds = [logit_difference(study.model.run(pair.corrupt, pair.edits), pair) for pair in pairs]
         return float(np.mean(lds)), np.array(found, dtype=float)
@@ -238,24 +266,19 @@ def _effects(
     return ld_corrupt, effect
 
 
-def _place(example: str, site: Site) -> Place:
-    where = site.positions[0] if len(site.positions) == 1 else site.position
-    return example, site.tower, site.kind, site.layer, site.unit, where
-
-
-def _known(study: Study, effects: Effects) -> dict[Place, float]:
+def _known(study: Study, effects: Effects) -> Known:
     """`logit_diff` of every head that a sweep has patched; raises `VlmscopeError` for another run's."""
     if isinstance(effects, pd.DataFrame):
         rows = effects
     else:
         run = effects if isinstance(effects, Run) else read_run(effects)
-        is_noise = isinstance(study.corruption, Noise)
-        wanted = {
+        wanted: dict[str, object] = {
             "weights": study.model.fingerprint(),
             "direction": "denoise",
             "patch": "clean",
-            "seed": study.seed if is_noise else run.spec.get("seed"),
         }
+        if isinstance(study.corruption, Noise):
+            wanted["seed"] = study.seed
         if odd := [name for name, value in wanted.items() if run.spec.get(name) != value]:
             raise VlmscopeError(
                 f"{run.path}: its effects are not those of these heads ({', '.join(odd)} differ); give a run "
@@ -268,8 +291,6 @@ def _known(study: Study, effects: Effects) -> dict[Place, float]:
             f"effects with the corruption '{odd[0]}' are not those of '{kind}'; give that run"
         )
     rows = rows[is_head(rows)]
-    where = rows["position"].astype(object).where(rows["position"].notna(), rows["slot"])
-    places = zip(
-        rows["example"], rows["tower"], rows["kind"], rows["layer"], rows["unit"], where, strict=True
-    )
+    rows = rows.assign(where=rows["position"].astype(object).where(rows["position"].notna(), rows["slot"]))
+    places = rows[["example", "tower", "kind", "layer", "unit", "where"]].itertuples(index=False, name=None)
     return dict(zip(places, rows["logit_diff"], strict=True))

@@ -1,0 +1,245 @@
+"""Measures of heads, with nulls and intervals: attention to the image, and what happens without them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+
+import numpy as np
+import pandas as pd
+import torch
+from numpy.typing import NDArray
+from scipy import stats
+from torch import Tensor
+
+from vlmscope.models.inputs import Edit
+from vlmscope.patching import engine
+from vlmscope.patching.scores import logit_difference
+from vlmscope.patching.trace import Images
+from vlmscope.progress import progress
+from vlmscope.sites import Site
+from vlmscope.stats import interval, rng, sign_flip
+from vlmscope.studies.heads.observe import Array, Attention, Key, Observed, Study
+
+MOST = 400
+"""Over how many examples attention is compared with shuffled masks, at most."""
+SHUFFLES = 2_000
+RANDOM = 10
+"""How many sets of random heads are knocked out."""
+
+ON_MASKS = {
+    "auc": "area under the ROC curve of attention minus the all-heads mean, object against rest",
+    "iou_fixed": "overlap of the object with the patches that get more than from the average head",
+    "iou_best": "the same at the best of 19 thresholds",
+    "mass": "share of the attention to the image that is on the object",
+}
+ON_ALL = {
+    "outlier_mass": "attention to patches of outlying norm and to the class token",
+    "norm_rank": "rank of the norm of what is attended to, from 0 to 1",
+    "entropy": "entropy of the attention, 1 if it is uniform",
+}
+
+
+def measures_of(study: Study, observed: Sequence[Observed]) -> pd.DataFrame:
+    """A row a head (its `number`) and measure, a head after the other, with q-values over heads."""
+    table = pd.concat([*_attention_measures(study, observed), *_change_measures(study, observed)])
+    table = table.sort_values("number", kind="stable", ignore_index=True)
+    p_values = table.groupby("measure")["p_value"]
+    return table.assign(q_value=p_values.transform(lambda p: stats.false_discovery_control(p.to_numpy())))
+
+
+def _attention_measures(study: Study, observed: Sequence[Observed]) -> Iterator[pd.DataFrame]:
+    """The measures of all heads that look at the image, a table for each kind and measure (`_measured`)."""
+    for key in study.keys:
+        looking = [one for one in observed if key in one.attention][:MOST]
+        if not looking:
+            continue
+        found = [one.attention[key] for one in looking]
+        heads = np.stack([_spread(one, one.maps) for one in found])
+        average = np.stack([_spread(one, one.average[None]) for one in found])
+        for column, name in enumerate(ON_ALL):
+            own, null = heads[..., column], average[..., column]
+            p = sign_flip(own - null, rng(study.seed, name, "signs"))
+            yield _measured(study.numbers(key), name, own, looking, null.mean(), p)
+        for which in ("object", "foil"):
+            yield from _on_masks(study, key, [one for one in looking if which in one.masks], which)
+
+
+def _measured(
+    heads: Sequence[int],
+    name: str,
+    scores: Array,
+    observed: Sequence[Observed],
+    null: Array | float,
+    p: Array,
+) -> pd.DataFrame:
+    """A row a head, from its scores `(examples, heads)`."""
+    low, high = interval(scores, [one.id for one in observed])
+    table = pd.DataFrame({"number": heads, "measure": name, "value": scores.mean(0), "low": low})
+    return table.assign(high=high, null=null, p_value=p, n=len(scores))
+
+
+def _on_masks(study: Study, key: Key, observed: Sequence[Observed], which: str) -> Iterator[pd.DataFrame]:
+    """Attention against masks, and against the masks of other examples as the null."""
+    masks = [one.masks[which] for one in observed]
+    if len(masks) < 2 or len({mask.size for mask in masks}) > 1:
+        return  # pictures of other grids cannot lend their masks
+    objects = np.stack(masks).astype(float)
+    overlaps = [_overlap(one.attention[key], objects) for one in observed]
+    order = np.arange(len(observed))
+    draw = rng(study.seed, "masks", which)
+    others = np.array([draw.permutation(order) for _ in range(SHUFFLES)])
+    for name in ON_MASKS:
+        values = np.stack([overlap[name] for overlap in overlaps])  # (examples, heads, masks)
+        own = values[order, :, order]
+        null = np.stack([values[order, head, others].mean(1) for head in range(values.shape[1])], axis=1)
+        p = (1 + (null >= own.mean(0) - 1e-12).sum(0)) / (1 + SHUFFLES)
+        name = name if which == "object" else f"{name}_foil"
+        yield _measured(study.numbers(key), name, own, observed, null.mean(0), p)
+
+
+def _spread(attention: Attention, maps: Array) -> Array:
+    """Mass on outliers, mean rank of the norm, and entropy, of each head's attention: `(heads, 3)`."""
+    inside = attention.cells >= 0
+    use = np.ones(len(inside), bool) if inside.sum() + 1 >= len(inside) else inside
+    norms, maps, inside = attention.norms[use], maps[:, use], inside[use]
+    middle = np.median(norms)
+    reach = 3 * 1.4826 * np.median(np.abs(norms - middle))
+    outlying = (norms > middle + max(reach, 1e-6 * middle)) | ~inside
+    share = maps / np.maximum(maps.sum(1, keepdims=True), 1e-300)
+    rank = (stats.rankdata(norms) - 0.5) / len(norms)
+    entropy = -(share * np.log(np.clip(share, 1e-300, None))).sum(1) / np.log(len(norms))
+    return np.stack([(share * outlying).sum(1), (share * rank).sum(1), entropy], axis=1)
+
+
+def _overlap(attention: Attention, objects: Array) -> dict[str, Array]:
+    """The measures `ON_MASKS` of one example's attention against each of several masks: `(heads, masks)`."""
+    inside = np.flatnonzero(attention.cells >= 0)
+    inside = inside[np.argsort(attention.cells[inside])]
+    maps = attention.maps[:, inside]
+    above = maps - attention.average[inside]
+    size, patches = objects.sum(1), maps.shape[1]
+    ranks = stats.rankdata(above, axis=1) @ objects.T
+    auc = (ranks - size * (size + 1) / 2) / (size * np.clip(patches - size, 1, None))
+
+    def iou(chosen: NDArray[np.bool_]) -> Array:
+        both = chosen.astype(float) @ objects.T
+        return np.asarray(both / (size + chosen.sum(1, keepdims=True) - both))
+
+    cuts = np.quantile(above, np.linspace(0.05, 0.95, 19), axis=1)
+    return {
+        "auc": auc,
+        "iou_fixed": iou(above > 0),
+        "iou_best": np.max([iou(above > cut[:, None]) for cut in cuts], axis=0),
+        "mass": (maps / np.maximum(maps.sum(1, keepdims=True), 1e-300)) @ objects.T,
+    }
+
+
+def attention_maps(study: Study, observed: Sequence[Observed]) -> pd.DataFrame:
+    """The attention of each head to each patch of some examples, for the figures."""
+    parts = []
+    for one in observed:
+        for number, site in enumerate(study.heads):
+            key = (site.tower, site.kind)
+            if (attention := one.attention.get(key)) is None:
+                continue
+            inside = attention.cells >= 0
+            cells, paid = attention.cells[inside], attention.maps[study.numbers(key).index(number)][inside]
+            mask = one.masks.get("object")
+            rows, columns = attention.grid
+            table = {
+                "example": one.id,
+                "site": str(site),
+                "row": cells // columns,
+                "column": cells % columns,
+                "attention": paid,
+                "difference": paid - attention.average[inside],
+                "object": False if mask is None else mask[cells],
+                "rows": rows,
+                "columns": columns,
+            }
+            parts.append(pd.DataFrame(table))
+    return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame({"example": []})
+
+
+def _change_measures(study: Study, observed: Sequence[Observed]) -> Iterator[pd.DataFrame]:
+    """The change of LD without each head (`zero`, `mean`, `resample`), and with it patched in (`effect`)."""
+    changes = _knock_out(study, observed)
+    effects = [one.effect for one in observed if one.effect is not None]
+    if effects:
+        changes["effect"] = np.stack(effects)
+    for name, scores in changes.items():
+        p = sign_flip(scores, rng(study.seed, name, "signs"))
+        yield _measured(range(len(study.heads)), name, scores, observed, 0.0, p)
+
+
+def _mean_activations(observed: Sequence[Observed]) -> dict[Key, Tensor]:
+    """Over the examples, for each kind: `(layers, heads, width)`."""
+    keys = observed[0].activations
+    return {key: torch.stack([one.activations[key] for one in observed]).mean(0) for key in keys}
+
+
+def _knock_out(study: Study, observed: Sequence[Observed]) -> dict[str, Array]:
+    """LD without each head, less LD: `(examples, heads)` for each way of knocking it out."""
+    count = len(observed)
+    other = (np.arange(count) + rng(study.seed, "resample").integers(1, count)) % count
+    means = _mean_activations(observed)
+    found = {name: np.zeros((count, len(study.heads))) for name in ("zero", "mean", "resample")}
+    with progress(count, what="knock-outs") as step:
+        for number, one in enumerate(observed):
+            values = {"zero": None, "mean": means, "resample": observed[other[number]].activations}
+            images = Images()
+            alone = replace(one.pair, corrupt=one.pair.clean, edits=())
+            for name, given in values.items():
+                instead = {site: _value(study, site, given) for site in one.placed}
+                patched = engine.patch(study.model, alone, one.placed, "noise", values=instead, images=images)
+                for numbers, scores in patched.chunks:
+                    found[name][number, numbers] = scores.ld.cpu().numpy() - one.ld_clean
+            step(0, number + 1)
+    return found
+
+
+def together(study: Study, observed: Sequence[Observed]) -> pd.DataFrame:
+    """Accuracy and LD with no head, these heads, and random ones of the same layers knocked out."""
+    means = _mean_activations(observed)
+    sets = [("these heads", how, study.heads) for how in ("mean", "zero")]
+    drawn = [_random_heads(study, number) for number in range(RANDOM)]
+    sets += [("random heads", "mean", heads) for heads in drawn if len(heads) == len(study.heads)]
+    clean = [(one.is_right, one.ld_clean) for one in observed]
+    rows = [("none", "", "", len(clean), *np.mean(clean, axis=0))]
+    with progress(len(sets), what="sets of heads") as step:
+        for number, (name, how, heads) in enumerate(sets):
+            values = None if how == "zero" else means
+            edits = [Edit(site, "set", _value(study, site, values)) for site in heads]
+            runs = [(one.pair, study.model.run(one.pair.clean, edits)) for one in observed]
+            found = [(int(x.argmax()) == pair.answer, logit_difference(x, pair)) for pair, x in runs]
+            rows.append((name, how, " ".join(map(str, heads)), len(found), *np.mean(found, axis=0)))
+            step(0, number + 1)
+    return pd.DataFrame(rows, columns=["set", "knockout", "heads", "n", "accuracy", "ld"])
+
+
+def _value(study: Study, site: Site, values: Mapping[Key, Tensor] | None) -> Tensor:
+    """What stands in a head's place: zero, or its activation among those of its kind."""
+    return torch.zeros(1) if values is None else values[site.tower, site.kind][study.place(site)][None]
+
+
+def _random_heads(study: Study, number: int) -> list[Site]:
+    """As many other heads of the same layers; of other layers where a layer has too few."""
+    taken = {(s.tower, s.kind, s.layer, s.units[0]) for s in study.heads}
+    drawn: list[Site] = []
+    for tower, kind in study.keys:
+        shape = study.model.shapes[tower]
+        free = [
+            (layer, head)
+            for layer in shape.having(kind)
+            for head in range(shape.heads[kind])
+            if (tower, kind, layer, head) not in taken
+        ]
+        rng(study.seed, "random heads", number, tower, kind).shuffle(free)
+        for site in (study.heads[n] for n in study.numbers((tower, kind))):
+            same = [place for place in free if place[0] == site.layer]
+            free = same + [place for place in free if place[0] != site.layer]
+            if free:
+                layer, head = free.pop(0)
+                drawn.append(replace(site, layer=layer, units=(head,)))
+    return drawn
