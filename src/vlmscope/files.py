@@ -17,11 +17,10 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
-import pandas as pd
-
 from vlmscope.errors import DataError, ExampleError, StoreError, VlmscopeError
 
 if TYPE_CHECKING:
+    import pandas as pd
     from PIL import Image
 
 PICTURE = 384
@@ -126,7 +125,9 @@ def write(file: Path, content: bytes) -> None:
     temporary = file.with_name(f".{file.name}.tmp")
     with storing(file):
         try:
-            with temporary.open("wb") as stream:
+            # What a killed process left goes, and so does a link to somewhere else.
+            temporary.unlink(missing_ok=True)
+            with temporary.open("xb") as stream:
                 stream.write(content)
                 stream.flush()
                 os.fsync(stream.fileno())

@@ -24,7 +24,7 @@ from torch import Tensor
 from vlmscope import files
 from vlmscope.errors import ModelError, StoreError
 from vlmscope.neurons.results import make_folder
-from vlmscope.runs.hooks import Access, Hooks
+from vlmscope.runs.hooks import Hooks
 from vlmscope.runs.model import Model
 
 Columns = Mapping[int, tuple[Int[Tensor, "_chosen"], Float[Tensor, "width _chosen"]]]
@@ -210,7 +210,7 @@ def ablated(model: Model, neurons: Mapping[int, tuple[Sequence[int], Tensor]]) -
     """Within this context neurons of the tower that speaks are set to a value, at every position."""
     with model.alone(), Hooks() as hooks:
         for layer, (numbers, value) in neurons.items():
-            hooks.at(Access(model.down(layer), before=True), partial(_set, list(numbers), value))
+            hooks.on_hidden(model.down(layer), partial(_set, list(numbers), value), before=True)
         yield
 
 

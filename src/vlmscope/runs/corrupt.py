@@ -34,10 +34,8 @@ class Noise:
     - `add`: x + ε, ε ~ N(0, (scale·σ)²), σ the standard deviation of x; 3 in ROME.
     - `factor`: x·scale, no randomness; 0.7691 in a later notebook of the BLIP tracing authors.
 
-    `at` is what the language model reads of the image (`image`, in every family `Model.image_site`: the
-    image's features as they enter its first block, or as its cross-attention reads them), or the
-    embeddings of the text's tokens alone (`text`). What Qwen3-VL adds to its image tokens behind its first
-    blocks (DeepStack) is read of the image, too.
+    `at` is what the language model reads of the image (`image`: `Model.image_site`, and what Qwen3-VL adds to
+    its image tokens behind its first blocks), or the embeddings of the text's tokens alone (`text`).
     """
 
     form: Literal["multiply", "add", "factor"] = "multiply"
@@ -67,14 +65,11 @@ def parse(corrupt: str | Noise) -> Corruption:
     >>> parse("noise")
     Noise(form='multiply', at='image', scale=5.0, draws=10)
     """
-    if isinstance(corrupt, Noise):
-        return corrupt
-    if corrupt == "noise":
-        return Noise()
-    if corrupt == "image":
-        return "image"
-    if corrupt == "text":
-        return "text"
+    match corrupt:
+        case Noise() | "image" | "text":
+            return corrupt
+        case "noise":
+            return Noise()
     raise VlmscopeError(f"unknown corruption '{corrupt}'; expected image, text or noise")
 
 
@@ -83,16 +78,15 @@ def pairs(
 ) -> list[Pair]:
     """The pairs of runs of one example: one, or one a draw of noise.
 
-    Every site of a draw sees the same noise. With `whole` all tokens of the answer are scored
-    (`Model.prepare`). Raises `ExampleError` if the example lacks what the
-    corruption needs, or changes nothing.
+    Every site of a draw sees the same noise; for `whole` see `prepare`. Raises `ExampleError` if the example
+    lacks what the corruption needs, or changes nothing.
     """
     if isinstance(corruption, Noise):
         pair = model.prepare(replace(example, corrupt_image=None, corrupt_prompt=None), whole)
-        return [
-            replace(pair, edits=edits)
-            for edits in _noise(model, pair.clean, corruption, f"{seed}/{example.id}")
-        ]
+        first, *more = noisy(model, corruption.at)
+        seeds = {first: f"{seed}/{example.id}", **{site: f"{seed}/{example.id}/{site}" for site in more}}
+        each = [_edits(model, pair.clean, corruption, *one) for one in seeds.items()]
+        return [replace(pair, edits=edits) for edits in zip(*each, strict=True)]
     if corruption == "image":
         if example.corrupt_image is None:
             raise ExampleError("there is no corrupt image; fill corrupt_image_path or corrupt the text")
@@ -104,27 +98,18 @@ def pairs(
     return [model.prepare(replace(example, corrupt_image=None), whole)]
 
 
-def _noise(model: Model, inputs: Inputs, noise: Noise, seed: str) -> list[tuple[Edit, ...]]:
-    """The edits of each draw, drawn on the CPU in float32, so that every device and precision agree."""
-    sites = noisy(model, noise.at)
-    seeds = [seed, *(f"{seed}/{site}" for site in sites[1:])]
-    each = [_edits(model, inputs, noise, *one) for one in zip(sites, seeds, strict=True)]
-    return list(zip(*each, strict=True))
-
-
 def _edits(model: Model, inputs: Inputs, noise: Noise, site: Site, seed: str) -> list[Edit]:
-    """One edit a draw, of one site."""
+    """One edit a draw, of one site: drawn on the CPU in float32, so that every device and precision agree."""
     assert noise.scale is not None
     if noise.form == "factor":
         return [Edit(site, "scale", noise.scale)]
     (site,) = model.places(site, inputs)
-    at = site.positions
-    there = model.shapes[site.tower]
+    at, there = list(site.positions), model.shapes[site.tower]
     shape = (len(at), there.widths.get(site.kind, there.width))
     draws = [_draw(shape, seed, number) for number in range(noise.draws)]
     if noise.form == "multiply":
         return [Edit(site, "scale", 1 + noise.scale * draw) for draw in draws]
-    value = forward(model, inputs, keep=[site.point]).values[site.point][0, list(at)]
+    value = forward(model, inputs, keep=[site.point]).values[site.point][0, at]
     sigma = noise.scale * value.float().std().item()
     return [Edit(site, "add", sigma * draw) for draw in draws]
 

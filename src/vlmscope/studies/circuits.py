@@ -94,10 +94,8 @@ def find(
     """
     opened: list[Run] = []
     for run in map(Path, runs):
-        is_notice = (run / "notice.toml").is_file()
-        opened += (
-            [read_run(path, run) for path in sorted(run.glob("runs/*"))] if is_notice else [read_run(run)]
-        )
+        inner = sorted(run.glob("runs/*")) if (run / "notice.toml").is_file() else []
+        opened += [read_run(path, run) for path in inner] or [read_run(run)]
     paths = [one.path for one in opened]
     _check(opened, across_models)
     names = [plain(path.resolve().name) for path in paths]  # or whole paths where two names are the same

@@ -200,8 +200,8 @@ def _fetch_wanted(source: Source, fetch: Fetch, decks: dict[str, list[Row]], fol
         quota = min(most, *(len(decks[kind]) for kind in kinds))
         files = by_stem([folder])
         wanted = [row for kind in kinds for row in decks[kind][:quota]]
-        jobs = {url: folder / f"{image}.jpg" for row in wanted for url, image in row.missing(files).items()}
-        failed = fetch(jobs).keys() & jobs if jobs else set()
+        jobs = {url: image for row in wanted for url, image in row.missing(files).items()}
+        failed = fetch(jobs, folder).keys() & jobs if jobs else set()
         if not failed:
             return
         for kind in kinds:
