@@ -17,11 +17,12 @@ import pytest
 from PIL import Image
 
 import vlmscope
-from vlmscope import stored
+from vlmscope import formats, stored
 from vlmscope.errors import StoreError
+from vlmscope.neurons import contributions, measures
 from vlmscope.report import page, write_report
 from vlmscope.stored import Table
-from vlmscope.studies import circuits
+from vlmscope.studies import circuits, tracing
 from vlmscope.studies.run_folder import read_run
 
 sys.path[:0] = [str(Path(__file__).parent / "fuzz"), str(Path(__file__).parent / "fuzz" / "wrong")]
@@ -153,6 +154,24 @@ def test_a_folder_whose_name_is_not_utf_8_is_good(run, tmp_path):
         found = circuits.find([folder])
     found.save(tmp_path / "c")
     assert circuits.read(tmp_path / "c").heads["run"].unique().tolist() == ["run-\\udc80"]
+
+
+def names_of(table: Table) -> list[str]:
+    return [column.partition(":")[0] for column in table.columns.split()]
+
+
+def test_the_formats_have_the_columns_that_are_written():
+    assert names_of(formats.CIRCUITS.tables["heads.parquet"]) == list(circuits.HEADS)
+    assert names_of(formats.CIRCUITS.tables["overlap.csv"]) == [*circuits.OVERLAP, "q_value"]
+    assert names_of(formats.TRACING.tables["tracing.parquet"]) == list(tracing.TABLE)
+    assert names_of(formats.NEURONS["find"].tables["neurons.parquet"]) == list(contributions.COLUMNS)
+    assert names_of(formats.NEURONS["describe"].tables["measures.csv"]) == [*measures.COLUMNS, "q_value"]
+
+
+@pytest.mark.parametrize("kind", "run circuits heads tracing notice find describe perturb edit".split())
+def test_a_good_folder_of_each_kind_is_read_and_reported(good, tmp_path, kind):
+    assert vlmscope.open(good / kind)
+    assert write_report([good / kind], tmp_path / "r.html").is_file()
 
 
 # --- tables and manifests ------------------------------------------------------------------------------
