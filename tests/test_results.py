@@ -369,3 +369,21 @@ def test_pictures_that_are_none(run, tmp_path):
         harm()
         with pytest.raises(StoreError, match=r"0000-clean.png: is damaged .*delete that file"):
             write_report([run], tmp_path / "r.html")
+
+
+def test_a_part_that_cannot_be_read_is_not_called_damaged(run):
+    part = run / "effects" / "part-000000.parquet"
+    part.rename(run / "kept")
+    part.symlink_to(run / "kept")
+    with pytest.raises(StoreError, match="a link, and none is followed there") as caught:
+        read_run(run).effects()
+    assert "elete" not in str(caught.value) and "damaged" not in str(caught.value)
+
+
+def test_a_full_memory_is_not_called_damage(run, monkeypatch):
+    def full(source: pq.ParquetFile) -> pa.Table:
+        raise pa.ArrowMemoryError("malloc of size 99 failed")
+
+    monkeypatch.setattr(pq.ParquetFile, "read", full)
+    with pytest.raises(MemoryError, match="malloc of size"):
+        read_run(run).effects()

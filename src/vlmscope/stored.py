@@ -36,7 +36,7 @@ GRID = 1000
 
 _NUMBER = re.compile(r"[-+]?([0-9]+\.?[0-9]*|\.[0-9]+)(e[-+]?[0-9]+)?|nan|[-+]?inf", re.IGNORECASE)
 _WHOLE = re.compile(r"-?[0-9]{1,18}")
-_FOREIGN = (OSError, ValueError, KeyError, TypeError, IndexError, OverflowError, MemoryError, RecursionError)
+_FOREIGN = (OSError, ValueError, KeyError, TypeError, IndexError, OverflowError, RecursionError)
 """What the readers of JSON, CSV and Parquet raise for what somebody else has made."""
 FOREIGN = (*_FOREIGN, pa.ArrowException, csv.Error)
 
@@ -134,7 +134,10 @@ def parquet(content: bytes) -> pa.Table:
         content
     ):
         raise ValueError(f"{about.num_rows:,} rows of {size:,} bytes in a file of {len(content):,}")
-    found = source.read()
+    try:
+        found = source.read()
+    except pa.ArrowMemoryError as error:  # which says nothing against the file
+        raise MemoryError(str(error)) from error
     found.validate(full=True)
     return found
 

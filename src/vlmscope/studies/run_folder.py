@@ -301,6 +301,8 @@ def _reading(file: Path, part: Path) -> Iterator[None]:
     try:
         yield
     except (DataError, *stored.FOREIGN) as error:
+        if isinstance(error, DataError) and os.path.lexists(file):  # which says nothing against its content
+            raise StoreError(str(error)) from error
         what = "is damaged" if os.path.lexists(file) else "is missing"
         raise StoreError(
             f"{file}: this part {what}. Delete {part} and run the same command again: "
@@ -309,7 +311,7 @@ def _reading(file: Path, part: Path) -> Iterator[None]:
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    file, way_out = folder / "run.json", "choose another --out or delete the folder"
+    file, way_out = folder / "run.json", "take it from a copy of the folder, or sweep into another --out"
     content = stored.manifest(file, {}, way_out)
     if content.get("format") != FORMAT:
         raise StoreError(
