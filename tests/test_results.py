@@ -387,3 +387,12 @@ def test_a_full_memory_is_not_called_damage(run, monkeypatch):
     monkeypatch.setattr(pq.ParquetFile, "read", full)
     with pytest.raises(MemoryError, match="malloc of size"):
         read_run(run).effects()
+
+
+def test_a_part_that_is_gone_from_a_finished_run_is_missed(run):
+    (run / "baselines" / "part-000000.parquet").unlink()
+    for read in (read_run(run).baselines, read_run(run).effects):
+        with pytest.raises(
+            StoreError, match=r"holds other \w+ than the \d+ that were written; delete .*done.json"
+        ):
+            read()

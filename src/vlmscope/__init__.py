@@ -9,10 +9,7 @@
 from __future__ import annotations
 
 from importlib import import_module
-from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
-
-__version__ = version("vlmscope")
 
 _NAMES = {
     "checkpoint": "load",
@@ -35,6 +32,7 @@ _HOME = {name: module for module, names in _NAMES.items() for name in names.spli
 __all__ = ["__version__", *_HOME]
 
 if TYPE_CHECKING:  # what a type checker sees
+    __version__: str
     from vlmscope.checkpoint import load as load
     from vlmscope.data import examples as examples
     from vlmscope.data.example import Example as Example
@@ -61,6 +59,8 @@ else:
 
     def __getattr__(name: str) -> Any:
         """The public names, imported when they are first used: torch is not needed to read a table."""
+        if name == "__version__":
+            return import_module("importlib.metadata").version("vlmscope")
         if name not in _HOME:
             raise AttributeError(f"module 'vlmscope' has no attribute '{name}'")
         return getattr(import_module(f"vlmscope.{_HOME[name]}"), name)

@@ -66,6 +66,9 @@ class Format(NamedTuple):
 def read(folder: Path, form: Format) -> tuple[dict[str, Any], dict[str, pd.DataFrame]]:
     """The manifest of a folder and its tables, by the stem of their file; an optional one may be missing."""
     about = manifest(folder / form.manifest, form.shape, form.way_out, folder)
+    if about.pop("unfinished", False):
+        raise StoreError(f"{folder}: was not written to its end; run the same command again")
+    about.pop("files", None)  # what `files.save` keeps for itself
     names = [
         name for name, one in form.tables.items() if not one.is_optional or os.path.lexists(folder / name)
     ]
@@ -154,6 +157,8 @@ def picture(file: Path, way_out: str, folder: Path | None = None) -> bytes:
             if max(opened.size) > 4 * files.PICTURE:
                 raise ValueError(f"{opened.size[0]} × {opened.size[1]} pixels")
             opened.convert("RGB")
+        if not content.endswith(b"IEND\xaeB`\x82"):
+            raise ValueError("cut off")
     except Exception as error:  # Pillow's decoders meet broken data with errors of many kinds
         raise StoreError(f"{file}: is damaged ({line(str(error), 150)}); {way_out}") from error
     return content

@@ -9,8 +9,9 @@ from typing import Any, Literal
 
 import typer
 
+from vlmscope import files
 from vlmscope.cli.options import Given, OneModel, command
-from vlmscope.errors import VlmscopeError
+from vlmscope.errors import VlmscopeError, shown
 
 app = typer.Typer(
     no_args_is_help=True, help="Neurons that turn what is seen into a word.\n\nFind, show, perturb, edit."
@@ -61,7 +62,7 @@ def find(
     examples = given.examples()
     if caption is not None and len(examples) > 1:
         raise VlmscopeError("--caption is of one picture; give --image")
-    neurons.make_folder(out)
+    files.try_place(out)
     found = neurons.find(
         given.load(),
         examples,
@@ -80,9 +81,9 @@ def find(
 
 
 def _layer_and_number(text: str) -> tuple[int, int]:
-    found = re.fullmatch(r"L?(\d+)\.N?(\d+)", text.strip())
-    if found is None:
-        raise VlmscopeError(f"bad neuron '{text}'; expected LAYER.NUMBER, such as 12.4071")
+    found = re.fullmatch(r"L?([0-9]{1,6})\.N?([0-9]{1,9})", text.strip())
+    if not found:
+        raise VlmscopeError(f"bad neuron {shown(text)}; expected LAYER.NUMBER, such as 12.4071")
     return int(found[1]), int(found[2])
 
 
@@ -104,7 +105,7 @@ def describe(
     from vlmscope.report import write_report
 
     examples = given.examples()
-    neurons.make_folder(out)
+    files.try_place(out)
     described = neurons.describe(
         given.load(),
         examples,
@@ -134,7 +135,7 @@ def perturb(
     """A word without its neurons, and without random ones."""
     from vlmscope import neurons
 
-    neurons.make_folder(out)
+    files.try_place(out)
     result = neurons.perturb(
         given.load(),
         given.examples(),
@@ -179,6 +180,15 @@ def edit(
     if (target is None) != suppress:
         raise VlmscopeError("give either --to WORD or --suppress")
     room.check_margin(solver, margin)
+    if out.suffix != ".safetensors":
+        raise VlmscopeError(
+            f"{out}: an edit is a safetensors file; expected a name that ends in .safetensors"
+        )
+    files.claim_file(out)
+    if out.exists():
+        room.WeightEdit.load(out)  # what is no edit is not written over
+    if export is not None and export.exists() and (not export.is_dir() or any(export.iterdir())):
+        raise VlmscopeError(f"{export}: is there and not empty; choose another --export")
     model, examples, seed = given.load(), given.examples(), given.seed
     before = [room.WeightEdit.load(path) for path in on or []]
     known = room.read(found, room.Found) if found else None

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import Any, TextIO
 
-from vlmscope.errors import VlmscopeError, line, plain
+from vlmscope.errors import INTERRUPTED, VlmscopeError, line, plain
 
 TRACEBACK = "VLMSCOPE_TRACEBACK"
 """The environment variable with which an error is followed by where it came from."""
@@ -74,7 +74,7 @@ def run(app: Callable[..., Any]) -> int:
     finally:
         sys.stdout = out
     if status == 130:
-        said = "interrupted; run the same command again to go on"
+        said = INTERRUPTED
     if said:
         with suppress(OSError, ValueError):
             print(said, file=sys.stderr)
@@ -96,7 +96,7 @@ def answer(error: BaseException) -> tuple[str, int]:
         command = context.command_path if context else "vlmscope"
         if context and type(error).__name__ == "NoArgsIsHelpError":
             return str(context.get_help()), 2
-        message = error.format_message().rstrip(".").replace("Value error, ", "")
+        message = error.format_message().rstrip(".")
         way_out = f"'{command} --help' shows what is expected"
         return line(f"error: {command}: {message}; {way_out}", 400), 2
     if isinstance(error, MemoryError) or "out of memory" in str(error).lower():

@@ -77,6 +77,7 @@ SPEC = {
     "versions?": {str: (str, None)},
 }
 """The shape of a run's specification (`stored.fits`), of which a report needs all."""
+_COUNTS = {"examples": int, "excluded": int, "baselines": int, "effects": int}
 _TOWER = {"layers?": int, "heads?": int, "grid?": [int]}
 _SHAPE = {
     "format": FORMAT,
@@ -188,6 +189,14 @@ def _read(folder: Path, name: str, schema: pa.Schema, where: pc.Expression | Non
         _same_examples(
             pieces, sorted(_pieces(folder, "baselines", BASELINES), key=lambda piece: piece[1].number)
         )
+    done = folder / "done.json"
+    if os.path.lexists(done):
+        counts = stored.manifest(done, _COUNTS, f"delete {done} and run the same command again", folder)
+        if counts[name] != sum(table.num_rows for _, _, table in pieces):
+            raise StoreError(
+                f"{folder}: holds other {name} than the {counts[name]:,} that were written; "
+                f"delete {done} and run the same command again: what is missing is computed anew"
+            )
     tables = [table if where is None else table.filter(where) for _, _, table in pieces]
     return _frame(pa.concat_tables([schema.empty_table(), *tables]))
 

@@ -51,7 +51,7 @@ pictures = {name: Image.new("RGB", (8, 8)) for name in "ab"}
 Assessed(edited, measures, captions, columns, objects, pictures).save("edit")
 """
 """Those that take a minute to make, from values."""
-IGNORED = ("report", "data/", ".lock", "heads.csv", "tracing.csv", "sites.txt", "done.json")
+IGNORED = ("report", "data/", ".lock", "heads.csv", "tracing.csv", "sites.txt")
 """Files that no command reads again, by what is in their path."""
 
 
@@ -146,6 +146,7 @@ def missing(random: Random, file: Path) -> bool:
     return True
 
 
+MAY_BE_NULL = ("model", "weights", "corrupt", "description", "check", "scale", "to")
 STRANGE: list[Any] = [
     None,
     "x",
@@ -180,7 +181,7 @@ def strange_json(random: Random, file: Path) -> bool:
     for key in way[:-1]:
         inner = inner[key]
     old = inner[way[-1]]
-    new = random.choice([one for one in STRANGE if type(one) is not type(old)])
+    new = random.choice([one for one in STRANGE[way[-1] in MAY_BE_NULL :] if type(one) is not type(old)])
     if old is None or (isinstance(old, float) and isinstance(new, (int, float))):
         new = [1]
     inner[way[-1]] = new
