@@ -92,9 +92,10 @@ def claim(folder: str | os.PathLike[str], manifest: str, kind: str, names: Itera
     path, ours = Path(folder), set[str]()
     if (path / manifest).exists():
         about = read_json(path / manifest, "choose another --out or delete the folder")
-        if about.get("format") != kind:
+        there = about.get("format") or about.get("what")  # `what` is that of neurons
+        if there != kind:
             raise StoreError(
-                f"{path}: holds {shown(about.get('format'))}, where {kind} is to be written; choose another "
+                f"{path}: holds {shown(there)}, where {kind} is to be written; choose another "
                 "--out or delete the folder"
             )
         listed = about.get("files")
@@ -162,7 +163,7 @@ def save(
     path = Path(folder)
     pairs: list[tuple[Path, Path]] = []
     with _folders(path, content), storing(path), locked(path):
-        ours = claim(path, manifest, str(about["format"]), content) | {*content}
+        ours = claim(path, manifest, str(about.get("format") or about.get("what")), content) | {*content}
         begun = {**about, "files": sorted(ours), "unfinished": True}
         whole = {**about, "files": sorted(content)}
         try:
