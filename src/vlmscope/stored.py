@@ -65,7 +65,8 @@ class Format(NamedTuple):
 
 def read(folder: Path, form: Format) -> tuple[dict[str, Any], dict[str, pd.DataFrame]]:
     """The manifest of a folder and its tables, by the stem of their file; an optional one may be missing."""
-    about = manifest(folder / form.manifest, form.shape, form.way_out, folder)
+    shape = {**form.shape, "files?": [str], "unfinished?": bool}
+    about = manifest(folder / form.manifest, shape, form.way_out, folder)
     if about.pop("unfinished", False):
         raise StoreError(f"{folder}: was not written to its end; run the same command again")
     about.pop("files", None)  # what `files.save` keeps for itself

@@ -192,7 +192,7 @@ def strange_json(random: Random, file: Path) -> bool:
 def lacking_json(random: Random, file: Path) -> bool:
     content = json.loads(file.read_text("utf-8"))
     optional = (
-        "check description family weights examples top variant gain id clean_prompt answer foil".split()
+        "check description family weights examples top variant gain files id clean_prompt answer foil".split()
     )
     key = random.choice([key for key in content if key not in optional or "noise" in content] or ["id"])
     content[key] = [1]
