@@ -238,6 +238,15 @@ def test_other_columns_and_rows_are_refused(tmp_path, name):
         read_back(tmp_path / name, pd.concat([frame, frame]), key="name")
 
 
+def test_what_pandas_notes_beside_a_table_turns_no_number_into_text(tmp_path):
+    frame = pd.DataFrame([ROW])
+    noted = pa.Table.from_pandas(frame, preserve_index=False).schema.metadata
+    odd = pa.Table.from_pandas(frame.assign(name=1), preserve_index=False).replace_schema_metadata(noted)
+    pq.write_table(odd, tmp_path / "t.parquet")
+    with pytest.raises(StoreError, match="column name: not text"):
+        stored.table(tmp_path / "t.parquet", Table(COLUMNS), "write it anew")
+
+
 @pytest.mark.parametrize("cell", ["0x10", "1_0", "٣", " 1", "--1", "9" * 5000, "1e5", ""])
 def test_what_python_calls_a_number_is_none_of_a_table(tmp_path, cell):
     with pytest.raises(StoreError, match="is no number"):

@@ -121,12 +121,17 @@ def table(file: Path, form: Table, way_out: str, folder: Path | None = None) -> 
     largest = LARGEST if file.suffix == ".parquet" else files.LARGEST
     content = files.read(file, expected, StoreError, largest, within=folder or file.parent)
     try:
-        frame = parquet(content).to_pandas() if file.suffix == ".parquet" else _from_csv(content, columns)
+        frame = _frame(parquet(content)) if file.suffix == ".parquet" else _from_csv(content, columns)
         if frame.empty and not form.may_be_empty:
             raise ValueError("no rows")
         return _checked(frame, columns, form.key.split())
     except FOREIGN as error:
         raise StoreError(f"{file}: is damaged ({line(str(error), 150)}); {way_out}") from error
+
+
+def _frame(table: pa.Table) -> pd.DataFrame:
+    # What pandas notes beside a table turns numbers into text where it says so.
+    return table.replace_schema_metadata(None).to_pandas()
 
 
 def parquet(content: bytes) -> pa.Table:
