@@ -13,7 +13,7 @@ from vlmscope.checkpoint import load
 from vlmscope.errors import RoomError
 from vlmscope.models.inputs import Edit, Pair
 from vlmscope.patching import engine, reference
-from vlmscope.patching.flows.rows import Rows
+from vlmscope.patching.flows import Rows
 from vlmscope.patching.trace import Images
 from vlmscope.runs import corrupt
 from vlmscope.runs.corrupt import Noise

@@ -531,12 +531,12 @@ def test_missing_images_of_wanted_rows_are_fetched_first(tmp_path: Path) -> None
     root = plant_svo(tmp_path, svo_rows(90), images=False)
     asked: list[str] = []
 
-    def fetch(jobs: dict[str, Path]) -> dict[str, str]:
+    def fetch(jobs: dict[str, str], folder: Path) -> dict[str, str]:
         asked.extend(jobs)
         bad = {url: "HTTP 404" for url in jobs if int(Path(url).stem) % 5 == 0}
-        for url, path in jobs.items():
+        for url, name in jobs.items():
             if url not in bad:
-                paint(path)
+                paint(folder / f"{name}.jpg")
         return bad
 
     source = Source("svo-probes", root, limit=12, fetch=fetch)
@@ -546,7 +546,7 @@ def test_missing_images_of_wanted_rows_are_fetched_first(tmp_path: Path) -> None
     assert Counter(one.groups["kind"] for one in examples) == dict.fromkeys(svo_probes.KINDS, 4)
     assert source.dropped["an image could not be downloaded"] > 0
     nothing = plant_svo(tmp_path / "b", svo_rows(9), images=False)
-    source = Source("svo-probes", nothing, fetch=lambda jobs: dict.fromkeys(jobs, "HTTP 404"))
+    source = Source("svo-probes", nothing, fetch=lambda jobs, _: dict.fromkeys(jobs, "HTTP 404"))
     with pytest.raises(DataError, match="none could be downloaded; see download-failures.csv"):
         svo_probes.load(source)
 
@@ -782,7 +782,7 @@ def test_the_summary_counts(roots: dict[str, Path]) -> None:
 def test_importing_data_brings_in_nothing_that_only_a_set_needs() -> None:
     script = """
 import sys, vlmscope.data
-sys.exit(str([m for m in ("lemminflect", "urllib3", "numpy", "torch") if m in sys.modules] or ""))
+sys.exit(str([m for m in ("lemminflect", "http.client", "numpy", "torch") if m in sys.modules] or ""))
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert not done.stderr.strip(), done.stderr

@@ -13,6 +13,7 @@ import io
 import json
 import math
 import os
+import re
 import shutil
 import stat
 import tempfile
@@ -21,17 +22,20 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
-import pandas as pd
-
 from vlmscope.errors import DataError, ExampleError, StoreError, VlmscopeError, shown
 
 if TYPE_CHECKING:
+    import pandas as pd
     from PIL import Image
 
 PICTURE = 384
 """Longest side, in pixels, of a stored example picture."""
 LARGEST = 2**28
 """Bytes up to which a file that somebody names is read."""
+LONGEST_NAME = 200
+"""Bytes of a file's name: file systems end at 255, and what is written beside it has a longer one."""
+_PLAIN_NAME = re.compile(r"[\w@+][\w .,@+()-]*(?<![ .])")
+_FORMULA, _NUMBER = re.compile(r"'*[=+\-@\t\r]"), re.compile(r"[+-]?[0-9]+(\.[0-9]+)?")
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _WAIT = 10.0
 """Seconds for which a writer waits for another one in the same folder."""
@@ -75,8 +79,16 @@ def read(
     largest: int = LARGEST,
 ) -> bytes:
     """The content of a regular file; raises as `regular` does."""
-    with regular(file, expected, error, largest) as stream:
-        return stream.read(largest)
+    try:
+        with regular(file, expected, error, largest) as stream:
+            content = stream.read(largest + 1)
+    except OSError as problem:  # the system's own files, such as /proc/self/mem, and broken disks
+        raise error(f"{file}: cannot be read ({problem.strerror}); expected {expected}") from problem
+    if len(content) > largest:
+        raise error(
+            f"{file}: has more than the {largest / 2**20:,.0f} MiB that are read; expected {expected}"
+        )
+    return content
 
 
 def read_about(folder: str | os.PathLike[str], manifest: str, way_out: str) -> dict[str, Any]:
@@ -219,6 +231,51 @@ def _folders(path: Path, names: Iterable[str]) -> Iterator[None]:
         raise
 
 
+def to_csv(table: pd.DataFrame) -> bytes:
+    """A table as a CSV file that `from_csv` reads back, without what a spreadsheet would compute.
+
+    A text that begins like a formula gets an apostrophe in front, as people type it; numbers are as they are.
+
+    >>> import pandas
+    >>> to_csv(pandas.DataFrame({"word": ["=1+1", "-2", "red"], "score": [-1, 2, 3]})).split()
+    [b'word,score', b"'=1+1,-1", b'-2,2', b'red,3']
+    """
+    safe = _with(_as_text, table)
+    text = safe.to_csv(index=False)
+    if "\r" in text:  # which is quoted only where lines end with one, and would end the line
+        text = safe.to_csv(index=False, lineterminator="\r\n")
+    return text.encode("utf-8", "surrogatepass")
+
+
+def from_csv(file: str | os.PathLike[str], **options: Any) -> pd.DataFrame:
+    """A table that `to_csv` has made; `options` are those of `pandas.read_csv`."""
+    import pandas as pd
+
+    return _with(_from_text, pd.read_csv(file, **options))
+
+
+def _with(change: Callable[[Any], Any], table: pd.DataFrame) -> pd.DataFrame:
+    """A table with some of its texts changed, those of the header too."""
+    texts = {}
+    for name in table.select_dtypes(exclude=["number", "bool"]):
+        cells = table[name].astype(object)
+        # Others stay the objects that they are: pandas would make numbers of what looks like some.
+        if at := [n for n, cell in enumerate(cells) if change(cell) is not cell]:
+            cells.iloc[at] = [change(cells.iloc[n]) for n in at]
+            texts[name] = cells.astype(table[name].dtype)
+    return table.assign(**texts).rename(columns=change)
+
+
+def _as_text(cell: Any) -> Any:
+    """An apostrophe more before what begins like a formula, apostrophes aside, and is no number."""
+    is_formula = isinstance(cell, str) and _FORMULA.match(cell) and not _NUMBER.fullmatch(cell)
+    return f"'{cell}" if is_formula else cell
+
+
+def _from_text(cell: Any) -> Any:
+    return cell[1:] if isinstance(cell, str) and cell[:1] == "'" and _FORMULA.match(cell) else cell
+
+
 def write(file: Path, content: bytes, ends: Path | None = None) -> None:
     """Write a whole file or nothing: readers never see half of one, a power cut included.
 
@@ -266,7 +323,9 @@ def _put(file: Path, content: bytes) -> Path:
     """Write and sync a temporary beside a file, for a rename; none is left behind a failure."""
     temporary = file.with_name(f".{file.name}.tmp")
     try:
-        with temporary.open("wb") as stream:
+        # What a killed process left goes, and so does a link to somewhere else.
+        temporary.unlink(missing_ok=True)
+        with temporary.open("xb") as stream:
             stream.write(content)
             stream.flush()
             os.fsync(stream.fileno())
@@ -292,7 +351,7 @@ def _bytes(name: str, content: pd.DataFrame | str | bytes) -> bytes:
     if isinstance(content, str):
         return content.encode("utf-8")
     if name.endswith(".csv"):
-        return content.to_csv(index=False).encode("utf-8", "surrogatepass")
+        return to_csv(content)
     buffer = io.BytesIO()
     content.to_parquet(buffer, index=False)
     return buffer.getvalue()
@@ -335,6 +394,31 @@ def read_json(file: Path, way_out: str) -> dict[str, Any]:
     return content
 
 
+def is_text(text: str) -> bool:
+    """Whether a text can be written as UTF-8; names on disk need not be.
+
+    >>> is_text("café"), is_text("caf\\udce9")
+    (True, False)
+    """
+    try:
+        return bool(text.encode()) or not text
+    except UnicodeEncodeError:
+        return False
+
+
+def is_plain_name(text: str) -> bool:
+    """Whether a text is the name of a file or folder, on any system: no path, nothing hidden or odd.
+
+    What data names becomes a name on disk only if it is one.
+
+    >>> is_plain_name("COCO_val2014_000000000042"), is_plain_name("my data (2)")
+    (True, True)
+    >>> any(map(is_plain_name, ("", "..", "a/b", ".x", "-x", "x" * 300, "a\\nb")))
+    False
+    """
+    return bool(_PLAIN_NAME.fullmatch(text)) and len(text.encode()) <= LONGEST_NAME
+
+
 def is_temporary(path: Path) -> bool:
     """Whether a killed process has left this file."""
     return path.name.startswith(".") and path.name.endswith(".tmp")
@@ -362,10 +446,11 @@ def png(picture: Path | Image.Image) -> bytes:
     from PIL import Image, ImageOps
 
     if not isinstance(picture, Image.Image):
+        content = read(picture, "a picture", ExampleError)
         try:
-            with Image.open(picture) as opened:
+            with Image.open(io.BytesIO(content)) as opened:
                 return png(opened.copy())
-        except (OSError, ValueError, Image.DecompressionBombError) as error:
+        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
             raise ExampleError(f"{picture}: not a picture that can be read ({error})") from error
     image = ImageOps.exif_transpose(picture).convert("RGB")
     image.thumbnail((PICTURE, PICTURE))

@@ -14,8 +14,9 @@ Killed at any moment, the same call goes on where it stopped and ends with the s
 
 from __future__ import annotations
 
-import difflib
+import itertools
 import os
+import re
 import shutil
 import tomllib
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -28,19 +29,23 @@ import pandas as pd
 import tomli_w
 
 from vlmscope import files
-from vlmscope.checkpoint import load, pieces
+from vlmscope.checkpoint import DTYPES, load, pieces
 from vlmscope.data import BUILT_IN, SIZE, examples
 from vlmscope.data.drawn import draw
 from vlmscope.data.example import Example
 from vlmscope.data.questions.replacement import replace_words
 from vlmscope.data.table import read_csv, write_csv
-from vlmscope.errors import DataError, StoreError, VlmscopeError
+from vlmscope.errors import MOST, SEED, DataError, StoreError, VlmscopeError, nearest, shown, whole
+from vlmscope.files import from_csv, is_plain_name
 from vlmscope.report import write_report
 from vlmscope.runs.model import Model
+from vlmscope.runs.network import QUANTIZED
+from vlmscope.sites import expand, parse
 from vlmscope.studies import circuits, heads
 from vlmscope.studies.known import knows
 from vlmscope.studies.run_folder import Run, read_run
 from vlmscope.studies.sweep import Estimate, estimate, sweep_to
+from vlmscope.studies.task import check_sites
 
 Say = Callable[[str], None]
 Sweep = tuple[str, str]
@@ -48,6 +53,12 @@ Sweep = tuple[str, str]
 
 MODULES = ("resid", "attn", "cross", "mlp")
 SELECTION = "vlmscope-selection-1"
+LARGEST_SPEC = 2**20
+"""Bytes of the largest specification that is read."""
+_TEXTS = re.compile(
+    r'"""(?:\\.|[^\\])*?"""|\'\'\'.*?\'\'\'|"(?:\\.|[^"\\\n])*"|\'[^\'\n]*\'|#[^\n]*', re.DOTALL
+)
+"""TOML's strings and comments."""
 MANY = 12
 """A group with more values than this (an id, a noun) is no group to report on."""
 
@@ -78,15 +89,22 @@ class Spec:
     device: str | None = None
 
     def __post_init__(self) -> None:
-        for name in ("data", "corrupt"):
-            if not getattr(self, name):
-                raise VlmscopeError(f"notice: {name} is empty; name at least one")
+        for field in fields(self):
+            _check(field.name, str(field.type), getattr(self, field.name))
         for kind in self.corrupt:
             if kind not in ("image", "text", "noise"):
-                raise VlmscopeError(f"notice: unknown corruption '{kind}'; expected image, text, noise")
+                raise VlmscopeError(
+                    f"notice: unknown corruption {shown(kind)}; expected image, text or noise"
+                )
         names = [name_of(one) for one in self.data]
         if twice := [name for name in names if names.count(name) > 1]:
-            raise VlmscopeError(f"notice: two data sets are called '{twice[0]}'; rename one's file")
+            raise VlmscopeError(f"notice: two data sets are called {shown(twice[0])}; rename one's file")
+        if len({*self.corrupt}) < len(self.corrupt):
+            raise VlmscopeError("notice: a corruption is named twice; name each once")
+        if self.dtype not in (*DTYPES, QUANTIZED):
+            known = ", ".join((*DTYPES, QUANTIZED))
+            raise VlmscopeError(f"notice: unknown dtype {shown(self.dtype)}; expected one of {known}")
+        parse(self.sites)
 
     @classmethod
     def from_toml(cls, path: str | os.PathLike[str], **changes: Any) -> Spec:
@@ -97,17 +115,39 @@ class Spec:
         """
         path = Path(path)
         try:
-            content = tomllib.loads(path.read_text("utf-8"))
-        except OSError as error:
-            raise VlmscopeError(f"{path}: cannot be read ({error.strerror})") from error
-        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-            raise VlmscopeError(f"{path}: not a TOML file ({error})") from error
-        given = dict(_checked(path, key, value) for key, value in content.items())
-        given["data"] = tuple(d if d in BUILT_IN else str(path.parent / d) for d in given.get("data", ()))
+            text = files.read(path, "a TOML file", VlmscopeError, LARGEST_SPEC).decode("utf-8")
+            if _TEXTS.sub("", text).count(".") > 100:  # a key of thousands of parts takes minutes
+                raise ValueError("it has dotted keys")
+            content = tomllib.loads(text)
+        except (ValueError, RecursionError) as error:
+            raise VlmscopeError(
+                f"{path}: not a TOML file ({error}); expected lines of KEY = VALUE"
+            ) from error
+        known = [field.name for field in fields(cls)]
+        if odd := [key for key in content if key not in known]:
+            hint = f"expected some of {', '.join(known)}{nearest(odd[0], known)}"
+            raise VlmscopeError(f"{path}: unknown key {shown(odd[0])}; {hint}")
+        several = [field.name for field in fields(cls) if str(field.type).startswith("tuple")]
+        given: dict[str, Any] = {
+            key: tuple([value] if isinstance(value, str) else value)
+            if key in several and isinstance(value, str | list)
+            else value
+            for key, value in content.items()
+        }
         given |= {name: value for name, value in changes.items() if value is not None}
+        if "data" not in changes or changes["data"] is None:
+            names = given.get("data", ())
+            if isinstance(names, tuple):
+                given["data"] = tuple(
+                    d if d in BUILT_IN or not isinstance(d, str) or not d else str(path.parent / d)
+                    for d in names
+                )
         if missing := [name for name in ("model", "data") if not given.get(name)]:
             raise VlmscopeError(f"{path}: no {missing[0]}; add it, or give --{missing[0]}")
-        return cls(**given)
+        try:
+            return cls(**given)
+        except VlmscopeError as error:
+            raise type(error)(f"{path}: {str(error).removeprefix('notice: ')}") from error
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the specification as TOML; paths of CSV files become absolute. Replaces no other file."""
@@ -120,32 +160,34 @@ class Spec:
         return replace(self, data=tuple(d if d in BUILT_IN else str(Path(d).resolve()) for d in self.data))
 
 
-def _checked(path: Path, key: str, value: Any) -> tuple[str, Any]:
-    """A key of a TOML file and its value, of the type that `Spec` wants."""
-    words = {
-        "str": "a text",
-        "tuple[str, ...]": "a list of texts",
-        "int": "a whole number",
-        "bool": "true or false",
-    }
-    wanted = {field.name: str(field.type).removesuffix(" | None") for field in fields(Spec)}
-    if key not in wanted:
-        near = difflib.get_close_matches(key, wanted, n=1, cutoff=0.5)
-        hint = f"did you mean '{near[0]}'? " if near else ""
-        raise VlmscopeError(f"{path}: unknown key '{key}'; {hint}(known: {', '.join(wanted)})")
-    kind = wanted[key]
-    if kind.startswith("tuple"):
-        found = [value] if isinstance(value, str) else value
-        if isinstance(found, list) and all(isinstance(one, str) for one in found):
-            return key, tuple(found)
-    elif type(value).__name__ == kind and (kind != "int" or key == "seed" or value > 0):
-        return key, value
-    raise VlmscopeError(f"{path}: {key} is {value!r}; expected {words[kind]}")
+def _check(name: str, kind: str, value: object) -> None:
+    """Refuse a value that is not what a field of `Spec` takes."""
+    if value is None and kind.endswith("None"):
+        return
+    if kind.startswith("int"):
+        least, most = {"seed": (0, SEED), "function_examples": (2, MOST)}.get(name, (1, MOST))
+        whole(value, f"notice: {name}", least, most)
+        return
+    several = kind.startswith("tuple")
+    right = isinstance(value, bool)
+    if not kind.startswith("bool"):
+        texts = value if several and isinstance(value, tuple) else [None] if several else [value]
+        right = all(isinstance(text, str) and text.strip() and text.isprintable() for text in texts)
+        right = right and (name == "sites" or bool(texts))
+    words = "true or false" if kind.startswith("bool") else "a list of texts" if several else "a text"
+    if not right:
+        raise VlmscopeError(f"notice: {name} is {shown(value)}; expected {words}")
 
 
 def name_of(data: str) -> str:
-    """What a data set is called in the results: a built-in set's name, or that of the CSV file."""
-    return data if data in BUILT_IN else Path(data).stem
+    """What a data set is called in the results: a built-in set's name, or that of the CSV file.
+
+    Raises `VlmscopeError` for a file whose name is none for the folders of results.
+    """
+    name = data if data in BUILT_IN else Path(data).stem
+    if not is_plain_name(name):
+        raise VlmscopeError(f"{data}: would be called {shown(name)} in the results; rename the file")
+    return name
 
 
 def run(spec: Spec, out: str | os.PathLike[str], say: Say = lambda text: None) -> Path:
@@ -155,10 +197,14 @@ def run(spec: Spec, out: str | os.PathLike[str], say: Say = lambda text: None) -
     what is estimated, and what its parts raise.
     """
     folder = Path(out)
-    _check_own(folder)
-    _claim(spec, folder)
+    _check_folder(spec, folder)
     model = load(spec.model, dtype=spec.dtype, device=spec.device)
     sites = spec.sites or default_sites(model)
+    _check_places(spec, model, sites)
+    if not (folder / "notice.toml").exists():
+        with files.storing(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+        spec.save(folder / "notice.toml")
     parts = _Pipeline(spec, folder, model, sites, say)
     sets = {name_of(one): parts.examples(one) for one in spec.data}
     sweeps = list(_sweeps(spec, sets, say))
@@ -212,7 +258,7 @@ def read(folder: str | os.PathLike[str]) -> Notice:
     """What `run` has written; raises `StoreError` where that is not all there yet."""
     path = Path(folder)
     try:
-        chosen = pd.read_csv(path / "selection.csv")
+        chosen = from_csv(path / "selection.csv")
     except (OSError, ValueError) as error:
         text = f"{path}: this notice run is not finished ({error}); run the same command again"
         raise StoreError(text) from error
@@ -234,31 +280,37 @@ def default_sites(model: Model) -> tuple[str, ...]:
     return tuple(found)
 
 
-def _check_own(folder: Path) -> None:
-    """Refuse, before anything is computed, a folder with what this pipeline has not made."""
-    with files.storing(folder):
-        own = (folder / "notice.toml").exists() or not folder.is_dir()
-        if not own and any(not files.is_temporary(path) for path in folder.iterdir()):
-            raise StoreError(
-                f"{folder}: not empty, and not a folder of notice (no notice.toml); choose another --out"
-            )
+def _check_folder(spec: Spec, folder: Path) -> None:
+    """Refuse the folder of another specification, and one that cannot be written."""
+    file = folder / "notice.toml"
     files.claim(folder, "selection.json", SELECTION, ["selection.csv"])
     circuits.Found.claim(folder / "circuits")
+    if not file.exists():
+        if folder.is_dir() and not all(map(files.is_temporary, folder.iterdir())):
+            raise StoreError(f"{folder}: not empty, and holds no notice run; choose another --out")
+        return
+    there, here = Spec.from_toml(file), spec._absolute()
+    if there != here:
+        odd = [k for k, v in asdict(there).items() if v != getattr(here, k)]
+        raise StoreError(
+            f"{folder}: holds another notice run ({', '.join(odd)} differ); choose another "
+            "--out or delete the folder"
+        )
 
 
-def _claim(spec: Spec, folder: Path) -> None:
-    """Keep the specification in the folder; refuse the folder of another."""
-    file, here = folder / "notice.toml", spec._absolute()
-    with files.storing(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-        if not file.exists():
-            spec.save(file)
-        elif (there := Spec.from_toml(file)) != here:
-            odd = [k for k, v in asdict(there).items() if v != getattr(here, k)]
-            raise StoreError(
-                f"{folder}: holds another notice run ({', '.join(odd)} differ); choose another "
-                "--out or delete the folder"
-            )
+def _check_places(spec: Spec, model: Model, sites: Sequence[str]) -> None:
+    """Refuse sites and a position that are not there, before anything is written."""
+    few = [examples(d, limit=6 if d in BUILT_IN else spec.limit, seed=spec.seed) for d in spec.data]
+    given = list(itertools.chain(*few))
+    check_sites(model, given, sites)
+    if not any(part.part == "h" for site in expand(parse(sites), model.shapes) for part in site.parts):
+        raise VlmscopeError("notice: no site is a head; add some, such as 'encoder.*.cross.h*@answer'")
+    roles = dict.fromkeys(["readout", "last", *itertools.chain(*(one.roles for one in given))])
+    if spec.position is not None and re.split(r"[\[+]", spec.position)[0] not in roles:
+        raise VlmscopeError(
+            f"notice: no example has a position {shown(spec.position)}; expected one of {', '.join(roles)}"
+            f"{nearest(spec.position, roles)}"
+        )
 
 
 def _sweeps(spec: Spec, sets: Mapping[str, Sequence[Example]], say: Say) -> Iterator[Sweep]:

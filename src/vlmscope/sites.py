@@ -31,13 +31,12 @@ source    `last<image`: an edge of attention, what the positions before `<` read
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from vlmscope.errors import SiteError
+from vlmscope.errors import SiteError, line, nearest, shown
 from vlmscope.layout import Layout, grid
 
 TOWERS = ("vision", "qformer", "encoder", "decoder")
@@ -51,6 +50,10 @@ UNITS = {
     "p": ("attention pattern", ATTENTION),
     "n": ("neuron", ("mlp",)),
 }
+
+
+LONGEST = 100_000
+"""Characters of the longest expression that is read."""
 
 
 class Point(NamedTuple):
@@ -69,8 +72,8 @@ class Point(NamedTuple):
 class Shape:
     """What one tower of a model has: the sites that exist in it.
 
-    `lacks` names, by kind, the layers that do not have it. `width` is that of the residual stream,
-    `widths` names what is of another. `groups` are key-value heads, where they are fewer than heads.
+    `lacks` names, by kind, the layers that do not have it, `width` is that of the residual stream, `widths`
+    that of kinds which differ, `groups` are key-value heads, where they are fewer than heads.
     """
 
     layers: int
@@ -117,14 +120,20 @@ class Pattern:
     @classmethod
     def parse(cls, text: str) -> Pattern:
         """Parse one expression; raises `SiteError` that names the part that is wrong."""
+        if not isinstance(text, str):
+            raise SiteError(
+                f"bad site {shown(text)}; expected an expression such as 'encoder.0.resid@answer'"
+            )
+        if len(text) > LONGEST:
+            raise SiteError(
+                f"bad site {shown(text)}: has {len(text):,} characters; expected at most {LONGEST:,}, write "
+                "several sites instead"
+            )
         first, *more = (_parse(part, text.strip()) for part in re.split(r"\s+\+\s+", text.strip()))
         return replace(first, also=tuple(more))
 
     def __str__(self) -> str:
-        unit = f".{self.part}{self.units}" if self.part else ""
-        edge = f"<{self.source}" if self.source else ""
-        text = f"{self.tower}.{self.layers}.{self.kind}{unit}@{self.position}{edge}"
-        return " + ".join([text, *map(str, self.also)])
+        return _written(self, self.layers, self.units)
 
     @property
     def roles(self) -> list[str]:
@@ -156,18 +165,14 @@ class Site:
     also: tuple[Site, ...] = ()
 
     def __str__(self) -> str:
-        window = f"/{self.window}" if self.window > 1 else ""
-        unit = f".{self.unit}" if self.part else ""
-        edge = f"<{self.source}" if self.source else ""
-        text = f"{self.tower}.{self.layer}{window}.{self.kind}{unit}@{self.position}{edge}"
-        return " + ".join([text, *map(str, self.also)]) if self.also else text
+        layers = f"{self.layer}/{self.window}" if self.window > 1 else str(self.layer)
+        return _written(self, layers, (self.unit or "")[1:])
 
     @property
     def unit(self) -> str | None:
         """The units as they are written, such as `h3`; None for the kind itself."""
-        if not self.part:
-            return None
-        return f"{self.part}{self.units[0] if len(self.units) == 1 else list(self.units)}".replace(" ", "")
+        units = self.units[0] if len(self.units) == 1 else list(self.units)
+        return f"{self.part}{units}".replace(" ", "") if self.part else None
 
     @property
     def point(self) -> Point:
@@ -177,82 +182,80 @@ class Site:
     @property
     def parts(self) -> tuple[Site, ...]:
         """The sites of one layer each that are patched together, itself where it is one."""
-        own = (
-            (self,)
-            if self.window == 1 and not self.also
-            else tuple(
-                replace(self, layer=n, layers=(), window=1, also=()) for n in self.layers or (self.layer,)
-            )
-        )
+        own: tuple[Site, ...] = (self,)
+        if self.window > 1 or self.also:
+            alone = replace(self, layers=(), window=1, also=())
+            own = tuple(replace(alone, layer=n) for n in self.layers or (self.layer,))
         return own + tuple(part for site in self.also for part in site.parts)
 
 
+def _written(one: Any, layers: str, units: str) -> str:
+    """A pattern or a site, with its layers and units as they are written."""
+    unit = f".{one.part}{units}" if one.part else ""
+    edge = f"<{one.source}" if one.source else ""
+    text = f"{one.tower}.{layers}.{one.kind}{unit}@{one.position}{edge}"
+    return " + ".join([text, *map(str, one.also)])
+
+
 _NAMES = ("all", "last", "text", "image", "readout")
-_RANGE = re.compile(r"(\d+)-(\d+)")
-_CELL = re.compile(r"image\[(\d+),(\d+)\]")
-_POSITION = r"\*|-?\d+|\d+-\d+|image\[\d+,\d+\]|[A-Za-z_]\w*\*?"
-
-
-def _wrong(text: str, part: str, at: int, why: str) -> SiteError:
-    return SiteError(f"bad site '{text}': '{part}' (character {at + 1}) {why}")
+_N = "[0-9]{1,9}"
+_LAYERS = re.compile(rf"(\*|{_N}|{_N}-{_N})(/[0-9]{{0,8}}[13579])?")
+_UNIT = re.compile(rf"[hqkvpn](\*|{_N}|\[{_N}(,{_N})*\])")
+_RANGE = re.compile(rf"({_N})-({_N})")
+_CELL = re.compile(rf"image\[({_N}),({_N})\]")
+_POSITION = re.compile(rf"\*|-?{_N}|{_N}-{_N}|image\[{_N},{_N}\]|[A-Za-z_]\w*\*?")
 
 
 def _allowed(part: str, allowed: Iterable[str]) -> str:
     allowed = list(allowed)
-    near = difflib.get_close_matches(part, allowed, n=1)
-    return (f"; did you mean '{near[0]}'?" if near else "") + f" (allowed: {', '.join(allowed)})"
+    return f"{nearest(part, allowed)} (allowed: {', '.join(allowed)})"
 
 
 def _parse(text: str, whole: str) -> Pattern:
+    """One place of the expression `whole`."""
+
+    def wrong(part: str, at: int, why: str) -> SiteError:
+        return SiteError(f"bad site {shown(whole)}: {shown(part)} (character {begin + at + 1}) {why}")
+
     begin = whole.index(text)
-    place, at, position = text.partition("@")
+    place, _, position = text.partition("@")
     parts = place.split(".")
-    if not at or not position:
+    if not position:
         raise SiteError(
-            f"bad site '{whole}': no position; expected tower.layer.kind[.unit]@position, "
+            f"bad site {shown(whole)}: no position; expected tower.layer.kind[.unit]@position, "
             "such as encoder.*.cross.h*@answer"
         )
     if not 3 <= len(parts) <= 4:
         raise SiteError(
-            f"bad site '{whole}': '{place}' has {len(parts)} parts; "
+            f"bad site {shown(whole)}: {shown(place)} has {len(parts)} parts; "
             "expected tower.layer.kind or tower.layer.kind.unit before the @"
         )
-    starts = [begin + sum(len(p) + 1 for p in parts[:i]) for i in range(len(parts))]
+    starts = [sum(len(p) + 1 for p in parts[:i]) for i in range(len(parts))]
     tower, layers, kind, *unit = parts
     if tower not in TOWERS:
-        raise _wrong(whole, tower, starts[0], f"is not a tower{_allowed(tower, TOWERS)}")
-    if not re.fullmatch(r"(\*|\d+|\d+-\d+)(/\d*[13579])?", layers):
-        raise _wrong(whole, layers, starts[1], "is not a layer; expected 5, 3-7 or *, or 5/3 (an odd window)")
+        raise wrong(tower, starts[0], f"is not a tower{_allowed(tower, TOWERS)}")
+    if not _LAYERS.fullmatch(layers):
+        raise wrong(layers, starts[1], "is not a layer; expected 5, 3-7 or *, or 5/3 (an odd window)")
     if kind not in KINDS:
-        raise _wrong(whole, kind, starts[2], f"is not a kind{_allowed(kind, KINDS)}")
-    if unit:
-        _check_unit(whole, unit[0], kind, starts[3])
+        raise wrong(kind, starts[2], f"is not a kind{_allowed(kind, KINDS)}")
+    for each in unit:
+        if not _UNIT.fullmatch(each):
+            raise wrong(each, starts[3], "is not a unit; expected h3, h*, h[3,7], q3, k3, v3, p3, n512 or n*")
+        name, kinds = UNITS[each[0]]
+        if kind not in kinds:
+            raise wrong(each, starts[3], f"is a {name}; only {' and '.join(kinds)} have {name}s")
     position, edge, source = position.partition("<")
-    _check_position(whole, position, begin + len(place) + 1)
-    if edge:
-        _check_position(whole, source, begin + text.index("<") + 1)
-        if kind not in ATTENTION or (unit and unit[0][0] != "h"):
-            raise SiteError(f"bad site '{whole}': an edge is of attn or cross, all of it or a head (h3)")
+    at = len(place) + 1
+    for each, start in ((position, at), (source, at + len(position) + 1))[: 2 if edge else 1]:
+        if not _POSITION.fullmatch(each):
+            names = "5, -1, 2-6, *, last, readout, all, text, image, image[3,7], a role"
+            raise wrong(each, start, f"is not a position; expected {names}")
     part, units = (unit[0][0], unit[0][1:]) if unit else ("", "")
-    return Pattern(tower, layers, kind, part, units, position, source)
-
-
-def _check_unit(text: str, unit: str, kind: str, at: int) -> None:
-    if not re.fullmatch(r"[hqkvpn](\*|\d+|\[\d+(,\d+)*\])", unit):
-        raise _wrong(text, unit, at, "is not a unit; expected h3, h*, h[3,7], q3, k3, v3, p3, n512 or n*")
-    name, kinds = UNITS[unit[0]]
-    if kind not in kinds:
-        raise _wrong(text, unit, at, f"is a {name}; only {' and '.join(kinds)} have {name}s")
-
-
-def _check_position(text: str, position: str, at: int) -> None:
-    if not re.fullmatch(_POSITION, position):
-        raise _wrong(
-            text,
-            position,
-            at,
-            "is not a position; expected 5, -1, 2-6, *, last, readout, all, text, image, image[3,7], a role",
+    if edge and (kind not in ATTENTION or part not in ("", "h")):
+        raise SiteError(
+            f"bad site {shown(whole)}: an edge is of attn or cross, all of it or a head (h3); leave '<' out"
         )
+    return Pattern(tower, layers, kind, part, units, position, source)
 
 
 Sites = str | Pattern | Site | Iterable[str | Pattern | Site]
@@ -264,8 +267,11 @@ def parse(sites: Sites) -> list[Pattern]:
     >>> [str(pattern) for pattern in parse(["vision.*.resid@all"])]
     ['vision.*.resid@all']
     """
-    several = [sites] if isinstance(sites, (str, Pattern, Site)) else sites
-    return [site if isinstance(site, Pattern) else Pattern.parse(str(site)) for site in several]
+    several = [sites] if isinstance(sites, (str, Pattern, Site)) or not isinstance(sites, Iterable) else sites
+    return [
+        site if isinstance(site, Pattern) else Pattern.parse(str(site) if isinstance(site, Site) else site)
+        for site in several
+    ]
 
 
 def expand(patterns: Iterable[Pattern], shapes: Mapping[str, Shape]) -> list[Site]:
@@ -279,59 +285,54 @@ def expand(patterns: Iterable[Pattern], shapes: Mapping[str, Shape]) -> list[Sit
     """
     found: dict[Site, None] = {}
     for pattern in patterns:
-        first, *more = (_expand(one, shapes) for one in (replace(pattern, also=()), *pattern.also))
+        first, *more = (_expand(one, shapes) for one in (pattern, *pattern.also))
         if more and any(len(some) != 1 for some in (first, *more)):
-            raise SiteError(f"bad site '{pattern}': with a + each part is one layer and one unit (or a set)")
+            raise SiteError(
+                f"bad site {shown(pattern)}: with a + each part is one layer and one unit (or a set); write "
+                "several sites instead"
+            )
         also = tuple(site for (site,) in more)
         found.update(dict.fromkeys(replace(site, also=also) if also else site for site in first))
     return list(found)
 
 
 def _expand(pattern: Pattern, shapes: Mapping[str, Shape]) -> list[Site]:
+    """The sites of one place; what stands behind a `+` is left out."""
+
+    def bad(why: str) -> SiteError:
+        return SiteError(f"bad site {shown(replace(pattern, also=()))}: {why}")
+
     tower, kind = pattern.tower, pattern.kind
     if tower not in shapes:
-        raise SiteError(f"bad site '{pattern}': this model has no '{tower}' tower{_allowed(tower, shapes)}")
+        raise bad(f"this model has no '{tower}' tower{_allowed(tower, shapes)}")
     shape = shapes[tower]
     if kind not in shape.kinds:
-        why = f"the {tower} tower of this model has no '{kind}'{_allowed(kind, shape.kinds)}"
-        raise SiteError(f"bad site '{pattern}': {why}")
+        raise bad(f"the {tower} tower of this model has no '{kind}'{_allowed(kind, shape.kinds)}")
     numbers, _, width = pattern.layers.partition("/")
     window = int(width or 1)
-    layers = _numbers(pattern, "layer", numbers, shape.layers)
     there = shape.having(kind)
-    if numbers != "*" and "-" not in numbers and layers[0] not in there:
+    layers = _numbers(pattern, "layer", numbers, shape.layers)
+    if numbers.isdigit() and layers[0] not in there:
         these = ", ".join(map(str, there))
-        why = f"layer {numbers} of the {tower} tower has no '{kind}'; these have: {these}"
-        raise SiteError(f"bad site '{pattern}': {why}")
+        raise bad(f"layer {numbers} of the {tower} tower has no '{kind}'; these have: {these}")
     layers = [n for n in layers if n in there]
+    if not layers:
+        raise bad(f"no layer {numbers} has '{kind}'; name one of {', '.join(map(str, there))}")
     if kind == "output":
+        last = shape.layers - 1
         if window > 1:
-            raise SiteError(f"bad site '{pattern}': there is one 'output', so no window of layers")
-        if numbers != "*" and layers != [shape.layers - 1]:
-            raise SiteError(f"bad site '{pattern}': only the last layer, {shape.layers - 1}, has 'output'")
-        layers = [shape.layers - 1]
+            raise bad("there is one 'output', so no window of layers")
+        if numbers != "*" and layers != [last]:
+            raise bad(f"only the last layer, {last}, has 'output'")
+        layers = [last]
     units: list[tuple[int, ...]] = [()]
     if pattern.part:
-        many = shape.units(kind, pattern.part) or 0
-        name = UNITS[pattern.part][0]
-        units = [(n,) for n in _numbers(pattern, name, pattern.units.strip("[]"), many)]
-        if pattern.units.startswith("["):
-            units = [tuple(sorted({n for unit in units for n in unit}))]
-    return [
-        Site(
-            tower,
-            layer,
-            kind,
-            pattern.part,
-            unit,
-            pattern.position,
-            layers=() if window == 1 else tuple(n for n in there if abs(n - layer) <= window // 2),
-            window=window,
-            source=pattern.source,
-        )
-        for layer in layers
-        for unit in units
-    ]
+        many, name = shape.units(kind, pattern.part) or 0, UNITS[pattern.part][0]
+        each = _numbers(pattern, name, pattern.units.strip("[]"), many)
+        units = [tuple(sorted(set(each)))] if pattern.units.startswith("[") else [(n,) for n in each]
+    around = {n: tuple(m for m in there if abs(m - n) <= window // 2) if window > 1 else () for n in layers}
+    site = Site(tower, 0, kind, pattern.part, (), pattern.position, window=window, source=pattern.source)
+    return [replace(site, layer=n, layers=around[n], units=unit) for n in layers for unit in units]
 
 
 def _numbers(pattern: Pattern | Site, what: str, part: str, many: int) -> list[int]:
@@ -341,7 +342,8 @@ def _numbers(pattern: Pattern | Site, what: str, part: str, many: int) -> list[i
         return [n for number in part.split(",") for n in _numbers(pattern, what, number, many)]
     first, last = (int(p) for p in (part.split("-") if "-" in part else (part, part)))
     if first > last or last >= many:
-        raise SiteError(f"bad site '{pattern}': no {what} {part}; this tower has {what}s 0 to {many - 1}")
+        there = f"this tower has {what}s 0 to {many - 1}; name one of these"
+        raise SiteError(f"bad site {shown(pattern)}: no {what} {line(part, 60)}; {there}")
     return list(range(first, last + 1))
 
 
@@ -362,13 +364,16 @@ def place(site: Site, layout: Mapping[str, Layout]) -> list[Site]:
     """
     if site.tower not in layout:
         raise SiteError(
-            f"bad site '{site}': the {site.tower} tower has no part in a run without a picture; "
+            f"bad site {shown(site)}: the {site.tower} tower has no part in a run without a picture; "
             f"expected {' or '.join(layout)}"
         )
     if site.also:
         each = [place(part, layout) for part in (replace(site, also=()), *site.also)]
         if any(len(some) > 1 for some in each):
-            raise SiteError(f"bad site '{site}': with a + each part is one position, or a name for several")
+            raise SiteError(
+                f"bad site {shown(site)}: with a + each part is one position, or a name for several; "
+                "write several sites instead"
+            )
         (first,), *more = each
         return [replace(first, also=tuple(part for (part,) in more))]
     found = _places(site, site.position, layout[site.tower])
@@ -377,36 +382,35 @@ def place(site: Site, layout: Mapping[str, Layout]) -> list[Site]:
 
 def _places(site: Site, name: str, layout: Layout) -> list[tuple[str, tuple[int, ...]]]:
     """What a position names: how it is written and its numbers."""
-    many = len(layout.tokens)
+    each: Iterable[int]
     if name == "*":
-        return _each(range(many))
-    if _RANGE.fullmatch(name):
-        return _each(_numbers(site, "position", name, many))
-    if name.endswith("*"):
-        return _each(_named(site, name[:-1], layout))
-    if name.lstrip("-").isdigit():
-        index = int(name)
-        if not -many <= index < many:
-            where = f"the {site.tower} tower has positions 0 to {many - 1} here"
-            raise SiteError(f"bad site '{site}': no position {name}; {where}")
-        return [(name, (index % many,))]
-    return [(name, _named(site, name, layout))]
-
-
-def _each(positions: Iterable[int]) -> list[tuple[str, tuple[int, ...]]]:
-    return [(str(i), (i,)) for i in positions]
+        each = range(len(layout.tokens))
+    elif _RANGE.fullmatch(name):
+        each = _numbers(site, "position", name, len(layout.tokens))
+    elif name.endswith("*"):
+        each = _named(site, name[:-1], layout)
+    else:
+        return [(name, _named(site, name, layout))]
+    return [(str(i), (i,)) for i in each]
 
 
 def _named(site: Site, name: str, layout: Layout) -> tuple[int, ...]:
+    """The numbers of one name, one cell or one position."""
+    many = len(layout.tokens)
+    if name.lstrip("-").isdigit():
+        if not -many <= int(name) < many:
+            where = f"the {site.tower} tower has positions 0 to {many - 1} here; name one of these"
+            raise SiteError(f"bad site {shown(site)}: no position {name}; {where}")
+        return (int(name) % many,)
     if name == "all":
-        return tuple(range(len(layout.tokens)))
+        return tuple(range(many))
     if name == "last":
-        return (len(layout.tokens) - 1,)
+        return (many - 1,)
     if name == "readout":
         if layout.readout is None:
             raise SiteError(
-                f"bad site '{site}': nothing is read out in the {site.tower} tower; expected readout in the "
-                "last tower, which predicts the answer"
+                f"bad site {shown(site)}: nothing is read out in the {site.tower} tower; expected readout in "
+                "the last tower, which predicts the answer"
             )
         return (layout.readout,)
     cell = _CELL.fullmatch(name)
@@ -414,12 +418,14 @@ def _named(site: Site, name: str, layout: Layout) -> tuple[int, ...]:
         wanted = (int(cell[1]), int(cell[2]))
         found = tuple(i for i, at in layout.cells.items() if at == wanted)
         rows, columns = grid(layout)
-        size = f"the image here has {rows} rows and {columns} columns of patches"
+        size = f"the image here has {rows} rows and {columns} columns of patches; name one of these"
     else:
         reserved = {"text": layout.text, "image": layout.image or tuple(layout.cells)}
         known = {**reserved, **layout.roles, **reserved}  # a role of that name does not take its place
         found = known.get(name, ())
-        size = "positions with a name here: " + ", ".join(n for n, at in known.items() if at)
+        size = "name one of the positions with a name here: " + ", ".join(n for n, at in known.items() if at)
     if not found:
-        raise SiteError(f"bad site '{site}': no position '{name}' in the {site.tower} tower; {size}")
+        raise SiteError(
+            f"bad site {shown(site)}: no position {shown(name)} in the {site.tower} tower; {size}"
+        )
     return found

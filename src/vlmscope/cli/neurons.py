@@ -11,7 +11,7 @@ from typing import Any, Literal
 import typer
 
 from vlmscope.cli.options import Given, OneModel, command
-from vlmscope.errors import StoreError, VlmscopeError
+from vlmscope.errors import StoreError, VlmscopeError, plain, shown
 
 app = typer.Typer(
     no_args_is_help=True, help="Neurons that turn what is seen into a word.\n\nFind, show, perturb, edit."
@@ -38,7 +38,8 @@ class Shown(OneModel):
             raise VlmscopeError("give either --image or --data")
         if self.prompt is None:
             raise VlmscopeError("--image needs a --prompt that asks for the caption")
-        return [Example(self.image.name, self.image, self.prompt, answer="", foil="")]
+        # The name goes into tables, which hold no bytes that are no text.
+        return [Example(plain(self.image.name), self.image, self.prompt, answer="", foil="")]
 
 
 @command(app)
@@ -81,9 +82,9 @@ def find(
 
 
 def _layer_and_number(text: str) -> tuple[int, int]:
-    found = re.fullmatch(r"L?(\d+)\.N?(\d+)", text.strip())
-    if found is None:
-        raise VlmscopeError(f"bad neuron '{text}'; expected LAYER.NUMBER, such as 12.4071")
+    found = re.fullmatch(r"L?([0-9]{1,6})\.N?([0-9]{1,9})", text.strip())
+    if not found:
+        raise VlmscopeError(f"bad neuron {shown(text)}; expected LAYER.NUMBER, such as 12.4071")
     return int(found[1]), int(found[2])
 
 
@@ -180,6 +181,10 @@ def edit(
     if (target is None) != suppress:
         raise VlmscopeError("give either --to WORD or --suppress")
     room.check_margin(solver, margin)
+    if out.suffix != ".safetensors":
+        raise VlmscopeError(
+            f"{out}: an edit is a safetensors file; expected a name that ends in .safetensors"
+        )
     card = out.with_name(f"{out.stem}-card")
     room.WeightEdit.claim(out)
     room.Assessed.claim(card)

@@ -98,7 +98,7 @@ def answer(error: BaseException) -> tuple[str, int]:
         command = context.command_path if context else "vlmscope"
         if context and type(error).__name__ == "NoArgsIsHelpError":
             return str(context.get_help()), 2
-        message = error.format_message().rstrip(".").replace("Value error, ", "")
+        message = error.format_message().rstrip(".")
         way_out = f"'{command} --help' shows what is expected"
         return line(f"error: {command}: {message}; {way_out}", 400), 2
     if isinstance(error, MemoryError) or "out of memory" in str(error).lower():

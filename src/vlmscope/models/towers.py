@@ -25,25 +25,24 @@ number, or a tensor that broadcasts to `(rows, pos, width)`); None for a block t
 
 @dataclass(frozen=True)
 class Tower:
-    """The paths of one tower. `attn`, `cross`, `mlp`, `behind` and `fold` are paths inside a block.
+    """The paths of one tower: `blocks` in the model, all others but `output` in a block.
 
-    `attn`, `cross` and `mlp` name the output projection of a sublayer: its input is the heads (or
-    neurons) side by side, its output what the sublayer adds to the residual stream. Where something
-    stands between the two, `behind` names, by kind, the norm whose output is added (in the blocks that
-    have all that it names), and `factor` gives, by kind, what a block multiplies by. In a tower that is
-    `normed` the blocks normalise the residual stream itself, so that sublayers do not add up to a block's
-    output; `middle` are the modules there (the first that a block has) whose output its MLP reads. `output`
-    is the module whose output is the tower's, where something follows the last block: a final norm, or
-    what turns all that the tower found into what the next one reads. `fold` is
-    the cross-attention module: no query position of it looks at another, so that rows which share
-    the attended image can be laid end to end, as one row. `attention` names, by kind, the modules
-    that pay attention: through transformers' attention interface, or their second output is what they
-    paid; `reads` is the tower that `cross` attends to.
-    `gate` is the module whose output gates the neurons, where a block has one.
-    `config` is the part of the model's config that says how many `heads` there are: attributes or
-    entries with dots between them, empty for the config itself. `joined` says, by the config, whether
-    what leaves the tower is put together from several blocks, so that its `flow` is `plain`. `deepstack`
-    says behind how many of its blocks the model adds features of the image.
+    - `attn`, `cross`, `mlp`: the output projection of a sublayer. Its input is the heads (or neurons) side by
+      side, its output what the sublayer adds to the residual stream, unless `behind` names, by kind, a norm
+      behind it (in the blocks that have all that it names), or `factor` gives what the block multiplies by.
+    - `normed`: the blocks normalise the residual stream itself, so that sublayers do not add up to a block's
+      output; `middle` are the modules there (the first that a block has) whose output its MLP reads.
+    - `output`: the module whose output is the tower's, where a norm or a projection follows the last block.
+    - `fold`: the cross-attention module, where no query looks at another, so that rows which share the
+      attended image can be laid end to end.
+    - `attention`: by kind, the modules that pay attention, through transformers' attention interface, or
+      telling what they paid as their second output; `reads`: the tower that `cross` attends to.
+    - `gate`: the module whose output gates the neurons.
+    - `config`: the part of the model's config (attributes or entries with dots between them, empty for the
+      config itself) that says how many `heads` there are.
+    - `depth`, `joined`, `deepstack`: by the config, how many blocks are used, whether several make up what
+      leaves the tower (then its flow is `plain`), and behind how many of them the model adds features of the
+      image.
     """
 
     blocks: str
@@ -80,25 +79,24 @@ def _plain_only(*_: object) -> Tensor:
 class Family:
     """A family of models: a Hugging Face class, its towers in the order of the computation.
 
+    - `model`, `processor`: what `load` loads; None where transformers has no code for the class.
+    - `variant`: the type of the language model, where a class has several.
     - `encode(hf, processor, images, prompt, roles, prefix)`: the `Inputs` of one run; `prefix` are
       the answer's token ids that are fed before the read-out position.
     - `blank(hf)`: the smallest valid `Inputs`, for `verify`; by default a small picture is encoded.
-    - `leave(hf, tower, hidden)`: from the last block's output to the tower's output.
-    - `finish(hf, inputs, tower, output, keep)`: from a tower's output, many rows of it, to the logits at
-      the last `keep` positions, through all that follows. It and `leave` are for towers whose flow is
-      not `plain`, and `finish` for a vision tower that has an `output`.
+    - `leave(hf, tower, hidden)`: from the last block's output to the tower's output;
+      `finish(hf, inputs, tower, output, keep)`: from there, many rows of it, to the logits at the last `keep`
+      positions. For towers whose flow is not `plain`; `finish` for a vision tower with an `output`, too.
     - `generate(hf, inputs, **options)`: the answer's token ids, by the model's own generation.
     - `cache()`: an object in which a `fold` module keeps the image's keys and values.
     - `options(processor, prompt, answer, images)`: the token ids of an answer as they would follow the
       prompt about so many images, with the token that ends it.
-    - `keywords`: what else the model is called with, `pixels`: the one that the picture goes by.
-    - `model`, `processor`: what `load` loads; None where transformers has no code for the class.
-    - `variant`: the type of the language model, where a class of Hugging Face has several.
-    - `head`: the linear module that turns the last tower's output into logits, `norm`: the norm right
-      before it, where there is nothing else between the two.
+    - `keywords`: what else the model is called with; `pixels`: the one that the picture goes by.
+    - `logits`: the module whose output has the logits; `head`: the linear module that gives them; `norm`: the
+      norm right before it, where there is nothing else between the two.
     - `view(processor, image)`: the part of a picture that the grid of patches covers.
-    - `image`: the tower whose `output` is what the language model reads of the image; None where the
-      image's tokens enter its first block as they are.
+    - `image`: the tower whose `output` the language model reads of the image; None where the image's tokens
+      enter its first block as they are.
     """
 
     name: str

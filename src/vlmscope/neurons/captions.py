@@ -11,7 +11,7 @@ from typing import Literal
 
 import torch
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 
 from vlmscope.data.example import Example
 from vlmscope.errors import ExampleError, ModelError
@@ -19,10 +19,11 @@ from vlmscope.models.inputs import Inputs
 from vlmscope.neurons.results import Found
 from vlmscope.neurons.weight_edit import base_fingerprint
 from vlmscope.progress import progress
-from vlmscope.runs.access import access
+from vlmscope.runs.access import hook
 from vlmscope.runs.forward import forward, generate
-from vlmscope.runs.hooks import Access, Hooks
+from vlmscope.runs.hooks import Hooks
 from vlmscope.runs.model import Model
+from vlmscope.runs.prepare import check_words
 from vlmscope.sites import Point
 
 LENGTH = 40
@@ -138,7 +139,11 @@ def _recording(
     rows: dict[int, list[Tensor]] = {layer: [] for layer in model.shapes[model.speaker].having("mlp")}
     with model.alone(), Hooks() as hooks:
         for layer, found in rows.items():
-            hooks.at(_neurons(model, layer, inputs, variant), partial(_keep, found, at))
+            keep = partial(_keep, found, at)
+            if variant == "input":
+                hook(hooks, model, Point(model.speaker, layer, "mlp", "n"), inputs, keep)
+            else:
+                hooks.on_hidden(_gate(model, layer), keep)
         yield rows
 
 
@@ -147,13 +152,11 @@ def _keep(rows: list[Tensor], at: slice, x: Tensor) -> Tensor:
     return x
 
 
-def _neurons(model: Model, layer: int, inputs: Inputs, variant: Variant) -> Access:
-    """The module whose input, or whose output for the gate alone, are a layer's neurons."""
-    if variant == "input":
-        return access(model, Point(model.speaker, layer, "mlp", "n"), inputs)
+def _gate(model: Model, layer: int) -> nn.Module:
+    """The module whose output are a layer's gates."""
     gate = model.family.towers[model.speaker].gate
     try:
-        return Access(model.blocks(model.speaker)[layer].get_submodule(gate or "-"))
+        return model.blocks(model.speaker)[layer].get_submodule(gate or "-")
     except AttributeError as error:
         raise ModelError(
             f"{model.name}: the neurons of {model.family.name} have no gate; leave the variant out"
@@ -189,6 +192,7 @@ def packed(model: Model, caption: Caption) -> Caption:
 
 def tokenized(model: Model, example: Example, text: str, prompt: str | None) -> list[int]:
     """A text's tokens as they follow the prompt, and the one that ends it."""
+    check_words(model, "the caption", text)
     asked, images = prompt or example.clean_prompt, 1 + len(example.more_images)
     return model.family.options(model.processor, asked, text, images)
 

@@ -124,7 +124,7 @@ def read(folder: str | os.PathLike[str], kind: type[R] = Result) -> R:  # type: 
             if not hasattr(there, name) or (place / file).is_file()  # what has a default may be missing
         }
         if hasattr(there, "pictures") and (place / "pictures.csv").is_file():
-            rows = pd.read_csv(place / "pictures.csv", dtype=str, keep_default_na=False).itertuples()
+            rows = files.from_csv(place / "pictures.csv", dtype=str, keep_default_na=False).itertuples()
             shown = {row.example: place / "pictures" / Path(row.file).name for row in rows}
             values["pictures"] = {example: open_image(file) for example, file in shown.items()}
     except (OSError, ValueError, KeyError, StoreError) as error:
@@ -149,6 +149,6 @@ def _read(file: Path) -> pd.DataFrame:
         return pd.read_parquet(file)
     # A caption may be the word "none"; an empty text is a text, and an empty number is missing.
     texts = {"example": str, "word": str, "caption": str}
-    table = pd.read_csv(file, keep_default_na=False, na_values=[""], dtype=texts)
+    table = files.from_csv(file, keep_default_na=False, na_values=[""], dtype=texts)
     empty = table.select_dtypes(exclude=["number", "bool"]).columns
     return table.fillna(dict.fromkeys(empty, ""))

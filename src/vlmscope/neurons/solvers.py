@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from vlmscope.models.inputs import Inputs
 from vlmscope.progress import progress
 from vlmscope.runs.forward import forward
-from vlmscope.runs.hooks import Access, Hooks
+from vlmscope.runs.hooks import Hooks
 from vlmscope.runs.model import Model
 from vlmscope.sites import Point
 
@@ -92,8 +92,8 @@ def last_logits(model: Model, fed: Inputs, count: int, deltas: Deltas) -> Tensor
 
     with model.alone(), Hooks() as hooks:
         for layer, (at, delta) in deltas.items():
-            hooks.at(Access(model.down(layer), before=True), partial(enter, layer, at))
-            hooks.at(Access(model.down(layer)), partial(leave, layer, delta))
+            hooks.on_hidden(model.down(layer), partial(enter, layer, at), before=True)
+            hooks.on_hidden(model.down(layer), partial(leave, layer, delta))
         logits = forward(model, fed, positions=None, grad=torch.is_grad_enabled()).logits
     return logits[-count:].float()
 

@@ -19,13 +19,10 @@ from torch import Tensor
 
 from vlmscope.errors import RoomError
 from vlmscope.models.inputs import Pair
-from vlmscope.patching.flows.flow import Flow, Job, Row, around
-from vlmscope.patching.flows.memory import Memory, remembering
-from vlmscope.patching.flows.plain import Plain
-from vlmscope.patching.flows.rows import INSIDE, Rows, keeping
-from vlmscope.patching.flows.suffix import Suffix
+from vlmscope.patching.flows import INSIDE, Flow, Job, Plain, Row, Rows, around, keeping
 from vlmscope.patching.reference import Values
-from vlmscope.patching.scores import Baselines, Metric, Patched, Score, baselines, largest, score
+from vlmscope.patching.scores import Baselines, Metric, Patched, Score, score, unpatched
+from vlmscope.patching.suffix import Suffix, remembering
 from vlmscope.patching.trace import Images, given, trace
 from vlmscope.runs.access import INNER
 from vlmscope.runs.network import Network
@@ -35,8 +32,6 @@ BUDGET = 128 * 2**20
 """Bytes that the intermediate results of one batch of rows may take, if there is room."""
 
 FLOWS: dict[str, type[Flow]] = {"rows": Rows, "suffix": Suffix, "plain": Plain}
-Group = tuple[int, str]
-"""The rows that go together: of a tower, by its number, in a flow."""
 
 
 def patch(
@@ -51,96 +46,89 @@ def patch(
 ) -> Patched:
     """Patch every site; the same answers as `reference.patch`, in the order they are ready.
 
-    `images` keeps the vision tower's outputs from one call to the next, for pairs that share an
-    image.
+    `images` keeps the vision tower's outputs from one call to the next, for pairs that share an image.
     """
-    sites = network.placed(sites, pair.clean)
+    sites, count = network.placed(sites, pair.clean), len(pair.answers)
     images = Images() if images is None else images
     plain = [(pair.clean, ()), (pair.corrupt, pair.edits)]
     if pair.clean is pair.corrupt and not pair.edits:
         plain = plain[:1]
     base_at = 0 if direction == "noise" else len(plain) - 1
-    points = _points(network, pair, sites)
-    traces, memory = [], {}
+    points, memory, traces = _points(network, pair, sites), dict[str, Any](), []
     for number, (inputs, edits) in enumerate(plain):
         with ExitStack() as stack:
             if number == base_at:
-                memory = _remember(network, pair, stack)
-            traces.append(trace(network, inputs, edits, points, images, len(pair.answers)))
+                _remember(network, pair, memory, stack)
+            traces.append(trace(network, inputs, edits, points, images, count))
     base = traces[base_at]
-    found = baselines(traces[0].logits, traces[-1].logits, pair)
-    scores = [Score(*(x[0] for x in score(x[None], found, metric))) for x in (found.clean, found.corrupt)]
+    found, clean, corrupt, size = unpatched(traces[0].logits, traces[-1].logits, pair, metric)
     source, shifts = traces[len(traces) - 1 - base_at].values, [0] * len(sites)
     if values is not None and any(isinstance(key, Site) for key in values):
         source, shifts = given(network, base.values, sites, values)  # type: ignore[arg-type]
     elif values is not None:
         source = values  # type: ignore[assignment]
     inputs, edits = plain[base_at]
-    changes = network.changes(inputs, edits)
-    job = Job(network, inputs, changes, base, source, memory, len(pair.answers))
-    chunks = _chunks(job, sites, shifts, found, metric, scores[0 if direction == "noise" else 1])
-    return Patched(scores[0], scores[1], largest(found.clean, found.corrupt), chunks)
+    job = Job(network, inputs, network.changes(inputs, edits), base, source, memory, count)
+    chunks = _chunks(job, sites, shifts, found, metric, clean if direction == "noise" else corrupt)
+    return Patched(clean, corrupt, size, chunks)
 
 
 def _points(network: Network, pair: Pair, sites: Sequence[Site]) -> set[Point]:
     """What the plain runs have to keep: the sites, what positions need to pass a block alone, and the ends
     of the towers that are patched inside."""
     points = points_of(sites)
-    for point in list(points):
-        shape = network.shapes[point.tower]
-        if network.flow(point.tower, pair.clean) == "plain":
+    for tower, layer, kind, _ in list(points):
+        shape = network.shapes[tower]
+        if network.flow(tower, pair.clean) == "plain":
             continue
-        if point.kind != "output":
-            points.add(Point(point.tower, shape.layers - 1, "resid"))
-        if point.kind in INSIDE:
-            heads, entrance = around(point.tower, point.layer)
-            points.update([heads, entrance] if point.layer in shape.having("attn") else [entrance])
-        if network.family.towers[point.tower].deepstack:
-            points.update(Point(point.tower, layer, "resid") for layer in range(shape.layers))
+        if kind != "output":
+            points.add(Point(tower, shape.layers - 1, "resid"))
+        if kind in INSIDE:
+            heads, entrance = around(tower, layer)
+            points.update([heads, entrance] if layer in shape.having("attn") else [entrance])
+        if network.family.towers[tower].deepstack:
+            points.update(Point(tower, n, "resid") for n in range(shape.layers))
     return points
 
 
-def _remember(network: Network, pair: Pair, stack: ExitStack) -> dict[str, Any]:
-    """What flows keep of the base run, filled as it is traced."""
-    memory: dict[str, Any] = {}
+def _remember(network: Network, pair: Pair, memory: dict[str, Any], stack: ExitStack) -> None:
+    """Fill what flows keep of the base run, as it is traced."""
     stack.enter_context(network.alone())
     stack.enter_context(keeping(network, memory))
     for tower in network.family.towers:
         if tower in pair.clean.layout and network.flow(tower, pair.clean) == "suffix":
-            memory[tower] = Memory()
-            stack.enter_context(remembering(network, tower, memory[tower]))
-    return memory
+            memory[tower] = stack.enter_context(remembering(network, tower))
 
 
 # -- which patches need a row --------------------------------------------------------------------
 
 
-def plan(job: Job, sites: Sequence[Site], shifts: Sequence[int]) -> tuple[list[tuple[Group, Row]], list[int]]:
-    """The rows, in the order in which they are taken, and the numbers of the patches that need none."""
-    points = points_of(sites)
-    changed = {point: _changed(job, point).cpu().numpy() for point in points}
+def plan(
+    job: Job, sites: Sequence[Site], shifts: Sequence[int]
+) -> tuple[list[tuple[int, str, Row]], list[int]]:
+    """The rows, each with the number of its tower and its flow, in the order in which they are taken, and the
+    numbers of the patches that need none."""
+    changed = {point: _changed(job, point).cpu().numpy() for point in points_of(sites)}
+    towers = list(job.network.family.towers)
 
     def changes(part: Site, shift: int) -> bool:
         there = changed[part.point][[shift + position for position in part.positions]]
         return bool((there[:, list(part.units)] if part.units else there).any())
 
-    towers = list(job.network.family.towers)
-    rows: list[tuple[Group, Row]] = []
+    rows: list[tuple[int, str, Row]] = []
     idle = []
     for number, (site, shift) in enumerate(zip(sites, shifts, strict=True)):
         # What comes before the first change writes what is there already; after it, a value
         # that both runs share still undoes what the change has done to it.
-        parts = site.parts
-        if len(parts) > 1:
-            parts = tuple(sorted(parts, key=lambda p: (towers.index(p.tower), p.layer, KINDS.index(p.kind))))
+        parts = sorted(site.parts, key=lambda p: (towers.index(p.tower), p.layer, KINDS.index(p.kind)))
         reaching = [part for part in parts if _reaches(job, part)]
         first = next((n for n, part in enumerate(reaching) if changes(part, shift)), len(reaching))
         if live := tuple(reaching[first:]):
-            group = towers.index(live[0].tower), _flow(job, live)
-            rows.append((group, Row(number, live, _stage(job, live), shift)))
+            row = Row(number, live, _stage(job, live), shift)
+            rows.append((towers.index(live[0].tower), _flow(job, live), row))
         else:
             idle.append(number)
-    return sorted(rows, key=lambda entry: (entry[0], entry[1].stage)), idle
+    return sorted(rows, key=lambda entry: (*entry[:2], entry[2].stage)), idle
 
 
 def _flow(job: Job, live: Sequence[Site]) -> str:
@@ -198,9 +186,9 @@ def _chunks(
     planned, idle = plan(job, sites, shifts)
     if idle:
         yield idle, Score(*(x.expand(len(idle)).clone() for x in unchanged))
-    towers = list(job.network.family.towers)
-    for (number, name), group in groupby(planned, key=lambda entry: entry[0]):
-        flow, tower, rows = FLOWS[name], towers[number], [row for _, row in group]
+    for (number, name), group in groupby(planned, key=lambda entry: entry[:2]):
+        flow, tower = FLOWS[name], list(job.network.family.towers)[number]
+        rows = [row for *_, row in group]
         room = _room(job, tower)
         while rows:
             count = _fit([flow.cost(job, tower, row) for row in rows], room)
@@ -229,16 +217,14 @@ def run(flow: type[Flow], job: Job, tower: str, rows: Sequence[Row]) -> Tensor:
 
 def _room(job: Job, tower: str) -> int:
     """How many positions, over all rows, fit the budget with what is computed from here on."""
-    network, floats = job.network, 0
-    towers = list(network.family.towers)
+    network, layout = job.network, job.inputs.layout
+    towers, floats = list(network.family.towers), 0
     for name in towers[towers.index(tower) :]:
-        shape, length = network.shapes[name], len(job.inputs.layout[name].tokens)
-        read = len(job.inputs.layout[towers[0]].tokens)
-        heads = max(shape.heads.values())
-        attention = 3 * heads * max(length, read if "cross" in shape.kinds else 0)
+        shape = network.shapes[name]
+        read = len(layout[towers[0]].tokens) if "cross" in shape.kinds else 0
+        attention = 3 * max(shape.heads.values()) * max(len(layout[name].tokens), read)
         floats = max(floats, 2 * shape.neurons + 6 * shape.width + attention)
-    size = torch.finfo(network.dtype).bits // 8
-    return max(1, min(BUDGET, network.free_memory() // 4) // (floats * size))
+    return max(1, min(BUDGET, network.free_memory() // 4) // (floats * network.dtype.itemsize))
 
 
 def _fit(costs: Sequence[int], room: int) -> int:

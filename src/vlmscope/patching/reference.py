@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from vlmscope.models.inputs import Edit, Pair
-from vlmscope.patching.scores import Metric, Patched, Score, baselines, largest, score
+from vlmscope.patching.scores import Metric, Patched, Score, score, unpatched
 from vlmscope.runs.forward import forward, read
 from vlmscope.runs.network import Network
 from vlmscope.sites import Point, Site, Sites, points_of
@@ -40,8 +40,7 @@ def patch(
     count = len(pair.answers)
     points = points_of(sites) if values is None else ()
     plain = [forward(network, inputs, edits, points, count) for inputs, edits in runs]
-    logits = [run.logits for run in plain]
-    base = baselines(logits[0], logits[1], pair)
+    base, clean, corrupt, size = unpatched(plain[0].logits, plain[1].logits, pair, metric)
     source, (inputs, edits) = (plain[0], runs[1]) if direction == "denoise" else (plain[1], runs[0])
     new: Mapping[Any, Tensor] = source.values if values is None else values
 
@@ -55,5 +54,4 @@ def patch(
             patched = forward(network, inputs, [*edits, *written(site)], positions=count)
             yield [number], score(patched.logits[None], base, metric)
 
-    clean, corrupt = (Score(*(x[0] for x in score(x[None], base, metric))) for x in logits)
-    return Patched(clean, corrupt, largest(*logits), chunks())
+    return Patched(clean, corrupt, size, chunks())

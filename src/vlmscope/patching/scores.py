@@ -67,9 +67,8 @@ def check_metric(metric: str | Metric) -> None:
 def score(
     logits: Float[Tensor, "rows positions vocabulary"], base: Baselines, metric: str | Metric = "ld"
 ) -> Score:
-    """P(answer) over the whole vocabulary, the logit difference, and the metric.
-
-    Where the answer has several positions, P(answer) is that of all its tokens, and there is no difference.
+    """P(answer) over the whole vocabulary (of all its tokens, where it has several positions), the logit
+    difference (of one token alone), and the metric.
 
     >>> import torch
     >>> logits = torch.tensor([[[2.0, 0.0, 0.0]]])
@@ -105,23 +104,27 @@ def logit_difference(logits: Float[Tensor, "vocabulary"], pair: Pair) -> float:
     >>> logit_difference(torch.tensor([2.0, 0.5]), Pair(nothing, nothing, 0, 1))
     1.5
     """
-    return float(score(logits[None, None], baselines(logits[None], logits[None], pair)).ld)
+    return float(score(logits[None, None], Baselines(logits[None], logits[None], pair.answers, pair.foil)).ld)
 
 
-def baselines(clean: Tensor, corrupt: Tensor, pair: Pair) -> Baselines:
-    return Baselines(clean, corrupt, pair.answers, pair.foil)
-
-
-def largest(*logits: Float[Tensor, "*rows vocabulary"]) -> float:
-    """The size of the largest finite logit of some runs."""
-    return max(float(x[x.isfinite()].abs().max()) for x in logits)
+def unpatched(
+    clean: Float[Tensor, "positions vocabulary"],
+    corrupt: Float[Tensor, "positions vocabulary"],
+    pair: Pair,
+    metric: str | Metric,
+) -> tuple[Baselines, Score, Score, float]:
+    """The two runs of a pair: what metrics compare with, the runs' scores, and the size of the largest finite
+    logit."""
+    base, runs = Baselines(clean, corrupt, pair.answers, pair.foil), (clean, corrupt)
+    first, second = (Score(*(x[0] for x in score(run[None], base, metric))) for run in runs)
+    return base, first, second, max(float(run[run.isfinite()].abs().max()) for run in runs)
 
 
 def least_gap(precision: str, size: float) -> float:
     """The smallest |LD(clean) − LD(corrupt)|, in logits, that `effect` is divided by.
 
-    Ten times what rounding does in this precision (`ROUNDING`) where the largest logit has this size: then
-    it moves `effect` by at most about a tenth.
+    Ten times what rounding does in this precision where the largest logit has this size, so that it moves
+    `effect` by at most about a tenth.
 
     >>> least_gap("float32", 20.0), least_gap("bfloat16", 20.0)
     (0.002, 2.0)
@@ -153,12 +156,8 @@ def agrees(predicted: str, answer: str) -> bool:
 
 
 class Patched(NamedTuple):
-    """What a sweep over one pair gives: two baselines, the size of their largest logit, and chunks of rows
-    as they are computed.
-
-    A chunk is the numbers of its sites (in the sweep's order, each exactly once over all chunks)
-    and their scores.
-    """
+    """What a sweep over one pair gives: two baselines, the size of their largest logit, and chunks of rows as
+    they are computed: the numbers of sites (each once over all chunks) and their scores."""
 
     clean: Score
     corrupt: Score

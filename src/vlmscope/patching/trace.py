@@ -11,42 +11,33 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from vlmscope.models.inputs import Change, Edit, Inputs
-from vlmscope.runs.access import access
-from vlmscope.runs.forward import Keep, edited, editing, forward
-from vlmscope.runs.hooks import Hooks
+from vlmscope.runs.access import hook
+from vlmscope.runs.forward import edited, editing, forward, keep_value
+from vlmscope.runs.hooks import Hooks, hidden_of
 from vlmscope.runs.network import Network
 from vlmscope.sites import Point, Site
 
 
 @dataclass(eq=False)
 class Trace:
-    """What one run left: logits, activations at points, and how each block was called."""
+    """What one run left: logits, activations at points, each tower's output before edits of it, and how each
+    block was called (and the final norm, where the model adds to what the last block gives)."""
 
-    logits: Tensor
-    values: dict[Point, Tensor]
+    logits: Tensor = field(default_factory=lambda: torch.empty(0))
+    values: dict[Point, Tensor] = field(default_factory=dict)
     outputs: dict[str, Tensor] = field(default_factory=dict)
-    """Each tower's output, before edits of it."""
     calls: dict[tuple[str, int], tuple[tuple[Any, ...], dict[str, Any]]] = field(default_factory=dict)
-    """How each block was called; behind the last one the final norm, where the model adds to what
-    blocks give."""
 
     def entrance(self, tower: str, layer: int) -> Tensor:
         """What a block got, before edits of it."""
-        args, kwargs = self.calls[tower, layer]
-        hidden: Tensor = args[0] if args else kwargs["hidden_states"]
-        return hidden
+        return hidden_of(*self.calls[tower, layer])
 
 
-class Images:
-    """The outputs of a vision tower by picture, for pairs that share one: it is encoded once."""
-
-    def __init__(self) -> None:
-        self.known: list[tuple[Tensor, Tensor]] = []
-
-    def find(self, pixels: Tensor) -> Tensor | None:
-        return next((output for known, output in self.known if known is pixels), None)
+Images = WeakTensorKeyDictionary
+"""The outputs of a vision tower by picture, for pairs that share one: it is encoded once."""
 
 
 @torch.inference_mode()
@@ -64,13 +55,13 @@ def trace(
     inside = any(p.tower == first and p.kind != "output" for p in points)
     whole = family.towers[first].output and network.flow(first, inputs) != "plain"
     pixels = inputs.tensors[family.pixels]
-    known = None if inside or not whole else images.find(pixels)
-    found = Trace(torch.empty(0), {})
+    known = None if inside or not whole else images.get(pixels)
+    found = Trace()
     with network.alone(), _recording(network, inputs, found):
         if known is None:
             found.logits, found.values = forward(network, inputs, edits, points, positions)
-            if whole and images.find(pixels) is None:
-                images.known.append((pixels, found.outputs[first]))
+            if whole:
+                images.setdefault(pixels, found.outputs[first])
             return found
         found.outputs[first] = known
         output = edited_output(network, known, first, network.changes(inputs, edits))
@@ -79,7 +70,7 @@ def trace(
                 if point.tower == first:
                     found.values[point] = output
                 else:
-                    hooks.at(access(network, point, inputs), Keep(found.values, point))
+                    hook(hooks, network, point, inputs, partial(keep_value, found.values, point, False))
             found.logits = family.finish(network.hf, inputs, first, output, positions)[0]
     return found
 
@@ -93,18 +84,18 @@ def _recording(network: Network, inputs: Inputs, found: Trace) -> Iterator[None]
             if table.deepstack:  # the model may add to what the last block gives, too
                 blocks.append(network.module(network.family.norm or ""))
             for layer, block in enumerate(blocks):
-                hooks.on_call(block, partial(_record_call, found, (tower, layer)))
+                hooks.on_call(block, partial(_keep_call, found.calls, (tower, layer)))
             if table.output and tower in inputs.layout and network.flow(tower, inputs) != "plain":
-                hooks.on_output(network.module(table.output), partial(_record_output, found, tower))
+                hooks.on_output(network.module(table.output), partial(_keep_output, found.outputs, tower))
         yield
 
 
-def _record_call(found: Trace, key: tuple[str, int], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    found.calls[key] = (args, kwargs)
+def _keep_call(calls: dict[Any, Any], key: tuple[str, int], *call: Any) -> None:
+    calls[key] = call
 
 
-def _record_output(found: Trace, tower: str, output: Any) -> None:
-    found.outputs[tower] = output.last_hidden_state
+def _keep_output(outputs: dict[str, Tensor], tower: str, out: Any) -> None:
+    outputs[tower] = out.last_hidden_state
 
 
 def edited_output(network: Network, output: Tensor, tower: str, changes: Sequence[Change]) -> Tensor:

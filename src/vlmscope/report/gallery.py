@@ -15,7 +15,7 @@ import pandas as pd
 from markupsafe import Markup
 from matplotlib.axes import Axes
 
-from vlmscope.files import read_about
+from vlmscope.files import read_about, to_csv
 from vlmscope.report.canvas import figure_of
 from vlmscope.report.heat_maps import CHANGED, IN_LOGITS, full_colour, panels
 from vlmscope.report.ranking import by_size
@@ -59,7 +59,7 @@ class Gallery:
         (self.folder / f"{stem}.png").write_bytes(png.getvalue())
         for ending in self.formats:
             figure.savefig(self.folder / f"{stem}.{ending}")
-        data.to_csv(self.folder / f"{stem}.csv", index=False)
+        (self.folder / f"{stem}.csv").write_bytes(to_csv(data))
         links = {ending: ending.upper() for ending in ("png", *self.formats)} | {"csv": "data"}
         files = [(f"{self.folder.name}/{stem}.{ending}", text) for ending, text in links.items()]
         text = getattr(_templates().get_template("captions.html").module, caption)(**values)

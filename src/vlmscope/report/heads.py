@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pandas as pd
 
+from vlmscope import files
 from vlmscope.report import figures, image_maps
 from vlmscope.report.gallery import Gallery, Section, Shown, about_of, render
 from vlmscope.report.words import KINDS, TOWERS, upper_first
@@ -15,7 +16,7 @@ from vlmscope.studies.run_folder import read_run
 
 def circuits_section(folder: Path, gallery: Gallery) -> Section:
     about, heads = about_of(folder, "circuits"), pd.read_parquet(folder / "heads.parquet")
-    everywhere = pd.read_csv(folder / "universal.csv").query("universal")
+    everywhere = files.from_csv(folder / "universal.csv").query("universal")
     gaps = {str(name): float(gap) for name, gap in about.get("gaps", {}).items()}
     known = {name: Known(**fields) for name, fields in about.get("known", {}).items()}
     drawn = figures.universal(heads, gap=max(gaps.values(), default=0.0))
@@ -48,8 +49,8 @@ def _by_run(name: str, rows: pd.DataFrame, gaps: dict[str, float], gallery: Gall
 
 
 def section(folder: Path, gallery: Gallery) -> Section:
-    about, heads = about_of(folder, "heads"), pd.read_csv(folder / "functions.csv")
-    attention, together = _attention(folder, heads, gallery), pd.read_csv(folder / "together.csv")
+    about, heads = about_of(folder, "heads"), files.from_csv(folder / "functions.csv")
+    attention, together = _attention(folder, heads, gallery), files.from_csv(folder / "together.csv")
     these = (together["set"] == "these heads") & (together["knockout"] == "mean")
     text = render(
         "heads.html",
@@ -74,7 +75,7 @@ def _attention(folder: Path, heads: pd.DataFrame, gallery: Gallery) -> Shown | N
     pictures = {e["id"]: e["clean_image"] for e in run.pictures() if e.get("clean_image")}
     # How far each head moves LD: patched in where that was done, else knocked out.
     size = (
-        pd.read_csv(folder / "measures.csv")
+        files.from_csv(folder / "measures.csv")
         .pivot_table(index="site", columns="measure", values="value")
         .abs()
     )

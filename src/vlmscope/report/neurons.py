@@ -7,6 +7,7 @@ from typing import Any
 
 import pandas as pd
 
+from vlmscope import files
 from vlmscope.errors import StoreError
 from vlmscope.report import figures, image_maps
 from vlmscope.report.gallery import Gallery, Section, Shown, about_of, render
@@ -34,14 +35,14 @@ def section(folder: Path, gallery: Gallery) -> Section:
 
 def _csv(file: Path) -> pd.DataFrame:
     """A table in which a word such as `null` or `NA` is a word."""
-    return pd.read_csv(file, keep_default_na=False)
+    return files.from_csv(file, keep_default_na=False)
 
 
 def _pictures(folder: Path) -> dict[str, Path]:
     """The pictures of a folder, by example."""
     if not (folder / "pictures.csv").is_file():
         return {}
-    table = pd.read_csv(folder / "pictures.csv", dtype=str, keep_default_na=False)
+    table = files.from_csv(folder / "pictures.csv", dtype=str, keep_default_na=False)
     return {row.example: folder / "pictures" / Path(row.file).name for row in table.itertuples()}
 
 
@@ -58,7 +59,7 @@ def _find(folder: Path, gallery: Gallery) -> dict[str, Any]:
 def _describe(folder: Path, gallery: Gallery) -> dict[str, Any]:
     driving, measured, measures = _csv(folder / "driving.csv"), None, pd.DataFrame()
     if (folder / "measures.csv").is_file():
-        table = pd.read_csv(folder / "measures.csv")
+        table = files.from_csv(folder / "measures.csv")
         drawn = figures.measures(table, [name for name in MEASURES if name in set(table["measure"])])
         measured = gallery.show("measures", drawn, table, "measures")
         measures = table[table["method"] == "contribution"].drop(columns="method")
@@ -90,15 +91,15 @@ def _perturb(folder: Path, gallery: Gallery) -> dict[str, Any]:
 
 
 def _edit(folder: Path, gallery: Gallery) -> dict[str, Any]:
-    columns, pictures = pd.read_csv(folder / "columns.csv"), _pictures(folder)
+    columns, pictures = files.from_csv(folder / "columns.csv"), _pictures(folder)
     captions = _csv(folder / "captions.csv")
     captions = captions[captions["example"].isin(pictures)].drop_duplicates("example")
     objects = folder / "objects.csv"
     return {
         "columns": len(columns),
         "share": (columns["change"] / columns["length"].clip(lower=1e-12)).median(),
-        "measures": pd.read_csv(folder / "measures.csv"),
+        "measures": files.from_csv(folder / "measures.csv"),
         "captions": captions.sort_values("has", ascending=False, kind="stable"),
         "pictures": pictures,
-        "objects": pd.read_csv(objects) if objects.is_file() else None,
+        "objects": files.from_csv(objects) if objects.is_file() else None,
     }

@@ -1,82 +1,181 @@
-"""Where a place is in a model: by a family's table, how a point is read and written."""
+"""How a place is read and written: by a family's table, which module handles it, and how it stands there.
+
+Where nothing is changed the module's own tensor stays, bit for bit.
+"""
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
-from vlmscope.errors import ModelError
+from vlmscope.errors import ModelError, SiteError
+from vlmscope.layout import Layout
 from vlmscope.models.inputs import Inputs
-from vlmscope.models.towers import Tower
-from vlmscope.runs.hooks import Access, eager
-from vlmscope.runs.network import Network
-from vlmscope.runs.shapes import has
-from vlmscope.runs.views import Between, Deepstack, Gain, Gaps, Paid, Third, View
+from vlmscope.runs.hooks import Function, Hooks, eager, hidden_of, inner
+from vlmscope.runs.network import Network, has
 from vlmscope.sites import Point
 
-BLOCK = ("resid_pre", "resid")
 INNER = ("q", "k", "v", "p")
 """Units that are within attention."""
 
 
-def access(network: Network, point: Point, inputs: Inputs) -> Access:
-    """How a point is read and written, for hooks."""
+def hook(hooks: Hooks, network: Network, point: Point, inputs: Inputs, function: Function) -> None:
+    """From now on `function` gets the activation at a point, `(rows, pos, width)` (where a batch is laid end
+    to end `(1, all positions, width)`), and gives a new one, or the same."""
     table = network.family.towers[point.tower]
-    flat = network.flow(point.tower, inputs) == "plain"
+    layout, flat = inputs.layout[point.tower], network.flow(point.tower, inputs) == "plain"
     place = f"{point.tower}.{point.layer}.{point.kind}"
     if point.kind == "output":
-        view: View | None = Gaps.of(inputs.layout[point.tower])
-        return Access(network.module(table.output or ""), False, flat, view)
+        if len(there := unpadded(layout)) < len(layout.tokens):
+            function = partial(_padded, function, there, len(layout.tokens))
+        hooks.on_hidden(network.module(table.output or ""), function, flat=flat)
+        return
     if point.kind == "deepstack":
-        layout = inputs.layout[point.tower]
-        view = Deepstack(place, point.layer, layout.image, len(layout.tokens))
-        return Access(network.module(table.blocks.rpartition(".")[0]), True, flat, view)
+        add = partial(_deepstack, function, place, point.layer, layout)
+        hooks.on_call(network.module(table.blocks.rpartition(".")[0]), add)
+        return
     block = network.blocks(point.tower)[point.layer]
-    if point.kind in BLOCK:
-        return Access(block, point.kind == "resid_pre", flat)
-    if point.kind == "resid_mid":
-        return _between(network, point, table, block, inputs)
-    if point.part in INNER:
-        return _inner(network, point, table, block, flat)
-    if point.part:
-        return Access(block.get_submodule(getattr(table, point.kind) or ""), True, flat)
-    module = block.get_submodule(_adds(table, block, point.kind))
-    factor = table.factor[point.kind](block) if point.kind in table.factor else None
-    return Access(module, False, flat, None if factor is None else Gain(place, block, factor))
-
-
-def _adds(table: Tower, block: nn.Module, kind: str) -> str:
-    """The path of the module that gives what a sublayer adds: its last, or the norm behind it."""
-    if all(has(block, path) for path in table.behind.values()):
-        return table.behind.get(kind) or getattr(table, kind) or ""
-    return getattr(table, kind) or ""
-
-
-def _between(network: Network, point: Point, table: Tower, block: nn.Module, inputs: Inputs) -> Access:
-    """Between attention and MLP: what blocks that normalise the stream itself read there, or a sum."""
-    if table.normed:
+    if point.kind in ("resid_pre", "resid"):
+        hooks.on_hidden(block, function, before=point.kind == "resid_pre", flat=flat)
+    elif point.kind == "resid_mid" and table.normed:
         path = next(path for path in table.middle if has(block, path))
-        return Access(block.get_submodule(path), False, network.flow(point.tower, inputs) == "plain")
-    kinds = [kind for kind in ("attn", "cross") if (path := getattr(table, kind)) and has(block, path)]
-    *earlier, last = (access(network, point._replace(kind=kind), inputs) for kind in kinds)
-    return replace(last, view=Between(block, earlier, last.view))
+        hooks.on_hidden(block.get_submodule(path), function, flat=flat)
+    elif point.kind == "resid_mid":
+        _between(hooks, network, point, inputs, block, function)
+    elif point.part in INNER:
+        _within(hooks, network, point, block, function, flat)
+    elif point.part:
+        hooks.on_hidden(block.get_submodule(getattr(table, point.kind)), function, before=True, flat=flat)
+    else:
+        path = getattr(table, point.kind)
+        if all(has(block, norm) for norm in table.behind.values()):
+            path = table.behind.get(point.kind, path)
+        factor = table.factor[point.kind](block) if point.kind in table.factor else None
+        if factor is not None:
+            call: dict[str, Any] = {}  # the factor may differ by position
+            hooks.on_call(block, lambda args, kwargs: call.update(kwargs))
+            function = partial(_multiplied, function, place, factor, call)
+        hooks.on_hidden(block.get_submodule(path), function, flat=flat)
 
 
-def _inner(network: Network, point: Point, table: Tower, block: nn.Module, flat: bool) -> Access:
-    """A head's query, key, value or attention pattern."""
-    path = table.attention.get(point.kind)
+def _multiplied(
+    function: Function,
+    place: str,
+    factor: Callable[[Mapping[str, Any]], Any],
+    call: Mapping[str, Any],
+    x: Tensor,
+) -> Tensor:
+    """A sublayer's output times what its block multiplies it by before it is added."""
+    times = factor(call)
+    value = function(x * times)  # which may write into what it gets
+    same = value == x * times
+    lost = ~same & ~value.isnan() & (times == 0)
+    if lost.any():
+        at = ", ".join(map(str, lost.any(-1).any(0).nonzero()[:5, 0].tolist()))
+        raise SiteError(
+            f"{place}: the model multiplies this by 0 before it adds it (position {at}), so nothing "
+            "but 0 can be written there; name other positions or layers"
+        )
+    return torch.where(same, x, value / times)
+
+
+def _between(
+    hooks: Hooks, network: Network, point: Point, inputs: Inputs, block: nn.Module, function: Function
+) -> None:
+    """Between attention and MLP: the block's input and what was added to it, written through the last of
+    these."""
+    added: list[Tensor] = []
+
+    def enter(args: Any, kwargs: Mapping[str, Any]) -> None:
+        added[:] = [hidden_of(args, kwargs)]
+
+    def add(x: Tensor) -> Tensor:
+        added.append(x)
+        return x
+
+    def change(x: Tensor) -> Tensor:
+        before: Any = sum(part.reshape(x.shape) for part in added)
+        value = function(before + x)
+        return torch.where(value == before + x, x, value - before)
+
+    hooks.on_call(block, enter)
+    having = network.shapes[point.tower].having
+    *earlier, last = (kind for kind in ("attn", "cross") if point.layer in having(kind))
+    for kind in earlier:
+        hook(hooks, network, point._replace(kind=kind), inputs, add)
+    hook(hooks, network, point._replace(kind=last), inputs, change)
+
+
+def unpadded(layout: Layout) -> list[int]:
+    """The positions that are no padding: what fills up the tiles of Mllama is cut away behind the tower."""
+    return [n for n, token in enumerate(layout.tokens) if not token.endswith("[PAD]")]
+
+
+def _padded(function: Function, there: Sequence[int], size: int, x: Tensor) -> Tensor:
+    """What stands at some positions alone, with zeros at all others."""
+    value = x.new_zeros(x.shape[0], size, x.shape[-1])
+    value[:, there] = x
+    return function(value)[:, there]
+
+
+def _deepstack(function: Function, place: str, layer: int, layout: Layout, args: Any, kwargs: Any) -> Any:
+    """What a model adds to the image's tokens behind a block: the language model is given all that is added,
+    in the layers' order."""
+    there = list(layout.image)
+
+    def change(x: Tensor) -> Tensor:
+        value = function(x)
+        elsewhere = value.clone()
+        elsewhere[:, there] = 0
+        if (elsewhere.nan_to_num() != 0).any():
+            raise SiteError(
+                f"{place}: the model adds it to the image's tokens alone, so nothing can be written "
+                "elsewhere; name the position image"
+            )
+        return value
+
+    name = "deepstack_visual_embeds"
+    if kwargs.get(name) is None:  # no picture, or a step of a generation that sees only the last word
+        return None
+    added = list(kwargs[name])
+    added[layer] = _padded(change, there, len(layout.tokens), added[layer][None])[0]
+    return args, {**kwargs, name: added}
+
+
+def _within(
+    hooks: Hooks, network: Network, point: Point, block: nn.Module, function: Function, flat: bool
+) -> None:
+    """A head's query, key, value or attention pattern: by transformers' attention interface, or where BLIP's
+    own modules have it."""
+    path, part = network.family.towers[point.tower].attention.get(point.kind), point.part
     module: Any = None if path is None else block.get_submodule(path)
     if module is not None and eager(module) is not None:
-        return Access(module, inner=point.part)
-    names = {"q": ("query", "q"), "k": ("key", "k"), "v": ("value", "v"), "p": ("dropout",)}[point.part]
+        hooks.enter_context(inner(module, part, function))
+        return
+    names = {"q": ("query", "q"), "k": ("key", "k"), "v": ("value", "v"), "p": ("dropout",)}[part]
     found = next((x for name in names if isinstance(x := getattr(module, name, None), nn.Module)), None)
     if found is not None:
-        return Access(found, False, flat, Paid() if point.part == "p" else None)
-    if isinstance(getattr(module, "qkv", None), nn.Module) and point.part != "p":
-        return Access(module.qkv, False, flat, Third("qkv".index(point.part)))
-    raise ModelError(
-        f"{network.name}: the models of {network.family.name} do not show the {point.part} of their "
-        f"{point.tower} {point.kind} heads; name the heads' outputs (h)"
-    )
+        hooks.on_hidden(found, partial(_paid, function) if part == "p" else function, flat=flat)
+    elif isinstance(getattr(module, "qkv", None), nn.Module) and part != "p":
+        hooks.on_hidden(module.qkv, partial(_third, function, "qkv".index(part)), flat=flat)
+    else:
+        raise ModelError(
+            f"{network.name}: the models of {network.family.name} do not show the {part} of their "
+            f"{point.tower} {point.kind} heads; name the heads' outputs (h)"
+        )
+
+
+def _third(function: Function, number: int, x: Tensor) -> Tensor:
+    """Queries, keys or values, where one module gives all three side by side."""
+    parts = list(x.chunk(3, -1))
+    parts[number] = function(parts[number])
+    return torch.cat(parts, -1)
+
+
+def _paid(function: Function, x: Tensor) -> Tensor:
+    """Attention patterns `(rows, heads, pos, keys)` as `(rows, pos, heads x keys)`."""
+    return function(x.transpose(1, 2).flatten(2)).unflatten(2, (x.shape[1], -1)).transpose(1, 2)

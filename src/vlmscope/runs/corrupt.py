@@ -17,13 +17,14 @@ import torch
 from torch import Tensor
 
 from vlmscope.data.example import Example
-from vlmscope.errors import ExampleError, VlmscopeError
+from vlmscope.errors import ExampleError, VlmscopeError, number, shown, whole
 from vlmscope.models.inputs import Edit, Inputs, Pair
 from vlmscope.runs.forward import forward
 from vlmscope.runs.model import Model
 from vlmscope.sites import Site
 
 FORMS = {"multiply": 5.0, "add": 3.0, "factor": 0.7691}
+MOST_DRAWS, MOST_SCALE = 1000, 1000.0
 
 
 @dataclass(frozen=True)
@@ -34,10 +35,8 @@ class Noise:
     - `add`: x + ε, ε ~ N(0, (scale·σ)²), σ the standard deviation of x; 3 in ROME.
     - `factor`: x·scale, no randomness; 0.7691 in a later notebook of the BLIP tracing authors.
 
-    `at` is what the language model reads of the image (`image`, in every family `Model.image_site`: the
-    image's features as they enter its first block, or as its cross-attention reads them), or the
-    embeddings of the text's tokens alone (`text`). What Qwen3-VL adds to its image tokens behind its first
-    blocks (DeepStack) is read of the image, too.
+    `at` is what the language model reads of the image (`image`: `Model.image_site`, and what Qwen3-VL adds to
+    its image tokens behind its first blocks), or the embeddings of the text's tokens alone (`text`).
     """
 
     form: Literal["multiply", "add", "factor"] = "multiply"
@@ -46,16 +45,20 @@ class Noise:
     draws: int = 10
 
     def __post_init__(self) -> None:
-        if self.form not in FORMS:
-            raise VlmscopeError(f"unknown noise '{self.form}'; expected one of {', '.join(FORMS)}")
+        if self.form not in list(FORMS):
+            raise VlmscopeError(f"unknown noise {shown(self.form)}; expected one of {', '.join(FORMS)}")
         if self.at not in ("image", "text"):
-            raise VlmscopeError(f"noise at '{self.at}' is unknown; expected image or text")
-        if self.draws < 1:
-            raise VlmscopeError(f"{self.draws} draws of noise give no result; expected 1 or more")
-        if self.scale is None:
-            object.__setattr__(self, "scale", FORMS[self.form])
-        if self.form == "factor":  # nothing is drawn, so one draw says it all
-            object.__setattr__(self, "draws", 1)
+            raise VlmscopeError(f"noise at {shown(self.at)} is unknown; expected image or text")
+        draws = whole(self.draws, "the number of draws of noise", 1, MOST_DRAWS)
+        scale = FORMS[self.form] if self.scale is None else self.scale
+        scale = number(scale, "the scale of the noise", 0, MOST_SCALE)
+        if scale == (1 if self.form == "factor" else 0):
+            raise VlmscopeError(
+                f"noise of scale {scale:g} changes nothing; expected such as {FORMS[self.form]}"
+            )
+        object.__setattr__(self, "scale", scale)
+        # Where nothing is drawn, one draw says it all.
+        object.__setattr__(self, "draws", 1 if self.form == "factor" else draws)
 
 
 Corruption = Literal["image", "text"] | Noise
@@ -67,15 +70,12 @@ def parse(corrupt: str | Noise) -> Corruption:
     >>> parse("noise")
     Noise(form='multiply', at='image', scale=5.0, draws=10)
     """
-    if isinstance(corrupt, Noise):
-        return corrupt
-    if corrupt == "noise":
-        return Noise()
-    if corrupt == "image":
-        return "image"
-    if corrupt == "text":
-        return "text"
-    raise VlmscopeError(f"unknown corruption '{corrupt}'; expected image, text or noise")
+    match corrupt:
+        case Noise() | "image" | "text":
+            return corrupt
+        case "noise":
+            return Noise()
+    raise VlmscopeError(f"unknown corruption {shown(corrupt)}; expected image, text or noise")
 
 
 def pairs(
@@ -83,16 +83,15 @@ def pairs(
 ) -> list[Pair]:
     """The pairs of runs of one example: one, or one a draw of noise.
 
-    Every site of a draw sees the same noise. With `whole` all tokens of the answer are scored
-    (`Model.prepare`). Raises `ExampleError` if the example lacks what the
-    corruption needs, or changes nothing.
+    Every site of a draw sees the same noise; for `whole` see `prepare`. Raises `ExampleError` if the example
+    lacks what the corruption needs, or changes nothing.
     """
     if isinstance(corruption, Noise):
         pair = model.prepare(replace(example, corrupt_image=None, corrupt_prompt=None), whole)
-        return [
-            replace(pair, edits=edits)
-            for edits in _noise(model, pair.clean, corruption, f"{seed}/{example.id}")
-        ]
+        first, *more = noisy(model, corruption.at)
+        seeds = {first: f"{seed}/{example.id}", **{site: f"{seed}/{example.id}/{site}" for site in more}}
+        each = [_edits(model, pair.clean, corruption, *one) for one in seeds.items()]
+        return [replace(pair, edits=edits) for edits in zip(*each, strict=True)]
     if corruption == "image":
         if example.corrupt_image is None:
             raise ExampleError("there is no corrupt image; fill corrupt_image_path or corrupt the text")
@@ -104,27 +103,18 @@ def pairs(
     return [model.prepare(replace(example, corrupt_image=None), whole)]
 
 
-def _noise(model: Model, inputs: Inputs, noise: Noise, seed: str) -> list[tuple[Edit, ...]]:
-    """The edits of each draw, drawn on the CPU in float32, so that every device and precision agree."""
-    sites = noisy(model, noise.at)
-    seeds = [seed, *(f"{seed}/{site}" for site in sites[1:])]
-    each = [_edits(model, inputs, noise, *one) for one in zip(sites, seeds, strict=True)]
-    return list(zip(*each, strict=True))
-
-
 def _edits(model: Model, inputs: Inputs, noise: Noise, site: Site, seed: str) -> list[Edit]:
-    """One edit a draw, of one site."""
+    """One edit a draw, of one site: drawn on the CPU in float32, so that every device and precision agree."""
     assert noise.scale is not None
     if noise.form == "factor":
         return [Edit(site, "scale", noise.scale)]
     (site,) = model.places(site, inputs)
-    at = site.positions
-    there = model.shapes[site.tower]
+    at, there = list(site.positions), model.shapes[site.tower]
     shape = (len(at), there.widths.get(site.kind, there.width))
     draws = [_draw(shape, seed, number) for number in range(noise.draws)]
     if noise.form == "multiply":
         return [Edit(site, "scale", 1 + noise.scale * draw) for draw in draws]
-    value = forward(model, inputs, keep=[site.point]).values[site.point][0, list(at)]
+    value = forward(model, inputs, keep=[site.point]).values[site.point][0, at]
     sigma = noise.scale * value.float().std().item()
     return [Edit(site, "add", sigma * draw) for draw in draws]
 

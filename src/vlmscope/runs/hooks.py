@@ -2,8 +2,7 @@
 
 What is relied on, each held by a test: blocks take hidden states as their first argument (or by the name
 `hidden_states`) and return them, alone, first in a tuple, or as `last_hidden_state`; attention modules look
-up a function by the name in their config, and their file has an `eager_attention_forward`; what a model adds
-behind its blocks (DeepStack) goes by the name `deepstack_visual_embeds`.
+up a function by the name in their config, and their file has an `eager_attention_forward`.
 """
 
 from __future__ import annotations
@@ -27,8 +26,9 @@ from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from vlmscope.errors import ModelError, RoomError, line
-from vlmscope.runs.views import Deepstack, Function, View
 
+Function = Callable[[Tensor], Tensor]
+"""From hidden states `(rows, pos, width)` to what takes their place."""
 NUMBERS = count()
 """Every use of `attending` has a number, and by it a name of its own."""
 
@@ -51,13 +51,11 @@ _FINDING = threading.Lock()
 
 @contextmanager
 def alone(hf: nn.Module, name: str) -> Iterator[None]:
-    """Within this context no other thread runs the model, and it is in evaluation mode.
-
-    Hooks are on the modules, so two runs at once would see each other's edits. It may be entered again.
-    There is one turn for each Hugging Face model, which is not kept in it, so that it can still be copied.
-    Raises `RoomError` where what is run is out of memory.
+    """Within this context, which may be entered again, no other thread runs the model, and it is in
+    evaluation mode: hooks are on the modules, so two runs at once would see each other's edits. Raises
+    `RoomError` where what is run is out of memory.
     """
-    with _FINDING:
+    with _FINDING:  # not kept in the model, so that it can still be copied
         turn = _TURNS.setdefault(hf, _Turn())
     with turn.lock:
         training = [] if turn.taken else _training(hf)
@@ -93,10 +91,7 @@ def _is_out_of_memory(error: BaseException) -> bool:
 
 
 def _training(hf: nn.Module) -> list[nn.Module]:
-    """The modules of a model that are in training mode.
-
-    Every run asks, so not by `modules()`, which makes all their names as well and takes five times as long.
-    """
+    """The modules in training mode; by `modules()`, which makes all names, it takes five times as long."""
     todo = [hf]
     for module in todo:
         if module._modules:
@@ -115,7 +110,7 @@ class _Taps:
     """
 
     def __init__(self, module: nn.Module) -> None:
-        self.before: list[Callable[[Any, dict[str, Any]], tuple[Any, dict[str, Any]]]] = []
+        self.before: list[Callable[[Any, dict[str, Any]], Any]] = []
         self.behind: list[Callable[[Any], Any]] = []
         self.handles = (
             module.register_forward_pre_hook(self._call, prepend=True, with_kwargs=True),
@@ -124,113 +119,80 @@ class _Taps:
 
     def _call(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
         for function in self.before:
-            args, kwargs = function(args, kwargs)
+            args, kwargs = function(args, kwargs) or (args, kwargs)
         return args, kwargs
 
     def _leave(self, module: nn.Module, args: Any, out: Any) -> Any:
         for function in self.behind:
-            out = function(out)
+            found = function(out)
+            out = out if found is None else found
         return out
 
 
 _TAPS: WeakKeyDictionary[nn.Module, _Taps] = WeakKeyDictionary()
 
 
-class Hooks:
+class Hooks(ExitStack):
     """Functions on modules, until the end of a `with`; the models' turns have to be held."""
-
-    def __init__(self) -> None:
-        self._stack = ExitStack()
-
-    def __enter__(self) -> Hooks:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._stack.close()
-
-    def _tap(self, module: nn.Module, behind: bool, function: Any) -> None:
-        taps = _TAPS.get(module)
-        if taps is None:
-            taps = _TAPS[module] = _Taps(module)
-        (taps.behind if behind else taps.before).append(function)
-        self._stack.callback(self._release, module, behind, function)
-
-    @staticmethod
-    def _release(module: nn.Module, behind: bool, function: Any) -> None:
-        taps = _TAPS[module]
-        functions: list[Any] = taps.behind if behind else taps.before
-        functions.remove(function)
-        if not taps.before and not taps.behind:
-            for handle in _TAPS.pop(module).handles:
-                handle.remove()
 
     def on_call(self, module: nn.Module, function: Callable[[Any, dict[str, Any]], Any]) -> None:
         """`function(args, kwargs)` gives what the module is called with instead, or None for no change."""
-
-        def call(args: Any, kwargs: dict[str, Any]) -> Any:
-            return function(args, kwargs) or (args, kwargs)
-
-        self._tap(module, False, call)
+        self._tap(module, "before", function)
 
     def on_output(self, module: nn.Module, function: Callable[[Any], Any]) -> None:
         """`function(output)` gives what the module is taken to have returned, or None for no change."""
+        self._tap(module, "behind", function)
 
-        def leave(out: Any) -> Any:
-            found = function(out)
-            return out if found is None else found
-
-        self._tap(module, True, leave)
-
-    def at(self, access: Access, function: Function) -> None:
-        """`function` gets the hidden states at a place and gives new ones, or the same."""
-        if access.inner:
-            self._stack.enter_context(inner(access.module, access.inner, function))
-            return
-        if access.view is not None:
-            access.view.watch(self)
-        if access.before:
-            self._tap(access.module, False, partial(access.on_call, function))
+    def on_hidden(
+        self, module: nn.Module, function: Function, *, before: bool = False, flat: bool = False
+    ) -> None:
+        """`function` gets the hidden states that a module returns, or gets (`before`), and gives others or
+        the same; as `(1, all positions, width)`, where they lie end to end (`flat`)."""
+        change = partial(_laid, function, flat)
+        if before:
+            self.on_call(module, partial(_in_call, change))
         else:
-            self._tap(access.module, True, partial(access.on_output, function))
+            self.on_output(module, partial(_in_output, change))
+
+    def _tap(self, module: nn.Module, where: str, function: Any) -> None:
+        taps = _TAPS.get(module)
+        if taps is None:
+            taps = _TAPS[module] = _Taps(module)
+        getattr(taps, where).append(function)
+        self.callback(_release, module, where, function)
 
 
-@dataclass(frozen=True, eq=False)
-class Access:
-    """How a place is read and written: a module's output, or its first input (`before`).
+def _release(module: nn.Module, where: str, function: Any) -> None:
+    taps = _TAPS[module]
+    getattr(taps, where).remove(function)
+    if not taps.before and not taps.behind:
+        for handle in _TAPS.pop(module).handles:
+            handle.remove()
 
-    `flat`: what it handles is laid end to end (image tiles, or patches without a batch), and a function gets
-    it as `(1, all positions, width)`. `view`: what stands at the place, where that is not what the module
-    handles. `inner`: the place is within an attention module (see `inner`).
-    """
 
-    module: nn.Module
-    before: bool = False
-    flat: bool = False
-    view: View | None = None
-    inner: str = ""
+def hidden_of(args: Any, kwargs: Mapping[str, Any]) -> Tensor:
+    """The hidden states that a block is called with."""
+    return args[0] if args else kwargs["hidden_states"]
 
-    def change(self, x: Tensor, function: Function) -> Tensor:
-        if not self.flat and x.ndim == 3 and self.view is None:
-            return function(x)
-        laid = x if not self.flat and x.ndim >= 3 else x.reshape(1, -1, x.shape[-1])
-        if self.view is None:
-            return function(laid).reshape(x.shape)
-        return self.view.write(laid, function(self.view.read(laid))).reshape(x.shape)
 
-    def on_call(self, function: Function, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-        if isinstance(self.view, Deepstack):
-            return args, self.view.given(kwargs, lambda x: self.change(x, function))
-        if args:
-            return (self.change(args[0], function), *args[1:]), kwargs
-        return args, {**kwargs, "hidden_states": self.change(kwargs["hidden_states"], function)}
+def _laid(function: Function, flat: bool, x: Tensor) -> Tensor:
+    if not flat and x.ndim > 2:
+        return function(x)
+    return function(x.reshape(1, -1, x.shape[-1])).reshape(x.shape)
 
-    def on_output(self, function: Function, out: Any) -> Any:
-        if isinstance(out, Tensor):
-            return self.change(out, function)
-        if isinstance(out, tuple):
-            return (self.change(out[0], function), *out[1:])
-        out.last_hidden_state = self.change(out.last_hidden_state, function)
-        return out
+
+def _in_call(change: Function, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    new = change(hidden_of(args, kwargs))
+    return ((new, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": new})
+
+
+def _in_output(change: Function, out: Any) -> Any:
+    if isinstance(out, Tensor):
+        return change(out)
+    if isinstance(out, tuple):
+        return (change(out[0]), *out[1:])
+    out.last_hidden_state = change(out.last_hidden_state)
+    return out
 
 
 # -- attention -----------------------------------------------------------------------------------
@@ -243,7 +205,7 @@ def eager(module: nn.Module) -> Callable[..., Any] | None:
 
 @dataclass(frozen=True)
 class Plain:
-    """The attention function that modules call by themselves, and what it is called there."""
+    """The attention function that modules call by themselves, and its name there."""
 
     name: str
     function: Callable[..., Any]
@@ -263,11 +225,9 @@ class Plain:
         """The mask of a call as a dense one, `(tiles or 1, heads or 1, queries, keys)`: true where a key is
         visible, or what is added to the scores. None: everything is visible.
 
-        Kernels that get no mask leave out what comes later, where the call or the module says that it is
-        causal, and what is farther away than the window of the call; eager attention leaves out nothing.
-
-        Raises `ModelError` for masks of any other form (flash attention's for padding, flex
-        attention's blocks).
+        Kernels without a mask leave out what comes later, where the call or the module is causal, and what is
+        beyond the window of the call; eager attention leaves out nothing. Raises `ModelError` for other
+        forms.
         """
         if mask is None:
             causal, window = kw.get("is_causal"), kw.get("sliding_window")
@@ -292,9 +252,9 @@ def attending(modules: Sequence[Any], function: Callable[..., Any]) -> Iterator[
     """Within this context the attention of modules calls `function(plain, module, q, k, v, mask,
     **keywords)`, where `plain` is the attention function that they would call otherwise.
 
-    Each use has a name of its own among transformers' attention functions, and only these modules know it,
-    each by a copy of its config: masks are made as they always are, and another model with the same config
-    is left as it is. Uses may be within each other; the model's turn has to be held.
+    Each use has a name of its own among transformers' attention functions, which only copies of these
+    modules' configs say: masks are made as always, and other models are left alone. Uses may be within each
+    other; the model's turn has to be held.
     """
     configs = {module: module.config for module in modules}
     name = modules[0].config._attn_implementation
@@ -357,8 +317,7 @@ def patterns(
 @contextmanager
 def inner(module: Any, part: str, function: Function) -> Iterator[None]:
     """Within this context `function` gets the queries, keys, values (`q`, `k`, `v`) or attention patterns
-    (`p`)
-    of a module that pays attention through transformers' interface: `(1, all positions, heads x width)`."""
+    (`p`) of a module that uses transformers' attention interface: `(1, all positions, heads x width)`."""
 
     def attend(plain: Plain, module: Any, q: Tensor, k: Tensor, v: Tensor, mask: Any, **kw: Any) -> Any:
         if part == "p":

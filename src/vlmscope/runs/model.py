@@ -2,24 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from jaxtyping import Float
+import torch
 from PIL import Image
 from safetensors import SafetensorError
-from torch import Tensor
 from transformers.utils import logging
 
 from vlmscope import files
-from vlmscope.data.example import Box, Example, Picture
+from vlmscope.data.example import Box, Picture
 from vlmscope.data.images import open_image
 from vlmscope.errors import StoreError
-from vlmscope.layout import Layout
-from vlmscope.models.inputs import Edit, Inputs, Logits, Pair
-from vlmscope.runs import attention, forward, prepare, verify
+from vlmscope.models.inputs import Edit, Inputs, Logits
+from vlmscope.runs import forward as running
+from vlmscope.runs import prepare as preparing
 from vlmscope.runs.network import Network
-from vlmscope.sites import Sites
+from vlmscope.sites import Point, Site
 
 MANIFEST, FORMAT = "vlmscope.json", "vlmscope-checkpoint-1"
 """What a saved checkpoint has beside the files of transformers: the list of them."""
@@ -28,12 +27,9 @@ MANIFEST, FORMAT = "vlmscope.json", "vlmscope-checkpoint-1"
 class Model(Network):
     """A vision-language model that can be run with edits and looked into.
 
-    `hf` is the Hugging Face model, `shapes` says which sites each tower has. Make one with
-    `vlmscope.load`, or from objects you have: `Model(hf, processor)`; then call `verify`, as `load`
-    does. A processor is whatever the family's `encode` takes: it has a `tokenizer`.
-
-    Several threads may use one model: their runs wait for each other (`alone`). All runs are in
-    evaluation mode; a model that is being trained is back in training mode behind them.
+    `hf` is the Hugging Face model, `shapes` says which sites each tower has. Make one with `vlmscope.load`,
+    or from objects you have: `Model(hf, processor)`, and `verify` as `load` does; a processor is whatever the
+    family's `encode` takes. Threads wait for each other's runs, which are in evaluation mode.
 
     Raises `ModelError` if the model is of no supported family or does not fit its family's table.
 
@@ -46,13 +42,11 @@ class Model(Network):
         towers = ", ".join(f"{tower} {shape.layers} layers" for tower, shape in self.shapes.items())
         return f"Model '{self.name}': {self.family.name}, {self.precision} on {self.device}; {towers}"
 
-    def verify(self, fits: bool = False) -> None:
-        """Check that the model fits its family's table (`runs.verify`); `ModelError` names what does not."""
-        verify.verify(self, fits)
-
-    def prepare(self, example: Example, whole: bool = False) -> Pair:
-        """The clean and the corrupt run of an example, and the tokens that are scored (`runs.prepare`)."""
-        return prepare.prepare(self, example, whole)
+    prepare = preparing.prepare
+    layouts = preparing.layouts
+    capture = running.capture
+    copied = running.copied
+    attention = running.attention
 
     def inputs(
         self, image: Picture | None, prompt: str, more: Sequence[Picture] = (), fed: Sequence[int] = ()
@@ -68,50 +62,23 @@ class Model(Network):
         >>> len(inputs.layout["decoder"].cells)
         36
         """
-        return prepare.encode(self, [] if image is None else [image, *more], prompt, {}, fed)
-
-    def layouts(self) -> Mapping[str, Layout]:
-        """What stands at each position of each tower, for a blank picture and a short question."""
-        return prepare.layouts(self)
+        return preparing.encode(self, [] if image is None else [image, *more], prompt, {}, fed)
 
     def run(self, inputs: Inputs, edits: Iterable[Edit] = ()) -> Logits:
         """The logits at the read-out position, with the edits made as the model computes.
 
         Without edits this is a plain forward of the Hugging Face model, bit for bit.
         """
-        return forward.forward(self, inputs, edits).logits[-1]
-
-    def capture(
-        self, inputs: Inputs, sites: Sites, edits: Iterable[Edit] = ()
-    ) -> dict[str, Float[Tensor, "pos width"]]:
-        """The activations at sites, by site; one row a position that the site names.
-
-        The width is that of the kind, of one head (of all heads of a set), or 1 for a neuron.
-        """
-        return forward.capture(self, inputs, sites, edits)
-
-    def attention(
-        self, inputs: Inputs, tower: str, kind: str, at: Sequence[int] | str
-    ) -> Float[Tensor, "layers heads at keys"]:
-        """What every head of a tower's `attn` or `cross` pays attention to, from the positions `at`
-        (`runs.attention`)."""
-        return attention.attention(self, inputs, tower, kind, at)
+        return running.forward(self, inputs, edits).logits[-1]
 
     def answer(self, inputs: Inputs, edits: Iterable[Edit] = ()) -> str:
         """What the model answers: its own greedy generation, as text."""
-        ids = forward.generate(self, inputs, edits)
+        ids = running.generate(self, inputs, edits)
         return self.processor.tokenizer.decode(ids, skip_special_tokens=True).strip()
 
-    def copied(self, source: Inputs, inputs: Inputs, sites: Sites) -> list[Edit]:
-        """Edits of `inputs` that copy the activations at sites from another run (`runs.forward`)."""
-        return forward.copied(self, source, inputs, sites)
-
     def view(self, image: Image.Image) -> Box:
-        """The part of a picture that the grid of patches covers: left, top, right, bottom in pixels.
-
-        LLaVA 1.5 cuts out the middle of a picture; where its processor pads, the part is larger than the
-        picture.
-        """
+        """The part of a picture that the grid of patches covers: left, top, right, bottom in pixels (LLaVA
+        1.5 cuts out the middle); larger than the picture where the processor pads."""
         return self.family.view(self.processor, image)
 
     def cropped(self, picture: Picture) -> Image.Image:
@@ -146,3 +113,48 @@ class Model(Network):
     def claim(folder: str | Path) -> None:
         """Refuse, before anything is computed, a folder that `save` could not write (`StoreError`)."""
         files.claim(folder, MANIFEST, FORMAT, ["config.json", "model.safetensors"])
+
+    def verify(self, fits: bool = False) -> None:
+        """Check that the model fits its family's table; raises `ModelError` naming what does not.
+
+        Every path resolves, head counts and widths divide, an activation set to NaN at each kind of site in
+        each tower reaches the logits (a NaN shows the connection whatever the weights are), and what the
+        sublayers add makes up what a block does. With `fits` that is known, and only whether the weights give
+        NaN is looked at.
+        """
+        if self.family.blank is None:
+            inputs = self.inputs(Image.new("RGB", (64, 64)), "a")
+        else:
+            blank = self.family.blank(self.hf)
+            inputs = Inputs({k: v.to(self.device) for k, v in blank.tensors.items()}, blank.layout)
+        if running.forward(self, inputs).logits.isnan().any():
+            raise self.misfit("a run without edits gives NaN")
+        if fits:
+            return
+        for tower, shape in self.shapes.items():
+            for kind in shape.kinds:
+                for part in ["", *["h"] * (kind in shape.heads), *["n"] * (kind == "mlp")]:
+                    site = Site(tower, shape.having(kind)[-1], kind, part, (0,) * bool(part))
+                    if not running.forward(self, inputs, [Edit(site, "set", torch.nan)]).logits.isnan().any():
+                        raise self.misfit(f"an edit at {site} does not reach the logits")
+            if not self.family.towers[tower].normed:
+                self._check_sums(tower, inputs)
+
+    def _check_sums(self, tower: str, inputs: Inputs) -> None:
+        """A block's input and what its sublayers add, in one layer of each sort, are its output."""
+        shape = self.shapes[tower]
+        kinds = [kind for kind in shape.kinds if kind not in ("deepstack", "output", "resid_mid")]
+        sorts = {tuple(k for k in kinds if n in shape.having(k)): n for n in range(shape.layers)}
+        points = {n: [Point(tower, n, kind) for kind in kinds] for kinds, n in sorts.items()}
+        found = running.forward(self, inputs, keep=[point for own in points.values() for point in own]).values
+        for layer, own in points.items():
+            *parts, whole = (found[point] for point in own)
+            wide = torch.promote_types(whole.dtype, torch.float32)
+            added = torch.stack([part.to(wide) for part in parts])
+            rounding = 8 * torch.finfo(whole.dtype).eps * added.abs().sum(0)
+            if ((added.sum(0) - whole).abs() > rounding).any():
+                names = ", ".join(point.kind for point in own[1:-1])
+                raise self.misfit(
+                    f"{names} do not add up to what block {layer} of {tower} does, so something stands "
+                    "between them and the residual stream; name it (docs/add-a-family.md, `behind`)"
+                )

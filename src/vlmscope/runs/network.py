@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, suppress
 from pathlib import Path
 from typing import Any
@@ -14,23 +14,22 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from vlmscope.errors import ModelError, SiteError
+from vlmscope.errors import ModelError, SiteError, shown
 from vlmscope.models.families import family_of
 from vlmscope.models.inputs import Change, Edit, Inputs
 from vlmscope.runs.hooks import alone, attending
-from vlmscope.runs.shapes import has, shape_of
-from vlmscope.sites import Pattern, Point, Site, Sites, expand, parse, place
+from vlmscope.sites import Pattern, Point, Shape, Site, Sites, expand, parse, place
+
+SUBLAYERS = ("attn", "cross", "mlp")
 
 QUANTIZED = "4bit"
 """Weights of 4 bits (NF4, by bitsandbytes), which compute in bfloat16."""
 
 
 class Network:
-    """The modules of a model, by its family's table: what there is (`access`: how a place is read and
-    written).
+    """The modules of a model, by its family's table; `shapes` says which sites each tower has.
 
-    `shapes` says which sites each tower has. Raises `ModelError` if the model is of no supported family or
-    does not fit its family's table.
+    Raises `ModelError` if the model is of no supported family or does not fit its family's table.
     """
 
     def __init__(self, hf: PreTrainedModel, processor: Any, name: str = "model") -> None:
@@ -44,7 +43,11 @@ class Network:
         """The digests of these edits, in the order in which they were made."""
         language = getattr(hf.config.get_text_config(), "model_type", None)
         self.family = family_of([type(hf).__name__], language, name)
+        self.speaker = list(self.family.towers)[-1]
+        """The tower that says the words: the last one."""
         self.shapes = {tower: shape_of(self, tower) for tower in self.family.towers}
+        self.text_towers = [tower for tower in self.shapes if tower in ("encoder", "decoder")]
+        """The towers whose positions are tokens of text; the Q-Former's are queries."""
 
     @property
     def dtype(self) -> torch.dtype:
@@ -66,30 +69,13 @@ class Network:
         return min(free_memory(device) for device in {p.device for p in self.hf.parameters()})
 
     def alone(self) -> AbstractContextManager[None]:
-        """Within this context no other thread runs the model, and it is in evaluation mode
-        (`hooks.alone`)."""
+        """Within this context no other thread runs the model (`hooks.alone`)."""
         return alone(self.hf, self.name)
-
-    # -- towers ----------------------------------------------------------------------------------
-
-    @property
-    def speaker(self) -> str:
-        """The tower that says the words: the last one."""
-        return list(self.family.towers)[-1]
-
-    @property
-    def text_towers(self) -> list[str]:
-        """The towers whose positions are tokens of text; the Q-Former's are queries."""
-        return [tower for tower in self.shapes if tower in ("encoder", "decoder")]
 
     @property
     def image_site(self) -> Site:
-        """What the language model reads of the image, all of it.
-
-        Where the image's tokens enter the language model's first block, that is the block's input there;
-        elsewhere it is the output of the tower that is read (`Family.image`). Whoever asks for patches
-        takes the same place at `image`; what has no place in the picture (`Layout.cells`), such as the
-        queries of a Q-Former, is no patch.
+        """What the language model reads of the image, all of it: its tokens as they enter the first block, or
+        the output of the tower that is read (`Family.image`).
 
         >>> from vlmscope.checkpoint import load
         >>> str(load("toy-blip").image_site), str(load("toy-llava").image_site)
@@ -110,8 +96,8 @@ class Network:
         return [] if reads is None or reads in inputs.layout else self.shapes[tower].having("cross")
 
     def flow(self, tower: str, inputs: Inputs) -> str:
-        """How patches of a tower are computed: one forward a patch where a batch holds several pictures,
-        or where several blocks make up what leaves the tower."""
+        """How patches of a tower are computed: as its table says, or `plain` where a batch holds several
+        pictures, or several blocks make up what leaves the tower."""
         table = self.family.towers[tower]
         joined = table.joined is not None and table.joined(self.hf.config)
         return "plain" if joined or inputs.layout[tower].sequences > 1 else table.flow
@@ -119,8 +105,6 @@ class Network:
     def units(self, point: Point) -> int | None:
         """How many heads or neurons lie side by side at a point; None for a kind itself."""
         return self.shapes[point.tower].units(point.kind, point.part)
-
-    # -- modules ---------------------------------------------------------------------------------
 
     def module(self, path: str) -> nn.Module:
         """The module at a path of the family's table."""
@@ -155,10 +139,8 @@ class Network:
         return self.blocks(self.speaker)[layer].get_submodule(table.mlp or "")
 
     def columns(self, layer: int) -> Float[Tensor, "width neurons"]:
-        """The weights of `down`, a column a neuron; in float32 where they are of fewer bits.
-
-        Without a copy where they are float32 already, so these are not to be changed.
-        """
+        """The weights of `down`, a column a neuron, in float32 or more; not to be changed, as they may be no
+        copy."""
         weight: Any = self.down(layer).weight
         state = getattr(weight, "quant_state", None)
         if state is not None:
@@ -193,10 +175,8 @@ class Network:
         return ((norm(signs) - norm(-signs)) / (2 * signs))[0, 0]
 
     def fingerprint(self) -> str:
-        """SHA-256 over the names, types and bytes of all weights, as hexadecimal digits.
-
-        Computed once, and anew only when a weight has been written to or replaced since.
-        """
+        """SHA-256 over the names, types and bytes of all weights, as hexadecimal digits; computed anew only
+        when a weight has been written to or replaced."""
         weights = sorted(self.hf.state_dict().items())
         state = [(name, tensor.data_ptr(), tensor._version) for name, tensor in weights]
         if self._fingerprint is None or self._fingerprint[0] != state:
@@ -211,22 +191,24 @@ class Network:
         """A token of the model's tokenizer as it is written there, such as `▁red`."""
         return str(self.processor.tokenizer.convert_ids_to_tokens(number))
 
-    # -- places in a run -------------------------------------------------------------------------
-
     def places(self, site: Pattern | Site, inputs: Inputs) -> list[Site]:
-        """The places that the site of an edit names: one layer and unit, one or more positions.
-
-        Raises `SiteError` if what it is in does not run.
-        """
+        """The places that the site of an edit names: one layer and unit, one or more positions; raises
+        `SiteError` if what it is in does not run."""
         if isinstance(site, Pattern):
             sites = expand([site], self.shapes)
             if len(sites) != 1:
-                raise SiteError(f"an edit is of one layer and unit; '{site}' names {len(sites)}")
+                raise SiteError(
+                    f"an edit is of one layer and unit; {shown(site)} names {len(sites)}: give an edit for "
+                    "each, or a window of layers (2/3) or a set of units (h[0,1])"
+                )
             (site,) = sites
         found = [site] if site.positions else place(site, inputs.layout)
         for part in found[0].parts:
             if part.source:
-                raise SiteError(f"'{part}' is an edge of attention, which is neither read nor patched")
+                raise SiteError(
+                    f"{shown(part)} is an edge of attention, which is neither read nor patched; leave "
+                    f"'<{part.source}' out"
+                )
             if part.layer in self.idle(part.tower, inputs):
                 raise SiteError(
                     f"bad site '{site}': layer {part.layer} of the {part.tower} tower attends to the picture "
@@ -236,13 +218,13 @@ class Network:
 
     def placed(self, sites: Sites, inputs: Inputs) -> list[Site]:
         """All sites that expressions name in one run; what has its numbers of positions stays as it is."""
-        if isinstance(sites, (str, Pattern, Site)):
-            sites = [sites]
-        found: list[Site] = []
-        for site in sites:
-            patterns = [site] if isinstance(site, Site) else expand(parse(site), self.shapes)
-            found += [each for pattern in patterns for each in self.places(pattern, inputs)]
-        return found
+        several = [sites] if isinstance(sites, (str, Pattern, Site)) else sites
+        each = (
+            place
+            for site in several
+            for place in ([site] if isinstance(site, Site) else expand(parse(site), self.shapes))
+        )
+        return [place for site in each for place in self.places(site, inputs)]
 
     def changes(self, inputs: Inputs, edits: Iterable[Edit]) -> list[Change]:
         """What edits are in one run, layer by layer."""
@@ -252,8 +234,6 @@ class Network:
             for site in self.places(edit.site, inputs)
             for part in site.parts
         ]
-
-    # -- how the family's table fits -------------------------------------------------------------
 
     def misfit(self, what: str) -> ModelError:
         return ModelError(
@@ -270,3 +250,72 @@ def free_memory(device: torch.device) -> int:
         lines = Path("/proc/meminfo").read_text("utf-8").splitlines()
         return next(int(x.split()[1]) * 1024 for x in lines if x.startswith("MemAvailable"))
     return 2**29
+
+
+# -- what the towers have ------------------------------------------------------------------------
+
+
+def has(block: nn.Module, path: str) -> bool:
+    """Whether a block has a module at a path."""
+    try:
+        block.get_submodule(path)
+    except AttributeError:
+        return False
+    return True
+
+
+def shape_of(network: Network, tower: str) -> Shape:
+    """What one tower has, read off its modules and its config."""
+    table, config = network.family.towers[tower], network.hf.config
+    for part in filter(None, table.config.split(".")):
+        config = _entry(config, part)
+    blocks = network.blocks(tower)
+    widths: dict[str, int] = {}
+    lacks: dict[str, frozenset[int]] = {}
+    heads: dict[str, int] = {}
+    width = 0
+    for kind in SUBLAYERS:
+        path = getattr(table, kind)
+        found = {n: b.get_submodule(path) for n, b in enumerate(blocks) if path and has(b, path)}
+        missing = frozenset(range(len(blocks))) - set(found)
+        if (
+            kind == "mlp"
+            and missing
+            and any(name.endswith("experts") for b in blocks for name, _ in b.named_modules())
+        ):
+            raise ModelError(
+                f"{network.name}: the feed-forward blocks of its {tower} tower are made of experts, which "
+                "cannot be split into neurons; models with plain or gated blocks are supported"
+            )
+        if path and (not found or (missing and table.cross is None)):
+            raise network.misfit(f"no module '{path}' in block {min(missing)} of {tower}")
+        if not found:
+            continue
+        first: Any = next(iter(found.values()))
+        widths[kind], width = int(first.in_features), int(first.out_features)
+        if missing:
+            lacks[kind] = missing
+        if kind == "mlp":
+            continue
+        heads[kind] = _entry(config, table.heads)
+        if widths[kind] % heads[kind]:
+            raise network.misfit(
+                f"{tower}.{kind} is {widths[kind]} wide, not a multiple of its {heads[kind]} heads"
+            )
+    middle = ["resid_mid"] if heads and (table.middle or not table.normed) else []
+    kinds = ["resid_pre", *heads, *middle, "mlp", "resid"]
+    if table.deepstack:
+        kinds.append("deepstack")
+        lacks["deepstack"] = frozenset(range(table.deepstack(network.hf.config), len(blocks)))
+    out: dict[str, int] = {}
+    if table.output:
+        kinds.append("output")
+        wide = getattr(network.module(table.output), "out_features", width)
+        out = {} if wide == width else {"output": wide}
+    groups = getattr(config, "num_key_value_heads", None)
+    return Shape(len(blocks), tuple(kinds), heads, widths["mlp"], width, lacks, out, groups)
+
+
+def _entry(config: Any, name: str) -> Any:
+    """A part of a config, which may be a dictionary."""
+    return config[name] if isinstance(config, Mapping) else getattr(config, name)

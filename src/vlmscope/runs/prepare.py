@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import re
+import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 from PIL import Image
 
-from vlmscope.data.example import Example, Picture, Span, find_roles
+from vlmscope.data.example import Example, Picture, Span, check_text, find_roles
 from vlmscope.data.images import open_image
-from vlmscope.errors import ExampleError
+from vlmscope.errors import ExampleError, shown
 from vlmscope.layout import Layout, grid
 from vlmscope.models.inputs import Inputs, Pair
 from vlmscope.runs.network import Network
@@ -29,6 +30,7 @@ def encode(
     read: int = 1,
 ) -> Inputs:
     """The tensors of one run; `fed` are tokens behind the prompt, the `read` last positions are scored."""
+    check_words(network, "the prompt", prompt)
     pictures = [open_image(image) for image in images]
     inputs = network.family.encode(network.hf, network.processor, pictures, prompt, roles, fed)
     tensors = {k: v.to(network.device) for k, v in inputs.tensors.items()}
@@ -37,17 +39,44 @@ def encode(
     return Inputs(tensors, {**inputs.layout, network.speaker: there})
 
 
+def check_words(network: Network, what: str, text: str) -> None:
+    """Refuse words that are none to the model: nothing to read, or tokens that only its template writes.
+
+    A prompt that holds the image's placeholder is the whole text that the model reads, so it may hold the
+    template's tokens, but not those that the processor puts in the placeholder's place. Raises
+    `ExampleError`, which begins with `what`.
+    """
+    check_text(what, text)
+    if text and not any(unicodedata.category(c)[0] in "LNPS" for c in text):
+        raise ExampleError(f"{what} {shown(text)} has nothing to read in it; write words")
+    tokenizer, config = network.processor.tokenizer, network.hf.config
+    mark = str(getattr(network.processor, "image_token", None) or "")
+    image = getattr(config, "image_token_id", None)
+    special = {getattr(network.processor, "video_token", None)}
+    special |= {tokenizer.convert_ids_to_tokens(image)} if image is not None else {None}
+    is_prompt = what == "the prompt"
+    if not (is_prompt and mark and mark in text):
+        special |= {*tokenizer.all_special_tokens, mark}
+    if typed := next(
+        (one for one in sorted(filter(None, special - {mark * is_prompt})) if one in text), None
+    ):
+        whole = (
+            f", or write the whole text that the model reads, with {mark} in it" if mark and is_prompt else ""
+        )
+        raise ExampleError(
+            f"{what} holds '{typed}', which is no word but a token of its own; take it out{whole}"
+        )
+
+
 def prepare(network: Network, example: Example, whole: bool = False) -> Pair:
     """The clean and the corrupt run of an example, and the tokens that are scored.
 
-    What the example leaves out of the corrupt run (image or prompt) is as in the clean one.
-    Answers of several tokens are scored at the first one in which the two options differ,
-    after what they share has been fed; with `whole` all tokens of the answer are scored, and no foil is
-    needed.
+    What the example leaves out of the corrupt run (image or prompt) is as in the clean one. The first token
+    in which answer and foil differ is scored, behind what they share; with `whole` all tokens of the answer
+    are, and no foil is needed.
 
-    Raises `ExampleError` if an image cannot be read, the prompts do not align token for token,
-    or an option is empty, unknown to the tokenizer, or the same as the other.
-    """
+    Raises `ExampleError` if an image cannot be read, the prompts do not align token for token, or an option
+    is empty, unknown to the tokenizer, or the same as the other."""
     prompt, many = example.clean_prompt, 1 + len(example.more_images)
     foil: int | None = None
     if whole:
@@ -56,24 +85,22 @@ def prepare(network: Network, example: Example, whole: bool = False) -> Pair:
     else:
         fed, answer, foil = _options(network, example, many)
         answers = (answer,)
-    read = len(answers)
     other = prompt if example.corrupt_prompt is None else example.corrupt_prompt
-    images = [example.clean_image, *example.more_images]
+    images, read = [example.clean_image, *example.more_images], len(answers)
     if example.corrupt_image is None and other == prompt:
         clean = encode(network, images, prompt, example.roles, fed, read)
         return Pair(clean, clean, answers[0], foil, (), answers)
     words = [_words(network, text) for text in (prompt, other)]
     clean = encode(network, images, prompt, {**example.roles, **words[0]}, fed, read)
-    corrupt_image = example.corrupt_image or example.clean_image
-    corrupt = encode(network, [corrupt_image, *example.more_images], other, words[1], fed, read)
-    _check_grids(clean, corrupt)
-    clean = _aligned(clean, corrupt, prompt, other)
-    tensors, layout = dict(corrupt.tensors), dict(corrupt.layout)
+    images[0] = example.corrupt_image or example.clean_image
+    corrupt = encode(network, images, other, words[1], fed, read)
+    clean = _aligned(clean, corrupt, prompt.split(), other.split())
+    tensors, pixels = dict(corrupt.tensors), network.family.pixels
     if example.corrupt_image is None:  # the same tensor, so that nobody encodes it twice
-        pixels = network.family.pixels
         tensors[pixels] = clean.tensors[pixels]
-    for tower, there in clean.layout.items():  # the prompts align: roles stand where they stood
-        layout[tower] = replace(there, tokens=layout[tower].tokens)
+    layout = {  # the prompts align: roles stand where they stood
+        tower: replace(there, tokens=corrupt.layout[tower].tokens) for tower, there in clean.layout.items()
+    }
     return Pair(clean, Inputs(tensors, layout), answers[0], foil, (), answers)
 
 
@@ -81,21 +108,29 @@ def _option(network: Network, prompt: str, what: str, text: str, images: int) ->
     """The tokens of an answer or a foil. Its end belongs to it, and tells "red" from "red wine"."""
     if not text.strip():
         instead = ", or score the whole answer (metric logprob)" if what == "foil" else ""
-        raise ExampleError(f"the {what} '{text}' is empty; give it a word{instead}")
+        raise ExampleError(f"the {what} {shown(text)} is empty; give it a word{instead}")
+    check_words(network, f"the {what}", text)
     tokens = network.family.options(network.processor, prompt, text, images)
+    if not tokens[:-1]:
+        raise ExampleError(
+            f"the {what} {shown(text)} is nothing to the model's tokenizer; choose another word"
+        )
     unknown = network.processor.tokenizer.unk_token_id
     if unknown is not None and unknown in tokens[:-1]:  # OPT's end token is this, too
-        raise ExampleError(f"the {what} '{text}' is unknown to the model's tokenizer")
+        raise ExampleError(
+            f"the {what} {shown(text)} is unknown to the model's tokenizer; choose another word"
+        )
     return tokens
 
 
 def _options(network: Network, example: Example, images: int) -> tuple[list[int], int, int]:
     """What answer and foil share at their beginning, and the tokens in which they differ first."""
-    options = {"answer": example.answer, "foil": example.foil}
-    answer, foil = (_option(network, example.clean_prompt, *option, images) for option in options.items())
+    options = (("answer", example.answer), ("foil", example.foil))
+    answer, foil = (_option(network, example.clean_prompt, *option, images) for option in options)
     same = next((n for n, (a, b) in enumerate(zip(answer, foil, strict=False)) if a != b), None)
     if same is None:
-        raise ExampleError(f"answer '{example.answer}' and foil '{example.foil}' are the same tokens")
+        both = f"answer {shown(example.answer)} and foil {shown(example.foil)}"
+        raise ExampleError(f"{both} are the same tokens; choose another foil")
     return answer[:same], answer[same], foil[same]
 
 
@@ -106,38 +141,16 @@ def _words(network: Network, prompt: str) -> dict[str, Span]:
     return {f"{_WORD}{n}": m.span() for n, m in words if not mark or mark not in m[0]}
 
 
-def _aligned(clean: Inputs, corrupt: Inputs, prompt: str, other: str) -> Inputs:
-    """The clean run without the words' roles; positions of the two runs must correspond, word by word."""
+def _aligned(clean: Inputs, corrupt: Inputs, words: Sequence[str], others: Sequence[str]) -> Inputs:
+    """The clean run without the words' roles; places of the two must correspond, patch by patch, word by
+    word."""
     misaligned = "the prompts do not align token for token"
-    words = [text.split() for text in (prompt, other)]
-    if len(words[0]) != len(words[1]):
+    if len(words) != len(others):
         raise ExampleError(
-            f"{misaligned}: the clean one has {len(words[0])} words, the corrupt one {len(words[1])}; "
+            f"{misaligned}: the clean one has {len(words)} words, the corrupt one {len(others)}; "
             "choose other words"
         )
     layout = {}
-    for tower, there in clean.layout.items():
-        here, many = corrupt.layout[tower].roles, len(corrupt.layout[tower].tokens)
-        for name, at in there.roles.items():
-            if name.startswith(_WORD) and at != here.get(name, ()):
-                n = int(name.removeprefix(_WORD))
-                raise ExampleError(
-                    f"{misaligned}: word {n + 1} is '{words[0][n]}' ({len(at)} tokens) in the clean one, "
-                    f"'{words[1][n]}' ({len(here.get(name, ()))} tokens) in the corrupt one; choose other "
-                    "words"
-                )
-        if len(there.tokens) != many:
-            raise ExampleError(
-                f"the clean run has {len(there.tokens)} positions in the {tower} tower, the corrupt one "
-                f"{many}, so they do not correspond; choose other words or images"
-            )
-        own = {name: at for name, at in there.roles.items() if not name.startswith(_WORD)}
-        layout[tower] = replace(there, roles=own)
-    return Inputs(clean.tensors, layout)
-
-
-def _check_grids(clean: Inputs, corrupt: Inputs) -> None:
-    """Patches of the two runs must correspond."""
     for tower, there in clean.layout.items():
         here = corrupt.layout[tower]
         if sorted(there.cells.values()) != sorted(here.cells.values()):
@@ -146,6 +159,21 @@ def _check_grids(clean: Inputs, corrupt: Inputs) -> None:
                 f"the clean image has a grid of {sizes[0]} patches, the corrupt one of {sizes[1]}, so their "
                 "positions do not correspond; resize the corrupt image to the clean one's size"
             )
+        for name, at in there.roles.items():
+            if name.startswith(_WORD) and at != (then := here.roles.get(name, ())):
+                n = int(name.removeprefix(_WORD))
+                raise ExampleError(
+                    f"{misaligned}: word {n + 1} is {shown(words[n])} ({len(at)} tokens) in the clean one, "
+                    f"{shown(others[n])} ({len(then)} tokens) in the corrupt one; choose other words"
+                )
+        if len(there.tokens) != len(here.tokens):
+            raise ExampleError(
+                f"the clean run has {len(there.tokens)} positions in the {tower} tower, the corrupt one "
+                f"{len(here.tokens)}, so they do not correspond; choose other words or images"
+            )
+        own = {name: at for name, at in there.roles.items() if not name.startswith(_WORD)}
+        layout[tower] = replace(there, roles=own)
+    return Inputs(clean.tensors, layout)
 
 
 def layouts(network: Network) -> Mapping[str, Layout]:

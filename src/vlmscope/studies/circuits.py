@@ -127,7 +127,7 @@ def read(folder: str | os.PathLike[str]) -> Found:
     about = files.read_about(path, MANIFEST, "name a folder of 'vlmscope circuits'")
     try:
         heads = pd.read_parquet(path / "heads.parquet")
-        others = {name: pd.read_csv(path / f"{name}.csv") for name in ("universal", "overlap")}
+        others = {name: files.from_csv(path / f"{name}.csv") for name in ("universal", "overlap")}
     except (OSError, ValueError) as error:
         raise StoreError(f"{path}: is damaged ({error}); run the same command again") from error
     return Found(heads, **others, about=about)

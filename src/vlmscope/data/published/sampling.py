@@ -19,8 +19,8 @@ SIZE = 500
 MISSING = "the image is not there"
 UNREADABLE = "the image cannot be read"
 
-Fetch: TypeAlias = Callable[[Mapping[str, Path]], Mapping[str, str]]
-"""Downloads addresses to files, and returns those that could not be had, with the reason."""
+Fetch: TypeAlias = Callable[[Mapping[str, str], Path], Mapping[str, str]]
+"""Downloads addresses to files of these names in a folder; returns what could not be had, with the reason."""
 Item = TypeVar("Item")
 Made = TypeVar("Made")
 

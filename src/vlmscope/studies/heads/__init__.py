@@ -184,7 +184,7 @@ def read(folder: str | os.PathLike[str]) -> Functions:
     path = Path(folder)
     about = files.read_about(path, MANIFEST, "name a folder of 'vlmscope heads'")
     try:
-        tables = {name: pd.read_csv(path / f"{name}.csv") for name in CSV}
+        tables = {name: files.from_csv(path / f"{name}.csv") for name in CSV}
         tables["together"] = tables["together"].fillna({"knockout": "", "heads": ""})
         return Functions(**tables, maps=pd.read_parquet(path / "maps.parquet"), about=about)
     except (OSError, ValueError) as error:

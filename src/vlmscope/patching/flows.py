@@ -1,0 +1,318 @@
+"""How many patched runs are computed at once: what a flow is, rows of whole runs, one plain run a patch."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, ClassVar
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from vlmscope.models.inputs import Change, Edit, Inputs
+from vlmscope.patching.trace import Trace, edited_output
+from vlmscope.runs.access import hook
+from vlmscope.runs.forward import editing, forward, read
+from vlmscope.runs.hooks import Hooks
+from vlmscope.runs.network import SUBLAYERS, Network
+from vlmscope.sites import Point, Site
+
+INSIDE = (*SUBLAYERS, "resid_mid")
+"""Kinds that are within a block."""
+
+
+@dataclass(frozen=True, eq=False)
+class Row:
+    """One patch: its number in the sweep, what it sets, and the stage of its tower it joins at.
+
+    `sites` are of one layer each, in the order in which the model computes them. Stage L is the entrance of
+    block L; the stage behind the last block is its output, the next one the tower's. `shift` says how far
+    behind the positions of the run the source's values stand.
+    """
+
+    number: int
+    sites: tuple[Site, ...]
+    stage: int
+    shift: int = 0
+
+
+@dataclass(frozen=True, eq=False)
+class Cell:
+    """One write: a row and position of a batch gets the source's value for the position `source` of a
+    run, which stands `shift` behind it."""
+
+    row: int
+    position: int
+    site: Site
+    source: int
+    shift: int
+
+
+@dataclass(frozen=True, eq=False)
+class Job:
+    """What patches are made in: the base run, its own edits, and the activations that are copied into it.
+
+    `memory` is what flows keep of the base run, by tower; `positions` are so many last ones whose logits are
+    scored.
+    """
+
+    network: Network
+    inputs: Inputs
+    changes: Sequence[Change]
+    base: Trace
+    source: Mapping[Point, Tensor]
+    memory: Mapping[str, Any]
+    positions: int
+
+    @property
+    def edits(self) -> list[Edit]:
+        """The edits of the base run."""
+        return [Edit(*change) for change in self.changes]
+
+    def depth(self, tower: str) -> int:
+        return self.network.shapes[tower].layers
+
+    def longest(self, tower: str) -> int:
+        """The positions of the longest of a tower and those behind it."""
+        towers = list(self.network.family.towers)
+        return max(len(self.inputs.layout[name].tokens) for name in towers[towers.index(tower) :])
+
+
+class Flow(ExitStack):
+    """Some rows of one tower on their way to their logits: copies of the base run, patched.
+
+    Used as a context. `join` and `block` are called stage by stage from that of the first row on, `leave` at
+    the end. Rows stand side by side in a batch (`along` 0), or end to end in one sequence (1); `begins` are
+    their first positions.
+    """
+
+    along: ClassVar[int]
+
+    def __init__(self, job: Job, tower: str, rows: Sequence[Row]) -> None:
+        super().__init__()
+        self.job, self.tower, self.rows = job, tower, rows
+        self.begins = [0] * len(rows)
+        self.hidden = torch.empty(0)
+
+    @classmethod
+    def cost(cls, job: Job, tower: str, row: Row) -> int:
+        """How many positions of its tower, or of the longest behind it, a row carries."""
+        return job.longest(tower)
+
+    def join(self, stage: int) -> None:
+        """Add the rows of this stage, patched where that can be done here."""
+        new = [(i, row) for i, row in enumerate(self.rows) if row.stage == stage]
+        if not new:
+            return
+        base, depth = self.job.base, self.job.depth(self.tower)
+        if stage > depth:
+            entrance = edited_output(self.job.network, base.outputs[self.tower], self.tower, self.job.changes)
+        elif stage == depth:
+            entrance = base.values[Point(self.tower, depth - 1, "resid")]
+        else:
+            entrance = base.entrance(self.tower, stage)
+        parts = [self.hidden.to(entrance), *(entrance[:, self.begins[i] :] for i, _ in new)]
+        self.hidden = torch.cat(parts, self.along)
+        cells = self.cells((i, row, row.sites[0]) for i, row in new)
+        if behind := [c for c in cells if c.site.kind in ("resid", "output")]:
+            self.write(self.hidden, behind, self.hidden.shape)
+            rows, positions, at = _places(behind)
+            self.hidden[rows, positions] = self.added(stage - 1, self.hidden[rows, positions][None], at)[0]
+        if within := [c for c in cells if c.site.kind in INSIDE and c.site.layer < stage]:
+            self._alone(stage - 1, within)
+
+    def _alone(self, layer: int, cells: Sequence[Cell]) -> None:
+        """Write what patches inside a block change behind it, at their own positions.
+
+        Within a block positions meet in self-attention alone, which these patches leave as it is:
+        so each patched position passes its block by itself, with the base run's self-attention
+        written over its own, and the patch after that.
+        """
+        values = self.job.base.values
+        heads, entrance = around(self.tower, layer)
+        rows, positions, at = _places(cells)
+        there = [(0, n) if self.along else (n, 0) for n in range(len(cells))]
+        alone = [replace(c, row=i, position=p) for c, (i, p) in zip(cells, there, strict=True)]
+        single = {
+            point: values[point].to(self.hidden.device)[0, at].unsqueeze(1 - self.along)
+            for point in (entrance, heads)
+            if point in values
+        }
+        with Hooks() as hooks:
+            if heads in single:
+                hook(hooks, self.job.network, heads, self.job.inputs, lambda x: single[heads])
+            out = self.call(layer, single[entrance], alone, at)
+        self.hidden[rows, positions] = out.flatten(0, 1)
+
+    def block(self, layer: int) -> None:
+        """All rows that have joined pass a block, and are patched in it."""
+        joined = [(i, row) for i, row in enumerate(self.rows) if row.stage <= layer]
+        cells = self.cells((i, row, site) for i, row in joined for site in row.sites if site.layer == layer)
+        with Hooks() as hooks:
+            self.edit(hooks, layer, joined)
+            self.hidden = self.call(layer, self.hidden, cells)
+
+    def call(
+        self, layer: int, hidden: Tensor, cells: Sequence[Cell], at: Sequence[int] | None = None
+    ) -> Tensor:
+        """Call a block as the base run called it, with other rows (or positions `at`, each alone), and patch
+        cells on the way."""
+        args, kwargs = self.job.base.calls[self.tower, layer]
+        kwargs = {k: v for k, v in self.arguments(kwargs, at).items() if k != "hidden_states"}
+        by_point = defaultdict(list)
+        for cell in cells:
+            by_point[cell.site.point].append(cell)
+        with Hooks() as hooks:
+            for point, some in by_point.items():
+                change = partial(self.write, cells=some, shape=hidden.shape)
+                hook(hooks, self.job.network, point, self.job.inputs, change)
+            out = self.job.network.blocks(self.tower)[layer](hidden, *args[1:], **kwargs)
+        return self.added(layer, out if isinstance(out, Tensor) else out[0], at)
+
+    def cells(self, sites: Iterable[tuple[int, Row, Site]]) -> list[Cell]:
+        """The writes of some rows' sites."""
+        return [Cell(*self.place(i, p), site, p, row.shift) for i, row, site in sites for p in site.positions]
+
+    def write(self, x: Tensor, cells: Sequence[Cell], shape: torch.Size) -> Tensor:
+        """Write the source's values into cells of one point's activation, in place; `shape` gives rows and
+        positions, which may have been laid end to end."""
+        point = cells[0].site.point
+        units = self.job.network.units(point) or 1
+        numbers = [
+            (c.row, c.position, c.source + c.shift, unit) for c in cells for unit in c.site.units or (0,)
+        ]
+        row, position, source, unit = torch.tensor(numbers, device=x.device).T
+        values = self.job.source[point][0].unflatten(-1, (units, -1))
+        x.view(*shape[:2], -1).unflatten(-1, (units, -1))[row, position, unit] = values[source, unit].to(x)
+        return x
+
+    # -- what differs ----------------------------------------------------------------------------
+
+    def place(self, row: int, position: int) -> tuple[int, int]:
+        """Where a row's position is in `hidden`."""
+        return row, position
+
+    def arguments(self, kwargs: Mapping[str, Any], at: Sequence[int] | None) -> Mapping[str, Any]:
+        """What a block is called with, where it is called with all rows, or with positions by themselves."""
+        raise NotImplementedError
+
+    def edit(self, hooks: Hooks, layer: int, joined: Sequence[tuple[int, Row]]) -> None:
+        """Make the base run's own edits in a block."""
+        raise NotImplementedError
+
+    def added(self, layer: int, hidden: Tensor, at: Sequence[int] | None) -> Tensor:
+        """With what the model adds behind a block, before whatever is next."""
+        return hidden
+
+    def leave(self) -> Float[Tensor, "rows positions vocabulary"]:
+        """From behind the last block through all that follows, to the logits."""
+        raise NotImplementedError
+
+
+def around(tower: str, layer: int) -> tuple[Point, Point]:
+    """What a position needs to pass a block alone: its heads' outputs, and the block's input."""
+    return Point(tower, layer, "attn", "h"), Point(tower, layer, "resid_pre")
+
+
+def _places(cells: Sequence[Cell]) -> tuple[list[int], list[int], list[int]]:
+    """The rows, the positions in the batch, and the positions in a run."""
+    return [c.row for c in cells], [c.position for c in cells], [c.source for c in cells]
+
+
+class Plain(Flow):
+    """One plain forward a patch, where a tower's blocks cannot be called with rows."""
+
+    along = 0
+
+    @classmethod
+    def cost(cls, job: Job, tower: str, row: Row) -> int:
+        return 2**40  # more than there is room for: one at a time
+
+    def join(self, stage: int) -> None:
+        """The patch is made as the model computes."""
+
+    def block(self, layer: int) -> None:
+        """The model calls its blocks itself."""
+
+    def leave(self) -> Float[Tensor, "rows positions vocabulary"]:
+        job, (row,) = self.job, self.rows
+        edits = job.edits
+        for site in row.sites:
+            there = replace(site, positions=tuple(position + row.shift for position in site.positions))
+            edits.append(Edit(site, "set", read(job.network, job.source[site.point], there)))
+        return forward(job.network, job.inputs, edits, positions=job.positions).logits[None]
+
+
+class Rows(Flow):
+    """Rows of whole runs, side by side. Those that read the same image share its cross-attention keys and
+    values, which are computed once a layer."""
+
+    along = 0
+
+    def __enter__(self) -> Rows:
+        self.enter_context(_folding(self.job, self.tower))
+        return self
+
+    def arguments(self, kwargs: Mapping[str, Any], at: Sequence[int] | None) -> Mapping[str, Any]:
+        lacking = ("past_key_values",) if at is None else ("past_key_values", "attention_mask")
+        return {name: None if name in lacking else value for name, value in kwargs.items()}
+
+    def edit(self, hooks: Hooks, layer: int, joined: Sequence[tuple[int, Row]]) -> None:
+        hooks.enter_context(editing(self.job.network, self.job.inputs, self.job.edits))
+
+    def leave(self) -> Float[Tensor, "rows positions vocabulary"]:
+        job, family, tower = self.job, self.job.network.family, self.tower
+        if len(self.hidden):
+            hidden = family.leave(job.network.hf, tower, self.hidden)
+            self.hidden = edited_output(job.network, hidden, tower, job.changes)
+        self.join(job.depth(tower) + 1)
+        self.close()
+        with editing(job.network, job.inputs, job.edits):
+            return family.finish(job.network.hf, job.inputs, tower, self.hidden, job.positions)
+
+
+@contextmanager
+def keeping(network: Network, kept: dict[str, Any]) -> Iterator[None]:
+    """Keep the keys and values of all that is attended to across towers, as the base run computes them."""
+
+    def give(cache: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        return args, {**kwargs, "past_key_values": cache}
+
+    with Hooks() as hooks:
+        for tower, table in network.family.towers.items():
+            if table.fold is not None:
+                kept[tower] = network.family.cache()
+                for block in network.blocks(tower):
+                    hooks.on_call(block.get_submodule(table.fold), partial(give, kept[tower]))
+        yield
+
+
+@contextmanager
+def _folding(job: Job, tower: str) -> Iterator[None]:
+    """Lay rows that attend to the same image end to end, and take its keys and values from the base run.
+
+    Cross-attention looks at each query position alone, so this changes no result; it saves
+    copying the keys and values for every row. The base run's own edits inside cross-attention count
+    positions of a row, so with such edits rows stay apart.
+    """
+    path = job.network.family.towers[tower].fold
+    apart = any(change.site.kind == "cross" and change.site.tower == tower for change in job.changes)
+    rows: list[torch.Size] = []
+
+    def lay(args: Any, kwargs: dict[str, Any]) -> Any:
+        (hidden,), mask = args, kwargs.get("attention_mask")
+        rows.append(hidden.shape)
+        mask = None if mask is None else mask[:, :, :1]
+        kwargs = {**kwargs, "attention_mask": mask, "past_key_values": job.memory[tower]}
+        return (hidden.reshape(1, -1, hidden.shape[-1]),), kwargs
+
+    with Hooks() as hooks:
+        for block in [] if path is None or apart else job.network.blocks(tower):
+            module = block.get_submodule(path or "")
+            hooks.on_call(module, lay)
+            hooks.on_output(module, lambda out: (out[0].view(rows.pop()), *out[1:]))
+        yield
