@@ -161,10 +161,10 @@ def save(
     """Write files that belong together, all or none, and the JSON that says what they are and lists them.
 
     `content` are tables (`.parquet` or `.csv`), texts, bytes, and files that lie on the same disk, which are
-    moved; names, that of the manifest too, may be of files in folders below. All is written under temporary names first. Then the old manifest becomes one that says
-    `unfinished`, all is renamed, what the old one listed is removed, and the new manifest comes last. So a
-    failure changes nothing; behind a kill among the renames readers refuse the folder, and the same command
-    mends it. Raises `StoreError`, as `claim` does.
+    moved; any name, the manifest's too, may be of a file in a folder below. All is written under temporary
+    names first. Then the old manifest becomes one that says `unfinished`, all is renamed, what the old one
+    listed is removed, and the new manifest comes last. So a failure changes nothing; behind a kill among the
+    renames readers refuse the folder, and the same command mends it. Raises `StoreError`, as `claim` does.
     """
     path = Path(folder)
     pairs: list[tuple[Path, Path]] = []
