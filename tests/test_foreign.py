@@ -324,7 +324,7 @@ def test_more_than_a_model_reads() -> None:
 def test_no_spreadsheet_computes_what_is_written_for_people(tmp_path: Path) -> None:
     words = ["=1+1", "+a", "-a", "@x", "\tx", "\rx", "'=x", "''+x", "-2", "+1.5", "'-2", "red", "", "'", "-"]
     table = pd.DataFrame({"word": words, "=score": range(len(words)), "mixed": [1, None, "=x"] * 5})
-    files.save(tmp_path, "about.json", {}, {"words.csv": table})
+    files.save(tmp_path, "about.json", {"format": "words"}, {"words.csv": table})
     with (tmp_path / "words.csv").open(encoding="utf-8", newline="") as file:
         header, *rows = csv.reader(file)
     for cell in (*header, *(cell for row in rows for cell in row)):

@@ -283,11 +283,15 @@ def default_sites(model: Model) -> tuple[str, ...]:
 def _check_folder(spec: Spec, folder: Path) -> None:
     """Refuse the folder of another specification, and one that cannot be written."""
     file = folder / "notice.toml"
+    with files.storing(folder):
+        own = file.exists() or not folder.is_dir()
+        if not own and any(not files.is_temporary(path) for path in folder.iterdir()):
+            raise StoreError(
+                f"{folder}: not empty, and not a folder of notice (no notice.toml); choose another --out"
+            )
     files.claim(folder, "selection.json", SELECTION, ["selection.csv"])
     circuits.Found.claim(folder / "circuits")
     if not file.exists():
-        if folder.is_dir() and not all(map(files.is_temporary, folder.iterdir())):
-            raise StoreError(f"{folder}: not empty, and holds no notice run; choose another --out")
         return
     there, here = Spec.from_toml(file), spec._absolute()
     if there != here:

@@ -32,7 +32,20 @@ MEMORY = 4 * 2**30
 FAULTS = "traceback accepted unclear long control lines hang crash changed".split()
 """In the order in which they are looked for; `accepted` is a wrong input that ended with status 0."""
 WAYS_OUT = (
-    *("expected", "use ", "choose", "name ", "give", "write", "save", "delete", "run ", "take", "check"),
+    *(
+        "expected",
+        "allowed: ",
+        "use ",
+        "choose",
+        "name ",
+        "give",
+        "write",
+        "save",
+        "delete",
+        "run ",
+        "take",
+        "check",
+    ),
     *("rename", "add", "must", "only", "see", "need", "instead", "make", "put", "fill", "such as", "install"),
     *(
         "--help",

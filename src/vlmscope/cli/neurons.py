@@ -106,6 +106,8 @@ def describe(
     from vlmscope.report import write_report
 
     examples = given.examples()
+    if embedding is not None and not measures:
+        raise VlmscopeError("--embedding is for the measures; leave --no-measures out")
     neurons.Described.claim(out)
     described = neurons.describe(
         given.load(),

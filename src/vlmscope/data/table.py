@@ -142,11 +142,11 @@ def write_csv(path: Path | str, examples: Iterable[Example]) -> None:
     writer.writeheader()
     writer.writerows(rows)
     content = text.getvalue().encode()
-    for folder in {file.parent for file in pictures}:
-        if folder.is_symlink():
-            raise DataError(f"{folder}: a link, through which nothing is written; delete or rename it")
     missing = [file for file, picture in pictures.items() if not files.is_kept(file, partial(_png, picture))]
     is_new = not files.is_kept(path, lambda: content)
+    if any(file.parent.is_symlink() for file in missing):
+        folder = missing[0].parent
+        raise DataError(f"{folder}: a link, through which nothing is written; delete or rename it")
     for file in missing:
         files.write(file, _png(pictures[file]))
     if is_new:

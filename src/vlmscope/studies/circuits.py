@@ -196,7 +196,7 @@ def head_scores(run: Run, position: str | None = None) -> dict[tuple[str, str, s
     if not found:
         where = f"'{position}'" if position else "the answer's token or the read-out position"
         raise StoreError(
-            f"{run.path}: no heads were patched at {where}; sweep such sites as "
+            f"{run.path}: no heads were patched at {where}; name another position, or sweep such sites as "
             "'encoder.*.cross.h*@answer' or 'decoder.*.attn.h*@readout' first"
         )
     broken = {name for t in found.values() for name in t.loc[~np.isfinite(t["logit_diff"]), "example"]}
