@@ -64,6 +64,15 @@ def test_a_set_is_replaced_by_the_next_of_its_kind(tmp_path: Path) -> None:
     assert pd.read_parquet(folder / "e.parquet")["x"].item() == 2
 
 
+def test_a_manifest_may_lie_in_a_folder_below(tmp_path: Path) -> None:
+    given = {"page.html": "page", "page-figures/one.png": b"one"}
+    (tmp_path / "mine").touch()
+    for content in (given, given | {"page.html": "other"}):
+        files.save(tmp_path, "page-figures/set.json", ABOUT, content)
+    assert contents(tmp_path).keys() == {"mine", "page-figures/set.json", *given}
+    assert (tmp_path / "page.html").read_text() == "other"
+
+
 @pytest.mark.parametrize("name", ["a.csv", "b/c.txt"])
 def test_what_the_manifest_does_not_list_is_not_replaced(tmp_path: Path, name: str) -> None:
     (tmp_path / name).parent.mkdir(exist_ok=True)

@@ -148,6 +148,28 @@ def test_another_specification_is_refused(done):
         notice.run(replace(SMALL, limit=5, seed=3), done[0])
 
 
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("selection.csv", "not empty, and not a folder of notice"),
+        ("thesis.tex", "not empty, and not a folder of notice"),
+        ("own/selection.csv", r"selection\.csv: is there, and no result of this command"),
+        ("own/circuits/heads.csv", r"heads\.csv: is there, and no result of this command"),
+    ],
+)
+def test_a_used_folder_is_refused_before_anything_is_computed(tmp_path, monkeypatch, name, message):
+    (tmp_path / "out" / "own" / "circuits").mkdir(parents=True)
+    (tmp_path / "out" / name).write_text("mine")
+    folder = tmp_path / "out" / ("own" if name.startswith("own") else "")
+    if name.startswith("own"):
+        SMALL.save(folder / "notice.toml")
+    there = {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()}
+    monkeypatch.setattr(notice, "load", None)
+    with pytest.raises(StoreError, match=message):
+        notice.run(SMALL, folder)
+    assert {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()} == there
+
+
 # --- selection -------------------------------------------------------------------------------
 
 

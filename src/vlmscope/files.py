@@ -18,7 +18,7 @@ import shutil
 import stat
 import tempfile
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
@@ -37,8 +37,7 @@ LONGEST_NAME = 200
 _PLAIN_NAME = re.compile(r"[\w@+][\w .,@+()-]*(?<![ .])")
 _FORMULA, _NUMBER = re.compile(r"'*[=+\-@\t\r]"), re.compile(r"[+-]?[0-9]+(\.[0-9]+)?")
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-_WAIT = 10.0
-"""Seconds for which a writer waits for another one in the same folder."""
+_WAIT = 10.0  # seconds for another writer in the same folder
 
 
 def regular(
@@ -125,8 +124,7 @@ def claim(
 def claim_file(file: Path) -> None:
     """Refuse, before anything is computed, what is no file, or could not be written."""
     if file.exists() and not file.is_file():
-        what = "a folder" if file.is_dir() else "a device or a pipe"
-        raise StoreError(f"{file}: is {what}; name a file")
+        raise StoreError(f"{file}: is a folder, a device or a pipe; name a file")
     try_place(file.parent)
 
 
@@ -177,41 +175,32 @@ def save(
     """Write files that belong together, all or none, and the JSON that says what they are and lists them.
 
     `content` are tables (`.parquet` or `.csv`), texts, bytes, and files that lie on the same disk, which are
-    moved. All is written under temporary names first. Then the old manifest becomes one that says
-    `unfinished`, all is renamed, what the old one listed is removed, and the new manifest comes last. So a
-    failure changes nothing; behind a kill among the renames readers refuse the folder, and the same command
-    mends it. Raises `StoreError`, as `claim` does.
+    moved; any name, the manifest's too, may be of a file in a folder below. All is written under temporary
+    names first. Then the old manifest becomes one that says `unfinished`, all is renamed, what the old one
+    listed is removed, and the new manifest comes last. So a failure changes nothing; behind a kill among the
+    renames readers refuse the folder, and the same command mends it. Raises `StoreError`, as `claim` does.
     """
     path = Path(folder)
     pairs: list[tuple[Path, Path]] = []
-    with _folders(path, content), storing(path), locked(path):
+    with _folders(path, [*content, manifest]), storing(path), locked(path), _undone(pairs):
         ours = _listed(path, claim(path, manifest, _kind(about), content)) | {*content}
         begun = {**about, "files": sorted(ours), "unfinished": True}
         whole = {**about, "files": sorted(content)}
-        try:
-            pairs.append((_put(path / f"{manifest}.begun", _json(begun)), path / manifest))
-            for name, one in content.items():
-                if isinstance(one, Path):
-                    _sync(one)
-                pairs.append(
-                    (one if isinstance(one, Path) else _put(path / name, _bytes(name, one)), path / name)
-                )
-            pairs.append((_put(path / manifest, _json(whole)), path / manifest))
-            for temporary, file in pairs[:-1]:
-                temporary.replace(file)
-            for name in ours - {*content}:
-                if not (path / name).is_dir():
-                    (path / name).unlink(missing_ok=True)
-            for place in {file.parent for _, file in pairs}:
-                _sync(place)
-            temporary, file = pairs[-1]
+        pairs.append((_put(path / f"{manifest}.begun", _json(begun)), path / manifest))
+        for name, one in content.items():
+            made = one if isinstance(one, Path) else _put(path / name, _bytes(name, one))
+            _sync(made)
+            pairs.append((made, path / name))
+        pairs.append((_put(path / manifest, _json(whole)), path / manifest))
+        for temporary, file in pairs[:-1]:
             temporary.replace(file)
-            _sync(path)
-        except BaseException:
-            for temporary, _ in pairs:
-                with contextlib.suppress(OSError):
-                    temporary.unlink()
-            raise
+        for name in ours - {*content}:
+            if not (path / name).is_dir():
+                (path / name).unlink(missing_ok=True)
+        for place in {file.parent for _, file in pairs}:
+            _sync(place)
+        pairs[-1][0].replace(pairs[-1][1])
+        _sync(path)
 
 
 @contextlib.contextmanager
@@ -289,14 +278,10 @@ def write(file: Path, content: bytes, ends: Path | None = None) -> None:
         raise StoreError(f"{file}: is no file; choose another --out")
     with _folders(file.parent, ()), storing(file), locked(file.parent):
         temporary = _put(file, content)
-        try:
+        with _undone([(temporary, file)]):
             if ends is not None:
                 ends.unlink(missing_ok=True)
             temporary.replace(file)
-        except BaseException:
-            with contextlib.suppress(OSError):
-                temporary.unlink()
-            raise
         _sync(file.parent)
 
 
@@ -309,15 +294,14 @@ def locked(folder: Path) -> Iterator[None]:
         while True:
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
             except BlockingIOError:
                 if time.monotonic() > end:
                     text = f"{folder}: another process is writing there; wait for it or choose another --out"
                     raise StoreError(text) from None
                 time.sleep(0.01)
-                continue
             except OSError:
-                pass  # a network file system without locks: better to write than to refuse
-            break
+                break  # a network file system without locks: better to write than to refuse
         yield
     finally:
         os.close(descriptor)
@@ -326,23 +310,31 @@ def locked(folder: Path) -> Iterator[None]:
 def _put(file: Path, content: bytes) -> Path:
     """Write and sync a temporary beside a file, for a rename; none is left behind a failure."""
     temporary = file.with_name(f".{file.name}.tmp")
-    try:
+    with _undone([(temporary, file)]):
         # What a killed process left goes, and so does a link to somewhere else.
         temporary.unlink(missing_ok=True)
         with temporary.open("xb") as stream:
             stream.write(content)
             stream.flush()
             os.fsync(stream.fileno())
-    except BaseException:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-        raise
     return temporary
 
 
-def _sync(folder: Path) -> None:
+@contextlib.contextmanager
+def _undone(pairs: Sequence[tuple[Path, Path]]) -> Iterator[None]:
+    """Remove the temporaries, the first of each pair, if something fails."""
+    try:
+        yield
+    except BaseException:
+        for temporary, _ in pairs:
+            with contextlib.suppress(OSError):
+                temporary.unlink()
+        raise
+
+
+def _sync(path: Path) -> None:
     with contextlib.suppress(OSError):  # some file systems cannot sync a folder
-        descriptor = os.open(folder, os.O_RDONLY)
+        descriptor = os.open(path, os.O_RDONLY)
         try:
             os.fsync(descriptor)
         finally:
