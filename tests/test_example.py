@@ -17,7 +17,7 @@ from vlmscope.data import example as module
 from vlmscope.data.example import Example, find_roles, fingerprint
 from vlmscope.data.images import open_image
 from vlmscope.data.table import read_csv, write_csv
-from vlmscope.errors import DataError, ExampleError
+from vlmscope.errors import DataError, ExampleError, StoreError
 
 HEADER = "clean_image_path,corrupt_image_path,clean_prompt,corrupt_prompt,correct_answer,incorrect_answer"
 ROW = "a.png,b.png,Is this circle red or blue?,Is this circle pink or grey?,red,blue"
@@ -390,8 +390,24 @@ def test_a_failed_writing_leaves_the_old_file(tmp_path: Path) -> None:
 
 def test_says_why_it_cannot_write(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(DataError, match=r"my-images/.*: cannot be written \(.+\)"):
+    with pytest.raises(StoreError, match=r"file: cannot be written \(Not a directory\)"):
         write_csv(tmp_path / "file" / "my.csv", [made()])
+
+
+def test_replaces_nothing_that_may_be_somebodys(tmp_path: Path) -> None:
+    path = tmp_path / "my.csv"
+    write_csv(path, [made()])
+    before = {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()}
+    assert len(before) == 5
+    write_csv(path, [made()])  # as a command that is run again does
+    with pytest.raises(StoreError, match=r"my\.csv: is there, with other content; delete it or choose"):
+        write_csv(path, [made(), made("two")])
+    assert {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()} == before
+    path.unlink()
+    (tmp_path / "my-images" / "00000-clean.png").write_bytes(b"mine")
+    with pytest.raises(StoreError, match=r"00000-clean\.png: is there, with other content"):
+        write_csv(path, [made()])
+    assert not path.exists()
 
 
 # Opening pictures

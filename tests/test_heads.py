@@ -14,7 +14,7 @@ from PIL import Image
 from planted import TRUTH, planted, planted_examples
 
 import vlmscope
-from vlmscope.errors import DataError, ExampleError, SiteError, VlmscopeError
+from vlmscope.errors import DataError, ExampleError, SiteError, StoreError, VlmscopeError
 from vlmscope.models.inputs import Edit
 from vlmscope.patching import engine
 from vlmscope.sites import Pattern
@@ -246,6 +246,24 @@ def test_the_tables_are_written(tmp_path):
         pd.testing.assert_frame_equal(
             getattr(found, name), getattr(table, name), check_dtype=False, rtol=1e-12, atol=1e-300
         )
+
+
+def test_the_tables_of_another_call_are_neither_replaced_nor_lost(tmp_path, monkeypatch):
+    model, examples, folder = planted(), planted_examples(6), tmp_path / "heads"
+    heads.write(folder, model, examples[:4], SITES, data="planted")
+    (tmp_path / "used").mkdir()
+    (tmp_path / "used" / "measures.csv").write_text("mine")
+    there = {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()}
+    monkeypatch.setattr(heads, "functions", None)
+    for given, more in ((examples[2:], {}), (examples[:4], {"seed": 1}), (examples[:4], {"corrupt": "text"})):
+        with pytest.raises(StoreError, match=r"by another call \(.+ differ\); choose another --out"):
+            heads.write(folder, model, given, SITES, data="planted", **more)
+    with pytest.raises(StoreError, match=r"measures\.csv: is there, and no result of this command"):
+        heads.write(tmp_path / "used", model, examples, SITES)
+    (tmp_path / "other" / "patches" / "mine").mkdir(parents=True)
+    with pytest.raises(StoreError, match=r"patches: not empty, and not a run folder"):
+        heads.write(tmp_path / "other", model, examples, SITES)
+    assert {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()} == there
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from vlmscope.errors import INTERRUPTED
 
 
 def main() -> None:
-    """Run the command line; Ctrl-C is one line on standard error and exit status 130, from the start on."""
+    """Run the command line; Ctrl-C is one line on standard error and the exit status 130, from the start."""
     asked = signal.getsignal(signal.SIGINT) is signal.default_int_handler  # a script's background has none
     if asked:
         # An exception could get lost in an import; nothing is there yet that would have to be tidied up.

@@ -2,7 +2,7 @@
 
 Every error that a person can cause derives from `VlmscopeError`. Its text is one line that can be printed
 anywhere (`line`) and says what was wrong, where, what was expected and the way out. The command line prints
-that line and exits with status 1; any other exception means a bug.
+that line and exits with status 1 (2 for a command line that is none); any other exception means a bug.
 
     VlmscopeError
     ├── SiteError      a site expression that cannot be parsed, or names nothing in this model

@@ -14,11 +14,12 @@ import json
 import math
 import os
 import re
+import shutil
 import stat
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from pathlib import Path, PurePosixPath
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 from vlmscope.errors import DataError, ExampleError, StoreError, VlmscopeError, shown
@@ -36,8 +37,7 @@ LONGEST_NAME = 200
 _PLAIN_NAME = re.compile(r"[\w@+][\w .,@+()-]*(?<![ .])")
 _FORMULA, _NUMBER = re.compile(r"'*[=+\-@\t\r]"), re.compile(r"[+-]?[0-9]+(\.[0-9]+)?")
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-_WAIT = 10.0
-"""Seconds for which a writer waits for another one in the same folder."""
+_WAIT = 10.0  # seconds for another writer in the same folder
 
 
 def regular(
@@ -45,20 +45,24 @@ def regular(
     expected: str,
     error: type[VlmscopeError] = DataError,
     largest: float = math.inf,
+    *,
+    within: Path | None = None,
 ) -> BinaryIO:
     """A regular file, opened for reading; raises `error`, with what was `expected`, for anything else.
 
-    No pipe is waited for, and what has no end, or more than `largest` bytes, is not begun with.
+    No pipe is waited for, and what has no end, or more than `largest` bytes, is not begun with. With
+    `within`, a folder that the file lies in, no link is followed on the way from there.
     """
     try:
-        # Without O_NONBLOCK a pipe that nobody writes to would be waited for.
-        descriptor = os.open(file, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        descriptor = _descriptor(file, within)
         status = os.fstat(descriptor)
         if stat.S_ISREG(status.st_mode) and status.st_size <= largest:
             return os.fdopen(descriptor, "rb")
         os.close(descriptor)
     except (OSError, ValueError) as problem:  # a name with a NUL is a ValueError
         missing = isinstance(problem, FileNotFoundError)
+        if within is not None and getattr(problem, "errno", None) in (errno.ELOOP, errno.ENOTDIR):
+            problem = ValueError("a link, and none is followed there")
         why = (
             "no such file" if missing else f"cannot be read ({getattr(problem, 'strerror', None) or problem})"
         )
@@ -76,10 +80,12 @@ def read(
     expected: str,
     error: type[VlmscopeError] = DataError,
     largest: int = LARGEST,
+    *,
+    within: Path | None = None,
 ) -> bytes:
     """The content of a regular file; raises as `regular` does."""
     try:
-        with regular(file, expected, error, largest) as stream:
+        with regular(file, expected, error, largest, within=within) as stream:
             content = stream.read(largest + 1)
     except OSError as problem:  # the system's own files, such as /proc/self/mem, and broken disks
         raise error(f"{file}: cannot be read ({problem.strerror}); expected {expected}") from problem
@@ -90,46 +96,45 @@ def read(
     return content
 
 
-def read_about(folder: str | os.PathLike[str], manifest: str, way_out: str) -> dict[str, Any]:
-    """What `save` was told that a folder is; raises `StoreError` where that is not all there."""
-    content = read_json(Path(folder) / manifest, way_out)
-    if content.pop("unfinished", False):
-        raise StoreError(f"{folder}: was not written to its end; run the same command again")
-    content.pop("files", None)
-    return content
-
-
-def claim(folder: str | os.PathLike[str], manifest: str, kind: str, names: Iterable[str]) -> set[str]:
+def claim(
+    folder: str | os.PathLike[str], manifest: str, kind: str, names: Iterable[str]
+) -> Mapping[str, Any]:
     """Refuse, before anything is computed, a folder in which `save` could not write these names.
 
-    Whatever is there under one of them has to be listed in a manifest of the same kind (its `format`): then
-    vlmscope made it. Gives the names that are listed; raises `StoreError`.
+    Whatever is there under one of them has to be listed in a manifest of the same kind (its `format` or
+    `what`): then vlmscope made it. Gives that manifest, empty where there is none; raises `StoreError`.
     """
-    path, ours = Path(folder), set[str]()
-    if (path / manifest).exists():
+    path, about = Path(folder), dict[str, Any]()
+    if os.path.lexists(path / manifest):
         about = read_json(path / manifest, "choose another --out or delete the folder")
-        if about.get("format") != kind:
+        if _kind(about) != kind:
             raise StoreError(
-                f"{path}: holds {shown(about.get('format'))}, where {kind} is to be written; choose another "
-                "--out or delete the folder"
+                f"{path}: holds {shown(_kind(about))}, where {kind} is to be written; choose another --out, "
+                "or delete the folder"
             )
-        listed = about.get("files")
-        ours = {str(name) for name in listed if _is_inside(str(name))} if isinstance(listed, list) else ours
+    ours = _listed(path, about)
     for name in names:
         file = path / name
-        mine = not file.is_dir() if name in ours else any(one.startswith(f"{name}/") for one in ours)
-        if not mine and os.path.lexists(file):
+        if (name not in ours and os.path.lexists(file)) or not _is_inside(path, name):
             raise StoreError(f"{file}: is there, and no result of this command; choose another --out")
     try_place(path)
-    return ours
+    return about
 
 
 def claim_file(file: Path) -> None:
     """Refuse, before anything is computed, what is no file, or could not be written."""
     if file.exists() and not file.is_file():
-        what = "a folder" if file.is_dir() else "a device or a pipe"
-        raise StoreError(f"{file}: is {what}; name a file")
+        raise StoreError(f"{file}: is a folder, a device or a pipe; name a file")
     try_place(file.parent)
+
+
+def is_kept(file: Path, content: Callable[[], bytes]) -> bool:
+    """Whether a file is there as it would be written; raises `StoreError` if it is there and is not."""
+    if not os.path.lexists(file):
+        return False
+    if not file.is_file() or file.read_bytes() != content():
+        raise StoreError(f"{file}: is there, with other content; delete it or choose another --out")
+    return True
 
 
 def try_place(folder: Path) -> None:
@@ -142,6 +147,25 @@ def try_place(folder: Path) -> None:
             probe.write(b"0")
 
 
+def _descriptor(file: str | os.PathLike[str], within: Path | None) -> int:
+    # Without O_NONBLOCK a pipe that nobody writes to would be waited for.
+    flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK
+    if within is None:
+        return os.open(file, flags)
+    *parents, name = Path(file).relative_to(within).parts
+    if ".." in (*parents, name):
+        raise ValueError("outside of the folder")
+    folder = os.open(within, flags | os.O_DIRECTORY)
+    try:
+        for parent in parents:
+            inner = os.open(parent, flags | os.O_DIRECTORY | os.O_NOFOLLOW, dir_fd=folder)
+            os.close(folder)
+            folder = inner
+        return os.open(name, flags | os.O_NOFOLLOW, dir_fd=folder)
+    finally:
+        os.close(folder)
+
+
 def save(
     folder: str | os.PathLike[str],
     manifest: str,
@@ -151,37 +175,48 @@ def save(
     """Write files that belong together, all or none, and the JSON that says what they are and lists them.
 
     `content` are tables (`.parquet` or `.csv`), texts, bytes, and files that lie on the same disk, which are
-    moved. All is written under temporary names first. Then the old manifest becomes one that says
-    `unfinished`, all is renamed, what the old one listed is removed, and the new manifest comes last. So a
-    failure changes nothing; behind a kill among the renames readers refuse the folder, and the same command
-    mends it. Raises `StoreError`, as `claim` does.
+    moved; any name, the manifest's too, may be of a file in a folder below. All is written under temporary
+    names first. Then the old manifest becomes one that says `unfinished`, all is renamed, what the old one
+    listed is removed, and the new manifest comes last. So a failure changes nothing; behind a kill among the
+    renames readers refuse the folder, and the same command mends it. Raises `StoreError`, as `claim` does.
     """
     path = Path(folder)
     pairs: list[tuple[Path, Path]] = []
-    with _folders(path, content), storing(path), locked(path):
-        ours = claim(path, manifest, str(about["format"]), content) | {*content}
+    with _folders(path, [*content, manifest]), storing(path), locked(path), _undone(pairs):
+        ours = _listed(path, claim(path, manifest, _kind(about), content)) | {*content}
         begun = {**about, "files": sorted(ours), "unfinished": True}
         whole = {**about, "files": sorted(content)}
-        try:
-            pairs.append((_put(path / f"{manifest}.begun", _json(begun)), path / manifest))
-            for name, one in content.items():
-                made = one if isinstance(one, Path) else _put(path / name, _bytes(name, one))
-                pairs.append((made, path / name))
-            pairs.append((_put(path / manifest, _json(whole)), path / manifest))
-            for temporary, file in pairs[:-1]:
-                temporary.replace(file)
-            for name in ours - {*content}:
-                (path / name).unlink(missing_ok=True)
-            for place in {file.parent for _, file in pairs}:
-                _sync(place)
-            temporary, file = pairs[-1]
+        pairs.append((_put(path / f"{manifest}.begun", _json(begun)), path / manifest))
+        for name, one in content.items():
+            made = one if isinstance(one, Path) else _put(path / name, _bytes(name, one))
+            _sync(made)
+            pairs.append((made, path / name))
+        pairs.append((_put(path / manifest, _json(whole)), path / manifest))
+        for temporary, file in pairs[:-1]:
             temporary.replace(file)
-            _sync(path)
-        except BaseException:
-            for temporary, _ in pairs:
-                with contextlib.suppress(OSError):
-                    temporary.unlink()
-            raise
+        for name in ours - {*content}:
+            if not (path / name).is_dir():
+                (path / name).unlink(missing_ok=True)
+        for place in {file.parent for _, file in pairs}:
+            _sync(place)
+        pairs[-1][0].replace(pairs[-1][1])
+        _sync(path)
+
+
+@contextlib.contextmanager
+def beside(folder: Path) -> Iterator[Path]:
+    """An empty folder on the same disk, for what somebody else's code writes before `save` moves it."""
+    folder = folder.absolute()  # so that it has a name, be it the current one
+    place = folder.with_name(f".{folder.name}.tmp")
+    with _folders(folder.parent, ()), storing(folder):
+        place.mkdir(exist_ok=True)
+        with locked(place):
+            try:
+                for left in place.iterdir():  # by a process that was killed
+                    shutil.rmtree(left) if left.is_dir() else left.unlink()
+                yield place
+            finally:
+                shutil.rmtree(place, ignore_errors=True)
 
 
 @contextlib.contextmanager
@@ -202,7 +237,7 @@ def _folders(path: Path, names: Iterable[str]) -> Iterator[None]:
 
 
 def to_csv(table: pd.DataFrame) -> bytes:
-    """A table as a CSV file that `from_csv` reads back, without what a spreadsheet would compute.
+    """A table as a CSV file without what a spreadsheet would compute.
 
     A text that begins like a formula gets an apostrophe in front, as people type it; numbers are as they are.
 
@@ -210,30 +245,17 @@ def to_csv(table: pd.DataFrame) -> bytes:
     >>> to_csv(pandas.DataFrame({"word": ["=1+1", "-2", "red"], "score": [-1, 2, 3]})).split()
     [b'word,score', b"'=1+1,-1", b'-2,2', b'red,3']
     """
-    safe = _with(_as_text, table)
+    safe = table.rename(columns=_as_text)
+    for name in safe.select_dtypes(exclude=["number", "bool"]):
+        cells = safe[name].astype(object)
+        # Others stay the objects that they are: pandas would make numbers of what looks like some.
+        if at := [n for n, cell in enumerate(cells) if _as_text(cell) is not cell]:
+            cells.iloc[at] = [_as_text(cells.iloc[n]) for n in at]
+            safe = safe.assign(**{name: cells})
     text = safe.to_csv(index=False)
     if "\r" in text:  # which is quoted only where lines end with one, and would end the line
         text = safe.to_csv(index=False, lineterminator="\r\n")
     return text.encode("utf-8", "surrogatepass")
-
-
-def from_csv(file: str | os.PathLike[str], **options: Any) -> pd.DataFrame:
-    """A table that `to_csv` has made; `options` are those of `pandas.read_csv`."""
-    import pandas as pd
-
-    return _with(_from_text, pd.read_csv(file, **options))
-
-
-def _with(change: Callable[[Any], Any], table: pd.DataFrame) -> pd.DataFrame:
-    """A table with some of its texts changed, those of the header too."""
-    texts = {}
-    for name in table.select_dtypes(exclude=["number", "bool"]):
-        cells = table[name].astype(object)
-        # Others stay the objects that they are: pandas would make numbers of what looks like some.
-        if at := [n for n, cell in enumerate(cells) if change(cell) is not cell]:
-            cells.iloc[at] = [change(cells.iloc[n]) for n in at]
-            texts[name] = cells.astype(table[name].dtype)
-    return table.assign(**texts).rename(columns=change)
 
 
 def _as_text(cell: Any) -> Any:
@@ -242,7 +264,8 @@ def _as_text(cell: Any) -> Any:
     return f"'{cell}" if is_formula else cell
 
 
-def _from_text(cell: Any) -> Any:
+def from_text(cell: Any) -> Any:
+    """The text that `to_csv` has written as a cell."""
     return cell[1:] if isinstance(cell, str) and cell[:1] == "'" and _FORMULA.match(cell) else cell
 
 
@@ -253,16 +276,12 @@ def write(file: Path, content: bytes, ends: Path | None = None) -> None:
     """
     if file.exists() and not file.is_file():
         raise StoreError(f"{file}: is no file; choose another --out")
-    with storing(file), locked(file.parent):
+    with _folders(file.parent, ()), storing(file), locked(file.parent):
         temporary = _put(file, content)
-        try:
+        with _undone([(temporary, file)]):
             if ends is not None:
                 ends.unlink(missing_ok=True)
             temporary.replace(file)
-        except BaseException:
-            with contextlib.suppress(OSError):
-                temporary.unlink()
-            raise
         _sync(file.parent)
 
 
@@ -275,15 +294,14 @@ def locked(folder: Path) -> Iterator[None]:
         while True:
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
             except BlockingIOError:
                 if time.monotonic() > end:
                     text = f"{folder}: another process is writing there; wait for it or choose another --out"
                     raise StoreError(text) from None
                 time.sleep(0.01)
-                continue
             except OSError:
-                pass  # a network file system without locks: better to write than to refuse
-            break
+                break  # a network file system without locks: better to write than to refuse
         yield
     finally:
         os.close(descriptor)
@@ -292,23 +310,31 @@ def locked(folder: Path) -> Iterator[None]:
 def _put(file: Path, content: bytes) -> Path:
     """Write and sync a temporary beside a file, for a rename; none is left behind a failure."""
     temporary = file.with_name(f".{file.name}.tmp")
-    try:
+    with _undone([(temporary, file)]):
         # What a killed process left goes, and so does a link to somewhere else.
         temporary.unlink(missing_ok=True)
         with temporary.open("xb") as stream:
             stream.write(content)
             stream.flush()
             os.fsync(stream.fileno())
-    except BaseException:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-        raise
     return temporary
 
 
-def _sync(folder: Path) -> None:
+@contextlib.contextmanager
+def _undone(pairs: Sequence[tuple[Path, Path]]) -> Iterator[None]:
+    """Remove the temporaries, the first of each pair, if something fails."""
+    try:
+        yield
+    except BaseException:
+        for temporary, _ in pairs:
+            with contextlib.suppress(OSError):
+                temporary.unlink()
+        raise
+
+
+def _sync(path: Path) -> None:
     with contextlib.suppress(OSError):  # some file systems cannot sync a folder
-        descriptor = os.open(folder, os.O_RDONLY)
+        descriptor = os.open(path, os.O_RDONLY)
         try:
             os.fsync(descriptor)
         finally:
@@ -332,10 +358,20 @@ def _json(content: Mapping[str, Any]) -> bytes:
     return (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode("utf-8", "backslashreplace")
 
 
-def _is_inside(name: str) -> bool:
-    """Whether a name from a manifest stays below its folder."""
-    path = PurePosixPath(name)
-    return bool(name) and not path.is_absolute() and ".." not in path.parts
+def _kind(about: Mapping[str, Any]) -> str:
+    return str(about.get("format") or about.get("what"))
+
+
+def _listed(folder: Path, about: Mapping[str, Any]) -> set[str]:
+    """The names that a manifest lists, of files below its folder."""
+    names = about.get("files")
+    return {name for name in map(str, names if isinstance(names, list) else ()) if _is_inside(folder, name)}
+
+
+def _is_inside(folder: Path, name: str) -> bool:
+    """Whether the file of a name lies below a folder, where no link leads elsewhere."""
+    parent = (folder / name).parent
+    return ".." not in parent.parts[len(folder.parts) :] and parent.resolve().is_relative_to(folder.resolve())
 
 
 def write_json(file: Path, content: Mapping[str, Any], ends: Path | None = None) -> None:

@@ -4,6 +4,7 @@
     DIR/data/NAME.csv        built-in sets, drawn once, so that pictures need no memory
     DIR/runs/NAME-image/     a sweep of all modules and heads (a run folder)
     DIR/selection.csv        how many the model answers rightly, and how many are kept, by group
+    DIR/selection.json       that this pipeline made it
     DIR/circuits/            important heads of each run, universal heads over all
     DIR/heads/NAME/          what the important heads do
     DIR/report.html          all of it to look at
@@ -27,7 +28,7 @@ from typing import Any
 import pandas as pd
 import tomli_w
 
-from vlmscope import files
+from vlmscope import files, stored
 from vlmscope.checkpoint import DTYPES, load, pieces
 from vlmscope.data import BUILT_IN, SIZE, examples
 from vlmscope.data.drawn import draw
@@ -35,11 +36,12 @@ from vlmscope.data.example import Example
 from vlmscope.data.questions.replacement import replace_words
 from vlmscope.data.table import read_csv, write_csv
 from vlmscope.errors import MOST, SEED, DataError, StoreError, VlmscopeError, nearest, shown, whole
-from vlmscope.files import from_csv, is_plain_name, to_csv, write
+from vlmscope.files import is_plain_name
 from vlmscope.report import write_report
 from vlmscope.runs.model import Model
 from vlmscope.runs.network import QUANTIZED
 from vlmscope.sites import expand, parse
+from vlmscope.stored import formats
 from vlmscope.studies import circuits, heads
 from vlmscope.studies.known import knows
 from vlmscope.studies.run_folder import Run, read_run
@@ -51,6 +53,7 @@ Sweep = tuple[str, str]
 """The name of a data set, and a corruption."""
 
 MODULES = ("resid", "attn", "cross", "mlp")
+SELECTION = "vlmscope-selection-1"
 LARGEST_SPEC = 2**20
 """Bytes of the largest specification that is read."""
 _TEXTS = re.compile(
@@ -148,9 +151,11 @@ class Spec:
             raise type(error)(f"{path}: {str(error).removeprefix('notice: ')}") from error
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the specification as TOML; paths of CSV files become absolute."""
+        """Write the specification as TOML; paths of CSV files become absolute. Replaces no other file."""
         content = {k: v for k, v in asdict(self._absolute()).items() if v not in (None, ())}
-        files.write(Path(path), tomli_w.dumps(content).encode("utf-8"))
+        text = tomli_w.dumps(content).encode("utf-8")
+        if not files.is_kept(Path(path), lambda: text):
+            files.write(Path(path), text)
 
     def _absolute(self) -> Spec:
         return replace(self, data=tuple(d if d in BUILT_IN else str(Path(d).resolve()) for d in self.data))
@@ -215,7 +220,7 @@ def run(spec: Spec, out: str | os.PathLike[str], say: Say = lambda text: None) -
         lines = [*knows(bases[name, corrupt]).lines(), made.check_line()]
         say("\n".join(f"  {line}" for line in lines))
     chosen = selection(bases, sets)
-    write(folder / "selection.csv", to_csv(chosen))
+    files.save(folder, "selection.json", {"format": SELECTION}, {"selection.csv": chosen})
     say(_say_selection(chosen))
     useful = [runs[key].path for key, base in bases.items() if not base["excluded"].all()]
     if not useful:
@@ -252,17 +257,21 @@ class Notice:
 
 def read(folder: str | os.PathLike[str]) -> Notice:
     """What `run` has written; raises `StoreError` where that is not all there yet."""
-    path = Path(folder)
-    try:
-        chosen = from_csv(path / "selection.csv")
-    except (OSError, ValueError) as error:
-        text = f"{path}: this notice run is not finished ({error}); run the same command again"
-        raise StoreError(text) from error
+    path, way_out = Path(folder), "run the same command again"
+    chosen = stored.table(
+        path / "selection.csv", formats.SELECTION, f"this notice run is not finished; {way_out}"
+    )
     spec = Spec.from_toml(path / "notice.toml")
-    runs = {}
+    runs, there = {}, {run.name: run for run in path.glob("runs/*")}
     for name, corrupt in chosen[["data", "corruption"]].drop_duplicates().itertuples(index=False):
-        runs[str(name), str(corrupt)] = read_run(path / "runs" / f"{name}-{corrupt}")
-    functions = {file.parent.name: heads.read(file.parent) for file in path.glob("heads/*/heads.json")}
+        if f"{name}-{corrupt}" not in there:
+            raise StoreError(f"{path}: no run {shown(f'{name}-{corrupt}')} in it; {way_out}")
+        runs[name, corrupt] = read_run(there[f"{name}-{corrupt}"], path)
+    functions = {}
+    for of_set in path.glob("heads/*"):
+        stored.no_links(of_set, path)
+        functions[of_set.name] = heads.read(of_set)
+    stored.no_links(path / "circuits", path)
     return Notice(spec, runs, chosen, circuits.read(path / "circuits"), functions)
 
 
@@ -279,10 +288,15 @@ def default_sites(model: Model) -> tuple[str, ...]:
 def _check_folder(spec: Spec, folder: Path) -> None:
     """Refuse the folder of another specification, and one that cannot be written."""
     file = folder / "notice.toml"
-    files.try_place(folder)
+    with files.storing(folder):
+        own = file.exists() or not folder.is_dir()
+        if not own and any(not files.is_temporary(path) for path in folder.iterdir()):
+            raise StoreError(
+                f"{folder}: not empty, and not a folder of notice (no notice.toml); choose another --out"
+            )
+    files.claim(folder, "selection.json", SELECTION, ["selection.csv"])
+    circuits.Found.claim(folder / "circuits")
     if not file.exists():
-        if folder.is_dir() and not all(map(files.is_temporary, folder.iterdir())):
-            raise StoreError(f"{folder}: not empty, and holds no notice run; choose another --out")
         return
     there, here = Spec.from_toml(file), spec._absolute()
     if there != here:

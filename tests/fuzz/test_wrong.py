@@ -24,7 +24,7 @@ from vlmscope.neurons import WeightEdit  # noqa: E402
 from vlmscope.notice import Spec  # noqa: E402
 from vlmscope.studies.task import check_sites  # noqa: E402
 
-SLOW = ("demo", "neurons perturb", "neurons edit")
+SLOW = ("demo", "heads", "neurons perturb", "neurons edit")
 """Good lines that take longer than a case may, or that find nothing to edit."""
 
 

@@ -192,9 +192,9 @@ def circuits(
     runs: list[Path], /, out: Path, position: str | None = None, across_models: bool = False, seed: int = 0
 ) -> None:
     """Important heads of each run, universal ones over all."""
-    from vlmscope.studies.circuits import expressions, find
+    from vlmscope.studies.circuits import Found, expressions, find
 
-    files.try_place(out)
+    Found.claim(out)
     found = find(runs, position=position, across_models=across_models, seed=seed)
     found.save(out)
     columns = "run tower layer kind head position mean ci_low ci_high q_value confirmed".split()
@@ -245,6 +245,7 @@ def data(
 
     Says how many rows each rule dropped, and why.
     """
+    from vlmscope import files
     from vlmscope.data.published import build
     from vlmscope.data.table import write_csv
     from vlmscope.progress import progress

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import re
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import typer
 
-from vlmscope import files
 from vlmscope.cli.options import Given, OneModel, command
-from vlmscope.errors import VlmscopeError, plain, shown
+from vlmscope.errors import StoreError, VlmscopeError, plain, shown
 
 app = typer.Typer(
     no_args_is_help=True, help="Neurons that turn what is seen into a word.\n\nFind, show, perturb, edit."
@@ -63,7 +63,7 @@ def find(
     examples = given.examples()
     if caption is not None and len(examples) > 1:
         raise VlmscopeError("--caption is of one picture; give --image")
-    files.try_place(out)
+    neurons.Found.claim(out)
     found = neurons.find(
         given.load(),
         examples,
@@ -106,7 +106,9 @@ def describe(
     from vlmscope.report import write_report
 
     examples = given.examples()
-    files.try_place(out)
+    if embedding is not None and not measures:
+        raise VlmscopeError("--embedding is for the measures; leave --no-measures out")
+    neurons.Described.claim(out)
     described = neurons.describe(
         given.load(),
         examples,
@@ -136,7 +138,7 @@ def perturb(
     """A word without its neurons, and without random ones."""
     from vlmscope import neurons
 
-    files.try_place(out)
+    neurons.Perturbed.claim(out)
     result = neurons.perturb(
         given.load(),
         given.examples(),
@@ -185,12 +187,12 @@ def edit(
         raise VlmscopeError(
             f"{out}: an edit is a safetensors file; expected a name that ends in .safetensors"
         )
-    files.claim_file(out)
-    if out.exists():
-        room.WeightEdit.load(out)  # what is no edit is not written over
-    if export is not None and export.exists() and (not export.is_dir() or any(export.iterdir())):
-        raise VlmscopeError(f"{export}: is there and not empty; choose another --export")
+    card = out.with_name(f"{out.stem}-card")
+    room.WeightEdit.claim(out)
+    room.Assessed.claim(card)
     model, examples, seed = given.load(), given.examples(), given.seed
+    if export is not None:
+        model.claim(export)
     before = [room.WeightEdit.load(path) for path in on or []]
     known = room.read(found, room.Found) if found else None
     mixed = [examples[n] for n in shuffled(seed, [example.id for example in examples], "halves")]
@@ -209,18 +211,28 @@ def edit(
             found=known,
             seed=seed,
         )
-        made.save(out)
+        _keep(made, out)
         print(f"{made}\n{out}")
         prompts = [prompt, *(wording or [])]
         assessed = room.describe_edit(
             model, made, mixed[half:], prompts=prompts, names=objects or (), found=known, seed=seed
         )
-    card = assessed.save(out.with_name(f"{out.stem}-card"))
+    assessed.save(card)
     print(assessed.measures.to_string(index=False, float_format="{:.3g}".format))
     print(write_report([card], card / "report.html"))
     if export is not None:
         room.export(model, [*before, made], export)
         print(f"edited checkpoint in {export}")
+
+
+def _keep(made: Any, out: Path) -> None:
+    """Save an edit, or else keep it elsewhere: it may have taken hours."""
+    try:
+        made.save(out)
+    except StoreError as error:
+        elsewhere = Path(tempfile.mkdtemp(prefix="vlmscope-")) / out.name
+        made.save(elsewhere)
+        raise StoreError(f"{error}; the edit is kept in {elsewhere}: copy it from there") from error
 
 
 @command(app)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 import traceback
@@ -55,17 +56,18 @@ def run(app: Callable[..., Any]) -> int:
     Its exit status: 0, 1 for an error, 2 for a command line that is none, 130 where it was interrupted.
     """
     out = sys.stdout
+    shown = Plain(out or io.StringIO())  # there is none where it was closed
     for stream in (sys.stdout, sys.stderr):
         # What a terminal's encoding lacks is written as an escape.
         with suppress(AttributeError, ValueError):
             stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
     try:
-        sys.stdout = Plain(out)  # type: ignore[assignment]
+        sys.stdout = shown  # type: ignore[assignment]
         with warnings.catch_warnings():
             warnings.simplefilter("default")
             warnings.showwarning = _warn  # type: ignore[assignment]
             status = int(app(prog_name="vlmscope", standalone_mode=False) or 0)
-            sys.stdout.flush()
+            shown.flush()
         said = ""
     except (Exception, KeyboardInterrupt) as error:
         if os.environ.get(TRACEBACK):

@@ -9,6 +9,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 from PIL import Image
@@ -16,7 +17,7 @@ from PIL import Image
 from vlmscope import files
 from vlmscope.data.example import Box, Example, Picture, check_text
 from vlmscope.data.images import open_image
-from vlmscope.errors import DataError, ExampleError, StoreError, shown
+from vlmscope.errors import DataError, ExampleError, shown
 
 COLUMNS = (
     *("clean_image_path", "corrupt_image_path", "clean_prompt", "corrupt_prompt"),
@@ -115,33 +116,41 @@ def write_csv(path: Path | str, examples: Iterable[Example]) -> None:
 
     Pictures in memory become PNG files in the folder `<stem>-images` next to the file; a picture that is a
     path stays where it is (relative to the file where it lies below its folder). Roles become columns that
-    hold their words. The file itself is written last and renamed into place. Cells are written as they are,
-    those too that a spreadsheet would compute ("=1+1"): this is data, which is read back.
+    hold their words. The file itself is written last. Cells are written as they are, those too that a
+    spreadsheet would compute ("=1+1"): this is data, which is read back.
 
     Raises `DataError` for an example that the form cannot hold, such as a role whose words stand in the
-    prompt a second time and mean the later place, or a picture whose name is not UTF-8.
+    prompt a second time and mean the later place, or a picture whose name is not UTF-8, and `StoreError` if
+    one of the files is there with other content (a CSV file does not say who made it, so none is replaced),
+    or cannot be written.
     """
     path = Path(path)
+    files.claim_file(path)
     rows: list[dict[str, str]] = []
     ids = set[str]()
-    try:
-        for number, example in enumerate(examples):
-            row = _row(path, number, example)
-            _check_row(row, example, duplicate=example.id in ids)
-            ids.add(example.id)
-            rows.append(row)
-        if not rows:
-            raise DataError(f"{path}: no examples to write; expected at least one")
-        columns = list(dict.fromkeys(("id", *COLUMNS, *(name for row in rows for name in row))))
-        text = io.StringIO(newline="")
-        writer = csv.DictWriter(text, columns, restval="")
-        writer.writeheader()
-        writer.writerows(rows)
-        with files.storing(path):
-            path.parent.mkdir(parents=True, exist_ok=True)
-        files.write(path, text.getvalue().encode())
-    except StoreError as error:
-        raise DataError(str(error)) from error
+    pictures: dict[Path, Image.Image] = {}
+    for number, example in enumerate(examples):
+        row = _row(path, number, example, pictures)
+        _check_row(row, example, duplicate=example.id in ids)
+        ids.add(example.id)
+        rows.append(row)
+    if not rows:
+        raise DataError(f"{path}: no examples to write; expected at least one")
+    columns = list(dict.fromkeys(("id", *COLUMNS, *(name for row in rows for name in row))))
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, columns, restval="")
+    writer.writeheader()
+    writer.writerows(rows)
+    content = text.getvalue().encode()
+    missing = [file for file, picture in pictures.items() if not files.is_kept(file, partial(_png, picture))]
+    is_new = not files.is_kept(path, lambda: content)
+    if any(file.parent.is_symlink() for file in missing):
+        folder = missing[0].parent
+        raise DataError(f"{folder}: a link, through which nothing is written; delete or rename it")
+    for file in missing:
+        files.write(file, _png(pictures[file]))
+    if is_new:
+        files.write(path, content)
 
 
 def read_table(
@@ -271,15 +280,15 @@ def _box(name: str, cell: str) -> Box:
     raise ValueError(f"{name} is {shown(cell)} (write left top right bottom, in pixels)")
 
 
-def _row(path: Path, number: int, example: Example) -> dict[str, str]:
-    """The cells of an example; its pictures in memory are saved on the way."""
+def _row(path: Path, number: int, example: Example, pictures: dict[Path, Image.Image]) -> dict[str, str]:
+    """The cells of an example; its pictures in memory are added to `pictures`, by their files."""
 
     def place(picture: Picture | None, name: str) -> str:
         if picture is None:
             return ""
         if isinstance(picture, Image.Image):
             file = path.with_name(f"{path.stem}-images") / f"{number:05d}-{name}.png"
-            _save(picture, file)
+            pictures[file] = picture
             return file.relative_to(path.parent).as_posix()
         here, there = path.parent.absolute(), Path(picture).absolute()
         return (there.relative_to(here) if there.is_relative_to(here) else there).as_posix()
@@ -332,13 +341,9 @@ def _check_row(row: Mapping[str, str], example: Example, duplicate: bool) -> Non
         )
 
 
-def _save(picture: Image.Image, file: Path) -> None:
-    """Save a picture in memory as a PNG that `open_image` reads as the same pixels."""
+def _png(picture: Image.Image) -> bytes:
+    """A picture in memory as a PNG file that `open_image` reads as the same pixels."""
     plain = picture.mode in ("1", "L", "RGB") and not picture.info and not picture.getexif()
-    content = io.BytesIO()
-    (picture if plain else open_image(picture)).save(content, format="PNG")
-    if file.parent.is_symlink():
-        raise DataError(f"{file.parent}: a link, through which nothing is written; delete or rename it")
-    with files.storing(file):
-        file.parent.mkdir(parents=True, exist_ok=True)
-    files.write(file, content.getvalue())
+    file = io.BytesIO()
+    (picture if plain else open_image(picture)).save(file, format="PNG")
+    return file.getvalue()

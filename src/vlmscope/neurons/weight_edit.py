@@ -24,7 +24,6 @@ from torch import Tensor
 
 from vlmscope import files
 from vlmscope.errors import ModelError, StoreError, VlmscopeError, line, whole
-from vlmscope.neurons.results import make_folder
 from vlmscope.runs.hooks import Hooks
 from vlmscope.runs.model import Model
 
@@ -117,11 +116,21 @@ class WeightEdit:
         return f"{words}: {len(self.neurons)} neurons ({layers}), size {self.size:.3g}{on}"
 
     def save(self, path: str | Path) -> None:
-        """Write the changed columns, the model's fingerprint and what they are about; safetensors."""
+        """Write the changed columns, the model's fingerprint and what they are about; safetensors.
+
+        Raises `StoreError` if that cannot be, or another file than an edit is there.
+        """
         metadata = {"format": "pt", "vlmscope": "edit", "model": self.model, "about": self._about()}
         metadata |= {"on": " ".join(self.on), "sha256": self.digest}
-        make_folder(Path(path).parent)
+        self.claim(Path(path))
         files.write(Path(path), save(self._tensors(), metadata))
+
+    @classmethod
+    def claim(cls, path: Path) -> None:
+        """Refuse, before anything is computed, a place that `save` could not write (`StoreError`)."""
+        files.claim_file(path)
+        if path.exists():
+            cls.load(path)
 
     @classmethod
     def load(cls, path: str | Path) -> WeightEdit:
@@ -271,5 +280,5 @@ def perturbed(
 
 def export(model: Model, edits: Sequence[WeightEdit], folder: str | Path) -> None:
     """Write the edited model and its processor as a checkpoint that plain transformers loads."""
-    with edited(model, *edits), files.storing(Path(folder)):
+    with edited(model, *edits):
         model.save(folder)

@@ -21,9 +21,10 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 from scipy import stats
 
-from vlmscope import files
-from vlmscope.errors import DataError, StoreError, VlmscopeError
+from vlmscope import files, stored
+from vlmscope.errors import DataError, StoreError, VlmscopeError, plain
 from vlmscope.stats import FEWEST, LEVEL, Scores, interval, p_values, q_values, shuffled
+from vlmscope.stored import formats
 from vlmscope.studies.known import knows
 from vlmscope.studies.run_folder import Run, read_run
 from vlmscope.studies.tables import at_slot, by_example, is_head
@@ -37,6 +38,7 @@ OVERLAP = "run other tower kind heads important important_other both expected p_
 
 FORMAT = "vlmscope-circuits-1"
 MANIFEST = "circuits.json"
+NAMES = "heads.parquet heads.csv universal.csv overlap.csv sites.txt universal-sites.txt".split()
 SHARE = 0.01
 """A head that moves no more than this share of the gap between the clean and the corrupt run is not
 important, however surely."""
@@ -77,6 +79,11 @@ class Found:
         }
         files.save(folder, MANIFEST, self.about, content)
 
+    @staticmethod
+    def claim(folder: str | os.PathLike[str]) -> None:
+        """Refuse, before anything is computed, a folder that `save` could not write (`StoreError`)."""
+        files.claim(folder, MANIFEST, FORMAT, NAMES)
+
 
 def find(
     runs: Sequence[str | os.PathLike[str]],
@@ -95,13 +102,15 @@ def find(
     if the runs are of different models (with `across_models`, of different head grids) or patch
     corrupt activations into clean runs.
     """
-    paths: list[Path] = []
+    opened: list[Run] = []
     for run in map(Path, runs):
-        paths += sorted(run.glob("runs/*")) if (run / "notice.toml").is_file() else [run]
-    opened = [read_run(path) for path in paths]
+        inner = sorted(run.glob("runs/*")) if (run / "notice.toml").is_file() else []
+        opened += [read_run(path, run) for path in inner] or [read_run(run)]
+    paths = [one.path for one in opened]
     _check(opened, across_models)
-    names = [path.resolve().name for path in paths]  # or their whole paths where two names are the same
-    named = dict(zip(names if len(set(names)) == len(names) else map(str, paths), opened, strict=True))
+    names = [plain(path.resolve().name) for path in paths]  # or whole paths where two names are the same
+    wholes = (plain(str(path)) for path in paths)
+    named = dict(zip(names if len(set(names)) == len(names) else wholes, opened, strict=True))
     parts = [heads_of(one, name, position=position, seed=seed) for name, one in named.items()]
     heads = pd.concat(parts, ignore_index=True)
     baselines = {name: one.baselines() for name, one in named.items()}
@@ -121,14 +130,8 @@ def find(
 
 def read(folder: str | os.PathLike[str]) -> Found:
     """What `Found.save` has written; raises `StoreError` where that is not all there."""
-    path = Path(folder)
-    about = files.read_json(path / MANIFEST, "name a folder of 'vlmscope circuits'")
-    try:
-        heads = pd.read_parquet(path / "heads.parquet")
-        others = {name: files.from_csv(path / f"{name}.csv") for name in ("universal", "overlap")}
-    except (OSError, ValueError) as error:
-        raise StoreError(f"{path}: is damaged ({error}); run the same command again") from error
-    return Found(heads, **others, about=about)
+    about, tables = stored.read(Path(folder), formats.CIRCUITS)
+    return Found(**tables, about=about)
 
 
 def expressions(heads: pd.DataFrame) -> list[str]:
@@ -214,7 +217,7 @@ def head_scores(run: Run, position: str | None = None) -> dict[Where, pd.DataFra
     if not found:
         where = f"'{position}'" if position else "the answer's token or the read-out position"
         raise StoreError(
-            f"{run.path}: no heads were patched at {where}; sweep such sites as "
+            f"{run.path}: no heads were patched at {where}; name another position, or sweep such sites as "
             "'encoder.*.cross.h*@answer' or 'decoder.*.attn.h*@readout' first"
         )
     broken = {name for t in found.values() for name in t.loc[~np.isfinite(t["logit_diff"]), "example"]}
@@ -323,6 +326,7 @@ def universal(heads: pd.DataFrame) -> pd.DataFrame:
     same, published = found.pop("signs") == 1, found.pop("published_in") == total
     everywhere = same & (found["important_in"] == total)
     found = found.assign(same_sign=same, universal=everywhere, universal_published=published)
+    found["confirmed_in"] = found["confirmed_in"].astype("Int64")
     order = ["important_in", "confirmed_in", "weakest"]
     return found.sort_values(order, ascending=False, kind="stable", ignore_index=True)
 

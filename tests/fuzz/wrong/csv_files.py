@@ -110,7 +110,6 @@ def _names(random: Random) -> tuple[str, Callable[[Path], object]]:
         "..": lambda folder: None,
         "states ": lambda folder: None,
         "STATES": lambda folder: None,
-        "data.csv/": lambda folder: None,
         "data.csv/x": lambda folder: None,
         "~/data.csv": lambda folder: None,
     }
@@ -181,7 +180,7 @@ def cases(random: Random, top: Path) -> Iterator[Case]:
     place = folders(top)
     always = list(ALWAYS)
     random.shuffle(always)
-    commands = (EXAMPLE, EXAMPLE, EXAMPLE, IMAGE, TEXT, FIND, HEADS)
+    commands = (EXAMPLE, EXAMPLE, EXAMPLE, IMAGE, TEXT, FIND)
     for what in always:
         folder = next(place)
         _put_always(folder, what)

@@ -197,7 +197,8 @@ def cases(random: Random, top: Path) -> Iterator[Case]:
             command = random.choice(list(commands))
             options = [option for option in commands[command] if option.kind is not bool]
             option = random.choice(options)
-            wrong = random.choice(values(option, command))
+            there = good.line(command)
+            wrong = random.choice([value for value in values(option, command) if value not in there])
             words = good.with_value(good.line(command), option.flag, wrong)
             if random.random() < 0.3:
                 words = broken(random, good.line(command), commands[command])

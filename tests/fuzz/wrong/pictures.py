@@ -189,14 +189,7 @@ def special(folder: Path) -> dict[str, Path | str]:
 def cells(random: Random) -> tuple[str, bytes]:
     """Masks and boxes that are none of the picture."""
     boxes = ["", "1 2 3", "1 2 3 4 5", "nan 0 9 9", "0 0 inf 9", "9 9 1 1", "0 0 0 0", "-5 0 9 9", "a b c d"]
-    boxes += [
-        "500 500 900 900",
-        "0.1 0.1 0.2 0.2",
-        "1e300 1e300 2e300 2e300",
-        "0 0 1e309 9",
-        "1,,2,3,4",
-        "1e-9 0 2e-9 1",
-    ]
+    boxes += ["500 500 900 900", "0.1 0.1 0.2 0.2", "1e300 1e300 2e300 2e300", "0 0 1e309 9", "1e-9 0 2e-9 1"]
     boxes += ["1;2;3", "0 0 9", "0x1 1 9 9", "١ ٢ ٣ x", "1_0 0 5 5 5"]
     box = random.choice(boxes[1:])
     row = {"mask_path": "", "box": box}

@@ -27,7 +27,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from vlmscope import files
+from vlmscope import files, stored
 from vlmscope.data import Examples, listed
 from vlmscope.data.example import fingerprint
 from vlmscope.errors import DataError, StoreError
@@ -35,8 +35,10 @@ from vlmscope.runs.corrupt import Noise
 from vlmscope.runs.model import Model
 from vlmscope.sites import Sites
 from vlmscope.stats import FEWEST, LEVEL, shuffled
+from vlmscope.stored import formats
 from vlmscope.studies.heads.measures import ON_ALL, ON_MASKS, attention_maps, measures_of, together
 from vlmscope.studies.heads.observe import Effects, Study, covered, observe, of_heads, study_of
+from vlmscope.studies.run_writer import claim
 from vlmscope.studies.sweep import SHOWN, sweep_to
 
 __all__ = ["LABELS", "ON_ALL", "ON_MASKS", "Functions", "covered", "functions", "read", "write"]
@@ -175,14 +177,21 @@ def write(
     """`functions`, saved in the folder `out`, with what the figures of the report need.
 
     That is `patches/`, a run that patches the image's patches in the first examples, where there is a
-    corrupt image and the language model reads patches. A folder that holds the same already is read.
+    corrupt image and the language model reads patches. A folder that holds the same already is read, and
+    one that holds another call's, or what is none, is refused (`StoreError`) before anything is computed.
     """
     folder, examples = Path(out), listed(examples)
     study = study_of(model, sites, corrupt, seed)
+    here = _about(study, examples, corrupt, held_out, data)
+    there = files.claim(folder, MANIFEST, FORMAT, [*(f"{name}.csv" for name in CSV), "maps.parquet"])
+    if odd := [key for key in here if there and there.get(key) != here[key]]:
+        raise StoreError(
+            f"{folder}: holds what heads do by another call ({', '.join(odd)} differ); choose another --out, "
+            "or delete the folder"
+        )
+    claim(folder / "patches")
     with suppress(StoreError):  # there is nothing, or only a part
-        found = read(folder)
-        if found.about == _about(study, examples, corrupt, held_out, data):
-            return found
+        return read(folder)
     found = functions(
         model, examples, sites, corrupt, seed=seed, effects=effects, held_out=held_out, data=data
     )
@@ -190,7 +199,6 @@ def write(
     shown = [e for e in examples if e.id in names and e.corrupt_image is not None]
     patches = replace(model.image_site, position="image*")
     if shown and model.layouts()[patches.tower].cells:
-        (folder / MANIFEST).unlink(missing_ok=True)
         sweep_to(folder / "patches", model, shown, str(patches), data=data)
     found.save(folder)
     return found
@@ -198,14 +206,8 @@ def write(
 
 def read(folder: str | os.PathLike[str]) -> Functions:
     """What `Functions.save` has written; raises `StoreError` where that is not all there."""
-    path = Path(folder)
-    about = files.read_json(path / MANIFEST, "name a folder of 'vlmscope heads'")
-    try:
-        tables = {name: files.from_csv(path / f"{name}.csv") for name in CSV}
-        tables["together"] = tables["together"].fillna({"knockout": "", "heads": ""})
-        return Functions(**tables, maps=pd.read_parquet(path / "maps.parquet"), about=about)
-    except (OSError, ValueError) as error:
-        raise StoreError(f"{path}: is damaged ({error}); run the same command again") from error
+    about, tables = stored.read(Path(folder), formats.HEADS)
+    return Functions(**tables, about=about)
 
 
 def _about(
