@@ -34,6 +34,8 @@ LONGEST = 2**16
 GRID = 1000
 """Layers, heads, rows and columns are numbers below this: figures have room for each of them."""
 
+_WITH_NULLS = {"bool": "boolean", "int": "Int64"}
+"""The types of pandas that hold nulls beside truth values and whole numbers."""
 _NUMBER = re.compile(r"[-+]?([0-9]+\.?[0-9]*|\.[0-9]+)(e[-+]?[0-9]+)?|nan|[-+]?inf", re.IGNORECASE)
 _WHOLE = re.compile(r"-?[0-9]{1,18}")
 _FOREIGN = (OSError, ValueError, KeyError, TypeError, IndexError, OverflowError, RecursionError)
@@ -272,10 +274,13 @@ def _from_csv(content: bytes, columns: list[_Column]) -> pd.DataFrame:
 def _parsed(cells: list[str], column: _Column) -> list[Any]:
     if column.type in ("text", "tower", "kind"):
         return [files.from_text(cell) for cell in cells]
+    is_null = [column.may_be_null and not cell for cell in cells]
     if column.type == "bool":
-        return [{"True": True, "False": False}[cell] for cell in cells]
+        known = {"True": True, "False": False}
+        return [None if null else known[cell] for cell, null in zip(cells, is_null, strict=True)]
     if column.type in ("int", "grid"):
-        return [int(_matching(_WHOLE, cell)) for cell in cells]
+        given = zip(cells, is_null, strict=True)
+        return [None if null else int(_matching(_WHOLE, cell)) for cell, null in given]
     return [float(_matching(_NUMBER, cell)) if cell else math.nan for cell in cells]
 
 
@@ -299,6 +304,8 @@ def _checked(frame: pd.DataFrame, columns: list[_Column], key: list[str]) -> pd.
     if frame.empty:
         return frame.reindex(columns=[column.name for column in columns])
     for column in columns:
+        if column.may_be_null and column.type in _WITH_NULLS:
+            frame[column.name] = frame[column.name].astype(_WITH_NULLS[column.type])
         if odd := _odd_column(frame[column.name], column):
             raise ValueError(f"column {column.name}: {odd}")
     if key and frame.duplicated(key).any():
