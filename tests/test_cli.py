@@ -653,9 +653,10 @@ def test_neurons_edit_keeps_what_it_has_made(run, tmp_path, monkeypatch):
     file = tmp_path / "new" / "edit.safetensors"
     save, make = files.write, neurons.edit
     monkeypatch.setattr(neurons, "edit", None)
-    (tmp_path / "file").write_text("mine")
-    refused(run(*given, "--out", tmp_path / "file" / "edit.safetensors"), "cannot be written")
-    refused(run(*given, "--out", tmp_path / "file"), "cannot be read as an edit")
+    (mine := tmp_path / "mine.safetensors").write_text("mine")
+    refused(run(*given, "--out", mine / "edit.safetensors"), "cannot be written")
+    refused(run(*given, "--out", mine), "cannot be read as an edit")
+    assert mine.read_text() == "mine"
     (tmp_path / "new" / "edit-card").mkdir(parents=True)
     (tmp_path / "new" / "edit-card" / "captions.csv").write_text("mine")
     refused(run(*given, "--out", file), "captions.csv: is there, and no result")
