@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import io
 import json
 import os
 import signal
@@ -266,7 +267,7 @@ def test_a_run_killed_before_run_json_can_start(tmp_path: Path) -> None:
     [
         ('{"format": "vlmscope-run-3", "spec": {"mo', "is damaged .not JSON."),
         ("[]", "not a JSON object"),
-        ('{"format": "vlmscope-run-3"}', "no spec in it"),
+        ('{"format": "vlmscope-run-3"}', "is damaged .no spec."),
         ('{"format": "vlmscope-run-9", "spec": {}}', "use the version of vlmscope that wrote it"),
     ],
 )
@@ -414,7 +415,10 @@ def test_pictures_are_kept_small_and_come_back(tmp_path: Path) -> None:
     assert (second["index"], second["id"]) == (12, "a/../b")
     assert second["clean_prompt"] == "Is it <b>red</b>?"
     assert "corrupt_prompt" not in second
-    with Image.open(second["clean_image"]) as clean, Image.open(second["corrupt_image"]) as corrupt:
+    with (
+        Image.open(io.BytesIO(second["clean_image"])) as clean,
+        Image.open(io.BytesIO(second["corrupt_image"])) as corrupt,
+    ):
         assert clean.size == (384, 192)
         assert corrupt.size == (10, 10)
 

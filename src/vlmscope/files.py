@@ -45,20 +45,24 @@ def regular(
     expected: str,
     error: type[VlmscopeError] = DataError,
     largest: float = math.inf,
+    *,
+    within: Path | None = None,
 ) -> BinaryIO:
     """A regular file, opened for reading; raises `error`, with what was `expected`, for anything else.
 
-    No pipe is waited for, and what has no end, or more than `largest` bytes, is not begun with.
+    No pipe is waited for, and what has no end, or more than `largest` bytes, is not begun with. With
+    `within`, a folder that the file lies in, no link is followed on the way from there.
     """
     try:
-        # Without O_NONBLOCK a pipe that nobody writes to would be waited for.
-        descriptor = os.open(file, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        descriptor = _descriptor(file, within)
         status = os.fstat(descriptor)
         if stat.S_ISREG(status.st_mode) and status.st_size <= largest:
             return os.fdopen(descriptor, "rb")
         os.close(descriptor)
     except (OSError, ValueError) as problem:  # a name with a NUL is a ValueError
         missing = isinstance(problem, FileNotFoundError)
+        if within is not None and getattr(problem, "errno", None) in (errno.ELOOP, errno.ENOTDIR):
+            problem = ValueError("a link, and none is followed there")
         why = (
             "no such file" if missing else f"cannot be read ({getattr(problem, 'strerror', None) or problem})"
         )
@@ -76,10 +80,12 @@ def read(
     expected: str,
     error: type[VlmscopeError] = DataError,
     largest: int = LARGEST,
+    *,
+    within: Path | None = None,
 ) -> bytes:
     """The content of a regular file; raises as `regular` does."""
     try:
-        with regular(file, expected, error, largest) as stream:
+        with regular(file, expected, error, largest, within=within) as stream:
             content = stream.read(largest + 1)
     except OSError as problem:  # the system's own files, such as /proc/self/mem, and broken disks
         raise error(f"{file}: cannot be read ({problem.strerror}); expected {expected}") from problem
@@ -88,14 +94,6 @@ def read(
             f"{file}: has more than the {largest / 2**20:,.0f} MiB that are read; expected {expected}"
         )
     return content
-
-
-def read_about(folder: str | os.PathLike[str], manifest: str, way_out: str) -> dict[str, Any]:
-    """What `save` was told that a folder is; raises `StoreError` where that is not all there."""
-    content = read_json(Path(folder) / manifest, way_out)
-    if content.get("unfinished"):
-        raise StoreError(f"{folder}: was not written to its end; run the same command again")
-    return {name: value for name, value in content.items() if name != "files"}
 
 
 def claim(
@@ -147,6 +145,25 @@ def try_place(folder: Path) -> None:
             raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
         with tempfile.TemporaryFile(dir=there) as probe:
             probe.write(b"0")
+
+
+def _descriptor(file: str | os.PathLike[str], within: Path | None) -> int:
+    # Without O_NONBLOCK a pipe that nobody writes to would be waited for.
+    flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK
+    if within is None:
+        return os.open(file, flags)
+    *parents, name = Path(file).relative_to(within).parts
+    if ".." in (*parents, name):
+        raise ValueError("outside of the folder")
+    folder = os.open(within, flags | os.O_DIRECTORY)
+    try:
+        for parent in parents:
+            inner = os.open(parent, flags | os.O_DIRECTORY | os.O_NOFOLLOW, dir_fd=folder)
+            os.close(folder)
+            folder = inner
+        return os.open(name, flags | os.O_NOFOLLOW, dir_fd=folder)
+    finally:
+        os.close(folder)
 
 
 def save(
@@ -220,7 +237,7 @@ def _folders(path: Path, names: Iterable[str]) -> Iterator[None]:
 
 
 def to_csv(table: pd.DataFrame) -> bytes:
-    """A table as a CSV file that `from_csv` reads back, without what a spreadsheet would compute.
+    """A table as a CSV file without what a spreadsheet would compute.
 
     A text that begins like a formula gets an apostrophe in front, as people type it; numbers are as they are.
 
@@ -228,30 +245,17 @@ def to_csv(table: pd.DataFrame) -> bytes:
     >>> to_csv(pandas.DataFrame({"word": ["=1+1", "-2", "red"], "score": [-1, 2, 3]})).split()
     [b'word,score', b"'=1+1,-1", b'-2,2', b'red,3']
     """
-    safe = _with(_as_text, table)
+    safe = table.rename(columns=_as_text)
+    for name in safe.select_dtypes(exclude=["number", "bool"]):
+        cells = safe[name].astype(object)
+        # Others stay the objects that they are: pandas would make numbers of what looks like some.
+        if at := [n for n, cell in enumerate(cells) if _as_text(cell) is not cell]:
+            cells.iloc[at] = [_as_text(cells.iloc[n]) for n in at]
+            safe = safe.assign(**{name: cells})
     text = safe.to_csv(index=False)
     if "\r" in text:  # which is quoted only where lines end with one, and would end the line
         text = safe.to_csv(index=False, lineterminator="\r\n")
     return text.encode("utf-8", "surrogatepass")
-
-
-def from_csv(file: str | os.PathLike[str], **options: Any) -> pd.DataFrame:
-    """A table that `to_csv` has made; `options` are those of `pandas.read_csv`."""
-    import pandas as pd
-
-    return _with(_from_text, pd.read_csv(file, **options))
-
-
-def _with(change: Callable[[Any], Any], table: pd.DataFrame) -> pd.DataFrame:
-    """A table with some of its texts changed, those of the header too."""
-    texts = {}
-    for name in table.select_dtypes(exclude=["number", "bool"]):
-        cells = table[name].astype(object)
-        # Others stay the objects that they are: pandas would make numbers of what looks like some.
-        if at := [n for n, cell in enumerate(cells) if change(cell) is not cell]:
-            cells.iloc[at] = [change(cells.iloc[n]) for n in at]
-            texts[name] = cells.astype(table[name].dtype)
-    return table.assign(**texts).rename(columns=change)
 
 
 def _as_text(cell: Any) -> Any:
@@ -260,7 +264,8 @@ def _as_text(cell: Any) -> Any:
     return f"'{cell}" if is_formula else cell
 
 
-def _from_text(cell: Any) -> Any:
+def from_text(cell: Any) -> Any:
+    """The text that `to_csv` has written as a cell."""
     return cell[1:] if isinstance(cell, str) and cell[:1] == "'" and _FORMULA.match(cell) else cell
 
 

@@ -28,7 +28,7 @@ from typing import Any
 import pandas as pd
 import tomli_w
 
-from vlmscope import files
+from vlmscope import files, stored
 from vlmscope.checkpoint import DTYPES, load, pieces
 from vlmscope.data import BUILT_IN, SIZE, examples
 from vlmscope.data.drawn import draw
@@ -36,11 +36,12 @@ from vlmscope.data.example import Example
 from vlmscope.data.questions.replacement import replace_words
 from vlmscope.data.table import read_csv, write_csv
 from vlmscope.errors import MOST, SEED, DataError, StoreError, VlmscopeError, nearest, shown, whole
-from vlmscope.files import from_csv, is_plain_name
+from vlmscope.files import is_plain_name
 from vlmscope.report import write_report
 from vlmscope.runs.model import Model
 from vlmscope.runs.network import QUANTIZED
 from vlmscope.sites import expand, parse
+from vlmscope.stored import formats
 from vlmscope.studies import circuits, heads
 from vlmscope.studies.known import knows
 from vlmscope.studies.run_folder import Run, read_run
@@ -256,17 +257,21 @@ class Notice:
 
 def read(folder: str | os.PathLike[str]) -> Notice:
     """What `run` has written; raises `StoreError` where that is not all there yet."""
-    path = Path(folder)
-    try:
-        chosen = from_csv(path / "selection.csv")
-    except (OSError, ValueError) as error:
-        text = f"{path}: this notice run is not finished ({error}); run the same command again"
-        raise StoreError(text) from error
+    path, way_out = Path(folder), "run the same command again"
+    chosen = stored.table(
+        path / "selection.csv", formats.SELECTION, f"this notice run is not finished; {way_out}"
+    )
     spec = Spec.from_toml(path / "notice.toml")
-    runs = {}
+    runs, there = {}, {run.name: run for run in path.glob("runs/*")}
     for name, corrupt in chosen[["data", "corruption"]].drop_duplicates().itertuples(index=False):
-        runs[str(name), str(corrupt)] = read_run(path / "runs" / f"{name}-{corrupt}")
-    functions = {file.parent.name: heads.read(file.parent) for file in path.glob("heads/*/heads.json")}
+        if f"{name}-{corrupt}" not in there:
+            raise StoreError(f"{path}: no run {shown(f'{name}-{corrupt}')} in it; {way_out}")
+        runs[name, corrupt] = read_run(there[f"{name}-{corrupt}"], path)
+    functions = {}
+    for of_set in path.glob("heads/*"):
+        stored.no_links(of_set, path)
+        functions[of_set.name] = heads.read(of_set)
+    stored.no_links(path / "circuits", path)
     return Notice(spec, runs, chosen, circuits.read(path / "circuits"), functions)
 
 

@@ -36,7 +36,7 @@ def open(folder: str | os.PathLike[str]) -> Any:
     """
     path = Path(folder)
     for manifest, reader in READERS.items():
-        if os.path.isfile(path / manifest):  # noqa: PTH113 - no error for any name
+        if os.path.lexists(path / manifest):
             module, _, name = reader.partition(":")
             return getattr(import_module(f"vlmscope.{module}"), name)(path)
     what = "not a folder that vlmscope wrote" if os.path.isdir(path) else "no such folder"  # noqa: PTH112

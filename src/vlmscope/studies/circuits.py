@@ -22,9 +22,10 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 from scipy import stats
 
-from vlmscope import files
-from vlmscope.errors import DataError, StoreError, VlmscopeError
+from vlmscope import files, stored
+from vlmscope.errors import DataError, StoreError, VlmscopeError, plain
 from vlmscope.stats import FEWEST, Scores, interval, rng, sign_flip
+from vlmscope.stored import formats
 from vlmscope.studies.known import knows
 from vlmscope.studies.run_folder import Run, read_run
 from vlmscope.studies.tables import at_slot, by_example, is_head
@@ -98,13 +99,15 @@ def find(
     if the runs are of different models (with `across_models`, of different head grids) or patch
     corrupt activations into clean runs.
     """
-    paths: list[Path] = []
+    opened: list[Run] = []
     for run in map(Path, runs):
-        paths += sorted(run.glob("runs/*")) if (run / "notice.toml").is_file() else [run]
-    opened = [read_run(path) for path in paths]
+        inner = sorted(run.glob("runs/*")) if (run / "notice.toml").is_file() else []
+        opened += [read_run(path, run) for path in inner] or [read_run(run)]
+    paths = [one.path for one in opened]
     _check(opened, across_models)
-    names = [path.resolve().name for path in paths]  # or their whole paths where two names are the same
-    named = dict(zip(names if len(set(names)) == len(names) else map(str, paths), opened, strict=True))
+    names = [plain(path.resolve().name) for path in paths]  # or whole paths where two names are the same
+    wholes = (plain(str(path)) for path in paths)
+    named = dict(zip(names if len(set(names)) == len(names) else wholes, opened, strict=True))
     parts = [heads_of(one, name, position=position, seed=seed) for name, one in named.items()]
     heads = pd.concat(parts, ignore_index=True)
     baselines = {name: one.baselines() for name, one in named.items()}
@@ -123,14 +126,8 @@ def find(
 
 def read(folder: str | os.PathLike[str]) -> Found:
     """What `Found.save` has written; raises `StoreError` where that is not all there."""
-    path = Path(folder)
-    about = files.read_about(path, MANIFEST, "name a folder of 'vlmscope circuits'")
-    try:
-        heads = pd.read_parquet(path / "heads.parquet")
-        others = {name: files.from_csv(path / f"{name}.csv") for name in ("universal", "overlap")}
-    except (OSError, ValueError) as error:
-        raise StoreError(f"{path}: is damaged ({error}); run the same command again") from error
-    return Found(heads, **others, about=about)
+    about, tables = stored.read(Path(folder), formats.CIRCUITS)
+    return Found(**tables, about=about)
 
 
 def expressions(heads: pd.DataFrame) -> list[str]:

@@ -17,12 +17,13 @@ from typing import Any
 import pandas as pd
 import pyarrow.compute as pc
 
-from vlmscope import files
+from vlmscope import files, stored
 from vlmscope.data import Examples, listed
-from vlmscope.errors import DataError, StoreError, VlmscopeError
+from vlmscope.errors import DataError, VlmscopeError
 from vlmscope.runs.corrupt import Noise
 from vlmscope.runs.model import Model
 from vlmscope.sites import Pattern
+from vlmscope.stored import formats
 from vlmscope.studies.run_folder import Run
 from vlmscope.studies.sweep import sweep_to
 from vlmscope.studies.tables import is_role, means, slot_order
@@ -57,12 +58,8 @@ class Traced:
 
 def read(folder: str | os.PathLike[str]) -> Traced:
     """What `Traced.save` has written; raises `StoreError` where that is not all there."""
-    path = Path(folder)
-    about = files.read_about(path, MANIFEST, "name a folder of 'vlmscope tracing'")
-    try:
-        return Traced(pd.read_parquet(path / "tracing.parquet"), about)
-    except (OSError, ValueError) as error:
-        raise StoreError(f"{path}: is damaged ({error}); run the same command again") from error
+    about, tables = stored.read(Path(folder), formats.TRACING)
+    return Traced(tables["tracing"], about)
 
 
 def trace(

@@ -26,7 +26,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from vlmscope import files
+from vlmscope import files, stored
 from vlmscope.data import Examples, listed
 from vlmscope.data.example import fingerprint
 from vlmscope.errors import StoreError
@@ -34,6 +34,7 @@ from vlmscope.runs.corrupt import Noise
 from vlmscope.runs.model import Model
 from vlmscope.sites import Sites
 from vlmscope.stats import shuffled
+from vlmscope.stored import formats
 from vlmscope.studies.heads.measures import ON_ALL, ON_MASKS, attention_maps, measures_of, together
 from vlmscope.studies.heads.observe import Effects, Study, covered, observe, study_of
 from vlmscope.studies.run_writer import claim
@@ -181,14 +182,8 @@ def write(
 
 def read(folder: str | os.PathLike[str]) -> Functions:
     """What `Functions.save` has written; raises `StoreError` where that is not all there."""
-    path = Path(folder)
-    about = files.read_about(path, MANIFEST, "name a folder of 'vlmscope heads'")
-    try:
-        tables = {name: files.from_csv(path / f"{name}.csv") for name in CSV}
-        tables["together"] = tables["together"].fillna({"knockout": "", "heads": ""})
-        return Functions(**tables, maps=pd.read_parquet(path / "maps.parquet"), about=about)
-    except (OSError, ValueError) as error:
-        raise StoreError(f"{path}: is damaged ({error}); run the same command again") from error
+    about, tables = stored.read(Path(folder), formats.HEADS)
+    return Functions(**tables, about=about)
 
 
 def _about(study: Study, examples: Sequence[Any], corrupt: str | Noise | None, data: str) -> dict[str, Any]:
