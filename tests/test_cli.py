@@ -263,7 +263,7 @@ def test_reports_that_cannot_be_written(run, tmp_path):
     refused(run("report", tmp_path / "gone", "--out", tmp_path / "r.html"), "no such folder")
     assert run(*SWEEP, *SITES, "--out", tmp_path / "run")[0] == 0
     (tmp_path / "file").write_text("")
-    refused(run("report", tmp_path / "run", "--out", tmp_path / "file" / "r.html"), "cannot write")
+    refused(run("report", tmp_path / "run", "--out", tmp_path / "file" / "r.html"), "cannot be written")
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a disk that is full")
