@@ -263,7 +263,7 @@ def test_reports_that_cannot_be_written(run, tmp_path):
     refused(run("report", tmp_path / "gone", "--out", tmp_path / "r.html"), "no such folder")
     assert run(*SWEEP, *SITES, "--out", tmp_path / "run")[0] == 0
     (tmp_path / "file").write_text("")
-    refused(run("report", tmp_path / "run", "--out", tmp_path / "file" / "r.html"), "cannot write")
+    refused(run("report", tmp_path / "run", "--out", tmp_path / "file" / "r.html"), "cannot be written")
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a disk that is full")
@@ -653,9 +653,10 @@ def test_neurons_edit_keeps_what_it_has_made(run, tmp_path, monkeypatch):
     file = tmp_path / "new" / "edit.safetensors"
     save, make = files.write, neurons.edit
     monkeypatch.setattr(neurons, "edit", None)
-    (tmp_path / "file").write_text("mine")
-    refused(run(*given, "--out", tmp_path / "file" / "edit.safetensors"), "cannot be written")
-    refused(run(*given, "--out", tmp_path / "file"), "cannot be read as an edit")
+    (mine := tmp_path / "mine.safetensors").write_text("mine")
+    refused(run(*given, "--out", mine / "edit.safetensors"), "cannot be written")
+    refused(run(*given, "--out", mine), "cannot be read as an edit")
+    assert mine.read_text() == "mine"
     (tmp_path / "new" / "edit-card").mkdir(parents=True)
     (tmp_path / "new" / "edit-card" / "captions.csv").write_text("mine")
     refused(run(*given, "--out", file), "captions.csv: is there, and no result")

@@ -309,7 +309,7 @@ class Bench:
                 given = self.run(COMMANDS[name], folder, self.first(accident, number))
                 self.answered(accident, given)
                 if accident != "vanish" and given.status:
-                    self.unchanged(before, folder, whole=accident == "readonly")
+                    self.unchanged(name, before, folder, whole=accident == "readonly")
             self.look(name, folder, fresh=state is None)
             self.again(name, folder)
         return what
@@ -340,12 +340,16 @@ class Bench:
             if verdict.fault:
                 raise LostError(f"{verdict.fault}: {verdict.detail}")
 
-    def unchanged(self, before: dict[str, str], folder: Path, whole: bool) -> None:
-        """What was there before is as it was; of a run that grows, its parts and pictures."""
-        after = digests(folder)
+    def unchanged(self, name: str, before: dict[str, str], folder: Path, whole: bool) -> None:
+        """What was there before is as it was; of a run that grows, its parts and pictures.
+
+        A file may also be that of an undisturbed run: of two sets the first may be done.
+        """
+        after, done = digests(folder), {} if whole else self.files[name]
         grows = ("run.json", "done.json", ".lock")
         for file, digest in before.items():
-            if after.get(file) != digest and (whole or Path(file).name not in grows):
+            may_be = (digest, done.get(file, None if done else digest))
+            if after.get(file) not in may_be and (whole or Path(file).name not in grows):
                 raise LostError(f"changed: {file}")
         if whole and (new := after.keys() - before.keys()):
             raise LostError(f"new: {min(new)}")

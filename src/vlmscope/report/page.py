@@ -7,8 +7,6 @@ Each figure is also beside the file, with its data as CSV. Whatever comes from d
 from __future__ import annotations
 
 import os
-import shutil
-import tempfile
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -94,27 +92,22 @@ def _check_place(out: Path, figures: Path) -> None:
 
 def _put(out: Path, page: bytes, figures: Path, drawn: Mapping[str, bytes]) -> None:
     """Write beside what is there, then put all in its place, or nothing."""
-    with files.storing(out):
-        out.parent.mkdir(parents=True, exist_ok=True)
-        work = Path(tempfile.mkdtemp(prefix=".vlmscope-", dir=out.parent))
+    with files.storing(out), files.beside(out) as work:
+        (work / "new").mkdir()
+        for name, content in {OWN: "\n".join(drawn).encode(), **drawn}.items():
+            (work / "new" / name).write_bytes(content)
+        (work / "page").write_bytes(page)
+        if figures.exists():
+            figures.rename(work / "old")
         try:
-            (work / "new").mkdir()
-            for name, content in {OWN: "\n".join(drawn).encode(), **drawn}.items():
-                (work / "new" / name).write_bytes(content)
-            (work / "page").write_bytes(page)
+            (work / "new").rename(figures)
+            (work / "page").replace(out)
+        except OSError:
             if figures.exists():
-                figures.rename(work / "old")
-            try:
-                (work / "new").rename(figures)
-                (work / "page").replace(out)
-            except OSError:
-                if figures.exists():
-                    figures.rename(work / "new")
-                if (work / "old").exists():
-                    (work / "old").rename(figures)
-                raise
-        finally:
-            shutil.rmtree(work, ignore_errors=True)
+                figures.rename(work / "new")
+            if (work / "old").exists():
+                (work / "old").rename(figures)
+            raise
 
 
 def _unfold(part: Path) -> list[tuple[str, Path]]:
