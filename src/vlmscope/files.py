@@ -22,14 +22,11 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
-from vlmscope.errors import DataError, ExampleError, StoreError, VlmscopeError, shown
+from vlmscope.errors import DataError, StoreError, VlmscopeError, shown
 
 if TYPE_CHECKING:
     import pandas as pd
-    from PIL import Image
 
-PICTURE = 384
-"""Longest side, in pixels, of a stored example picture."""
 LARGEST = 2**28
 """Bytes up to which a file that somebody names is read."""
 LONGEST_NAME = 200
@@ -435,21 +432,3 @@ def storing(path: Path) -> Iterator[None]:
             f"{path}: cannot be written ({error.strerror or error}); check the folder's "
             "permissions or choose another --out"
         ) from error
-
-
-def png(picture: Path | Image.Image) -> bytes:
-    """A small copy of a picture; raises `ExampleError` for what is none."""
-    from PIL import Image, ImageOps
-
-    if not isinstance(picture, Image.Image):
-        content = read(picture, "a picture", ExampleError)
-        try:
-            with Image.open(io.BytesIO(content)) as opened:
-                return png(opened.copy())
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-            raise ExampleError(f"{picture}: not a picture that can be read ({error})") from error
-    image = ImageOps.exif_transpose(picture).convert("RGB")
-    image.thumbnail((PICTURE, PICTURE))
-    buffer = io.BytesIO()
-    image.save(buffer, "PNG", optimize=True)
-    return buffer.getvalue()

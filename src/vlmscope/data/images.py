@@ -15,6 +15,8 @@ from vlmscope.errors import ExampleError, line
 
 MAX_PIXELS = 89_000_000
 """A larger picture is refused before it is decoded (Pillow warns from about this size on)."""
+SMALL = 384
+"""Longest side, in pixels, of a picture that is kept to look at."""
 EXPECTED = "an image (a path in a CSV file starts from its folder)"
 
 _REFUSALS = {
@@ -98,3 +100,12 @@ def _to_8_bits(image: Image.Image, name: str) -> Image.Image:
             "white is not known; save the image with 8 or 16 bits"
         )
     return whole.point(lambda level: level * (1 / 257) + 0.5).convert("L")
+
+
+def small_png(picture: Picture | str) -> bytes:
+    """A small copy of a picture, as a PNG file; raises as `open_image` does."""
+    image = open_image(picture)
+    image.thumbnail((SMALL, SMALL))
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG", optimize=True)
+    return buffer.getvalue()

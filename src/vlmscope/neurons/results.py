@@ -14,7 +14,7 @@ from PIL import Image
 
 from vlmscope import files, stored
 from vlmscope.data.example import Example
-from vlmscope.data.images import open_image
+from vlmscope.data.images import open_image, small_png
 from vlmscope.errors import StoreError
 from vlmscope.stored import formats
 
@@ -44,7 +44,7 @@ class Result:
             names = [f"{number:04d}.png" for number in range(len(pictures))]
             content["pictures.csv"] = pd.DataFrame({"example": list(pictures), "file": names})
             for name, picture in zip(names, pictures.values(), strict=True):
-                content[f"pictures/{name}"] = files.png(picture)
+                content[f"pictures/{name}"] = small_png(picture)
         files.save(folder, ABOUT, {"what": self.what, **self.about}, content)
         return Path(folder)
 

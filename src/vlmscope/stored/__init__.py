@@ -22,6 +22,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from vlmscope import files
+from vlmscope.data.images import SMALL
 from vlmscope.errors import StoreError, line, shown
 from vlmscope.sites import KINDS, TOWERS
 
@@ -162,7 +163,7 @@ def picture(file: Path, way_out: str, folder: Path | None = None) -> bytes:
     )
     try:
         with Image.open(io.BytesIO(content), formats=["PNG"]) as opened:
-            if max(opened.size) > 4 * files.PICTURE:
+            if max(opened.size) > 4 * SMALL:
                 raise ValueError(f"{opened.size[0]} × {opened.size[1]} pixels")
             opened.convert("RGB")
         if not content.endswith(b"IEND\xaeB`\x82"):

@@ -18,6 +18,7 @@ import pyarrow as pa
 from filelock import FileLock, Timeout
 
 from vlmscope import files
+from vlmscope.data.images import small_png
 from vlmscope.errors import StoreError
 from vlmscope.files import is_temporary, storing, write_json
 from vlmscope.studies.run_folder import (
@@ -214,7 +215,7 @@ class Writer:
         for name in ("clean", "corrupt"):
             picture = example.get(f"{name}_image")
             if picture is not None:
-                files.write(folder / f"{index:04d}-{name}.png", files.png(picture))
+                files.write(folder / f"{index:04d}-{name}.png", small_png(picture))
         words = {k: str(example[k]) for k in _FIELDS if example.get(k) is not None}
         write_json(folder / f"{index:04d}.json", words)
 

@@ -37,6 +37,8 @@ from vlmscope.data.questions.replacement import replace_words
 from vlmscope.data.table import read_csv, write_csv
 from vlmscope.errors import MOST, SEED, DataError, StoreError, VlmscopeError, nearest, shown, whole
 from vlmscope.files import is_plain_name
+from vlmscope.notice.spec import Spec as Spec
+from vlmscope.notice.spec import name_of
 from vlmscope.report import write_report
 from vlmscope.runs.model import Model
 from vlmscope.runs.network import QUANTIZED
@@ -54,141 +56,8 @@ Sweep = tuple[str, str]
 
 MODULES = ("resid", "attn", "cross", "mlp")
 SELECTION = "vlmscope-selection-1"
-LARGEST_SPEC = 2**20
-"""Bytes of the largest specification that is read."""
-_TEXTS = re.compile(
-    r'"""(?:\\.|[^\\])*?"""|\'\'\'.*?\'\'\'|"(?:\\.|[^"\\\n])*"|\'[^\'\n]*\'|#[^\n]*', re.DOTALL
-)
-"""TOML's strings and comments."""
 MANY = 12
 """A group with more values than this (an id, a noun) is no group to report on."""
-
-
-@dataclass(frozen=True)
-class Spec:
-    """Everything that decides what the pipeline computes; `save` and `from_toml` keep it in a file.
-
-    `data` are names of built-in sets or CSV files. `sites` are patched (by default every module and
-    every head of the text towers, at every text token); `select` keeps only examples that the model
-    answers rightly and whose answer follows the corruption; `position` is where heads are read out
-    (see `circuits.find`); what heads do is measured on the first `function_examples` that are kept.
-
-    >>> Spec("toy-blip", ("states",), limit=5).corrupt
-    ('image', 'text')
-    """
-
-    model: str
-    data: tuple[str, ...]
-    corrupt: tuple[str, ...] = ("image", "text")
-    sites: tuple[str, ...] = ()
-    limit: int | None = None
-    seed: int = 0
-    select: bool = True
-    position: str | None = None
-    function_examples: int = 200
-    dtype: str = "float32"
-    device: str | None = None
-
-    def __post_init__(self) -> None:
-        for field in fields(self):
-            _check(field.name, str(field.type), getattr(self, field.name))
-        for kind in self.corrupt:
-            if kind not in ("image", "text", "noise"):
-                raise VlmscopeError(
-                    f"notice: unknown corruption {shown(kind)}; expected image, text or noise"
-                )
-        names = [name_of(one) for one in self.data]
-        if twice := [name for name in names if names.count(name) > 1]:
-            raise VlmscopeError(f"notice: two data sets are called {shown(twice[0])}; rename one's file")
-        if len({*self.corrupt}) < len(self.corrupt):
-            raise VlmscopeError("notice: a corruption is named twice; name each once")
-        if self.dtype not in (*DTYPES, QUANTIZED):
-            known = ", ".join((*DTYPES, QUANTIZED))
-            raise VlmscopeError(f"notice: unknown dtype {shown(self.dtype)}; expected one of {known}")
-        parse(self.sites)
-
-    @classmethod
-    def from_toml(cls, path: str | os.PathLike[str], **changes: Any) -> Spec:
-        """Read a specification; `changes` that are not None take the place of what it says.
-
-        Paths of CSV files are relative to the file. Raises `VlmscopeError` for what is no TOML, an
-        unknown key (naming the nearest known one) or a value of another type.
-        """
-        path = Path(path)
-        try:
-            text = files.read(path, "a TOML file", VlmscopeError, LARGEST_SPEC).decode("utf-8")
-            if _TEXTS.sub("", text).count(".") > 100:  # a key of thousands of parts takes minutes
-                raise ValueError("it has dotted keys")
-            content = tomllib.loads(text)
-        except (ValueError, RecursionError) as error:
-            raise VlmscopeError(
-                f"{path}: not a TOML file ({error}); expected lines of KEY = VALUE"
-            ) from error
-        known = [field.name for field in fields(cls)]
-        if odd := [key for key in content if key not in known]:
-            hint = f"expected some of {', '.join(known)}{nearest(odd[0], known)}"
-            raise VlmscopeError(f"{path}: unknown key {shown(odd[0])}; {hint}")
-        several = [field.name for field in fields(cls) if str(field.type).startswith("tuple")]
-        given: dict[str, Any] = {
-            key: tuple([value] if isinstance(value, str) else value)
-            if key in several and isinstance(value, str | list)
-            else value
-            for key, value in content.items()
-        }
-        given |= {name: value for name, value in changes.items() if value is not None}
-        if "data" not in changes or changes["data"] is None:
-            names = given.get("data", ())
-            if isinstance(names, tuple):
-                given["data"] = tuple(
-                    d if d in BUILT_IN or not isinstance(d, str) or not d else str(path.parent / d)
-                    for d in names
-                )
-        if missing := [name for name in ("model", "data") if not given.get(name)]:
-            raise VlmscopeError(f"{path}: no {missing[0]}; add it, or give --{missing[0]}")
-        try:
-            return cls(**given)
-        except VlmscopeError as error:
-            raise type(error)(f"{path}: {str(error).removeprefix('notice: ')}") from error
-
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the specification as TOML; paths of CSV files become absolute. Replaces no other file."""
-        content = {k: v for k, v in asdict(self._absolute()).items() if v not in (None, ())}
-        text = tomli_w.dumps(content).encode("utf-8")
-        if not files.is_kept(Path(path), lambda: text):
-            files.write(Path(path), text)
-
-    def _absolute(self) -> Spec:
-        return replace(self, data=tuple(d if d in BUILT_IN else str(Path(d).resolve()) for d in self.data))
-
-
-def _check(name: str, kind: str, value: object) -> None:
-    """Refuse a value that is not what a field of `Spec` takes."""
-    if value is None and kind.endswith("None"):
-        return
-    if kind.startswith("int"):
-        least, most = {"seed": (0, SEED), "function_examples": (2, MOST)}.get(name, (1, MOST))
-        whole(value, f"notice: {name}", least, most)
-        return
-    several = kind.startswith("tuple")
-    right = isinstance(value, bool)
-    if not kind.startswith("bool"):
-        texts = value if several and isinstance(value, tuple) else [None] if several else [value]
-        right = all(isinstance(text, str) and text.strip() and text.isprintable() for text in texts)
-        right = right and (name == "sites" or bool(texts))
-    words = "true or false" if kind.startswith("bool") else "a list of texts" if several else "a text"
-    if not right:
-        raise VlmscopeError(f"notice: {name} is {shown(value)}; expected {words}")
-
-
-def name_of(data: str) -> str:
-    """What a data set is called in the results: a built-in set's name, or that of the CSV file.
-
-    Raises `VlmscopeError` for a file whose name is none for the folders of results.
-    """
-    name = data if data in BUILT_IN else Path(data).stem
-    if not is_plain_name(name):
-        raise VlmscopeError(f"{data}: would be called {shown(name)} in the results; rename the file")
-    return name
 
 
 def run(spec: Spec, out: str | os.PathLike[str], say: Say = lambda text: None) -> Path:
