@@ -18,30 +18,25 @@ import itertools
 import os
 import re
 import shutil
-import tomllib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import pandas as pd
-import tomli_w
 
 from vlmscope import files, stored
-from vlmscope.checkpoint import DTYPES, load, pieces
+from vlmscope.checkpoint import load, pieces
 from vlmscope.data import BUILT_IN, SIZE, examples
 from vlmscope.data.drawn import draw
 from vlmscope.data.example import Example
 from vlmscope.data.questions.replacement import replace_words
 from vlmscope.data.table import read_csv, write_csv
-from vlmscope.errors import MOST, SEED, DataError, StoreError, VlmscopeError, nearest, shown, whole
-from vlmscope.files import is_plain_name
+from vlmscope.errors import DataError, StoreError, VlmscopeError, nearest, shown
 from vlmscope.notice.spec import Spec as Spec
 from vlmscope.notice.spec import name_of
 from vlmscope.report import write_report
 from vlmscope.runs.model import Model
-from vlmscope.runs.network import QUANTIZED
 from vlmscope.sites import expand, parse
 from vlmscope.stored import formats
 from vlmscope.studies import circuits, heads
