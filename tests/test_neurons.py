@@ -325,7 +325,7 @@ def test_results_are_read_as_they_were_saved(toy, tmp_path):
         assert list(getattr(again, "pictures", ())) == list(getattr(result, "pictures", ()))
     with pytest.raises(StoreError, match="what `vlmscope neurons describe` writes; expected that of"):
         neurons.read(tmp_path / "described", neurons.Found)
-    with pytest.raises(StoreError, match="cannot be read as what `vlmscope neurons` writes"):
+    with pytest.raises(StoreError, match="neurons.json: no such file; expected"):
         neurons.read(tmp_path)
     with pytest.raises(StoreError, match="cannot be written"):
         results["found"].save(tmp_path / "found" / "captions.csv")

@@ -178,7 +178,7 @@ NEURONS = {
     ),
     "edit": Format(
         "neurons.json",
-        {"what": "edit", **_ABOUT, "from": str, "to?": (str, None), "size": float, "neurons?": int},
+        {"what": "edit", **_ABOUT, "from?": str, "to?": (str, None), "size": float, "neurons?": int},
         {
             "measures.csv": Table(f"measure:text {_INTERVAL}", "measure"),
             "captions.csv": Table(
