@@ -1,0 +1,469 @@
+"""A circuit written into a random model: locate the noun's object, read its color, say it.
+
+The parts, by role:
+
+- `locator` (form D alone): a head that takes the noun to the last token. It reads text only.
+- `reader`: its query finds the object of the noun's kind, its value reads the object's color by least
+  squares on the layer's own input; it writes the color into a few random directions of the stream.
+- `suppressor`: as a reader, and writes half as much with the other sign.
+- `mover`, or in form D `neuron`: turns these directions into the logits of the colors.
+- `carrier`: a reader and a mover of their own, with directions of their own, that carry the rest of the gap.
+- `backup`: as a reader, but its query is turned away by what the readers write beside the color.
+- decoys: `blind` looks at the object and writes nothing; `diffuse` looks everywhere and writes a constant;
+  `sink` looks at the first token; `salient` looks at the bright patch, which is of outlying norm.
+
+Everything else stays random. The movers are scaled until they carry the share of the gap that is asked for.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from pictures import COLORS, KINDS, Batch, batch, scenes
+from plain import Attention, Part, Runs, attention, keep, logits, module
+from random_models import HEADS, LAYERS, NEURONS, WIDTH, random_model
+from torch import Tensor, nn
+
+from vlmscope.runs.model import Model
+
+GAP = 4.0
+"""The mean gap in logits that everything is scaled to."""
+FITTED = 384
+"""On how many examples the least squares are fitted, and the shares set."""
+SIZE = 2.0
+"""How far a color that is read moves the stream."""
+SURE = 8.0
+"""How much larger the attention logit is of what a carrier, a mover or a decoy looks at."""
+SUPPRESSED = 0.5
+TRUE = ("reader", "suppressor", "mover", "neuron")
+"""Roles that a method has to find."""
+APART = ("carrier", "backup", "locator")
+"""Roles that count neither as found nor as false: they matter, but not by the effect that is asked for."""
+DECOYS = ("blind", "diffuse", "sink", "salient")
+ROUNDS = 5
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What is planted, and how well it is hidden.
+
+    `form`: C (BLIP) or D (LLaVA); `say`: by a head or by neurons (D alone). `effect`: the share of the gap
+    that the circuit carries. `noise`: the size of all other weights (see `random_models`). `sharpness`: by
+    how much a reader's attention logit of its object exceeds the others'. `copies`: of the reader, each with
+    its share of the effect. `polysemantic`: the neurons also fire for a noun, and then say another word. Without `planted`
+    the model stays random.
+    """
+
+    form: str
+    seed: int
+    effect: float = 0.1
+    noise: float = 0.3
+    sharpness: float = 4.0
+    copies: int = 1
+    say: str = "head"
+    polysemantic: bool = False
+    planted: bool = True
+
+
+@dataclass(frozen=True, eq=False)
+class Planted:
+    """A model, and what each of its planted parts does. `words` are the neurons of each color."""
+
+    model: Model
+    recipe: Recipe
+    roles: dict[Part, str]
+    words: dict[str, list[tuple[int, int]]]
+    fit: dict[str, float] = field(default_factory=dict)
+    """How well the least squares fit (R² of the readers' color), and how much a reader looks at its object."""
+
+    def having(self, *roles: str) -> list[Part]:
+        return [part for part, role in self.roles.items() if role in roles]
+
+
+def heads_of(form: str) -> list[Part]:
+    """All heads that are scored."""
+    groups = [("encoder", "attn"), ("encoder", "cross"), ("decoder", "cross")]
+    return [
+        f"{tower}.{layer}.{kind}.h{head}"
+        for tower, kind in (groups if form == "C" else [("decoder", "attn")])
+        for layer in range(LAYERS[form])
+        for head in range(HEADS)
+    ]
+
+
+def plant(recipe: Recipe) -> Planted:
+    """The model of a recipe: the same for the same recipe, whenever it is made."""
+    model = random_model(recipe.form, recipe.noise, recipe.seed)
+    made = Planted(model, recipe, {}, {color: [] for color in COLORS})
+    if recipe.planted:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(recipe.seed + 1)
+            _Gardener(made).work()
+    return made
+
+
+def least_squares(x: Tensor, y: Tensor, weight: Tensor, ridge: float = 1e-3) -> tuple[Tensor, Tensor]:
+    """The matrix and the bias that take `x` (rows, width) to `y` (rows, columns) best, rows weighted."""
+    ones = torch.ones(len(x), 1)
+    a, w = torch.cat([x, ones], 1).double(), (weight / weight.sum())[:, None].double()
+    gram = a.T @ (a * w)
+    gram += ridge * gram.diagonal().mean() * torch.eye(len(gram), dtype=gram.dtype)
+    found = torch.linalg.solve(gram, a.T @ (y.double() * w)).float()
+    return found[:-1].T.contiguous(), found[-1]
+
+
+class _Gardener:
+    """Writes the parts of one model, a layer after the other: each is fitted to what it is given."""
+
+    def __init__(self, made: Planted) -> None:
+        self.made, self.recipe, self.hf = made, made.recipe, made.model.hf
+        self.form, self.dim = made.recipe.form, WIDTH // HEADS
+        self.scenes = scenes(FITTED, 10_000 + made.recipe.seed)
+        self.batch: Batch = batch(made.model, self.scenes)
+        self.draw = random.Random(made.recipe.seed)
+        flat = torch.randn(WIDTH, 24)
+        basis = torch.linalg.qr(flat - flat.mean(0))[0].T
+        many = len(COLORS)
+        self.path, self.rest = basis[:many].T, basis[many : 2 * many].T
+        self.found, self.unread, self.outlying = basis[8], basis[9], basis[10]
+        self.nouns = basis[11 : 11 + len(KINDS)].T
+        self.free = {}
+        for part in heads_of(self.form):
+            self.free.setdefault(part.rsplit(".", 1)[0], []).append(part)
+        for parts in self.free.values():
+            self.draw.shuffle(parts)
+        self.gains: dict[str, Tensor] = {}
+
+    # -- where things are ---------------------------------------------------------------------
+
+    @property
+    def first(self) -> int:
+        """The first token of the picture among the keys of what looks at it."""
+        if self.form == "C":
+            return 1  # behind the class token
+        return int((self.batch.tokens[0] == self.hf.config.image_token_id).nonzero()[0])
+
+    def keys(self, of: Tensor) -> Tensor:
+        """The keys of each example that show a patch: of (examples,) or (examples, 3) numbers of patches."""
+        return of + self.first
+
+    def take(self, layer: str, role: str) -> Part:
+        part = self.free[layer].pop()
+        self.made.roles[part] = role
+        return part
+
+    def inputs(self, modules: Sequence[nn.Module]) -> list[Tensor]:
+        with torch.no_grad():
+            return keep(self.hf, self.batch.clean, modules)[1]
+
+    # -- writing a head -----------------------------------------------------------------------
+
+    def write(
+        self,
+        part: Part,
+        query: tuple[Tensor, Tensor],
+        key: tuple[Tensor, Tensor],
+        value: tuple[Tensor, Tensor],
+        out: Tensor,
+    ) -> None:
+        """`query`, `key` and `value` are matrices and biases of few rows, `out` (width, rows of value)."""
+        tower, layer, kind, unit = part.split(".")
+        own, head = attention(self.hf, tower, int(layer), kind), int(unit[1:])
+        rows = [head * self.dim + n for n in range(self.dim)]
+        # In rotary's slowest pair a query and a key meet in the same way wherever they stand.
+        slots = [0, 1, 2] if self.form == "C" else [self.dim // 2 - 1, self.dim - 1]
+        with torch.no_grad():
+            for linear, (weight, bias), places in (
+                (own.query, query, slots),
+                (own.key, key, slots),
+                (own.value, value, list(range(self.dim))),
+            ):
+                linear.weight[rows] = 0.0
+                if linear.bias is not None:
+                    linear.bias[rows] = 0.0
+                for n in range(len(weight)):
+                    linear.weight[rows[places[n]]] = weight[n]
+                    if linear.bias is not None:
+                        linear.bias[rows[places[n]]] = bias[n]
+            own.out.weight[:, rows] = 0.0
+            own.out.weight[:, rows[: out.shape[1]]] = out
+
+    def fit(self, x: Tensor, y: Tensor, weight: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Least squares; without a bias where the model has none."""
+        weight = torch.ones(len(x)) if weight is None else weight
+        if self.form == "C":
+            return least_squares(x, y, weight)
+        w = (weight / weight.sum())[:, None].double()
+        gram = x.double().T @ (x.double() * w)
+        gram += 1e-3 * gram.diagonal().mean() * torch.eye(len(gram), dtype=gram.dtype)
+        found = torch.linalg.solve(gram, x.double().T @ (y.double() * w)).float()
+        return found.T.contiguous(), torch.zeros(y.shape[1])
+
+    # -- what heads look for and read ---------------------------------------------------------
+
+    def images(self, x: Tensor, targets: Tensor) -> tuple[tuple[Tensor, Tensor], Tensor]:
+        """Least squares from the keys of the picture (and what stands before it) to `targets` (examples,
+        keys, columns), each kind of key weighing as much; and what that gives."""
+        flat, y = x.flatten(0, 1), targets.flatten(0, 1)
+        kinds, which = torch.unique(y, dim=0, return_inverse=True)
+        weight = 1.0 / torch.bincount(which, minlength=len(kinds)).float()[which]
+        found = self.fit(flat, y, weight)
+        return found, (flat @ found[0].T + found[1]).unflatten(0, x.shape[:2])
+
+    def seen(self, x: Tensor) -> Tensor:
+        """Of what a head is given, the keys that are fitted: those of the picture and those before it."""
+        return x[:, : self.first + 36]
+
+    def codes(self, x: Tensor) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor], float]:
+        """Keys that tell objects of the kinds (and, in form C, the class token), each larger by 1 than the
+        average of the rest; values: the color, and that there is an object; R² of the color."""
+        x = self.seen(x)
+        n, length = x.shape[:2]
+        each, where = torch.arange(n), self.keys(torch.tensor(self.scenes.where))
+        noun = torch.tensor(self.scenes.noun)
+        marks = torch.zeros(n, length, 3 if self.form == "C" else 2)
+        marks[each, where[:, 0], noun] = 1.0
+        marks[each, where[:, 1], 1 - noun] = 1.0
+        if self.form == "C":
+            marks[:, 0, 2] = 1.0
+        (weight, bias), got = self.images(x, marks)
+        for k in range(marks.shape[-1]):
+            there = marks[..., k] > 0
+            gain = 1.0 / (got[..., k][there].mean() - got[..., k][~there].mean())
+            weight[k] *= gain
+            bias[k] *= gain
+        colors = torch.zeros(n, length, len(COLORS) + 1)
+        answer = torch.tensor(self.scenes.answer)
+        colors[each, where[:, 0], :-1] = nn.functional.one_hot(answer, len(COLORS)).float() - 1 / len(COLORS)
+        colors[each, where[:, 0], -1] = 1.0
+        value, got = self.images(x[each[:, None], _with(where[:, :1], length)], _rows(colors, where[:, :1]))
+        there = got[:, 0, :-1]
+        true = colors[each, where[:, 0], :-1]
+        r2 = 1 - float(((there - true) ** 2).sum() / ((true - true.mean(0)) ** 2).sum())
+        return (weight, bias), value, r2
+
+    def nouns_asked(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Queries: the noun's kind where the head asks, and the class token (form C) at all other tokens."""
+        noun = nn.functional.one_hot(torch.tensor(self.scenes.noun), 2).float()
+        if self.form == "D":
+            return self.fit(x[:, -1], noun)
+        y = torch.zeros(*x.shape[:2], 3)
+        y[..., 2] = 1.0
+        y[:, self.batch.noun_at] = torch.cat([noun, torch.zeros(len(noun), 1)], 1)
+        return self.fit(x.flatten(0, 1), y.flatten(0, 1))
+
+    def scaled(self, query: tuple[Tensor, Tensor], sharpness: float) -> tuple[Tensor, Tensor]:
+        return query[0] * sharpness * self.dim**0.5, query[1] * sharpness * self.dim**0.5
+
+    def constant(self, x: Tensor, columns: int = 1) -> tuple[Tensor, Tensor]:
+        """A query that is 1 wherever the head asks."""
+        rows = x[:, -1] if self.form == "D" else x.flatten(0, 1)
+        return self.fit(rows, torch.ones(len(rows), columns))
+
+    # -- the circuit --------------------------------------------------------------------------
+
+    def work(self) -> None:
+        if self.form == "D":
+            self.locate()
+        self.light()
+        at = "encoder.{}.cross" if self.form == "C" else "decoder.{}.attn"
+        first, second = at.format(1), at.format(2)
+        copies = self.recipe.copies
+        self.look(first, ["reader"] * ((copies + 1) // 2) + ["carrier", "blind", "sink"])
+        self.look(second, ["reader"] * (copies // 2) + ["suppressor", "backup", "salient", "diffuse"])
+        self.say()
+        self.balance()
+
+    def locate(self) -> None:
+        """Form D: a head of layer 0 takes the noun to the last token."""
+        part = self.take("decoder.0.attn", "locator")
+        own = attention(self.hf, "decoder", 0, "attn")
+        [x] = self.inputs([own.query])
+        mark = torch.zeros(*x.shape[:2], 1)
+        mark[:, self.batch.noun_at] = 1.0
+        key, _ = self.images(x, mark)
+        noun = nn.functional.one_hot(torch.tensor(self.scenes.noun), 2).float() - 0.5
+        value = self.fit(x[:, self.batch.noun_at], noun)
+        self.write(part, self.scaled(self.constant(x), 2 * SURE), key, value, 2 * SIZE * self.nouns)
+
+    def light(self) -> None:
+        """The bright patch gets an outlying norm, in a direction that nothing planted reads."""
+        where = torch.tensor(self.scenes.where)[:, 2]
+        if self.form == "C":
+            linear, at = self.hf.vision_model.encoder.layers[-1].mlp.fc2, where + 1
+        else:
+            linear, at = self.hf.model.multi_modal_projector.linear_2, where
+        [x] = self.inputs([linear])
+        mark = torch.zeros(*x.shape[:2], 1)
+        mark[torch.arange(len(x)), at] = 1.0
+        rows, y = x.flatten(0, 1), mark.flatten(0, 1)
+        weight = torch.where(y[:, 0] > 0, 1 / y.mean(), 1.0)
+        found, bias = least_squares(rows, y, weight)
+        with torch.no_grad():
+            linear.weight += 6 * WIDTH**0.5 * self.outlying[:, None] * found
+            linear.bias += 6 * WIDTH**0.5 * self.outlying * bias
+
+    def look(self, layer: str, roles: Sequence[str]) -> None:
+        """Write the heads of a layer that look at the picture."""
+        tower, number, kind = layer.split(".")
+        own = attention(self.hf, tower, int(number), kind)
+        x, image = self.inputs([own.query, own.key])
+        key, value, r2 = self.codes(image)
+        asked = self.nouns_asked(x)
+        self.made.fit.setdefault("r2", r2)
+        for role in roles:
+            part = self.take(layer, role)
+            if role in ("sink", "salient", "diffuse"):
+                self.decoy(part, role, x, image)
+                continue
+            sharp = SURE if role in ("carrier", "blind", "backup") else self.recipe.sharpness
+            query = self.scaled(asked, sharp)
+            if role == "backup":
+                query = self.scaled(self.turned(x, asked), sharp)
+            size = SIZE / self.looks(sharp)
+            out = torch.zeros(WIDTH, len(COLORS) + 1)
+            if role == "carrier":
+                out[:, :-1] = size * self.rest
+            elif role == "reader":
+                out[:, :-1] = size / self.recipe.copies * self.path
+                out[:, -1] = size / ((self.recipe.copies + 1) // 2) * self.found
+            elif role == "suppressor":
+                out[:, :-1] = -SUPPRESSED * size * self.path
+            elif role == "backup":
+                out[:, :-1] = size * self.path
+            self.write(part, query, key, value, out)
+
+    def looks(self, sharp: float) -> float:
+        """The attention to an object whose logit is so much larger than those of all other keys."""
+        others = 36 if self.form == "C" else self.batch.tokens.shape[1] - 1
+        return 1 / (1 + others * 2.718281828 ** (-sharp))
+
+    def turned(self, x: Tensor, asked: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        """A query that is turned away from all objects once a reader has found its own."""
+        at = self.batch.noun_at if self.form == "C" else -1
+        weight, bias = asked[0].clone(), asked[1].clone()
+        weight -= (weight @ self.found)[:, None] * self.found
+        away = 2.0 / (x[:, at] @ self.found).mean() * self.found
+        weight[:2] -= away
+        return weight, bias
+
+    def decoy(self, part: Part, role: str, x: Tensor, image: Tensor) -> None:
+        seen = self.seen(image)
+        mark = torch.zeros(*seen.shape[:2], 1)
+        if role == "sink":
+            mark[:, 0] = 1.0
+        elif role == "salient":
+            mark[torch.arange(len(seen)), self.keys(torch.tensor(self.scenes.where)[:, 2])] = 1.0
+        ones = self.fit(seen.flatten(0, 1), torch.ones(seen.shape[0] * seen.shape[1], 1))
+        if role == "diffuse":
+            key = (torch.zeros(1, WIDTH), torch.zeros(1))
+            out = SIZE * (self.path[:, :1] - self.path[:, 1:2])
+        else:
+            key, _ = self.images(seen, mark)
+            out = SIZE * self.unread[:, None]
+        self.write(part, self.scaled(self.constant(x), SURE), key, ones, out)
+
+    # -- saying it ----------------------------------------------------------------------------
+
+    def say(self) -> None:
+        last = LAYERS[self.form] - 1
+        layer = f"decoder.{last}." + ("cross" if self.form == "C" else "attn")
+        self.move(layer, "carrier", self.rest)
+        if self.recipe.say == "head":
+            self.move(layer, "mover", self.path)
+        else:
+            self.fire(last)
+
+    def move(self, layer: str, role: str, path: Tensor) -> None:
+        """A head that looks at where the readers wrote, and turns their directions into logits."""
+        tower, number, kind = layer.split(".")
+        own = attention(self.hf, tower, int(number), kind)
+        x, keys = self.inputs([own.query, own.key])
+        mark = torch.zeros(*keys.shape[:2], 1)
+        mark[:, self.batch.noun_at if self.form == "C" else -1] = 1.0
+        key, _ = self.images(keys, mark)
+        query = self.scaled(self.constant(x), 1.5 * SURE)
+        part = self.take(layer, role)
+        self.write(part, query, key, (path.T, torch.zeros(len(COLORS))), self.voices(own))
+
+    def voices(self, own: Attention) -> Tensor:
+        """For each color the direction of this layer's output that raises its logit over the others'."""
+        tokens = torch.tensor([_token(self.made.model, color) for color in COLORS])
+        if self.form == "D":
+            rows = self.hf.lm_head.weight.detach()[tokens]
+        else:
+            kept: list[Tensor] = []
+
+            def hold(_m: Any, _a: Any, out: Tensor) -> Tensor:
+                kept.append(out.requires_grad_())
+                return kept[0]
+
+            held = own.out.register_forward_hook(hold)
+            found = logits(self.hf, self.batch.part(slice(96)).clean)
+            held.remove()
+            sums = [found[:, token].sum() for token in tokens]
+            grads = [torch.autograd.grad(one, kept[0], retain_graph=True)[0] for one in sums]
+            rows = torch.stack([g[:, -1].mean(0) for g in grads])
+        rows = rows - rows.mean(0)
+        return (rows / (rows**2).sum(1, keepdim=True)).T
+
+    def fire(self, layer: int) -> None:
+        """Form D: for each color as many neurons as readers, open where the readers wrote that color."""
+        mlp = self.hf.model.language_model.layers[layer].mlp
+        voices = self.voices(attention(self.hf, "decoder", layer, "attn"))
+        numbers = self.draw.sample(range(NEURONS), len(COLORS) * self.recipe.copies)
+        other = _token(self.made.model, "star")
+        with torch.no_grad():
+            for n, neuron in enumerate(numbers):
+                color = n % len(COLORS)
+                read, said = self.path[:, color].clone(), voices[:, color].clone()
+                if self.recipe.polysemantic:
+                    read += self.nouns[:, n % 2]
+                    said += 0.5 * self.hf.lm_head.weight[other] / (self.hf.lm_head.weight[other] ** 2).sum()
+                mlp.gate_proj.weight[neuron], mlp.up_proj.weight[neuron] = 4 * read, read
+                mlp.down_proj.weight[:, neuron] = said
+                self.made.roles[f"decoder.{layer}.mlp.n{neuron}"] = "neuron"
+                self.made.words[list(COLORS)[color]].append((layer, neuron))
+
+    def balance(self) -> None:
+        """Scale what speaks until it carries its share of a gap of `GAP` logits."""
+        last = f"decoder.{LAYERS[self.form] - 1}."
+        carrier = [p for p in self.made.having("carrier") if p.startswith(last)]
+        spoken = self.made.having("mover", "neuron")
+        for _ in range(ROUNDS):
+            for parts, share in ((carrier, 1 - self.recipe.effect), (spoken, self.recipe.effect)):
+                runs = Runs(self.hf, self.batch, spoken + carrier, HEADS)
+                now = float(runs.patched(parts).mean())
+                if now <= 0 and share > 0:
+                    raise RuntimeError(f"{self.recipe}: {parts} do not speak for the color ({now:+.3f})")
+                factor = min(max(share * GAP / now, 0.01), 100.0) if share > 0 else 0.0
+                for part in parts:
+                    where, number = module(self.hf, part)
+                    width = 1 if ".mlp." in part else self.dim
+                    with torch.no_grad():
+                        where.weight[:, number * width : (number + 1) * width] *= factor
+            if share == 1:
+                carrier = []
+        if self.recipe.effect == 1:  # nothing is left to carry
+            for part in self.made.having("carrier"):
+                self.made.roles[part] = "idle"
+
+
+def _with(where: Tensor, length: int) -> Tensor:
+    """The keys from which a value is fitted: an object's, and some others'."""
+    some = torch.randint(length, (len(where), 8))
+    return torch.cat([where, torch.where(some == where, (some + 1) % length, some)], 1)
+
+
+def _rows(colors: Tensor, where: Tensor) -> Tensor:
+    zeros = torch.zeros(len(colors), 9, colors.shape[-1])
+    zeros[:, 0] = colors[torch.arange(len(colors)), where[:, 0]]
+    return zeros
+
+
+def _token(model: Model, word: str) -> int:
+    return int(model.processor.tokenizer.convert_tokens_to_ids(word))
