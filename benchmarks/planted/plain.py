@@ -7,7 +7,7 @@ a pre-hook of that module writes them.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, NamedTuple
 
 import torch
@@ -76,17 +76,18 @@ def hooked(hooks: Sequence[tuple[nn.Module, Callable[[Tensor], Tensor | None]]])
             one.remove()
 
 
-def logits(hf: Any, inputs: Mapping[str, Tensor]) -> Tensor:
+def logits(hf: Any, inputs: Mapping[str, Any]) -> Tensor:
     """Of the next token, a row an example."""
     if not hasattr(hf, "text_encoder"):
-        return hf(**inputs, logits_to_keep=1).logits[:, -1]
-    image = hf.vision_model(pixel_values=inputs["pixel_values"]).last_hidden_state
-    text = hf.text_encoder(
-        input_ids=inputs["input_ids"],
-        attention_mask=inputs["attention_mask"],
-        encoder_hidden_states=image,
-        encoder_attention_mask=torch.ones(image.shape[:2], dtype=torch.long),
-    ).last_hidden_state
+        if "past_key_values" not in inputs:
+            return hf(**inputs, logits_to_keep=1).logits[:, -1]
+        length = inputs["attention_mask"].shape[1]
+        found = hf(**inputs, logits_to_keep=1, use_cache=True).logits[:, -1]
+        inputs["past_key_values"].crop(-1)
+        return found
+    text = inputs.get("text")
+    if text is None:
+        text = _encoded(hf, inputs)
     return hf.text_decoder(
         input_ids=inputs["decoder_input_ids"],
         encoder_hidden_states=text,
@@ -95,13 +96,40 @@ def logits(hf: Any, inputs: Mapping[str, Tensor]) -> Tensor:
     ).logits[:, -1]
 
 
+def _encoded(hf: Any, inputs: Mapping[str, Any]) -> Tensor:
+    image = inputs.get("image")
+    if image is None:
+        image = hf.vision_model(pixel_values=inputs["pixel_values"]).last_hidden_state
+    return hf.text_encoder(
+        input_ids=inputs["input_ids"],
+        attention_mask=inputs["attention_mask"],
+        encoder_hidden_states=image,
+        encoder_attention_mask=torch.ones(image.shape[:2], dtype=torch.long),
+    ).last_hidden_state
+
+
+def seen(hf: Any, inputs: Mapping[str, Tensor]) -> dict[str, Any]:
+    """The inputs with what no patch changes: what the vision tower makes of the pictures (form C), or the keys
+    and values of all tokens but the last, at which everything is patched (form D)."""
+    if hasattr(hf, "text_encoder"):
+        return dict(inputs) | {"image": hf.vision_model(pixel_values=inputs["pixel_values"]).last_hidden_state}
+    cache = hf(**inputs, logits_to_keep=1, use_cache=True).past_key_values
+    cache.crop(-1)
+    last = {"input_ids": inputs["input_ids"][:, -1:], "attention_mask": inputs["attention_mask"]}
+    return last | {"past_key_values": cache}
+
+
 def difference(found: Tensor, batch: Batch) -> Tensor:
     """LD = logit(answer) − logit(foil) of each example."""
     each = torch.arange(len(found))
     return found[each, batch.answer] - found[each, batch.foil]
 
 
-def keep(hf: Any, inputs: Mapping[str, Tensor], modules: Sequence[nn.Module]) -> tuple[Tensor, list[Tensor]]:
+class _Enough(Exception):
+    """All that was asked for has been seen."""
+
+
+def keep(hf: Any, inputs: Mapping[str, Any], modules: Sequence[nn.Module]) -> tuple[Tensor, list[Tensor]]:
     """The logits, and what entered each of the modules."""
     kept: dict[int, Tensor] = {}
 
@@ -113,6 +141,23 @@ def keep(hf: Any, inputs: Mapping[str, Tensor], modules: Sequence[nn.Module]) ->
     return found, [kept[n] for n in range(len(modules))]
 
 
+def entering(hf: Any, inputs: Mapping[str, Any], modules: Sequence[nn.Module]) -> list[Tensor]:
+    """What enters each of the modules; the run ends there."""
+    kept: dict[int, Tensor] = {}
+
+    def keeper(n: int) -> Callable[[Tensor], None]:
+        def take(x: Tensor) -> None:
+            kept[n] = x
+            if len(kept) == len(modules):
+                raise _Enough
+
+        return take
+
+    with suppress(_Enough), torch.no_grad(), hooked([(one, keeper(n)) for n, one in enumerate(modules)]):
+        logits(hf, inputs)
+    return [kept[n] for n in range(len(modules))]
+
+
 class Runs:
     """The clean and the corrupt runs of a batch, with what entered every output projection at its position."""
 
@@ -121,8 +166,11 @@ class Runs:
         where = {id(columns(hf, p, heads)[0]): (columns(hf, p, heads)[0], position(p, batch)) for p in parts}
         modules = [one for one, _ in where.values()]
         with torch.inference_mode():
-            self.clean, clean = keep(hf, batch.clean, modules)
-            self.corrupt, corrupt = keep(hf, batch.corrupt, modules)
+            self.inputs = {"clean": seen(hf, batch.clean), "corrupt": seen(hf, batch.corrupt)}
+            is_encoded = hasattr(hf, "text_encoder")
+            self.text = {run: _encoded(hf, x) for run, x in self.inputs.items()} if is_encoded else {}
+            self.clean, clean = keep(hf, self.inputs["clean"], modules)
+            self.corrupt, corrupt = keep(hf, self.inputs["corrupt"], modules)
         at = [p for _, p in where.values()]
         self.kept = {
             run: {key: x[:, p] for key, x, p in zip(where, found, at, strict=True)}
@@ -156,9 +204,11 @@ class Runs:
             else:
                 new = self.kept[value][id(where)][:, cut]
             hooks.append((where, _writer(at, cut, new)))
-        inputs = self.batch.corrupt if run == "corrupt" else self.batch.clean
         with torch.inference_mode(), hooked(hooks):
-            found = logits(self.hf, inputs)
+            given = dict(self.inputs[run])
+            if self.text and all(part.startswith("decoder") for part in parts):
+                given["text"] = self.text[run]
+            found = logits(self.hf, given)
         return difference(found, self.batch) - (self.ld_corrupt if run == "corrupt" else self.ld_clean)
 
     def share(self, parts: Sequence[Part], run: str = "corrupt", value: str | None = "clean") -> float:

@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 from pictures import COLORS, KINDS, Batch, batch, scenes
-from plain import Attention, Part, Runs, attention, keep, logits, module
+from plain import Attention, Part, Runs, attention, entering, logits, module
 from random_models import HEADS, LAYERS, NEURONS, WIDTH, random_model
 from torch import Tensor, nn
 
@@ -32,7 +32,7 @@ from vlmscope.runs.model import Model
 
 GAP = 4.0
 """The mean gap in logits that everything is scaled to."""
-FITTED = 384
+FITTED, SCALED = 256, 128
 """On how many examples the least squares are fitted, and the shares set."""
 SIZE = 2.0
 """How far a color that is read moves the stream."""
@@ -44,7 +44,7 @@ TRUE = ("reader", "suppressor", "mover", "neuron")
 APART = ("carrier", "backup", "locator")
 """Roles that count neither as found nor as false: they matter, but not by the effect that is asked for."""
 DECOYS = ("blind", "diffuse", "sink", "salient")
-ROUNDS = 5
+ROUNDS = 4
 
 
 @dataclass(frozen=True)
@@ -126,7 +126,10 @@ class _Gardener:
         self.batch: Batch = batch(made.model, self.scenes)
         self.draw = random.Random(made.recipe.seed)
         flat = torch.randn(WIDTH, 24)
-        basis = torch.linalg.qr(flat - flat.mean(0))[0].T
+        tokens = [_token(made.model, color) for color in COLORS]
+        if self.form == "D":  # nothing that is written speaks before it is read
+            flat[:, : len(COLORS)] = self.hf.lm_head.weight.detach()[tokens].T
+        basis = torch.linalg.qr(flat - flat.mean(0))[0].T[len(COLORS) :]
         many = len(COLORS)
         self.path, self.rest = basis[:many].T, basis[many : 2 * many].T
         self.found, self.unread, self.outlying = basis[8], basis[9], basis[10]
@@ -157,8 +160,7 @@ class _Gardener:
         return part
 
     def inputs(self, modules: Sequence[nn.Module]) -> list[Tensor]:
-        with torch.no_grad():
-            return keep(self.hf, self.batch.clean, modules)[1]
+        return entering(self.hf, self.batch.clean, modules)
 
     # -- writing a head -----------------------------------------------------------------------
 
@@ -214,14 +216,9 @@ class _Gardener:
         found = self.fit(flat, y, weight)
         return found, (flat @ found[0].T + found[1]).unflatten(0, x.shape[:2])
 
-    def seen(self, x: Tensor) -> Tensor:
-        """Of what a head is given, the keys that are fitted: those of the picture and those before it."""
-        return x[:, : self.first + 36]
-
     def codes(self, x: Tensor) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor], float]:
         """Keys that tell objects of the kinds (and, in form C, the class token), each larger by 1 than the
         average of the rest; values: the color, and that there is an object; R² of the color."""
-        x = self.seen(x)
         n, length = x.shape[:2]
         each, where = torch.arange(n), self.keys(torch.tensor(self.scenes.where))
         noun = torch.tensor(self.scenes.noun)
@@ -347,23 +344,22 @@ class _Gardener:
         at = self.batch.noun_at if self.form == "C" else -1
         weight, bias = asked[0].clone(), asked[1].clone()
         weight -= (weight @ self.found)[:, None] * self.found
-        away = 2.0 / (x[:, at] @ self.found).mean() * self.found
+        away = 4.0 / (x[:, at] @ self.found).mean() * self.found
         weight[:2] -= away
         return weight, bias
 
     def decoy(self, part: Part, role: str, x: Tensor, image: Tensor) -> None:
-        seen = self.seen(image)
-        mark = torch.zeros(*seen.shape[:2], 1)
+        mark = torch.zeros(*image.shape[:2], 1)
         if role == "sink":
             mark[:, 0] = 1.0
         elif role == "salient":
-            mark[torch.arange(len(seen)), self.keys(torch.tensor(self.scenes.where)[:, 2])] = 1.0
-        ones = self.fit(seen.flatten(0, 1), torch.ones(seen.shape[0] * seen.shape[1], 1))
+            mark[torch.arange(len(image)), self.keys(torch.tensor(self.scenes.where)[:, 2])] = 1.0
+        ones = self.fit(image.flatten(0, 1), torch.ones(image.shape[0] * image.shape[1], 1))
         if role == "diffuse":
             key = (torch.zeros(1, WIDTH), torch.zeros(1))
             out = SIZE * (self.path[:, :1] - self.path[:, 1:2])
         else:
-            key, _ = self.images(seen, mark)
+            key, _ = self.images(image, mark)
             out = SIZE * self.unread[:, None]
         self.write(part, self.scaled(self.constant(x), SURE), key, ones, out)
 
@@ -434,9 +430,10 @@ class _Gardener:
         last = f"decoder.{LAYERS[self.form] - 1}."
         carrier = [p for p in self.made.having("carrier") if p.startswith(last)]
         spoken = self.made.having("mover", "neuron")
+        some = self.batch.part(slice(SCALED))
         for _ in range(ROUNDS):
             for parts, share in ((carrier, 1 - self.recipe.effect), (spoken, self.recipe.effect)):
-                runs = Runs(self.hf, self.batch, spoken + carrier, HEADS)
+                runs = Runs(self.hf, some, spoken + carrier, HEADS)
                 now = float(runs.patched(parts).mean())
                 if now <= 0 and share > 0:
                     raise RuntimeError(f"{self.recipe}: {parts} do not speak for the color ({now:+.3f})")

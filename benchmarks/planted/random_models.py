@@ -46,6 +46,8 @@ def random_model(form: str, noise: float, seed: int) -> Model:
             elif isinstance(module, nn.Conv2d):  # patches: these are seen well in all models
                 module.weight.normal_(std=module.weight[0].numel() ** -0.5 * 2)
         for name, weight in model.hf.named_parameters():
+            if "projector" in name and weight.ndim > 1:  # as large as the words beside which they stand
+                weight.normal_(std=2 * WIDTH**-0.5)
             if "position_embedding" in name or "class_embedding" in name:
                 weight.normal_(std=0.5)
         head = model.hf.text_decoder.cls.predictions.decoder if form == "C" else model.hf.lm_head
