@@ -61,7 +61,7 @@ class Recipe:
     form: str
     seed: int
     effect: float = 0.1
-    noise: float = 0.3
+    noise: float = 0.5
     sharpness: float = 4.0
     copies: int = 1
     say: str = "head"
