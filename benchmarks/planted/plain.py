@@ -112,7 +112,9 @@ def seen(hf: Any, inputs: Mapping[str, Tensor]) -> dict[str, Any]:
     """The inputs with what no patch changes: what the vision tower makes of the pictures (form C), or the keys
     and values of all tokens but the last, at which everything is patched (form D)."""
     if hasattr(hf, "text_encoder"):
-        return dict(inputs) | {"image": hf.vision_model(pixel_values=inputs["pixel_values"]).last_hidden_state}
+        return dict(inputs) | {
+            "image": hf.vision_model(pixel_values=inputs["pixel_values"]).last_hidden_state
+        }
     cache = hf(**inputs, logits_to_keep=1, use_cache=True).past_key_values
     cache.crop(-1)
     last = {"input_ids": inputs["input_ids"][:, -1:], "attention_mask": inputs["attention_mask"]}
@@ -164,18 +166,24 @@ class Runs:
     def __init__(self, hf: Any, batch: Batch, parts: Sequence[Part], heads: int) -> None:
         self.hf, self.batch, self.heads = hf, batch, heads
         where = {id(columns(hf, p, heads)[0]): (columns(hf, p, heads)[0], position(p, batch)) for p in parts}
-        modules = [one for one, _ in where.values()]
         with torch.inference_mode():
             self.inputs = {"clean": seen(hf, batch.clean), "corrupt": seen(hf, batch.corrupt)}
             is_encoded = hasattr(hf, "text_encoder")
             self.text = {run: _encoded(hf, x) for run, x in self.inputs.items()} if is_encoded else {}
-            self.clean, clean = keep(hf, self.inputs["clean"], modules)
-            self.corrupt, corrupt = keep(hf, self.inputs["corrupt"], modules)
-        at = [p for _, p in where.values()]
-        self.kept = {
-            run: {key: x[:, p] for key, x, p in zip(where, found, at, strict=True)}
-            for run, found in (("clean", clean), ("corrupt", corrupt))
-        }
+        self.at = {id(one): p for one, p in where.values()}
+        self.modules = [one for one, _ in where.values()]
+        self.again()
+
+    def again(self) -> None:
+        """Run anew: weights behind what is kept of the pictures, the prompts and the earlier tokens changed."""
+        self.kept: dict[str, dict[int, Tensor]] = {}
+        found = {}
+        for run, inputs in self.inputs.items():
+            with torch.inference_mode():
+                found[run], kept = keep(self.hf, inputs, self.modules)
+            own = zip(self.modules, kept, strict=True)
+            self.kept[run] = {id(one): x[:, self.at[id(one)]] for one, x in own}
+        self.clean, self.corrupt = found["clean"], found["corrupt"]
 
     @property
     def ld_clean(self) -> Tensor:

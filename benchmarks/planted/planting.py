@@ -19,12 +19,12 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from pictures import COLORS, KINDS, Batch, batch, scenes
-from plain import Attention, Part, Runs, attention, entering, logits, module
+from plain import Attention, Part, Runs, attention, columns, entering, logits
 from random_models import HEADS, LAYERS, NEURONS, WIDTH, random_model
 from torch import Tensor, nn
 
@@ -77,6 +77,10 @@ class Planted:
     recipe: Recipe
     roles: dict[Part, str]
     words: dict[str, list[tuple[int, int]]]
+    fitted: Batch | None = field(default=None, repr=False)
+    """The examples that everything is fitted on."""
+    said: dict[Part, Tensor] = field(default_factory=dict, repr=False)
+    """What the parts that speak wrote before they were scaled."""
     fit: dict[str, float] = field(default_factory=dict)
     """How well the least squares fit (R² of the readers' color), and how much a reader looks at its object."""
 
@@ -102,7 +106,9 @@ def plant(recipe: Recipe) -> Planted:
     if recipe.planted:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(recipe.seed + 1)
-            _Gardener(made).work()
+            gardener = _Gardener(made)
+            gardener.work()
+        made = scale(replace(made, fitted=gardener.batch), recipe.effect)
     return made
 
 
@@ -273,7 +279,6 @@ class _Gardener:
         self.look(first, ["reader"] * ((copies + 1) // 2) + ["carrier", "blind", "sink"])
         self.look(second, ["reader"] * (copies // 2) + ["suppressor", "backup", "salient", "diffuse"])
         self.say()
-        self.balance()
 
     def locate(self) -> None:
         """Form D: a head of layer 0 takes the noun to the last token."""
@@ -425,29 +430,43 @@ class _Gardener:
                 self.made.roles[f"decoder.{layer}.mlp.n{neuron}"] = "neuron"
                 self.made.words[list(COLORS)[color]].append((layer, neuron))
 
-    def balance(self) -> None:
-        """Scale what speaks until it carries its share of a gap of `GAP` logits."""
-        last = f"decoder.{LAYERS[self.form] - 1}."
-        carrier = [p for p in self.made.having("carrier") if p.startswith(last)]
-        spoken = self.made.having("mover", "neuron")
-        some = self.batch.part(slice(SCALED))
-        for _ in range(ROUNDS):
-            for parts, share in ((carrier, 1 - self.recipe.effect), (spoken, self.recipe.effect)):
-                runs = Runs(self.hf, some, spoken + carrier, HEADS)
-                now = float(runs.patched(parts).mean())
-                if now <= 0 and share > 0:
-                    raise RuntimeError(f"{self.recipe}: {parts} do not speak for the color ({now:+.3f})")
-                factor = min(max(share * GAP / now, 0.01), 100.0) if share > 0 else 0.0
-                for part in parts:
-                    where, number = module(self.hf, part)
-                    width = 1 if ".mlp." in part else self.dim
-                    with torch.no_grad():
-                        where.weight[:, number * width : (number + 1) * width] *= factor
-            if share == 1:
-                carrier = []
-        if self.recipe.effect == 1:  # nothing is left to carry
-            for part in self.made.having("carrier"):
-                self.made.roles[part] = "idle"
+
+def scale(made: Planted, effect: float) -> Planted:
+    """The same circuit with another share of the gap: what speaks is scaled until it carries that.
+
+    The model is changed in place; the same recipe gives the same weights, whatever they were before.
+    """
+    hf, form = made.model.hf, made.recipe.form
+    made = replace(made, recipe=replace(made.recipe, effect=effect), roles=dict(made.roles))
+    last = f"decoder.{LAYERS[form] - 1}."
+    carrier = [
+        part for part, role in made.roles.items() if role in ("carrier", "idle") and part.startswith(last)
+    ]
+    spoken = made.having("mover", "neuron")
+    for part in spoken + carrier:
+        where, cut = columns(hf, part, HEADS)
+        made.said.setdefault(part, where.weight[:, cut].detach().clone())
+        _set(where, cut, made.said[part])
+    runs = Runs(hf, made.fitted.part(slice(SCALED)), spoken + carrier, HEADS)
+    for _ in range(ROUNDS):
+        for parts, share in ((carrier, 1 - effect), (spoken, effect)):
+            runs.again()
+            now = float(runs.patched(parts).mean())
+            if share > 0 and now <= 0:
+                raise RuntimeError(f"{made.recipe}: {parts} do not speak for the color ({now:+.3f})")
+            factor = min(max(share * GAP / now, 0.01), 100.0) if share > 0 else 0.0
+            for part in parts:
+                where, cut = columns(hf, part, HEADS)
+                _set(where, cut, factor * where.weight[:, cut])
+    for part, role in made.roles.items():  # where nothing is left to carry
+        if role in ("carrier", "idle"):
+            made.roles[part] = "idle" if effect == 1 else "carrier"
+    return made
+
+
+@torch.no_grad()
+def _set(where: nn.Linear, cut: slice, value: Tensor) -> None:
+    where.weight[:, cut] = value
 
 
 def _with(where: Tensor, length: int) -> Tensor:

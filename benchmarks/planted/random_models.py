@@ -27,7 +27,22 @@ from vlmscope.runs.model import Model
 WIDTH, HEADS, NEURONS = 64, 8, 128
 LAYERS = {"C": 3, "D": 4}
 """Of the question encoder and of the answer decoder of form C; of the decoder of form D."""
-WORDS = ["is", "the", *KINDS, *COLORS, "or", "?", "this", "a", "person", "what", "star", "dark", "happy", "sad"]
+WORDS = [
+    "is",
+    "the",
+    *KINDS,
+    *COLORS,
+    "or",
+    "?",
+    "this",
+    "a",
+    "person",
+    "what",
+    "star",
+    "dark",
+    "happy",
+    "sad",
+]
 PLAIN = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}
 
 

@@ -18,7 +18,7 @@ import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,7 @@ import pandas as pd
 import torch
 from pictures import COLORS, Scenes, batch, scenes
 from plain import Part, Runs
-from planting import APART, DECOYS, TRUE, Planted, Recipe, heads_of, plant
+from planting import APART, DECOYS, TRUE, Planted, Recipe, heads_of, plant, scale
 from random_models import HEADS, LAYERS, NEURONS
 from scores import auroc, chosen, confusion, macro_f1, ranking, summary
 
@@ -41,20 +41,24 @@ from vlmscope.studies.sweep import sweep_to
 FORMS = (("C", "head"), ("D", "head"), ("D", "neurons"))
 EFFECTS = (0.01, 0.03, 0.1, 0.3, 1.0)
 KNOBS: tuple[dict[str, Any], ...] = (
-    {"noise": 0.25},
     {"noise": 1.0},
+    {"noise": 2.0},
+    {"noise": 1.0, "effect": 0.01},
     {"sharpness": 1.0},
     {"sharpness": 16.0},
     {"copies": 2},
     {"copies": 4},
     {"polysemantic": True},
 )
-"""Each at an effect of 10 %, all else as in `Recipe`."""
+"""Each at an effect of 10 % if none is named, all else as in `Recipe`."""
+RULES = ("important", "confirmed", "important_published")
 EXAMPLES = 64
 """On how many examples a ranking is made."""
 SHOWN = 24
 """On how many the slower measures are."""
-POPULATION = 10_000
+SPOKEN = 40
+"""On how many neurons are."""
+POPULATION = {"C": 1_000, "D": 4_000}
 """From how many examples the true effects come that intervals should cover."""
 SAMPLES = 40
 FRESH = 500_000
@@ -117,34 +121,41 @@ def peaks(made: Planted, given: Scenes) -> dict[Part, float]:
     return total
 
 
-def one(recipe: Recipe) -> dict[str, Any]:
+def one(made: Planted, given: Scenes, attention: dict[Part, float]) -> dict[str, Any]:
     """All figures of one model."""
-    made, given = plant(recipe), scenes(EXAMPLES, FRESH + recipe.seed)
-    found = measure(made, given, heads_of(recipe.form))
-    result: dict[str, Any] = {"gap": found.gap, "r2": made.fit.get("r2")}
-    mean = found.mean()
-    result["heads"] = ranking(mean, made.roles)
-    result["attention"] = ranking(peaks(made, given), made.roles)
-    table = assessed(found)
-    for rule in ("important", "confirmed", "important_published"):
-        result[rule] = chosen(set(table.loc[table[rule], "part"]), made.roles, heads_of(recipe.form))
-        picked = table[table[rule]]
-    picked = table[table["important"]]
-    result["roles"] = {
-        role: float(np.mean([mean[p] / found.gap for p in made.having(role) if p in mean]))
-        for role in (*TRUE, *APART, *DECOYS)
-        if any(p in mean for p in made.having(role))
+    recipe, every = made.recipe, heads_of(made.recipe.form)
+    found = measure(made, given, every)
+    mean, table = found.mean(), assessed(found)
+    rest = [abs(mean[p] / found.gap) for p in mean if p not in made.roles]
+    result: dict[str, Any] = {
+        "gap": found.gap,
+        "heads": ranking(mean, made.roles),
+        "attention": ranking(attention, made.roles),
+        "roles": {
+            role: float(np.mean([mean[p] / found.gap for p in made.having(role)]))
+            for role in (*TRUE, *APART, *DECOYS)
+            if any(p in mean for p in made.having(role))
+        },
+        "random_heads": {"mean": float(np.mean(rest)), "most": float(np.max(rest))},
     }
-    rest = [abs(mean[p]) / found.gap for p in mean if p not in made.roles]
-    result["random_heads"] = {"mean": float(np.mean(rest)), "most": float(np.max(rest)), "picked": len(picked)}
+    for rule in RULES:
+        result[rule] = chosen(set(table.loc[table[rule], "part"]), made.roles, every)
     if recipe.say == "neurons":
         result["neurons"] = of_neurons(made, given)
     return result
 
 
+def at_effects(recipe: Recipe, effects: Sequence[float]) -> Iterator[dict[str, Any]]:
+    """One circuit at several shares of the gap. Nothing that pays attention changes between them."""
+    made, given = plant(replace(recipe, effect=effects[0])), scenes(EXAMPLES, FRESH + recipe.seed)
+    attention = peaks(made, given)
+    for effect in effects:
+        yield one(scale(made, effect), given, attention)
+
+
 def neuron_scores(made: Planted, given: Scenes) -> dict[str, dict[str, np.ndarray]]:
     """For each color, every neuron's mean contribution to it (`neurons.find`) and mean activation."""
-    every = [example for example in given.examples()[:48]]
+    every = given.examples()[:SPOKEN]
     found: dict[str, dict[str, np.ndarray]] = {}
     for color in COLORS:
         own = [example for example in every if example.answer == color]
@@ -172,7 +183,9 @@ def of_neurons(made: Planted, given: Scenes) -> dict[str, float]:
             {str(n): "neuron" for n in np.flatnonzero(true[kept])},
         )["ap"]
         rows.append((auroc(score, true[kept]), ap, auroc(active, true[kept]), true[kept].mean()))
-    return dict(zip(("auroc", "ap", "auroc_activation", "ap_random"), map(float, np.mean(rows, 0)), strict=True))
+    return dict(
+        zip(("auroc", "ap", "auroc_activation", "ap_random"), map(float, np.mean(rows, 0)), strict=True)
+    )
 
 
 # -- what the package itself does, on some models of each form ---------------------------------------
@@ -190,7 +203,15 @@ def tool(recipe: Recipe) -> dict[str, Any]:
     rows = rows.assign(part=rows["site"].str.split("@").str[0])
     mean = rows.groupby("part")["logit_diff"].mean().to_dict()
     apart = max(abs(mean[part] - effect) for part, effect in found.mean().items())
-    names = table["tower"] + "." + table["layer"].astype(str) + "." + table["kind"] + ".h" + table["head"].astype(str)
+    names = (
+        table["tower"]
+        + "."
+        + table["layer"].astype(str)
+        + "."
+        + table["kind"]
+        + ".h"
+        + table["head"].astype(str)
+    )
     ours = assessed(found).set_index("part")["important"]
     same = (ours[names.tolist()].to_numpy() == table["important"].to_numpy()).mean()
     looking = [site for site in sites if ".cross" in site and "encoder" in site] or sites
@@ -212,7 +233,9 @@ def coverage(recipe: Recipe, population: int) -> dict[str, Any]:
     """How often the 95 % interval of a head's mean effect covers its mean over very many examples."""
     made, parts, drawn = plant(recipe), heads_of(recipe.form), []
     for start in range(0, population, 500):
-        found = measure(made, scenes(min(500, population - start), 2 * FRESH + recipe.seed * population + start), parts)
+        found = measure(
+            made, scenes(min(500, population - start), 2 * FRESH + recipe.seed * population + start), parts
+        )
         drawn.append(np.stack([found.effects[part] for part in parts], 1))
     every = np.concatenate(drawn)
     truth, live = every.mean(0), every.std(0) > 1e-7
@@ -238,17 +261,20 @@ def coverage(recipe: Recipe, population: int) -> dict[str, Any]:
 # -- the whole set -----------------------------------------------------------------------------------
 
 
-def cells(quick: bool) -> Iterator[tuple[str, Recipe]]:
+def effect_cells(quick: bool) -> Iterator[tuple[Recipe, dict[str, float]]]:
+    """Recipes, each with its cells: their names and effects."""
     for form, say in FORMS:
         base = Recipe(form, 0, say=say)
-        for effect in (0.01, 0.1) if quick else EFFECTS:
-            yield f"{name_of(base)} effect {effect:g}", replace(base, effect=effect)
-    for knob in () if quick else KNOBS:
+        yield base, {f"{name_of(base)} effect {e:g}": e for e in ((0.01, 0.1) if quick else EFFECTS)}
+
+
+def knob_cells(quick: bool) -> Iterator[tuple[Recipe, dict[str, float]]]:
+    for knob in KNOBS[:1] if quick else KNOBS:
         for form, say in FORMS:
             if say == "neurons" or "polysemantic" not in knob:
-                [(word, value)] = knob.items()
                 base = replace(Recipe(form, 0, say=say), **knob)
-                yield f"{name_of(base)} {word} {value:g}" if value is not True else f"{name_of(base)} {word}", base
+                words = " ".join(f"{word} {value:g}" for word, value in knob.items())
+                yield base, {f"{name_of(base)} {words}": base.effect}
 
 
 def gathered(rows: list[dict[str, Any]]) -> dict[str, Any]:
@@ -258,7 +284,7 @@ def gathered(rows: list[dict[str, Any]]) -> dict[str, Any]:
         if name in rows[0]:
             keys = rows[0][name]
             result[name] = {key: summary([row[name][key] for row in rows]) for key in keys}
-    for rule in ("important", "confirmed", "important_published"):
+    for rule in RULES:
         picked, false = (sum(row[rule][key] for row in rows) for key in ("picked", "false"))
         recall = summary([row[rule]["recall"] for row in rows])
         result[rule] = {"false_share": false / max(1, picked), "recall": recall, "picked": picked / len(rows)}
@@ -281,74 +307,73 @@ def submission(path: Path, recipe: Recipe) -> dict[str, float]:
     return ranking({part: given.get(part, min(0.0, least)) for part in every}, made.roles)
 
 
-def whole(quick: bool, seeds: int, more: int, out: Path | None, until: float) -> dict[str, Any]:
-    result: dict[str, Any] = {
-        "benchmark": "planted",
-        "machine": f"{platform.machine()}, 1 thread, CPU",
-        "torch": torch.__version__,
-        "vlmscope": vlmscope.__version__,
-        "asked": {"seeds": seeds, "seeds_of_knobs": more, "quick": quick},
-        "examples": {"ranking": EXAMPLES, "labels": SHOWN},
-        "tool": [],
-        "random": [],
-        "coverage": [],
-        "cells": {},
-    }
-    start = time.monotonic()
+Keep = Callable[[str, Any], None]
 
-    def keep() -> None:
-        result["seconds"] = time.monotonic() - start
-        if out:
-            out.write_text(json.dumps(result, indent=1) + "\n")
 
-    for form, say in FORMS:
-        for seed in range(1 if quick else 3):
-            for planted in (True, False):
-                recipe = Recipe(form, seed, effect=0.3, say=say, planted=planted)
-                if planted or say == "head":
-                    result["tool" if planted else "random"].append(tool(recipe))
-        keep()
-        print(f"{form}-{say}: tool, {time.monotonic() - start:.0f} s", file=sys.stderr, flush=True)
-    for form in "CD":
-        for seed in range(1 if quick else 2):
-            result["coverage"].append(coverage(Recipe(form, seed), 1000 if quick else POPULATION if form == "D" else 2000))
-            keep()
+def run_cells(part: str, quick: bool, seeds: int, until: float, keep: Keep) -> None:
+    """Seed by seed, so that a run that is stopped has about as many models of each cell."""
     rows: dict[str, list[dict[str, Any]]] = {}
-    # Seed by seed, so that a run that is stopped has as many models of each cell.
-    for seed in range(max(seeds, more)):
-        for name, recipe in cells(quick):
-            if seed < (seeds if "effect" in name else more) and time.monotonic() - start < until:
-                rows.setdefault(name, []).append(one(replace(recipe, seed=seed)))
-        result["cells"] = {name: gathered(some) for name, some in rows.items()}
-        keep()
-        print(f"seed {seed}: {time.monotonic() - start:.0f} s", file=sys.stderr, flush=True)
-    both = [tuple(pair) for row in result["tool"] for pair in row["confusion"]]
-    mean, each = macro_f1(both)
-    result["labels"] = {"macro_f1": mean, "f1": each, "heads": len(both)}
-    result["naming_rate_on_random"] = float(np.mean([row["named"] for row in result["random"]]))
-    result["important_on_random"] = float(np.mean([row["important"] for row in result["random"]]))
-    keep()
-    return result
+    failed: list[str] = []
+    for seed in range(seeds):
+        for recipe, named in (effect_cells if part == "effects" else knob_cells)(quick):
+            if time.monotonic() > until:
+                break
+            try:
+                found = list(at_effects(replace(recipe, seed=seed), list(named.values())))
+            except RuntimeError as error:  # so much noise that nothing could be planted
+                failed.append(str(error))
+                continue
+            for name, row in zip(named, found, strict=True):
+                rows.setdefault(name, []).append(row)
+        keep(part, {name: gathered(some) for name, some in rows.items()} | {"not_planted": failed})
+        print(f"{part}: seed {seed}", file=sys.stderr, flush=True)
+
+
+def run_tool(quick: bool, keep: Keep) -> None:
+    planted, plain = [], []
+    for form, say in FORMS:
+        for seed in range(1 if quick else 2):
+            recipe = Recipe(form, seed, effect=0.3, say=say)
+            planted.append(tool(recipe))
+            if say == "head":
+                plain.append(tool(replace(recipe, planted=False)))
+    pairs = [pair for row in planted for pair in row["confusion"]]
+    mean, each = macro_f1(pairs)
+    result = {"labels": {"macro_f1": mean, "f1": each, "heads": len(pairs)}}
+    result |= {
+        f"{name}_on_random": float(np.mean([row[name] for row in plain])) for name in ("named", "important")
+    }
+    keep("tool", result | {"planted": planted, "random": plain})
 
 
 def lines(result: Mapping[str, Any]) -> Iterator[str]:
-    for name, cell in result["cells"].items():
-        found = [f"{name:24}"]
+    for name, cell in [*result.get("effects", {}).items(), *result.get("knobs", {}).items()]:
+        if name == "not_planted":
+            continue
+        found = [f"{name:32}"]
         for kind in ("heads", "attention", "neurons"):
             if kind in cell:
                 own = cell[kind]["auroc"]
-                found.append(f"{kind} {own['mean']:.3f} (≥{own['lower95']:.3f}) AP {cell[kind]['ap']['mean']:.2f}")
-        rules = [f"{cell[r]['false_share']:.2f}/{cell[r]['recall']['mean']:.2f}" for r in ("important", "confirmed", "important_published")]
-        yield "  ".join([*found, f"false/recall {' '.join(rules)}", f"n {cell['heads']['auroc']['models']}"])
+                found.append(
+                    f"{kind} {own['mean']:.3f} (≥{own['lower95']:.3f}) AP {cell[kind]['ap']['mean']:.2f}"
+                )
+        rules = [cell[rule] for rule in RULES]
+        words = [f"{rule['false_share']:.2f}/{rule['recall']['mean']:.2f}" for rule in rules]
+        yield "  ".join([*found, f"false/recall {' '.join(words)}", f"n {cell['heads']['auroc']['models']}"])
+
+
+PARTS = ("tool", "coverage", "effects", "knobs")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="two cells of each form, two models each")
+    parser.add_argument("--quick", action="store_true", help="fewer cells, two models each, one of `tool`")
+    parser.add_argument("--part", choices=PARTS, action="append", help="by default all, one after the other")
     parser.add_argument("--seeds", type=int, default=20, help="models a cell")
-    parser.add_argument("--knob-seeds", type=int, help="models a cell of the knobs (as --seeds)")
     parser.add_argument("--minutes", type=float, default=1e6, help="begin no model after so many")
-    parser.add_argument("--out", type=Path, help="also write the JSON to this file, as it comes")
+    parser.add_argument(
+        "--out", type=Path, help="also write the JSON to this file, as it comes; parts that it has stay"
+    )
     parser.add_argument("--submission", type=Path, help="score a CSV file (part, score) instead")
     parser.add_argument("--form", choices=("C", "D"), default="C")
     parser.add_argument("--effect", type=float, default=0.1)
@@ -360,9 +385,36 @@ def main() -> None:
         recipe = Recipe(arguments.form, arguments.seed, effect=arguments.effect)
         print(json.dumps(submission(arguments.submission, recipe)))
         return
-    seeds = 2 if arguments.quick else arguments.seeds
-    more = seeds if arguments.knob_seeds is None else arguments.knob_seeds
-    result = whole(arguments.quick, seeds, more, arguments.out, 60 * arguments.minutes)
+    result: dict[str, Any] = {
+        "benchmark": "planted",
+        "machine": f"{platform.machine()}, 1 thread, CPU",
+        "torch": torch.__version__,
+        "vlmscope": vlmscope.__version__,
+        "examples": {"ranking": EXAMPLES, "labels": SHOWN, "neurons": SPOKEN},
+        "seconds": {},
+    }
+    out, quick = arguments.out, arguments.quick
+    if out and out.exists():
+        before = json.loads(out.read_text())
+        result |= {part: before[part] for part in PARTS if part in before}
+        result["seconds"] = before["seconds"]
+    start = time.monotonic()
+    until = start + 60 * arguments.minutes
+
+    def keep(part: str, found: Any) -> None:
+        result[part] = found
+        result["seconds"][part] = round(time.monotonic() - start)
+        if out:
+            out.write_text(json.dumps(result, indent=1) + "\n")
+
+    for part in arguments.part or PARTS:
+        start = time.monotonic()
+        if part == "tool":
+            run_tool(quick, keep)
+        elif part == "coverage":
+            keep(part, [coverage(Recipe(form, 0), 500 if quick else POPULATION[form]) for form in "CD"])
+        else:
+            run_cells(part, quick, 2 if quick else arguments.seeds, until, keep)
     print("\n".join(lines(result)), file=sys.stderr)
     print(json.dumps(result))
 

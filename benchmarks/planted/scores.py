@@ -40,7 +40,9 @@ def average_precision(score: ArrayLike, true: ArrayLike) -> float:
     return float((gained * found / taken).sum() / true.sum())
 
 
-def ranking(scores: Mapping[Part, float], roles: Mapping[Part, str], true: Sequence[str] = TRUE) -> dict[str, float]:
+def ranking(
+    scores: Mapping[Part, float], roles: Mapping[Part, str], true: Sequence[str] = TRUE
+) -> dict[str, float]:
     """AUROC and average precision of |score|; carriers, backups and locators are left out."""
     parts = [part for part in scores if roles.get(part) not in (*APART, "idle")]
     size = [abs(scores[part]) for part in parts]
