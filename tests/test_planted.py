@@ -3,24 +3,20 @@
 from __future__ import annotations
 
 import sys
+from importlib import import_module
 from pathlib import Path
 
 import pandas as pd
 import pytest
 import torch
 
-FOLDER = str(Path(__file__).parents[1] / "benchmarks" / "planted")
-if FOLDER not in sys.path:
-    sys.path.append(FOLDER)
-
-import run as benchmark
-import scores
-from pictures import batch, scenes
-from plain import Runs
-from planting import DECOYS, Recipe, heads_of, plant, scale
-from random_models import HEADS
-
 from vlmscope.studies.sweep import sweep
+
+sys.path.append(str(Path(__file__).parents[1] / "benchmarks" / "planted"))
+measures, pictures, plain, planting, scores = map(
+    import_module, ("measures", "pictures", "plain", "planting", "scores")
+)
+Recipe, heads_of, plant, scenes = planting.Recipe, planting.heads_of, planting.plant, pictures.scenes
 
 FORMS = [("C", "head"), ("D", "head"), ("D", "neurons")]
 EFFECT = 0.3
@@ -29,13 +25,13 @@ EFFECT = 0.3
 @pytest.fixture(scope="module", params=FORMS, ids="-".join)
 def planted(request):
     form, say = request.param
-    return plant(Recipe(form, 0, effect=EFFECT, noise=0.3, say=say, copies=1))
+    return plant(Recipe(form, 0, effect=EFFECT, noise=0.3, say=say))
 
 
 @pytest.fixture(scope="module")
 def runs(planted):
     parts = heads_of(planted.recipe.form) + planted.having("neuron")
-    return Runs(planted.model.hf, batch(planted.model, scenes(96, 99)), parts, HEADS)
+    return plain.Runs(planted.model.hf, pictures.batch(planted.model, scenes(96, 99)), parts, planting.HEADS)
 
 
 def test_what_speaks_carries_the_share_that_was_asked_for(planted, runs):
@@ -55,7 +51,7 @@ def test_readers_move_the_answer_and_the_suppressor_takes_back(planted, runs):
 
 
 def test_decoys_and_random_heads_move_nothing(planted, runs):
-    for part in planted.having(*DECOYS):
+    for part in planted.having(*planting.DECOYS):
         assert abs(runs.share([part])) < 0.01, (part, planted.roles[part])
         assert abs(runs.share([part], "clean", "corrupt")) < 0.01
     [blind] = planted.having("blind")
@@ -91,15 +87,15 @@ def test_heads_look_where_they_were_told(planted):
 
 def test_a_sweep_gives_what_plain_torch_gives(planted):
     given = scenes(4, 5)
-    found = benchmark.measure(planted, given, heads_of(planted.recipe.form)).mean()
-    table = sweep(planted.model, given.examples(), benchmark.sites_of(planted.recipe.form), check=0)
+    found = measures.measure(planted, given, heads_of(planted.recipe.form)).mean()
+    table = sweep(planted.model, given.examples(), measures.sites_of(planted.recipe.form), check=0)
     mean = table.groupby(table["site"].str.split("@").str[0])["logit_diff"].mean()
     assert set(mean.index) == set(found)
     assert max(abs(mean[part] - effect) for part, effect in found.items()) < 1e-4
 
 
 def test_the_planted_parts_are_ranked_first(planted):
-    row = benchmark.one(planted, scenes(48, 3), {part: 0.5 for part in heads_of(planted.recipe.form)})
+    row = measures.one(planted, scenes(48, 3), dict.fromkeys(heads_of(planted.recipe.form), 0.5))
     assert row["heads"]["auroc"] > 0.99 and row["attention"]["auroc"] == 0.5
     if "neurons" in row:
         assert row["neurons"]["auroc"] > 0.95
@@ -107,7 +103,7 @@ def test_the_planted_parts_are_ranked_first(planted):
 
 def test_the_same_recipe_gives_the_same_model():
     recipe = Recipe("C", 3, effect=0.1)
-    first, again = plant(recipe), scale(plant(Recipe("C", 3, effect=1.0)), 0.1)
+    first, again = plant(recipe), planting.scale(plant(Recipe("C", 3, effect=1.0)), 0.1)
     assert first.roles == again.roles
     other = again.model.hf.state_dict()
     assert all(torch.equal(value, other[name]) for name, value in first.model.hf.state_dict().items())
@@ -121,13 +117,20 @@ def test_without_a_circuit_there_is_none():
 def test_scores_by_hand():
     assert scores.auroc([3, 2, 1, 0], [True, False, True, False]) == 0.75
     assert scores.auroc([1, 1, 1], [True, False, False]) == 0.5
-    assert scores.average_precision([3, 2, 1, 0], [True, False, True, False]) == pytest.approx((1 + 2 / 3) / 2)
+    assert scores.average_precision([3, 2, 1, 0], [True, False, True, False]) == pytest.approx(
+        (1 + 2 / 3) / 2
+    )
     found = scores.ranking({"a": -3.0, "b": 1.0, "c": 9.0}, {"a": "reader", "c": "carrier"})
     assert found == {"auroc": 1.0, "ap": 1.0, "ap_random": 0.5}
     labels = {"a": "detection", "b": "detection", "c": "unclear", "d": "none"}
     roles = {"a": "reader", "b": "blind", "c": "suppressor"}
     pairs = scores.confusion(labels, roles)
-    assert pairs == [("reader", "reader"), ("blind", "reader"), ("suppressor", "random"), ("random", "random")]
+    assert pairs == [
+        ("reader", "reader"),
+        ("blind", "reader"),
+        ("suppressor", "random"),
+        ("random", "random"),
+    ]
     mean, each = scores.macro_f1(pairs)
     assert each == pytest.approx({"reader": 2 / 3, "suppressor": 0.0, "blind": 0.0, "random": 2 / 3})
     assert mean == pytest.approx(1 / 3)
@@ -136,10 +139,10 @@ def test_scores_by_hand():
 def test_somebody_elses_ranking(tmp_path):
     recipe = Recipe("C", 1)
     made = plant(recipe)
-    best = {part: 1.0 for part in made.having("reader", "suppressor", "mover")}
+    best = dict.fromkeys(made.having("reader", "suppressor", "mover"), 1.0)
     table = pd.DataFrame({"part": list(best), "score": list(best.values())})
     table.to_csv(tmp_path / "mine.csv", index=False)
-    assert benchmark.submission(tmp_path / "mine.csv", recipe)["auroc"] == 1.0
+    assert measures.submission(tmp_path / "mine.csv", recipe)["auroc"] == 1.0
     pd.DataFrame({"part": ["encoder.9.cross.h0"], "score": [1.0]}).to_csv(tmp_path / "bad.csv", index=False)
     with pytest.raises(SystemExit, match=r"unknown part 'encoder\.9\.cross\.h0'; expected heads such as"):
-        benchmark.submission(tmp_path / "bad.csv", recipe)
+        measures.submission(tmp_path / "bad.csv", recipe)

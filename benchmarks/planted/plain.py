@@ -1,7 +1,7 @@
 """Runs of many examples at once in plain torch: what vlmscope's figures are held against.
 
-Nothing here uses vlmscope's engine, hooks or flows: a head is columns of what enters an output projection, and
-a pre-hook of that module writes them.
+Nothing here uses vlmscope's engine, hooks or flows: a head is columns of what enters an output projection,
+and a pre-hook of that module writes them.
 """
 
 from __future__ import annotations
@@ -81,7 +81,6 @@ def logits(hf: Any, inputs: Mapping[str, Any]) -> Tensor:
     if not hasattr(hf, "text_encoder"):
         if "past_key_values" not in inputs:
             return hf(**inputs, logits_to_keep=1).logits[:, -1]
-        length = inputs["attention_mask"].shape[1]
         found = hf(**inputs, logits_to_keep=1, use_cache=True).logits[:, -1]
         inputs["past_key_values"].crop(-1)
         return found
@@ -109,8 +108,8 @@ def _encoded(hf: Any, inputs: Mapping[str, Any]) -> Tensor:
 
 
 def seen(hf: Any, inputs: Mapping[str, Tensor]) -> dict[str, Any]:
-    """The inputs with what no patch changes: what the vision tower makes of the pictures (form C), or the keys
-    and values of all tokens but the last, at which everything is patched (form D)."""
+    """The inputs with what no patch changes: what the vision tower makes of the pictures (form C), or the
+    keys and values of all tokens but the last, at which everything is patched (form D)."""
     if hasattr(hf, "text_encoder"):
         return dict(inputs) | {
             "image": hf.vision_model(pixel_values=inputs["pixel_values"]).last_hidden_state
@@ -127,7 +126,7 @@ def difference(found: Tensor, batch: Batch) -> Tensor:
     return found[each, batch.answer] - found[each, batch.foil]
 
 
-class _Enough(Exception):
+class _EnoughError(Exception):
     """All that was asked for has been seen."""
 
 
@@ -151,17 +150,17 @@ def entering(hf: Any, inputs: Mapping[str, Any], modules: Sequence[nn.Module]) -
         def take(x: Tensor) -> None:
             kept[n] = x
             if len(kept) == len(modules):
-                raise _Enough
+                raise _EnoughError
 
         return take
 
-    with suppress(_Enough), torch.no_grad(), hooked([(one, keeper(n)) for n, one in enumerate(modules)]):
+    with suppress(_EnoughError), torch.no_grad(), hooked([(one, keeper(n)) for n, one in enumerate(modules)]):
         logits(hf, inputs)
     return [kept[n] for n in range(len(modules))]
 
 
 class Runs:
-    """The clean and the corrupt runs of a batch, with what entered every output projection at its position."""
+    """The clean and the corrupt runs of a batch, with what entered each output projection where it is read."""
 
     def __init__(self, hf: Any, batch: Batch, parts: Sequence[Part], heads: int) -> None:
         self.hf, self.batch, self.heads = hf, batch, heads
@@ -175,7 +174,7 @@ class Runs:
         self.again()
 
     def again(self) -> None:
-        """Run anew: weights behind what is kept of the pictures, the prompts and the earlier tokens changed."""
+        """Run anew: weights have changed that what is kept (`seen`) does not depend on."""
         self.kept: dict[str, dict[int, Tensor]] = {}
         found = {}
         for run, inputs in self.inputs.items():

@@ -23,8 +23,9 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
+from fitting import Fits, Linear, least_squares, sharper, write_head
 from pictures import COLORS, KINDS, Batch, batch, scenes
-from plain import Attention, Part, Runs, attention, columns, entering, logits
+from plain import Attention, Part, Runs, attention, columns, logits
 from random_models import HEADS, LAYERS, NEURONS, WIDTH, random_model
 from torch import Tensor, nn
 
@@ -54,8 +55,8 @@ class Recipe:
     `form`: C (BLIP) or D (LLaVA); `say`: by a head or by neurons (D alone). `effect`: the share of the gap
     that the circuit carries. `noise`: the size of all other weights (see `random_models`). `sharpness`: by
     how much a reader's attention logit of its object exceeds the others'. `copies`: of the reader, each with
-    its share of the effect. `polysemantic`: the neurons also fire for a noun, and then say another word. Without `planted`
-    the model stays random.
+    its share of the effect. `polysemantic`: the neurons also fire for a noun, and then say another word.
+    Without `planted` the model stays random.
     """
 
     form: str
@@ -82,7 +83,7 @@ class Planted:
     said: dict[Part, Tensor] = field(default_factory=dict, repr=False)
     """What the parts that speak wrote before they were scaled."""
     fit: dict[str, float] = field(default_factory=dict)
-    """How well the least squares fit (R² of the readers' color), and how much a reader looks at its object."""
+    """How well the least squares fit: R² of the readers' color."""
 
     def having(self, *roles: str) -> list[Part]:
         return [part for part, role in self.roles.items() if role in roles]
@@ -112,24 +113,15 @@ def plant(recipe: Recipe) -> Planted:
     return made
 
 
-def least_squares(x: Tensor, y: Tensor, weight: Tensor, ridge: float = 1e-3) -> tuple[Tensor, Tensor]:
-    """The matrix and the bias that take `x` (rows, width) to `y` (rows, columns) best, rows weighted."""
-    ones = torch.ones(len(x), 1)
-    a, w = torch.cat([x, ones], 1).double(), (weight / weight.sum())[:, None].double()
-    gram = a.T @ (a * w)
-    gram += ridge * gram.diagonal().mean() * torch.eye(len(gram), dtype=gram.dtype)
-    found = torch.linalg.solve(gram, a.T @ (y.double() * w)).float()
-    return found[:-1].T.contiguous(), found[-1]
-
-
 class _Gardener:
     """Writes the parts of one model, a layer after the other: each is fitted to what it is given."""
 
     def __init__(self, made: Planted) -> None:
         self.made, self.recipe, self.hf = made, made.recipe, made.model.hf
-        self.form, self.dim = made.recipe.form, WIDTH // HEADS
+        self.form = made.recipe.form
         self.scenes = scenes(FITTED, 10_000 + made.recipe.seed)
-        self.batch: Batch = batch(made.model, self.scenes)
+        self.batch = batch(made.model, self.scenes)
+        self.fits = Fits(self.hf, self.form, self.scenes, self.batch)
         self.draw = random.Random(made.recipe.seed)
         flat = torch.randn(WIDTH, 24)
         tokens = [_token(made.model, color) for color in COLORS]
@@ -140,132 +132,20 @@ class _Gardener:
         self.path, self.rest = basis[:many].T, basis[many : 2 * many].T
         self.found, self.unread, self.outlying = basis[8], basis[9], basis[10]
         self.nouns = basis[11 : 11 + len(KINDS)].T
-        self.free = {}
+        self.free: dict[str, list[Part]] = {}
         for part in heads_of(self.form):
             self.free.setdefault(part.rsplit(".", 1)[0], []).append(part)
         for parts in self.free.values():
             self.draw.shuffle(parts)
-        self.gains: dict[str, Tensor] = {}
-
-    # -- where things are ---------------------------------------------------------------------
-
-    @property
-    def first(self) -> int:
-        """The first token of the picture among the keys of what looks at it."""
-        if self.form == "C":
-            return 1  # behind the class token
-        return int((self.batch.tokens[0] == self.hf.config.image_token_id).nonzero()[0])
-
-    def keys(self, of: Tensor) -> Tensor:
-        """The keys of each example that show a patch: of (examples,) or (examples, 3) numbers of patches."""
-        return of + self.first
 
     def take(self, layer: str, role: str) -> Part:
         part = self.free[layer].pop()
         self.made.roles[part] = role
         return part
 
-    def inputs(self, modules: Sequence[nn.Module]) -> list[Tensor]:
-        return entering(self.hf, self.batch.clean, modules)
-
-    # -- writing a head -----------------------------------------------------------------------
-
-    def write(
-        self,
-        part: Part,
-        query: tuple[Tensor, Tensor],
-        key: tuple[Tensor, Tensor],
-        value: tuple[Tensor, Tensor],
-        out: Tensor,
-    ) -> None:
-        """`query`, `key` and `value` are matrices and biases of few rows, `out` (width, rows of value)."""
+    def write(self, part: Part, query: Linear, key: Linear, value: Linear, out: Tensor) -> None:
         tower, layer, kind, unit = part.split(".")
-        own, head = attention(self.hf, tower, int(layer), kind), int(unit[1:])
-        rows = [head * self.dim + n for n in range(self.dim)]
-        # In rotary's slowest pair a query and a key meet in the same way wherever they stand.
-        slots = [0, 1, 2] if self.form == "C" else [self.dim // 2 - 1, self.dim - 1]
-        with torch.no_grad():
-            for linear, (weight, bias), places in (
-                (own.query, query, slots),
-                (own.key, key, slots),
-                (own.value, value, list(range(self.dim))),
-            ):
-                linear.weight[rows] = 0.0
-                if linear.bias is not None:
-                    linear.bias[rows] = 0.0
-                for n in range(len(weight)):
-                    linear.weight[rows[places[n]]] = weight[n]
-                    if linear.bias is not None:
-                        linear.bias[rows[places[n]]] = bias[n]
-            own.out.weight[:, rows] = 0.0
-            own.out.weight[:, rows[: out.shape[1]]] = out
-
-    def fit(self, x: Tensor, y: Tensor, weight: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Least squares; without a bias where the model has none."""
-        weight = torch.ones(len(x)) if weight is None else weight
-        if self.form == "C":
-            return least_squares(x, y, weight)
-        w = (weight / weight.sum())[:, None].double()
-        gram = x.double().T @ (x.double() * w)
-        gram += 1e-3 * gram.diagonal().mean() * torch.eye(len(gram), dtype=gram.dtype)
-        found = torch.linalg.solve(gram, x.double().T @ (y.double() * w)).float()
-        return found.T.contiguous(), torch.zeros(y.shape[1])
-
-    # -- what heads look for and read ---------------------------------------------------------
-
-    def images(self, x: Tensor, targets: Tensor) -> tuple[tuple[Tensor, Tensor], Tensor]:
-        """Least squares from the keys of the picture (and what stands before it) to `targets` (examples,
-        keys, columns), each kind of key weighing as much; and what that gives."""
-        flat, y = x.flatten(0, 1), targets.flatten(0, 1)
-        kinds, which = torch.unique(y, dim=0, return_inverse=True)
-        weight = 1.0 / torch.bincount(which, minlength=len(kinds)).float()[which]
-        found = self.fit(flat, y, weight)
-        return found, (flat @ found[0].T + found[1]).unflatten(0, x.shape[:2])
-
-    def codes(self, x: Tensor) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor], float]:
-        """Keys that tell objects of the kinds (and, in form C, the class token), each larger by 1 than the
-        average of the rest; values: the color, and that there is an object; R² of the color."""
-        n, length = x.shape[:2]
-        each, where = torch.arange(n), self.keys(torch.tensor(self.scenes.where))
-        noun = torch.tensor(self.scenes.noun)
-        marks = torch.zeros(n, length, 3 if self.form == "C" else 2)
-        marks[each, where[:, 0], noun] = 1.0
-        marks[each, where[:, 1], 1 - noun] = 1.0
-        if self.form == "C":
-            marks[:, 0, 2] = 1.0
-        (weight, bias), got = self.images(x, marks)
-        for k in range(marks.shape[-1]):
-            there = marks[..., k] > 0
-            gain = 1.0 / (got[..., k][there].mean() - got[..., k][~there].mean())
-            weight[k] *= gain
-            bias[k] *= gain
-        colors = torch.zeros(n, length, len(COLORS) + 1)
-        answer = torch.tensor(self.scenes.answer)
-        colors[each, where[:, 0], :-1] = nn.functional.one_hot(answer, len(COLORS)).float() - 1 / len(COLORS)
-        colors[each, where[:, 0], -1] = 1.0
-        value, got = self.images(x[each[:, None], _with(where[:, :1], length)], _rows(colors, where[:, :1]))
-        there = got[:, 0, :-1]
-        true = colors[each, where[:, 0], :-1]
-        r2 = 1 - float(((there - true) ** 2).sum() / ((true - true.mean(0)) ** 2).sum())
-        return (weight, bias), value, r2
-
-    def nouns_asked(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Queries: the noun's kind where the head asks, and the class token (form C) at all other tokens."""
-        noun = nn.functional.one_hot(torch.tensor(self.scenes.noun), 2).float()
-        if self.form == "D":
-            return self.fit(x[:, -1], noun)
-        y = torch.zeros(*x.shape[:2], 3)
-        y[..., 2] = 1.0
-        y[:, self.batch.noun_at] = torch.cat([noun, torch.zeros(len(noun), 1)], 1)
-        return self.fit(x.flatten(0, 1), y.flatten(0, 1))
-
-    def scaled(self, query: tuple[Tensor, Tensor], sharpness: float) -> tuple[Tensor, Tensor]:
-        return query[0] * sharpness * self.dim**0.5, query[1] * sharpness * self.dim**0.5
-
-    def constant(self, x: Tensor, columns: int = 1) -> tuple[Tensor, Tensor]:
-        """A query that is 1 wherever the head asks."""
-        rows = x[:, -1] if self.form == "D" else x.flatten(0, 1)
-        return self.fit(rows, torch.ones(len(rows), columns))
+        write_head(attention(self.hf, tower, int(layer), kind), int(unit[1:]), query, key, value, out)
 
     # -- the circuit --------------------------------------------------------------------------
 
@@ -284,13 +164,13 @@ class _Gardener:
         """Form D: a head of layer 0 takes the noun to the last token."""
         part = self.take("decoder.0.attn", "locator")
         own = attention(self.hf, "decoder", 0, "attn")
-        [x] = self.inputs([own.query])
+        [x] = self.fits.inputs([own.query])
         mark = torch.zeros(*x.shape[:2], 1)
         mark[:, self.batch.noun_at] = 1.0
-        key, _ = self.images(x, mark)
+        key, _ = self.fits.images(x, mark)
         noun = nn.functional.one_hot(torch.tensor(self.scenes.noun), 2).float() - 0.5
-        value = self.fit(x[:, self.batch.noun_at], noun)
-        self.write(part, self.scaled(self.constant(x), 2 * SURE), key, value, 2 * SIZE * self.nouns)
+        value = self.fits.fit(x[:, self.batch.noun_at], noun)
+        self.write(part, sharper(self.fits.constant(x), 2 * SURE), key, value, 2 * SIZE * self.nouns)
 
     def light(self) -> None:
         """The bright patch gets an outlying norm, in a direction that nothing planted reads."""
@@ -299,7 +179,7 @@ class _Gardener:
             linear, at = self.hf.vision_model.encoder.layers[-1].mlp.fc2, where + 1
         else:
             linear, at = self.hf.model.multi_modal_projector.linear_2, where
-        [x] = self.inputs([linear])
+        [x] = self.fits.inputs([linear])
         mark = torch.zeros(*x.shape[:2], 1)
         mark[torch.arange(len(x)), at] = 1.0
         rows, y = x.flatten(0, 1), mark.flatten(0, 1)
@@ -313,9 +193,9 @@ class _Gardener:
         """Write the heads of a layer that look at the picture."""
         tower, number, kind = layer.split(".")
         own = attention(self.hf, tower, int(number), kind)
-        x, image = self.inputs([own.query, own.key])
-        key, value, r2 = self.codes(image)
-        asked = self.nouns_asked(x)
+        x, image = self.fits.inputs([own.query, own.key])
+        key, value, r2 = self.fits.codes(image)
+        asked = self.fits.nouns_asked(x)
         self.made.fit.setdefault("r2", r2)
         for role in roles:
             part = self.take(layer, role)
@@ -323,9 +203,9 @@ class _Gardener:
                 self.decoy(part, role, x, image)
                 continue
             sharp = SURE if role in ("carrier", "blind", "backup") else self.recipe.sharpness
-            query = self.scaled(asked, sharp)
+            query = sharper(asked, sharp)
             if role == "backup":
-                query = self.scaled(self.turned(x, asked), sharp)
+                query = sharper(self.turned(x, asked), sharp)
             size = SIZE / self.looks(sharp)
             out = torch.zeros(WIDTH, len(COLORS) + 1)
             if role == "carrier":
@@ -344,7 +224,7 @@ class _Gardener:
         others = 36 if self.form == "C" else self.batch.tokens.shape[1] - 1
         return 1 / (1 + others * 2.718281828 ** (-sharp))
 
-    def turned(self, x: Tensor, asked: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    def turned(self, x: Tensor, asked: Linear) -> Linear:
         """A query that is turned away from all objects once a reader has found its own."""
         at = self.batch.noun_at if self.form == "C" else -1
         weight, bias = asked[0].clone(), asked[1].clone()
@@ -358,15 +238,15 @@ class _Gardener:
         if role == "sink":
             mark[:, 0] = 1.0
         elif role == "salient":
-            mark[torch.arange(len(image)), self.keys(torch.tensor(self.scenes.where)[:, 2])] = 1.0
-        ones = self.fit(image.flatten(0, 1), torch.ones(image.shape[0] * image.shape[1], 1))
+            mark[torch.arange(len(image)), self.fits.keys(torch.tensor(self.scenes.where)[:, 2])] = 1.0
+        ones = self.fits.fit(image.flatten(0, 1), torch.ones(image.shape[0] * image.shape[1], 1))
         if role == "diffuse":
             key = (torch.zeros(1, WIDTH), torch.zeros(1))
             out = SIZE * (self.path[:, :1] - self.path[:, 1:2])
         else:
-            key, _ = self.images(image, mark)
+            key, _ = self.fits.images(image, mark)
             out = SIZE * self.unread[:, None]
-        self.write(part, self.scaled(self.constant(x), SURE), key, ones, out)
+        self.write(part, sharper(self.fits.constant(x), SURE), key, ones, out)
 
     # -- saying it ----------------------------------------------------------------------------
 
@@ -383,11 +263,11 @@ class _Gardener:
         """A head that looks at where the readers wrote, and turns their directions into logits."""
         tower, number, kind = layer.split(".")
         own = attention(self.hf, tower, int(number), kind)
-        x, keys = self.inputs([own.query, own.key])
+        x, keys = self.fits.inputs([own.query, own.key])
         mark = torch.zeros(*keys.shape[:2], 1)
         mark[:, self.batch.noun_at if self.form == "C" else -1] = 1.0
-        key, _ = self.images(keys, mark)
-        query = self.scaled(self.constant(x), 1.5 * SURE)
+        key, _ = self.fits.images(keys, mark)
+        query = sharper(self.fits.constant(x), 1.5 * SURE)
         part = self.take(layer, role)
         self.write(part, query, key, (path.T, torch.zeros(len(COLORS))), self.voices(own))
 
@@ -467,18 +347,6 @@ def scale(made: Planted, effect: float) -> Planted:
 @torch.no_grad()
 def _set(where: nn.Linear, cut: slice, value: Tensor) -> None:
     where.weight[:, cut] = value
-
-
-def _with(where: Tensor, length: int) -> Tensor:
-    """The keys from which a value is fitted: an object's, and some others'."""
-    some = torch.randint(length, (len(where), 8))
-    return torch.cat([where, torch.where(some == where, (some + 1) % length, some)], 1)
-
-
-def _rows(colors: Tensor, where: Tensor) -> Tensor:
-    zeros = torch.zeros(len(colors), 9, colors.shape[-1])
-    zeros[:, 0] = colors[torch.arange(len(colors)), where[:, 0]]
-    return zeros
 
 
 def _token(model: Model, word: str) -> int:
