@@ -160,7 +160,7 @@ def entering(hf: Any, inputs: Mapping[str, Any], modules: Sequence[nn.Module]) -
 
 
 class Runs:
-    """The clean and the corrupt runs of a batch, with what entered each output projection where it is read."""
+    """The clean and the corrupt runs of a batch, with what entered output projections where they are read."""
 
     def __init__(self, hf: Any, batch: Batch, parts: Sequence[Part], heads: int) -> None:
         self.hf, self.batch, self.heads = hf, batch, heads

@@ -12,13 +12,14 @@ from scipy import stats
 LABELS = {
     "reader": ("detection",),
     "suppressor": ("suppression",),
-    "sink": ("outlier suppression",),
+    "sink": ("outlier suppression", "none"),
     "blind": ("none", "unclear"),
     "diffuse": ("none", "unclear"),
     "salient": ("none", "unclear"),
     "random": ("none", "unclear"),
 }
-"""What each kind of head may be called. A decoy, and a head that nothing was planted in, has no function."""
+"""What each kind of head may be called. A decoy, and a head that nothing was planted in, has no function; a sink
+need not be of the image (form D)."""
 CLASS_OF = {"detection": "reader", "suppression": "suppressor", "outlier suppression": "sink"}
 
 
