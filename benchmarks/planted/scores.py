@@ -18,8 +18,8 @@ LABELS = {
     "salient": ("none", "unclear"),
     "random": ("none", "unclear"),
 }
-"""What each kind of head may be called. A decoy, and a head that nothing was planted in, has no function; a sink
-need not be of the image (form D)."""
+"""What each kind of head may be called. A decoy, and a head that nothing was planted in, has no function;
+a sink need not be of the image (form D)."""
 CLASS_OF = {"detection": "reader", "suppression": "suppressor", "outlier suppression": "sink"}
 
 
