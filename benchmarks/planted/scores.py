@@ -85,10 +85,12 @@ def macro_f1(pairs: Sequence[tuple[str, str]]) -> tuple[float, dict[str, float]]
     return float(np.mean(list(each.values()))), each
 
 
-def summary(values: Sequence[float]) -> dict[str, float]:
-    """Mean over models, its one-sided lower 95 % limit (Student's t), the smallest, and how many."""
+def summary(values: Sequence[float]) -> dict[str, float | None]:
+    """Mean over models, its one-sided lower 95 % limit (Student's t; none of one model), the
+    smallest, and how many."""
     found = np.asarray([v for v in values if np.isfinite(v)], float)
     mean, many = float(found.mean()), len(found)
-    spread = float(found.std(ddof=1) / many**0.5) if many > 1 else float("nan")
-    low = mean - float(stats.t.ppf(0.95, many - 1)) * spread if many > 1 else float("nan")
+    low = None
+    if many > 1:
+        low = mean - float(stats.t.ppf(0.95, many - 1) * found.std(ddof=1) / many**0.5)
     return {"mean": mean, "lower95": low, "least": float(found.min()), "models": many}
