@@ -15,6 +15,7 @@ from models import blip, picture
 import vlmscope
 from vlmscope.cli import machine
 from vlmscope.cli.main import app, main
+from vlmscope.errors import StoreError
 from vlmscope.studies.run_folder import EFFECTS
 
 SWEEP = ["sweep", "--model", "toy-blip", "--data", "faces", "--limit", "2", "--corrupt", "image"]
@@ -81,7 +82,7 @@ def test_sweep_writes_the_table_that_python_gives(run, tmp_path):
     status, out, err = run(*SWEEP, *SITES, "--out", tmp_path / "run")
     assert (status, err) == (0, "")
     assert "2 examples, 100% answered rightly; P(answer)" in out and "mean gap LD(clean)" in out
-    assert "warning: fewer than 12 examples can hardly show anything" in out
+    assert "warning: fewer than 10 examples can hardly show anything" in out
     assert out.startswith(f"24 patches of 2 examples in {tmp_path / 'run'}\n")
     found = vlmscope.read_run(tmp_path / "run").effects()
     again = vlmscope.sweep(
@@ -262,7 +263,7 @@ def test_reports_that_cannot_be_written(run, tmp_path):
     refused(run("report", tmp_path / "gone", "--out", tmp_path / "r.html"), "no such folder")
     assert run(*SWEEP, *SITES, "--out", tmp_path / "run")[0] == 0
     (tmp_path / "file").write_text("")
-    refused(run("report", tmp_path / "run", "--out", tmp_path / "file" / "r.html"), "cannot write")
+    refused(run("report", tmp_path / "run", "--out", tmp_path / "file" / "r.html"), "cannot be written")
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a disk that is full")
@@ -273,11 +274,11 @@ def test_a_full_disk(run, tmp_path, monkeypatch):
     assert run(*SWEEP[:5], "--limit", "1", *SWEEP[7:], *SITES, "--out", tmp_path / "one")[0] == 0
     honest = files.write
 
-    def full(file, content):
+    def full(file, content, ends=None):
         if file.suffix == ".parquet":
             with Path("/dev/full").open("wb", buffering=0) as disk, files.storing(file.parent):
                 disk.write(content)
-        honest(file, content)
+        honest(file, content, ends)
 
     monkeypatch.setattr(files, "write", full)
     refused(run(*SWEEP, *SITES, "--out", tmp_path / "run"), "free some space")
@@ -476,7 +477,7 @@ def test_tracing(run, tmp_path):
     status, out, _ = run(*base, "--kinds", "cross", "--windows", "3", "--out", tmp_path / "t")
     assert status == 0 and "what restores most of P(answer)" in out
     assert "at readout, window of 3" in out and "(2 examples, SD over repeats" in out
-    assert "answered rightly; P(answer)" in out and "warning: fewer than 12 examples" in out
+    assert "answered rightly; P(answer)" in out and "warning: fewer than 10 examples" in out
     assert (tmp_path / "t" / "report.html").is_file()
     refused(run(*base, "--kinds", "output", "--out", tmp_path / "u"), "no kind 'output' to trace")
     refused(run(*base, "--windows", "4", "--out", tmp_path / "u"), "has no middle")
@@ -634,7 +635,51 @@ def test_neurons_describe_and_perturb(run, tmp_path):
     refused(
         run("neurons", "describe", *given, "--out", tmp_path), "nothing to describe; name words or neurons"
     )
-    refused(run("neurons", "perturb", *given, "--word", "red", "--out", tmp_path), "no word can be measured")
+    refused(
+        run("neurons", "perturb", *given, "--word", "red", "--out", tmp_path),
+        "holds 'describe', where perturb is to be written",
+    )
+    out = tmp_path / "perturbed"
+    refused(run("neurons", "perturb", *given, "--word", "red", "--out", out), "no word can be measured")
+    assert not out.exists()
+
+
+def test_neurons_edit_keeps_what_it_has_made(run, tmp_path, monkeypatch):
+    """A place that cannot be written is refused before the edit is made; what fails later is not lost."""
+    from vlmscope import files, neurons
+
+    given = ["neurons", "edit", "--model", "toy-llava", "--data", "states", "--limit", "20", "--prompt", ASK]
+    given += ["--from", "red", "--to", "blue", "--neurons", "5", "--solver", "closed"]
+    file = tmp_path / "new" / "edit.safetensors"
+    save, make = files.write, neurons.edit
+    monkeypatch.setattr(neurons, "edit", None)
+    (mine := tmp_path / "mine.safetensors").write_text("mine")
+    refused(run(*given, "--out", mine / "edit.safetensors"), "cannot be written")
+    refused(run(*given, "--out", mine), "cannot be read as an edit")
+    assert mine.read_text() == "mine"
+    (tmp_path / "new" / "edit-card").mkdir(parents=True)
+    (tmp_path / "new" / "edit-card" / "captions.csv").write_text("mine")
+    refused(run(*given, "--out", file), "captions.csv: is there, and no result")
+    (tmp_path / "new" / "edit-card" / "captions.csv").unlink()
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text("mine")
+    refused(
+        run(*given, "--out", file, "--export", tmp_path / "model"), "config.json: is there, and no result"
+    )
+
+    def full(path, *more):
+        if tmp_path in path.parents and "kept" not in str(path):
+            raise StoreError(f"{path}: the disk is full")
+        save(path, *more)
+
+    monkeypatch.setattr(neurons, "edit", make)
+    monkeypatch.setattr(files, "write", full)
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "kept"))
+    (tmp_path / "kept").mkdir()
+    status, _, err = run(*given, "--out", file)
+    assert status == 1 and "the edit is kept in" in err and not file.exists()
+    [kept] = (tmp_path / "kept").rglob("edit.safetensors")
+    assert str(kept) in err and len(neurons.WeightEdit.load(kept).neurons) == 5
 
 
 def test_neurons_edit(run, scene, tmp_path):

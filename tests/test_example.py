@@ -17,7 +17,7 @@ from vlmscope.data import example as module
 from vlmscope.data.example import Example, find_roles, fingerprint
 from vlmscope.data.images import open_image
 from vlmscope.data.table import read_csv, write_csv
-from vlmscope.errors import DataError, ExampleError
+from vlmscope.errors import DataError, ExampleError, StoreError
 
 HEADER = "clean_image_path,corrupt_image_path,clean_prompt,corrupt_prompt,correct_answer,incorrect_answer"
 ROW = "a.png,b.png,Is this circle red or blue?,Is this circle pink or grey?,red,blue"
@@ -390,8 +390,24 @@ def test_a_failed_writing_leaves_the_old_file(tmp_path: Path) -> None:
 
 def test_says_why_it_cannot_write(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(DataError, match=r"my\.csv: cannot be written \(.+\)"):
+    with pytest.raises(StoreError, match=r"file: cannot be written \(Not a directory\)"):
         write_csv(tmp_path / "file" / "my.csv", [made()])
+
+
+def test_replaces_nothing_that_may_be_somebodys(tmp_path: Path) -> None:
+    path = tmp_path / "my.csv"
+    write_csv(path, [made()])
+    before = {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()}
+    assert len(before) == 5
+    write_csv(path, [made()])  # as a command that is run again does
+    with pytest.raises(StoreError, match=r"my\.csv: is there, with other content; delete it or choose"):
+        write_csv(path, [made(), made("two")])
+    assert {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()} == before
+    path.unlink()
+    (tmp_path / "my-images" / "00000-clean.png").write_bytes(b"mine")
+    with pytest.raises(StoreError, match=r"00000-clean\.png: is there, with other content"):
+        write_csv(path, [made()])
+    assert not path.exists()
 
 
 # Opening pictures
@@ -596,7 +612,7 @@ def test_refuses_more_pixels_than_it_would_decode(tmp_path: Path, side: int) -> 
     """The first size is one that Pillow warns of, the second one that it refuses itself."""
     path = tmp_path / "bomb.png"
     path.write_bytes(png((side, side, 8, 2), b""))
-    with pytest.raises(ExampleError, match=r"bomb\.png: .*more than the 89,000,000 .*scale it down"):
+    with pytest.raises(ExampleError, match=r"bomb\.png: .*more than the 89,000,000 .*make it smaller"):
         open_image(path)
 
 
@@ -665,8 +681,8 @@ def test_the_fingerprint_tells_palettes_apart() -> None:
 def test_the_fingerprint_reads_a_file_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     drawn().save(tmp_path / "a.png")
     reads: list[str] = []
-    digest = module.hashlib.file_digest
-    monkeypatch.setattr(module.hashlib, "file_digest", lambda *given: (reads.append("x"), digest(*given))[1])
+    read = module.files.read
+    monkeypatch.setattr(module.files, "read", lambda *given: (reads.append("x"), read(*given))[1])
     fingerprint([made(str(number), clean_image=tmp_path / "a.png") for number in range(5)])
     assert len(reads) == 1
 

@@ -14,7 +14,7 @@ from PIL import Image
 from planted import TRUTH, planted, planted_examples
 
 import vlmscope
-from vlmscope.errors import DataError, ExampleError, SiteError, VlmscopeError
+from vlmscope.errors import DataError, ExampleError, SiteError, StoreError, VlmscopeError
 from vlmscope.models.inputs import Edit
 from vlmscope.patching import engine
 from vlmscope.sites import Pattern
@@ -24,6 +24,7 @@ from vlmscope.studies.run_folder import read_run
 from vlmscope.studies.sweep import sweep_to
 
 SITES = "encoder.0.cross.h*@all"
+pytestmark = pytest.mark.filterwarnings("ignore:what heads do, on . examples:UserWarning")
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +54,8 @@ def test_the_numbers_beside_the_labels(found):
     assert value.loc[0, "mean"] < 0 < value.loc[1, "mean"]
     assert value.loc[3, ["zero", "mean", "resample", "effect"]].abs().max() == 0.0
     auc = found.measures.query("head == 0 and measure == 'auc'").iloc[0]
-    assert auc["low"] <= auc["value"] <= auc["high"] and abs(auc["null"] - 0.5) < 0.1
+    assert auc["value"] == 1.0 and np.isnan(auc["low"]), "the same in all examples, so there is no interval"
+    assert abs(auc["null"] - 0.5) < 0.1
     assert auc["q_value"] < 0.01
 
 
@@ -169,7 +171,7 @@ def test_heads_knocked_out_together(found):
     assert table.loc[table["set"] == "these heads", "accuracy"].max() < 0.8
 
 
-def test_random_heads_are_of_the_same_layers_where_there_are_enough():
+def test_random_heads_are_of_the_same_layers_or_there_are_none():
     model = blip(layers=3, heads=4)
     examples = [example(id=f"e{n}", clean_image=picture(n)) for n in range(2)]
 
@@ -184,8 +186,29 @@ def test_random_heads_are_of_the_same_layers_where_there_are_enough():
         assert len(set(names)) == 3 and not set(names) & set(chosen)
         layers = sorted(name.split(".h")[0] for name in names)
         assert layers == ["decoder.2.cross", "encoder.1.cross", "encoder.1.cross"]
-    for names in drawn("encoder.1.cross.h*@answer"):
-        assert len(set(names)) == 4 and all(".1.cross" not in name for name in names)
+    assert not drawn(["encoder.1.cross.h0@answer", *(f"encoder.2.cross.h{n}@answer" for n in range(3))]), (
+        "layer 2 has one other head where three are wanted"
+    )
+
+
+def test_heads_are_measured_on_the_examples_that_are_held_out():
+    """As if the others had not been given; a head without any is left out, and said."""
+    examples = planted_examples(24)
+    site, other, chosen_by_all = (f"encoder.0.cross.h{n}@all" for n in range(3))
+    ids = [one.id for one in examples]
+    held_out = {site: ids[:12], other: ids}
+    with pytest.warns(UserWarning, match="1 of 3 heads have fewer than two held-out examples .*h2@all"):
+        table = heads.functions(planted(), examples, [site, other, chosen_by_all], held_out=held_out)
+    assert dict(zip(table.functions["site"], table.functions["n"], strict=True)) == {site: 12, other: 24}
+    numbers = ["measure", "value", "low", "high", "n"]
+    for name, some in ((site, examples[:12]), (other, examples)):
+        alone = heads.functions(planted(), some, name).measures[numbers]
+        mine = table.measures.query("site == @name")[numbers].reset_index(drop=True)
+        pd.testing.assert_frame_equal(mine, alone, rtol=1e-9)
+    (none,) = table.together.query("set == 'none'").to_dict("records")
+    assert none["n"] == 24
+    with pytest.raises(DataError, match="so what they do is not measured"):
+        heads.functions(planted(), examples, site, held_out={})
 
 
 def test_every_draw_has_its_own_seed():
@@ -223,6 +246,24 @@ def test_the_tables_are_written(tmp_path):
         pd.testing.assert_frame_equal(
             getattr(found, name), getattr(table, name), check_dtype=False, rtol=1e-12, atol=1e-300
         )
+
+
+def test_the_tables_of_another_call_are_neither_replaced_nor_lost(tmp_path, monkeypatch):
+    model, examples, folder = planted(), planted_examples(6), tmp_path / "heads"
+    heads.write(folder, model, examples[:4], SITES, data="planted")
+    (tmp_path / "used").mkdir()
+    (tmp_path / "used" / "measures.csv").write_text("mine")
+    there = {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()}
+    monkeypatch.setattr(heads, "functions", None)
+    for given, more in ((examples[2:], {}), (examples[:4], {"seed": 1}), (examples[:4], {"corrupt": "text"})):
+        with pytest.raises(StoreError, match=r"by another call \(.+ differ\); choose another --out"):
+            heads.write(folder, model, given, SITES, data="planted", **more)
+    with pytest.raises(StoreError, match=r"measures\.csv: is there, and no result of this command"):
+        heads.write(tmp_path / "used", model, examples, SITES)
+    (tmp_path / "other" / "patches" / "mine").mkdir(parents=True)
+    with pytest.raises(StoreError, match=r"patches: not empty, and not a run folder"):
+        heads.write(tmp_path / "other", model, examples, SITES)
+    assert {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()} == there
 
 
 @pytest.mark.parametrize(

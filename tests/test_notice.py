@@ -148,6 +148,28 @@ def test_another_specification_is_refused(done):
         notice.run(replace(SMALL, limit=5, seed=3), done[0])
 
 
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("selection.csv", "not empty, and not a folder of notice"),
+        ("thesis.tex", "not empty, and not a folder of notice"),
+        ("own/selection.csv", r"selection\.csv: is there, and no result of this command"),
+        ("own/circuits/heads.csv", r"heads\.csv: is there, and no result of this command"),
+    ],
+)
+def test_a_used_folder_is_refused_before_anything_is_computed(tmp_path, monkeypatch, name, message):
+    (tmp_path / "out" / "own" / "circuits").mkdir(parents=True)
+    (tmp_path / "out" / name).write_text("mine")
+    folder = tmp_path / "out" / ("own" if name.startswith("own") else "")
+    if name.startswith("own"):
+        SMALL.save(folder / "notice.toml")
+    there = {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()}
+    monkeypatch.setattr(notice, "load", None)
+    with pytest.raises(StoreError, match=message):
+        notice.run(SMALL, folder)
+    assert {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()} == there
+
+
 # --- selection -------------------------------------------------------------------------------
 
 
@@ -238,7 +260,7 @@ def test_a_specification_comes_back(tmp_path):
         ("text",),
         sites=("encoder.0.resid@*",),
         limit=3,
-        seed=-1,
+        seed=1,
         select=False,
         position="noun",
         dtype="bfloat16",
@@ -257,10 +279,13 @@ def test_paths_are_relative_to_the_file(tmp_path):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ('model = "m"\ndata = ["faces"]\nlimti = 3', r"unknown key 'limti'; did you mean 'limit'\?"),
+        (
+            'model = "m"\ndata = ["faces"]\nlimti = 3',
+            r"unknown key 'limti'; expected some of .*; did you mean 'limit'\?",
+        ),
         ('model = "m"\ndata = ["faces"]\nlimit = "3"', "limit is '3'; expected a whole number"),
-        ('model = "m"\ndata = ["faces"]\nlimit = 0', "limit is 0; expected a whole number"),
-        ('model = "m"\ndata = ["faces"]\nselect = 1', "select is 1; expected true or false"),
+        ('model = "m"\ndata = ["faces"]\nlimit = 0', "limit is '0'; expected a whole number"),
+        ('model = "m"\ndata = ["faces"]\nselect = 1', "select is '1'; expected true or false"),
         ('model = "m"\ndata = [1]', "data is .*; expected a list of texts"),
         ('model = "m"', "no data; add it, or give --data"),
         ("model = m", "not a TOML file"),
@@ -275,7 +300,7 @@ def test_a_bad_specification(tmp_path, text, message):
 
 
 def test_no_such_specification(tmp_path):
-    with pytest.raises(VlmscopeError, match="cannot be read"):
+    with pytest.raises(VlmscopeError, match="no such file; expected a TOML file"):
         Spec.from_toml(tmp_path / "gone.toml")
 
 

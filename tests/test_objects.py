@@ -58,5 +58,5 @@ def test_questions_of_pope(images, tmp_path):
     file.write_text(json.dumps({**ask, "label": "maybe"}))
     with pytest.raises(DataError, match="not a file of POPE.*'maybe' in line 1"):
         pope(file, images)
-    with pytest.raises(DataError, match="cannot be read"):
+    with pytest.raises(DataError, match="no such file; expected a file of POPE"):
         pope(tmp_path / "none.json", images)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import io
 import json
 import os
 import signal
@@ -145,11 +146,11 @@ KILLED = """
         run.add(0, effects(0), baselines(0)); run.flush()
         run.add(2, effects(2), baselines(2)); run.flush()
         write = files.write
-        def die(file, content):
+        def die(file, content, ends=None):
             if file.parent.name == "baselines":
                 file.with_name(".x.tmp").write_bytes(b"half")
                 os.kill(os.getpid(), signal.SIGKILL)
-            write(file, content)
+            write(file, content, ends)
         files.write = die
         run.add(1, effects(1), baselines(1)); run.flush()
 """
@@ -185,18 +186,28 @@ def test_an_exception_loses_nothing_that_was_computed(tmp_path: Path) -> None:
     assert not read_run(tmp_path).finished
 
 
-def test_rows_are_written_by_themselves_from_time_to_time(
+def test_rows_are_written_at_once_and_then_from_time_to_time(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    now = [0.0]
+    monkeypatch.setattr(run_writer.time, "monotonic", lambda: now[0])
+    written = []
+    with open_run(tmp_path, SPEC) as run:
+        for index in range(160):
+            now[0] += 0.25
+            run.add(index, effects(index), baselines(index))
+            if len(list((tmp_path / "baselines").iterdir())) > len(written):
+                written.append(now[0])
+    # The first example, then after one second, two, four, eight, and every ten.
+    assert written == [0.25, 1.5, 3.75, 8.0, 16.25, 26.5, 36.75]
+
+
+def test_many_rows_are_written_before_it_is_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(run_writer, "ROWS", 8)
     with open_run(tmp_path, SPEC) as run:
-        run.add(0, effects(0), baselines(0))
-        assert set(run.done) == set()
-        run.add(1, effects(1), baselines(1))
-        assert set(run.done) == {0, 1}
-        monkeypatch.setattr(run_writer, "SECONDS", -1.0)
-        run.add(2, effects(2), baselines(2))
-        assert set(run.done) == {0, 1, 2}
+        for index, done in enumerate([{0}, {0}, {0, 1, 2}]):
+            run.add(index, effects(index), baselines(index))
+            assert set(run.done) == done
 
 
 def test_adding_to_a_finished_run_takes_the_mark_away_until_it_is_finished_again(tmp_path: Path) -> None:
@@ -256,7 +267,7 @@ def test_a_run_killed_before_run_json_can_start(tmp_path: Path) -> None:
     [
         ('{"format": "vlmscope-run-3", "spec": {"mo', "is damaged .not JSON."),
         ("[]", "not a JSON object"),
-        ('{"format": "vlmscope-run-3"}', "no spec in it"),
+        ('{"format": "vlmscope-run-3"}', "is damaged .no spec."),
         ('{"format": "vlmscope-run-9", "spec": {}}', "use the version of vlmscope that wrote it"),
     ],
 )
@@ -332,7 +343,8 @@ def test_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fails: str
     with pytest.raises(StoreError, match=r"disk is full\. What was written before is safe; free"):
         write(tmp_path, [1])
     monkeypatch.undo()
-    assert files(tmp_path) == [f for f in before if f != "done.json"]
+    assert files(tmp_path) == before
+    assert read_run(tmp_path).finished
     write(tmp_path, range(2))
     assert len(read_run(tmp_path).effects()) == 8
 
@@ -346,6 +358,7 @@ def test_a_full_disk_does_not_hide_the_error_that_ended_the_run(
     def ended() -> None:
         with open_run(tmp_path, SPEC) as run:
             run.add(0, effects(0), baselines(0))
+            run.add(1, effects(1), baselines(1))
             monkeypatch.setattr(os, "fsync", full)
             raise ZeroDivisionError
 
@@ -402,7 +415,10 @@ def test_pictures_are_kept_small_and_come_back(tmp_path: Path) -> None:
     assert (second["index"], second["id"]) == (12, "a/../b")
     assert second["clean_prompt"] == "Is it <b>red</b>?"
     assert "corrupt_prompt" not in second
-    with Image.open(second["clean_image"]) as clean, Image.open(second["corrupt_image"]) as corrupt:
+    with (
+        Image.open(io.BytesIO(second["clean_image"])) as clean,
+        Image.open(io.BytesIO(second["corrupt_image"])) as corrupt,
+    ):
         assert clean.size == (384, 192)
         assert corrupt.size == (10, 10)
 

@@ -26,6 +26,7 @@ from vlmscope.runs.corrupt import Noise
 from vlmscope.sites import Pattern
 from vlmscope.studies import task
 from vlmscope.studies.run_folder import BASELINES, EFFECTS
+from vlmscope.studies.run_writer import Writer
 from vlmscope.studies.sweep import baselines, sweep
 
 SITES = ["encoder.*.cross.h*@answer", "encoder.*.resid@*"]
@@ -263,6 +264,26 @@ def test_a_folder_goes_on_where_it_stopped_and_ends_with_the_same_table(tmp_path
     again = sweep(model, several(4), SITES, out=tmp_path / "run")
     assert len(count) == 5, "two examples before, one interrupted, two after"
     pd.testing.assert_frame_equal(again, whole)
+
+
+def test_pictures_are_there_when_an_example_is_done(tmp_path, monkeypatch):
+    """Stopped as its pictures are kept, an example is run again, so that they are not lost."""
+    sweep(blip(), several(), SITES, out=tmp_path / "whole")
+    honest = Writer.add_pictures
+
+    def stop(writer, index, given):
+        if index == 1:
+            raise KeyboardInterrupt
+        honest(writer, index, given)
+
+    monkeypatch.setattr(Writer, "add_pictures", stop)
+    with pytest.raises(KeyboardInterrupt):
+        sweep(blip(), several(), SITES, out=tmp_path / "run")
+    assert len(vlmscope.read_run(tmp_path / "run").baselines()) == 1
+    monkeypatch.undo()
+    sweep(blip(), several(), SITES, out=tmp_path / "run")
+    wanted, found = (sorted((tmp_path / name / "examples").iterdir()) for name in ("whole", "run"))
+    assert len(wanted) > 2 and [file.read_bytes() for file in found] == [file.read_bytes() for file in wanted]
 
 
 def test_another_specification_is_never_mixed_in(tmp_path):

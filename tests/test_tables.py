@@ -8,7 +8,6 @@ import numpy as np
 import pandas as pd
 import pytest
 from models import example, llava, picture
-from scipy import stats as scipy_stats
 
 import vlmscope
 from vlmscope import stats
@@ -128,7 +127,7 @@ def test_cells_with_their_intervals_are_those_of_the_table(effects):
             continue
         assert row["low"] <= row["mean"] + 1e-12 and row["mean"] <= row["high"] + 1e-12
         assert row["sd"] == pytest.approx(float(np.std(scores, ddof=1)))
-        low, high = stats.interval(scores.to_numpy()[:, None], list(scores.index))
+        low, high = stats.interval(scores.to_numpy()[:, None])
         assert (row["low"], row["high"]) == (pytest.approx(low[0]), pytest.approx(high[0]))
 
 
@@ -280,6 +279,14 @@ def test_an_encoder_without_an_answer_is_read_at_its_last_token(effects):
     assert name == "last" and set(found["token"]) == {"[SEP]"}
 
 
+def test_the_last_that_was_patched_is_not_the_last(effects):
+    """Where only the answer's token was patched, nothing is at the last one, and nothing is called so."""
+    for name, tower in (("toy-blip", "encoder"), ("toy-llava", "decoder")):
+        rows = effects[name].query(f"tower == '{tower}' and slot == 'answer'")
+        with pytest.raises(DataError, match="nothing was patched at the slot 'last' .* holds answer"):
+            tables.at_slot(rows, "last")
+
+
 def test_what_is_taken_where_nothing_is_named(effects):
     blip, lava = effects["toy-blip"], effects["toy-llava"]
     assert vlmscope.token_table(blip).attrs["tower"] == "encoder"
@@ -369,16 +376,6 @@ def test_an_interval_depends_on_its_examples_alone(effects):
     assert len(both) == len(alone)
     for end in ("mean", "low", "high"):
         np.testing.assert_allclose(both[f"{end}_x"], both[f"{end}_y"], rtol=1e-12)
-
-
-def test_the_interval_is_scipys():
-    scores = np.random.default_rng(0).gamma(1.0, size=(50, 3))
-    low, high = stats.interval(scores, [f"e{n}" for n in range(50)])
-    for column in range(3):
-        wanted = scipy_stats.bootstrap(
-            (scores[:, column],), np.mean, method="percentile", rng=np.random.default_rng(2)
-        ).confidence_interval
-        assert (low[column], high[column]) == pytest.approx((wanted.low, wanted.high), rel=0.02)
 
 
 # --- sites that can be swept again -----------------------------------------------------------

@@ -50,7 +50,7 @@ def test_a_share_by_plain_runs(traced):
     shares = torch.zeros(3, 4, dtype=torch.float64)
     for repeat in range(3):
         for n, one in enumerate(several()):
-            (pair,) = corrupt.pairs(model, one, replace(NOISE, draws=1), seed=repeat)
+            (pair,) = corrupt.pairs(model, one, replace(NOISE, draws=1), seed=tracing._seed_of(0, repeat))
             edits = [
                 Edit(site, "set", model.capture(pair.clean, [site])[str(site)])
                 for site in (Pattern.parse(f"encoder.{layer}.cross@answer") for layer in (1, 2, 3))
@@ -213,3 +213,8 @@ def test_the_tables_of_the_figures(traced):
 def test_what_cannot_be_traced(tmp_path, options, message):
     with pytest.raises(VlmscopeError, match=message):
         tracing.trace(tmp_path / "t", blip(), several(), noise=NOISE, **options)
+
+
+def test_no_repeat_is_one_of_another_seed():
+    seeds = [tracing._seed_of(seed, repeat) for seed in range(20) for repeat in range(20)]
+    assert len(set(seeds)) == 400

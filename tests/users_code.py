@@ -43,6 +43,7 @@ def study(folder: Path) -> None:
     print(vlmscope.open(folder / "run").effects())
     assert_type(vlmscope.head_table(table, slot="answer"), pd.DataFrame)
     assert_type(vlmscope.token_table(run.effects(), kind="resid"), pd.DataFrame)
+    assert_type(vlmscope.compare(table, run.effects(), value="ld_change", paired=False), pd.DataFrame)
     assert_type(vlmscope.write_report([folder / "run"], folder / "report.html"), Path)
 
 

@@ -9,10 +9,7 @@
 from __future__ import annotations
 
 from importlib import import_module
-from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
-
-__version__ = version("vlmscope")
 
 _NAMES = {
     "checkpoint": "load",
@@ -29,12 +26,13 @@ _NAMES = {
     "studies.run_folder": "read_run",
     "results": "open",
     "studies.sweep": "baselines sweep",
-    "studies.tables": "head_table token_table",
+    "studies.tables": "compare head_table token_table",
 }
 _HOME = {name: module for module, names in _NAMES.items() for name in names.split()}
 __all__ = ["__version__", *_HOME]
 
 if TYPE_CHECKING:  # what a type checker sees
+    __version__: str
     from vlmscope.checkpoint import load as load
     from vlmscope.data import examples as examples
     from vlmscope.data.example import Example as Example
@@ -55,12 +53,15 @@ if TYPE_CHECKING:  # what a type checker sees
     from vlmscope.studies.run_folder import read_run as read_run
     from vlmscope.studies.sweep import baselines as baselines
     from vlmscope.studies.sweep import sweep as sweep
+    from vlmscope.studies.tables import compare as compare
     from vlmscope.studies.tables import head_table as head_table
     from vlmscope.studies.tables import token_table as token_table
 else:
 
     def __getattr__(name: str) -> Any:
         """The public names, imported when they are first used: torch is not needed to read a table."""
+        if name == "__version__":
+            return import_module("importlib.metadata").version("vlmscope")
         if name not in _HOME:
             raise AttributeError(f"module 'vlmscope' has no attribute '{name}'")
         return getattr(import_module(f"vlmscope.{_HOME[name]}"), name)

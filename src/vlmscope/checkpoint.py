@@ -24,7 +24,7 @@ from transformers import AutoModel, AutoTokenizer, BitsAndBytesConfig
 from transformers.utils import cached_file, logging
 
 from vlmscope import files, models, runs
-from vlmscope.errors import ModelError, VlmscopeError, line, shown
+from vlmscope.errors import ModelError, VlmscopeError, line, nearest, shown
 from vlmscope.models.families import family_of
 from vlmscope.models.towers import Family
 from vlmscope.runs import forward
@@ -67,7 +67,7 @@ def load(name: str | Path, *, dtype: str | torch.dtype = "float32", device: str 
     dtype = str(dtype).removeprefix("torch.")
     if dtype not in (*DTYPES, QUANTIZED):
         known = ", ".join((*DTYPES, QUANTIZED))
-        raise ModelError(f"unknown dtype '{dtype}'; expected one of {known}")
+        raise ModelError(f"unknown dtype {shown(dtype)}; expected one of {known}")
     spread = device == "auto"
     place = _device(None if spread else device)
     for package in ["accelerate"] * spread + ["accelerate", "bitsandbytes"] * (dtype == QUANTIZED):
@@ -76,12 +76,7 @@ def load(name: str | Path, *, dtype: str | torch.dtype = "float32", device: str 
                 f"{'--device auto' if spread else dtype} needs {package}, which is not "
                 "installed; pip install 'vlmscope[4bit]' brings both"
             )
-    path = toys().get(str(name), name)
-    if not Path(path).exists() and (isinstance(name, Path) or not _HUB_ID.fullmatch(str(name))):
-        raise ModelError(
-            f"no model '{name}': not a folder, not a Hugging Face id, and not one of the "
-            f"built-in toys ({', '.join(toys())})"
-        )
+    path = _place(name)
     if Path(path).is_dir():
         _check_folder(Path(path))
     family = family_of(*_kind(_config(path)), str(name))
@@ -173,7 +168,22 @@ def _check_memory(family: Family, path: str | Path, dtype: str, place: torch.dev
         )
 
 
-_HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
+
+
+def _place(name: str | Path) -> str | Path:
+    """The folder, or the Hugging Face id, that a name stands for; `ModelError` for what can be neither."""
+    path = toys().get(str(name), name)
+    if os.path.isdir(path):  # noqa: PTH112 - a name may have a NUL, or be too long for a path
+        return path
+    if os.path.exists(path):  # noqa: PTH110
+        raise ModelError(f"{shown(name)} is no folder; expected a folder written by save_pretrained")
+    if isinstance(name, Path) or not _HUB_ID.fullmatch(name) or len(name) > 96:
+        raise ModelError(
+            f"no model {shown(name)}: not a folder, not a Hugging Face id (owner/name), and not one of the "
+            f"built-in toys ({', '.join(toys())}){nearest(name, toys())}"
+        )
+    return path
 
 
 def tokenizer(name: str | Path) -> Callable[[str], int]:
@@ -182,7 +192,7 @@ def tokenizer(name: str | Path) -> Callable[[str], int]:
     >>> tokenizer("toy-blip")("circle")
     1
     """
-    path = toys().get(str(name), name)
+    path = _place(name)
     family = family_of(*_kind(_config(path)), str(name))
     if family.processor is None:
         raise _own_code(family, name)
@@ -232,7 +242,7 @@ def _device(device: str | None) -> torch.device:
         return torch.device(device)
     except (RuntimeError, AssertionError) as error:
         raise ModelError(
-            f"no device '{device}' here; expected cpu, or cuda where torch sees a GPU"
+            f"no device {shown(device)} here; expected cpu, or cuda where torch sees a GPU"
         ) from error
 
 

@@ -4,6 +4,7 @@
     DIR/data/NAME.csv        built-in sets, drawn once, so that pictures need no memory
     DIR/runs/NAME-image/     a sweep of all modules and heads (a run folder)
     DIR/selection.csv        how many the model answers rightly, and how many are kept, by group
+    DIR/selection.json       that this pipeline made it
     DIR/circuits/            important heads of each run, universal heads over all
     DIR/heads/NAME/          what the important heads do
     DIR/report.html          all of it to look at
@@ -13,8 +14,9 @@ Killed at any moment, the same call goes on where it stopped and ends with the s
 
 from __future__ import annotations
 
-import difflib
+import itertools
 import os
+import re
 import shutil
 import tomllib
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -26,26 +28,38 @@ from typing import Any
 import pandas as pd
 import tomli_w
 
-from vlmscope.checkpoint import load, pieces
+from vlmscope import files, stored
+from vlmscope.checkpoint import DTYPES, load, pieces
 from vlmscope.data import BUILT_IN, SIZE, examples
 from vlmscope.data.drawn import draw
 from vlmscope.data.example import Example
 from vlmscope.data.questions.replacement import replace_words
 from vlmscope.data.table import read_csv, write_csv
-from vlmscope.errors import DataError, StoreError, VlmscopeError
-from vlmscope.files import storing, write
+from vlmscope.errors import MOST, SEED, DataError, StoreError, VlmscopeError, nearest, shown, whole
+from vlmscope.files import is_plain_name
 from vlmscope.report import write_report
 from vlmscope.runs.model import Model
+from vlmscope.runs.network import QUANTIZED
+from vlmscope.sites import expand, parse
+from vlmscope.stored import formats
 from vlmscope.studies import circuits, heads
 from vlmscope.studies.known import knows
 from vlmscope.studies.run_folder import Run, read_run
 from vlmscope.studies.sweep import Estimate, estimate, sweep_to
+from vlmscope.studies.task import check_sites
 
 Say = Callable[[str], None]
 Sweep = tuple[str, str]
 """The name of a data set, and a corruption."""
 
 MODULES = ("resid", "attn", "cross", "mlp")
+SELECTION = "vlmscope-selection-1"
+LARGEST_SPEC = 2**20
+"""Bytes of the largest specification that is read."""
+_TEXTS = re.compile(
+    r'"""(?:\\.|[^\\])*?"""|\'\'\'.*?\'\'\'|"(?:\\.|[^"\\\n])*"|\'[^\'\n]*\'|#[^\n]*', re.DOTALL
+)
+"""TOML's strings and comments."""
 MANY = 12
 """A group with more values than this (an id, a noun) is no group to report on."""
 
@@ -76,15 +90,22 @@ class Spec:
     device: str | None = None
 
     def __post_init__(self) -> None:
-        for name in ("data", "corrupt"):
-            if not getattr(self, name):
-                raise VlmscopeError(f"notice: {name} is empty; name at least one")
+        for field in fields(self):
+            _check(field.name, str(field.type), getattr(self, field.name))
         for kind in self.corrupt:
             if kind not in ("image", "text", "noise"):
-                raise VlmscopeError(f"notice: unknown corruption '{kind}'; expected image, text, noise")
+                raise VlmscopeError(
+                    f"notice: unknown corruption {shown(kind)}; expected image, text or noise"
+                )
         names = [name_of(one) for one in self.data]
         if twice := [name for name in names if names.count(name) > 1]:
-            raise VlmscopeError(f"notice: two data sets are called '{twice[0]}'; rename one's file")
+            raise VlmscopeError(f"notice: two data sets are called {shown(twice[0])}; rename one's file")
+        if len({*self.corrupt}) < len(self.corrupt):
+            raise VlmscopeError("notice: a corruption is named twice; name each once")
+        if self.dtype not in (*DTYPES, QUANTIZED):
+            known = ", ".join((*DTYPES, QUANTIZED))
+            raise VlmscopeError(f"notice: unknown dtype {shown(self.dtype)}; expected one of {known}")
+        parse(self.sites)
 
     @classmethod
     def from_toml(cls, path: str | os.PathLike[str], **changes: Any) -> Spec:
@@ -95,53 +116,79 @@ class Spec:
         """
         path = Path(path)
         try:
-            content = tomllib.loads(path.read_text("utf-8"))
-        except OSError as error:
-            raise VlmscopeError(f"{path}: cannot be read ({error.strerror})") from error
-        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-            raise VlmscopeError(f"{path}: not a TOML file ({error})") from error
-        given = dict(_checked(path, key, value) for key, value in content.items())
-        given["data"] = tuple(d if d in BUILT_IN else str(path.parent / d) for d in given.get("data", ()))
+            text = files.read(path, "a TOML file", VlmscopeError, LARGEST_SPEC).decode("utf-8")
+            if _TEXTS.sub("", text).count(".") > 100:  # a key of thousands of parts takes minutes
+                raise ValueError("it has dotted keys")
+            content = tomllib.loads(text)
+        except (ValueError, RecursionError) as error:
+            raise VlmscopeError(
+                f"{path}: not a TOML file ({error}); expected lines of KEY = VALUE"
+            ) from error
+        known = [field.name for field in fields(cls)]
+        if odd := [key for key in content if key not in known]:
+            hint = f"expected some of {', '.join(known)}{nearest(odd[0], known)}"
+            raise VlmscopeError(f"{path}: unknown key {shown(odd[0])}; {hint}")
+        several = [field.name for field in fields(cls) if str(field.type).startswith("tuple")]
+        given: dict[str, Any] = {
+            key: tuple([value] if isinstance(value, str) else value)
+            if key in several and isinstance(value, str | list)
+            else value
+            for key, value in content.items()
+        }
         given |= {name: value for name, value in changes.items() if value is not None}
+        if "data" not in changes or changes["data"] is None:
+            names = given.get("data", ())
+            if isinstance(names, tuple):
+                given["data"] = tuple(
+                    d if d in BUILT_IN or not isinstance(d, str) or not d else str(path.parent / d)
+                    for d in names
+                )
         if missing := [name for name in ("model", "data") if not given.get(name)]:
             raise VlmscopeError(f"{path}: no {missing[0]}; add it, or give --{missing[0]}")
-        return cls(**given)
+        try:
+            return cls(**given)
+        except VlmscopeError as error:
+            raise type(error)(f"{path}: {str(error).removeprefix('notice: ')}") from error
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the specification as TOML; paths of CSV files become absolute."""
+        """Write the specification as TOML; paths of CSV files become absolute. Replaces no other file."""
         content = {k: v for k, v in asdict(self._absolute()).items() if v not in (None, ())}
-        write(Path(path), tomli_w.dumps(content).encode("utf-8"))
+        text = tomli_w.dumps(content).encode("utf-8")
+        if not files.is_kept(Path(path), lambda: text):
+            files.write(Path(path), text)
 
     def _absolute(self) -> Spec:
         return replace(self, data=tuple(d if d in BUILT_IN else str(Path(d).resolve()) for d in self.data))
 
 
-def _checked(path: Path, key: str, value: Any) -> tuple[str, Any]:
-    """A key of a TOML file and its value, of the type that `Spec` wants."""
-    words = {
-        "str": "a text",
-        "tuple[str, ...]": "a list of texts",
-        "int": "a whole number",
-        "bool": "true or false",
-    }
-    wanted = {field.name: str(field.type).removesuffix(" | None") for field in fields(Spec)}
-    if key not in wanted:
-        near = difflib.get_close_matches(key, wanted, n=1, cutoff=0.5)
-        hint = f"did you mean '{near[0]}'? " if near else ""
-        raise VlmscopeError(f"{path}: unknown key '{key}'; {hint}(known: {', '.join(wanted)})")
-    kind = wanted[key]
-    if kind.startswith("tuple"):
-        found = [value] if isinstance(value, str) else value
-        if isinstance(found, list) and all(isinstance(one, str) for one in found):
-            return key, tuple(found)
-    elif type(value).__name__ == kind and (kind != "int" or key == "seed" or value > 0):
-        return key, value
-    raise VlmscopeError(f"{path}: {key} is {value!r}; expected {words[kind]}")
+def _check(name: str, kind: str, value: object) -> None:
+    """Refuse a value that is not what a field of `Spec` takes."""
+    if value is None and kind.endswith("None"):
+        return
+    if kind.startswith("int"):
+        least, most = {"seed": (0, SEED), "function_examples": (2, MOST)}.get(name, (1, MOST))
+        whole(value, f"notice: {name}", least, most)
+        return
+    several = kind.startswith("tuple")
+    right = isinstance(value, bool)
+    if not kind.startswith("bool"):
+        texts = value if several and isinstance(value, tuple) else [None] if several else [value]
+        right = all(isinstance(text, str) and text.strip() and text.isprintable() for text in texts)
+        right = right and (name == "sites" or bool(texts))
+    words = "true or false" if kind.startswith("bool") else "a list of texts" if several else "a text"
+    if not right:
+        raise VlmscopeError(f"notice: {name} is {shown(value)}; expected {words}")
 
 
 def name_of(data: str) -> str:
-    """What a data set is called in the results: a built-in set's name, or that of the CSV file."""
-    return data if data in BUILT_IN else Path(data).stem
+    """What a data set is called in the results: a built-in set's name, or that of the CSV file.
+
+    Raises `VlmscopeError` for a file whose name is none for the folders of results.
+    """
+    name = data if data in BUILT_IN else Path(data).stem
+    if not is_plain_name(name):
+        raise VlmscopeError(f"{data}: would be called {shown(name)} in the results; rename the file")
+    return name
 
 
 def run(spec: Spec, out: str | os.PathLike[str], say: Say = lambda text: None) -> Path:
@@ -151,9 +198,14 @@ def run(spec: Spec, out: str | os.PathLike[str], say: Say = lambda text: None) -
     what is estimated, and what its parts raise.
     """
     folder = Path(out)
-    _claim(spec, folder)
+    _check_folder(spec, folder)
     model = load(spec.model, dtype=spec.dtype, device=spec.device)
     sites = spec.sites or default_sites(model)
+    _check_places(spec, model, sites)
+    if not (folder / "notice.toml").exists():
+        with files.storing(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+        spec.save(folder / "notice.toml")
     parts = _Pipeline(spec, folder, model, sites, say)
     sets = {name_of(one): parts.examples(one) for one in spec.data}
     sweeps = list(_sweeps(spec, sets, say))
@@ -168,7 +220,7 @@ def run(spec: Spec, out: str | os.PathLike[str], say: Say = lambda text: None) -
         lines = [*knows(bases[name, corrupt]).lines(), made.check_line()]
         say("\n".join(f"  {line}" for line in lines))
     chosen = selection(bases, sets)
-    chosen.to_csv(folder / "selection.csv", index=False)
+    files.save(folder, "selection.json", {"format": SELECTION}, {"selection.csv": chosen})
     say(_say_selection(chosen))
     useful = [runs[key].path for key, base in bases.items() if not base["excluded"].all()]
     if not useful:
@@ -205,17 +257,21 @@ class Notice:
 
 def read(folder: str | os.PathLike[str]) -> Notice:
     """What `run` has written; raises `StoreError` where that is not all there yet."""
-    path = Path(folder)
-    try:
-        chosen = pd.read_csv(path / "selection.csv")
-    except (OSError, ValueError) as error:
-        text = f"{path}: this notice run is not finished ({error}); run the same command again"
-        raise StoreError(text) from error
+    path, way_out = Path(folder), "run the same command again"
+    chosen = stored.table(
+        path / "selection.csv", formats.SELECTION, f"this notice run is not finished; {way_out}"
+    )
     spec = Spec.from_toml(path / "notice.toml")
-    runs = {}
+    runs, there = {}, {run.name: run for run in path.glob("runs/*")}
     for name, corrupt in chosen[["data", "corruption"]].drop_duplicates().itertuples(index=False):
-        runs[str(name), str(corrupt)] = read_run(path / "runs" / f"{name}-{corrupt}")
-    functions = {file.parent.name: heads.read(file.parent) for file in path.glob("heads/*/heads.json")}
+        if f"{name}-{corrupt}" not in there:
+            raise StoreError(f"{path}: no run {shown(f'{name}-{corrupt}')} in it; {way_out}")
+        runs[name, corrupt] = read_run(there[f"{name}-{corrupt}"], path)
+    functions = {}
+    for of_set in path.glob("heads/*"):
+        stored.no_links(of_set, path)
+        functions[of_set.name] = heads.read(of_set)
+    stored.no_links(path / "circuits", path)
     return Notice(spec, runs, chosen, circuits.read(path / "circuits"), functions)
 
 
@@ -229,19 +285,41 @@ def default_sites(model: Model) -> tuple[str, ...]:
     return tuple(found)
 
 
-def _claim(spec: Spec, folder: Path) -> None:
-    """Keep the specification in the folder; refuse the folder of another."""
-    file, here = folder / "notice.toml", spec._absolute()
-    with storing(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-        if not file.exists():
-            spec.save(file)
-        elif (there := Spec.from_toml(file)) != here:
-            odd = [k for k, v in asdict(there).items() if v != getattr(here, k)]
+def _check_folder(spec: Spec, folder: Path) -> None:
+    """Refuse the folder of another specification, and one that cannot be written."""
+    file = folder / "notice.toml"
+    with files.storing(folder):
+        own = file.exists() or not folder.is_dir()
+        if not own and any(not files.is_temporary(path) for path in folder.iterdir()):
             raise StoreError(
-                f"{folder}: holds another notice run ({', '.join(odd)} differ); choose another "
-                "--out or delete the folder"
+                f"{folder}: not empty, and not a folder of notice (no notice.toml); choose another --out"
             )
+    files.claim(folder, "selection.json", SELECTION, ["selection.csv"])
+    circuits.Found.claim(folder / "circuits")
+    if not file.exists():
+        return
+    there, here = Spec.from_toml(file), spec._absolute()
+    if there != here:
+        odd = [k for k, v in asdict(there).items() if v != getattr(here, k)]
+        raise StoreError(
+            f"{folder}: holds another notice run ({', '.join(odd)} differ); choose another "
+            "--out or delete the folder"
+        )
+
+
+def _check_places(spec: Spec, model: Model, sites: Sequence[str]) -> None:
+    """Refuse sites and a position that are not there, before anything is written."""
+    few = [examples(d, limit=6 if d in BUILT_IN else spec.limit, seed=spec.seed) for d in spec.data]
+    given = list(itertools.chain(*few))
+    check_sites(model, given, sites)
+    if not any(part.part == "h" for site in expand(parse(sites), model.shapes) for part in site.parts):
+        raise VlmscopeError("notice: no site is a head; add some, such as 'encoder.*.cross.h*@answer'")
+    roles = dict.fromkeys(["readout", "last", *itertools.chain(*(one.roles for one in given))])
+    if spec.position is not None and re.split(r"[\[+]", spec.position)[0] not in roles:
+        raise VlmscopeError(
+            f"notice: no example has a position {shown(spec.position)}; expected one of {', '.join(roles)}"
+            f"{nearest(spec.position, roles)}"
+        )
 
 
 def _sweeps(spec: Spec, sets: Mapping[str, Sequence[Example]], say: Say) -> Iterator[Sweep]:
@@ -311,13 +389,29 @@ class _Pipeline:
         """What the important heads of a set do, with the effects of its run; the folder, if there are any."""
         important = found.heads[found.heads["important"] & (found.heads["run"] == run.path.name)]
         everywhere = found.universal[found.universal["universal"]]
-        sites = circuits.expressions(pd.concat([important, everywhere]))
-        if not sites or len(chosen) < 2:
+        every, ids = circuits.expressions(pd.concat([important, everywhere])), {one.id for one in chosen}
+        held_out = circuits.held_out(run, position=self.spec.position, seed=self.spec.seed)
+        sites = [site for site in every if len(ids.intersection(held_out.get(site, ()))) > 1]
+        if not sites:
             self.say(f"{name}: no important heads (or too few examples), so no head functions")
             return []
-        self.say(f"{name}: what {len(sites)} heads do, on {len(chosen)} examples")
-        out, seed = self.folder / "heads" / name, self.spec.seed
-        table = heads.write(out, self.model, chosen, sites, corrupt, seed=seed, effects=run, data=name)
+        few = f" of {len(every)}" if len(sites) < len(every) else ""
+        self.say(
+            f"{name}: what {len(sites)}{few} heads do, on {len(chosen)} examples, each on those that did not "
+            "choose it"
+        )
+        out = self.folder / "heads" / name
+        table = heads.write(
+            out,
+            self.model,
+            chosen,
+            sites,
+            corrupt,
+            seed=self.spec.seed,
+            effects=run,
+            held_out={site: held_out[site] for site in sites},
+            data=name,
+        )
         counts = table.functions["label"].value_counts()
         self.say("  " + ", ".join(f"{many} {label}" for label, many in counts.items()))
         return [out]
@@ -386,13 +480,12 @@ def _say_selection(table: pd.DataFrame) -> str:
 
 
 def _say_heads(found: circuits.Found) -> str:
-    lines = [
-        "Important heads (significant, at least the average head's size; * confirmed on the other half):"
-    ]
+    lines = ["Important heads (by their mean over examples that did not choose them; * confirmed by halves):"]
     for run_name, table in found.heads[found.heads["important"]].groupby("run", sort=False):
-        table = table.sort_values("mean", key=abs, ascending=False)
+        table = table.assign(held=table["mean_held_out"].fillna(0.0))
+        table = table.sort_values("held", key=abs, ascending=False)
         shown = [
-            f"{r.tower}.L{r.layer}.{r.kind}.H{r.head} {r.mean:+.2f}{'*' if r.confirmed else ''}"
+            f"{r.tower}.L{r.layer}.{r.kind}.H{r.head} {r.held:+.2f}{'*' if r.confirmed is True else ''}"
             for r in table.head(6).itertuples()
         ]
         more = f" and {len(table) - 6} more" if len(table) > 6 else ""

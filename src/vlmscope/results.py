@@ -36,8 +36,8 @@ def open(folder: str | os.PathLike[str]) -> Any:
     """
     path = Path(folder)
     for manifest, reader in READERS.items():
-        if (path / manifest).is_file():
+        if os.path.lexists(path / manifest):
             module, _, name = reader.partition(":")
             return getattr(import_module(f"vlmscope.{module}"), name)(path)
-    what = "not a folder that vlmscope wrote" if path.is_dir() else "no such folder"
+    what = "not a folder that vlmscope wrote" if os.path.isdir(path) else "no such folder"  # noqa: PTH112
     raise StoreError(f"{path}: {what}; expected one with {', '.join(READERS)} in it")

@@ -31,13 +31,12 @@ source    `last<image`: an edge of attention, what the positions before `<` read
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
-from vlmscope.errors import SiteError
+from vlmscope.errors import SiteError, line, nearest, shown
 from vlmscope.layout import Layout, grid
 
 TOWERS = ("vision", "qformer", "encoder", "decoder")
@@ -51,6 +50,10 @@ UNITS = {
     "p": ("attention pattern", ATTENTION),
     "n": ("neuron", ("mlp",)),
 }
+
+
+LONGEST = 100_000
+"""Characters of the longest expression that is read."""
 
 
 class Point(NamedTuple):
@@ -117,6 +120,15 @@ class Pattern:
     @classmethod
     def parse(cls, text: str) -> Pattern:
         """Parse one expression; raises `SiteError` that names the part that is wrong."""
+        if not isinstance(text, str):
+            raise SiteError(
+                f"bad site {shown(text)}; expected an expression such as 'encoder.0.resid@answer'"
+            )
+        if len(text) > LONGEST:
+            raise SiteError(
+                f"bad site {shown(text)}: has {len(text):,} characters; expected at most {LONGEST:,}, write "
+                "several sites instead"
+            )
         first, *more = (_parse(part, text.strip()) for part in re.split(r"\s+\+\s+", text.strip()))
         return replace(first, also=tuple(more))
 
@@ -186,46 +198,48 @@ def _written(one: Any, layers: str, units: str) -> str:
 
 
 _NAMES = ("all", "last", "text", "image", "readout")
-_RANGE = re.compile(r"(\d+)-(\d+)")
-_CELL = re.compile(r"image\[(\d+),(\d+)\]")
-_POSITION = r"\*|-?\d+|\d+-\d+|image\[\d+,\d+\]|[A-Za-z_]\w*\*?"
+_N = "[0-9]{1,9}"
+_LAYERS = re.compile(rf"(\*|{_N}|{_N}-{_N})(/[0-9]{{0,8}}[13579])?")
+_UNIT = re.compile(rf"[hqkvpn](\*|{_N}|\[{_N}(,{_N})*\])")
+_RANGE = re.compile(rf"({_N})-({_N})")
+_CELL = re.compile(rf"image\[({_N}),({_N})\]")
+_POSITION = re.compile(rf"\*|-?{_N}|{_N}-{_N}|image\[{_N},{_N}\]|[A-Za-z_]\w*\*?")
 
 
 def _allowed(part: str, allowed: Iterable[str]) -> str:
     allowed = list(allowed)
-    near = difflib.get_close_matches(part, allowed, n=1)
-    return (f"; did you mean '{near[0]}'?" if near else "") + f" (allowed: {', '.join(allowed)})"
+    return f"{nearest(part, allowed)} (allowed: {', '.join(allowed)})"
 
 
 def _parse(text: str, whole: str) -> Pattern:
     """One place of the expression `whole`."""
 
     def wrong(part: str, at: int, why: str) -> SiteError:
-        return SiteError(f"bad site '{whole}': '{part}' (character {begin + at + 1}) {why}")
+        return SiteError(f"bad site {shown(whole)}: {shown(part)} (character {begin + at + 1}) {why}")
 
     begin = whole.index(text)
     place, _, position = text.partition("@")
     parts = place.split(".")
     if not position:
         raise SiteError(
-            f"bad site '{whole}': no position; expected tower.layer.kind[.unit]@position, "
+            f"bad site {shown(whole)}: no position; expected tower.layer.kind[.unit]@position, "
             "such as encoder.*.cross.h*@answer"
         )
     if not 3 <= len(parts) <= 4:
         raise SiteError(
-            f"bad site '{whole}': '{place}' has {len(parts)} parts; "
+            f"bad site {shown(whole)}: {shown(place)} has {len(parts)} parts; "
             "expected tower.layer.kind or tower.layer.kind.unit before the @"
         )
     starts = [sum(len(p) + 1 for p in parts[:i]) for i in range(len(parts))]
     tower, layers, kind, *unit = parts
     if tower not in TOWERS:
         raise wrong(tower, starts[0], f"is not a tower{_allowed(tower, TOWERS)}")
-    if not re.fullmatch(r"(\*|\d+|\d+-\d+)(/\d*[13579])?", layers):
+    if not _LAYERS.fullmatch(layers):
         raise wrong(layers, starts[1], "is not a layer; expected 5, 3-7 or *, or 5/3 (an odd window)")
     if kind not in KINDS:
         raise wrong(kind, starts[2], f"is not a kind{_allowed(kind, KINDS)}")
     for each in unit:
-        if not re.fullmatch(r"[hqkvpn](\*|\d+|\[\d+(,\d+)*\])", each):
+        if not _UNIT.fullmatch(each):
             raise wrong(each, starts[3], "is not a unit; expected h3, h*, h[3,7], q3, k3, v3, p3, n512 or n*")
         name, kinds = UNITS[each[0]]
         if kind not in kinds:
@@ -233,12 +247,14 @@ def _parse(text: str, whole: str) -> Pattern:
     position, edge, source = position.partition("<")
     at = len(place) + 1
     for each, start in ((position, at), (source, at + len(position) + 1))[: 2 if edge else 1]:
-        if not re.fullmatch(_POSITION, each):
+        if not _POSITION.fullmatch(each):
             names = "5, -1, 2-6, *, last, readout, all, text, image, image[3,7], a role"
             raise wrong(each, start, f"is not a position; expected {names}")
     part, units = (unit[0][0], unit[0][1:]) if unit else ("", "")
     if edge and (kind not in ATTENTION or part not in ("", "h")):
-        raise SiteError(f"bad site '{whole}': an edge is of attn or cross, all of it or a head (h3)")
+        raise SiteError(
+            f"bad site {shown(whole)}: an edge is of attn or cross, all of it or a head (h3); leave '<' out"
+        )
     return Pattern(tower, layers, kind, part, units, position, source)
 
 
@@ -251,8 +267,11 @@ def parse(sites: Sites) -> list[Pattern]:
     >>> [str(pattern) for pattern in parse(["vision.*.resid@all"])]
     ['vision.*.resid@all']
     """
-    several = [sites] if isinstance(sites, (str, Pattern, Site)) else sites
-    return [site if isinstance(site, Pattern) else Pattern.parse(str(site)) for site in several]
+    several = [sites] if isinstance(sites, (str, Pattern, Site)) or not isinstance(sites, Iterable) else sites
+    return [
+        site if isinstance(site, Pattern) else Pattern.parse(str(site) if isinstance(site, Site) else site)
+        for site in several
+    ]
 
 
 def expand(patterns: Iterable[Pattern], shapes: Mapping[str, Shape]) -> list[Site]:
@@ -268,7 +287,10 @@ def expand(patterns: Iterable[Pattern], shapes: Mapping[str, Shape]) -> list[Sit
     for pattern in patterns:
         first, *more = (_expand(one, shapes) for one in (pattern, *pattern.also))
         if more and any(len(some) != 1 for some in (first, *more)):
-            raise SiteError(f"bad site '{pattern}': with a + each part is one layer and one unit (or a set)")
+            raise SiteError(
+                f"bad site {shown(pattern)}: with a + each part is one layer and one unit (or a set); write "
+                "several sites instead"
+            )
         also = tuple(site for (site,) in more)
         found.update(dict.fromkeys(replace(site, also=also) if also else site for site in first))
     return list(found)
@@ -278,7 +300,7 @@ def _expand(pattern: Pattern, shapes: Mapping[str, Shape]) -> list[Site]:
     """The sites of one place; what stands behind a `+` is left out."""
 
     def bad(why: str) -> SiteError:
-        return SiteError(f"bad site '{replace(pattern, also=())}': {why}")
+        return SiteError(f"bad site {shown(replace(pattern, also=()))}: {why}")
 
     tower, kind = pattern.tower, pattern.kind
     if tower not in shapes:
@@ -294,6 +316,8 @@ def _expand(pattern: Pattern, shapes: Mapping[str, Shape]) -> list[Site]:
         these = ", ".join(map(str, there))
         raise bad(f"layer {numbers} of the {tower} tower has no '{kind}'; these have: {these}")
     layers = [n for n in layers if n in there]
+    if not layers:
+        raise bad(f"no layer {numbers} has '{kind}'; name one of {', '.join(map(str, there))}")
     if kind == "output":
         last = shape.layers - 1
         if window > 1:
@@ -318,7 +342,8 @@ def _numbers(pattern: Pattern | Site, what: str, part: str, many: int) -> list[i
         return [n for number in part.split(",") for n in _numbers(pattern, what, number, many)]
     first, last = (int(p) for p in (part.split("-") if "-" in part else (part, part)))
     if first > last or last >= many:
-        raise SiteError(f"bad site '{pattern}': no {what} {part}; this tower has {what}s 0 to {many - 1}")
+        there = f"this tower has {what}s 0 to {many - 1}; name one of these"
+        raise SiteError(f"bad site {shown(pattern)}: no {what} {line(part, 60)}; {there}")
     return list(range(first, last + 1))
 
 
@@ -339,13 +364,16 @@ def place(site: Site, layout: Mapping[str, Layout]) -> list[Site]:
     """
     if site.tower not in layout:
         raise SiteError(
-            f"bad site '{site}': the {site.tower} tower has no part in a run without a picture; "
+            f"bad site {shown(site)}: the {site.tower} tower has no part in a run without a picture; "
             f"expected {' or '.join(layout)}"
         )
     if site.also:
         each = [place(part, layout) for part in (replace(site, also=()), *site.also)]
         if any(len(some) > 1 for some in each):
-            raise SiteError(f"bad site '{site}': with a + each part is one position, or a name for several")
+            raise SiteError(
+                f"bad site {shown(site)}: with a + each part is one position, or a name for several; "
+                "write several sites instead"
+            )
         (first,), *more = each
         return [replace(first, also=tuple(part for (part,) in more))]
     found = _places(site, site.position, layout[site.tower])
@@ -371,8 +399,8 @@ def _named(site: Site, name: str, layout: Layout) -> tuple[int, ...]:
     many = len(layout.tokens)
     if name.lstrip("-").isdigit():
         if not -many <= int(name) < many:
-            where = f"the {site.tower} tower has positions 0 to {many - 1} here"
-            raise SiteError(f"bad site '{site}': no position {name}; {where}")
+            where = f"the {site.tower} tower has positions 0 to {many - 1} here; name one of these"
+            raise SiteError(f"bad site {shown(site)}: no position {name}; {where}")
         return (int(name) % many,)
     if name == "all":
         return tuple(range(many))
@@ -381,8 +409,8 @@ def _named(site: Site, name: str, layout: Layout) -> tuple[int, ...]:
     if name == "readout":
         if layout.readout is None:
             raise SiteError(
-                f"bad site '{site}': nothing is read out in the {site.tower} tower; expected readout in the "
-                "last tower, which predicts the answer"
+                f"bad site {shown(site)}: nothing is read out in the {site.tower} tower; expected readout in "
+                "the last tower, which predicts the answer"
             )
         return (layout.readout,)
     cell = _CELL.fullmatch(name)
@@ -390,12 +418,14 @@ def _named(site: Site, name: str, layout: Layout) -> tuple[int, ...]:
         wanted = (int(cell[1]), int(cell[2]))
         found = tuple(i for i, at in layout.cells.items() if at == wanted)
         rows, columns = grid(layout)
-        size = f"the image here has {rows} rows and {columns} columns of patches"
+        size = f"the image here has {rows} rows and {columns} columns of patches; name one of these"
     else:
         reserved = {"text": layout.text, "image": layout.image or tuple(layout.cells)}
         known = {**reserved, **layout.roles, **reserved}  # a role of that name does not take its place
         found = known.get(name, ())
-        size = "positions with a name here: " + ", ".join(n for n, at in known.items() if at)
+        size = "name one of the positions with a name here: " + ", ".join(n for n, at in known.items() if at)
     if not found:
-        raise SiteError(f"bad site '{site}': no position '{name}' in the {site.tower} tower; {size}")
+        raise SiteError(
+            f"bad site {shown(site)}: no position {shown(name)} in the {site.tower} tower; {size}"
+        )
     return found

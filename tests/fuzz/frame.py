@@ -18,7 +18,7 @@ import signal
 import stat
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -32,7 +32,20 @@ MEMORY = 4 * 2**30
 FAULTS = "traceback accepted unclear long control lines hang crash changed".split()
 """In the order in which they are looked for; `accepted` is a wrong input that ended with status 0."""
 WAYS_OUT = (
-    *("expected", "use ", "choose", "name ", "give", "write", "save", "delete", "run ", "take", "check"),
+    *(
+        "expected",
+        "allowed: ",
+        "use ",
+        "choose",
+        "name ",
+        "give",
+        "write",
+        "save",
+        "delete",
+        "run ",
+        "take",
+        "check",
+    ),
     *("rename", "add", "must", "only", "see", "need", "instead", "make", "put", "fill", "such as", "install"),
     *(
         "--help",
@@ -82,56 +95,76 @@ class Verdict(NamedTuple):
     detail: str
 
 
-def answer(case: Case, scratch: Path) -> Answer:
-    """Run the command of a case in a forked process; one that takes longer than `SECONDS` is killed."""
-    out, err = scratch / "stdout", scratch / "stderr"
+def start(
+    argv: Sequence[str],
+    folder: Path,
+    scratch: Path,
+    environment: Mapping[str, str] | None = None,
+    first: Callable[[], object] = lambda: None,
+) -> int:
+    """Run a command in a forked process of its own group; `first` is called in it. Gives its number.
+
+    What it prints goes to `stdout` and `stderr` in the folder `scratch`.
+    """
     sys.stdout.flush()
     sys.stderr.flush()
-    start = time.monotonic()
     child = os.fork()
-    if not child:
+    if child:
+        return child
+    try:
+        os.setpgid(0, 0)
+        for name, number in (("stdout", 1), ("stderr", 2)):
+            os.dup2(os.open(scratch / name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
+        os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+        os.chdir(folder)
+        os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"} | dict(environment or {})
+        with Path("/proc/self/statm").open() as file:
+            mine = int(file.read().split()[0]) * os.sysconf("SC_PAGE_SIZE")
+        resource.setrlimit(resource.RLIMIT_AS, (mine + MEMORY, mine + MEMORY))
+        sys.stdout = open(1, "w", encoding="utf-8", errors="strict", closefd=False)  # noqa: SIM115
+        sys.stderr = open(2, "w", encoding="utf-8", errors="replace", closefd=False)  # noqa: SIM115
+        sys.argv = ["vlmscope", *argv]
+        first()
+        from vlmscope.cli.main import main
+
         try:
-            os.setpgid(0, 0)
-            for name, number in ((out, 1), (err, 2)):
-                os.dup2(os.open(name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
-            os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
-            os.chdir(case.folder)
-            os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"} | case.environment
-            with Path("/proc/self/statm").open() as file:
-                mine = int(file.read().split()[0]) * os.sysconf("SC_PAGE_SIZE")
-            resource.setrlimit(resource.RLIMIT_AS, (mine + MEMORY, mine + MEMORY))
-            sys.stdout = open(1, "w", encoding="utf-8", errors="strict", closefd=False)  # noqa: SIM115
-            sys.stderr = open(2, "w", encoding="utf-8", errors="replace", closefd=False)  # noqa: SIM115
-            sys.argv = ["vlmscope", *case.argv]
-            from vlmscope.cli.main import main
+            main()
+            code = 0
+        except SystemExit as end:
+            code = end.code if isinstance(end.code, int) else int(end.code is not None)
+        except BaseException:
+            import traceback
 
-            try:
-                main()
-                code = 0
-            except SystemExit as end:
-                code = end.code if isinstance(end.code, int) else int(end.code is not None)
-            except BaseException:
-                import traceback
+            traceback.print_exc()
+            code = 1
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    finally:
+        os._exit(99)
 
-                traceback.print_exc()
-                code = 1
-            sys.stdout.flush()
-            sys.stderr.flush()
-            os._exit(code)
-        finally:
-            os._exit(99)
+
+def answer(case: Case, scratch: Path) -> Answer:
+    """Run the command of a case; one that takes longer than `SECONDS` is killed."""
+    begun = time.monotonic()
+    child = start(case.argv, case.folder, scratch, case.environment)
     while True:
         done, status = os.waitpid(child, os.WNOHANG)
         if done:
             break
-        if time.monotonic() - start > SECONDS:
+        if time.monotonic() - begun > SECONDS:
             os.killpg(child, signal.SIGKILL)
             os.waitpid(child, 0)
-            return Answer(-9, "", "", time.monotonic() - start)
+            return Answer(-9, "", "", time.monotonic() - begun)
         time.sleep(0.005)
-    seconds = time.monotonic() - start
-    texts = [file.read_bytes().decode("utf-8", "surrogateescape") for file in (out, err)]
-    return Answer(os.waitstatus_to_exitcode(status), *texts, seconds)
+    seconds = time.monotonic() - begun
+    return Answer(os.waitstatus_to_exitcode(status), *printed(scratch), seconds)
+
+
+def printed(scratch: Path) -> list[str]:
+    """What a command printed: standard output, and standard error."""
+    files = scratch / "stdout", scratch / "stderr"
+    return [file.read_bytes().decode("utf-8", "surrogateescape") for file in files]
 
 
 def snapshot(folder: Path) -> dict[str, str]:
@@ -164,18 +197,26 @@ def judge(case: Case, scratch: Path) -> Verdict:
         if before.get(name) != after.get(name)
         and not any(name == path or name.startswith(f"{path}/") for path in free)
     ]
-    lines = [line for line in given.err.splitlines() if line.strip()]
-    last = lines[-1] if lines else ""
     if given.status == -9 and given.seconds > SECONDS:
         return Verdict("hang", f"{given.seconds:.0f} s")
-    if "Traceback" in given.err or "this is a bug" in given.err:
-        return Verdict("traceback", last)
-    if given.status < 0 or given.status == 99:
-        return Verdict("crash", f"status {given.status}: {last}")
+    said = spoken(given)
+    if said.fault in ("traceback", "crash"):
+        return said
     if touched:
         return Verdict("changed", ", ".join(touched[:3]))
     if given.status == 0:
         return Verdict(None if case.right(given.out) else "accepted", (given.out or given.err)[-200:])
+    return said
+
+
+def spoken(given: Answer) -> Verdict:
+    """What is wrong with how a command that could not be done said so."""
+    lines = [line for line in given.err.splitlines() if line.strip()]
+    last = lines[-1] if lines else ""
+    if "Traceback" in given.err or "this is a bug" in given.err:
+        return Verdict("traceback", last)
+    if given.status < 0 or given.status == 99:
+        return Verdict("crash", f"status {given.status}: {last}")
     shown = given.err.replace("\n", "") + given.out.replace("\n", "").replace("\t", "")
     if odd := [c for c in shown if not c.isprintable()]:
         return Verdict("control", repr(odd[:3]))

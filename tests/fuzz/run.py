@@ -11,6 +11,7 @@ import argparse
 import importlib
 import itertools
 import json
+import os
 import random
 import shutil
 import sys
@@ -41,6 +42,7 @@ class Wrong(NamedTuple):
 
 def fuzz(category: str, seed: int, count: int) -> list[Wrong]:
     """Judge so many cases of a category; the wrong answers."""
+    os.environ["HF_HUB_OFFLINE"] = "1"  # read when the hub is imported
     # Everything is imported before the first fork, so that a case costs its command alone.
     for name in IMPORTED:
         importlib.import_module(f"vlmscope.{name}")

@@ -11,10 +11,10 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from vlmscope import __version__
+from vlmscope import files
 from vlmscope.cli import machine, neurons, terminal
 from vlmscope.cli.options import Corrupt, DType, Given, Noise, OneModel, command
-from vlmscope.errors import VlmscopeError
+from vlmscope.errors import VlmscopeError, shown
 
 app = typer.Typer(
     name="vlmscope",
@@ -29,6 +29,8 @@ app = typer.Typer(
 
 def _version(wanted: bool) -> None:
     if wanted:
+        from vlmscope import __version__
+
         print(f"vlmscope {__version__}")
         raise typer.Exit
 
@@ -77,6 +79,8 @@ def sweep(
     from vlmscope.studies.known import knows
     from vlmscope.studies.sweep import sweep_to, warn_of_excluded
 
+    if corrupt != "noise" and noise_scale is not None:
+        raise VlmscopeError("--noise-scale is of noise; leave it out, or take --corrupt noise")
     how = corruptions.Noise(noise, noise_at, noise_scale, draws) if corrupt == "noise" else corrupt
     options: dict[str, Any] = {
         "direction": direction,
@@ -87,10 +91,17 @@ def sweep(
         "seed": given.seed,
         "data": given.data,
     }
-    run = sweep_to(out, given.load(), given.examples(), sites, how, **options)
+    model, examples = given.load(), given.examples()
+    run = sweep_to(out, model, examples, sites, how, **options)
     warn_of_excluded(run.baselines())
     print(f"{run.patches():,} patches of {run.ran()} examples in {out}")
-    print(*knows(run.baselines()).lines(), run.check_line(), sep="\n")
+    print(*knows(run.baselines()).lines(), run.check_line(), *_more(run, len(examples)), sep="\n")
+
+
+def _more(run: Any, asked: int) -> list[str]:
+    """A line, where a folder holds examples of an earlier command that asked for more."""
+    held = len(run.baselines())
+    return [f"the folder holds {held} examples (this command asked for {asked})"] if held > asked else []
 
 
 @dataclass(kw_only=True)
@@ -149,11 +160,12 @@ def tracing(
     from vlmscope.studies.run_folder import read_run
     from vlmscope.studies.tracing import KINDS, WINDOWS, trace
 
-    model = given.load()
+    files.try_place(out)
+    model, examples = given.load(), given.examples()
     table = trace(
         out,
         model,
-        given.examples(),
+        examples,
         noise=corrupt.Noise(noise, "image", noise_scale, repeats),
         windows=windows or WINDOWS,
         kinds=kinds or [k for k in KINDS if any(k in shape.kinds for shape in model.shapes.values())],
@@ -161,7 +173,8 @@ def tracing(
         seed=given.seed,
         data=given.data,
     ).table
-    print(*knows(read_run(out / "repeats" / "00").baselines()).lines(), sep="\n")
+    first = read_run(out / "repeats" / "00")
+    print(*knows(first.baselines()).lines(), sep="\n")
     print("what restores most of P(answer):")
     for row in most_restored(table).itertuples():
         spread = f", SD over repeats {row.spread:.1%}" if row.repeats > 1 else ""
@@ -170,6 +183,8 @@ def tracing(
             f"{row.restored:.1%} ({row.n} examples{spread})"
         )
     print(f"{len(table):,} rows in {out / 'tracing.parquet'}; {write_report([out], out / 'report.html')}")
+    for text in _more(first, len(examples)):
+        print(text)
 
 
 @command(app)
@@ -177,8 +192,9 @@ def circuits(
     runs: list[Path], /, out: Path, position: str | None = None, across_models: bool = False, seed: int = 0
 ) -> None:
     """Important heads of each run, universal ones over all."""
-    from vlmscope.studies.circuits import expressions, find
+    from vlmscope.studies.circuits import Found, expressions, find
 
+    Found.claim(out)
     found = find(runs, position=position, across_models=across_models, seed=seed)
     found.save(out)
     columns = "run tower layer kind head position mean ci_low ci_high q_value confirmed".split()
@@ -203,6 +219,7 @@ def heads(given: Given, sites: list[str], out: Path, corrupt: Corrupt = "image")
     from vlmscope.report import write_report
     from vlmscope.studies.heads import write
 
+    files.try_place(out)
     found = write(out, given.load(), given.examples(), sites, corrupt, seed=given.seed, data=given.data)
     for row in found.functions.itertuples():
         print(f"{row.site}: {row.label}\n  {row.evidence}")
@@ -228,10 +245,16 @@ def data(
 
     Says how many rows each rule dropped, and why.
     """
+    from vlmscope import files
     from vlmscope.data.published import build
     from vlmscope.data.table import write_csv
     from vlmscope.progress import progress
 
+    if out.suffix.lower() != ".csv":
+        raise VlmscopeError(f"{out}: the examples are a CSV file; expected a name that ends in .csv")
+    if out.exists() and root.resolve() in out.resolve().parents:
+        raise VlmscopeError(f"{out}: is a file of the data set; choose another --out")
+    files.claim_file(out)
     pieces = None
     if model:
         from vlmscope.checkpoint import tokenizer
@@ -262,10 +285,11 @@ def generate(
 
     edits = [parse_edit(text) for text in edit or []]
     sites = parse(patch or [])
-    if sites and other is None:
-        raise VlmscopeError("--patch copies from another picture; name it with --other")
+    if bool(sites) != (other is not None):
+        raise VlmscopeError("--patch copies from another picture; name both --patch and --other")
     model = given.load()
     inputs = model.inputs(image, prompt)
+    model.changes(inputs, edits)  # what cannot be made is refused before anything is said
     if sites:
         source = model.inputs(other, prompt)
         edits += model.copied(source, inputs, sites)
@@ -309,12 +333,15 @@ def _row(text: str) -> Any:
 
     data, _, row = text.rpartition(":")
     if not data or not row:
-        raise VlmscopeError(f"'{text}' names no example; expected DATA:ROW, such as states:0")
+        raise VlmscopeError(f"{shown(text)} names no example; expected DATA:ROW, such as states:0")
     found = examples(data)
-    for number, example in enumerate(found):
-        if row in (example.id, str(number)):
-            return example
-    raise VlmscopeError(f"{data} has no example '{row}'; expected an id, or a row from 0 to {len(found) - 1}")
+    # The number of one row may be the id of another.
+    named = {str(number): one for number, one in enumerate(found)} | {one.id: one for one in found}
+    if row in named:
+        return named[row]
+    raise VlmscopeError(
+        f"{shown(data)} has no example {shown(row)}; expected an id, or a row from 0 to {len(found) - 1}"
+    )
 
 
 app.add_typer(neurons.app, name="neurons")

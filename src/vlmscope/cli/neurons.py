@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -10,7 +11,7 @@ from typing import Any, Literal
 import typer
 
 from vlmscope.cli.options import Given, OneModel, command
-from vlmscope.errors import VlmscopeError
+from vlmscope.errors import StoreError, VlmscopeError, plain, shown
 
 app = typer.Typer(
     no_args_is_help=True, help="Neurons that turn what is seen into a word.\n\nFind, show, perturb, edit."
@@ -37,7 +38,8 @@ class Shown(OneModel):
             raise VlmscopeError("give either --image or --data")
         if self.prompt is None:
             raise VlmscopeError("--image needs a --prompt that asks for the caption")
-        return [Example(self.image.name, self.image, self.prompt, answer="", foil="")]
+        # The name goes into tables, which hold no bytes that are no text.
+        return [Example(plain(self.image.name), self.image, self.prompt, answer="", foil="")]
 
 
 @command(app)
@@ -61,7 +63,7 @@ def find(
     examples = given.examples()
     if caption is not None and len(examples) > 1:
         raise VlmscopeError("--caption is of one picture; give --image")
-    neurons.make_folder(out)
+    neurons.Found.claim(out)
     found = neurons.find(
         given.load(),
         examples,
@@ -80,9 +82,9 @@ def find(
 
 
 def _layer_and_number(text: str) -> tuple[int, int]:
-    found = re.fullmatch(r"L?(\d+)\.N?(\d+)", text.strip())
-    if found is None:
-        raise VlmscopeError(f"bad neuron '{text}'; expected LAYER.NUMBER, such as 12.4071")
+    found = re.fullmatch(r"L?([0-9]{1,6})\.N?([0-9]{1,9})", text.strip())
+    if not found:
+        raise VlmscopeError(f"bad neuron {shown(text)}; expected LAYER.NUMBER, such as 12.4071")
     return int(found[1]), int(found[2])
 
 
@@ -104,7 +106,9 @@ def describe(
     from vlmscope.report import write_report
 
     examples = given.examples()
-    neurons.make_folder(out)
+    if embedding is not None and not measures:
+        raise VlmscopeError("--embedding is for the measures; leave --no-measures out")
+    neurons.Described.claim(out)
     described = neurons.describe(
         given.load(),
         examples,
@@ -134,7 +138,7 @@ def perturb(
     """A word without its neurons, and without random ones."""
     from vlmscope import neurons
 
-    neurons.make_folder(out)
+    neurons.Perturbed.claim(out)
     result = neurons.perturb(
         given.load(),
         given.examples(),
@@ -179,7 +183,16 @@ def edit(
     if (target is None) != suppress:
         raise VlmscopeError("give either --to WORD or --suppress")
     room.check_margin(solver, margin)
+    if out.suffix != ".safetensors":
+        raise VlmscopeError(
+            f"{out}: an edit is a safetensors file; expected a name that ends in .safetensors"
+        )
+    card = out.with_name(f"{out.stem}-card")
+    room.WeightEdit.claim(out)
+    room.Assessed.claim(card)
     model, examples, seed = given.load(), given.examples(), given.seed
+    if export is not None:
+        model.claim(export)
     before = [room.WeightEdit.load(path) for path in on or []]
     known = room.read(found, room.Found) if found else None
     mixed = [examples[n] for n in shuffled(seed, [example.id for example in examples], "halves")]
@@ -198,18 +211,28 @@ def edit(
             found=known,
             seed=seed,
         )
-        made.save(out)
+        _keep(made, out)
         print(f"{made}\n{out}")
         prompts = [prompt, *(wording or [])]
         assessed = room.describe_edit(
             model, made, mixed[half:], prompts=prompts, names=objects or (), found=known, seed=seed
         )
-    card = assessed.save(out.with_name(f"{out.stem}-card"))
+    assessed.save(card)
     print(assessed.measures.to_string(index=False, float_format="{:.3g}".format))
     print(write_report([card], card / "report.html"))
     if export is not None:
         room.export(model, [*before, made], export)
         print(f"edited checkpoint in {export}")
+
+
+def _keep(made: Any, out: Path) -> None:
+    """Save an edit, or else keep it elsewhere: it may have taken hours."""
+    try:
+        made.save(out)
+    except StoreError as error:
+        elsewhere = Path(tempfile.mkdtemp(prefix="vlmscope-")) / out.name
+        made.save(elsewhere)
+        raise StoreError(f"{error}; the edit is kept in {elsewhere}: copy it from there") from error
 
 
 @command(app)

@@ -1,19 +1,21 @@
-"""How a function becomes a command, and the options that several commands share."""
+"""How a function becomes a command, its words become values, and the options that several commands share."""
 
 from __future__ import annotations
 
+import os
 import tomllib
 from collections.abc import Callable, Iterator
 from dataclasses import MISSING, dataclass, fields, is_dataclass
+from functools import partial
 from inspect import Parameter, Signature, signature
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_type_hints
+from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 import typer
 from typer.core import TyperCommand
 
 from vlmscope.cli import machine
-from vlmscope.errors import VlmscopeError
+from vlmscope.errors import LARGEST, MOST, VlmscopeError, nearest, number, shown, whole, written
 
 Corrupt = Literal["image", "text", "noise"]
 DType = Literal["float64", "float32", "bfloat16", "float16", "4bit"]
@@ -95,42 +97,109 @@ def _value(parameter: Parameter, values: dict[str, Any]) -> Any:
 
 
 def _typed(option: Parameter, look: dict[str, Any]) -> Parameter:
-    """A parameter as typer wants it, annotated with its looks."""
-    kind = typer.Argument if option.kind is Parameter.POSITIONAL_ONLY else typer.Option
-    more = {name: value for name, value in look.items() if name != "flags"}
-    looks = kind(*look.get("flags", ()), **more)
+    """A parameter as typer wants it, annotated with its looks and with what reads its words."""
+    kind, look = option.annotation, dict(look)
+    while not (kind in READ or get_origin(kind) is Literal or kind is bool):
+        kind = get_args(kind)[0]  # of `kind | None`, of `list[kind]`
+    flags, limits = look.pop("flags", []), {name: look.pop(name) for name in LIMITS if name in look}
+    argument = option.kind is Parameter.POSITIONAL_ONLY
+    name = option.name if argument else (flags or [f"--{option.name.replace('_', '-')}"])[0]
+    if kind is not bool:
+        choices = get_args(kind)
+        look["parser"] = partial(_choice, name, choices) if choices else partial(READ[kind], name, **limits)
+        if not argument:
+            look.setdefault("metavar", f"<{'|'.join(choices) or kind.__name__.lower()}>")
+    looks = (typer.Argument if argument else typer.Option)(*flags, **look)
     return option.replace(kind=Parameter.KEYWORD_ONLY, annotation=Annotated[option.annotation, looks])
+
+
+def _choice(name: str, choices: tuple[str, ...], value: str) -> str:
+    if value in choices:
+        return value
+    text = f"{name} is {shown(value)}; expected {' or '.join(choices)}{nearest(value, choices)}"
+    raise VlmscopeError(text)
+
+
+def _whole(name: str, value: str | int, min: int = 0, max: int = MOST) -> int:
+    return whole(written(value) if isinstance(value, str) else value, name, min, max)
+
+
+def _number(name: str, value: str | float, min: float = -LARGEST, max: float = LARGEST) -> float:
+    return number(written(value) if isinstance(value, str) else value, name, min, max)
+
+
+def _path(name: str, value: str | Path) -> Path:
+    return Path(_text(name, value, file=True))
+
+
+def _text(name: str, value: object, empty: bool = False, file: bool = False) -> str:
+    """A text; that of a `file` may be bytes that are no Unicode, and has a file's length."""
+    text = str(value)
+    if not (text.strip() or empty):
+        raise VlmscopeError(f"{name} is empty; give it a value, or leave it out")
+    if "\0" in text or not (file or text.encode(errors="replace").decode() == text):
+        raise VlmscopeError(f"{name} is {shown(text)}; expected UTF-8 text without NUL")
+    parts = os.fsencode(text).split(b"/") if file else []
+    if any(len(part) > 255 for part in parts) or sum(map(len, parts)) > 3000:
+        raise VlmscopeError(
+            f"{name} is {shown(text)}, longer than the name of a file can be; give a shorter one"
+        )
+    return text
+
+
+READ: dict[type, Callable[..., Any]] = {int: _whole, float: _number, str: _text, Path: _path}
+"""What makes a value of a word, by the type of a parameter; raises `VlmscopeError`, which names the flag."""
+LIMITS = ("min", "max", "empty", "file")
+"""What these take from the looks of an option."""
 
 
 class _Command(TyperCommand):
     """A command in which `--sites A B` is `--sites A --sites B`, for every option that takes several.
 
-    Words that belong to no option are refused in one line.
+    Words that belong to no option, options given twice and those without a value are refused in one line.
     """
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        several = {flag for each in self.params if getattr(each, "multiple", False) for flag in each.opts}
-        ctx.allow_extra_args = True
-        stray = super().parse_args(ctx, list(repeated(args, several)))
-        if stray:
-            form = " ".join([ctx.command_path, *self.collect_usage_pieces(ctx)])
-            where = f"; only {', '.join(sorted(several))} can have several words" if several else ""
-            raise VlmscopeError(f"unexpected '{stray[0]}'; expected {form}{where}")
+        options = {
+            flag: each
+            for each in self.params
+            for flag in (*each.opts, *each.secondary_opts)
+            if each.param_type_name == "option"
+        }
+        flags = {name for name, each in options.items() if getattr(each, "is_flag", False)}
+        several = {name for name, each in options.items() if each.multiple}  # type: ignore[attr-defined]
+        try:
+            given = list(repeated(args, several, {*options} - several - flags))
+            ctx.allow_extra_args = True
+            stray = super().parse_args(ctx, given)
+            if stray:
+                form = " ".join([ctx.command_path, *self.collect_usage_pieces(ctx)])
+                where = f"; only {', '.join(sorted(several))} can have several words" if several else ""
+                raise VlmscopeError(f"unexpected {shown(stray[0])}; expected {form}{where}")
+        except VlmscopeError as error:
+            ctx.fail(str(error))
         return stray
 
 
-def repeated(args: list[str], several: set[str]) -> Iterator[str]:
+def repeated(args: list[str], several: set[str], single: set[str]) -> Iterator[str]:
     """The words of a command line, with the flag again before each further word of those that take several.
 
-    >>> " ".join(repeated(["--sites", "A", "B", "--out", "C", "D"], {"--sites"}))
+    Raises `VlmscopeError` for a flag of either kind without a value, and for a single one given twice.
+
+    >>> " ".join(repeated(["--sites", "A", "B", "--out", "C", "D"], {"--sites"}, {"--out"}))
     '--sites A --sites B --out C D'
     """
-    flag, filled = None, True
-    for word in args:
+    flag, filled, seen = "", True, set[str]()
+    for word in [*args, "--"]:
         if word.startswith("--"):
+            if not filled:
+                raise VlmscopeError(f"{flag} needs a value ({flag}=VALUE where it begins with --)")
             name, given, _ = word.partition("=")
-            flag, filled = (name if name in several else None), bool(given)
-        elif flag and filled:
+            if name in seen:
+                raise VlmscopeError(f"{name} is given twice; give it once")
+            seen |= {name} & single
+            flag, filled = name, bool(given) or name not in several | single
+        elif flag in several and filled:
             yield flag
         filled = filled or not word.startswith("--")
         yield word

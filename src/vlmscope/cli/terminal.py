@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 import traceback
@@ -10,7 +11,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import Any, TextIO
 
-from vlmscope.errors import VlmscopeError, line, plain
+from vlmscope.errors import INTERRUPTED, VlmscopeError, line, plain
 
 TRACEBACK = "VLMSCOPE_TRACEBACK"
 """The environment variable with which an error is followed by where it came from."""
@@ -55,17 +56,18 @@ def run(app: Callable[..., Any]) -> int:
     Its exit status: 0, 1 for an error, 2 for a command line that is none, 130 where it was interrupted.
     """
     out = sys.stdout
+    shown = Plain(out or io.StringIO())  # there is none where it was closed
     for stream in (sys.stdout, sys.stderr):
         # What a terminal's encoding lacks is written as an escape.
         with suppress(AttributeError, ValueError):
             stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
     try:
-        sys.stdout = Plain(out)  # type: ignore[assignment]
+        sys.stdout = shown  # type: ignore[assignment]
         with warnings.catch_warnings():
             warnings.simplefilter("default")
             warnings.showwarning = _warn  # type: ignore[assignment]
             status = int(app(prog_name="vlmscope", standalone_mode=False) or 0)
-            sys.stdout.flush()
+            shown.flush()
         said = ""
     except (Exception, KeyboardInterrupt) as error:
         if os.environ.get(TRACEBACK):
@@ -74,7 +76,7 @@ def run(app: Callable[..., Any]) -> int:
     finally:
         sys.stdout = out
     if status == 130:
-        said = "interrupted; run the same command again to go on"
+        said = INTERRUPTED
     if said:
         with suppress(OSError, ValueError):
             print(said, file=sys.stderr)
@@ -96,7 +98,7 @@ def answer(error: BaseException) -> tuple[str, int]:
         command = context.command_path if context else "vlmscope"
         if context and type(error).__name__ == "NoArgsIsHelpError":
             return str(context.get_help()), 2
-        message = error.format_message().rstrip(".").replace("Value error, ", "")
+        message = error.format_message().rstrip(".")
         way_out = f"'{command} --help' shows what is expected"
         return line(f"error: {command}: {message}; {way_out}", 400), 2
     if isinstance(error, MemoryError) or "out of memory" in str(error).lower():

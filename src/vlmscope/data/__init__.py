@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TypeAlias
@@ -10,7 +11,7 @@ from typing import TypeAlias
 from vlmscope.data.drawn import draw
 from vlmscope.data.example import Example
 from vlmscope.data.table import read_csv
-from vlmscope.errors import DataError
+from vlmscope.errors import SEED, DataError, nearest, shown, whole
 
 Examples: TypeAlias = Iterable[Example] | Example | str | Path
 """What is run: examples, a single one, or the name of a built-in set or a CSV file."""
@@ -31,13 +32,16 @@ def examples(name: str | Path, *, limit: int | None = None, seed: int = 0) -> li
     >>> [e.answer in e.clean_prompt for e in examples("states", limit=2)]
     [True, True]
     """
-    if limit is not None and limit < 1:
-        raise DataError(f"a limit of {limit} leaves no examples; expected 1 or more")
+    if not isinstance(name, str | Path):
+        raise DataError(f"no data set {shown(name)}; expected the name of one, or the path of a CSV file")
+    limit = None if limit is None else whole(limit, "the limit", 1)
+    seed = whole(seed, "the seed", most=SEED)
     if str(name) in BUILT_IN:
         return list(draw(str(name), limit or SIZE, seed=seed))
-    if not Path(name).exists() and "." not in Path(name).name:
+    if not os.path.exists(name) and "." not in Path(name).name:  # noqa: PTH110 - no error for any name
         raise DataError(
-            f"no data set '{name}': not a built-in set ({', '.join(BUILT_IN)}) and not a CSV file"
+            f"no data set {shown(name)}: not a built-in set ({', '.join(BUILT_IN)}) and not a CSV file; name "
+            f"one of these{nearest(name, BUILT_IN)}"
         )
     return list(itertools.islice(read_csv(name), limit))
 

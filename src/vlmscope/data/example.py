@@ -12,11 +12,16 @@ from typing import Any, TypeAlias
 
 from PIL import Image
 
-from vlmscope.errors import ExampleError
+from vlmscope import files
+from vlmscope.errors import DataError, ExampleError, shown
 
 Picture: TypeAlias = Path | Image.Image
 Span: TypeAlias = tuple[int, int]
 Box: TypeAlias = tuple[float, float, float, float]
+
+LONGEST_TEXT = 100_000
+"""Characters of a prompt, an answer or a name."""
+_NO_TEXT = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff]")
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,12 +58,13 @@ class Example:
             if not 0 <= start < end <= len(prompt):
                 problem = f"the prompt has {len(prompt)} characters"
             elif of is not None and of[start:end] != prompt[start:end]:
-                problem = f"there {prompt[start:end]!r} has taken the place of {of[start:end]!r}"
+                was, now = shown(of[start:end]), shown(prompt[start:end])
+                problem = f"there {now} has taken the place of {was}"
             else:
                 continue
             raise ExampleError(
-                f"example {self.id!r}: the role {name!r} is characters {start} to {end} of clean_prompt, and "
-                f"{problem}; give the roles of this prompt"
+                f"example {shown(self.id)}: the role {shown(name)} is characters {start} to {end} of "
+                f"clean_prompt, and {problem}; give the roles of this prompt"
             )
         words = {**self.groups, "answer": self.answer, "foil": self.foil}
         found = find_roles(prompt, words)
@@ -75,6 +81,21 @@ class _Roles(dict[str, Span]):
     def __init__(self, roles: Any, given: Mapping[str, Span] | None = None, of: str | None = None) -> None:
         super().__init__(roles)
         self.given, self.of = dict(self if given is None else given), of
+
+
+def check_text(what: str, text: str) -> None:
+    """Refuse a text that nobody has written: control characters, halves of characters, books.
+
+    Raises `ExampleError`, which begins with `what`.
+    """
+    if odd := _NO_TEXT.search(text):
+        raise ExampleError(
+            f"{what} {shown(text)} has the control character {odd[0]!a} at {odd.start()}; take it out"
+        )
+    if len(text) > LONGEST_TEXT:
+        raise ExampleError(
+            f"{what} {shown(text)} has {len(text):,} characters; expected at most {LONGEST_TEXT:,}"
+        )
 
 
 def find_roles(prompt: str, words: Mapping[str, str]) -> dict[str, Span]:
@@ -142,8 +163,7 @@ def _content(picture: Picture | None, known: dict[Path, str]) -> str | None:
     path = Path(picture)
     if path not in known:
         try:
-            with path.open("rb") as file:
-                known[path] = hashlib.file_digest(file, "sha256").hexdigest()
-        except OSError:
+            known[path] = hashlib.sha256(files.read(path, "a picture")).hexdigest()
+        except DataError:
             known[path] = "missing"
     return known[path]

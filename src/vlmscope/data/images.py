@@ -11,7 +11,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from vlmscope import files
 from vlmscope.data.example import Picture
-from vlmscope.errors import ExampleError
+from vlmscope.errors import ExampleError, line
 
 MAX_PIXELS = 89_000_000
 """A larger picture is refused before it is decoded (Pillow warns from about this size on)."""
@@ -19,7 +19,7 @@ EXPECTED = "an image (a path in a CSV file starts from its folder)"
 
 _REFUSALS = {
     UnidentifiedImageError: "not an image; expected PNG, JPEG or another format that Pillow reads",
-    Image.DecompressionBombError: f"more than the {MAX_PIXELS:,} pixels that are read; scale it down",
+    Image.DecompressionBombError: f"more than the {MAX_PIXELS:,} pixels that are read; make it smaller",
 }
 
 
@@ -53,7 +53,7 @@ def open_image(picture: Picture | str) -> Image.Image:
             if width * height > MAX_PIXELS:
                 raise ExampleError(
                     f"{name}: {width}x{height} pixels are more than the {MAX_PIXELS:,} that are "
-                    "read; scale it down"
+                    "read; make it smaller"
                 )
             return _to_rgb(image, name)
     except ExampleError:
@@ -61,7 +61,8 @@ def open_image(picture: Picture | str) -> Image.Image:
     except Exception as error:
         why = next((why for kind, why in _REFUSALS.items() if isinstance(error, kind)), None)
         # Pillow's decoders meet broken data with OSError, SyntaxError, struct.error and others.
-        broken = f"an image that cannot be decoded, broken or cut off ({error}); copy or save it again"
+        said = line(str(error), 100)
+        broken = f"an image that cannot be decoded, broken or cut off ({said}); copy or save it again"
         raise ExampleError(f"{name}: {why or broken}") from error
 
 

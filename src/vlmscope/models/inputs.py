@@ -5,16 +5,17 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from numbers import Real
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 from jaxtyping import Float
 from torch import Tensor
 
-from vlmscope.errors import VlmscopeError
+from vlmscope.errors import MOST, VlmscopeError, number, shown, written
 from vlmscope.layout import Layout
 from vlmscope.sites import Pattern, Site
 
 Op = Literal["set", "add", "scale"]
+OPS = get_args(Op)
 Value = float | Tensor
 
 
@@ -57,8 +58,8 @@ class Edit:
                 f"the site of an edit is {_what(site)}; expected a Site, or an expression such "
                 "as 'decoder.2.attn.h1@all'"
             )
-        if op not in ("set", "add", "scale"):
-            raise VlmscopeError(f"unknown operation '{op}' of an edit; expected set, add or scale")
+        if op not in OPS:
+            raise VlmscopeError(f"unknown operation {shown(op)} of an edit; expected set, add or scale")
         if not isinstance(value, Real | Tensor):
             raise VlmscopeError(f"the value of an edit is {_what(value)}; expected a number or a tensor")
         object.__setattr__(self, "site", Pattern.parse(site) if isinstance(site, str) else site)
@@ -79,7 +80,7 @@ class Change(NamedTuple):
 
 
 def _what(thing: object) -> str:
-    return f"{thing!r:.40} ({type(thing).__name__})"
+    return f"{shown(thing, 40)} ({type(thing).__name__})"
 
 
 def parse_edit(text: str) -> Edit:
@@ -89,16 +90,13 @@ def parse_edit(text: str) -> Edit:
     >>> str(edit.site), edit.op, edit.value
     ('decoder.2.attn.h1@all', 'scale', 0.0)
     """
-    parts = text.split()
-    try:
-        site, op, number = parts
-        value = float(number)
-    except ValueError:
+    site, op, value = (*text.rsplit(maxsplit=2), "", "")[:3]
+    if op not in OPS:
         raise VlmscopeError(
-            f"bad edit '{text}'; expected 'SITE set|add|scale NUMBER', such as "
+            f"bad edit {shown(text)}; expected 'SITE set|add|scale NUMBER', such as "
             "'decoder.2.attn.h1@all scale 0'"
-        ) from None
-    return Edit(site, op, value)  # type: ignore[arg-type]
+        )
+    return Edit(site, op, number(written(value), "the value of an edit", -MOST, MOST))  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True, eq=False)

@@ -16,7 +16,7 @@ from vlmscope.neurons.contributions import find, over_image, score, top_tokens
 from vlmscope.neurons.edits import check_margin, edit
 from vlmscope.neurons.hallucination import questions, yes_or_no
 from vlmscope.neurons.measures import measure, perturb
-from vlmscope.neurons.results import Assessed, Described, Found, Perturbed, make_folder, read
+from vlmscope.neurons.results import Assessed, Described, Found, Perturbed, read
 from vlmscope.neurons.weight_edit import WeightEdit, ablated, edited, export, perturbed
 
 __all__ = [
@@ -35,7 +35,6 @@ __all__ = [
     "edited",
     "export",
     "find",
-    "make_folder",
     "measure",
     "nouns",
     "objects",

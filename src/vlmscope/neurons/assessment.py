@@ -18,7 +18,7 @@ from vlmscope.neurons.results import Assessed, Found
 from vlmscope.neurons.weight_edit import WeightEdit, edited
 from vlmscope.runs.forward import SPEECH
 from vlmscope.runs.model import Model
-from vlmscope.stats import bootstrap, rng
+from vlmscope.stats import interval, share_interval
 
 Asked = Sequence[tuple[Example, str | None]]
 """Pictures and what is asked about them, if not each example's own prompt."""
@@ -35,13 +35,12 @@ def assess(
     *,
     prompts: Sequence[str | None] = (None,),
     found: Found | None = None,
-    seed: int = 0,
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
     """What edits do to free captions of pictures that they were not made on: measures, and the captions.
 
     The captions have the columns `example, prompt, before, after, has, took, same`: whether the caption
     had the word, whether it now has the other one instead, and whether it is what it was; `found` may have
-    those before. Measures have an interval over pictures (bootstrap, 95 %):
+    those before. Measures have a 95 % interval over pictures:
 
     - `generality` (the first prompt) and `generality, other wording`: of the captions that had the word,
       those that took the new one;
@@ -79,10 +78,10 @@ def assess(
     }
     rows = []
     for name, scores in values.items():
-        ordered = np.sort(np.asarray(scores, dtype=float))  # so that the examples' order does not matter
-        if len(ordered):
-            (low,), (high,) = bootstrap(ordered[:, None], rng(seed, name))
-            rows.append((name, ordered.mean(), low, high, len(ordered)))
+        each = np.sort(np.asarray(scores))  # so that the examples' order does not matter
+        if len(each):
+            low, high = share_interval(each) if each.dtype == bool else interval(each[:, None])[:, 0]
+            rows.append((name, each.mean(), low, high, len(each)))
     return pd.DataFrame(rows, columns=["measure", "value", "low", "high", "n"]), table
 
 
@@ -149,7 +148,7 @@ def describe_edit(
     """
     given = listed(examples)
     source, target = made.about.get("from", ""), made.about.get("to") or None
-    measures, captions = assess(model, [made], given, source, target, prompts=prompts, found=found, seed=seed)
+    measures, captions = assess(model, [made], given, source, target, prompts=prompts, found=found)
     counts = None
     if names:
         asked = questions(given, names, seed=seed)

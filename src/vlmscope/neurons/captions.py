@@ -23,6 +23,7 @@ from vlmscope.runs.access import hook
 from vlmscope.runs.forward import forward, generate
 from vlmscope.runs.hooks import Hooks
 from vlmscope.runs.model import Model
+from vlmscope.runs.prepare import check_words
 from vlmscope.sites import Point
 
 LENGTH = 40
@@ -191,6 +192,7 @@ def packed(model: Model, caption: Caption) -> Caption:
 
 def tokenized(model: Model, example: Example, text: str, prompt: str | None) -> list[int]:
     """A text's tokens as they follow the prompt, and the one that ends it."""
+    check_words(model, "the caption", text)
     asked, images = prompt or example.clean_prompt, 1 + len(example.more_images)
     return model.family.options(model.processor, asked, text, images)
 

@@ -73,7 +73,9 @@ def describe(
             [caption for caption in there.captions if whole_word(word).search(caption.text)] if there else []
         )
         if not has:
-            raise ExampleError(f"no caption of these {len(given)} pictures has the word '{word}'")
+            raise ExampleError(
+                f"no caption of these {len(given)} pictures has the word '{word}'; name another word"
+            )
         ranked[word] = strongest(model, has, word, min(max(MEANS), count_neurons(model)))
     rows = [(*neuron, "") for neuron in neurons]
     rows = rows or [(*neuron, word) for word, best in ranked.items() for neuron in best[:CARDS]]

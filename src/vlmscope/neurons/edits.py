@@ -140,7 +140,8 @@ def _split(
     if not has:
         words = sorted({w for _, caption in other for w in re.findall(r"\w+", caption.text)})
         raise ExampleError(
-            f"no caption of these pictures has the word '{word}'; they have: {', '.join(words[:30])}"
+            f"no caption of these pictures has the word '{word}'; they have: {', '.join(words[:30])}; "
+            "name one of these"
         )
     return has, other
 

@@ -30,7 +30,7 @@ from vlmscope.neurons.words import FEW, PICTURES, Array, Labels, Neurons, Study,
 from vlmscope.progress import progress
 from vlmscope.runs.forward import editing
 from vlmscope.runs.model import Model
-from vlmscope.stats import bootstrap, rng, sign_flip
+from vlmscope.stats import interval, p_values, q_values, rng, share_interval
 
 Embed = Callable[[Sequence[str]], Tensor]
 Rows = Iterator[dict[str, Any]]
@@ -122,16 +122,15 @@ def measure_study(
                 chosen += [(word.word, method, rank, *neuron) for rank, neuron in ranked]
             step(0, number)
     table = pd.DataFrame(rows, columns=COLUMNS)
-    known = table[table["p_value"].notna()]
-    q = known.groupby(["method", "measure"])["p_value"].transform(stats.false_discovery_control)
+    q = table.groupby(["method", "measure"])["p_value"].transform(q_values)
     names = ["word", "method", "rank", "layer", "neuron"]
     return Measured(table.assign(q_value=q), pd.DataFrame(chosen, columns=names))
 
 
 def _mean(word: Word, method: str, measure: str, values: Any, **more: float) -> dict[str, Any]:
     """The row of the mean of some values, with its interval."""
-    values = np.asarray(values, np.float64)
-    (low,), (high,) = bootstrap(values[:, None], word.draw(measure, method))
+    values = np.asarray(values)
+    low, high = share_interval(values) if values.dtype == bool else interval(values[:, None])[:, 0]
     row = {"method": method, "measure": measure, "value": float(np.mean(values)), "n": len(values)}
     return row | {"ci_low": low, "ci_high": high, **more}
 
@@ -359,7 +358,7 @@ def drops(word: Word) -> Rows:
             own = {"null": float(fell["null"].mean())}
             if scale is not np.exp:
                 apart = (fell["contribution"] - fell["null"])[:, None]
-                own["p_value"] = float(sign_flip(apart, word.draw(measure, "signs"))[0])
+                own["p_value"] = float(p_values(apart)[0])
             for method in word.chosen:
                 row = _mean(word, method, measure, fell[method], random=float(fell["random"].mean()))
                 yield row | (own if method == "contribution" else {})
@@ -389,7 +388,7 @@ def perturb(
 
     A row of `effects` is a word, `k`, `how` (`zero`, `mean`, or `sigma S`: S·N(0, I) is added to the columns)
     and `set` (`top`, or `random` neurons of the same layers): the mean drop of the log-probability and of the
-    probability with its interval (bootstrap, 95 %), and the share of captions, generated anew, that lose the
+    probability with its 95 % interval, and the share of captions, generated anew, that lose the
     word.
 
     Raises `DataError` if a word cannot be measured.
@@ -427,7 +426,7 @@ def _effects(word: Word, k: int, ways: Sequence[str]) -> Iterator[dict[str, Any]
         for name, neurons in sets.items():
             after = word.log_probabilities(fed, neurons, how)
             chance = np.exp(base) - np.exp(after)
-            (low,), (high,) = bootstrap(chance[:, None], word.draw("perturb", k, how, name))
+            (low,), (high,) = interval(chance[:, None])
             row = {"word": word.word, "k": k, "how": how, "set": name, "drop_log_p": (base - after).mean()}
             row |= {"drop_p": chance.mean(), "ci_low": low, "ci_high": high}
             yield row | {"lost": np.mean(word.lost(fed, neurons, how)), "n": len(fed)}

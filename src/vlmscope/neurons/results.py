@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import io
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
@@ -12,10 +12,11 @@ from typing import Any, ClassVar, TypeVar
 import pandas as pd
 from PIL import Image
 
-from vlmscope import files
+from vlmscope import files, stored
 from vlmscope.data.example import Example
 from vlmscope.data.images import open_image
 from vlmscope.errors import StoreError
+from vlmscope.stored import formats
 
 R = TypeVar("R", bound="Result")
 
@@ -34,21 +35,23 @@ class Result:
     def save(self, folder: str | os.PathLike[str]) -> Path:
         """Write the tables and pictures, and `neurons.json` with what they are of; returns the folder.
 
-        Raises `StoreError` if the folder cannot be written.
+        An earlier result of the same command is replaced. Raises `StoreError` as `files.save` does.
         """
-        place = make_folder(folder)
         tables = {file: getattr(self, name) for name, file in _files(self).items()}
-        tables["pictures.csv"], pictures = None, getattr(self, "pictures", None)
+        content: dict[str, Any] = {file: table for file, table in tables.items() if table is not None}
+        pictures = getattr(self, "pictures", None)
         if pictures is not None:
             names = [f"{number:04d}.png" for number in range(len(pictures))]
-            tables["pictures.csv"] = pd.DataFrame({"example": list(pictures), "file": names})
+            content["pictures.csv"] = pd.DataFrame({"example": list(pictures), "file": names})
             for name, picture in zip(names, pictures.values(), strict=True):
-                files.write(make_folder(place / "pictures") / name, files.png(picture))
-        for file in [file for file, table in tables.items() if table is None]:
-            (place / file).unlink(missing_ok=True)  # what an earlier result left there is not of this one
-            del tables[file]
-        files.save(place, ABOUT, {"what": self.what, **self.about}, tables)
-        return place
+                content[f"pictures/{name}"] = files.png(picture)
+        files.save(folder, ABOUT, {"what": self.what, **self.about}, content)
+        return Path(folder)
+
+    @classmethod
+    def claim(cls, folder: str | os.PathLike[str]) -> None:
+        """Refuse, before anything is computed, a folder that `save` could not write (`StoreError`)."""
+        files.claim(folder, ABOUT, cls.what, [*_files(cls).values(), "pictures.csv", "pictures/0000.png"])
 
 
 @dataclass(frozen=True, eq=False)
@@ -112,50 +115,21 @@ def read(folder: str | os.PathLike[str], kind: type[R] = Result) -> R:  # type: 
 
     Raises `StoreError` if the folder is of something else than `kind`, or a file cannot be read.
     """
-    place = Path(folder)
-    kinds: dict[str, Any] = {one.what: one for one in (Found, Described, Perturbed, Assessed)}
-    try:
-        about = json.loads((place / ABOUT).read_text("utf-8"))
-        there = kinds[about.pop("what")]
-        values: dict[str, Any] = {
-            name: _read(place / file)
-            for name, file in _files(there).items()
-            if not hasattr(there, name) or (place / file).is_file()  # what has a default may be missing
-        }
-        if hasattr(there, "pictures") and (place / "pictures.csv").is_file():
-            rows = pd.read_csv(place / "pictures.csv", dtype=str, keep_default_na=False).itertuples()
-            shown = {row.example: place / "pictures" / Path(row.file).name for row in rows}
-            values["pictures"] = {example: open_image(file) for example, file in shown.items()}
-    except (OSError, ValueError, KeyError) as error:
-        raise StoreError(
-            f"{place}: cannot be read as what `vlmscope neurons` writes ({error}); write that folder anew"
-        ) from error
+    place, kinds = Path(folder), {one.what: one for one in (Found, Described, Perturbed, Assessed)}
+    what, about, values = stored.read_one(place, formats.NEURONS)
+    there: Any = kinds[what]
     if not issubclass(there, kind):
         raise StoreError(
-            f"{place}: what `vlmscope neurons {there.what}` writes; expected that of `neurons {kind.what}`"
+            f"{place}: what `vlmscope neurons {what}` writes; expected that of `neurons {kind.what}`"
         )
-    return there(about, **values)
-
-
-def make_folder(folder: str | os.PathLike[str]) -> Path:
-    """The folder, made if it is not there; raises `StoreError` if it cannot be."""
-    place = Path(folder)
-    with files.storing(place):
-        place.mkdir(parents=True, exist_ok=True)
-    return place
+    values = {name: values.get(Path(file).stem) for name, file in _files(there).items()}
+    if hasattr(there, "pictures"):
+        pictures = formats.pictures(place)
+        values["pictures"] = {e: open_image(Image.open(io.BytesIO(p))) for e, p in pictures.items()}
+    return there({name: value for name, value in about.items() if name != "what"}, **values)
 
 
 def _files(kind: Result | type[Result]) -> dict[str, str]:
     """The file of each table, by its name."""
     names = [one.name for one in fields(kind) if "DataFrame" in str(one.type)]
     return {name: FILES.get(name, f"{name}.csv") for name in names}
-
-
-def _read(file: Path) -> pd.DataFrame:
-    if file.suffix == ".parquet":
-        return pd.read_parquet(file)
-    # A caption may be the word "none"; an empty text is a text, and an empty number is missing.
-    texts = {"example": str, "word": str, "caption": str}
-    table = pd.read_csv(file, keep_default_na=False, na_values=[""], dtype=texts)
-    empty = table.select_dtypes(exclude=["number", "bool"]).columns
-    return table.fillna(dict.fromkeys(empty, ""))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -17,18 +18,21 @@ from typing import Any
 
 import torch
 from jaxtyping import Float, Int
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
+from safetensors import SafetensorError
+from safetensors.torch import load, save
 from torch import Tensor
 
 from vlmscope import files
-from vlmscope.errors import ModelError, StoreError
-from vlmscope.neurons.results import make_folder
+from vlmscope.errors import ModelError, StoreError, VlmscopeError, line, whole
 from vlmscope.runs.hooks import Hooks
 from vlmscope.runs.model import Model
 
 Columns = Mapping[int, tuple[Int[Tensor, "_chosen"], Float[Tensor, "width _chosen"]]]
 """By layer, neurons and what is added to the column of each."""
+EXPECTED = "a file of `vlmscope neurons edit`"
+LARGEST = 2**32
+"""Bytes of the largest file that is read."""
+_SHA256, _NEURONS = re.compile("[0-9a-f]{64}"), re.compile(r"layer\.(0|[1-9][0-9]{0,5})\.neurons")
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,6 +48,21 @@ class WeightEdit:
     model: str
     about: Mapping[str, str] = field(default_factory=dict)
     on: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        for layer, (neurons, delta) in self.columns.items():
+            whole(layer, "the layer of an edit")
+            if neurons.dtype != torch.int64 or neurons.ndim != 1 or not delta.is_floating_point():
+                raise ModelError(
+                    f"an edit of layer {layer} needs whole numbers of neurons, and floats to add"
+                )
+            if delta.ndim != 2 or delta.shape[1] != len(neurons) or not delta.numel():
+                shapes = f"{list(delta.shape)} for {len(neurons)} neurons"
+                raise ModelError(f"an edit of layer {layer} adds {shapes}; expected a column for each")
+            if (neurons < 0).any() or len(neurons.unique()) < len(neurons):
+                raise ModelError(f"an edit of layer {layer} must name each neuron once, counted from 0")
+            if not delta.isfinite().all():
+                raise ModelError(f"an edit of layer {layer} adds what is no number; make it again")
 
     @property
     def neurons(self) -> list[tuple[int, int]]:
@@ -91,38 +110,56 @@ class WeightEdit:
         return WeightEdit(columns, self.model, about, self.on)
 
     def __str__(self) -> str:
-        words = f"{self.about.get('from', '?')} -> {self.about.get('to', '?')}"
+        words = line(f"{self.about.get('from', '?')} -> {self.about.get('to', '?')}", 100)
         layers = ", ".join(f"layer {n}: {len(x)}" for n, (x, _) in sorted(self.columns.items()))
         on = f", on {' '.join(digest[:8] for digest in self.on)}" if self.on else ""
         return f"{words}: {len(self.neurons)} neurons ({layers}), size {self.size:.3g}{on}"
 
     def save(self, path: str | Path) -> None:
-        """Write the changed columns, the model's fingerprint and what they are about; safetensors."""
+        """Write the changed columns, the model's fingerprint and what they are about; safetensors.
+
+        Raises `StoreError` if that cannot be, or another file than an edit is there.
+        """
         metadata = {"format": "pt", "vlmscope": "edit", "model": self.model, "about": self._about()}
         metadata |= {"on": " ".join(self.on), "sha256": self.digest}
-        make_folder(Path(path).parent)
+        self.claim(Path(path))
         files.write(Path(path), save(self._tensors(), metadata))
+
+    @classmethod
+    def claim(cls, path: Path) -> None:
+        """Refuse, before anything is computed, a place that `save` could not write (`StoreError`)."""
+        files.claim_file(path)
+        if path.exists():
+            cls.load(path)
 
     @classmethod
     def load(cls, path: str | Path) -> WeightEdit:
         """Read what `save` wrote; raises `StoreError` if the file is another or has been changed."""
-        path = Path(path)
+        content = files.read(path, EXPECTED, StoreError, LARGEST)
         try:
-            with safe_open(path, "pt") as file:
-                metadata = file.metadata() or {}
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        except (OSError, SafetensorError) as error:
-            raise StoreError(
-                f"{path}: cannot be read as an edit ({error}); expected a file of `vlmscope neurons edit`"
-            ) from error
-        if metadata.get("vlmscope") != "edit":
-            raise StoreError(f"{path}: not an edit; expected a file of `vlmscope neurons edit`")
-        on = tuple(metadata.get("on", "").split())
-        if metadata.get("sha256") != _digest(tensors, metadata["model"], metadata["about"], on):
+            tensors = load(content)
+            header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
+            metadata = header.get("__metadata__", {})
+            if metadata.get("vlmscope") != "edit":
+                raise StoreError(f"{path}: not an edit; expected {EXPECTED}")
+            about = json.loads(metadata["about"])
+            model, on = metadata["model"], tuple(metadata["on"].split())
+            texts = [*about, *dict(about).values()]
+            if not all(map(_SHA256.fullmatch, (model, *on))) or not all(isinstance(x, str) for x in texts):
+                raise ValueError("its metadata are not those of an edit")
+            layers = sorted(int(found[1]) for found in map(_NEURONS.fullmatch, tensors) if found)
+            columns = {n: (tensors[f"layer.{n}.neurons"], tensors[f"layer.{n}.added"]) for n in layers}
+            if not columns or len(tensors) != 2 * len(columns):
+                raise ValueError("its tensors are not those of an edit")
+            made = cls(columns, model, about, on)
+        # The file may be anything: what it lacks or has too much shows in one of these.
+        except StoreError:
+            raise
+        except (SafetensorError, RecursionError, ValueError, LookupError, TypeError, VlmscopeError) as error:
+            raise StoreError(f"{path}: cannot be read as an edit ({error}); expected {EXPECTED}") from error
+        if metadata.get("sha256") != _digest(tensors, model, metadata["about"], on):
             raise StoreError(f"{path}: has been changed since it was written; make the edit again")
-        layers = sorted({int(name.split(".")[1]) for name in tensors})
-        columns = {n: (tensors[f"layer.{n}.neurons"], tensors[f"layer.{n}.added"]) for n in layers}
-        return cls(columns, metadata["model"], json.loads(metadata["about"]), on)
+        return made
 
 
 def _digest(tensors: Mapping[str, Tensor], model: str, about: str, on: tuple[str, ...]) -> str:
@@ -188,8 +225,14 @@ def changed(model: Model, changes: Sequence[Columns]) -> Iterator[None]:
     try:
         for columns in changes:
             for layer, (neurons, delta) in columns.items():
-                if layer not in model.shapes[model.speaker].having("mlp"):
-                    raise ModelError(f"{model.name} has no neurons in layer {layer}")
+                shape = model.shapes[model.speaker]
+                if layer not in shape.having("mlp"):
+                    raise ModelError(f"{model.name} has no neurons in layer {layer}; make the edit again")
+                if len(delta) != shape.width or int(neurons.max()) >= shape.neurons:
+                    raise ModelError(
+                        f"an edit of layer {layer} does not fit {model.name}, which needs columns of "
+                        f"{shape.width} numbers, of neurons 0 to {shape.neurons - 1}; make it again"
+                    )
                 weight: Any = model.down(layer).weight
                 if getattr(weight, "quant_state", None) is not None or not weight.is_floating_point():
                     raise ModelError(f"{model.name}: quantized weights cannot be edited; load it in bfloat16")
@@ -237,5 +280,5 @@ def perturbed(
 
 def export(model: Model, edits: Sequence[WeightEdit], folder: str | Path) -> None:
     """Write the edited model and its processor as a checkpoint that plain transformers loads."""
-    with edited(model, *edits), files.storing(Path(folder)):
+    with edited(model, *edits):
         model.save(folder)

@@ -79,7 +79,7 @@ def universal(heads: pd.DataFrame, *, most: int = 30, gap: float = 0.0, ax: Axes
     important = rows[rows["important"] & rows["name"].isin(order.index)]
     marks = {"": list(zip(important["name"], important["run"], strict=True))}
     (axes,) = panels({"": table.rename_axis(index="", columns="")}, marks=marks, gap=gap, ax=ax)
-    confirmed = important[important["confirmed"]]
+    confirmed = important[important["confirmed"].isin([True])]
     across, up = table.columns.get_indexer(confirmed["run"]), table.index.get_indexer(confirmed["name"])
     axes.scatter(across + 0.5, up + 0.5, s=75, facecolors="none", edgecolors=DARK, linewidths=1.0)
     for tick, count in zip(axes.get_yticklabels(), order["count"], strict=True):

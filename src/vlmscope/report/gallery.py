@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import base64
+import hashlib
 import io
+import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
-from pathlib import Path
 from typing import Any, NamedTuple
+from urllib.parse import quote
 
 import jinja2
 import pandas as pd
 from markupsafe import Markup
 from matplotlib.axes import Axes
 
-from vlmscope.files import read_json
+from vlmscope.files import to_csv
 from vlmscope.report.canvas import figure_of
 from vlmscope.report.heat_maps import CHANGED, IN_LOGITS, full_colour, panels
 from vlmscope.report.ranking import by_size
@@ -42,28 +44,33 @@ class Section(NamedTuple):
 
 @dataclass(frozen=True)
 class Gallery:
-    """Saves each figure as PNG, in further formats, and its data as CSV, in the folder beside the page."""
+    """Draws each figure as PNG and in further formats, with its data as CSV: `files`, by their names, of the
+    folder of this name beside the page."""
 
-    folder: Path
+    folder: str
     prefix: str
     formats: tuple[str, ...]
+    files: dict[str, bytes] = field(default_factory=dict)
 
     def show(
         self, name: str, drawn: Axes | list[Axes], data: pd.DataFrame, caption: str, **values: object
     ) -> Shown:
         """Save the figure that these axes are in; its caption is a macro of `captions.html`."""
-        stem, png = f"{self.prefix}-{name}", io.BytesIO()
+        stem = f"{self.prefix}-{name}"
         figure = figure_of(drawn if isinstance(drawn, Axes) else drawn[0])
-        # A third of the usual effort to make it small: as small, and sooner.
-        figure.savefig(png, format="png", dpi=120, pil_kwargs={"compress_level": 3})
-        (self.folder / f"{stem}.png").write_bytes(png.getvalue())
-        for ending in self.formats:
-            figure.savefig(self.folder / f"{stem}.{ending}")
-        data.to_csv(self.folder / f"{stem}.csv", index=False)
+        for ending in ("png", *self.formats):
+            # A third of the usual effort to make it small: as small, and sooner.
+            options: dict[str, Any] = (
+                {"dpi": 120, "pil_kwargs": {"compress_level": 3}} if ending == "png" else {}
+            )
+            figure.savefig(buffer := io.BytesIO(), format=ending, **options)
+            self.files[f"{stem}.{ending}"] = buffer.getvalue()
+        self.files[f"{stem}.csv"] = to_csv(data)
         links = {ending: ending.upper() for ending in ("png", *self.formats)} | {"csv": "data"}
-        files = [(f"{self.folder.name}/{stem}.{ending}", text) for ending, text in links.items()]
+        files = [(_address(f"{self.folder}/{stem}.{ending}"), text) for ending, text in links.items()]
+        # The macro has escaped what it was given; words that are joined again hold no more than it gave.
         text = getattr(_templates().get_template("captions.html").module, caption)(**values)
-        return Shown(Markup(" ".join(text.split())), data_address(png.getvalue()), files)
+        return Shown(Markup(" ").join(text.split()), data_address(self.files[f"{stem}.png"]), files)
 
     def show_panels(
         self,
@@ -99,14 +106,19 @@ class Gallery:
         )
 
 
-def about_of(folder: Path, what: str) -> dict[str, Any]:
-    return read_json(folder / f"{what}.json", "write that folder anew")
-
-
-def data_address(png: bytes | Path) -> str:
+def data_address(png: bytes) -> str:
     """A PNG as an address that holds it."""
-    content = png.read_bytes() if isinstance(png, Path) else png
-    return f"data:image/png;base64,{base64.b64encode(content).decode()}"
+    return f"data:image/png;base64,{base64.b64encode(png).decode()}"
+
+
+def _address(path: str) -> str:
+    """A path beside the page as the address of a link, whatever characters it has."""
+    return quote(os.fsencode(path))
+
+
+def hash_of(text: str) -> str:
+    """The source that a Content-Security-Policy calls a text by."""
+    return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
 
 
 def render(template: str, **values: object) -> Markup:
@@ -124,6 +136,7 @@ def _templates() -> jinja2.Environment:
         lstrip_blocks=True,
     )
     templates.filters |= {"inline": data_address, "short": short_number, "digits": digits, "percent": percent}
+    templates.filters |= {"hash_of": hash_of}
     templates.filters |= {"upper_first": upper_first, "lower_first": lower_first, "plural": plural}
     templates.globals |= {"zip": zip, "ends": ends, "percent": percent, "FEWEST": FEWEST}
     return templates

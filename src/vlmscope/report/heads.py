@@ -2,27 +2,33 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Mapping
 from pathlib import Path
 
 import pandas as pd
 
+from vlmscope import stored
+from vlmscope.errors import StoreError
 from vlmscope.report import figures, image_maps
-from vlmscope.report.gallery import Gallery, Section, Shown, about_of, render
+from vlmscope.report.gallery import Gallery, Section, Shown, render
 from vlmscope.report.words import KINDS, TOWERS, upper_first
+from vlmscope.stored import formats
 from vlmscope.studies.known import Known
 from vlmscope.studies.run_folder import read_run
 
 
 def circuits_section(folder: Path, gallery: Gallery) -> Section:
-    about, heads = about_of(folder, "circuits"), pd.read_parquet(folder / "heads.parquet")
-    everywhere = pd.read_csv(folder / "universal.csv").query("universal")
-    gaps = {str(name): float(gap) for name, gap in about.get("gaps", {}).items()}
-    known = {name: Known(**fields) for name, fields in about.get("known", {}).items()}
+    about, tables = stored.read(folder, formats.CIRCUITS)
+    heads, everywhere = tables["heads"], tables["universal"].query("universal")
+    gaps = {name: float(gap) for name, gap in about["gaps"].items()}
+    known = {name: Known(each["severity"], each["sentences"]) for name, each in about["known"].items()}
     drawn = figures.universal(heads, gap=max(gaps.values(), default=0.0))
     values = {
         "heads": heads,
+        "confirmed": int((heads["important"] & heads["confirmed"].isin([True])).sum()),
         "everywhere": [f"{r.tower} L{r.layer} {r.kind} H{r.head}" for r in everywhere.itertuples()],
-        "chance": [found for found in about.get("chance", []) if found["in_every_run"]],
+        "chance": [found for found in about["chance"] if found["in_every_run"]],
     }
     shown = [("", gallery.show("universal", drawn, heads, "universal", **values))]
     for (tower, kind), rows in heads.groupby(["tower", "kind"], sort=False):
@@ -48,37 +54,43 @@ def _by_run(name: str, rows: pd.DataFrame, gaps: dict[str, float], gallery: Gall
 
 
 def section(folder: Path, gallery: Gallery) -> Section:
-    about, heads = about_of(folder, "heads"), pd.read_csv(folder / "functions.csv")
-    attention, together = _attention(folder, heads, gallery), pd.read_csv(folder / "together.csv")
-    these = (together["set"] == "these heads") & (together["knockout"] == "mean")
+    about, tables = stored.read(folder, formats.HEADS)
+    heads, together = tables["functions"], tables["together"]
+    attention = _attention(folder, tables, gallery)
+    is_mean = together["knockout"] == "mean"
+    accuracy = {
+        name: together.loc[(together["set"] == name) & (is_mean | (name == "none")), "accuracy"]
+        for name in ("none", "these heads", "random heads")
+    }
+    if accuracy["none"].empty or accuracy["these heads"].empty:
+        raise StoreError(f"{folder / 'together.csv'}: lacks rows; {formats.HEADS.way_out}")
     text = render(
         "heads.html",
         model=about["model"],
         n=heads["n"].max(),
+        fewest=heads["n"].min(),
+        held_out=about.get("held_out") is not None,
         counts=heads["label"].value_counts().to_dict(),
-        whole=together.loc[together["set"] == "none", "accuracy"].iloc[0],
-        these=together.loc[these, "accuracy"].iloc[0],
-        random=together.loc[together["set"] == "random heads", "accuracy"],
+        whole=accuracy["none"].iloc[0],
+        these=accuracy["these heads"].iloc[0],
+        random=accuracy["random heads"],
         heads=heads[["site", "label", "evidence"]].rename(columns={"site": "head"}),
         figures=[("Where they look, and what the patches do", attention)] if attention else [],
     )
     return Section(f"What heads do: {Path(str(about['data'])).name}", text)
 
 
-def _attention(folder: Path, heads: pd.DataFrame, gallery: Gallery) -> Shown | None:
+def _attention(folder: Path, tables: Mapping[str, pd.DataFrame], gallery: Gallery) -> Shown | None:
     """Where the five heads look that move LD most, where the pictures are kept."""
-    maps = pd.read_parquet(folder / "maps.parquet")
-    if maps.empty or not (folder / "patches" / "run.json").is_file():
+    heads, maps = tables["functions"], tables["maps"]
+    if maps.empty or not os.path.lexists(folder / "patches"):
         return None
-    run = read_run(folder / "patches")
-    pictures = {e["id"]: e["clean_image"] for e in run.pictures() if e.get("clean_image")}
+    run = read_run(folder / "patches", folder)
+    pictures = {e["id"]: e["clean_image"] for e in run.pictures() if e.get("clean_image") and "id" in e}
     # How far each head moves LD: patched in where that was done, else knocked out.
-    size = (
-        pd.read_csv(folder / "measures.csv")
-        .pivot_table(index="site", columns="measure", values="value")
-        .abs()
-    )
-    size = heads["site"].map(size["effect" if "effect" in size else "mean"]).fillna(0.0)
+    size = tables["measures"].pivot_table(index="site", columns="measure", values="value").abs()
+    moved = [size[name] for name in ("effect", "mean") if name in size]
+    size = heads["site"].map(moved[0] if moved else {}).fillna(0.0)
     sites = heads["site"][size.sort_values(ascending=False).index]
     sites = [site for site in sites if site in set(maps["site"])][:5]
     maps = maps[maps["site"].isin(sites)]

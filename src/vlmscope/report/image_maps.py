@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
@@ -13,11 +14,12 @@ from matplotlib.cm import ScalarMappable
 from matplotlib.collections import LineCollection
 from PIL import Image
 
+from vlmscope.errors import DataError
 from vlmscope.report.canvas import BAR, DARK, Margins, centred, draw_bar, drawable, grid
 from vlmscope.report.heat_maps import CHANGED, VALUES, colour_scale, spread
 from vlmscope.studies.tables import change_of, choose, mean_gap, means
 
-Picture: TypeAlias = str | Path | Image.Image
+Picture: TypeAlias = str | Path | bytes | Image.Image
 Cells: TypeAlias = np.ndarray[Any, Any]
 Bar: TypeAlias = tuple[ScalarMappable, str]
 
@@ -34,12 +36,12 @@ class Tile(NamedTuple):
 
 def is_patch(rows: pd.DataFrame) -> pd.Series[bool]:
     """Which patches are of one patch of the image: their token is `row,column`."""
-    return rows["token"].astype("string").str.fullmatch(r"\d+,\d+").fillna(False).astype(bool)
+    return rows["token"].astype("string").str.fullmatch(r"[0-9]{1,3},[0-9]{1,3}").fillna(False).astype(bool)
 
 
 def places(rows: pd.DataFrame) -> pd.DataFrame:
     """Patches of which `is_patch` holds, with their `row` and `column` in the image."""
-    found = rows["token"].str.split(",", expand=True).astype(int)
+    found = rows["token"].astype("string").str.extract(r"(\d+),(\d+)").astype(int)
     return rows.assign(row=found[0], column=found[1])
 
 
@@ -187,13 +189,17 @@ def _around(cells: Cells) -> Cells:
 
 
 def _cells(rows: pd.DataFrame, value: str, shape: tuple[int, int]) -> Cells:
-    found = np.full(shape, np.nan)
-    found[rows["row"].to_numpy(int), rows["column"].to_numpy(int)] = rows[value].to_numpy(float)
+    found, at = np.full(shape, np.nan), (rows["row"].to_numpy(int), rows["column"].to_numpy(int))
+    if any(each.size and each.max() >= size for each, size in zip(at, shape, strict=True)):
+        raise DataError(
+            f"patches lie outside of the {shape[0]} × {shape[1]} patches of a picture; check the table"
+        )
+    found[at] = rows[value].to_numpy(float)
     return found
 
 
 def _open(picture: Picture) -> Image.Image:
     if isinstance(picture, Image.Image):
         return picture.convert("RGB")
-    with Image.open(picture) as opened:
+    with Image.open(io.BytesIO(picture) if isinstance(picture, bytes) else picture) as opened:
         return opened.convert("RGB")

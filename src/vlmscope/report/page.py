@@ -7,12 +7,14 @@ Each figure is also beside the file, with its data as CSV. Whatever comes from d
 from __future__ import annotations
 
 import os
-import shutil
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+import matplotlib
+
+from vlmscope import __version__, files, stored
 from vlmscope.errors import StoreError
 from vlmscope.report import heads, neurons, run, tracing
 from vlmscope.report.gallery import Gallery, render
@@ -20,6 +22,10 @@ from vlmscope.studies.run_folder import Run, read_run
 
 FORMATS = ("svg", "pdf")
 """What figures can be saved as beside PNG."""
+MARK = b'<meta name="generator" content="vlmscope '
+"""By what a page is known to be a report."""
+OWN = ".vlmscope-figures"
+"""The file in a folder of figures that lists them: such a folder a report may replace."""
 SECTIONS = {
     "circuits": heads.circuits_section,
     "heads": heads.section,
@@ -35,8 +41,9 @@ def write_report(
     """Write the report of these folders to `out`, and its figures and data to `<stem>-figures/`.
 
     A folder is a run, or what `circuits`, `heads`, `tracing`, `notice` or `neurons` wrote. Each figure is
-    saved as PNG, and in the further `formats` that are named (`svg`, `pdf`). Raises `StoreError` if a folder
-    is none of these, or `out` is no `.html` or cannot be written.
+    saved as PNG, and in the further `formats` that are named (`svg`, `pdf`). An earlier report is replaced,
+    with its figures, when all is drawn. Raises `StoreError`, before anything is written, if a folder is none
+    of these or damaged, or if `out` is no `.html`, or something else is there than such a report.
     """
     if not parts:
         raise StoreError("no runs to report on; name at least one run folder")
@@ -45,40 +52,82 @@ def write_report(
     out = Path(out)
     if out.suffix.lower() not in (".html", ".htm"):
         raise StoreError(f"{out}: a report is a web page; expected a file that ends in .html")
-    folders = [folder for part in parts for folder in _unfold(Path(part))]
     figures = out.with_name(f"{out.stem}-figures")
-    unfinished = out.with_name(f".{figures.name}.part")  # what is there stays until all is drawn
-    try:
-        shutil.rmtree(unfinished, ignore_errors=True)
-        drawn = unfinished / figures.name
-        drawn.mkdir(parents=True)
-        page = _page(folders, Gallery(drawn, "", tuple(dict.fromkeys(formats))))
-        if figures.exists():
-            shutil.rmtree(figures)
-        drawn.replace(figures)
-        temporary = out.with_name(f".{out.name}.part")
-        temporary.write_text(page, encoding="utf-8")
-        temporary.replace(out)
-    except OSError as error:
-        raise StoreError(f"{out}: cannot write the report: {error.strerror or error}") from error
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
+    _check_place(out, figures)
+    folders = [folder for part in parts for folder in _unfold(Path(part))]
+    gallery = Gallery(figures.name, "", tuple(dict.fromkeys(formats)))
+    # A dollar sign in a name is no formula.
+    with matplotlib.rc_context({"text.parse_math": False, "text.usetex": False}):
+        page = _page(folders, gallery)
+    # What a file name lacks of UTF-8 is shown as an escape.
+    _put(out, page.encode("utf-8", "backslashreplace"), figures, gallery.files)
     return out
+
+
+def _check_place(out: Path, figures: Path) -> None:
+    """Raise `StoreError` where a report would replace what is none, or cannot be written."""
+    way_out = "choose another --out, or move it away"
+    if os.path.lexists(out):
+        content = files.read(out, f"a report to replace; {way_out}", StoreError, within=out.parent)
+        if MARK not in content[:2000]:
+            raise StoreError(
+                f"{out}: is there and no report of this version, so it is not replaced; {way_out}"
+            )
+    if os.path.lexists(figures):
+        try:
+            listed = (
+                files.read(figures / OWN, "a list", StoreError, within=figures.parent).decode().split("\n")
+            )
+            is_own = {path.name for path in figures.iterdir()} <= {*listed, OWN}
+        except (StoreError, OSError, ValueError):
+            is_own = False
+        if not is_own:
+            raise StoreError(
+                f"{figures}: is there and not (only) figures of a report, so it is not replaced; {way_out}"
+            )
+    there = next(path for path in out.absolute().parents if os.path.lexists(path))
+    if not (there.is_dir() and os.access(there, os.W_OK | os.X_OK)):
+        raise StoreError(f"{out}: cannot be written ({there} takes no files); choose another --out")
+
+
+def _put(out: Path, page: bytes, figures: Path, drawn: Mapping[str, bytes]) -> None:
+    """Write beside what is there, then put all in its place, or nothing."""
+    with files.storing(out), files.beside(out) as work:
+        (work / "new").mkdir()
+        for name, content in {OWN: "\n".join(drawn).encode(), **drawn}.items():
+            (work / "new" / name).write_bytes(content)
+        (work / "page").write_bytes(page)
+        if figures.exists():
+            figures.rename(work / "old")
+        try:
+            (work / "new").rename(figures)
+            (work / "page").replace(out)
+        except OSError:
+            if figures.exists():
+                figures.rename(work / "new")
+            if (work / "old").exists():
+                (work / "old").rename(figures)
+            raise
 
 
 def _unfold(part: Path) -> list[tuple[str, Path]]:
     """What a folder is, and the folders in it where it is of `notice`: `(what, folder)`."""
-    for what in SECTIONS:
-        if (part / f"{what}.json").is_file():
-            return [(what, part)]
-    if (part / "notice.toml").is_file():
-        inner = [part / "circuits", *sorted(part.glob("heads/*")), *sorted(part.glob("runs/*"))]
-        return [folder for path in inner if path.is_dir() for folder in _unfold(path)]
-    return [("run", part)]
+    if _what(part) != "run" or not os.path.lexists(part / "notice.toml"):
+        return [(_what(part), part)]
+    inner = [part / "circuits", *sorted(part.glob("heads/*")), *sorted(part.glob("runs/*"))]
+    for path in inner:
+        stored.no_links(path, part)
+    return [(_what(path), path) for path in inner if path.is_dir()]
+
+
+def _what(part: Path) -> str:
+    return next((what for what in SECTIONS if os.path.lexists(part / f"{what}.json")), "run")
 
 
 def _page(folders: Sequence[tuple[str, Path]], gallery: Gallery) -> str:
     runs = [read_run(path) for what, path in folders if what == "run"]
+    for each in runs:
+        each.pictures()  # what is damaged is said before anything is drawn
     others = [folder for folder in folders if folder[0] != "run"]
     others.sort(key=lambda folder: folder[0] != "circuits")
     sections = [
@@ -95,6 +144,7 @@ def _page(folders: Sequence[tuple[str, Path]], gallery: Gallery) -> str:
     titles = _unique([section.title for section in sections], ["" for _ in sections])
     return render(
         "page.html",
+        version=__version__,
         sections=[section._replace(title=title) for section, title in zip(sections, titles, strict=True)],
         is_patched=any(what != "neurons" for what, _ in folders),
     )

@@ -16,7 +16,7 @@ def strongest(effects: pd.DataFrame, n: int = 10, value: str | None = None) -> p
 
     Patches are one site if they agree in tower, layer (and its window), kind, unit and slot. Columns:
     `site`, `corruption`, `slot`, `token` (where it is the same in all examples), `mean`, `sd` (over
-    examples; null for one), `low` and `high` (95 % bootstrap interval), `n`, the number of examples.
+    examples; null for one), `low` and `high` (95 % interval), `n`, the number of examples.
 
     `site` can be swept again. A role, `readout` and a place of the picture name themselves. Any other slot
     (`3`, `answer+1`, `-2`) stands as a position, `@5` or `@-2`, where that is the slot in every example;

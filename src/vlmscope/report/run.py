@@ -4,18 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import product
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import pandas as pd
 
+from vlmscope import stored
 from vlmscope.report import image_maps
 from vlmscope.report.gallery import Gallery, Section, Shown, render
 from vlmscope.report.heat_maps import CHANGED, IN_LOGITS
 from vlmscope.report.ranking import strongest
 from vlmscope.report.words import KINDS, TOWERS, ends, kinds_in, short_number, upper_first
 from vlmscope.studies.known import knows
-from vlmscope.studies.run_folder import Run
+from vlmscope.studies.run_folder import SPEC, Run
 from vlmscope.studies.tables import cells_of, change_of, head_slot, is_head, is_single
 
 Cells = dict[str, pd.DataFrame]
@@ -31,12 +31,14 @@ class Reported(NamedTuple):
 
 def report(run: Run, title: str, gallery: Gallery) -> Reported:
     """The section of a run, whose table is read once."""
+    whole = {name.removesuffix("?"): shape for name, shape in SPEC.items()}
+    stored.fits(run.spec, whole, run.path / "run.json", "sweep again into another --out")
     base, effects = run.baselines(), run.effects()
     known, excluded = knows(base), base["excluded"].astype(bool)
     gap = (base["ld_clean"] - base["ld_corrupt"]).mean()
     gap = 0.0 if pd.isna(gap) else abs(float(gap))
     examples = run.pictures()
-    pictures = {e["id"]: e["clean_image"] for e in examples if e.get("clean_image")}
+    pictures = {e["id"]: e["clean_image"] for e in examples if e.get("clean_image") and "id" in e}
     cells: dict[tuple[str, bool], Cells] = {}
     shown: list[tuple[str, Shown]] = []
     value = change_of(effects)
@@ -162,7 +164,7 @@ def _cells(rows: pd.DataFrame, value: str, of_heads: bool) -> Cells:
 
 
 def _images(
-    rows: pd.DataFrame, pictures: Mapping[str, Path], gap: float, value: str, gallery: Gallery
+    rows: pd.DataFrame, pictures: Mapping[str, bytes], gap: float, value: str, gallery: Gallery
 ) -> Iterator[tuple[str, Shown]]:
     """The effect of image patches of one tower, over the first kept picture, with its heading."""
     kept = rows[rows["position"].notna() & rows["example"].isin(list(pictures))]

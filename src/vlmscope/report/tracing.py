@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pandas as pd
 
+from vlmscope import stored
 from vlmscope.report import figures
-from vlmscope.report.gallery import Gallery, Section, about_of, render
+from vlmscope.report.gallery import Gallery, Section, render
 from vlmscope.report.ranking import most_restored
 from vlmscope.report.words import KINDS, TOWERS, kinds_in, upper_first
+from vlmscope.stored import formats
 from vlmscope.studies.known import knows
 from vlmscope.studies.run_folder import read_run
 
 
 def section(folder: Path, gallery: Gallery) -> Section:
-    about, table = about_of(folder, "tracing"), pd.read_parquet(folder / "tracing.parquet")
-    repeat = folder / "repeats" / "00"
-    known = knows(read_run(repeat).baselines()) if (repeat / "run.json").is_file() else None
+    about, tables = stored.read(folder, formats.TRACING)
+    table, repeat = tables["tracing"], folder / "repeats" / "00"
+    known = knows(read_run(repeat, folder).baselines()) if os.path.lexists(repeat) else None
     shown = []
     for tower, of_tower in table.groupby("tower", sort=False):
         for (length, window), rows in of_tower.groupby(["length", "window"]):

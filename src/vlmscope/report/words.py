@@ -44,8 +44,8 @@ def short_number(number: float) -> str:
     >>> short_number(-0.01234), short_number(12.345), short_number(0.0)
     ('−0.0123', '+12.3', '0')
     """
-    if number == 0.0:
-        return "0"
+    if number == 0.0 or not np.isfinite(number):
+        return f"{number:.0f}"
     decimals = min(6, max(0, 2 - int(np.floor(np.log10(abs(number))))))
     text = f"{number:+.{decimals}f}" if abs(number) >= 1e-4 else f"{number:+.1e}"
     return text.replace("-", "−")

@@ -17,13 +17,14 @@ import torch
 from torch import Tensor
 
 from vlmscope.data.example import Example
-from vlmscope.errors import ExampleError, VlmscopeError
+from vlmscope.errors import ExampleError, VlmscopeError, number, shown, whole
 from vlmscope.models.inputs import Edit, Inputs, Pair
 from vlmscope.runs.forward import forward
 from vlmscope.runs.model import Model
 from vlmscope.sites import Site
 
 FORMS = {"multiply": 5.0, "add": 3.0, "factor": 0.7691}
+MOST_DRAWS, MOST_SCALE = 1000, 1000.0
 
 
 @dataclass(frozen=True)
@@ -44,16 +45,20 @@ class Noise:
     draws: int = 10
 
     def __post_init__(self) -> None:
-        if self.form not in FORMS:
-            raise VlmscopeError(f"unknown noise '{self.form}'; expected one of {', '.join(FORMS)}")
+        if self.form not in list(FORMS):
+            raise VlmscopeError(f"unknown noise {shown(self.form)}; expected one of {', '.join(FORMS)}")
         if self.at not in ("image", "text"):
-            raise VlmscopeError(f"noise at '{self.at}' is unknown; expected image or text")
-        if self.draws < 1:
-            raise VlmscopeError(f"{self.draws} draws of noise give no result; expected 1 or more")
-        if self.scale is None:
-            object.__setattr__(self, "scale", FORMS[self.form])
-        if self.form == "factor":  # nothing is drawn, so one draw says it all
-            object.__setattr__(self, "draws", 1)
+            raise VlmscopeError(f"noise at {shown(self.at)} is unknown; expected image or text")
+        draws = whole(self.draws, "the number of draws of noise", 1, MOST_DRAWS)
+        scale = FORMS[self.form] if self.scale is None else self.scale
+        scale = number(scale, "the scale of the noise", 0, MOST_SCALE)
+        if scale == (1 if self.form == "factor" else 0):
+            raise VlmscopeError(
+                f"noise of scale {scale:g} changes nothing; expected such as {FORMS[self.form]}"
+            )
+        object.__setattr__(self, "scale", scale)
+        # Where nothing is drawn, one draw says it all.
+        object.__setattr__(self, "draws", 1 if self.form == "factor" else draws)
 
 
 Corruption = Literal["image", "text"] | Noise
@@ -70,7 +75,7 @@ def parse(corrupt: str | Noise) -> Corruption:
             return corrupt
         case "noise":
             return Noise()
-    raise VlmscopeError(f"unknown corruption '{corrupt}'; expected image, text or noise")
+    raise VlmscopeError(f"unknown corruption {shown(corrupt)}; expected image, text or noise")
 
 
 def pairs(

@@ -7,15 +7,21 @@ from pathlib import Path
 
 import torch
 from PIL import Image
+from safetensors import SafetensorError
 from transformers.utils import logging
 
+from vlmscope import files
 from vlmscope.data.example import Box, Picture
 from vlmscope.data.images import open_image
+from vlmscope.errors import StoreError
 from vlmscope.models.inputs import Edit, Inputs, Logits
 from vlmscope.runs import forward as running
 from vlmscope.runs import prepare as preparing
 from vlmscope.runs.network import Network
 from vlmscope.sites import Point, Site
+
+MANIFEST, FORMAT = "vlmscope.json", "vlmscope-checkpoint-1"
+"""What a saved checkpoint has beside the files of transformers: the list of them."""
 
 
 class Model(Network):
@@ -82,15 +88,31 @@ class Model(Network):
         return image.crop((left, top, right, bottom))
 
     def save(self, folder: str | Path) -> None:
-        """Write model and processor as a checkpoint that plain transformers, and `load`, read."""
+        """Write model and processor as a checkpoint that plain transformers, and `load`, read.
+
+        Everything is written beside the folder first and then renamed; `vlmscope.json` lists what is written.
+        Raises `StoreError` if that cannot be, or the folder has files of these names that are not listed.
+        """
         bar = logging.is_progress_bar_enabled()
         logging.disable_progress_bar()
         try:
-            self.hf.save_pretrained(folder)
-            self.processor.save_pretrained(folder)
+            with files.beside(Path(folder)) as place:
+                self.hf.save_pretrained(place)
+                self.processor.save_pretrained(place)
+                made = {str(file.relative_to(place)): file for file in place.rglob("*") if file.is_file()}
+                files.save(folder, MANIFEST, {"format": FORMAT, "model": self.name}, made)
+        except SafetensorError as error:
+            raise StoreError(
+                f"{folder}: cannot be written ({error}); free some space or choose another place"
+            ) from error
         finally:
             if bar:
                 logging.enable_progress_bar()
+
+    @staticmethod
+    def claim(folder: str | Path) -> None:
+        """Refuse, before anything is computed, a folder that `save` could not write (`StoreError`)."""
+        files.claim(folder, MANIFEST, FORMAT, ["config.json", "model.safetensors"])
 
     def verify(self, fits: bool = False) -> None:
         """Check that the model fits its family's table; raises `ModelError` naming what does not.

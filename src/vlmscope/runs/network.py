@@ -14,7 +14,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from vlmscope.errors import ModelError, SiteError
+from vlmscope.errors import ModelError, SiteError, shown
 from vlmscope.models.families import family_of
 from vlmscope.models.inputs import Change, Edit, Inputs
 from vlmscope.runs.hooks import alone, attending
@@ -197,12 +197,18 @@ class Network:
         if isinstance(site, Pattern):
             sites = expand([site], self.shapes)
             if len(sites) != 1:
-                raise SiteError(f"an edit is of one layer and unit; '{site}' names {len(sites)}")
+                raise SiteError(
+                    f"an edit is of one layer and unit; {shown(site)} names {len(sites)}: give an edit for "
+                    "each, or a window of layers (2/3) or a set of units (h[0,1])"
+                )
             (site,) = sites
         found = [site] if site.positions else place(site, inputs.layout)
         for part in found[0].parts:
             if part.source:
-                raise SiteError(f"'{part}' is an edge of attention, which is neither read nor patched")
+                raise SiteError(
+                    f"{shown(part)} is an edge of attention, which is neither read nor patched; leave "
+                    f"'<{part.source}' out"
+                )
             if part.layer in self.idle(part.tower, inputs):
                 raise SiteError(
                     f"bad site '{site}': layer {part.layer} of the {part.tower} tower attends to the picture "

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import re
+import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 from PIL import Image
 
-from vlmscope.data.example import Example, Picture, Span, find_roles
+from vlmscope.data.example import Example, Picture, Span, check_text, find_roles
 from vlmscope.data.images import open_image
-from vlmscope.errors import ExampleError
+from vlmscope.errors import ExampleError, shown
 from vlmscope.layout import Layout, grid
 from vlmscope.models.inputs import Inputs, Pair
 from vlmscope.runs.network import Network
@@ -29,12 +30,42 @@ def encode(
     read: int = 1,
 ) -> Inputs:
     """The tensors of one run; `fed` are tokens behind the prompt, the `read` last positions are scored."""
+    check_words(network, "the prompt", prompt)
     pictures = [open_image(image) for image in images]
     inputs = network.family.encode(network.hf, network.processor, pictures, prompt, roles, fed)
     tensors = {k: v.to(network.device) for k, v in inputs.tensors.items()}
     there = inputs.layout[network.speaker]
     there = replace(there, readout=len(there.tokens) - read, fed=len(fed))
     return Inputs(tensors, {**inputs.layout, network.speaker: there})
+
+
+def check_words(network: Network, what: str, text: str) -> None:
+    """Refuse words that are none to the model: nothing to read, or tokens that only its template writes.
+
+    A prompt that holds the image's placeholder is the whole text that the model reads, so it may hold the
+    template's tokens, but not those that the processor puts in the placeholder's place. Raises
+    `ExampleError`, which begins with `what`.
+    """
+    check_text(what, text)
+    if text and not any(unicodedata.category(c)[0] in "LNPS" for c in text):
+        raise ExampleError(f"{what} {shown(text)} has nothing to read in it; write words")
+    tokenizer, config = network.processor.tokenizer, network.hf.config
+    mark = str(getattr(network.processor, "image_token", None) or "")
+    image = getattr(config, "image_token_id", None)
+    special = {getattr(network.processor, "video_token", None)}
+    special |= {tokenizer.convert_ids_to_tokens(image)} if image is not None else {None}
+    is_prompt = what == "the prompt"
+    if not (is_prompt and mark and mark in text):
+        special |= {*tokenizer.all_special_tokens, mark}
+    if typed := next(
+        (one for one in sorted(filter(None, special - {mark * is_prompt})) if one in text), None
+    ):
+        whole = (
+            f", or write the whole text that the model reads, with {mark} in it" if mark and is_prompt else ""
+        )
+        raise ExampleError(
+            f"{what} holds '{typed}', which is no word but a token of its own; take it out{whole}"
+        )
 
 
 def prepare(network: Network, example: Example, whole: bool = False) -> Pair:
@@ -77,11 +108,18 @@ def _option(network: Network, prompt: str, what: str, text: str, images: int) ->
     """The tokens of an answer or a foil. Its end belongs to it, and tells "red" from "red wine"."""
     if not text.strip():
         instead = ", or score the whole answer (metric logprob)" if what == "foil" else ""
-        raise ExampleError(f"the {what} '{text}' is empty; give it a word{instead}")
+        raise ExampleError(f"the {what} {shown(text)} is empty; give it a word{instead}")
+    check_words(network, f"the {what}", text)
     tokens = network.family.options(network.processor, prompt, text, images)
+    if not tokens[:-1]:
+        raise ExampleError(
+            f"the {what} {shown(text)} is nothing to the model's tokenizer; choose another word"
+        )
     unknown = network.processor.tokenizer.unk_token_id
     if unknown is not None and unknown in tokens[:-1]:  # OPT's end token is this, too
-        raise ExampleError(f"the {what} '{text}' is unknown to the model's tokenizer")
+        raise ExampleError(
+            f"the {what} {shown(text)} is unknown to the model's tokenizer; choose another word"
+        )
     return tokens
 
 
@@ -91,7 +129,8 @@ def _options(network: Network, example: Example, images: int) -> tuple[list[int]
     answer, foil = (_option(network, example.clean_prompt, *option, images) for option in options)
     same = next((n for n, (a, b) in enumerate(zip(answer, foil, strict=False)) if a != b), None)
     if same is None:
-        raise ExampleError(f"answer '{example.answer}' and foil '{example.foil}' are the same tokens")
+        both = f"answer {shown(example.answer)} and foil {shown(example.foil)}"
+        raise ExampleError(f"{both} are the same tokens; choose another foil")
     return answer[:same], answer[same], foil[same]
 
 
@@ -124,8 +163,8 @@ def _aligned(clean: Inputs, corrupt: Inputs, words: Sequence[str], others: Seque
             if name.startswith(_WORD) and at != (then := here.roles.get(name, ())):
                 n = int(name.removeprefix(_WORD))
                 raise ExampleError(
-                    f"{misaligned}: word {n + 1} is '{words[n]}' ({len(at)} tokens) in the clean one, "
-                    f"'{others[n]}' ({len(then)} tokens) in the corrupt one; choose other words"
+                    f"{misaligned}: word {n + 1} is {shown(words[n])} ({len(at)} tokens) in the clean one, "
+                    f"{shown(others[n])} ({len(then)} tokens) in the corrupt one; choose other words"
                 )
         if len(there.tokens) != len(here.tokens):
             raise ExampleError(

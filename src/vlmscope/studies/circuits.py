@@ -1,17 +1,16 @@
 """Which attention heads are important, how surely, and in which of several runs.
 
-Statistics of a head are over examples, of `logit_diff` at the read-out position: a bootstrap interval, a
-sign-flip permutation test, the rule of NOTICE (arXiv 2406.16320), and whether what one half of the examples
-finds the other half confirms (`heads_of`).
+Statistics of a head are over examples, of `logit_diff` at the read-out position: an interval, a test that it
+moves more than a share of the gap, the rule of NOTICE (arXiv 2406.16320), whether what one half of the
+examples finds the other half confirms, and its mean over examples that did not choose it (`heads_of`).
 """
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 import os
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,29 +21,35 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 from scipy import stats
 
-from vlmscope import files
-from vlmscope.errors import DataError, StoreError, VlmscopeError
-from vlmscope.stats import FEWEST, Scores, interval, rng, sign_flip
+from vlmscope import files, stored
+from vlmscope.errors import DataError, StoreError, VlmscopeError, plain
+from vlmscope.stats import FEWEST, LEVEL, Scores, interval, p_values, q_values, shuffled
+from vlmscope.stored import formats
 from vlmscope.studies.known import knows
 from vlmscope.studies.run_folder import Run, read_run
 from vlmscope.studies.tables import at_slot, by_example, is_head
 
 HEADS = (
-    "run data corruption tower layer kind head position n mean mean_abs ci_low ci_high p_value q_value "
-    "important_published important confirmed"
+    "run data corruption tower layer kind head position n mean mean_abs ci_low ci_high mean_held_out "
+    "p_value q_value important_published important confirmed"
 ).split()
 """The columns of the table of heads."""
 OVERLAP = "run other tower kind heads important important_other both expected p_value".split()
 
 FORMAT = "vlmscope-circuits-1"
 MANIFEST = "circuits.json"
-LEVEL = 0.05
-"""The false discovery rate that `important` and `confirmed` allow."""
+NAMES = "heads.parquet heads.csv universal.csv overlap.csv sites.txt universal-sites.txt".split()
 SHARE = 0.01
-"""A head that moves less than this share of the gap between the clean and the corrupt run is not
-important, however significant."""
+"""A head that moves no more than this share of the gap between the clean and the corrupt run is not
+important, however surely."""
+PARTS = 5
+"""Into how many parts the examples are cut: what four of them choose is measured on the fifth."""
+SPLITS = 50
+"""How often the examples are halved, to find heads on one half and confirm them on the other."""
 _HEAD = ["tower", "layer", "kind", "head", "position"]
 Truths = NDArray[np.bool_]
+Where = tuple[str, str, str]
+"""Tower, kind and slot."""
 
 
 @dataclass(frozen=True)
@@ -74,6 +79,11 @@ class Found:
         }
         files.save(folder, MANIFEST, self.about, content)
 
+    @staticmethod
+    def claim(folder: str | os.PathLike[str]) -> None:
+        """Refuse, before anything is computed, a folder that `save` could not write (`StoreError`)."""
+        files.claim(folder, MANIFEST, FORMAT, NAMES)
+
 
 def find(
     runs: Sequence[str | os.PathLike[str]],
@@ -92,39 +102,36 @@ def find(
     if the runs are of different models (with `across_models`, of different head grids) or patch
     corrupt activations into clean runs.
     """
-    paths: list[Path] = []
+    opened: list[Run] = []
     for run in map(Path, runs):
-        paths += sorted(run.glob("runs/*")) if (run / "notice.toml").is_file() else [run]
-    opened = [read_run(path) for path in paths]
+        inner = sorted(run.glob("runs/*")) if (run / "notice.toml").is_file() else []
+        opened += [read_run(path, run) for path in inner] or [read_run(run)]
+    paths = [one.path for one in opened]
     _check(opened, across_models)
-    names = [path.resolve().name for path in paths]  # or their whole paths where two names are the same
-    named = dict(zip(names if len(set(names)) == len(names) else map(str, paths), opened, strict=True))
+    names = [plain(path.resolve().name) for path in paths]  # or whole paths where two names are the same
+    wholes = (plain(str(path)) for path in paths)
+    named = dict(zip(names if len(set(names)) == len(names) else wholes, opened, strict=True))
     parts = [heads_of(one, name, position=position, seed=seed) for name, one in named.items()]
     heads = pd.concat(parts, ignore_index=True)
     baselines = {name: one.baselines() for name, one in named.items()}
+    groups = _sharing(named)
     about = {
         "format": FORMAT,
         "runs": list(map(str, paths)),
         "seed": seed,
         "level": LEVEL,
         "model": opened[0].spec.get("model"),
-        "chance": list(_chance(heads)),
+        "chance": list(_chance(heads, groups)),
         "gaps": {name: _gap(base) for name, base in baselines.items()},
         "known": {name: knows(base)._asdict() for name, base in baselines.items()},
     }
-    return Found(heads, universal(heads), overlap(heads), about)
+    return Found(heads, universal(heads), overlap(heads, groups), about)
 
 
 def read(folder: str | os.PathLike[str]) -> Found:
     """What `Found.save` has written; raises `StoreError` where that is not all there."""
-    path = Path(folder)
-    about = files.read_json(path / MANIFEST, "name a folder of 'vlmscope circuits'")
-    try:
-        heads = pd.read_parquet(path / "heads.parquet")
-        others = {name: pd.read_csv(path / f"{name}.csv") for name in ("universal", "overlap")}
-    except (OSError, ValueError) as error:
-        raise StoreError(f"{path}: is damaged ({error}); run the same command again") from error
-    return Found(heads, **others, about=about)
+    about, tables = stored.read(Path(folder), formats.CIRCUITS)
+    return Found(**tables, about=about)
 
 
 def expressions(heads: pd.DataFrame) -> list[str]:
@@ -143,15 +150,20 @@ def heads_of(run: Run, name: str = "run", *, position: str | None = None, seed: 
 
     - `position`: where the heads are read out, a word that can be swept: `readout`, `answer`, a role, `last`.
     - `mean`, `mean_abs`: of `logit_diff` and |`logit_diff`| over examples; `ci_low`, `ci_high`: the
-      95 % percentile bootstrap interval of `mean` over examples.
-    - `p_value`: of the sign-flip permutation test that `mean` is zero (two-sided); `q_value`: after
-      Benjamini-Hochberg over all heads of the tower and kind.
+      95 % interval of `mean` (`stats.interval`), null below 10 examples.
+    - `mean_held_out`: the mean over examples that did not choose the head. The examples are cut into five
+      parts, and each part counts where the other four find the head important; null where none does. Of
+      heads that were chosen for being large, `mean` is too large; this is what to quote.
+    - `p_value`: of the test that |`mean`| is at most 1 % of the mean gap LD(clean) − LD(corrupt)
+      (`stats.p_values`); `q_value`: after Benjamini-Hochberg over all heads of the tower and kind.
     - `important_published`: `mean_abs` >= mean + 2·SD over all heads of the kind (and tower), as in
       NOTICE, but of `logit_diff` instead of |P(answer)|, which holds the corrupt baseline.
-    - `important`: `q_value` <= 0.05, and |`mean`| is at least that of the average head of the kind and
-      1 % of the mean gap LD(clean) − LD(corrupt): of many examples the smallest effect is significant.
-    - `confirmed`: important on a random half of the examples alone, and then, on the other half,
-      of the same sign with a q-value over those heads of at most 0.05.
+    - `important`: `q_value` <= 0.05: of the heads that are called so, 5 % at the most move no more than
+      1 % of the gap, on average over such studies. By |`mean`| heads are ranked, never by p.
+    - `confirmed`: found on one half of the examples and again, with the same sign, on the other, in most
+      of 50 ways to halve them: twice the median of the q-values on the second half, over the heads that
+      the first finds (1 for the others), is at most 0.05 (Meinshausen, Meier & Bühlmann 2009). Null below
+      20 examples, where it is impossible.
     """
     parts, least = [], SHARE * _gap(run.baselines())
     for (tower, kind, at), scores in head_scores(run, position).items():
@@ -166,7 +178,22 @@ def heads_of(run: Run, name: str = "run", *, position: str | None = None, seed: 
     return found[HEADS].astype({"layer": "int32", "head": "int32", "n": "int64"})
 
 
-def head_scores(run: Run, position: str | None = None) -> dict[tuple[str, str, str], pd.DataFrame]:
+def held_out(run: Run, *, position: str | None = None, seed: int = 0) -> dict[str, list[str]]:
+    """For each head that some examples choose, by its site expression: the ids of those that did not.
+
+    These are what `mean_held_out` is over; `heads.functions` takes them, to measure on no example what it
+    has chosen.
+    """
+    found, least = {}, SHARE * _gap(run.baselines())
+    for (tower, kind, at), scores in head_scores(run, position).items():
+        unseen = _unseen(scores.to_numpy(), list(scores.index), seed, least)
+        for (layer, head), column in zip(scores.columns, unseen.T, strict=True):
+            if column.any():
+                found[f"{tower}.{layer}.{kind}.h{head}@{at}"] = list(scores.index[column])
+    return found
+
+
+def head_scores(run: Run, position: str | None = None) -> dict[Where, pd.DataFrame]:
     """`logit_diff` of the heads of a run where they are read out: examples × (layer, head).
 
     A table for each tower, kind and slot; see `find` for `position`. Examples that lack a head there, or
@@ -190,7 +217,7 @@ def head_scores(run: Run, position: str | None = None) -> dict[tuple[str, str, s
     if not found:
         where = f"'{position}'" if position else "the answer's token or the read-out position"
         raise StoreError(
-            f"{run.path}: no heads were patched at {where}; sweep such sites as "
+            f"{run.path}: no heads were patched at {where}; name another position, or sweep such sites as "
             "'encoder.*.cross.h*@answer' or 'decoder.*.attn.h*@readout' first"
         )
     broken = {name for t in found.values() for name in t.loc[~np.isfinite(t["logit_diff"]), "example"]}
@@ -216,8 +243,8 @@ def _gap(base: pd.DataFrame) -> float:
 def assess(scores: Scores, ids: Sequence[str], seed: int = 0, *, least: float = 0.0) -> pd.DataFrame:
     """Statistics of heads from their `(examples, heads)` scores: columns `mean` to `confirmed`.
 
-    `ids` name the examples; with the seed they decide which half of them an example is in. A
-    |`mean`| below `least` is not important.
+    `ids` name the examples; with the seed they decide how the examples are cut and halved. Only a |mean|
+    that is surely above `least` is important.
 
     >>> generator = np.random.default_rng(0)
     >>> scores = generator.normal(size=(40, 3)) + [2.0, 0.0, 0.1]
@@ -225,62 +252,72 @@ def assess(scores: Scores, ids: Sequence[str], seed: int = 0, *, least: float = 
     >>> table["important"].tolist(), table["confirmed"].tolist()
     ([True, False, False], [True, False, False])
     """
-    size, half = np.abs(scores).mean(0), first_half(ids, seed)
-    low, high = interval(scores, ids)
-    p, q, important = _important(scores, rng(seed, "signs"), least)
+    size, unseen = np.abs(scores).mean(0), _unseen(scores, ids, seed, least)
+    low, high = interval(scores)
+    p = p_values(scores, least=least)
+    q, held = q_values(p), unseen.sum(0)
     return pd.DataFrame(
         {
             "mean": scores.mean(0),
             "mean_abs": size,
             "ci_low": low,
             "ci_high": high,
+            "mean_held_out": np.where(held > 0, (scores * unseen).sum(0) / np.maximum(held, 1), np.nan),
             "p_value": p,
             "q_value": q,
             "important_published": size >= size.mean() + 2 * size.std(),
-            "important": important,
-            "confirmed": _confirmed(scores[half], scores[~half], rng(seed, "halves"), least),
+            "important": q <= LEVEL,
+            "confirmed": _confirmed(scores, ids, seed, least),
         }
     )
 
 
-def _important(scores: Scores, generator: np.random.Generator, least: float) -> tuple[Scores, Scores, Truths]:
-    p, size = sign_flip(scores, generator), np.abs(scores.mean(0))
-    q = stats.false_discovery_control(p)
-    return p, q, (q <= LEVEL) & (size >= max(least, size.mean()))
+def _important(scores: Scores, least: float) -> Truths:
+    return q_values(p_values(scores, least=least)) <= LEVEL
 
 
-def _confirmed(first: Scores, second: Scores, generator: np.random.Generator, least: float) -> Truths:
-    confirmed = np.zeros(first.shape[1], dtype=bool)
-    if min(len(first), len(second)) < 2:
-        return confirmed
-    found = np.flatnonzero(_important(first, generator, least)[2])
-    if len(found):
-        q = stats.false_discovery_control(sign_flip(second[:, found], generator))
-        same = np.sign(first[:, found].mean(0)) == np.sign(second[:, found].mean(0))
-        confirmed[found] = same & (q <= LEVEL)
-    return confirmed
+def _unseen(scores: Scores, ids: Sequence[str], seed: int, least: float) -> Truths:
+    """Which examples had no part in choosing which heads: `(examples, heads)`, false where none chose it."""
+    found = np.zeros(scores.shape, dtype=bool)
+    for part in np.array_split(shuffled(seed, ids, "parts"), PARTS):
+        found[part] = _important(np.delete(scores, part, axis=0), least)
+    return found
 
 
-def first_half(ids: Sequence[str], seed: int = 0) -> Truths:
-    """Which examples are in the half that heads are found on; the order of the ids is no matter."""
-    order = np.argsort([hashlib.sha256(f"{seed}/{x}".encode()).hexdigest() for x in ids])
-    return np.isin(np.arange(len(ids)), order[: len(ids) // 2])
+def _confirmed(scores: Scores, ids: Sequence[str], seed: int, least: float) -> pd.Series[bool]:
+    count, heads = scores.shape
+    if count < 2 * FEWEST:
+        return pd.Series([pd.NA] * heads, dtype="boolean")
+    q = np.ones((SPLITS, heads))
+    for number in range(SPLITS):
+        half = first_half(ids, seed, number)
+        found = np.flatnonzero(_important(scores[half], least))
+        first, second = scores[half][:, found], scores[~half][:, found]
+        same = np.sign(first.mean(0)) == np.sign(second.mean(0))
+        again = q_values(np.where(same, p_values(second, least=least) / 2, 1.0))
+        q[number, found] = np.where(np.isnan(again), 1.0, again)
+    return pd.Series(2 * np.median(q, axis=0) <= LEVEL, dtype="boolean")
+
+
+def first_half(ids: Sequence[str], seed: int = 0, number: int = 0) -> Truths:
+    """Which examples are in the first half, of many ways to halve them; the order of the ids is no matter."""
+    return np.isin(np.arange(len(ids)), shuffled(seed, ids, "half", number)[: len(ids) // 2])
 
 
 def universal(heads: pd.DataFrame) -> pd.DataFrame:
     """Every head over the runs in which it was patched, those important in most runs first.
 
     Columns: the head; `runs` and `important_in`, in how many runs it was patched and is important;
-    `confirmed_in`; `same_sign`, whether its means agree in sign; `mean`, of its means; `weakest`,
-    the smallest |mean|; `universal` and `universal_published`, important in every run by either rule
-    (of the same sign for the former).
+    `confirmed_in` (null where that is impossible); `same_sign`, whether its means agree in sign; `mean`, of
+    its means; `weakest`, the smallest |mean|; `universal` and `universal_published`, important in every run
+    by either rule (of the same sign for the former).
     """
     total = heads["run"].nunique()
     signed = heads.assign(size=heads["mean"].abs(), sign=np.sign(heads["mean"]))
     found = signed.groupby(_HEAD, as_index=False).agg(
         runs=("run", "nunique"),
         important_in=("important", "sum"),
-        confirmed_in=("confirmed", "sum"),
+        confirmed_in=("confirmed", lambda confirmed: confirmed.sum(min_count=1)),
         mean=("mean", "mean"),
         weakest=("size", "min"),
         signs=("sign", "nunique"),
@@ -289,38 +326,66 @@ def universal(heads: pd.DataFrame) -> pd.DataFrame:
     same, published = found.pop("signs") == 1, found.pop("published_in") == total
     everywhere = same & (found["important_in"] == total)
     found = found.assign(same_sign=same, universal=everywhere, universal_published=published)
+    found["confirmed_in"] = found["confirmed_in"].astype("Int64")
     order = ["important_in", "confirmed_in", "weakest"]
     return found.sort_values(order, ascending=False, kind="stable", ignore_index=True)
 
 
-def overlap(heads: pd.DataFrame) -> pd.DataFrame:
+def overlap(heads: pd.DataFrame, groups: Mapping[str, int] | None = None) -> pd.DataFrame:
     """Each pair of runs: how many heads of a tower and kind are important in both, against chance.
 
-    `p_value` is that of at least so many in common if the important heads of one run were drawn at
-    random (hypergeometric); `q_value` after Benjamini-Hochberg over the table.
+    Chance is that of heads exchanged within their layer: late layers matter in every run, and that alone
+    makes heads agree. `p_value` is that of at least so many in common then; `q_value` after
+    Benjamini-Hochberg over the table. Runs of the same of `groups` have examples in common, so that they
+    agree without any chance: no number is expected, and nothing is tested. Nor is it where no exchange
+    changes the number, as where one of the two runs has no important head.
     """
     rows = []
     for tower, kind, important in _important_by_run(heads):
         for pair in itertools.combinations(important.columns, 2):
             both = important[list(pair)]
-            rows.append([*pair, tower, kind, len(both), *both.sum(), *_against_chance(both)])
-    found = pd.DataFrame(rows, columns=OVERLAP)
-    return found.assign(q_value=stats.false_discovery_control(found["p_value"]) if rows else [])
+            rows.append([*pair, tower, kind, len(both), *both.sum(), *_against_chance(both, groups)])
+    found = pd.DataFrame(rows, columns=OVERLAP).astype({"expected": float, "p_value": float})
+    return found.assign(q_value=q_values(found["p_value"]))
 
 
-def _chance(heads: pd.DataFrame) -> Iterator[dict[str, Any]]:
+def _chance(heads: pd.DataFrame, groups: Mapping[str, int]) -> Iterator[dict[str, Any]]:
     """For each tower and kind: heads important in every run, against what chance would give."""
     for tower, kind, important in _important_by_run(heads):
-        both, expected, p = _against_chance(important)
+        both, expected, p = _against_chance(important, groups)
         counts = {"heads": len(important), "runs": important.shape[1], "in_every_run": both}
         yield {"tower": tower, "kind": kind, **counts, "expected": expected, "p_value": p}
 
 
-def _against_chance(important: pd.DataFrame) -> tuple[int, float, float]:
-    """How many heads are important in all columns, how many chance would give, and P(at least so many)."""
-    spread = in_common(len(important), [int(n) for n in important.sum()])
+def _against_chance(
+    important: pd.DataFrame, groups: Mapping[str, int] | None
+) -> tuple[int, float | None, float | None]:
+    """How many heads are important in all columns, how many chance would give, and P(at least so many).
+
+    Runs of a group are exchanged together, so it is the heads important in all of them that count.
+    """
     both = int(important.all(axis=1).sum())
-    return both, float(np.arange(len(spread)) @ spread), min(1.0, float(spread[both:].sum()))
+    of = [run if groups is None else groups[run] for run in important.columns]
+    each = important.T.groupby(np.array(of)).all().T
+    if each.shape[1] < 2:
+        return both, None, None
+    spread = np.ones(1)
+    for _, layer in each.groupby(level="layer"):
+        spread = np.convolve(spread, in_common(len(layer), [int(n) for n in layer.sum()]))
+    p = min(1.0, float(spread[both:].sum())) if (spread > 1e-12).sum() > 1 else None
+    return both, float(np.arange(len(spread)) @ spread), p
+
+
+def _sharing(runs: Mapping[str, Run]) -> dict[str, int]:
+    """A number for each run, the same for runs of one model that share examples, if only by a third run."""
+    numbers: dict[str, int] = {}
+    held: dict[str, set[tuple[object, ...]]] = {}
+    for number, (name, run) in enumerate(runs.items()):
+        base, of = run.baselines(), (run.spec.get("weights"), run.spec.get("data"))
+        held[name] = {(*of, example) for example in base.loc[~base["excluded"], "example"]}
+        sharing = {n for other, n in numbers.items() if held[other] & held[name]}
+        numbers = {other: number if n in sharing else n for other, n in numbers.items()} | {name: number}
+    return numbers
 
 
 def _important_by_run(heads: pd.DataFrame) -> Iterator[tuple[str, str, pd.DataFrame]]:

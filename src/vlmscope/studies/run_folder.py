@@ -28,8 +28,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from vlmscope.errors import StoreError
-from vlmscope.files import read_json
+from vlmscope import files, stored
+from vlmscope.errors import DataError, StoreError, shown
+from vlmscope.sites import KINDS, TOWERS
 
 
 def _schema(columns: str) -> pa.Schema:
@@ -57,7 +58,37 @@ BASELINES = _schema(
 """The columns of `baselines`: a row per example."""
 
 FORMAT = "vlmscope-run-3"
+_CORRUPT = {"kind": str, "form?": str, "at?": str, "scale?": (float, None), "draws?": int}
+SPEC = {
+    "model?": str,
+    "weights?": (str, None),
+    "data?": str,
+    "n_examples?": int,
+    "sites?": [str],
+    "corrupt?": _CORRUPT,
+    "direction?": str,
+    "engine?": str,
+    "metric?": str,
+    "patch?": str,
+    "dtype?": str,
+    "device?": str,
+    "seed?": int,
+    "select?": bool,
+    "versions?": {str: (str, None)},
+}
+"""The shape of a run's specification (`stored.fits`), of which a report needs all."""
+_COUNTS = {"examples": int, "excluded": int, "baselines": int, "effects": int}
+_TOWER = {"layers?": int, "heads?": int, "grid?": [int]}
+_SHAPE = {
+    "format": FORMAT,
+    "spec": SPEC,
+    "description?": ({"towers?": {str: _TOWER}}, None),
+    "check?": ({"rows": int, "largest": float}, None),
+}
+_WORDS = {f"{name}?": str for name in ("id", "clean_prompt", "corrupt_prompt", "answer", "foil")}
 _INDEX = b"vlmscope.index"
+_UNIT = re.compile(r"[hqkvpn](\d{1,7}|\[[\d,]{1,9999}\])", re.ASCII)
+_SITE = re.compile(r"[a-z]+\.\d{1,3}(/\d{1,3})?\.[a-z_]+[.@]", re.ASCII)
 PART = re.compile(r"part-(\d{6,})\.parquet")
 
 
@@ -117,47 +148,121 @@ class Run:
 
     def pictures(self) -> list[dict[str, Any]]:
         """The examples kept to look at: `index`, the words that `Writer.add_pictures` was given,
-        and `clean_image`, `corrupt_image` as paths, or None where there is no picture."""
+        and `clean_image`, `corrupt_image` as the bytes of a PNG, or None where there is no picture."""
+        way_out = "delete that file; it is only there to be looked at"
         found = []
         for file in (self.path / "examples").glob("[0-9]*.json"):
-            words = read_json(file, "delete that file; it is only there to be looked at")
+            if not re.fullmatch("[0-9]{1,9}", file.stem):
+                continue
+            words = stored.manifest(file, _WORDS, way_out, self.path)
             images = {
-                f"{n}_image": p if (p := file.with_name(f"{file.stem}-{n}.png")).exists() else None
+                f"{n}_image": stored.picture(p, way_out, self.path) if os.path.lexists(p) else None
                 for n in ("clean", "corrupt")
+                for p in [file.with_name(f"{file.stem}-{n}.png")]
             }
-            found.append({"index": int(file.stem), **words, **images})
+            known = {name: words[name] for name in (key.removesuffix("?") for key in _WORDS) if name in words}
+            found.append({"index": int(file.stem), **known, **images})
         return sorted(found, key=lambda example: example["index"])
 
 
-def read_run(path: str | os.PathLike[str]) -> Run:
-    """Open a run folder for reading; raises `StoreError` if it is none."""
+def read_run(path: str | os.PathLike[str], within: Path | None = None) -> Run:
+    """Open a run folder for reading; raises `StoreError` if it is none.
+
+    `within` is a folder that it is a part of, from which no link leads to it.
+    """
     folder = Path(path)
-    if not folder.exists():
+    if within is not None:
+        stored.no_links(folder, within)
+    if not os.path.exists(folder):  # noqa: PTH110 - no error for any name
         raise StoreError(f"{folder}: no such folder; expected a run, as 'vlmscope sweep' writes one")
-    if not (folder / "run.json").is_file():
-        raise StoreError(f"{folder}: not a run folder (no run.json in it)")
+    if not os.path.lexists(folder / "run.json"):
+        raise StoreError(
+            f"{folder}: not a run folder (no run.json in it); name one, as 'vlmscope sweep' writes it"
+        )
     content = read_manifest(folder)
     return Run(folder, content["spec"], content.get("description") or {}, content.get("check"))
 
 
 def _read(folder: Path, name: str, schema: pa.Schema, where: pc.Expression | None = None) -> pd.DataFrame:
-    pieces: list[tuple[int, pa.Table]] = []
+    pieces = sorted(_pieces(folder, name, schema), key=lambda piece: piece[1].number)
+    if name == "effects":
+        _same_examples(
+            pieces, sorted(_pieces(folder, "baselines", BASELINES), key=lambda piece: piece[1].number)
+        )
+    done = folder / "done.json"
+    if os.path.lexists(done):
+        counts = stored.manifest(done, _COUNTS, f"delete {done} and run the same command again", folder)
+        if counts[name] != sum(table.num_rows for _, _, table in pieces):
+            raise StoreError(
+                f"{folder}: holds other {name} than the {counts[name]:,} that were written; "
+                f"delete {done} and run the same command again: what is missing is computed anew"
+            )
+    tables = [table if where is None else table.filter(where) for _, _, table in pieces]
+    return _frame(pa.concat_tables([schema.empty_table(), *tables]))
+
+
+def _pieces(folder: Path, name: str, schema: pa.Schema) -> Iterator[tuple[Path, Held, pa.Table]]:
+    """The rows of each example in each part; raises `StoreError` for what is not as it was written."""
+    done: dict[int, list[set[int] | None]] = {}
     for part in parts_of(folder):
         file = folder / name / part.name
         with _reading(file, part):
-            table = pq.read_table(pa.BufferReader(file.read_bytes()), page_checksum_verification=True)
+            content = files.read(file, "a part of a run", within=folder)
+            table = stored.parquet(content)
             entries = _entries(table.schema)
-            if table.schema.names != schema.names or table.num_rows != sum(held.rows for held in entries):
+            table = table.replace_schema_metadata(None)
+            if not table.schema.equals(schema) or table.num_rows != sum(held.rows for held in entries):
                 raise ValueError("not the columns or rows that were written")
+            if name == "effects":
+                _check_places(table)
         start = 0
         for held in entries:
-            piece = table.slice(start, held.rows)
-            pieces.append((held.number, piece if where is None else piece.filter(where)))
+            sites = None if held.sites is None else {*held.sites}
+            before = done.setdefault(held.number, [])
+            if any(sites is None or one is None or sites & one for one in before):
+                raise StoreError(
+                    f"{file}: holds examples that another part holds, too, so that they would count twice; "
+                    f"delete {part} if it is a copy"
+                )
+            before.append(sites)
+            yield part, held, table.slice(start, held.rows)
             start += held.rows
-    pieces.sort(key=lambda piece: piece[0])
-    plain = schema.remove_metadata()
-    tables = [t.replace_schema_metadata(None).cast(plain) for _, t in pieces]
-    return _frame(pa.concat_tables([plain.empty_table(), *tables]))
+
+
+Pieces = Sequence[tuple[Path, Held, pa.Table]]
+
+
+def _same_examples(effects: Pieces, baselines: Pieces) -> None:
+    """Raise `StoreError` where patches are of an example that the baselines lack, or that was left out."""
+    names = {}
+    for _, held, table in baselines:
+        if table.num_rows and not table["excluded"][0].as_py():
+            names[held.number] = table["example"][0].as_py()
+    for part, held, table in effects:
+        if held.rows and table["example"].unique().to_pylist() != [names.get(held.number)]:
+            raise StoreError(
+                f"{part}: its effects are of another example than its baselines. Delete it and run the same "
+                "command again: the examples in it are computed anew"
+            )
+
+
+def _check_places(effects: pa.Table) -> None:
+    """Raise ValueError for a place that no model has."""
+    for name, known in (("tower", TOWERS), ("kind", KINDS)):
+        if odd := set(effects[name].unique().to_pylist()) - set(known):
+            raise ValueError(f"unknown {name} {min(odd)}")
+    for unit in effects["unit"].unique().to_pylist():
+        if unit is not None and not _UNIT.fullmatch(unit):
+            raise ValueError(f"unknown unit {unit}")
+    for name, limit in (("layer", stored.GRID), ("position", 2**31)):
+        ends = pc.min_max(effects[name])
+        if ends["min"].is_valid and not 0 <= ends["min"].as_py() <= ends["max"].as_py() < limit:
+            raise ValueError(f"{name} {ends['min']} to {ends['max']}")
+    for site in effects["site"].unique().to_pylist():
+        if len(site) > stored.LONGEST or not _SITE.match(site):
+            raise ValueError(f"unknown site {site}")
+    if len(max(effects["slot"].unique().to_pylist(), key=len, default="")) > 1000:
+        raise ValueError("a slot of a long name")
 
 
 def typed(frame: pd.DataFrame, schema: pa.Schema) -> pd.DataFrame:
@@ -185,21 +290,29 @@ def parts_of(folder: Path) -> list[Path]:
 
 def held_in(part: Path, name: str) -> list[Held]:
     """The examples in a part, from its footer alone."""
-    file = part.parent.parent / name / part.name
-    with _reading(file, part):
-        return _entries(pq.read_schema(file))
+    folder = part.parent.parent
+    file = folder / name / part.name
+    with _reading(file, part), files.regular(file, "a part of a run", within=folder) as stream:
+        return _entries(pq.read_schema(stream))
 
 
 def _entries(schema: pa.Schema) -> list[Held]:
-    return [Held(*entry) for entry in json.loads((schema.metadata or {})[_INDEX])]
+    entries = [Held(*entry) for entry in json.loads((schema.metadata or {})[_INDEX])]
+    for number, rows, sites, digest in entries:
+        numbers = [number, rows, *(sites or ())]
+        if not isinstance(digest, str) or any(type(n) is not int or n < 0 for n in numbers):
+            raise ValueError("not the index that was written")
+    return entries
 
 
 @contextlib.contextmanager
 def _reading(file: Path, part: Path) -> Iterator[None]:
     try:
         yield
-    except (OSError, ValueError, KeyError, TypeError, pa.ArrowException) as error:
-        what = "is missing" if isinstance(error, FileNotFoundError) else "is damaged"
+    except (DataError, *stored.FOREIGN) as error:
+        if isinstance(error, DataError) and os.path.lexists(file):  # which says nothing against its content
+            raise StoreError(str(error)) from error
+        what = "is damaged" if os.path.lexists(file) else "is missing"
         raise StoreError(
             f"{file}: this part {what}. Delete {part} and run the same command again: "
             "the examples in it are computed anew"
@@ -207,16 +320,14 @@ def _reading(file: Path, part: Path) -> Iterator[None]:
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    file = folder / "run.json"
-    way_out = "choose another --out or delete the folder"
-    content = read_json(file, way_out)
+    file, way_out = folder / "run.json", "take it from a copy of the folder, or sweep into another --out"
+    content = stored.manifest(file, {}, way_out)
     if content.get("format") != FORMAT:
         raise StoreError(
-            f"{file}: format {content.get('format')!r}, this version reads {FORMAT!r}; "
+            f"{file}: format {shown(content.get('format'))}, this version reads '{FORMAT}'; "
             "use the version of vlmscope that wrote it"
         )
-    if not isinstance(content.get("spec"), dict):
-        raise StoreError(f"{file}: is damaged (no spec in it); {way_out}")
+    stored.fits(content, _SHAPE, file, way_out)
     return content
 
 

@@ -37,7 +37,10 @@ from vlmscope.studies.run_folder import (
 GROWS = ("sites", "n_examples", "data_hash")
 """What of a specification may become more when a folder is continued; all else has to be the same."""
 ROWS, SECONDS = 100_000, 10.0
-"""A part is written when this many rows wait, or when so much time has passed since the last."""
+"""A part is written when this many rows wait, or when so much time has passed since the last.
+
+The first example is written at once and the time grows from there, twofold each, so that a run that is killed
+again and again gets on, and a long one has few parts."""
 
 _FIELDS = ("id", "clean_prompt", "corrupt_prompt", "answer", "foil")
 
@@ -60,13 +63,10 @@ def open_run(
     """
     folder = Path(path)
     spec = dict(json.loads(json.dumps(spec)))
-    if folder.exists() and not folder.is_dir():
-        raise StoreError(f"{folder}: is a file; a run needs a folder. Choose another --out")
+    claim(folder)
+    manifest = folder / "run.json"
     with storing(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        manifest = folder / "run.json"
-        if not manifest.exists() and any(_is_foreign(p) for p in folder.iterdir()):
-            raise StoreError(f"{folder}: not empty, and not a run folder (no run.json). Choose another --out")
         lock = _lock(folder)
     try:
         content = {"format": FORMAT, "spec": spec, "description": dict(description or {}), "check": None}
@@ -76,13 +76,21 @@ def open_run(
             writer = Writer(folder, content, lock, digests)
             if content == there:
                 return writer
-            with storing(folder):
-                (folder / "done.json").unlink(missing_ok=True)
-        write_json(manifest, content)
+        write_json(manifest, content, ends=folder / "done.json")
         return Writer(folder, content, lock, digests)
     except BaseException:
         lock.release()
         raise
+
+
+def claim(folder: Path) -> None:
+    """Refuse, before anything is computed, a folder that is no run and not empty, or cannot be written."""
+    if folder.exists() and not folder.is_dir():
+        raise StoreError(f"{folder}: is a file; a run needs a folder. Choose another --out")
+    with storing(folder):
+        if folder.exists() and not (folder / "run.json").exists() and any(map(_is_foreign, folder.iterdir())):
+            raise StoreError(f"{folder}: not empty, and not a run folder (no run.json). Choose another --out")
+    files.try_place(folder)
 
 
 class Writer:
@@ -101,7 +109,7 @@ class Writer:
         self.done: dict[int, set[int] | None] = {}
         self._content, self._lock, self._digests = content, lock, digests
         self._waiting: list[tuple[Held, pa.Table, pa.Table]] = []
-        self._written = time.monotonic()
+        self._written, self._wait = time.monotonic(), 0.0
         with storing(path):
             for name in ("effects", "baselines"):
                 (path / name).mkdir(exist_ok=True)
@@ -149,7 +157,7 @@ class Writer:
         held = Held(index, table.num_rows, numbers, digest)
         self._waiting.append((held, table, table_of(baselines, BASELINES)))
         rows = sum(held.rows for held, _, _ in self._waiting)
-        if rows >= ROWS or time.monotonic() - self._written > SECONDS:
+        if rows >= ROWS or time.monotonic() - self._written > min(self._wait, SECONDS):
             self.flush()
 
     def flush(self) -> None:
@@ -157,13 +165,12 @@ class Writer:
         if self._waiting:
             name = f"part-{self._next:06d}.parquet"
             effects, baselines = self.path / "effects" / name, self.path / "baselines" / name
-            with storing(self.path):
-                (self.path / "done.json").unlink(missing_ok=True)
             files.write(effects, parquet([(held, table) for held, table, _ in self._waiting]))
             try:
                 files.write(
                     baselines,
                     parquet([(h._replace(rows=table.num_rows), table) for h, _, table in self._waiting]),
+                    ends=self.path / "done.json",
                 )
             except StoreError:
                 effects.unlink(missing_ok=True)
@@ -172,6 +179,7 @@ class Writer:
                 self._note(held)
             self._waiting.clear()
             self._next += 1
+            self._wait = 2 * self._wait or 1.0
         self._written = time.monotonic()
 
     def keep_check(self, check: Mapping[str, Any]) -> None:

@@ -15,7 +15,7 @@ import pyarrow.compute as pc
 
 from vlmscope.data import Examples
 from vlmscope.data.example import fingerprint
-from vlmscope.errors import DataError, ExampleError
+from vlmscope.errors import DataError, ExampleError, whole
 from vlmscope.patching import reference
 from vlmscope.patching.scores import ROUNDING, Metric
 from vlmscope.patching.sources import Source
@@ -87,6 +87,7 @@ def sweep(
     >>> len(table), table.columns[0], table.attrs["check"]["rows"]
     (12, 'example', 5)
     """
+    check = whole(check, "the number of rows to check")
     options = {"direction": direction, "engine": engine, "metric": metric, "patch": patch, "seed": seed}
     task = task_of(model, examples, sites, corrupt, **options)
     if out is not None:
@@ -126,6 +127,7 @@ def sweep_to(
     the image is the foil's, and is no longer the answer when the text or noise is what corrupts.
     The others stay in `baselines` as excluded, with what the model answered.
     """
+    check = whole(check, "the number of rows to check")
     options = {"direction": direction, "engine": engine, "metric": metric, "patch": patch, "seed": seed}
     task = task_of(model, examples, sites, corrupt, select=select, **options)
     return _into_folder(task, out, data, check)
@@ -210,9 +212,9 @@ def _into_folder(task: Task, out: str | os.PathLike[str], data: str, check: int)
                 jobs.append(Todo(number, missing, done))
         for result in run_jobs(task, jobs, len(task.examples) - len(jobs)):
             number = result.job.number
-            writer.add(number, result.effects, result.baseline, result.job.sites)
             if number < SHOWN and not result.job.done:
-                _show(writer, task, number)
+                _show(writer, task, number)  # before the example is committed: it is not run again
+            writer.add(number, result.effects, result.baseline, result.job.sites)
         writer.flush()
         if jobs or writer.check is None:
             run = read_run(out)

@@ -14,12 +14,13 @@ import numpy as np
 import pandas as pd
 
 from vlmscope.errors import DataError
-from vlmscope.stats import interval
+from vlmscope.stats import interval, p_values, q_values
 
 VALUES = ("logit_diff", "effect", "p_restored", "p_patched", "ld_change", "p_change", "value")
 """The columns of `effects` that can be averaged."""
 TOWERS = ("encoder", "decoder", "qformer", "vision")
 KINDS = ("resid", "resid_pre", "resid_mid", "mlp", "attn", "cross", "deepstack", "output")
+COMPARED = "site slot n n_other mean mean_other difference low high p_value".split()
 HEAD_KINDS = ("cross", "attn")
 """What is taken where a table holds several and none is named: the first of these that it has."""
 
@@ -92,7 +93,7 @@ def cells_of(
     """The cells of `token_table`, or of `head_table` where a `slot` is named, a row each: `tower`, `kind`,
     `layer`, `slot` (and `head`), `mean`, `sd`, `n`.
 
-    With `intervals` also `low` and `high`, the 95 % bootstrap interval of the mean over examples.
+    With `intervals` also `low` and `high`, the 95 % interval of the mean over examples.
     """
     rows = choose(effects, tower, kind, value, heads=slot is not None)
     words, column = {"tower": rows["tower"].iloc[0], "kind": rows["kind"].iloc[0]}, "slot"
@@ -143,7 +144,7 @@ def means(
     """Of any rows with an `example`: the mean of `value` by `keys`, within an example first, then over
     examples. Columns: the keys (not null), `mean`, `sd` and `n`, over examples whose value is not null.
 
-    With `intervals` also `low` and `high`: `stats.interval`, null for one example.
+    With `intervals` also `low` and `high`: `stats.interval`, null below 10 examples.
 
     >>> rows = pd.DataFrame({"example": ["a", "a", "b"], "layer": [0, 0, 0], "logit_diff": [1.0, 3.0, 6.0]})
     >>> means(rows, ["layer"])[["mean", "n"]].to_dict("records")
@@ -163,15 +164,68 @@ def by_example(rows: pd.DataFrame, keys: Sequence[str], value: str = "logit_diff
 
 
 def _intervals(each: pd.Series[float]) -> pd.DataFrame:
-    """Of all cells that hold the same examples at once: they are drawn anew together."""
+    """Of all cells that hold the same examples at once."""
     table = each.unstack("example").sort_index(axis=1)
-    scores, ids = table.to_numpy(dtype=float), table.columns.astype(str)
-    ends = np.full((len(table), 2), np.nan)
+    scores, ends = table.to_numpy(dtype=float), np.full((len(table), 2), np.nan)
     sets, of = np.unique(table.notna(), axis=0, return_inverse=True)
     for number, held in enumerate(sets):
         cells = np.flatnonzero(of.reshape(-1) == number)
-        ends[cells] = interval(scores[np.ix_(cells, held)].T, list(ids[held])).T
+        ends[cells] = interval(scores[np.ix_(cells, held)].T).T
     return pd.DataFrame(ends, index=table.index, columns=["low", "high"])
+
+
+def compare(
+    one: pd.DataFrame, other: pd.DataFrame, *, value: str = "logit_diff", paired: bool = True
+) -> pd.DataFrame:
+    """Two tables of effects, site by site: the mean `value` of each, and the difference of the two.
+
+    The same examples are compared, each with itself: two models, corruptions or ways to patch. With `paired`
+    false the examples of the two are others, whatever their ids: two sets of data. Rows are the sites that
+    both tables hold, in the order of the first. Columns: `site` (up to its @) and `slot`; `n` and `n_other`
+    examples; `mean`, `mean_other`; `difference`, `mean` − `mean_other`, with its 95 % interval `low`, `high`
+    (`stats.interval`); `p_value`, that it is zero; `q_value`, after Benjamini-Hochberg over the sites. Below
+    10 examples there is neither interval nor test.
+
+    Raises `DataError` if a table lacks the value or holds several corruptions, or if nothing is in both.
+
+    >>> import vlmscope
+    >>> model, given = vlmscope.load("toy-blip"), vlmscope.examples("states", limit=12)
+    >>> site = "encoder.*.cross@answer"
+    >>> image, noise = (vlmscope.sweep(model, given, site, corrupt) for corrupt in ("image", "noise"))
+    >>> compare(image, noise)[["site", "slot", "n"]].head(1).to_dict("records")
+    [{'site': 'encoder.0.cross', 'slot': 'answer', 'n': 12}]
+    """
+    first, second = (_by_site(table, value) for table in (one, other))
+    rows = []
+    for key, mine in first.items():
+        theirs = second.get(key, mine.head(0))
+        if paired:
+            mine, theirs = mine.align(theirs, join="inner")
+        if not (len(mine) and len(theirs)):
+            continue
+        scores = mine.to_numpy()[:, None], theirs.to_numpy()[:, None]
+        given = (scores[0] - scores[1], None) if paired else scores
+        (low,), (high,) = interval(*given)
+        means = mine.mean(), theirs.mean()
+        rows.append((*key, len(mine), len(theirs), *means, means[0] - means[1], low, high, *p_values(*given)))
+    if not rows:
+        way = "; paired=False compares others" if paired and first.keys() & second.keys() else ""
+        raise DataError(f"the two tables have no site of the same examples in common{way}")
+    found = pd.DataFrame(rows, columns=COMPARED)
+    return found.assign(q_value=q_values(found["p_value"]))
+
+
+def _by_site(effects: pd.DataFrame, value: str) -> dict[tuple[str, str], pd.Series[float]]:
+    """The value of each example, by site (up to its @, sums whole) and slot."""
+    if value not in VALUES or value not in effects or effects[value].isna().all():
+        held = [name for name in VALUES if name in effects and effects[name].notna().any()]
+        raise DataError(f"no values '{value}' in a table of effects; it has {', '.join(held) or 'none'}")
+    if len(corruptions := effects["corruption"].unique()) > 1:
+        raise DataError(f"a table holds the corruptions {', '.join(corruptions)}; compare one with one")
+    is_sum = effects["site"].str.contains(" + ", regex=False)
+    place = effects["site"].where(is_sum, effects["site"].str.partition("@")[0])
+    each = by_example(effects.assign(place=place), ["place", "slot"], value)
+    return {key: rows.droplevel([0, 1]) for key, rows in each.groupby(level=[0, 1], sort=False)}
 
 
 def change_of(effects: pd.DataFrame) -> str:
@@ -239,18 +293,17 @@ def at_slot(rows: pd.DataFrame, slot: str = "readout") -> tuple[str, pd.DataFram
 
     `readout` is where the answer is predicted, in the decoder. In any other tower nothing is read out: there
     it stands for the answer's token, or, where no example has such a slot, for the last token of a text.
-    `last` is the read-out position, too, and elsewhere the last token of each example.
+    `last` is the read-out position, too, and elsewhere the last token of a text, the slot `-1`: not the last
+    that happens to be patched.
 
     Raises `DataError` where the rows hold no such slot.
     """
     tower, held = str(rows["tower"].iloc[0]), set(rows["slot"])
     wanted = {"readout": ("readout", "answer", "last"), "last": ("readout", "last")}.get(slot, (slot,))
     for name in wanted[:1] if tower == "decoder" else wanted:
-        if name in held:
-            return name, rows[rows["slot"] == name]
-        single = rows[rows["position"].notna()]
-        if name == "last" and (slot == "last" or tower == "encoder") and len(single):
-            return name, single[single["position"] == single.groupby("example")["position"].transform("max")]
+        at = "-1" if name == "last" else name
+        if at in held:
+            return name, rows[rows["slot"] == at]
     there = slot_order(rows)
     more = f" and {len(there) - 12} more" if len(there) > 12 else ""
     raise DataError(

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from vlmscope.data import Examples, listed
 from vlmscope.data.example import Example
-from vlmscope.errors import DataError, ExampleError, SiteError, VlmscopeError
+from vlmscope.errors import SEED, DataError, ExampleError, SiteError, VlmscopeError, nearest, shown, whole
 from vlmscope.layout import grid
 from vlmscope.models.inputs import Inputs, Pair
 from vlmscope.patching.scores import Metric, check_metric
@@ -23,7 +23,7 @@ from vlmscope.patching.sources import Means, Source, check_source, resampled, ze
 from vlmscope.runs import corrupt as corruptions
 from vlmscope.runs.corrupt import Corruption, Noise
 from vlmscope.runs.model import Model
-from vlmscope.sites import Point, Site, Sites, expand, parse, points_of
+from vlmscope.sites import Point, Site, Sites, expand, parse, place, points_of
 from vlmscope.stats import rng
 
 PACKAGES = ("vlmscope", "torch", "transformers", "torchvision", "pillow")
@@ -102,12 +102,15 @@ def task_of(
     model: Model, examples: Examples, sites: Sites, corrupt: str | Noise | None, **options: Any
 ) -> Task:
     """Checked against the model and the data before anything runs; `options` are the other fields."""
-    parsed, corruption = parse(sites), None if corrupt is None else corruptions.parse(corrupt)
-    task = Task(model, listed(examples), [str(site) for site in parsed], corruption, **options)
+    if not isinstance(model, Model):
+        raise VlmscopeError(f"the model is {shown(model)}; expected a Model, as vlmscope.load gives it")
+    corruption = None if corrupt is None else corruptions.parse(corrupt)
+    task = Task(model, listed(examples), [str(site) for site in parse(sites)], corruption, **options)
     if task.direction not in ("denoise", "noise"):
-        raise VlmscopeError(f"unknown direction '{task.direction}'; expected denoise or noise")
+        raise VlmscopeError(f"unknown direction {shown(task.direction)}; expected denoise or noise")
     if task.engine not in ("fast", "reference"):
-        raise VlmscopeError(f"unknown engine '{task.engine}'; expected fast or reference")
+        raise VlmscopeError(f"unknown engine {shown(task.engine)}; expected fast or reference")
+    whole(task.seed, "the seed", most=SEED)
     check_metric(task.metric)
     check_source(task.patch)
     if corrupt is None and (task.patch == "clean" or task.select):
@@ -117,26 +120,48 @@ def task_of(
         )
     if not task.examples:
         raise DataError("there are no examples; nothing to run")
-    for part in (part for site in expand(parsed, model.shapes) for part in site.parts):
+    check_sites(model, task.examples, task.sites, task.patch)
+    # what ablates is written into the clean run
+    return task if task.patch == "clean" else replace(task, direction="noise")
+
+
+def check_sites(
+    model: Model, examples: Sequence[Example], sites: Sequence[str], patch: Source = "clean"
+) -> None:
+    """Raises `SiteError` for sites that this model or these examples do not have."""
+    parsed = parse(sites)
+    expanded = expand(parsed, model.shapes)
+    for part in (part for site in expanded for part in site.parts):
         if part.source:
             raise SiteError(
-                f"bad site '{part}': an edge of attention, which this version can read in an expression "
-                f"but not patch; leave '<{part.source}' out"
+                f"bad site {shown(part)}: an edge of attention, which this version can read in an "
+                f"expression but not patch; leave '<{part.source}' out"
             )
-        if part.part == "p" and task.patch in ("mean", "resample"):
+        if part.part == "p" and patch in ("mean", "resample"):
             raise SiteError(
-                f"bad site '{part}': an attention pattern has as many numbers as its example has tokens, "
-                f"so it has no {task.patch} over examples; patch clean or zero"
+                f"bad site {shown(part)}: an attention pattern has as many numbers as its example has "
+                f"tokens, so it has no {patch} over examples; patch clean or zero"
             )
-    roles = {role: None for example in task.examples for role in example.roles}
+    roles = {role: None for example in examples for role in example.roles}
     for site in parsed:
         if unknown := [role for role in site.roles if role not in roles]:
             raise SiteError(
-                f"bad site '{site}': no example has a role '{unknown[0]}'; "
-                f"the roles of this data: {', '.join(roles) or 'none'}"
+                f"bad site {shown(site)}: no example has a role {shown(unknown[0])}; the roles of this data: "
+                f"{', '.join(roles) or 'none'}; name one of these{nearest(unknown[0], roles)}"
             )
-    # what ablates is written into the clean run
-    return task if task.patch == "clean" else replace(task, direction="noise")
+    wrong: SiteError | None = None
+    for example in examples:
+        try:
+            clean = model.prepare(replace(example, corrupt_image=None, corrupt_prompt=None)).clean
+            for one in expanded:
+                place(one, clean.layout)
+            return  # another example that lacks them is left out of the run
+        except ExampleError:
+            continue
+        except SiteError as error:
+            wrong = wrong or error
+    if wrong is not None:
+        raise wrong
 
 
 def all_jobs(task: Task) -> list[Todo]:

@@ -17,12 +17,14 @@ from typing import Any
 import pandas as pd
 import pyarrow.compute as pc
 
-from vlmscope import files
+from vlmscope import files, stored
 from vlmscope.data import Examples, listed
-from vlmscope.errors import DataError, StoreError, VlmscopeError
+from vlmscope.errors import DataError, VlmscopeError
 from vlmscope.runs.corrupt import Noise
 from vlmscope.runs.model import Model
 from vlmscope.sites import Pattern
+from vlmscope.stats import rng
+from vlmscope.stored import formats
 from vlmscope.studies.run_folder import Run
 from vlmscope.studies.sweep import sweep_to
 from vlmscope.studies.tables import is_role, means, slot_order
@@ -57,12 +59,8 @@ class Traced:
 
 def read(folder: str | os.PathLike[str]) -> Traced:
     """What `Traced.save` has written; raises `StoreError` where that is not all there."""
-    path = Path(folder)
-    about = files.read_json(path / MANIFEST, "name a folder of 'vlmscope tracing'")
-    try:
-        return Traced(pd.read_parquet(path / "tracing.parquet"), about)
-    except (OSError, ValueError) as error:
-        raise StoreError(f"{path}: is damaged ({error}); run the same command again") from error
+    about, tables = stored.read(Path(folder), formats.TRACING)
+    return Traced(tables["tracing"], about)
 
 
 def trace(
@@ -81,7 +79,7 @@ def trace(
 
     `noise.draws` repeats, a run folder each (`repeats/00` …). Of the table (`tracing.parquet` and
     CSV), a row is a tower, kind, window, layer and token: `restored`, the mean over examples of the mean
-    over an example's repeats of the share of P(answer), over `n` examples, with the 95 % bootstrap interval
+    over an example's repeats of the share of P(answer), over `n` examples, with the 95 % interval
     `low`, `high`; `spread`, the standard deviation over repeats of the mean over examples; `restored_ld`,
     `spread_ld`, the same for the logit difference. `at` is the token's slot (`by="slot"`), or its position in
     questions of one length in tokens (`by="length"`); `token` is what stands there in all of them.
@@ -94,10 +92,11 @@ def trace(
         raise VlmscopeError(f"tokens cannot be averaged by '{by}'; expected slot or length")
     folder, examples = Path(out), listed(examples)
     sites = _sites(model, windows, kinds)
+    files.claim(folder, MANIFEST, FORMAT, ["tracing.parquet", "tracing.csv"])
     runs = []
     for n in range(noise.draws):
         out, draw = folder / "repeats" / f"{n:02d}", replace(noise, draws=1)
-        runs.append(sweep_to(out, model, examples, sites, draw, seed=seed + n, data=data))
+        runs.append(sweep_to(out, model, examples, sites, draw, seed=_seed_of(seed, n), data=data))
     table, left = _average(runs, by)
     about = {
         "format": FORMAT,
@@ -114,6 +113,11 @@ def trace(
     traced = Traced(table, about)
     traced.save(folder)
     return traced
+
+
+def _seed_of(seed: int, repeat: int) -> int:
+    """A repeat's own seed: that of no repeat of another."""
+    return int(rng(seed, "repeat", repeat).integers(2**31))
 
 
 def _sites(model: Model, windows: Sequence[int], kinds: Sequence[str]) -> list[str]:

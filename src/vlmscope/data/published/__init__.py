@@ -10,7 +10,7 @@ from importlib import import_module
 from pathlib import Path
 
 from vlmscope.data.example import Example
-from vlmscope.errors import DataError
+from vlmscope.errors import DataError, shown
 
 PUBLISHED = ("svo-probes", "mit-states", "faces", "coco-qa", "clevr", "folder")
 """The published sets that `build` makes examples of."""
@@ -84,22 +84,32 @@ def build(
     from vlmscope.data.questions.replacement import replace_words
 
     if name not in PUBLISHED:
-        raise DataError(f"no published data set '{name}'; expected one of {', '.join(PUBLISHED)}")
+        raise DataError(f"no published data set {shown(name)}; expected one of {', '.join(PUBLISHED)}")
     if limit is not None and limit < 1:
         raise DataError(f"a limit of {limit} leaves no examples; expected 1 or more")
     if download and name != "svo-probes":
         raise DataError(f"{name}: has no addresses to download from; only svo-probes has")
     root = Path(root)
-    _check_root(name, root)
     source = Source(name, root, limit, seed)
     if download:
         from vlmscope.data.published.download import fetch
 
         source.fetch = partial(fetch, log=root / "download-failures.csv", progress=progress)
-    found: list[Example] = import_module(f"vlmscope.data.published.{name.replace('-', '_')}").load(source)
+    module = import_module(f"vlmscope.data.published.{name.replace('-', '_')}")
+    try:
+        _check_root(name, root)
+        found: list[Example] = module.load(source)
+    except (OSError, UnicodeEncodeError) as error:
+        where, why = getattr(error, "filename", None) or root, getattr(error, "strerror", None) or error
+        raise DataError(
+            f"{where}: cannot be read ({why}); check permissions and names, or unpack {name} again"
+        ) from error
     if not found:
         why = "; ".join(f"{reason} ({number:,})" for reason, number in source.dropped.items())
-        raise DataError(f"{root}: no example of {name} is left: {why or 'its tables are empty'}")
+        raise DataError(
+            f"{root}: no example of {name} is left: {why or 'its tables are empty'}; check what lies there, "
+            f"or unpack {name} again"
+        )
     known: Counter[str] = Counter()
     for n, example in enumerate(found):
         known[example.id] += 1

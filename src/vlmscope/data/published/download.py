@@ -44,9 +44,6 @@ LONGEST_ADDRESS = 200
 _PERMANENT = re.compile(
     "HTTP 4(?!08|25|29)|not an |too (large|small|many redirects)|address not public|credentials in"
 )
-# One part of a path on every system, which no program takes for an option or a hidden file.
-_PLAIN_NAME = re.compile(r"[\w@+][\w .@+-]*(?<![ .])")
-LONGEST_NAME = 200  # bytes: file systems end at 255, and a part file's name is longer
 
 # Pillow's warnings are silenced while an image is checked, and that holds for all threads.
 _ONE_AT_A_TIME = threading.Lock()
@@ -149,8 +146,8 @@ def _write_log(log: Path, failed: Mapping[str, str]) -> None:
 
 def _refuse(name: str, taken: Collection[str]) -> str | None:
     """Why a file cannot have this name."""
-    if not _PLAIN_NAME.fullmatch(name) or len(name.encode()) > LONGEST_NAME:
-        return f"no plain name for a file: {shown(name, 40)}; expected letters, digits, blanks or .@+-_"
+    if not files.is_plain_name(name):
+        return f"no plain name for a file: {shown(name, 40)}; expected letters, digits, blanks or .,@+()-_"
     return f"the file {name[:40]} is an earlier address's" if name in taken else None
 
 

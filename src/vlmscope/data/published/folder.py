@@ -8,19 +8,23 @@ CSV, which can then be edited.
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from vlmscope import files
 from vlmscope.data.example import Example
 from vlmscope.data.published.layout import folders_in, images_in, looks_like
 from vlmscope.data.published.sampling import Source, label_examples
 from vlmscope.data.questions import in_order
 from vlmscope.data.questions.english import article
 from vlmscope.data.questions.synonyms import near
-from vlmscope.errors import DataError
+from vlmscope.errors import DataError, shown
 
+LONGEST = 1_000
+"""Characters of a question."""
 QUESTION = "is this a {x} or a {y}?"
 
 
@@ -35,7 +39,7 @@ def load(source: Source) -> list[Example]:
         hint = f"; it looks like {other}: ask for {other}" if other else ""
         raise DataError(
             f"{root}: {len(good)} folders with images that can be read"
-            f"{f' ({good[0]!r})' if good else ''}; expected two labels or more, such as "
+            f"{f' ({shown(good[0])})' if good else ''}; expected two labels or more, such as "
             f"{root.name}/cat/1.jpg and {root.name}/dog/1.jpg{hint}"
         )
     return ask_labels(source, labels, question, "label")
@@ -44,15 +48,20 @@ def load(source: Source) -> list[Example]:
 def read_question(root: Path) -> str:
     """The question in `prompt.txt`, or the one there is without it."""
     path = root / "prompt.txt"
-    if not path.is_file():
+    if not os.path.lexists(path):
         return QUESTION
     try:
-        text = " ".join(path.read_text("utf-8-sig").split())
-    except (OSError, UnicodeDecodeError) as error:
+        text = " ".join(files.read(path, "a question").decode("utf-8-sig").split())
+    except UnicodeDecodeError as error:
         raise DataError(f"{path}: cannot be read ({error}); expected UTF-8 text") from error
+    if len(text) > LONGEST or not text.isprintable():
+        raise DataError(
+            f"{path}: {len(text):,} characters; expected a question of at most {LONGEST:,}, in letters that "
+            "can be printed"
+        )
     if text.count("{x}") != 1 or text.count("{y}") != 1:
         raise DataError(
-            f"{path}: {text!r} must hold {{x}} and {{y}} once each, where the options stand; "
+            f"{path}: {shown(text)} must hold {{x}} and {{y}} once each, where the options stand; "
             f"for example {QUESTION!r}"
         )
     return text

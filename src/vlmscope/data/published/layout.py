@@ -7,7 +7,9 @@ import re
 from collections.abc import Iterable
 from pathlib import Path
 
+from vlmscope import files
 from vlmscope.data.words import read_words
+from vlmscope.errors import DataError
 
 SUFFIXES = frozenset((".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff"))
 
@@ -46,10 +48,7 @@ def looks_like(root: Path) -> str | None:
 
 def folders_in(folder: Path) -> list[Path]:
     """The folders in a folder by name, without hidden ones; none where there is no such folder."""
-    if not folder.is_dir():
-        return []
-    found = (path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
-    return sorted(found, key=lambda path: path.name)
+    return [folder / name for name in _names(folder) if (folder / name).is_dir()]
 
 
 def images_in(folder: Path) -> list[Path]:
@@ -58,12 +57,20 @@ def images_in(folder: Path) -> list[Path]:
     >>> images_in(Path("no such folder"))
     []
     """
-    if not folder.is_dir():
-        return []
-    with os.scandir(folder) as entries:
-        names = sorted(entry.name for entry in entries if not entry.name.startswith("."))
     # There may be 100,000 names, for which paths are slow.
-    return [folder / name for name in names if os.path.splitext(name)[1].lower() in SUFFIXES]  # noqa: PTH122
+    return [folder / name for name in _names(folder) if os.path.splitext(name)[1].lower() in SUFFIXES]  # noqa: PTH122
+
+
+def _names(folder: Path) -> list[str]:
+    """The names in a folder, sorted, without hidden ones; none where there is no such folder."""
+    try:
+        names = sorted(name for name in os.listdir(folder) if not name.startswith("."))  # noqa: PTH208
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    for name in names:
+        if not files.is_text(name):
+            raise DataError(f"{folder / name}: a name that is not UTF-8, which no table can hold; rename it")
+    return names
 
 
 def by_stem(folders: Iterable[Path]) -> dict[str, Path]:
@@ -78,7 +85,7 @@ def by_stem(folders: Iterable[Path]) -> dict[str, Path]:
 def header_of(path: Path) -> list[str]:
     """The column names in a file's first line, as well as they can be read."""
     try:
-        with path.open(encoding="utf-8-sig", errors="replace") as file:
-            return re.split(r"[,;\t]", file.readline(10_000).strip())
-    except OSError:
+        first = files.read(path, "a CSV file").partition(b"\n")[0][:10_000]
+    except DataError:
         return []
+    return re.split(r"[,;\t]", first.decode("utf-8-sig", "replace").strip())

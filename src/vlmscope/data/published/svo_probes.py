@@ -8,6 +8,7 @@ feeding the horse?", "is the man riding a horse or a bike?".
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -90,7 +91,7 @@ def load(source: Source) -> list[Example]:
     dropped.
     """
     table = source.root / TABLE
-    if not table.is_file():
+    if not os.path.lexists(table):
         raise source.not_here(f"file {TABLE}")
     rows = read_rows(source, read_table(table, COLUMNS))
     decks = {
@@ -98,6 +99,8 @@ def load(source: Source) -> list[Example]:
     }
     folder = source.root / "images"
     if source.fetch:
+        if folder.is_symlink():
+            raise DataError(f"{folder}: a link, through which nothing is downloaded; make it a folder")
         _fetch_wanted(source, source.fetch, decks, folder)
     files = by_stem([folder])
     for kind, deck in decks.items():

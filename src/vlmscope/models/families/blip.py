@@ -55,10 +55,10 @@ def _text_layout(encoding: BatchEncoding, roles: Mapping[str, Span]) -> Layout:
     return Layout(tuple(tokens), everywhere, own, behind=1)  # [SEP]
 
 
-def _check_length(hf: PreTrainedModel, length: int) -> None:
+def _check_length(hf: PreTrainedModel, length: int, what: str = "the prompt") -> None:
     longest = hf.config.text_config.max_position_embeddings
     if length > longest:
-        raise ExampleError(f"the prompt has {length} tokens, the model takes at most {longest}; shorten it")
+        raise ExampleError(f"{what} has {length} tokens, the model takes at most {longest}; shorten it")
 
 
 def encode(
@@ -76,6 +76,7 @@ def encode(
     ids = torch.tensor([encoding["input_ids"]])
     _check_length(hf, ids.shape[1])
     start = [hf.decoder_start_token_id, *prefix]
+    _check_length(hf, len(start), "what answer and foil share, or the answer,")
     return Inputs(
         {
             "pixel_values": pixels,

@@ -53,25 +53,20 @@ def encode(
     `kind` is the token type of what the model says; `write` gives the text that the processor gets,
     `tokens` what it makes of that.
     """
-    text, start = write(processor, prompt, len(pictures))
-    if not pictures:
-        return _alone(hf, processor, text, prefix)
     mark = str(processor.image_token)
     if prompt.count(mark) not in (0, len(pictures)):
-        given = f"there are {len(pictures)} images" if len(pictures) > 1 else "there is one image"
+        given = "there is one image" if len(pictures) == 1 else f"there are {len(pictures) or 'no'} images"
         raise ExampleError(
             f"the prompt has {prompt.count(mark)} placeholders '{mark}' and {given}; write one for each"
         )
+    text, start = write(processor, prompt, len(pictures))
+    if not pictures:
+        return _alone(hf, processor, text, prefix)
     tensors = processed(processor, pictures, text)
     if prefix:
         tensors = {name: _longer(name, value, prefix, kind) for name, value in tensors.items()}
     ids = tensors["input_ids"][0].tolist()
-    longest = getattr(hf.config.get_text_config(), "max_position_embeddings", None)
-    if longest and len(ids) > longest:
-        raise ExampleError(
-            f"image and prompt are {len(ids)} tokens, the model takes at most {longest}; "
-            "shorten the prompt or take a smaller image"
-        )
+    _check_length(hf, len(ids))
     images = [n for n, token in enumerate(ids) if token == hf.config.image_token_id]
     if not images:
         raise ExampleError(f"the prompt has no image; put '{processor.image_token}' into it")
@@ -96,9 +91,19 @@ def encode(
     return Inputs(tensors, {"vision": vision(hf, tensors), "decoder": layout})
 
 
+def _check_length(hf: Any, many: int) -> None:
+    longest = getattr(hf.config.get_text_config(), "max_position_embeddings", None)
+    if longest and many > longest:
+        raise ExampleError(
+            f"image and prompt are {many} tokens, the model takes at most {longest}; "
+            "shorten the prompt or take a smaller image"
+        )
+
+
 def _alone(hf: Any, processor: Any, text: str, prefix: Sequence[int]) -> Inputs:
     """A prompt without a picture."""
     ids = [*processor.tokenizer(text, **special(processor, text))["input_ids"], *prefix]
+    _check_length(hf, len(ids))
     tensors = {"input_ids": torch.tensor([ids]), "attention_mask": torch.ones(1, len(ids), dtype=torch.long)}
     tokens = tuple(processor.tokenizer.convert_ids_to_tokens(ids))
     return Inputs(tensors, {"decoder": Layout(tokens, tuple(range(len(ids))))})

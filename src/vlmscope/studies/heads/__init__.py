@@ -17,7 +17,8 @@ rules over measures, each with its interval and its null:
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -26,16 +27,18 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from vlmscope import files
+from vlmscope import files, stored
 from vlmscope.data import Examples, listed
 from vlmscope.data.example import fingerprint
-from vlmscope.errors import StoreError
+from vlmscope.errors import DataError, StoreError
 from vlmscope.runs.corrupt import Noise
 from vlmscope.runs.model import Model
 from vlmscope.sites import Sites
-from vlmscope.stats import shuffled
+from vlmscope.stats import FEWEST, LEVEL, shuffled
+from vlmscope.stored import formats
 from vlmscope.studies.heads.measures import ON_ALL, ON_MASKS, attention_maps, measures_of, together
-from vlmscope.studies.heads.observe import Effects, Study, covered, observe, study_of
+from vlmscope.studies.heads.observe import Effects, Study, covered, observe, of_heads, study_of
+from vlmscope.studies.run_writer import claim
 from vlmscope.studies.sweep import SHOWN, sweep_to
 
 __all__ = ["LABELS", "ON_ALL", "ON_MASKS", "Functions", "covered", "functions", "read", "write"]
@@ -45,7 +48,6 @@ MANIFEST = "heads.json"
 CSV = ("functions", "measures", "together")
 
 LABELS = ("detection", "suppression", "outlier suppression", "none", "unclear")
-LEVEL = 0.05
 SHARE = 0.01
 """An effect below this share of the gap between clean and corrupt runs counts as none ..."""
 LITTLE = 0.05
@@ -94,28 +96,34 @@ def functions(
     *,
     seed: int = 0,
     effects: Effects | None = None,
+    held_out: Mapping[str, Collection[str]] | None = None,
     data: str = "examples",
 ) -> Functions:
     """Measure and label the heads at `sites` (such as `encoder.*.cross.h*@answer`) on the examples.
 
     Columns of `functions`: the head; `label`; `evidence`, its numbers in words. Of `measures`:
-    `measure`, `value` with its 95 % bootstrap interval `low`, `high` over `n` examples, `null` (of
+    `measure`, `value` with its 95 % interval `low`, `high` over `n` examples, `null` (of
     shuffled masks, of the all-heads mean, or 0 for a change), `p_value` and `q_value` (over heads).
     `effect` is the change of LD when the head is patched from the clean into the corrupt run;
     `zero`, `mean`, `resample` that of the clean run when it is knocked out by zero, by its mean over
     the examples, or by its value in another example. Of `together`: the accuracy with no head, with
-    these heads, and with equally many random heads of the same layers knocked out.
+    these heads, and with equally many random heads of the same layers knocked out, where
+    every layer has so many others.
 
     The mask of the answer's object is that called `answer`, or as the example's `kind`, or `object`.
     Without `corrupt` nothing is patched. `effects`, a run of the same model and corruption or its table,
     has the effects of heads that were patched there: these are not patched again.
 
-    Raises `DataError` if fewer than two examples can be run, `SiteError` if a site is no head,
-    `VlmscopeError` for the effects of another model or corruption.
+    Heads that were chosen on some of the examples look larger on these. `held_out` has for each site the ids
+    of the examples that it may be measured on (`circuits.held_out`); heads with fewer than two are left out
+    with a warning.
+
+    Raises `DataError` if fewer than two examples can be run, or no head has two, `SiteError` if a site is no
+    head, `VlmscopeError` for the effects of another model or corruption.
 
     >>> import vlmscope
     >>> model = vlmscope.load("toy-blip")
-    >>> found = functions(model, vlmscope.examples("states", limit=8), "encoder.1.cross.h2@answer")
+    >>> found = functions(model, vlmscope.examples("states", limit=12), "encoder.1.cross.h2@answer")
     >>> found.functions["label"].item() in LABELS
     True
     """
@@ -124,18 +132,33 @@ def functions(
     given = observe(study, examples, effects if corrupt is not None else None)
     # In an order that the ids decide, so that no number depends on the one in which they came.
     observed = [given[n] for n in shuffled(seed, [one.id for one in given])]
-    measures = measures_of(study, observed)
+    use = np.ones((len(observed), len(study.heads)), dtype=bool)
+    if held_out is not None:
+        ids = [set(held_out.get(str(site), ())) for site in study.heads]
+        use = np.array([[one.id in some for some in ids] for one in observed])
+        kept = np.flatnonzero(use.sum(0) >= 2)
+        if len(kept) < len(ids):
+            left = [str(site) for number, site in enumerate(study.heads) if number not in kept]
+            text = f"{len(left)} of {len(ids)} heads have fewer than two held-out examples ({left[0]})"
+            if not len(kept):
+                raise DataError(f"{text}, so what they do is not measured; take more examples")
+            warnings.warn(f"{text} and are left out", stacklevel=2)
+        (study, observed), use = of_heads(study, observed, kept.tolist()), use[:, kept]
+    if (few := use.sum(0).min()) < FEWEST:
+        text = f"what heads do, on {few} examples; fewer than {FEWEST} can hardly show anything"
+        warnings.warn(text, stacklevel=2)
+    measures, by_id = measures_of(study, observed, use), {one.id: one for one in observed}
     fields = [(s.tower, s.layer, s.kind, s.units[0], s.position, str(s)) for s in study.heads]
     names = pd.DataFrame(fields, columns=["tower", "layer", "kind", "head", "position", "site"])
     gap = abs(float(np.mean([one.ld_clean - (one.ld_corrupt or 0.0) for one in observed])))
     rows = [{r.measure: r for r in some.itertuples()} for _, some in measures.groupby("number")]
     labels = pd.DataFrame([_label(row, gap) for row in rows], columns=["label", "evidence"])
     return Functions(
-        pd.concat([names, labels], axis=1).assign(n=len(observed), gap=gap),
+        pd.concat([names, labels], axis=1).assign(n=use.sum(0), gap=gap),
         names.join(measures.set_index("number"), how="right").reset_index(drop=True),
-        together(study, observed),
-        attention_maps(study, given[:SHOWN]),
-        _about(study, examples, corrupt, data),
+        together(study, observed, use),
+        attention_maps(study, [by_id[one.id] for one in given[:SHOWN]]),
+        _about(study, examples, corrupt, held_out, data),
     )
 
 
@@ -148,25 +171,34 @@ def write(
     *,
     seed: int = 0,
     effects: Effects | None = None,
+    held_out: Mapping[str, Collection[str]] | None = None,
     data: str = "examples",
 ) -> Functions:
     """`functions`, saved in the folder `out`, with what the figures of the report need.
 
     That is `patches/`, a run that patches the image's patches in the first examples, where there is a
-    corrupt image and the language model reads patches. A folder that holds the same already is read.
+    corrupt image and the language model reads patches. A folder that holds the same already is read, and
+    one that holds another call's, or what is none, is refused (`StoreError`) before anything is computed.
     """
     folder, examples = Path(out), listed(examples)
     study = study_of(model, sites, corrupt, seed)
+    here = _about(study, examples, corrupt, held_out, data)
+    there = files.claim(folder, MANIFEST, FORMAT, [*(f"{name}.csv" for name in CSV), "maps.parquet"])
+    if odd := [key for key in here if there and there.get(key) != here[key]]:
+        raise StoreError(
+            f"{folder}: holds what heads do by another call ({', '.join(odd)} differ); choose another --out, "
+            "or delete the folder"
+        )
+    claim(folder / "patches")
     with suppress(StoreError):  # there is nothing, or only a part
-        found = read(folder)
-        if found.about == _about(study, examples, corrupt, data):
-            return found
-    found = functions(model, examples, sites, corrupt, seed=seed, effects=effects, data=data)
+        return read(folder)
+    found = functions(
+        model, examples, sites, corrupt, seed=seed, effects=effects, held_out=held_out, data=data
+    )
     names = set(found.maps["example"])
     shown = [e for e in examples if e.id in names and e.corrupt_image is not None]
     patches = replace(model.image_site, position="image*")
     if shown and model.layouts()[patches.tower].cells:
-        (folder / MANIFEST).unlink(missing_ok=True)
         sweep_to(folder / "patches", model, shown, str(patches), data=data)
     found.save(folder)
     return found
@@ -174,17 +206,17 @@ def write(
 
 def read(folder: str | os.PathLike[str]) -> Functions:
     """What `Functions.save` has written; raises `StoreError` where that is not all there."""
-    path = Path(folder)
-    about = files.read_json(path / MANIFEST, "name a folder of 'vlmscope heads'")
-    try:
-        tables = {name: pd.read_csv(path / f"{name}.csv") for name in CSV}
-        tables["together"] = tables["together"].fillna({"knockout": "", "heads": ""})
-        return Functions(**tables, maps=pd.read_parquet(path / "maps.parquet"), about=about)
-    except (OSError, ValueError) as error:
-        raise StoreError(f"{path}: is damaged ({error}); run the same command again") from error
+    about, tables = stored.read(Path(folder), formats.HEADS)
+    return Functions(**tables, about=about)
 
 
-def _about(study: Study, examples: Sequence[Any], corrupt: str | Noise | None, data: str) -> dict[str, Any]:
+def _about(
+    study: Study,
+    examples: Sequence[Any],
+    corrupt: str | Noise | None,
+    held_out: Mapping[str, Collection[str]] | None,
+    data: str,
+) -> dict[str, Any]:
     return {
         "format": FORMAT,
         "model": study.model.name,
@@ -193,6 +225,7 @@ def _about(study: Study, examples: Sequence[Any], corrupt: str | Noise | None, d
         "data_hash": fingerprint(examples),
         "sites": [str(site) for site in study.heads],
         "corrupt": None if corrupt is None else str(corrupt),
+        "held_out": None if held_out is None else {site: len(ids) for site, ids in held_out.items()},
         "seed": study.seed,
     }
 
@@ -210,11 +243,15 @@ def _label(found: Mapping[str, Any], gap: float) -> tuple[str, str]:
     def lands(name: str) -> bool:
         """Whether its attention separates what is meant."""
         row = found.get(name)
-        return bool(row and row.q_value <= LEVEL and row.low > 0.5 and row.value >= AUC)
+        return bool(row and row.q_value <= LEVEL and not row.low <= 0.5 and row.value >= AUC)
 
     changes = [found[name] for name in ("mean", "effect") if name in found]
-    is_little = all(max(abs(row.low), abs(row.high)) <= LITTLE * gap for row in changes)
-    on_outliers = "outlier_mass" in found and found["outlier_mass"].low > MASS
+    # What changes nothing at all, in any example, has no interval.
+    is_none = [row.value == 0 and row.n >= FEWEST for row in changes]
+    reach = [max(abs(row.low), abs(row.high)) for row in changes]
+    is_little = all(no or most <= LITTLE * gap for no, most in zip(is_none, reach, strict=True))
+    outliers = found.get("outlier_mass")
+    on_outliers = bool(outliers and outliers.value > MASS and not outliers.low <= MASS)
     on_object, on_foil, without = lands("auc"), lands("auc_foil"), moves("mean")
     favours = moves("effect") == 1 if "effect" in found else without == -1
     if on_outliers and is_little:
@@ -234,4 +271,5 @@ def _label(found: Mapping[str, Any], gap: float) -> tuple[str, str]:
 def _words(name: str, row: Any) -> str:
     sign = "+" if name in ("effect", "mean") else ""
     null = "" if sign else f" (null {row.null:.2f})"
-    return f"{WORDS[name]} {row.value:{sign}.2f} [{row.low:{sign}.2f}, {row.high:{sign}.2f}]{null}"
+    ends = "" if np.isnan(row.low) else f" [{row.low:{sign}.2f}, {row.high:{sign}.2f}]"
+    return f"{WORDS[name]} {row.value:{sign}.2f}{ends}{null}"

@@ -18,8 +18,8 @@ from vlmscope.patching.scores import logit_difference
 from vlmscope.patching.trace import Images
 from vlmscope.progress import progress
 from vlmscope.sites import Site
-from vlmscope.stats import interval, rng, sign_flip
-from vlmscope.studies.heads.observe import Array, Attention, Key, Observed, Study
+from vlmscope.stats import interval, p_values, q_values, rng
+from vlmscope.studies.heads.observe import Array, Attention, Key, Observed, Study, of_heads
 
 MOST = 400
 """Over how many examples attention is compared with shuffled masks, at most."""
@@ -40,12 +40,26 @@ ON_ALL = {
 }
 
 
-def measures_of(study: Study, observed: Sequence[Observed]) -> pd.DataFrame:
-    """A row a head (its `number`) and measure, a head after the other, with q-values over heads."""
-    table = pd.concat([*_attention_measures(study, observed), *_change_measures(study, observed)])
-    table = table.sort_values("number", kind="stable", ignore_index=True)
-    p_values = table.groupby("measure")["p_value"]
-    return table.assign(q_value=p_values.transform(lambda p: stats.false_discovery_control(p.to_numpy())))
+def measures_of(study: Study, observed: Sequence[Observed], use: NDArray[np.bool_]) -> pd.DataFrame:
+    """A row a head (its `number`) and measure, a head after the other, with q-values over heads.
+
+    `use` says of which examples each head is measured: `(examples, heads)`.
+    """
+    tables = []
+    for which, heads in _alike(use.T):
+        some = of_heads(study, [one for one, used in zip(observed, which, strict=True) if used], heads)
+        parts = pd.concat([*_attention_measures(*some), *_change_measures(*some)])
+        tables.append(parts.assign(number=parts["number"].map(dict(enumerate(heads)))))
+    table = pd.concat(tables).sort_values("number", kind="stable", ignore_index=True)
+    return table.assign(q_value=table.groupby("measure")["p_value"].transform(q_values))
+
+
+def _alike(rows: NDArray[np.bool_]) -> Iterator[tuple[NDArray[np.bool_], list[int]]]:
+    """Each row that is not all false, once, and the numbers of the rows that are the same."""
+    same: dict[bytes, list[int]] = {}
+    for number, row in enumerate(rows):
+        same.setdefault(row.tobytes(), []).append(number)
+    yield from ((rows[numbers[0]], numbers) for numbers in same.values() if rows[numbers[0]].any())
 
 
 def _attention_measures(study: Study, observed: Sequence[Observed]) -> Iterator[pd.DataFrame]:
@@ -59,7 +73,7 @@ def _attention_measures(study: Study, observed: Sequence[Observed]) -> Iterator[
         average = np.stack([_spread(one, one.average[None]) for one in found])
         for column, name in enumerate(ON_ALL):
             own, null = heads[..., column], average[..., column]
-            p = sign_flip(own - null, rng(study.seed, name, "signs"))
+            p = p_values(own - null)
             yield _measured(study.numbers(key), name, own, looking, null.mean(), p)
         for which in ("object", "foil"):
             yield from _on_masks(study, key, [one for one in looking if which in one.masks], which)
@@ -74,7 +88,7 @@ def _measured(
     p: Array,
 ) -> pd.DataFrame:
     """A row a head, from its scores `(examples, heads)`."""
-    low, high = interval(scores, [one.id for one in observed])
+    low, high = interval(scores)
     table = pd.DataFrame({"number": heads, "measure": name, "value": scores.mean(0), "low": low})
     return table.assign(high=high, null=null, p_value=p, n=len(scores))
 
@@ -169,8 +183,7 @@ def _change_measures(study: Study, observed: Sequence[Observed]) -> Iterator[pd.
     if effects:
         changes["effect"] = np.stack(effects)
     for name, scores in changes.items():
-        p = sign_flip(scores, rng(study.seed, name, "signs"))
-        yield _measured(range(len(study.heads)), name, scores, observed, 0.0, p)
+        yield _measured(range(len(study.heads)), name, scores, observed, 0.0, p_values(scores))
 
 
 def _mean_activations(observed: Sequence[Observed]) -> dict[Key, Tensor]:
@@ -199,21 +212,35 @@ def _knock_out(study: Study, observed: Sequence[Observed]) -> dict[str, Array]:
     return found
 
 
-def together(study: Study, observed: Sequence[Observed]) -> pd.DataFrame:
-    """Accuracy and LD with no head, these heads, and random ones of the same layers knocked out."""
+def together(study: Study, observed: Sequence[Observed], use: NDArray[np.bool_]) -> pd.DataFrame:
+    """Accuracy and LD with no head, these heads, and random ones of the same layers knocked out.
+
+    Each example runs without those heads that are measured on it (`use`). Where a layer has too few other
+    heads there are no random ones to compare with.
+    """
     means = _mean_activations(observed)
-    sets = [("these heads", how, study.heads) for how in ("mean", "zero")]
-    drawn = [_random_heads(study, number) for number in range(RANDOM)]
-    sets += [("random heads", "mean", heads) for heads in drawn if len(heads) == len(study.heads)]
-    clean = [(one.is_right, one.ld_clean) for one in observed]
+    parts = [
+        (
+            replace(study, heads=[study.heads[n] for n in np.flatnonzero(which)]),
+            [observed[n] for n in examples],
+        )
+        for which, examples in _alike(use)
+    ]
+    sets = [("these heads", how, [some.heads for some, _ in parts]) for how in ("mean", "zero")]
+    drawn = [[_random_heads(some, number) for some, _ in parts] for number in range(RANDOM)]
+    if all(len(heads) == len(some.heads) for heads, (some, _) in zip(drawn[0], parts, strict=True)):
+        sets += [("random heads", "mean", each) for each in drawn]
+    clean = [(one.is_right, one.ld_clean) for _, some in parts for one in some]
     rows = [("none", "", "", len(clean), *np.mean(clean, axis=0))]
     with progress(len(sets), what="sets of heads") as step:
-        for number, (name, how, heads) in enumerate(sets):
-            values = None if how == "zero" else means
-            edits = [Edit(site, "set", _value(study, site, values)) for site in heads]
-            runs = [(one.pair, study.model.run(one.pair.clean, edits)) for one in observed]
-            found = [(int(x.argmax()) == pair.answer, logit_difference(x, pair)) for pair, x in runs]
-            rows.append((name, how, " ".join(map(str, heads)), len(found), *np.mean(found, axis=0)))
+        for number, (name, how, each) in enumerate(sets):
+            values, found = None if how == "zero" else means, []
+            for heads, (_, some) in zip(each, parts, strict=True):
+                edits = [Edit(site, "set", _value(study, site, values)) for site in heads]
+                runs = [(one.pair, study.model.run(one.pair.clean, edits)) for one in some]
+                found += [(int(x.argmax()) == pair.answer, logit_difference(x, pair)) for pair, x in runs]
+            names = dict.fromkeys(str(site) for heads in each for site in heads)
+            rows.append((name, how, " ".join(names), len(found), *np.mean(found, axis=0)))
             step(0, number + 1)
     return pd.DataFrame(rows, columns=["set", "knockout", "heads", "n", "accuracy", "ld"])
 
@@ -224,22 +251,13 @@ def _value(study: Study, site: Site, values: Mapping[Key, Tensor] | None) -> Ten
 
 
 def _random_heads(study: Study, number: int) -> list[Site]:
-    """As many other heads of the same layers; of other layers where a layer has too few."""
+    """As many other heads of the same layers; fewer where a layer has too few."""
     taken = {(s.tower, s.kind, s.layer, s.units[0]) for s in study.heads}
     drawn: list[Site] = []
-    for tower, kind in study.keys:
-        shape = study.model.shapes[tower]
-        free = [
-            (layer, head)
-            for layer in shape.having(kind)
-            for head in range(shape.heads[kind])
-            if (tower, kind, layer, head) not in taken
-        ]
-        rng(study.seed, "random heads", number, tower, kind).shuffle(free)
-        for site in (study.heads[n] for n in study.numbers((tower, kind))):
-            same = [place for place in free if place[0] == site.layer]
-            free = same + [place for place in free if place[0] != site.layer]
-            if free:
-                layer, head = free.pop(0)
-                drawn.append(replace(site, layer=layer, units=(head,)))
+    for tower, kind, layer in dict.fromkeys((s.tower, s.kind, s.layer) for s in study.heads):
+        here = [s for s in study.heads if (s.tower, s.kind, s.layer) == (tower, kind, layer)]
+        every = range(study.model.shapes[tower].heads[kind])
+        free = [head for head in every if (tower, kind, layer, head) not in taken]
+        rng(study.seed, "random heads", number, tower, kind, layer).shuffle(free)
+        drawn += [replace(site, units=(head,)) for site, head in zip(here, free, strict=False)]
     return drawn

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import warnings
 from collections.abc import Mapping, Sequence
@@ -16,6 +17,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
+from vlmscope import errors
 from vlmscope.data.example import Box, Example
 from vlmscope.data.images import open_image
 from vlmscope.errors import DataError, ExampleError, SiteError, VlmscopeError
@@ -142,6 +144,28 @@ def observe(study: Study, examples: Sequence[Example], effects: Effects | None) 
     return found
 
 
+def of_heads(
+    study: Study, observed: Sequence[Observed], heads: Sequence[int]
+) -> tuple[Study, list[Observed]]:
+    """The study of some of its heads, by their numbers, and what the runs gave of these."""
+    some = replace(study, heads=[study.heads[number] for number in heads])
+    rows = {key: [study.numbers(key).index(n) for n in heads if n in study.numbers(key)] for key in some.keys}
+    found = [
+        replace(
+            one,
+            placed=[one.placed[number] for number in heads],
+            effect=None if one.effect is None else one.effect[list(heads)],
+            attention={
+                key: replace(one.attention[key], maps=one.attention[key].maps[at])
+                for key, at in rows.items()
+                if key in one.attention
+            },
+        )
+        for one in observed
+    ]
+    return some, found
+
+
 def _observe(study: Study, example: Example, known: Known) -> Observed:
     model = study.model
     if study.corruption is None:
@@ -224,18 +248,20 @@ def covered(example: Example, name: str, size: tuple[int, int], view: Box | None
     The grid lies over the part `view` of the picture (left, top, right, bottom in pixels; see
     `Model.view`), by default over all of it.
     """
-    mask = example.masks[name]
+    mask, quoted = example.masks[name], errors.shown(name)
     whole = open_image(example.clean_image).size
     if isinstance(mask, tuple):
         shown = Image.new("L", whole, 0)
-        left, top, right, bottom = (round(x) for x in mask)
-        shown.paste(255, (left, top, right, bottom))
+        if not any(map(math.isnan, mask)):
+            edges = zip(mask, (*whole, *whole), strict=True)
+            left, top, right, bottom = (round(min(max(x, 0), end)) for x, end in edges)
+            shown.paste(255, (left, top, right, bottom))
     else:
         shown = open_image(mask).convert("L")
         if shown.size != whole:
             (width, height), (wide, high) = shown.size, whole
             raise ExampleError(
-                f"the mask of '{name}' is {width}x{height}, its picture {wide}x{high}; "
+                f"the mask of {quoted} is {width}x{height}, its picture {wide}x{high}; "
                 "draw it in the picture's size"
             )
     if view is not None:
@@ -243,7 +269,7 @@ def covered(example: Example, name: str, size: tuple[int, int], view: Box | None
         shown = shown.crop((left, top, right, bottom))
     share = np.asarray(shown.convert("F").resize(size[::-1], Image.Resampling.BOX)) / 255
     if share.max() <= 0:
-        raise ExampleError(f"the mask of '{name}' is empty; draw the object white")
+        raise ExampleError(f"the mask of {quoted} is empty; draw the object white")
     return np.asarray(share >= min(0.5, float(share.max())))
 
 

@@ -1,0 +1,205 @@
+"""What folders of results hold: the manifests and tables of `circuits`, `heads`, `tracing`, `neurons`."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pandas as pd
+
+from vlmscope import stored
+from vlmscope.stored import Format, Table
+
+WAY_OUT = "write that folder anew with the command that made it"
+_HEAD = "tower:tower layer:grid kind:kind head:grid position:text"
+_KEY = "tower layer kind head position"
+
+CIRCUITS = Format(
+    "circuits.json",
+    {
+        "format": "vlmscope-circuits-1",
+        "runs": [str],
+        "seed": int,
+        "level": float,
+        "model": (str, None),
+        "chance": [
+            {
+                "tower": str,
+                "kind": str,
+                "heads": int,
+                "in_every_run": int,
+                "expected": (float, None),
+                "p_value": (float, None),
+            }
+        ],
+        "gaps": {str: float},
+        "known": {str: {"severity": str, "sentences": [str]}},
+    },
+    {
+        "heads.parquet": Table(
+            f"run:text data:text corruption:text {_HEAD} n:int mean:float mean_abs:float ci_low:float? "
+            "ci_high:float? mean_held_out:float? p_value:share? q_value:share? important_published:bool "
+            "important:bool confirmed:bool?",
+            "run tower layer kind head",
+        ),
+        "universal.csv": Table(
+            f"{_HEAD} runs:int important_in:int confirmed_in:int? mean:float weakest:float same_sign:bool "
+            "universal:bool universal_published:bool",
+            _KEY,
+        ),
+        "overlap.csv": Table(
+            "run:text other:text tower:tower kind:kind heads:int important:int important_other:int both:int "
+            "expected:float? p_value:share? q_value:share?",
+            "run other tower kind",
+            may_be_empty=True,
+        ),
+    },
+    WAY_OUT,
+)
+
+HEADS = Format(
+    "heads.json",
+    {
+        "format": "vlmscope-heads-1",
+        "model": str,
+        "weights": (str, None),
+        "data": str,
+        "data_hash": str,
+        "sites": [str],
+        "corrupt": (str, None),
+        "held_out": ({str: int}, None),
+        "seed": int,
+    },
+    {
+        "functions.csv": Table(f"{_HEAD} site:text label:text evidence:text n:int gap:float?", "site"),
+        "measures.csv": Table(
+            f"{_HEAD} site:text measure:text value:float? low:float? high:float? null:float? p_value:share? "
+            "n:int q_value:share?",
+            "site measure",
+        ),
+        "together.csv": Table("set:text knockout:text heads:text n:int accuracy:share ld:float?"),
+        "maps.parquet": Table(
+            "example:text site:text row:grid column:grid attention:float difference:float object:bool "
+            "rows:grid columns:grid",
+            "example site row column",
+            may_be_empty=True,
+        ),
+    },
+    WAY_OUT,
+)
+
+TRACING = Format(
+    "tracing.json",
+    {
+        "format": "vlmscope-tracing-1",
+        "model": str,
+        "data": str,
+        "noise": {"form": str, "at": str, "scale": (float, None), "draws": int},
+        "windows": [int],
+        "kinds": [str],
+        "by": str,
+        "seed": int,
+        "examples": int,
+        "left_out_of_each_repeat": [int],
+    },
+    {
+        "tracing.parquet": Table(
+            "tower:tower kind:kind window:grid layer:grid length:int at:text order:float is_role:bool "
+            "token:text? n:int repeats:int restored:float? low:float? high:float? spread:float? "
+            "restored_ld:float? spread_ld:float?",
+            "tower kind window layer length at",
+        )
+    },
+    WAY_OUT,
+)
+
+SELECTION = Table(
+    "data:text corruption:text group:text value:text n:int ran:int correct:int accuracy:share? kept:int "
+    "dropped_wrong:int dropped_not_following:int dropped_not_run:int",
+    "data corruption group value",
+)
+"""The table `selection.csv` of a folder of `notice`."""
+
+PICTURES = Table("example:text file:text", "example", may_be_empty=True)
+"""The table `pictures.csv`, of the files in `pictures/`."""
+_INTERVAL = "value:float? low:float? high:float? n:int"
+_ABOUT = {"model": str, "weights?": (str, None), "examples?": int, "on?": [str]}
+
+NEURONS = {
+    "find": Format(
+        "neurons.json",
+        {
+            "what": "find",
+            **_ABOUT,
+            "family?": str,
+            "words": [str],
+            "top?": int,
+            "variant?": str,
+            "gain?": bool,
+        },
+        {
+            "neurons.parquet": Table(
+                "example:text word:text token:text token_id:int position:int layer:grid neuron:int "
+                "activation:float weight:float score:float rank:int"
+            ),
+            "captions.csv": Table("example:text prompt:text caption:text"),
+            "layers.csv": Table("word:text layer:grid neurons:int score:float share:float?", "word layer"),
+            "tokens.csv": Table(
+                "layer:grid neuron:int listed:int mean_score:float tokens:text", "layer neuron"
+            ),
+        },
+        WAY_OUT,
+    ),
+    "describe": Format(
+        "neurons.json",
+        {"what": "describe", **_ABOUT, "words": [str]},
+        {
+            "cards.csv": Table("layer:grid neuron:int word:text tokens:text weights:text"),
+            "maps.parquet": Table("example:text neuron:text row:grid column:grid activation:float mask:bool"),
+            "driving.csv": Table("layer:grid neuron:int rank:int example:text peak:float"),
+            "measures.csv": Table(
+                "word:text method:text measure:text value:float? ci_low:float? ci_high:float? null:float? "
+                "random:float? p_value:share? n:int q_value:share?",
+                is_optional=True,
+            ),
+        },
+        WAY_OUT,
+    ),
+    "perturb": Format(
+        "neurons.json",
+        {"what": "perturb", **_ABOUT, "words": [str]},
+        {
+            "perturb.csv": Table(
+                "word:text k:int how:text set:text drop_log_p:float? drop_p:float? ci_low:float? "
+                "ci_high:float? lost:share? n:int"
+            )
+        },
+        WAY_OUT,
+    ),
+    "edit": Format(
+        "neurons.json",
+        {"what": "edit", **_ABOUT, "from": str, "to?": (str, None), "size": float, "neurons?": int},
+        {
+            "measures.csv": Table(f"measure:text {_INTERVAL}", "measure"),
+            "captions.csv": Table(
+                "example:text prompt:text before:text after:text has:bool took:bool same:bool"
+            ),
+            "columns.csv": Table("layer:grid neuron:int length:float change:float", "layer neuron"),
+            "objects.csv": Table(
+                "measure:text before:float? after:float?", "measure", is_optional=True, may_be_empty=True
+            ),
+        },
+        WAY_OUT,
+    ),
+}
+"""What `neurons` wrote, by the `what` of its manifest."""
+
+
+def pictures(folder: Path) -> dict[str, bytes]:
+    """The pictures that `neurons` keeps of examples, as PNG."""
+    listed = folder / "pictures.csv"
+    rows = stored.table(listed, PICTURES, WAY_OUT) if os.path.lexists(listed) else pd.DataFrame()
+    return {
+        row.example: stored.picture(folder / "pictures" / Path(row.file).name, WAY_OUT, folder)
+        for row in rows.itertuples()
+    }
