@@ -1,0 +1,236 @@
+"""What is measured on one planted model: rankings, rules, neurons, labels and intervals."""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from pictures import COLORS, Scenes, batch, scenes
+from plain import Part, Runs
+from planting import APART, DECOYS, TRUE, Planted, Recipe, heads_of, plant, scale
+from random_models import HEADS, LAYERS, NEURONS
+from scores import auroc, chosen, confusion, ranking
+
+from vlmscope import neurons
+from vlmscope.stats import interval
+from vlmscope.studies import circuits, heads
+from vlmscope.studies.sweep import sweep_to
+
+RULES = ("important", "confirmed", "important_published")
+EXAMPLES = 64
+"""On how many examples a ranking is made."""
+SHOWN = 24
+"""On how many the slower measures are."""
+SPOKEN = 40
+"""On how many neurons are."""
+POPULATION = {"C": 500, "D": 2_000}
+"""From how many examples the true effects come that intervals should cover."""
+SAMPLES = 40
+FRESH = 500_000
+"""Seeds of the examples that are measured, apart from those that parts are fitted on."""
+
+
+def sites_of(form: str) -> list[str]:
+    if form == "D":
+        return ["decoder.*.attn.h*@last"]
+    return ["encoder.*.attn.h*@noun", "encoder.*.cross.h*@noun", "decoder.*.cross.h*@readout"]
+
+
+@dataclass(frozen=True, eq=False)
+class Measured:
+    """Of one model: LD's change by each head (examples × heads), and the mean gap."""
+
+    effects: dict[Part, np.ndarray]
+    gap: float
+
+    def mean(self) -> dict[Part, float]:
+        return {part: float(found.mean()) for part, found in self.effects.items()}
+
+
+def measure(made: Planted, given: Scenes, parts: list[Part]) -> Measured:
+    runs = Runs(made.model.hf, batch(made.model, given), parts, HEADS)
+    return Measured({part: runs.patched([part]).double().numpy() for part in parts}, runs.gap)
+
+
+def assessed(found: Measured) -> pd.DataFrame:
+    """What `circuits` says of these effects, a row a head: the heads of each tower and kind together."""
+    groups: dict[str, list[Part]] = {}
+    for part in found.effects:
+        tower, _, kind, _ = part.split(".")
+        groups.setdefault(f"{tower}.{kind}", []).append(part)
+    tables, ids = [], [f"p{n}" for n in range(len(next(iter(found.effects.values()))))]
+    for parts in groups.values():
+        scores = np.stack([found.effects[part] for part in parts], 1)
+        table = circuits.assess(scores, ids, least=circuits.SHARE * abs(found.gap))
+        tables.append(table.assign(part=parts))
+    return pd.concat(tables, ignore_index=True)
+
+
+def peaks(made: Planted, given: Scenes) -> dict[Part, float]:
+    """The largest attention weight of each head where it is read, meant over some examples."""
+    total: dict[Part, float] = {}
+    for example in given.examples()[:8]:
+        inputs = made.model.prepare(example).clean
+        for site in sites_of(made.recipe.form):
+            tower, _, kind, rest = site.split(".")
+            at = rest.split("@")[1]
+            paid = made.model.attention(inputs, tower, kind, "last" if at == "readout" else at)
+            for layer, rows in enumerate(paid[:, :, 0].amax(-1)):
+                for head, most in enumerate(rows.tolist()):
+                    part = f"{tower}.{layer}.{kind}.h{head}"
+                    total[part] = total.get(part, 0.0) + most / 8
+    return total
+
+
+def one(made: Planted, given: Scenes, attention: dict[Part, float]) -> dict[str, Any]:
+    """All figures of one model."""
+    recipe, every = made.recipe, heads_of(made.recipe.form)
+    found = measure(made, given, every)
+    mean, table = found.mean(), assessed(found)
+    rest = [abs(mean[p] / found.gap) for p in mean if p not in made.roles]
+    result: dict[str, Any] = {
+        "gap": found.gap,
+        "heads": ranking(mean, made.roles),
+        "attention": ranking(attention, made.roles),
+        "roles": {
+            role: float(np.mean([mean[p] / found.gap for p in made.having(role)]))
+            for role in (*TRUE, *APART, *DECOYS)
+            if any(p in mean for p in made.having(role))
+        },
+        "random_heads": {"mean": float(np.mean(rest)), "most": float(np.max(rest))},
+    }
+    for rule in RULES:
+        result[rule] = chosen(set(table.loc[table[rule], "part"]), made.roles, every)
+    if recipe.say == "neurons":
+        result["neurons"] = of_neurons(made, given)
+    return result
+
+
+def at_effects(recipe: Recipe, effects: Sequence[float]) -> Iterator[dict[str, Any]]:
+    """One circuit at several shares of the gap. Nothing that pays attention changes between them."""
+    made, given = plant(replace(recipe, effect=effects[0])), scenes(EXAMPLES, FRESH + recipe.seed)
+    attention = peaks(made, given)
+    for effect in effects:
+        yield one(scale(made, effect), given, attention)
+
+
+def neuron_scores(made: Planted, given: Scenes) -> dict[str, dict[str, np.ndarray]]:
+    """For each color, every neuron's mean contribution to it (`neurons.find`) and mean activation."""
+    every = given.examples()[:SPOKEN]
+    found: dict[str, dict[str, np.ndarray]] = {}
+    for color in COLORS:
+        own = [example for example in every if example.answer == color]
+        if not own:
+            continue
+        table = neurons.find(made.model, own, [color], caption=color, top=0).neurons
+        table = table.assign(activation=table["activation"].abs())
+        mean = table.groupby(["layer", "neuron"])[["score", "activation"]].mean().sort_index()
+        found[color] = {name: mean[name].to_numpy() for name in mean}
+    return found
+
+
+def of_neurons(made: Planted, given: Scenes) -> dict[str, float]:
+    """AUROC and average precision over all neurons, of those planted for each color; the mean over colors."""
+    rows = []
+    for color, found in neuron_scores(made, given).items():
+        true = np.zeros(LAYERS["D"] * NEURONS, bool)
+        true[[layer * NEURONS + n for layer, n in made.words[color]]] = True
+        # The neurons of the other colors are neither: they matter, but for another word.
+        others = [layer * NEURONS + n for c, some in made.words.items() if c != color for layer, n in some]
+        kept = np.setdiff1d(np.arange(len(true)), others)
+        score, active = found["score"][kept], found["activation"][kept]
+        ap = ranking(
+            {str(n): max(0.0, float(v)) for n, v in enumerate(score)},
+            {str(n): "neuron" for n in np.flatnonzero(true[kept])},
+        )["ap"]
+        rows.append((auroc(score, true[kept]), ap, auroc(active, true[kept]), true[kept].mean()))
+    return dict(
+        zip(("auroc", "ap", "auroc_activation", "ap_random"), map(float, np.mean(rows, 0)), strict=True)
+    )
+
+
+# -- what the package itself does, on some models of each form ---------------------------------------
+
+
+def tool(recipe: Recipe) -> dict[str, Any]:
+    """A sweep into a run folder, its circuits and the labels of its heads; and how far plain torch is."""
+    made, given = plant(recipe), scenes(SHOWN, FRESH + recipe.seed)
+    sites, examples, parts = sites_of(recipe.form), given.examples(), heads_of(recipe.form)
+    found = measure(made, given, parts)
+    with tempfile.TemporaryDirectory() as folder:
+        run = sweep_to(Path(folder) / "run", made.model, examples, sites)
+        rows = run.effects()
+        table = circuits.heads_of(run)
+    rows = rows.assign(part=rows["site"].str.split("@").str[0])
+    mean = rows.groupby("part")["logit_diff"].mean().to_dict()
+    apart = max(abs(mean[part] - effect) for part, effect in found.mean().items())
+    names = (
+        table["tower"]
+        + "."
+        + table["layer"].astype(str)
+        + "."
+        + table["kind"]
+        + ".h"
+        + table["head"].astype(str)
+    )
+    ours = assessed(found).set_index("part")["important"]
+    same = (ours[names.tolist()].to_numpy() == table["important"].to_numpy()).mean()
+    looking = [site for site in sites if ".cross" in site and "encoder" in site] or sites
+    labels = heads.functions(made.model, examples, looking, effects=rows).functions
+    named = dict(zip(labels["site"].str.split("@").str[0], labels["label"], strict=True))
+    return {
+        "recipe": asdict(recipe),
+        "sweep_against_plain": apart / abs(found.gap) if recipe.planted else apart,
+        "same_important": float(same),
+        "heads": ranking(mean, made.roles) if recipe.planted else None,
+        "labels": {part: [made.roles.get(part, "random"), label] for part, label in named.items()},
+        "confusion": confusion(named, made.roles),
+        "named": float(np.mean([label not in ("none", "unclear") for label in named.values()])),
+        "important": float(table["important"].mean()),
+    }
+
+
+def coverage(recipe: Recipe, population: int) -> dict[str, Any]:
+    """How often the 95 % interval of a head's mean effect covers its mean over very many examples."""
+    made, parts, drawn = plant(recipe), heads_of(recipe.form), []
+    for start in range(0, population, 500):
+        found = measure(
+            made, scenes(min(500, population - start), 2 * FRESH + recipe.seed * population + start), parts
+        )
+        drawn.append(np.stack([found.effects[part] for part in parts], 1))
+    every = np.concatenate(drawn)
+    truth, live = every.mean(0), every.std(0) > 1e-7
+    rng, hits = np.random.default_rng(recipe.seed), []
+    for n in range(SAMPLES):
+        some = rng.choice(len(every), EXAMPLES)
+        low, high = interval(every[some], [f"s{n}-{m}" for m in range(EXAMPLES)])
+        hits.append((low <= truth) & (truth <= high))
+    covered = np.mean(hits, 0)
+    is_true = np.array([made.roles.get(part) in TRUE for part in parts])
+    return {
+        "recipe": asdict(recipe),
+        "examples": len(every),
+        "samples": SAMPLES,
+        "of": EXAMPLES,
+        "covered": float(covered[live].mean()),
+        "covered_true_parts": float(covered[live & is_true].mean()),
+        "least": float(covered[live].min()),
+        "heads": int(live.sum()),
+    }
+
+
+def submission(path: Path, recipe: Recipe) -> dict[str, float]:
+    """Score a ranking that somebody else made: a CSV file with the columns `part` and `score`."""
+    made = plant(recipe)
+    table = pd.read_csv(path)
+    every = heads_of(recipe.form)
+    given = dict(zip(table["part"], table["score"].astype(float), strict=True))
+    if unknown := sorted(set(given) - set(every)):
+        sys.exit(f"{path}: unknown part '{unknown[0]}'; expected heads such as {every[0]}")
+    return ranking({part: given.get(part, 0.0) for part in every}, made.roles)

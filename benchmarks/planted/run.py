@@ -1,0 +1,199 @@
+"""How well vlmscope finds circuits that were planted in random models of the real classes.
+
+    python benchmarks/planted/run.py [--quick] [--seeds 20] [--out benchmarks/results/planted-cpu.json]
+    python benchmarks/planted/run.py --submission FILE.csv --form C --effect 0.1 --seed 0
+
+The models are made from their recipes each time (`planting`); nothing is stored. In the grid of cells each
+head's effect is computed by plain torch on many examples at once (`plain`), which is what
+`vlmscope.sweep` gives, and `tool` holds the two against each other on models of each form. What is
+documented in docs/benchmark.md goes for all figures. The last line is JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import sys
+import time
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from measures import EXAMPLES, POPULATION, RULES, SHOWN, SPOKEN, at_effects, coverage, submission, tool
+from planting import Recipe
+from scores import macro_f1, summary
+
+import vlmscope
+
+FORMS = (("C", "head"), ("D", "head"), ("D", "neurons"))
+EFFECTS = (0.01, 0.03, 0.1, 0.3, 1.0)
+KNOBS: tuple[dict[str, Any], ...] = (
+    {"noise": 1.0},
+    {"noise": 2.0},
+    {"noise": 1.0, "effect": 0.01},
+    {"sharpness": 1.0},
+    {"sharpness": 16.0},
+    {"copies": 2},
+    {"copies": 4},
+    {"polysemantic": True},
+)
+"""Each at an effect of 10 % if none is named, all else as in `Recipe`."""
+
+
+def name_of(recipe: Recipe) -> str:
+    return recipe.form if recipe.form == "C" else f"{recipe.form}-{recipe.say}"
+
+
+def effect_cells(quick: bool) -> Iterator[tuple[Recipe, dict[str, float]]]:
+    """Recipes, each with its cells: their names and effects."""
+    for form, say in FORMS:
+        base = Recipe(form, 0, say=say)
+        yield base, {f"{name_of(base)} effect {e:g}": e for e in ((0.01, 0.1) if quick else EFFECTS)}
+
+
+def knob_cells(quick: bool) -> Iterator[tuple[Recipe, dict[str, float]]]:
+    for knob in KNOBS[:1] if quick else KNOBS:
+        for form, say in FORMS:
+            if say == "neurons" or "polysemantic" not in knob:
+                base = replace(Recipe(form, 0, say=say), **knob)
+                words = " ".join(f"{word} {value:g}" for word, value in knob.items())
+                yield base, {f"{name_of(base)} {words}": base.effect}
+
+
+def gathered(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """Means over the models of a cell, with their lower limits."""
+    result: dict[str, Any] = {}
+    for name in ("heads", "attention", "neurons"):
+        if name in rows[0]:
+            keys = rows[0][name]
+            result[name] = {key: summary([row[name][key] for row in rows]) for key in keys}
+    for rule in RULES:
+        picked, false = (sum(row[rule][key] for row in rows) for key in ("picked", "false"))
+        recall = summary([row[rule]["recall"] for row in rows])
+        result[rule] = {"false_share": false / max(1, picked), "recall": recall, "picked": picked / len(rows)}
+    for name in ("roles", "random_heads"):
+        keys = rows[0][name]
+        result[name] = {key: float(np.mean([row[name][key] for row in rows])) for key in keys}
+    result["gap"] = float(np.mean([row["gap"] for row in rows]))
+    return result
+
+
+Keep = Callable[[str, Any], None]
+
+
+def run_cells(part: str, quick: bool, seeds: int, until: float, keep: Keep) -> None:
+    """Seed by seed, so that a run that is stopped has about as many models of each cell."""
+    rows: dict[str, list[dict[str, Any]]] = {}
+    failed: list[str] = []
+    for seed in range(seeds):
+        for recipe, named in (effect_cells if part == "effects" else knob_cells)(quick):
+            if time.monotonic() > until:
+                break
+            try:
+                found = list(at_effects(replace(recipe, seed=seed), list(named.values())))
+            except RuntimeError as error:  # so much noise that nothing could be planted
+                failed.append(str(error))
+                continue
+            for name, row in zip(named, found, strict=True):
+                rows.setdefault(name, []).append(row)
+        keep(part, {name: gathered(some) for name, some in rows.items()} | {"not_planted": failed})
+        print(f"{part}: seed {seed}", file=sys.stderr, flush=True)
+
+
+def run_tool(quick: bool, keep: Keep) -> None:
+    planted, plain = [], []
+    for form, say in FORMS:
+        for seed in range(1 if quick else 2):
+            recipe = Recipe(form, seed, effect=0.3, say=say)
+            planted.append(tool(recipe))
+            if say == "head":
+                plain.append(tool(replace(recipe, planted=False)))
+    pairs = [pair for row in planted for pair in row["confusion"]]
+    mean, each = macro_f1(pairs)
+    result = {"labels": {"macro_f1": mean, "f1": each, "heads": len(pairs)}}
+    result |= {
+        f"{name}_on_random": float(np.mean([row[name] for row in plain])) for name in ("named", "important")
+    }
+    keep("tool", result | {"planted": planted, "random": plain})
+
+
+def lines(result: Mapping[str, Any]) -> Iterator[str]:
+    for name, cell in [*result.get("effects", {}).items(), *result.get("knobs", {}).items()]:
+        if name == "not_planted":
+            continue
+        found = [f"{name:32}"]
+        for kind in ("heads", "attention", "neurons"):
+            if kind in cell:
+                own = cell[kind]["auroc"]
+                found.append(
+                    f"{kind} {own['mean']:.3f} (≥{own['lower95']:.3f}) AP {cell[kind]['ap']['mean']:.2f}"
+                )
+        rules = [cell[rule] for rule in RULES]
+        words = [f"{rule['false_share']:.2f}/{rule['recall']['mean']:.2f}" for rule in rules]
+        yield "  ".join([*found, f"false/recall {' '.join(words)}", f"n {cell['heads']['auroc']['models']}"])
+
+
+PARTS = ("tool", "coverage", "effects", "knobs")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="fewer cells, two models each, one of `tool`")
+    parser.add_argument("--part", choices=PARTS, action="append", help="by default all, one after the other")
+    parser.add_argument("--seeds", type=int, default=20, help="models a cell")
+    parser.add_argument("--minutes", type=float, default=1e6, help="begin no model after so many")
+    parser.add_argument(
+        "--out", type=Path, help="also write the JSON to this file, as it comes; parts that it has stay"
+    )
+    parser.add_argument("--submission", type=Path, help="score a CSV file (part, score) instead")
+    parser.add_argument("--form", choices=("C", "D"), default="C")
+    parser.add_argument("--effect", type=float, default=0.1)
+    parser.add_argument("--seed", type=int, default=0)
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
+    if arguments.submission:
+        recipe = Recipe(arguments.form, arguments.seed, effect=arguments.effect)
+        print(json.dumps(submission(arguments.submission, recipe)))
+        return
+    result: dict[str, Any] = {
+        "benchmark": "planted",
+        "machine": f"{platform.machine()}, 1 thread, CPU",
+        "torch": torch.__version__,
+        "vlmscope": vlmscope.__version__,
+        "examples": {"ranking": EXAMPLES, "labels": SHOWN, "neurons": SPOKEN},
+        "seconds": {},
+    }
+    out, quick = arguments.out, arguments.quick
+    if out and out.exists():
+        before = json.loads(out.read_text())
+        result |= {part: before[part] for part in PARTS if part in before}
+        result["seconds"] = before["seconds"]
+    start = time.monotonic()
+    until = start + 60 * arguments.minutes
+
+    def keep(part: str, found: Any) -> None:
+        result[part] = found
+        result["seconds"][part] = round(time.monotonic() - start)
+        if out:
+            out.write_text(json.dumps(result, indent=1) + "\n")
+
+    for part in arguments.part or PARTS:
+        start = time.monotonic()
+        if part == "tool":
+            run_tool(quick, keep)
+        elif part == "coverage":
+            keep(part, [coverage(Recipe(form, 0), 500 if quick else POPULATION[form]) for form in "CD"])
+        else:
+            run_cells(part, quick, 2 if quick else arguments.seeds, until, keep)
+    print("\n".join(lines(result)), file=sys.stderr)
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()
