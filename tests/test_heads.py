@@ -231,7 +231,8 @@ def test_every_draw_has_its_own_seed():
     wanted = whole.drop("effect", level="measure")
     pd.testing.assert_frame_equal(unpatched, wanted, check_exact=True)
     fewer, _ = rows(examples, ["encoder.0.cross.h0@all", "encoder.0.cross.h2@all"])
-    pd.testing.assert_frame_equal(fewer, whole.loc[fewer.index], check_exact=True)
+    # Fewer heads are fewer rows in a batch, which some machines round otherwise; other draws move far more.
+    pd.testing.assert_frame_equal(fewer, whole.loc[fewer.index], rtol=1e-5, atol=1e-6)
 
 
 def test_the_tables_are_written(tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import replace
 
 import pandas as pd
@@ -139,7 +140,8 @@ def test_every_cell_is_a_group_by(traced):
         key = (row.tower, row.kind, row.window, row.layer, row.at)
         assert (row.restored, row.n) == (pytest.approx(wanted.loc[key, "mean"]), wanted.loc[key, "count"])
         assert row.spread == pytest.approx(spread[key], abs=1e-12)
-        assert row.low - 1e-9 <= row.restored <= row.high + 1e-9
+        # So few examples have no interval.
+        assert math.isnan(row.low) and math.isnan(row.high)
 
 
 def test_all_comes_back_at_the_read_out_position(tmp_path):
@@ -166,7 +168,7 @@ def test_all_comes_back_at_the_read_out_position(tmp_path):
 
 def test_what_is_left_out_is_counted(tmp_path, monkeypatch):
     monkeypatch.setattr(tracing, "MIN_P", 0.0)
-    model = blip(seed=1)
+    model = blip(seed=2)
     table = tracing.trace(tmp_path / "t", model, several(), noise=NOISE, kinds=("resid",)).table
     about = json.loads((tmp_path / "t" / "tracing.json").read_text())
     falls = [
