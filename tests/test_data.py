@@ -9,7 +9,7 @@ from PIL import ImageChops
 
 from vlmscope.data import BUILT_IN, examples
 from vlmscope.data.example import fingerprint
-from vlmscope.errors import DataError
+from vlmscope.errors import DataError, VlmscopeError
 
 COUNT = 36
 
@@ -78,5 +78,5 @@ def test_pictures_differ_where_the_answer_is_seen(drawn):
 def test_a_set_that_is_not_there():
     with pytest.raises(DataError, match="no data set 'colours'.*states, scenes, faces"):
         examples("colours")
-    with pytest.raises(DataError, match="limit of 0"):
+    with pytest.raises(VlmscopeError, match="the limit is '0'; expected a whole number from 1"):
         examples("states", limit=0)

@@ -70,7 +70,7 @@ def test_tokens_of_a_tower_that_reads_none():
     ("given", "says"),
     [
         (["toy-llava", "--example", "states"], "'states' names no example; expected DATA:ROW"),
-        (["toy-llava", "--example", "faces:9999"], "faces has no example '9999'; expected an id, or a row"),
+        (["toy-llava", "--example", "faces:9999"], "'faces' has no example '9999'; expected an id, or a row"),
         (["--example", "states:0"], "name the model first"),
     ],
 )

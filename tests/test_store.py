@@ -408,7 +408,7 @@ def test_pictures_are_kept_small_and_come_back(tmp_path: Path) -> None:
     with open_run(tmp_path / "run", SPEC) as run:
         run.add_pictures(12, example)
         run.add_pictures(3, {"id": "b", "answer": "x"})
-        with pytest.raises(ExampleError, match=r"run.json: not a picture that can be read"):
+        with pytest.raises(ExampleError, match=r"run.json: not an image"):
             run.add_pictures(4, {"id": "b", "clean_image": tmp_path / "run/run.json"})
     first, second = read_run(tmp_path / "run").pictures()
     assert first == {"index": 3, "id": "b", "answer": "x"} | dict.fromkeys(("clean_image", "corrupt_image"))

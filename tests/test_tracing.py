@@ -168,7 +168,7 @@ def test_all_comes_back_at_the_read_out_position(tmp_path):
 
 def test_what_is_left_out_is_counted(tmp_path, monkeypatch):
     monkeypatch.setattr(tracing, "MIN_P", 0.0)
-    model = blip(seed=2)
+    model = blip(seed=4)
     table = tracing.trace(tmp_path / "t", model, several(), noise=NOISE, kinds=("resid",)).table
     about = json.loads((tmp_path / "t" / "tracing.json").read_text())
     falls = [

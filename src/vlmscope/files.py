@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import io
 import json
 import math
 import os
 import re
 import shutil
+import signal
 import stat
 import tempfile
 import time
@@ -26,6 +26,11 @@ from vlmscope.errors import DataError, StoreError, VlmscopeError, shown
 
 if TYPE_CHECKING:
     import pandas as pd
+
+try:
+    import fcntl
+except ImportError:  # on Windows, where folders cannot be locked
+    fcntl = None  # type: ignore[assignment]
 
 LARGEST = 2**28
 """Bytes up to which a file that somebody names is read."""
@@ -146,7 +151,7 @@ def try_place(folder: Path) -> None:
 
 def _descriptor(file: str | os.PathLike[str], within: Path | None) -> int:
     # Without O_NONBLOCK a pipe that nobody writes to would be waited for.
-    flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK
+    flags = os.O_RDONLY | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_NONBLOCK", 0)
     if within is None:
         return os.open(file, flags)
     *parents, name = Path(file).relative_to(within).parts
@@ -189,15 +194,29 @@ def save(
             _sync(made)
             pairs.append((made, path / name))
         pairs.append((_put(path / manifest, _json(whole)), path / manifest))
-        for temporary, file in pairs[:-1]:
-            temporary.replace(file)
-        for name in ours - {*content}:
-            if not (path / name).is_dir():
-                (path / name).unlink(missing_ok=True)
-        for place in {file.parent for _, file in pairs}:
-            _sync(place)
-        pairs[-1][0].replace(pairs[-1][1])
-        _sync(path)
+        with _uninterrupted():
+            for temporary, file in pairs[:-1]:
+                temporary.replace(file)
+            for name in ours - {*content}:
+                if not (path / name).is_dir():
+                    (path / name).unlink(missing_ok=True)
+            for place in {file.parent for _, file in pairs}:
+                _sync(place)
+            pairs[-1][0].replace(pairs[-1][1])
+            _sync(path)
+
+
+@contextlib.contextmanager
+def _uninterrupted() -> Iterator[None]:
+    """Ctrl-C waits for the few renames in here, so that they are all made or none."""
+    if not hasattr(signal, "pthread_sigmask"):  # not on Windows
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 @contextlib.contextmanager
@@ -285,6 +304,9 @@ def write(file: Path, content: bytes, ends: Path | None = None) -> None:
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[None]:
     """Hold a folder while something is written into it; the system lets go when the process ends."""
+    if fcntl is None:
+        yield
+        return
     descriptor = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
     try:
         end = time.monotonic() + _WAIT

@@ -190,7 +190,7 @@ def repeated(args: list[str], several: set[str], single: set[str]) -> Iterator[s
     '--sites A --sites B --out C D'
     """
     flag, filled, seen = "", True, set[str]()
-    for word in [*args, "--"]:
+    for place, word in enumerate([*args, "--"]):  # what ends the words asks for the last value, too
         if word.startswith("--"):
             if not filled:
                 raise VlmscopeError(f"{flag} needs a value ({flag}=VALUE where it begins with --)")
@@ -202,4 +202,5 @@ def repeated(args: list[str], several: set[str], single: set[str]) -> Iterator[s
         elif flag in several and filled:
             yield flag
         filled = filled or not word.startswith("--")
-        yield word
+        if place < len(args):
+            yield word

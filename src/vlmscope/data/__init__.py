@@ -27,7 +27,7 @@ def examples(name: str | Path, *, limit: int | None = None, seed: int = 0) -> li
     """The examples of a built-in set (by its name) or of a CSV file (by its path).
 
     `limit` takes the first so many; `seed` is that of a built-in set's drawing. Raises `DataError` if there
-    is no such set or the file cannot be read.
+    is no such set or the file cannot be read, `VlmscopeError` for a limit or a seed that is none.
 
     >>> [e.answer in e.clean_prompt for e in examples("states", limit=2)]
     [True, True]
