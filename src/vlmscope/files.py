@@ -92,9 +92,8 @@ def read(
     except OSError as problem:  # the system's own files, such as /proc/self/mem, and broken disks
         raise error(f"{file}: cannot be read ({problem.strerror}); expected {expected}") from problem
     if len(content) > largest:
-        raise error(
-            f"{file}: has more than the {largest / 2**20:,.0f} MiB that are read; expected {expected}"
-        )
+        most = f"{largest / 2**20:,.0f} MiB"
+        raise error(f"{file}: has more than the {most} that are read; expected {expected}")
     return content
 
 
@@ -110,10 +109,8 @@ def claim(
     if os.path.lexists(path / manifest):
         about = read_json(path / manifest, "choose another --out or delete the folder")
         if _kind(about) != kind:
-            raise StoreError(
-                f"{path}: holds {shown(_kind(about))}, where {kind} is to be written; choose another --out, "
-                "or delete the folder"
-            )
+            text = f"{path}: holds {shown(_kind(about))}, where {kind} is to be written"
+            raise StoreError(f"{text}; choose another --out or delete the folder")
     ours = _listed(path, about)
     for name in names:
         file = path / name
@@ -209,14 +206,13 @@ def save(
 @contextlib.contextmanager
 def _uninterrupted() -> Iterator[None]:
     """Ctrl-C waits for the few renames in here, so that they are all made or none."""
-    if not hasattr(signal, "pthread_sigmask"):  # not on Windows
-        yield
-        return
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+    mask = getattr(signal, "pthread_sigmask", None)  # which Windows lacks
+    before = mask(signal.SIG_BLOCK, [signal.SIGINT]) if mask else ()
     try:
         yield
     finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        if mask:
+            mask(signal.SIG_SETMASK, before)
 
 
 @contextlib.contextmanager
@@ -416,9 +412,10 @@ def is_text(text: str) -> bool:
     (True, False)
     """
     try:
-        return bool(text.encode()) or not text
+        text.encode()
     except UnicodeEncodeError:
         return False
+    return True
 
 
 def is_plain_name(text: str) -> bool:
@@ -445,12 +442,8 @@ def storing(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno in _FULL:
-            raise StoreError(
-                f"{path}: the disk is full. What was written before is safe; "
-                "free some space and run the same command again"
-            ) from error
-        raise StoreError(
-            f"{path}: cannot be written ({error.strerror or error}); check the folder's "
-            "permissions or choose another --out"
-        ) from error
+        text = "the disk is full. What was written before is safe; free some space and run the command again"
+        if error.errno not in _FULL:
+            why = error.strerror or error
+            text = f"cannot be written ({why}); check the folder's permissions or choose another --out"
+        raise StoreError(f"{path}: {text}") from error
