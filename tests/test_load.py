@@ -79,7 +79,7 @@ def test_no_network():
 
 
 def test_a_folder_without_a_config(tmp_path):
-    with pytest.raises(ModelError, match=r"has no config.json; expected a folder written by"):
+    with pytest.raises(ModelError, match=r"config.json: no such file; expected a folder written by"):
         load(tmp_path)
 
 

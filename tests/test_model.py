@@ -145,8 +145,8 @@ for arguments in ((3, "set", 0.0), ("encoder.0.resid@all", "set", [1.0]), ("enco
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert done.stdout.splitlines() == [
-        "the site of an edit is 3 (int); expected a Site, or an expression such as 'decoder.2.attn.h1@all'",
-        "the value of an edit is [1.0] (list); expected a number or a tensor",
+        "the site of an edit is '3' (int); expected a Site, or an expression such as 'decoder.2.attn.h1@all'",
+        "the value of an edit is '[1.0]' (list); expected a number or a tensor",
         "unknown operation 'mul' of an edit; expected set, add or scale",
     ], done.stderr
 
@@ -202,7 +202,7 @@ def test_an_answer_under_an_edit():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"answer": "  "}, "answer ' ' is empty"),
+        ({"answer": "  "}, "answer '' is empty"),
         ({"foil": "zebra"}, "foil 'zebra' is unknown to the model's tokenizer"),
         ({"foil": "RED"}, "'red' and foil 'RED' are the same tokens"),
         ({"corrupt_prompt": "is this circle green ?"}, "7 words, the corrupt one 5"),

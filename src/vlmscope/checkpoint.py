@@ -77,11 +77,11 @@ def load(name: str | Path, *, dtype: str | torch.dtype = "float32", device: str 
                 "installed; pip install 'vlmscope[4bit]' brings both"
             )
     path = _place(name)
-    if Path(path).is_dir():
-        _check_folder(Path(path))
     family = family_of(*_kind(_config(path)), str(name))
     if family.model is None:
         raise _own_code(family, name)
+    if Path(path).is_dir():
+        _check_folder(Path(path))
     with _one_line(name):
         if not (spread and place.type == "cuda"):
             _check_memory(family, path, dtype, place)
@@ -262,7 +262,10 @@ def _kind(config: Mapping[str, Any]) -> tuple[list[str], str | None]:
 def _config(path: str | Path) -> dict[str, Any]:
     """The checkpoint's config.json, without any of its code."""
     with _one_line(path):
-        config = _json(Path(cached_file(str(path), "config.json") or ""))
+        is_folder = Path(path).is_dir()
+        config = _json(
+            Path(path, "config.json") if is_folder else Path(cached_file(str(path), "config.json") or "")
+        )
     for key, value in _entries(config):
         if _DEPTH.fullmatch(key) and isinstance(value, int) and not 0 <= value <= MOST_LAYERS:
             raise ModelError(
@@ -291,8 +294,6 @@ def _entries(config: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
 def _check_folder(path: Path) -> None:
     """Refuse a folder that lacks a file, or holds one that cannot be read, before transformers looks into it:
     it goes on without a tokenizer or a template that is not there."""
-    if not (path / "config.json").exists():
-        raise ModelError(f"{path} has no config.json; expected {SAVED}")
     for file in sorted(path.iterdir()):
         if file.suffix == ".json":
             _json(file)

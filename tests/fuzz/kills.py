@@ -350,7 +350,12 @@ class Bench:
         grows = ("run.json", "done.json", ".lock")
         for file, digest in before.items():
             may_be = (digest, done.get(file, None if done else digest))
-            if not whole and is_manifest(file) and b'"unfinished": true' not in (folder / file).read_bytes():
+            if (
+                not whole
+                and file in after
+                and is_manifest(file)
+                and b'"unfinished": true' not in (folder / file).read_bytes()
+            ):
                 continue
             if after.get(file) not in may_be and (whole or Path(file).name not in grows):
                 raise LostError(f"changed: {file}")

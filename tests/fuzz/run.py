@@ -24,6 +24,7 @@ from typing import NamedTuple
 HERE = Path(__file__).parent
 sys.path[:0] = [str(HERE), str(HERE / "wrong")]
 
+import frame  # noqa: E402
 from frame import FAULTS, judge  # noqa: E402
 
 CATEGORIES = sorted(file.stem for file in (HERE / "wrong").glob("*.py"))
@@ -64,7 +65,9 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=time.time_ns() % 2**32)
     parser.add_argument("--cases", type=int, default=300, help="of each category")
     parser.add_argument("--only", nargs="*", default=CATEGORIES, choices=CATEGORIES)
+    parser.add_argument("--seconds", type=float, default=frame.SECONDS, help="for an answer")
     given = parser.parse_args()
+    frame.SECONDS = given.seconds
     every: dict[str, int] = {}
     for category in given.only:
         start = time.monotonic()

@@ -1,4 +1,4 @@
-"""The fuzzer for a minute, from a seed of its own each time (it is named where something is found)."""
+"""The fuzzer for a minute from one seed; for an hour (`-m slow`) from a new one, which it names."""
 
 from __future__ import annotations
 
@@ -12,15 +12,16 @@ RUN = Path(__file__).with_name("run.py")
 CATEGORIES = sorted(file.stem for file in (RUN.parent / "wrong").glob("*.py"))
 
 
-def lines(category: str, cases: int) -> str:
-    command = [sys.executable, str(RUN), "--cases", str(cases), "--only", category]
+def lines(category: str, cases: int, *options: str) -> str:
+    command = [sys.executable, str(RUN), "--cases", str(cases), "--only", category, *options]
     done = subprocess.run(command, capture_output=True, text=True)
     return "" if done.returncode == 0 else done.stdout + done.stderr
 
 
 @pytest.mark.parametrize("category", CATEGORIES)
 def test_wrong_inputs_are_answered_in_one_line(category: str) -> None:
-    assert not lines(category, 12)
+    # A busy machine is given more time than the promise.
+    assert not lines(category, 12, "--seed", "0", "--seconds", "60")
 
 
 @pytest.mark.slow

@@ -93,7 +93,7 @@ def damage(random: Random, model: Path) -> str:
         until = 8 + struct.unpack("<Q", content[:8])[0] if file.suffix == ".safetensors" else len(content)
         place = random.randrange(until)
         file.write_bytes(content[:place] + bytes([random.randrange(256)]) + content[place + 1 :])
-    elif how == "swapped":
+    elif how == "swapped" and file.name != "generation_config.json":  # any object is one
         file.write_bytes(random.choice(sorted(model.iterdir())).read_bytes())
     elif how == "odd":
         file.unlink()
