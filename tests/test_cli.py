@@ -241,7 +241,7 @@ def test_tables_that_cannot_be_read(run, tmp_path):
 def test_models_that_cannot_be_loaded(run, tmp_path):
     rest = [*SWEEP[3:], *SITES, "--out", tmp_path / "run"]
     (tmp_path / "empty").mkdir()
-    refused(run("sweep", "--model", tmp_path / "empty", *rest), "no config.json")
+    refused(run("sweep", "--model", tmp_path / "empty", *rest), "config.json: no such file")
     refused(run("sweep", "--model", "nobody/nothing", *rest), "nobody/nothing", "network")
 
 

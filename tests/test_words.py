@@ -70,7 +70,7 @@ def refused(monkeypatch, capsys, tmp_path):
         ("--model", "BLIP-VQA", "no model 'BLIP-VQA': not a folder, not a Hugging Face id (owner/name)"),
         ("--model", "a.png", "'a.png' is no folder; expected a folder written by save_pretrained"),
         ("--model", "pipe", "'pipe' is no folder"),
-        ("--model", ".", "has no config.json; expected"),
+        ("--model", ".", "config.json: no such file; expected"),
         ("--model", "https://huggingface.co/a/b", "no model 'https://huggingface.co/a/b'"),
         ("--model", "a" * 200 + "/" + "b" * 50, "no model 'aaaa"),
         ("--model", LONG, "longer than the name of a file can be"),
