@@ -68,7 +68,7 @@ class Caption:
                     )
                 numbers.append(number)
         if not numbers:
-            raise ExampleError(f"the word '{word}' is not in the caption '{self.text}'")
+            raise ExampleError(f"the word '{word}' is not in the caption '{self.text}'; use one that is")
         return numbers
 
 

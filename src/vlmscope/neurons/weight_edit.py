@@ -143,6 +143,8 @@ class WeightEdit:
             if metadata.get("vlmscope") != "edit":
                 raise StoreError(f"{path}: not an edit; expected {EXPECTED}")
             about = json.loads(metadata["about"])
+            if not isinstance(about, dict):
+                raise ValueError("about is no object")
             model, on = metadata["model"], tuple(metadata["on"].split())
             texts = [*about, *dict(about).values()]
             if not all(map(_SHA256.fullmatch, (model, *on))) or not all(isinstance(x, str) for x in texts):
