@@ -1,4 +1,4 @@
-"""The answers of `reference`, fast: nothing is computed that a patch cannot change.
+"""The answers of `reference`, fast: no layer below a patch is computed again.
 
 The clean and the corrupt input are run once each. Then the blocks of Hugging Face's model are
 called again with many rows at once, one row a patch (see `flows`). The layers below a patch are not
