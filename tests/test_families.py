@@ -220,7 +220,7 @@ def embedded(model, inputs, factor):
     return language.register_forward_pre_hook(given, with_kwargs=True)
 
 
-@torch.inference_mode()
+@torch.no_grad()
 @pytest.mark.parametrize("pictures", [1, 2])
 @pytest.mark.parametrize("name", MADE)
 def test_noise_is_on_what_the_language_model_reads_of_the_image(name, pictures):
