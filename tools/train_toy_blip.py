@@ -3,10 +3,12 @@
     python tools/train_toy_blip.py [--out src/vlmscope/toys/toy-blip]
 
 Pictures are drawn from seeds of a million and more, so that the smaller seeds, which users get,
-are held out. The vision tower runs once a picture and several questions are asked of it. Linear
-heads on its patches, which are thrown away afterwards, learn what covers each patch from the exact
-masks: features appear at once, and the text towers have only to find them. Finished phases are
-kept in `build/toy-blip`; started again, the training goes on with the next.
+are held out. The vision tower runs once a picture and several questions are asked of it. In the first
+phases linear heads on its patches, which are thrown away afterwards, learn what covers each patch from the
+exact masks: features appear at once, and the text towers have only to find them. The last phase does without
+them, so nothing makes a patch name its object any longer; it adds `binding`, nouns that are not in the
+picture, and heads of the text towers that are dropped at random. Finished phases are kept in
+`build/toy-blip`; started again, the training goes on with the next.
 """
 
 from __future__ import annotations
@@ -14,8 +16,11 @@ from __future__ import annotations
 import argparse
 import random
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import TypeAlias
 
 import torch
 from PIL import Image
@@ -26,15 +31,16 @@ from transformers import BertTokenizer, BlipConfig, BlipForQuestionAnswering, Bl
 from transformers.models.blip.image_processing_pil_blip import BlipImageProcessorPil
 
 from vlmscope.data import examples as built_in
-from vlmscope.data.drawn import drawing, faces, scenes, states
-from vlmscope.data.example import Picture
+from vlmscope.data.drawn import binding, drawing, faces, scenes, states
+from vlmscope.data.example import Example, Picture
 
-SETS = {"states": states, "scenes": scenes, "faces": faces}
+SETS = {"states": states, "scenes": scenes, "faces": faces, "binding": binding}
+Shown: TypeAlias = states.State | scenes.Scene | faces.Face | binding.Board
 SIDE, PATCH = 48, 8
 GRID = SIDE // PATCH
 WORK = Path("build/toy-blip")
 FIRST_SEED = 1_000_000
-# What a picture shows, as columns of numbers: first the set, then the values by these names.
+# What a patch head names, one head each.
 VALUES = {
     "shape": drawing.SHAPES,
     "color": tuple(drawing.COLORS),
@@ -43,9 +49,11 @@ VALUES = {
     "relation": scenes.RELATIONS,
     "other": drawing.SHAPES,
 }
+HELD_OUT = frozenset(zip(drawing.SHAPES, drawing.COLORS, strict=True))
+"""Shapes and colors that the last phase never shows together: red circles, orange squares and so on."""
 TEMPLATES = (
     "is this shape a x or a y ? is the x feeling person neither what color is texture how does "
-    "feel where to . , ' -"
+    "feel where to left right of . , ' -"
 )
 NONE = -100
 
@@ -53,107 +61,123 @@ NONE = -100
 # -- pictures ------------------------------------------------------------------------------------
 
 
-def draw(number: int) -> tuple[Image.Image, list[int], list[tuple[Image.Image, dict[str, str]]]]:
-    """Picture `number`: itself, its facts, and the mask and values of each thing in it."""
-    name = list(SETS)[number % 3]
+def things_in(shown: Shown) -> tuple[drawing.Thing, ...]:
+    """The things of a picture that have a shape and a color."""
+    if isinstance(shown, states.State):
+        return (shown.thing,)
+    if isinstance(shown, scenes.Scene):
+        return (shown.subject, shown.object)
+    return shown.things if isinstance(shown, binding.Board) else ()
+
+
+def is_held_out(shown: Shown) -> bool:
+    return any((thing.shape, thing.color) in HELD_OUT for thing in things_in(shown))
+
+
+def picture(name: str, number: int, hold_out: bool) -> Shown:
+    """What picture `number` of a set shows."""
     rng = random.Random(f"{name}/{FIRST_SEED}/{number}")
-    if name == "states":
-        state = states.sample(rng)
-        thing = state.thing
-        known = {"shape": thing.shape, "color": thing.color, "texture": thing.texture}
-        return state.draw(), _facts(0, known), [(state.masks()["object"], known)]
-    if name == "faces":
-        face = faces.sample(rng)
-        known = {"expression": face.expression}
-        return face.draw(), _facts(2, known), [(face.masks()["object"], known)]
-    scene = scenes.sample(rng)
-    masks = scene.masks()
-    known = {"shape": scene.subject.shape, "relation": scene.relation, "other": scene.object.shape}
-    inverse = {
-        "shape": scene.object.shape,
-        "relation": scenes.INVERSE[scene.relation],
-        "other": scene.subject.shape,
-    }
-    things = [(masks["subject"], known), (masks["object"], inverse)]
-    return scene.draw(), _facts(1, known), things
+    shown = SETS[name].sample(rng)
+    while hold_out and is_held_out(shown):
+        shown = SETS[name].sample(rng)
+    return shown
 
 
-def _facts(kind: int, known: dict[str, str]) -> list[int]:
-    return [kind, *(VALUES[k].index(known[k]) if k in known else NONE for k in VALUES)]
+def kept(name: str, make: Callable[[], Tensor]) -> Tensor:
+    """A tensor that is made once, and read from then on."""
+    file = WORK / f"{name}.safetensors"
+    if not file.exists():
+        WORK.mkdir(parents=True, exist_ok=True)
+        save_file({"made": make()}, file)
+    return load_file(file)["made"]
 
 
-def pool(count: int) -> dict[str, Tensor]:
-    """Pixels, facts and patch labels of so many pictures; drawn once and kept."""
-    file = WORK / f"pool-{count}.safetensors"
-    if file.exists():
-        return load_file(file)
-    pixels = torch.empty(count, 3, SIDE, SIDE, dtype=torch.uint8)
-    facts = torch.empty(count, 1 + len(VALUES), dtype=torch.long)
-    labels = torch.full((count, len(VALUES), GRID * GRID), NONE)
-    for n in range(count):
-        picture, facts_n, things = draw(n)
-        small = picture.resize((SIDE, SIDE), Image.Resampling.BICUBIC)
-        pixels[n] = (
-            torch.frombuffer(bytearray(small.tobytes()), dtype=torch.uint8)
-            .view(SIDE, SIDE, 3)
-            .permute(2, 0, 1)
-        )
-        facts[n] = torch.tensor(facts_n)
-        for mask, known in things:
+def draw(pictures: list[Shown]) -> Tensor:
+    """The pixels of pictures, one a row."""
+    pixels = torch.empty(len(pictures), 3, SIDE, SIDE, dtype=torch.uint8)
+    for n, shown in enumerate(pictures):
+        small = shown.draw().resize((SIDE, SIDE), Image.Resampling.BICUBIC)
+        values = torch.frombuffer(bytearray(small.tobytes()), dtype=torch.uint8)
+        pixels[n] = values.view(SIDE, SIDE, 3).permute(2, 0, 1)
+    return pixels
+
+
+def label(pictures: list[Shown]) -> Tensor:
+    """What covers each patch: a column of `VALUES` a head, `NONE` where there is nothing to name."""
+    labels = torch.full((len(pictures), len(VALUES), GRID * GRID), NONE)
+    for n, shown in enumerate(pictures):
+        for mask, known in _covers(shown):
             share = mask.resize((GRID, GRID), Image.Resampling.BOX).tobytes()
             covered = torch.tensor([value > 90 for value in share])
             for k, value in known.items():
                 labels[n, list(VALUES).index(k), covered] = VALUES[k].index(value)
-        if n % 2000 == 0:
-            print(f"drawn {n} of {count}", flush=True)
-    made = {"pixels": pixels, "facts": facts, "labels": labels}
-    WORK.mkdir(parents=True, exist_ok=True)
-    save_file(made, file)
-    return made
+    return labels
+
+
+def _covers(shown: Shown) -> Iterator[tuple[Image.Image, dict[str, str]]]:
+    """The mask of each thing in a picture, and what it is."""
+    if isinstance(shown, faces.Face):
+        yield shown.masks()["object"], {"expression": shown.expression}
+        return
+    things = things_in(shown)
+    found = shown.masks()
+    if isinstance(shown, scenes.Scene):
+        more = [
+            {"relation": shown.relation, "other": shown.object.shape},
+            {"relation": scenes.INVERSE[shown.relation], "other": shown.subject.shape},
+        ]
+        masks = [found["subject"], found["object"]]
+    else:
+        more, masks = [{"texture": thing.texture} for thing in things], drawing.masks(things)
+    for thing, mask, extra in zip(things, masks, more, strict=True):
+        yield mask, {"shape": thing.shape, "color": thing.color, **extra}
 
 
 # -- questions -----------------------------------------------------------------------------------
 
 
-def question(rng: random.Random, facts: list[int]) -> tuple[str, str]:
+def question(rng: random.Random, shown: Shown) -> tuple[str, str]:
     """A random question about a picture, and its answer."""
-    known = {k: VALUES[k][v] for k, v in zip(VALUES, facts[1:], strict=True) if v != NONE}
-    how = rng.choices(("options", "open", "neither"), (0.5, 0.38, 0.12))[0]
-    if facts[0] == 0:
-        return _about_state(rng, known, how)
-    if facts[0] == 2:
-        return _about_face(rng, known, how)
-    return _about_scene(rng, known, how)
+    how = rng.choices(("options", "open", "neither", "absent"), (0.45, 0.35, 0.1, 0.1))[0]
+    if isinstance(shown, states.State):
+        return _about_state(rng, shown.thing, how)
+    if isinstance(shown, faces.Face):
+        return _about_face(rng, shown.expression, how)
+    return (_about_scene if isinstance(shown, scenes.Scene) else _about_board)(rng, shown, how)
 
 
-def _choose(rng: random.Random, how: str, answer: str, wrong: list[str]) -> tuple[list[str], str]:
+def _choose(rng: random.Random, how: str, answer: str, wrong: Sequence[str]) -> tuple[list[str], str]:
     """Two options in random order, and what is right to say."""
     if how == "neither":
         return rng.sample(wrong, 2), "neither"
-    return rng.sample([answer, rng.choice(wrong)], 2), answer
+    return rng.sample([answer, rng.choice(wrong)], 2), "neither" if how == "absent" else answer
 
 
-def _about_state(rng: random.Random, known: dict[str, str], how: str) -> tuple[str, str]:
-    kind = rng.choice(states.KINDS)
-    noun = "shape" if kind == "shape" else known["shape"]
+def _other(rng: random.Random, values: Sequence[str], *taken: str) -> str:
+    return rng.choice([value for value in values if value not in taken])
+
+
+def _about_state(rng: random.Random, thing: drawing.Thing, how: str) -> tuple[str, str]:
+    kind = rng.choice(states.KINDS if how != "absent" else ("color", "texture"))
+    value = getattr(thing, kind)
+    noun = _other(rng, drawing.SHAPES, thing.shape) if how == "absent" else thing.shape
     if how == "open":
-        text = "what shape is this?" if kind == "shape" else f"what {kind} is this {noun}?"
-        return text, known[kind]
-    wrong = [v for v in states.VALUES[kind] if v != known[kind]]
-    options, answer = _choose(rng, how, known[kind], wrong)
-    return states.ask(kind, noun, *options), answer
+        return "what shape is this?" if kind == "shape" else f"what {kind} is this {noun}?", value
+    wrong = [v for v in states.VALUES[kind] if v != value]
+    options, answer = _choose(rng, how, value, wrong)
+    return states.ask(kind, "shape" if kind == "shape" else noun, *options), answer
 
 
-def _about_face(rng: random.Random, known: dict[str, str], how: str) -> tuple[str, str]:
+def _about_face(rng: random.Random, expression: str, how: str) -> tuple[str, str]:
     if how == "open":
-        return "how does this person feel?", known["expression"]
-    wrong = [v for v in faces.EXPRESSIONS if v != known["expression"]]
-    options, answer = _choose(rng, how, known["expression"], wrong)
+        return "how does this person feel?", expression
+    wrong = [v for v in faces.EXPRESSIONS if v != expression]
+    options, answer = _choose(rng, "options" if how == "absent" else how, expression, wrong)
     return faces.ask(*options), answer
 
 
-def _about_scene(rng: random.Random, known: dict[str, str], how: str) -> tuple[str, str]:
-    subject, relation, other = known["shape"], known["relation"], known["other"]
+def _about_scene(rng: random.Random, scene: scenes.Scene, how: str) -> tuple[str, str]:
+    subject, relation, other = scene.subject.shape, scene.relation, scene.object.shape
     if rng.random() < 0.5:
         subject, relation, other = other, scenes.INVERSE[relation], subject
     kind = rng.choice(scenes.KINDS)
@@ -166,13 +190,31 @@ def _about_scene(rng: random.Random, known: dict[str, str], how: str) -> tuple[s
         }[kind], answer
     values = scenes.RELATIONS if kind == "relation" else drawing.SHAPES
     wrong = [v for v in values if v not in ((relation,) if kind == "relation" else (subject, other))]
-    options, answer = _choose(rng, how, answer, wrong)
-    first, second = options
+    if how == "absent":  # a noun that is asked about, not an option, is another
+        strange = _other(rng, drawing.SHAPES, subject, other)
+        of_two = kind == "object" or (kind == "relation" and rng.random() < 0.5)
+        subject, other = (strange, other) if of_two else (subject, strange)
+        wrong = [v for v in wrong if v != strange]
+    (first, second), answer = _choose(rng, how, answer, wrong)
     return {
         "subject": f"is a {first} or a {second} {relation} the {other}?",
         "relation": f"is the {subject} {first} or {second} the {other}?",
         "object": f"is the {subject} {relation} a {first} or a {second}?",
     }[kind], answer
+
+
+def _about_board(rng: random.Random, board: binding.Board, how: str) -> tuple[str, str]:
+    """Mostly with a wrong option that is in the picture, too."""
+    noun, step = rng.randrange(4), rng.choice((0, 0, 1, 2))
+    shapes, colors = [t.shape for t in board.things], [t.color for t in board.things]
+    named = _other(rng, drawing.SHAPES, *shapes) if how == "absent" else shapes[noun]
+    name, answer = binding.names(named, noun, step), colors[noun ^ step]
+    if how == "open":
+        return f"what color is the {name}?", answer
+    in_picture = how == "neither" or rng.random() < 0.8
+    wrong = [c for c in (colors if in_picture else drawing.COLORS) if c != answer]
+    options, answer = _choose(rng, how, answer, wrong)
+    return binding.ask(name, *options), answer
 
 
 # -- the model -----------------------------------------------------------------------------------
@@ -232,14 +274,9 @@ class Trainee(nn.Module):
         self.hf = hf
         self.heads = nn.ModuleList(nn.Linear(width, len(v)) for v in VALUES.values())
 
-    def forward(self, pixels: Tensor, labels: Tensor, text: dict[str, Tensor], ask: int) -> Tensor:
+    def forward(self, pixels: Tensor, labels: Tensor | None, text: dict[str, Tensor], ask: int) -> Tensor:
         hf = self.hf
         seen = hf.vision_model(pixel_values=pixels).last_hidden_state
-        losses = [
-            F.cross_entropy(head(seen[:, 1:]).flatten(0, 1), labels[:, k].flatten())
-            for k, head in enumerate(self.heads)
-            if (labels[:, k] != NONE).any()  # a batch may lack a set
-        ]
         asked = hf.text_encoder(
             input_ids=text["ids"],
             attention_mask=text["mask"],
@@ -250,8 +287,33 @@ class Trainee(nn.Module):
             encoder_hidden_states=asked,
             encoder_attention_mask=text["mask"],
             labels=text["answer"],
-        )
-        return said.loss + 0.3 * torch.stack(losses).mean()
+        ).loss
+        return said if labels is None else said + 0.3 * patch_loss(self.heads, seen[:, 1:], labels)
+
+
+def patch_loss(heads: nn.ModuleList, seen: Tensor, labels: Tensor) -> Tensor:
+    """How badly the heads name what covers the patches `seen`."""
+    losses = [
+        F.cross_entropy(head(seen).flatten(0, 1), labels[:, k].flatten())
+        for k, head in enumerate(heads)
+        if (labels[:, k] != NONE).any()  # a batch may lack a set
+    ]
+    return torch.stack(losses).mean()
+
+
+def drop_heads(module: nn.Module, outputs: tuple[str, ...], heads: int, rate: float) -> None:
+    """While it is trained, drop whole attention heads at random, before the projections `outputs`."""
+
+    def drop(projection: nn.Module, given: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
+        if not projection.training:
+            return None
+        by_head = given[0].unflatten(-1, (heads, -1))
+        stays = torch.rand(by_head.shape[0], 1, heads, 1) >= rate
+        return ((by_head * stays / (1 - rate)).flatten(-2),)
+
+    for name, part in module.named_modules():
+        if name.endswith(outputs):
+            part.register_forward_pre_hook(drop)
 
 
 def encode(tokenizer: BertTokenizer, questions: list[tuple[str, str]]) -> dict[str, Tensor]:
@@ -263,12 +325,26 @@ def encode(tokenizer: BertTokenizer, questions: list[tuple[str, str]]) -> dict[s
 
 # -- training ------------------------------------------------------------------------------------
 
-# Steps, learning rate, how many pictures, and how often each of a set may be taken. Scenes come
-# last: two objects and their relation take longest, and more pictures than the others.
+
+@dataclass(frozen=True)
+class Phase:
+    """A cycle of the learning rate; `shares` say how often a picture is of each set."""
+
+    steps: int
+    rate: float
+    pictures: int
+    shares: tuple[float, ...]
+    patch_heads: bool = True
+    drop: float = 0.0
+    """How many heads of the text towers are dropped."""
+
+
+# Scenes come late: two objects and their relation take longest, and more pictures than the others.
 PHASES = (
-    (16_000, 1e-3, 30_000, (1, 1, 1)),
-    (10_000, 7e-4, 30_000, (1, 4, 1)),
-    (6_000, 5e-4, 90_000, (1, 4, 1)),
+    Phase(16_000, 1e-3, 10_000, (1, 1, 1, 0)),
+    Phase(10_000, 7e-4, 10_000, (1, 4, 1, 0)),
+    Phase(6_000, 5e-4, 30_000, (1, 4, 1, 0)),
+    Phase(16_000, 7e-4, 30_000, (1, 2, 0.7, 4), patch_heads=False, drop=0.1),
 )
 
 
@@ -279,48 +355,50 @@ def train(arguments: argparse.Namespace) -> None:
     hf = model(made.tokenizer, arguments.width, 3, 4)
     print(sum(p.numel() for p in hf.parameters()), "parameters", flush=True)
     first = 0
-    for number, (steps, rate, pictures, shares) in enumerate(PHASES):
-        kept = WORK / f"phase-{number}"
-        if (kept / "model.safetensors").exists():
-            hf = BlipForQuestionAnswering.from_pretrained(kept)
+    for number, one in enumerate(PHASES):
+        done = WORK / f"phase-{number}"
+        if (done / "model.safetensors").exists():
+            hf = BlipForQuestionAnswering.from_pretrained(done)
         else:
             if number:  # the same whether the training went on or was started again
                 torch.manual_seed(arguments.seed + number)
-            phase(arguments, hf, made, range(first, first + steps), rate, pictures, shares)
-            save(hf, made, kept)
-        first += steps
+            phase(arguments, hf, made, first, one)
+            save(hf, made, done)
+        first += one.steps
     save(hf, made, Path(arguments.out))
     report(hf, made, 600)
 
 
 def phase(
-    arguments: argparse.Namespace,
-    hf: BlipForQuestionAnswering,
-    made: BlipProcessor,
-    steps: range,
-    rate: float,
-    pictures: int,
-    shares: tuple[int, ...],
+    arguments: argparse.Namespace, hf: BlipForQuestionAnswering, made: BlipProcessor, first: int, one: Phase
 ) -> None:
     trainee = Trainee(hf, arguments.width).train()
-    data = pool(pictures)
+    if one.drop:
+        for tower in (hf.text_encoder, hf.text_decoder):
+            drop_heads(tower, ("attention.output.dense",), 4, one.drop)
+    names = [name for name, share in zip(SETS, one.shares, strict=True) if share]
+    hold_out = not one.patch_heads
+    pictures = {name: [picture(name, n, hold_out) for n in range(one.pictures)] for name in names}
+    file = f"{one.pictures}{'-held-out' * hold_out}"
+    pixels = {name: kept(f"pixels-{name}-{file}", partial(draw, pictures[name])) for name in names}
+    labels = {}
+    if one.patch_heads:
+        labels = {name: kept(f"labels-{name}-{file}", partial(label, pictures[name])) for name in names}
     images = made.image_processor
     mean, std = (torch.tensor(v)[:, None, None] for v in (images.image_mean, images.image_std))
-    optimizer = torch.optim.AdamW(trainee.parameters(), lr=rate, weight_decay=0.01)
+    optimizer = torch.optim.AdamW(trainee.parameters(), lr=one.rate, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, rate, total_steps=len(steps) + 1, pct_start=0.05
+        optimizer, one.rate, total_steps=one.steps + 1, pct_start=0.05
     )
-    # Picture number n is of set n % 3.
-    drawn = [n for turn in range(max(shares)) for n in range(pictures) if turn < shares[n % 3]]
     began, total = time.time(), 0.0
-    for step in steps:
+    for step in range(first, first + one.steps):
         rng = random.Random(f"{arguments.seed}/{step}")
-        which = torch.tensor(rng.sample(drawn, arguments.batch))
-        facts = data["facts"][which].tolist()
-        questions = [question(rng, f) for f in facts for _ in range(arguments.ask)]
-        pixels = (data["pixels"][which].float() / 255 - mean) / std
-        text = encode(made.tokenizer, questions)
-        loss = trainee(pixels, data["labels"][which], text, arguments.ask)
+        sets = rng.choices(list(SETS), one.shares, k=arguments.batch)
+        which = [(name, rng.randrange(one.pictures)) for name in sets]
+        questions = [question(rng, pictures[name][n]) for name, n in which for _ in range(arguments.ask)]
+        seen = (torch.stack([pixels[name][n] for name, n in which]).float() / 255 - mean) / std
+        named = torch.stack([labels[name][n] for name, n in which]) if labels else None
+        loss = trainee(seen, named, encode(made.tokenizer, questions), arguments.ask)
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(trainee.parameters(), 1.0)
@@ -328,7 +406,7 @@ def phase(
         schedule.step()
         total += loss.item()
         if (step + 1) % 200 == 0:
-            speed = (step + 1 - steps.start) / (time.time() - began)
+            speed = (step + 1 - first) / (time.time() - began)
             print(f"step {step + 1} loss {total / 200:.4f} ({speed:.1f} steps/s)", flush=True)
             total = 0.0
         if (step + 1) % 1000 == 0:
@@ -359,14 +437,26 @@ def answers(
         yield from made.batch_decode(hf.generate(**inputs, max_new_tokens=5), skip_special_tokens=True)
 
 
+def false_noun(example: Example) -> str | None:
+    """The question about a shape that is not in the picture, if a noun in it can be another."""
+    start, end = example.roles["noun"]
+    if example.clean_prompt[start:end] not in drawing.SHAPES:
+        return None
+    taken = {*example.shows, example.foil}
+    absent = next(shape for shape in drawing.SHAPES if shape not in taken)
+    return example.clean_prompt[:start] + absent + example.clean_prompt[end:]
+
+
 def report(hf: BlipForQuestionAnswering, made: BlipProcessor, count: int) -> None:
-    """Accuracy by set, kind and order on held-out pictures; how answers follow the image."""
+    """Accuracy by set, kind and order on held-out pictures; how answers follow the image, and the words."""
     hf.eval()
     for name in SETS:
         examples = built_in(name, limit=count, seed=7)
         clean = list(answers(hf, made, [(e.clean_image, e.clean_prompt) for e in examples]))
         image = list(answers(hf, made, [(e.corrupt_image, e.clean_prompt) for e in examples]))
         text = list(answers(hf, made, [(e.clean_image, e.corrupt_prompt) for e in examples]))
+        asked = [(e.clean_image, q) for e in examples if (q := false_noun(e))]
+        absent = [said == "neither" for said in answers(hf, made, asked)]
         right = [said == e.answer for said, e in zip(clean, examples, strict=True)]
         parts = []
         for key in ("kind", "order"):
@@ -374,11 +464,13 @@ def report(hf: BlipForQuestionAnswering, made: BlipProcessor, count: int) -> Non
                 some = [r for r, e in zip(right, examples, strict=True) if e.groups[key] == value]
                 parts.append(f"{value} {sum(some) / len(some):.3f}")
         follows = [s == e.foil for s, e, r in zip(image, examples, right, strict=True) if r]
-        neither = sum(said == "neither" for said in text) / count
+        wanted = [e.foil if name == "binding" else "neither" for e in examples]
+        words = [s == w for s, w in zip(text, wanted, strict=True)]
         print(
             f"  {name} {sum(right) / count:.3f}: {', '.join(parts)}; "
-            f"follows the image {sum(follows) / max(1, len(follows)):.3f}; "
-            f"neither on corrupt text {neither:.3f}",
+            f"follows the image {sum(follows) / max(1, len(follows)):.3f}, "
+            f"the words {sum(words) / count:.3f}; "
+            f"false nouns noticed {sum(absent) / max(1, len(absent)):.3f} of {len(absent)}",
             flush=True,
         )
     hf.train()

@@ -16,8 +16,8 @@ from vlmscope.errors import SEED, DataError, nearest, shown, whole
 Examples: TypeAlias = Iterable[Example] | Example | str | Path
 """What is run: examples, a single one, or the name of a built-in set or a CSV file."""
 
-BUILT_IN = ("states", "scenes", "faces")
-"""The sets that the package draws from a seed, mirroring the three of the NOTICE paper."""
+BUILT_IN = ("states", "scenes", "faces", "binding")
+"""The sets that the package draws from a seed: the first three mirror those of the NOTICE paper."""
 
 SIZE = 200
 """How many examples of a built-in set are drawn where no limit is given."""

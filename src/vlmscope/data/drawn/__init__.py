@@ -1,4 +1,4 @@
-"""The sets that the package draws from a seed: `states`, `scenes` and `faces`."""
+"""The sets that the package draws from a seed: `states`, `scenes`, `faces` and `binding`."""
 
 from __future__ import annotations
 
@@ -29,7 +29,8 @@ def draw(name: str, n: int, *, seed: int = 0) -> Iterator[Example]:
         kind = module.KINDS[i % len(module.KINDS)]
         order = ORDERS[i // len(module.KINDS) % 2]
         one: Contrast = module.contrast(random.Random(f"{name}/{seed}/{i}"), kind)
-        prompt = one.ask(*in_order(order, one.answer, one.foil))
+        options = in_order(order, one.answer, one.foil)
+        prompt = one.ask(*options)
         yield Example(
             id=f"{name}-{seed}-{i:04d}",
             clean_image=one.clean.draw(),
@@ -37,7 +38,7 @@ def draw(name: str, n: int, *, seed: int = 0) -> Iterator[Example]:
             answer=one.answer,
             foil=one.foil,
             corrupt_image=one.corrupt.draw(),
-            corrupt_prompt=one.ask(*one.others),
+            corrupt_prompt=one.ask_corrupt(*options) if one.ask_corrupt else one.ask(*one.others),
             roles=find_roles(prompt, one.words),
             groups={"kind": kind, "order": order},
             masks=one.clean.masks(),

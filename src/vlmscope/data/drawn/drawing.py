@@ -51,7 +51,8 @@ class Contrast:
     """A picture, one that the foil is true of, and the question about them.
 
     `ask` makes the question of two options, `others` are two that are neither answer nor foil, and `words`
-    those in the question by their roles.
+    those in the question by their roles. The corrupt question has the `others`, or is what `ask_corrupt`
+    makes of the same options.
     """
 
     clean: Drawing
@@ -61,6 +62,7 @@ class Contrast:
     foil: str
     others: Sequence[str]
     words: Mapping[str, str]
+    ask_corrupt: Callable[[str, str], str] | None = None
 
 
 def mix(one: Color, other: Color, share: float) -> Color:
