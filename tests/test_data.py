@@ -1,13 +1,16 @@
-"""The three drawn sets: from a seed, balanced, aligned, with exact masks."""
+"""The drawn sets: from a seed, balanced, aligned, with exact masks."""
 
 from __future__ import annotations
 
+import random
+import re
 from collections import Counter
 
 import pytest
 from PIL import ImageChops
 
 from vlmscope.data import BUILT_IN, examples
+from vlmscope.data.drawn import binding
 from vlmscope.data.example import fingerprint
 from vlmscope.errors import DataError, VlmscopeError
 
@@ -42,11 +45,14 @@ def test_kinds_and_orders_are_balanced(drawn):
         assert e.groups["order"] == ("answer first" if is_first else "foil first")
 
 
-def test_prompts_align_word_for_word_and_change_only_the_options(drawn):
+def test_prompts_align_word_for_word_and_change_only_the_options_or_the_noun(drawn):
     for e in drawn:
         clean, corrupt = e.clean_prompt.rstrip("?").split(), e.corrupt_prompt.rstrip("?").split()
         assert len(clean) == len(corrupt)
         changed = {a for a, b in zip(clean, corrupt, strict=True) if a != b}
+        if e.id.startswith("binding"):
+            assert changed == {e.clean_prompt[slice(*e.roles["noun"])]}
+            continue
         assert changed == {e.answer, e.foil}
         assert e.answer not in corrupt
         assert e.foil not in corrupt
@@ -70,13 +76,39 @@ def test_pictures_differ_where_the_answer_is_seen(drawn):
         mask = e.masks[name]
         assert mask.size == e.clean_image.size
         assert [value for value, count in enumerate(mask.histogram()) if count] == [0, 255]
-        if asked in ("color", "texture", "expression"):
+        if e.id.startswith("binding"):
+            mask = ImageChops.lighter(mask, e.masks["foil"])
+        if asked in ("color", "texture", "expression", "neighbor"):
             outside = ImageChops.multiply(difference, ImageChops.invert(mask))
             assert outside.getextrema()[1] == 0
 
 
+AWAY = {"left of": (-1, 0), "right of": (1, 0), "above": (0, -1), "below": (0, 1)}
+
+
+def told(things, prompt):
+    """The color that a question of `binding` asks for, by where the objects are."""
+    *_, relation, noun = re.fullmatch(r"is the (shape (.+) the )?(\w+) \w+ or \w+\?", prompt).groups()
+    [named] = [thing for thing in things if thing.shape == noun]
+    dx, dy = AWAY[relation] if relation else (0, 0)
+    x, y = named.x + dx * binding.CELL, named.y + dy * binding.CELL
+    return min(things, key=lambda thing: (thing.x - x) ** 2 + (thing.y - y) ** 2).color
+
+
+def test_each_noun_of_binding_has_its_color_in_each_picture():
+    """The picture or the noun alone turns the answer into the foil, both together keep it."""
+    for n in range(200):
+        one = binding.contrast(random.Random(f"oracle/{n}"), binding.KINDS[n % 2])
+        clean, corrupt = one.ask(one.foil, one.answer), one.ask_corrupt(one.foil, one.answer)
+        assert told(one.clean.things, clean) == told(one.corrupt.things, corrupt) == one.answer
+        assert told(one.corrupt.things, clean) == told(one.clean.things, corrupt) == one.foil
+        assert {t.color for t in one.clean.things} == {t.color for t in one.corrupt.things}
+        object_, foil = (one.clean.masks()[name] for name in ("object", "foil"))
+        assert not ImageChops.multiply(object_, foil).getbbox()
+
+
 def test_a_set_that_is_not_there():
-    with pytest.raises(DataError, match="no data set 'colours'.*states, scenes, faces"):
+    with pytest.raises(DataError, match="no data set 'colours'.*states, scenes, faces, binding"):
         examples("colours")
     with pytest.raises(VlmscopeError, match="the limit is '0'; expected a whole number from 1"):
         examples("states", limit=0)

@@ -3,11 +3,11 @@
     python tools/train_toy_llava.py [--out src/vlmscope/toys/toy-llava]
 
 Its vision tower starts from that of `toy-blip`, which ships with the package (or the whole model from one
-trained before, with `--start`); the pictures, questions and throw-away patch heads are those of
-`train_toy_blip.py`, and there are questions whether a picture shows an object. One sequence holds a picture
-and several
-branches behind it, each a question with its answer or the caption; branches do not see each other. The
-training is kept every 500 steps in `build/toy-llava` and goes on from there.
+trained before, with `--start`), so nothing has to teach its patches what covers them; the pictures, the
+questions and the heads that are dropped are those of the last phase of `train_toy_blip.py`, and there are
+questions whether a picture shows an object. One sequence holds a picture and several branches behind it, each
+a question with its answer or the caption; branches do not see each other. The training is kept every 500
+steps in `build/toy-llava` and goes on from there.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import argparse
 import json
 import random
 import time
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -24,7 +25,23 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 from torch import Tensor, nn
 from torch.nn import functional as F
-from train_toy_blip import FIRST_SEED, GRID, NONE, PATCH, SETS, SIDE, TEMPLATES, VALUES, pool, question
+from train_toy_blip import (
+    GRID,
+    NONE,
+    PATCH,
+    SETS,
+    SIDE,
+    TEMPLATES,
+    VALUES,
+    Shown,
+    draw,
+    drop_heads,
+    false_noun,
+    kept,
+    picture,
+    question,
+    things_in,
+)
 from transformers import (
     AutoModelForVisualQuestionAnswering,
     CLIPVisionConfig,
@@ -37,7 +54,7 @@ from transformers import (
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from vlmscope.data import examples as built_in
-from vlmscope.data.drawn import drawing, faces, scenes, states
+from vlmscope.data.drawn import binding, drawing, faces, scenes, states
 
 WORK = Path("build/toy-llava")
 TOY_BLIP = Path("src/vlmscope/toys/toy-blip")
@@ -51,42 +68,49 @@ TEMPLATE = (
     "{% if add_generation_prompt %}assistant:{% endif %}"
 )
 IMAGES = GRID * GRID
+SHARES = (1, 2, 0.7, 4)
+"""How often a picture is of each of `SETS`."""
+DROP = 0.1
+"""How many heads of the language model are dropped."""
 
 
 # -- captions ------------------------------------------------------------------------------------
 
 
-def caption_of(kind: str, shown: states.State | scenes.Scene | faces.Face) -> str:
+def caption_of(shown: Shown) -> str:
     """What a picture shows, in one order: above rather than below, inside rather than around, left
     before right.
 
     >>> import random
-    >>> caption_of("faces", faces.sample(random.Random(0))).endswith("face")
+    >>> caption_of(faces.sample(random.Random(0))).endswith("face")
     True
     """
-    if kind == "states":
-        thing = shown.thing
-        return f"a {thing.texture} {thing.color} {thing.shape}"
-    if kind == "faces":
-        return f"{'an' if shown.expression[0] in 'aeiou' else 'a'} {shown.expression} face"
-    one, other, relation = shown.subject, shown.object, shown.relation
+    if isinstance(shown, states.State):
+        return f"a {shown.thing.texture} {shown.thing.color} {shown.thing.shape}"
+    if isinstance(shown, faces.Face):
+        return f"{_a(shown.expression)} face"
+    named = [f"{_a(thing.color)} {thing.shape}" for thing in things_in(shown)]
+    if isinstance(shown, binding.Board):
+        return f"{named[0]} and {named[1]} above {named[2]} and {named[3]}"
+    relation = shown.relation
     if relation in ("below", "around") or (relation == "beside" and shown.side > 0):
-        one, other, relation = other, one, scenes.INVERSE[relation]
-    words = [("an" if x.color[0] in "aeiou" else "a") + f" {x.color} {x.shape}" for x in (one, other)]
-    return f"{words[0]} {relation} {words[1]}"
+        relation, named = scenes.INVERSE[relation], named[::-1]
+    return f"{named[0]} {relation} {named[1]}"
+
+
+def _a(word: str) -> str:
+    return f"{'an' if word[0] in 'aeiou' else 'a'} {word}"
 
 
 OBJECTS = {
     **{shape: f"a {shape}" for shape in drawing.SHAPES},
-    **{x: f"{'an' if x[0] in 'aeiou' else 'a'} {x} face" for x in faces.EXPRESSIONS},
+    **{x: f"{_a(x)} face" for x in faces.EXPRESSIONS},
 }
 """What a picture may show, and how it is asked about."""
 
 
-def objects_in(kind: str, shown: states.State | scenes.Scene | faces.Face) -> set[str]:
-    if kind == "states":
-        return {shown.thing.shape}
-    return {shown.expression} if kind == "faces" else {shown.subject.shape, shown.object.shape}
+def objects_in(shown: Shown) -> set[str]:
+    return {shown.expression} if isinstance(shown, faces.Face) else {t.shape for t in things_in(shown)}
 
 
 def is_there(rng: random.Random, there: set[str], yes: bool) -> tuple[str, str]:
@@ -98,37 +122,13 @@ def is_there(rng: random.Random, there: set[str], yes: bool) -> tuple[str, str]:
     return f"does this picture show {OBJECTS[name]}?", "yes" if yes else "no"
 
 
-def facts_more(count: int) -> tuple[list[str], Tensor, list[set[str]]]:
-    """Captions of the pool's pictures, the colors of a scene's subject and object, and all objects."""
-    captions, colors, there = [], torch.full((count, 2), NONE), []
-    names = list(drawing.COLORS)
-    for n in range(count):
-        kind = list(SETS)[n % 3]
-        shown = SETS[kind].sample(random.Random(f"{kind}/{FIRST_SEED}/{n}"))
-        captions.append(caption_of(kind, shown))
-        there.append(objects_in(kind, shown))
-        if kind == "scenes":
-            colors[n] = torch.tensor([names.index(x.color) for x in (shown.subject, shown.object)])
-    return captions, colors, there
-
-
-def color_scenes(data: dict[str, Tensor], colors: Tensor) -> None:
-    """Label the patches of scenes with colors too: the pool knows which shape covers a patch."""
-    shape, color = (list(VALUES).index(k) for k in ("shape", "color"))
-    scenes_ = colors[:, 0] != NONE
-    labels, facts = data["labels"], data["facts"]
-    for column, value in ((1 + shape, 0), (1 + list(VALUES).index("other"), 1)):
-        hit = (labels[:, shape] == facts[:, column, None]) & scenes_[:, None]
-        labels[:, color] = torch.where(hit, colors[:, value, None], labels[:, color])
-
-
 # -- the model -----------------------------------------------------------------------------------
 
 
 def processor() -> LlavaProcessor:
     """LLaVA's processor for small pictures, with a vocabulary of whole words."""
     words = [w for v in VALUES.values() for w in v]
-    words += f"{TEMPLATES} {ASK} face user assistant : an shows show no yes".replace(".", " . ").split()
+    words += f"{TEMPLATES} {ASK} face user assistant : an and shows show no yes".replace(".", " . ").split()
     special = ["<pad>", "<unk>", "<s>", "</s>", "<image>"]
     vocab = {token: n for n, token in enumerate(dict.fromkeys([*special, *words]))}
     made = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
@@ -218,32 +218,19 @@ def _take_over(hf: LlavaForConditionalGeneration) -> None:
                 target.bias.copy_(bias)
 
 
-class Trainee(nn.Module):
-    """The model, and the linear heads that are thrown away."""
-
-    def __init__(self, hf: LlavaForConditionalGeneration) -> None:
-        super().__init__()
-        self.hf = hf
-        self.heads = nn.ModuleList(nn.Linear(64, len(v)) for v in VALUES.values())
-
-    def forward(self, pixels: Tensor, labels: Tensor, text: dict[str, Tensor]) -> Tensor:
-        inner = self.hf.model
-        seen = inner.vision_tower(pixels).last_hidden_state[:, 1:]
-        losses = [
-            F.cross_entropy(head(seen).flatten(0, 1), labels[:, k].flatten())
-            for k, head in enumerate(self.heads)
-            if (labels[:, k] != NONE).any()
-        ]
-        embedded = inner.get_input_embeddings()(text["ids"])
-        picture = inner.multi_modal_projector(seen)
-        is_image = (text["ids"] == 4)[..., None].expand_as(embedded)
-        embedded = embedded.masked_scatter(is_image, picture)
-        hidden = inner.language_model(
-            inputs_embeds=embedded, attention_mask=text["mask"], position_ids=text["positions"]
-        ).last_hidden_state
-        chosen = text["labels"] != NONE
-        said = F.cross_entropy(self.hf.lm_head(hidden[chosen]), text["labels"][chosen])
-        return said + 0.3 * torch.stack(losses).mean()
+def loss_of(hf: LlavaForConditionalGeneration, pixels: Tensor, text: dict[str, Tensor]) -> Tensor:
+    """How badly the model says what is to be said."""
+    inner = hf.model
+    seen = inner.vision_tower(pixels).last_hidden_state[:, 1:]
+    embedded = inner.get_input_embeddings()(text["ids"])
+    image = inner.multi_modal_projector(seen)
+    is_image = (text["ids"] == 4)[..., None].expand_as(embedded)
+    embedded = embedded.masked_scatter(is_image, image)
+    hidden = inner.language_model(
+        inputs_embeds=embedded, attention_mask=text["mask"], position_ids=text["positions"]
+    ).last_hidden_state
+    chosen = text["labels"] != NONE
+    return F.cross_entropy(hf.lm_head(hidden[chosen]), text["labels"][chosen])
 
 
 def pack(tokenizer: PreTrainedTokenizerFast, branches: list[list[tuple[str, str]]]) -> dict[str, Tensor]:
@@ -285,37 +272,31 @@ def train(arguments: argparse.Namespace) -> None:
     else:
         hf = model(made.tokenizer, arguments.width, arguments.layers)
     print(sum(p.numel() for p in hf.parameters()), "parameters", flush=True)
-    trainee = Trainee(hf).train()
-    data = pool(arguments.pictures)
-    captions, colors, there = facts_more(arguments.pictures)
-    color_scenes(data, colors)
+    hf.train()
+    drop_heads(hf.model.language_model, ("o_proj",), 4, DROP)
+    pictures = {name: [picture(name, n, True) for n in range(arguments.pictures)] for name in SETS}
+    pixels = {
+        name: kept(f"pixels-{name}-{arguments.pictures}-held-out", partial(draw, some))
+        for name, some in pictures.items()
+    }
     images = made.image_processor
     mean, std = (torch.tensor(v)[:, None, None] for v in (images.image_mean, images.image_std))
-    optimizer = torch.optim.AdamW(trainee.parameters(), lr=arguments.rate, weight_decay=0.01)
+    optimizer = torch.optim.AdamW(hf.parameters(), lr=arguments.rate, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, arguments.rate, total_steps=arguments.steps + 1, pct_start=0.05
     )
-    first = _resume(trainee, optimizer, schedule)
-    drawn = [n for n in range(arguments.pictures) for _ in range(3 if n % 3 == 1 else 1)]
+    first = _resume(hf, optimizer, schedule)
     began, total = time.time(), 0.0
     for step in range(first, arguments.steps):
         rng = random.Random(f"{arguments.seed}/{step}")
-        which = rng.sample(drawn, arguments.batch)
-        facts = data["facts"][torch.tensor(which)].tolist()
-        branches = [
-            [
-                *(question(rng, f) for _ in range(arguments.ask)),
-                (rng.choice((ASK, OTHERWISE)), captions[n]),
-                is_there(rng, there[n], True),
-                is_there(rng, there[n], False),
-            ]
-            for n, f in zip(which, facts, strict=True)
-        ]
-        pixels = (data["pixels"][torch.tensor(which)].float() / 255 - mean) / std
-        loss = trainee(pixels, data["labels"][torch.tensor(which)], pack(made.tokenizer, branches))
+        sets = rng.choices(list(SETS), SHARES, k=arguments.batch)
+        which = [(name, rng.randrange(arguments.pictures)) for name in sets]
+        branches = [_branches(rng, pictures[name][n], arguments.ask) for name, n in which]
+        seen = (torch.stack([pixels[name][n] for name, n in which]).float() / 255 - mean) / std
+        loss = loss_of(hf, seen, pack(made.tokenizer, branches))
         optimizer.zero_grad()
         loss.backward()
-        nn.utils.clip_grad_norm_(trainee.parameters(), 1.0)
+        nn.utils.clip_grad_norm_(hf.parameters(), 1.0)
         optimizer.step()
         schedule.step()
         total += loss.item()
@@ -324,7 +305,7 @@ def train(arguments: argparse.Namespace) -> None:
             print(f"step {step + 1} loss {total / 100:.4f} ({speed:.1f} steps/s)", flush=True)
             total = 0.0
         if (step + 1) % 500 == 0:
-            _keep(trainee, optimizer, schedule, step + 1)
+            _keep(hf, optimizer, schedule, step + 1)
             save(hf, made, WORK / "latest")
         if (step + 1) % 1000 == 0:
             report(hf, made, 90)
@@ -332,9 +313,22 @@ def train(arguments: argparse.Namespace) -> None:
     report(hf, made, 600)
 
 
-def _keep(trainee: Trainee, optimizer: torch.optim.Optimizer, schedule: object, step: int) -> None:
+def _branches(rng: random.Random, shown: Shown, ask: int) -> list[tuple[str, str]]:
+    """What is asked of a picture, and what is to be said."""
+    there = objects_in(shown)
+    return [
+        *(question(rng, shown) for _ in range(ask)),
+        (rng.choice((ASK, OTHERWISE)), caption_of(shown)),
+        is_there(rng, there, True),
+        is_there(rng, there, False),
+    ]
+
+
+def _keep(
+    hf: LlavaForConditionalGeneration, optimizer: torch.optim.Optimizer, schedule: object, step: int
+) -> None:
     WORK.mkdir(parents=True, exist_ok=True)
-    state = {f"model.{k}": v for k, v in trainee.state_dict().items() if "lm_head" not in k}
+    state = {f"model.{k}": v for k, v in hf.state_dict().items() if "lm_head" not in k}
     for n, values in optimizer.state_dict()["state"].items():
         state |= {f"adam.{n}.{k}": v for k, v in values.items()}
     save_file({k: v.clone().contiguous() for k, v in state.items()}, WORK / "state.tmp")
@@ -342,12 +336,12 @@ def _keep(trainee: Trainee, optimizer: torch.optim.Optimizer, schedule: object, 
     (WORK / "step.json").write_text(json.dumps(step))
 
 
-def _resume(trainee: Trainee, optimizer: torch.optim.Optimizer, schedule: object) -> int:
+def _resume(hf: LlavaForConditionalGeneration, optimizer: torch.optim.Optimizer, schedule: object) -> int:
     if not (WORK / "step.json").exists():
         return 0
     step, state = (json.loads((WORK / "step.json").read_text()), load_file(WORK / "state.safetensors"))
     own = {k.removeprefix("model."): v for k, v in state.items() if k.startswith("model.")}
-    trainee.load_state_dict(own, strict=False)
+    hf.load_state_dict(own, strict=False)
     kept = optimizer.state_dict()
     for name, value in state.items():
         if name.startswith("adam."):
@@ -378,7 +372,7 @@ def answers(
         some = asked[start : start + 50]
         prompts = [f"user: <image>\n{text} assistant:" for _, text in some]
         inputs = made(images=[p for p, _ in some], text=prompts, padding=True, return_tensors="pt")
-        said = hf.generate(**inputs, max_new_tokens=10, do_sample=False)
+        said = hf.generate(**inputs, max_new_tokens=20, do_sample=False)
         found += made.batch_decode(said[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
     return found
 
@@ -398,19 +392,23 @@ def report(hf: LlavaForConditionalGeneration, made: LlavaProcessor, count: int) 
             some = [r for r, e in zip(right, examples, strict=True) if e.groups["kind"] == value]
             parts.append(f"{value} {sum(some) / len(some):.3f}")
         follows = [s == e.foil for s, e, r in zip(image, examples, right, strict=True) if r]
-        neither = sum(said == "neither" for said in text) / count
+        wanted = [e.foil if name == "binding" else "neither" for e in examples]
+        words = [s == w for s, w in zip(text, wanted, strict=True)]
+        asked = [(e.clean_image, q) for e in examples if (q := false_noun(e))]
+        absent = [s == "neither" for s in answers(hf, made, asked)]
         shown = [SETS[name].sample(random.Random(f"{name}/7/caption/{n}")) for n in range(count)]
         said = answers(hf, made, [(one.draw(), ASK) for one in shown])
-        exact = [s == caption_of(name, one) for s, one in zip(said, shown, strict=True)]
+        exact = [s == caption_of(one) for s, one in zip(said, shown, strict=True)]
         other = answers(hf, made, [(one.draw(), OTHERWISE) for one in shown])
-        again = [s == caption_of(name, one) for s, one in zip(other, shown, strict=True)]
+        again = [s == caption_of(one) for s, one in zip(other, shown, strict=True)]
         rng = random.Random(7)
-        asked = [is_there(rng, objects_in(name, one), n % 2 == 0) for n, one in enumerate(shown)]
-        told = answers(hf, made, [(one.draw(), q) for one, (q, _) in zip(shown, asked, strict=True)])
-        yes_no = [s == a for s, (_, a) in zip(told, asked, strict=True)]
+        there = [is_there(rng, objects_in(one), n % 2 == 0) for n, one in enumerate(shown)]
+        told = answers(hf, made, [(one.draw(), q) for one, (q, _) in zip(shown, there, strict=True)])
+        yes_no = [s == a for s, (_, a) in zip(told, there, strict=True)]
         print(
             f"  {name} {sum(right) / count:.3f}: {', '.join(parts)}; follows the image "
-            f"{sum(follows) / max(1, len(follows)):.3f}; neither on corrupt text {neither:.3f}; "
+            f"{sum(follows) / max(1, len(follows)):.3f}, the words {sum(words) / count:.3f}; false nouns "
+            f"noticed {sum(absent) / max(1, len(absent)):.3f} of {len(absent)}; "
             f"captions {sum(exact) / count:.3f}, worded otherwise {sum(again) / count:.3f}; is it there "
             f"{sum(yes_no) / count:.3f} ('{said[0]}')",
             flush=True,
@@ -424,7 +422,7 @@ def main() -> None:
     parser.add_argument("--rate", type=float, default=1e-3)
     parser.add_argument("--batch", type=int, default=32, help="pictures a step")
     parser.add_argument("--ask", type=int, default=4, help="questions a picture")
-    parser.add_argument("--pictures", type=int, default=90_000)
+    parser.add_argument("--pictures", type=int, default=30_000)
     parser.add_argument("--width", type=int, default=96)
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--seed", type=int, default=0)

@@ -1,0 +1,102 @@
+"""What the toys are trained on: questions with true answers, pictures held out, heads that are dropped."""
+
+from __future__ import annotations
+
+import random
+import re
+import sys
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import BlipForQuestionAnswering
+
+from vlmscope.checkpoint import toys
+from vlmscope.data import BUILT_IN, examples
+from vlmscope.data.drawn import drawing
+
+sys.path.append(str(Path(__file__).parents[1] / "tools"))
+training = import_module("train_toy_blip")
+AWAY = {"left of": (-1, 0), "right of": (1, 0), "above": (0, -1), "below": (0, 1)}
+
+
+def facts(shown):
+    """What can be asked for, read off the numbers that a picture is drawn from: (noun, kind) to value."""
+    things = training.things_in(shown)
+    found = {(thing.shape, kind): getattr(thing, kind) for thing in things for kind in ("color", "texture")}
+    for one in things:
+        for relation, (dx, dy) in AWAY.items():
+            for other in things:
+                across, down = (other.x - one.x) / 72, (other.y - one.y) / 72
+                if abs(across - dx) < 0.5 and abs(down - dy) < 0.5:
+                    found[f"shape {relation} the {one.shape}", "color"] = other.color
+    return found
+
+
+@pytest.mark.parametrize("name", ["states", "binding"])
+def test_answers_are_true_and_false_nouns_have_none(name):
+    said = []
+    for n in range(300):
+        shown = training.picture(name, n, hold_out=True)
+        prompt, answer = training.question(random.Random(n), shown)
+        known = facts(shown)
+        if found := re.fullmatch(r"is (?:this|the) (.+) (\w+) or (\w+)\?", prompt):
+            noun, *options = found.groups()
+            kind = "texture" if options[0] in drawing.TEXTURES else "color"
+            value = known.get((noun, kind))
+            assert answer == (value if value in options else "neither"), prompt
+            said.append((value is None, answer == "neither"))
+        elif found := re.fullmatch(r"what (color|texture) is (?:this|the) (.+)\?", prompt):
+            assert answer == known[found[2], found[1]], prompt
+    assert {pair: said.count(pair) > 10 for pair in said} == {
+        (False, False): True,
+        (False, True): True,
+        (True, True): True,
+    }
+
+
+def test_false_nouns_are_shapes_that_are_not_there():
+    for name in BUILT_IN:
+        for example in examples(name, limit=24):
+            prompt = training.false_noun(example)
+            start, end = example.roles["noun"]
+            if example.clean_prompt[start:end] not in drawing.SHAPES:
+                assert prompt is None
+                continue
+            [new] = set(re.findall(r"\w+", prompt)) - set(re.findall(r"\w+", example.clean_prompt))
+            assert new in drawing.SHAPES and new not in example.shows
+
+
+def test_no_picture_has_a_combination_that_is_held_out():
+    pictures = [training.picture("binding", n, hold_out=True) for n in range(100)]
+    pairs = {(thing.shape, thing.color) for board in pictures for thing in board.things}
+    assert len(pairs) == 30 and not pairs & training.HELD_OUT
+    shown = [training.picture("binding", n, hold_out=False) for n in range(100)]
+    assert 30 < sum(map(training.is_held_out, shown)) < 70
+
+
+def test_patch_labels_are_where_the_things_are():
+    board = training.picture("binding", 3, hold_out=True)
+    [labels] = training.label([board])
+    shapes = labels[0].view(training.GRID, training.GRID)
+    for thing in board.things:
+        row, column = (int(at / drawing.SIZE * training.GRID) for at in (thing.y, thing.x))
+        assert drawing.SHAPES[shapes[row, column]] == thing.shape
+    assert set(labels[2].tolist()) != {training.NONE} and set(labels[3].tolist()) == {training.NONE}
+
+
+def test_heads_are_dropped_whole_and_in_training_alone():
+    hf = BlipForQuestionAnswering.from_pretrained(toys()["toy-blip"])
+    training.drop_heads(hf.text_decoder, ("attention.output.dense",), 4, 0.5)
+    dense = hf.text_decoder.bert.encoder.layer[0].crossattention.output.dense
+    with torch.no_grad():
+        dense.weight.copy_(torch.eye(64))
+        dense.bias.zero_()
+    given = torch.rand(200, 3, 64) + 1
+    torch.manual_seed(0)
+    ratio = (dense.train()(given) / given).unflatten(-1, (4, 16))
+    heads = ratio[:, 0, :, 0]
+    assert torch.allclose(ratio, heads[:, None, :, None].expand_as(ratio))
+    assert set(heads.unique().tolist()) <= {0.0, 2.0} and 0.4 < heads.mean() / 2 < 0.6
+    assert torch.equal(dense.eval()(given), given)
