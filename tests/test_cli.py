@@ -149,7 +149,7 @@ def test_a_saved_model_of_your_own(run, tmp_path):
 def test_demo(run, tmp_path):
     status, out, _ = run("demo", "--out", tmp_path / "demo", "--limit", "2")
     assert status == 0
-    for name in ("states", "scenes", "faces"):
+    for name in ("states", "scenes", "faces", "binding"):
         for corrupt in ("image", "text"):
             assert f"{name}, {corrupt} corrupted" in out
     assert (tmp_path / "demo" / "report.html").exists()
@@ -228,7 +228,7 @@ def test_one_bad_row_does_not_stop_the_others(run, tmp_path):
 def test_tables_that_cannot_be_read(run, tmp_path):
     start = ["sweep", "--model", "toy-blip", "--corrupt", "image", *SITES, "--out", tmp_path / "run"]
     refused(run(*start, "--data", tmp_path / "gone.csv"), "gone.csv")
-    refused(run(*start, "--data", "colours"), "no data set 'colours'", "states, scenes, faces")
+    refused(run(*start, "--data", "colours"), "no data set 'colours'", "states, scenes, faces, binding")
     short = table(tmp_path, [GOOD[:3]], columns=["id", "clean_image_path", "clean_prompt"])
     refused(run(*start, "--data", short), "correct_answer")
     twice = table(tmp_path, [GOOD, GOOD])

@@ -100,3 +100,17 @@ def test_heads_are_dropped_whole_and_in_training_alone():
     assert torch.allclose(ratio, heads[:, None, :, None].expand_as(ratio))
     assert set(heads.unique().tolist()) <= {0.0, 2.0} and 0.4 < heads.mean() / 2 < 0.6
     assert torch.equal(dense.eval()(given), given)
+
+
+def test_what_heads_write_is_measured_in_training_alone():
+    hf = BlipForQuestionAnswering.from_pretrained(toys()["toy-blip"])
+    written = []
+    assert len(training.measure_heads(hf.text_encoder, training.OUTPUTS, 4, written)) == 6
+    dense = hf.text_encoder.encoder.layer[1].crossattention.output.dense
+    given = torch.randn(5, 3, 64)
+    dense.eval()(given)
+    assert written == []
+    dense.train()(given)
+    alone = [given * (torch.arange(64) // 16 == head) for head in range(4)]
+    norms = [(dense(one) - dense.bias).norm(dim=-1).mean() for one in alone]
+    assert written[0].item() == pytest.approx(sum(norms).item(), rel=1e-5)

@@ -5,10 +5,10 @@
 Pictures are drawn from seeds of a million and more, so that the smaller seeds, which users get,
 are held out. The vision tower runs once a picture and several questions are asked of it. In the first
 phases linear heads on its patches, which are thrown away afterwards, learn what covers each patch from the
-exact masks: features appear at once, and the text towers have only to find them. The last phase does without
-them, so nothing makes a patch name its object any longer; it adds `binding`, nouns that are not in the
-picture, and heads of the text towers that are dropped at random. Finished phases are kept in
-`build/toy-blip`; started again, the training goes on with the next.
+exact masks: features appear at once, and the text towers have only to find them. The last phases do without
+them, so nothing makes a patch name its object any longer; they add `binding` and nouns that are not in the
+picture, and have the heads of the text towers part their work. Finished phases are kept in `build/toy-blip`;
+started again, the training goes on with the next.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.hooks import RemovableHandle
 from transformers import BertTokenizer, BlipConfig, BlipForQuestionAnswering, BlipProcessor
 from transformers.models.blip.image_processing_pil_blip import BlipImageProcessorPil
 
@@ -56,6 +57,8 @@ TEMPLATES = (
     "feel where to left right of . , ' -"
 )
 NONE = -100
+OUTPUTS = ("attention.output.dense",)
+"""The modules of the text towers that heads write through."""
 
 
 # -- pictures ------------------------------------------------------------------------------------
@@ -204,15 +207,17 @@ def _about_scene(rng: random.Random, scene: scenes.Scene, how: str) -> tuple[str
 
 
 def _about_board(rng: random.Random, board: binding.Board, how: str) -> tuple[str, str]:
-    """Mostly with a wrong option that is in the picture, too."""
+    """Mostly with a wrong option that is in the picture, too, and often where the noun does not lead."""
     noun, step = rng.randrange(4), rng.choice((0, 0, 1, 2))
     shapes, colors = [t.shape for t in board.things], [t.color for t in board.things]
     named = _other(rng, drawing.SHAPES, *shapes) if how == "absent" else shapes[noun]
     name, answer = binding.names(named, noun, step), colors[noun ^ step]
     if how == "open":
         return f"what color is the {name}?", answer
-    in_picture = how == "neither" or rng.random() < 0.8
-    wrong = [c for c in (colors if in_picture else drawing.COLORS) if c != answer]
+    wrong = [c for c in colors if c != answer]
+    if how != "neither":
+        near = [colors[3 - noun]] if step else wrong  # the same step from another noun leads there
+        wrong = rng.choice((near, wrong, [c for c in drawing.COLORS if c != answer]))
     options, answer = _choose(rng, how, answer, wrong)
     return binding.ask(name, *options), answer
 
@@ -301,7 +306,7 @@ def patch_loss(heads: nn.ModuleList, seen: Tensor, labels: Tensor) -> Tensor:
     return torch.stack(losses).mean()
 
 
-def drop_heads(module: nn.Module, outputs: tuple[str, ...], heads: int, rate: float) -> None:
+def drop_heads(module: nn.Module, outputs: tuple[str, ...], heads: int, rate: float) -> list[RemovableHandle]:
     """While it is trained, drop whole attention heads at random, before the projections `outputs`."""
 
     def drop(projection: nn.Module, given: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
@@ -311,9 +316,24 @@ def drop_heads(module: nn.Module, outputs: tuple[str, ...], heads: int, rate: fl
         stays = torch.rand(by_head.shape[0], 1, heads, 1) >= rate
         return ((by_head * stays / (1 - rate)).flatten(-2),)
 
-    for name, part in module.named_modules():
-        if name.endswith(outputs):
-            part.register_forward_pre_hook(drop)
+    parts = [part for name, part in module.named_modules() if name.endswith(outputs)]
+    return [part.register_forward_pre_hook(drop) for part in parts]
+
+
+def measure_heads(
+    module: nn.Module, outputs: tuple[str, ...], heads: int, written: list[Tensor]
+) -> list[RemovableHandle]:
+    """While it is trained, note how much each module's heads write: their norms' sum, a mean over tokens."""
+
+    def note(projection: nn.Module, given: tuple[Tensor, ...]) -> None:
+        if projection.training:
+            by_head = given[0].unflatten(-1, (heads, -1))
+            weight = projection.weight.unflatten(1, (heads, -1))
+            each = torch.einsum("bthd,ohd->btho", by_head, weight)
+            written.append(each.norm(dim=-1).sum(-1).mean())
+
+    parts = [part for name, part in module.named_modules() if name.endswith(outputs)]
+    return [part.register_forward_pre_hook(note) for part in parts]
 
 
 def encode(tokenizer: BertTokenizer, questions: list[tuple[str, str]]) -> dict[str, Tensor]:
@@ -337,6 +357,8 @@ class Phase:
     patch_heads: bool = True
     drop: float = 0.0
     """How many heads of the text towers are dropped."""
+    cost: float = 0.0
+    """What a head of the text towers costs for each unit that it writes, so that few heads share a work."""
 
 
 # Scenes come late: two objects and their relation take longest, and more pictures than the others.
@@ -344,7 +366,8 @@ PHASES = (
     Phase(16_000, 1e-3, 10_000, (1, 1, 1, 0)),
     Phase(10_000, 7e-4, 10_000, (1, 4, 1, 0)),
     Phase(6_000, 5e-4, 30_000, (1, 4, 1, 0)),
-    Phase(16_000, 7e-4, 30_000, (1, 2, 0.7, 4), patch_heads=False, drop=0.1),
+    Phase(8_000, 7e-4, 30_000, (1, 2, 0.7, 4), patch_heads=False, drop=0.1),
+    Phase(12_000, 7e-4, 30_000, (1, 3, 0.7, 4), patch_heads=False, cost=2e-4),
 )
 
 
@@ -373,9 +396,11 @@ def phase(
     arguments: argparse.Namespace, hf: BlipForQuestionAnswering, made: BlipProcessor, first: int, one: Phase
 ) -> None:
     trainee = Trainee(hf, arguments.width).train()
-    if one.drop:
-        for tower in (hf.text_encoder, hf.text_decoder):
-            drop_heads(tower, ("attention.output.dense",), 4, one.drop)
+    written: list[Tensor] = []
+    hooks = []
+    for tower in (hf.text_encoder, hf.text_decoder):
+        hooks += drop_heads(tower, OUTPUTS, 4, one.drop) if one.drop else []
+        hooks += measure_heads(tower, OUTPUTS, 4, written) if one.cost else []
     names = [name for name, share in zip(SETS, one.shares, strict=True) if share]
     hold_out = not one.patch_heads
     pictures = {name: [picture(name, n, hold_out) for n in range(one.pictures)] for name in names}
@@ -398,7 +423,9 @@ def phase(
         questions = [question(rng, pictures[name][n]) for name, n in which for _ in range(arguments.ask)]
         seen = (torch.stack([pixels[name][n] for name, n in which]).float() / 255 - mean) / std
         named = torch.stack([labels[name][n] for name, n in which]) if labels else None
+        written.clear()
         loss = trainee(seen, named, encode(made.tokenizer, questions), arguments.ask)
+        loss = loss + one.cost * sum(written)
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(trainee.parameters(), 1.0)
@@ -412,6 +439,8 @@ def phase(
         if (step + 1) % 1000 == 0:
             save(hf, made, WORK / "latest")
             report(hf, made, 120)
+    for hook in hooks:
+        hook.remove()
 
 
 def save(hf: BlipForQuestionAnswering, made: BlipProcessor, out: Path) -> None:

@@ -4,7 +4,7 @@
 
 Its vision tower starts from that of `toy-blip`, which ships with the package (or the whole model from one
 trained before, with `--start`), so nothing has to teach its patches what covers them; the pictures, the
-questions and the heads that are dropped are those of the last phase of `train_toy_blip.py`, and there are
+questions and the cost of heads are those of the last phase of `train_toy_blip.py`, and there are
 questions whether a picture shows an object. One sequence holds a picture and several branches behind it, each
 a question with its answer or the caption; branches do not see each other. The training is kept every 500
 steps in `build/toy-llava` and goes on from there.
@@ -35,9 +35,9 @@ from train_toy_blip import (
     VALUES,
     Shown,
     draw,
-    drop_heads,
     false_noun,
     kept,
+    measure_heads,
     picture,
     question,
     things_in,
@@ -70,8 +70,8 @@ TEMPLATE = (
 IMAGES = GRID * GRID
 SHARES = (1, 2, 0.7, 4)
 """How often a picture is of each of `SETS`."""
-DROP = 0.1
-"""How many heads of the language model are dropped."""
+COST = 2e-4
+"""What a head of the language model costs for each unit that it writes."""
 
 
 # -- captions ------------------------------------------------------------------------------------
@@ -273,7 +273,8 @@ def train(arguments: argparse.Namespace) -> None:
         hf = model(made.tokenizer, arguments.width, arguments.layers)
     print(sum(p.numel() for p in hf.parameters()), "parameters", flush=True)
     hf.train()
-    drop_heads(hf.model.language_model, ("o_proj",), 4, DROP)
+    written: list[Tensor] = []
+    measure_heads(hf.model.language_model, ("o_proj",), 4, written)
     pictures = {name: [picture(name, n, True) for n in range(arguments.pictures)] for name in SETS}
     pixels = {
         name: kept(f"pixels-{name}-{arguments.pictures}-held-out", partial(draw, some))
@@ -293,7 +294,8 @@ def train(arguments: argparse.Namespace) -> None:
         which = [(name, rng.randrange(arguments.pictures)) for name in sets]
         branches = [_branches(rng, pictures[name][n], arguments.ask) for name, n in which]
         seen = (torch.stack([pixels[name][n] for name, n in which]).float() / 255 - mean) / std
-        loss = loss_of(hf, seen, pack(made.tokenizer, branches))
+        written.clear()
+        loss = loss_of(hf, seen, pack(made.tokenizer, branches)) + COST * sum(written)
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(hf.parameters(), 1.0)
