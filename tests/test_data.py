@@ -83,7 +83,7 @@ def test_pictures_differ_where_the_answer_is_seen(drawn):
             assert outside.getextrema()[1] == 0
 
 
-AWAY = {"left of": (-1, 0), "right of": (1, 0), "above": (0, -1), "below": (0, 1)}
+AWAY = {"left of": (-1, 0), "right of": (1, 0), "over": (0, -1), "under": (0, 1)}
 
 
 def told(things, prompt):

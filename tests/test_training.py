@@ -18,7 +18,7 @@ from vlmscope.data.drawn import drawing
 
 sys.path.append(str(Path(__file__).parents[1] / "tools"))
 training = import_module("train_toy_blip")
-AWAY = {"left of": (-1, 0), "right of": (1, 0), "above": (0, -1), "below": (0, 1)}
+AWAY = {"left of": (-1, 0), "right of": (1, 0), "over": (0, -1), "under": (0, 1)}
 
 
 def facts(shown):

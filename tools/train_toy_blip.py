@@ -54,7 +54,7 @@ HELD_OUT = frozenset(zip(drawing.SHAPES, drawing.COLORS, strict=True))
 """Shapes and colors that the last phase never shows together: red circles, orange squares and so on."""
 TEMPLATES = (
     "is this shape a x or a y ? is the x feeling person neither what color is texture how does "
-    "feel where to left right of . , ' -"
+    "feel where to left right of over under . , ' -"
 )
 NONE = -100
 OUTPUTS = ("attention.output.dense",)
@@ -208,7 +208,7 @@ def _about_scene(rng: random.Random, scene: scenes.Scene, how: str) -> tuple[str
 
 def _about_board(rng: random.Random, board: binding.Board, how: str) -> tuple[str, str]:
     """Mostly with a wrong option that is in the picture, too, and often where the noun does not lead."""
-    noun, step = rng.randrange(4), rng.choice((0, 0, 1, 2))
+    noun, step = rng.randrange(4), rng.choice((0, 1, 2, 2))  # columns take longest
     shapes, colors = [t.shape for t in board.things], [t.color for t in board.things]
     named = _other(rng, drawing.SHAPES, *shapes) if how == "absent" else shapes[noun]
     name, answer = binding.names(named, noun, step), colors[noun ^ step]
@@ -217,7 +217,7 @@ def _about_board(rng: random.Random, board: binding.Board, how: str) -> tuple[st
     wrong = [c for c in colors if c != answer]
     if how != "neither":
         near = [colors[3 - noun]] if step else wrong  # the same step from another noun leads there
-        wrong = rng.choice((near, wrong, [c for c in drawing.COLORS if c != answer]))
+        wrong = rng.choice((near, near, wrong, [c for c in drawing.COLORS if c != answer]))
     options, answer = _choose(rng, how, answer, wrong)
     return binding.ask(name, *options), answer
 

@@ -23,7 +23,7 @@ CELL = drawing.SIZE // 2
 STEPS = {"color": (0,), "neighbor": (1, 2)}
 """What leads from the place that is named to the one that is asked: places are 0, 1 in the upper row and 2, 3
 in the lower, so `place ^ 1` is beside it and `place ^ 2` above or below."""
-RELATIONS = {1: ("right of", "left of"), 2: ("below", "above")}
+RELATIONS = {1: ("right of", "left of"), 2: ("under", "over")}
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ def names(noun: str, place: int, step: int) -> str:
     """What is a step away from the shape `noun`, which is in `place`.
 
     >>> names("circle", 1, 0), names("circle", 1, 1), names("circle", 1, 2)
-    ('circle', 'shape left of the circle', 'shape below the circle')
+    ('circle', 'shape left of the circle', 'shape under the circle')
     """
     return f"shape {RELATIONS[step][place & step > 0]} the {noun}" if step else noun
 
