@@ -26,6 +26,7 @@ def facts(shown):
     things = training.things_in(shown)
     found = {(thing.shape, kind): getattr(thing, kind) for thing in things for kind in ("color", "texture")}
     for one in things:
+        found[one.shape, "side"] = "left" if one.x < drawing.SIZE / 2 else "right"
         for relation, (dx, dy) in AWAY.items():
             for other in things:
                 across, down = (other.x - one.x) / 72, (other.y - one.y) / 72
@@ -44,6 +45,7 @@ def test_answers_are_true_and_false_nouns_have_none(name):
         if found := re.fullmatch(r"is (?:this|the) (.+) (\w+) or (\w+)\?", prompt):
             noun, *options = found.groups()
             kind = "texture" if options[0] in drawing.TEXTURES else "color"
+            kind = "side" if options == ["left", "right"] else kind
             value = known.get((noun, kind))
             assert answer == (value if value in options else "neither"), prompt
             said.append((value is None, answer == "neither"))

@@ -210,6 +210,8 @@ def _about_board(rng: random.Random, board: binding.Board, how: str) -> tuple[st
     """Mostly with a wrong option that is in the picture, too, and often where the noun does not lead."""
     noun, step = rng.randrange(4), rng.choice((0, 1, 2, 2))  # columns take longest
     shapes, colors = [t.shape for t in board.things], [t.color for t in board.things]
+    if rng.random() < 0.2:  # no other question needs to know left from right
+        return f"is the {shapes[noun]} left or right?", ("left", "right")[noun % 2]
     named = _other(rng, drawing.SHAPES, *shapes) if how == "absent" else shapes[noun]
     name, answer = binding.names(named, noun, step), colors[noun ^ step]
     if how == "open":
