@@ -280,6 +280,7 @@ class Trainee(nn.Module):
         super().__init__()
         self.hf = hf
         self.heads = nn.ModuleList(nn.Linear(width, len(v)) for v in VALUES.values())
+        self.column = nn.Linear(width, GRID)
 
     def forward(self, pixels: Tensor, labels: Tensor | None, text: dict[str, Tensor], ask: int) -> Tensor:
         hf = self.hf
@@ -295,7 +296,10 @@ class Trainee(nn.Module):
             encoder_attention_mask=text["mask"],
             labels=text["answer"],
         ).loss
-        return said if labels is None else said + 0.3 * patch_loss(self.heads, seen[:, 1:], labels)
+        if labels is not None:
+            return said + 0.3 * patch_loss(self.heads, seen[:, 1:], labels)
+        columns = torch.arange(GRID).repeat(len(seen), GRID)
+        return said + 0.1 * F.cross_entropy(self.column(seen[:, 1:]).flatten(0, 1), columns.flatten())
 
 
 def patch_loss(heads: nn.ModuleList, seen: Tensor, labels: Tensor) -> Tensor:
