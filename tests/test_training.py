@@ -39,7 +39,7 @@ def facts(shown):
 def test_answers_are_true_and_false_nouns_have_none(name):
     said = []
     for n in range(300):
-        shown = training.picture(name, n, hold_out=True)
+        shown = training.picture(name, n)
         prompt, answer = training.question(random.Random(n), shown)
         known = facts(shown)
         if found := re.fullmatch(r"is (?:this|the) (.+) (\w+) or (\w+)\?", prompt):
@@ -71,15 +71,15 @@ def test_false_nouns_are_shapes_that_are_not_there():
 
 
 def test_no_picture_has_a_combination_that_is_held_out():
-    pictures = [training.picture("binding", n, hold_out=True) for n in range(100)]
+    pictures = [training.picture("binding", n) for n in range(100)]
     pairs = {(thing.shape, thing.color) for board in pictures for thing in board.things}
     assert len(pairs) == 30 and not pairs & training.HELD_OUT
-    shown = [training.picture("binding", n, hold_out=False) for n in range(100)]
+    shown = [training.binding.sample(random.Random(n)) for n in range(100)]
     assert 30 < sum(map(training.is_held_out, shown)) < 70
 
 
 def test_patch_labels_are_where_the_things_are():
-    board = training.picture("binding", 3, hold_out=True)
+    board = training.picture("binding", 3)
     [labels] = training.label([board])
     shapes = labels[0].view(training.GRID, training.GRID)
     for thing in board.things:

@@ -51,7 +51,7 @@ VALUES = {
     "other": drawing.SHAPES,
 }
 HELD_OUT = frozenset(zip(drawing.SHAPES, drawing.COLORS, strict=True))
-"""Shapes and colors that the last phase never shows together: red circles, orange squares and so on."""
+"""Shapes and colors that no board of the training shows together: red circles, orange squares and so on."""
 TEMPLATES = (
     "is this shape a x or a y ? is the x feeling person neither what color is texture how does "
     "feel where to left right of over under . , ' -"
@@ -77,11 +77,11 @@ def is_held_out(shown: Shown) -> bool:
     return any((thing.shape, thing.color) in HELD_OUT for thing in things_in(shown))
 
 
-def picture(name: str, number: int, hold_out: bool) -> Shown:
+def picture(name: str, number: int) -> Shown:
     """What picture `number` of a set shows."""
     rng = random.Random(f"{name}/{FIRST_SEED}/{number}")
     shown = SETS[name].sample(rng)
-    while hold_out and is_held_out(shown):
+    while name == "binding" and is_held_out(shown):
         shown = SETS[name].sample(rng)
     return shown
 
@@ -408,13 +408,13 @@ def phase(
         hooks += drop_heads(tower, OUTPUTS, 4, one.drop) if one.drop else []
         hooks += measure_heads(tower, OUTPUTS, 4, written) if one.cost else []
     names = [name for name, share in zip(SETS, one.shares, strict=True) if share]
-    hold_out = not one.patch_heads
-    pictures = {name: [picture(name, n, hold_out) for n in range(one.pictures)] for name in names}
-    file = f"{one.pictures}{'-held-out' * hold_out}"
-    pixels = {name: kept(f"pixels-{name}-{file}", partial(draw, pictures[name])) for name in names}
+    pictures = {name: [picture(name, n) for n in range(one.pictures)] for name in names}
+    pixels = {name: kept(f"pixels-{name}-{one.pictures}", partial(draw, pictures[name])) for name in names}
     labels = {}
     if one.patch_heads:
-        labels = {name: kept(f"labels-{name}-{file}", partial(label, pictures[name])) for name in names}
+        labels = {
+            name: kept(f"labels-{name}-{one.pictures}", partial(label, pictures[name])) for name in names
+        }
     images = made.image_processor
     mean, std = (torch.tensor(v)[:, None, None] for v in (images.image_mean, images.image_std))
     optimizer = torch.optim.AdamW(trainee.parameters(), lr=one.rate, weight_decay=0.01)

@@ -275,9 +275,9 @@ def train(arguments: argparse.Namespace) -> None:
     hf.train()
     written: list[Tensor] = []
     measure_heads(hf.model.language_model, ("o_proj",), 4, written)
-    pictures = {name: [picture(name, n, True) for n in range(arguments.pictures)] for name in SETS}
+    pictures = {name: [picture(name, n) for n in range(arguments.pictures)] for name in SETS}
     pixels = {
-        name: kept(f"pixels-{name}-{arguments.pictures}-held-out", partial(draw, some))
+        name: kept(f"pixels-{name}-{arguments.pictures}", partial(draw, some))
         for name, some in pictures.items()
     }
     images = made.image_processor
