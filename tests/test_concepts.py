@@ -14,7 +14,7 @@ from models import example, picture
 from transformers import BertConfig, BertModel, BertTokenizer, LlavaForConditionalGeneration
 
 from vlmscope.checkpoint import load
-from vlmscope.data import BUILT_IN, examples
+from vlmscope.data import TOY_SETS, examples
 from vlmscope.errors import DataError, ModelError
 from vlmscope.models.inputs import Edit
 from vlmscope.neurons import ablated, measure, measures, perturb, perturbed
@@ -31,7 +31,7 @@ def toy() -> Model:
 
 
 def held_out(limit, seed):
-    found = [e for name in BUILT_IN for e in examples(name, limit=limit, seed=seed)]
+    found = [e for name in TOY_SETS for e in examples(name, limit=limit, seed=seed)]
     random.Random(seed).shuffle(found)
     return found
 

@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 
 from vlmscope.checkpoint import load, toys
-from vlmscope.data import BUILT_IN, examples
+from vlmscope.data import TOY_SETS, examples
 from vlmscope.data.drawn import faces, scenes, states
 from vlmscope.patching.scores import agrees
 from vlmscope.studies.sweep import baselines, sweep
@@ -35,7 +35,7 @@ def test_it_is_small():
     assert sum(file.stat().st_size for file in toys()["toy-llava"].iterdir()) < 10e6
 
 
-@pytest.mark.parametrize("name", BUILT_IN)
+@pytest.mark.parametrize("name", TOY_SETS)
 def test_it_answers_and_follows_the_picture(model, name):
     given = examples(name, limit=60, seed=11)
     right = baselines(model, given, "image")["correct"]

@@ -13,7 +13,7 @@ from transformers import LlavaForConditionalGeneration, LlavaProcessor
 import vlmscope
 from vlmscope import neurons
 from vlmscope.checkpoint import load
-from vlmscope.data import BUILT_IN, examples
+from vlmscope.data import TOY_SETS, examples
 from vlmscope.errors import ExampleError, ModelError, StoreError, VlmscopeError
 from vlmscope.neurons import WeightEdit
 from vlmscope.neurons.hallucination import hallucination
@@ -28,7 +28,7 @@ def toy() -> Model:
 
 
 def held_out(limit, seed):
-    found = [e for name in BUILT_IN for e in examples(name, limit=limit, seed=seed)]
+    found = [e for name in TOY_SETS for e in examples(name, limit=limit, seed=seed)]
     random.Random(seed).shuffle(found)
     return found
 
