@@ -15,9 +15,10 @@ from vlmscope.neurons.cards import describe
 from vlmscope.neurons.contributions import find, over_image, score, top_tokens
 from vlmscope.neurons.edits import check_margin, edit
 from vlmscope.neurons.hallucination import questions, yes_or_no
-from vlmscope.neurons.measures import measure, perturb
+from vlmscope.neurons.measures import measure
 from vlmscope.neurons.results import Assessed, Described, Found, Perturbed, read
 from vlmscope.neurons.weight_edit import WeightEdit, ablated, edited, export, perturbed
+from vlmscope.neurons.without import perturb
 
 __all__ = [
     "Assessed",

@@ -147,6 +147,24 @@ def _recording(
         yield rows
 
 
+def image_range(model: Model, inputs: Inputs) -> Float[Tensor, "2 layers neurons"] | None:
+    """Each neuron's highest and lowest activation over the image's tokens; None where the tower reads none."""
+    at, layers = list(inputs.layout[model.speaker].cells), model.shapes[model.speaker].having("mlp")
+    found: dict[int, Tensor] = {}
+
+    def keep(layer: int, x: Tensor) -> Tensor:
+        low, high = x[0, at].aminmax(dim=0)
+        found[layer] = torch.stack([high, low]).float().cpu()
+        return x
+
+    with model.alone(), Hooks() as hooks:
+        for layer in layers if at else ():
+            hook(hooks, model, Point(model.speaker, layer, "mlp", "n"), inputs, partial(keep, layer))
+        if at:
+            forward(model, inputs)
+    return torch.stack([found[layer] for layer in layers], 1) if at else None
+
+
 def _keep(rows: list[Tensor], at: slice, x: Tensor) -> Tensor:
     rows.append(x[0, at].clone())
     return x

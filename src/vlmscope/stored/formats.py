@@ -159,9 +159,10 @@ NEURONS = {
             "driving.csv": Table("layer:grid neuron:int rank:int example:text peak:float"),
             "measures.csv": Table(
                 "word:text method:text measure:text value:float? ci_low:float? ci_high:float? null:float? "
-                "random:float? p_value:share? n:int q_value:share?",
+                "null_95:float? p_value:share? n:int q_value:share?",
                 is_optional=True,
             ),
+            "left_out.csv": Table("word:text measure:text why:text", is_optional=True, may_be_empty=True),
         },
         WAY_OUT,
     ),
@@ -170,7 +171,7 @@ NEURONS = {
         {"what": "perturb", **_ABOUT, "words": [str]},
         {
             "perturb.csv": Table(
-                "word:text k:int how:text set:text drop_log_p:float? drop_p:float? ci_low:float? "
+                "word:text k:int how:text round:int set:text drop_log_p:float? drop_p:float? ci_low:float? "
                 "ci_high:float? lost:share? n:int"
             )
         },
