@@ -13,7 +13,7 @@ from vlmscope.neurons.assessment import assess, describe_edit, objects
 from vlmscope.neurons.captions import Caption, nouns
 from vlmscope.neurons.cards import describe
 from vlmscope.neurons.contributions import find, over_image, score, top_tokens
-from vlmscope.neurons.edits import check_margin, edit
+from vlmscope.neurons.edits import check_margin, edit, random_columns
 from vlmscope.neurons.hallucination import questions, yes_or_no
 from vlmscope.neurons.measures import measure
 from vlmscope.neurons.results import Assessed, Described, Found, Perturbed, read
@@ -43,6 +43,7 @@ __all__ = [
     "perturb",
     "perturbed",
     "questions",
+    "random_columns",
     "read",
     "score",
     "top_tokens",

@@ -9,6 +9,7 @@ from typing import Literal
 
 from vlmscope.data.example import Example
 from vlmscope.neurons.captions import whole_word
+from vlmscope.neurons.turns import QUESTION, is_there
 from vlmscope.stats import rng
 
 
@@ -43,6 +44,14 @@ def hallucination(
     }
 
 
+def says_yes(answer: str) -> bool:
+    """
+    >>> says_yes("Yes, there is."), says_yes("yesterday")
+    (True, False)
+    """
+    return re.match(r"\W*yes\b", answer, re.IGNORECASE) is not None
+
+
 def yes_or_no(answers: Sequence[str], truth: Sequence[bool]) -> dict[str, float]:
     """Answers to whether an object is there, as POPE scores them (Li et al. 2023, arXiv 2305.10355).
 
@@ -51,7 +60,7 @@ def yes_or_no(answers: Sequence[str], truth: Sequence[bool]) -> dict[str, float]
     >>> yes_or_no(["yes", "Yes, there is.", "no"], [True, False, False])["precision"]
     0.5
     """
-    yes = [re.match(r"\W*yes\b", answer, re.IGNORECASE) is not None for answer in answers]
+    yes = list(map(says_yes, answers))
     both = sum(a and b for a, b in zip(yes, truth, strict=True))
     precision, recall = both / max(1, sum(yes)), both / max(1, sum(truth))
     return {
@@ -66,7 +75,7 @@ def yes_or_no(answers: Sequence[str], truth: Sequence[bool]) -> dict[str, float]
 def questions(
     examples: Sequence[Example],
     objects: Sequence[str],
-    template: str = "does this picture show {}?",
+    template: str = QUESTION,
     *,
     absent: Literal["random", "popular", "adversarial"] = "random",
     seed: int = 0,
@@ -96,7 +105,6 @@ def questions(
             together = {name: sum(beside[other, name] for other in there) for name in missing}
             drawn = max(missing, key=together.__getitem__)
         for name, answer, foil in ((named, "yes", "no"), (drawn, "no", "yes")):
-            asked = template.format(f"{'an' if name[0] in 'aeiou' else 'a'} {name}")
-            id_ = f"{example.id}-{name}"
+            asked, id_ = is_there(name, template), f"{example.id}-{name}"
             found.append(Example(id_, example.clean_image, asked, answer, foil, shows=example.shows))
     return found

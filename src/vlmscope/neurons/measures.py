@@ -1,8 +1,8 @@
 """Whether neurons are what they seem: measures over a set of pictures, each with a null and an interval.
 
-The null of a measure is what as many random neurons of the same layers reach, with the true labels, chosen and
-measured in the same way: the best of ten random neurons tells pictures apart, too. Where weights alone decide
-(`sensitivity`), or pictures share neurons whatever they show (`overlap`), labels are shuffled instead.
+The null of a measure is what as many random neurons of the same layers reach, with the true labels, chosen
+and measured in the same way: the best of ten random neurons tells pictures apart, too. Where weights alone
+decide (`sensitivity`), or pictures share neurons whatever they show (`overlap`), labels are shuffled instead.
 """
 
 from __future__ import annotations
@@ -21,7 +21,6 @@ from torch import Tensor
 
 from vlmscope.checkpoint import embedder
 from vlmscope.data import Examples
-from vlmscope.errors import DataError
 from vlmscope.models.inputs import Edit
 from vlmscope.neurons.captions import forced_caption
 from vlmscope.neurons.contributions import contributions, count_neurons, named, token_weights, top_tokens
@@ -96,7 +95,7 @@ def measure(
       these neurons carry it.
 
     `null` is the mean, and `null_95` the 95th percentile, of as many random neurons of the same layers, with
-    the true labels (of `sensitivity` and `overlap`: with shuffled ones; of drops and losses `OTHERS` such sets);
+    the true labels (of `sensitivity` and `overlap`: of shuffled ones; of drops and losses: of `OTHERS` sets);
     `p_value` is against the null, `q_value` after Benjamini and Hochberg over the words. What could not be
     measured is in `left_out`, with the reason.
 

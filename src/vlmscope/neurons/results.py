@@ -80,8 +80,8 @@ class Found(Result):
 @dataclass(frozen=True, eq=False)
 class Described(Result):
     """Cards of neurons: their top tokens (`cards`), their `maps` over pictures, the pictures that drive them
-    most (`driving`), and the `measures` of the words, where there are enough pictures; `left_out` says what was
-    not measured, and why."""
+    most (`driving`), and the `measures` of the words, where there are enough pictures; `left_out` says what
+    was not measured, and why."""
 
     what = "describe"
     cards: pd.DataFrame

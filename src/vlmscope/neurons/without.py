@@ -38,8 +38,8 @@ def perturb(
     Neurons are chosen on half of the pictures, and the others measured that show the word and whose caption
     says it (at most `pictures` of them). `found` has captions of the pictures that need not be made again.
 
-    A row of `effects` is a word, `k`, `how` (`zero`, `mean`, or `sigma S`: S·N(0, I) is added to the columns),
-    `round` and `set` (`top`, or as many `random` neurons of the same layers): the mean drop of the
+    A row of `effects` is a word, `k`, `how` (`zero`, `mean`, or `sigma S`: S·N(0, I) is added to the
+    columns), `round` and `set` (`top`, or as many `random` neurons of the same layers): the mean drop of the
     log-probability and of the probability with its 95 % interval, and the share of captions, generated
     anew, that lose the word. In round 1 the top k neurons are ablated; in each later one also the k that
     contribute most to the word while those before are ablated: a model may have backups.
@@ -79,5 +79,6 @@ def _effects(word: Word, k: int, how: str, rounds: int) -> Iterator[dict[str, An
             chance = np.exp(base) - np.exp(after)
             (low,), (high,) = interval(chance[:, None])
             row = {"word": word.word, "k": k, "how": how, "round": number, "set": name}
-            row |= {"drop_log_p": (base - after).mean(), "drop_p": chance.mean(), "ci_low": low, "ci_high": high}
+            row |= {"drop_log_p": (base - after).mean(), "drop_p": chance.mean()}
+            row |= {"ci_low": low, "ci_high": high}
             yield row | {"lost": np.mean(word.lost(fed, neurons, how)), "n": len(fed)}

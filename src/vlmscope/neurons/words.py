@@ -35,9 +35,9 @@ from vlmscope.neurons.captions import (
 from vlmscope.neurons.contributions import contributions, count_neurons, token_weights, top_share
 from vlmscope.neurons.results import Found
 from vlmscope.neurons.weight_edit import ablated, perturbed
+from vlmscope.progress import progress
 from vlmscope.runs.forward import forward, generate
 from vlmscope.runs.model import Model
-from vlmscope.progress import progress
 from vlmscope.sites import Point
 from vlmscope.stats import rng, shuffled
 
@@ -202,7 +202,7 @@ class Word:
 
     @cached_property
     def reaches(self) -> Mapping[str, Array]:
-        """`reach` by where it is taken: over what is said, and over the image's tokens where there are such."""
+        """`reach` over what is said, and over the image's tokens where there are such."""
         seen = self.study.over_image
         return {"": self.reach} if seen is None else {"": self.reach, ", image": _reach(self.weight, *seen)}
 
@@ -241,7 +241,7 @@ class Word:
         return inputs_of(study.model, study.examples[number], study.prompt, ids[: ids.index(self.token)])
 
     def said(self, half: Labels | None = None) -> dict[int, Inputs]:
-        """Some pictures of a half (the second) that show the word, and whose caption says it: what is `fed`."""
+        """What is `fed` of some pictures of a half (the second) that show the word and say it."""
         both = np.flatnonzero((~self.study.first if half is None else half) & self.shown).tolist()
         numbers = [n for n in both if self.token in self.study.captions[n].ids][: self.study.pictures]
         return {number: self.fed(number) for number in numbers}

@@ -179,15 +179,26 @@ NEURONS = {
     ),
     "edit": Format(
         "neurons.json",
-        {"what": "edit", **_ABOUT, "from?": str, "to?": (str, None), "size": float, "neurons?": int},
         {
-            "measures.csv": Table(f"measure:text {_INTERVAL}", "measure"),
+            "what": "edit",
+            **_ABOUT,
+            "from?": str,
+            "to?": (str, None),
+            "size": float,
+            "neurons?": int,
+            "is_of?": str,
+        },
+        {
+            "measures.csv": Table(f"measure:text {_INTERVAL} before:float? random:float?", "measure"),
             "captions.csv": Table(
                 "example:text prompt:text before:text after:text has:bool took:bool same:bool"
             ),
             "columns.csv": Table("layer:grid neuron:int length:float change:float", "layer neuron"),
             "objects.csv": Table(
-                "measure:text before:float? after:float?", "measure", is_optional=True, may_be_empty=True
+                "measure:text before:float? after:float? random:float?",
+                "measure",
+                is_optional=True,
+                may_be_empty=True,
             ),
         },
         WAY_OUT,
