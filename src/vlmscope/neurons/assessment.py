@@ -1,4 +1,4 @@
-"""How good an edit is, by free generation on pictures that it was not made on, beside one of random columns."""
+"""How good an edit is, by free generation on other pictures, beside an edit of random columns."""
 
 from __future__ import annotations
 
@@ -59,22 +59,23 @@ def assess(
     """What edits do to what is said about pictures that they were not made on: measures, and the captions.
 
     The captions have the columns `example, prompt, before, after, has, took, same`: whether the caption
-    had the word (`falsely`: of a picture that does not show it), whether it now has the other one instead, and
-    whether it is what it was; `found` may have those before. Measures are a `value` with its 95 % interval
-    over pictures, what it was `before`, and under the edits of `null`, which are those of as many random
+    had the word (`falsely`: of a picture that does not show it), whether it now has the other one instead,
+    and whether it is what it was; `found` may have those before. Measures are a `value` with its 95 % interval
+    over pictures, what it was `before`, and what it is under the edits of `null`, those of as many random
     columns (`random`):
 
     - `generality` (the first prompt) and `generality, other wording`: of the captions that had the word,
       those that took the new one; `only the word`: of these, those in which nothing else has changed;
     - `locality` and `locality, other wording`: of the other captions, those unchanged;
     - `says SOURCE`, `says TARGET`: of all captions of the first prompt;
-    - `there is SOURCE`, `there is TARGET`: of the pictures whose caption had the word, those of which `question`
-      whether it is there is answered with yes; `locality, yes or no`: of the others' answers, those unchanged;
+    - `there is SOURCE`, `there is TARGET`: of the pictures whose caption had the word, those of which the
+      `question` whether it is there is answered with yes; `locality, yes or no`: of the others' answers, those
+      unchanged;
     - `which of the two`: of the examples whose own question has the word as its answer, asked with both words
       as the options in both orders, those answered with the new one; `locality, own question`: of the other
       examples' own questions, answers unchanged;
-    - `blind prompts changed`: of what is said to all these prompts without a picture, where the model takes
-      such; at most `BLIND`;
+    - `blind prompts changed`: of what is said to these prompts (at most `BLIND`) without a picture, where the
+      model takes such;
     - `repetition` and `length`: of the captions, words that repeat the one before, and words relative to
       before (fluency).
     """
@@ -125,16 +126,11 @@ def _questions(
     """What is asked beside captions, by the measure that it is for."""
     words = [word for word in (source, target) if word is not None]
     found: dict[str, Asked] = {
-        f"there is {word}": [
-            (e, is_there(word, question)) for e, is_in in zip(given, has, strict=True) if is_in
-        ]
+        f"there is {word}": [(given[n], is_there(word, question)) for n in np.flatnonzero(has)]
         for word in words
     }
     found["locality, yes or no"] = [
-        (e, is_there(word, question))
-        for e, is_in in zip(given, has, strict=True)
-        if not is_in
-        for word in words
+        (given[n], is_there(word, question)) for n in np.flatnonzero(~has) for word in words
     ]
     if target is not None:
         found["which of the two"] = [(e, text) for e in given for text in options(e, source, target)]
@@ -188,9 +184,9 @@ def _values(asked: _Asked, after: Mapping[str, Sequence[str]]) -> Values:
 def is_of(measures: pd.DataFrame, source: str, target: str | None) -> str:
     """Whether an edit is one of the `concept`, of the `word` alone, or `in part`; else `unknown`.
 
-    Of the concept, if questions whether the one and the other is there are answered otherwise, too: of the shift
-    that there could be, by half at least; of the word, if by less than a quarter. Unknown where the model, before
-    the edit, did not say in most pictures that the one is there and the other not.
+    Of the concept, if questions whether the one and the other is there are answered otherwise, too: of the
+    shift that there could be, by half at least; of the word, if by less than a quarter. Unknown where the
+    model, before the edit, did not say of most pictures that the one is there and the other not.
 
     >>> names = ["there is red", "there is blue"]
     >>> table = pd.DataFrame({"measure": names, "before": [1.0, 0.0], "value": [0.9, 0.0]})
@@ -201,11 +197,9 @@ def is_of(measures: pd.DataFrame, source: str, target: str | None) -> str:
     names = [f"there is {word}" for word in (source, target) if word is not None]
     if not all(name in rows.index for name in names):
         return "unknown"
-    was, now = rows.loc[names, "before"].to_numpy().copy(), rows.loc[names, "value"].to_numpy().copy()
-    was[1:], now[1:] = (
-        1 - was[1:],
-        1 - now[1:],
-    )  # the share of answers that are of the word from which it leads
+    was, now = (rows.loc[names, column].to_numpy().copy() for column in ("before", "value"))
+    for share in (was, now):
+        share[1:] = 1 - share[1:]  # now the share of answers that it leads away from
     if was.min() < 0.5:
         return "unknown"
     shift = (was - now) / was
@@ -237,7 +231,7 @@ def objects(
 ) -> pd.DataFrame:
     """Objects that are named and not there (`hallucination`), before and after edits, and with `asked`
     answers to whether an object is there (`yes_or_no`): a row a measure, with the columns `before`, `after`
-    and, where there are edits of random columns (`null`), `random`."""
+    and, under the edits of random columns (`null`), `random`."""
 
     def counted() -> dict[str, float]:
         captions = _answers(model, [(example, prompt) for example in examples], "captions")
@@ -248,12 +242,15 @@ def objects(
             found |= {f"yes or no: {name}": value for name, value in scores.items()}
         return found
 
-    columns = {"before": counted()}
-    for name, made in (("after", edits), ("random", null)):
-        if made or name == "after":
-            with edited(model, *made):
-                columns[name] = counted()
-    return pd.DataFrame({"measure": list(columns["before"]), **{n: x.values() for n, x in columns.items()}})
+    before = counted()
+    with edited(model, *edits):
+        after = counted()
+    random = dict.fromkeys(before, np.nan)
+    if null:
+        with edited(model, *null):
+            random = counted()
+    columns = {"before": before, "after": after, "random": random}
+    return pd.DataFrame({"measure": list(before), **{name: x.values() for name, x in columns.items()}})
 
 
 def describe_edit(
@@ -272,8 +269,8 @@ def describe_edit(
 
     `measures` and `captions` are those of `assess`, beside the edit of random columns, if given (`null`);
     `about` says whether it `is of` the word or the concept (see `is_of`). `columns` has each changed column's
-    length before, and that of the change. `objects` is the table of `objects`, over `names` or, by default, all
-    that the examples are known to show; where nothing is known there is none.
+    length before, and that of the change. `objects` is the table of `objects`, over `names` or, by default,
+    all that the examples are known to show; where nothing is known there is none.
     """
     given = listed(examples)
     source, target = made.about.get("from", ""), made.about.get("to") or None
