@@ -17,10 +17,12 @@ from vlmscope.neurons.edits import check_margin, edit, random_columns
 from vlmscope.neurons.hallucination import questions, yes_or_no
 from vlmscope.neurons.measures import measure
 from vlmscope.neurons.results import Assessed, Described, Found, Perturbed, read
+from vlmscope.neurons.turns import QUESTION, is_there
 from vlmscope.neurons.weight_edit import WeightEdit, ablated, edited, export, perturbed
 from vlmscope.neurons.without import perturb
 
 __all__ = [
+    "QUESTION",
     "Assessed",
     "Caption",
     "Described",
@@ -36,6 +38,7 @@ __all__ = [
     "edited",
     "export",
     "find",
+    "is_there",
     "measure",
     "nouns",
     "objects",

@@ -27,6 +27,15 @@ Values = dict[str, Any]
 BLIND = 16
 """How many prompts are asked without a picture, at most."""
 CAPTIONS = "captions"
+VERDICTS = {
+    "word": "an edit of the word, not of the concept: asked whether it is there, it answers as before",
+    "concept": "an edit of the concept: asked whether it is there, the model answers otherwise, too",
+    "in part": "an edit of the word, and in part of the concept: asked whether it is there, the model answers "
+    "otherwise of some pictures, or of one of the two",
+    "unknown": "of the word or of the concept is not known: the model was not asked whether it is there, or "
+    "did not answer rightly before",
+}
+"""What an edit is called, by what `is_of` says."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,8 +69,8 @@ def assess(
 
     The captions have the columns `example, prompt, before, after, has, took, same`: whether the caption
     had the word (`falsely`: of a picture that does not show it), whether it now has the other one instead,
-    and whether it is what it was; `found` may have those before. Measures are a `value` with its 95 % interval
-    over pictures, what it was `before`, and what it is under the edits of `null`, those of as many random
+    and whether it is what it was; `found` may have those before. Measures are a `value` with its 95 %
+    interval over pictures, what it was `before`, and what it is under `null`, the edits of as many random
     columns (`random`):
 
     - `generality` (the first prompt) and `generality, other wording`: of the captions that had the word,
@@ -69,8 +78,8 @@ def assess(
     - `locality` and `locality, other wording`: of the other captions, those unchanged;
     - `says SOURCE`, `says TARGET`: of all captions of the first prompt;
     - `there is SOURCE`, `there is TARGET`: of the pictures whose caption had the word, those of which the
-      `question` whether it is there is answered with yes; `locality, yes or no`: of the others' answers, those
-      unchanged;
+      `question` whether it is there is answered with yes; `locality, yes or no`: of the others' answers,
+      those unchanged;
     - `which of the two`: of the examples whose own question has the word as its answer, asked with both words
       as the options in both orders, those answered with the new one; `locality, own question`: of the other
       examples' own questions, answers unchanged;
@@ -290,6 +299,7 @@ def describe_edit(
     pictured = set(captions.groupby("has").head(SHOWN)["example"])
     about: dict[str, Any] = {"model": model.name, "weights": made.model, **made.about, "digest": made.digest}
     about |= {"on": list(made.on), "neurons": len(made.neurons), "size": made.size}
-    about |= {"is_of": is_of(measures, source, target)}
+    kind = is_of(measures, source, target)
+    about |= {"is_of": kind, "verdict": VERDICTS[kind]}
     pictures = small_pictures(model, [example for example in given if example.id in pictured])
     return Assessed(about, measures, captions, pd.concat(parts, ignore_index=True), counts, pictures)

@@ -187,6 +187,8 @@ NEURONS = {
             "size": float,
             "neurons?": int,
             "is_of?": str,
+            "verdict?": str,
+            "tried?": str,
         },
         {
             "measures.csv": Table(f"measure:text {_INTERVAL} before:float? random:float?", "measure"),
