@@ -14,7 +14,7 @@ from vlmscope.neurons.captions import Caption, nouns
 from vlmscope.neurons.cards import describe
 from vlmscope.neurons.contributions import find, over_image, score, top_tokens
 from vlmscope.neurons.edits import check_margin, edit, random_columns
-from vlmscope.neurons.hallucination import questions, yes_or_no
+from vlmscope.neurons.hallucination import falsely_named, questions, yes_or_no
 from vlmscope.neurons.measures import measure
 from vlmscope.neurons.results import Assessed, Described, Found, Perturbed, read
 from vlmscope.neurons.turns import QUESTION, is_there
@@ -37,6 +37,7 @@ __all__ = [
     "edit",
     "edited",
     "export",
+    "falsely_named",
     "find",
     "is_there",
     "measure",

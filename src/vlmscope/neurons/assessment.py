@@ -28,7 +28,7 @@ BLIND = 16
 """How many prompts are asked without a picture, at most."""
 CAPTIONS = "captions"
 VERDICTS = {
-    "word": "an edit of the word, not of the concept: asked whether it is there, it answers as before",
+    "word": "an edit of the word, not of the concept: asked whether it is there, the model says as before",
     "concept": "an edit of the concept: asked whether it is there, the model answers otherwise, too",
     "in part": "an edit of the word, and in part of the concept: asked whether it is there, the model answers "
     "otherwise of some pictures, or of one of the two",
@@ -135,11 +135,11 @@ def _questions(
     """What is asked beside captions, by the measure that it is for."""
     words = [word for word in (source, target) if word is not None]
     found: dict[str, Asked] = {
-        f"there is {word}": [(given[n], is_there(word, question)) for n in np.flatnonzero(has)]
+        f"there is {word}": [(given[n], is_there(word, question)) for n in np.flatnonzero(has).tolist()]
         for word in words
     }
     found["locality, yes or no"] = [
-        (given[n], is_there(word, question)) for n in np.flatnonzero(~has) for word in words
+        (given[n], is_there(word, question)) for n in np.flatnonzero(~has).tolist() for word in words
     ]
     if target is not None:
         found["which of the two"] = [(e, text) for e in given for text in options(e, source, target)]

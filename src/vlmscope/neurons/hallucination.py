@@ -7,6 +7,8 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Literal
 
+import pandas as pd
+
 from vlmscope.data.example import Example
 from vlmscope.neurons.captions import whole_word
 from vlmscope.neurons.turns import QUESTION, is_there
@@ -27,10 +29,7 @@ def hallucination(
     (0.5, 1.0, 0.5)
     """
     names = {name.casefold() for name in objects}
-    named = [
-        {o for o in names if whole_word(o).search(text) or whole_word(f"{o}s").search(text)}
-        for text in captions
-    ]
+    named = [_named(text, names) for text in captions]
     true = [names & there for there in shown]
     wrong = [a - b for a, b in zip(named, true, strict=True)]
     right = sum(len(a & b) for a, b in zip(named, true, strict=True))
@@ -42,6 +41,28 @@ def hallucination(
         "precision": 1 - chair,
         "recall": right / there if there else 0.0,
     }
+
+
+def falsely_named(
+    captions: Sequence[str], shown: Sequence[frozenset[str]], objects: Iterable[str]
+) -> pd.DataFrame:
+    """How often captions name each object: of pictures that show it, and of others; most often falsely first.
+
+    >>> cats = [frozenset({"cat"})] * 3
+    >>> falsely_named(["a cat", "a dog", "a dog"], cats, ["cat", "dog"]).to_numpy().tolist()
+    [['dog', 0, 2], ['cat', 1, 0]]
+    """
+    rows = []
+    for name in dict.fromkeys(name.casefold() for name in objects):
+        is_named = [name in _named(text, {name}) for text in captions]
+        rightly = sum(named and name in there for named, there in zip(is_named, shown, strict=True))
+        rows.append((name, rightly, sum(is_named) - rightly))
+    table = pd.DataFrame(rows, columns=["object", "rightly", "falsely"])
+    return table.sort_values("falsely", ascending=False, kind="stable", ignore_index=True)
+
+
+def _named(text: str, names: Iterable[str]) -> set[str]:
+    return {o for o in names if whole_word(o).search(text) or whole_word(f"{o}s").search(text)}
 
 
 def says_yes(answer: str) -> bool:

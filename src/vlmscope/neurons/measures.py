@@ -374,7 +374,7 @@ def drops(word: Word) -> Rows:
                 yield _mean(word, method, measure, fell[method], **(own if method == "contribution" else {}))
     lost = np.array(word.lost(fed, word.chosen["contribution"], "zero"))
     others = np.array([word.lost(fed, neurons, "zero") for neurons in sets["random"]])
-    own = {"null": float(others.mean()), "p_value": more_often(lost, others.any(0))}
+    own = {"null": float(others.mean()), "p_value": more_often(lost, np.asarray(others.any(0)))}
     yield _mean(word, "contribution", "lost, zero", lost, **own)
     yield _mean(word, "random", "lost, zero", others[0])
 
