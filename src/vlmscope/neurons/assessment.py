@@ -30,7 +30,7 @@ CAPTIONS = "captions"
 VERDICTS = {
     "word": "an edit of the word, not of the concept: asked whether it is there, the model says as before",
     "concept": "an edit of the concept: asked whether it is there, the model answers otherwise, too",
-    "in part": "an edit of the word, and in part of the concept: asked whether it is there, the model answers "
+    "in part": "an edit of the word, and in part of the concept: asked whether it is there, the model says "
     "otherwise of some pictures, or of one of the two",
     "unknown": "of the word or of the concept is not known: the model was not asked whether it is there, or "
     "did not answer rightly before",
