@@ -6,15 +6,15 @@
 - *cost*: on LLaVA-1.5's layout (as `benchmarks/llava.py`, random weights, float32) one generation of 20
   tokens alone, with the neurons of all its words found on the way, and gradient × activation of the same
   words beside it. The scores are compared with a plain hook and the weights.
-- *concepts*: `neurons.measure` on toy-llava over `--pictures` held-out pictures of each of the drawn sets: for
+- *concepts*: `neurons.measure` on toy-llava over `--pictures` held-out pictures of each drawn set: for
   each word the AUC of its best neuron over what is said and over the image's tokens, beside that of as many
   random neurons with the true labels; the drop of its probability without 1 % of the neurons and how many
   captions lose it, without random ones, and without those that take over, too.
-- *edits*: pairs of words on toy-llava with the fewest columns that hold and with 3 % of the columns, beside the
-  same edits of random columns, by free generation on pictures that the edits were not made on; an edit of the
-  concept; undone bit for bit; then all of them one after the other.
-- *hallucination*: pictures whose objects are half hidden, the object that is named falsely most often, its word
-  suppressed there: CHAIR and POPE before and after, and what else has changed.
+- *edits*: pairs of words on toy-llava with the fewest columns that hold and with 3 % of the columns, beside
+  the same edits of random columns, by free generation on pictures that the edits were not made on; an edit of
+  the concept; undone bit for bit; then all of them one after the other.
+- *hallucination*: pictures whose objects are half hidden, the object that is named falsely most often, its
+  word suppressed there: CHAIR and POPE before and after, and what else has changed.
 
 The last line is JSON.
 """
@@ -300,10 +300,8 @@ def main() -> None:
         result |= {k: v for k, v in json.loads(arguments.out.read_text()).items() if k in run}
     for part in arguments.part or list(run):
         result[part] = run[part](arguments.pictures, arguments.pairs)
-        print(
-            f"{part}: {json.dumps({k: v for k, v in result[part].items() if k not in ('words', 'pairs', 'concept')})}",
-            flush=True,
-        )
+        short = {k: v for k, v in result[part].items() if k not in ("words", "pairs", "concept")}
+        print(f"{part}: {json.dumps(short)}", flush=True)
         if arguments.out:
             arguments.out.write_text(json.dumps(result, indent=2) + "\n")
     print(json.dumps(result))
