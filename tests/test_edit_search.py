@@ -254,6 +254,22 @@ def test_an_edit_of_a_word_is_called_that(model, scripted, answer, kind):
     assert captions["took"].sum() == 10
 
 
+def test_where_both_are_shown_the_new_one_is_there_before(model, scripted):
+    """Whether it is there is asked where it was not: else it would look like a concept."""
+    given = [example(n, "red", "blue") if n < 3 else example(n, "red") for n in range(8)]
+
+    def answer(state, one, text):
+        if one is None or not text.startswith("does this"):
+            return "nothing" if one is None else " ".join(sorted(one.shows))
+        return "yes" if any(word in text for word in one.shows) else "no"
+
+    scripted(answer)
+    measures, _ = neurons.assess(model, [called("edit")], given, "red", "blue", prompts=[ASK])
+    rows = measures.set_index("measure")
+    assert (rows.loc["there is red", ["before", "n"]] == [1, 8]).all()
+    assert (rows.loc["there is blue", ["before", "n"]] == [0, 5]).all()
+
+
 def test_what_is_rightly_named_is_among_the_rest(model, scripted):
     """Assessed where the picture does not show it: the others are to stay."""
 

@@ -15,7 +15,7 @@ from vlmscope.cli.options import Given, OneModel, command
 from vlmscope.errors import StoreError, VlmscopeError, plain, shown
 
 app = typer.Typer(
-    no_args_is_help=True, help="Neurons that turn what is seen into a word.\n\nFind, show, perturb, edit."
+    no_args_is_help=True, help="Neurons that contribute to words.\n\nFind, show, perturb, edit."
 )
 
 

@@ -1,4 +1,4 @@
-"""Multi-modal neurons: which neurons turn what a model sees into a word, and whether they are what they seem.
+"""Multi-modal neurons: which neurons contribute to a word about a picture, and are they what they seem?
 
 The method of Pan et al. (Finding and Editing Multi-Modal Neurons in Pre-Trained Transformers, arXiv
 2311.07470): neuron `i` of layer `l` contributes `a · (W[:, i] · U[t])` to token `t` at the position `p` that

@@ -78,8 +78,8 @@ def assess(
     - `locality` and `locality, other wording`: of the other captions, those unchanged;
     - `says SOURCE`, `says TARGET`: of all captions of the first prompt;
     - `there is SOURCE`, `there is TARGET`: of the pictures whose caption had the word, those of which the
-      `question` whether it is there is answered with yes; `locality, yes or no`: of the others' answers,
-      those unchanged;
+      `question` whether it is there is answered with yes (of the new word: where the caption had not both);
+      `locality, yes or no`: of the others' answers, those unchanged;
     - `which of the two`: of the examples whose own question has the word as its answer, asked with both words
       as the options in both orders, those answered with the new one; `locality, own question`: of the other
       examples' own questions, answers unchanged;
@@ -95,7 +95,9 @@ def assess(
     has = np.array([bool(whole_word(source).search(text)) for text in before], bool)
     if falsely:
         has &= np.array([bool(e.shows) and source not in e.shows for e, _ in captions], bool)
-    others = _questions(given, has[: len(given)], source, target, prompts[0], question)
+    both = has & np.array([bool(whole_word(target or source).search(text)) for text in before], bool)
+    sets = has[: len(given)], (has & ~both if target else has)[: len(given)]
+    others = _questions(given, *sets, source, target, prompts[0], question)
     every = [*words, *(text or e.clean_prompt for asked in others.values() for e, text in asked)]
     blind = [fed for text in list(dict.fromkeys(every)) if (fed := imageless(model, text))][:BLIND]
     first = np.isin(words, words[: len(given)])
@@ -127,6 +129,7 @@ def assess(
 def _questions(
     given: Sequence[Example],
     has: np.ndarray,
+    has_alone: np.ndarray,
     source: str,
     target: str | None,
     prompt: str | None,
@@ -134,8 +137,9 @@ def _questions(
 ) -> dict[str, Asked]:
     """What is asked beside captions, by the measure that it is for."""
     words = [word for word in (source, target) if word is not None]
+    of = {source: has, target: has_alone}
     found: dict[str, Asked] = {
-        f"there is {word}": [(given[n], is_there(word, question)) for n in np.flatnonzero(has).tolist()]
+        f"there is {word}": [(given[n], is_there(word, question)) for n in np.flatnonzero(of[word]).tolist()]
         for word in words
     }
     found["locality, yes or no"] = [

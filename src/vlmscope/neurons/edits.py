@@ -103,7 +103,7 @@ def edit(
     `find` gave for these pictures, which are then not captioned again. `neurons` is how many columns may
     change (1 % of all by default): of 1, 2, 4 … the fewest are taken with which the edit holds on every
     `CHECKED`th picture, which it is not made on (`HOLDS` of what is to change does, and of what is to stay;
-    where no number holds, the one that comes nearest). A list of neurons takes just these, for example
+    where no number holds, the one that comes nearest; of fewer pictures that have the word, on these). A list of neurons takes just these, for example
     `random_columns`. `locality` weighs what is to stay against what is to change. Made within `edited`, an
     edit is for the model with those edits (`WeightEdit.on`).
 
@@ -132,10 +132,11 @@ def edit(
         raise ModelError(f"{most} neurons cannot be chosen; expected 1 to {count_neurons(model)}")
     has, other = _split(model, listed(examples), source, prompt, found, seed, falsely=falsely)
     turns = _Turns(source, target, prompt, tuple(wordings), question, concept)
-    checked = [] if given is not None else [*_held_out(has), *_held_out(other)]
+    apart = [] if given is not None else [*_held_out(has), *_held_out(other)]
+    checked = apart if given is not None or _held_out(has) else [*has, *apart]
     with _frozen(model):
-        made_on, apart = ([pair for pair in pairs if pair not in checked] for pairs in (has, other))
-        task, asked = _task(model, turns, made_on, apart, locality, seed)
+        made_on, rest = ([pair for pair in pairs if pair not in apart] for pairs in (has, other))
+        task, asked = _task(model, turns, made_on, rest, locality, seed)
         if given is not None:
             ranked = list(given)
         elif concept:

@@ -120,6 +120,11 @@ def edit(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     """What an edit does, with intervals: beside it what was before, and the same edit of random columns.
 
     `table` is the first that `vlmscope.neurons.assess` gives; `ax` are axes to draw into.
+
+    >>> row = {"measure": "generality", "value": 1.0, "low": 0.7, "high": 1.0, "before": 0, "random": 0.2}
+    >>> axes = edit(pd.DataFrame([row]))
+    >>> [text.get_text() for text in axes.get_yticklabels()]
+    ['generality']
     """
     rows = table[~table["measure"].isin(["repetition", "length"])][::-1]
     left = max(text_width(name) for name in rows["measure"]) + 0.2

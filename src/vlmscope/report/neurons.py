@@ -57,7 +57,7 @@ def _describe(folder: Path, tables: Tables, gallery: Gallery) -> dict[str, Any]:
         "driving": driving[driving["rank"] <= 3],
         "measured": measured,
         "measures": measures,
-        "lost": [(row.word, round(row.value * row.n), row.n) for row in lost.itertuples()],
+        "lost": [(row.word, round(row.value * row.n), row.n) for row in lost.itertuples() if row.value],
         "left_out": tables.get("left_out"),
     }
 
