@@ -102,10 +102,11 @@ def edit(
     not are to keep theirs. `prompt` asks for the captions (each example's own by default); `found` is what
     `find` gave for these pictures, which are then not captioned again. `neurons` is how many columns may
     change (1 % of all by default): of 1, 2, 4 … the fewest are taken with which the edit holds on every
-    `CHECKED`th picture, which it is not made on (`HOLDS` of what is to change does, and of what is to stay;
-    where no number holds, the one that comes nearest; of fewer pictures that have the word, on these). A list of neurons takes just these, for example
-    `random_columns`. `locality` weighs what is to stay against what is to change. Made within `edited`, an
-    edit is for the model with those edits (`WeightEdit.on`).
+    `CHECKED`th picture, which it is not made on: `HOLDS` of what is to change does, and of what is to stay.
+    Where no number holds, it is the one that comes nearest; where fewer pictures than that have the word,
+    these themselves are looked at. A list of neurons takes just these, for example `random_columns`.
+    `locality` weighs what is to stay against what is to change. Made within `edited`, an edit is for the model
+    with those edits (`WeightEdit.on`).
 
     So made, it is an edit of a word: asked whether there is a `target`, the model may say no, as before. With
     `concept` it is also made on what else would be said if the other thing were seen: other `wordings`,
@@ -132,10 +133,11 @@ def edit(
         raise ModelError(f"{most} neurons cannot be chosen; expected 1 to {count_neurons(model)}")
     has, other = _split(model, listed(examples), source, prompt, found, seed, falsely=falsely)
     turns = _Turns(source, target, prompt, tuple(wordings), question, concept)
-    apart = [] if given is not None else [*_held_out(has), *_held_out(other)]
-    checked = apart if given is not None or _held_out(has) else [*has, *apart]
+    (made_on, checked), (rest, others) = (
+        (pairs, []) if given is not None else _held_out(pairs) for pairs in (has, other)
+    )
+    checked = checked or ([] if given is not None else made_on[:CHECKS])
     with _frozen(model):
-        made_on, rest = ([pair for pair in pairs if pair not in apart] for pairs in (has, other))
         task, asked = _task(model, turns, made_on, rest, locality, seed)
         if given is not None:
             ranked = list(given)
@@ -143,7 +145,8 @@ def edit(
             ranked = named(model, steepest(task, most))
         else:
             ranked = strongest(model, [caption for _, caption in made_on], source, most)
-        checks = [check for pair in checked for check in _checks(model, turns, *pair, pair in has)]
+        checks = [check for pair in checked for check in _checks(model, turns, *pair, has=True)]
+        checks += [check for pair in others for check in _checks(model, turns, *pair, has=False)]
         best, tried = (-1.0, no_deltas(model, [])), []
         for count in _counts(most) if checked else [most]:
             own = replace(task, deltas=no_deltas(model, ranked[:count]))
@@ -189,9 +192,10 @@ def _columns(deltas: Deltas) -> Columns:
     return {layer: (at.cpu(), delta.detach().cpu().clone()) for layer, (at, delta) in deltas.items()}
 
 
-def _held_out(pairs: Sequence[Captioned]) -> list[Captioned]:
-    """Pictures that see whether an edit holds; of too few none."""
-    return list(pairs[CHECKED - 1 :: CHECKED])[:CHECKS]
+def _held_out(pairs: Sequence[Captioned]) -> tuple[list[Captioned], list[Captioned]]:
+    """Pictures to make an edit on, and others that see whether it holds; of too few none of these."""
+    apart = range(CHECKED - 1, len(pairs), CHECKED)[:CHECKS]
+    return [pair for n, pair in enumerate(pairs) if n not in apart], [pairs[n] for n in apart]
 
 
 @torch.no_grad()
@@ -308,7 +312,9 @@ def _task(
     return task, f"{captions} captions, {len(wanted) - captions} other questions"
 
 
-def _checks(model: Model, turns: _Turns, example: Example, caption: Caption, has: bool) -> Iterator[_Check]:
+def _checks(
+    model: Model, turns: _Turns, example: Example, caption: Caption, *, has: bool
+) -> Iterator[_Check]:
     """What is asked about a picture that an edit is not made on."""
     own = Turn(turns.prompt, turns.source, turns.target) if has else None
     yield _Check(inputs_of(model, example, turns.prompt), spoken(model, caption), own)
