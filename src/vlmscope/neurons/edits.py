@@ -105,8 +105,8 @@ def edit(
     `CHECKED`th picture, which it is not made on: `HOLDS` of what is to change does, and of what is to stay.
     Where no number holds, it is the one that comes nearest; where fewer pictures than that have the word,
     these themselves are looked at. A list of neurons takes just these, for example `random_columns`.
-    `locality` weighs what is to stay against what is to change. Made within `edited`, an edit is for the model
-    with those edits (`WeightEdit.on`).
+    `locality` weighs what is to stay against what is to change. Made within `edited`, an edit is for the
+    model with those edits (`WeightEdit.on`).
 
     So made, it is an edit of a word: asked whether there is a `target`, the model may say no, as before. With
     `concept` it is also made on what else would be said if the other thing were seen: other `wordings`,
