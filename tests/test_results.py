@@ -27,7 +27,7 @@ from vlmscope.studies.run_folder import read_run
 
 sys.path[:0] = [str(Path(__file__).parent / "fuzz"), str(Path(__file__).parent / "fuzz" / "wrong")]
 
-from folders import good_folders  # noqa: E402
+from folders import good_folders, list_anew  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -85,6 +85,7 @@ def test_runs_of_a_notice_folder_are_in_it(good, tmp_path):
     shutil.copytree(tmp_path / "private", tmp_path / "out" / "states-text")
     table = pd.read_csv(folder / "selection.csv").replace("states", "../../out/states")
     table.to_csv(folder / "selection.csv", index=False)
+    list_anew(folder / "selection.csv")
     with pytest.raises(StoreError, match=r"no run '\.\./\.\./out/states-image' in it"):
         vlmscope.open(folder)
 
@@ -297,6 +298,41 @@ def test_a_text_where_a_number_is_is_refused(good, tmp_path, field):
     (folder / "tracing.json").write_text(json.dumps(about))
     with pytest.raises(StoreError, match=rf"{field}.* is '<script>'; expected a"):
         write_report([folder], tmp_path / "r.html")
+
+
+@pytest.mark.parametrize(
+    ("name", "harm"),
+    [
+        ("find/captions.csv", lambda content: content[: content.index(b"\n", len(content) // 2) + 1]),
+        ("find/neurons.parquet", lambda content: content + b"PAR1"),
+        ("describe/pictures/0000.png", None),
+        ("notice/selection.csv", lambda content: content.replace(b",1,", b",2,")),
+    ],
+)
+def test_a_file_that_is_not_as_it_was_written_is_refused(good, tmp_path, name, harm):
+    """One that is whole in itself: fewer rows, another number, another picture."""
+    folder = Path(shutil.copytree(good / Path(name).parts[0], tmp_path / Path(name).parts[0]))
+    file = tmp_path / name
+    vlmscope.open(folder)
+    if harm is None:
+        Image.new("RGB", (8, 8)).save(file)
+    else:
+        file.write_bytes(harm(file.read_bytes()))
+    with pytest.raises(StoreError, match=rf"{file.name}: is damaged .*(SHA-256|magic|footer)"):
+        vlmscope.open(folder)
+
+
+def test_a_file_that_no_manifest_lists_is_refused(good, tmp_path):
+    folder = Path(shutil.copytree(good / "find", tmp_path / "find"))
+    about = json.loads((folder / "neurons.json").read_text())
+    del about["files"]["captions.csv"]
+    (folder / "neurons.json").write_text(json.dumps(about))
+    with pytest.raises(StoreError, match=r"captions\.csv: is damaged .*SHA-256"):
+        vlmscope.open(folder)
+    del about["files"]
+    (folder / "neurons.json").write_text(json.dumps(about))
+    with pytest.raises(StoreError, match=r"neurons\.json: is damaged \(no files\)"):
+        vlmscope.open(folder)
 
 
 # --- where a report goes -----------------------------------------------------------------------------------

@@ -50,7 +50,7 @@ Sweep = tuple[str, str]
 """The name of a data set, and a corruption."""
 
 MODULES = ("resid", "attn", "cross", "mlp")
-SELECTION = "vlmscope-selection-1"
+SELECTION = formats.SELECTION.shape["format"]
 MANY = 12
 """A group with more values than this (an id, a noun) is no group to report on."""
 
@@ -122,9 +122,7 @@ class Notice:
 def read(folder: str | os.PathLike[str]) -> Notice:
     """What `run` has written; raises `StoreError` where that is not all there yet."""
     path, way_out = Path(folder), "run the same command again"
-    chosen = stored.table(
-        path / "selection.csv", formats.SELECTION, f"this notice run is not finished; {way_out}"
-    )
+    chosen = stored.read(path, formats.SELECTION)[1]["selection"]
     spec = Spec.from_toml(path / "notice.toml")
     runs, there = {}, {run.name: run for run in path.glob("runs/*")}
     for name, corrupt in chosen[["data", "corruption"]].drop_duplicates().itertuples(index=False):
