@@ -112,7 +112,7 @@ def claim(
         if _kind(about) != kind:
             text = f"{path}: holds {shown(_kind(about))}, where {kind} is to be written"
             raise StoreError(f"{text}; choose another --out or delete the folder")
-    ours = _listed(path, about)
+    ours = listed(path, about)
     for name in names:
         file = path / name
         if (name not in ours and os.path.lexists(file)) or not _is_inside(path, name):
@@ -180,9 +180,9 @@ def save(
     renamed, what the old one listed goes, and the new manifest comes last. So a failure changes nothing;
     behind a kill among the renames readers refuse the folder, and the same command mends it.
     """
-    path, pairs, listed = Path(folder), list[tuple[Path, Path]](), dict[str, str]()
+    path, pairs, digests = Path(folder), list[tuple[Path, Path]](), dict[str, str]()
     with _folders(path, [*content, manifest]), storing(path), locked(path), _undone(pairs):
-        ours = _listed(path, claim(path, manifest, _kind(about), content)) | {*content}
+        ours = listed(path, claim(path, manifest, _kind(about), content)) | {*content}
         begun = {**about, "files": dict.fromkeys(sorted(ours), ""), "unfinished": True}
         pairs.append((_put(path / f"{manifest}.begun", _json(begun)), path / manifest))
         for name, one in sorted(content.items()):
@@ -190,8 +190,8 @@ def save(
             pairs.append((made, path / name))
             _sync(made)
             with made.open("rb") as stream:
-                listed[name] = hashlib.file_digest(stream, "sha256").hexdigest()
-        pairs.append((_put(path / manifest, _json({**about, "files": listed})), path / manifest))
+                digests[name] = hashlib.file_digest(stream, "sha256").hexdigest()
+        pairs.append((_put(path / manifest, _json({**about, "files": digests})), path / manifest))
         with _uninterrupted():
             for temporary, file in pairs[:-1]:
                 temporary.replace(file)
@@ -378,7 +378,7 @@ def _kind(about: Mapping[str, Any]) -> str:
     return str(about.get("format") or about.get("what"))
 
 
-def _listed(folder: Path, about: Mapping[str, Any]) -> set[str]:
+def listed(folder: Path, about: Mapping[str, Any]) -> set[str]:
     """The names that a manifest lists, of files below its folder."""
     names = about["files"] if isinstance(about.get("files"), dict) else ()
     return {name for name in names if _is_inside(folder, name)}

@@ -35,7 +35,7 @@ from vlmscope.data.table import read_csv, write_csv
 from vlmscope.errors import DataError, StoreError, VlmscopeError, nearest, shown
 from vlmscope.notice.spec import Spec as Spec
 from vlmscope.notice.spec import name_of
-from vlmscope.report import write_report
+from vlmscope.report import claim_report, write_report
 from vlmscope.runs.model import Model
 from vlmscope.sites import expand, parse
 from vlmscope.stored import formats
@@ -158,6 +158,7 @@ def _check_folder(spec: Spec, folder: Path) -> None:
             )
     files.claim(folder, "selection.json", SELECTION, ["selection.csv"])
     circuits.Found.claim(folder / "circuits")
+    claim_report(folder / "report.html")
     if not file.exists():
         return
     there, here = Spec.from_toml(file), spec._absolute()
