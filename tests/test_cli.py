@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -285,6 +286,30 @@ def test_a_full_disk(run, tmp_path, monkeypatch):
     refused(run(*SWEEP, *SITES, "--out", tmp_path / "run"), "free some space")
     monkeypatch.setattr(files, "write", honest)
     assert run(*SWEEP, *SITES, "--out", tmp_path / "run")[0] == 0
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a disk that is full")
+@pytest.mark.parametrize("words", [["models"], ["--help"], ["--version"], ["models", "toy-blip"]])
+def test_a_full_standard_output(words):
+    with Path("/dev/full").open("wb") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "vlmscope", *words], stdout=full, stderr=subprocess.PIPE, text=True
+        )
+    refused((done.returncode, "", done.stderr), "standard output cannot be written (No space left on device)")
+
+
+def test_a_standard_output_of_ascii_alone(tmp_path):
+    file = table(tmp_path, [["größe \u202e", *GOOD[1:]]])
+    words = ["sweep", "--model", "toy-blip", "--data", file, *SITES, "--corrupt", "image"]
+    for more in (["--out", tmp_path / "größe"], ["--metric", "größe", "--out", tmp_path / "x"]):
+        done = subprocess.run(
+            [sys.executable, "-m", "vlmscope", *map(str, [*words, *more])],
+            capture_output=True,
+            env=os.environ | {"PYTHONIOENCODING": "ascii"},
+        )
+        said = (done.stdout + done.stderr).decode("ascii")
+        assert "gr\\xf6\\xdfe" in said and "Traceback" not in said, said
+        assert done.returncode == (2 if "--metric" in more else 0)
 
 
 def test_a_wrong_flag_is_told(run):

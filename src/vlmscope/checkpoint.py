@@ -163,10 +163,11 @@ def _check_memory(family: Family, path: str | Path, dtype: str, place: torch.dev
     with torch.device("meta"):
         empty = made(config)
     weights = sum(one.numel() for one in empty.parameters())
-    odd = {one.in_features for one in empty.modules() if isinstance(one, torch.nn.Linear)}
-    if dtype == QUANTIZED and place.type == "cpu" and (odd := {width for width in odd if width % BLOCK}):
+    widths = {one.in_features for one in empty.modules() if isinstance(one, torch.nn.Linear)}
+    odd = [width for width in sorted(widths) if width % BLOCK]
+    if odd and dtype == QUANTIZED and place.type == "cpu":
         raise ModelError(
-            f"{path} has layers with {min(odd)} inputs, and a CPU computes in 4bit only where "
+            f"{path} has layers with {odd[0]} inputs, and a CPU computes in 4bit only where "
             f"these are a multiple of {BLOCK}; take a GPU, or --dtype bfloat16"
         )
     bits = 4.5 if dtype == QUANTIZED else torch.finfo(DTYPES[dtype]).bits

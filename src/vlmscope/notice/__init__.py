@@ -18,7 +18,7 @@ import itertools
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -72,7 +72,7 @@ def run(spec: Spec, out: str | os.PathLike[str], say: Say = lambda text: None) -
         spec.save(folder / "notice.toml")
     parts = _Pipeline(spec, folder, model, sites, say)
     sets = {name_of(one): parts.examples(one) for one in spec.data}
-    sweeps = list(_sweeps(spec, sets, say))
+    sweeps = _sweeps(spec, sets, say)
     parts.estimate(sets, sweeps)
     runs: dict[Sweep, Run] = {}
     bases: dict[Sweep, pd.DataFrame] = {}
@@ -174,6 +174,11 @@ def _check_places(spec: Spec, model: Model, sites: Sequence[str]) -> None:
     """Refuse sites and a position that are not there, before anything is written."""
     few = [examples(d, limit=6 if d in BUILT_IN else spec.limit, seed=spec.seed) for d in spec.data]
     given = list(itertools.chain(*few))
+    if not set(spec.data) & set(BUILT_IN):  # of which only a few are looked at here, and all have pairs
+        sets = zip(spec.data, few, strict=True)
+        _sweeps(
+            spec, {name_of(d): _with_prompts(spec, model, some)[0] for d, some in sets}, lambda text: None
+        )
     check_sites(model, given, sites)
     if not any(part.part == "h" for site in expand(parse(sites), model.shapes) for part in site.parts):
         raise VlmscopeError("notice: no site is a head; add some, such as 'encoder.*.cross.h*@answer'")
@@ -185,14 +190,32 @@ def _check_places(spec: Spec, model: Model, sites: Sequence[str]) -> None:
         )
 
 
-def _sweeps(spec: Spec, sets: Mapping[str, Sequence[Example]], say: Say) -> Iterator[Sweep]:
+def _sweeps(spec: Spec, sets: Mapping[str, Sequence[Example]], say: Say) -> list[Sweep]:
+    """Each set with each corruption that it has something for; raises `DataError` if that is none."""
+    found = []
     for name, some in sets.items():
         for corrupt in spec.corrupt:
             lacks = {"image": "corrupt_image", "text": "corrupt_prompt"}.get(corrupt)
             if lacks and all(getattr(one, lacks) is None for one in some):
                 say(f"{name}: no example has a {lacks.replace('_', ' ')}; that corruption is left out")
             else:
-                yield name, corrupt
+                found.append((name, corrupt))
+    if not found:
+        what = " and ".join(spec.corrupt)
+        raise DataError(
+            f"no example of {', '.join(sets)} has what the corruption {what} needs; fill corrupt_image_path or "
+            "corrupt_prompt, or corrupt by noise"
+        )
+    return found
+
+
+def _with_prompts(
+    spec: Spec, model: Model, some: Sequence[Example]
+) -> tuple[Sequence[Example], dict[str, int]]:
+    """Examples with corrupt prompts that align, where these are asked for, and how they came by them."""
+    if "text" not in spec.corrupt:
+        return some, {}
+    return replace_words(some, pieces=partial(pieces, model.processor.tokenizer), seed=spec.seed)
 
 
 @dataclass(frozen=True)
@@ -208,6 +231,7 @@ class _Pipeline:
     def examples(self, data: str) -> list[Example]:
         """The examples of one set, their pictures on disk, with corrupt prompts that align."""
         spec = self.spec
+        found: Sequence[Example]
         if data in BUILT_IN:
             file = self.folder / "data" / f"{data}.csv"
             if not file.exists():
@@ -215,12 +239,11 @@ class _Pipeline:
             found = read_csv(file)
         else:
             found = examples(data, limit=spec.limit)
-        if "text" in spec.corrupt:
-            split = partial(pieces, self.model.processor.tokenizer)
-            found, counts = replace_words(found, pieces=split, seed=spec.seed)
+        found, counts = _with_prompts(spec, self.model, found)
+        if counts:
             lines = ", ".join(f"{many} {what}" for what, many in counts.items() if many)
             self.say(f"{name_of(data)}: {len(found)} examples; corrupt prompts: {lines}")
-        return found
+        return list(found)
 
     def estimate(self, sets: Mapping[str, list[Example]], sweeps: Sequence[Sweep]) -> None:
         """Say what the sweeps will take, before they start; raise `StoreError` if the disk is too small."""
