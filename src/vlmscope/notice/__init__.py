@@ -176,9 +176,8 @@ def _check_places(spec: Spec, model: Model, sites: Sequence[str]) -> None:
     given = list(itertools.chain(*few))
     if not set(spec.data) & set(BUILT_IN):  # of which only a few are looked at here, and all have pairs
         sets = zip(spec.data, few, strict=True)
-        _sweeps(
-            spec, {name_of(d): _with_prompts(spec, model, some)[0] for d, some in sets}, lambda text: None
-        )
+        paired = {name_of(data): _with_prompts(spec, model, some)[0] for data, some in sets}
+        _sweeps(spec, paired, lambda text: None)
     check_sites(model, given, sites)
     if not any(part.part == "h" for site in expand(parse(sites), model.shapes) for part in site.parts):
         raise VlmscopeError("notice: no site is a head; add some, such as 'encoder.*.cross.h*@answer'")
@@ -203,8 +202,8 @@ def _sweeps(spec: Spec, sets: Mapping[str, Sequence[Example]], say: Say) -> list
     if not found:
         what = " and ".join(spec.corrupt)
         raise DataError(
-            f"no example of {', '.join(sets)} has what the corruption {what} needs; fill corrupt_image_path or "
-            "corrupt_prompt, or corrupt by noise"
+            f"no example of {', '.join(sets)} has what the corruption {what} needs; fill corrupt_image_path "
+            "or corrupt_prompt, or corrupt by noise"
         )
     return found
 
