@@ -25,7 +25,7 @@ from vlmscope.studies.run_folder import read_run
 
 sys.path[:0] = [str(Path(__file__).parent / "fuzz"), str(Path(__file__).parent / "fuzz" / "wrong")]
 
-from folders import good_folders  # noqa: E402
+from folders import good_folders, list_anew  # noqa: E402
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 CODE = "document.title='pwned';document.body.id='pwned'"
@@ -77,6 +77,9 @@ def poison(folder: Path) -> None:
                 texts = [None if text is None else text + ALL for text in table[field.name].to_pylist()]
                 table = table.set_column(number, field, pa.array(texts, field.type))
         pq.write_table(table, file)
+    for file in folder.rglob("*"):
+        if file.is_file() and file.suffix != ".json":
+            list_anew(file)
 
 
 @pytest.fixture(scope="module")
