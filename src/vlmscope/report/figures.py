@@ -127,7 +127,7 @@ def edit(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     ['generality']
     """
     rows = table[~table["measure"].isin(["repetition", "length"])][::-1]
-    left = max(text_width(name) for name in rows["measure"]) + 0.2
+    left = max(map(text_width, rows["measure"]), default=0) + 0.2
     (spot,) = grid(ax, 1, 1, (3.4, max(0.9, 0.24 * len(rows))), Margins(left, 0.65, 0.15, 0.15))
     at = range(len(rows))
     spot.hlines(at, rows["low"], rows["high"], color="#4C78A8", lw=2.2)

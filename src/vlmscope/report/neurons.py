@@ -57,7 +57,7 @@ def _describe(tables: Tables, pictures: Pictures, gallery: Gallery) -> dict[str,
         "driving": driving[driving["rank"] <= 3],
         "measured": measured,
         "measures": measures,
-        "lost": [(row.word, round(row.value * row.n), row.n) for row in lost.itertuples() if row.value],
+        "lost": [(row.word, round(row.value * row.n), row.n) for row in lost.itertuples() if row.value > 0],
         "left_out": tables.get("left_out"),
     }
 
