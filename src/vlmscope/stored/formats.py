@@ -159,9 +159,10 @@ NEURONS = {
             "driving.csv": Table("layer:grid neuron:int rank:int example:text peak:float"),
             "measures.csv": Table(
                 "word:text method:text measure:text value:float? ci_low:float? ci_high:float? null:float? "
-                "random:float? p_value:share? n:int q_value:share?",
+                "null_95:float? p_value:share? n:int q_value:share?",
                 is_optional=True,
             ),
+            "left_out.csv": Table("word:text measure:text why:text", is_optional=True, may_be_empty=True),
             **_PICTURES,
         },
         WAY_OUT,
@@ -171,7 +172,7 @@ NEURONS = {
         {"what": "perturb", **_ABOUT, "words": [str]},
         {
             "perturb.csv": Table(
-                "word:text k:int how:text set:text drop_log_p:float? drop_p:float? ci_low:float? "
+                "word:text k:int how:text round:int set:text drop_log_p:float? drop_p:float? ci_low:float? "
                 "ci_high:float? lost:share? n:int"
             )
         },
@@ -179,15 +180,28 @@ NEURONS = {
     ),
     "edit": Format(
         "neurons.json",
-        {"what": "edit", **_ABOUT, "from?": str, "to?": (str, None), "size": float, "neurons?": int},
         {
-            "measures.csv": Table(f"measure:text {_INTERVAL}", "measure"),
+            "what": "edit",
+            **_ABOUT,
+            "from?": str,
+            "to?": (str, None),
+            "size": float,
+            "neurons?": int,
+            "is_of?": str,
+            "verdict?": str,
+            "tried?": str,
+        },
+        {
+            "measures.csv": Table(f"measure:text {_INTERVAL} before:float? random:float?", "measure"),
             "captions.csv": Table(
                 "example:text prompt:text before:text after:text has:bool took:bool same:bool"
             ),
             "columns.csv": Table("layer:grid neuron:int length:float change:float", "layer neuron"),
             "objects.csv": Table(
-                "measure:text before:float? after:float?", "measure", is_optional=True, may_be_empty=True
+                "measure:text before:float? after:float? random:float?",
+                "measure",
+                is_optional=True,
+                may_be_empty=True,
             ),
             **_PICTURES,
         },
