@@ -1,4 +1,4 @@
-"""What folders of results hold: the manifests and tables of `circuits`, `heads`, `tracing`, `neurons`."""
+"""What folders of results hold: manifests and tables of `circuits`, `heads`, `tracing`, `lens`, `neurons`."""
 
 from __future__ import annotations
 
@@ -109,6 +109,35 @@ TRACING = Format(
             "restored_ld:float? spread_ld:float?",
             "tower kind window layer length at",
         )
+    },
+    WAY_OUT,
+)
+
+_STATE = "site:text tower:tower layer:grid position:int token:text slot:text"
+LENS = Format(
+    "lens.json",
+    {
+        "format": "vlmscope-lens-1",
+        "model": str,
+        "weights": (str, None),
+        "data": str,
+        "examples": int,
+        "sites": [str],
+        "top": int,
+        "words": [str],
+        "dtype": str,
+    },
+    {
+        "lens.parquet": Table(
+            f"example:text {_STATE} rank:int predicted:text token_id:int logit:number p:number",
+            "example site rank",
+        ),
+        "words.parquet": Table(
+            f"example:text word:text what:text {_STATE} token_id:int rank:int logit:number p:number "
+            "null_p:number beaten:share? nulls:int",
+            "example word site",
+            may_be_empty=True,
+        ),
     },
     WAY_OUT,
 )
