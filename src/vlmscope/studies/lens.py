@@ -159,8 +159,8 @@ def lens(
         "words": asked,
         "dtype": model.precision,
     }
-    both = (pd.concat(tables, ignore_index=True) for tables in zip(*parts, strict=True))
-    return Lens(about, *both, pictures)
+    said, told = (pd.concat(tables, ignore_index=True) for tables in zip(*parts, strict=True))
+    return Lens(about, said, told, pictures)
 
 
 def _read(

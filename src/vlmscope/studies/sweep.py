@@ -98,7 +98,7 @@ def sweep(
         results = list(run_jobs(task, all_jobs(task)))
         base = pd.concat([result.baseline for result in results], ignore_index=True)
         warn_of_excluded(base)
-        table = typed(pd.concat([result.effects for result in results], ignore_index=True), EFFECTS)
+        table = typed(pd.concat([result.rows for result in results], ignore_index=True), EFFECTS)
         found = _check(task, check, base, lambda names: table[table["example"].isin(names)])
     table.attrs["check"] = found
     return table
@@ -161,8 +161,8 @@ def estimate(
         start = time.perf_counter()
         [result] = run_jobs(task, [job], quiet=True)
         seconds = time.perf_counter() - start
-        if not result.effects.empty:
-            found.append(Estimate(seconds * many, bytes_of(result.effects) * many, len(result.effects)))
+        if not result.rows.empty:
+            found.append(Estimate(seconds * many, bytes_of(result.rows) * many, len(result.rows)))
             if len(found) > 2 or seconds > 10.0:  # a long one has warmed up by itself
                 break
     return found[-1]
@@ -214,7 +214,7 @@ def _into_folder(task: Task, out: str | os.PathLike[str], data: str, check: int)
             number = result.job.number
             if number < SHOWN and not result.job.done:
                 _show(writer, task, number)  # before the example is committed: it is not run again
-            writer.add(number, result.effects, result.baseline, result.job.sites)
+            writer.add(number, result.rows, result.baseline, result.job.sites)
         writer.flush()
         if jobs or writer.check is None:
             run = read_run(out)

@@ -93,8 +93,10 @@ class Todo(NamedTuple):
 
 
 class Result(NamedTuple):
+    """Of one example: its rows (effects, or scores) and its row of `baselines`."""
+
     job: Todo
-    effects: pd.DataFrame
+    rows: pd.DataFrame
     baseline: pd.DataFrame
 
 
