@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from vlmscope import files
-from vlmscope.cli import machine, neurons, terminal
+from vlmscope.cli import lenses, machine, neurons, terminal
 from vlmscope.cli.options import Corrupt, DType, Given, Noise, OneModel, command
 from vlmscope.errors import VlmscopeError, shown
 
@@ -344,6 +344,7 @@ def _row(text: str) -> Any:
     )
 
 
+app.add_typer(lenses.app)
 app.add_typer(neurons.app, name="neurons")
 
 

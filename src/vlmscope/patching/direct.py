@@ -2,9 +2,9 @@
 
 The stream behind the last block is a sum of what is written to it. The final norm is linear given its own
 statistics, and so is the head, so a logit difference of the run is the sum of what each writer gives:
-(γ ⊙ z/σ) · (U[answer] − U[foil]), with the run's σ, and what the biases give (direct logit attribution; Elhage
-et al. 2021). A head's share splits further over the positions that it reads, p · W_O v, a neuron's is its
-activation times its column. A soft cap is taken as the factor that it is at the run's own logits.
+(γ ⊙ z/σ) · (U[answer] − U[foil]), with the run's σ, and of what the biases give (direct logit attribution;
+Elhage et al. 2021). A head's share splits further over the positions that it reads, p · W_O v, a neuron's is
+its activation times its column. A soft cap is taken as the factor that it is at the run's own logits.
 """
 
 from __future__ import annotations
@@ -40,20 +40,21 @@ Key = tuple[int, str]
 
 
 def check_place(network: Network, site: Site) -> None:
-    """Raises `SiteError` for what does not write to the stream that the words are read from, `ModelError` for a
-    model in which that is no sum of what is written."""
+    """Raises `SiteError` for what does not write to the stream that the words are read from, `ModelError` for
+    a model in which that is no sum of what is written."""
     tower, family = network.speaker, network.family
     if family.norm is None or family.towers[tower].normed:
         raise ModelError(
-            f"{network.name}: the logits of {family.name} are no sum of what its parts write (behind its last "
-            "block stand a dense layer, a GELU and a norm), so there are no direct effects; sweep instead"
+            f"{network.name}: the logits of {family.name} are no sum of what its parts write (behind its "
+            "last block stand a dense layer, a GELU and a norm), so it has no direct effects; sweep instead"
         )
     for part in site.parts:
         writes = part.kind in WRITERS and part.part in ("", "h", "n")
         if part.tower != tower or not (writes or (part.kind, part.layer, part.part) == ("resid_pre", 0, "")):
             raise SiteError(
-                f"bad site {shown(site)}: that does not write to the stream of the {tower}; expected attn, cross "
-                f"or mlp of the {tower}, their heads (h) or neurons (n), or {tower}.0.resid_pre, the embedding"
+                f"bad site {shown(site)}: that does not write to the stream of the {tower}; expected attn, "
+                f"cross or mlp of the {tower}, their heads (h) or neurons (n), or {tower}.0.resid_pre, the "
+                "embedding"
             )
     if site.also and any(part.source for part in site.parts):
         raise SiteError(f"bad site {shown(site)}: an edge in a sum; write several sites instead")
@@ -67,7 +68,7 @@ class Linear(NamedTuple):
     centred: bool
 
     def back(self, direction: Vector) -> tuple[Vector, float]:
-        """What the norm's input is multiplied by where its output is by `direction`, and what the bias adds."""
+        """What the input is multiplied by where the output is by `direction`, and what the bias adds."""
         found = self.gain * direction
         return found - found.mean() if self.centred else found, float(self.bias @ direction)
 
@@ -158,8 +159,8 @@ class Direct:
 
     @torch.inference_mode()
     def back(self, key: Key) -> tuple[Vector, float]:
-        """What the heads (neurons) of a layer side by side are multiplied by, and what the biases between them
-        and the stream add."""
+        """What the heads (neurons) of a layer side by side are multiplied by, and what the biases between
+        them and the stream add."""
         if key not in self._backs:
             self._backs[key] = self._back(*key)
         return self._backs[key]
@@ -195,7 +196,7 @@ class Direct:
 
     @cached_property
     def _shares(self) -> Mapping[str, Mapping[int, Array]]:
-        """By kind and layer: how much each head brings of each position that it reads, `(heads, positions)`."""
+        """By kind and layer: how much each head brings of each position that it reads, (heads, positions)."""
         shape = self.network.shapes[self.network.speaker]
         return {kind: self._read(kind) for kind in ("attn", "cross") if kind in shape.kinds}
 
@@ -272,9 +273,7 @@ def direct(
         direction, bias = direction + factor * row, bias + factor * more
     direction, shift = norm.back(direction)
     value = float(logits[answer] - (0.0 if foil is None else logits[foil]))
-    return Direct(
-        network, inputs, tuple(edits), run.logits[-1], run.values, value, direction, bias + shift
-    )
+    return Direct(network, inputs, tuple(edits), run.logits[-1], run.values, value, direction, bias + shift)
 
 
 def _paid(

@@ -105,10 +105,10 @@ def lens(
 
     In `words` stand the answer, the foil and the roles of the prompt of each example, and the `words` that
     are given, each by its first token as it would follow the prompt (of answer and foil the first in which
-    they differ): `rank` in the vocabulary, `logit`, `p`. Beside it other words of its type as a null: `nulls` of
-    them, the nearest in the vocabulary's order, which is that of frequency in BPE, WordPiece and unigram
-    vocabularies, that begin or go on a word and are spelt as it is. `null_p` is their median probability,
-    `beaten` the share of them with a smaller logit: 0.5 for a state that knows nothing of the word.
+    they differ): `rank` in the vocabulary, `logit`, `p`. Beside it other words of its type as a null, `nulls`
+    of them: tokens that begin or go on a word and are spelt as it is, the nearest in the vocabulary's order,
+    which is that of frequency in BPE, WordPiece and unigram vocabularies. `null_p` is their median
+    probability, `beaten` the share of them with a smaller logit: 0.5 where nothing is known of the word.
 
     Examples that cannot be run are left out with a warning; `DataError` if that is all. Raises `SiteError`
     for a place with no way to words, `ExampleError` for a single example that cannot be run, as with a word

@@ -170,7 +170,9 @@ class Run:
             return "not checked: no row was recomputed by plain forwards"
         rows, largest = self.check["rows"], self.check["largest"]
         if self.spec.get("method") == "direct":
-            return f"checked: all writers and biases of {rows} examples sum to the model's own to {largest:.2g}"
+            return (
+                f"checked: in {rows} examples all writers and biases sum to the model's own to {largest:.2g}"
+            )
         return f"checked: {rows} random rows recomputed by plain forwards differ by at most {largest:.2g}"
 
     def pictures(self) -> list[dict[str, Any]]:
