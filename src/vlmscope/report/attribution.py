@@ -41,7 +41,8 @@ def section(run: Run, title: str, gallery: Gallery) -> Section:
         layers=_layers(table),
         strongest=_strongest(table),
     )
-    return Section(title, text, known.severity == "unknown" and word is None)
+    name = f"{upper_first(run.spec['method'])} effects: {title}"
+    return Section(name, text, known.severity == "unknown" and word is None)
 
 
 def _patches(rows: pd.DataFrame) -> pd.DataFrame:

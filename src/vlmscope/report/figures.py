@@ -121,8 +121,10 @@ def measures(table: pd.DataFrame, names: Sequence[str], *, ax: Iterable[Axes] | 
 
 
 def words_over_layers(cells: pd.DataFrame, *, ax: Iterable[Axes] | None = None) -> list[Axes]:
-    """How words that were asked about do over layers: above the share of other words of their type that each
-    beats (0.5: the null), below its probability with that of its null (dashed), a column a place.
+    """How words that were asked about do over layers, a column a place.
+
+    Above is the share of other words of its type that each beats (0.5: the null), below its probability, and
+    dashed that of its null.
 
     `cells` has a row a `place`, `what` (answer, foil …) and `layer`: the means `beaten` with `low` and `high`,
     `p` and `null_p`. `ax` are axes to draw into, two a place.

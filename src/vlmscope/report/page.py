@@ -41,9 +41,9 @@ def write_report(
 ) -> Path:
     """Write the report of these folders to `out`, and its figures and data to `<stem>-figures/`.
 
-    A folder is a run, or what `circuits`, `heads`, `tracing`, `lens`, `notice` or `neurons` wrote. Each figure is
-    saved as PNG, and in the further `formats` that are named (`svg`, `pdf`). An earlier report is replaced,
-    with its figures, when all is drawn. Raises `StoreError`, before anything is written, if a folder is none
+    A folder is a run, or what `circuits`, `heads`, `tracing`, `lens`, `notice` or `neurons` wrote. Each
+    figure is saved as PNG, and in the further `formats` that are named (`svg`, `pdf`). An earlier report is
+    replaced, with its figures, when all is drawn. Raises `StoreError`, before anything is written, if a folder is none
     of these or damaged, or if `out` is no `.html`, or something else is there than such a report.
     """
     if not parts:
@@ -139,9 +139,7 @@ def _page(folders: Sequence[tuple[str, Path]], gallery: Gallery) -> str:
     for number, (each, name) in enumerate(zip(runs, _names(runs), strict=True)):
         place = replace(gallery, prefix=f"run{number}")
         if table_in(each.spec) == "attributions":
-            sections.append(
-                attribution.section(each, f"{each.spec['method'].capitalize()} effects: {name}", place)
-            )
+            sections.append(attribution.section(each, name.removesuffix(", "), place))
         else:
             reported.append(run.report(each, name, place))
     if len(reported) > 1 and not any(what == "circuits" for what, _ in others):
