@@ -5,17 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
-import typer
-
 from vlmscope import files
 from vlmscope.cli.neurons import Shown
-from vlmscope.cli.options import Corrupt, Given, command
+from vlmscope.cli.options import Corrupt, Given
 from vlmscope.errors import VlmscopeError
 
-app = typer.Typer()
 
-
-@command(app)
 def lens(given: Shown, sites: list[str], out: Path, top: int = 5, word: list[str] | None = None) -> None:
     """The words that states say at each layer (logit lens).
 
@@ -42,7 +37,6 @@ def lens(given: Shown, sites: list[str], out: Path, top: int = 5, word: list[str
     print(f"{len(found.lens):,} rows in {out / 'lens.parquet'}; {write_report([out], out / 'report.html')}")
 
 
-@command(app)
 def attribute(
     given: Given,
     sites: list[str],
@@ -62,8 +56,17 @@ def attribute(
     from vlmscope.studies.run_folder import read_run
 
     files.try_place(out)
-    options = {"method": method, "word": word, "seed": given.seed, "data": given.data}
-    table = score(given.load(), given.examples(), sites, corrupt, out=out, **options)
+    table = score(
+        given.load(),
+        given.examples(),
+        sites,
+        corrupt,
+        method=method,
+        word=word,
+        seed=given.seed,
+        out=out,
+        data=given.data,
+    )
     run = read_run(out)
     print(f"{len(table):,} scores of {run.ran()} examples in {out}; the largest:")
     is_edge = table["site"].str.contains("<", regex=False)

@@ -230,6 +230,10 @@ def heads(given: Given, sites: list[str], out: Path, corrupt: Corrupt = "image")
     print(f"tables in {out}; {write_report([out], out / 'report.html')}")
 
 
+command(app)(lenses.lens)
+command(app)(lenses.attribute)
+
+
 @command(app)
 def data(
     name: str,
@@ -344,7 +348,6 @@ def _row(text: str) -> Any:
     )
 
 
-app.add_typer(lenses.app)
 app.add_typer(neurons.app, name="neurons")
 
 

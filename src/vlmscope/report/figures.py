@@ -126,8 +126,8 @@ def words_over_layers(cells: pd.DataFrame, *, ax: Iterable[Axes] | None = None) 
     Above is the share of other words of its type that each beats (0.5: the null), below its probability, and
     dashed that of its null.
 
-    `cells` has a row a `place`, `what` (answer, foil …) and `layer`: the means `beaten` with `low` and `high`,
-    `p` and `null_p`. `ax` are axes to draw into, two a place.
+    `cells` has a row a `place`, `what` (answer, foil …) and `layer`: the means `beaten` with `low` and
+    `high`, `p` and `null_p`. `ax` are axes to draw into, two a place.
     """
     places, words = list(dict.fromkeys(cells["place"])), list(dict.fromkeys(cells["what"]))
     colours = dict(zip(words, COLOURS * len(words), strict=False))

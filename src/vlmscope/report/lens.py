@@ -31,9 +31,9 @@ def section(folder: Path, gallery: Gallery) -> Section:
             )
     cells = over_layers(told)
     if not cells.empty:
-        drawn = figures.words_over_layers(cells)
+        lines = figures.words_over_layers(cells)
         heading = "Words that were asked about"
-        shown.append((heading, gallery.show("asked", drawn, cells, "words_over_layers", rows=cells)))
+        shown.append((heading, gallery.show("asked", lines, cells, "words_over_layers", rows=cells)))
     text = render(
         "lens.html",
         about=about,

@@ -43,8 +43,9 @@ def write_report(
 
     A folder is a run, or what `circuits`, `heads`, `tracing`, `lens`, `notice` or `neurons` wrote. Each
     figure is saved as PNG, and in the further `formats` that are named (`svg`, `pdf`). An earlier report is
-    replaced, with its figures, when all is drawn. Raises `StoreError`, before anything is written, if a folder is none
-    of these or damaged, or if `out` is no `.html`, or something else is there than such a report.
+    replaced, with its figures, when all is drawn. Raises `StoreError`, before anything is written, if a
+    folder is none of these or damaged, or if `out` is no `.html`, or something else is there than such a
+    report.
     """
     if not parts:
         raise StoreError("no runs to report on; name at least one run folder")

@@ -17,7 +17,7 @@ import pandas as pd
 
 from vlmscope.data import Examples, listed
 from vlmscope.data.example import Example
-from vlmscope.errors import SEED, DataError, SiteError, VlmscopeError, shown, whole
+from vlmscope.errors import SEED, DataError, ExampleError, SiteError, VlmscopeError, shown, whole
 from vlmscope.layout import slots
 from vlmscope.models.inputs import Inputs, Pair
 from vlmscope.patching.direct import Direct, check_place, direct
@@ -120,8 +120,20 @@ def _task_of(
     task = Attribution(model, listed(examples), [str(site) for site in parse(sites)], corruption, **options)
     if not task.examples:
         raise DataError("there are no examples; nothing to run")
-    for site in expand(parse(task.sites), model.shapes):
+    expanded = expand(parse(task.sites), model.shapes)
+    for site in expanded:
         check_place(model, site)
+    wrong: SiteError | None = None
+    for example in task.examples:
+        try:
+            _writers(model, expanded, task.pairs(example)[0].clean)
+            return task  # another example that lacks them is left out of the run
+        except ExampleError:
+            continue
+        except SiteError as error:
+            wrong = wrong or error
+    if wrong is not None:
+        raise wrong
     return task
 
 
@@ -141,9 +153,10 @@ def _writers(model: Model, sites: Sequence[Site], inputs: Inputs) -> list[Writer
     for site in sites:
         bare = replace(site, source="", also=tuple(replace(part, source="") for part in site.also))
         for one in model.places(bare, inputs):
-            if odd := next((p for part in one.parts for p in part.positions if p != at), None):
+            odd = [p for part in one.parts for p in part.positions if p != at]
+            if odd:
                 raise SiteError(
-                    f"bad site {shown(site)}: what is written at position {odd} does not reach the logits "
+                    f"bad site {shown(site)}: what is written at position {odd[0]} does not reach the logits "
                     f"directly, which are read at {at}; expected readout"
                 )
             if not site.source:
