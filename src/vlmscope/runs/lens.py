@@ -21,7 +21,7 @@ from vlmscope.sites import Site
 
 KINDS = ("resid_pre", "resid_mid", "resid")
 """States of the stream; what a sublayer adds to it is none."""
-ROOM = 2**26
+ROOM = 2**27
 """Bytes of logits that are held at once."""
 
 
@@ -78,11 +78,11 @@ def words(
     `given` are further tokens, whose logits are wanted, the first `ranked` of them with their ranks.
     """
     head: Any = network.module(network.family.head)
-    some = max(1, ROOM // (4 * head.out_features))
+    blocks = -(-4 * len(states) * head.out_features // ROOM)
     parts = []
     with network.alone():
-        for start in range(0, len(states), some):
-            logits = say(network, inputs, states[start : start + some])
+        for some in states.chunk(blocks):
+            logits = say(network, inputs, some)
             logits = logits.float() if logits.dtype.itemsize < 4 else logits
             tops, best = logits.topk(min(top, logits.shape[-1]))
             own = logits[:, list(given)]
