@@ -3,7 +3,7 @@
     python benchmarks/lens.py [--threads 2] [--real] [--out benchmarks/results/NAME.json]
 
 The model and the inputs of `benchmarks/llava.py`: 576 image tokens, 16 decoder layers of width 1024, 32,000
-words, float32 on a CPU; with `--real`, on a GPU, LLaVA-1.5-7B's own shape in bfloat16. Timed are every token's
+words, float32 on a CPU; with `--real`, on a GPU, LLaVA-1.5-7B's own shape in bfloat16. Timed are each token's
 top 5 words with their probabilities at every layer, and the direct effect of every head, MLP and patch. Some
 states, and the sum of the effects, are compared with plain transformers. The last line is JSON.
 """
