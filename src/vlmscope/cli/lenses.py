@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
-from vlmscope import files
 from vlmscope.cli.neurons import Shown
 from vlmscope.cli.options import Corrupt, Given
 from vlmscope.errors import VlmscopeError
@@ -17,7 +16,7 @@ def lens(given: Shown, sites: list[str], out: Path, top: int = 5, word: list[str
     Writes lens.parquet: example, site, tower, layer, position, token, slot, rank, predicted, token_id, logit,
     p; and words.parquet: how answer, foil, roles and --word do, beside other words of their type.
     """
-    from vlmscope.report import write_report
+    from vlmscope.report import claim_report, write_report
     from vlmscope.studies.lens import Lens
     from vlmscope.studies.lens import lens as read
 
@@ -25,6 +24,7 @@ def lens(given: Shown, sites: list[str], out: Path, top: int = 5, word: list[str
         raise VlmscopeError("--prompt is of one --image; the examples of --data have their own, leave it out")
     examples = given.examples()
     Lens.claim(out)
+    claim_report(out / "report.html")
     found = read(given.load(), examples, sites, word or [], top=top, data=given.data or examples[0].id)
     found.save(out)
     first = found.lens[found.lens["example"] == found.lens["example"].iloc[0]]
@@ -50,12 +50,14 @@ def attribute(
     Writes attributions/: example, corruption, site, tower, layer, kind, unit, position, token, role, slot,
     score, exact.
     """
-    from vlmscope.report import write_report
+    from vlmscope.report import claim_report, write_report
     from vlmscope.report.ranking import strongest
     from vlmscope.studies.attribution import attribute as score
     from vlmscope.studies.run_folder import read_run
+    from vlmscope.studies.run_writer import claim
 
-    files.try_place(out)
+    claim(out)
+    claim_report(out / "report.html")
     table = score(
         given.load(),
         given.examples(),

@@ -18,8 +18,8 @@ PICTURES = 2
 
 
 def section(folder: Path, gallery: Gallery) -> Section:
-    about, tables = stored.read(folder, formats.LENS)
-    said, told, pictures = tables["lens"], tables["words"], formats.pictures(folder)
+    _, about, tables, pictures = stored.read_one(folder, formats.LENS)
+    said, told = tables["lens"], tables["words"]
     shown = []
     for number, name in enumerate([name for name in said["example"].unique() if name in pictures][:PICTURES]):
         rows = image_maps.in_cells(said[said["example"] == name])

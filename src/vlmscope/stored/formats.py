@@ -2,12 +2,6 @@
 
 from __future__ import annotations
 
-import os
-from pathlib import Path
-
-import pandas as pd
-
-from vlmscope import stored
 from vlmscope.stored import Format, Table
 
 WAY_OUT = "write that folder anew with the command that made it"
@@ -113,46 +107,56 @@ TRACING = Format(
     WAY_OUT,
 )
 
-_STATE = "site:text tower:tower layer:grid position:int token:text slot:text"
-LENS = Format(
-    "lens.json",
+SELECTION = Format(
+    "selection.json",
+    {"format": "vlmscope-selection-1"},
     {
-        "format": "vlmscope-lens-1",
-        "model": str,
-        "weights": (str, None),
-        "data": str,
-        "examples": int,
-        "sites": [str],
-        "top": int,
-        "words": [str],
-        "dtype": str,
+        "selection.csv": Table(
+            "data:text corruption:text group:text value:text n:int ran:int correct:int accuracy:share? "
+            "kept:int dropped_wrong:int dropped_not_following:int dropped_not_run:int",
+            "data corruption group value",
+        )
     },
-    {
-        "lens.parquet": Table(
-            f"example:text {_STATE} rank:int predicted:text token_id:int logit:number p:number",
-            "example site rank",
-        ),
-        "words.parquet": Table(
-            f"example:text word:text what:text {_STATE} token_id:int rank:int logit:number p:number "
-            "null_p:number beaten:share? nulls:int",
-            "example word site",
-            may_be_empty=True,
-        ),
-    },
-    WAY_OUT,
+    "this notice run is not finished; run the same command again",
 )
 
-SELECTION = Table(
-    "data:text corruption:text group:text value:text n:int ran:int correct:int accuracy:share? kept:int "
-    "dropped_wrong:int dropped_not_following:int dropped_not_run:int",
-    "data corruption group value",
-)
-"""The table `selection.csv` of a folder of `notice`."""
-
-PICTURES = Table("example:text file:text", "example", may_be_empty=True)
-"""The table `pictures.csv`, of the files in `pictures/`."""
+_PICTURES = {"pictures.csv": Table("example:text file:text", "example", is_optional=True, may_be_empty=True)}
+"""Of the files in `pictures/`."""
 _INTERVAL = "value:float? low:float? high:float? n:int"
 _ABOUT = {"model": str, "weights?": (str, None), "examples?": int, "on?": [str]}
+
+_STATE = "site:text tower:tower layer:grid position:int token:text slot:text"
+LENS = {
+    "lens": Format(
+        "lens.json",
+        {
+            "what": "lens",
+            "model": str,
+            "weights": (str, None),
+            "data": str,
+            "examples": int,
+            "sites": [str],
+            "top": int,
+            "words": [str],
+            "dtype": str,
+        },
+        {
+            "lens.parquet": Table(
+                f"example:text {_STATE} rank:int predicted:text token_id:int logit:number p:number",
+                "example site rank",
+            ),
+            "words.parquet": Table(
+                f"example:text word:text what:text {_STATE} token_id:int rank:int logit:number p:number "
+                "null_p:number beaten:share? nulls:int",
+                "example word site",
+                may_be_empty=True,
+            ),
+            **_PICTURES,
+        },
+        WAY_OUT,
+    )
+}
+"""What `lens` wrote, in the form of `NEURONS`."""
 
 NEURONS = {
     "find": Format(
@@ -191,6 +195,7 @@ NEURONS = {
                 "random:float? p_value:share? n:int q_value:share?",
                 is_optional=True,
             ),
+            **_PICTURES,
         },
         WAY_OUT,
     ),
@@ -217,18 +222,9 @@ NEURONS = {
             "objects.csv": Table(
                 "measure:text before:float? after:float?", "measure", is_optional=True, may_be_empty=True
             ),
+            **_PICTURES,
         },
         WAY_OUT,
     ),
 }
 """What `neurons` wrote, by the `what` of its manifest."""
-
-
-def pictures(folder: Path) -> dict[str, bytes]:
-    """The pictures that `neurons` keeps of examples, as PNG."""
-    listed = folder / "pictures.csv"
-    rows = stored.table(listed, PICTURES, WAY_OUT) if os.path.lexists(listed) else pd.DataFrame()
-    return {
-        row.example: stored.picture(folder / "pictures" / Path(row.file).name, WAY_OUT, folder)
-        for row in rows.itertuples()
-    }

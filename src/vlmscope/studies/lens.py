@@ -34,7 +34,7 @@ from vlmscope.runs.prepare import encode, option_of
 from vlmscope.sites import Point, Site, Sites, expand, parse
 from vlmscope.stored import formats
 
-MANIFEST, FORMAT = "lens.json", "vlmscope-lens-1"
+MANIFEST, WHAT = "lens.json", "lens"
 TOP = 5
 """How many words of each state are listed."""
 NULLS = 100
@@ -75,14 +75,12 @@ class Lens:
     def claim(folder: str | os.PathLike[str]) -> None:
         """Refuse, before anything is computed, a folder that `save` could not write (`StoreError`)."""
         names = ["lens.parquet", "words.parquet", "pictures.csv", "pictures/0000.png"]
-        files.claim(folder, MANIFEST, FORMAT, names)
+        files.claim(folder, MANIFEST, WHAT, names)
 
 
 def read(folder: str | os.PathLike[str]) -> Lens:
     """What `Lens.save` has written; raises `StoreError` where that is not all there."""
-    place = Path(folder)
-    about, tables = stored.read(place, formats.LENS)
-    pictures = formats.pictures(place)
+    _, about, tables, pictures = stored.read_one(Path(folder), formats.LENS)
     drawn = {name: open_image(Image.open(io.BytesIO(png))) for name, png in pictures.items()}
     return Lens(about, tables["lens"], tables["words"], drawn)
 
@@ -149,7 +147,7 @@ def lens(
         text = f"{len(left)} of {len(given)} examples were left out: {left[0]}"
         warnings.warn(text, stacklevel=2)
     about = {
-        "format": FORMAT,
+        "what": WHAT,
         "model": model.name,
         "weights": model.fingerprint(),
         "data": data,
