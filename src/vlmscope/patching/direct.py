@@ -81,7 +81,7 @@ def linear(norm: nn.Module, x: Vector, dtype: torch.dtype) -> Linear:
     """
 
     def of(value: Tensor) -> Tensor:
-        return norm(value.to(dtype)[None, None])[0, 0].double()
+        return norm(value.to(dtype)[None, None])[0, 0].double().to(x.device)
 
     ones = torch.ones_like(x)
     signs = ones.clone()
@@ -120,7 +120,7 @@ class Direct:
     def written(self, layer: int, kind: str, part: str = "") -> Vector | None:
         """What stands at a point, at the last position; None in a layer that the run passes over."""
         found = self.values.get(Point(self.network.speaker, layer, kind, part))
-        return None if found is None else found[0, self.at].double()
+        return None if found is None else found[0, self.at].double().to(self.direction.device)
 
     @torch.inference_mode()
     def effect(self, site: Site, sources: Sequence[int] = ()) -> float:
@@ -130,6 +130,8 @@ class Direct:
     def _effect(self, site: Site, sources: Sequence[int]) -> float:
         key = site.layer, site.kind
         if site.source:
+            if site.kind not in self._shares:
+                self._shares[site.kind] = self._read(site.kind)
             shares = self._shares[site.kind].get(site.layer)
             if shares is None:
                 return 0.0
@@ -169,11 +171,11 @@ class Direct:
         network, tower = self.network, self.network.speaker
         table, block = network.family.towers[tower], network.blocks(tower)[layer]
         module: Any = block.get_submodule(getattr(table, kind))
-        weight = network.matrix(module).double()
+        weight = network.matrix(module).double().to(self.direction.device)
         active, added = self.written(layer, kind, "n" if kind == "mlp" else "h"), self.written(layer, kind)
         if active is None or added is None:
             return weight.new_zeros(weight.shape[1]), 0.0
-        biased = weight.new_zeros(weight.shape[0]) if module.bias is None else module.bias.detach().double()
+        biased = weight.new_zeros(weight.shape[0]) if module.bias is None else module.bias.to(weight)
         out = weight @ active + biased
         direction, bias = self.direction, 0.0
         if kind in table.factor and table.factor[kind](block) is not None:
@@ -192,15 +194,14 @@ class Direct:
             return None, out
         module = block.get_submodule(behind[kind])
         norm = linear(module, out, self.network.dtype)
-        return norm, module(out.to(self.network.dtype)[None, None])[0, 0].double()
+        return norm, module(out.to(self.network.dtype)[None, None])[0, 0].to(out)
 
     @cached_property
-    def _shares(self) -> Mapping[str, Mapping[int, Array]]:
-        """By kind and layer: how much each head brings of each position that it reads, (heads, positions)."""
-        shape = self.network.shapes[self.network.speaker]
-        return {kind: self._read(kind) for kind in ("attn", "cross") if kind in shape.kinds}
+    def _shares(self) -> dict[str, dict[int, Array]]:
+        return {}
 
     def _read(self, kind: str) -> dict[int, Array]:
+        """By layer: how much each head brings of each position that it reads, `(heads, positions)`."""
         network, tower = self.network, self.network.speaker
         modules = network.attention_modules(tower, kind)
         if eager(modules[0]) is None:
@@ -217,7 +218,7 @@ class Direct:
             paid = _paid(plain, module, q, k, mask, self.at, **kw).double()
             values = v.transpose(0, 1).flatten(1, 2).double()  # heads, all keys, width
             values = values.repeat_interleave(len(paid) // len(values), 0)
-            back = self.back((layer, kind))[0].unflatten(0, (len(paid), -1))
+            back = self.back((layer, kind))[0].to(values).unflatten(0, (len(paid), -1))
             shares = paid * torch.einsum("hkw,hw->hk", values, back)
             if layout is not None and shares.shape[1] < len(layout.tokens):
                 every = shares.new_zeros(len(shares), len(layout.tokens))
