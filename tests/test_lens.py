@@ -13,6 +13,7 @@ from test_families import MADE, made
 
 import vlmscope
 from vlmscope.errors import DataError, ExampleError, SiteError, StoreError, VlmscopeError
+from vlmscope.report import write_report
 from vlmscope.runs import lens as reading
 from vlmscope.studies.lens import LENS, WORDS, Vocabulary, lens
 
@@ -188,6 +189,20 @@ def test_a_lens_is_saved_and_read(toy, tmp_path):
     (tmp_path / "other" / "lens.parquet").write_text("mine")
     with pytest.raises(StoreError, match="lens.parquet: is there, and no result of this command"):
         found.claim(tmp_path / "other")
+
+
+def test_the_report_of_a_lens(toy, tmp_path):
+    """The words on the picture, and those that were asked about; without any, as of one picture, too."""
+    one = vlmscope.examples("states", limit=1)[0]
+    for name, answer in (("with", one.answer), ("without", "")):
+        asked = replace(one, answer=answer, foil=answer and one.foil, roles={}, groups={})
+        lens(toy, asked, ["decoder.*.resid@image*", "decoder.*.resid@readout"]).save(tmp_path / name)
+        page = write_report([tmp_path / name], tmp_path / f"{name}.html").read_text()
+        assert "What states say" in page and "The read-out position of the first example" in page
+        drawn = {path.name for path in (tmp_path / f"{name}-figures").iterdir()}
+        assert ("part0-asked.png" in drawn) == bool(answer)
+        plate = pd.read_csv(tmp_path / f"{name}-figures" / "part0-words-0.csv")
+        assert len(plate[plate["rank"] == 1]) == 4 * 36 and "The likeliest is" in page
 
 
 # --- what is refused ------------------------------------------------------------------------------------

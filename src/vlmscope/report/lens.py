@@ -74,5 +74,5 @@ def _shown(cells: pd.DataFrame) -> pd.DataFrame:
     """The numbers of the figure as the page shows them: text."""
     table = cells[["place", "what", "layer", "rank", "p", "null_p", "beaten", "n"]].copy()
     for name in ("p", "null_p"):
-        table[name] = table[name].map(short_number).str.removeprefix("+")
+        table[name] = [short_number(number).removeprefix("+") for number in table[name]]
     return table
