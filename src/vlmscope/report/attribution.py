@@ -4,20 +4,25 @@ from __future__ import annotations
 
 import pandas as pd
 
+from vlmscope import stored
 from vlmscope.report.gallery import Gallery, Section, Shown, render
 from vlmscope.report.ranking import strongest
 from vlmscope.report.run import cells_by_kind, on_pictures
 from vlmscope.report.words import KINDS, TOWERS, ends, short_number, upper_first
 from vlmscope.studies.known import knows
-from vlmscope.studies.run_folder import Run
+from vlmscope.studies.run_folder import OF_ATTRIBUTE, SPEC, Run
 from vlmscope.studies.tables import is_head, is_single, means
 
 VALUE = "score"
+NEEDED = "model? data? corrupt? method? word?"
+"""What the page says of a run, by the names in its shape."""
 
 
 def section(run: Run, title: str, gallery: Gallery) -> Section:
     """The section of a run of `attribute`, whose table is read once."""
-    base, table, word = run.baselines(), run.attributions(), run.spec.get("word")
+    needed = {name.removesuffix("?"): (SPEC | OF_ATTRIBUTE)[name] for name in NEEDED.split()}
+    stored.fits(run.spec, needed, run.path / "run.json", "attribute again into another --out")
+    base, table, word = run.baselines(), run.attributions(), run.spec["word"]
     known, excluded = knows(base), base["excluded"].astype(bool)
     examples = run.pictures()
     pictures = {e["id"]: e["clean_image"] for e in examples if e.get("clean_image") and "id" in e}

@@ -80,17 +80,17 @@ SPEC = {
     "dtype?": str,
     "device?": str,
     "seed?": int,
-    "method?": str,
-    "word?": (str, None),
     "select?": bool,
     "versions?": {str: (str, None)},
 }
-"""The shape of a run's specification (`stored.fits`), of which a report needs all."""
+"""The shape of a sweep's specification (`stored.fits`), of which a report needs all."""
+OF_ATTRIBUTE = {"method?": str, "word?": (str, None)}
+"""What a run of `attribute` has besides, in the place of what is of patches alone."""
 _COUNTS = {"examples": int, "excluded": int, "baselines": int, "effects?": int, "attributions?": int}
 _TOWER = {"layers?": int, "heads?": int, "grid?": [int]}
 _SHAPE = {
     "format": FORMAT,
-    "spec": SPEC,
+    "spec": SPEC | OF_ATTRIBUTE,
     "description?": ({"towers?": {str: _TOWER}}, None),
     "check?": ({"rows": int, "largest": float}, None),
 }
