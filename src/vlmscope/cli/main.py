@@ -278,7 +278,7 @@ def generate(
 ) -> None:
     """What a model says, without and with edits.
 
-    An edit is made as the model reads the prompt; positions count from its start.
+    Positions count from the start of the prompt; all, *, text and last are also each word that is said.
     """
     from vlmscope.models.inputs import parse_edit
     from vlmscope.sites import parse
