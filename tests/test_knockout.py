@@ -6,6 +6,7 @@ import math
 import os
 import sys
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import cache
 
 import pytest
@@ -15,6 +16,7 @@ from models import blip, example, llava
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from vlmscope.models.inputs import Edit
+from vlmscope.patching import engine, reference
 from vlmscope.runs.forward import forward, generate
 from vlmscope.sites import Point
 
@@ -342,3 +344,41 @@ def test_edits_hold_for_every_word_that_is_said(name):
     for mine, other in zip(heard, wanted, strict=False):
         torch.testing.assert_close(mine, other, **close)
     assert not torch.allclose(wanted[0], model.run(plain), atol=1e-3), "the edits count"
+
+
+def knocked_out(model, inputs):
+    """Windows, heads, several targets and sources, sums, in every tower that shows its attention."""
+    for tower, kind, layers in cases(model, inputs):
+        _, sources = numbers(model, inputs, tower, kind)
+        source, layer = sources[0], layers[-1]
+        reads = inputs.layout[model.attended(tower, kind)]
+        named = "image" if reads.image or reads.cells else "all"
+        window = f"*/{min(3, 2 * ((model.shapes[tower].layers + 1) // 2) - 1)}"
+        yield f"{tower}.{window}.{kind}@last<{named}"
+        yield (
+            f"{tower}.*.{kind}.h1@0-2<{source}"
+            if len(inputs.layout[tower].tokens) > 2
+            else f"{tower}.*.{kind}.h[0,1]@all<0"
+        )
+        yield f"{tower}.{layer}.{kind}@all<{named} + {tower}.{layers[0]}.{kind}.h0@last<{source}"
+        if tower == "encoder":
+            yield f"encoder.*.{kind}@answer<{'noun' if reads.roles else 'image*'}"
+
+
+@pytest.mark.parametrize("how", ["block", "zero"])
+@pytest.mark.parametrize("name", sorted(MADE))
+def test_rows_of_one_pass_are_single_forwards(name, how):
+    model = made(name)
+    pair = model.prepare(
+        replace(example(answer="un happy", foil="un sad"), corrupt_image=None, corrupt_prompt=None)
+    )
+    for text in knocked_out(model, pair.clean):
+        sites, tables = model.placed(text, pair.clean), []
+        some = sites[:: max(1, len(sites) // 4)]
+        for one in (engine, reference):
+            table = torch.full((2, len(some)), torch.nan, dtype=torch.float64)
+            for rows, scores in one.patch(model, pair, some, "noise", values=how).chunks:
+                table[0, rows], table[1, rows] = scores.p, scores.ld
+            tables.append(table)
+        close = {"rtol": 1e-5, "atol": 1e-5} if name == "paligemma2" else {"rtol": 1e-9, "atol": 1e-11}
+        torch.testing.assert_close(*tables, **close, msg=lambda m, t=text: f"{t}: {m}")
