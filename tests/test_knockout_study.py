@@ -140,8 +140,8 @@ def test_sinks_are_large_where_the_first_token_is():
 
     def large(x):
         x = x.clone()
-        x[[0, image[2]], 7] = 30 * x.square().mean(-1).sqrt()[[0, image[2]]]
-        x[image[3], 8] = 30 * x[image[3]].square().mean().sqrt()  # another feature than the first token's
+        x[[0, image[2]], 7] = 200 * x.square().mean(-1).sqrt()[[0, image[2]]]
+        x[image[3], 8] = 200 * x[image[3]].square().mean().sqrt()  # another feature than the first token's
         return x
 
     norm = model.hf.model.language_model.layers[0]
