@@ -74,7 +74,10 @@ def test_the_command_goes_on_and_reports(toy, tmp_path, capsys):
     first = ["--sites", "decoder.*/3.attn@last<image"]
     app(["knockout", *given, *first], standalone_mode=False)
     said = capsys.readouterr().out
-    assert "8 knock-outs in 2 examples" in said and "last<image is cut in decoder attn in layer" in said
+    assert (
+        "8 knock-outs in 2 examples" in said
+        and "last<image is cut in decoder layer 2 attn, window of 3: -" in said
+    )
     app(["knockout", *given, *first, "decoder.*.attn@last<answer"], standalone_mode=False)
     run = vlmscope.open(tmp_path / "run")
     assert len(run.effects()) == 16 and run.spec["patch"] == "block" and run.check["largest"] < 1e-4
