@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from itertools import groupby
 from typing import Any
 
@@ -18,7 +19,7 @@ from jaxtyping import Bool
 from torch import Tensor
 
 from vlmscope.errors import RoomError
-from vlmscope.models.inputs import Pair
+from vlmscope.models.inputs import CUTS, Pair
 from vlmscope.patching.flows import INSIDE, Flow, Job, Plain, Row, Rows, around, keeping
 from vlmscope.patching.reference import Values
 from vlmscope.patching.scores import Baselines, Metric, Patched, Score, score, unpatched
@@ -54,7 +55,7 @@ def patch(
     if pair.clean is pair.corrupt and not pair.edits:
         plain = plain[:1]
     base_at = 0 if direction == "noise" else len(plain) - 1
-    points, memory, traces = _points(network, pair, sites), dict[str, Any](), []
+    points, memory, traces = _points(network, pair, sites, values in CUTS), dict[str, Any](), []
     for number, (inputs, edits) in enumerate(plain):
         with ExitStack() as stack:
             if number == base_at:
@@ -63,27 +64,29 @@ def patch(
     base = traces[base_at]
     found, clean, corrupt, size = unpatched(traces[0].logits, traces[-1].logits, pair, metric)
     source, shifts = traces[len(traces) - 1 - base_at].values, [0] * len(sites)
-    if values is not None and any(isinstance(key, Site) for key in values):
-        source, shifts = given(network, base.values, sites, values)  # type: ignore[arg-type]
-    elif values is not None:
+    cut = values if isinstance(values, str) else None
+    if cut is None and values is not None:
         source = values  # type: ignore[assignment]
+        if any(isinstance(key, Site) for key in values):
+            source, shifts = given(network, base.values, sites, values)  # type: ignore[arg-type]
     inputs, edits = plain[base_at]
-    job = Job(network, inputs, network.changes(inputs, edits), base, source, memory, count)
+    job = Job(network, inputs, network.changes(inputs, edits), base, source, memory, count, cut)
     chunks = _chunks(job, sites, shifts, found, metric, clean if direction == "noise" else corrupt)
     return Patched(clean, corrupt, size, chunks)
 
 
-def _points(network: Network, pair: Pair, sites: Sequence[Site]) -> set[Point]:
-    """What the plain runs have to keep: the sites, what positions need to pass a block alone, and the ends
-    of the towers that are patched inside."""
-    points = points_of(sites)
-    for tower, layer, kind, _ in list(points):
+def _points(network: Network, pair: Pair, sites: Sequence[Site], are_edges: bool) -> set[Point]:
+    """What the plain runs have to keep: the sites (but edges, which nothing is copied to), what positions
+    need to pass a block alone, and the ends of the towers that are patched inside."""
+    patched = points_of(sites)
+    points = set() if are_edges else set(patched)
+    for tower, layer, kind, _ in patched:
         shape = network.shapes[tower]
         if network.flow(tower, pair.clean) == "plain":
             continue
         if kind != "output":
             points.add(Point(tower, shape.layers - 1, "resid"))
-        if kind in INSIDE:
+        if kind in INSIDE and not are_edges:
             heads, entrance = around(tower, layer)
             points.update([heads, entrance] if layer in shape.having("attn") else [entrance])
         if network.family.towers[tower].deepstack:
@@ -108,7 +111,7 @@ def plan(
 ) -> tuple[list[tuple[int, str, Row]], list[int]]:
     """The rows, each with the number of its tower and its flow, in the order in which they are taken, and the
     numbers of the patches that need none."""
-    changed = {point: _changed(job, point).cpu().numpy() for point in points_of(sites)}
+    changed = {} if job.cut else {p: _changed(job, p).cpu().numpy() for p in points_of(sites)}
     towers = list(job.network.family.towers)
 
     def changes(part: Site, shift: int) -> bool:
@@ -121,8 +124,11 @@ def plan(
         # What comes before the first change writes what is there already; after it, a value
         # that both runs share still undoes what the change has done to it.
         parts = sorted(site.parts, key=lambda p: (towers.index(p.tower), p.layer, KINDS.index(p.kind)))
+        if job.cut:
+            parts, first = [seeing for part in parts if (seeing := _seeing(job, part)).positions], 0
         reaching = [part for part in parts if _reaches(job, part)]
-        first = next((n for n, part in enumerate(reaching) if changes(part, shift)), len(reaching))
+        if not job.cut:
+            first = next((n for n, part in enumerate(reaching) if changes(part, shift)), len(reaching))
         if live := tuple(reaching[first:]):
             row = Row(number, live, _stage(job, live), shift)
             rows.append((towers.index(live[0].tower), _flow(job, live), row))
@@ -136,6 +142,8 @@ def _flow(job: Job, live: Sequence[Site]) -> str:
     rows."""
     towers, kinds = {site.tower for site in live}, {site.kind for site in live}
     mixed = len(towers) > 1 or (len(kinds) > 1 and "output" in kinds)
+    # Functions and edges of the base run are of all positions, and not of a row's alone.
+    mixed = mixed or any(callable(change.op) or change.op in CUTS for change in job.changes)
     if mixed or "deepstack" in kinds or any(site.part in INNER for site in live):
         return "plain"
     return job.network.flow(live[0].tower, job.inputs)
@@ -149,7 +157,7 @@ def _stage(job: Job, live: Sequence[Site]) -> int:
     within = (*INSIDE, "resid")
     own = any(c.site.tower == site.tower and c.site.kind in within for c in job.changes)
     together = len(live) > 1 and live[1].layer == site.layer
-    if site.kind == "resid_pre" or (site.kind in INSIDE and (own or together)):
+    if site.source or site.kind == "resid_pre" or (site.kind in INSIDE and (own or together)):
         return site.layer
     return site.layer + 1
 
@@ -160,6 +168,17 @@ def _changed(job: Job, point: Point) -> Bool[Tensor, "pos *units"]:
     differ = (source.unflatten(0, (-1, len(base))) != base).flatten(0, 1)
     units = job.network.units(point)
     return (differ if units is None else differ.unflatten(-1, (units, -1))).any(-1)
+
+
+def _seeing(job: Job, site: Site) -> Site:
+    """An edge at those of its positions that see any of its sources, as far as the base run's masks say."""
+    memory = job.memory.get(site.tower)
+    if memory is None or site.kind != "attn" or job.network.flow(site.tower, job.inputs) != "suffix":
+        return site
+    path = job.network.family.towers[site.tower].attention[site.kind]
+    seen = memory.kept[job.network.blocks(site.tower)[site.layer].get_submodule(path)].open.cpu()
+    sees = seen[list(site.positions)][:, list(site.sources)].any(-1).tolist()
+    return replace(site, positions=tuple(n for n, one in zip(site.positions, sees, strict=True) if one))
 
 
 def _reaches(job: Job, site: Site) -> bool:

@@ -10,15 +10,15 @@ from typing import Any
 
 from torch import Tensor
 
-from vlmscope.models.inputs import Edit, Pair
+from vlmscope.models.inputs import Cut, Edit, Pair
 from vlmscope.patching.scores import Metric, Patched, Score, score, unpatched
 from vlmscope.runs.forward import forward, read
 from vlmscope.runs.network import Network
 from vlmscope.sites import Point, Site, Sites, points_of
 
-Values = Mapping[Point, Tensor] | Mapping[Site, Tensor]
+Values = Mapping[Point, Tensor] | Mapping[Site, Tensor] | Cut
 """What is written instead of another run's activations: a whole activation by point, or a value by site
-(which broadcasts to its positions and width)."""
+(which broadcasts to its positions and width); or what is done to the sites where they are edges."""
 
 
 def patch(
@@ -33,7 +33,8 @@ def patch(
     """Patch every site, one at a time.
 
     `denoise` copies clean activations into the corrupt run (what is sufficient?), `noise` corrupt
-    ones into the clean run (what is necessary?); `values` are written into that run instead.
+    ones into the clean run (what is necessary?); `values` are written into that run instead, or edges cut
+    in it.
     """
     sites = network.placed(sites, pair.clean)
     runs = [(pair.clean, ()), (pair.corrupt, pair.edits)]
@@ -42,9 +43,11 @@ def patch(
     plain = [forward(network, inputs, edits, points, count) for inputs, edits in runs]
     base, clean, corrupt, size = unpatched(plain[0].logits, plain[1].logits, pair, metric)
     source, (inputs, edits) = (plain[0], runs[1]) if direction == "denoise" else (plain[1], runs[0])
-    new: Mapping[Any, Tensor] = source.values if values is None else values
+    new: Any = source.values if values is None else values
 
     def written(site: Site) -> list[Edit]:
+        if isinstance(values, str):
+            return [Edit(site, values)]
         if site in new:
             return [Edit(site, "set", new[site])]
         return [Edit(part, "set", read(network, new[part.point], part)) for part in site.parts]

@@ -90,8 +90,13 @@ def sweep(
     check = whole(check, "the number of rows to check")
     options = {"direction": direction, "engine": engine, "metric": metric, "patch": patch, "seed": seed}
     task = task_of(model, examples, sites, corrupt, **options)
+    return table_of(task, out, data, check)
+
+
+def table_of(task: Task, out: str | os.PathLike[str] | None, data: str, check: int) -> pd.DataFrame:
+    """The table of a task, by way of a run folder where one is named."""
     if out is not None:
-        run = into_folder(task, out, spec_of(task, data), partial(_check_run, task, check))
+        run = folder_of(task, out, data, check)
         warn_of_excluded(run.baselines())
         table, found = run.effects(), run.check
     else:
@@ -130,7 +135,7 @@ def sweep_to(
     check = whole(check, "the number of rows to check")
     options = {"direction": direction, "engine": engine, "metric": metric, "patch": patch, "seed": seed}
     task = task_of(model, examples, sites, corrupt, select=select, **options)
-    return into_folder(task, out, spec_of(task, data), partial(_check_run, task, check))
+    return folder_of(task, out, data, check)
 
 
 class Estimate(NamedTuple):
@@ -196,7 +201,12 @@ def warn_of_excluded(baselines: pd.DataFrame) -> None:
     if len(left) == len(baselines):
         raise DataError(f"none of {len(left)} examples could be run; '{name}': {reason}")
     text = f"{len(left)} of {len(baselines)} examples were left out; '{name}': {reason}"
-    warnings.warn(text, stacklevel=3)
+    warnings.warn(text, stacklevel=4)
+
+
+def folder_of(task: Task, out: str | os.PathLike[str], data: str, check: int) -> Run:
+    """The patches of a task in a run folder, of which some random rows are recomputed."""
+    return into_folder(task, out, spec_of(task, data), partial(_check_run, task, check))
 
 
 def into_folder(
