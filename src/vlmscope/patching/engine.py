@@ -8,8 +8,9 @@ no row.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
+from functools import cache
 from itertools import groupby
 from typing import Any
 
@@ -22,6 +23,7 @@ from vlmscope.models.inputs import Pair
 from vlmscope.patching.flows import INSIDE, Flow, Job, Plain, Row, Rows, around, keeping
 from vlmscope.patching.reference import Values
 from vlmscope.patching.scores import Baselines, Metric, Patched, Score, score, unpatched
+from vlmscope.patching.sources import origins_of
 from vlmscope.patching.suffix import Suffix, remembering
 from vlmscope.patching.trace import Images, given, trace
 from vlmscope.runs.access import INNER
@@ -40,6 +42,7 @@ def patch(
     sites: Sites,
     direction: str = "denoise",
     *,
+    sources: Sequence[Site] | None = None,
     values: Values | None = None,
     metric: str | Metric = "ld",
     images: Images | None = None,
@@ -49,12 +52,14 @@ def patch(
     `images` keeps the vision tower's outputs from one call to the next, for pairs that share an image.
     """
     sites, count = network.placed(sites, pair.clean), len(pair.answers)
+    origins = [origins_of(*one) for one in zip(sites, sources or sites, strict=True)]
     images = Images() if images is None else images
     plain = [(pair.clean, ()), (pair.corrupt, pair.edits)]
     if pair.clean is pair.corrupt and not pair.edits:
         plain = plain[:1]
     base_at = 0 if direction == "noise" else len(plain) - 1
     points, memory, traces = _points(network, pair, sites), dict[str, Any](), []
+    points |= {origin.point for some in origins for origin in some}
     for number, (inputs, edits) in enumerate(plain):
         with ExitStack() as stack:
             if number == base_at:
@@ -62,14 +67,14 @@ def patch(
             traces.append(trace(network, inputs, edits, points, images, count))
     base = traces[base_at]
     found, clean, corrupt, size = unpatched(traces[0].logits, traces[-1].logits, pair, metric)
-    source, shifts = traces[len(traces) - 1 - base_at].values, [0] * len(sites)
-    if values is not None and any(isinstance(key, Site) for key in values):
-        source, shifts = given(network, base.values, sites, values)  # type: ignore[arg-type]
+    source: Mapping[Point, Tensor] = traces[len(traces) - 1 - base_at].values
+    if isinstance(values, Mapping):
+        source = values
     elif values is not None:
-        source = values  # type: ignore[assignment]
+        source, origins = given(network, base.values, sites, values)
     inputs, edits = plain[base_at]
     job = Job(network, inputs, network.changes(inputs, edits), base, source, memory, count)
-    chunks = _chunks(job, sites, shifts, found, metric, clean if direction == "noise" else corrupt)
+    chunks = _chunks(job, sites, origins, found, metric, clean if direction == "noise" else corrupt)
     return Patched(clean, corrupt, size, chunks)
 
 
@@ -104,27 +109,33 @@ def _remember(network: Network, pair: Pair, memory: dict[str, Any], stack: ExitS
 
 
 def plan(
-    job: Job, sites: Sequence[Site], shifts: Sequence[int]
+    job: Job, sites: Sequence[Site], origins: Sequence[Sequence[Site]]
 ) -> tuple[list[tuple[int, str, Row]], list[int]]:
     """The rows, each with the number of its tower and its flow, in the order in which they are taken, and the
     numbers of the patches that need none."""
-    changed = {point: _changed(job, point).cpu().numpy() for point in points_of(sites)}
+    changed = cache(lambda point: _changed(job, point).cpu().numpy())
     towers = list(job.network.family.towers)
 
-    def changes(part: Site, shift: int) -> bool:
-        there = changed[part.point][[shift + position for position in part.positions]]
+    def changes(part: Site, origin: Site) -> bool:
+        if part != origin and not _same_place(job, part, origin):
+            return True
+        there = changed(part.point)[list(origin.positions)]
         return bool((there[:, list(part.units)] if part.units else there).any())
 
     rows: list[tuple[int, str, Row]] = []
     idle = []
-    for number, (site, shift) in enumerate(zip(sites, shifts, strict=True)):
+    for number, (site, some) in enumerate(zip(sites, origins, strict=True)):
         # What comes before the first change writes what is there already; after it, a value
         # that both runs share still undoes what the change has done to it.
-        parts = sorted(site.parts, key=lambda p: (towers.index(p.tower), p.layer, KINDS.index(p.kind)))
-        reaching = [part for part in parts if _reaches(job, part)]
-        first = next((n for n, part in enumerate(reaching) if changes(part, shift)), len(reaching))
-        if live := tuple(reaching[first:]):
-            row = Row(number, live, _stage(job, live), shift)
+        parts = sorted(
+            zip(site.parts, some, strict=True),
+            key=lambda one: (towers.index(one[0].tower), one[0].layer, KINDS.index(one[0].kind)),
+        )
+        reaching = [one for one in parts if _reaches(job, one[0])]
+        first = next((n for n, one in enumerate(reaching) if changes(*one)), len(reaching))
+        if reaching[first:]:
+            live, there = zip(*reaching[first:], strict=True)
+            row = Row(number, live, there, _stage(job, live))
             rows.append((towers.index(live[0].tower), _flow(job, live), row))
         else:
             idle.append(number)
@@ -154,6 +165,13 @@ def _stage(job: Job, live: Sequence[Site]) -> int:
     return site.layer + 1
 
 
+def _same_place(job: Job, part: Site, origin: Site) -> bool:
+    """Whether values come from the place that they go to, be it in another run (`given`)."""
+    many = job.base.values[part.point].shape[1] if part.point in job.base.values else 1
+    same = (part.point, part.units) == (origin.point, origin.units)
+    return same and part.positions == tuple(position % many for position in origin.positions)
+
+
 def _changed(job: Job, point: Point) -> Bool[Tensor, "pos *units"]:
     """Where the source differs from the base run at a point."""
     base, source = job.base.values[point][0], job.source[point][0]
@@ -177,13 +195,13 @@ def _reaches(job: Job, site: Site) -> bool:
 def _chunks(
     job: Job,
     sites: Sequence[Site],
-    shifts: Sequence[int],
+    origins: Sequence[Sequence[Site]],
     base: Baselines,
     metric: str | Metric,
     unchanged: Score,
 ) -> Iterator[tuple[list[int], Score]]:
     """The scores of all patches, a batch of rows at a time."""
-    planned, idle = plan(job, sites, shifts)
+    planned, idle = plan(job, sites, origins)
     if idle:
         yield idle, Score(*(x.expand(len(idle)).clone() for x in unchanged))
     for (number, name), group in groupby(planned, key=lambda entry: entry[:2]):

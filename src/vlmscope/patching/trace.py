@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -107,17 +107,17 @@ def edited_output(network: Network, output: Tensor, tower: str, changes: Sequenc
 
 
 def given(
-    network: Network, base: Mapping[Point, Tensor], sites: Sequence[Site], values: Mapping[Site, Tensor]
-) -> tuple[dict[Point, Tensor], list[int]]:
-    """A run that has the given values at the sites, and for each site how far behind its values stand.
+    network: Network, base: Mapping[Point, Tensor], sites: Sequence[Site], values: Sequence[Tensor]
+) -> tuple[dict[Point, Tensor], list[tuple[Site, ...]]]:
+    """A run that has a given value at each site, and where each site's value stands in it.
 
     Sites that share a place have values of their own there: each point's positions come as often, end to
     end, as is needed.
     """
     found: dict[Point, list[Tensor]] = defaultdict(list)
     taken: dict[Point, list[set[tuple[int | None, int]]]] = defaultdict(list)
-    shifts = []
-    for site in sites:
+    origins: list[tuple[Site, ...]] = []
+    for site, value in zip(sites, values, strict=True):
         point = site.point
         places = {(unit, position) for position in site.positions for unit in site.units or (None,)}
         turn = next((n for n, there in enumerate(taken[point]) if not there & places), None)
@@ -126,6 +126,7 @@ def given(
             found[point].append(base[point])
             taken[point].append(set())
         taken[point][turn] |= places
-        found[point][turn] = edited(found[point][turn], site, "set", values[site], network.units(point))
-        shifts.append(turn * base[point].shape[1])
-    return {point: torch.cat(parts, 1) for point, parts in found.items()}, shifts
+        found[point][turn] = edited(found[point][turn], site, "set", value, network.units(point))
+        behind = turn * base[point].shape[1]
+        origins.append((replace(site, positions=tuple(position + behind for position in site.positions)),))
+    return {point: torch.cat(parts, 1) for point, parts in found.items()}, origins

@@ -22,7 +22,7 @@ from vlmscope.patching.scores import Patched, agrees, effect, least_gap
 from vlmscope.patching.trace import Images
 from vlmscope.progress import progress
 from vlmscope.sites import Site, Sites, expand, parse
-from vlmscope.studies.run_folder import BASELINES, EFFECTS
+from vlmscope.studies.run_folder import BASELINES, effects_columns
 from vlmscope.studies.task import Result, Task, Todo
 
 
@@ -75,7 +75,8 @@ def _result(task: Task, job: Todo, unplaced: Sequence[Site], step: Callable[[int
         **answered,
         "excluded": False,
     }
-    return Result(job, _frame(rows, EFFECTS.names), _frame([] if job.done else [baseline], BASELINES.names))
+    columns = effects_columns(task.source is not None).names
+    return Result(job, _frame(rows, columns), _frame([] if job.done else [baseline], BASELINES.names))
 
 
 def patch_example(
@@ -85,16 +86,20 @@ def patch_example(
     sites: Sites,
     way: Callable[..., Patched],
     step: Callable[[int, float], None] = lambda patches, part: None,
+    source: str | None = None,
 ) -> tuple[list[dict[str, Any]], Mapping[str, float]]:
-    """The rows of an example, means over its pairs, and the scores of the runs without patches."""
+    """The rows of an example, means over its pairs, and the scores of the runs without patches; `source` is
+    one of the task's, where not all are meant."""
     layout = pairs[0].clean.layout
-    placed = task.model.placed(sites, pairs[0].clean)
+    patches = task.patches(sites, source or task.source, pairs[0].clean)
+    placed, sources = [site for site, _ in patches], [source for _, source in patches]
     totals = np.zeros((len(placed), 3))
     base: dict[str, float] = defaultdict(float)
     count, least = 0, 0.0
     for pair in pairs:
-        values = task.values(example, pair, placed)
-        found = way(task.model, pair, placed, task.direction, values=values, metric=task.metric)
+        values = task.values(example, pair, sources)
+        options = {"sources": sources, "values": values, "metric": task.metric}
+        found = way(task.model, pair, placed, task.direction, **options)
         least = max(least, least_gap(task.model.precision, found.size))
         for run, scores in (("clean", found.clean), ("corrupt", found.corrupt)):
             for name, score in scores._asdict().items():
@@ -105,8 +110,9 @@ def patch_example(
             step(len(numbers), count / len(placed) / len(pairs))
     names = {tower: slots(there) for tower, there in layout.items()}
     rows = []
-    for site, gains in zip(placed, _gains(task, totals, base, least), strict=True):
+    for (site, origin), gains in zip(patches, _gains(task, totals, base, least), strict=True):
         words = _words(site, layout[site.tower], names[site.tower])
+        words |= {} if task.source is None else {"source_site": str(origin)}
         rows.append({"example": example.id, "corruption": task.kind, **words, **gains})
     return rows, base
 
@@ -163,7 +169,8 @@ def _unfit(task: Task, example: Example, pair: Pair, predicted: str) -> str | No
 def _excluded(task: Task, job: Todo, **fields: Any) -> Result:
     example = task.examples[job.number]
     baseline = {"example": example.id, "corruption": task.kind, "excluded": True, **fields}
-    return Result(job, _frame([], EFFECTS.names), _frame([baseline], BASELINES.names))
+    columns = effects_columns(task.source is not None).names
+    return Result(job, _frame([], columns), _frame([baseline], BASELINES.names))
 
 
 def _frame(rows: list[dict[str, Any]], columns: Sequence[str]) -> pd.DataFrame:

@@ -50,6 +50,9 @@ EFFECTS = _schema(
 `p_change`, `ld_change` are against the run that was edited; `value` is the metric. Where there is no corrupt
 run `p_restored`, `logit_diff` and `effect` are null, and without a foil so are the logit differences."""
 
+CROSSED = EFFECTS.append(pa.field("source_site", pa.string(), nullable=False))
+"""The columns of `effects` where values come from another site than they go to."""
+
 BASELINES = _schema(
     "example:text corruption:text p_clean:float? p_corrupt:float? ld_clean:float? ld_corrupt:float? "
     "value_clean:float? value_corrupt:float? "
@@ -70,6 +73,7 @@ SPEC = {
     "engine?": str,
     "metric?": str,
     "patch?": str,
+    "from?": str,
     "dtype?": str,
     "device?": str,
     "seed?": int,
@@ -120,12 +124,12 @@ class Run:
         return (self.path / "done.json").exists()
 
     def effects(self, where: pc.Expression | None = None) -> pd.DataFrame:
-        """The table of patches (columns as in `EFFECTS`), in the order of the examples.
+        """The table of patches (columns as in `EFFECTS`, or `CROSSED`), in the order of the examples.
 
         `where` keeps the rows of which it is true, such as `pc.field("tower") == "encoder"`; only
         those are ever held in memory together.
         """
-        return _read(self.path, "effects", EFFECTS, where)
+        return _read(self.path, "effects", effects_columns("from" in self.spec), where)
 
     def baselines(self) -> pd.DataFrame:
         """The table of examples (columns as in `BASELINES`), in their order."""
@@ -258,11 +262,17 @@ def _check_places(effects: pa.Table) -> None:
         ends = pc.min_max(effects[name])
         if ends["min"].is_valid and not 0 <= ends["min"].as_py() <= ends["max"].as_py() < limit:
             raise ValueError(f"{name} {ends['min']} to {ends['max']}")
-    for site in effects["site"].unique().to_pylist():
+    named = {name for name in ("site", "source_site") if name in effects.column_names}
+    for site in [site for name in named for site in effects[name].unique().to_pylist()]:
         if len(site) > stored.LONGEST or not _SITE.match(site):
             raise ValueError(f"unknown site {site}")
     if len(max(effects["slot"].unique().to_pylist(), key=len, default="")) > 1000:
         raise ValueError("a slot of a long name")
+
+
+def effects_columns(is_crossed: bool) -> pa.Schema:
+    """The columns of `effects`: with `source_site`, where values come from another site."""
+    return CROSSED if is_crossed else EFFECTS
 
 
 def typed(frame: pd.DataFrame, schema: pa.Schema) -> pd.DataFrame:
@@ -272,7 +282,7 @@ def typed(frame: pd.DataFrame, schema: pa.Schema) -> pd.DataFrame:
 
 def bytes_of(effects: pd.DataFrame) -> int:
     """How many bytes a table of patches takes on disk."""
-    table = table_of(effects, EFFECTS)
+    table = table_of(effects, effects_columns("source_site" in effects))
     return len(parquet([(Held(0, table.num_rows, None, ""), table)]))
 
 

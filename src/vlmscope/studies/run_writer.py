@@ -23,10 +23,10 @@ from vlmscope.errors import StoreError
 from vlmscope.files import is_temporary, storing, write_json
 from vlmscope.studies.run_folder import (
     BASELINES,
-    EFFECTS,
     FORMAT,
     PART,
     Held,
+    effects_columns,
     held_in,
     parquet,
     parts_of,
@@ -109,6 +109,7 @@ class Writer:
         self.check: dict[str, Any] | None = content.get("check")
         self.done: dict[int, set[int] | None] = {}
         self._content, self._lock, self._digests = content, lock, digests
+        self._effects = effects_columns("from" in content["spec"])
         self._waiting: list[tuple[Held, pa.Table, pa.Table]] = []
         self._written, self._wait = time.monotonic(), 0.0
         with storing(path):
@@ -144,7 +145,7 @@ class Writer:
     ) -> None:
         """Take the rows of example number `index` at these site expressions (by default all of the run's).
 
-        Both tables need exactly the columns of `EFFECTS` and `BASELINES` (an empty frame stands for no
+        Both tables need exactly the columns of `EFFECTS` (or `CROSSED`) and `BASELINES` (an empty frame is no
         rows). An example that is excluded is done at all sites, be they added later.
         """
         names = self.sites if sites is None else sites
@@ -154,7 +155,7 @@ class Writer:
         is_excluded = bool(len(baselines) and baselines["excluded"].any())
         numbers = None if is_excluded else [self.sites.index(name) for name in names]
         digest = self._digests[index] if index < len(self._digests) else ""
-        table = table_of(effects, EFFECTS)
+        table = table_of(effects, self._effects)
         held = Held(index, table.num_rows, numbers, digest)
         self._waiting.append((held, table, table_of(baselines, BASELINES)))
         rows = sum(held.rows for held, _, _ in self._waiting)
