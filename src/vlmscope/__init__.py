@@ -25,6 +25,9 @@ _NAMES = {
     "sites": "Pattern Site",
     "studies.run_folder": "read_run",
     "results": "open",
+    "studies.probes": "probe",
+    "studies.steering": "steer",
+    "studies.steering.direction": "Direction",
     "studies.sweep": "baselines sweep",
     "studies.tables": "compare head_table token_table",
 }
@@ -50,7 +53,10 @@ if TYPE_CHECKING:  # what a type checker sees
     from vlmscope.runs.model import Model as Model
     from vlmscope.sites import Pattern as Pattern
     from vlmscope.sites import Site as Site
+    from vlmscope.studies.probes import probe as probe
     from vlmscope.studies.run_folder import read_run as read_run
+    from vlmscope.studies.steering import steer as steer
+    from vlmscope.studies.steering.direction import Direction as Direction
     from vlmscope.studies.sweep import baselines as baselines
     from vlmscope.studies.sweep import sweep as sweep
     from vlmscope.studies.tables import compare as compare

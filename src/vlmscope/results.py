@@ -16,6 +16,8 @@ READERS = {
     "tracing.json": "studies.tracing:read",
     "notice.toml": "notice:read",
     "neurons.json": "neurons.results:read",
+    "steer.json": "studies.steering:read",
+    "probe.json": "studies.probes:read",
 }
 """What reads a folder, by the file that says what it is; imported when it is needed."""
 
@@ -24,8 +26,8 @@ def open(folder: str | os.PathLike[str]) -> Any:
     """What is in a folder of results, as the value that wrote it.
 
     A sweep gives a `Run`, `circuits` its `Found`, `heads` its `Functions`, `tracing` its `Traced`, `notice` a
-    `Notice` with all of these, `neurons` what was found, described, perturbed or edited. Raises `StoreError`
-    for any other folder.
+    `Notice` with all of these, `neurons` what was found, described, perturbed or edited, `steer` a `Steered`,
+    `probe` a `Probed`. Raises `StoreError` for any other folder.
 
     >>> import tempfile, vlmscope
     >>> model, examples = vlmscope.load("toy-blip"), vlmscope.examples("states", limit=1)

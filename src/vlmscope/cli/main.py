@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from vlmscope import files
-from vlmscope.cli import machine, neurons, terminal
+from vlmscope.cli import machine, neurons, steering, terminal
 from vlmscope.cli.options import Corrupt, DType, Given, Noise, OneModel, command
 from vlmscope.errors import VlmscopeError, shown
 
@@ -277,6 +277,10 @@ def generate(
     edit: list[str] | None = None,
     patch: list[str] | None = None,
     other: Path | None = None,
+    steer: Path | None = None,
+    strength: float | None = None,
+    at: Literal["read", "words"] = "read",
+    keep_norm: bool = False,
 ) -> None:
     """What a model says, without and with edits.
 
@@ -284,13 +288,21 @@ def generate(
     """
     from vlmscope.models.inputs import parse_edit
     from vlmscope.sites import parse
+    from vlmscope.studies.steering.direction import Direction
 
     edits = [parse_edit(text) for text in edit or []]
     sites = parse(patch or [])
     if bool(sites) != (other is not None):
         raise VlmscopeError("--patch copies from another picture; name both --patch and --other")
+    if steer is None and (strength is not None or at != "read" or keep_norm):
+        raise VlmscopeError("--strength, --at and --keep-norm are of a direction; name one with --steer")
+    direction = Direction.load(steer) if steer is not None else None
     model = given.load()
     inputs = model.inputs(image, prompt)
+    if direction is not None:
+        edits += direction.edits(
+            model, inputs, 1.0 if strength is None else strength, at=at, keep_norm=keep_norm
+        )
     model.changes(inputs, edits)  # what cannot be made is refused before anything is said
     if sites:
         source = model.inputs(other, prompt)
@@ -346,6 +358,8 @@ def _row(text: str) -> Any:
     )
 
 
+command(app)(steering.steer)
+command(app)(steering.probe)
 app.add_typer(neurons.app, name="neurons")
 
 

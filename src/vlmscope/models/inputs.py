@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from numbers import Real
-from typing import Literal, NamedTuple, get_args
+from typing import Literal, NamedTuple
 
 from jaxtyping import Float
 from torch import Tensor
@@ -14,8 +14,9 @@ from vlmscope.errors import MOST, VlmscopeError, number, shown, written
 from vlmscope.layout import Layout
 from vlmscope.sites import Pattern, Site
 
-Op = Literal["set", "add", "scale"]
-OPS = get_args(Op)
+Function = Callable[[Float[Tensor, "pos width"]], Float[Tensor, "pos width"]]
+Op = Literal["set", "add", "scale"] | Function
+OPS = ("set", "add", "scale")
 Value = float | Tensor
 
 
@@ -36,11 +37,12 @@ class Inputs:
 
 @dataclass(frozen=True, eq=False, init=False)
 class Edit:
-    """Change one activation as it passes: `set` it to `value`, `add` to it or `scale` it.
+    """Change one activation as it passes: `set` it to `value`, `add` to it, `scale` it, or put a function of
+    it in its place.
 
     `site` names one layer (or a window of them) and at most one set of units; an expression will do. `value`
     is a number or a tensor that broadcasts to `(positions, width)`, where width is that of the kind, of one
-    head, or 1 for one neuron.
+    head, or 1 for one neuron; a function gets and gives a tensor of that shape.
 
     Raises `SiteError` for an expression that is no site, `VlmscopeError` for another operation or value.
 
@@ -50,16 +52,21 @@ class Edit:
 
     site: Pattern | Site
     op: Op
-    value: Value
+    value: Value = 0.0
 
-    def __init__(self, site: Pattern | Site | str, op: Op, value: float | Tensor) -> None:
+    def __init__(self, site: Pattern | Site | str, op: Op, value: float | Tensor | None = None) -> None:
         if not isinstance(site, Pattern | Site | str):
             raise VlmscopeError(
                 f"the site of an edit is {_what(site)}; expected a Site, or an expression such "
                 "as 'decoder.2.attn.h1@all'"
             )
-        if op not in OPS:
-            raise VlmscopeError(f"unknown operation {shown(op)} of an edit; expected set, add or scale")
+        if not callable(op) and op not in OPS:
+            raise VlmscopeError(
+                f"unknown operation {shown(op)} of an edit; expected set, add or scale, or a function"
+            )
+        if callable(op) and value is not None:
+            raise VlmscopeError("an edit by a function takes no value; leave it out")
+        value = 0.0 if callable(op) else value
         if not isinstance(value, Real | Tensor):
             raise VlmscopeError(f"the value of an edit is {_what(value)}; expected a number or a tensor")
         object.__setattr__(self, "site", Pattern.parse(site) if isinstance(site, str) else site)
@@ -67,6 +74,8 @@ class Edit:
         object.__setattr__(self, "value", value)
 
     def __repr__(self) -> str:
+        if callable(self.op):
+            return f"Edit('{self.site}', {getattr(self.op, '__qualname__', 'a function')})"
         value = f"{tuple(self.value.shape)} tensor" if isinstance(self.value, Tensor) else self.value
         return f"Edit('{self.site}', '{self.op}', {value})"
 

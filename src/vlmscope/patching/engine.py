@@ -27,6 +27,7 @@ from vlmscope.patching.sources import origins_of
 from vlmscope.patching.suffix import Suffix, remembering
 from vlmscope.patching.trace import Images, given, trace
 from vlmscope.runs.access import INNER
+from vlmscope.runs.forward import read
 from vlmscope.runs.network import Network
 from vlmscope.sites import KINDS, Point, Site, Sites, points_of
 
@@ -117,10 +118,12 @@ def plan(
     towers = list(job.network.family.towers)
 
     def changes(part: Site, origin: Site) -> bool:
-        if part != origin and not _same_place(job, part, origin):
-            return True
-        there = changed(part.point)[list(origin.positions)]
-        return bool((there[:, list(part.units)] if part.units else there).any())
+        here, there = job.base.values[part.point], job.source[origin.point]
+        if part != origin or here.shape != there.shape:
+            new = read(job.network, there, origin).to(here)
+            return not torch.equal(read(job.network, here, part), new)
+        differ = changed(part.point)[list(part.positions)]
+        return bool((differ[:, list(part.units)] if part.units else differ).any())
 
     rows: list[tuple[int, str, Row]] = []
     idle = []
@@ -165,17 +168,10 @@ def _stage(job: Job, live: Sequence[Site]) -> int:
     return site.layer + 1
 
 
-def _same_place(job: Job, part: Site, origin: Site) -> bool:
-    """Whether values come from the place that they go to, be it in another run (`given`)."""
-    many = job.base.values[part.point].shape[1] if part.point in job.base.values else 1
-    same = (part.point, part.units) == (origin.point, origin.units)
-    return same and part.positions == tuple(position % many for position in origin.positions)
-
-
 def _changed(job: Job, point: Point) -> Bool[Tensor, "pos *units"]:
     """Where the source differs from the base run at a point."""
     base, source = job.base.values[point][0], job.source[point][0]
-    differ = (source.unflatten(0, (-1, len(base))) != base).flatten(0, 1)
+    differ = source != base
     units = job.network.units(point)
     return (differ if units is None else differ.unflatten(-1, (units, -1))).any(-1)
 

@@ -94,7 +94,7 @@ def check_widths(network: Network, pairs: Iterable[tuple[Site, Site]], inputs: I
         here, there = (read(network, values[one.point], one).shape[1] for one in (part, origin))
         if here != there:
             raise SiteError(
-                f"what stands at {shown(origin)} is {there} wide, at {shown(part)} {here}; expected the same: "
+                f"what stands at {shown(origin)} is {there} wide, at {shown(part)} {here}; expected as wide: "
                 "name a source of the same kind or tower"
             )
 

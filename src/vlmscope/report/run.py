@@ -147,8 +147,8 @@ def _left_out(effects: pd.DataFrame) -> str:
 
 
 def _crossed(rows: pd.DataFrame, value: str, gap: float, gallery: Gallery) -> Iterator[tuple[str, Shown]]:
-    """Where values come from another place: the layer that they go to by the layer that they are from, a panel
-    each for what is patched at the slots that most examples hold."""
+    """Where values come from another place: the layers that they go to by those that they are from, at the
+    slots that most examples hold."""
     rows = rows[rows["unit"].isna()]
     if rows.empty:
         return

@@ -151,7 +151,11 @@ def edited(
                 f"number, or one that broadcasts to {tuple(now.shape[1:])}: (positions, width)"
             )
         value = value.to(now)
-    changed = value if op == "set" else now + value if op == "add" else now * value
+    changed: Any
+    if callable(op):
+        changed = torch.stack([op(one) for one in now])
+    else:
+        changed = value if op == "set" else now + value if op == "add" else now * value
     new = torch.as_tensor(changed, dtype=x.dtype, device=x.device).expand_as(now)
     split[at] = new if units is None else new.unflatten(-1, (len(site.units), -1))
     return x
