@@ -84,7 +84,7 @@ class Steered:
 def read(folder: str | os.PathLike[str]) -> Steered:
     """What `Steered.save` has written; raises `StoreError` where that is not all there."""
     about, tables = stored.read(Path(folder), formats.STEER)
-    direction = Direction.load(Path(folder) / DIRECTION)
+    direction = Direction.load(Path(folder) / DIRECTION, Path(folder))
     return Steered(direction, about=about, **{name: tables[name] for name in TABLES})
 
 

@@ -132,9 +132,10 @@ class Direction:
             cls.load(path)
 
     @classmethod
-    def load(cls, path: str | Path) -> Direction:
-        """Read what `save` wrote; raises `StoreError` if the file is another or has been changed."""
-        content = files.read(path, EXPECTED, StoreError, LARGEST)
+    def load(cls, path: str | Path, within: Path | None = None) -> Direction:
+        """Read what `save` wrote; raises `StoreError` if the file is another or has been changed, or a link
+        leads to it out of the folder `within`."""
+        content = files.read(path, EXPECTED, StoreError, LARGEST, within=within)
         try:
             tensors = load(content)
             header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
