@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from vlmscope.data.example import Example, find_roles
-from vlmscope.errors import DataError, ExampleError, SiteError, shown
+from vlmscope.errors import DataError, ExampleError, SiteError, VlmscopeError, shown
 from vlmscope.models.inputs import Inputs, Pair
 from vlmscope.patching import engine
 from vlmscope.patching.scores import Baselines, score
@@ -46,6 +46,8 @@ class Case(NamedTuple):
 
 def directed_places(model: Model, sites: Sites) -> list[Site]:
     """The places that a direction can be at: of a whole kind, in one layer; raises `SiteError` for others."""
+    if not isinstance(model, Model):
+        raise VlmscopeError(f"the model is {shown(model)}; expected a Model, as vlmscope.load gives it")
     found = expand(parse(sites), model.shapes)
     for site in found:
         if len(site.parts) > 1 or site.part or site.source:
