@@ -33,7 +33,7 @@ class Reported(NamedTuple):
 
 def report(run: Run, title: str, gallery: Gallery) -> Reported:
     """The section of a run, whose table is read once."""
-    whole = {name.removesuffix("?"): shape for name, shape in SPEC.items()}
+    whole = {name if name == "from?" else name.removesuffix("?"): shape for name, shape in SPEC.items()}
     stored.fits(run.spec, whole, run.path / "run.json", "sweep again into another --out")
     base, effects = run.baselines(), run.effects()
     known, excluded = knows(base), base["excluded"].astype(bool)

@@ -80,7 +80,7 @@ SPEC = {
     "select?": bool,
     "versions?": {str: (str, None)},
 }
-"""The shape of a run's specification (`stored.fits`), of which a report needs all."""
+"""The shape of a run's specification (`stored.fits`), of which a report needs all but `from`."""
 _COUNTS = {"examples": int, "excluded": int, "baselines": int, "effects": int}
 _TOWER = {"layers?": int, "heads?": int, "grid?": [int]}
 _SHAPE = {
