@@ -278,3 +278,34 @@ def test_other_families_and_two_sets_of_examples():
     )
     assert found.layers["effect"].abs().min() > 0 and found.about["others"] == "other examples"
     assert found.measures.loc[found.measures["measure"] == "kl", "n"].tolist() == [5]
+
+
+@pytest.mark.parametrize("keep_norm", [False, True])
+@pytest.mark.parametrize("at", ["read", "words"])
+def test_a_direction_at_every_word_that_is_said(at, keep_norm):
+    """Generation with the cache against whole runs, word by word, with each position moved by hand."""
+    model, one = llava(), several(1)[0]
+    site = "decoder.1.resid@readout"
+    vector = 3 * torch.randn(16, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+    direction = Direction({site: vector}, model.fingerprint(), site)
+    prompt = model.inputs(one.clean_image, one.clean_prompt)
+    first, said = len(prompt.layout["decoder"].tokens) - 1, []
+    for _ in range(20):
+        inputs = model.inputs(one.clean_image, one.clean_prompt, fed=said)
+        last = first + len(said) if at == "words" else first
+        places = [f"decoder.1.resid@{n}" for n in range(first, last + 1)]
+        edits = []
+        for place, before in model.capture(inputs, places).items():
+            after = before + 2.0 * vector
+            after = after * before.norm() / after.norm() if keep_norm else after
+            edits.append(Edit(place, "set", after))
+        said.append(int(model.run(inputs, edits).argmax()))
+        if said[-1] == model.hf.config.text_config.eos_token_id:
+            break
+    wanted = model.processor.tokenizer.decode(said, skip_special_tokens=True).strip()
+    edits = direction.edits(model, prompt, 2.0, at=at, keep_norm=keep_norm)
+    assert model.answer(prompt, edits) == wanted
+    assert wanted != model.answer(prompt)
+    if at == "words":
+        read = direction.edits(model, prompt, 2.0, keep_norm=keep_norm)
+        assert model.answer(prompt, read) != wanted, "it is not only the first word"

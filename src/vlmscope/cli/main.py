@@ -99,6 +99,43 @@ def sweep(
     print(*knows(run.baselines()).lines(), run.check_line(), *_more(run, len(examples)), sep="\n")
 
 
+@command(app)
+def knockout(
+    given: Given,
+    sites: list[str],
+    out: Path,
+    how: Literal["block", "zero"] = "block",
+    metric: Literal["ld", "p", "logprob", "kl"] = "ld",
+    engine: Literal["fast", "reference"] = "fast",
+    check: int = 5,
+) -> None:
+    """Cut edges of attention, one at a time, into a run folder.
+
+    What some positions no longer read of others, in windows of layers: the flow of information.
+    """
+    from vlmscope.studies.knockout import knockout_to
+    from vlmscope.studies.known import knows
+    from vlmscope.studies.sweep import warn_of_excluded
+    from vlmscope.studies.tables import flow_table
+
+    options: dict[str, Any] = {"engine": engine, "metric": metric, "check": check, "data": given.data}
+    model, examples = given.load(), given.examples()
+    run = knockout_to(out, model, examples, sites, how, **options)
+    base = run.baselines()
+    warn_of_excluded(base)
+    print(f"{run.patches():,} knock-outs in {run.ran()} examples in {out}; P(answer) is changed most where")
+    flow = flow_table(run.effects())
+    flow = flow.loc[flow.groupby(["tower", "kind", "edge"], sort=False)["mean"].idxmin()]
+    for row in flow.head(15).itertuples():
+        unit, window = (
+            f" {row.unit}" if row.unit else "",
+            f" and {row.window - 1} around it" * (row.window > 1),
+        )
+        place = f"{row.tower} {row.kind}{unit} in layer {row.layer}{window}"
+        print(f"  {row.edge} is cut in {place}: {row.mean:+.1%} ({row.n} examples)")
+    print(*knows(base).lines(), run.check_line(), *_more(run, len(examples)), sep="\n")
+
+
 def _more(run: Any, asked: int) -> list[str]:
     """A line, where a folder holds examples of an earlier command that asked for more."""
     held = len(run.baselines())
@@ -283,7 +320,7 @@ def generate(
 ) -> None:
     """What a model says, without and with edits.
 
-    An edit is made as the model reads the prompt; positions count from its start.
+    Positions count from the start of the prompt; all, *, text and last are also each word that is said.
     """
     from vlmscope.models.inputs import parse_edit
     from vlmscope.sites import parse

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from functools import cache
 from itertools import groupby
 from typing import Any
@@ -19,7 +20,7 @@ from jaxtyping import Bool
 from torch import Tensor
 
 from vlmscope.errors import RoomError
-from vlmscope.models.inputs import Pair
+from vlmscope.models.inputs import CUTS, Pair
 from vlmscope.patching.flows import INSIDE, Flow, Job, Plain, Row, Rows, around, keeping
 from vlmscope.patching.reference import Values
 from vlmscope.patching.scores import Baselines, Metric, Patched, Score, score, unpatched
@@ -59,8 +60,10 @@ def patch(
     if pair.clean is pair.corrupt and not pair.edits:
         plain = plain[:1]
     base_at = 0 if direction == "noise" else len(plain) - 1
-    points, memory, traces = _points(network, pair, sites), dict[str, Any](), []
-    points |= {origin.point for some in origins for origin in some}
+    cut = values if isinstance(values, str) else None
+    points, memory, traces = _points(network, pair, sites, cut is not None), dict[str, Any](), []
+    if cut is None:
+        points |= {origin.point for some in origins for origin in some}
     for number, (inputs, edits) in enumerate(plain):
         with ExitStack() as stack:
             if number == base_at:
@@ -71,25 +74,26 @@ def patch(
     source: Mapping[Point, Tensor] = traces[len(traces) - 1 - base_at].values
     if isinstance(values, Mapping):
         source = values
-    elif values is not None:
+    elif values is not None and not isinstance(values, str):
         source, origins = given(network, base.values, sites, values)
     inputs, edits = plain[base_at]
-    job = Job(network, inputs, network.changes(inputs, edits), base, source, memory, count)
+    job = Job(network, inputs, network.changes(inputs, edits), base, source, memory, count, cut)
     chunks = _chunks(job, sites, origins, found, metric, clean if direction == "noise" else corrupt)
     return Patched(clean, corrupt, size, chunks)
 
 
-def _points(network: Network, pair: Pair, sites: Sequence[Site]) -> set[Point]:
-    """What the plain runs have to keep: the sites, what positions need to pass a block alone, and the ends
-    of the towers that are patched inside."""
-    points = points_of(sites)
-    for tower, layer, kind, _ in list(points):
+def _points(network: Network, pair: Pair, sites: Sequence[Site], are_edges: bool) -> set[Point]:
+    """What the plain runs have to keep: the sites (but edges, which nothing is copied to), what positions
+    need to pass a block alone, and the ends of the towers that are patched inside."""
+    patched = points_of(sites)
+    points = set() if are_edges else set(patched)
+    for tower, layer, kind, _ in patched:
         shape = network.shapes[tower]
         if network.flow(tower, pair.clean) == "plain":
             continue
         if kind != "output":
             points.add(Point(tower, shape.layers - 1, "resid"))
-        if kind in INSIDE:
+        if kind in INSIDE and not are_edges:
             heads, entrance = around(tower, layer)
             points.update([heads, entrance] if layer in shape.having("attn") else [entrance])
         if network.family.towers[tower].deepstack:
@@ -134,8 +138,12 @@ def plan(
             zip(site.parts, some, strict=True),
             key=lambda one: (towers.index(one[0].tower), one[0].layer, KINDS.index(one[0].kind)),
         )
+        if job.cut:
+            seeing = (_seeing(job, part) for part, _ in parts)
+            parts, first = [(part, part) for part in seeing if part.positions], 0
         reaching = [one for one in parts if _reaches(job, one[0])]
-        first = next((n for n, one in enumerate(reaching) if changes(*one)), len(reaching))
+        if not job.cut:
+            first = next((n for n, one in enumerate(reaching) if changes(*one)), len(reaching))
         if reaching[first:]:
             live, there = zip(*reaching[first:], strict=True)
             row = Row(number, live, there, _stage(job, live))
@@ -150,6 +158,8 @@ def _flow(job: Job, live: Sequence[Site]) -> str:
     rows."""
     towers, kinds = {site.tower for site in live}, {site.kind for site in live}
     mixed = len(towers) > 1 or (len(kinds) > 1 and "output" in kinds)
+    # Functions and edges of the base run are of all positions, and not of a row's alone.
+    mixed = mixed or any(callable(change.op) or change.op in CUTS for change in job.changes)
     if mixed or "deepstack" in kinds or any(site.part in INNER for site in live):
         return "plain"
     return job.network.flow(live[0].tower, job.inputs)
@@ -163,7 +173,7 @@ def _stage(job: Job, live: Sequence[Site]) -> int:
     within = (*INSIDE, "resid")
     own = any(c.site.tower == site.tower and c.site.kind in within for c in job.changes)
     together = len(live) > 1 and live[1].layer == site.layer
-    if site.kind == "resid_pre" or (site.kind in INSIDE and (own or together)):
+    if site.source or site.kind == "resid_pre" or (site.kind in INSIDE and (own or together)):
         return site.layer
     return site.layer + 1
 
@@ -174,6 +184,17 @@ def _changed(job: Job, point: Point) -> Bool[Tensor, "pos *units"]:
     differ = source != base
     units = job.network.units(point)
     return (differ if units is None else differ.unflatten(-1, (units, -1))).any(-1)
+
+
+def _seeing(job: Job, site: Site) -> Site:
+    """An edge at those of its positions that see any of its sources, as far as the base run's masks say."""
+    memory = job.memory.get(site.tower)
+    if memory is None or site.kind != "attn" or job.network.flow(site.tower, job.inputs) != "suffix":
+        return site
+    path = job.network.family.towers[site.tower].attention[site.kind]
+    seen = memory.kept[job.network.blocks(site.tower)[site.layer].get_submodule(path)].open.cpu()
+    sees = seen[list(site.positions)][:, list(site.sources)].any(-1).tolist()
+    return replace(site, positions=tuple(n for n, one in zip(site.positions, sees, strict=True) if one))
 
 
 def _reaches(job: Job, site: Site) -> bool:

@@ -13,9 +13,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from vlmscope.models.inputs import Change, Edit, Inputs
+from vlmscope.models.inputs import Change, Cut, Edit, Inputs
 from vlmscope.patching.trace import Trace, edited_output
-from vlmscope.runs.access import hook
+from vlmscope.runs.access import cut, edges_of, hook, unpadded
+from vlmscope.runs.edges import Edges
 from vlmscope.runs.forward import editing, forward, read
 from vlmscope.runs.hooks import Hooks
 from vlmscope.runs.network import SUBLAYERS, Network
@@ -58,7 +59,7 @@ class Job:
     """What patches are made in: the base run, its own edits, and the activations that are copied into it.
 
     `memory` is what flows keep of the base run, by tower; `positions` are so many last ones whose logits are
-    scored.
+    scored. `cut` is what is done to the sites where these are edges.
     """
 
     network: Network
@@ -68,6 +69,7 @@ class Job:
     source: Mapping[Point, Tensor]
     memory: Mapping[str, Any]
     positions: int
+    cut: Cut | None = None
 
     @property
     def edits(self) -> list[Edit]:
@@ -152,11 +154,12 @@ class Flow(ExitStack):
     def block(self, layer: int) -> None:
         """All rows that have joined pass a block, and are patched in it."""
         joined = [(i, row) for i, row in enumerate(self.rows) if row.stage <= layer]
-        cells = self.cells(
-            (i, row, n) for i, row in joined for n, site in enumerate(row.sites) if site.layer == layer
-        )
+        sites = [(i, row, n) for i, row in joined for n, site in enumerate(row.sites) if site.layer == layer]
+        edges = [(i, row.sites[n]) for i, row, n in sites if row.sites[n].source]
+        cells = self.cells(sites)
         with Hooks() as hooks:
             self.edit(hooks, layer, joined)
+            self.cut(hooks, layer, edges)
             self.hidden = self.call(layer, self.hidden, cells)
 
     def call(
@@ -177,10 +180,11 @@ class Flow(ExitStack):
         return self.added(layer, out if isinstance(out, Tensor) else out[0], at)
 
     def cells(self, sites: Iterable[tuple[int, Row, int]]) -> list[Cell]:
-        """The writes of some rows' sites, by the sites' numbers in the row."""
+        """The writes of some rows' sites, by the sites' numbers in the row; an edge has none."""
         return [
             Cell(*self.place(i, at), row.sites[n], at, row.origins[n], taken)
             for i, row, n in sites
+            if not row.sites[n].source
             for at, taken in zip(row.sites[n].positions, row.origins[n].positions, strict=True)
         ]
 
@@ -211,6 +215,16 @@ class Flow(ExitStack):
 
     def edit(self, hooks: Hooks, layer: int, joined: Sequence[tuple[int, Row]]) -> None:
         """Make the base run's own edits in a block."""
+        raise NotImplementedError
+
+    def cut(self, hooks: Hooks, layer: int, sites: Sequence[tuple[int, Site]]) -> None:
+        """Cut the edges that rows lose in a block."""
+        for kind in dict.fromkeys(site.kind for _, site in sites):
+            some = [(i, site) for i, site in sites if site.kind == kind]
+            cut(hooks, self.job.network, self.tower, layer, kind, partial(self.edges, some))
+
+    def edges(self, sites: Sequence[tuple[int, Site]], queries: int, keys: int) -> list[Edges]:
+        """The edges of some rows' sites in a call of attention with so many queries and keys."""
         raise NotImplementedError
 
     def added(self, layer: int, hidden: Tensor, at: Sequence[int] | None) -> Tensor:
@@ -251,7 +265,10 @@ class Plain(Flow):
         job, (row,) = self.job, self.rows
         edits = job.edits
         for site, origin in zip(row.sites, row.origins, strict=True):
-            edits.append(Edit(site, "set", read(job.network, job.source[origin.point], origin)))
+            if job.cut:
+                edits.append(Edit(site, job.cut))
+            else:
+                edits.append(Edit(site, "set", read(job.network, job.source[origin.point], origin)))
         return forward(job.network, job.inputs, edits, positions=job.positions).logits[None]
 
 
@@ -271,6 +288,17 @@ class Rows(Flow):
 
     def edit(self, hooks: Hooks, layer: int, joined: Sequence[tuple[int, Row]]) -> None:
         hooks.enter_context(editing(self.job.network, self.job.inputs, self.job.edits))
+
+    def edges(self, sites: Sequence[tuple[int, Site]], queries: int, keys: int) -> list[Edges]:
+        """Rows have keys of their own, or share those of the image."""
+        job, found = self.job, []
+        for i, site in sites:
+            one = edges_of(job.network, job.inputs, site, str(job.cut))
+            there = len(unpadded(job.inputs.layout[site.reads or site.tower]))
+            behind = i * there if keys > there else 0
+            targets = [i * self.hidden.shape[1] + n for n in one.targets]
+            found.append(one._replace(targets=targets, sources=[n + behind for n in one.sources]))
+        return found
 
     def leave(self) -> Float[Tensor, "rows positions vocabulary"]:
         job, family, tower = self.job, self.job.network.family, self.tower

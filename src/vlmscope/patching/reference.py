@@ -9,16 +9,16 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from torch import Tensor
 
-from vlmscope.models.inputs import Edit, Pair
+from vlmscope.models.inputs import Cut, Edit, Pair
 from vlmscope.patching.scores import Metric, Patched, Score, score, unpatched
 from vlmscope.patching.sources import origins_of
 from vlmscope.runs.forward import forward, read
 from vlmscope.runs.network import Network
 from vlmscope.sites import Point, Site, Sites, points_of
 
-Values = Mapping[Point, Tensor] | Sequence[Tensor]
+Values = Mapping[Point, Tensor] | Sequence[Tensor] | Cut
 """What is written instead of another run's activations: a whole activation by point, or a value for each site
-(which broadcasts to its positions and width)."""
+(which broadcasts to its positions and width); or what is done to the sites where they are edges."""
 
 
 def patch(
@@ -34,8 +34,9 @@ def patch(
     """Patch every site, one at a time.
 
     `denoise` copies clean activations into the corrupt run (what is sufficient?), `noise` corrupt
-    ones into the clean run (what is necessary?); `values` are written into that run instead. `sources` are
-    the places, one for each site, that values come from, where these are others than they go to.
+    ones into the clean run (what is necessary?); `values` are written into that run instead, or edges cut
+    in it. `sources` are the places, one for each site, that values come from, where these are others than
+    they go to.
     """
     sites = network.placed(sites, pair.clean)
     runs = [(pair.clean, ()), (pair.corrupt, pair.edits)]
@@ -48,6 +49,8 @@ def patch(
     new = source.values if values is None else values
 
     def written(number: int) -> list[Edit]:
+        if isinstance(new, str):
+            return [Edit(sites[number], new)]
         if not isinstance(new, Mapping):
             return [Edit(sites[number], "set", new[number])]
         each = zip(sites[number].parts, origins_of(sites[number], sources[number]), strict=True)

@@ -96,8 +96,13 @@ def sweep(
     check = whole(check, "the number of rows to check")
     options = {"direction": direction, "engine": engine, "metric": metric, "patch": patch, "seed": seed}
     task = task_of(model, examples, sites, corrupt, source, **options)
+    return table_of(task, out, data, check)
+
+
+def table_of(task: Task, out: str | os.PathLike[str] | None, data: str, check: int) -> pd.DataFrame:
+    """The table of a task, by way of a run folder where one is named."""
     if out is not None:
-        run = _into_folder(task, out, data, check)
+        run = into_folder(task, out, data, check)
         warn_of_excluded(run.baselines())
         table, found = run.effects(), run.check
     else:
@@ -138,7 +143,7 @@ def sweep_to(
     check = whole(check, "the number of rows to check")
     options = {"direction": direction, "engine": engine, "metric": metric, "patch": patch, "seed": seed}
     task = task_of(model, examples, sites, corrupt, source, select=select, **options)
-    return _into_folder(task, out, data, check)
+    return into_folder(task, out, data, check)
 
 
 class Estimate(NamedTuple):
@@ -204,10 +209,10 @@ def warn_of_excluded(baselines: pd.DataFrame) -> None:
     if len(left) == len(baselines):
         raise DataError(f"none of {len(left)} examples could be run; '{name}': {reason}")
     text = f"{len(left)} of {len(baselines)} examples were left out; '{name}': {reason}"
-    warnings.warn(text, stacklevel=3)
+    warnings.warn(text, stacklevel=4)
 
 
-def _into_folder(task: Task, out: str | os.PathLike[str], data: str, check: int) -> Run:
+def into_folder(task: Task, out: str | os.PathLike[str], data: str, check: int) -> Run:
     """Compute what the folder does not hold yet."""
     digests = [fingerprint([example]) for example in task.examples]
     spec = spec_of(task, data, digests)

@@ -17,7 +17,7 @@ from vlmscope.data import Examples, listed
 from vlmscope.data.example import Example
 from vlmscope.errors import SEED, DataError, ExampleError, SiteError, VlmscopeError, nearest, shown, whole
 from vlmscope.layout import grid
-from vlmscope.models.inputs import Inputs, Pair
+from vlmscope.models.inputs import CUTS, Cut, Inputs, Pair
 from vlmscope.patching.scores import Metric, check_metric
 from vlmscope.patching.sources import Means, Source, check_source, check_widths, crossed, resampled, zeros
 from vlmscope.runs import corrupt as corruptions
@@ -43,8 +43,13 @@ class Task:
     seed: int = 0
     select: bool = False
     metric: str | Metric = "ld"
-    patch: Source = "clean"
+    patch: Source | Cut = "clean"
     source: str | None = None
+
+    @cached_property
+    def are_edges(self) -> bool:
+        """Whether edges of attention are cut, instead of activations patched."""
+        return any(pattern.source for pattern in parse(self.sites))
 
     @property
     def kind(self) -> str:
@@ -80,8 +85,12 @@ class Task:
     def _expand(self, sites: Sites) -> list[Site]:
         return expand(parse(sites), self.model.shapes)
 
-    def values(self, example: Example, pair: Pair, sites: Sequence[Site]) -> Mapping[Point, Tensor] | None:
-        """What is written instead of the other run's activations, if anything."""
+    def values(
+        self, example: Example, pair: Pair, sites: Sequence[Site]
+    ) -> Mapping[Point, Tensor] | Cut | None:
+        """What is written instead of the other run's activations, if anything, or how edges are cut."""
+        if self.are_edges:
+            return "zero" if self.patch == "zero" else "block"
         points = points_of(sites)
         if self.patch == "clean":
             return None
@@ -138,7 +147,8 @@ def task_of(
         raise VlmscopeError(f"unknown engine {shown(task.engine)}; expected fast or reference")
     whole(task.seed, "the seed", most=SEED)
     check_metric(task.metric)
-    check_source(task.patch)
+    if not task.are_edges:
+        check_source(task.patch)
     own = corrupt is None and task.patch == "clean"
     if (own and source is None) or (corrupt is None and task.select):
         raise VlmscopeError(
@@ -167,17 +177,22 @@ def _check_crossed(task: Task) -> None:
 
 
 def check_sites(
-    model: Model, examples: Sequence[Example], sites: Sequence[str], patch: Source = "clean"
+    model: Model, examples: Sequence[Example], sites: Sequence[str], patch: Source | Cut = "clean"
 ) -> None:
-    """Raises `SiteError` for sites that this model or these examples do not have."""
+    """Raises `SiteError` for sites that this model or these examples do not have, and for edges beside
+    activations."""
     parsed = parse(sites)
     expanded = expand(parsed, model.shapes)
+    all_parts = [part for one in parsed for part in (one, *one.also)]
+    edge = next((part for part in all_parts if part.source), None)
+    if edge and not (patch in CUTS and all(part.source for part in all_parts)):
+        raise SiteError(
+            f"bad site {shown(edge)}: an edge of attention is not patched but knocked out, and not beside "
+            "activations; leave it to vlmscope knockout"
+        )
     for part in (part for site in expanded for part in site.parts):
         if part.source:
-            raise SiteError(
-                f"bad site {shown(part)}: an edge of attention, which this version can read in an "
-                f"expression but not patch; leave '<{part.source}' out"
-            )
+            model.attention_modules(part.tower, part.kind)  # raises an error where it is not told
         if part.part == "p" and patch in ("mean", "resample"):
             raise SiteError(
                 f"bad site {shown(part)}: an attention pattern has as many numbers as its example has "
