@@ -285,15 +285,16 @@ def test_other_families_and_two_sets_of_examples():
 def test_a_direction_at_every_word_that_is_said(at, keep_norm):
     """Generation with the cache against whole runs, word by word, with each position moved by hand."""
     model, one = llava(), several(1)[0]
-    site = "decoder.1.resid@readout"
-    vector = 3 * torch.randn(16, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+    site = "decoder.2.resid@readout"
+    word = model.processor.tokenizer.convert_tokens_to_ids("yellow")
+    vector = 50 * model.unembedding([word])[0]
     direction = Direction({site: vector}, model.fingerprint(), site)
     prompt = model.inputs(one.clean_image, one.clean_prompt)
     first, said = len(prompt.layout["decoder"].tokens) - 1, []
     for _ in range(20):
         inputs = model.inputs(one.clean_image, one.clean_prompt, fed=said)
         last = first + len(said) if at == "words" else first
-        places = [f"decoder.1.resid@{n}" for n in range(first, last + 1)]
+        places = [f"decoder.2.resid@{n}" for n in range(first, last + 1)]
         edits = []
         for place, before in model.capture(inputs, places).items():
             after = before + 2.0 * vector
