@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -92,7 +93,7 @@ def by_layer(
     """Lines over layers, with bands for their ends: a panel for each table, by its title, and each of `rows`,
     which are what stands at the side and the lines. `ax` are axes to draw into, one a panel."""
     across = min(3, len(panels)) if len(rows) == 1 else len(panels)
-    margins = Margins(0.75, 0.85, 0.15, 0.45, across=0.55, down=0.75)
+    margins = Margins(0.75, 0.85, 0.15, 0.55, across=0.55, down=0.85)
     axes = grid(ax, len(panels) * len(rows), across, (3.2, 2.0), margins)
     drawn = [(table, title, label, lines) for label, lines in rows for title, table in panels.items()]
     for n, (spot, (table, title, label, lines)) in enumerate(zip(axes, drawn, strict=True)):
@@ -103,7 +104,7 @@ def by_layer(
                 spot.fill_between(table["layer"], table[low], table[high], color=colour, alpha=0.2, lw=0)
         spot.axhline(0.0, color="#cccccc", lw=0.8, zorder=0)
         if n < len(panels):
-            set_title(spot, title, 8.5)
+            set_title(spot, textwrap.fill(title, 46), 8.5)
         spot.set_xlabel("layer", fontsize=8.5)
         if n % across == 0:
             spot.set_ylabel(label, fontsize=8.5)

@@ -16,7 +16,7 @@ from vlmscope.report.ranking import strongest
 from vlmscope.report.words import KINDS, TOWERS, ends, kinds_in, short_number, upper_first
 from vlmscope.studies.known import knows
 from vlmscope.studies.run_folder import SPEC, Run
-from vlmscope.studies.tables import cells_of, change_of, head_slot, is_head, is_single
+from vlmscope.studies.tables import cells_of, change_of, head_slot, is_head, is_single, wide
 
 MOST = 6
 """Panels of a figure of sources, at most."""
@@ -166,7 +166,8 @@ def _crossed(rows: pd.DataFrame, value: str, gap: float, gallery: Gallery) -> It
                 cells.attrs |= {"order": order, "labels": {name: name for name in order}, "roles": []}
                 panels[f"{upper_first(KINDS[kind])} at {at}"] = cells
         heading = f"Layers and where their values come from, {TOWERS[str(tower)]}"
-        yield heading, gallery.show_panels(f"{tower}-from", panels, gap)
+        tables = {title: wide(each).rename_axis(columns="values from") for title, each in panels.items()}
+        yield heading, gallery.show_panels(f"{tower}-from", panels, gap, tables=tables)
 
 
 def _strongest(effects: pd.DataFrame, value: str) -> pd.DataFrame:
