@@ -2,11 +2,11 @@
 
     python benchmarks/knockout.py [--threads 2] [--real] [--out benchmarks/results/NAME.json]
 
-The model and the input of `benchmarks/llava.py`: 5 text tokens, 576 image tokens, 19 text tokens. All windows of
-9 layers, six sets of sources each, read at the last token: rows of one pass, its plain run included. On the
-other side one full forward of Hugging Face's model a knock-out, on a sample of them, half of it before and half
-after each pass, with hooks that hand the blocks of the window another mask; the answers are compared as they are
-timed. The last line is JSON.
+The model and the input of `benchmarks/llava.py`: 5 text tokens, 576 image tokens, 19 text tokens. All
+windows of 9 layers, six sets of sources each, read at the last token: rows of one pass, its plain run
+included. On the other side one full forward of Hugging Face's model a knock-out, on a sample of them, half
+of it before and half after each pass, with hooks that hand the blocks of the window another mask; the
+answers are compared as they are timed. The last line is JSON.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def question_of(model: Model) -> Pair:
 
 
 def forward(model: Model, inputs: Inputs, layers: Sequence[int] = (), sources: Sequence[int] = ()) -> Any:
-    """One full forward whose blocks in the window get a causal mask without the sources, at the last token."""
+    """One full forward whose blocks in the window get a causal mask without the sources at the last token."""
     many = inputs.tensors["input_ids"].shape[1]
     mask = torch.ones(many, many, dtype=torch.bool, device=model.device).tril()[None, None]
     mask[..., -1, list(sources)] = False

@@ -372,6 +372,7 @@ def test_rows_of_one_pass_are_single_forwards(name, how):
     pair = model.prepare(
         replace(example(answer="un happy", foil="un sad"), corrupt_image=None, corrupt_prompt=None)
     )
+    changed = 0.0
     for text in knocked_out(model, pair.clean):
         sites, tables = model.placed(text, pair.clean), []
         some = sites[:: max(1, len(sites) // 4)]
@@ -382,3 +383,6 @@ def test_rows_of_one_pass_are_single_forwards(name, how):
             tables.append(table)
         close = {"rtol": 1e-5, "atol": 1e-5} if name == "paligemma2" else {"rtol": 1e-9, "atol": 1e-11}
         torch.testing.assert_close(*tables, **close, msg=lambda m, t=text: f"{t}: {m}")
+        unchanged = engine.patch(model, pair, [], "noise", values=how).clean.ld
+        changed = max(changed, float((tables[1][1] - unchanged).abs().max()))
+    assert changed > 1e-3 or name == "mplug-owl2", "the knock-outs change the answer"

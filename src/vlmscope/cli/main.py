@@ -116,23 +116,24 @@ def knockout(
     from vlmscope.studies.knockout import knockout_to
     from vlmscope.studies.known import knows
     from vlmscope.studies.sweep import warn_of_excluded
-    from vlmscope.studies.tables import flow_table
+    from vlmscope.studies.tables import flow_table, is_edge
 
     options: dict[str, Any] = {"engine": engine, "metric": metric, "check": check, "data": given.data}
     model, examples = given.load(), given.examples()
     run = knockout_to(out, model, examples, sites, how, **options)
     base = run.baselines()
     warn_of_excluded(base)
-    print(f"{run.patches():,} knock-outs in {run.ran()} examples in {out}; P(answer) is changed most where")
-    flow = flow_table(run.effects())
-    flow = flow.loc[flow.groupby(["tower", "kind", "edge"], sort=False)["mean"].idxmin()]
-    for row in flow.head(15).itertuples():
-        unit, window = (
-            f" {row.unit}" if row.unit else "",
-            f" and {row.window - 1} around it" * (row.window > 1),
-        )
-        place = f"{row.tower} {row.kind}{unit} in layer {row.layer}{window}"
-        print(f"  {row.edge} is cut in {place}: {row.mean:+.1%} ({row.n} examples)")
+    print(f"{run.patches():,} knock-outs in {run.ran()} examples in {out}")
+    effects = run.effects()
+    if is_edge(effects).any():  # and not sums of edges alone
+        print("P(answer) is changed most where")
+        flow = flow_table(effects)
+        most = flow["mean"].abs().groupby([flow["tower"], flow["kind"], flow["edge"]], sort=False).idxmax()
+        for row in flow.loc[most].head(15).itertuples():
+            unit = f" {row.unit}" if row.unit else ""
+            window = f", window of {row.window}" if row.window > 1 else ""
+            place = f"{row.tower} layer {row.layer} {row.kind}{unit}{window}"
+            print(f"  {row.edge} is cut in {place}: {row.mean:+.1%} ({row.n} examples)")
     print(*knows(base).lines(), run.check_line(), *_more(run, len(examples)), sep="\n")
 
 

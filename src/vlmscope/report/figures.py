@@ -14,11 +14,12 @@ import pandas as pd
 from matplotlib.axes import Axes
 
 from vlmscope.report.canvas import DARK, Margins, figure_of, grid, set_title, text_width
+from vlmscope.report.flows import flow
 from vlmscope.report.heat_maps import panels
 from vlmscope.report.words import KINDS, TOWERS, upper_first
 from vlmscope.studies.tables import change_of, head_table, token_table
 
-__all__ = ["layer_by_head", "layer_by_token", "measures", "panels", "universal"]
+__all__ = ["flow", "layer_by_head", "layer_by_token", "measures", "panels", "universal"]
 
 
 def layer_by_token(

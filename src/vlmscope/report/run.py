@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import pandas as pd
 
 from vlmscope import stored
-from vlmscope.report import image_maps
+from vlmscope.report import flows, image_maps
 from vlmscope.report.gallery import Gallery, Section, Shown, render
 from vlmscope.report.heat_maps import CHANGED, IN_LOGITS
 from vlmscope.report.ranking import strongest
@@ -63,6 +63,7 @@ def report(run: Run, title: str, gallery: Gallery) -> Reported:
             if panels:
                 name = f"{tower}-{'heads' if of_heads else 'tokens'}"
                 shown.append((f"{heading}, {TOWERS[tower]}", gallery.show_panels(name, panels, gap)))
+    shown += flows.figures_of(effects, gallery)
     text = render(
         "run.html",
         run=run,
@@ -128,6 +129,8 @@ def name(spec: dict[str, Any]) -> str:
 def patching(spec: dict[str, Any]) -> str:
     """What a run writes into which other run, in words."""
     place = f" from {spec['from']}" if "from" in spec else ""
+    if any("<" in site for site in spec.get("sites", ())):
+        return f"attention knocked out of the clean run ({spec['patch']})"
     if (patch := spec.get("patch", "clean")) == "resample":
         return f"clean run with activations resampled from other examples{place}"
     if patch != "clean":

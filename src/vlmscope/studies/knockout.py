@@ -1,7 +1,7 @@
 """Knock-outs of attention: what moves the answer when some positions no longer read some others.
 
-Published for LLaVA with windows of 9 layers and sets of tokens (Neo et al. 2024, arXiv 2410.07149; Zhang et al.
-2024, arXiv 2411.18620).
+Published for LLaVA with windows of 9 layers and sets of tokens (Neo et al. 2024, arXiv 2410.07149; Zhang et
+al. 2024, arXiv 2411.18620).
 """
 
 from __future__ import annotations
@@ -35,11 +35,11 @@ def knockout(
 ) -> pd.DataFrame:
     """Cut every edge of attention that `sites` name, in the clean run of every example; a row each.
 
-    An edge is `decoder.*/9.attn@last<image`: in a window of nine layers around each layer, the last position no
-    longer reads the image. With `block` the score is −∞ before the softmax and the other weights of the row
-    add up to 1; with `zero` the weight is 0 behind it. The columns are those of `sweep`: `p_change` and `ld_change`
-    say what the knock-out does; what compares with a corrupt run is null. `vlmscope.flow_table` averages them.
-    The other arguments are those of `sweep`.
+    An edge is `decoder.*/9.attn@last<image`: in a window of nine layers around each layer, the last position
+    no longer reads the image. With `block` the score is −∞ before the softmax and the other weights of the
+    row add up to 1; with `zero` the weight is 0 behind it. A row that has nothing left reads nothing. The
+    columns are those of `sweep`: `p_change` and `ld_change` say what the knock-out does; what compares with a
+    corrupt run is null. `vlmscope.flow_table` averages them. The other arguments are those of `sweep`.
 
     Raises `SiteError` for a site that is no edge, or that this model or these examples do not have,
     `ModelError` where a family does not show what its heads pay attention to.
@@ -79,7 +79,7 @@ def _task(
     patterns = parse(sites)
     if plain := next((one for one in patterns if not one.source), None):
         raise SiteError(
-            f"bad site {shown(plain)}: no edge of attention; expected such as decoder.*/9.attn@last<image, or "
-            "ablate activations: vlmscope sweep --patch zero"
+            f"bad site {shown(plain)}: no edge of attention; expected such as decoder.*/9.attn@last<image, "
+            "or ablate activations: vlmscope sweep --patch zero"
         )
     return task_of(model, examples, patterns, None, engine=engine, metric=metric, patch=how)

@@ -141,9 +141,9 @@ def wide(cells: pd.DataFrame) -> pd.DataFrame:
 def flow_table(effects: pd.DataFrame, *, value: str = "p_change") -> pd.DataFrame:
     """Mean `value` of knock-outs by edge and layer: the flow of information from sources to a position.
 
-    A row is a tower, kind, unit, window of layers, target and source, and a layer (the middle one of a window).
-    Columns: `edge` (such as `last<image`), `tower`, `kind`, `unit`, `window`, `layer`, `mean`, `sd`, `n`
-    examples, and the 95 % interval `low`, `high`, null below 10 examples. Sums `A + B` are left out.
+    A row is a layer (the middle one of a window) of an edge. Columns: `edge` (such as `last<image`), `tower`,
+    `kind`, `unit`, `window`, `layer`, `mean`, `sd`, `n` examples, and the 95 % interval `low`, `high`, null
+    below 10 examples. Sums `A + B` are left out.
 
     Raises `DataError` where the table has no edges, or no such value.
 

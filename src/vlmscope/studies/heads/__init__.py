@@ -30,6 +30,7 @@ import pandas as pd
 from vlmscope import files, stored
 from vlmscope.data import Examples, listed
 from vlmscope.data.example import fingerprint
+from vlmscope.data.masks import covered
 from vlmscope.errors import DataError, StoreError
 from vlmscope.runs.corrupt import Noise
 from vlmscope.runs.model import Model
@@ -37,7 +38,7 @@ from vlmscope.sites import Sites
 from vlmscope.stats import FEWEST, LEVEL, shuffled
 from vlmscope.stored import formats
 from vlmscope.studies.heads.measures import ON_ALL, ON_MASKS, attention_maps, measures_of, together
-from vlmscope.studies.heads.observe import Effects, Study, covered, observe, of_heads, study_of
+from vlmscope.studies.heads.observe import Effects, Study, observe, of_heads, study_of
 from vlmscope.studies.run_writer import claim
 from vlmscope.studies.sweep import SHOWN, sweep_to
 

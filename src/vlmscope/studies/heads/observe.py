@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 import warnings
 from collections.abc import Mapping, Sequence
@@ -14,12 +13,11 @@ import pandas as pd
 import pyarrow.compute as pc
 import torch
 from numpy.typing import NDArray
-from PIL import Image
 from torch import Tensor
 
-from vlmscope import errors
-from vlmscope.data.example import Box, Example
+from vlmscope.data.example import Example
 from vlmscope.data.images import open_image
+from vlmscope.data.masks import covered, object_of
 from vlmscope.errors import DataError, ExampleError, SiteError, VlmscopeError
 from vlmscope.layout import grid
 from vlmscope.models.inputs import Pair
@@ -230,47 +228,12 @@ def _attention(study: Study, pair: Pair, key: Key, at: Sequence[int], residual: 
 
 def _masks(model: Model, example: Example, size: tuple[int, int]) -> dict[str, NDArray[np.bool_]]:
     """The patches of the answer's `object`, and of the `foil`'s, where the example says where they are."""
-    wanted = ("answer", example.groups.get("kind", ""), "object")
-    names = {
-        "object": next((n for n in wanted if n in example.masks), None),
-        "foil": "foil" if "foil" in example.masks else None,
-    }
+    names = {"object": object_of(example), "foil": "foil" if "foil" in example.masks else None}
     found = {which: name for which, name in names.items() if name}
     if not found:
         return {}
     view = model.view(open_image(example.clean_image))
     return {which: covered(example, name, size, view).ravel() for which, name in found.items()}
-
-
-def covered(example: Example, name: str, size: tuple[int, int], view: Box | None = None) -> NDArray[np.bool_]:
-    """Which patches of a grid of `size` (rows, columns) an object covers by half, or else the most.
-
-    The grid lies over the part `view` of the picture (left, top, right, bottom in pixels; see
-    `Model.view`), by default over all of it.
-    """
-    mask, quoted = example.masks[name], errors.shown(name)
-    whole = open_image(example.clean_image).size
-    if isinstance(mask, tuple):
-        shown = Image.new("L", whole, 0)
-        if not any(map(math.isnan, mask)):
-            edges = zip(mask, (*whole, *whole), strict=True)
-            left, top, right, bottom = (round(min(max(x, 0), end)) for x, end in edges)
-            shown.paste(255, (left, top, right, bottom))
-    else:
-        shown = open_image(mask).convert("L")
-        if shown.size != whole:
-            (width, height), (wide, high) = shown.size, whole
-            raise ExampleError(
-                f"the mask of {quoted} is {width}x{height}, its picture {wide}x{high}; "
-                "draw it in the picture's size"
-            )
-    if view is not None:
-        left, top, right, bottom = (round(x) for x in view)
-        shown = shown.crop((left, top, right, bottom))
-    share = np.asarray(shown.convert("F").resize(size[::-1], Image.Resampling.BOX)) / 255
-    if share.max() <= 0:
-        raise ExampleError(f"the mask of {quoted} is empty; draw the object white")
-    return np.asarray(share >= min(0.5, float(share.max())))
 
 
 def _effects(
