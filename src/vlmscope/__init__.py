@@ -28,6 +28,9 @@ _NAMES = {
     "studies.knockout": "knockout",
     "studies.run_folder": "read_run",
     "results": "open",
+    "studies.probes": "probe",
+    "studies.steering": "steer",
+    "studies.steering.direction": "Direction",
     "studies.sweep": "baselines sweep",
     "studies.tables": "compare flow_table head_table token_table",
 }
@@ -56,7 +59,10 @@ if TYPE_CHECKING:  # what a type checker sees
     from vlmscope.studies.attribution import attribute as attribute
     from vlmscope.studies.knockout import knockout as knockout
     from vlmscope.studies.lens import lens as lens
+    from vlmscope.studies.probes import probe as probe
     from vlmscope.studies.run_folder import read_run as read_run
+    from vlmscope.studies.steering import steer as steer
+    from vlmscope.studies.steering.direction import Direction as Direction
     from vlmscope.studies.sweep import baselines as baselines
     from vlmscope.studies.sweep import sweep as sweep
     from vlmscope.studies.tables import compare as compare

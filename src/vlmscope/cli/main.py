@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from vlmscope.cli import lenses, machine, neurons, terminal
+from vlmscope.cli import lenses, machine, neurons, steering, terminal
 from vlmscope.cli.options import Corrupt, DType, Given, Noise, OneModel, command
 from vlmscope.errors import VlmscopeError, shown
 
@@ -65,6 +65,7 @@ def sweep(
     corrupt: Corrupt | None = None,
     metric: Literal["ld", "p", "logprob", "kl"] = "ld",
     patch: Literal["clean", "zero", "mean", "resample"] = "clean",
+    source: str | None = None,
     direction: Literal["denoise", "noise"] = "denoise",
     engine: Literal["fast", "reference"] = "fast",
     noise: Noise = "multiply",
@@ -86,6 +87,7 @@ def sweep(
         "engine": engine,
         "metric": metric,
         "patch": patch,
+        "source": source,
         "check": check,
         "seed": given.seed,
         "data": given.data,
@@ -316,6 +318,10 @@ def generate(
     edit: list[str] | None = None,
     patch: list[str] | None = None,
     other: Path | None = None,
+    steer: Path | None = None,
+    strength: float | None = None,
+    at: Literal["read", "words"] = "read",
+    keep_norm: bool = False,
 ) -> None:
     """What a model says, without and with edits.
 
@@ -323,13 +329,21 @@ def generate(
     """
     from vlmscope.models.inputs import parse_edit
     from vlmscope.sites import parse
+    from vlmscope.studies.steering.direction import Direction
 
     edits = [parse_edit(text) for text in edit or []]
     sites = parse(patch or [])
     if bool(sites) != (other is not None):
         raise VlmscopeError("--patch copies from another picture; name both --patch and --other")
+    if steer is None and (strength is not None or at != "read" or keep_norm):
+        raise VlmscopeError("--strength, --at and --keep-norm are of a direction; name one with --steer")
+    direction = Direction.load(steer) if steer is not None else None
     model = given.load()
     inputs = model.inputs(image, prompt)
+    if direction is not None:
+        edits += direction.edits(
+            model, inputs, 1.0 if strength is None else strength, at=at, keep_norm=keep_norm
+        )
     model.changes(inputs, edits)  # what cannot be made is refused before anything is said
     if sites:
         source = model.inputs(other, prompt)
@@ -385,6 +399,8 @@ def _row(text: str) -> Any:
     )
 
 
+command(app)(steering.steer)
+command(app)(steering.probe)
 app.add_typer(neurons.app, name="neurons")
 
 

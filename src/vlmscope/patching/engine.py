@@ -8,9 +8,10 @@ no row.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
+from functools import cache
 from itertools import groupby
 from typing import Any
 
@@ -23,9 +24,11 @@ from vlmscope.models.inputs import CUTS, Pair
 from vlmscope.patching.flows import INSIDE, Flow, Job, Plain, Row, Rows, around, keeping
 from vlmscope.patching.reference import Values
 from vlmscope.patching.scores import Baselines, Metric, Patched, Score, score, unpatched
+from vlmscope.patching.sources import origins_of
 from vlmscope.patching.suffix import Suffix, remembering
 from vlmscope.patching.trace import Images, given, trace
 from vlmscope.runs.access import INNER
+from vlmscope.runs.forward import read
 from vlmscope.runs.network import Network
 from vlmscope.sites import KINDS, Point, Site, Sites, points_of
 
@@ -41,6 +44,7 @@ def patch(
     sites: Sites,
     direction: str = "denoise",
     *,
+    sources: Sequence[Site] | None = None,
     values: Values | None = None,
     metric: str | Metric = "ld",
     images: Images | None = None,
@@ -50,12 +54,16 @@ def patch(
     `images` keeps the vision tower's outputs from one call to the next, for pairs that share an image.
     """
     sites, count = network.placed(sites, pair.clean), len(pair.answers)
+    origins = [origins_of(*one) for one in zip(sites, sources or sites, strict=True)]
     images = Images() if images is None else images
     plain = [(pair.clean, ()), (pair.corrupt, pair.edits)]
     if pair.clean is pair.corrupt and not pair.edits:
         plain = plain[:1]
     base_at = 0 if direction == "noise" else len(plain) - 1
-    points, memory, traces = _points(network, pair, sites, values in CUTS), dict[str, Any](), []
+    cut = values if isinstance(values, str) else None
+    points, memory, traces = _points(network, pair, sites, cut is not None), dict[str, Any](), []
+    if cut is None:
+        points |= {origin.point for some in origins for origin in some}
     for number, (inputs, edits) in enumerate(plain):
         with ExitStack() as stack:
             if number == base_at:
@@ -63,15 +71,14 @@ def patch(
             traces.append(trace(network, inputs, edits, points, images, count))
     base = traces[base_at]
     found, clean, corrupt, size = unpatched(traces[0].logits, traces[-1].logits, pair, metric)
-    source, shifts = traces[len(traces) - 1 - base_at].values, [0] * len(sites)
-    cut = values if isinstance(values, str) else None
-    if cut is None and values is not None:
-        source = values  # type: ignore[assignment]
-        if any(isinstance(key, Site) for key in values):
-            source, shifts = given(network, base.values, sites, values)  # type: ignore[arg-type]
+    source: Mapping[Point, Tensor] = traces[len(traces) - 1 - base_at].values
+    if isinstance(values, Mapping):
+        source = values
+    elif values is not None and not isinstance(values, str):
+        source, origins = given(network, base.values, sites, values)
     inputs, edits = plain[base_at]
     job = Job(network, inputs, network.changes(inputs, edits), base, source, memory, count, cut)
-    chunks = _chunks(job, sites, shifts, found, metric, clean if direction == "noise" else corrupt)
+    chunks = _chunks(job, sites, origins, found, metric, clean if direction == "noise" else corrupt)
     return Patched(clean, corrupt, size, chunks)
 
 
@@ -107,30 +114,39 @@ def _remember(network: Network, pair: Pair, memory: dict[str, Any], stack: ExitS
 
 
 def plan(
-    job: Job, sites: Sequence[Site], shifts: Sequence[int]
+    job: Job, sites: Sequence[Site], origins: Sequence[Sequence[Site]]
 ) -> tuple[list[tuple[int, str, Row]], list[int]]:
     """The rows, each with the number of its tower and its flow, in the order in which they are taken, and the
     numbers of the patches that need none."""
-    changed = {} if job.cut else {p: _changed(job, p).cpu().numpy() for p in points_of(sites)}
+    changed = cache(lambda point: _changed(job, point).cpu().numpy())
     towers = list(job.network.family.towers)
 
-    def changes(part: Site, shift: int) -> bool:
-        there = changed[part.point][[shift + position for position in part.positions]]
-        return bool((there[:, list(part.units)] if part.units else there).any())
+    def changes(part: Site, origin: Site) -> bool:
+        here, there = job.base.values[part.point], job.source[origin.point]
+        if part != origin or here.shape != there.shape:
+            new = read(job.network, there, origin).to(here)
+            return not torch.equal(read(job.network, here, part), new)
+        differ = changed(part.point)[list(part.positions)]
+        return bool((differ[:, list(part.units)] if part.units else differ).any())
 
     rows: list[tuple[int, str, Row]] = []
     idle = []
-    for number, (site, shift) in enumerate(zip(sites, shifts, strict=True)):
+    for number, (site, some) in enumerate(zip(sites, origins, strict=True)):
         # What comes before the first change writes what is there already; after it, a value
         # that both runs share still undoes what the change has done to it.
-        parts = sorted(site.parts, key=lambda p: (towers.index(p.tower), p.layer, KINDS.index(p.kind)))
+        parts = sorted(
+            zip(site.parts, some, strict=True),
+            key=lambda one: (towers.index(one[0].tower), one[0].layer, KINDS.index(one[0].kind)),
+        )
         if job.cut:
-            parts, first = [seeing for part in parts if (seeing := _seeing(job, part)).positions], 0
-        reaching = [part for part in parts if _reaches(job, part)]
+            seeing = (_seeing(job, part) for part, _ in parts)
+            parts, first = [(part, part) for part in seeing if part.positions], 0
+        reaching = [one for one in parts if _reaches(job, one[0])]
         if not job.cut:
-            first = next((n for n, part in enumerate(reaching) if changes(part, shift)), len(reaching))
-        if live := tuple(reaching[first:]):
-            row = Row(number, live, _stage(job, live), shift)
+            first = next((n for n, one in enumerate(reaching) if changes(*one)), len(reaching))
+        if reaching[first:]:
+            live, there = zip(*reaching[first:], strict=True)
+            row = Row(number, live, there, _stage(job, live))
             rows.append((towers.index(live[0].tower), _flow(job, live), row))
         else:
             idle.append(number)
@@ -165,7 +181,7 @@ def _stage(job: Job, live: Sequence[Site]) -> int:
 def _changed(job: Job, point: Point) -> Bool[Tensor, "pos *units"]:
     """Where the source differs from the base run at a point."""
     base, source = job.base.values[point][0], job.source[point][0]
-    differ = (source.unflatten(0, (-1, len(base))) != base).flatten(0, 1)
+    differ = source != base
     units = job.network.units(point)
     return (differ if units is None else differ.unflatten(-1, (units, -1))).any(-1)
 
@@ -196,13 +212,13 @@ def _reaches(job: Job, site: Site) -> bool:
 def _chunks(
     job: Job,
     sites: Sequence[Site],
-    shifts: Sequence[int],
+    origins: Sequence[Sequence[Site]],
     base: Baselines,
     metric: str | Metric,
     unchanged: Score,
 ) -> Iterator[tuple[list[int], Score]]:
     """The scores of all patches, a batch of rows at a time."""
-    planned, idle = plan(job, sites, shifts)
+    planned, idle = plan(job, sites, origins)
     if idle:
         yield idle, Score(*(x.expand(len(idle)).clone() for x in unchanged))
     for (number, name), group in groupby(planned, key=lambda entry: entry[:2]):

@@ -30,27 +30,28 @@ INSIDE = (*SUBLAYERS, "resid_mid")
 class Row:
     """One patch: its number in the sweep, what it sets, and the stage of its tower it joins at.
 
-    `sites` are of one layer each, in the order in which the model computes them. Stage L is the entrance of
-    block L; the stage behind the last block is its output, the next one the tower's. `shift` says how far
-    behind the positions of the run the source's values stand.
+    `sites` are of one layer each, in the order in which the model computes them, `origins` says for each
+    where its values stand in the source. Stage L is the entrance of block L; the stage behind the last block
+    is its output, the next one the tower's.
     """
 
     number: int
     sites: tuple[Site, ...]
+    origins: tuple[Site, ...]
     stage: int
-    shift: int = 0
 
 
 @dataclass(frozen=True, eq=False)
 class Cell:
-    """One write: a row and position of a batch gets the source's value for the position `source` of a
-    run, which stands `shift` behind it."""
+    """One write: a row and position of a batch, which is the position `at` of a run, gets the source's value
+    for the position `taken` of `origin`."""
 
     row: int
     position: int
     site: Site
-    source: int
-    shift: int
+    at: int
+    origin: Site
+    taken: int
 
 
 @dataclass(frozen=True, eq=False)
@@ -119,7 +120,7 @@ class Flow(ExitStack):
             entrance = base.entrance(self.tower, stage)
         parts = [self.hidden.to(entrance), *(entrance[:, self.begins[i] :] for i, _ in new)]
         self.hidden = torch.cat(parts, self.along)
-        cells = self.cells((i, row, row.sites[0]) for i, row in new)
+        cells = self.cells((i, row, 0) for i, row in new)
         if behind := [c for c in cells if c.site.kind in ("resid", "output")]:
             self.write(self.hidden, behind, self.hidden.shape)
             rows, positions, at = _places(behind)
@@ -153,11 +154,12 @@ class Flow(ExitStack):
     def block(self, layer: int) -> None:
         """All rows that have joined pass a block, and are patched in it."""
         joined = [(i, row) for i, row in enumerate(self.rows) if row.stage <= layer]
-        sites = [(i, row, site) for i, row in joined for site in row.sites if site.layer == layer]
+        sites = [(i, row, n) for i, row in joined for n, site in enumerate(row.sites) if site.layer == layer]
+        edges = [(i, row.sites[n]) for i, row, n in sites if row.sites[n].source]
         cells = self.cells(sites)
         with Hooks() as hooks:
             self.edit(hooks, layer, joined)
-            self.cut(hooks, layer, [(i, site) for i, _, site in sites if site.source])
+            self.cut(hooks, layer, edges)
             self.hidden = self.call(layer, self.hidden, cells)
 
     def call(
@@ -177,24 +179,28 @@ class Flow(ExitStack):
             out = self.job.network.blocks(self.tower)[layer](hidden, *args[1:], **kwargs)
         return self.added(layer, out if isinstance(out, Tensor) else out[0], at)
 
-    def cells(self, sites: Iterable[tuple[int, Row, Site]]) -> list[Cell]:
-        """The writes of some rows' sites."""
-        patched = ((i, row, site) for i, row, site in sites if not site.source)
+    def cells(self, sites: Iterable[tuple[int, Row, int]]) -> list[Cell]:
+        """The writes of some rows' sites, by the sites' numbers in the row; an edge has none."""
         return [
-            Cell(*self.place(i, p), site, p, row.shift) for i, row, site in patched for p in site.positions
+            Cell(*self.place(i, at), row.sites[n], at, row.origins[n], taken)
+            for i, row, n in sites
+            if not row.sites[n].source
+            for at, taken in zip(row.sites[n].positions, row.origins[n].positions, strict=True)
         ]
 
     def write(self, x: Tensor, cells: Sequence[Cell], shape: torch.Size) -> Tensor:
         """Write the source's values into cells of one point's activation, in place; `shape` gives rows and
         positions, which may have been laid end to end."""
-        point = cells[0].site.point
-        units = self.job.network.units(point) or 1
-        numbers = [
-            (c.row, c.position, c.source + c.shift, unit) for c in cells for unit in c.site.units or (0,)
-        ]
-        row, position, source, unit = torch.tensor(numbers, device=x.device).T
-        values = self.job.source[point][0].unflatten(-1, (units, -1))
-        x.view(*shape[:2], -1).unflatten(-1, (units, -1))[row, position, unit] = values[source, unit].to(x)
+        units = self.job.network.units(cells[0].site.point) or 1
+        there = x.view(*shape[:2], -1).unflatten(-1, (units, -1))
+        by_origin: dict[Point, list[tuple[int, ...]]] = defaultdict(list)
+        for c in cells:
+            each = zip(c.site.units or (0,), c.origin.units or (0,), strict=True)
+            by_origin[c.origin.point] += [(c.row, c.position, unit, c.taken, other) for unit, other in each]
+        for point, numbers in by_origin.items():
+            row, position, unit, taken, other = torch.tensor(numbers, device=x.device).T
+            values = self.job.source[point][0].unflatten(-1, (self.job.network.units(point) or 1, -1))
+            there[row, position, unit] = values[taken, other].to(x)
         return x
 
     # -- what differs ----------------------------------------------------------------------------
@@ -237,7 +243,7 @@ def around(tower: str, layer: int) -> tuple[Point, Point]:
 
 def _places(cells: Sequence[Cell]) -> tuple[list[int], list[int], list[int]]:
     """The rows, the positions in the batch, and the positions in a run."""
-    return [c.row for c in cells], [c.position for c in cells], [c.source for c in cells]
+    return [c.row for c in cells], [c.position for c in cells], [c.at for c in cells]
 
 
 class Plain(Flow):
@@ -258,12 +264,11 @@ class Plain(Flow):
     def leave(self) -> Float[Tensor, "rows positions vocabulary"]:
         job, (row,) = self.job, self.rows
         edits = job.edits
-        for site in row.sites:
+        for site, origin in zip(row.sites, row.origins, strict=True):
             if job.cut:
                 edits.append(Edit(site, job.cut))
-                continue
-            there = replace(site, positions=tuple(position + row.shift for position in site.positions))
-            edits.append(Edit(site, "set", read(job.network, job.source[site.point], there)))
+            else:
+                edits.append(Edit(site, "set", read(job.network, job.source[origin.point], origin)))
         return forward(job.network, job.inputs, edits, positions=job.positions).logits[None]
 
 

@@ -253,6 +253,8 @@ def _by_site(effects: pd.DataFrame, value: str) -> dict[tuple[str, str], pd.Seri
         raise DataError(f"a table holds the corruptions {', '.join(corruptions)}; compare one with one")
     is_whole = effects["site"].str.contains(r" \+ |<")  # sums, and edges, which have a source
     place = effects["site"].where(is_whole, effects["site"].str.partition("@")[0])
+    if "source_site" in effects:
+        place = place + " from " + effects["source_site"]
     each = by_example(effects.assign(place=place), ["place", "slot"], value)
     return {key: rows.droplevel([0, 1]) for key, rows in each.groupby(level=[0, 1], sort=False)}
 
@@ -301,6 +303,12 @@ def choose(
         raise DataError(
             f"the table holds the corruptions {', '.join(corruptions)}, which are not averaged; keep "
             f"one, as in effects[effects['corruption'] == '{corruptions[0]}']"
+        )
+    sources = rows["source_site"].str.partition("@")[0].unique().tolist() if "source_site" in rows else []
+    if len(sources) > 1:
+        raise DataError(
+            f"the table holds values from {len(sources)} places, which are not averaged; keep one, as in "
+            f"effects[effects['source_site'].str.startswith('{sources[0]}@')]"
         )
     if tower is None and kind in set(rows["kind"]):
         rows = rows[rows["kind"] == kind]

@@ -204,7 +204,7 @@ def _knock_out(study: Study, observed: Sequence[Observed]) -> dict[str, Array]:
             images = Images()
             alone = replace(one.pair, corrupt=one.pair.clean, edits=())
             for name, given in values.items():
-                instead = {site: _value(study, site, given) for site in one.placed}
+                instead = [_value(study, site, given) for site in one.placed]
                 patched = engine.patch(study.model, alone, one.placed, "noise", values=instead, images=images)
                 for numbers, scores in patched.chunks:
                     found[name][number, numbers] = scores.ld.cpu().numpy() - one.ld_clean

@@ -268,6 +268,7 @@ def _known(study: Study, effects: Effects) -> Known:
             "weights": study.model.fingerprint(),
             "direction": "denoise",
             "patch": "clean",
+            "from": None,
         }
         if isinstance(study.corruption, Noise):
             wanted["seed"] = study.seed
