@@ -34,38 +34,22 @@ from vlmscope.errors import DataError, StoreError
 from vlmscope.runs.corrupt import Noise
 from vlmscope.runs.model import Model
 from vlmscope.sites import Sites
-from vlmscope.stats import FEWEST, LEVEL, shuffled
+from vlmscope.stats import FEWEST, shuffled
 from vlmscope.stored import formats
-from vlmscope.studies.heads.measures import ON_ALL, ON_MASKS, attention_maps, measures_of, together
-from vlmscope.studies.heads.observe import Effects, Study, covered, observe, of_heads, study_of
+from vlmscope.studies.heads.labels import LABELS, Label, doubts, label
+from vlmscope.studies.heads.measures import ON_ALL, ON_MASKS, READ, attention_maps, measures_of, together
+from vlmscope.studies.heads.observe import Effects, Observed, covered, observe, of_heads
+from vlmscope.studies.heads.study import Study, study_of
+from vlmscope.studies.known import knows
+from vlmscope.studies.run_folder import Run, read_run
 from vlmscope.studies.run_writer import claim
 from vlmscope.studies.sweep import SHOWN, sweep_to
 
-__all__ = ["LABELS", "ON_ALL", "ON_MASKS", "Functions", "covered", "functions", "read", "write"]
+__all__ = ["LABELS", "ON_ALL", "ON_MASKS", "READ", "Functions", "covered", "functions", "read", "write"]
 
 FORMAT = "vlmscope-heads-1"
 MANIFEST = "heads.json"
 CSV = ("functions", "measures", "together")
-
-LABELS = ("detection", "suppression", "outlier suppression", "none", "unclear")
-SHARE = 0.01
-"""An effect below this share of the gap between clean and corrupt runs counts as none ..."""
-LITTLE = 0.05
-"""... and one that is surely below this share as little."""
-AUC = 0.6
-"""Attention that separates the object by less than this does not detect it, however surely."""
-MASS = 0.5
-"""The share of its attention that a head of outliers has on them, at least."""
-
-WORDS = {
-    "auc": "attention to the object, AUC",
-    "auc_foil": "attention to the foil's object, AUC",
-    "outlier_mass": "attention to outliers and class token",
-    "effect": "patched in, LD",
-    "mean": "knocked out, LD",
-}
-"""The measures that a label is read off, and what its evidence calls them."""
-
 
 @dataclass(frozen=True)
 class Functions:
@@ -147,12 +131,13 @@ def functions(
     if (few := use.sum(0).min()) < FEWEST:
         text = f"what heads do, on {few} examples; fewer than {FEWEST} can hardly show anything"
         warnings.warn(text, stacklevel=2)
-    measures, by_id = measures_of(study, observed, use), {one.id: one for one in observed}
+    gap = abs(float(np.mean([one.ld_clean - (one.ld_corrupt or 0.0) for one in observed])))
+    measures, by_id = measures_of(study, observed, use, gap), {one.id: one for one in observed}
     fields = [(s.tower, s.layer, s.kind, s.units[0], s.position, str(s)) for s in study.heads]
     names = pd.DataFrame(fields, columns=["tower", "layer", "kind", "head", "position", "site"])
-    gap = abs(float(np.mean([one.ld_clean - (one.ld_corrupt or 0.0) for one in observed])))
     rows = [{r.measure: r for r in some.itertuples()} for _, some in measures.groupby("number")]
-    labels = pd.DataFrame([_label(row, gap) for row in rows], columns=["label", "evidence"])
+    doubt = _doubt(study, observed, effects)
+    labels = pd.DataFrame([label(row, gap, doubt) for row in rows], columns=Label._fields)
     return Functions(
         pd.concat([names, labels], axis=1).assign(n=use.sum(0), gap=gap),
         names.join(measures.set_index("number"), how="right").reset_index(drop=True),
@@ -210,6 +195,16 @@ def read(folder: str | os.PathLike[str]) -> Functions:
     return Functions(**tables, about=about)
 
 
+def _doubt(study: Study, observed: Sequence[Observed], effects: Effects | None) -> str | None:
+    """Why the model does not know the task, if so; a run that chose its examples says it of all of them."""
+    if isinstance(effects, Run | str | os.PathLike) and study.corruption is not None:
+        known = knows((effects if isinstance(effects, Run) else read_run(effects)).baselines())
+        if known.severity == "unknown":
+            return known.sentences[1].partition(": ")[2]
+    corrupt = [one.ld_corrupt or 0.0 for one in observed] if study.corruption == "image" else None
+    return doubts([one.ld_clean for one in observed], corrupt)
+
+
 def _about(
     study: Study,
     examples: Sequence[Any],
@@ -228,48 +223,3 @@ def _about(
         "held_out": None if held_out is None else {site: len(ids) for site, ids in held_out.items()},
         "seed": study.seed,
     }
-
-
-def _label(found: Mapping[str, Any], gap: float) -> tuple[str, str]:
-    """The label of a head and its evidence, from its measures; `gap` is between clean and corrupt runs."""
-
-    def moves(name: str) -> int:
-        """Whether it moves LD up (1) or down (−1) by what counts."""
-        row = found.get(name)
-        if row is None or not abs(row.value) >= SHARE * gap:
-            return 0
-        return int(row.low > 0) - int(row.high < 0)
-
-    def lands(name: str) -> bool:
-        """Whether its attention separates what is meant."""
-        row = found.get(name)
-        return bool(row and row.q_value <= LEVEL and not row.low <= 0.5 and row.value >= AUC)
-
-    changes = [found[name] for name in ("mean", "effect") if name in found]
-    # What changes nothing at all, in any example, has no interval.
-    is_none = [row.value == 0 and row.n >= FEWEST for row in changes]
-    reach = [max(abs(row.low), abs(row.high)) for row in changes]
-    is_little = all(no or most <= LITTLE * gap for no, most in zip(is_none, reach, strict=True))
-    outliers = found.get("outlier_mass")
-    on_outliers = bool(outliers and outliers.value > MASS and not outliers.low <= MASS)
-    on_object, on_foil, without = lands("auc"), lands("auc_foil"), moves("mean")
-    favours = moves("effect") == 1 if "effect" in found else without == -1
-    if on_outliers and is_little:
-        name = "outlier suppression"
-    elif on_object and favours and without != 1:
-        name = "detection"
-    elif (on_object and without == 1 and not favours) or (on_foil and without == -1):
-        name = "suppression"
-    elif is_little and not (moves("effect") or without or on_outliers or on_object or on_foil):
-        name = "none"
-    else:
-        name = "unclear"
-    blind = [] if "entropy" in found else ["does not look at the image"]
-    return name, "; ".join([*blind, *(_words(n, found[n]) for n in WORDS if n in found)])
-
-
-def _words(name: str, row: Any) -> str:
-    sign = "+" if name in ("effect", "mean") else ""
-    null = "" if sign else f" (null {row.null:.2f})"
-    ends = "" if np.isnan(row.low) else f" [{row.low:{sign}.2f}, {row.high:{sign}.2f}]"
-    return f"{WORDS[name]} {row.value:{sign}.2f}{ends}{null}"
