@@ -8,7 +8,7 @@ no row.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from itertools import groupby
 from typing import Any
@@ -63,10 +63,10 @@ def patch(
     base = traces[base_at]
     found, clean, corrupt, size = unpatched(traces[0].logits, traces[-1].logits, pair, metric)
     source, shifts = traces[len(traces) - 1 - base_at].values, [0] * len(sites)
-    if values is not None and any(isinstance(key, Site) for key in values):
-        source, shifts = given(network, base.values, sites, values)  # type: ignore[arg-type]
+    if isinstance(values, Mapping):
+        source = dict(values)
     elif values is not None:
-        source = values  # type: ignore[assignment]
+        source, shifts = given(network, base.values, sites, values)
     inputs, edits = plain[base_at]
     job = Job(network, inputs, network.changes(inputs, edits), base, source, memory, count)
     chunks = _chunks(job, sites, shifts, found, metric, clean if direction == "noise" else corrupt)

@@ -5,9 +5,7 @@ What `engine` gives is defined by this module, and the tests compare the two.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from typing import Any
-
+from collections.abc import Iterator, Mapping, Sequence
 from torch import Tensor
 
 from vlmscope.models.inputs import Edit, Pair
@@ -16,9 +14,9 @@ from vlmscope.runs.forward import forward, read
 from vlmscope.runs.network import Network
 from vlmscope.sites import Point, Site, Sites, points_of
 
-Values = Mapping[Point, Tensor] | Mapping[Site, Tensor]
-"""What is written instead of another run's activations: a whole activation by point, or a value by site
-(which broadcasts to its positions and width)."""
+Values = Mapping[Point, Tensor] | Sequence[Tensor]
+"""What is written instead of another run's activations: a whole activation by point, or a value for each site
+(which broadcasts to its positions and width); a site may come several times, with another value each time."""
 
 
 def patch(
@@ -42,16 +40,16 @@ def patch(
     plain = [forward(network, inputs, edits, points, count) for inputs, edits in runs]
     base, clean, corrupt, size = unpatched(plain[0].logits, plain[1].logits, pair, metric)
     source, (inputs, edits) = (plain[0], runs[1]) if direction == "denoise" else (plain[1], runs[0])
-    new: Mapping[Any, Tensor] = source.values if values is None else values
+    new = source.values if values is None else values
 
-    def written(site: Site) -> list[Edit]:
-        if site in new:
-            return [Edit(site, "set", new[site])]
+    def written(number: int, site: Site) -> list[Edit]:
+        if not isinstance(new, Mapping):
+            return [Edit(site, "set", new[number])]
         return [Edit(part, "set", read(network, new[part.point], part)) for part in site.parts]
 
     def chunks() -> Iterator[tuple[list[int], Score]]:
         for number, site in enumerate(sites):
-            patched = forward(network, inputs, [*edits, *written(site)], positions=count)
+            patched = forward(network, inputs, [*edits, *written(number, site)], positions=count)
             yield [number], score(patched.logits[None], base, metric)
 
     return Patched(clean, corrupt, size, chunks())

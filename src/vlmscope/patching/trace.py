@@ -107,9 +107,9 @@ def edited_output(network: Network, output: Tensor, tower: str, changes: Sequenc
 
 
 def given(
-    network: Network, base: Mapping[Point, Tensor], sites: Sequence[Site], values: Mapping[Site, Tensor]
+    network: Network, base: Mapping[Point, Tensor], sites: Sequence[Site], values: Sequence[Tensor]
 ) -> tuple[dict[Point, Tensor], list[int]]:
-    """A run that has the given values at the sites, and for each site how far behind its values stand.
+    """A run that has the given value at each site, and for each site how far behind its value stands.
 
     Sites that share a place have values of their own there: each point's positions come as often, end to
     end, as is needed.
@@ -117,7 +117,7 @@ def given(
     found: dict[Point, list[Tensor]] = defaultdict(list)
     taken: dict[Point, list[set[tuple[int | None, int]]]] = defaultdict(list)
     shifts = []
-    for site in sites:
+    for site, value in zip(sites, values, strict=True):
         point = site.point
         places = {(unit, position) for position in site.positions for unit in site.units or (None,)}
         turn = next((n for n, there in enumerate(taken[point]) if not there & places), None)
@@ -126,6 +126,6 @@ def given(
             found[point].append(base[point])
             taken[point].append(set())
         taken[point][turn] |= places
-        found[point][turn] = edited(found[point][turn], site, "set", values[site], network.units(point))
+        found[point][turn] = edited(found[point][turn], site, "set", value, network.units(point))
         shifts.append(turn * base[point].shape[1])
     return {point: torch.cat(parts, 1) for point, parts in found.items()}, shifts

@@ -15,7 +15,6 @@ from torch import Tensor
 from vlmscope.models.inputs import Edit
 from vlmscope.patching import engine
 from vlmscope.patching.scores import logit_difference
-from vlmscope.patching.trace import Images
 from vlmscope.progress import progress
 from vlmscope.sites import Site
 from vlmscope.stats import FEWEST, interval, p_values, q_values, rng
@@ -280,19 +279,20 @@ def _knock_out(study: Study, observed: Sequence[Observed]) -> dict[str, Array]:
     count = len(observed)
     other = (np.arange(count) + rng(study.seed, "resample").integers(1, count)) % count
     means = _mean_activations(observed)
-    found = {name: np.zeros((count, len(study.heads))) for name in ("zero", "mean", "resample")}
+    ways = ("zero", "mean", "resample")
+    found = np.zeros((len(ways), count, len(study.heads)))
     with progress(count, what="knock-outs") as step:
         for number, one in enumerate(observed):
-            values = {"zero": None, "mean": means, "resample": observed[other[number]].activations}
-            images = Images()
+            values = (None, means, observed[other[number]].activations)
+            instead = [_value(study, site, given) for given in values for site in one.placed]
             alone = replace(one.pair, corrupt=one.pair.clean, edits=())
-            for name, given in values.items():
-                instead = {site: _value(study, site, given) for site in one.placed}
-                patched = engine.patch(study.model, alone, one.placed, "noise", values=instead, images=images)
-                for numbers, scores in patched.chunks:
-                    found[name][number, numbers] = scores.ld.cpu().numpy() - one.ld_clean
+            patched = engine.patch(study.model, alone, one.placed * len(ways), "noise", values=instead)
+            changes = np.zeros(len(instead))
+            for numbers, scores in patched.chunks:
+                changes[numbers] = scores.ld.cpu().numpy() - one.ld_clean
+            found[:, number] = changes.reshape(len(ways), -1)
             step(0, number + 1)
-    return found
+    return dict(zip(ways, found, strict=True))
 
 
 def together(study: Study, observed: Sequence[Observed], use: NDArray[np.bool_]) -> pd.DataFrame:

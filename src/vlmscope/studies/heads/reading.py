@@ -7,8 +7,9 @@ both from some tokens alone. Each is one patch of the head's output in the corru
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -29,7 +30,17 @@ TOLERANCE = 0.02
 """How far, as a share of the largest, a head's output may be from its attention times the values it read: what
 is farther has other parts, and is not split."""
 
-Values = Mapping[Point, Tensor]
+OPTIONS = ("answer", "foil")
+Kept = Mapping[Point, Tensor]
+"""What a run left at points."""
+
+
+class Part(NamedTuple):
+    """What the head of a number would write in the corrupt run by a part of what it reads: `(at, width)`."""
+
+    name: str
+    head: int
+    value: Tensor
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,7 +72,7 @@ def groups(layout: Layout) -> dict[str, NDArray[np.bool_]]:
     """
     found = {name: np.zeros(len(layout.tokens), bool) for name in GROUPS}
     found["image"][[*layout.cells, *layout.image] if layout.text else slice(None)] = True
-    found["options"][[at for role in ("answer", "foil") for at in layout.roles.get(role, ())]] = True
+    found["options"][[at for role in OPTIONS for at in layout.roles.get(role, ())]] = True
     found["options"] &= ~found["image"]
     found["others"] = ~found["image"] & ~found["options"]
     return found
@@ -77,7 +88,7 @@ def read(
     pair: Pair,
     placed: Sequence[Site],
     paid: Mapping[Key, Tensor],
-    clean: Values | None,
+    clean: Kept | None,
     effect: Array | None,
 ) -> Reading:
     """What each head reads in one example, and what parts of it do.
@@ -131,79 +142,82 @@ class _Reader:
 
     # -- patches of parts --------------------------------------------------------------------
 
-    def split(self, paid: Mapping[Key, Tensor], clean: Values, effect: Array) -> None:
-        study, pair = self.study, self.pair
-        model, inside = study.model, inner_points(study)
+    def split(self, paid: Mapping[Key, Tensor], clean: Kept, effect: Array) -> None:
+        model, inside = self.study.model, inner_points(self.study)
         speaker, shape = model.speaker, model.shapes[model.speaker]
         later = {Point(speaker, n, k) for k in ("attn", "cross", "mlp") for n in shape.having(k)}
         heads = {point._replace(part="h") for point in inside}
-        base = forward(model, pair.corrupt, pair.edits, keep=inside | heads | later).values
-        values: dict[str, dict[Site, Tensor]] = {}
-        options: dict[str, dict[Site, Tensor]] = {}
-        for key, maps in paid.items():
-            self._parts(key, maps, clean, base, effect, values, options)
-        for name, given in values.items():
-            self.put(name, self._numbers(given), self._change(given))
-        if options:
-            answer, foil = (self._logits(options[role]) for role in ("answer", "foil"))
-            more = answer - foil
-            self.reading.raised[self._numbers(options["answer"])] = np.stack(
-                [more.argmax(1).numpy(), more.argmin(1).numpy()], 1
-            )
+        base = forward(model, self.pair.corrupt, self.pair.edits, keep=inside | heads | later).values
+        parts = [part for key, maps in paid.items() for part in self._parts(key, maps, clean, base, effect)]
+        if parts:
+            self._patch(parts)
         self._direct({p: clean[p] for p in heads} | {p: base[p] for p in later})
 
-    def _numbers(self, given: Mapping[Site, Tensor]) -> list[int]:
-        return [n for n, site in enumerate(self.placed) if site in given]
-
-    def _parts(
-        self,
-        key: Key,
-        maps: Tensor,
-        clean: Values,
-        base: Values,
-        effect: Array,
-        values: dict[str, dict[Site, Tensor]],
-        options: dict[str, dict[Site, Tensor]],
-    ) -> None:
+    def _parts(self, key: Key, maps: Tensor, clean: Kept, base: Kept, effect: Array) -> Iterator[Part]:
         """What the heads of a kind would write by each part of what they read."""
         study, pair, numbers = self.study, self.pair, self.study.numbers(key)
         sites, at = [self.placed[n] for n in numbers], list(self.placed[numbers[0]].positions)
         layout, own = self.layout(key), self.own(key, maps)
-        read, read_corrupt = (self._values(key, sites, run) for run in (clean, base))
-        if read.shape[1] != own.shape[2] or read.shape != read_corrupt.shape:
+        values, values_corrupt = (self._values(key, sites, run) for run in (clean, base))
+        if values.shape[1] != own.shape[2] or values.shape != values_corrupt.shape:
             return  # a kernel that pads what it reads
         written = torch.stack([self._unit(site, clean[site.point][0, at]) for site in sites])
-        if (own @ read - written).abs().max() > TOLERANCE * written.abs().max():
+        if (own @ values - written).abs().max() > TOLERANCE * written.abs().max():
             return
         corrupt = self.own(key, study.model.attention(pair.corrupt, *key, at, pair.edits))
-        roles = layout.roles
-        if study.corruption == "image" and {"answer", "foil"} <= set(roles):
-            turned = own - corrupt
-            of = [turned[..., list(roles[role])].sum(-1).mean(1).numpy() for role in ("answer", "foil")]
-            self.put("switch", numbers, (of[0] - of[1]) / 2)
-        parts = {"by_attention": own @ read_corrupt, "by_values": corrupt @ read}
-        for part in ("q", "k"):
-            moved = self.own(key, study.model.attention(pair.corrupt, *key, at, self._inside(key, part, at, clean, base)))
-            parts["by_queries" if part == "q" else "by_keys"] = moved @ read_corrupt
+        parts = {"by_attention": own @ values_corrupt, "by_values": corrupt @ values}
+        for name, part in (("by_queries", "q"), ("by_keys", "k")):
+            edits = self._inside(key, part, at, clean, base)
+            parts[name] = self.own(key, study.model.attention(pair.corrupt, *key, at, edits)) @ values_corrupt
         for name, which in groups(layout).items():
             there = torch.from_numpy(which)
             if there.all():
                 self.put(f"from_{name}", numbers, effect[numbers])
             elif there.any():
-                parts[f"from_{name}"] = (own * there) @ read + (corrupt * ~there) @ read_corrupt
+                parts[f"from_{name}"] = (own * there) @ values + (corrupt * ~there) @ values_corrupt
+        options = [list(layout.roles.get(role, ())) for role in OPTIONS]
+        if all(options):
+            if study.corruption == "image":
+                answer, foil = ((own - corrupt)[..., where].sum(-1).mean(1) for where in options)
+                self.put("switch", numbers, (answer - foil).numpy() / 2)
+            if pair.foil is not None:
+                both = [(values + values_corrupt)[:, where].mean(1, keepdim=True) / 2 for where in options]
+                parts |= dict(zip(OPTIONS, both, strict=True))
         for name, found in parts.items():
-            values.setdefault(name, {}).update(zip(sites, found, strict=True))
-        if {"answer", "foil"} <= set(roles) and pair.foil is not None:
-            for role in ("answer", "foil"):
-                state = (read + read_corrupt)[:, list(roles[role])].mean(1, keepdim=True) / 2
-                options.setdefault(role, {}).update(zip(sites, state, strict=True))
+            yield from (Part(name, *each) for each in zip(numbers, found, strict=True))
+
+    def _patch(self, parts: Sequence[Part]) -> None:
+        """Patch all parts, each alone, into the corrupt run."""
+        kept: list[Tensor] = []
+
+        def keep(logits: Tensor, base: Baselines) -> Tensor:
+            kept.append(logits.float().cpu())
+            return logits[:, 0]
+
+        # What made the run corrupt is in its inputs, or else the clean run is needed to make it.
+        pair = self.pair if self.pair.edits else replace(self.pair, clean=self.pair.corrupt)
+        sites, values = [self.placed[part.head] for part in parts], [part.value for part in parts]
+        patched = engine.patch(self.study.model, pair, sites, values=values, metric=keep)
+        same = kept[-1][0]  # the metric is given the runs without a patch, too
+        kept.clear()
+        raised: dict[tuple[str, int], Tensor] = {}
+        for rows, scores in patched.chunks:
+            logits = kept.pop() if kept else same.expand(len(rows), -1)
+            for part, change, row in zip([parts[n] for n in rows], scores.ld - patched.corrupt.ld, logits, strict=True):
+                if part.name in OPTIONS:
+                    raised[part.name, part.head] = row
+                else:
+                    self.put(part.name, [part.head], float(change))
+        for head in {head for _, head in raised}:
+            more = raised[OPTIONS[0], head] - raised[OPTIONS[1], head]
+            self.reading.raised[head] = int(more.argmax()), int(more.argmin())
 
     def _unit(self, site: Site, x: Tensor) -> Tensor:
         """A head's part of what heads write side by side."""
         heads = self.study.model.shapes[site.tower].heads[site.kind]
         return x.unflatten(-1, (heads, -1))[:, site.units[0]].double().cpu()
 
-    def _values(self, key: Key, sites: Sequence[Site], run: Values) -> Tensor:
+    def _values(self, key: Key, sites: Sequence[Site], run: Kept) -> Tensor:
         """What each head reads at each key: `(heads, keys, width)`; some share it."""
         shape = self.study.model.shapes[key[0]]
         many = shape.units(key[1], "v") or 1
@@ -212,7 +226,7 @@ class _Reader:
         rows = [x[:, site.units[0] // share] for x, site in zip(each, sites, strict=True)]
         return torch.stack(rows).double().cpu()
 
-    def _inside(self, key: Key, part: str, at: Sequence[int], clean: Values, base: Values) -> list[Edit]:
+    def _inside(self, key: Key, part: str, at: Sequence[int], clean: Kept, base: Kept) -> list[Edit]:
         """Edits that give a kind's queries or keys the clean run's values, and hold what the heads write, so
         that each layer is patched alone."""
         shape = self.study.model.shapes[key[0]]
@@ -229,38 +243,7 @@ class _Reader:
                 edits.append(Edit(site, "set", source[here][0, list(positions)]))
         return edits
 
-    def _change(self, given: Mapping[Site, Tensor]) -> Array:
-        """The change of the corrupt run's LD by each of these patches."""
-        numbers = self._numbers(given)
-        patched = engine.patch(self.study.model, self._alone, [self.placed[n] for n in numbers], values=given)
-        found = np.zeros(len(numbers))
-        for rows, scores in patched.chunks:
-            found[rows] = (scores.ld - patched.corrupt.ld).cpu().numpy()
-        return found
-
-    def _logits(self, given: Mapping[Site, Tensor]) -> Tensor:
-        """The corrupt run's logits with each of these patches: `(heads, vocabulary)`."""
-        kept: list[Tensor] = []
-
-        def keep(logits: Tensor, base: Baselines) -> Tensor:
-            kept.append(logits.float().cpu())
-            return logits[:, 0]
-
-        sites = [self.placed[n] for n in self._numbers(given)]
-        patched = engine.patch(self.study.model, self._alone, sites, values=given, metric=keep)
-        found = kept.pop().repeat(len(sites), 1)  # of the run without a patch, which the metric is given, too
-        kept.clear()
-        for rows, _ in patched.chunks:
-            if kept:
-                found[rows] = kept.pop()
-        return found
-
-    @property
-    def _alone(self) -> Pair:
-        """The corrupt run alone, where what made it corrupt is in its inputs."""
-        return self.pair if self.pair.edits else replace(self.pair, clean=self.pair.corrupt)
-
-    def _direct(self, values: Values) -> None:
+    def _direct(self, values: Kept) -> None:
         """What heads do at the read-out position when all that comes behind them there stays as it was;
         nothing goes from other places to the logits directly."""
         model, layout = self.study.model, self.pair.clean.layout
