@@ -24,8 +24,10 @@ LABELS = (
 )
 LITTLE = 0.05
 """An effect that is surely below this share of the gap is little."""
-EXCESS = 0.1
-"""Attention that exceeds its null by less than this is not on the object, nor switches, however surely."""
+EXCESS = 0.2
+"""Attention that exceeds its null by less than this share of what it could is not on an object, however surely."""
+SWITCH = 0.1
+"""A selector switches as much of its attention, at least."""
 MASS = 0.5
 """The share of its attention that a head has on what it is called after, at least."""
 COPIES = 0.5
@@ -133,7 +135,7 @@ def _of_image(found: Rows, favours: bool, without: int) -> tuple[str, str | None
 
 
 def _of_text(found: Rows, favours: bool, _: int) -> tuple[str, str | None]:
-    if favours and _exceeds(found, "switch", EXCESS):
+    if favours and _exceeds(found, "switch", SWITCH):
         return "option selector", "switch"
     if favours and _exceeds(found, "copies", COPIES):
         return "mover", "copies"
@@ -146,8 +148,8 @@ def _of_text(found: Rows, favours: bool, _: int) -> tuple[str, str | None]:
     return "unclear", None
 
 
-def _sure(found: Rows, name: str, level: float = LEVEL) -> bool:
-    return name in found and found[name].q_value <= level
+def _sure(found: Rows, name: str) -> bool:
+    return name in found and found[name].q_value <= LEVEL
 
 
 def _moves(found: Rows, name: str) -> int:
@@ -155,13 +157,18 @@ def _moves(found: Rows, name: str) -> int:
     return int(np.sign(found[name].value)) if _sure(found, name) else 0
 
 
-def _exceeds(found: Rows, name: str, least: float, level: float = LEVEL) -> bool:
-    return _sure(found, name, level) and found[name].value - found[name].null >= least
+def _exceeds(found: Rows, name: str, least: float) -> bool:
+    return _sure(found, name) and found[name].value - found[name].null >= least
 
 
 def _lands(found: Rows, which: str) -> str | None:
     """The measure by which its attention is on an object most surely, if it is."""
-    names = [name for look in LOOKS if _exceeds(found, name := look + which, EXCESS, LEVEL / len(LOOKS))]
+    there = [found[look + which] for look in LOOKS if look + which in found]
+    names = [
+        row.measure
+        for row in there
+        if row.q_value <= LEVEL / len(LOOKS) and row.value - row.null >= EXCESS * (1 - row.null)
+    ]
     return min(names, key=lambda name: found[name].q_value, default=None)
 
 
