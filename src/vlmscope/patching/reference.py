@@ -6,6 +6,7 @@ What `engine` gives is defined by this module, and the tests compare the two.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+
 from torch import Tensor
 
 from vlmscope.models.inputs import Edit, Pair

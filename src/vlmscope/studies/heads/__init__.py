@@ -1,17 +1,33 @@
-"""What a head does: where it looks, what it moves, and what happens without it.
+"""What a head does: what it reads, what of it moves the answer, and what happens without it.
 
-Attention is not explanation, so every label carries a number of the attention and a number of the
-cause. The labels are those of NOTICE (arXiv 2406.16320), which reads them off pictures; here they are
-rules over measures, each with its interval and its null:
+Attention is not explanation, so every label rests on a number of what is read and one of the cause, each
+tested against a null of its own, with q-values over the heads asked about. A head *acts* if it surely moves
+LD by more than 1 % of the gap, patched in or knocked out.
 
-- `detection` (implicit segmentation): the head's attention to the image, less that of the average
-  head, separates the answer's object from the rest, and patching the head in favours the answer.
-- `suppression`: it lands on the object (or the foil's), and without the head the answer (or the foil)
-  is *more* likely.
-- `outlier suppression`: most of its attention is on few patches of outlying norm or on the class
-  token, and without the head the answer hardly changes.
-- `none`: no such attention, and no effect that counts. `unclear`: the evidence does not fit together,
-  or the head does not look at the image.
+Of heads that act by what they read of the image (names of NOTICE, arXiv 2406.16320):
+
+- `detection`: its attention is on the answer's object, and patching the head in favours the answer.
+- `suppression`: it is on the object (or the foil's), and without the head the answer (or the foil) is
+  *more* likely.
+
+Of those that act by what they read of words:
+
+- `option selector`: its attention goes to the option that the picture shows, and it favours the answer.
+- `mover`: of the two options it raises the one first that it reads, and favours the answer; `negative
+  mover`: it raises the other first.
+- `aggregate reader`: most of its attention is on words that are no option, and what it reads there alone
+  brings most of its effect.
+- `relay`: what it does on its own way to the answer is less than a fifth of its effect; the rest goes by
+  others.
+
+Of heads that do not act:
+
+- `outlier suppression`: most of its attention is on the class token, and on patches off the object that are
+  of outlying norm and do not stand out in the picture.
+- `sink`: most of its attention is on the first token.
+- `none`: neither.
+
+`unclear`: the evidence does not fit together or does not suffice, or the model does not know the task.
 """
 
 from __future__ import annotations
@@ -47,9 +63,10 @@ from vlmscope.studies.sweep import SHOWN, sweep_to
 
 __all__ = ["LABELS", "ON_ALL", "ON_MASKS", "READ", "Functions", "covered", "functions", "read", "write"]
 
-FORMAT = "vlmscope-heads-1"
+FORMAT = "vlmscope-heads-2"
 MANIFEST = "heads.json"
 CSV = ("functions", "measures", "together")
+
 
 @dataclass(frozen=True)
 class Functions:
@@ -85,14 +102,21 @@ def functions(
 ) -> Functions:
     """Measure and label the heads at `sites` (such as `encoder.*.cross.h*@answer`) on the examples.
 
-    Columns of `functions`: the head; `label`; `evidence`, its numbers in words. Of `measures`:
-    `measure`, `value` with its 95 % interval `low`, `high` over `n` examples, `null` (of
-    shuffled masks, of the all-heads mean, or 0 for a change), `p_value` and `q_value` (over heads).
-    `effect` is the change of LD when the head is patched from the clean into the corrupt run;
-    `zero`, `mean`, `resample` that of the clean run when it is knocked out by zero, by its mean over
-    the examples, or by its value in another example. Of `together`: the accuracy with no head, with
-    these heads, and with equally many random heads of the same layers knocked out, where
-    every layer has so many others.
+    Columns of `functions`: the head; `label`; the `measure` that it rests on with its `value`, `null` and
+    `q_value`; `evidence`, all numbers in words. Of `measures`: `measure` (those of `ON_ALL`, `ON_MASKS` and
+    `READ`, and changes of LD), `value` with its 95 % interval `low`, `high` over `n` examples, its `null`,
+    `p_value` (that `value` is the null) and `q_value` (over heads; Benjamini-Hochberg). `effect` is the
+    change of LD when the head is patched from the clean into the corrupt run; `zero`, `mean`, `resample`
+    that of the clean run when it is knocked out by zero, by its mean over the examples, or by its value in
+    another example. What is not measured has no row: parts of effects (`by_…`, `from_…`, `direct`) where
+    the model does not show queries, keys and values; `switch` but where the picture alone is corrupt. Of
+    `together`: the accuracy with no head, with these heads, and with equally many random heads of the same
+    layers knocked out, where every layer has so many others.
+
+    Nulls: of `auc`, `pointing`, `iou_…` and `mass` the masks of other examples; of `outlier_mass`,
+    `norm_rank` and `entropy` the average head; of `on_…` attention that is spread evenly; of changes of LD
+    1 % of the gap, up or down; of `from_…` half of the whole effect, of `direct` a fifth; of `copies` the
+    words of other examples; of `switch` and `by_…` zero.
 
     The mask of the answer's object is that called `answer`, or as the example's `kind`, or `object`.
     Without `corrupt` nothing is patched. `effects`, a run of the same model and corruption or its table,
@@ -143,7 +167,7 @@ def functions(
         names.join(measures.set_index("number"), how="right").reset_index(drop=True),
         together(study, observed, use),
         attention_maps(study, [by_id[one.id] for one in given[:SHOWN]]),
-        _about(study, examples, corrupt, held_out, data),
+        _about(study, examples, corrupt, held_out, data) | {"doubt": doubt},
     )
 
 

@@ -25,7 +25,8 @@ LABELS = (
 LITTLE = 0.05
 """An effect that is surely below this share of the gap is little."""
 EXCESS = 0.2
-"""Attention that exceeds its null by less than this share of what it could is not on an object, however surely."""
+"""Attention that exceeds its null by less than this share of what it could is not on an object, however
+surely."""
 SWITCH = 0.1
 """A selector switches as much of its attention, at least."""
 MASS = 0.5
@@ -59,14 +60,23 @@ WORDS = {
     "mean": "knocked out, LD",
 }
 """The measures that labels are read off, and what evidence calls them."""
-SIGNED = ("effect", "mean", "by_attention", "by_values", "from_image", "from_options", "from_others", "direct")
+SIGNED = (
+    "effect",
+    "mean",
+    "by_attention",
+    "by_values",
+    "from_image",
+    "from_options",
+    "from_others",
+    "direct",
+)
 Rows = Mapping[str, Any]
 """A row of the table of measures for each measure of a head."""
 
 
 class Label(NamedTuple):
-    """The name, the measure that it rests on with its value, null and q-value (nulls where it rests on none), and
-    all the evidence in words."""
+    """The name, the measure that it rests on with its value, null and q-value (nulls where it rests on
+    none), and all the evidence in words."""
 
     label: str
     measure: str
@@ -85,7 +95,10 @@ def doubts(clean: Sequence[float], corrupt: Sequence[float] | None) -> str | Non
     >>> doubts([2.0, -1.5] * 10, None)
     'LD is above 0 in 10 of 20 clean runs, which is no more than chance'
     """
-    for lds, sign, where in ((clean, 1, "above 0 in {} of {} clean"), (corrupt, -1, "below 0 in {} of {} corrupt")):
+    for lds, sign, where in (
+        (clean, 1, "above 0 in {} of {} clean"),
+        (corrupt, -1, "below 0 in {} of {} corrupt"),
+    ):
         right = [sign * ld > 0 for ld in lds or ()]
         if right and not share_interval(right)[0] > 0.5:
             return f"LD is {where.format(sum(right), len(right))} runs, which is no more than chance"
@@ -93,14 +106,16 @@ def doubts(clean: Sequence[float], corrupt: Sequence[float] | None) -> str | Non
 
 
 def label(found: Rows, gap: float, doubt: str | None) -> Label:
-    """What a head is called. `gap` is LD(clean) − LD(corrupt); with a `doubt` that the model knows the task, it is
-    called nothing."""
+    """What a head is called. `gap` is LD(clean) − LD(corrupt); with a `doubt` that the model knows the
+    task, it is called nothing."""
     name, on = ("unclear", None) if doubt else _rule(found, gap)
     row = found.get(on or "")
     words = [f"the model does not know the task: {doubt}"] * bool(doubt)
-    words += [_words(each, found[each]) for each in WORDS if each in found]
-    numbers = (np.nan,) * 3 if row is None else (row.value, row.null, row.q_value)
-    return Label(name, on or "", *numbers, "; ".join(words))
+    words += [
+        _words(each, found[each]) for each in sorted(WORDS, key=lambda each: each != on) if each in found
+    ]
+    value, null, q = (np.nan, np.nan, np.nan) if row is None else (row.value, row.null, row.q_value)
+    return Label(name, on or "", value, null, q, "; ".join(words))
 
 
 def _rule(found: Rows, gap: float) -> tuple[str, str | None]:
@@ -179,13 +194,15 @@ def _most(found: Rows, name: str) -> bool:
 
 def _beyond(found: Rows, name: str) -> bool:
     """Whether a part of the effect is surely more than its share of the whole."""
-    row = found.get(name)
-    return _sure(found, name) and abs(row.value) > abs(row.null) and row.value * row.null > 0
+    if not _sure(found, name):
+        return False
+    row = found[name]
+    return bool(abs(row.value) > abs(row.null) and row.value * row.null > 0)
 
 
 def _sees(found: Rows) -> bool:
-    """Whether it reads the image: most of its effect comes from there, or where that is not known, most of what
-    it pays."""
+    """Whether it reads the image: most of its effect comes from there, or where that is not known, most of
+    what it pays."""
     if "from_image" in found:
         return _beyond(found, "from_image")
     return "on_image" in found and found["on_image"].value > MASS

@@ -28,7 +28,8 @@ RANDOM = 10
 """How many sets of random heads are knocked out."""
 
 SHARE = 0.01
-"""A head that moves no more than this share of the gap between the clean and the corrupt run moves nothing."""
+"""A head that moves no more than this share of the gap between the clean and the corrupt run moves
+nothing."""
 DIRECT = 0.2
 """What does less than this share of its effect on its own way to the answer does it by others."""
 
@@ -40,8 +41,8 @@ ON_MASKS = {
     "iou_best": "the same at the best of 19 thresholds",
 }
 ON_ALL = {
-    "outlier_mass": "attention to the class token and to patches off the object that are of outlying norm and "
-    "do not stand out in the picture",
+    "outlier_mass": "attention to the class token and to patches of outlying norm, but not to the object nor "
+    "to what stands out in the picture",
     "norm_rank": "rank of the norm of what is attended to, from 0 to 1",
     "entropy": "entropy of the attention, 1 if it is uniform",
 }
@@ -74,7 +75,9 @@ def measures_of(
     for which, heads in _alike(use.T):
         some = of_heads(study, [one for one, used in zip(observed, which, strict=True) if used], heads)
         found = [*_attention_measures(*some), *_change_measures(*some, SHARE * gap), *_read_measures(*some)]
-        tables.append(pd.concat(found).assign(number=lambda x, heads=heads: x["number"].map(dict(enumerate(heads)))))
+        tables.append(
+            pd.concat(found).assign(number=lambda x, heads=heads: x["number"].map(dict(enumerate(heads))))
+        )
     table = pd.concat(tables).sort_values("number", kind="stable", ignore_index=True)
     return table.assign(q_value=table.groupby("measure")["p_value"].transform(q_values))
 
@@ -148,9 +151,9 @@ def _on_masks(study: Study, key: Key, observed: Sequence[Observed], which: str) 
 def _spread(one: Observed, attention: Attention, maps: Array) -> Array:
     """Mass on outliers, mean rank of the norm, and entropy, of each head's attention: `(heads, 3)`.
 
-    High norms that mean something are no outliers: those of the objects asked about, and of what stands out in
-    the picture (the artifacts of vision transformers are where patches look like their neighbours; Darcet et
-    al. 2024).
+    High norms that mean something are no outliers: those of the objects asked about, and of what stands out
+    in the picture (the artifacts of vision transformers are where patches look like their neighbours;
+    Darcet et al. 2024).
     """
     inside = attention.cells >= 0
     dull = attention.plain.copy()
@@ -246,9 +249,7 @@ def _read_measures(study: Study, observed: Sequence[Observed]) -> Iterator[pd.Da
                 # Whether it is more (or less) than a share of the whole effect.
                 share = DIRECT if name == "direct" else 0.5
                 whole = np.stack([np.asarray(one.effect) for one in some])[:, heads]
-                yield _measured(
-                    heads, name, scores, some, share * whole.mean(0), _p(scores - share * whole)
-                )
+                yield _measured(heads, name, scores, some, share * whole.mean(0), _p(scores - share * whole))
             else:
                 yield _measured(heads, name, scores, some, 0.0, _p(scores))
 

@@ -1,19 +1,20 @@
 """What heads read, token by token, and by which part of it they move the answer.
 
-A head writes the sum over what it attends to of the attention paid times the value read. So what it brings from
-the clean run splits: the attention of the clean run with the values of the corrupt one, or the values alone, or
-both from some tokens alone. Each is one patch of the head's output in the corrupt run, by the engine.
+A head writes the sum over what it attends to of the attention paid times the value read. So what it brings
+from the clean run splits: the attention of the clean run with the values of the corrupt one, or the values
+alone, or both from some tokens alone. Each is one patch of the head's output in the corrupt run, by the
+engine.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
 from vlmscope.layout import Layout
@@ -27,8 +28,8 @@ from vlmscope.studies.heads.study import Array, Key, Study
 GROUPS = ("image", "options", "others")
 """What is attended to: the image, the words of the answer and the foil, all other words."""
 TOLERANCE = 0.02
-"""How far, as a share of the largest, a head's output may be from its attention times the values it read: what
-is farther has other parts, and is not split."""
+"""How far, as a share of the largest, a head's output may be from its attention times the values it read:
+what is farther has other parts, and is not split."""
 
 OPTIONS = ("answer", "foil")
 Kept = Mapping[Point, Tensor]
@@ -93,9 +94,9 @@ def read(
 ) -> Reading:
     """What each head reads in one example, and what parts of it do.
 
-    `paid` is the attention of the clean run, `(layers, heads, at, keys)` a kind; `clean` what that run left at
-    `inner_points` and at the heads' outputs, None where heads are not to be split; `effect` what the heads do
-    when they are patched whole.
+    `paid` is the attention of the clean run, `(layers, heads, at, keys)` a kind; `clean` what that run left
+    at `inner_points` and at the heads' outputs, None where heads are not to be split; `effect` what the
+    heads do when they are patched whole.
     """
     found = _Reader(study, pair, placed)
     for key, maps in paid.items():
@@ -105,18 +106,14 @@ def read(
     return found.reading
 
 
-@dataclass(frozen=True, eq=False)
 class _Reader:
-    study: Study
-    pair: Pair
-    placed: Sequence[Site]
-    reading: Reading = field(init=False)
+    """Fills a `Reading`."""
 
-    def __post_init__(self) -> None:
-        none = np.full((len(self.placed), 2), -1)
-        object.__setattr__(self, "reading", Reading({}, {}, none))
+    def __init__(self, study: Study, pair: Pair, placed: Sequence[Site]) -> None:
+        self.study, self.pair, self.placed = study, pair, placed
+        self.reading = Reading({}, {}, np.full((len(placed), 2), -1))
 
-    def put(self, name: str, heads: Sequence[int], values: object, null: bool = False) -> None:
+    def put(self, name: str, heads: Sequence[int], values: ArrayLike, null: bool = False) -> None:
         into = self.reading.nulls if null else self.reading.scores
         into.setdefault(name, np.full(len(self.placed), np.nan))[list(heads)] = values
 
@@ -125,9 +122,11 @@ class _Reader:
 
     def own(self, key: Key, maps: Tensor) -> Tensor:
         """The attention of the heads that are asked about: `(heads, at, keys)`."""
-        return torch.stack(
-            [maps[self.study.place(self.placed[n])] for n in self.study.numbers(key)]
-        ).double().cpu()
+        return (
+            torch.stack([maps[self.study.place(self.placed[n])] for n in self.study.numbers(key)])
+            .double()
+            .cpu()
+        )
 
     def attention(self, key: Key, maps: Tensor) -> None:
         """How much is on the image, the options, the other words, and on the first token of a text."""
@@ -203,7 +202,9 @@ class _Reader:
         raised: dict[tuple[str, int], Tensor] = {}
         for rows, scores in patched.chunks:
             logits = kept.pop() if kept else same.expand(len(rows), -1)
-            for part, change, row in zip([parts[n] for n in rows], scores.ld - patched.corrupt.ld, logits, strict=True):
+            for part, change, row in zip(
+                [parts[n] for n in rows], scores.ld - patched.corrupt.ld, logits, strict=True
+            ):
                 if part.name in OPTIONS:
                     raised[part.name, part.head] = row
                 else:
