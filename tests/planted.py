@@ -1,7 +1,7 @@
 """A BLIP-VQA whose weights are set by hand, so that what its cross-attention heads do is known.
 
 A patch of a picture has three features: its object (red or blue), its color (red less blue) and its
-outlier (green, of huge norm). Every head of the question encoder's one layer looks the same way from
+outlier (a green that no eye sees, of huge norm). Every head of the question encoder's one layer looks the same way from
 every token:
 
 - head 0 looks at the object and writes its color;
@@ -27,6 +27,8 @@ from vlmscope.runs.model import Model
 WIDTH, PATCH, SIDE = 16, 4, 6
 OBJECT, COLOR, OUTLIER, PLACE, UNREAD, CONSTANT = 0, 2, 4, 6, 8, 10
 """Each feature is a dimension and its negative next to it, so that a norm's mean takes nothing."""
+FAINT = 4
+"""The outlier's green, of 255."""
 TRUTH = {0: "detection", 1: "suppression", 2: "outlier suppression", 3: "none"}
 
 
@@ -74,7 +76,7 @@ def planted() -> Model:
 
 def _see(hf: BlipForQuestionAnswering) -> None:
     embeddings = hf.vision_model.embeddings
-    red, green, blue = ([1, 0, 1], [0, 50, 0], [1, 0, -1])
+    red, green, blue = ([1, 0, 1], [0, 50 * 255 / FAINT, 0], [1, 0, -1])
     for at, channels in ((OBJECT, red), (OUTLIER, green), (COLOR, blue)):
         for channel, size in enumerate(channels):
             embeddings.patch_embedding.weight[:, channel] += _plus(at, size / PATCH**2)[:, None, None]
@@ -138,7 +140,7 @@ def _picture(color: str, at: tuple[int, int], spot: tuple[int, int]) -> Image.Im
     image = Image.new("RGB", (PATCH * SIDE, PATCH * SIDE))
     draw = ImageDraw.Draw(image)
     draw.rectangle(_box(at, 2), fill={"red": (255, 0, 0), "blue": (0, 0, 255)}[color])
-    draw.rectangle(_box(spot, 1), fill=(0, 255, 0))
+    draw.rectangle(_box(spot, 1), fill=(0, FAINT, 0))
     return image
 
 

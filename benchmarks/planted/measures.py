@@ -181,19 +181,47 @@ def tool(recipe: Recipe) -> dict[str, Any]:
     )
     ours = assessed(found).set_index("part")["important"]
     same = (ours[names.tolist()].to_numpy() == table["important"].to_numpy()).mean()
-    looking = [site for site in sites if ".cross" in site and "encoder" in site] or sites
-    labels = heads.functions(made.model, examples, looking, effects=rows).functions
-    named = dict(zip(labels["site"].str.split("@").str[0], labels["label"], strict=True))
+    named = labels_of(made, given)
     return {
         "recipe": asdict(recipe),
         "sweep_against_plain": apart / abs(found.gap) if recipe.planted else apart,
         "same_important": float(same),
         "heads": ranking(mean, made.roles) if recipe.planted else None,
-        "labels": {part: [made.roles.get(part, "random"), label] for part, label in named.items()},
-        "confusion": confusion(named, made.roles),
-        "named": float(np.mean([label not in ("none", "unclear") for label in named.values()])),
+        **labelled(made, named),
         "important": float(table["important"].mean()),
     }
+
+
+def labels_of(made: Planted, given: Scenes) -> dict[Part, str]:
+    """What vlmscope calls each head."""
+    found = heads.functions(made.model, given.examples(), sites_of(made.recipe.form)).functions
+    return dict(zip(found["site"].str.split("@").str[0], found["label"], strict=True))
+
+
+def labelled(made: Planted, labels: dict[Part, str]) -> dict[str, Any]:
+    """The labels beside the truth, and how many of all heads and of the decoys have a function."""
+
+    def named(parts: Sequence[Part]) -> float | None:
+        return float(np.mean([labels[p] not in ("none", "unclear") for p in parts])) if parts else None
+
+    return {
+        "labels": {part: [made.roles.get(part, "random"), label] for part, label in labels.items()},
+        "confusion": confusion(labels, made.roles),
+        "named": named(list(labels)),
+        # A sink is one: that it is called so is right.
+        "decoys_named": named([p for p in made.having(*DECOYS) if made.roles[p] != "sink"]),
+    }
+
+
+def at_sharpness(recipe: Recipe, among: Sequence[float]) -> dict[str, list[str]]:
+    """The labels of readers and suppressors of one circuit, by how sharply they look."""
+    found: dict[str, list[str]] = {}
+    for sharpness in among:
+        made = plant(replace(recipe, sharpness=sharpness))
+        labels = labels_of(made, scenes(SHOWN, FRESH + recipe.seed))
+        for part in made.having("reader", "suppressor"):
+            found.setdefault(part, []).append(labels[part])
+    return found
 
 
 def coverage(recipe: Recipe, population: int) -> dict[str, Any]:
