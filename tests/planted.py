@@ -9,7 +9,11 @@ every token:
 - head 2 looks at the outlier and writes where nobody reads;
 - head 3 looks nowhere and writes nothing.
 
-The answer decoder reads the color off all tokens of the question.
+The answer decoder's head 0 reads the color off all tokens of the question. With `options`, it is turned off: a neuron
+of the encoder's block fires at the word of the color that the picture shows, and the decoder reads that:
+
+- head 1 looks at the word where it fires, and says that word;
+- head 2 looks everywhere and reads the neurons themselves, which say their word.
 """
 
 from __future__ import annotations
@@ -29,7 +33,11 @@ OBJECT, COLOR, OUTLIER, PLACE, UNREAD, CONSTANT = 0, 2, 4, 6, 8, 10
 """Each feature is a dimension and its negative next to it, so that a norm's mean takes nothing."""
 FAINT = 4
 """The outlier's green, of 255."""
+WORD, MATCH, SAID = 12, 14, 4
+"""Features of the text: which color a word is, that the picture shows it, and which is shown."""
 TRUTH = {0: "detection", 1: "suppression", 2: "outlier suppression", 3: "none"}
+OF_TEXT = {0: "none", 1: "option selector", 2: "mover", 3: "none"}
+"""Of the decoder's heads, with `options`."""
 
 
 def _plus(at: int, size: float = 1.0) -> torch.Tensor:
@@ -38,7 +46,7 @@ def _plus(at: int, size: float = 1.0) -> torch.Tensor:
     return feature
 
 
-def planted() -> Model:
+def planted(options: bool = False) -> Model:
     torch.manual_seed(0)
     text = {
         "vocab_size": len(WORDS),
@@ -68,6 +76,8 @@ def planted() -> Model:
         _see(hf)
         _read(hf)
         _say(hf)
+        if options:
+            _choose(hf)
     processor = blip_processor(PATCH * SIDE)
     processor.image_processor.image_mean = [0.0] * 3
     processor.image_processor.image_std = [1.0] * 3
@@ -108,6 +118,23 @@ def _say(hf: BlipForQuestionAnswering) -> None:
     head.transform.dense.weight.copy_(torch.eye(WIDTH))
     for word, sign in (("red", 1.0), ("blue", -1.0)):
         head.decoder.weight[WORDS.index(word)] = _plus(COLOR, 3 * sign)
+
+
+def _choose(hf: BlipForQuestionAnswering) -> None:
+    """Word and picture agree where a neuron fires; two heads of the decoder read that in two ways."""
+    block, words = hf.text_encoder.encoder.layer[0], hf.text_encoder.embeddings.word_embeddings.weight
+    for neuron, (word, sign) in enumerate((("red", 1.0), ("blue", -1.0))):
+        words[WORDS.index(word)] += _plus(WORD, 3.0 * sign)
+        block.intermediate.dense.weight[neuron] = _plus(WORD, 4.0 * sign) + _plus(COLOR, 4.0 * sign)
+        block.intermediate.dense.bias[neuron] = -9.0
+        block.output.dense.weight[:, neuron] = _plus(MATCH, 0.5) + _plus(SAID, 0.5 * sign)
+    cross = hf.text_decoder.bert.encoder.layer[0].crossattention
+    cross.output.dense.weight[:, 0] = 0.0
+    cross.self.query.bias[4] = 1.0
+    cross.self.key.weight[4] = _plus(MATCH, 4.0)
+    for first, feature in ((4, WORD), (8, SAID)):
+        cross.self.value.weight[first] = _plus(feature, 0.5)
+        cross.output.dense.weight[:, first] = _plus(COLOR, 1.0)
 
 
 def planted_examples(many: int, seed: int = 0) -> list[Example]:
