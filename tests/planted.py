@@ -1,16 +1,17 @@
 """A BLIP-VQA whose weights are set by hand, so that what its cross-attention heads do is known.
 
 A patch of a picture has three features: its object (red or blue), its color (red less blue) and its
-outlier (a green that no eye sees, of huge norm). Every head of the question encoder's one layer looks the same way from
-every token:
+outlier (a green that no eye sees, of huge norm). Every head of the question encoder's one layer looks the
+same way from every token:
 
 - head 0 looks at the object and writes its color;
 - head 1 looks at the object and takes 0.4 of its color away;
 - head 2 looks at the outlier and writes where nobody reads;
 - head 3 looks nowhere and writes nothing.
 
-The answer decoder's head 0 reads the color off all tokens of the question. With `options`, it is turned off: a neuron
-of the encoder's block fires at the word of the color that the picture shows, and the decoder reads that:
+The answer decoder's head 0 reads the color off all tokens of the question. With `options`, it is turned
+off: a neuron of the encoder's block fires at the word of the color that the picture shows, and the decoder
+reads that:
 
 - head 1 looks at the word where it fires, and says that word;
 - head 2 looks everywhere and reads the neurons themselves, which say their word.

@@ -1,4 +1,4 @@
-"""What heads are called, by rules over their measures; parts of effects are plain patches of the same places."""
+"""What heads are called, by rules over their measures; parts of effects are plain patches."""
 
 from __future__ import annotations
 
@@ -141,7 +141,7 @@ def test_parts_of_an_effect_are_patches_of_queries_keys_values_and_patterns(make
 
 
 def test_heads_that_share_keys_and_values_are_split_alone():
-    """Head 2's own part of a group of two: with its attention's output held, its sibling's changes nothing."""
+    """The part of one head of a group: patching what both read, with the other's output held."""
     model = llava(layers=2, kv_heads=2)
     examples = [example(id=f"e{n}", clean_image=picture(n), corrupt_image=picture(50 + n)) for n in range(2)]
     found = values_of(model, "decoder.1.attn.h2@last", examples)

@@ -192,9 +192,12 @@ def tool(recipe: Recipe) -> dict[str, Any]:
     }
 
 
-def labels_of(made: Planted, given: Scenes) -> dict[Part, str]:
-    """What vlmscope calls each head."""
-    found = heads.functions(made.model, given.examples(), sites_of(made.recipe.form)).functions
+def labels_of(made: Planted, given: Scenes, parts: Sequence[Part] = ()) -> dict[Part, str]:
+    """What vlmscope calls each head, or these."""
+    every = sites_of(made.recipe.form)
+    at = {site.split(".")[0] + site.split(".")[2]: site.split("@")[1] for site in every}
+    some = [f"{part}@{at[part.split('.')[0] + part.split('.')[2]]}" for part in parts]
+    found = heads.functions(made.model, given.examples(), some or every).functions
     return dict(zip(found["site"].str.split("@").str[0], found["label"], strict=True))
 
 
@@ -214,13 +217,13 @@ def labelled(made: Planted, labels: dict[Part, str]) -> dict[str, Any]:
 
 
 def at_sharpness(recipe: Recipe, among: Sequence[float]) -> dict[str, list[str]]:
-    """The labels of readers and suppressors of one circuit, by how sharply they look."""
+    """The labels of readers, suppressors and decoys of one circuit, by how sharply the former look."""
     found: dict[str, list[str]] = {}
     for sharpness in among:
         made = plant(replace(recipe, sharpness=sharpness))
-        labels = labels_of(made, scenes(SHOWN, FRESH + recipe.seed))
-        for part in made.having("reader", "suppressor"):
-            found.setdefault(part, []).append(labels[part])
+        parts = made.having("reader", "suppressor", *DECOYS)
+        for part, label in labels_of(made, scenes(SHOWN, FRESH + recipe.seed), parts).items():
+            found.setdefault(part, []).append(label)
     return found
 
 
