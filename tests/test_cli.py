@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -16,6 +17,7 @@ import vlmscope
 from vlmscope.cli import machine
 from vlmscope.cli.main import app, main
 from vlmscope.errors import StoreError
+from vlmscope.notice import Spec
 from vlmscope.studies.run_folder import EFFECTS
 
 SWEEP = ["sweep", "--model", "toy-blip", "--data", "faces", "--limit", "2", "--corrupt", "image"]
@@ -284,6 +286,30 @@ def test_a_full_disk(run, tmp_path, monkeypatch):
     refused(run(*SWEEP, *SITES, "--out", tmp_path / "run"), "free some space")
     monkeypatch.setattr(files, "write", honest)
     assert run(*SWEEP, *SITES, "--out", tmp_path / "run")[0] == 0
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a disk that is full")
+@pytest.mark.parametrize("words", [["models"], ["--help"], ["--version"], ["models", "toy-blip"]])
+def test_a_full_standard_output(words):
+    with Path("/dev/full").open("wb") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "vlmscope", *words], stdout=full, stderr=subprocess.PIPE, text=True
+        )
+    refused((done.returncode, "", done.stderr), "standard output cannot be written (No space left on device)")
+
+
+def test_a_standard_output_of_ascii_alone(tmp_path):
+    file = table(tmp_path, [["größe \u202e", *GOOD[1:]]])
+    words = ["sweep", "--model", "toy-blip", "--data", file, *SITES, "--corrupt", "image"]
+    for more in (["--out", tmp_path / "größe"], ["--metric", "größe", "--out", tmp_path / "x"]):
+        done = subprocess.run(
+            [sys.executable, "-m", "vlmscope", *map(str, [*words, *more])],
+            capture_output=True,
+            env=os.environ | {"PYTHONIOENCODING": "ascii"},
+        )
+        said = (done.stdout + done.stderr).decode("ascii")
+        assert "gr\\xf6\\xdfe" in said and "Traceback" not in said, said
+        assert done.returncode == (2 if "--metric" in more else 0)
 
 
 def test_a_wrong_flag_is_told(run):
@@ -642,6 +668,38 @@ def test_neurons_describe_and_perturb(run, tmp_path):
     out = tmp_path / "perturbed"
     refused(run("neurons", "perturb", *given, "--word", "red", "--out", out), "no word can be measured")
     assert not out.exists()
+
+
+BLIP_ON = "--model toy-blip --data states --limit 2 --out"
+LLAVA_ON = "--model toy-llava --data states --limit 2 --prompt what? --out"
+
+
+@pytest.mark.parametrize("there", ["report.html", "report-figures/mine.png", "report-figures"])
+@pytest.mark.parametrize(
+    ("command", "place"),
+    [
+        (f"heads --sites encoder.1.cross.h0@answer {BLIP_ON}", ""),
+        (f"tracing {BLIP_ON}", ""),
+        (f"notice {BLIP_ON}", ""),
+        (f"neurons describe --neuron 1.2 --no-measures {LLAVA_ON}", ""),
+        (f"neurons edit --from red --to blue {LLAVA_ON}", "edit-card"),
+    ],
+)
+def test_a_report_that_is_not_ours_is_said_before_anything_is_loaded(
+    run, tmp_path, monkeypatch, command, place, there
+):
+    for room in ("checkpoint", "notice"):
+        monkeypatch.setattr(f"vlmscope.{room}.load", None)
+    folder = tmp_path / "out" / place
+    mine = folder / there
+    mine.parent.mkdir(parents=True)
+    mine.write_text("mine")
+    if command.startswith("notice"):
+        Spec("toy-blip", ("states",), limit=2).save(folder / "notice.toml")
+    before = sorted(tmp_path.rglob("*"))
+    out = tmp_path / "out" / "edit.safetensors" if place else folder
+    refused(run(*command.split(), out), f"{there}: is ", "choose another --out")
+    assert sorted(tmp_path.rglob("*")) == before and mine.read_text() == "mine"
 
 
 def test_neurons_edit_keeps_what_it_has_made(run, tmp_path, monkeypatch):

@@ -17,6 +17,7 @@ import vlmscope
 from vlmscope.errors import DataError, ExampleError, SiteError, StoreError, VlmscopeError
 from vlmscope.models.inputs import Edit
 from vlmscope.patching import engine
+from vlmscope.runs.corrupt import Noise
 from vlmscope.sites import Pattern
 from vlmscope.stats import shuffled
 from vlmscope.studies import heads
@@ -147,6 +148,16 @@ def test_effects_that_a_run_has_are_not_computed_again(tmp_path, monkeypatch):
     assert not patched
     heads.functions(model, [*examples, replace(examples[0], id="new")], sites, effects=run)
     assert len(patched) == 1, "an example that the run does not have is patched"
+
+
+def test_effects_are_means_over_the_draws_of_noise(tmp_path):
+    model, noise = blip(layers=2, heads=2), Noise(draws=3)
+    examples = [example(id=f"e{n}", clean_image=picture(n), corrupt_image=None) for n in range(4)]
+    rows = sweep_to(tmp_path / "run", model, examples, "encoder.*.cross.h*@answer", noise).effects()
+    found = heads.functions(model, examples, "encoder.*.cross.h*@answer", noise).measures
+    found = found[found["measure"] == "effect"].set_index("site")["value"]
+    assert found.to_dict() == pytest.approx(rows.groupby("site")["logit_diff"].mean().to_dict(), rel=1e-9)
+    assert found.abs().min() > 0
 
 
 def test_effects_of_another_run_are_refused(tmp_path):

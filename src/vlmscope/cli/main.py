@@ -11,7 +11,6 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from vlmscope import files
 from vlmscope.cli import machine, neurons, terminal
 from vlmscope.cli.options import Corrupt, DType, Given, Noise, OneModel, command
 from vlmscope.errors import VlmscopeError, shown
@@ -153,14 +152,14 @@ def tracing(
 
     Clean states are restored layer by layer, token by token.
     """
-    from vlmscope.report import write_report
+    from vlmscope.report import claim_report, write_report
     from vlmscope.report.ranking import most_restored
     from vlmscope.runs import corrupt
     from vlmscope.studies.known import knows
     from vlmscope.studies.run_folder import read_run
     from vlmscope.studies.tracing import KINDS, WINDOWS, trace
 
-    files.try_place(out)
+    claim_report(out / "report.html")
     model, examples = given.load(), given.examples()
     table = trace(
         out,
@@ -216,10 +215,10 @@ def heads(given: Given, sites: list[str], out: Path, corrupt: Corrupt = "image")
 
     Where they look, what they move, and what happens without them.
     """
-    from vlmscope.report import write_report
+    from vlmscope.report import claim_report, write_report
     from vlmscope.studies.heads import write
 
-    files.try_place(out)
+    claim_report(out / "report.html")
     found = write(out, given.load(), given.examples(), sites, corrupt, seed=given.seed, data=given.data)
     for row in found.functions.itertuples():
         print(f"{row.site}: {row.label}\n  {row.evidence}")

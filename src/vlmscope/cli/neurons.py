@@ -103,12 +103,13 @@ def describe(
     Where on the image a neuron is active, which pictures drive it, and the measures with their nulls.
     """
     from vlmscope import neurons
-    from vlmscope.report import write_report
+    from vlmscope.report import claim_report, write_report
 
     examples = given.examples()
     if embedding is not None and not measures:
         raise VlmscopeError("--embedding is for the measures; leave --no-measures out")
     neurons.Described.claim(out)
+    claim_report(out / "report.html")
     described = neurons.describe(
         given.load(),
         examples,
@@ -177,7 +178,7 @@ def edit(
     Made on one half of the data and assessed on the other, by free generation; the card lies beside it.
     """
     from vlmscope import neurons as room
-    from vlmscope.report import write_report
+    from vlmscope.report import claim_report, write_report
     from vlmscope.stats import shuffled
 
     if (target is None) != suppress:
@@ -190,6 +191,7 @@ def edit(
     card = out.with_name(f"{out.stem}-card")
     room.WeightEdit.claim(out)
     room.Assessed.claim(card)
+    claim_report(card / "report.html")
     model, examples, seed = given.load(), given.examples(), given.seed
     if export is not None:
         model.claim(export)

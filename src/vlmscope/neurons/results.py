@@ -116,17 +116,16 @@ def read(folder: str | os.PathLike[str], kind: type[R] = Result) -> R:  # type: 
     Raises `StoreError` if the folder is of something else than `kind`, or a file cannot be read.
     """
     place, kinds = Path(folder), {one.what: one for one in (Found, Described, Perturbed, Assessed)}
-    what, about, values = stored.read_one(place, formats.NEURONS)
+    what, about, values, pictures = stored.read_one(place, formats.NEURONS)
     there: Any = kinds[what]
     if not issubclass(there, kind):
         raise StoreError(
             f"{place}: what `vlmscope neurons {what}` writes; expected that of `neurons {kind.what}`"
         )
-    values = {name: values.get(Path(file).stem) for name, file in _files(there).items()}
+    given: dict[str, Any] = {name: values.get(Path(file).stem) for name, file in _files(there).items()}
     if hasattr(there, "pictures"):
-        pictures = formats.pictures(place)
-        values["pictures"] = {e: open_image(Image.open(io.BytesIO(p))) for e, p in pictures.items()}
-    return there({name: value for name, value in about.items() if name != "what"}, **values)
+        given["pictures"] = {e: open_image(Image.open(io.BytesIO(p))) for e, p in pictures.items()}
+    return there({name: value for name, value in about.items() if name != "what"}, **given)
 
 
 def _files(kind: Result | type[Result]) -> dict[str, str]:

@@ -2,12 +2,6 @@
 
 from __future__ import annotations
 
-import os
-from pathlib import Path
-
-import pandas as pd
-
-from vlmscope import stored
 from vlmscope.stored import Format, Table
 
 WAY_OUT = "write that folder anew with the command that made it"
@@ -118,15 +112,21 @@ TRACING = Format(
     WAY_OUT,
 )
 
-SELECTION = Table(
-    "data:text corruption:text group:text value:text n:int ran:int correct:int accuracy:share? kept:int "
-    "dropped_wrong:int dropped_not_following:int dropped_not_run:int",
-    "data corruption group value",
+SELECTION = Format(
+    "selection.json",
+    {"format": "vlmscope-selection-1"},
+    {
+        "selection.csv": Table(
+            "data:text corruption:text group:text value:text n:int ran:int correct:int accuracy:share? "
+            "kept:int dropped_wrong:int dropped_not_following:int dropped_not_run:int",
+            "data corruption group value",
+        )
+    },
+    "this notice run is not finished; run the same command again",
 )
-"""The table `selection.csv` of a folder of `notice`."""
 
-PICTURES = Table("example:text file:text", "example", may_be_empty=True)
-"""The table `pictures.csv`, of the files in `pictures/`."""
+_PICTURES = {"pictures.csv": Table("example:text file:text", "example", is_optional=True, may_be_empty=True)}
+"""Of the files in `pictures/`."""
 _INTERVAL = "value:float? low:float? high:float? n:int"
 _ABOUT = {"model": str, "weights?": (str, None), "examples?": int, "on?": [str]}
 
@@ -167,6 +167,7 @@ NEURONS = {
                 "random:float? p_value:share? n:int q_value:share?",
                 is_optional=True,
             ),
+            **_PICTURES,
         },
         WAY_OUT,
     ),
@@ -193,18 +194,9 @@ NEURONS = {
             "objects.csv": Table(
                 "measure:text before:float? after:float?", "measure", is_optional=True, may_be_empty=True
             ),
+            **_PICTURES,
         },
         WAY_OUT,
     ),
 }
 """What `neurons` wrote, by the `what` of its manifest."""
-
-
-def pictures(folder: Path) -> dict[str, bytes]:
-    """The pictures that `neurons` keeps of examples, as PNG."""
-    listed = folder / "pictures.csv"
-    rows = stored.table(listed, PICTURES, WAY_OUT) if os.path.lexists(listed) else pd.DataFrame()
-    return {
-        row.example: stored.picture(folder / "pictures" / Path(row.file).name, WAY_OUT, folder)
-        for row in rows.itertuples()
-    }

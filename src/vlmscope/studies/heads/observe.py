@@ -266,10 +266,13 @@ def _effects(
     if None not in found:
         lds = [logit_difference(study.model.run(pair.corrupt, pair.edits), pair) for pair in pairs]
         return float(np.mean(lds)), np.array(found, dtype=float)
-    patched = engine.patch(study.model, pairs[0], placed)
-    ld_corrupt, effect = float(patched.corrupt.ld), np.zeros(len(placed))
-    for numbers, scores in patched.chunks:
-        effect[numbers] = scores.ld.cpu().numpy() - ld_corrupt
+    ld_corrupt, effect = 0.0, np.zeros(len(placed))
+    for pair in pairs:  # of each draw of noise
+        patched = engine.patch(study.model, pair, placed)
+        base = float(patched.corrupt.ld)
+        ld_corrupt += base / len(pairs)
+        for numbers, scores in patched.chunks:
+            effect[numbers] += (scores.ld.cpu().numpy() - base) / len(pairs)
     return ld_corrupt, effect
 
 
