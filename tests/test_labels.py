@@ -53,6 +53,13 @@ READ = {"on_image": (0.0, 0.0, np.nan), "on_others": (0.9, 0.7, 0.001), "from_ot
             "suppression",
             "auc",
         ),
+        (
+            {"effect": (-2.0, 0.1, 0.001), "mean": (-1.0, 0.1, 0.001)}
+            | ON
+            | {"from_image": (-2.0, -1.0, 0.001)},
+            "unclear",
+            "",
+        ),  # with it and without it the answer is rarer
         (ACTS | SEEN | {"mass_foil": (0.9, 0.2, 0.001)}, "suppression", "mass_foil"),  # of the foil
         (ACTS | READ | {"switch": (0.4, 0.0, 0.001)}, "option selector", "switch"),
         (ACTS | READ | {"switch": (0.05, 0.0, 0.001)}, "aggregate reader", "from_others"),

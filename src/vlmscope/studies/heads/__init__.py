@@ -7,8 +7,8 @@ LD by more than 1 % of the gap, patched in or knocked out.
 Of heads that act by what they read of the image (names of NOTICE, arXiv 2406.16320):
 
 - `detection`: its attention is on the answer's object, and patching the head in favours the answer.
-- `suppression`: it is on the object (or the foil's), and without the head the answer (or the foil) is
-  *more* likely.
+- `suppression`: it is on the object, and patching the head in takes from the answer, or without it the
+  answer is *more* likely; or it is on the foil's object, and without it the foil is more likely.
 
 Of those that act by what they read of words:
 

@@ -140,9 +140,10 @@ def _rule(found: Rows, gap: float) -> tuple[str, str | None]:
 
 def _of_image(found: Rows, favours: bool, without: int) -> tuple[str, str | None]:
     on_object, on_foil = _lands(found, ""), _lands(found, "_foil")
+    takes = without == 1 or _moves(found, "effect") == -1
     if on_object and favours and without != 1:
         return "detection", on_object
-    if on_object and without == 1 and not favours:
+    if on_object and takes and not favours and without != -1:
         return "suppression", on_object
     if on_foil and without == -1:
         return "suppression", on_foil

@@ -173,7 +173,7 @@ def _observe(study: Study, example: Example, known: Known, split: bool) -> Obser
         effect=effect,
         activations=activations,
         attention=attention,
-        reading=read(study, pair, placed, paid, run.values if split else None, effect),
+        reading=read(study, pairs, placed, paid, run.values if split else None, effect),
         masks=_masks(model, example, sizes[0]) if sizes else {},
     )
 

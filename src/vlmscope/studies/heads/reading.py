@@ -86,24 +86,30 @@ def inner_points(study: Study) -> set[Point]:
 
 def read(
     study: Study,
-    pair: Pair,
+    pairs: Sequence[Pair],
     placed: Sequence[Site],
     paid: Mapping[Key, Tensor],
     clean: Kept | None,
     effect: Array | None,
 ) -> Reading:
-    """What each head reads in one example, and what parts of it do.
+    """What each head reads in one example, and what parts of it do: means over pairs that share the clean
+    run.
 
     `paid` is the attention of the clean run, `(layers, heads, at, keys)` a kind; `clean` what that run left
-    at `inner_points` and at the heads' outputs, None where heads are not to be split; `effect` what the
-    heads do when they are patched whole.
+    at `inner_points` and at the heads' outputs, None where heads are not to be split; `effect` what the heads
+    do when they are patched whole.
     """
-    found = _Reader(study, pair, placed)
+    found = _Reader(study, pairs[0], placed)
     for key, maps in paid.items():
         found.attention(key, maps)
-    if effect is not None and clean is not None:
-        found.split(paid, clean, effect)
-    return found.reading
+    if effect is None or clean is None:
+        return found.reading
+    draws = [_Reader(study, pair, placed) for pair in pairs]
+    for draw in draws:
+        draw.split(paid, clean, effect)
+    parts = draws[0].reading.scores
+    means = {name: np.mean([draw.reading.scores[name] for draw in draws], axis=0) for name in parts}
+    return replace(found.reading, scores=found.reading.scores | means, raised=draws[0].reading.raised)
 
 
 class _Reader:
