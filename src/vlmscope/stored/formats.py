@@ -54,7 +54,7 @@ CIRCUITS = Format(
 HEADS = Format(
     "heads.json",
     {
-        "format": "vlmscope-heads-1",
+        "format": "vlmscope-heads-2",
         "model": str,
         "weights": (str, None),
         "data": str,
@@ -63,9 +63,14 @@ HEADS = Format(
         "corrupt": (str, None),
         "held_out": ({str: int}, None),
         "seed": int,
+        "doubt": (str, None),
     },
     {
-        "functions.csv": Table(f"{_HEAD} site:text label:text evidence:text n:int gap:float?", "site"),
+        "functions.csv": Table(
+            f"{_HEAD} site:text label:text measure:text value:float? null:float? q_value:share? "
+            "evidence:text n:int gap:float?",
+            "site",
+        ),
         "measures.csv": Table(
             f"{_HEAD} site:text measure:text value:float? low:float? high:float? null:float? p_value:share? "
             "n:int q_value:share?",
