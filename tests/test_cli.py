@@ -798,3 +798,41 @@ def test_neurons_edit(run, scene, tmp_path, monkeypatch):
         ),
         "was made for another model or revision",
     )
+
+
+def test_what_states_say(run, tmp_path):
+    """Of one picture and of a set; the report beside the tables."""
+    picture(1, 48).save(tmp_path / "a.png")
+    sites = ["--sites", "decoder.*.resid@readout", "decoder.3.resid@image*"]
+    asked = ["--model", "toy-llava", "--image", tmp_path / "a.png", "--prompt", "what is this?"]
+    status, out, err = run("lens", *asked, *sites, "--top", 2, "--word", "red", "--out", tmp_path / "lens")
+    assert (status, err) == (0, "")
+    assert "decoder.0.resid@readout: " in out and " 80 rows in " not in out
+    found = vlmscope.open(tmp_path / "lens")
+    assert set(found.lens["example"]) == {"a.png"} and found.lens["rank"].max() == 2
+    assert found.words["word"].unique().tolist() == ["red"]
+    assert "What states say" in (tmp_path / "lens" / "report.html").read_text()
+    refused(run("lens", *asked[:2], *sites, "--out", tmp_path / "x"), "give either --image or --data")
+    both = ["--model", "toy-llava", "--data", "states", "--prompt", "what?"]
+    refused(run("lens", *both, *sites, "--out", tmp_path / "x"), "--prompt is of one --image")
+    vision = ["--sites", "vision.*.resid@all"]
+    refused(run("lens", *asked, *vision, "--out", tmp_path / "x"), "no way from its vision tower to words")
+    assert not (tmp_path / "x").exists()
+
+
+def test_direct_effects(run, tmp_path):
+    given = ["--model", "toy-llava", "--data", "states", "--limit", 2]
+    sites = ["--sites", "decoder.*.mlp@readout", "decoder.2.attn@readout<image*"]
+    status, out, err = run("attribute", *given, *sites, "--corrupt", "image", "--out", tmp_path / "run")
+    assert (status, err) == (0, "")
+    assert "82 scores of 2 examples" in out and "sum to the model's own to " in out
+    assert (
+        "decoder.3.mlp@readout" in out and "Direct effects" in (tmp_path / "run" / "report.html").read_text()
+    )
+    refused(
+        run("attribute", *given, "--sites", "vision.0.mlp@all", "--out", tmp_path / "x"), "does not write"
+    )
+    blip = ["--model", "toy-blip", *given[2:], *sites[:2], "--out", tmp_path / "x"]
+    refused(run("attribute", *blip), "no sum of what its parts write")
+    refused(run("attribute", *given, *sites, "--method", "atp", "--out", tmp_path / "x"), "expected direct")
+    assert not (tmp_path / "x").exists()

@@ -29,8 +29,8 @@ LIGHT = ("cli", "data", "report", "studies.run_folder", "studies.tables", "stats
 HEAVY = ("torch", "transformers")
 
 PUBLIC = """Edit Example Inputs Model Noise Pair Pattern Site VlmscopeError WeightEdit __version__
-    baselines compare edited examples head_table load open read_csv read_run sweep token_table write_csv
-    write_report""".split()
+    attribute baselines compare edited examples head_table lens load open read_csv read_run sweep
+    token_table write_csv write_report""".split()
 
 
 def read_layers(title: str) -> dict[str, int]:

@@ -38,6 +38,15 @@ def test_the_python_of_the_tutorial_on_neurons_runs(tmp_path, monkeypatch, capsy
     assert (tmp_path / "hidden.csv").exists()
 
 
+def test_the_python_of_the_page_on_lenses_runs(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    page = (Path(__file__).parent.parent / "docs" / "lenses.md").read_text("utf-8")
+    (block,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    exec(compile(block, "lenses.md", "exec"), {})
+    assert "beaten" in capsys.readouterr().out
+    assert (tmp_path / "runs" / "words.html").exists()
+
+
 def test_the_specification_of_the_tutorial_is_one(tmp_path):
     from vlmscope.notice import Spec
 
@@ -50,8 +59,7 @@ def test_the_specification_of_the_tutorial_is_one(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "command",
-    ["demo", "sweep", "report", "models", "notice", "tracing", "circuits", "heads", "data", "neurons"],
+    "command", "demo sweep report models notice tracing circuits heads lens attribute data neurons".split()
 )
 def test_the_commands_of_the_readme_exist(command):
     from typer.main import get_command

@@ -23,6 +23,8 @@ _NAMES = {
     "runs.corrupt": "Noise",
     "runs.model": "Model",
     "sites": "Pattern Site",
+    "studies.attribution": "attribute",
+    "studies.lens": "lens",
     "studies.run_folder": "read_run",
     "results": "open",
     "studies.sweep": "baselines sweep",
@@ -50,6 +52,8 @@ if TYPE_CHECKING:  # what a type checker sees
     from vlmscope.runs.model import Model as Model
     from vlmscope.sites import Pattern as Pattern
     from vlmscope.sites import Site as Site
+    from vlmscope.studies.attribution import attribute as attribute
+    from vlmscope.studies.lens import lens as lens
     from vlmscope.studies.run_folder import read_run as read_run
     from vlmscope.studies.sweep import baselines as baselines
     from vlmscope.studies.sweep import sweep as sweep

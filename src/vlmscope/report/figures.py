@@ -12,13 +12,17 @@ from collections.abc import Iterable, Sequence
 
 import pandas as pd
 from matplotlib.axes import Axes
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
 from vlmscope.report.canvas import DARK, Margins, figure_of, grid, set_title, text_width
 from vlmscope.report.heat_maps import panels
 from vlmscope.report.words import KINDS, TOWERS, upper_first
 from vlmscope.studies.tables import change_of, head_table, token_table
 
-__all__ = ["edit", "layer_by_head", "layer_by_token", "measures", "panels", "universal"]
+__all__ = ["edit", "layer_by_head", "layer_by_token", "measures", "panels", "universal", "words_over_layers"]
+
+COLOURS = ["#1f5f99", "#c1442e", "#3b8540", "#8a5fa8", "#b0792b", "#555555"]
+"""Of lines, one a word."""
 
 
 def layer_by_token(
@@ -143,6 +147,47 @@ def edit(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     spot.spines[["top", "right"]].set_visible(False)
     figure_of(spot).legend(fontsize=8, loc="lower center", ncols=3, frameon=False)
     return spot
+
+
+def words_over_layers(cells: pd.DataFrame, *, ax: Iterable[Axes] | None = None) -> list[Axes]:
+    """How words that were asked about do over layers, a column a place.
+
+    Above is the share of other words of its type that each beats (0.5: the null), below its probability, and
+    dashed that of its null.
+
+    `cells` has a row a `place`, `what` (answer, foil …) and `layer`: the means `beaten` with `low` and
+    `high`, `p` and `null_p`. `ax` are axes to draw into, two a place.
+    """
+    places, words = list(dict.fromkeys(cells["place"])), list(dict.fromkeys(cells["what"]))
+    colours = dict(zip(words, COLOURS * len(words), strict=False))
+    margins = Margins(0.8, 0.95, 0.15, 0.35, across=0.7, down=0.3)
+    axes = grid(ax, 2 * len(places), len(places), (3.2, 1.7), margins)
+    for n, place in enumerate(places):
+        above, below = axes[n], axes[len(places) + n]
+        above.axhline(0.5, color="#999999", lw=1, ls=":")
+        for what, rows in cells[cells["place"] == place].groupby("what", sort=False):
+            style = {"color": colours[str(what)], "lw": 1.6}
+            above.plot(rows["layer"], rows["beaten"], label=str(what), **style)
+            above.fill_between(
+                rows["layer"], rows["low"], rows["high"], color=style["color"], alpha=0.15, lw=0
+            )
+            below.plot(rows["layer"], rows["p"], **style)
+            below.plot(rows["layer"], rows["null_p"], ls="--", color=style["color"], lw=1)
+        set_title(above, place, 9.5)
+        above.set_ylim(-0.02, 1.02)
+        below.set_yscale("log")
+        below.yaxis.set_major_locator(LogLocator(numticks=5))
+        below.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        below.yaxis.set_minor_locator(NullLocator())
+        below.set_xlabel("layer", fontsize=9)
+        for spot, label in ((above, "others beaten"), (below, "P(word)")):
+            spot.set_ylabel(label if n == 0 else "", fontsize=9)
+            spot.tick_params(labelsize=8)
+            spot.xaxis.set_major_locator(MaxNLocator(integer=True))
+            spot.spines[["top", "right"]].set_visible(False)
+    handles = axes[0].get_legend_handles_labels()
+    figure_of(axes[0]).legend(*handles, fontsize=8.5, loc="lower center", ncols=6, frameon=False)
+    return axes
 
 
 def _title(effects: pd.DataFrame, table: pd.DataFrame, form: str) -> str:

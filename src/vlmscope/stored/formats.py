@@ -1,4 +1,4 @@
-"""What folders of results hold: the manifests and tables of `circuits`, `heads`, `tracing`, `neurons`."""
+"""What folders of results hold: manifests and tables of `circuits`, `heads`, `tracing`, `lens`, `neurons`."""
 
 from __future__ import annotations
 
@@ -124,6 +124,39 @@ _PICTURES = {"pictures.csv": Table("example:text file:text", "example", is_optio
 """Of the files in `pictures/`."""
 _INTERVAL = "value:float? low:float? high:float? n:int"
 _ABOUT = {"model": str, "weights?": (str, None), "examples?": int, "on?": [str]}
+
+_STATE = "site:text tower:tower layer:grid position:int token:text slot:text"
+LENS = {
+    "lens": Format(
+        "lens.json",
+        {
+            "what": "lens",
+            "model": str,
+            "weights": (str, None),
+            "data": str,
+            "examples": int,
+            "sites": [str],
+            "top": int,
+            "words": [str],
+            "dtype": str,
+        },
+        {
+            "lens.parquet": Table(
+                f"example:text {_STATE} rank:int predicted:text token_id:int logit:number p:number",
+                "example site rank",
+            ),
+            "words.parquet": Table(
+                f"example:text word:text what:text {_STATE} token_id:int rank:int logit:number p:number "
+                "null_p:number beaten:share? nulls:int",
+                "example word site",
+                may_be_empty=True,
+            ),
+            **_PICTURES,
+        },
+        WAY_OUT,
+    )
+}
+"""What `lens` wrote, in the form of `NEURONS`."""
 
 NEURONS = {
     "find": Format(

@@ -28,6 +28,9 @@ MADE = {
     "circuits": "circuits run --out circuits",
     "heads": f"heads {TOY} --limit 6 --sites encoder.1.cross.h*@answer --out heads",
     "tracing": f"tracing {TOY} --limit 4 --kinds cross --windows 1 --repeats 2 --out tracing",
+    "lens": "lens --model toy-llava --data states --limit 2 --sites decoder.3.resid@image* --out lens",
+    "attribution": "attribute --model toy-llava --data states --limit 2 --sites decoder.*.attn.h*@readout "
+    "--sites decoder.3.attn@readout<image* --out attribution",
     "notice": f"notice {TOY} --limit 4 --out notice",
     "find": "neurons find --model toy-llava --data states --limit 3 --top 10 --out find",
     "describe": "neurons describe --model toy-llava --data states --limit 3 --neuron 3.48 --out describe",
