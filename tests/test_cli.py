@@ -836,3 +836,56 @@ def test_direct_effects(run, tmp_path):
     refused(run("attribute", *blip), "no sum of what its parts write")
     refused(run("attribute", *given, *sites, "--method", "atp", "--out", tmp_path / "x"), "expected direct")
     assert not (tmp_path / "x").exists()
+
+
+def test_sweep_from_another_site(run, tmp_path):
+    sites = ["--sites", "encoder.0.resid@answer", "--from", "encoder.*.resid@answer"]
+    status, out, _ = run(*SWEEP[:-2], *sites, "--out", tmp_path / "run")
+    assert status == 0 and out.startswith("6 patches of 2 examples") and "checked: 5 random rows" in out
+    effects = vlmscope.open(tmp_path / "run").effects()
+    assert sorted({*effects["source_site"]}) == [f"encoder.{n}.resid@answer" for n in range(3)]
+    refused(
+        run(*SWEEP[:-2], *SITES, "--from", "encoder.1.resid@answer", "--out", tmp_path / "other"),
+        "'encoder.1.resid@answer' has 1 position, ",
+    )
+    assert not (tmp_path / "other").exists()
+
+
+def test_a_direction_on_the_command_line(run, tmp_path):
+    """Built, written, reported, read, added; refused for another model and by what is no direction."""
+    data = ["--model", "toy-blip", "--data", "states", "--limit", "8"]
+    more = ["--corrupt", "image", "--strength", "1", "2", "--random", "2", "--said", "1"]
+    out = tmp_path / "steer"
+    status, said, _ = run("steer", *data, "--sites", "encoder.*.resid@last", *more, "--out", out)
+    assert status == 0 and "encoder.2.resid@last" in said and "kl  others" in said.replace("   ", " ")
+    assert "Direction: clean against corrupt image of states" in (out / "report.html").read_text("utf-8")
+    assert vlmscope.open(out).about["strengths"] == [1, 2]
+    picture(0, 48).save(tmp_path / "a.png")
+    words = ["--image", tmp_path / "a.png", "--prompt", "is this red or blue?"]
+    steered = ["--steer", out / "direction.safetensors", "--strength", "3"]
+    status, said, _ = run("generate", "--model", "toy-blip", *words, *steered, "--keep-norm")
+    assert status == 0 and "with 1 edit:" in said
+    refused(run("generate", "--model", "toy-llava", *words, *steered), "built for another model")
+    refused(run("generate", "--model", "toy-blip", *words, *steered[2:]), "name one with --steer")
+    refused(
+        run("generate", "--model", "toy-blip", *words, "--steer", out / "layers.csv"),
+        "cannot be read as a direction",
+    )
+    refused(run("steer", *data, "--sites", "encoder.0.resid@last", "--out", tmp_path / "x"), "--without")
+    assert not (tmp_path / "x").exists()
+
+
+def test_probes_on_the_command_line(run, tmp_path):
+    words = ["--model", "toy-blip", "--data", "states", "--limit", "24", "--label", "kind", "--shuffles", "3"]
+    out = tmp_path / "probe"
+    status, said, _ = run(
+        "probe", *words, "--sites", "encoder.1.resid@last", "--corrupt", "image", "--out", out
+    )
+    assert status == 0 and "encoder.1.resid@last 24" in said
+    assert "Probes of kind" in (out / "report.html").read_text("utf-8")
+    assert vlmscope.open(out).table["n"].tolist() == [24]
+    words[words.index("kind")] = "kond"
+    refused(
+        run("probe", *words, "--sites", "encoder.1.resid@last", "--out", tmp_path / "x"),
+        "no example has a 'kond'; expected one of answer, foil, shows, kind",
+    )

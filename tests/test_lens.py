@@ -153,7 +153,7 @@ def toy():
 
 
 def test_words_that_nothing_is_known_of_beat_half_of_their_null(toy):
-    """A random direction says no word: over many of them, any word beats half of the others."""
+    """A random direction says no word: over many of them, each word beats half of its others."""
     vocabulary = Vocabulary(toy)
     inputs = toy.prepare(vlmscope.examples("states", limit=1)[0]).clean
     states = torch.randn(4000, 96, generator=torch.Generator().manual_seed(0))
@@ -162,7 +162,7 @@ def test_words_that_nothing_is_known_of_beat_half_of_their_null(toy):
         others = vocabulary.others(token, [])
         said = reading.words(toy, inputs, states[:, : toy.shapes["decoder"].width], 1, [token, *others])
         shares.append(float((said.logits[:, 1:] < said.logits[:, :1]).double().mean()))
-    assert abs(np.mean(shares) - 0.5) < 0.01
+    assert len(shares) > 30 and np.abs(np.subtract(shares, 0.5)).max() < 0.05
 
 
 def test_the_answer_comes_up_at_the_read_out_position(toy):

@@ -47,6 +47,15 @@ def test_the_python_of_the_page_on_lenses_runs(tmp_path, monkeypatch, capsys):
     assert (tmp_path / "runs" / "words.html").exists()
 
 
+def test_the_python_of_the_page_on_steering_runs(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    page = (Path(__file__).parent.parent / "docs" / "steering.md").read_text("utf-8")
+    (block,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    exec(compile(block, "steering.md", "exec"), {})
+    assert re.search(r"decoder.1.resid@image +decoder.2.resid@image +-?\d", capsys.readouterr().out)
+    assert (tmp_path / "direction" / "direction.safetensors").exists()
+
+
 def test_the_specification_of_the_tutorial_is_one(tmp_path):
     from vlmscope.notice import Spec
 

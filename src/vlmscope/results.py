@@ -17,6 +17,8 @@ READERS = {
     "lens.json": "studies.lens:read",
     "notice.toml": "notice:read",
     "neurons.json": "neurons.results:read",
+    "steer.json": "studies.steering:read",
+    "probe.json": "studies.probes:read",
 }
 """What reads a folder, by the file that says what it is; imported when it is needed."""
 
@@ -26,7 +28,8 @@ def open(folder: str | os.PathLike[str]) -> Any:
 
     A sweep gives a `Run`, as `attribute` does, `circuits` its `Found`, `heads` its `Functions`, `tracing` its
     `Traced`, `lens` its `Lens`, `notice` a `Notice` with what it is made of, `neurons` what was found,
-    described, perturbed or edited. Raises `StoreError` for any other folder.
+    described, perturbed or edited, `steer` a `Steered`, `probe` a `Probed`. Raises `StoreError` for any other
+    folder.
 
     >>> import tempfile, vlmscope
     >>> model, examples = vlmscope.load("toy-blip"), vlmscope.examples("states", limit=1)

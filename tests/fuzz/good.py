@@ -39,6 +39,10 @@ LINES = {
     "generate": "--model toy-llava --image a.png --prompt what? --edit 'decoder.2.mlp@all scale 0'",
     "report": "run --out out.html",
     "models": "toy-blip",
+    "steer": "--model toy-blip --data states --limit 4 --sites encoder.0.resid@last --corrupt image "
+    "--random 2 --said 1 --out out",
+    "probe": "--model toy-blip --data states --limit 24 --sites encoder.0.resid@last --label kind "
+    "--shuffles 2 --out out",
     "neurons find": "--model toy-llava --image a.png --prompt what? --caption 'a red star' --word red "
     "--out out",
     "neurons describe": f"{LLAVA} --neuron 1.2 --no-measures --out out",

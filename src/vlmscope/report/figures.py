@@ -15,11 +15,21 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
 from vlmscope.report.canvas import DARK, Margins, figure_of, grid, set_title, text_width
+from vlmscope.report.flows import flow
 from vlmscope.report.heat_maps import panels
 from vlmscope.report.words import KINDS, TOWERS, upper_first
 from vlmscope.studies.tables import change_of, head_table, token_table
 
-__all__ = ["edit", "layer_by_head", "layer_by_token", "measures", "panels", "universal", "words_over_layers"]
+__all__ = [
+    "edit",
+    "flow",
+    "layer_by_head",
+    "layer_by_token",
+    "measures",
+    "panels",
+    "universal",
+    "words_over_layers",
+]
 
 COLOURS = ["#1f5f99", "#c1442e", "#3b8540", "#8a5fa8", "#b0792b", "#555555"]
 """Of lines, one a word."""

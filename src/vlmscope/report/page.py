@@ -16,7 +16,7 @@ import matplotlib
 
 from vlmscope import __version__, files, stored
 from vlmscope.errors import StoreError
-from vlmscope.report import attribution, heads, lens, neurons, run, tracing
+from vlmscope.report import attribution, directions, heads, lens, neurons, run, tracing
 from vlmscope.report.gallery import Gallery, render
 from vlmscope.studies.run_folder import Run, read_run, table_in
 
@@ -30,6 +30,8 @@ SECTIONS = {
     "tracing": tracing.section,
     "lens": lens.section,
     "neurons": neurons.section,
+    "steer": directions.steered,
+    "probe": directions.probed,
 }
 """What writes about a folder, by the JSON file in it."""
 
@@ -39,10 +41,10 @@ def write_report(
 ) -> Path:
     """Write the report of these folders to `out`, and its figures and data to `<stem>-figures/`.
 
-    A folder is a run, or what `circuits`, `heads`, `tracing`, `lens`, `notice` or `neurons` wrote. Each
-    figure is saved as PNG, and in the further `formats` that are named (`svg`, `pdf`). An earlier report is
-    replaced, with its figures, when all is drawn. Raises `StoreError`, before anything is written, if a
-    folder is none of these or damaged, or if `out` is no `.html`, or something else is there than such a
+    A folder is a run, or what `circuits`, `heads`, `tracing`, `lens`, `notice`, `neurons`, `steer` or `probe`
+    wrote. Each figure is saved as PNG, and in the further `formats` that are named (`svg`, `pdf`). An earlier
+    report is replaced, with its figures, when all is drawn. Raises `StoreError`, before anything is written,
+    if a folder is none of these or damaged, or if `out` is no `.html`, or something else is there than such a
     report.
     """
     if not parts:

@@ -54,7 +54,7 @@ CIRCUITS = Format(
 HEADS = Format(
     "heads.json",
     {
-        "format": "vlmscope-heads-1",
+        "format": "vlmscope-heads-2",
         "model": str,
         "weights": (str, None),
         "data": str,
@@ -63,9 +63,14 @@ HEADS = Format(
         "corrupt": (str, None),
         "held_out": ({str: int}, None),
         "seed": int,
+        "doubt": (str, None),
     },
     {
-        "functions.csv": Table(f"{_HEAD} site:text label:text evidence:text n:int gap:float?", "site"),
+        "functions.csv": Table(
+            f"{_HEAD} site:text label:text measure:text value:float? null:float? q_value:share? "
+            "evidence:text n:int gap:float?",
+            "site",
+        ),
         "measures.csv": Table(
             f"{_HEAD} site:text measure:text value:float? low:float? high:float? null:float? p_value:share? "
             "n:int q_value:share?",
@@ -102,6 +107,69 @@ TRACING = Format(
             "token:text? n:int repeats:int restored:float? low:float? high:float? spread:float? "
             "restored_ld:float? spread_ld:float?",
             "tower kind window layer length at",
+        )
+    },
+    WAY_OUT,
+)
+
+STEER = Format(
+    "steer.json",
+    {
+        "format": "vlmscope-steer-1",
+        "model": str,
+        "weights": str,
+        "sets": str,
+        "word": str,
+        "data": str,
+        "others": str,
+        "counts": {str: int},
+        "gap": float,
+        "strengths": [float],
+        "keep_norm": bool,
+        "at": str,
+        "random": int,
+        "seed": int,
+    },
+    {
+        "layers.csv": Table(
+            "site:text tower:tower layer:grid kind:kind position:text strength:float n:int effect:float "
+            "low:float? high:float? null:float null_low:float null_high:float p_value:share? chosen:bool "
+            "q_value:share? works:bool",
+            "site strength",
+        ),
+        "measures.csv": Table(
+            "strength:float site:text measure:text set:text value:float low:float? high:float? null:float "
+            "n:int",
+            "strength measure set",
+        ),
+        "captions.csv": Table(
+            "strength:float set:text example:text prompt:text before:text after:text random:text changed:bool"
+        ),
+    },
+    WAY_OUT,
+)
+
+PROBE = Format(
+    "probe.json",
+    {
+        "format": "vlmscope-probe-1",
+        "model": str,
+        "weights": str,
+        "data": str,
+        "label": str,
+        "values": {str: int},
+        "held_out": (str, None),
+        "patch": str,
+        "shuffles": int,
+        "ridge": float,
+        "seed": int,
+    },
+    {
+        "probes.csv": Table(
+            "site:text tower:tower layer:grid kind:kind position:text n:int accuracy:share low:share "
+            "high:share chance:share shuffled:share shuffled_most:share p_value:share held_out:share? "
+            "held_out_low:share? held_out_high:share? effect:float? effect_low:float? effect_high:float?",
+            "site",
         )
     },
     WAY_OUT,

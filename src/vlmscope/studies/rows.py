@@ -97,16 +97,20 @@ def patch_example(
     sites: Sites,
     way: Callable[..., Patched],
     step: Callable[[int, float], None] = lambda patches, part: None,
+    source: str | None = None,
 ) -> tuple[list[dict[str, Any]], Mapping[str, float]]:
-    """The rows of an example, means over its pairs, and the scores of the runs without patches."""
+    """The rows of an example, means over its pairs, and the scores of the runs without patches; `source` is
+    one of the task's, where not all are meant."""
     layout = pairs[0].clean.layout
-    placed = task.model.placed(sites, pairs[0].clean)
+    patches = task.patches(sites, source or task.source, pairs[0].clean)
+    placed, sources = [site for site, _ in patches], [source for _, source in patches]
     totals = np.zeros((len(placed), 3))
     base: dict[str, float] = defaultdict(float)
     count, least = 0, 0.0
     for pair in pairs:
-        values = task.values(example, pair, placed)
-        found = way(task.model, pair, placed, task.direction, values=values, metric=task.metric)
+        values = task.values(example, pair, sources)
+        options = {"sources": sources, "values": values, "metric": task.metric}
+        found = way(task.model, pair, placed, task.direction, **options)
         least = max(least, least_gap(task.model.precision, found.size))
         for run, scores in (("clean", found.clean), ("corrupt", found.corrupt)):
             for name, score in scores._asdict().items():
@@ -117,8 +121,9 @@ def patch_example(
             step(len(numbers), count / len(placed) / len(pairs))
     names = {tower: slots(there) for tower, there in layout.items()}
     rows = []
-    for site, gains in zip(placed, _gains(task, totals, base, least), strict=True):
+    for (site, origin), gains in zip(patches, _gains(task, totals, base, least), strict=True):
         words = words_of(site, layout[site.tower], names[site.tower])
+        words |= {} if task.source is None else {"source_site": str(origin)}
         rows.append({"example": example.id, "corruption": task.kind, **words, **gains})
     return rows, base
 

@@ -57,6 +57,9 @@ ATTRIBUTIONS = _schema(
 """The columns of `attributions`: a row per site. `score` is in the unit of `logit_diff`; `exact` is that of a
 patch of the site, where one was made."""
 
+CROSSED = EFFECTS.append(pa.field("source_site", pa.string(), nullable=False))
+"""The columns of `effects` where values come from another site than they go to."""
+
 BASELINES = _schema(
     "example:text corruption:text p_clean:float? p_corrupt:float? ld_clean:float? ld_corrupt:float? "
     "value_clean:float? value_corrupt:float? "
@@ -77,13 +80,14 @@ SPEC = {
     "engine?": str,
     "metric?": str,
     "patch?": str,
+    "from?": str,
     "dtype?": str,
     "device?": str,
     "seed?": int,
     "select?": bool,
     "versions?": {str: (str, None)},
 }
-"""The shape of a sweep's specification (`stored.fits`), of which a report needs all."""
+"""The shape of a run's specification (`stored.fits`), of which a report of patches needs all but `from`."""
 OF_ATTRIBUTE = {"method?": str, "word?": (str, None)}
 """What a run of `attribute` has besides, in the place of what is of patches alone."""
 _COUNTS = {"examples": int, "excluded": int, "baselines": int, "effects?": int, "attributions?": int}
@@ -98,7 +102,7 @@ _WORDS = {f"{name}?": str for name in ("id", "clean_prompt", "corrupt_prompt", "
 _INDEX = b"vlmscope.index"
 _UNIT = re.compile(r"b|[hqkvpn](\d{1,7}|\[[\d,]{1,9999}\])", re.ASCII)
 _SITE = re.compile(r"[a-z]+\.\d{1,3}(/\d{1,3})?\.[a-z_]+[.@]", re.ASCII)
-TABLES = {"effects": EFFECTS, "attributions": ATTRIBUTIONS}
+TABLES = ("effects", "attributions")
 PART = re.compile(r"part-(\d{6,})\.parquet")
 
 
@@ -114,6 +118,11 @@ class Held(NamedTuple):
 def table_in(spec: Mapping[str, Any]) -> str:
     """Which of `TABLES` a run of this specification holds."""
     return "attributions" if "method" in spec else "effects"
+
+
+def columns_of(spec: Mapping[str, Any]) -> pa.Schema:
+    """The columns of that table."""
+    return ATTRIBUTIONS if "method" in spec else CROSSED if "from" in spec else EFFECTS
 
 
 @dataclass(frozen=True)
@@ -135,7 +144,7 @@ class Run:
         return (self.path / "done.json").exists()
 
     def effects(self, where: pc.Expression | None = None) -> pd.DataFrame:
-        """The table of patches (columns as in `EFFECTS`), in the order of the examples.
+        """The table of patches (columns as in `EFFECTS`, or `CROSSED`), in the order of the examples.
 
         `where` keeps the rows of which it is true, such as `pc.field("tower") == "encoder"`; only
         those are ever held in memory together. Raises `StoreError` for a run of `attribute`.
@@ -149,7 +158,7 @@ class Run:
     def _rows(self, name: str, where: pc.Expression | None) -> pd.DataFrame:
         if name != (there := table_in(self.spec)):
             raise StoreError(f"{self.path}: a run that holds {there}, no {name}; name one that does")
-        return _read(self.path, name, TABLES[name], where)
+        return _read(self.path, name, columns_of(self.spec), where)
 
     def baselines(self) -> pd.DataFrame:
         """The table of examples (columns as in `BASELINES`), in their order."""
@@ -287,7 +296,8 @@ def _check_places(effects: pa.Table) -> None:
         ends = pc.min_max(effects[name])
         if ends["min"].is_valid and not 0 <= ends["min"].as_py() <= ends["max"].as_py() < limit:
             raise ValueError(f"{name} {ends['min']} to {ends['max']}")
-    for site in effects["site"].unique().to_pylist():
+    named = {name for name in ("site", "source_site") if name in effects.column_names}
+    for site in [site for name in named for site in effects[name].unique().to_pylist()]:
         if len(site) > stored.LONGEST or not _SITE.match(site):
             raise ValueError(f"unknown site {site}")
     if len(max(effects["slot"].unique().to_pylist(), key=len, default="")) > 1000:
@@ -301,7 +311,7 @@ def typed(frame: pd.DataFrame, schema: pa.Schema) -> pd.DataFrame:
 
 def bytes_of(effects: pd.DataFrame) -> int:
     """How many bytes a table of patches takes on disk."""
-    table = table_of(effects, EFFECTS)
+    table = table_of(effects, CROSSED if "source_site" in effects else EFFECTS)
     return len(parquet([(Held(0, table.num_rows, None, ""), table)]))
 
 

@@ -27,6 +27,7 @@ from vlmscope.studies.run_folder import (
     PART,
     TABLES,
     Held,
+    columns_of,
     held_in,
     parquet,
     parts_of,
@@ -111,6 +112,7 @@ class Writer:
         self.done: dict[int, set[int] | None] = {}
         self.table = table_in(content["spec"])
         self._content, self._lock, self._digests = content, lock, digests
+        self._columns = columns_of(content["spec"])
         self._waiting: list[tuple[Held, pa.Table, pa.Table]] = []
         self._written, self._wait = time.monotonic(), 0.0
         with storing(path):
@@ -156,7 +158,7 @@ class Writer:
         is_excluded = bool(len(baselines) and baselines["excluded"].any())
         numbers = None if is_excluded else [self.sites.index(name) for name in names]
         digest = self._digests[index] if index < len(self._digests) else ""
-        table = table_of(rows, TABLES[self.table])
+        table = table_of(rows, self._columns)
         held = Held(index, table.num_rows, numbers, digest)
         self._waiting.append((held, table, table_of(baselines, BASELINES)))
         waits = sum(held.rows for held, _, _ in self._waiting)

@@ -45,7 +45,7 @@ QFORMER = Tower(
     reads="vision",
     output="language_projection",
     flow="plain",
-    attention={"cross": "crossattention.attention"},
+    attention={"attn": "attention.attention", "cross": "crossattention.attention"},
 )
 OPT = Tower(
     blocks="language_model.model.decoder.layers",
@@ -63,6 +63,7 @@ T5_ENCODER = Tower(
     gate="layer.1.DenseReluDense.act",
     heads="num_heads",
     flow="plain",
+    attention={"attn": "layer.0.SelfAttention"},
 )
 T5_DECODER = replace(
     T5_ENCODER,
@@ -71,6 +72,7 @@ T5_DECODER = replace(
     mlp="layer.2.DenseReluDense.wo",
     gate="layer.2.DenseReluDense.act",
     reads="encoder",
+    attention={"attn": "layer.0.SelfAttention", "cross": "layer.1.EncDecAttention"},
 )
 
 
