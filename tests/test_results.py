@@ -22,7 +22,7 @@ from vlmscope.errors import StoreError
 from vlmscope.neurons import contributions, measures
 from vlmscope.report import page, write_report
 from vlmscope.stored import Table, formats
-from vlmscope.studies import circuits, tracing
+from vlmscope.studies import circuits, lens, tracing
 from vlmscope.studies.run_folder import read_run
 
 sys.path[:0] = [str(Path(__file__).parent / "fuzz"), str(Path(__file__).parent / "fuzz" / "wrong")]
@@ -165,11 +165,15 @@ def test_the_formats_have_the_columns_that_are_written():
     assert names_of(formats.CIRCUITS.tables["heads.parquet"]) == list(circuits.HEADS)
     assert names_of(formats.CIRCUITS.tables["overlap.csv"]) == [*circuits.OVERLAP, "q_value"]
     assert names_of(formats.TRACING.tables["tracing.parquet"]) == list(tracing.TABLE)
+    assert names_of(formats.LENS["lens"].tables["lens.parquet"]) == lens.LENS
+    assert names_of(formats.LENS["lens"].tables["words.parquet"]) == lens.WORDS
     assert names_of(formats.NEURONS["find"].tables["neurons.parquet"]) == list(contributions.COLUMNS)
     assert names_of(formats.NEURONS["describe"].tables["measures.csv"]) == [*measures.COLUMNS, "q_value"]
 
 
-@pytest.mark.parametrize("kind", "run circuits heads tracing notice find describe perturb edit".split())
+@pytest.mark.parametrize(
+    "kind", "run circuits heads tracing notice lens attribution find describe perturb edit".split()
+)
 def test_a_good_folder_of_each_kind_is_read_and_reported(good, tmp_path, kind):
     assert vlmscope.open(good / kind)
     assert write_report([good / kind], tmp_path / "r.html").is_file()
@@ -306,6 +310,8 @@ def test_a_text_where_a_number_is_is_refused(good, tmp_path, field):
         ("find/captions.csv", lambda content: content[: content.index(b"\n", len(content) // 2) + 1]),
         ("find/neurons.parquet", lambda content: content + b"PAR1"),
         ("describe/pictures/0000.png", None),
+        ("lens/pictures/0000.png", None),
+        ("lens/lens.parquet", lambda content: content + b"PAR1"),
         ("notice/selection.csv", lambda content: content.replace(b",1,", b",2,")),
     ],
 )

@@ -23,6 +23,8 @@ _NAMES = {
     "runs.corrupt": "Noise",
     "runs.model": "Model",
     "sites": "Pattern Site",
+    "studies.attribution": "attribute",
+    "studies.lens": "lens",
     "studies.knockout": "knockout",
     "studies.run_folder": "read_run",
     "results": "open",
@@ -54,7 +56,9 @@ if TYPE_CHECKING:  # what a type checker sees
     from vlmscope.runs.model import Model as Model
     from vlmscope.sites import Pattern as Pattern
     from vlmscope.sites import Site as Site
+    from vlmscope.studies.attribution import attribute as attribute
     from vlmscope.studies.knockout import knockout as knockout
+    from vlmscope.studies.lens import lens as lens
     from vlmscope.studies.probes import probe as probe
     from vlmscope.studies.run_folder import read_run as read_run
     from vlmscope.studies.steering import steer as steer

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from vlmscope.cli import machine, neurons, steering, terminal
+from vlmscope.cli import lenses, machine, neurons, steering, terminal
 from vlmscope.cli.options import Corrupt, DType, Given, Noise, OneModel, command
 from vlmscope.errors import VlmscopeError, shown
 
@@ -267,6 +267,10 @@ def heads(given: Given, sites: list[str], out: Path, corrupt: Corrupt = "image")
     for (name, how), value in accuracy.items():  # type: ignore[misc]
         print(f"  {name}{f' ({how})' if how else ''}: {value:.1%}")
     print(f"tables in {out}; {write_report([out], out / 'report.html')}")
+
+
+command(app)(lenses.lens)
+command(app)(lenses.attribute)
 
 
 @command(app)

@@ -80,13 +80,15 @@ class Found(Result):
 @dataclass(frozen=True, eq=False)
 class Described(Result):
     """Cards of neurons: their top tokens (`cards`), their `maps` over pictures, the pictures that drive them
-    most (`driving`), and the `measures` of the words, where there are enough pictures."""
+    most (`driving`), and the `measures` of the words, where there are enough pictures; `left_out` says what
+    was not measured, and why."""
 
     what = "describe"
     cards: pd.DataFrame
     maps: pd.DataFrame
     driving: pd.DataFrame
     measures: pd.DataFrame | None = None
+    left_out: pd.DataFrame | None = None
     pictures: Mapping[str, Image.Image] | None = None
 
 

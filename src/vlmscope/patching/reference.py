@@ -18,7 +18,8 @@ from vlmscope.sites import Point, Site, Sites, points_of
 
 Values = Mapping[Point, Tensor] | Sequence[Tensor] | Cut
 """What is written instead of another run's activations: a whole activation by point, or a value for each site
-(which broadcasts to its positions and width); or what is done to the sites where they are edges."""
+(which broadcasts to its positions and width; a site may come several times, with another value each time); or
+what is done to the sites where they are edges."""
 
 
 def patch(

@@ -13,7 +13,7 @@ from vlmscope.report import figures, image_maps
 from vlmscope.report.gallery import Gallery, Section, Shown, render
 from vlmscope.stored import Pictures, Tables, formats
 
-MEASURES = ("auc", "selectivity", "overlap", "overlap, shuffled", "p drop, zero")
+MEASURES = ("auc", "auc, image", "selectivity", "overlap", "overlap, shuffled", "p drop, zero", "lost, zero")
 """The measures that are drawn, of those that were taken."""
 ROWS = 6
 """Neurons in one figure."""
@@ -50,12 +50,15 @@ def _describe(tables: Tables, pictures: Pictures, gallery: Gallery) -> dict[str,
         drawn = figures.measures(table, names)
         measured = gallery.show("measures", drawn, table, "measures")
         measures = table[table["method"] == "contribution"].drop(columns="method")
+    lost = measures[measures["measure"] == "lost, zero"] if len(measures) else measures
     return {
         "cards": tables["cards"].drop(columns="weights"),
         "maps": _maps(tables["maps"], pictures, gallery),
         "driving": driving[driving["rank"] <= 3],
         "measured": measured,
         "measures": measures,
+        "lost": [(row.word, round(row.value * row.n), row.n) for row in lost.itertuples() if row.value > 0],
+        "left_out": tables.get("left_out"),
     }
 
 
@@ -78,11 +81,13 @@ def _perturb(tables: Tables, pictures: Pictures, gallery: Gallery) -> dict[str, 
 
 def _edit(tables: Tables, pictures: Pictures, gallery: Gallery) -> dict[str, Any]:
     captions, columns = tables["captions"], tables["columns"]
+    measures = tables["measures"]
     captions = captions[captions["example"].isin(pictures)].drop_duplicates("example")
     return {
         "columns": len(columns),
         "share": (columns["change"] / columns["length"].clip(lower=1e-12)).median(),
-        "measures": tables["measures"],
+        "measures": measures,
+        "drawn": gallery.show("edit", figures.edit(measures), measures, "edit"),
         "captions": captions.sort_values("has", ascending=False, kind="stable"),
         "pictures": pictures,
         "objects": tables.get("objects"),

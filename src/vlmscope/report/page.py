@@ -1,4 +1,4 @@
-"""One self-contained HTML file about runs, circuits, head functions, tracing and neurons.
+"""One self-contained HTML file about runs, circuits, head functions, tracing, lenses and neurons.
 
 Everything is read from the folders that the other commands write; no model and no network is needed.
 Each figure is also beside the file, with its data as CSV. Whatever comes from data is escaped.
@@ -16,9 +16,9 @@ import matplotlib
 
 from vlmscope import __version__, files, stored
 from vlmscope.errors import StoreError
-from vlmscope.report import directions, heads, neurons, run, tracing
+from vlmscope.report import attribution, directions, heads, lens, neurons, run, tracing
 from vlmscope.report.gallery import Gallery, render
-from vlmscope.studies.run_folder import Run, read_run
+from vlmscope.studies.run_folder import Run, read_run, table_in
 
 FORMATS = ("svg", "pdf")
 """What figures can be saved as beside PNG."""
@@ -28,6 +28,7 @@ SECTIONS = {
     "circuits": heads.circuits_section,
     "heads": heads.section,
     "tracing": tracing.section,
+    "lens": lens.section,
     "neurons": neurons.section,
     "steer": directions.steered,
     "probe": directions.probed,
@@ -40,10 +41,10 @@ def write_report(
 ) -> Path:
     """Write the report of these folders to `out`, and its figures and data to `<stem>-figures/`.
 
-    A folder is a run, or what `circuits`, `heads`, `tracing`, `notice`, `neurons`, `steer` or `probe` wrote.
-    Each figure is saved as PNG, and in the further `formats` that are named (`svg`, `pdf`). An earlier report
-    is replaced, with its figures, when all is drawn. Raises `StoreError`, before anything is written, if a
-    folder is none of these or damaged, or if `out` is no `.html`, or something else is there than such a
+    A folder is a run, or what `circuits`, `heads`, `tracing`, `lens`, `notice`, `neurons`, `steer` or `probe`
+    wrote. Each figure is saved as PNG, and in the further `formats` that are named (`svg`, `pdf`). An earlier
+    report is replaced, with its figures, when all is drawn. Raises `StoreError`, before anything is written,
+    if a folder is none of these or damaged, or if `out` is no `.html`, or something else is there than such a
     report.
     """
     if not parts:
@@ -110,11 +111,14 @@ def _page(folders: Sequence[tuple[str, Path]], gallery: Gallery) -> str:
         SECTIONS[what](path, replace(gallery, prefix=f"part{number}"))
         for number, (what, path) in enumerate(others)
     ]
-    reported = [
-        run.report(each, name, replace(gallery, prefix=f"run{number}"))
-        for number, (each, name) in enumerate(zip(runs, _names(runs), strict=True))
-    ]
-    if len(runs) > 1 and not any(what == "circuits" for what, _ in others):
+    reported = []
+    for number, (each, name) in enumerate(zip(runs, _names(runs), strict=True)):
+        place = replace(gallery, prefix=f"run{number}")
+        if table_in(each.spec) == "attributions":
+            sections.append(attribution.section(each, name.removesuffix(", "), place))
+        else:
+            reported.append(run.report(each, name, place))
+    if len(reported) > 1 and not any(what == "circuits" for what, _ in others):
         sections += run.together(reported, replace(gallery, prefix="all"))
     sections += [each.section for each in reported]
     titles = _unique([section.title for section in sections], ["" for _ in sections])
@@ -122,7 +126,8 @@ def _page(folders: Sequence[tuple[str, Path]], gallery: Gallery) -> str:
         "page.html",
         version=__version__,
         sections=[section._replace(title=title) for section, title in zip(sections, titles, strict=True)],
-        is_patched=any(what != "neurons" for what, _ in folders),
+        is_patched=bool(reported) or any(what in ("circuits", "heads", "tracing") for what, _ in folders),
+        is_neurons=all(what == "neurons" for what, _ in folders),
     )
 
 

@@ -52,9 +52,9 @@ def report(run: Run, title: str, gallery: Gallery) -> Reported:
         rows = single[single["tower"] == tower]
         modules = rows[rows["unit"].isna()]
         is_patch = image_maps.is_patch(modules)
-        shown += _images(modules[is_patch], pictures, gap, value, gallery)
-        cells[tower, False] = {} if tower == "vision" else _cells(modules[~is_patch], value, False)
-        cells[tower, True] = _cells(rows[is_head(rows)], value, True)
+        shown += on_pictures(modules[is_patch], pictures, gap, value, gallery)
+        cells[tower, False] = {} if tower == "vision" else cells_by_kind(modules[~is_patch], value, False)
+        cells[tower, True] = cells_by_kind(rows[is_head(rows)], value, True)
         for of_heads, heading in ((False, "Layers and tokens"), (True, "Heads")):
             panels = {
                 upper_first(KINDS[kind]) + (f" heads at {table.attrs['slot']}" if of_heads else ""): table
@@ -196,7 +196,7 @@ def _strongest(effects: pd.DataFrame, value: str) -> pd.DataFrame:
     )
 
 
-def _cells(rows: pd.DataFrame, value: str, of_heads: bool) -> Cells:
+def cells_by_kind(rows: pd.DataFrame, value: str, of_heads: bool) -> Cells:
     """Of each kind in one tower: layer x slot, or layer x head where the tower is read out."""
     found = {}
     for kind in kinds_in(rows):
@@ -205,7 +205,7 @@ def _cells(rows: pd.DataFrame, value: str, of_heads: bool) -> Cells:
     return found
 
 
-def _images(
+def on_pictures(
     rows: pd.DataFrame, pictures: Mapping[str, bytes], gap: float, value: str, gallery: Gallery
 ) -> Iterator[tuple[str, Shown]]:
     """The effect of image patches of one tower, over the first kept picture, with its heading."""

@@ -288,10 +288,16 @@ def copied(network: Network, source: Inputs, inputs: Inputs, sites: Sites) -> li
 
 @torch.inference_mode()
 def attention(
-    network: Network, inputs: Inputs, tower: str, kind: str, at: Sequence[int] | str
+    network: Network,
+    inputs: Inputs,
+    tower: str,
+    kind: str,
+    at: Sequence[int] | str,
+    edits: Sequence[Edit] = (),
 ) -> Float[Tensor, "layers heads at keys"]:
     """What every head of a tower's `attn` or `cross` pays attention to, from the positions `at` (numbers, or
-    a position of the site language such as `last`) to those of `attended(tower, kind)`, in float32.
+    a position of the site language such as `last`) to those of `attended(tower, kind)`, in float32, in a run
+    with `edits` (but none of the patterns themselves).
 
     It is what transformers' own eager attention pays, whichever attention the model runs with. Raises
     `SiteError` for a position or a tower that there is not, `ModelError` where the model does not tell what
@@ -310,10 +316,10 @@ def attention(
             with Hooks() as hooks:
                 for module in modules:
                     hooks.on_output(module, lambda out: rows.append(out[1][0][:, list(at)].float()))
-                forward(network, inputs)
+                forward(network, inputs, edits)
         else:
             with network.attending(tower, pay, kind):
-                forward(network, inputs)
+                forward(network, inputs, edits)
     paid = torch.stack([row.to(network.device) for row in rows])
     layout = inputs.layout[network.attended(tower, kind)]
     if paid.shape[-1] < len(layout.tokens):

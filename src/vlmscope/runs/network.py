@@ -140,9 +140,12 @@ class Network:
         return self.blocks(self.speaker)[layer].get_submodule(table.mlp or "")
 
     def columns(self, layer: int) -> Float[Tensor, "width neurons"]:
-        """The weights of `down`, a column a neuron, in float32 or more; not to be changed, as they may be no
-        copy."""
-        weight: Any = self.down(layer).weight
+        """The weights of `down`, a column a neuron, as `matrix` gives them."""
+        return self.matrix(self.down(layer))
+
+    def matrix(self, module: nn.Module) -> Float[Tensor, "out in"]:
+        """The weights of a linear module, in float32 or more; not to be changed, as they may be no copy."""
+        weight: Any = module.weight
         state = getattr(weight, "quant_state", None)
         if state is not None:
             from bitsandbytes.functional import dequantize_4bit

@@ -134,7 +134,7 @@ def prepare(network: Network, example: Example, whole: bool = False) -> Pair:
     prompt, many = example.clean_prompt, 1 + len(example.more_images)
     foil: int | None = None
     if whole:
-        answers = tuple(_option(network, prompt, "answer", example.answer, many)[:-1])
+        answers = tuple(option_of(network, prompt, "answer", example.answer, many)[:-1])
         fed = list(answers[:-1])
     else:
         fed, answer, foil = _options(network, example, many)
@@ -158,8 +158,12 @@ def prepare(network: Network, example: Example, whole: bool = False) -> Pair:
     return Pair(clean, Inputs(tensors, layout), answers[0], foil, (), answers)
 
 
-def _option(network: Network, prompt: str, what: str, text: str, images: int) -> list[int]:
-    """The tokens of an answer or a foil. Its end belongs to it, and tells "red" from "red wine"."""
+def option_of(network: Network, prompt: str, what: str, text: str, images: int) -> list[int]:
+    """The tokens of an answer, a foil or another word as it would follow the prompt.
+
+    Its end belongs to it, and tells "red" from "red wine". Raises `ExampleError`, which calls it `what`, for
+    one that is no word to the model.
+    """
     if not text.strip():
         instead = ", or score the whole answer (metric logprob)" if what == "foil" else ""
         raise ExampleError(f"the {what} {shown(text)} is empty; give it a word{instead}")
@@ -180,7 +184,7 @@ def _option(network: Network, prompt: str, what: str, text: str, images: int) ->
 def _options(network: Network, example: Example, images: int) -> tuple[list[int], int, int]:
     """What answer and foil share at their beginning, and the tokens in which they differ first."""
     options = (("answer", example.answer), ("foil", example.foil))
-    answer, foil = (_option(network, example.clean_prompt, *option, images) for option in options)
+    answer, foil = (option_of(network, example.clean_prompt, *option, images) for option in options)
     same = next((n for n, (a, b) in enumerate(zip(answer, foil, strict=False)) if a != b), None)
     if same is None:
         both = f"answer {shown(example.answer)} and foil {shown(example.foil)}"

@@ -1,4 +1,4 @@
-"""What folders of results hold: the manifests and tables of `circuits`, `heads`, `tracing`, `neurons`."""
+"""What folders of results hold: manifests and tables of `circuits`, `heads`, `tracing`, `lens`, `neurons`."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ CIRCUITS = Format(
 HEADS = Format(
     "heads.json",
     {
-        "format": "vlmscope-heads-1",
+        "format": "vlmscope-heads-2",
         "model": str,
         "weights": (str, None),
         "data": str,
@@ -63,9 +63,14 @@ HEADS = Format(
         "corrupt": (str, None),
         "held_out": ({str: int}, None),
         "seed": int,
+        "doubt": (str, None),
     },
     {
-        "functions.csv": Table(f"{_HEAD} site:text label:text evidence:text n:int gap:float?", "site"),
+        "functions.csv": Table(
+            f"{_HEAD} site:text label:text measure:text value:float? null:float? q_value:share? "
+            "evidence:text n:int gap:float?",
+            "site",
+        ),
         "measures.csv": Table(
             f"{_HEAD} site:text measure:text value:float? low:float? high:float? null:float? p_value:share? "
             "n:int q_value:share?",
@@ -188,6 +193,39 @@ _PICTURES = {"pictures.csv": Table("example:text file:text", "example", is_optio
 _INTERVAL = "value:float? low:float? high:float? n:int"
 _ABOUT = {"model": str, "weights?": (str, None), "examples?": int, "on?": [str]}
 
+_STATE = "site:text tower:tower layer:grid position:int token:text slot:text"
+LENS = {
+    "lens": Format(
+        "lens.json",
+        {
+            "what": "lens",
+            "model": str,
+            "weights": (str, None),
+            "data": str,
+            "examples": int,
+            "sites": [str],
+            "top": int,
+            "words": [str],
+            "dtype": str,
+        },
+        {
+            "lens.parquet": Table(
+                f"example:text {_STATE} rank:int predicted:text token_id:int logit:number p:number",
+                "example site rank",
+            ),
+            "words.parquet": Table(
+                f"example:text word:text what:text {_STATE} token_id:int rank:int logit:number p:number "
+                "null_p:number beaten:share? nulls:int",
+                "example word site",
+                may_be_empty=True,
+            ),
+            **_PICTURES,
+        },
+        WAY_OUT,
+    )
+}
+"""What `lens` wrote, in the form of `NEURONS`."""
+
 NEURONS = {
     "find": Format(
         "neurons.json",
@@ -222,9 +260,10 @@ NEURONS = {
             "driving.csv": Table("layer:grid neuron:int rank:int example:text peak:float"),
             "measures.csv": Table(
                 "word:text method:text measure:text value:float? ci_low:float? ci_high:float? null:float? "
-                "random:float? p_value:share? n:int q_value:share?",
+                "null_95:float? p_value:share? n:int q_value:share?",
                 is_optional=True,
             ),
+            "left_out.csv": Table("word:text measure:text why:text", is_optional=True, may_be_empty=True),
             **_PICTURES,
         },
         WAY_OUT,
@@ -234,7 +273,7 @@ NEURONS = {
         {"what": "perturb", **_ABOUT, "words": [str]},
         {
             "perturb.csv": Table(
-                "word:text k:int how:text set:text drop_log_p:float? drop_p:float? ci_low:float? "
+                "word:text k:int how:text round:int set:text drop_log_p:float? drop_p:float? ci_low:float? "
                 "ci_high:float? lost:share? n:int"
             )
         },
@@ -242,15 +281,28 @@ NEURONS = {
     ),
     "edit": Format(
         "neurons.json",
-        {"what": "edit", **_ABOUT, "from?": str, "to?": (str, None), "size": float, "neurons?": int},
         {
-            "measures.csv": Table(f"measure:text {_INTERVAL}", "measure"),
+            "what": "edit",
+            **_ABOUT,
+            "from?": str,
+            "to?": (str, None),
+            "size": float,
+            "neurons?": int,
+            "is_of?": str,
+            "verdict?": str,
+            "tried?": str,
+        },
+        {
+            "measures.csv": Table(f"measure:text {_INTERVAL} before:float? random:float?", "measure"),
             "captions.csv": Table(
                 "example:text prompt:text before:text after:text has:bool took:bool same:bool"
             ),
             "columns.csv": Table("layer:grid neuron:int length:float change:float", "layer neuron"),
             "objects.csv": Table(
-                "measure:text before:float? after:float?", "measure", is_optional=True, may_be_empty=True
+                "measure:text before:float? after:float? random:float?",
+                "measure",
+                is_optional=True,
+                may_be_empty=True,
             ),
             **_PICTURES,
         },

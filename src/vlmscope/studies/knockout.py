@@ -17,7 +17,7 @@ from vlmscope.patching.scores import Metric
 from vlmscope.runs.model import Model
 from vlmscope.sites import Sites, parse
 from vlmscope.studies.run_folder import Run
-from vlmscope.studies.sweep import CHECKED, Engine, into_folder, table_of
+from vlmscope.studies.sweep import CHECKED, Engine, folder_of, table_of
 from vlmscope.studies.task import Task, task_of
 
 
@@ -68,7 +68,7 @@ def knockout_to(
 ) -> Run:
     """`knockout` into a run folder, without holding the table in memory; goes on where it stopped."""
     check = whole(check, "the number of rows to check")
-    return into_folder(_task(model, examples, sites, how, engine, metric), out, data, check)
+    return folder_of(_task(model, examples, sites, how, engine, metric), out, data, check)
 
 
 def _task(

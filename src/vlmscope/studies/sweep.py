@@ -7,6 +7,7 @@ import time
 import warnings
 from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -14,7 +15,6 @@ import pandas as pd
 import pyarrow.compute as pc
 
 from vlmscope.data import Examples
-from vlmscope.data.example import fingerprint
 from vlmscope.errors import DataError, ExampleError, whole
 from vlmscope.patching import reference
 from vlmscope.patching.scores import ROUNDING, Metric
@@ -23,10 +23,10 @@ from vlmscope.runs.corrupt import Noise
 from vlmscope.runs.model import Model
 from vlmscope.sites import Pattern, Site, Sites
 from vlmscope.stats import rng
-from vlmscope.studies.rows import patch_example, run_jobs
-from vlmscope.studies.run_folder import BASELINES, Run, bytes_of, effects_columns, read_run, typed
+from vlmscope.studies.rows import Work, patch_example, run_jobs
+from vlmscope.studies.run_folder import BASELINES, CROSSED, EFFECTS, Run, bytes_of, read_run, typed
 from vlmscope.studies.run_writer import Writer, open_run
-from vlmscope.studies.task import Task, Todo, all_jobs, description_of, spec_of, task_of
+from vlmscope.studies.task import Task, Todo, all_jobs, description_of, digests_of, spec_of, task_of
 
 Direction = Literal["denoise", "noise"]
 Engine = Literal["fast", "reference"]
@@ -102,15 +102,15 @@ def sweep(
 def table_of(task: Task, out: str | os.PathLike[str] | None, data: str, check: int) -> pd.DataFrame:
     """The table of a task, by way of a run folder where one is named."""
     if out is not None:
-        run = into_folder(task, out, data, check)
+        run = folder_of(task, out, data, check)
         warn_of_excluded(run.baselines())
         table, found = run.effects(), run.check
     else:
         results = list(run_jobs(task, all_jobs(task)))
         base = pd.concat([result.baseline for result in results], ignore_index=True)
         warn_of_excluded(base)
-        columns = effects_columns(task.source is not None)
-        table = typed(pd.concat([result.effects for result in results], ignore_index=True), columns)
+        columns = EFFECTS if task.source is None else CROSSED
+        table = typed(pd.concat([result.rows for result in results], ignore_index=True), columns)
         found = _check(task, check, base, lambda names: table[table["example"].isin(names)])
     table.attrs["check"] = found
     return table
@@ -143,7 +143,7 @@ def sweep_to(
     check = whole(check, "the number of rows to check")
     options = {"direction": direction, "engine": engine, "metric": metric, "patch": patch, "seed": seed}
     task = task_of(model, examples, sites, corrupt, source, select=select, **options)
-    return into_folder(task, out, data, check)
+    return folder_of(task, out, data, check)
 
 
 class Estimate(NamedTuple):
@@ -174,8 +174,8 @@ def estimate(
         start = time.perf_counter()
         [result] = run_jobs(task, [job], quiet=True)
         seconds = time.perf_counter() - start
-        if not result.effects.empty:
-            found.append(Estimate(seconds * many, bytes_of(result.effects) * many, len(result.effects)))
+        if not result.rows.empty:
+            found.append(Estimate(seconds * many, bytes_of(result.rows) * many, len(result.rows)))
             if len(found) > 2 or seconds > 10.0:  # a long one has warmed up by itself
                 break
     return found[-1]
@@ -212,10 +212,20 @@ def warn_of_excluded(baselines: pd.DataFrame) -> None:
     warnings.warn(text, stacklevel=4)
 
 
-def into_folder(task: Task, out: str | os.PathLike[str], data: str, check: int) -> Run:
-    """Compute what the folder does not hold yet."""
-    digests = [fingerprint([example]) for example in task.examples]
-    spec = spec_of(task, data, digests)
+def folder_of(task: Task, out: str | os.PathLike[str], data: str, check: int) -> Run:
+    """The patches of a task in a run folder, of which some random rows are recomputed."""
+    return into_folder(task, out, spec_of(task, data), partial(_check_run, task, check))
+
+
+def into_folder(
+    task: Task,
+    out: str | os.PathLike[str],
+    spec: dict[str, Any],
+    check: Callable[[Run], dict[str, Any] | None],
+    work: Work | None = None,
+) -> Run:
+    """Compute what the folder does not hold yet (by default patches), and keep what `check` finds of it."""
+    digests = digests_of(task)
     with open_run(out, spec, description_of(task.model), digests=digests) as writer:
         jobs = []
         for number in range(len(task.examples)):
@@ -223,17 +233,14 @@ def into_folder(task: Task, out: str | os.PathLike[str], data: str, check: int) 
             if number not in writer.done or missing:
                 done = [s for s in writer.sites if s not in writer.missing(number, writer.sites)]
                 jobs.append(Todo(number, missing, done))
-        for result in run_jobs(task, jobs, len(task.examples) - len(jobs)):
+        for result in run_jobs(task, jobs, len(task.examples) - len(jobs), work=work):
             number = result.job.number
             if number < SHOWN and not result.job.done:
                 _show(writer, task, number)  # before the example is committed: it is not run again
-            writer.add(number, result.effects, result.baseline, result.job.sites)
+            writer.add(number, result.rows, result.baseline, result.job.sites)
         writer.flush()
         if jobs or writer.check is None:
-            run = read_run(out)
-            found = _check(
-                task, check, run.baselines(), lambda ids: run.effects(pc.field("example").isin(ids))
-            )
+            found = check(read_run(out))
             if found is not None:
                 writer.keep_check(found)
         writer.finish()
@@ -252,17 +259,26 @@ def _show(writer: Writer, task: Task, number: int) -> None:
         writer.add_pictures(number, shown)
 
 
+def _check_run(task: Task, count: int, run: Run) -> dict[str, Any] | None:
+    """`_check` of a folder, of which it reads little."""
+    return _check(task, count, run.baselines(), lambda ids: run.effects(pc.field("example").isin(ids)))
+
+
+def checked(task: Task, count: int, base: pd.DataFrame) -> list[str]:
+    """The ids of some examples that ran, drawn to be looked at again."""
+    ran = base.loc[~base["excluded"].astype(bool), "example"]
+    known = {example.id for example in task.examples}
+    ids = [name for name in ran.drop_duplicates(keep=False) if name in known]
+    return [ids[n] for n in rng(task.seed, "check").permutation(len(ids))[:count]]
+
+
 def _check(
     task: Task, count: int, base: pd.DataFrame, effects_of: Callable[[list[str]], pd.DataFrame]
 ) -> dict[str, Any] | None:
     """Recompute random rows, spread over kinds and examples, by plain forwards; None if there are none."""
-    draw = rng(task.seed, "check")
-    ran = base.loc[~base["excluded"].astype(bool), "example"]
-    known = {example.id: example for example in task.examples}
-    ids = [name for name in ran.drop_duplicates(keep=False) if name in known]
-    if count < 1 or task.engine == "reference" or not ids:
+    if count < 1 or task.engine == "reference" or not (chosen := checked(task, count, base)):
         return None
-    chosen = [ids[n] for n in draw.permutation(len(ids))[:count]]
+    known, draw = {example.id: example for example in task.examples}, rng(task.seed, "check", "rows")
     rows = effects_of(chosen)
     if task.source is None:
         rows = rows.assign(source_site=rows["site"])

@@ -16,8 +16,8 @@ import pandas as pd
 from vlmscope.errors import DataError
 from vlmscope.stats import interval, p_values, q_values
 
-VALUES = ("logit_diff", "effect", "p_restored", "p_patched", "ld_change", "p_change", "value")
-"""The columns of `effects` that can be averaged."""
+VALUES = ("logit_diff", "effect", "p_restored", "p_patched", "ld_change", "p_change", "value", "score")
+"""The columns of `effects`, and of `attributions`, that can be averaged."""
 TOWERS = ("encoder", "decoder", "qformer", "vision")
 KINDS = ("resid", "resid_pre", "resid_mid", "mlp", "attn", "cross", "deepstack", "output")
 COMPARED = "site slot n n_other mean mean_other difference low high p_value".split()
@@ -432,6 +432,8 @@ def is_role(slot: str) -> bool:
 def mean_gap(rows: pd.DataFrame) -> float | None:
     """The size of the mean LD(clean) − LD(corrupt) of the rows' examples, read off `effect`; null where that
     is not known, as `effect` is of another metric."""
+    if "effect" not in rows:
+        return None
     rows = rows[rows["logit_diff"].notna() & rows["effect"].notna()]
     effect, ld, of = rows["effect"].astype(float), rows["logit_diff"].astype(float), rows["example"]
     sums = pd.DataFrame({"up": ld * effect, "down": effect**2}).groupby(of).sum()

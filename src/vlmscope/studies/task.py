@@ -14,7 +14,7 @@ import pandas as pd
 from torch import Tensor
 
 from vlmscope.data import Examples, listed
-from vlmscope.data.example import Example
+from vlmscope.data.example import Example, fingerprint
 from vlmscope.errors import SEED, DataError, ExampleError, SiteError, VlmscopeError, nearest, shown, whole
 from vlmscope.layout import grid
 from vlmscope.models.inputs import CUTS, Cut, Inputs, Pair
@@ -117,8 +117,10 @@ class Todo(NamedTuple):
 
 
 class Result(NamedTuple):
+    """Of one example: its rows (effects, or scores) and its row of `baselines`."""
+
     job: Todo
-    effects: pd.DataFrame
+    rows: pd.DataFrame
     baseline: pd.DataFrame
 
 
@@ -224,8 +226,13 @@ def all_jobs(task: Task) -> list[Todo]:
     return [Todo(number, task.sites, []) for number in range(len(task.examples))]
 
 
-def spec_of(task: Task, data: str, digests: Sequence[str]) -> dict[str, Any]:
-    data_hash = hashlib.sha256(" ".join(digests).encode()).hexdigest()
+def digests_of(task: Task) -> list[str]:
+    """The fingerprint of each example."""
+    return [fingerprint([example]) for example in task.examples]
+
+
+def spec_of(task: Task, data: str) -> dict[str, Any]:
+    data_hash = hashlib.sha256(" ".join(digests_of(task)).encode()).hexdigest()
     noise = asdict(task.corruption) if isinstance(task.corruption, Noise) else {}
     return {
         "model": task.model.name,

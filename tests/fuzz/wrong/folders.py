@@ -28,6 +28,9 @@ MADE = {
     "circuits": "circuits run --out circuits",
     "heads": f"heads {TOY} --limit 6 --sites encoder.1.cross.h*@answer --out heads",
     "tracing": f"tracing {TOY} --limit 4 --kinds cross --windows 1 --repeats 2 --out tracing",
+    "lens": "lens --model toy-llava --data states --limit 2 --sites decoder.3.resid@image* --out lens",
+    "attribution": "attribute --model toy-llava --data states --limit 2 --sites decoder.*.attn.h*@readout "
+    "--sites decoder.3.attn@readout<image* --out attribution",
     "notice": f"notice {TOY} --limit 4 --out notice",
     "find": "neurons find --model toy-llava --data states --limit 3 --top 10 --out find",
     "describe": "neurons describe --model toy-llava --data states --limit 3 --neuron 3.48 --out describe",
@@ -38,15 +41,15 @@ from vlmscope.neurons.results import Assessed, Perturbed
 import pandas as pd
 from PIL import Image
 about = {"model": "toy-llava", "weights": "abc", "words": ["heart"]}
-row = {"word": "heart", "k": 1, "how": "zero", "set": "top", "drop_log_p": 0.5, "drop_p": 0.25}
+row = {"word": "heart", "k": 1, "how": "zero", "round": 1, "set": "top", "drop_log_p": 0.5, "drop_p": 0.25}
 row |= {"ci_low": 0.1, "ci_high": 0.4, "lost": 0.5, "n": 8}
 Perturbed(about, pd.DataFrame([row, row | {"set": "random"}])).save("perturb")
-names = ["measure", "value", "low", "high", "n"]
-measures = pd.DataFrame([("generality", 0.5, 0.25, 0.75, 8)], columns=names)
+names = ["measure", "value", "low", "high", "n", "before", "random"]
+measures = pd.DataFrame([("generality", 0.5, 0.25, 0.75, 8, 0.0, 0.125)], columns=names)
 said = {"example": ["a", "b"], "prompt": "what?", "before": ["heart", "cross"], "after": "cross"}
 captions = pd.DataFrame(said | {"has": [True, False], "took": [True, False], "same": [False, True]})
 columns = pd.DataFrame([(3, 48, 1.5, 0.5)], columns=["layer", "neuron", "length", "change"])
-objects = pd.DataFrame([("hallucinated", 0.5, 0.25)], columns=["measure", "before", "after"])
+objects = pd.DataFrame([("chair_i", 0.5, 0.25, 0.5)], columns=["measure", "before", "after", "random"])
 edited = about | {"from": "heart", "to": "cross", "size": 1.5}
 pictures = {name: Image.new("RGB", (8, 8)) for name in "ab"}
 Assessed(edited, measures, captions, columns, objects, pictures).save("edit")
