@@ -120,7 +120,7 @@ def test_labels_do_not_turn_on_sharpness():
 def test_no_head_of_a_random_network_is_named():
     for form in "CD":
         made = plant(Recipe(form, 0, planted=False))
-        found = measures.labelled(made, measures.labels_of(made, scenes(14, 11), heads_of(form)[::6]))
+        found = measures.labelled(made, measures.labels_of(made, scenes(12, 11), heads_of(form)[::12]))
         assert found["named"] == 0.0, found["labels"]
 
 

@@ -141,7 +141,10 @@ def perturb(
     rounds: int = 2,
     found: Path | None = None,
 ) -> None:
-    """A word without its neurons, without those that take over, and without random ones."""
+    """A word without its neurons, and without those that take over.
+
+    Beside it as many random neurons of the same layers.
+    """
     from vlmscope import neurons
 
     neurons.Perturbed.claim(out)

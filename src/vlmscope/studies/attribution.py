@@ -85,7 +85,7 @@ def attribute(
     >>> writers = ["decoder.0.resid_pre@readout", "decoder.*.attn.h*@readout", "decoder.*.mlp@readout"]
     >>> table = attribute(model, one, writers)
     >>> ld = vlmscope.baselines(model, one)["ld_clean"]
-    >>> abs(table["score"].sum() - ld.item()) < 1e-4
+    >>> bool(abs(table["score"].sum() - ld.item()) < 1e-4)
     True
     """
     task = _task_of(model, examples, sites, corrupt, method=method, word=word, seed=seed)
