@@ -1,15 +1,20 @@
-"""Neurons: what finding them costs, whether they carry their words, and how well edits take.
+"""Neurons: what finding them costs, what happens to words without them, and how well edits take.
 
-    python benchmarks/neurons.py [--part cost|concepts|edits] [--threads 2] [--out FILE.json]
+    python benchmarks/neurons.py [--part cost|concepts|edits|hallucination] [--pictures 210] [--pairs 10]
+        [--threads 2] [--out FILE.json]
 
 - *cost*: on LLaVA-1.5's layout (as `benchmarks/llava.py`, random weights, float32) one generation of 20
   tokens alone, with the neurons of all its words found on the way, and gradient × activation of the same
   words beside it. The scores are compared with a plain hook and the weights.
-- *concepts*: `neurons.measure` on toy-llava over 210 held-out pictures of each of the drawn sets: for each
-  shape, color, texture and expression the drop of its probability without 1 % of the neurons and without as
-  many random ones, the AUC of its best neuron, and the overlap between pictures.
-- *edits*: ten pairs of words on toy-llava, 3 % of the columns each, by free generation on pictures that the
-  edits were made on and on others; undone bit for bit; then all ten one after the other.
+- *concepts*: `neurons.measure` on toy-llava over `--pictures` held-out pictures of each drawn set: for
+  each word the AUC of its best neuron over what is said and over the image's tokens, beside that of as many
+  random neurons with the true labels; the drop of its probability without 1 % of the neurons and how many
+  captions lose it, without random ones, and without those that take over, too.
+- *edits*: pairs of words on toy-llava with the fewest columns that hold and with 3 % of the columns, beside
+  the same edits of random columns, by free generation on pictures that the edits were not made on; an edit of
+  the concept; undone bit for bit; then all of them one after the other.
+- *hallucination*: pictures whose objects are half hidden, the object that is named falsely most often, its
+  word suppressed there: CHAIR and POPE before and after, and what else has changed.
 
 The last line is JSON.
 """
@@ -22,6 +27,7 @@ import platform
 import random
 import statistics
 import time
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -40,6 +46,7 @@ from vlmscope.runs.model import Model
 
 ASK, OTHERWISE = "describe this picture.", "what does this picture show?"
 LENGTH, ROUNDS = 20, 3
+SHAPES = ("circle", "square", "triangle", "star", "heart", "cross")
 PAIRS = (
     ("red", "blue"),
     ("circle", "square"),
@@ -74,7 +81,7 @@ def gradients(model: Model, inputs: Inputs, ids: tuple[int, ...], layers: int) -
         one.remove()
 
 
-def cost() -> dict[str, Any]:
+def cost(pictures: int, pairs: int) -> dict[str, Any]:
     model = build(False, "cpu")
     words = lambda ids, **_: " ".join(f"w{n}" for n in ids)  # noqa: E731
     model.processor = SimpleNamespace(tokenizer=SimpleNamespace(decode=words, unk_token_id=None))
@@ -134,100 +141,156 @@ def held_out(limit: int, seed: int) -> list[Example]:
     return found
 
 
-def concept() -> dict[str, Any]:
+def concept(pictures: int, pairs: int) -> dict[str, Any]:
     model = load("toy-llava", device="cpu")
     start = time.perf_counter()
-    found = neurons.measure(model, held_out(210, 31), prompt=ASK, pictures=64)
-    table = found.measures[found.measures["method"] == "contribution"]
+    given = held_out(pictures, 31)
+    found = neurons.find(model, given, prompt=ASK)
+    measured = neurons.measure(model, given, prompt=ASK, pictures=64, found=found)
+    table = measured.measures[measured.measures["method"] == "contribution"]
     table = table.set_index(["measure", "word"])
-    words: dict[str, dict[str, float]] = {}
-    for word in sorted(set(found.measures["word"]) - {"plain", "face"}):
-        drop, auc, own = (table.loc[(name, word)] for name in ("p drop, zero", "auc", "overlap"))
-        other = table.loc[("overlap, others", word), "value"]
-        words[word] = {
-            "drop": drop["value"],
-            "low": drop["ci_low"],
-            "high": drop["ci_high"],
-            "random": drop["random"],
-            "auc": auc["value"],
-            "auc_null": auc["null"],
-            "overlap": own["value"],
-            "overlap_others": other,
-        }
+    names = sorted(set(measured.measures["word"]) - {"plain", "face"})
+    with_drop = [word for word in names if ("lost, zero", word) in table.index]
+    rounds = neurons.perturb(model, given, with_drop, prompt=ASK, tops=(10,), rounds=3, found=found).effects
+    rounds = rounds[rounds["how"] == "zero"].set_index(["word", "round", "set"])
+    words: dict[str, dict[str, Any]] = {}
+    for word in names:
+        row: dict[str, Any] = {}
+        for name in ("auc", "auc, image", "p drop, zero", "lost, zero"):
+            if (name, word) in table.index:
+                columns = ["value", "ci_low", "ci_high", "null", "null_95", "p_value", "n"]
+                row[name] = table.loc[(name, word), columns].astype(float).to_dict()
+        for number in (1, 2, 3) if word in with_drop else ():
+            own = rounds.loc[(word, number, "top")]
+            row[f"round {number}"] = {"drop_p": float(own["drop_p"]), "lost": float(own["lost"])}
+        words[word] = row
+    lost = {word: words[word]["lost, zero"] for word in with_drop}
+    aucs = {name: [words[word][name] for word in names] for name in ("auc", "auc, image")}
     return {
-        "pictures": 630,
+        "pictures": len(given),
         "seconds": time.perf_counter() - start,
         "words": words,
-        # Random neurons change next to nothing, in either direction.
-        "at_least_five_times_random": int(sum(w["drop"] >= 5 * abs(w["random"]) for w in words.values())),
-        "of_words": len(words),
-        "lowest_auc": min(w["auc"] for w in words.values()),
-        "auc_nulls": [min(w["auc_null"] for w in words.values()), max(w["auc_null"] for w in words.values())],
-        "fewest_times_others": min(w["overlap"] / w["overlap_others"] for w in words.values()),
+        "of_words": len(names),
+        "not_measured": measured.left_out.to_dict("records"),
+        "some_caption_loses_it": sum(one["value"] > 0 for one in lost.values()),
+        "carried": sorted(word for word, one in lost.items() if one["p_value"] <= 0.05),
+        "lose_it_without_those_that_take_over": sum(words[word]["round 3"]["lost"] > 0 for word in with_drop),
+        "drop_below_0.02": sum(words[word]["p drop, zero"]["value"] < 0.02 for word in with_drop),
+        **{
+            f"{name}: {what}": [min(one[what] for one in rows), max(one[what] for one in rows)]
+            for name, rows in aucs.items()
+            for what in ("value", "null", "null_95")
+        },
+        **{
+            f"{name}: beats random neurons": sum(one["p_value"] <= 0.05 for one in rows)
+            for name, rows in aucs.items()
+        },
     }
 
 
 # -- edits ---------------------------------------------------------------------------------------
 
 
-def edits() -> dict[str, Any]:
+def edits(pictures: int, pairs: int) -> dict[str, Any]:
     model = load("toy-llava", device="cpu")
-    made_on, others = held_out(200, 0), held_out(100, 77)
+    made_on, others = held_out(pictures, 0), held_out(max(20, pictures // 2), 77)
     before = {name: value.clone() for name, value in model.hf.state_dict().items()}
     many = int(0.03 * 4 * model.shapes["decoder"].neurons)
     rows, done = [], []
-    for source, target in PAIRS:
+
+    def measured(edit: neurons.WeightEdit, **more: Any) -> dict[str, Any]:
+        random_ones = neurons.random_columns(model, edit)
+        null = neurons.edit(model, made_on, source, target, prompt=ASK, neurons=random_ones, **more)
+        card = neurons.describe_edit(model, edit, others, null=null, prompts=[ASK, OTHERWISE], names=())
+        table = card.measures.set_index("measure")[["value", "before", "random", "n"]]
+        row = {"columns": len(edit.neurons), "size": edit.size, "is_of": card.about["is_of"]}
+        return row | {"tried": edit.about.get("tried"), "measures": table.to_dict("index")}
+
+    for source, target in PAIRS[:pairs]:
         start = time.perf_counter()
         edit = neurons.edit(model, made_on, source, target, prompt=ASK, neurons=many)
         seconds = time.perf_counter() - start
-        own = neurons.assess(model, [edit], made_on[:150], source, target, prompts=[ASK])[0]
-        new = neurons.assess(model, [edit], others, source, target, prompts=[ASK, OTHERWISE])[0]
-        own, new = (x.set_index("measure")["value"] for x in (own, new))
-        undone = all(torch.equal(value, before[name]) for name, value in model.hf.state_dict().items())
-        rows.append(
-            {
-                "from": source,
-                "to": target,
-                "columns": len(edit.neurons),
-                "seconds": seconds,
-                "size": edit.size,
-                "reliability": own["generality"],
-                "generality": new["generality"],
-                "other_wording": new["generality, other wording"],
-                "only_the_word": new["only the word"],
-                "locality": new["locality"],
-                "locality_other_wording": new["locality, other wording"],
-                "undone": undone,
-            }
+        columns = neurons.find(model, made_on, [source], prompt=ASK, top=0).neurons
+        best = columns.groupby(["layer", "neuron"])["score"].mean().nlargest(many).index.tolist()
+        wide = neurons.edit(model, made_on, source, target, prompt=ASK, neurons=best)
+        rows.append({"from": source, "to": target, "seconds": seconds})
+        rows[-1] |= {"fewest": measured(edit), "3 %": measured(wide)}
+        rows[-1]["undone"] = all(
+            torch.equal(value, before[name]) for name, value in model.hf.state_dict().items()
         )
+        done.append(edit)
         print(json.dumps(rows[-1]), flush=True)
-    first = None
-    for number, (source, target) in enumerate(PAIRS):
-        with neurons.edited(model, *done):
-            done.append(neurons.edit(model, made_on, source, target, prompt=ASK, neurons=many))
-        if number == 0:
-            first = others
+    source, target = PAIRS[1]
+    more: dict[str, Any] = {"concept": True, "wordings": [OTHERWISE]}
+    whole = neurons.edit(model, made_on, source, target, prompt=ASK, neurons=many, **more)
+    result = {"pairs": rows, "concept": {"from": source, "to": target, **measured(whole, **more)}}
+    print(json.dumps(result["concept"]), flush=True)
+    stack: list[neurons.WeightEdit] = []
+    for (source, target), one in zip(PAIRS, done, strict=False):
+        with neurons.edited(model, *stack):
+            stack.append(one if not stack else neurons.edit(model, made_on, source, target, prompt=ASK))
     source, target = PAIRS[0]
-    after = neurons.assess(model, done, first or [], source, target, prompts=[ASK])[0]
-    kept = after.set_index("measure")["value"]["generality"]
-    mean = lambda name: statistics.mean(row[name] for row in rows)  # noqa: E731
-    return {
-        "pairs": rows,
-        "mean": {name: mean(name) for name in ("reliability", "generality", "other_wording", "locality")},
-        "least": {name: min(row[name] for row in rows) for name in ("reliability", "generality", "locality")},
-        "first_after_ten": kept,
-        "undone": all(row["undone"] for row in rows),
-    }
+    after = neurons.assess(model, stack, others, source, target, prompts=[ASK])[0].set_index("measure")
+
+    def mean(size: str, measure: str, column: str) -> float:
+        return statistics.mean(row[size]["measures"][measure][column] for row in rows)
+
+    for size in ("fewest", "3 %"):
+        for measure in ("generality", "locality", "blind prompts changed"):
+            result[f"{size}: {measure}"] = [mean(size, measure, column) for column in ("value", "random")]
+    result["fewest columns"] = [row["fewest"]["columns"] for row in rows]
+    result["first_after_all"] = float(after.loc["generality", "value"])
+    return result | {"undone": all(row["undone"] for row in rows)}
+
+
+# -- hallucination -------------------------------------------------------------------------------
+
+
+def half_hidden(one: Example) -> Example:
+    """The lower half of each object painted over with the ground."""
+    picture = one.clean_image.copy()
+    for mask in one.masks.values():
+        left, top, right, bottom = mask.getbbox()
+        picture.paste(picture.getpixel((0, 0)), (left, (top + bottom) // 2, right, bottom))
+    return replace(one, id=f"{one.id}-hidden", clean_image=picture)
+
+
+def falsely(pictures: int, pairs: int) -> dict[str, Any]:
+    model = load("toy-llava", device="cpu")
+    seen = examples("states", limit=pictures, seed=3)
+    mixed = [x for n, one in enumerate(seen) for x in ([half_hidden(one)] if n % 2 else [one])]
+    half = len(mixed) // 2
+    said = [model.answer(model.inputs(one.clean_image, ASK)) for one in mixed[:half]]
+    table = neurons.falsely_named(said, [one.shows for one in mixed[:half]], SHAPES)
+    word, result = table["object"][0], {"pictures": len(mixed), "named": table.to_dict("records")}
+    for target in (None, "shape"):
+        more: dict[str, Any] = {"prompt": ASK, "falsely": True}
+        edit = neurons.edit(model, mixed[:half], word, target, **more)
+        null = neurons.edit(
+            model, mixed[:half], word, target, neurons=neurons.random_columns(model, edit), **more
+        )
+        card = neurons.describe_edit(model, edit, mixed[half:], null=null, prompts=[ASK], names=SHAPES)
+        result[f"{word} to {target or 'anything else'}"] = {
+            "columns": len(edit.neurons),
+            "tried": edit.about["tried"],
+            "measures": card.measures.set_index("measure")[["value", "before", "random", "n"]].to_dict(
+                "index"
+            ),
+            "objects": card.objects.set_index("measure").to_dict("index"),
+        }
+    return result
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--part", choices=["cost", "concepts", "edits"], action="append")
+    run = {"cost": cost, "concepts": concept, "edits": edits, "hallucination": falsely}
+    parser.add_argument("--part", choices=list(run), action="append")
+    parser.add_argument("--pictures", type=int, default=210, help="of each set")
+    parser.add_argument("--pairs", type=int, default=len(PAIRS))
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    run = {"cost": cost, "concepts": concept, "edits": edits}
     result: dict[str, Any] = {
         "benchmark": "neurons",
         "machine": f"{platform.machine()}, {arguments.threads} threads, CPU",
@@ -236,11 +299,9 @@ def main() -> None:
     if arguments.out and arguments.out.exists():
         result |= {k: v for k, v in json.loads(arguments.out.read_text()).items() if k in run}
     for part in arguments.part or list(run):
-        result[part] = run[part]()
-        print(
-            f"{part}: {json.dumps({k: v for k, v in result[part].items() if k not in ('words', 'pairs')})}",
-            flush=True,
-        )
+        result[part] = run[part](arguments.pictures, arguments.pairs)
+        short = {k: v for k, v in result[part].items() if k not in ("words", "pairs", "concept")}
+        print(f"{part}: {json.dumps(short)}", flush=True)
         if arguments.out:
             arguments.out.write_text(json.dumps(result, indent=2) + "\n")
     print(json.dumps(result))

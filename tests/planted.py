@@ -1,15 +1,20 @@
 """A BLIP-VQA whose weights are set by hand, so that what its cross-attention heads do is known.
 
 A patch of a picture has three features: its object (red or blue), its color (red less blue) and its
-outlier (green, of huge norm). Every head of the question encoder's one layer looks the same way from
-every token:
+outlier (a green that no eye sees, of huge norm). Every head of the question encoder's one layer looks the
+same way from every token:
 
 - head 0 looks at the object and writes its color;
 - head 1 looks at the object and takes 0.4 of its color away;
 - head 2 looks at the outlier and writes where nobody reads;
 - head 3 looks nowhere and writes nothing.
 
-The answer decoder reads the color off all tokens of the question.
+The answer decoder's head 0 reads the color off all tokens of the question. With `options`, it is turned
+off: a neuron of the encoder's block fires at the word of the color that the picture shows, and the decoder
+reads that:
+
+- head 1 looks at the word where it fires, and says that word;
+- head 2 looks everywhere and reads the neurons themselves, which say their word.
 """
 
 from __future__ import annotations
@@ -27,7 +32,13 @@ from vlmscope.runs.model import Model
 WIDTH, PATCH, SIDE = 16, 4, 6
 OBJECT, COLOR, OUTLIER, PLACE, UNREAD, CONSTANT = 0, 2, 4, 6, 8, 10
 """Each feature is a dimension and its negative next to it, so that a norm's mean takes nothing."""
+FAINT = 4
+"""The outlier's green, of 255."""
+WORD, MATCH, SAID = 12, 14, 4
+"""Features of the text: which color a word is, that the picture shows it, and which is shown."""
 TRUTH = {0: "detection", 1: "suppression", 2: "outlier suppression", 3: "none"}
+OF_TEXT = {0: "none", 1: "option selector", 2: "mover", 3: "none"}
+"""Of the decoder's heads, with `options`."""
 
 
 def _plus(at: int, size: float = 1.0) -> torch.Tensor:
@@ -36,7 +47,7 @@ def _plus(at: int, size: float = 1.0) -> torch.Tensor:
     return feature
 
 
-def planted() -> Model:
+def planted(options: bool = False) -> Model:
     torch.manual_seed(0)
     text = {
         "vocab_size": len(WORDS),
@@ -66,6 +77,8 @@ def planted() -> Model:
         _see(hf)
         _read(hf)
         _say(hf)
+        if options:
+            _choose(hf)
     processor = blip_processor(PATCH * SIDE)
     processor.image_processor.image_mean = [0.0] * 3
     processor.image_processor.image_std = [1.0] * 3
@@ -74,7 +87,7 @@ def planted() -> Model:
 
 def _see(hf: BlipForQuestionAnswering) -> None:
     embeddings = hf.vision_model.embeddings
-    red, green, blue = ([1, 0, 1], [0, 50, 0], [1, 0, -1])
+    red, green, blue = ([1, 0, 1], [0, 50 * 255 / FAINT, 0], [1, 0, -1])
     for at, channels in ((OBJECT, red), (OUTLIER, green), (COLOR, blue)):
         for channel, size in enumerate(channels):
             embeddings.patch_embedding.weight[:, channel] += _plus(at, size / PATCH**2)[:, None, None]
@@ -108,6 +121,23 @@ def _say(hf: BlipForQuestionAnswering) -> None:
         head.decoder.weight[WORDS.index(word)] = _plus(COLOR, 3 * sign)
 
 
+def _choose(hf: BlipForQuestionAnswering) -> None:
+    """Word and picture agree where a neuron fires; two heads of the decoder read that in two ways."""
+    block, words = hf.text_encoder.encoder.layer[0], hf.text_encoder.embeddings.word_embeddings.weight
+    for neuron, (word, sign) in enumerate((("red", 1.0), ("blue", -1.0))):
+        words[WORDS.index(word)] += _plus(WORD, 3.0 * sign)
+        block.intermediate.dense.weight[neuron] = _plus(WORD, 4.0 * sign) + _plus(COLOR, 4.0 * sign)
+        block.intermediate.dense.bias[neuron] = -9.0
+        block.output.dense.weight[:, neuron] = _plus(MATCH, 0.5) + _plus(SAID, 0.5 * sign)
+    cross = hf.text_decoder.bert.encoder.layer[0].crossattention
+    cross.output.dense.weight[:, 0] = 0.0
+    cross.self.query.bias[4] = 1.0
+    cross.self.key.weight[4] = _plus(MATCH, 4.0)
+    for first, feature in ((4, WORD), (8, SAID)):
+        cross.self.value.weight[first] = _plus(feature, 0.5)
+        cross.output.dense.weight[:, first] = _plus(COLOR, 1.0)
+
+
 def planted_examples(many: int, seed: int = 0) -> list[Example]:
     """A square of 2 x 2 patches, red or blue, and one green patch somewhere else."""
     found = []
@@ -138,7 +168,7 @@ def _picture(color: str, at: tuple[int, int], spot: tuple[int, int]) -> Image.Im
     image = Image.new("RGB", (PATCH * SIDE, PATCH * SIDE))
     draw = ImageDraw.Draw(image)
     draw.rectangle(_box(at, 2), fill={"red": (255, 0, 0), "blue": (0, 0, 255)}[color])
-    draw.rectangle(_box(spot, 1), fill=(0, 255, 0))
+    draw.rectangle(_box(spot, 1), fill=(0, FAINT, 0))
     return image
 
 

@@ -327,20 +327,20 @@ def test_ablate_sets_what_it_is_given():
     ]
     sites = placed(model, pair, expressions)
     noise = torch.Generator().manual_seed(0)
-    values = {}
+    values = []
     for number, site in enumerate(sites):
         width = (
             model.capture(pair.clean, [replace(site, position="0", positions=(0,))]).popitem()[1].shape[-1]
         )
         shape = (len(site.positions), width) if number % 2 else (1, width)
-        values[site] = torch.randn(shape, generator=noise, dtype=torch.float64)
+        values.append(torch.randn(shape, generator=noise, dtype=torch.float64))
     patched = ablate(model, pair, sites, values)
     found = torch.full((len(sites),), torch.nan, dtype=torch.float64)
     for numbers, scores in patched.chunks:
         found[numbers] = scores.ld
     wanted = []
-    for site in sites:
-        logits = model.run(pair.clean, [Edit(site, "set", values[site])])
+    for site, value in zip(sites, values, strict=True):
+        logits = model.run(pair.clean, [Edit(site, "set", value)])
         wanted.append(logits[pair.answer] - logits[pair.foil])
     torch.testing.assert_close(found, torch.stack(wanted), rtol=1e-9, atol=1e-12)
     plain = model.run(pair.clean)
@@ -362,18 +362,18 @@ def test_sites_that_share_places_are_ablated_alone(make):
         expressions[-2] = "vision.0.resid@5"
     sites = placed(model, pair, expressions)
     noise = torch.Generator().manual_seed(0)
-    values = {}
+    values = []
     for site in sites:
         width = (
             model.capture(pair.clean, [replace(site, position="0", positions=(0,))]).popitem()[1].shape[-1]
         )
-        values[site] = torch.randn(len(site.positions), width, generator=noise, dtype=torch.float64)
+        values.append(torch.randn(len(site.positions), width, generator=noise, dtype=torch.float64))
     patched = ablate(model, pair, sites, values)
     found = torch.full((len(sites),), torch.nan, dtype=torch.float64)
     for numbers, scores in patched.chunks:
         found[numbers] = scores.ld
     wanted = []
-    for site in sites:
-        logits = model.run(pair.clean, [Edit(site, "set", values[site])])
+    for site, value in zip(sites, values, strict=True):
+        logits = model.run(pair.clean, [Edit(site, "set", value)])
         wanted.append(logits[pair.answer] - logits[pair.foil])
     torch.testing.assert_close(found, torch.stack(wanted), rtol=1e-9, atol=1e-12)

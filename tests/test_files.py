@@ -29,8 +29,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 def listed(folder: Path) -> list[str]:
-    names: list[str] = json.loads((folder / "set.json").read_text())["files"]
-    return names
+    return [*json.loads((folder / "set.json").read_text())["files"]]
 
 
 @contextmanager
@@ -104,8 +103,9 @@ def test_a_manifest_that_lists_what_is_elsewhere_removes_nothing_there(tmp_path:
     (tmp_path / "mine.txt").write_text("mine")
     folder = tmp_path / "set"
     files.save(folder, "set.json", ABOUT, ONE)
-    odd = ["../mine.txt", str(tmp_path / "mine.txt"), "b/../../mine.txt", "", 3, "b"]
-    (folder / "set.json").write_text(json.dumps(ABOUT | {"files": [*listed(folder), *odd]}))
+    odd = ["../mine.txt", str(tmp_path / "mine.txt"), "b/../../mine.txt", "", "3", "b"]
+    named = dict.fromkeys([*listed(folder), *odd], "")
+    (folder / "set.json").write_text(json.dumps(ABOUT | {"files": named}))
     files.save(folder, "set.json", ABOUT, TWO)
     assert (tmp_path / "mine.txt").read_text() == "mine"
 

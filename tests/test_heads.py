@@ -17,6 +17,7 @@ import vlmscope
 from vlmscope.errors import DataError, ExampleError, SiteError, StoreError, VlmscopeError
 from vlmscope.models.inputs import Edit
 from vlmscope.patching import engine
+from vlmscope.runs.corrupt import Noise
 from vlmscope.sites import Pattern
 from vlmscope.stats import shuffled
 from vlmscope.studies import heads
@@ -149,6 +150,16 @@ def test_effects_that_a_run_has_are_not_computed_again(tmp_path, monkeypatch):
     assert len(patched) == 1, "an example that the run does not have is patched"
 
 
+def test_effects_are_means_over_the_draws_of_noise(tmp_path):
+    model, noise = blip(layers=2, heads=2), Noise(draws=3)
+    examples = [example(id=f"e{n}", clean_image=picture(n), corrupt_image=None) for n in range(4)]
+    rows = sweep_to(tmp_path / "run", model, examples, "encoder.*.cross.h*@answer", noise).effects()
+    found = heads.functions(model, examples, "encoder.*.cross.h*@answer", noise).measures
+    found = found[found["measure"] == "effect"].set_index("site")["value"]
+    assert found.to_dict() == pytest.approx(rows.groupby("site")["logit_diff"].mean().to_dict(), rel=1e-9)
+    assert found.abs().min() > 0
+
+
 def test_effects_of_another_run_are_refused(tmp_path):
     examples = [example(id=f"e{n}", clean_image=picture(n)) for n in range(2)]
     site = "encoder.1.cross.h1@answer"
@@ -224,12 +235,14 @@ def test_every_draw_has_its_own_seed():
     turned, together = rows(examples[::-1])
     pd.testing.assert_frame_equal(turned, whole, check_exact=True)
     pd.testing.assert_frame_equal(together, known, check_exact=True)
-    on_masks = whole.index.get_level_values("measure").isin(heads.ON_MASKS)
+    on_masks = whole.index.get_level_values("measure").isin([*heads.ON_MASKS, "outlier_mass"])
     without, _ = rows([replace(e, masks={}) for e in examples])
+    without = without.drop("outlier_mass", level="measure")  # which needs to know where the object is
     pd.testing.assert_frame_equal(without, whole[~on_masks], check_exact=True)
     unpatched, _ = rows(examples, corrupt=None)
-    wanted = whole.drop("effect", level="measure")
-    pd.testing.assert_frame_equal(unpatched, wanted, check_exact=True)
+    effects = whole.index.get_level_values("measure").str.match("effect|by_|from_|direct|switch|copies")
+    same = ["value", "low", "high", "n"]  # there is no gap to hold changes against
+    pd.testing.assert_frame_equal(unpatched[same], whole.loc[~effects, same], check_exact=True)
     fewer, _ = rows(examples, ["encoder.0.cross.h0@all", "encoder.0.cross.h2@all"])
     # Fewer heads are fewer rows in a batch, which some machines round otherwise; other draws move far more.
     pd.testing.assert_frame_equal(fewer, whole.loc[fewer.index], rtol=1e-5, atol=1e-6)

@@ -28,9 +28,9 @@ TOP = ("__init__", "__main__")
 LIGHT = ("cli", "data", "report", "studies.run_folder", "studies.tables", "stats", "layout", "sites")
 HEAVY = ("torch", "transformers")
 
-PUBLIC = """Edit Example Inputs Model Noise Pair Pattern Site VlmscopeError WeightEdit __version__
-    baselines compare edited examples head_table load open read_csv read_run sweep token_table write_csv
-    write_report""".split()
+PUBLIC = """Direction Edit Example Inputs Model Noise Pair Pattern Site VlmscopeError WeightEdit __version__
+    attribute baselines compare edited examples flow_table head_table knockout lens load open probe read_csv
+    read_run steer sweep token_table write_csv write_report""".split()
 
 
 def read_layers(title: str) -> dict[str, int]:

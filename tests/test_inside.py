@@ -253,9 +253,19 @@ def test_logits_at_several_positions(decoder):
     torch.testing.assert_close(forward(model, pair.clean, positions=3).logits, whole[-3:], **PLAIN)
 
 
-def test_an_edge_is_neither_read_nor_patched(decoder):
+def test_an_edge_is_not_read(decoder):
     model, pair = decoder
     from vlmscope.errors import SiteError
 
-    with pytest.raises(SiteError, match="'decoder.1.attn@last<image' is an edge of attention"):
+    with pytest.raises(SiteError, match="'decoder.1.attn@last<image': an edge, which is cut and not read"):
         model.capture(pair.clean, "decoder.1.attn@last<image")
+
+
+def test_what_is_kept_within_attention_is_what_was_edited(decoder):
+    """Whatever is edited first: a pattern is that of the edited query, and an edited pattern is kept."""
+    model, pair = decoder
+    pattern, query = "decoder.1.attn.p2@6", "decoder.1.attn.q2@6"
+    found = capture(model, pair.clean, [pattern], [Edit(pattern, "scale", 0.5)])[pattern]
+    torch.testing.assert_close(found, capture(model, pair.clean, [pattern])[pattern] / 2, **PLAIN)
+    flat = capture(model, pair.clean, [pattern], [Edit(query, "scale", 0.0)])[pattern]
+    torch.testing.assert_close(flat[0, :7], torch.full((7,), 1 / 7, dtype=flat.dtype), **PLAIN)

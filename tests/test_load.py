@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import sys
 
 import pytest
 import torch
@@ -225,8 +226,14 @@ def test_weights_of_four_bits(larger, monkeypatch):
     assert model.precision == "4bit"
     # Both ways round to bfloat16 after each layer, in another order.
     compare(model, 0.15)
-    monkeypatch.setattr("vlmscope.checkpoint.find_spec", lambda name: None)
-    with pytest.raises(ModelError, match=r"4bit needs accelerate.*pip install 'vlmscope\[4bit\]'"):
+
+
+def test_weights_of_four_bits_that_cannot_be_had(larger, monkeypatch):
+    monkeypatch.setattr("vlmscope.checkpoint._weights", None)  # nothing is loaded before it is said
+    with pytest.raises(ModelError, match=r"96 inputs, and a CPU .* a multiple of 64; take a GPU, or"):
+        load("toy-llava", dtype="4bit", device="cpu")
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    with pytest.raises(ModelError, match=r"4bit needs bitsandbytes.*pip install 'vlmscope\[4bit\]'"):
         load(larger, dtype="4bit")
 
 

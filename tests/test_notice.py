@@ -179,6 +179,19 @@ def test_a_used_folder_is_refused_before_anything_is_computed(tmp_path, monkeypa
 # --- selection -------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("corrupt", [("image",), ("text",), ("image", "text")])
+def test_data_without_any_pairs_is_refused_before_anything_is_written(tmp_path, corrupt):
+    picture(1, 60).save(tmp_path / "1.png")
+    cells = "id,clean_image_path,clean_prompt,correct_answer,incorrect_answer\n"
+    (tmp_path / "d.csv").write_text(cells + "a,1.png,is it round ?,yes,no\nb,1.png,is it a cat ?,no,yes\n")
+    spec = Spec("toy-blip", (str(tmp_path / "d.csv"),), corrupt=corrupt, device="cpu")
+    with pytest.raises(
+        DataError, match=r"no example of d has what the corruption (image|text).* or corrupt by noise"
+    ):
+        notice.run(spec, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 def test_only_right_answers_that_follow_are_kept(tmp_path):
     """Against the model's own generations."""
     model = load("toy-blip")

@@ -20,12 +20,12 @@ import pyarrow.parquet as pq
 import pytest
 
 from vlmscope.report import gallery, write_report
-from vlmscope.report.page import OWN
+from vlmscope.report.page import MANIFEST
 from vlmscope.studies.run_folder import read_run
 
 sys.path[:0] = [str(Path(__file__).parent / "fuzz"), str(Path(__file__).parent / "fuzz" / "wrong")]
 
-from folders import good_folders  # noqa: E402
+from folders import good_folders, list_anew  # noqa: E402
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 CODE = "document.title='pwned';document.body.id='pwned'"
@@ -77,6 +77,9 @@ def poison(folder: Path) -> None:
                 texts = [None if text is None else text + ALL for text in table[field.name].to_pylist()]
                 table = table.set_column(number, field, pa.array(texts, field.type))
         pq.write_table(table, file)
+    for file in folder.rglob("*"):
+        if file.is_file() and file.suffix != ".json":
+            list_anew(file)
 
 
 @pytest.fixture(scope="module")
@@ -171,7 +174,7 @@ def test_the_policy_alone_stops_a_script_and_lets_the_style_through(page, tmp_pa
 def test_links_lead_to_the_files_beside_the_page(page):
     links = [value for name, value in Tags(page.read_text("utf-8")).attributes if name == "href"]
     files = [link for link in links if not link.startswith("#")]
-    beside = {file.name for file in page.with_name(f"{page.stem}-figures").iterdir()} - {OWN}
+    beside = {file.name for file in page.with_name(f"{page.stem}-figures").iterdir()} - {MANIFEST}
     assert len(files) == len(beside) > 15
     assert all((page.parent / unquote_to_bytes(link).decode()).is_file() for link in files)
 

@@ -101,6 +101,29 @@ def test_the_planted_parts_are_ranked_first(planted):
         assert row["neurons"]["auroc"] > 0.95
 
 
+def test_heads_are_called_what_they_were_planted_to_be(planted):
+    every = heads_of(planted.recipe.form)
+    parts = [part for part in planted.roles if part in every]
+    parts += [part for part in every if part not in planted.roles][:4]
+    found = measures.labelled(planted, measures.labels_of(planted, scenes(16, 11), parts))
+    mean, each = scores.macro_f1(found["confusion"])
+    assert mean >= 0.8, (each, found["labels"])
+    assert found["decoys_named"] <= 0.05
+
+
+def test_labels_do_not_turn_on_sharpness():
+    found = measures.at_sharpness(Recipe("D", 1, effect=EFFECT, noise=0.3), (1.0, 16.0))
+    assert all(len(set(labels)) == 1 for labels in found.values()), found
+    assert {"detection", "suppression"} <= {labels[0] for labels in found.values()}
+
+
+def test_no_head_of_a_random_network_is_named():
+    for form in "CD":
+        made = plant(Recipe(form, 0, planted=False))
+        found = measures.labelled(made, measures.labels_of(made, scenes(12, 11), heads_of(form)[::12]))
+        assert found["named"] == 0.0, found["labels"]
+
+
 def test_the_same_recipe_gives_the_same_model():
     recipe = Recipe("C", 3, effect=0.1)
     first, again = plant(recipe), planting.scale(plant(Recipe("C", 3, effect=1.0)), 0.1)
@@ -122,7 +145,7 @@ def test_scores_by_hand():
     )
     found = scores.ranking({"a": -3.0, "b": 1.0, "c": 9.0}, {"a": "reader", "c": "carrier"})
     assert found == {"auroc": 1.0, "ap": 1.0, "ap_random": 0.5}
-    labels = {"a": "detection", "b": "detection", "c": "unclear", "d": "none"}
+    labels = {"a": "detection", "b": "detection", "c": "unclear", "d": "none", "e": "relay"}
     roles = {"a": "reader", "b": "blind", "c": "suppressor"}
     pairs = scores.confusion(labels, roles)
     assert pairs == [
@@ -130,10 +153,11 @@ def test_scores_by_hand():
         ("blind", "reader"),
         ("suppressor", "random"),
         ("random", "random"),
+        ("random", "relay"),
     ]
     mean, each = scores.macro_f1(pairs)
-    assert each == pytest.approx({"reader": 2 / 3, "suppressor": 0.0, "blind": 0.0, "random": 2 / 3})
-    assert mean == pytest.approx(1 / 3)
+    assert each == pytest.approx({"reader": 2 / 3, "suppressor": 0.0, "blind": 0.0, "random": 0.5})
+    assert mean == pytest.approx(7 / 24)
 
 
 def test_somebody_elses_ranking(tmp_path):

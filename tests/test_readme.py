@@ -30,10 +30,30 @@ def test_the_python_of_the_tutorial_runs(tmp_path, monkeypatch, capsys):
 def test_the_python_of_the_tutorial_on_neurons_runs(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     tutorial = (Path(__file__).parent.parent / "docs" / "neurons.md").read_text("utf-8")
-    (block,) = re.findall(r"```python\n(.*?)```", tutorial, re.DOTALL)
-    exec(compile(block, "neurons.md", "exec"), {})
-    assert "generality" in capsys.readouterr().out
+    for block in re.findall(r"```python\n(.*?)```", tutorial, re.DOTALL):
+        exec(compile(block, "neurons.md", "exec"), {})
+    said = capsys.readouterr().out
+    assert "generality" in said and "falsely" in said
     assert (tmp_path / "edited" / "model.safetensors").exists()
+    assert (tmp_path / "hidden.csv").exists()
+
+
+def test_the_python_of_the_page_on_lenses_runs(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    page = (Path(__file__).parent.parent / "docs" / "lenses.md").read_text("utf-8")
+    (block,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    exec(compile(block, "lenses.md", "exec"), {})
+    assert "beaten" in capsys.readouterr().out
+    assert (tmp_path / "runs" / "words.html").exists()
+
+
+def test_the_python_of_the_page_on_steering_runs(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    page = (Path(__file__).parent.parent / "docs" / "steering.md").read_text("utf-8")
+    (block,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    exec(compile(block, "steering.md", "exec"), {})
+    assert re.search(r"decoder.1.resid@image +decoder.2.resid@image +-?\d", capsys.readouterr().out)
+    assert (tmp_path / "direction" / "direction.safetensors").exists()
 
 
 def test_the_specification_of_the_tutorial_is_one(tmp_path):
@@ -49,7 +69,7 @@ def test_the_specification_of_the_tutorial_is_one(tmp_path):
 
 @pytest.mark.parametrize(
     "command",
-    ["demo", "sweep", "report", "models", "notice", "tracing", "circuits", "heads", "data", "neurons"],
+    "demo sweep knockout report models notice tracing circuits heads lens attribute data neurons".split(),
 )
 def test_the_commands_of_the_readme_exist(command):
     from typer.main import get_command

@@ -17,7 +17,7 @@ from vlmscope.data import examples
 from vlmscope.errors import DataError, StoreError
 from vlmscope.report import write_report
 from vlmscope.report.heat_maps import FLOOR
-from vlmscope.report.page import OWN
+from vlmscope.report.page import MANIFEST
 from vlmscope.report.ranking import strongest
 from vlmscope.report.words import short_number
 from vlmscope.runs.corrupt import Noise
@@ -74,7 +74,7 @@ def test_it_is_one_file_that_needs_no_network(runs, tmp_path):
 
 def test_every_figure_is_saved_beside_it(runs, tmp_path):
     page = write_report(runs, tmp_path / "report.html").read_text("utf-8")
-    saved = {file.name for file in (tmp_path / "report-figures").iterdir()} - {OWN}
+    saved = {file.name for file in (tmp_path / "report-figures").iterdir()} - {MANIFEST}
     assert len(saved) == 2 * page.count('class="plot"') > 12
     for name in saved:
         assert f'href="report-figures/{name}"' in page
@@ -82,7 +82,7 @@ def test_every_figure_is_saved_beside_it(runs, tmp_path):
 
 def test_figures_are_saved_as_svg_and_pdf_too(runs, tmp_path):
     page = write_report(runs[1:], tmp_path / "report.html", formats=["svg", "pdf"]).read_text("utf-8")
-    saved = [file for file in (tmp_path / "report-figures").iterdir() if file.name != OWN]
+    saved = [file for file in (tmp_path / "report-figures").iterdir() if file.name != MANIFEST]
     assert len(saved) == 4 * page.count('class="plot"') > 4
     begins = {".png": b"\x89PNG", ".svg": b"<?xml", ".pdf": b"%PDF", ".csv": b""}
     for file in saved:
@@ -151,7 +151,7 @@ def test_circuits_heads_and_tracing_are_reported(everything, tmp_path):
     ):
         assert text in page, text
     assert HOSTILE not in page and "<b>run" not in page and "&lt;script&gt;" in page
-    saved = {file.name for file in (tmp_path / "report-figures").iterdir()} - {OWN}
+    saved = {file.name for file in (tmp_path / "report-figures").iterdir()} - {MANIFEST}
     assert len(saved) == 2 * page.count('class="plot"') > 20
     assert all(f'href="report-figures/{name}"' in page for name in saved)
 

@@ -22,12 +22,12 @@ from vlmscope.errors import StoreError
 from vlmscope.neurons import contributions, measures
 from vlmscope.report import page, write_report
 from vlmscope.stored import Table, formats
-from vlmscope.studies import circuits, tracing
+from vlmscope.studies import circuits, lens, tracing
 from vlmscope.studies.run_folder import read_run
 
 sys.path[:0] = [str(Path(__file__).parent / "fuzz"), str(Path(__file__).parent / "fuzz" / "wrong")]
 
-from folders import good_folders  # noqa: E402
+from folders import good_folders, list_anew  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -85,6 +85,7 @@ def test_runs_of_a_notice_folder_are_in_it(good, tmp_path):
     shutil.copytree(tmp_path / "private", tmp_path / "out" / "states-text")
     table = pd.read_csv(folder / "selection.csv").replace("states", "../../out/states")
     table.to_csv(folder / "selection.csv", index=False)
+    list_anew(folder / "selection.csv")
     with pytest.raises(StoreError, match=r"no run '\.\./\.\./out/states-image' in it"):
         vlmscope.open(folder)
 
@@ -164,11 +165,15 @@ def test_the_formats_have_the_columns_that_are_written():
     assert names_of(formats.CIRCUITS.tables["heads.parquet"]) == list(circuits.HEADS)
     assert names_of(formats.CIRCUITS.tables["overlap.csv"]) == [*circuits.OVERLAP, "q_value"]
     assert names_of(formats.TRACING.tables["tracing.parquet"]) == list(tracing.TABLE)
+    assert names_of(formats.LENS["lens"].tables["lens.parquet"]) == lens.LENS
+    assert names_of(formats.LENS["lens"].tables["words.parquet"]) == lens.WORDS
     assert names_of(formats.NEURONS["find"].tables["neurons.parquet"]) == list(contributions.COLUMNS)
     assert names_of(formats.NEURONS["describe"].tables["measures.csv"]) == [*measures.COLUMNS, "q_value"]
 
 
-@pytest.mark.parametrize("kind", "run circuits heads tracing notice find describe perturb edit".split())
+@pytest.mark.parametrize(
+    "kind", "run circuits heads tracing notice lens attribution find describe perturb edit".split()
+)
 def test_a_good_folder_of_each_kind_is_read_and_reported(good, tmp_path, kind):
     assert vlmscope.open(good / kind)
     assert write_report([good / kind], tmp_path / "r.html").is_file()
@@ -299,6 +304,43 @@ def test_a_text_where_a_number_is_is_refused(good, tmp_path, field):
         write_report([folder], tmp_path / "r.html")
 
 
+@pytest.mark.parametrize(
+    ("name", "harm"),
+    [
+        ("find/captions.csv", lambda content: content[: content.index(b"\n", len(content) // 2) + 1]),
+        ("find/neurons.parquet", lambda content: content + b"PAR1"),
+        ("describe/pictures/0000.png", None),
+        ("lens/pictures/0000.png", None),
+        ("lens/lens.parquet", lambda content: content + b"PAR1"),
+        ("notice/selection.csv", lambda content: content.replace(b",1,", b",2,")),
+    ],
+)
+def test_a_file_that_is_not_as_it_was_written_is_refused(good, tmp_path, name, harm):
+    """One that is whole in itself: fewer rows, another number, another picture."""
+    folder = Path(shutil.copytree(good / Path(name).parts[0], tmp_path / Path(name).parts[0]))
+    file = tmp_path / name
+    vlmscope.open(folder)
+    if harm is None:
+        Image.new("RGB", (8, 8)).save(file)
+    else:
+        file.write_bytes(harm(file.read_bytes()))
+    with pytest.raises(StoreError, match=rf"{file.name}: is damaged .*(SHA-256|magic|footer)"):
+        vlmscope.open(folder)
+
+
+def test_a_file_that_no_manifest_lists_is_refused(good, tmp_path):
+    folder = Path(shutil.copytree(good / "find", tmp_path / "find"))
+    about = json.loads((folder / "neurons.json").read_text())
+    del about["files"]["captions.csv"]
+    (folder / "neurons.json").write_text(json.dumps(about))
+    with pytest.raises(StoreError, match=r"captions\.csv: is damaged .*SHA-256"):
+        vlmscope.open(folder)
+    del about["files"]
+    (folder / "neurons.json").write_text(json.dumps(about))
+    with pytest.raises(StoreError, match=r"neurons\.json: is damaged \(no files\)"):
+        vlmscope.open(folder)
+
+
 # --- where a report goes -----------------------------------------------------------------------------------
 
 
@@ -307,7 +349,9 @@ def test_what_is_no_report_is_not_replaced(good, tmp_path, added):
     (tmp_path / added).parent.mkdir(exist_ok=True, parents=True)
     (tmp_path / added).write_text("<title>vlmscope report</title>")
     before = everything(tmp_path)
-    with pytest.raises(StoreError, match=r"so it is not replaced; choose another --out"):
+    with pytest.raises(
+        StoreError, match=r"(is not replaced|no result of this command); choose another --out"
+    ):
         write_report([good / "circuits"], tmp_path / "r.html")
     assert everything(tmp_path) == before
 
@@ -319,7 +363,9 @@ def test_a_report_replaces_its_own_figures_alone(good, tmp_path):
     second = everything(tmp_path)
     assert not [name for name in second if "run0" in name] and len(second) < len(first)
     (tmp_path / "r-figures" / "mine.txt").write_text("mine")
-    with pytest.raises(StoreError, match="not .only. figures of a report"):
+    with pytest.raises(
+        StoreError, match=r"mine\.txt: is no figure of a report, so r-figures is not replaced"
+    ):
         write_report([good / "circuits"], tmp_path / "r.html")
     assert (tmp_path / "r-figures" / "mine.txt").read_text() == "mine"
 
@@ -333,20 +379,13 @@ def test_a_damaged_folder_or_a_full_disk_leaves_the_last_report(good, run, tmp_p
         write_report([run], tmp_path / "r.html")
     assert everything(tmp_path) == before
 
-    def full(path: Path, content: bytes) -> int:
+    def full(*given: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(Path, "write_bytes", full)
+    monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(StoreError, match="the disk is full"):
         write_report([good / "circuits"], tmp_path / "r.html")
     monkeypatch.undo()
-    replace, rename = Path.replace, Path.rename
-    monkeypatch.setattr(
-        Path, "replace", lambda path, to: full(path, b"") if to.name == "r.html" else replace(path, to)
-    )
-    with pytest.raises(StoreError, match="the disk is full"):
-        write_report([good / "circuits"], tmp_path / "r.html")
-    assert rename is Path.rename
     assert everything(tmp_path) == before
     assert sorted(path.name for path in tmp_path.iterdir()) == ["r-figures", "r.html", "run"]
 
@@ -357,9 +396,9 @@ def test_places_where_no_report_can_be(good, tmp_path):
     (tmp_path / "link.html").symlink_to(tmp_path / "elsewhere")
     for out, message in (
         (".", r"ends in \.html"),
-        (tmp_path / "file" / "r.html", "takes no files"),
-        (tmp_path / "folder.html", "a folder; expected a report to replace"),
-        (tmp_path / "link.html", "a link, and none is followed"),
+        (tmp_path / "file" / "r.html", "Not a directory"),
+        (tmp_path / "folder.html", "is there, and no result of this command"),
+        (tmp_path / "link.html", "is there, and no result of this command"),
     ):
         with pytest.raises(StoreError, match=message):
             write_report([good / "circuits"], out)
@@ -367,9 +406,9 @@ def test_places_where_no_report_can_be(good, tmp_path):
     assert write_report([good / "circuits"], tmp_path / "new" / "folder" / "r.html").is_file()
     (tmp_path / "new").chmod(0o500)
     if os.geteuid():  # root may write there
-        with pytest.raises(StoreError, match="takes no files"):
+        with pytest.raises(StoreError, match="cannot be written"):
             write_report([good / "circuits"], tmp_path / "new" / "r.html")
-    assert page.OWN in {path.name for path in (tmp_path / "new" / "folder" / "r-figures").iterdir()}
+    assert page.MANIFEST in {path.name for path in (tmp_path / "new" / "folder" / "r-figures").iterdir()}
 
 
 def test_pictures_that_are_none(run, tmp_path):

@@ -94,7 +94,7 @@ def effects():
     return {name: swept(name) for name in ("toy-llava", "toy-blip")}
 
 
-@pytest.mark.parametrize("value", tables.VALUES)
+@pytest.mark.parametrize("value", tables.VALUES[:-1])  # the last is of attributions
 @pytest.mark.parametrize("name", ["toy-llava", "toy-blip"])
 def test_every_cell_is_a_group_by(effects, name, value):
     rows = effects[name]

@@ -15,7 +15,7 @@ from vlmscope import neurons
 from vlmscope.checkpoint import load
 from vlmscope.data import TOY_SETS, examples
 from vlmscope.errors import ExampleError, ModelError, StoreError, VlmscopeError
-from vlmscope.neurons import WeightEdit
+from vlmscope.neurons import WeightEdit, edits
 from vlmscope.neurons.hallucination import hallucination
 from vlmscope.runs.model import Model
 
@@ -116,13 +116,14 @@ def test_an_edit_made_on_another_is_for_what_that_one_leaves(toy, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_margin_is_of_the_closed_solver(toy):
+def test_a_margin_is_of_the_closed_solver(toy, monkeypatch):
     """The learned one has another end, and says so before anything is computed."""
     with pytest.raises(VlmscopeError, match=r"a margin is of the closed solver; .* of 0.9; leave"):
         neurons.edit(toy, [], "red", "blue", margin=2.0)
     with pytest.raises(VlmscopeError, match="unknown solver 'x'; expected closed or learned"):
         neurons.check_margin("x", None)
     given = held_out(12, 0)
+    monkeypatch.setattr(edits, "_counts", lambda most: [most])
     small, large = (
         neurons.edit(toy, given, "red", "blue", prompt=ASK, neurons=30, solver="closed", margin=margin)
         for margin in (1.0, 6.0)
@@ -174,7 +175,7 @@ def test_tampered_with(toy, tmp_path):
 def test_an_edit_takes_and_stays_local(toy, made):
     """By free generation, on pictures that it was not made on."""
     before = state(toy)
-    assert len(made.neurons) == 30
+    assert 1 <= len(made.neurons) <= 30 and "of changes" in made.about["tried"]
     measures, captions = neurons.assess(
         toy, [made], held_out(25, 5), "red", "blue", prompts=[ASK, "what does this picture show?"]
     )
@@ -251,7 +252,7 @@ def test_an_edit_of_blip():
     measures, _ = neurons.assess(model, [edit], examples("states", limit=60, seed=3), "blue", "red")
     found = measures.set_index("measure")["value"]
     assert found["generality"] >= 0.9 and found["locality"] >= 0.9
-    assert "locality, no image" not in found
+    assert "blind prompts changed" not in found
 
 
 def test_hallucination_and_questions(toy):

@@ -126,6 +126,11 @@ def test_values_that_an_option_cannot_have(refused, flag, value, words):
             "notice --model toy-blip --data states --position verb --out out",
             "no example has a position 'verb'",
         ),
+        (
+            "neurons edit --model toy-llava --data states --from a --to b --question hm --out e.safetensors",
+            "the question 'hm' needs one {}, where the object stands",
+        ),
+        ("neurons perturb --model toy-llava --data states --word a --rounds 0 --out out", "--rounds is '0'"),
         ("data folder --root . --out a.png", "expected a name that ends in .csv"),
         ("data folder --root . --out device", "expected a name that ends in .csv"),
     ],

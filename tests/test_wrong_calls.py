@@ -38,6 +38,7 @@ WRONG: dict[str, tuple[Any, ...]] = {
     "examples": NO_EXAMPLES,
     "sites": NO_SITES,
     "site": NO_SITES[:6],
+    "source": NO_SITES[1:],
     "text": (None, 3, "", "x", [], b"encoder.0.resid@answer", "encoder.0.resid@²"),
     "corrupt": NO_CHOICE,
     "direction": NO_CHOICE,
@@ -70,7 +71,12 @@ def calls() -> list[Call]:
     return [
         Call("load", {"name": "toy-blip"}, "name dtype device"),
         Call("examples", {"name": "states", "limit": 1}, "name limit seed"),
-        Call("sweep", one, "model examples sites corrupt direction engine metric patch seed check out"),
+        Call(
+            "sweep", one, "model examples sites corrupt direction engine metric patch seed check out source"
+        ),
+        Call("steer", one | {"corrupt": "image"}, "model examples sites corrupt seed"),
+        Call("probe", one | {"label": "kind"}, "model examples sites corrupt seed"),
+        Call("Direction.load", {}, "path"),
         Call("baselines", {"model": "model", "examples": "examples"}, "model examples corrupt seed"),
         Call("Noise", {}, "form at scale draws"),
         Call("Edit", {"site": "encoder.0.resid@answer", "op": "set", "value": 0.0}, "site op value"),

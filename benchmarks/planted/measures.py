@@ -181,19 +181,50 @@ def tool(recipe: Recipe) -> dict[str, Any]:
     )
     ours = assessed(found).set_index("part")["important"]
     same = (ours[names.tolist()].to_numpy() == table["important"].to_numpy()).mean()
-    looking = [site for site in sites if ".cross" in site and "encoder" in site] or sites
-    labels = heads.functions(made.model, examples, looking, effects=rows).functions
-    named = dict(zip(labels["site"].str.split("@").str[0], labels["label"], strict=True))
+    named = labels_of(made, given)
     return {
         "recipe": asdict(recipe),
         "sweep_against_plain": apart / abs(found.gap) if recipe.planted else apart,
         "same_important": float(same),
         "heads": ranking(mean, made.roles) if recipe.planted else None,
-        "labels": {part: [made.roles.get(part, "random"), label] for part, label in named.items()},
-        "confusion": confusion(named, made.roles),
-        "named": float(np.mean([label not in ("none", "unclear") for label in named.values()])),
+        **labelled(made, named),
         "important": float(table["important"].mean()),
     }
+
+
+def labels_of(made: Planted, given: Scenes, parts: Sequence[Part] = ()) -> dict[Part, str]:
+    """What vlmscope calls each head, or these."""
+    every = sites_of(made.recipe.form)
+    at = {site.split(".")[0] + site.split(".")[2]: site.split("@")[1] for site in every}
+    some = [f"{part}@{at[part.split('.')[0] + part.split('.')[2]]}" for part in parts]
+    found = heads.functions(made.model, given.examples(), some or every).functions
+    return dict(zip(found["site"].str.split("@").str[0], found["label"], strict=True))
+
+
+def labelled(made: Planted, labels: dict[Part, str]) -> dict[str, Any]:
+    """The labels beside the truth, and how many of all heads and of the decoys have a function."""
+
+    def named(parts: Sequence[Part]) -> float | None:
+        return float(np.mean([labels[p] not in ("none", "unclear") for p in parts])) if parts else None
+
+    return {
+        "labels": {part: [made.roles.get(part, "random"), label] for part, label in labels.items()},
+        "confusion": confusion(labels, made.roles),
+        "named": named(list(labels)),
+        # A sink is one: that it is called so is right.
+        "decoys_named": named([p for p in made.having(*DECOYS) if made.roles[p] != "sink"]),
+    }
+
+
+def at_sharpness(recipe: Recipe, among: Sequence[float]) -> dict[str, list[str]]:
+    """The labels of readers, suppressors and decoys of one circuit, by how sharply the former look."""
+    found: dict[str, list[str]] = {}
+    for sharpness in among:
+        made = plant(replace(recipe, sharpness=sharpness))
+        parts = made.having("reader", "suppressor", *DECOYS)
+        for part, label in labels_of(made, scenes(SHOWN, FRESH + recipe.seed), parts).items():
+            found.setdefault(part, []).append(label)
+    return found
 
 
 def coverage(recipe: Recipe, population: int) -> dict[str, Any]:

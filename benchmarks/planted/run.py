@@ -24,13 +24,25 @@ from typing import Any
 
 import numpy as np
 import torch
-from measures import EXAMPLES, POPULATION, RULES, SHOWN, SPOKEN, at_effects, coverage, submission, tool
+from measures import (
+    EXAMPLES,
+    POPULATION,
+    RULES,
+    SHOWN,
+    SPOKEN,
+    at_effects,
+    at_sharpness,
+    coverage,
+    submission,
+    tool,
+)
 from planting import Recipe
 from scores import macro_f1, summary
 
 import vlmscope
 
 FORMS = (("C", "head"), ("D", "head"), ("D", "neurons"))
+SHARPNESS = (1.0, 4.0, 16.0)
 EFFECTS = (0.01, 0.03, 0.1, 0.3, 1.0)
 KNOBS: tuple[dict[str, Any], ...] = (
     {"noise": 1.0},
@@ -105,24 +117,40 @@ def run_cells(part: str, quick: bool, seeds: int, until: float, keep: Keep) -> N
         print(f"{part}: seed {seed}", file=sys.stderr, flush=True)
 
 
-def run_tool(quick: bool, keep: Keep) -> None:
-    planted, plain = [], []
-    for form, say in FORMS:
-        for seed in range(1 if quick else 2):
+def run_tool(quick: bool, seeds: int, until: float, keep: Keep) -> None:
+    planted, plain, turned = [], [], []
+    for seed in range(seeds):
+        for form, say in FORMS:
+            if time.monotonic() > until:
+                break
             recipe = Recipe(form, seed, effect=0.3, say=say)
             planted.append(tool(recipe))
             if say == "head":
                 plain.append(tool(replace(recipe, planted=False)))
-    pairs = [pair for row in planted for pair in row["confusion"]]
-    mean, each = macro_f1(pairs)
-    result = {"labels": {"macro_f1": mean, "f1": each, "heads": len(pairs)}}
-    result |= {
-        f"{name}_on_random": float(np.mean([row[name] for row in plain])) for name in ("named", "important")
-    }
-    keep("tool", result | {"planted": planted, "random": plain})
+                if not quick:
+                    turned.append(at_sharpness(recipe, SHARPNESS))
+        pairs = [pair for row in planted for pair in row["confusion"]]
+        mean, each = macro_f1(pairs)
+        changed = [len(set(labels)) > 1 for row in turned for labels in row.values()]
+        result = {
+            "labels": {"macro_f1": mean, "f1": each, "heads": len(pairs)},
+            "decoys_named": float(np.mean([row["decoys_named"] for row in planted])),
+            "changed_by_sharpness": float(np.mean(changed)) if changed else None,
+        }
+        result |= {
+            f"{name}_on_random": float(np.mean([row[name] for row in plain]))
+            for name in ("named", "important")
+        }
+        keep("tool", result | {"planted": planted, "random": plain, "sharpness": turned})
+        print(f"tool: seed {seed}", file=sys.stderr, flush=True)
 
 
 def lines(result: Mapping[str, Any]) -> Iterator[str]:
+    if "tool" in result:
+        own = result["tool"]
+        names = ("decoys_named", "named_on_random", "changed_by_sharpness")
+        told = [f"{name} {own[name]:.3f}" for name in names if own.get(name) is not None]
+        yield "  ".join([f"labels: macro-F1 {own['labels']['macro_f1']:.3f}", *told])
     for name, cell in [*result.get("effects", {}).items(), *result.get("knobs", {}).items()]:
         if name == "not_planted":
             continue
@@ -186,7 +214,7 @@ def main() -> None:
     for part in arguments.part or PARTS:
         start = time.monotonic()
         if part == "tool":
-            run_tool(quick, keep)
+            run_tool(quick, 1 if quick else arguments.seeds, until, keep)
         elif part == "coverage":
             keep(part, [coverage(Recipe(form, 0), 500 if quick else POPULATION[form]) for form in "CD"])
         else:

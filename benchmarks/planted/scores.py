@@ -12,15 +12,24 @@ from scipy import stats
 LABELS = {
     "reader": ("detection",),
     "suppressor": ("suppression",),
-    "sink": ("outlier suppression", "none"),
+    "mover": ("aggregate reader",),
+    "sink": ("outlier suppression", "sink", "none"),
     "blind": ("none", "unclear"),
     "diffuse": ("none", "unclear"),
     "salient": ("none", "unclear"),
     "random": ("none", "unclear"),
 }
 """What each kind of head may be called. A decoy, and a head that nothing was planted in, has no function;
-a sink need not be of the image (form D)."""
-CLASS_OF = {"detection": "reader", "suppression": "suppressor", "outlier suppression": "sink"}
+the mover reads by its values what readers wrote at a word that is no option."""
+CLASS_OF = {
+    "detection": "reader",
+    "suppression": "suppressor",
+    "aggregate reader": "mover",
+    "outlier suppression": "sink",
+    "sink": "sink",
+    "none": "random",
+    "unclear": "random",
+}
 
 
 def auroc(score: ArrayLike, true: ArrayLike) -> float:
@@ -70,7 +79,7 @@ def confusion(labels: Mapping[Part, str], roles: Mapping[Part, str]) -> list[tup
     for part, label in labels.items():
         truth = roles.get(part, "random")
         if truth in LABELS:
-            pairs.append((truth, truth if label in LABELS[truth] else CLASS_OF.get(label, "random")))
+            pairs.append((truth, truth if label in LABELS[truth] else CLASS_OF.get(label, label)))
     return pairs
 
 

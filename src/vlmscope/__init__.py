@@ -23,10 +23,16 @@ _NAMES = {
     "runs.corrupt": "Noise",
     "runs.model": "Model",
     "sites": "Pattern Site",
+    "studies.attribution": "attribute",
+    "studies.lens": "lens",
+    "studies.knockout": "knockout",
     "studies.run_folder": "read_run",
     "results": "open",
+    "studies.probes": "probe",
+    "studies.steering": "steer",
+    "studies.steering.direction": "Direction",
     "studies.sweep": "baselines sweep",
-    "studies.tables": "compare head_table token_table",
+    "studies.tables": "compare flow_table head_table token_table",
 }
 _HOME = {name: module for module, names in _NAMES.items() for name in names.split()}
 __all__ = ["__version__", *_HOME]
@@ -50,10 +56,17 @@ if TYPE_CHECKING:  # what a type checker sees
     from vlmscope.runs.model import Model as Model
     from vlmscope.sites import Pattern as Pattern
     from vlmscope.sites import Site as Site
+    from vlmscope.studies.attribution import attribute as attribute
+    from vlmscope.studies.knockout import knockout as knockout
+    from vlmscope.studies.lens import lens as lens
+    from vlmscope.studies.probes import probe as probe
     from vlmscope.studies.run_folder import read_run as read_run
+    from vlmscope.studies.steering import steer as steer
+    from vlmscope.studies.steering.direction import Direction as Direction
     from vlmscope.studies.sweep import baselines as baselines
     from vlmscope.studies.sweep import sweep as sweep
     from vlmscope.studies.tables import compare as compare
+    from vlmscope.studies.tables import flow_table as flow_table
     from vlmscope.studies.tables import head_table as head_table
     from vlmscope.studies.tables import token_table as token_table
 else:

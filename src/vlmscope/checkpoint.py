@@ -9,7 +9,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
-from importlib.util import find_spec
+from importlib import import_module
 from logging import CRITICAL
 from pathlib import Path
 from typing import Any
@@ -46,6 +46,8 @@ TOKENIZERS = (
 )
 """Any of these makes a tokenizer."""
 MOST_LAYERS = 1000
+BLOCK = 64
+"""How many weights of `4bit` have a factor in common."""
 _DEPTH = re.compile(r"(\w+_)?(layers|depth)|num_\w*layers")
 
 
@@ -71,11 +73,13 @@ def load(name: str | Path, *, dtype: str | torch.dtype = "float32", device: str 
     spread = device == "auto"
     place = _device(None if spread else device)
     for package in ["accelerate"] * spread + ["accelerate", "bitsandbytes"] * (dtype == QUANTIZED):
-        if not find_spec(package):
+        try:
+            import_module(package)
+        except Exception as error:  # one that does not fit the machine raises errors of its own
             raise ModelError(
-                f"{'--device auto' if spread else dtype} needs {package}, which is not "
-                "installed; pip install 'vlmscope[4bit]' brings both"
-            )
+                f"{'--device auto' if spread else dtype} needs {package}, which cannot be imported "
+                f"({line(str(error), 100)}); pip install 'vlmscope[4bit]' brings both"
+            ) from error
     path = _place(name)
     family = family_of(*_kind(_config(path)), str(name))
     if family.model is None:
@@ -157,7 +161,15 @@ def _check_memory(family: Family, path: str | Path, dtype: str, place: torch.dev
     made: Any = family.model
     config = made.config_class.from_pretrained(path, trust_remote_code=False)
     with torch.device("meta"):
-        weights = sum(one.numel() for one in made(config).parameters())
+        empty = made(config)
+    weights = sum(one.numel() for one in empty.parameters())
+    widths = {one.in_features for one in empty.modules() if isinstance(one, torch.nn.Linear)}
+    odd = [width for width in sorted(widths) if width % BLOCK]
+    if odd and dtype == QUANTIZED and place.type == "cpu":
+        raise ModelError(
+            f"{path} has layers with {odd[0]} inputs, and a CPU computes in 4bit only where "
+            f"these are a multiple of {BLOCK}; take a GPU, or --dtype bfloat16"
+        )
     bits = 4.5 if dtype == QUANTIZED else torch.finfo(DTYPES[dtype]).bits
     need, free = weights * bits / 8, free_memory(place)
     if need > free:
@@ -330,7 +342,7 @@ def _one_line(name: str | Path) -> Iterator[None]:
         first = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
         way_out = (
             f"expected {SAVED}"
-            if Path(name).exists()
+            if Path(toys().get(str(name), name)).exists()
             else "it needs the network or a copy in the local cache (or give a folder)"
         )
         raise ModelError(f"cannot load {name}: {line(first, 200)}; {way_out}") from error

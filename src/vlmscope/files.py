@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import hashlib
 import io
 import json
 import math
@@ -111,7 +112,7 @@ def claim(
         if _kind(about) != kind:
             text = f"{path}: holds {shown(_kind(about))}, where {kind} is to be written"
             raise StoreError(f"{text}; choose another --out or delete the folder")
-    ours = _listed(path, about)
+    ours = listed(path, about)
     for name in names:
         file = path / name
         if (name not in ours and os.path.lexists(file)) or not _is_inside(path, name):
@@ -171,26 +172,26 @@ def save(
     about: Mapping[str, Any],
     content: Mapping[str, pd.DataFrame | str | bytes | Path],
 ) -> None:
-    """Write files that belong together, all or none, and the JSON that says what they are and lists them.
+    """Write files that belong together, all or none, and the JSON that says what they are.
 
-    `content` are tables (`.parquet` or `.csv`), texts, bytes, and files that lie on the same disk, which are
-    moved; any name, the manifest's too, may be of a file in a folder below. All is written under temporary
-    names first. Then the old manifest becomes one that says `unfinished`, all is renamed, what the old one
-    listed is removed, and the new manifest comes last. So a failure changes nothing; behind a kill among the
-    renames readers refuse the folder, and the same command mends it. Raises `StoreError`, as `claim` does.
+    Its `files` has the SHA-256 of each by its name. `content` are tables (`.parquet` or `.csv`), texts,
+    bytes, and files on the same disk, which are moved; any name may be of a file in a folder below. All is
+    written under temporary names first. Then the old manifest becomes one that says `unfinished`, all is
+    renamed, what the old one listed goes, and the new manifest comes last. So a failure changes nothing;
+    behind a kill among the renames readers refuse the folder, and the same command mends it.
     """
-    path = Path(folder)
-    pairs: list[tuple[Path, Path]] = []
+    path, pairs, digests = Path(folder), list[tuple[Path, Path]](), dict[str, str]()
     with _folders(path, [*content, manifest]), storing(path), locked(path), _undone(pairs):
-        ours = _listed(path, claim(path, manifest, _kind(about), content)) | {*content}
-        begun = {**about, "files": sorted(ours), "unfinished": True}
-        whole = {**about, "files": sorted(content)}
+        ours = listed(path, claim(path, manifest, _kind(about), content)) | {*content}
+        begun = {**about, "files": dict.fromkeys(sorted(ours), ""), "unfinished": True}
         pairs.append((_put(path / f"{manifest}.begun", _json(begun)), path / manifest))
-        for name, one in content.items():
+        for name, one in sorted(content.items()):
             made = one if isinstance(one, Path) else _put(path / name, _bytes(name, one))
-            _sync(made)
             pairs.append((made, path / name))
-        pairs.append((_put(path / manifest, _json(whole)), path / manifest))
+            _sync(made)
+            with made.open("rb") as stream:
+                digests[name] = hashlib.file_digest(stream, "sha256").hexdigest()
+        pairs.append((_put(path / manifest, _json({**about, "files": digests})), path / manifest))
         with _uninterrupted():
             for temporary, file in pairs[:-1]:
                 temporary.replace(file)
@@ -377,10 +378,10 @@ def _kind(about: Mapping[str, Any]) -> str:
     return str(about.get("format") or about.get("what"))
 
 
-def _listed(folder: Path, about: Mapping[str, Any]) -> set[str]:
+def listed(folder: Path, about: Mapping[str, Any]) -> set[str]:
     """The names that a manifest lists, of files below its folder."""
-    names = about.get("files")
-    return {name for name in map(str, names if isinstance(names, list) else ()) if _is_inside(folder, name)}
+    names = about["files"] if isinstance(about.get("files"), dict) else ()
+    return {name for name in names if _is_inside(folder, name)}
 
 
 def _is_inside(folder: Path, name: str) -> bool:

@@ -14,8 +14,11 @@ READERS = {
     "heads.json": "studies.heads:read",
     "circuits.json": "studies.circuits:read",
     "tracing.json": "studies.tracing:read",
+    "lens.json": "studies.lens:read",
     "notice.toml": "notice:read",
     "neurons.json": "neurons.results:read",
+    "steer.json": "studies.steering:read",
+    "probe.json": "studies.probes:read",
 }
 """What reads a folder, by the file that says what it is; imported when it is needed."""
 
@@ -23,9 +26,10 @@ READERS = {
 def open(folder: str | os.PathLike[str]) -> Any:
     """What is in a folder of results, as the value that wrote it.
 
-    A sweep gives a `Run`, `circuits` its `Found`, `heads` its `Functions`, `tracing` its `Traced`, `notice` a
-    `Notice` with all of these, `neurons` what was found, described, perturbed or edited. Raises `StoreError`
-    for any other folder.
+    A sweep gives a `Run`, as `attribute` does, `circuits` its `Found`, `heads` its `Functions`, `tracing` its
+    `Traced`, `lens` its `Lens`, `notice` a `Notice` with what it is made of, `neurons` what was found,
+    described, perturbed or edited, `steer` a `Steered`, `probe` a `Probed`. Raises `StoreError` for any other
+    folder.
 
     >>> import tempfile, vlmscope
     >>> model, examples = vlmscope.load("toy-blip"), vlmscope.examples("states", limit=1)

@@ -22,8 +22,12 @@ unit      `.h3`: a head's value output, before the output projection (kinds `att
 position  each on its own: `5`, `-1`, `last`, a range `2-6`, `*`; together, as one patch: `all`,
           `text`, `image`, a role (`answer`, `noun`, …; one token as a rule); one grid cell:
           `image[3,7]` (row, column); `text*`, `image*`, `answer*`: each token of those on its own;
-          `readout`: the position whose prediction is scored, in the tower that predicts
-source    `last<image`: an edge of attention, what the positions before `<` read from those after it
+          `readout`: the position whose prediction is scored, in the tower that predicts; `question`:
+          the prompt as it was written; `before`: the text before the image; `image[object]`: the patches
+          that a mask or box of the example covers, `image[object+2]`: and two around it,
+          `image[-object]`: all others; `sinks`: tokens of the image that draw attention whatever they show
+source    `last<image`: an edge of attention, what the positions before `<` read from those after it (in
+          `cross` positions of the tower that is read)
 ========  =========================================================================================
 
 `A + B` is several sites as one patch.
@@ -37,7 +41,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 from vlmscope.errors import SiteError, line, nearest, shown
-from vlmscope.layout import Layout, grid
+from vlmscope.layout import NAMES, Layout, named
 
 TOWERS = ("vision", "qformer", "encoder", "decoder")
 KINDS = ("resid_pre", "attn", "cross", "resid_mid", "mlp", "resid", "deepstack", "output")
@@ -73,7 +77,8 @@ class Shape:
     """What one tower of a model has: the sites that exist in it.
 
     `lacks` names, by kind, the layers that do not have it, `width` is that of the residual stream, `widths`
-    that of kinds which differ, `groups` are key-value heads, where they are fewer than heads.
+    that of kinds which differ, `groups` are key-value heads, where they are fewer than heads, `reads` is the
+    tower that `cross` attends to.
     """
 
     layers: int
@@ -84,6 +89,7 @@ class Shape:
     lacks: Mapping[str, frozenset[int]] = field(default_factory=dict)
     widths: Mapping[str, int] = field(default_factory=dict)
     groups: int | None = None
+    reads: str | None = None
 
     def having(self, kind: str) -> list[int]:
         """The layers that have a kind."""
@@ -139,7 +145,7 @@ class Pattern:
     def roles(self) -> list[str]:
         """The roles that its positions name."""
         names = [name.removesuffix("*") for name in (self.position, self.source)]
-        found = [name for name in names if re.fullmatch(r"[A-Za-z_]\w*", name) and name not in _NAMES]
+        found = [name for name in names if re.fullmatch(r"[A-Za-z_]\w*", name) and name not in NAMES]
         return found + [role for one in self.also for role in one.roles]
 
 
@@ -148,8 +154,9 @@ class Site:
     """One patch: one or more layers of a kind, its units (all where there are none), its positions.
 
     `layer` is the layer, or the middle one of a window of `layers`; `position` is how the positions
-    were written, `positions` their numbers in one example (none before `place`), `source` what is read
-    over an edge. `also` are further places of the same patch (`A + B`).
+    were written, `positions` their numbers in one example (none before `place`); `source` and `sources` say
+    the same of what is read over an edge, in the tower `reads`. `also` are further places of the same patch
+    (`A + B`).
     """
 
     tower: str
@@ -162,6 +169,8 @@ class Site:
     layers: tuple[int, ...] = ()
     window: int = 1
     source: str = ""
+    sources: tuple[int, ...] = ()
+    reads: str = ""
     also: tuple[Site, ...] = ()
 
     def __str__(self) -> str:
@@ -197,13 +206,11 @@ def _written(one: Any, layers: str, units: str) -> str:
     return " + ".join([text, *map(str, one.also)])
 
 
-_NAMES = ("all", "last", "text", "image", "readout")
 _N = "[0-9]{1,9}"
 _LAYERS = re.compile(rf"(\*|{_N}|{_N}-{_N})(/[0-9]{{0,8}}[13579])?")
 _UNIT = re.compile(rf"[hqkvpn](\*|{_N}|\[{_N}(,{_N})*\])")
 _RANGE = re.compile(rf"({_N})-({_N})")
-_CELL = re.compile(rf"image\[({_N}),({_N})\]")
-_POSITION = re.compile(rf"\*|-?{_N}|{_N}-{_N}|image\[{_N},{_N}\]|[A-Za-z_]\w*\*?")
+_POSITION = re.compile(rf"\*|-?{_N}|{_N}-{_N}|image\[({_N},{_N}|-?[A-Za-z_]\w*(\+{_N})?)\]|[A-Za-z_]\w*\*?")
 
 
 def _allowed(part: str, allowed: Iterable[str]) -> str:
@@ -248,7 +255,7 @@ def _parse(text: str, whole: str) -> Pattern:
     at = len(place) + 1
     for each, start in ((position, at), (source, at + len(position) + 1))[: 2 if edge else 1]:
         if not _POSITION.fullmatch(each):
-            names = "5, -1, 2-6, *, last, readout, all, text, image, image[3,7], a role"
+            names = f"5, -1, 2-6, *, {', '.join(NAMES)}, image[3,7], image[object], a role"
             raise wrong(each, start, f"is not a position; expected {names}")
     part, units = (unit[0][0], unit[0][1:]) if unit else ("", "")
     if edge and (kind not in ATTENTION or part not in ("", "h")):
@@ -310,6 +317,10 @@ def _expand(pattern: Pattern, shapes: Mapping[str, Shape]) -> list[Site]:
         raise bad(f"the {tower} tower of this model has no '{kind}'{_allowed(kind, shape.kinds)}")
     numbers, _, width = pattern.layers.partition("/")
     window = int(width or 1)
+    if pattern.source and window > shape.layers:
+        raise bad(
+            f"a window of {window} layers, and the {tower} tower has {shape.layers}; take a smaller one"
+        )
     there = shape.having(kind)
     layers = _numbers(pattern, "layer", numbers, shape.layers)
     if numbers.isdigit() and layers[0] not in there:
@@ -331,11 +342,14 @@ def _expand(pattern: Pattern, shapes: Mapping[str, Shape]) -> list[Site]:
         each = _numbers(pattern, name, pattern.units.strip("[]"), many)
         units = [tuple(sorted(set(each)))] if pattern.units.startswith("[") else [(n,) for n in each]
     around = {n: tuple(m for m in there if abs(m - n) <= window // 2) if window > 1 else () for n in layers}
-    site = Site(tower, 0, kind, pattern.part, (), pattern.position, window=window, source=pattern.source)
+    site = Site(tower, 0, kind, pattern.part, (), pattern.position, window=window)
+    if pattern.source:
+        reads = (kind == "cross" and shape.reads) or tower
+        site = replace(site, source=pattern.source, reads=reads)
     return [replace(site, layer=n, layers=around[n], units=unit) for n in layers for unit in units]
 
 
-def _numbers(pattern: Pattern | Site, what: str, part: str, many: int) -> list[int]:
+def _numbers(pattern: Pattern, what: str, part: str, many: int) -> list[int]:
     if part == "*":
         return list(range(many))
     if "," in part:
@@ -362,11 +376,12 @@ def place(site: Site, layout: Mapping[str, Layout]) -> list[Site]:
     >>> [(str(s), s.positions) for s in place(Site("encoder", 0, "resid", position="1-2"), {"encoder": text})]
     [('encoder.0.resid@1', (1,)), ('encoder.0.resid@2', (2,))]
     """
-    if site.tower not in layout:
-        raise SiteError(
-            f"bad site {shown(site)}: the {site.tower} tower has no part in a run without a picture; "
-            f"expected {' or '.join(layout)}"
-        )
+    for tower in (site.tower, site.reads or site.tower):
+        if tower not in layout:
+            raise SiteError(
+                f"bad site {shown(site)}: the {tower} tower has no part in a run without a picture; "
+                f"expected {' or '.join(layout)}"
+            )
     if site.also:
         each = [place(part, layout) for part in (replace(site, also=()), *site.also)]
         if any(len(some) > 1 for some in each):
@@ -376,56 +391,42 @@ def place(site: Site, layout: Mapping[str, Layout]) -> list[Site]:
             )
         (first,), *more = each
         return [replace(first, also=tuple(part for (part,) in more))]
-    found = _places(site, site.position, layout[site.tower])
-    return [replace(site, position=name, positions=at) for name, at in found]
+    targets = _places(site, site.position, layout, site.tower)
+    if not site.source:
+        return [replace(site, position=name, positions=at) for name, at in targets]
+    reads = site.reads or site.tower
+    sources = _places(site, site.source, layout, reads, f"its {site.kind} reads the {reads} tower, and ")
+    cells = layout[reads].cells
+    if site.source == "image*":  # a patch is called by its place, which is the same in all examples
+        sources = [("image[{},{}]".format(*cells[n]) if n in cells else name, (n,)) for name, (n,) in sources]
+    return [
+        replace(site, position=name, positions=at, source=source, sources=those)
+        for name, at in targets
+        for source, those in sources
+    ]
 
 
-def _places(site: Site, name: str, layout: Layout) -> list[tuple[str, tuple[int, ...]]]:
-    """What a position names: how it is written and its numbers."""
+def _places(
+    site: Site, name: str, layout: Mapping[str, Layout], tower: str, meets: str = ""
+) -> list[tuple[str, tuple[int, ...]]]:
+    """What a position of a tower names: how it is written and its numbers."""
     each: Iterable[int]
-    if name == "*":
-        each = range(len(layout.tokens))
-    elif _RANGE.fullmatch(name):
-        each = _numbers(site, "position", name, len(layout.tokens))
-    elif name.endswith("*"):
-        each = _named(site, name[:-1], layout)
-    else:
-        return [(name, _named(site, name, layout))]
+    there = layout[tower]
+    try:
+        if name == "*":
+            each = range(len(there.tokens))
+        elif _RANGE.fullmatch(name):
+            first, last = map(int, name.split("-"))
+            if first > last or last >= len(there.tokens):
+                many = len(there.tokens)
+                raise SiteError(
+                    f"no position {name}; this tower has positions 0 to {many - 1}; name one of these"
+                )
+            each = range(first, last + 1)
+        elif name.endswith("*"):
+            each = named(there, name[:-1], tower)
+        else:
+            return [(name, named(there, name, tower))]
+    except SiteError as error:
+        raise SiteError(f"bad site {shown(site)}: {meets}{error}") from None
     return [(str(i), (i,)) for i in each]
-
-
-def _named(site: Site, name: str, layout: Layout) -> tuple[int, ...]:
-    """The numbers of one name, one cell or one position."""
-    many = len(layout.tokens)
-    if name.lstrip("-").isdigit():
-        if not -many <= int(name) < many:
-            where = f"the {site.tower} tower has positions 0 to {many - 1} here; name one of these"
-            raise SiteError(f"bad site {shown(site)}: no position {name}; {where}")
-        return (int(name) % many,)
-    if name == "all":
-        return tuple(range(many))
-    if name == "last":
-        return (many - 1,)
-    if name == "readout":
-        if layout.readout is None:
-            raise SiteError(
-                f"bad site {shown(site)}: nothing is read out in the {site.tower} tower; expected readout in "
-                "the last tower, which predicts the answer"
-            )
-        return (layout.readout,)
-    cell = _CELL.fullmatch(name)
-    if cell:
-        wanted = (int(cell[1]), int(cell[2]))
-        found = tuple(i for i, at in layout.cells.items() if at == wanted)
-        rows, columns = grid(layout)
-        size = f"the image here has {rows} rows and {columns} columns of patches; name one of these"
-    else:
-        reserved = {"text": layout.text, "image": layout.image or tuple(layout.cells)}
-        known = {**reserved, **layout.roles, **reserved}  # a role of that name does not take its place
-        found = known.get(name, ())
-        size = "name one of the positions with a name here: " + ", ".join(n for n, at in known.items() if at)
-    if not found:
-        raise SiteError(
-            f"bad site {shown(site)}: no position {shown(name)} in the {site.tower} tower; {size}"
-        )
-    return found

@@ -12,16 +12,19 @@ Each case has a folder `<folder>/<name>/<here>` of its own, which is removed beh
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import resource
 import signal
 import stat
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 SECONDS = 10.0
 """By when a case has to be answered."""
@@ -147,18 +150,41 @@ def start(
 def answer(case: Case, scratch: Path) -> Answer:
     """Run the command of a case; one that takes longer than `SECONDS` is killed."""
     begun = time.monotonic()
-    child = start(case.argv, case.folder, scratch, case.environment)
+    return end(start(case.argv, case.folder, scratch, case.environment), scratch, begun, SECONDS)
+
+
+def end(child: int, scratch: Path, begun: float, limit: float) -> Answer:
+    """Wait for a command that `start` has begun; it is killed so many seconds after it was begun."""
     while True:
         done, status = os.waitpid(child, os.WNOHANG)
+        seconds = time.monotonic() - begun
         if done:
-            break
-        if time.monotonic() - begun > SECONDS:
+            return Answer(os.waitstatus_to_exitcode(status), *printed(scratch), seconds)
+        if seconds > limit:
             os.killpg(child, signal.SIGKILL)
             os.waitpid(child, 0)
-            return Answer(-9, "", "", time.monotonic() - begun)
-        time.sleep(0.005)
-    seconds = time.monotonic() - begun
-    return Answer(os.waitstatus_to_exitcode(status), *printed(scratch), seconds)
+            return Answer(-9, "", "", seconds)
+        time.sleep(0.002)
+
+
+def apart(script: str, parts: Sequence[Sequence[str]], jobs: int) -> list[dict[str, Any] | None]:
+    """Run a script with each of these options, so many at once, and give the JSON of each last line.
+
+    What they print before is printed as it comes; None is of one that did not get to its end.
+    """
+
+    def one(words: Sequence[str]) -> dict[str, Any] | None:
+        last = ""
+        with subprocess.Popen([sys.executable, script, *words], stdout=subprocess.PIPE, text=True) as child:
+            assert child.stdout is not None
+            for line in child.stdout:
+                if last:
+                    print(last, end="", flush=True)
+                last = line
+        return json.loads(last) if last.startswith("{") else None
+
+    with ThreadPoolExecutor(jobs) as pool:
+        return list(pool.map(one, parts))
 
 
 def printed(scratch: Path) -> list[str]:

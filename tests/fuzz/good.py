@@ -33,10 +33,16 @@ LINES = {
     "tracing": f"{BLIP} --repeats 1 --windows 1 --kinds resid --out out",
     "circuits": "run --out out",
     "heads": "--model toy-blip --data states --limit 4 --sites encoder.1.cross.h0@answer --out out",
+    "lens": "--model toy-llava --image a.png --prompt what? --sites decoder.*.resid@readout --out out",
+    "attribute": "--model toy-llava --data states --limit 1 --sites decoder.*.mlp@readout --out out",
     "data": "folder --root root --out out.csv",
     "generate": "--model toy-llava --image a.png --prompt what? --edit 'decoder.2.mlp@all scale 0'",
     "report": "run --out out.html",
     "models": "toy-blip",
+    "steer": "--model toy-blip --data states --limit 4 --sites encoder.0.resid@last --corrupt image "
+    "--random 2 --said 1 --out out",
+    "probe": "--model toy-blip --data states --limit 24 --sites encoder.0.resid@last --label kind "
+    "--shuffles 2 --out out",
     "neurons find": "--model toy-llava --image a.png --prompt what? --caption 'a red star' --word red "
     "--out out",
     "neurons describe": f"{LLAVA} --neuron 1.2 --no-measures --out out",

@@ -1,6 +1,6 @@
 """Kills, full disks and other accidents while vlmscope writes, and what has to be there afterwards.
 
-    python tests/fuzz/kills.py [--kills N] [--others N] [--seed N] [--only COMMAND ...]
+    python tests/fuzz/kills.py [--kills N] [--others N] [--seed N] [--only COMMAND ...] [--jobs N]
 
 Every command that writes runs as a forked process on tiny inputs, and an accident befalls it: it is killed at
 a random moment, or right before its k-th operation on a file (where that is a sync, with half of the file
@@ -11,7 +11,8 @@ interrupted; a second process does the same. Then:
 - a command that ends by itself says so in one line, and what was there before is as it was;
 - the same command, run again, ends with what an undisturbed run writes, and leaves nothing else.
 
-The last line counts, by command, how many accidents there were and how many were not survived.
+The last lines count, by command, how many accidents there were and how many were not survived: in words, and
+as JSON.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ import functools
 import hashlib
 import importlib
 import io
+import itertools
 import json
 import os
 import shutil
@@ -39,7 +41,7 @@ from typing import Any, NamedTuple
 
 sys.path[:0] = [str(Path(__file__).parent)]
 
-from frame import SECONDS, Answer, printed, spoken, start  # noqa: E402
+from frame import SECONDS, Answer, apart, end, spoken, start  # noqa: E402
 
 BLIP = "--model toy-blip --data states --corrupt image"
 TRACED = "--model toy-blip --data states"
@@ -52,6 +54,8 @@ COMMANDS = {
     "data": "data folder --root ../../inputs/pictures --out new/out.csv",
     "heads": f"heads {BLIP} --limit 2 --sites encoder.1.cross.h2@answer --out out",
     "tracing": f"tracing {TRACED} --limit 2 --repeats 2 --windows 1 --kinds cross --out out",
+    "lens": "lens --model toy-llava --data states --limit 2 --sites decoder.*.resid@readout --out out",
+    "attribute": "attribute --model toy-llava --data states --limit 3 --sites decoder.*.mlp@last --out out",
     "notice": f"notice {BLIP} --limit 3 --out out",
     "find": f"neurons find {LLAVA} --limit 2 --out out",
     "describe": f"neurons describe {LLAVA} --limit 2 --neuron 3.250 --no-measures --out out",
@@ -71,7 +75,10 @@ BEFORE = {
 OFTEN = {"notice": 1, "edit": 1, "perturb": 1, "heads": 2, "tracing": 2}
 """How often a command is drawn, where that is not 5: some take long."""
 OTHERS = "full readonly vanish interrupt twice".split()
-IMPORTED = "cli.main checkpoint studies.sweep studies.heads studies.circuits notice neurons report".split()
+IMPORTED = "cli.main checkpoint studies.sweep studies.heads studies.circuits".split()
+IMPORTED += "studies.lens studies.attribution notice neurons report".split()
+LIMIT = 12 * SECONDS
+"""By when a command has ended that nothing befalls."""
 WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC
 
 
@@ -244,31 +251,21 @@ class Bench:
             shutil.copytree(like, folder, dirs_exist_ok=True)
         return folder
 
-    def start(self, words: str, folder: Path, scratch: Path, first: Callable[[], object]) -> int:
-        return start(words_of(words), folder, scratch, first=first)
-
     def run(
         self, words: str, folder: Path, first: Callable[[], object] = lambda: None, after: float | None = None
     ) -> Answer:
         """Run a command to its end, or kill it after so many seconds."""
         begun = time.monotonic()
-        child = self.start(words, folder, self.scratch, first)
-        return self.end(child, self.scratch, begun, after)
+        child = start(words_of(words), folder, self.scratch, first=first)
+        if after is not None:
+            return end(child, self.scratch, begun, after)
+        return self.ended(child, self.scratch, begun)
 
-    def end(self, child: int, scratch: Path, begun: float, after: float | None = None) -> Answer:
-        limit = 12 * SECONDS if after is None else after
-        while True:
-            found, status = os.waitpid(child, os.WNOHANG)
-            if found:
-                break
-            if time.monotonic() - begun > limit:
-                os.kill(child, signal.SIGKILL)
-                os.waitpid(child, 0)
-                if after is None:
-                    raise LostError(f"hangs: no end after {limit:.0f} s")
-                return Answer(-9, "", "", limit)
-            time.sleep(0.002)
-        return Answer(os.waitstatus_to_exitcode(status), *printed(scratch), time.monotonic() - begun)
+    def ended(self, child: int, scratch: Path, begun: float) -> Answer:
+        given = end(child, scratch, begun, LIMIT)
+        if given.status == -9 and given.seconds > LIMIT:
+            raise LostError(f"hangs: no end after {LIMIT:.0f} s")
+        return given
 
     def done(self, words: str, folder: Path, first: Callable[[], object] = lambda: None) -> None:
         """Run a command to its good end."""
@@ -322,8 +319,8 @@ class Bench:
         begun, scratches = time.monotonic(), [self.scratch / "one", self.scratch / "two"]
         for scratch in scratches:
             scratch.mkdir(exist_ok=True)
-        children = [self.start(COMMANDS[name], folder, scratch, lambda: None) for scratch in scratches]
-        answers = [self.end(*each, begun) for each in zip(children, scratches, strict=True)]
+        children = [start(words_of(COMMANDS[name]), folder, scratch) for scratch in scratches]
+        answers = [self.ended(*each, begun) for each in zip(children, scratches, strict=True)]
         for given in answers:
             self.answered("twice", given)
         if all(given.status for given in answers):
@@ -468,12 +465,17 @@ def accidents(
     random, wrong = Random(seed), []
     counts: dict[str, Counter[str]] = {name: Counter() for name in only}
     with tempfile.TemporaryDirectory() as top:
+        begun = time.monotonic()
         bench = Bench(Path(top).resolve(), only)
+        print(f"undisturbed commands took {time.monotonic() - begun:.0f} s", file=sys.stderr, flush=True)
+        begun = time.monotonic()
         drawn = names(random, only)
         plan = ["kill"] * kills + [OTHERS[n % len(OTHERS)] for n in range(others)]
         for number, accident in enumerate(plan):
-            if number % 100 == 0:
-                print(f"{number} of {len(plan)}", file=sys.stderr, flush=True)
+            if number and number % 25 == 0:
+                each = (time.monotonic() - begun) / number
+                done = f"{number} of {len(plan)} accidents, {len(wrong)} wrong, {each:.2f} s each"
+                print(done, file=sys.stderr, flush=True)
             name = next(drawn)
             counts[name][accident] += 1
             try:
@@ -493,16 +495,36 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=100)
     parser.add_argument("--others", type=int, default=50, help=f"of {', '.join(OTHERS)}")
     parser.add_argument("--only", nargs="*", default=[*COMMANDS], choices=COMMANDS)
+    parser.add_argument("--jobs", type=int, default=1, help="processes, each with a share of the accidents")
     given = parser.parse_args()
-    counts, wrong = accidents(given.seed, given.kills, given.others, given.only)
+    if given.jobs > 1:
+        counts, wrong = together(given)
+    else:
+        counts, faults = accidents(given.seed, given.kills, given.others, given.only)
+        wrong = len(faults)
     by_command = {name: dict(sorted(some.items())) for name, some in counts.items()}
+    words = [f"{name} {some['wrong']} of {some.total() - some['wrong']}" for name, some in counts.items()]
+    print(f"not survived, of accidents: {', '.join(words)}")
     print(
         json.dumps(
-            {"seed": given.seed, "kills": given.kills, "others": given.others, "wrong": len(wrong)}
-            | by_command
+            {"seed": given.seed, "kills": given.kills, "others": given.others, "wrong": wrong} | by_command
         )
     )
     sys.exit(bool(wrong))
+
+
+def together(given: argparse.Namespace) -> tuple[dict[str, Counter[str]], int]:
+    """The accidents in several processes, from seeds of their own; one that does not end is wrong."""
+    parts = []
+    for n in range(given.jobs):
+        shares = [(many + n) // given.jobs for many in (given.kills, given.others)]
+        numbers = zip(("--seed", "--kills", "--others"), (given.seed + n, *shares), strict=True)
+        parts.append([*itertools.chain(*((flag, str(one)) for flag, one in numbers)), "--only", *given.only])
+    counts: dict[str, Counter[str]] = {name: Counter() for name in given.only}
+    done = apart(__file__, parts, given.jobs)
+    for name, part in itertools.product(given.only, filter(None, done)):
+        counts[name] += Counter(part[name])
+    return counts, sum(1 if part is None else part["wrong"] for part in done)
 
 
 if __name__ == "__main__":

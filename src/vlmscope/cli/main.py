@@ -11,8 +11,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from vlmscope import files
-from vlmscope.cli import machine, neurons, terminal
+from vlmscope.cli import lenses, machine, neurons, steering, terminal
 from vlmscope.cli.options import Corrupt, DType, Given, Noise, OneModel, command
 from vlmscope.errors import VlmscopeError, shown
 
@@ -66,6 +65,7 @@ def sweep(
     corrupt: Corrupt | None = None,
     metric: Literal["ld", "p", "logprob", "kl"] = "ld",
     patch: Literal["clean", "zero", "mean", "resample"] = "clean",
+    source: str | None = None,
     direction: Literal["denoise", "noise"] = "denoise",
     engine: Literal["fast", "reference"] = "fast",
     noise: Noise = "multiply",
@@ -87,6 +87,7 @@ def sweep(
         "engine": engine,
         "metric": metric,
         "patch": patch,
+        "source": source,
         "check": check,
         "seed": given.seed,
         "data": given.data,
@@ -96,6 +97,44 @@ def sweep(
     warn_of_excluded(run.baselines())
     print(f"{run.patches():,} patches of {run.ran()} examples in {out}")
     print(*knows(run.baselines()).lines(), run.check_line(), *_more(run, len(examples)), sep="\n")
+
+
+@command(app)
+def knockout(
+    given: Given,
+    sites: list[str],
+    out: Path,
+    how: Literal["block", "zero"] = "block",
+    metric: Literal["ld", "p", "logprob", "kl"] = "ld",
+    engine: Literal["fast", "reference"] = "fast",
+    check: int = 5,
+) -> None:
+    """Cut edges of attention, one at a time, into a run folder.
+
+    What some positions no longer read of others, in windows of layers: the flow of information.
+    """
+    from vlmscope.studies.knockout import knockout_to
+    from vlmscope.studies.known import knows
+    from vlmscope.studies.sweep import warn_of_excluded
+    from vlmscope.studies.tables import flow_table, is_edge
+
+    options: dict[str, Any] = {"engine": engine, "metric": metric, "check": check, "data": given.data}
+    model, examples = given.load(), given.examples()
+    run = knockout_to(out, model, examples, sites, how, **options)
+    base = run.baselines()
+    warn_of_excluded(base)
+    print(f"{run.patches():,} knock-outs in {run.ran()} examples in {out}")
+    effects = run.effects()
+    if is_edge(effects).any():  # and not sums of edges alone
+        print("P(answer) is changed most where")
+        flow = flow_table(effects)
+        most = flow["mean"].abs().groupby([flow["tower"], flow["kind"], flow["edge"]], sort=False).idxmax()
+        for row in flow.loc[most].head(15).itertuples():
+            unit = f" {row.unit}" if row.unit else ""
+            window = f", window of {row.window}" if row.window > 1 else ""
+            place = f"{row.tower} layer {row.layer} {row.kind}{unit}{window}"
+            print(f"  {row.edge} is cut in {place}: {row.mean:+.1%} ({row.n} examples)")
+    print(*knows(base).lines(), run.check_line(), *_more(run, len(examples)), sep="\n")
 
 
 def _more(run: Any, asked: int) -> list[str]:
@@ -153,14 +192,14 @@ def tracing(
 
     Clean states are restored layer by layer, token by token.
     """
-    from vlmscope.report import write_report
+    from vlmscope.report import claim_report, write_report
     from vlmscope.report.ranking import most_restored
     from vlmscope.runs import corrupt
     from vlmscope.studies.known import knows
     from vlmscope.studies.run_folder import read_run
     from vlmscope.studies.tracing import KINDS, WINDOWS, trace
 
-    files.try_place(out)
+    claim_report(out / "report.html")
     model, examples = given.load(), given.examples()
     table = trace(
         out,
@@ -216,10 +255,10 @@ def heads(given: Given, sites: list[str], out: Path, corrupt: Corrupt = "image")
 
     Where they look, what they move, and what happens without them.
     """
-    from vlmscope.report import write_report
+    from vlmscope.report import claim_report, write_report
     from vlmscope.studies.heads import write
 
-    files.try_place(out)
+    claim_report(out / "report.html")
     found = write(out, given.load(), given.examples(), sites, corrupt, seed=given.seed, data=given.data)
     for row in found.functions.itertuples():
         print(f"{row.site}: {row.label}\n  {row.evidence}")
@@ -228,6 +267,10 @@ def heads(given: Given, sites: list[str], out: Path, corrupt: Corrupt = "image")
     for (name, how), value in accuracy.items():  # type: ignore[misc]
         print(f"  {name}{f' ({how})' if how else ''}: {value:.1%}")
     print(f"tables in {out}; {write_report([out], out / 'report.html')}")
+
+
+command(app)(lenses.lens)
+command(app)(lenses.attribute)
 
 
 @command(app)
@@ -275,20 +318,32 @@ def generate(
     edit: list[str] | None = None,
     patch: list[str] | None = None,
     other: Path | None = None,
+    steer: Path | None = None,
+    strength: float | None = None,
+    at: Literal["read", "words"] = "read",
+    keep_norm: bool = False,
 ) -> None:
     """What a model says, without and with edits.
 
-    An edit is made as the model reads the prompt; positions count from its start.
+    Positions count from the start of the prompt; all, *, text and last are also each word that is said.
     """
     from vlmscope.models.inputs import parse_edit
     from vlmscope.sites import parse
+    from vlmscope.studies.steering.direction import Direction
 
     edits = [parse_edit(text) for text in edit or []]
     sites = parse(patch or [])
     if bool(sites) != (other is not None):
         raise VlmscopeError("--patch copies from another picture; name both --patch and --other")
+    if steer is None and (strength is not None or at != "read" or keep_norm):
+        raise VlmscopeError("--strength, --at and --keep-norm are of a direction; name one with --steer")
+    direction = Direction.load(steer) if steer is not None else None
     model = given.load()
     inputs = model.inputs(image, prompt)
+    if direction is not None:
+        edits += direction.edits(
+            model, inputs, 1.0 if strength is None else strength, at=at, keep_norm=keep_norm
+        )
     model.changes(inputs, edits)  # what cannot be made is refused before anything is said
     if sites:
         source = model.inputs(other, prompt)
@@ -344,6 +399,8 @@ def _row(text: str) -> Any:
     )
 
 
+command(app)(steering.steer)
+command(app)(steering.probe)
 app.add_typer(neurons.app, name="neurons")
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import tempfile
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,7 +15,7 @@ from vlmscope.cli.options import Given, OneModel, command
 from vlmscope.errors import StoreError, VlmscopeError, plain, shown
 
 app = typer.Typer(
-    no_args_is_help=True, help="Neurons that turn what is seen into a word.\n\nFind, show, perturb, edit."
+    no_args_is_help=True, help="Neurons that contribute to words.\n\nFind, show, perturb, edit."
 )
 
 
@@ -103,12 +104,13 @@ def describe(
     Where on the image a neuron is active, which pictures drive it, and the measures with their nulls.
     """
     from vlmscope import neurons
-    from vlmscope.report import write_report
+    from vlmscope.report import claim_report, write_report
 
     examples = given.examples()
     if embedding is not None and not measures:
         raise VlmscopeError("--embedding is for the measures; leave --no-measures out")
     neurons.Described.claim(out)
+    claim_report(out / "report.html")
     described = neurons.describe(
         given.load(),
         examples,
@@ -122,6 +124,9 @@ def describe(
     )
     described.save(out)
     print(described.cards.drop(columns="weights").to_string(index=False))
+    if described.left_out is not None:
+        for word, measure, why in described.left_out.itertuples(index=False):
+            print(f"not measured: {word}{f' ({measure})' if measure else ''}: {why}")
     print(f"tables in {out}; {write_report([out], out / 'report.html')}")
 
 
@@ -133,9 +138,13 @@ def perturb(
     prompt: str | None = None,
     top: list[int] | None = None,
     sigma: list[float] | None = None,
+    rounds: int = 2,
     found: Path | None = None,
 ) -> None:
-    """A word without its neurons, and without random ones."""
+    """A word without its neurons, and without those that take over.
+
+    Beside it as many random neurons of the same layers.
+    """
     from vlmscope import neurons
 
     neurons.Perturbed.claim(out)
@@ -146,6 +155,7 @@ def perturb(
         prompt=prompt,
         tops=top or (1, 10),
         sigmas=sigma or (),
+        rounds=rounds,
         found=neurons.read(found, neurons.Found) if found else None,
         seed=given.seed,
     )
@@ -162,8 +172,11 @@ def edit(
     target: str | None = None,
     suppress: bool = False,
     neurons: int | None = None,
+    concept: bool = False,
+    falsely: bool = False,
     prompt: str | None = None,
     wording: list[str] | None = None,
+    question: str | None = None,
     objects: list[str] | None = None,
     solver: Literal["closed", "learned"] = "learned",
     margin: float | None = None,
@@ -174,15 +187,18 @@ def edit(
 ) -> None:
     """Make the model say another word, by a few neurons' columns only.
 
-    Made on one half of the data and assessed on the other, by free generation; the card lies beside it.
+    Made on one half of the data and assessed on the other, by free generation, beside the same edit of random
+    columns; the card lies beside it.
     """
     from vlmscope import neurons as room
-    from vlmscope.report import write_report
+    from vlmscope.report import claim_report, write_report
     from vlmscope.stats import shuffled
 
     if (target is None) != suppress:
         raise VlmscopeError("give either --to WORD or --suppress")
     room.check_margin(solver, margin)
+    question = question or room.QUESTION
+    room.is_there(source, question)
     if out.suffix != ".safetensors":
         raise VlmscopeError(
             f"{out}: an edit is a safetensors file; expected a name that ends in .safetensors"
@@ -190,6 +206,7 @@ def edit(
     card = out.with_name(f"{out.stem}-card")
     room.WeightEdit.claim(out)
     room.Assessed.claim(card)
+    claim_report(card / "report.html")
     model, examples, seed = given.load(), given.examples(), given.seed
     if export is not None:
         model.claim(export)
@@ -197,28 +214,43 @@ def edit(
     known = room.read(found, room.Found) if found else None
     mixed = [examples[n] for n in shuffled(seed, [example.id for example in examples], "halves")]
     half = (len(mixed) + 1) // 2
+    make: Any = partial(
+        room.edit,
+        model,
+        mixed[:half],
+        source,
+        target,
+        prompt=prompt,
+        concept=concept,
+        wordings=wording or (),
+        question=question,
+        falsely=falsely,
+        solver=solver,
+        margin=margin,
+        locality=locality,
+        found=known,
+        seed=seed,
+    )
     with room.edited(model, *before):
-        made = room.edit(
+        made = make(neurons=neurons)
+        _keep(made, out)
+        print(f"{made}\n{out}")
+        assessed = room.describe_edit(
             model,
-            mixed[:half],
-            source,
-            target,
-            prompt=prompt,
-            neurons=neurons,
-            solver=solver,
-            margin=margin,
-            locality=locality,
+            made,
+            mixed[half:],
+            null=make(neurons=room.random_columns(model, made, seed)),
+            prompts=[prompt, *(wording or [])],
+            question=question,
+            names=objects,
             found=known,
             seed=seed,
         )
-        _keep(made, out)
-        print(f"{made}\n{out}")
-        prompts = [prompt, *(wording or [])]
-        assessed = room.describe_edit(
-            model, made, mixed[half:], prompts=prompts, names=objects or (), found=known, seed=seed
-        )
     assessed.save(card)
-    print(assessed.measures.to_string(index=False, float_format="{:.3g}".format))
+    for table in (assessed.measures, assessed.objects):
+        if table is not None:
+            print(table.to_string(index=False, float_format="{:.3g}".format))
+    print(f"{made}: {assessed.about['verdict']}")
     print(write_report([card], card / "report.html"))
     if export is not None:
         room.export(model, [*before, made], export)

@@ -22,22 +22,26 @@ class Plain:
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
+        self._failed: VlmscopeError | None = None
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)
 
     def write(self, text: str) -> int:
-        """Write; raises `VlmscopeError` where that fails (a full disk, a closed pipe)."""
-        try:
-            return self._stream.write(plain(text) if isinstance(text, str) else text)
-        except OSError as error:
-            raise _unwritable(self._stream, error) from error
+        """Write; raises `VlmscopeError` where that fails (a full disk, a closed pipe), and from then on."""
+        return self._tried(lambda: self._stream.write(plain(text) if isinstance(text, str) else text))
 
     def flush(self) -> None:
+        self._tried(self._stream.flush)
+
+    def _tried(self, once: Callable[[], Any]) -> Any:
+        if self._failed:  # whoever printed may have kept it to themselves, as typer does with its help
+            raise self._failed
         try:
-            self._stream.flush()
+            return once()
         except OSError as error:
-            raise _unwritable(self._stream, error) from error
+            self._failed = _unwritable(self._stream, error)
+            raise self._failed from error
 
 
 def _unwritable(stream: TextIO, error: OSError) -> VlmscopeError:

@@ -72,7 +72,9 @@ def whole(processor: Any, image: Image.Image) -> Box:
 
 
 def _plain_only(*_: object) -> Tensor:
-    raise NotImplementedError("a tower whose flow is not 'plain' needs its family's leave and finish")
+    raise NotImplementedError(
+        "a tower whose flow is not 'plain', or that says the words, needs its family's leave and finish"
+    )
 
 
 @dataclass(frozen=True)
@@ -86,7 +88,8 @@ class Family:
     - `blank(hf)`: the smallest valid `Inputs`, for `verify`; by default a small picture is encoded.
     - `leave(hf, tower, hidden)`: from the last block's output to the tower's output;
       `finish(hf, inputs, tower, output, keep)`: from there, many rows of it, to the logits at the last `keep`
-      positions. For towers whose flow is not `plain`; `finish` for a vision tower with an `output`, too.
+      positions. For towers whose flow is not `plain`, and the one that says the words; `finish` for a vision
+      tower with an `output`, too.
     - `generate(hf, inputs, **options)`: the answer's token ids, by the model's own generation.
     - `cache()`: an object in which a `fold` module keeps the image's keys and values.
     - `options(processor, prompt, answer, images)`: the token ids of an answer as they would follow the

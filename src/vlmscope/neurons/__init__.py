@@ -1,4 +1,4 @@
-"""Multi-modal neurons: which neurons turn what a model sees into a word, and whether they are what they seem.
+"""Multi-modal neurons: which neurons contribute to a word about a picture, and are they what they seem?
 
 The method of Pan et al. (Finding and Editing Multi-Modal Neurons in Pre-Trained Transformers, arXiv
 2311.07470): neuron `i` of layer `l` contributes `a · (W[:, i] · U[t])` to token `t` at the position `p` that
@@ -13,13 +13,16 @@ from vlmscope.neurons.assessment import assess, describe_edit, objects
 from vlmscope.neurons.captions import Caption, nouns
 from vlmscope.neurons.cards import describe
 from vlmscope.neurons.contributions import find, over_image, score, top_tokens
-from vlmscope.neurons.edits import check_margin, edit
-from vlmscope.neurons.hallucination import questions, yes_or_no
-from vlmscope.neurons.measures import measure, perturb
+from vlmscope.neurons.edits import check_margin, edit, random_columns
+from vlmscope.neurons.hallucination import falsely_named, questions, yes_or_no
+from vlmscope.neurons.measures import measure
 from vlmscope.neurons.results import Assessed, Described, Found, Perturbed, read
+from vlmscope.neurons.turns import QUESTION, is_there
 from vlmscope.neurons.weight_edit import WeightEdit, ablated, edited, export, perturbed
+from vlmscope.neurons.without import perturb
 
 __all__ = [
+    "QUESTION",
     "Assessed",
     "Caption",
     "Described",
@@ -34,7 +37,9 @@ __all__ = [
     "edit",
     "edited",
     "export",
+    "falsely_named",
     "find",
+    "is_there",
     "measure",
     "nouns",
     "objects",
@@ -42,6 +47,7 @@ __all__ = [
     "perturb",
     "perturbed",
     "questions",
+    "random_columns",
     "read",
     "score",
     "top_tokens",

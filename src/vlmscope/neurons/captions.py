@@ -20,7 +20,7 @@ from vlmscope.neurons.results import Found
 from vlmscope.neurons.weight_edit import base_fingerprint
 from vlmscope.progress import progress
 from vlmscope.runs.access import hook
-from vlmscope.runs.forward import forward, generate
+from vlmscope.runs.forward import SPEECH, forward, generate
 from vlmscope.runs.hooks import Hooks
 from vlmscope.runs.model import Model
 from vlmscope.runs.prepare import check_words
@@ -75,6 +75,11 @@ class Caption:
 def whole_word(word: str) -> re.Pattern[str]:
     """Finds a word where it stands as a whole word, in small or capital letters."""
     return re.compile(rf"(?<!\w){re.escape(word)}(?!\w)", re.IGNORECASE)
+
+
+def spoken(model: Model, caption: Caption) -> str:
+    """What `Model.answer` would have said."""
+    return str(model.processor.tokenizer.decode(caption.ids[:SPEECH], skip_special_tokens=True).strip())
 
 
 def inputs_of(model: Model, example: Example, prompt: str | None, ids: Sequence[int] = ()) -> Inputs:
@@ -145,6 +150,24 @@ def _recording(
             else:
                 hooks.on_hidden(_gate(model, layer), keep)
         yield rows
+
+
+def image_range(model: Model, inputs: Inputs) -> Float[Tensor, "2 layers neurons"] | None:
+    """Each neuron's highest and lowest activation over the image's tokens; None where there are none."""
+    at, layers = list(inputs.layout[model.speaker].cells), model.shapes[model.speaker].having("mlp")
+    found: dict[int, Tensor] = {}
+
+    def keep(layer: int, x: Tensor) -> Tensor:
+        low, high = x[0, at].aminmax(dim=0)
+        found[layer] = torch.stack([high, low]).float().cpu()
+        return x
+
+    with model.alone(), Hooks() as hooks:
+        for layer in layers if at else ():
+            hook(hooks, model, Point(model.speaker, layer, "mlp", "n"), inputs, partial(keep, layer))
+        if at:
+            forward(model, inputs)
+    return torch.stack([found[layer] for layer in layers], 1) if at else None
 
 
 def _keep(rows: list[Tensor], at: slice, x: Tensor) -> Tensor:

@@ -52,8 +52,8 @@ def describe(
     `found` is what `find` gave for these pictures: they are not captioned again, and its words are the words
     if none are named. The tables are `cards` (layer, neuron, word, top tokens), `maps` (activation over the
     image's patches, of each neuron and of the mean of a word's top 1, 10, 100, 1000, with the mask above its
-    95th percentile), `driving` (the pictures that drive a neuron most) and `measures` (see `measure`, where
-    there are enough pictures).
+    95th percentile), `driving` (the pictures that drive a neuron most), `measures` (see `measure`, where
+    there are enough pictures) and `left_out` (what was not measured, and why).
     """
     given, shape = listed(examples), model.shapes[model.speaker]
     for layer, number in neurons:
@@ -84,12 +84,12 @@ def describe(
     cards["tokens"] = [" ".join(word for word, _ in top) for top in tokens]
     cards["weights"] = [" ".join(f"{x:.3g}" for _, x in top) for top in tokens]
     maps, driving, shown = _look(model, given, cards, ranked, prompt)
-    table = None
+    table = left_out = None
     if there and measures:
-        table = measure_study(there, list(words) or None, embedding=embedding).measures
+        table, _, left_out = measure_study(there, list(words) or None, embedding=embedding)
     about: dict[str, Any] = {"model": model.name, "weights": base_fingerprint(model)}
     about |= {"words": list(words), "examples": len(given)}
-    return Described(about, cards, maps, driving, table, small_pictures(model, shown))
+    return Described(about, cards, maps, driving, table, left_out, small_pictures(model, shown))
 
 
 def _look(

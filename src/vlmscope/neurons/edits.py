@@ -2,7 +2,7 @@
 
 The neurons are those that contribute most to the word; what is added to their columns of the down
 projection is found in one of two ways (Pan et al., arXiv 2311.07470; the learned one after FiNE, arXiv
-2503.01090).
+2503.01090). The fewest columns are taken with which the edit holds on pictures that it was not made on.
 """
 
 from __future__ import annotations
@@ -10,14 +10,15 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
+import numpy as np
 import torch
 
 from vlmscope.data import Examples, listed
 from vlmscope.data.example import Example
-from vlmscope.errors import ExampleError, VlmscopeError
+from vlmscope.errors import ExampleError, ModelError, VlmscopeError
 from vlmscope.models.inputs import Inputs
 from vlmscope.neurons.captions import (
     LENGTH,
@@ -25,13 +26,27 @@ from vlmscope.neurons.captions import (
     caption_pictures,
     imageless,
     inputs_of,
+    spoken,
     tokenized,
     whole_word,
 )
-from vlmscope.neurons.contributions import strongest
+from vlmscope.neurons.contributions import Neuron, count_neurons, named, strongest, top_share
 from vlmscope.neurons.results import Found
-from vlmscope.neurons.solvers import MARGIN, SURE, Deltas, Task, Wanted, closed, last_logits, learned
-from vlmscope.neurons.weight_edit import WeightEdit, base_fingerprint
+from vlmscope.neurons.solvers import (
+    MARGIN,
+    SURE,
+    Deltas,
+    Task,
+    Wanted,
+    closed,
+    last_logits,
+    learned,
+    no_deltas,
+    steepest,
+)
+from vlmscope.neurons.turns import QUESTION, Turn, of_concept, took
+from vlmscope.neurons.weight_edit import Columns, WeightEdit, base_fingerprint, changed
+from vlmscope.neurons.words import random_places
 from vlmscope.runs.forward import generate
 from vlmscope.runs.model import Model
 from vlmscope.stats import rng, shuffled
@@ -42,9 +57,25 @@ OTHERS = 192
 """How many pictures that do not show it are kept as they are, at most."""
 BLIND = 16
 """How many prompts are kept as they are without a picture, at most."""
+CHECKED, CHECKS = 4, 16
+"""Every so many pictures of each kind see whether an edit holds, but at most so many."""
+HOLDS = 0.95
+"""An edit holds where so large a share of what is to change does, and of what is to stay."""
 
 Solver = Literal["closed", "learned"]
 Captioned = tuple[Example, Caption]
+
+
+@dataclass(frozen=True, eq=False)
+class _Check:
+    """What is asked to see whether an edit holds: what was said, and what is to change in it, if anything."""
+
+    inputs: Inputs
+    before: str
+    turn: Turn | None = None
+
+    def holds(self, after: str) -> bool:
+        return after == self.before if self.turn is None else took(after, self.turn.old, self.turn.new)
 
 
 def edit(
@@ -54,7 +85,11 @@ def edit(
     target: str | None,
     *,
     prompt: str | None = None,
-    neurons: int | None = None,
+    neurons: int | Sequence[Neuron] | None = None,
+    concept: bool = False,
+    wordings: Sequence[str] = (),
+    question: str = QUESTION,
+    falsely: bool = False,
     solver: Solver = "learned",
     margin: float | None = None,
     locality: float = 1.0,
@@ -66,8 +101,19 @@ def edit(
     It is made on up to `PICTURES` examples whose caption has the word; up to `OTHERS` whose caption has
     not are to keep theirs. `prompt` asks for the captions (each example's own by default); `found` is what
     `find` gave for these pictures, which are then not captioned again. `neurons` is how many columns may
-    change (1 % of all by default). `locality` weighs what is to stay against what is to change. Made within
-    `edited`, an edit is for the model with those edits (`WeightEdit.on`).
+    change (1 % of all by default): of 1, 2, 4 … the fewest are taken with which the edit holds on every
+    `CHECKED`th picture, which it is not made on: `HOLDS` of what is to change does, and of what is to stay.
+    Where no number holds, it is the one that comes nearest; where fewer pictures than that have the word,
+    these themselves are looked at. A list of neurons takes just these, for example `random_columns`.
+    `locality` weighs what is to stay against what is to change. Made within `edited`, an edit is for the
+    model with those edits (`WeightEdit.on`).
+
+    So made, it is an edit of a word: asked whether there is a `target`, the model may say no, as before. With
+    `concept` it is also made on what else would be said if the other thing were seen: other `wordings`,
+    `question`s whether the one (no) and the other (yes) is there, and the example's own question with both as
+    its options, in both orders. The columns are then those in which the loss of all that is steepest.
+    With `falsely` only captions are changed that say the word of a picture that does not show it
+    (`Example.shows`); those that say it rightly are to stay.
 
     - `learned`: Adam on the columns, until each new word has a probability of 0.9; negative log-likelihood of
       the new words, divergence of all other positions from what they were, the probability of the new word
@@ -81,31 +127,85 @@ def edit(
     margin = check_margin(solver, margin)
     if target is not None and source.casefold() == target.casefold():
         raise ExampleError(f"'{source}' is already '{target}'; give another target")
-    has, other = _split(model, listed(examples), source, prompt, found, seed)
-    chosen = strongest(model, [caption for _, caption in has], source, neurons)
-    width, deltas = model.shapes[model.speaker].width, Deltas()
-    for layer in sorted({layer for layer, _ in chosen}):
-        at = torch.tensor(sorted(n for there, n in chosen if there == layer), device=model.device)
-        deltas[layer] = (at, torch.zeros(width, len(at), device=model.device))
+    given = neurons if isinstance(neurons, Sequence) else None
+    most = top_share(model) if neurons is None else len(neurons) if isinstance(neurons, Sequence) else neurons
+    if not 1 <= most <= count_neurons(model):
+        raise ModelError(f"{most} neurons cannot be chosen; expected 1 to {count_neurons(model)}")
+    has, other = _split(model, listed(examples), source, prompt, found, seed, falsely=falsely)
+    turns = _Turns(source, target, prompt, tuple(wordings), question, concept)
+    (made_on, checked), (rest, others) = (
+        (pairs, []) if given is not None else _held_out(pairs) for pairs in (has, other)
+    )
+    checked = checked or ([] if given is not None else made_on[:CHECKS])
     with _frozen(model):
-        changed = [w for pair in has if (w := _changed(model, *pair, source, target, prompt))]
-        if not changed:
-            raise ExampleError(
-                f"'{target}' cannot take the place of '{source}' in these captions: the tokens around it "
-                "change"
-            )
-        kept = [_kept(model, inputs_of(model, e, prompt, said.ids[:-1]), said.ids) for e, said in other]
-        asked = list(dict.fromkeys(prompt or example.clean_prompt for example, _ in [*has, *other]))
-        alone = [w for text in asked[:BLIND] if (w := _without_picture(model, text, source))]
-        kept += (alone * BLIND)[:BLIND]  # they are few, and to be met as often
-        task = Task(model, changed, kept, deltas, locality)
-        if solver == "closed":
-            closed(task, margin)
+        task, asked = _task(model, turns, made_on, rest, locality, seed)
+        if given is not None:
+            ranked = list(given)
+        elif concept:
+            ranked = named(model, steepest(task, most))
         else:
-            learned(task, rng(seed, "edit", source, target))
-    about = {"from": source, "to": target or "", "solver": solver, "pictures": str(len(changed))}
-    columns = {layer: (at.cpu(), delta.detach().cpu()) for layer, (at, delta) in deltas.items()}
-    return WeightEdit(columns, base_fingerprint(model), {**about, "model": model.name}, model.edits)
+            ranked = strongest(model, [caption for _, caption in made_on], source, most)
+        checks = [check for pair in checked for check in _checks(model, turns, *pair, has=True)]
+        checks += [check for pair in others for check in _checks(model, turns, *pair, has=False)]
+        best, tried = (-1.0, no_deltas(model, [])), []
+        for count in _counts(most) if checked else [most]:
+            own = replace(task, deltas=no_deltas(model, ranked[:count]))
+            if solver == "closed":
+                closed(own, margin)
+            else:
+                learned(own, rng(seed, "edit", source, target))
+            changes, stays = _held(model, _columns(own.deltas), checks)
+            tried.append(f"{count}: {changes:.2f} of changes, {stays:.2f} of the rest")
+            if min(changes, stays) > best[0]:
+                best = min(changes, stays), own.deltas
+            if best[0] >= HOLDS:
+                break
+    about = {"from": source, "to": target or "", "solver": solver, "pictures": str(len(made_on))}
+    about |= {"asked": asked, "model": model.name}
+    about |= {"tried": "; ".join(tried)} if checked else {}
+    about |= {"where": "falsely"} if falsely else {}
+    return WeightEdit(_columns(best[1]), base_fingerprint(model), about, model.edits)
+
+
+def random_columns(model: Model, edit: WeightEdit, seed: int = 0) -> list[Neuron]:
+    """As many other neurons of the same layers as an edit changes: with these, `edit` makes its null.
+
+    Raises `ModelError` where a layer has not as many others.
+
+    >>> from vlmscope.checkpoint import load
+    >>> made = WeightEdit({3: (torch.tensor([7, 9]), torch.ones(96, 2))}, "…")
+    >>> [layer for layer, number in random_columns(load("toy-llava"), made) if number not in (7, 9)]
+    [3, 3]
+    """
+    shape = model.shapes[model.speaker]
+    layers = shape.having("mlp")
+    chosen = np.array([layers.index(layer) * shape.neurons + number for layer, number in edit.neurons])
+    return named(model, random_places(chosen, shape.neurons, rng(seed, "columns", *edit.neurons)))
+
+
+def _counts(most: int) -> list[int]:
+    """1, 2, 4 … and the most."""
+    return [*(2**n for n in range(most.bit_length()) if 2**n < most), most]
+
+
+def _columns(deltas: Deltas) -> Columns:
+    return {layer: (at.cpu(), delta.detach().cpu().clone()) for layer, (at, delta) in deltas.items()}
+
+
+def _held_out(pairs: Sequence[Captioned]) -> tuple[list[Captioned], list[Captioned]]:
+    """Pictures to make an edit on, and others that see whether it holds; of too few none of these."""
+    apart = range(CHECKED - 1, len(pairs), CHECKED)[:CHECKS]
+    return [pair for n, pair in enumerate(pairs) if n not in apart], [pairs[n] for n in apart]
+
+
+@torch.no_grad()
+def _held(model: Model, columns: Columns, checks: Sequence[_Check]) -> tuple[float, float]:
+    """The share of what is to change that does, and of what is to stay that does; 1 where there is none."""
+    with changed(model, [columns]):
+        held = [(check.turn is not None, check.holds(model.answer(check.inputs))) for check in checks]
+    shares = ([holds for is_new, holds in held if is_new == kind] for kind in (True, False))
+    changes, stays = (float(np.mean(found)) if found else 1.0 for found in shares)
+    return changes, stays
 
 
 def check_margin(solver: str, margin: float | None) -> float:
@@ -125,14 +225,23 @@ def check_margin(solver: str, margin: float | None) -> float:
 
 
 def _split(
-    model: Model, examples: Sequence[Example], word: str, prompt: str | None, found: Found | None, seed: int
+    model: Model,
+    examples: Sequence[Example],
+    word: str,
+    prompt: str | None,
+    found: Found | None,
+    seed: int,
+    *,
+    falsely: bool,
 ) -> tuple[list[Captioned], list[Captioned]]:
-    """Examples whose caption has the word, and others, with their captions."""
+    """Examples whose caption has the word (`falsely`: and whose picture has not), and others."""
     has: list[Captioned] = []
     other: list[Captioned] = []
     order = [examples[n] for n in shuffled(seed, [example.id for example in examples])]
     for example, caption in zip(order, caption_pictures(model, order, prompt, found=found), strict=True):
-        where, most = (has, PICTURES) if whole_word(word).search(caption.text) else (other, OTHERS)
+        is_wrong = not falsely or (bool(example.shows) and word not in example.shows)
+        says = is_wrong and whole_word(word).search(caption.text)
+        where, most = (has, PICTURES) if says else (other, OTHERS)
         if len(where) < most:
             where.append((example, caption))
         if len(has) == PICTURES and len(other) == OTHERS:
@@ -140,16 +249,89 @@ def _split(
     if not has:
         words = sorted({w for _, caption in other for w in re.findall(r"\w+", caption.text)})
         raise ExampleError(
-            f"no caption of these pictures has the word '{word}'; they have: {', '.join(words[:30])}; "
-            "name one of these"
+            f"no caption of these pictures has the word '{word}'{' falsely' if falsely else ''}; they have: "
+            f"{', '.join(words[:30])}; name one of these"
         )
     return has, other
 
 
-def _changed(
-    model: Model, example: Example, caption: Caption, source: str, target: str | None, prompt: str | None
-) -> Wanted | None:
-    """What is to be said instead; None where the rest of the caption would be other tokens."""
+@dataclass(frozen=True, eq=False)
+class _Turns:
+    """What an edit is to be about: what is asked of each picture, and what is to change in the answers."""
+
+    source: str
+    target: str | None
+    prompt: str | None
+    wordings: tuple[str, ...]
+    question: str
+    concept: bool
+
+    def changing(self, example: Example) -> list[Turn]:
+        """What is asked about a picture that the caption says the word of, beside the caption."""
+        if not self.concept:
+            return []
+        return of_concept(example, self.source, self.target, self.wordings, self.question)
+
+    def staying(self, example: Example) -> list[str]:
+        """What is asked about another picture beside the caption, and answered as before."""
+        asked = [turn.prompt or example.clean_prompt for turn in self.changing(example)]
+        return [*asked, example.clean_prompt] if self.concept else []
+
+
+def _task(
+    model: Model,
+    turns: _Turns,
+    has: Sequence[Captioned],
+    other: Sequence[Captioned],
+    locality: float,
+    seed: int,
+) -> tuple[Task, str]:
+    """What is to be said otherwise, and what as before; and how much is asked, in words."""
+    source, target, prompt = turns.source, turns.target, turns.prompt
+    wanted = [w for pair in has if (w := _changed(model, *pair, Turn(prompt, source, target)))]
+    if not wanted:
+        raise ExampleError(
+            f"'{target}' cannot take the place of '{source}' in these captions: the tokens around it change"
+        )
+    captions = len(wanted)
+    kept = [_kept(model, inputs_of(model, e, prompt, said.ids[:-1]), said.ids) for e, said in other]
+    for example, _ in has:
+        for turn in turns.changing(example):
+            (said,) = caption_pictures(model, [example], turn.prompt)
+            wanted += [w] if (w := _changed(model, example, said, turn)) else []
+    for example, _ in other:
+        if asked := turns.staying(example):
+            words = asked[int(rng(seed, "turn", example.id).integers(len(asked)))]
+            (said,) = caption_pictures(model, [example], words)
+            kept.append(_kept(model, inputs_of(model, example, words, said.ids[:-1]), said.ids))
+    every = [prompt or example.clean_prompt for example, _ in [*has, *other]]
+    every += [words for example, _ in has for words in turns.staying(example)]
+    alone = [w for text in list(dict.fromkeys(every))[:BLIND] if (w := _without_picture(model, text, source))]
+    kept += (alone * BLIND)[:BLIND]  # they are few, and to be met as often
+    task = Task(model, wanted, kept, {}, locality)
+    return task, f"{captions} captions, {len(wanted) - captions} other questions"
+
+
+def _checks(
+    model: Model, turns: _Turns, example: Example, caption: Caption, *, has: bool
+) -> Iterator[_Check]:
+    """What is asked about a picture that an edit is not made on."""
+    own = Turn(turns.prompt, turns.source, turns.target) if has else None
+    yield _Check(inputs_of(model, example, turns.prompt), spoken(model, caption), own)
+    for turn in turns.changing(example):
+        inputs = inputs_of(model, example, turn.prompt)
+        before = model.answer(inputs)
+        if not has:
+            yield _Check(inputs, before)
+        elif whole_word(turn.old).search(before):
+            yield _Check(inputs, before, turn)
+
+
+def _changed(model: Model, example: Example, caption: Caption, turn: Turn) -> Wanted | None:
+    """What is to be said instead; None where the rest would be other tokens, or the word is not said."""
+    prompt, source, target = turn
+    if not whole_word(source).search(caption.text):
+        return None
     numbers, old = caption.find(source), caption.ids
     same = _kept(model, inputs_of(model, example, prompt, old[:-1]), old)
     if target is None:

@@ -7,8 +7,11 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Literal
 
+import pandas as pd
+
 from vlmscope.data.example import Example
 from vlmscope.neurons.captions import whole_word
+from vlmscope.neurons.turns import QUESTION, is_there
 from vlmscope.stats import rng
 
 
@@ -26,10 +29,7 @@ def hallucination(
     (0.5, 1.0, 0.5)
     """
     names = {name.casefold() for name in objects}
-    named = [
-        {o for o in names if whole_word(o).search(text) or whole_word(f"{o}s").search(text)}
-        for text in captions
-    ]
+    named = [_named(text, names) for text in captions]
     true = [names & there for there in shown]
     wrong = [a - b for a, b in zip(named, true, strict=True)]
     right = sum(len(a & b) for a, b in zip(named, true, strict=True))
@@ -43,6 +43,36 @@ def hallucination(
     }
 
 
+def falsely_named(
+    captions: Sequence[str], shown: Sequence[frozenset[str]], objects: Iterable[str]
+) -> pd.DataFrame:
+    """How often captions name each object: of pictures that show it, and of others; most often falsely first.
+
+    >>> cats = [frozenset({"cat"})] * 3
+    >>> falsely_named(["a cat", "a dog", "a dog"], cats, ["cat", "dog"]).to_numpy().tolist()
+    [['dog', 0, 2], ['cat', 1, 0]]
+    """
+    rows = []
+    for name in dict.fromkeys(name.casefold() for name in objects):
+        is_named = [name in _named(text, {name}) for text in captions]
+        rightly = sum(named and name in there for named, there in zip(is_named, shown, strict=True))
+        rows.append((name, rightly, sum(is_named) - rightly))
+    table = pd.DataFrame(rows, columns=["object", "rightly", "falsely"])
+    return table.sort_values("falsely", ascending=False, kind="stable", ignore_index=True)
+
+
+def _named(text: str, names: Iterable[str]) -> set[str]:
+    return {o for o in names if whole_word(o).search(text) or whole_word(f"{o}s").search(text)}
+
+
+def says_yes(answer: str) -> bool:
+    """
+    >>> says_yes("Yes, there is."), says_yes("yesterday")
+    (True, False)
+    """
+    return re.match(r"\W*yes\b", answer, re.IGNORECASE) is not None
+
+
 def yes_or_no(answers: Sequence[str], truth: Sequence[bool]) -> dict[str, float]:
     """Answers to whether an object is there, as POPE scores them (Li et al. 2023, arXiv 2305.10355).
 
@@ -51,7 +81,7 @@ def yes_or_no(answers: Sequence[str], truth: Sequence[bool]) -> dict[str, float]
     >>> yes_or_no(["yes", "Yes, there is.", "no"], [True, False, False])["precision"]
     0.5
     """
-    yes = [re.match(r"\W*yes\b", answer, re.IGNORECASE) is not None for answer in answers]
+    yes = list(map(says_yes, answers))
     both = sum(a and b for a, b in zip(yes, truth, strict=True))
     precision, recall = both / max(1, sum(yes)), both / max(1, sum(truth))
     return {
@@ -66,7 +96,7 @@ def yes_or_no(answers: Sequence[str], truth: Sequence[bool]) -> dict[str, float]
 def questions(
     examples: Sequence[Example],
     objects: Sequence[str],
-    template: str = "does this picture show {}?",
+    template: str = QUESTION,
     *,
     absent: Literal["random", "popular", "adversarial"] = "random",
     seed: int = 0,
@@ -96,7 +126,6 @@ def questions(
             together = {name: sum(beside[other, name] for other in there) for name in missing}
             drawn = max(missing, key=together.__getitem__)
         for name, answer, foil in ((named, "yes", "no"), (drawn, "no", "yes")):
-            asked = template.format(f"{'an' if name[0] in 'aeiou' else 'a'} {name}")
-            id_ = f"{example.id}-{name}"
+            asked, id_ = is_there(name, template), f"{example.id}-{name}"
             found.append(Example(id_, example.clean_image, asked, answer, foil, shows=example.shows))
     return found

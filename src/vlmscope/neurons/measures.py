@@ -1,14 +1,15 @@
 """Whether neurons are what they seem: measures over a set of pictures, each with a null and an interval.
 
-A word's token chooses its neurons in part by their weights alone, whatever the pictures show. So the null of
-a measure is the same measure with the same token, of neurons chosen on pictures that were labelled at
-random; random neurons are given beside it.
+The null of a measure is what as many random neurons of the same layers reach, with the true labels, chosen
+and measured in the same way: the best of ten random neurons tells pictures apart, too. Where weights alone
+decide (`sensitivity`), or pictures share neurons whatever they show (`overlap`), labels are shuffled instead.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,13 +21,11 @@ from torch import Tensor
 
 from vlmscope.checkpoint import embedder
 from vlmscope.data import Examples
-from vlmscope.errors import DataError
 from vlmscope.models.inputs import Edit
 from vlmscope.neurons.captions import forced_caption
 from vlmscope.neurons.contributions import contributions, count_neurons, named, token_weights, top_tokens
-from vlmscope.neurons.results import Found, Perturbed
-from vlmscope.neurons.weight_edit import base_fingerprint
-from vlmscope.neurons.words import FEW, PICTURES, Array, Labels, Neurons, Study, Word, best, find_words, study
+from vlmscope.neurons.results import Found
+from vlmscope.neurons.words import PICTURES, Array, Labels, Neurons, Study, Word, best, find_words, study
 from vlmscope.progress import progress
 from vlmscope.runs.forward import editing
 from vlmscope.runs.model import Model
@@ -34,24 +33,28 @@ from vlmscope.stats import interval, p_values, q_values, rng, share_interval
 
 Embed = Callable[[Sequence[str]], Tensor]
 Rows = Iterator[dict[str, Any]]
-COLUMNS = "word method measure value ci_low ci_high null random p_value n".split()
+COLUMNS = "word method measure value ci_low ci_high null null_95 p_value n".split()
 ENDS = (0.025, 0.975)
 """The quantiles that an interval goes from and to."""
 WORDS = 10
 """How many of a neuron's top tokens are looked at."""
 DRAWS = 199
-"""How often labels are shuffled for a null."""
+"""How often neurons are drawn, or labels shuffled, for a null."""
+FEWEST = 2
+"""Of fewer captions that say a word no drop is measured."""
 CONTROLS = 49
 """How many tokens of the vocabulary a word's overlap is compared with."""
 OTHERS = 3
-"""How many sets of random neurons, and of neurons chosen by shuffled labels, are ablated."""
+"""How many sets of random neurons are ablated."""
 
 
 class Measured(NamedTuple):
-    """The measures of each word (long form), and the neurons that were chosen for it."""
+    """The measures of each word (long form), the neurons that were chosen for it, and what was not measured
+    (`word`, `measure`, `why`; a word that was not measured at all has an empty `measure`)."""
 
     measures: pd.DataFrame
     chosen: pd.DataFrame
+    left_out: pd.DataFrame
 
 
 def measure(
@@ -78,7 +81,9 @@ def measure(
     - `similarity`, with a small text model that is named (`embedding`): the mean cosine of the word and these
       tokens;
     - `auc`: how well the best neuron (best on the first half) tells pictures that show the word from
-      others, by how far it moves the word's token;
+      others, by how far it moves the word's token anywhere in what is said; `auc, image`: at the image's
+      tokens alone, where the tower that speaks reads such. A neuron may do the first and not the second: it
+      says, and does not see;
     - `selectivity`: (with − without) / (|with| + |without|) of that, meant over the neurons;
     - `overlap`: the share of a picture's top neurons for the word that are another's, too, for pictures
       that show it; `overlap, others`: that with the neurons of another word in a picture without it;
@@ -86,10 +91,13 @@ def measure(
       tokens of the language model (cross-attention reads them in no order; a Q-Former's queries are none);
     - `drop, zero` and `drop, mean`, unless `causal` is false: by how much the log-probability of the word
       falls when the neurons are set to zero, or to their mean; `p drop, zero`: the probability itself;
-      `lost, zero`: the share of captions, generated anew, that lose the word.
+      `lost, zero`: the share of captions, generated anew, that lose the word. Only where captions lose it do
+      these neurons carry it.
 
-    `null` is the same of neurons chosen by shuffled labels, `random` of random ones of the same layers;
-    `p_value` is against the null, `q_value` after Benjamini and Hochberg over the words.
+    `null` is the mean, and `null_95` the 95th percentile, of as many random neurons of the same layers, with
+    the true labels (of `sensitivity` and `overlap`: of shuffled ones; of drops and losses: of `OTHERS` sets);
+    `p_value` is against the null, `q_value` after Benjamini and Hochberg over the words. What could not be
+    measured is in `left_out`, with the reason.
 
     Raises `DataError` if no word can be measured: each has to be a single token for the model, and shown by
     some pictures and not by others.
@@ -103,9 +111,10 @@ def measure_study(
 ) -> Measured:
     """The measures of `measure`, over pictures that are captioned."""
     embed = None if embedding is None else embedder(embedding)
-    every = find_words(there, words)
+    every, why = find_words(there, words)
     rows: list[dict[str, Any]] = []
     chosen: list[tuple[Any, ...]] = []
+    left_out = [(word, "", reason) for word, reason in why.items()]
     with progress(len(every), what="words") as step:
         for number, word in enumerate(every, start=1):
             for measured in (
@@ -117,6 +126,10 @@ def measure_study(
                 drops(word) if causal else (),
             ):
                 rows += ({"word": word.word, **row} for row in measured)
+            if causal and (count := len(word.said())) < FEWEST:
+                held = (~there.first & word.shown).sum()
+                reason = f"{count} captions say it, of the {held} held-out pictures that show it"
+                left_out.append((word.word, "drop", f"{reason}; {FEWEST} are needed"))
             for method, neurons in word.chosen.items():
                 ranked = enumerate(named(there.model, neurons), start=1)
                 chosen += [(word.word, method, rank, *neuron) for rank, neuron in ranked]
@@ -124,7 +137,8 @@ def measure_study(
     table = pd.DataFrame(rows, columns=COLUMNS)
     q = table.groupby(["method", "measure"])["p_value"].transform(q_values)
     names = ["word", "method", "rank", "layer", "neuron"]
-    return Measured(table.assign(q_value=q), pd.DataFrame(chosen, columns=names))
+    reasons = pd.DataFrame(left_out, columns=["word", "measure", "why"])
+    return Measured(table.assign(q_value=q), pd.DataFrame(chosen, columns=names), reasons)
 
 
 def _mean(word: Word, method: str, measure: str, values: Any, **more: float) -> dict[str, Any]:
@@ -140,6 +154,12 @@ def _p_value(null: Any, value: float) -> float:
     return float((1 + (np.asarray(null) >= value - 1e-12).sum()) / (1 + len(null)))
 
 
+def _against(null: Any, value: float) -> dict[str, float]:
+    """What a row says of its null."""
+    high = float(np.quantile(null, 0.95))
+    return {"null": float(np.mean(null)), "null_95": high, "p_value": _p_value(null, value)}
+
+
 # -- by weights: top tokens -----------------------------------------------------------------------
 
 
@@ -149,14 +169,12 @@ def sensitivity(word: Word) -> Rows:
     which, generator = np.flatnonzero(word.study.first & word.shown), word.draw("sensitivity")
     again = [word.strongest(generator.choice(which, len(which))) for _ in range(DRAWS)]
     has = _have_token(word, np.unique(np.concatenate([*word.chosen.values(), *nulls, *again])))
-    random, null = float(has[word.chosen["random"]].mean()), has[np.array(nulls)].mean(1)
     low, high = np.quantile(has[np.array(again)].mean(1), ENDS)
     for method, neurons in word.chosen.items():
         value = float(has[neurons].mean())
         row = {"method": method, "measure": "sensitivity", "value": value, "n": len(neurons)}
-        row["random"] = random
         if method == "contribution":
-            row |= {"ci_low": low, "ci_high": high, "null": null.mean(), "p_value": _p_value(null, value)}
+            row |= {"ci_low": low, "ci_high": high, **_against(has[np.array(nulls)].mean(1), value)}
         yield row
 
 
@@ -182,7 +200,7 @@ def similarity(word: Word, embed: Embed) -> Rows:
         tokens = top_tokens(word.study.model, named(word.study.model, neurons), WORDS)
         cosines[method] = [float((embed([w or "?" for w, _ in top]) @ meaning).mean()) for top in tokens]
     for method, values in cosines.items():
-        yield _mean(word, method, "similarity", values, random=float(np.mean(cosines["random"])))
+        yield _mean(word, method, "similarity", values, null=float(np.mean(cosines["random"])))
 
 
 # -- by activations: which pictures ---------------------------------------------------------------
@@ -190,46 +208,45 @@ def similarity(word: Word, embed: Embed) -> Rows:
 
 def specificity(word: Word) -> Rows:
     """Whether neurons tell pictures that show the word from others: AUC and selectivity."""
-    held = ~word.study.first
+    first, held = word.study.first, ~word.study.first
+    labels = word.shown[held]
+
+    def best_of(reach: Array, before: Array, neurons: Neurons) -> Array:
+        return reach[held, neurons[np.argmax(before[neurons])]]
+
+    def all_of(reach: Array, neurons: Neurons) -> Array:
+        return reach[np.ix_(held, neurons)]
+
+    taken: dict[str, tuple[Callable[[Neurons], Array], Callable[[Array, Labels], Any]]] = {
+        f"auc{where}": (partial(best_of, reach, auc(reach[first], word.shown[first])), auc)
+        for where, reach in word.reaches.items()
+    }
+    taken["selectivity"] = partial(all_of, word.reach), selectivity
     for method, neurons in word.chosen.items():
-        for measure, (reach_of, score) in SPECIFIC.items():
-            values, labels = reach_of(word, neurons, word.shown), word.shown[held]
-            value = score(values, labels)
+        for measure, (values_of, score) in taken.items():
+            values = values_of(neurons)
+            value = float(score(values, labels))
             low, high = _redrawn(score, values, labels, word.draw(measure, method))
             row = {"method": method, "measure": measure, "value": value, "n": int(held.sum())}
             row |= {"ci_low": low, "ci_high": high}
             if method == "contribution":
-                drawn = word.by_chance(DRAWS, measure)
-                null = [score(reach_of(word, *pair), pair[1][held]) for pair in drawn]
                 generator = word.draw(measure, "neurons")
                 others = (word.study.random(neurons, generator) for _ in range(DRAWS))
-                random = [score(reach_of(word, other, word.shown), labels) for other in others]
-                # What random neurons tell as well is not theirs: the less likely of both nulls counts.
-                p = max(_p_value(null, value), _p_value(random, value))
-                row |= {"null": np.mean(null), "random": np.mean(random), "p_value": p}
+                row |= _against([score(values_of(other), labels) for other in others], value)
             yield row
 
 
-def _reach_of_best(word: Word, neurons: Neurons, labels: Labels) -> Array:
-    """On the second half of the pictures, of the neuron with the best AUC on the first."""
-    first = word.study.first
-    place = neurons[np.argmax([auc(word.reach[first, n], labels[first]) for n in neurons])]
-    return word.reach[~first, place]
-
-
-def _reach(word: Word, neurons: Neurons, labels: Labels) -> Array:
-    return word.reach[np.ix_(~word.study.first, neurons)]
-
-
-def auc(values: Array, labels: Labels) -> float:
+def auc(values: Array, labels: Labels) -> Array:
     """The probability that a picture that shows the word has more of it than one that does not.
 
-    >>> auc(np.array([3.0, 2.0, 1.0, 2.0]), np.array([True, True, False, False]))
+    `values` are `(pictures,)` or `(pictures, neurons)`; so is what comes back, without the pictures.
+
+    >>> float(auc(np.array([3.0, 2.0, 1.0, 2.0]), np.array([True, True, False, False])))
     0.875
     """
     count = labels.sum()
-    ranks = stats.rankdata(values)[labels].sum()
-    return float((ranks - count * (count + 1) / 2) / (count * (len(labels) - count)))
+    ranks = stats.rankdata(values, axis=0)[labels].sum(0)
+    return np.asarray((ranks - count * (count + 1) / 2) / (count * (len(labels) - count)))
 
 
 def selectivity(values: Array, labels: Labels) -> float:
@@ -238,11 +255,8 @@ def selectivity(values: Array, labels: Labels) -> float:
     return float(np.mean((with_ - without_) / np.clip(np.abs(with_) + np.abs(without_), 1e-12, None)))
 
 
-SPECIFIC = {"auc": (_reach_of_best, auc), "selectivity": (_reach, selectivity)}
-
-
 def _redrawn(
-    score: Callable[[Array, Labels], float], values: Array, labels: Labels, generator: np.random.Generator
+    score: Callable[[Array, Labels], Any], values: Array, labels: Labels, generator: np.random.Generator
 ) -> Array:
     """The interval of a function of pictures and their labels, pictures drawn anew."""
     drawn = (generator.integers(len(values), size=len(values)) for _ in range(DRAWS))
@@ -260,7 +274,7 @@ def overlaps(word: Word, others: Sequence[Word]) -> Rows:
     which = np.concatenate(both)
     tops, labels = _tops(study, word.contribution[which]), word.shown[which]
     shared, there = shared_neurons(tops), np.flatnonzero(labels)
-    value, chance = mean_of_pairs(shared, labels), study.top / count_neurons(study.model)
+    value = mean_of_pairs(shared, labels)
     generator = word.draw("overlap", "labels")
     null = [mean_of_pairs(shared, generator.permutation(labels)) for _ in range(DRAWS)]
     generator = word.draw("overlap")
@@ -269,8 +283,8 @@ def overlaps(word: Word, others: Sequence[Word]) -> Rows:
     # Pictures that are alike share neurons for any token: what counts is how much more for this one.
     excess = value - mean_of_pairs(shared)
     p = max(_p_value(null, value), _p_value(list(_control_excess(study, which, labels)), excess))
-    row = {"method": "contribution", "n": len(there), "random": chance}
-    own = {"value": value, "ci_low": low, "ci_high": high, "null": np.mean(null), "p_value": p}
+    row = {"method": "contribution", "n": len(there)}
+    own = {"value": value, "ci_low": low, "ci_high": high, **_against(null, value), "p_value": p}
     yield row | {"measure": "overlap"} | own
     elsewhere = [which[~labels & other.shown[which]][: study.pictures] for other in others]
     groups = [_tops(study, w.contribution[at]) for w, at in zip(others, elsewhere, strict=True) if len(at)]
@@ -339,94 +353,37 @@ def shuffled_patches(word: Word) -> Rows:
 
 
 def drops(word: Word) -> Rows:
-    """By how much the word's probability falls without its neurons, and whether the caption loses it."""
+    """By how much the word's probability falls without its neurons, and how many captions lose it."""
     fed = word.said()
-    if len(fed) < 2:
+    if len(fed) < FEWEST:
         return
     sets = {method: [neurons] for method, neurons in word.chosen.items()}
     generator = word.draw("drop", "neurons")
     sets["random"] = [word.study.random(word.chosen["contribution"], generator) for _ in range(OTHERS)]
-    sets["null"] = [neurons for neurons, _ in word.by_chance(OTHERS, "drop")]
     base = word.log_probabilities(fed)
     for how in ("zero", "mean"):
         after = {
-            name: np.mean([word.log_probabilities(fed, neurons, how) for neurons in group], axis=0)
+            name: np.array([word.log_probabilities(fed, neurons, how) for neurons in group])
             for name, group in sets.items()
         }
         for measure, scale in ((f"drop, {how}", np.asarray), (f"p drop, {how}", np.exp)):
-            fell = {name: scale(base) - scale(values) for name, values in after.items()}
-            own = {"null": float(fell["null"].mean())}
-            if scale is not np.exp:
-                apart = (fell["contribution"] - fell["null"])[:, None]
-                own["p_value"] = float(p_values(apart)[0])
+            fell = {name: (scale(base) - scale(values)).mean(0) for name, values in after.items()}
+            apart = (fell["contribution"] - fell["random"])[:, None]
+            own = {"null": float(fell["random"].mean()), "p_value": float(p_values(apart)[0])}
             for method in word.chosen:
-                row = _mean(word, method, measure, fell[method], random=float(fell["random"].mean()))
-                yield row | (own if method == "contribution" else {})
-    for method in ("contribution", "random"):
-        yield _mean(word, method, "lost, zero", word.lost(fed, sets[method][0], "zero"))
+                yield _mean(word, method, measure, fell[method], **(own if method == "contribution" else {}))
+    lost = np.array(word.lost(fed, word.chosen["contribution"], "zero"))
+    others = np.array([word.lost(fed, neurons, "zero") for neurons in sets["random"]])
+    own = {"null": float(others.mean()), "p_value": more_often(lost, np.asarray(others.any(0)))}
+    yield _mean(word, "contribution", "lost, zero", lost, **own)
+    yield _mean(word, "random", "lost, zero", others[0])
 
 
-# -- over a range of neurons -----------------------------------------------------------------------
+def more_often(one: Labels, other: Labels) -> float:
+    """The p-value that one thing is no more often so than another, on the same pictures (McNemar, exact).
 
-
-def perturb(
-    model: Model,
-    examples: Examples,
-    words: Sequence[str],
-    *,
-    prompt: str | None = None,
-    tops: Sequence[int] = (1, 10),
-    sigmas: Sequence[float] = (),
-    pictures: int = PICTURES,
-    found: Found | None = None,
-    seed: int = 0,
-) -> Perturbed:
-    """What happens to words as their top neurons are ablated or their columns perturbed, by how many.
-
-    Neurons are chosen on half of the pictures, and the others measured that show the word and whose caption
-    says it (at most `pictures` of them). `found` has captions of the pictures that need not be made again.
-
-    A row of `effects` is a word, `k`, `how` (`zero`, `mean`, or `sigma S`: S·N(0, I) is added to the columns)
-    and `set` (`top`, or `random` neurons of the same layers): the mean drop of the log-probability and of the
-    probability with its 95 % interval, and the share of captions, generated anew, that lose the
-    word.
-
-    Raises `DataError` if a word cannot be measured.
+    >>> more_often(np.ones(5, bool), np.zeros(5, bool)), more_often(np.zeros(5, bool), np.zeros(5, bool))
+    (0.03125, 1.0)
     """
-    every = count_neurons(model)
-    if wrong := [k for k in tops if not 1 <= k <= every]:
-        raise DataError(f"the top {wrong[0]} of {every} neurons; expected 1 to {every}")
-    there = study(model, examples, prompt, pictures=pictures, found=found, seed=seed)
-    measurable = find_words(there, words)
-    if lacking := set(words) - {word.word for word in measurable}:
-        raise DataError(
-            f"'{min(lacking, key=words.index)}' cannot be measured: it is not a single token that at least "
-            f"{2 * FEW} pictures show and as many do not"
-        )
-    ways = ["zero", "mean", *(f"sigma {sigma:g}" for sigma in sigmas)]
-    rows: list[dict[str, Any]] = []
-    with progress(len(measurable) * len(tops) * len(ways), what="perturbations") as step:
-        for word in measurable:
-            for k in tops:
-                rows += _effects(word, k, ways)
-                step(0, len(rows) // 2)
-    about = {"model": model.name, "weights": base_fingerprint(model), "words": list(words)}
-    return Perturbed(about, pd.DataFrame(rows))
-
-
-def _effects(word: Word, k: int, ways: Sequence[str]) -> Iterator[dict[str, Any]]:
-    """What happens to a word without its top k neurons and without as many random ones."""
-    study, fed = word.study, word.said()
-    if not fed:
-        raise DataError(f"no caption says '{word.word}' where the picture shows it")
-    base = word.log_probabilities(fed)
-    top = word.strongest(study.first & word.shown, k)
-    sets = {"top": top, "random": study.random(top, word.draw("random", k))}
-    for how in ways:
-        for name, neurons in sets.items():
-            after = word.log_probabilities(fed, neurons, how)
-            chance = np.exp(base) - np.exp(after)
-            (low,), (high,) = interval(chance[:, None])
-            row = {"word": word.word, "k": k, "how": how, "set": name, "drop_log_p": (base - after).mean()}
-            row |= {"drop_p": chance.mean(), "ci_low": low, "ci_high": high}
-            yield row | {"lost": np.mean(word.lost(fed, neurons, how)), "n": len(fed)}
+    only, apart = int((one & ~other).sum()), int((one != other).sum())
+    return float(stats.binomtest(only, apart, alternative="greater").pvalue) if apart else 1.0

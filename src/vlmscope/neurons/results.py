@@ -80,13 +80,15 @@ class Found(Result):
 @dataclass(frozen=True, eq=False)
 class Described(Result):
     """Cards of neurons: their top tokens (`cards`), their `maps` over pictures, the pictures that drive them
-    most (`driving`), and the `measures` of the words, where there are enough pictures."""
+    most (`driving`), and the `measures` of the words, where there are enough pictures; `left_out` says what
+    was not measured, and why."""
 
     what = "describe"
     cards: pd.DataFrame
     maps: pd.DataFrame
     driving: pd.DataFrame
     measures: pd.DataFrame | None = None
+    left_out: pd.DataFrame | None = None
     pictures: Mapping[str, Image.Image] | None = None
 
 
@@ -116,17 +118,16 @@ def read(folder: str | os.PathLike[str], kind: type[R] = Result) -> R:  # type: 
     Raises `StoreError` if the folder is of something else than `kind`, or a file cannot be read.
     """
     place, kinds = Path(folder), {one.what: one for one in (Found, Described, Perturbed, Assessed)}
-    what, about, values = stored.read_one(place, formats.NEURONS)
+    what, about, values, pictures = stored.read_one(place, formats.NEURONS)
     there: Any = kinds[what]
     if not issubclass(there, kind):
         raise StoreError(
             f"{place}: what `vlmscope neurons {what}` writes; expected that of `neurons {kind.what}`"
         )
-    values = {name: values.get(Path(file).stem) for name, file in _files(there).items()}
+    given: dict[str, Any] = {name: values.get(Path(file).stem) for name, file in _files(there).items()}
     if hasattr(there, "pictures"):
-        pictures = formats.pictures(place)
-        values["pictures"] = {e: open_image(Image.open(io.BytesIO(p))) for e, p in pictures.items()}
-    return there({name: value for name, value in about.items() if name != "what"}, **values)
+        given["pictures"] = {e: open_image(Image.open(io.BytesIO(p))) for e, p in pictures.items()}
+    return there({name: value for name, value in about.items() if name != "what"}, **given)
 
 
 def _files(kind: Result | type[Result]) -> dict[str, str]:

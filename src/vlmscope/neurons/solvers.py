@@ -6,7 +6,7 @@ Both see the whole model: a neuron fires at many positions, and later layers rea
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import numpy as np
@@ -77,6 +77,31 @@ class Task:
     def logits(self, caption: Wanted) -> Float[Tensor, "tokens vocabulary"]:
         """The logits that predict a caption's tokens, with the deltas added to the columns."""
         return last_logits(self.model, caption.fed, len(caption.ids), self.deltas)
+
+
+def no_deltas(model: Model, neurons: Sequence[tuple[int, int]]) -> Deltas:
+    """Nothing added to the columns of some neurons (layer, number)."""
+    width, found = model.shapes[model.speaker].width, Deltas()
+    for layer in sorted({layer for layer, _ in neurons}):
+        at = torch.tensor(sorted(n for there, n in neurons if there == layer), device=model.device)
+        found[layer] = (at, torch.zeros(width, len(at), device=model.device))
+    return found
+
+
+def steepest(task: Task, count: int) -> list[int]:
+    """The places of the neurons, among all, in whose columns the loss of what is to change is steepest.
+
+    To first order: the length of the loss' gradient in the column, at the weights as they are.
+    """
+    shape = task.model.shapes[task.model.speaker]
+    every = [(layer, n) for layer in shape.having("mlp") for n in range(shape.neurons)]
+    own = replace(task, deltas=no_deltas(task.model, every))
+    parameters = own.parameters
+    for caption in own.changed:
+        found = own.logits(caption).log_softmax(-1)
+        next(_losses(caption, found, 0.0)).backward()
+    lengths = [torch.zeros(shape.neurons) if x.grad is None else x.grad.norm(dim=0).cpu() for x in parameters]
+    return torch.cat(lengths).topk(count).indices.tolist()
 
 
 def last_logits(model: Model, fed: Inputs, count: int, deltas: Deltas) -> Tensor:

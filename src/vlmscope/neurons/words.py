@@ -21,12 +21,21 @@ from torch import Tensor
 
 from vlmscope.data import Examples, listed
 from vlmscope.data.example import Example
-from vlmscope.errors import DataError
+from vlmscope.errors import DataError, ModelError
 from vlmscope.models.inputs import Inputs
-from vlmscope.neurons.captions import LENGTH, Caption, caption_pictures, inputs_of, packed
+from vlmscope.neurons.captions import (
+    LENGTH,
+    Caption,
+    caption_pictures,
+    forced_caption,
+    image_range,
+    inputs_of,
+    packed,
+)
 from vlmscope.neurons.contributions import contributions, count_neurons, token_weights, top_share
 from vlmscope.neurons.results import Found
 from vlmscope.neurons.weight_edit import ablated, perturbed
+from vlmscope.progress import progress
 from vlmscope.runs.forward import forward, generate
 from vlmscope.runs.model import Model
 from vlmscope.sites import Point
@@ -77,21 +86,29 @@ class Study:
 
     def contributions(self, token: int, weight: Tensor) -> tuple[Array, Array]:
         """What each neuron contributes to a token in each picture: at most, and where the caption says it."""
-        flat = weight.flatten().float().cpu().numpy()
-        reach = np.where(flat >= 0, self.highest * flat, self.lowest * flat)
+        reach = _reach(weight, self.highest, self.lowest)
         found = reach.copy()
         for number, caption in enumerate(self.captions):
             if at := [n for n, other in enumerate(caption.ids) if other == token]:
                 found[number] = contributions(caption, at, weight).float().mean(0).numpy()
         return reach, found
 
+    @cached_property
+    def over_image(self) -> Array | None:
+        """Each neuron's highest and lowest activation over the image's tokens, `(2, pictures, neurons)`."""
+        found = []
+        with progress(len(self.captions), what="pictures") as step:
+            for number, caption in enumerate(self.captions, start=1):
+                ends = image_range(self.model, caption.inputs)
+                if ends is None:
+                    return None
+                found.append(ends.flatten(1).numpy())
+                step(0, number)
+        return np.stack(found, 1)
+
     def random(self, chosen: Neurons, generator: np.random.Generator) -> Neurons:
-        """As many other neurons of the same layers."""
-        found: list[int] = []
-        for layer, count in zip(*np.unique(chosen // self.width, return_counts=True), strict=True):
-            free = np.setdiff1d(np.arange(self.width) + layer * self.width, chosen)
-            found += generator.choice(free, min(count, len(free)), replace=False).tolist()
-        return np.array(found, dtype=np.int64)
+        """As many other neurons of the same layers (see `random_places`)."""
+        return random_places(chosen, self.width, generator)
 
     @contextmanager
     def without(self, neurons: Neurons, how: str, number: int = 0) -> Iterator[None]:
@@ -108,6 +125,32 @@ class Study:
             value = self.mean if how == "mean" else torch.zeros_like(self.mean)
             with ablated(self.model, {n: (numbers[n], value[torch.tensor(at)]) for n, at in places.items()}):
                 yield
+
+
+def random_places(chosen: Neurons, width: int, generator: np.random.Generator) -> Neurons:
+    """As many other neurons of the same layers, of `width` neurons each: the null of what is chosen.
+
+    Raises `ModelError` where a layer has not as many others.
+
+    >>> (random_places(np.array([1, 5, 6]), 4, np.random.default_rng(0)) // 4).tolist()
+    [0, 1, 1]
+    """
+    found: list[int] = []
+    for layer, count in zip(*np.unique(chosen // width, return_counts=True), strict=True):
+        free = np.setdiff1d(np.arange(width) + layer * width, chosen)
+        if count > len(free):
+            raise ModelError(
+                f"{count} neurons of one layer are chosen, and it has no more than {len(free)} others to "
+                "compare them with; choose fewer"
+            )
+        found += generator.choice(free, count, replace=False).tolist()
+    return np.array(found, dtype=np.int64)
+
+
+def _reach(weight: Tensor, highest: Array, lowest: Array) -> Array:
+    """How far neurons move a token at most, by their highest and lowest activations."""
+    flat = weight.flatten().float().cpu().numpy()
+    return np.where(flat >= 0, highest * flat, lowest * flat)
 
 
 def study(
@@ -158,6 +201,12 @@ class Word:
     contribution: Array
 
     @cached_property
+    def reaches(self) -> Mapping[str, Array]:
+        """`reach` over what is said, and over the image's tokens where there are such."""
+        seen = self.study.over_image
+        return {"": self.reach} if seen is None else {"": self.reach, ", image": _reach(self.weight, *seen)}
+
+    @cached_property
     def chosen(self) -> Mapping[str, Neurons]:
         """Its neurons by each method, chosen on the first half of the pictures."""
         study, which = self.study, self.study.first & self.shown
@@ -191,15 +240,27 @@ class Word:
         study, ids = self.study, self.study.captions[number].ids
         return inputs_of(study.model, study.examples[number], study.prompt, ids[: ids.index(self.token)])
 
-    def said(self) -> dict[int, Inputs]:
-        """Some pictures of the second half that show the word, and whose caption says it: what is `fed`."""
-        both = np.flatnonzero(~self.study.first & self.shown).tolist()
+    def said(self, half: Labels | None = None) -> dict[int, Inputs]:
+        """What is `fed` of some pictures of a half (the second) that show the word and say it."""
+        both = np.flatnonzero((~self.study.first if half is None else half) & self.shown).tolist()
         numbers = [n for n in both if self.token in self.study.captions[n].ids][: self.study.pictures]
         return {number: self.fed(number) for number in numbers}
 
     def strongest(self, pictures: Any, count: int | None = None) -> Neurons:
         """The neurons that contribute most to the word in some pictures, best first."""
         return best(self.contribution[pictures].mean(0), self.study.top if count is None else count)
+
+    def taking_over(self, gone: Neurons, how: str, count: int) -> Neurons:
+        """The neurons that contribute most to the word while others are `gone`, on the first half."""
+        total = np.zeros(count_neurons(self.study.model))
+        for number, fed in self.said(self.study.first).items():
+            caption = self.study.captions[number]
+            at = caption.ids.index(self.token)
+            with self.study.without(gone, how, number):
+                again, _ = forced_caption(self.study.model, caption.inputs, fed, caption.ids[: at + 1])
+            total += contributions(again, [at], self.weight)[0].float().cpu().numpy()
+        total[gone] = -np.inf
+        return best(total, count)
 
     def log_probabilities(
         self, fed: Mapping[int, Inputs], neurons: Neurons | None = None, how: str = "zero"
@@ -231,31 +292,34 @@ class Word:
         return found
 
 
-def find_words(study: Study, words: Sequence[str] | None) -> list[Word]:
-    """The words that can be measured; by default of all that pictures show.
+def find_words(study: Study, words: Sequence[str] | None) -> tuple[list[Word], dict[str, str]]:
+    """The words that can be measured, by default of all that pictures show; and why others cannot be.
 
     Raises `DataError` if there is none.
     """
     model = study.model
-    asked = sorted({w for shown in study.shows for w in shown}) if words is None else list(words)
-    found, why = [], []
-    for word in asked:
+    asked = sorted({w for shown in study.shows for w in shown}) if words is None else words
+    found, why = [], {}
+    for word in dict.fromkeys(asked):
         ids = model.family.options(model.processor, "a", word)[:-1]
         shown = np.array([word in labels for labels in study.shows], bool)
         halves = (shown[study.first], shown[~study.first])
         if len(ids) != 1 or ids[0] == model.processor.tokenizer.unk_token_id:
-            why.append(f"'{word}' is {len(ids)} tokens, or unknown")
+            why[word] = f"'{word}' is {len(ids)} tokens, or unknown"
         elif min(min(half.sum(), (~half).sum()) for half in halves) < FEW:
-            why.append(f"'{word}' is shown by {shown.sum()} of {len(shown)} pictures")
+            why[word] = (
+                f"'{word}' is shown by {shown.sum()} of {len(shown)} pictures; of each half {FEW} have to "
+                "show it, and as many not"
+            )
         else:
             (weight,) = token_weights(model, ids)
             found.append(Word(study, word, ids[0], shown, weight, *study.contributions(ids[0], weight)))
     if not found:
         raise DataError(
-            f"no word can be measured: {'; '.join(why[:5]) or 'nothing is shown'}; "
+            f"no word can be measured: {'; '.join([*why.values()][:5]) or 'nothing is shown'}; "
             f"a word is a single token that at least {2 * FEW} pictures show and as many do not"
         )
-    return found
+    return found, why
 
 
 def best(values: Array, count: int) -> Neurons:

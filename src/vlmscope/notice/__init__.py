@@ -18,7 +18,7 @@ import itertools
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -35,7 +35,7 @@ from vlmscope.data.table import read_csv, write_csv
 from vlmscope.errors import DataError, StoreError, VlmscopeError, nearest, shown
 from vlmscope.notice.spec import Spec as Spec
 from vlmscope.notice.spec import name_of
-from vlmscope.report import write_report
+from vlmscope.report import claim_report, write_report
 from vlmscope.runs.model import Model
 from vlmscope.sites import expand, parse
 from vlmscope.stored import formats
@@ -50,7 +50,7 @@ Sweep = tuple[str, str]
 """The name of a data set, and a corruption."""
 
 MODULES = ("resid", "attn", "cross", "mlp")
-SELECTION = "vlmscope-selection-1"
+SELECTION = formats.SELECTION.shape["format"]
 MANY = 12
 """A group with more values than this (an id, a noun) is no group to report on."""
 
@@ -72,7 +72,7 @@ def run(spec: Spec, out: str | os.PathLike[str], say: Say = lambda text: None) -
         spec.save(folder / "notice.toml")
     parts = _Pipeline(spec, folder, model, sites, say)
     sets = {name_of(one): parts.examples(one) for one in spec.data}
-    sweeps = list(_sweeps(spec, sets, say))
+    sweeps = _sweeps(spec, sets, say)
     parts.estimate(sets, sweeps)
     runs: dict[Sweep, Run] = {}
     bases: dict[Sweep, pd.DataFrame] = {}
@@ -122,9 +122,7 @@ class Notice:
 def read(folder: str | os.PathLike[str]) -> Notice:
     """What `run` has written; raises `StoreError` where that is not all there yet."""
     path, way_out = Path(folder), "run the same command again"
-    chosen = stored.table(
-        path / "selection.csv", formats.SELECTION, f"this notice run is not finished; {way_out}"
-    )
+    chosen = stored.read(path, formats.SELECTION)[1]["selection"]
     spec = Spec.from_toml(path / "notice.toml")
     runs, there = {}, {run.name: run for run in path.glob("runs/*")}
     for name, corrupt in chosen[["data", "corruption"]].drop_duplicates().itertuples(index=False):
@@ -160,6 +158,7 @@ def _check_folder(spec: Spec, folder: Path) -> None:
             )
     files.claim(folder, "selection.json", SELECTION, ["selection.csv"])
     circuits.Found.claim(folder / "circuits")
+    claim_report(folder / "report.html")
     if not file.exists():
         return
     there, here = Spec.from_toml(file), spec._absolute()
@@ -175,6 +174,10 @@ def _check_places(spec: Spec, model: Model, sites: Sequence[str]) -> None:
     """Refuse sites and a position that are not there, before anything is written."""
     few = [examples(d, limit=6 if d in BUILT_IN else spec.limit, seed=spec.seed) for d in spec.data]
     given = list(itertools.chain(*few))
+    if not set(spec.data) & set(BUILT_IN):  # of which only a few are looked at here, and all have pairs
+        sets = zip(spec.data, few, strict=True)
+        paired = {name_of(data): _with_prompts(spec, model, some)[0] for data, some in sets}
+        _sweeps(spec, paired, lambda text: None)
     check_sites(model, given, sites)
     if not any(part.part == "h" for site in expand(parse(sites), model.shapes) for part in site.parts):
         raise VlmscopeError("notice: no site is a head; add some, such as 'encoder.*.cross.h*@answer'")
@@ -186,14 +189,32 @@ def _check_places(spec: Spec, model: Model, sites: Sequence[str]) -> None:
         )
 
 
-def _sweeps(spec: Spec, sets: Mapping[str, Sequence[Example]], say: Say) -> Iterator[Sweep]:
+def _sweeps(spec: Spec, sets: Mapping[str, Sequence[Example]], say: Say) -> list[Sweep]:
+    """Each set with each corruption that it has something for; raises `DataError` if that is none."""
+    found = []
     for name, some in sets.items():
         for corrupt in spec.corrupt:
             lacks = {"image": "corrupt_image", "text": "corrupt_prompt"}.get(corrupt)
             if lacks and all(getattr(one, lacks) is None for one in some):
                 say(f"{name}: no example has a {lacks.replace('_', ' ')}; that corruption is left out")
             else:
-                yield name, corrupt
+                found.append((name, corrupt))
+    if not found:
+        what = " and ".join(spec.corrupt)
+        raise DataError(
+            f"no example of {', '.join(sets)} has what the corruption {what} needs; fill corrupt_image_path "
+            "or corrupt_prompt, or corrupt by noise"
+        )
+    return found
+
+
+def _with_prompts(
+    spec: Spec, model: Model, some: Sequence[Example]
+) -> tuple[Sequence[Example], dict[str, int]]:
+    """Examples with corrupt prompts that align, where these are asked for, and how they came by them."""
+    if "text" not in spec.corrupt:
+        return some, {}
+    return replace_words(some, pieces=partial(pieces, model.processor.tokenizer), seed=spec.seed)
 
 
 @dataclass(frozen=True)
@@ -209,6 +230,7 @@ class _Pipeline:
     def examples(self, data: str) -> list[Example]:
         """The examples of one set, their pictures on disk, with corrupt prompts that align."""
         spec = self.spec
+        found: Sequence[Example]
         if data in BUILT_IN:
             file = self.folder / "data" / f"{data}.csv"
             if not file.exists():
@@ -216,12 +238,11 @@ class _Pipeline:
             found = read_csv(file)
         else:
             found = examples(data, limit=spec.limit)
-        if "text" in spec.corrupt:
-            split = partial(pieces, self.model.processor.tokenizer)
-            found, counts = replace_words(found, pieces=split, seed=spec.seed)
+        found, counts = _with_prompts(spec, self.model, found)
+        if counts:
             lines = ", ".join(f"{many} {what}" for what, many in counts.items() if many)
             self.say(f"{name_of(data)}: {len(found)} examples; corrupt prompts: {lines}")
-        return found
+        return list(found)
 
     def estimate(self, sets: Mapping[str, list[Example]], sweeps: Sequence[Sweep]) -> None:
         """Say what the sweeps will take, before they start; raise `StoreError` if the disk is too small."""

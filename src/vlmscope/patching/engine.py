@@ -8,8 +8,10 @@ no row.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
+from functools import cache
 from itertools import groupby
 from typing import Any
 
@@ -18,13 +20,15 @@ from jaxtyping import Bool
 from torch import Tensor
 
 from vlmscope.errors import RoomError
-from vlmscope.models.inputs import Pair
+from vlmscope.models.inputs import CUTS, Pair
 from vlmscope.patching.flows import INSIDE, Flow, Job, Plain, Row, Rows, around, keeping
 from vlmscope.patching.reference import Values
 from vlmscope.patching.scores import Baselines, Metric, Patched, Score, score, unpatched
+from vlmscope.patching.sources import origins_of
 from vlmscope.patching.suffix import Suffix, remembering
 from vlmscope.patching.trace import Images, given, trace
 from vlmscope.runs.access import INNER
+from vlmscope.runs.forward import read
 from vlmscope.runs.network import Network
 from vlmscope.sites import KINDS, Point, Site, Sites, points_of
 
@@ -40,6 +44,7 @@ def patch(
     sites: Sites,
     direction: str = "denoise",
     *,
+    sources: Sequence[Site] | None = None,
     values: Values | None = None,
     metric: str | Metric = "ld",
     images: Images | None = None,
@@ -49,12 +54,16 @@ def patch(
     `images` keeps the vision tower's outputs from one call to the next, for pairs that share an image.
     """
     sites, count = network.placed(sites, pair.clean), len(pair.answers)
+    origins = [origins_of(*one) for one in zip(sites, sources or sites, strict=True)]
     images = Images() if images is None else images
     plain = [(pair.clean, ()), (pair.corrupt, pair.edits)]
     if pair.clean is pair.corrupt and not pair.edits:
         plain = plain[:1]
     base_at = 0 if direction == "noise" else len(plain) - 1
-    points, memory, traces = _points(network, pair, sites), dict[str, Any](), []
+    cut = values if isinstance(values, str) else None
+    points, memory, traces = _points(network, pair, sites, cut is not None), dict[str, Any](), []
+    if cut is None:
+        points |= {origin.point for some in origins for origin in some}
     for number, (inputs, edits) in enumerate(plain):
         with ExitStack() as stack:
             if number == base_at:
@@ -62,28 +71,29 @@ def patch(
             traces.append(trace(network, inputs, edits, points, images, count))
     base = traces[base_at]
     found, clean, corrupt, size = unpatched(traces[0].logits, traces[-1].logits, pair, metric)
-    source, shifts = traces[len(traces) - 1 - base_at].values, [0] * len(sites)
-    if values is not None and any(isinstance(key, Site) for key in values):
-        source, shifts = given(network, base.values, sites, values)  # type: ignore[arg-type]
-    elif values is not None:
-        source = values  # type: ignore[assignment]
+    source: Mapping[Point, Tensor] = traces[len(traces) - 1 - base_at].values
+    if isinstance(values, Mapping):
+        source = values
+    elif values is not None and not isinstance(values, str):
+        source, origins = given(network, base.values, sites, values)
     inputs, edits = plain[base_at]
-    job = Job(network, inputs, network.changes(inputs, edits), base, source, memory, count)
-    chunks = _chunks(job, sites, shifts, found, metric, clean if direction == "noise" else corrupt)
+    job = Job(network, inputs, network.changes(inputs, edits), base, source, memory, count, cut)
+    chunks = _chunks(job, sites, origins, found, metric, clean if direction == "noise" else corrupt)
     return Patched(clean, corrupt, size, chunks)
 
 
-def _points(network: Network, pair: Pair, sites: Sequence[Site]) -> set[Point]:
-    """What the plain runs have to keep: the sites, what positions need to pass a block alone, and the ends
-    of the towers that are patched inside."""
-    points = points_of(sites)
-    for tower, layer, kind, _ in list(points):
+def _points(network: Network, pair: Pair, sites: Sequence[Site], are_edges: bool) -> set[Point]:
+    """What the plain runs have to keep: the sites (but edges, which nothing is copied to), what positions
+    need to pass a block alone, and the ends of the towers that are patched inside."""
+    patched = points_of(sites)
+    points = set() if are_edges else set(patched)
+    for tower, layer, kind, _ in patched:
         shape = network.shapes[tower]
         if network.flow(tower, pair.clean) == "plain":
             continue
         if kind != "output":
             points.add(Point(tower, shape.layers - 1, "resid"))
-        if kind in INSIDE:
+        if kind in INSIDE and not are_edges:
             heads, entrance = around(tower, layer)
             points.update([heads, entrance] if layer in shape.having("attn") else [entrance])
         if network.family.towers[tower].deepstack:
@@ -104,27 +114,39 @@ def _remember(network: Network, pair: Pair, memory: dict[str, Any], stack: ExitS
 
 
 def plan(
-    job: Job, sites: Sequence[Site], shifts: Sequence[int]
+    job: Job, sites: Sequence[Site], origins: Sequence[Sequence[Site]]
 ) -> tuple[list[tuple[int, str, Row]], list[int]]:
     """The rows, each with the number of its tower and its flow, in the order in which they are taken, and the
     numbers of the patches that need none."""
-    changed = {point: _changed(job, point).cpu().numpy() for point in points_of(sites)}
+    changed = cache(lambda point: _changed(job, point).cpu().numpy())
     towers = list(job.network.family.towers)
 
-    def changes(part: Site, shift: int) -> bool:
-        there = changed[part.point][[shift + position for position in part.positions]]
-        return bool((there[:, list(part.units)] if part.units else there).any())
+    def changes(part: Site, origin: Site) -> bool:
+        here, there = job.base.values[part.point], job.source[origin.point]
+        if part != origin or here.shape != there.shape:
+            new = read(job.network, there, origin).to(here)
+            return not torch.equal(read(job.network, here, part), new)
+        differ = changed(part.point)[list(part.positions)]
+        return bool((differ[:, list(part.units)] if part.units else differ).any())
 
     rows: list[tuple[int, str, Row]] = []
     idle = []
-    for number, (site, shift) in enumerate(zip(sites, shifts, strict=True)):
+    for number, (site, some) in enumerate(zip(sites, origins, strict=True)):
         # What comes before the first change writes what is there already; after it, a value
         # that both runs share still undoes what the change has done to it.
-        parts = sorted(site.parts, key=lambda p: (towers.index(p.tower), p.layer, KINDS.index(p.kind)))
-        reaching = [part for part in parts if _reaches(job, part)]
-        first = next((n for n, part in enumerate(reaching) if changes(part, shift)), len(reaching))
-        if live := tuple(reaching[first:]):
-            row = Row(number, live, _stage(job, live), shift)
+        parts = sorted(
+            zip(site.parts, some, strict=True),
+            key=lambda one: (towers.index(one[0].tower), one[0].layer, KINDS.index(one[0].kind)),
+        )
+        if job.cut:
+            seeing = (_seeing(job, part) for part, _ in parts)
+            parts, first = [(part, part) for part in seeing if part.positions], 0
+        reaching = [one for one in parts if _reaches(job, one[0])]
+        if not job.cut:
+            first = next((n for n, one in enumerate(reaching) if changes(*one)), len(reaching))
+        if reaching[first:]:
+            live, there = zip(*reaching[first:], strict=True)
+            row = Row(number, live, there, _stage(job, live))
             rows.append((towers.index(live[0].tower), _flow(job, live), row))
         else:
             idle.append(number)
@@ -136,6 +158,8 @@ def _flow(job: Job, live: Sequence[Site]) -> str:
     rows."""
     towers, kinds = {site.tower for site in live}, {site.kind for site in live}
     mixed = len(towers) > 1 or (len(kinds) > 1 and "output" in kinds)
+    # Functions and edges of the base run are of all positions, and not of a row's alone.
+    mixed = mixed or any(callable(change.op) or change.op in CUTS for change in job.changes)
     if mixed or "deepstack" in kinds or any(site.part in INNER for site in live):
         return "plain"
     return job.network.flow(live[0].tower, job.inputs)
@@ -149,7 +173,7 @@ def _stage(job: Job, live: Sequence[Site]) -> int:
     within = (*INSIDE, "resid")
     own = any(c.site.tower == site.tower and c.site.kind in within for c in job.changes)
     together = len(live) > 1 and live[1].layer == site.layer
-    if site.kind == "resid_pre" or (site.kind in INSIDE and (own or together)):
+    if site.source or site.kind == "resid_pre" or (site.kind in INSIDE and (own or together)):
         return site.layer
     return site.layer + 1
 
@@ -157,9 +181,20 @@ def _stage(job: Job, live: Sequence[Site]) -> int:
 def _changed(job: Job, point: Point) -> Bool[Tensor, "pos *units"]:
     """Where the source differs from the base run at a point."""
     base, source = job.base.values[point][0], job.source[point][0]
-    differ = (source.unflatten(0, (-1, len(base))) != base).flatten(0, 1)
+    differ = source != base
     units = job.network.units(point)
     return (differ if units is None else differ.unflatten(-1, (units, -1))).any(-1)
+
+
+def _seeing(job: Job, site: Site) -> Site:
+    """An edge at those of its positions that see any of its sources, as far as the base run's masks say."""
+    memory = job.memory.get(site.tower)
+    if memory is None or site.kind != "attn" or job.network.flow(site.tower, job.inputs) != "suffix":
+        return site
+    path = job.network.family.towers[site.tower].attention[site.kind]
+    seen = memory.kept[job.network.blocks(site.tower)[site.layer].get_submodule(path)].open.cpu()
+    sees = seen[list(site.positions)][:, list(site.sources)].any(-1).tolist()
+    return replace(site, positions=tuple(n for n, one in zip(site.positions, sees, strict=True) if one))
 
 
 def _reaches(job: Job, site: Site) -> bool:
@@ -177,13 +212,13 @@ def _reaches(job: Job, site: Site) -> bool:
 def _chunks(
     job: Job,
     sites: Sequence[Site],
-    shifts: Sequence[int],
+    origins: Sequence[Sequence[Site]],
     base: Baselines,
     metric: str | Metric,
     unchanged: Score,
 ) -> Iterator[tuple[list[int], Score]]:
     """The scores of all patches, a batch of rows at a time."""
-    planned, idle = plan(job, sites, shifts)
+    planned, idle = plan(job, sites, origins)
     if idle:
         yield idle, Score(*(x.expand(len(idle)).clone() for x in unchanged))
     for (number, name), group in groupby(planned, key=lambda entry: entry[:2]):

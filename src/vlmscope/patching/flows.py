@@ -13,9 +13,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from vlmscope.models.inputs import Change, Edit, Inputs
+from vlmscope.models.inputs import Change, Cut, Edit, Inputs
 from vlmscope.patching.trace import Trace, edited_output
-from vlmscope.runs.access import hook
+from vlmscope.runs.access import cut, edges_of, hook, unpadded
+from vlmscope.runs.edges import Edges
 from vlmscope.runs.forward import editing, forward, read
 from vlmscope.runs.hooks import Hooks
 from vlmscope.runs.network import SUBLAYERS, Network
@@ -29,27 +30,28 @@ INSIDE = (*SUBLAYERS, "resid_mid")
 class Row:
     """One patch: its number in the sweep, what it sets, and the stage of its tower it joins at.
 
-    `sites` are of one layer each, in the order in which the model computes them. Stage L is the entrance of
-    block L; the stage behind the last block is its output, the next one the tower's. `shift` says how far
-    behind the positions of the run the source's values stand.
+    `sites` are of one layer each, in the order in which the model computes them, `origins` says for each
+    where its values stand in the source. Stage L is the entrance of block L; the stage behind the last block
+    is its output, the next one the tower's.
     """
 
     number: int
     sites: tuple[Site, ...]
+    origins: tuple[Site, ...]
     stage: int
-    shift: int = 0
 
 
 @dataclass(frozen=True, eq=False)
 class Cell:
-    """One write: a row and position of a batch gets the source's value for the position `source` of a
-    run, which stands `shift` behind it."""
+    """One write: a row and position of a batch, which is the position `at` of a run, gets the source's value
+    for the position `taken` of `origin`."""
 
     row: int
     position: int
     site: Site
-    source: int
-    shift: int
+    at: int
+    origin: Site
+    taken: int
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,7 +59,7 @@ class Job:
     """What patches are made in: the base run, its own edits, and the activations that are copied into it.
 
     `memory` is what flows keep of the base run, by tower; `positions` are so many last ones whose logits are
-    scored.
+    scored. `cut` is what is done to the sites where these are edges.
     """
 
     network: Network
@@ -67,6 +69,7 @@ class Job:
     source: Mapping[Point, Tensor]
     memory: Mapping[str, Any]
     positions: int
+    cut: Cut | None = None
 
     @property
     def edits(self) -> list[Edit]:
@@ -117,7 +120,7 @@ class Flow(ExitStack):
             entrance = base.entrance(self.tower, stage)
         parts = [self.hidden.to(entrance), *(entrance[:, self.begins[i] :] for i, _ in new)]
         self.hidden = torch.cat(parts, self.along)
-        cells = self.cells((i, row, row.sites[0]) for i, row in new)
+        cells = self.cells((i, row, 0) for i, row in new)
         if behind := [c for c in cells if c.site.kind in ("resid", "output")]:
             self.write(self.hidden, behind, self.hidden.shape)
             rows, positions, at = _places(behind)
@@ -151,9 +154,12 @@ class Flow(ExitStack):
     def block(self, layer: int) -> None:
         """All rows that have joined pass a block, and are patched in it."""
         joined = [(i, row) for i, row in enumerate(self.rows) if row.stage <= layer]
-        cells = self.cells((i, row, site) for i, row in joined for site in row.sites if site.layer == layer)
+        sites = [(i, row, n) for i, row in joined for n, site in enumerate(row.sites) if site.layer == layer]
+        edges = [(i, row.sites[n]) for i, row, n in sites if row.sites[n].source]
+        cells = self.cells(sites)
         with Hooks() as hooks:
             self.edit(hooks, layer, joined)
+            self.cut(hooks, layer, edges)
             self.hidden = self.call(layer, self.hidden, cells)
 
     def call(
@@ -173,21 +179,28 @@ class Flow(ExitStack):
             out = self.job.network.blocks(self.tower)[layer](hidden, *args[1:], **kwargs)
         return self.added(layer, out if isinstance(out, Tensor) else out[0], at)
 
-    def cells(self, sites: Iterable[tuple[int, Row, Site]]) -> list[Cell]:
-        """The writes of some rows' sites."""
-        return [Cell(*self.place(i, p), site, p, row.shift) for i, row, site in sites for p in site.positions]
+    def cells(self, sites: Iterable[tuple[int, Row, int]]) -> list[Cell]:
+        """The writes of some rows' sites, by the sites' numbers in the row; an edge has none."""
+        return [
+            Cell(*self.place(i, at), row.sites[n], at, row.origins[n], taken)
+            for i, row, n in sites
+            if not row.sites[n].source
+            for at, taken in zip(row.sites[n].positions, row.origins[n].positions, strict=True)
+        ]
 
     def write(self, x: Tensor, cells: Sequence[Cell], shape: torch.Size) -> Tensor:
         """Write the source's values into cells of one point's activation, in place; `shape` gives rows and
         positions, which may have been laid end to end."""
-        point = cells[0].site.point
-        units = self.job.network.units(point) or 1
-        numbers = [
-            (c.row, c.position, c.source + c.shift, unit) for c in cells for unit in c.site.units or (0,)
-        ]
-        row, position, source, unit = torch.tensor(numbers, device=x.device).T
-        values = self.job.source[point][0].unflatten(-1, (units, -1))
-        x.view(*shape[:2], -1).unflatten(-1, (units, -1))[row, position, unit] = values[source, unit].to(x)
+        units = self.job.network.units(cells[0].site.point) or 1
+        there = x.view(*shape[:2], -1).unflatten(-1, (units, -1))
+        by_origin: dict[Point, list[tuple[int, ...]]] = defaultdict(list)
+        for c in cells:
+            each = zip(c.site.units or (0,), c.origin.units or (0,), strict=True)
+            by_origin[c.origin.point] += [(c.row, c.position, unit, c.taken, other) for unit, other in each]
+        for point, numbers in by_origin.items():
+            row, position, unit, taken, other = torch.tensor(numbers, device=x.device).T
+            values = self.job.source[point][0].unflatten(-1, (self.job.network.units(point) or 1, -1))
+            there[row, position, unit] = values[taken, other].to(x)
         return x
 
     # -- what differs ----------------------------------------------------------------------------
@@ -202,6 +215,16 @@ class Flow(ExitStack):
 
     def edit(self, hooks: Hooks, layer: int, joined: Sequence[tuple[int, Row]]) -> None:
         """Make the base run's own edits in a block."""
+        raise NotImplementedError
+
+    def cut(self, hooks: Hooks, layer: int, sites: Sequence[tuple[int, Site]]) -> None:
+        """Cut the edges that rows lose in a block."""
+        for kind in dict.fromkeys(site.kind for _, site in sites):
+            some = [(i, site) for i, site in sites if site.kind == kind]
+            cut(hooks, self.job.network, self.tower, layer, kind, partial(self.edges, some))
+
+    def edges(self, sites: Sequence[tuple[int, Site]], queries: int, keys: int) -> list[Edges]:
+        """The edges of some rows' sites in a call of attention with so many queries and keys."""
         raise NotImplementedError
 
     def added(self, layer: int, hidden: Tensor, at: Sequence[int] | None) -> Tensor:
@@ -220,7 +243,7 @@ def around(tower: str, layer: int) -> tuple[Point, Point]:
 
 def _places(cells: Sequence[Cell]) -> tuple[list[int], list[int], list[int]]:
     """The rows, the positions in the batch, and the positions in a run."""
-    return [c.row for c in cells], [c.position for c in cells], [c.source for c in cells]
+    return [c.row for c in cells], [c.position for c in cells], [c.at for c in cells]
 
 
 class Plain(Flow):
@@ -241,9 +264,11 @@ class Plain(Flow):
     def leave(self) -> Float[Tensor, "rows positions vocabulary"]:
         job, (row,) = self.job, self.rows
         edits = job.edits
-        for site in row.sites:
-            there = replace(site, positions=tuple(position + row.shift for position in site.positions))
-            edits.append(Edit(site, "set", read(job.network, job.source[site.point], there)))
+        for site, origin in zip(row.sites, row.origins, strict=True):
+            if job.cut:
+                edits.append(Edit(site, job.cut))
+            else:
+                edits.append(Edit(site, "set", read(job.network, job.source[origin.point], origin)))
         return forward(job.network, job.inputs, edits, positions=job.positions).logits[None]
 
 
@@ -263,6 +288,17 @@ class Rows(Flow):
 
     def edit(self, hooks: Hooks, layer: int, joined: Sequence[tuple[int, Row]]) -> None:
         hooks.enter_context(editing(self.job.network, self.job.inputs, self.job.edits))
+
+    def edges(self, sites: Sequence[tuple[int, Site]], queries: int, keys: int) -> list[Edges]:
+        """Rows have keys of their own, or share those of the image."""
+        job, found = self.job, []
+        for i, site in sites:
+            one = edges_of(job.network, job.inputs, site, str(job.cut))
+            there = len(unpadded(job.inputs.layout[site.reads or site.tower]))
+            behind = i * there if keys > there else 0
+            targets = [i * self.hidden.shape[1] + n for n in one.targets]
+            found.append(one._replace(targets=targets, sources=[n + behind for n in one.sources]))
+        return found
 
     def leave(self) -> Float[Tensor, "rows positions vocabulary"]:
         job, family, tower = self.job, self.job.network.family, self.tower

@@ -1,22 +1,23 @@
-"""What is written instead of the other run's activations: nothing, a mean over a set, another example's.
+"""Where what is written comes from: another place, or instead of the other run nothing, a mean over a set,
+another example's run.
 
 Positions of two examples correspond by their slots (`layout.slots`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Sequence
 from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
-from vlmscope.errors import ExampleError, VlmscopeError
+from vlmscope.errors import ExampleError, SiteError, VlmscopeError, shown
 from vlmscope.layout import slots
 from vlmscope.models.inputs import Inputs
-from vlmscope.runs.forward import forward
+from vlmscope.runs.forward import forward, read
 from vlmscope.runs.network import Network
-from vlmscope.sites import Point
+from vlmscope.sites import Point, Site
 
 Source = Literal["clean", "zero", "mean", "resample"]
 """`clean`: the other run of the pair. The others ablate: zeros, the mean over the examples' clean runs at
@@ -27,6 +28,75 @@ def check_source(source: str) -> None:
     """Raises `VlmscopeError` for a source that there is not."""
     if source not in get_args(Source):
         raise VlmscopeError(f"unknown patch '{source}'; expected one of {', '.join(get_args(Source))}")
+
+
+def crossed(
+    network: Network, sites: Sequence[Site], sources: Sequence[Site], inputs: Inputs
+) -> list[tuple[Site, Site]]:
+    """Every source with every site, as placed in one run: back-patching, and cross-site patching in general.
+
+    Where both are patterns of positions (`image*`) the first goes with the first and so on; where one source
+    is a single patch it goes with all. Raises `SiteError` where numbers of positions, units or layers differ.
+
+    >>> from vlmscope.checkpoint import load
+    >>> from vlmscope.data import examples
+    >>> model = load("toy-llava")
+    >>> inputs = model.prepare(examples("states", limit=1)[0]).clean
+    >>> first, second = (Site("decoder", layer, "resid", position="image") for layer in (0, 3))
+    >>> [(str(site), str(source)) for site, source in crossed(model, [first], [second], inputs)]
+    [('decoder.0.resid@image', 'decoder.3.resid@image')]
+    """
+    places = {site: network.places(site, inputs) for site in dict.fromkeys([*sites, *sources])}
+    found: list[tuple[Site, Site]] = []
+    for site in sites:
+        for source in sources:
+            there, here = places[site], places[source]
+            if len(here) not in (1, len(there)):
+                raise SiteError(
+                    f"{shown(source)} names {len(here)} patches here and {shown(site)} {len(there)}; "
+                    "expected as many, or one that goes into all"
+                )
+            found += zip(there, here * len(there) if len(here) == 1 else here, strict=True)
+    for site, source in found:
+        for part, origin in zip(site.parts, origins_of(site, source), strict=True):
+            numbers = [(len(one.positions), len(one.units)) for one in (part, origin)]
+            if numbers[0] != numbers[1]:
+                named = [
+                    f"{p} position{'s' * (p != 1)}" + f" of {u} unit{'s' * (u != 1)}" * bool(u)
+                    for p, u in numbers
+                ]
+                raise SiteError(
+                    f"{shown(origin)} has {named[1]}, {shown(part)} has {named[0]}; expected as many in both"
+                )
+    return found
+
+
+def origins_of(site: Site, source: Site) -> tuple[Site, ...]:
+    """Where each part of a patch has its value from; one source goes into all layers of a window."""
+    parts, found = site.parts, source.parts
+    if len(found) not in (1, len(parts)):
+        raise SiteError(
+            f"{shown(source)} has {len(found)} parts here and {shown(site)} {len(parts)}; expected as "
+            "many, or one that goes into all"
+        )
+    return found * len(parts) if len(found) == 1 else found
+
+
+def check_widths(network: Network, pairs: Iterable[tuple[Site, Site]], inputs: Inputs) -> None:
+    """Raises `SiteError` for a place whose values have another width than those that go there."""
+    each = {
+        (part.point, origin.point): (part, origin)
+        for site, source in pairs
+        for part, origin in zip(site.parts, origins_of(site, source), strict=True)
+    }
+    values = forward(network, inputs, keep={point for both in each for point in both}).values
+    for part, origin in each.values():
+        here, there = (read(network, values[one.point], one).shape[1] for one in (part, origin))
+        if here != there:
+            raise SiteError(
+                f"what stands at {shown(origin)} is {there} wide, at {shown(part)} {here}; expected as wide: "
+                "name a source of the same kind or tower"
+            )
 
 
 def zeros(network: Network, inputs: Inputs, points: Collection[Point]) -> dict[Point, Tensor]:

@@ -23,11 +23,12 @@ from torch import Tensor
 
 from vlmscope.errors import ModelError
 from vlmscope.patching.flows import Cell, Flow, Job, Row
-from vlmscope.runs.access import hook
+from vlmscope.runs.access import edges_of, hook
+from vlmscope.runs.edges import Edges
 from vlmscope.runs.forward import edited
 from vlmscope.runs.hooks import Hooks, Plain
 from vlmscope.runs.network import Network
-from vlmscope.sites import Point
+from vlmscope.sites import Point, Site
 
 ALONG = {
     "position_embeddings": -2,
@@ -48,6 +49,7 @@ class Suffix(Flow):
         self.memory: Memory = job.memory[tower]
         self.length = len(self.memory.starts)
         self.offsets = [0, *accumulate(self.length - begin for begin in self.begins)]
+        self.lost: dict[int, list[Edges]] = {}
 
     def __enter__(self) -> Suffix:
         self.enter_context(self.job.network.attending(self.tower, self._attend))
@@ -63,9 +65,12 @@ class Suffix(Flow):
             return
         begins = [begin for begin, row in zip(self.begins, self.rows, strict=True) if row.stage <= stage]
         groups = defaultdict(list)  # rows that begin at the same position
-        for offset, begin in zip(self.offsets, begins, strict=False):
-            groups[begin].append(torch.arange(offset, offset + self.length - begin))
-        self.groups = [(begin, torch.stack(at).to(self.hidden.device)) for begin, at in groups.items()]
+        for i, begin in enumerate(begins):
+            groups[begin].append(i)
+        self.groups = [
+            (begin, some, torch.stack([torch.arange(self.length - begin) + self.offsets[i] for i in some]))
+            for begin, some in groups.items()
+        ]
         self.tokens = torch.cat([torch.arange(n, self.length) for n in begins]).to(self.hidden.device)
 
     def _attend(
@@ -75,14 +80,29 @@ class Suffix(Flow):
         scale = kw.get("scaling")
         scale = q.shape[-1] ** -0.5 if scale is None else scale
         out, kept = torch.empty_like(q[0]), self.memory.kept[module]  # heads, tokens, width
-        for begin, at in self.groups:
+        for begin, some, at in self.groups:
             at = at.to(q.device)
-            out[:, at] = _attend(q[0][:, at], k[0][:, at], v[0][:, at], kept, begin, scale, kw.get("softcap"))
+            own = q[0][:, at], k[0][:, at], v[0][:, at]
+            lost = [(n, edge) for n, i in enumerate(some) for edge in self.lost.get(i, ())]
+            out[:, at] = _attend(*own, kept, begin, scale, kw.get("softcap"), lost)
         return out.transpose(0, 1)[None], None
 
     def _alone(self, layer: int, cells: Sequence[Cell]) -> None:
         with self.job.network.attending(self.tower, _nothing):
             super()._alone(layer, cells)
+
+    def cut(self, hooks: Hooks, layer: int, sites: Sequence[tuple[int, Site]]) -> None:
+        """Self-attention is our own here, and leaves them out itself."""
+        super().cut(hooks, layer, [(i, site) for i, site in sites if site.kind != "attn"])
+        self.lost = defaultdict(list)
+        for i, site in sites:
+            if site.kind == "attn":
+                one = edges_of(self.job.network, self.job.inputs, site, str(self.job.cut), -self.begins[i])
+                self.lost[i].append(one)
+
+    def edges(self, sites: Sequence[tuple[int, Site]], queries: int, keys: int) -> list[Edges]:
+        found = [(i, edges_of(self.job.network, self.job.inputs, s, str(self.job.cut))) for i, s in sites]
+        return [one._replace(targets=[self.place(i, n)[1] for n in one.targets]) for i, one in found]
 
     def place(self, row: int, position: int) -> tuple[int, int]:
         return 0, self.offsets[row] + position - self.begins[row]
@@ -241,8 +261,9 @@ def _attend(
     begin: int,
     scale: float,
     cap: float | None,
+    lost: Sequence[tuple[int, Edges]] = (),
 ) -> Float[Tensor, "heads rows own width"]:
-    """Rows that begin at the same position."""
+    """Rows that begin at the same position; `lost` are the edges that some of them, by number, do without."""
     heads, rows, own, width = q.shape
     kv = k.shape[0]
     # Queries of all rows, and of all heads that share keys, in one product with the prefix.
@@ -254,10 +275,25 @@ def _attend(
     if cap is not None:
         scores = cap * torch.tanh(scores / cap)
     scores = scores.masked_fill(~kept.open[begin:], -torch.inf)
+    for place in _places(lost, heads, "block"):
+        scores[place] = -torch.inf
     if scores.dtype.itemsize < 4 or kept.coarse:
         scores = scores.float()
     paid = scores.softmax(-1).to(q.dtype)
+    if lost:  # what has nothing left reads nothing
+        paid = paid.masked_fill(scores.amax(-1, keepdim=True) == -torch.inf, 0.0)
+    for place in _places(lost, heads, "zero"):
+        paid[place] = 0.0
     left, right = paid[..., :begin], paid[..., begin:]
     prefix = left.reshape(kv, heads // kv * rows * own, begin) @ kept.values[:, :begin]
     mine = right.reshape(kv, heads // kv, rows, own, own) @ v[:, None]
     return prefix.view(heads, rows, own, width) + mine.view(heads, rows, own, width)
+
+
+def _places(lost: Sequence[tuple[int, Edges]], heads: int, op: str) -> Iterator[tuple[Any, ...]]:
+    """Where edges are in `(heads, rows, own, pos)`."""
+    for row, edge in lost:
+        if edge.op == op:
+            some = torch.tensor(list(edge.heads or range(heads)))
+            targets, sources = torch.tensor(edge.targets), torch.tensor(edge.sources)
+            yield some[:, None, None], row, targets[:, None], sources

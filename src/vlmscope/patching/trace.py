@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -107,25 +107,17 @@ def edited_output(network: Network, output: Tensor, tower: str, changes: Sequenc
 
 
 def given(
-    network: Network, base: Mapping[Point, Tensor], sites: Sequence[Site], values: Mapping[Site, Tensor]
-) -> tuple[dict[Point, Tensor], list[int]]:
-    """A run that has the given values at the sites, and for each site how far behind its values stand.
-
-    Sites that share a place have values of their own there: each point's positions come as often, end to
-    end, as is needed.
-    """
+    network: Network, base: Mapping[Point, Tensor], sites: Sequence[Site], values: Sequence[Tensor]
+) -> tuple[dict[Point, Tensor], list[tuple[Site, ...]]]:
+    """What is written at each site, end to end by point, and where each site's value stands there."""
     found: dict[Point, list[Tensor]] = defaultdict(list)
-    taken: dict[Point, list[set[tuple[int | None, int]]]] = defaultdict(list)
-    shifts = []
-    for site in sites:
-        point = site.point
-        places = {(unit, position) for position in site.positions for unit in site.units or (None,)}
-        turn = next((n for n, there in enumerate(taken[point]) if not there & places), None)
-        if turn is None:
-            turn = len(found[point])
-            found[point].append(base[point])
-            taken[point].append(set())
-        taken[point][turn] |= places
-        found[point][turn] = edited(found[point][turn], site, "set", values[site], network.units(point))
-        shifts.append(turn * base[point].shape[1])
-    return {point: torch.cat(parts, 1) for point, parts in found.items()}, shifts
+    ends: dict[Point, int] = defaultdict(int)
+    origins: list[tuple[Site, ...]] = []
+    for site, value in zip(sites, values, strict=True):
+        point, many = site.point, len(site.positions)
+        alone = replace(site, positions=tuple(range(many)))
+        there = base[point][:, list(site.positions)]
+        found[point].append(edited(there, alone, "set", value, network.units(point)))
+        origins.append((replace(site, positions=tuple(range(ends[point], ends[point] + many))),))
+        ends[point] += many
+    return {point: torch.cat(parts, 1) for point, parts in found.items()}, origins

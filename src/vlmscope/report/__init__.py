@@ -1,8 +1,8 @@
-"""The report of run folders, and its figures: `write_report`, `figures`, `image_maps`, `ranking`.
+"""The report of folders, and its figures: `write_report`, `claim_report`, `figures`, `image_maps`, `ranking`.
 
 No model and no network is needed; neither torch nor transformers is imported.
 """
 
-from vlmscope.report.page import write_report
+from vlmscope.report.page import claim_report, write_report
 
-__all__ = ["write_report"]
+__all__ = ["claim_report", "write_report"]

@@ -12,13 +12,27 @@ from collections.abc import Iterable, Sequence
 
 import pandas as pd
 from matplotlib.axes import Axes
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
 from vlmscope.report.canvas import DARK, Margins, figure_of, grid, set_title, text_width
+from vlmscope.report.flows import flow
 from vlmscope.report.heat_maps import panels
 from vlmscope.report.words import KINDS, TOWERS, upper_first
 from vlmscope.studies.tables import change_of, head_table, token_table
 
-__all__ = ["layer_by_head", "layer_by_token", "measures", "panels", "universal"]
+__all__ = [
+    "edit",
+    "flow",
+    "layer_by_head",
+    "layer_by_token",
+    "measures",
+    "panels",
+    "universal",
+    "words_over_layers",
+]
+
+COLOURS = ["#1f5f99", "#c1442e", "#3b8540", "#8a5fa8", "#b0792b", "#555555"]
+"""Of lines, one a word."""
 
 
 def layer_by_token(
@@ -88,7 +102,7 @@ def universal(heads: pd.DataFrame, *, most: int = 30, gap: float = 0.0, ax: Axes
 
 
 def measures(table: pd.DataFrame, names: Sequence[str], *, ax: Iterable[Axes] | None = None) -> list[Axes]:
-    """A panel a measure: for each word its value with its interval, beside it the null and random neurons.
+    """A panel a measure: for each word its value with its interval, and its null up to the 95th percentile.
 
     `table` is the `measures` of `vlmscope.neurons.measure`; `ax` are axes to draw into, one a name.
     """
@@ -101,8 +115,8 @@ def measures(table: pd.DataFrame, names: Sequence[str], *, ax: Iterable[Axes] | 
         at = rows["word"].map(words.index)
         spot.hlines(at, rows["ci_low"], rows["ci_high"], color="#4C78A8", lw=2.2)
         spot.plot(rows["value"], at, "o", color="#1f3f66", ms=4.5, label="the word's neurons")
-        spot.plot(rows["null"], at, "|", color="#333333", ms=9, mew=1.6, label="null")
-        spot.plot(rows["random"], at, "x", color="#B07020", ms=5, label="random neurons")
+        spot.hlines(at - 0.2, rows["null"], rows["null_95"], color="#B07020", lw=1.2)
+        spot.plot(rows["null"], at - 0.2, "x", color="#B07020", ms=5, label="null")
         set_title(spot, name, 9.5)
         spot.set_ylim(-0.6, len(words) - 0.4)
         shown = words if n == 0 or ax is not None else [""] * len(words)
@@ -113,6 +127,76 @@ def measures(table: pd.DataFrame, names: Sequence[str], *, ax: Iterable[Axes] | 
         spot.spines[["top", "right"]].set_visible(False)
     handles = axes[0].get_legend_handles_labels()
     figure_of(axes[0]).legend(*handles, fontsize=8, loc="lower center", ncols=3, frameon=False)
+    return axes
+
+
+def edit(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
+    """What an edit does, with intervals: beside it what was before, and the same edit of random columns.
+
+    `table` is the first that `vlmscope.neurons.assess` gives; `ax` are axes to draw into.
+
+    >>> row = {"measure": "generality", "value": 1.0, "low": 0.7, "high": 1.0, "before": 0, "random": 0.2}
+    >>> axes = edit(pd.DataFrame([row]))
+    >>> [text.get_text() for text in axes.get_yticklabels()]
+    ['generality']
+    """
+    rows = table[~table["measure"].isin(["repetition", "length"])][::-1]
+    left = max(map(text_width, rows["measure"]), default=0) + 0.2
+    (spot,) = grid(ax, 1, 1, (3.4, max(0.9, 0.24 * len(rows))), Margins(left, 0.65, 0.15, 0.15))
+    at = range(len(rows))
+    spot.hlines(at, rows["low"], rows["high"], color="#4C78A8", lw=2.2)
+    spot.plot(rows["value"], at, "o", color="#1f3f66", ms=4.5, label="edited")
+    spot.plot(rows["before"], at, "|", color="#333333", ms=9, mew=1.6, label="before")
+    spot.plot(rows["random"], at, "x", color="#B07020", ms=5, label="random columns")
+    spot.set_yticks(at, rows["measure"], fontsize=8.5)
+    spot.set_ylim(-0.6, len(rows) - 0.4)
+    spot.set_xlim(-0.03, 1.03)
+    spot.tick_params(axis="x", labelsize=8)
+    spot.grid(axis="x", color="#e5e5e5")
+    spot.set_axisbelow(True)
+    spot.spines[["top", "right"]].set_visible(False)
+    figure_of(spot).legend(fontsize=8, loc="lower center", ncols=3, frameon=False)
+    return spot
+
+
+def words_over_layers(cells: pd.DataFrame, *, ax: Iterable[Axes] | None = None) -> list[Axes]:
+    """How words that were asked about do over layers, a column a place.
+
+    Above is the share of other words of its type that each beats (0.5: the null), below its probability, and
+    dashed that of its null.
+
+    `cells` has a row a `place`, `what` (answer, foil …) and `layer`: the means `beaten` with `low` and
+    `high`, `p` and `null_p`. `ax` are axes to draw into, two a place.
+    """
+    places, words = list(dict.fromkeys(cells["place"])), list(dict.fromkeys(cells["what"]))
+    colours = dict(zip(words, COLOURS * len(words), strict=False))
+    margins = Margins(0.8, 0.95, 0.15, 0.35, across=0.7, down=0.3)
+    axes = grid(ax, 2 * len(places), len(places), (3.2, 1.7), margins)
+    for n, place in enumerate(places):
+        above, below = axes[n], axes[len(places) + n]
+        above.axhline(0.5, color="#999999", lw=1, ls=":")
+        for what, rows in cells[cells["place"] == place].groupby("what", sort=False):
+            style = {"color": colours[str(what)], "lw": 1.6}
+            above.plot(rows["layer"], rows["beaten"], label=str(what), **style)
+            above.fill_between(
+                rows["layer"], rows["low"], rows["high"], color=style["color"], alpha=0.15, lw=0
+            )
+            below.plot(rows["layer"], rows["p"], **style)
+            below.plot(rows["layer"], rows["null_p"], ls="--", color=style["color"], lw=1)
+        set_title(above, place, 9.5)
+        above.set_ylim(-0.02, 1.02)
+        below.set_yscale("log")
+        below.yaxis.set_major_locator(LogLocator(numticks=5))
+        below.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        below.yaxis.set_minor_locator(NullLocator())
+        below.set_xlabel("layer", fontsize=9)
+        for spot, label in ((above, "others beaten"), (below, "P(word)")):
+            spot.set_ylabel(label if n == 0 else "", fontsize=9)
+            spot.tick_params(labelsize=8)
+            spot.xaxis.set_major_locator(MaxNLocator(integer=True))
+            spot.spines[["top", "right"]].set_visible(False)
+    handles = axes[0].get_legend_handles_labels()
+    figure_of(axes[0]).legend(*handles, fontsize=8.5, loc="lower center", ncols=6, frameon=False)
     return axes
 
 

@@ -74,7 +74,10 @@ def section(folder: Path, gallery: Gallery) -> Section:
         whole=accuracy["none"].iloc[0],
         these=accuracy["these heads"].iloc[0],
         random=accuracy["random heads"],
-        heads=heads[["site", "label", "evidence"]].rename(columns={"site": "head"}),
+        doubt=about["doubt"],
+        heads=heads[["site", "label", "measure", "value", "null", "q_value", "evidence"]].rename(
+            columns={"site": "head", "measure": "by", "q_value": "q"}
+        ),
         figures=[("Where they look, and what the patches do", attention)] if attention else [],
     )
     return Section(f"What heads do: {Path(str(about['data'])).name}", text)

@@ -41,6 +41,7 @@ VALUES = {
     "effect": "normalised effect (1: as the clean run)",
     "p_restored": "change in P(answer)",
     "p_patched": "P(answer) after the patch",
+    "score": "score (logits)",
     "restored": "share of P(answer) restored (0: corrupted, 1: clean)",
 }
 """The columns that can be drawn, with what stands at the colour bar."""
@@ -48,9 +49,14 @@ VALUES = {
 FLOOR = 0.1
 """The share of the mean gap LD(clean) − LD(corrupt) below which no colour scale of `logit_diff` ends; also
 where the scale of `effect`, which is a share of the gap already, may end."""
-CHANGED = {"logit_diff": "change of LD", "ld_change": "change of LD", "p_change": "change of P(answer)"}
+CHANGED = {
+    "logit_diff": "change of LD",
+    "ld_change": "change of LD",
+    "p_change": "change of P(answer)",
+    "score": "score",
+}
 """What the columns that patches are ranked by are called in captions."""
-IN_LOGITS = ("logit_diff", "ld_change")
+IN_LOGITS = ("logit_diff", "ld_change", "score")
 LEAST = {"effect": FLOOR, "p_restored": 0.02, "p_change": 0.02, "restored": 1.0}
 """Where a colour scale may end at all, whatever the gap: shares, probabilities; 0.05 for all others."""
 

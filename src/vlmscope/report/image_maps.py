@@ -12,6 +12,8 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
 from matplotlib.collections import LineCollection
+from matplotlib.colors import Normalize
+from matplotlib.patheffects import withStroke
 from PIL import Image
 
 from vlmscope.errors import DataError
@@ -25,13 +27,15 @@ Bar: TypeAlias = tuple[ScalarMappable, str]
 
 
 class Tile(NamedTuple):
-    """A picture, or cells over it in the colours of a scale, with a line around those of the outline."""
+    """A picture, or cells over it in the colours of a scale, with a line around those of the outline and a
+    word in each, by row and column."""
 
     picture: Image.Image
     title: str
     cells: Cells | None = None
     scale: ScalarMappable | None = None
     outline: Cells | None = None
+    words: Mapping[tuple[int, int], str] | None = None
 
 
 def is_patch(rows: pd.DataFrame) -> pd.Series[bool]:
@@ -137,6 +141,42 @@ def neuron_maps(maps: pd.DataFrame, pictures: Mapping[str, Picture], *, ax: Axes
     return _mosaic(lines, bars, ax, size=1.9, down=0.3)
 
 
+def word_plates(
+    rows: pd.DataFrame, picture: Picture, layers: Sequence[int] | None = None, *, ax: Axes | None = None
+) -> Axes:
+    """The word that each patch of a picture says at each layer, as strong as it is likely.
+
+    `rows` are those of one example in the table of `vlmscope.lens` that have a place in the picture (their
+    slot is `image[row,column]`). At most four layers are drawn unless `layers` names them.
+    """
+    rows = in_cells(rows[rows["rank"] == 1])
+    shape = (int(rows["row"].max()) + 1, int(rows["column"].max()) + 1)
+    scale = ScalarMappable(Normalize(0.0, 1.0), "YlOrBr")
+    image = _open(picture)
+    side = max(shape[1] * image.height, shape[0] * image.width) / max(image.size)
+    size = float(np.clip(0.52 * side, 2.6, 11.0))
+    tiles = []
+    for layer in spread(sorted(rows["layer"].unique()), 4) if layers is None else layers:
+        own = rows[rows["layer"] == layer]
+        words = {(r.row, r.column): _word(r.predicted) for r in own.itertuples()}
+        tiles.append(Tile(image, f"layer {layer}", _cells(own, "p", shape), scale, words=words))
+    across = max(1, int(12 // size))
+    lines = [tiles[n : n + across] for n in range(0, len(tiles), across)]
+    return _mosaic(lines, [(scale, "P(word)")], ax, size=size, down=0.35)
+
+
+def in_cells(rows: pd.DataFrame) -> pd.DataFrame:
+    """The rows of a table whose slot is a place of the picture, with its `row` and `column`."""
+    found = rows["slot"].str.extract(r"^image\[(\d{1,3}),(\d{1,3})\]$")
+    there = found[0].notna()
+    return rows[there].assign(row=found[0][there].astype(int), column=found[1][there].astype(int))
+
+
+def _word(token: str) -> str:
+    """A token without what its tokenizer marks the beginning or the inside of a word with."""
+    return drawable(token.removeprefix("▁").removeprefix("Ġ").replace("\n", "⏎") or "·", 9)
+
+
 def _mosaic(
     lines: Sequence[Sequence[Tile]], bars: Sequence[Bar], ax: Axes | None, *, size: float, down: float
 ) -> Axes:
@@ -172,6 +212,15 @@ def _draw_tile(axes: Axes, tile: Tile, corner: tuple[float, float], size: float)
     strength = np.abs(tile.cells) / tile.scale.get_clim()[1]
     colours[..., 3] = np.where(np.isnan(tile.cells), 0.0, 0.1 + 0.8 * np.clip(strength, 0, 1))
     axes.imshow(colours, extent=extent, interpolation="nearest")
+    if tile.words is not None:
+        across, down = width / tile.cells.shape[1], height / tile.cells.shape[0]
+        halo = [withStroke(linewidth=1.6, foreground="white")]
+        for (row, column), word in tile.words.items():
+            spot = (left + (column + 0.5) * across, low + height - (row + 0.5) * down)
+            # a letter is about 0.6 of its size wide
+            size_of = min(8.0, 72 * across / (0.6 * max(len(word), 4)), 60 * down)
+            style: dict[str, Any] = {"ha": "center", "va": "center", "color": DARK, "path_effects": halo}
+            axes.text(*spot, word, fontsize=size_of, parse_math=False, **style)
     if tile.outline is not None:
         lines = list(_around(tile.outline) * (width, -height) + (left, low + height))
         for colour, thick in (("white", 2.4), (DARK, 1.2)):

@@ -11,16 +11,19 @@ from vlmscope import stored
 from vlmscope.errors import StoreError
 from vlmscope.report import figures, image_maps
 from vlmscope.report.gallery import Gallery, Section, Shown, render
-from vlmscope.stored import formats
+from vlmscope.stored import Pictures, Tables, formats
 
-MEASURES = ("auc", "selectivity", "overlap", "overlap, shuffled", "p drop, zero")
+MEASURES = ("auc", "auc, image", "selectivity", "overlap", "overlap, shuffled", "p drop, zero", "lost, zero")
 """The measures that are drawn, of those that were taken."""
 ROWS = 6
 """Neurons in one figure."""
 
 
 def section(folder: Path, gallery: Gallery) -> Section:
-    what, about, tables = stored.read_one(folder, formats.NEURONS)
+    what, about, tables, pictures = stored.read_one(folder, formats.NEURONS)
+    mapped = set(tables["maps"]["example"]) if "maps" in tables else set()
+    if lacking := mapped - set(pictures):
+        raise StoreError(f"{folder}: no picture of an example in it ({min(lacking)}); {formats.WAY_OUT}")
     sections = {
         "find": ("Neurons that contribute to words", _find),
         "describe": ("Neurons, one by one", _describe),
@@ -28,13 +31,10 @@ def section(folder: Path, gallery: Gallery) -> Section:
         "edit": (f"Edit: {about.get('from')} to {about.get('to') or 'anything else'}", _edit),
     }
     title, values = sections[what]
-    return Section(title, render(f"neurons_{what}.html", about=about, **values(folder, tables, gallery)))
+    return Section(title, render(f"neurons_{what}.html", about=about, **values(tables, pictures, gallery)))
 
 
-Tables = dict[str, pd.DataFrame]
-
-
-def _find(folder: Path, tables: Tables, gallery: Gallery) -> dict[str, Any]:
+def _find(tables: Tables, pictures: Pictures, gallery: Gallery) -> dict[str, Any]:
     layers = tables["layers"].pivot_table(index="word", columns="layer", values="neurons", fill_value=0)
     return {
         "captions": tables["captions"],
@@ -43,27 +43,27 @@ def _find(folder: Path, tables: Tables, gallery: Gallery) -> dict[str, Any]:
     }
 
 
-def _describe(folder: Path, tables: Tables, gallery: Gallery) -> dict[str, Any]:
+def _describe(tables: Tables, pictures: Pictures, gallery: Gallery) -> dict[str, Any]:
     driving, measured, measures = tables["driving"], None, pd.DataFrame()
     table = tables.get("measures", pd.DataFrame(columns=["measure"]))
     if names := [name for name in MEASURES if name in set(table["measure"])]:
         drawn = figures.measures(table, names)
         measured = gallery.show("measures", drawn, table, "measures")
         measures = table[table["method"] == "contribution"].drop(columns="method")
+    lost = measures[measures["measure"] == "lost, zero"] if len(measures) else measures
     return {
         "cards": tables["cards"].drop(columns="weights"),
-        "maps": _maps(folder, tables["maps"], gallery),
+        "maps": _maps(tables["maps"], pictures, gallery),
         "driving": driving[driving["rank"] <= 3],
         "measured": measured,
         "measures": measures,
+        "lost": [(row.word, round(row.value * row.n), row.n) for row in lost.itertuples() if row.value > 0],
+        "left_out": tables.get("left_out"),
     }
 
 
-def _maps(folder: Path, maps: pd.DataFrame, gallery: Gallery) -> list[Shown]:
+def _maps(maps: pd.DataFrame, pictures: Pictures, gallery: Gallery) -> list[Shown]:
     """The maps of neurons, then those of means, a few rows a figure."""
-    pictures = formats.pictures(folder)
-    if lacking := set(maps["example"]) - set(pictures):
-        raise StoreError(f"{folder}: no picture of an example in it ({min(lacking)}); {formats.WAY_OUT}")
     is_mean = maps["neuron"].str.contains(": mean of top")
     shown = []
     for what, rows in (("maps", maps[~is_mean]), ("means", maps[is_mean])):
@@ -75,17 +75,19 @@ def _maps(folder: Path, maps: pd.DataFrame, gallery: Gallery) -> list[Shown]:
     return shown
 
 
-def _perturb(folder: Path, tables: Tables, gallery: Gallery) -> dict[str, Any]:
+def _perturb(tables: Tables, pictures: Pictures, gallery: Gallery) -> dict[str, Any]:
     return {"perturbed": tables["perturb"]}
 
 
-def _edit(folder: Path, tables: Tables, gallery: Gallery) -> dict[str, Any]:
-    captions, columns, pictures = tables["captions"], tables["columns"], formats.pictures(folder)
+def _edit(tables: Tables, pictures: Pictures, gallery: Gallery) -> dict[str, Any]:
+    captions, columns = tables["captions"], tables["columns"]
+    measures = tables["measures"]
     captions = captions[captions["example"].isin(pictures)].drop_duplicates("example")
     return {
         "columns": len(columns),
         "share": (columns["change"] / columns["length"].clip(lower=1e-12)).median(),
-        "measures": tables["measures"],
+        "measures": measures,
+        "drawn": gallery.show("edit", figures.edit(measures), measures, "edit"),
         "captions": captions.sort_values("has", ascending=False, kind="stable"),
         "pictures": pictures,
         "objects": tables.get("objects"),

@@ -20,7 +20,8 @@ def strongest(effects: pd.DataFrame, n: int = 10, value: str | None = None) -> p
 
     `site` can be swept again. A role, `readout` and a place of the picture name themselves. Any other slot
     (`3`, `answer+1`, `-2`) stands as a position, `@5` or `@-2`, where that is the slot in every example;
-    where it is not, no expression means the slot, and `site` ends before the @. Sums `A + B` are named whole.
+    where it is not, no expression means the slot, and `site` ends before the @. Sums `A + B` and edges `A<B`
+    are named whole.
     """
     keys = ["corruption", "tower", "depth", "kind", "part", "slot"]
     value = value or change_of(effects)
@@ -30,8 +31,8 @@ def strongest(effects: pd.DataFrame, n: int = 10, value: str | None = None) -> p
         depth=effects["site"].str.split(".", n=2).str[1],  # with the window, where it has one
         part=effects["unit"].astype(object).fillna(""),
     )
-    is_sum = rows["site"].str.contains(" + ", regex=False)
-    rows["part"] = rows["part"].where(~is_sum, rows["site"])
+    is_whole = rows["site"].str.contains(r" \+ |<")
+    rows["part"] = rows["part"].where(~is_whole, rows["site"])
     # One number for six columns of text, which are then not sorted out again each time.
     rows["cell"] = rows.groupby(keys, sort=False).ngroup()
     found = means(rows, ["cell"], value).merge(rows.drop_duplicates("cell")[["cell", *keys]], on="cell")
@@ -46,7 +47,7 @@ def strongest(effects: pd.DataFrame, n: int = 10, value: str | None = None) -> p
     place = found["tower"] + "." + found["depth"] + "." + found["kind"]
     unit = found["part"].where(found["part"] == "", "." + found["part"])
     site = place + unit + ("@" + found["at"]).where(found["at"] != "", "")
-    found["site"] = site.where(~found["part"].str.contains(" + ", regex=False), found["part"])
+    found["site"] = site.where(~found["part"].str.contains("@", regex=False), found["part"])
     return found[COLUMNS].reset_index(drop=True)
 
 

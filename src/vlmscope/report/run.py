@@ -9,15 +9,17 @@ from typing import Any, NamedTuple
 import pandas as pd
 
 from vlmscope import stored
-from vlmscope.report import image_maps
+from vlmscope.report import flows, image_maps
 from vlmscope.report.gallery import Gallery, Section, Shown, render
 from vlmscope.report.heat_maps import CHANGED, IN_LOGITS
 from vlmscope.report.ranking import strongest
 from vlmscope.report.words import KINDS, TOWERS, ends, kinds_in, short_number, upper_first
 from vlmscope.studies.known import knows
 from vlmscope.studies.run_folder import SPEC, Run
-from vlmscope.studies.tables import cells_of, change_of, head_slot, is_head, is_single
+from vlmscope.studies.tables import cells_of, change_of, head_slot, is_head, is_single, wide
 
+MOST = 6
+"""Panels of a figure of sources, at most."""
 Cells = dict[str, pd.DataFrame]
 """The cells of a table of layers, by kind."""
 
@@ -31,7 +33,7 @@ class Reported(NamedTuple):
 
 def report(run: Run, title: str, gallery: Gallery) -> Reported:
     """The section of a run, whose table is read once."""
-    whole = {name.removesuffix("?"): shape for name, shape in SPEC.items()}
+    whole = {name if name == "from?" else name.removesuffix("?"): shape for name, shape in SPEC.items()}
     stored.fits(run.spec, whole, run.path / "run.json", "sweep again into another --out")
     base, effects = run.baselines(), run.effects()
     known, excluded = knows(base), base["excluded"].astype(bool)
@@ -43,13 +45,16 @@ def report(run: Run, title: str, gallery: Gallery) -> Reported:
     shown: list[tuple[str, Shown]] = []
     value = change_of(effects)
     single = effects[is_single(effects) & effects[value].notna()]
+    if "source_site" in effects:
+        shown += list(_crossed(single, value, gap, gallery))
+        single = single.head(0)
     for tower in TOWERS:
         rows = single[single["tower"] == tower]
         modules = rows[rows["unit"].isna()]
         is_patch = image_maps.is_patch(modules)
-        shown += _images(modules[is_patch], pictures, gap, value, gallery)
-        cells[tower, False] = {} if tower == "vision" else _cells(modules[~is_patch], value, False)
-        cells[tower, True] = _cells(rows[is_head(rows)], value, True)
+        shown += on_pictures(modules[is_patch], pictures, gap, value, gallery)
+        cells[tower, False] = {} if tower == "vision" else cells_by_kind(modules[~is_patch], value, False)
+        cells[tower, True] = cells_by_kind(rows[is_head(rows)], value, True)
         for of_heads, heading in ((False, "Layers and tokens"), (True, "Heads")):
             panels = {
                 upper_first(KINDS[kind]) + (f" heads at {table.attrs['slot']}" if of_heads else ""): table
@@ -58,6 +63,7 @@ def report(run: Run, title: str, gallery: Gallery) -> Reported:
             if panels:
                 name = f"{tower}-{'heads' if of_heads else 'tokens'}"
                 shown.append((f"{heading}, {TOWERS[tower]}", gallery.show_panels(name, panels, gap)))
+    shown += flows.figures_of(effects, gallery)
     text = render(
         "run.html",
         run=run,
@@ -111,7 +117,7 @@ def corruption(spec: dict[str, Any]) -> str:
 def name(spec: dict[str, Any]) -> str:
     """What tells a run from others of its data: corruption, what is patched, and its metric."""
     words = [] if (spec.get("corrupt") or {}).get("kind") == "none" else [corruption(spec)]
-    if spec.get("patch", "clean") != "clean":
+    if spec.get("patch", "clean") != "clean" or "from" in spec:
         words.append(patching(spec))
     elif spec.get("direction") == "noise":
         words.append("corrupt into clean")
@@ -122,12 +128,17 @@ def name(spec: dict[str, Any]) -> str:
 
 def patching(spec: dict[str, Any]) -> str:
     """What a run writes into which other run, in words."""
+    place = f" from {spec['from']}" if "from" in spec else ""
+    if any("<" in site for site in spec.get("sites", ())):
+        return f"attention knocked out of the clean run ({spec['patch']})"
     if (patch := spec.get("patch", "clean")) == "resample":
-        return "clean run with activations resampled from other examples"
+        return f"clean run with activations resampled from other examples{place}"
     if patch != "clean":
-        return f"{patch} ablation of the clean run"
+        return f"{patch} ablation of the clean run{place}"
+    if place and (spec.get("corrupt") or {}).get("kind") == "none":
+        return f"activations of the run itself{place}"
     ends = ("corrupt", "clean") if spec.get("direction") == "noise" else ("clean", "corrupt")
-    return "{} activations into the {} run".format(*ends)
+    return f"{ends[0]} activations{place} into the {ends[1]} run"
 
 
 def _left_out(effects: pd.DataFrame) -> str:
@@ -138,13 +149,44 @@ def _left_out(effects: pd.DataFrame) -> str:
     return "" if odd.empty else text.format(odd.iloc[0])
 
 
+def _crossed(rows: pd.DataFrame, value: str, gap: float, gallery: Gallery) -> Iterator[tuple[str, Shown]]:
+    """Where values come from another place: the layers that they go to by those that they are from, at the
+    slots that most examples hold."""
+    rows = rows[rows["unit"].isna()]
+    if rows.empty:
+        return
+    origin = rows["source_site"].str.partition("@")[0]
+    rows = rows.assign(slot=origin, at=rows["slot"], position=pd.NA).drop(columns="source_site")
+    for tower, some in rows.groupby("tower", sort=False):
+        panels = {}
+        for at in (
+            some.groupby("at")["example"].nunique().sort_values(ascending=False, kind="stable").index[:MOST]
+        ):
+            here = some[some["at"] == at]
+            for kind in kinds_in(here):
+                cells = cells_of(here, kind=kind, value=value, intervals=True)
+                order = sorted(cells.attrs["order"], key=lambda name: int(name.split(".")[1].split("/")[0]))
+                cells.attrs |= {"order": order, "labels": {name: name for name in order}, "roles": []}
+                panels[f"{upper_first(KINDS[kind])} at {at}"] = cells
+        heading = f"Layers and where their values come from, {TOWERS[str(tower)]}"
+        tables = {title: wide(each).rename_axis(columns="values from") for title, each in panels.items()}
+        yield heading, gallery.show_panels(f"{tower}-from", panels, gap, tables=tables)
+
+
 def _strongest(effects: pd.DataFrame, value: str) -> pd.DataFrame:
     """The strongest sites as the page shows them: text."""
-    table = strongest(effects, n=15, value=value)
+    if "source_site" in effects:
+        parts = effects.groupby("source_site", sort=False)
+        each = [strongest(rows, 15, value).assign(source=source) for source, rows in parts]
+        table = pd.concat(each, ignore_index=True) if each else strongest(effects).assign(source="")
+        table = table.sort_values("mean", key=abs, ascending=False, ignore_index=True).head(15)
+    else:
+        table = strongest(effects, n=15, value=value)
     has_place = table["site"].str.contains("@", regex=False)
     return pd.DataFrame(
         {
             "site": table["site"].where(has_place, table["site"] + " at " + table["slot"]),
+            **({"from": table["source"]} if "source" in table else {}),
             "token": table["token"],
             f"mean {CHANGED[value]}": table["mean"].map(short_number),
             "95 % interval": list(map(ends, table["low"], table["high"])),
@@ -154,7 +196,7 @@ def _strongest(effects: pd.DataFrame, value: str) -> pd.DataFrame:
     )
 
 
-def _cells(rows: pd.DataFrame, value: str, of_heads: bool) -> Cells:
+def cells_by_kind(rows: pd.DataFrame, value: str, of_heads: bool) -> Cells:
     """Of each kind in one tower: layer x slot, or layer x head where the tower is read out."""
     found = {}
     for kind in kinds_in(rows):
@@ -163,7 +205,7 @@ def _cells(rows: pd.DataFrame, value: str, of_heads: bool) -> Cells:
     return found
 
 
-def _images(
+def on_pictures(
     rows: pd.DataFrame, pictures: Mapping[str, bytes], gap: float, value: str, gallery: Gallery
 ) -> Iterator[tuple[str, Shown]]:
     """The effect of image patches of one tower, over the first kept picture, with its heading."""

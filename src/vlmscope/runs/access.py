@@ -15,9 +15,11 @@ from torch import Tensor, nn
 from vlmscope.errors import ModelError, SiteError
 from vlmscope.layout import Layout
 from vlmscope.models.inputs import Inputs
+from vlmscope.runs import edges
+from vlmscope.runs.edges import Cuts, Edges
 from vlmscope.runs.hooks import Function, Hooks, eager, hidden_of, inner
 from vlmscope.runs.network import Network, has
-from vlmscope.sites import Point
+from vlmscope.sites import Point, Site
 
 INNER = ("q", "k", "v", "p")
 """Units that are within attention."""
@@ -167,6 +169,31 @@ def _within(
             f"{network.name}: the models of {network.family.name} do not show the {part} of their "
             f"{point.tower} {point.kind} heads; name the heads' outputs (h)"
         )
+
+
+def cut(hooks: Hooks, network: Network, tower: str, layer: int, kind: str, cuts: Cuts) -> None:
+    """From now on the edges that `cuts` names are cut in each call of a block's attention; raises
+    `ModelError` where a family does not show what it pays."""
+    path = network.family.towers[tower].attention.get(kind)
+    module: Any = None if path is None else network.blocks(tower)[layer].get_submodule(path)
+    if module is not None and eager(module) is not None:
+        hooks.enter_context(inner(module, "cut", cuts))
+    elif isinstance(dropout := getattr(module, "dropout", None), nn.Module):
+        hooks.on_output(dropout, lambda paid: edges.cut(paid, cuts))
+    else:
+        raise ModelError(
+            f"{network.name}: the models of {network.family.name} do not show what the {kind} heads of their "
+            f"{tower} tower pay attention to, so no edge can be cut there; scale the heads (h) instead"
+        )
+
+
+def edges_of(network: Network, inputs: Inputs, site: Site, op: str, shift: int = 0) -> Edges:
+    """The edges of a site (one layer) in the attention that it is in; the targets stand `shift` further."""
+    sources: Sequence[int] = site.sources
+    if site.kind == "cross":  # what fills up tiles is not attended to
+        there = {position: n for n, position in enumerate(unpadded(inputs.layout[site.reads]))}
+        sources = [there[n] for n in sources if n in there]
+    return Edges([n + shift for n in site.positions], sources, site.units, op)
 
 
 def _third(function: Function, number: int, x: Tensor) -> Tensor:

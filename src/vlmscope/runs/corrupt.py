@@ -106,9 +106,9 @@ def pairs(
 def _edits(model: Model, inputs: Inputs, noise: Noise, site: Site, seed: str) -> list[Edit]:
     """One edit a draw, of one site: drawn on the CPU in float32, so that every device and precision agree."""
     assert noise.scale is not None
+    (site,) = model.places(site, inputs)  # in numbers: what is said behind the prompt has no noise
     if noise.form == "factor":
         return [Edit(site, "scale", noise.scale)]
-    (site,) = model.places(site, inputs)
     at, there = list(site.positions), model.shapes[site.tower]
     shape = (len(at), there.widths.get(site.kind, there.width))
     draws = [_draw(shape, seed, number) for number in range(noise.draws)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import defaultdict
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -15,9 +16,10 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from vlmscope.errors import ModelError, SiteError, VlmscopeError
-from vlmscope.layout import grid
+from vlmscope.layout import grid, said
 from vlmscope.models.inputs import Change, Edit, Inputs, Op, Value
-from vlmscope.runs.access import hook, unpadded
+from vlmscope.runs.access import cut, edges_of, hook, unpadded
+from vlmscope.runs.edges import Edges
 from vlmscope.runs.hooks import Hooks, Plain, eager, patterns
 from vlmscope.runs.network import Network
 from vlmscope.sites import Pattern, Point, Site, Sites, expand, place
@@ -89,7 +91,10 @@ def generate(
 ) -> Int[Tensor, "pos"]:
     """The token ids of the model's own greedy generation, at most so many.
 
-    Edits are made as the model reads the prompt; later steps have what came before in their cache.
+    Edits hold for the prompt and for every word behind it: when a word has been said, its position is edited
+    if the site names it in the prompt with all that was said so far. So `all`, `*`, `text`, `last` and
+    `readout` name each word in turn, and whatever counts from the start or has a name in the prompt none. A
+    value with a row for each position of the prompt has none for words, which stay as they are.
     """
     with editing(network, inputs, edits, generating=True):
         return network.family.generate(network.hf, inputs, max_new_tokens=room(network, inputs, most))
@@ -109,11 +114,68 @@ def editing(
 ) -> Iterator[None]:
     """Within this context all runs of the model, in any number of rows, have the edits; other threads
     wait."""
+    edits = list(edits)
     with network.alone(), Hooks() as hooks:
-        for change in network.changes(inputs, edits):
-            point, seen = change.site.point, [0] if generating else None
-            hook(hooks, network, point, inputs, partial(_change, change, network.units(point), seen))
+        prompt = network.changes(inputs, edits)
+        speech = Speech(network, inputs, edits) if generating else None
+        cuts: dict[Point, list[Change]] = defaultdict(list)
+        for change in prompt:
+            if change.site.source:
+                cuts[change.site.point._replace(part="")].append(change)
+            elif speech is None:
+                hook(hooks, network, change.site.point, inputs, partial(_change, [change], network))
+        for point, some in cuts.items():
+            turn = Turn(speech, point) if speech else None
+            cut(hooks, network, *point[:3], partial(_cut, network, inputs, some, turn))
+        for point in dict.fromkeys(change.site.point for change in prompt if not change.site.source):
+            if speech:
+                hook(hooks, network, point, inputs, partial(_said, network, Turn(speech, point)))
         yield
+
+
+class Speech:
+    """The edits of a generation, call by call: those of the prompt, and of each word that is said behind it,
+    placed where it is the last."""
+
+    def __init__(self, network: Network, inputs: Inputs, edits: Sequence[Edit]) -> None:
+        self.network, self.inputs, self.edits = network, inputs, edits
+        self.prompt = len(inputs.layout[network.speaker].tokens)
+        self.placed = {self.prompt: network.changes(inputs, edits)}
+
+    def at(self, position: int) -> list[Change]:
+        """The changes of a word, each at its own position alone."""
+        if position + 1 not in self.placed:
+            tower = self.network.speaker
+            longer = said(self.inputs.layout[tower], position + 1 - self.prompt)
+            run = replace(self.inputs, layout={**self.inputs.layout, tower: longer})
+            self.placed[position + 1] = [
+                change._replace(site=replace(change.site, positions=(position,)))
+                for change in self.network.changes(run, self.edits)
+                if change.site.tower == tower and position in change.site.positions and _is_one(change.value)
+            ]
+        return self.placed[position + 1]
+
+
+class Turn:
+    """Whose turn it is at one place: the changes of the positions in each call. The tower that speaks is
+    called with the prompt, and then with each word alone, or where nothing is cached with all so far."""
+
+    def __init__(self, speech: Speech, point: Point) -> None:
+        self.speech, self.point, self.seen = speech, point, 0
+
+    def changes(self, many: int) -> tuple[int, list[Change]]:
+        """Of the next call, with so many positions: the first of these, and all changes from there on."""
+        first = self.seen if many <= self.seen and self.point.tower == self.speech.network.speaker else 0
+        self.seen = first + many
+        found = list(self.speech.placed[self.speech.prompt]) if first == 0 else []
+        if self.point.tower == self.speech.network.speaker:
+            for position in range(max(first, self.speech.prompt), self.seen):
+                found += self.speech.at(position)
+        return first, [change for change in found if change.site.point[:3] == self.point[:3]]
+
+
+def _is_one(value: Value) -> bool:
+    return not isinstance(value, Tensor) or value.ndim < 2 or len(value) == 1
 
 
 def keep_value(found: dict[Point, Tensor], point: Point, grad: bool, x: Tensor) -> Tensor:
@@ -122,13 +184,33 @@ def keep_value(found: dict[Point, Tensor], point: Point, grad: bool, x: Tensor) 
     return x
 
 
-def _change(change: Change, units: int | None, seen: list[int] | None, x: Tensor) -> Tensor:
-    """One change, made in every call, or while generating in those that see the prompt."""
-    if seen is not None:
-        if x.shape[1] <= seen[0]:
-            return x
-        seen[0] = x.shape[1]
-    return edited(x, *change, units=units)
+def _change(changes: Sequence[Change], network: Network, x: Tensor, first: int = 0) -> Tensor:
+    """Some changes at one place, whose positions count from `first`."""
+    for site, op, value in changes:
+        there = replace(site, positions=tuple(position - first for position in site.positions))
+        x = edited(x, there, op, value, network.units(site.point))
+    return x
+
+
+def _said(network: Network, turn: Turn, x: Tensor) -> Tensor:
+    """The changes at one place in one call of a generation."""
+    first, changes = turn.changes(x.shape[1])
+    return _change(
+        [c for c in changes if not c.site.source and c.site.part == turn.point.part], network, x, first
+    )
+
+
+def _cut(
+    network: Network, inputs: Inputs, changes: Sequence[Change], turn: Turn | None, queries: int, keys: int
+) -> list[Edges]:
+    """The edges that are cut in one call of attention; a cache may have only the last keys."""
+    first, behind = 0, 0
+    if turn is not None:
+        first, found = turn.changes(queries)
+        changes = [change for change in found if change.site.source]
+        behind = first + queries - keys if turn.point.kind == "attn" else 0
+    some = [edges_of(network, inputs, change.site, str(change.op), -first) for change in changes]
+    return [one._replace(sources=[n - behind for n in one.sources if n >= behind]) for one in some]
 
 
 def edited(
@@ -151,7 +233,15 @@ def edited(
                 f"number, or one that broadcasts to {tuple(now.shape[1:])}: (positions, width)"
             )
         value = value.to(now)
-    changed = value if op == "set" else now + value if op == "add" else now * value
+    if callable(op):
+        changed: Any = torch.stack([op(one) for one in now])
+        if changed.shape != now.shape:
+            raise VlmscopeError(
+                f"the function of the edit at '{site}' gave the shape {tuple(changed.shape[1:])}; expected "
+                f"{tuple(now.shape[1:])}: (positions, width)"
+            )
+    else:
+        changed = value if op == "set" else now + value if op == "add" else now * value
     new = torch.as_tensor(changed, dtype=x.dtype, device=x.device).expand_as(now)
     split[at] = new if units is None else new.unflatten(-1, (len(site.units), -1))
     return x
@@ -164,8 +254,9 @@ def capture(
     head (all heads of a set), or 1 for a neuron."""
     placed = network.placed(sites, inputs)
     for site in placed:
-        if len(site.parts) > 1:
-            raise SiteError(f"bad site '{site}': several layers or sites; expected one here")
+        if len(site.parts) > 1 or site.source:
+            what = "an edge, which is cut and not read" if site.source else "several layers or sites"
+            raise SiteError(f"bad site '{site}': {what}; expected one activation here")
     values = forward(network, inputs, edits, {site.point for site in placed}).values
     return {str(site): read(network, values[site.point], site) for site in placed}
 
@@ -190,15 +281,23 @@ def copied(network: Network, source: Inputs, inputs: Inputs, sites: Sites) -> li
                 f"the {tower} tower has {this} for this picture and {other} for the one that is copied "
                 "from, so they do not correspond; resize one picture to the other's size"
             )
-    return [Edit(site, "set", value) for site, value in capture(network, source, sites).items()]
+    placed = network.placed(sites, source)
+    values = capture(network, source, placed)
+    return [Edit(site, "set", values[str(site)]) for site in placed]
 
 
 @torch.inference_mode()
 def attention(
-    network: Network, inputs: Inputs, tower: str, kind: str, at: Sequence[int] | str
+    network: Network,
+    inputs: Inputs,
+    tower: str,
+    kind: str,
+    at: Sequence[int] | str,
+    edits: Sequence[Edit] = (),
 ) -> Float[Tensor, "layers heads at keys"]:
     """What every head of a tower's `attn` or `cross` pays attention to, from the positions `at` (numbers, or
-    a position of the site language such as `last`) to those of `attended(tower, kind)`, in float32.
+    a position of the site language such as `last`) to those of `attended(tower, kind)`, in float32, in a run
+    with `edits` (but none of the patterns themselves).
 
     It is what transformers' own eager attention pays, whichever attention the model runs with. Raises
     `SiteError` for a position or a tower that there is not, `ModelError` where the model does not tell what
@@ -217,17 +316,17 @@ def attention(
             with Hooks() as hooks:
                 for module in modules:
                     hooks.on_output(module, lambda out: rows.append(out[1][0][:, list(at)].float()))
-                forward(network, inputs)
+                forward(network, inputs, edits)
         else:
             with network.attending(tower, pay, kind):
-                forward(network, inputs)
+                forward(network, inputs, edits)
     paid = torch.stack([row.to(network.device) for row in rows])
     layout = inputs.layout[network.attended(tower, kind)]
     if paid.shape[-1] < len(layout.tokens):
         every = paid.new_zeros(*paid.shape[:-1], len(layout.tokens))
         every[..., unpadded(layout)] = paid
         return every
-    return paid
+    return paid[..., : len(layout.tokens)]  # InstructBLIP's queries read words behind them, too
 
 
 def _positions(

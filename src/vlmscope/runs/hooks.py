@@ -1,4 +1,4 @@
-"""All that reaches into the modules of transformers: hooks, attention functions, whose turn it is.
+"""All that reaches into the modules of transformers: hooks and attention functions.
 
 What is relied on, each held by a test: blocks take hidden states as their first argument (or by the name
 `hidden_states`) and return them, alone, first in a tuple, or as `last_hidden_state`; attention modules look
@@ -8,95 +8,28 @@ up a function by the name in their config, and their file has an `eager_attentio
 from __future__ import annotations
 
 import sys
-import threading
-import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from copy import copy
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from itertools import count
-from typing import Any
+from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from vlmscope.errors import ModelError, RoomError, line
+from vlmscope.errors import ModelError
+from vlmscope.runs.edges import Edges, gone
 
 Function = Callable[[Tensor], Tensor]
 """From hidden states `(rows, pos, width)` to what takes their place."""
 NUMBERS = count()
 """Every use of `attending` has a number, and by it a name of its own."""
-
-
-# -- whose turn it is ----------------------------------------------------------------------------
-
-
-@dataclass(eq=False)
-class _Turn:
-    """Whose turn it is to run a model: one thread's at a time."""
-
-    lock: threading.RLock = field(default_factory=threading.RLock)
-    taken: bool = False
-    warned: bool = False
-
-
-_TURNS: WeakKeyDictionary[nn.Module, _Turn] = WeakKeyDictionary()
-_FINDING = threading.Lock()
-
-
-@contextmanager
-def alone(hf: nn.Module, name: str) -> Iterator[None]:
-    """Within this context, which may be entered again, no other thread runs the model, and it is in
-    evaluation mode: hooks are on the modules, so two runs at once would see each other's edits. Raises
-    `RoomError` where what is run is out of memory.
-    """
-    with _FINDING:  # not kept in the model, so that it can still be copied
-        turn = _TURNS.setdefault(hf, _Turn())
-    with turn.lock:
-        training = [] if turn.taken else _training(hf)
-        if training and not turn.warned:
-            turn.warned = True
-            warnings.warn(
-                f"{name} is in training mode, where dropout makes results random; it is run in "
-                "evaluation mode and put back behind each run",
-                stacklevel=5,
-            )
-        before, turn.taken = turn.taken, True
-        for module in training:
-            module.training = False
-        try:
-            yield
-        except (MemoryError, RuntimeError) as error:
-            if not _is_out_of_memory(error):
-                raise
-            raise RoomError(
-                f"{name}: a run needs more memory than there is ({line(str(error), 120)}); take a smaller "
-                "picture, a shorter prompt, another dtype or a device with more memory"
-            ) from error
-        finally:
-            turn.taken = before
-            for module in training:
-                module.training = True
-
-
-def _is_out_of_memory(error: BaseException) -> bool:
-    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or (
-        "alloc" in str(error).lower() and "memory" in str(error).lower()
-    )
-
-
-def _training(hf: nn.Module) -> list[nn.Module]:
-    """The modules in training mode; by `modules()`, which makes all names, it takes five times as long."""
-    todo = [hf]
-    for module in todo:
-        if module._modules:
-            todo += [child for child in module._modules.values() if child is not None]
-    return [module for module in todo if module.training]
 
 
 # -- hooks ---------------------------------------------------------------------------------------
@@ -309,38 +242,154 @@ def patterns(
         numbers, rows = map(list, zip(*places, strict=True))
         this = slice(tile, tile + 1)
         visible = None if mask is None else (mask[this] if len(mask) > 1 else mask)[:, :, rows]
-        _, paid = function(module, q[this, :, rows], k[this], v[this], visible, **kw)
+        _, paid = function(module, q[this, :, rows], k[this], v[this], visible, **_of_rows(kw, rows))
         found[:, numbers, tile * keys : (tile + 1) * keys] = paid[0].to(found)
     return found
 
 
-@contextmanager
-def inner(module: Any, part: str, function: Function) -> Iterator[None]:
-    """Within this context `function` gets the queries, keys, values (`q`, `k`, `v`) or attention patterns
-    (`p`) of a module that uses transformers' attention interface: `(1, all positions, heads x width)`."""
+class _Inside:
+    """Our functions within one attention module, in the order in which it computes: of its queries, keys and
+    values, of what it pays (cuts first), whichever came first."""
 
-    def attend(plain: Plain, module: Any, q: Tensor, k: Tensor, v: Tensor, mask: Any, **kw: Any) -> Any:
-        if part == "p":
-            return _pay(plain, module, q, k, v, mask, function, **kw)
+    def __init__(self, module: Any) -> None:
+        self.functions: dict[str, list[Any]] = {part: [] for part in (*"qkv", "cut", "p")}
+        self.context = ExitStack()
+        self.context.enter_context(attending([module], self.attend))
+
+    def attend(self, plain: Plain, module: Any, q: Tensor, k: Tensor, v: Tensor, mask: Any, **kw: Any) -> Any:
         given = {"q": q, "k": k, "v": v}
-        x = given[part].transpose(1, 2)  # tiles, positions, heads, width
-        given[part] = function(x.reshape(1, -1, x.shape[2] * x.shape[3])).reshape(x.shape).transpose(1, 2)
-        return plain(module, *given.values(), mask, **kw)
+        for part in given:
+            for function in self.functions[part]:
+                x = given[part].transpose(1, 2)  # tiles, positions, heads, width
+                new = function(x.reshape(1, -1, x.shape[2] * x.shape[3]))
+                given[part] = new.reshape(x.shape).transpose(1, 2)
+        call = (plain, module, given["q"], given["k"], given["v"], mask)
+        tiles, _, queries, _ = q.shape
+        cuts = [cut for find in self.functions["cut"] for cut in find(tiles * queries, tiles * k.shape[2])]
+        if self.functions["p"]:
+            return _pay(*call, cuts, self.functions["p"], **kw)
+        return _cut(*call, cuts, **kw) if cuts else plain(*call[1:], **kw)
 
-    with attending([module], attend):
+
+_INSIDE: WeakKeyDictionary[nn.Module, _Inside] = WeakKeyDictionary()
+
+
+@contextmanager
+def inner(module: Any, part: str, function: Any) -> Iterator[None]:
+    """Within this context `function` gets the queries, keys, values (`q`, `k`, `v`) or attention patterns
+    (`p`) of a module that uses transformers' attention interface: `(1, all positions, heads x width)`; or
+    (`cut`) it says which edges are cut in a call (`Cuts`)."""
+    inside = _INSIDE.get(module)
+    if inside is None:
+        inside = _INSIDE[module] = _Inside(module)
+    inside.functions[part].append(function)
+    try:
         yield
+    finally:
+        inside.functions[part].remove(function)
+        if not any(inside.functions.values()):
+            _INSIDE.pop(module).context.close()
+
+
+def _of_rows(kw: Mapping[str, Any], rows: Sequence[int]) -> dict[str, Any]:
+    """The keywords of a call for some of its queries: T5's bias has a row for each."""
+    bias = kw.get("position_bias")
+    return dict(kw) if bias is None else {**kw, "position_bias": bias[:, :, rows]}
+
+
+class _Patterns(NamedTuple):
+    """What some queries of a tile pay, and which of them are to be computed anew."""
+
+    paid: Float[Tensor, "heads rows keys"]
+    changed: Bool[Tensor, "heads rows"]
+
+
+def _paid(
+    plain: Plain,
+    module: Any,
+    q: Tensor,
+    k: Tensor,
+    mask: Any,
+    tile: int,
+    rows: Sequence[int],
+    edges: Sequence[Edges],
+    **kw: Any,
+) -> _Patterns:
+    """By the module's own kernel, with all its digits and in float32 at least: it gives the patterns
+    themselves where the values are unit vectors."""
+    tiles, heads, queries, _ = q.shape
+    keys, this, wide = k.shape[2], slice(tile, tile + 1), torch.promote_types(q.dtype, torch.float32)
+    mine = q[this, :, rows].to(wide), k[this].to(wide)
+    mask = plain.mask(module, mask, queries, keys, q.device, **kw)
+    if mask is not None:
+        mask = (mask[this] if len(mask) == tiles else mask[:1])[:, :, rows]
+        mask = mask if mask.dtype == torch.bool else mask.to(wide)
+    at = [tile * queries + row for row in rows]
+    lost = gone(edges, at, heads, keys, tile * keys, q.device)
+    seen = torch.ones_like(lost.block) if mask is None else _seen(mask)[0].expand_as(lost.block)
+    if lost.block.any():
+        blocked = lost.block[None]
+        mask = ~blocked if mask is None else mask & ~blocked if mask.dtype == torch.bool else mask
+        mask = mask if mask.dtype == torch.bool else mask.masked_fill(blocked, -torch.inf)
+    name = plain.name.partition(",")[0]
+    kernel = ALL_ATTENTION_FUNCTIONS.get_interface(name if name == "eager" else "sdpa", eager(module))
+    if name == "eager" and mask is not None and mask.dtype == torch.bool:  # it adds its mask
+        mask = torch.zeros(mask.shape, dtype=wide, device=q.device).masked_fill(~mask, torch.finfo(wide).min)
+    units = torch.eye(keys, dtype=wide, device=q.device).expand(1, k.shape[1], -1, -1)
+    out, _ = kernel(module, *mine, units, mask, **_of_rows(kw, rows))
+    nothing = (lost.block & seen).any(-1) & ~(seen & ~lost.block).any(-1)
+    paid = out[0].transpose(0, 1).masked_fill(nothing[..., None] | lost.zero, 0.0)
+    return _Patterns(paid, ((lost.block | lost.zero) & seen).any(-1))
+
+
+def _seen(mask: Tensor) -> Tensor:
+    """Where a dense mask shows a key."""
+    return mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
+
+
+def _cut(
+    plain: Plain, module: Any, q: Tensor, k: Tensor, v: Tensor, mask: Any, edges: Sequence[Edges], **kw: Any
+) -> Any:
+    """The attention's output without edges: computed anew where a row loses any."""
+    out, weights = plain(module, q, k, v, mask, **kw)
+    queries, by_tile = q.shape[2], defaultdict(list)
+    for position in sorted({position for edge in edges for position in edge.targets}):
+        by_tile[position // queries].append(position % queries)
+    for tile, rows in by_tile.items():
+        paid, changed = _paid(plain, module, q, k, mask, tile, rows, edges, **kw)
+        if changed.any():
+            values = v[tile].to(paid).repeat_interleave(q.shape[1] // v.shape[1], 0)
+            mixed = (paid @ values).transpose(0, 1).to(out)
+            out = out.clone()
+            out[tile, rows] = torch.where(changed.T[..., None], mixed, out[tile, rows])
+    return out, weights
 
 
 def _pay(
-    plain: Plain, module: Any, q: Tensor, k: Tensor, v: Tensor, mask: Any, function: Function, **kw: Any
+    plain: Plain,
+    module: Any,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Any,
+    edges: Sequence[Edges],
+    functions: Sequence[Function],
+    **kw: Any,
 ) -> Any:
     """The attention's output with other patterns, where they are others."""
-    tiles, heads, queries, _ = q.shape
+    (tiles, heads, queries, _), keys = q.shape, k.shape[2]
     out, weights = plain(module, q, k, v, mask, **kw)
-    paid = patterns(plain, module, q, k, v, mask, range(tiles * queries), **kw)
-    new = function(paid.transpose(0, 1).reshape(1, tiles * queries, -1))
-    new = new.unflatten(-1, (heads, -1))[0].transpose(0, 1)  # heads, all queries, all keys
-    changed = (new != paid).any(-1)
+    paid = q.new_zeros(heads, tiles * queries, tiles * keys)
+    changed = paid.new_zeros(heads, tiles * queries, dtype=torch.bool)
+    for tile in range(tiles):
+        rows, columns = (slice(tile * n, (tile + 1) * n) for n in (queries, keys))
+        found = _paid(plain, module, q, k, mask, tile, range(queries), edges, **kw)
+        paid[:, rows, columns], changed[:, rows] = found.paid.to(paid), found.changed
+    new = paid
+    for function in functions:
+        laid = function(new.transpose(0, 1).reshape(1, tiles * queries, -1))
+        new = laid.unflatten(-1, (heads, -1))[0].transpose(0, 1)  # heads, all queries, all keys
+    changed |= (new != paid).any(-1)
     if not changed.any():
         return out, weights
     values = v.repeat_interleave(heads // v.shape[1], 1).transpose(0, 1).flatten(1, 2)

@@ -17,7 +17,8 @@ from transformers import PreTrainedModel
 from vlmscope.errors import ModelError, SiteError, shown
 from vlmscope.models.families import family_of
 from vlmscope.models.inputs import Change, Edit, Inputs
-from vlmscope.runs.hooks import alone, attending
+from vlmscope.runs.hooks import attending
+from vlmscope.runs.turns import alone
 from vlmscope.sites import Pattern, Point, Shape, Site, Sites, expand, parse, place
 
 SUBLAYERS = ("attn", "cross", "mlp")
@@ -69,7 +70,7 @@ class Network:
         return min(free_memory(device) for device in {p.device for p in self.hf.parameters()})
 
     def alone(self) -> AbstractContextManager[None]:
-        """Within this context no other thread runs the model (`hooks.alone`)."""
+        """Within this context no other thread runs the model (`turns.alone`)."""
         return alone(self.hf, self.name)
 
     @property
@@ -139,9 +140,12 @@ class Network:
         return self.blocks(self.speaker)[layer].get_submodule(table.mlp or "")
 
     def columns(self, layer: int) -> Float[Tensor, "width neurons"]:
-        """The weights of `down`, a column a neuron, in float32 or more; not to be changed, as they may be no
-        copy."""
-        weight: Any = self.down(layer).weight
+        """The weights of `down`, a column a neuron, as `matrix` gives them."""
+        return self.matrix(self.down(layer))
+
+    def matrix(self, module: nn.Module) -> Float[Tensor, "out in"]:
+        """The weights of a linear module, in float32 or more; not to be changed, as they may be no copy."""
+        weight: Any = module.weight
         state = getattr(weight, "quant_state", None)
         if state is not None:
             from bitsandbytes.functional import dequantize_4bit
@@ -192,23 +196,16 @@ class Network:
         return str(self.processor.tokenizer.convert_ids_to_tokens(number))
 
     def places(self, site: Pattern | Site, inputs: Inputs) -> list[Site]:
-        """The places that the site of an edit names: one layer and unit, one or more positions; raises
-        `SiteError` if what it is in does not run."""
-        if isinstance(site, Pattern):
-            sites = expand([site], self.shapes)
-            if len(sites) != 1:
-                raise SiteError(
-                    f"an edit is of one layer and unit; {shown(site)} names {len(sites)}: give an edit for "
-                    "each, or a window of layers (2/3) or a set of units (h[0,1])"
-                )
-            (site,) = sites
-        found = [site] if site.positions else place(site, inputs.layout)
-        for part in found[0].parts:
-            if part.source:
-                raise SiteError(
-                    f"{shown(part)} is an edge of attention, which is neither read nor patched; leave "
-                    f"'<{part.source}' out"
-                )
+        """The places that the site of an edit names: one layer and unit (of edges any number), one or more
+        positions; raises `SiteError` if what it is in does not run."""
+        sites = [site] if isinstance(site, Site) else expand([site], self.shapes)
+        if len(sites) != 1 and not site.source:
+            raise SiteError(
+                f"an edit is of one layer and unit; {shown(site)} names {len(sites)}: give an edit for "
+                "each, or a window of layers (2/3) or a set of units (h[0,1])"
+            )
+        found = [part for one in sites for part in ([one] if one.positions else place(one, inputs.layout))]
+        for part in (part for one in found for part in one.parts):
             if part.layer in self.idle(part.tower, inputs):
                 raise SiteError(
                     f"bad site '{site}': layer {part.layer} of the {part.tower} tower attends to the picture "
@@ -313,7 +310,7 @@ def shape_of(network: Network, tower: str) -> Shape:
         wide = getattr(network.module(table.output), "out_features", width)
         out = {} if wide == width else {"output": wide}
     groups = getattr(config, "num_key_value_heads", None)
-    return Shape(len(blocks), tuple(kinds), heads, widths["mlp"], width, lacks, out, groups)
+    return Shape(len(blocks), tuple(kinds), heads, widths["mlp"], width, lacks, out, groups, table.reads)
 
 
 def _entry(config: Any, name: str) -> Any:

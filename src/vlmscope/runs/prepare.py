@@ -4,21 +4,26 @@ from __future__ import annotations
 
 import re
 import unicodedata
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import cache, partial
 from typing import Any
 
 from PIL import Image
 
 from vlmscope.data.example import Example, Picture, Span, check_text, find_roles
 from vlmscope.data.images import open_image
+from vlmscope.data.masks import covered, object_of
 from vlmscope.errors import ExampleError, shown
 from vlmscope.layout import Layout, grid
 from vlmscope.models.inputs import Inputs, Pair
 from vlmscope.runs.network import Network
+from vlmscope.runs.sinks import sinks
 
 _WORD = "\0"
 """What the name of a word's own role begins with, which no column of a CSV file can."""
+_QUESTION = "\0question"
+"""The role of all that a person wrote, while a prompt is made to tensors."""
 
 
 def encode(
@@ -32,11 +37,60 @@ def encode(
     """The tensors of one run; `fed` are tokens behind the prompt, the `read` last positions are scored."""
     check_words(network, "the prompt", prompt)
     pictures = [open_image(image) for image in images]
-    inputs = network.family.encode(network.hf, network.processor, pictures, prompt, roles, fed)
+    given = partial(network.family.encode, network.hf, network.processor, pictures, prompt)
+    try:
+        inputs = given({**roles, **_question(network, prompt)}, fed)
+    except ExampleError:  # where not all of its tokens are found, a prompt has no `question`
+        inputs = given(roles, fed)
     tensors = {k: v.to(network.device) for k, v in inputs.tensors.items()}
-    there = inputs.layout[network.speaker]
+    layout = dict(inputs.layout)
+    for tower, there in inputs.layout.items():
+        own = {name: at for name, at in there.roles.items() if name != _QUESTION}
+        layout[tower] = replace(there, roles=own, question=there.roles.get(_QUESTION, ()))
+    there = layout[network.speaker]
     there = replace(there, readout=len(there.tokens) - read, fed=len(fed))
-    return Inputs(tensors, {**inputs.layout, network.speaker: there})
+    run = Inputs(tensors, {**layout, network.speaker: there})
+    there = replace(there, sinks=cache(partial(sinks, network, run)))
+    return Inputs(tensors, {**layout, network.speaker: there})
+
+
+def _question(network: Network, prompt: str) -> dict[str, Span]:
+    """Where the words of a prompt stand: behind its images, or else before them."""
+    mark = str(getattr(network.processor, "image_token", None) or "")
+    end = prompt.rfind(mark) + len(mark) if mark and mark in prompt else 0
+    if end and not prompt[end:].strip():
+        return {_QUESTION: (0, prompt.find(mark))} if prompt[: prompt.find(mark)].strip() else {}
+    return {_QUESTION: (end, len(prompt))} if prompt[end:].strip() else {}
+
+
+class Objects(Mapping[str, tuple[int, ...]]):
+    """The positions of the image that each mask of an example covers, found when they are asked for;
+    `object` is the answer's."""
+
+    def __init__(self, network: Network, example: Example, layout: Layout) -> None:
+        self.network, self.example, self.layout = network, example, layout
+
+    def __getitem__(self, name: str) -> tuple[int, ...]:
+        mask = (object_of(self.example) if name == "object" else name) or ""
+        self.example.masks[mask]
+        view = self.network.family.view(self.network.processor, open_image(self.example.clean_image))
+        found = covered(self.example, mask, grid(self.layout), view)
+        return tuple(n for n, at in self.layout.cells.items() if found[at])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(dict.fromkeys([*(["object"] if object_of(self.example) else []), *self.example.masks]))
+
+    def __len__(self) -> int:
+        return len(list(iter(self)))
+
+
+def _with_objects(network: Network, example: Example, inputs: Inputs) -> Inputs:
+    """The inputs with what the example's masks cover, in the towers that have a grid of patches."""
+    layout = {
+        tower: replace(there, objects=Objects(network, example, there)) if there.cells else there
+        for tower, there in inputs.layout.items()
+    }
+    return Inputs(inputs.tensors, layout)
 
 
 def check_words(network: Network, what: str, text: str) -> None:
@@ -80,7 +134,7 @@ def prepare(network: Network, example: Example, whole: bool = False) -> Pair:
     prompt, many = example.clean_prompt, 1 + len(example.more_images)
     foil: int | None = None
     if whole:
-        answers = tuple(_option(network, prompt, "answer", example.answer, many)[:-1])
+        answers = tuple(option_of(network, prompt, "answer", example.answer, many)[:-1])
         fed = list(answers[:-1])
     else:
         fed, answer, foil = _options(network, example, many)
@@ -88,13 +142,13 @@ def prepare(network: Network, example: Example, whole: bool = False) -> Pair:
     other = prompt if example.corrupt_prompt is None else example.corrupt_prompt
     images, read = [example.clean_image, *example.more_images], len(answers)
     if example.corrupt_image is None and other == prompt:
-        clean = encode(network, images, prompt, example.roles, fed, read)
+        clean = _with_objects(network, example, encode(network, images, prompt, example.roles, fed, read))
         return Pair(clean, clean, answers[0], foil, (), answers)
     words = [_words(network, text) for text in (prompt, other)]
     clean = encode(network, images, prompt, {**example.roles, **words[0]}, fed, read)
     images[0] = example.corrupt_image or example.clean_image
     corrupt = encode(network, images, other, words[1], fed, read)
-    clean = _aligned(clean, corrupt, prompt.split(), other.split())
+    clean = _with_objects(network, example, _aligned(clean, corrupt, prompt.split(), other.split()))
     tensors, pixels = dict(corrupt.tensors), network.family.pixels
     if example.corrupt_image is None:  # the same tensor, so that nobody encodes it twice
         tensors[pixels] = clean.tensors[pixels]
@@ -104,8 +158,12 @@ def prepare(network: Network, example: Example, whole: bool = False) -> Pair:
     return Pair(clean, Inputs(tensors, layout), answers[0], foil, (), answers)
 
 
-def _option(network: Network, prompt: str, what: str, text: str, images: int) -> list[int]:
-    """The tokens of an answer or a foil. Its end belongs to it, and tells "red" from "red wine"."""
+def option_of(network: Network, prompt: str, what: str, text: str, images: int) -> list[int]:
+    """The tokens of an answer, a foil or another word as it would follow the prompt.
+
+    Its end belongs to it, and tells "red" from "red wine". Raises `ExampleError`, which calls it `what`, for
+    one that is no word to the model.
+    """
     if not text.strip():
         instead = ", or score the whole answer (metric logprob)" if what == "foil" else ""
         raise ExampleError(f"the {what} {shown(text)} is empty; give it a word{instead}")
@@ -126,7 +184,7 @@ def _option(network: Network, prompt: str, what: str, text: str, images: int) ->
 def _options(network: Network, example: Example, images: int) -> tuple[list[int], int, int]:
     """What answer and foil share at their beginning, and the tokens in which they differ first."""
     options = (("answer", example.answer), ("foil", example.foil))
-    answer, foil = (_option(network, example.clean_prompt, *option, images) for option in options)
+    answer, foil = (option_of(network, example.clean_prompt, *option, images) for option in options)
     same = next((n for n, (a, b) in enumerate(zip(answer, foil, strict=False)) if a != b), None)
     if same is None:
         both = f"answer {shown(example.answer)} and foil {shown(example.foil)}"

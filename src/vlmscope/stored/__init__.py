@@ -1,17 +1,17 @@
 """Folders of results, read: somebody else may have made them, so nothing of them is taken unchecked.
 
 No link in a folder is followed, so nothing outside of it is read. A manifest has the keys and types of its
-shape, and a table exactly the columns that its writer writes (`formats`); anything else is a `StoreError`
-that says what is odd and ends with a way out.
+shape, and a table exactly the columns that its writer writes (`formats`); each file that a manifest lists is
+as it was written. Anything else is a `StoreError` that says what is odd and ends with a way out.
 """
 
 from __future__ import annotations
 
 import csv
+import hashlib
 import io
 import json
 import math
-import os
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -66,27 +66,44 @@ class Format(NamedTuple):
     way_out: str
 
 
-def read(folder: Path, form: Format) -> tuple[dict[str, Any], dict[str, pd.DataFrame]]:
+Tables = dict[str, pd.DataFrame]
+Pictures = dict[str, bytes]
+
+
+def read(folder: Path, form: Format) -> tuple[dict[str, Any], Tables]:
     """The manifest of a folder and its tables, by the stem of their file; an optional one may be missing."""
-    shape = {**form.shape, "files?": [str], "unfinished?": bool}
-    about = manifest(folder / form.manifest, shape, form.way_out, folder)
-    if about.pop("unfinished", False):
-        raise StoreError(f"{folder}: was not written to its end; run the same command again")
-    about.pop("files", None)  # what `files.save` keeps for itself
-    names = [
-        name for name, one in form.tables.items() if not one.is_optional or os.path.lexists(folder / name)
-    ]
-    return about, {Path(n).stem: table(folder / n, form.tables[n], form.way_out, folder) for n in names}
+    about, tables, _ = _read(folder, form)
+    return about, tables
 
 
-def read_one(
-    folder: Path, forms: Mapping[str, Format]
-) -> tuple[str, dict[str, Any], dict[str, pd.DataFrame]]:
-    """As `read`, of the format that `what` in the manifest names; and which that is."""
+def read_one(folder: Path, forms: Mapping[str, Format]) -> tuple[str, dict[str, Any], Tables, Pictures]:
+    """As `read`, of the format that `what` in the manifest names; and which that is, and the PNG files that
+    the table `pictures` lists, by the example that each is of."""
     first = next(iter(forms.values()))
     about = manifest(folder / first.manifest, {"what": str}, first.way_out, folder)
     fits(about, {"what": tuple(forms)}, folder / first.manifest, first.way_out)
-    return about["what"], *read(folder, forms[about["what"]])
+    form = forms[about["what"]]
+    about, tables, listed = _read(folder, form)
+    pictures = {}
+    for row in tables.pop("pictures", pd.DataFrame()).itertuples():
+        name = f"pictures/{Path(row.file).name}"
+        pictures[row.example] = picture(folder / name, form.way_out, folder, listed.get(name, ""))
+    return form.shape["what"], about, tables, pictures
+
+
+def _read(folder: Path, form: Format) -> tuple[dict[str, Any], Tables, dict[str, str]]:
+    """The manifest, the tables, and the digests of all files that belong to them."""
+    shape = {**form.shape, "files": {str: str}, "unfinished?": bool}
+    about = manifest(folder / form.manifest, shape, form.way_out, folder)
+    if about.pop("unfinished", False):
+        raise StoreError(f"{folder}: was not written to its end; run the same command again")
+    listed = about.pop("files")
+    names = [name for name, one in form.tables.items() if not one.is_optional or name in listed]
+    way_out, tables = form.way_out, {}
+    for name in names:
+        digest = listed.get(name, "")
+        tables[Path(name).stem] = table(folder / name, form.tables[name], way_out, folder, digest)
+    return about, tables, listed
 
 
 def manifest(file: Path, shape: Any, way_out: str, folder: Path | None = None) -> dict[str, Any]:
@@ -115,10 +132,13 @@ def fits(value: Any, shape: Any, file: Path, way_out: str) -> None:
         raise StoreError(f"{file}: is damaged ({odd}); {way_out}")
 
 
-def table(file: Path, form: Table, way_out: str, folder: Path | None = None) -> pd.DataFrame:
+def table(
+    file: Path, form: Table, way_out: str, folder: Path | None = None, digest: str | None = None
+) -> pd.DataFrame:
     """The table in a file of a folder (by default the one that it lies in); `.parquet` or else CSV.
 
-    Of an empty table columns may be missing. In CSV a text is never null, so an empty one is a text.
+    Of an empty table columns may be missing. In CSV a text is never null, so an empty one is a text. With a
+    `digest`, the file is as it was written.
     """
     expected, columns = f"a table that vlmscope wrote; {way_out}", _columns(form)
     largest = LARGEST if file.suffix == ".parquet" else files.LARGEST
@@ -127,9 +147,17 @@ def table(file: Path, form: Table, way_out: str, folder: Path | None = None) -> 
         frame = _frame(parquet(content)) if file.suffix == ".parquet" else _from_csv(content, columns)
         if frame.empty and not form.may_be_empty:
             raise ValueError("no rows")
-        return _checked(frame, columns, form.key.split())
+        frame = _checked(frame, columns, form.key.split())
+        _is_as_written(content, digest)
+        return frame
     except FOREIGN as error:
         raise StoreError(f"{file}: is damaged ({line(str(error), 150)}); {way_out}") from error
+
+
+def _is_as_written(content: bytes, digest: str | None) -> None:
+    """Raise ValueError for other bytes than were written; after what is odd about them, which says more."""
+    if digest is not None and hashlib.sha256(content).hexdigest() != digest:
+        raise ValueError("it is not as it was written, by the SHA-256 beside it")
 
 
 def _frame(table: pa.Table) -> pd.DataFrame:
@@ -154,8 +182,11 @@ def parquet(content: bytes) -> pa.Table:
     return found
 
 
-def picture(file: Path, way_out: str, folder: Path | None = None) -> bytes:
-    """A PNG in a folder, as its bytes; raises `StoreError` for what is none, or is larger than vlmscope's."""
+def picture(file: Path, way_out: str, folder: Path | None = None, digest: str | None = None) -> bytes:
+    """A PNG in a folder, as its bytes; raises `StoreError` for what is none, or is larger than vlmscope's.
+
+    With a `digest`, the file is as it was written.
+    """
     from PIL import Image
 
     content = files.read(
@@ -168,6 +199,7 @@ def picture(file: Path, way_out: str, folder: Path | None = None) -> bytes:
             opened.convert("RGB")
         if not content.endswith(b"IEND\xaeB`\x82"):
             raise ValueError("cut off")
+        _is_as_written(content, digest)
     except Exception as error:  # Pillow's decoders meet broken data with errors of many kinds
         raise StoreError(f"{file}: is damaged ({line(str(error), 150)}); {way_out}") from error
     return content

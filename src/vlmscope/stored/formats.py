@@ -1,13 +1,7 @@
-"""What folders of results hold: the manifests and tables of `circuits`, `heads`, `tracing`, `neurons`."""
+"""What folders of results hold: manifests and tables of `circuits`, `heads`, `tracing`, `lens`, `neurons`."""
 
 from __future__ import annotations
 
-import os
-from pathlib import Path
-
-import pandas as pd
-
-from vlmscope import stored
 from vlmscope.stored import Format, Table
 
 WAY_OUT = "write that folder anew with the command that made it"
@@ -60,7 +54,7 @@ CIRCUITS = Format(
 HEADS = Format(
     "heads.json",
     {
-        "format": "vlmscope-heads-1",
+        "format": "vlmscope-heads-2",
         "model": str,
         "weights": (str, None),
         "data": str,
@@ -69,9 +63,14 @@ HEADS = Format(
         "corrupt": (str, None),
         "held_out": ({str: int}, None),
         "seed": int,
+        "doubt": (str, None),
     },
     {
-        "functions.csv": Table(f"{_HEAD} site:text label:text evidence:text n:int gap:float?", "site"),
+        "functions.csv": Table(
+            f"{_HEAD} site:text label:text measure:text value:float? null:float? q_value:share? "
+            "evidence:text n:int gap:float?",
+            "site",
+        ),
         "measures.csv": Table(
             f"{_HEAD} site:text measure:text value:float? low:float? high:float? null:float? p_value:share? "
             "n:int q_value:share?",
@@ -113,17 +112,119 @@ TRACING = Format(
     WAY_OUT,
 )
 
-SELECTION = Table(
-    "data:text corruption:text group:text value:text n:int ran:int correct:int accuracy:share? kept:int "
-    "dropped_wrong:int dropped_not_following:int dropped_not_run:int",
-    "data corruption group value",
+STEER = Format(
+    "steer.json",
+    {
+        "format": "vlmscope-steer-1",
+        "model": str,
+        "weights": str,
+        "sets": str,
+        "word": str,
+        "data": str,
+        "others": str,
+        "counts": {str: int},
+        "gap": float,
+        "strengths": [float],
+        "keep_norm": bool,
+        "at": str,
+        "random": int,
+        "seed": int,
+    },
+    {
+        "layers.csv": Table(
+            "site:text tower:tower layer:grid kind:kind position:text strength:float n:int effect:float "
+            "low:float? high:float? null:float null_low:float null_high:float p_value:share? chosen:bool "
+            "q_value:share? works:bool",
+            "site strength",
+        ),
+        "measures.csv": Table(
+            "strength:float site:text measure:text set:text value:float low:float? high:float? null:float "
+            "n:int",
+            "strength measure set",
+        ),
+        "captions.csv": Table(
+            "strength:float set:text example:text prompt:text before:text after:text random:text changed:bool"
+        ),
+    },
+    WAY_OUT,
 )
-"""The table `selection.csv` of a folder of `notice`."""
 
-PICTURES = Table("example:text file:text", "example", may_be_empty=True)
-"""The table `pictures.csv`, of the files in `pictures/`."""
+PROBE = Format(
+    "probe.json",
+    {
+        "format": "vlmscope-probe-1",
+        "model": str,
+        "weights": str,
+        "data": str,
+        "label": str,
+        "values": {str: int},
+        "held_out": (str, None),
+        "patch": str,
+        "shuffles": int,
+        "ridge": float,
+        "seed": int,
+    },
+    {
+        "probes.csv": Table(
+            "site:text tower:tower layer:grid kind:kind position:text n:int accuracy:share low:share "
+            "high:share chance:share shuffled:share shuffled_most:share p_value:share held_out:share? "
+            "held_out_low:share? held_out_high:share? effect:float? effect_low:float? effect_high:float?",
+            "site",
+        )
+    },
+    WAY_OUT,
+)
+
+SELECTION = Format(
+    "selection.json",
+    {"format": "vlmscope-selection-1"},
+    {
+        "selection.csv": Table(
+            "data:text corruption:text group:text value:text n:int ran:int correct:int accuracy:share? "
+            "kept:int dropped_wrong:int dropped_not_following:int dropped_not_run:int",
+            "data corruption group value",
+        )
+    },
+    "this notice run is not finished; run the same command again",
+)
+
+_PICTURES = {"pictures.csv": Table("example:text file:text", "example", is_optional=True, may_be_empty=True)}
+"""Of the files in `pictures/`."""
 _INTERVAL = "value:float? low:float? high:float? n:int"
 _ABOUT = {"model": str, "weights?": (str, None), "examples?": int, "on?": [str]}
+
+_STATE = "site:text tower:tower layer:grid position:int token:text slot:text"
+LENS = {
+    "lens": Format(
+        "lens.json",
+        {
+            "what": "lens",
+            "model": str,
+            "weights": (str, None),
+            "data": str,
+            "examples": int,
+            "sites": [str],
+            "top": int,
+            "words": [str],
+            "dtype": str,
+        },
+        {
+            "lens.parquet": Table(
+                f"example:text {_STATE} rank:int predicted:text token_id:int logit:number p:number",
+                "example site rank",
+            ),
+            "words.parquet": Table(
+                f"example:text word:text what:text {_STATE} token_id:int rank:int logit:number p:number "
+                "null_p:number beaten:share? nulls:int",
+                "example word site",
+                may_be_empty=True,
+            ),
+            **_PICTURES,
+        },
+        WAY_OUT,
+    )
+}
+"""What `lens` wrote, in the form of `NEURONS`."""
 
 NEURONS = {
     "find": Format(
@@ -159,9 +260,11 @@ NEURONS = {
             "driving.csv": Table("layer:grid neuron:int rank:int example:text peak:float"),
             "measures.csv": Table(
                 "word:text method:text measure:text value:float? ci_low:float? ci_high:float? null:float? "
-                "random:float? p_value:share? n:int q_value:share?",
+                "null_95:float? p_value:share? n:int q_value:share?",
                 is_optional=True,
             ),
+            "left_out.csv": Table("word:text measure:text why:text", is_optional=True, may_be_empty=True),
+            **_PICTURES,
         },
         WAY_OUT,
     ),
@@ -170,7 +273,7 @@ NEURONS = {
         {"what": "perturb", **_ABOUT, "words": [str]},
         {
             "perturb.csv": Table(
-                "word:text k:int how:text set:text drop_log_p:float? drop_p:float? ci_low:float? "
+                "word:text k:int how:text round:int set:text drop_log_p:float? drop_p:float? ci_low:float? "
                 "ci_high:float? lost:share? n:int"
             )
         },
@@ -178,28 +281,32 @@ NEURONS = {
     ),
     "edit": Format(
         "neurons.json",
-        {"what": "edit", **_ABOUT, "from?": str, "to?": (str, None), "size": float, "neurons?": int},
         {
-            "measures.csv": Table(f"measure:text {_INTERVAL}", "measure"),
+            "what": "edit",
+            **_ABOUT,
+            "from?": str,
+            "to?": (str, None),
+            "size": float,
+            "neurons?": int,
+            "is_of?": str,
+            "verdict?": str,
+            "tried?": str,
+        },
+        {
+            "measures.csv": Table(f"measure:text {_INTERVAL} before:float? random:float?", "measure"),
             "captions.csv": Table(
                 "example:text prompt:text before:text after:text has:bool took:bool same:bool"
             ),
             "columns.csv": Table("layer:grid neuron:int length:float change:float", "layer neuron"),
             "objects.csv": Table(
-                "measure:text before:float? after:float?", "measure", is_optional=True, may_be_empty=True
+                "measure:text before:float? after:float? random:float?",
+                "measure",
+                is_optional=True,
+                may_be_empty=True,
             ),
+            **_PICTURES,
         },
         WAY_OUT,
     ),
 }
 """What `neurons` wrote, by the `what` of its manifest."""
-
-
-def pictures(folder: Path) -> dict[str, bytes]:
-    """The pictures that `neurons` keeps of examples, as PNG."""
-    listed = folder / "pictures.csv"
-    rows = stored.table(listed, PICTURES, WAY_OUT) if os.path.lexists(listed) else pd.DataFrame()
-    return {
-        row.example: stored.picture(folder / "pictures" / Path(row.file).name, WAY_OUT, folder)
-        for row in rows.itertuples()
-    }

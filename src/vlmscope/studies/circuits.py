@@ -199,6 +199,11 @@ def head_scores(run: Run, position: str | None = None) -> dict[Where, pd.DataFra
     A table for each tower, kind and slot; see `find` for `position`. Examples that lack a head there, or
     have a score that is no number, are left out with a warning.
     """
+    if "from" in run.spec:
+        raise StoreError(
+            f"{run.path}: its values come from another site ({run.spec['from']}), so they tell of no head; "
+            "give a run without --from"
+        )
     rows = run.effects(pc.match_substring_regex(pc.field("unit"), "^h[0-9]+$"))
     found = {}
     for (tower, kind), table in rows[is_head(rows)].groupby(["tower", "kind"], sort=False):

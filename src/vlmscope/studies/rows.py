@@ -22,12 +22,17 @@ from vlmscope.patching.scores import Patched, agrees, effect, least_gap
 from vlmscope.patching.trace import Images
 from vlmscope.progress import progress
 from vlmscope.sites import Site, Sites, expand, parse
-from vlmscope.studies.run_folder import BASELINES, EFFECTS
+from vlmscope.studies.run_folder import BASELINES
 from vlmscope.studies.task import Result, Task, Todo
 
+Work = Callable[[Task, Todo, Sequence[Site], Callable[[int, float], None]], Result]
+"""`work(task, job, sites, step)`: what an example gives at sites."""
 
-def run_jobs(task: Task, jobs: Sequence[Todo], done: int = 0, quiet: bool = False) -> Iterator[Result]:
-    """What each job gives; an example that cannot be run has no effects.
+
+def run_jobs(
+    task: Task, jobs: Sequence[Todo], done: int = 0, quiet: bool = False, work: Work | None = None
+) -> Iterator[Result]:
+    """What each job gives, by default its patches; an example that cannot be run has no rows.
 
     Where an example of a folder lacks a site that is added, it keeps what it has, and a warning says so.
     """
@@ -44,7 +49,7 @@ def run_jobs(task: Task, jobs: Sequence[Todo], done: int = 0, quiet: bool = Fals
                 step(patches, before + part)
 
             try:
-                yield _result(task, job, unplaced[key], share)
+                yield (work or patched)(task, job, unplaced[key], share)
             except (ExampleError, SiteError) as error:
                 if job.done:
                     name = task.examples[job.number].id
@@ -54,7 +59,8 @@ def run_jobs(task: Task, jobs: Sequence[Todo], done: int = 0, quiet: bool = Fals
             step(0, finished + 1)
 
 
-def _result(task: Task, job: Todo, unplaced: Sequence[Site], step: Callable[[int, float], None]) -> Result:
+def patched(task: Task, job: Todo, unplaced: Sequence[Site], step: Callable[[int, float], None]) -> Result:
+    """What patching the sites of one example gives."""
     example = task.examples[job.number]
     pairs = task.pairs(example)
     answered: dict[str, Any] = {}
@@ -65,17 +71,23 @@ def _result(task: Task, job: Todo, unplaced: Sequence[Site], step: Callable[[int
             return _excluded(task, job, reason=reason, **answered)
     way = reference.patch if task.engine == "reference" else partial(fast.patch, images=Images())
     rows, base = patch_example(task, example, pairs, unplaced, way, step)
-    foil = pairs[0].foil
+    return result_of(task, job, rows, pairs[0], {**base, **answered})
+
+
+def result_of(
+    task: Task, job: Todo, rows: list[dict[str, Any]], pair: Pair, base: Mapping[str, Any]
+) -> Result:
+    """The rows of an example, and what the runs without patches gave; those of noise share the tokens of one
+    pair."""
     baseline = {
-        "example": example.id,
+        "example": task.examples[job.number].id,
         "corruption": task.kind,
         **{name: value for name, value in base.items() if task.corruption or "corrupt" not in name},
-        "answer_token": " ".join(map(task.model.token, pairs[0].answers)),
-        "foil_token": None if foil is None else task.model.token(foil),
-        **answered,
+        "answer_token": " ".join(map(task.model.token, pair.answers)),
+        "foil_token": None if pair.foil is None else task.model.token(pair.foil),
         "excluded": False,
     }
-    return Result(job, _frame(rows, EFFECTS.names), _frame([] if job.done else [baseline], BASELINES.names))
+    return Result(job, pd.DataFrame(rows), _frame([] if job.done else [baseline], BASELINES.names))
 
 
 def patch_example(
@@ -85,16 +97,20 @@ def patch_example(
     sites: Sites,
     way: Callable[..., Patched],
     step: Callable[[int, float], None] = lambda patches, part: None,
+    source: str | None = None,
 ) -> tuple[list[dict[str, Any]], Mapping[str, float]]:
-    """The rows of an example, means over its pairs, and the scores of the runs without patches."""
+    """The rows of an example, means over its pairs, and the scores of the runs without patches; `source` is
+    one of the task's, where not all are meant."""
     layout = pairs[0].clean.layout
-    placed = task.model.placed(sites, pairs[0].clean)
+    patches = task.patches(sites, source or task.source, pairs[0].clean)
+    placed, sources = [site for site, _ in patches], [source for _, source in patches]
     totals = np.zeros((len(placed), 3))
     base: dict[str, float] = defaultdict(float)
     count, least = 0, 0.0
     for pair in pairs:
-        values = task.values(example, pair, placed)
-        found = way(task.model, pair, placed, task.direction, values=values, metric=task.metric)
+        values = task.values(example, pair, sources)
+        options = {"sources": sources, "values": values, "metric": task.metric}
+        found = way(task.model, pair, placed, task.direction, **options)
         least = max(least, least_gap(task.model.precision, found.size))
         for run, scores in (("clean", found.clean), ("corrupt", found.corrupt)):
             for name, score in scores._asdict().items():
@@ -105,8 +121,9 @@ def patch_example(
             step(len(numbers), count / len(placed) / len(pairs))
     names = {tower: slots(there) for tower, there in layout.items()}
     rows = []
-    for site, gains in zip(placed, _gains(task, totals, base, least), strict=True):
-        words = _words(site, layout[site.tower], names[site.tower])
+    for (site, origin), gains in zip(patches, _gains(task, totals, base, least), strict=True):
+        words = words_of(site, layout[site.tower], names[site.tower])
+        words |= {} if task.source is None else {"source_site": str(origin)}
         rows.append({"example": example.id, "corruption": task.kind, **words, **gains})
     return rows, base
 
@@ -129,7 +146,7 @@ def _gains(
         }
 
 
-def _words(site: Site, layout: Layout, names: Sequence[str]) -> dict[str, Any]:
+def words_of(site: Site, layout: Layout, names: Sequence[str]) -> dict[str, Any]:
     """What a row says of the place that is patched."""
     position = site.positions[0] if len(site.positions) == 1 and not site.also else None
     role = next((role for role, where in layout.roles.items() if position in where), None)
@@ -163,7 +180,7 @@ def _unfit(task: Task, example: Example, pair: Pair, predicted: str) -> str | No
 def _excluded(task: Task, job: Todo, **fields: Any) -> Result:
     example = task.examples[job.number]
     baseline = {"example": example.id, "corruption": task.kind, "excluded": True, **fields}
-    return Result(job, _frame([], EFFECTS.names), _frame([baseline], BASELINES.names))
+    return Result(job, pd.DataFrame(), _frame([baseline], BASELINES.names))
 
 
 def _frame(rows: list[dict[str, Any]], columns: Sequence[str]) -> pd.DataFrame:

@@ -1,8 +1,8 @@
 """Results on disk: a run is a folder of Parquet parts that a crash does not harm, and that can grow.
 
     run.json                      the specification, written first; what the run's check has found
-    effects/part-000000.parquet   a row per patch
-    baselines/part-000000.parquet a row per example; its presence commits the effects part
+    effects/part-000000.parquet   a row per patch; of `attribute` they are attributions/, a row per site
+    baselines/part-000000.parquet a row per example; its presence commits the part beside it
     examples/0003.json, *.png     a few examples, to look at
     done.json                     counts, written last
 
@@ -18,7 +18,7 @@ import io
 import json
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -50,6 +50,16 @@ EFFECTS = _schema(
 `p_change`, `ld_change` are against the run that was edited; `value` is the metric. Where there is no corrupt
 run `p_restored`, `logit_diff` and `effect` are null, and without a foil so are the logit differences."""
 
+ATTRIBUTIONS = _schema(
+    "example:text corruption:text site:text tower:text layer:int kind:text unit:text? position:int? "
+    "token:text? role:text? slot:text score:float? exact:float?"
+)
+"""The columns of `attributions`: a row per site. `score` is in the unit of `logit_diff`; `exact` is that of a
+patch of the site, where one was made."""
+
+CROSSED = EFFECTS.append(pa.field("source_site", pa.string(), nullable=False))
+"""The columns of `effects` where values come from another site than they go to."""
+
 BASELINES = _schema(
     "example:text corruption:text p_clean:float? p_corrupt:float? ld_clean:float? ld_corrupt:float? "
     "value_clean:float? value_corrupt:float? "
@@ -70,25 +80,29 @@ SPEC = {
     "engine?": str,
     "metric?": str,
     "patch?": str,
+    "from?": str,
     "dtype?": str,
     "device?": str,
     "seed?": int,
     "select?": bool,
     "versions?": {str: (str, None)},
 }
-"""The shape of a run's specification (`stored.fits`), of which a report needs all."""
-_COUNTS = {"examples": int, "excluded": int, "baselines": int, "effects": int}
+"""The shape of a run's specification (`stored.fits`), of which a report of patches needs all but `from`."""
+OF_ATTRIBUTE = {"method?": str, "word?": (str, None)}
+"""What a run of `attribute` has besides, in the place of what is of patches alone."""
+_COUNTS = {"examples": int, "excluded": int, "baselines": int, "effects?": int, "attributions?": int}
 _TOWER = {"layers?": int, "heads?": int, "grid?": [int]}
 _SHAPE = {
     "format": FORMAT,
-    "spec": SPEC,
+    "spec": SPEC | OF_ATTRIBUTE,
     "description?": ({"towers?": {str: _TOWER}}, None),
     "check?": ({"rows": int, "largest": float}, None),
 }
 _WORDS = {f"{name}?": str for name in ("id", "clean_prompt", "corrupt_prompt", "answer", "foil")}
 _INDEX = b"vlmscope.index"
-_UNIT = re.compile(r"[hqkvpn](\d{1,7}|\[[\d,]{1,9999}\])", re.ASCII)
+_UNIT = re.compile(r"b|[hqkvpn](\d{1,7}|\[[\d,]{1,9999}\])", re.ASCII)
 _SITE = re.compile(r"[a-z]+\.\d{1,3}(/\d{1,3})?\.[a-z_]+[.@]", re.ASCII)
+TABLES = ("effects", "attributions")
 PART = re.compile(r"part-(\d{6,})\.parquet")
 
 
@@ -99,6 +113,16 @@ class Held(NamedTuple):
     rows: int
     sites: list[int] | None
     digest: str
+
+
+def table_in(spec: Mapping[str, Any]) -> str:
+    """Which of `TABLES` a run of this specification holds."""
+    return "attributions" if "method" in spec else "effects"
+
+
+def columns_of(spec: Mapping[str, Any]) -> pa.Schema:
+    """The columns of that table."""
+    return ATTRIBUTIONS if "method" in spec else CROSSED if "from" in spec else EFFECTS
 
 
 @dataclass(frozen=True)
@@ -120,20 +144,30 @@ class Run:
         return (self.path / "done.json").exists()
 
     def effects(self, where: pc.Expression | None = None) -> pd.DataFrame:
-        """The table of patches (columns as in `EFFECTS`), in the order of the examples.
+        """The table of patches (columns as in `EFFECTS`, or `CROSSED`), in the order of the examples.
 
         `where` keeps the rows of which it is true, such as `pc.field("tower") == "encoder"`; only
-        those are ever held in memory together.
+        those are ever held in memory together. Raises `StoreError` for a run of `attribute`.
         """
-        return _read(self.path, "effects", EFFECTS, where)
+        return self._rows("effects", where)
+
+    def attributions(self, where: pc.Expression | None = None) -> pd.DataFrame:
+        """The table of scores (columns as in `ATTRIBUTIONS`) of a run of `attribute`; as `effects`."""
+        return self._rows("attributions", where)
+
+    def _rows(self, name: str, where: pc.Expression | None) -> pd.DataFrame:
+        if name != (there := table_in(self.spec)):
+            raise StoreError(f"{self.path}: a run that holds {there}, no {name}; name one that does")
+        return _read(self.path, name, columns_of(self.spec), where)
 
     def baselines(self) -> pd.DataFrame:
         """The table of examples (columns as in `BASELINES`), in their order."""
         return _read(self.path, "baselines", BASELINES)
 
     def patches(self) -> int:
-        """How many patches there are."""
-        return sum(held.rows for part in parts_of(self.path) for held in held_in(part, "effects"))
+        """How many patches there are, or scores."""
+        name = table_in(self.spec)
+        return sum(held.rows for part in parts_of(self.path) for held in held_in(part, name))
 
     def ran(self) -> int:
         """How many examples were patched."""
@@ -144,6 +178,10 @@ class Run:
         if not self.check:
             return "not checked: no row was recomputed by plain forwards"
         rows, largest = self.check["rows"], self.check["largest"]
+        if self.spec.get("method") == "direct":
+            return (
+                f"checked: in {rows} examples all writers and biases sum to the model's own to {largest:.2g}"
+            )
         return f"checked: {rows} random rows recomputed by plain forwards differ by at most {largest:.2g}"
 
     def pictures(self) -> list[dict[str, Any]]:
@@ -185,16 +223,16 @@ def read_run(path: str | os.PathLike[str], within: Path | None = None) -> Run:
 
 def _read(folder: Path, name: str, schema: pa.Schema, where: pc.Expression | None = None) -> pd.DataFrame:
     pieces = sorted(_pieces(folder, name, schema), key=lambda piece: piece[1].number)
-    if name == "effects":
+    if name in TABLES:
         _same_examples(
             pieces, sorted(_pieces(folder, "baselines", BASELINES), key=lambda piece: piece[1].number)
         )
     done = folder / "done.json"
     if os.path.lexists(done):
         counts = stored.manifest(done, _COUNTS, f"delete {done} and run the same command again", folder)
-        if counts[name] != sum(table.num_rows for _, _, table in pieces):
+        if counts.get(name) != sum(table.num_rows for _, _, table in pieces):
             raise StoreError(
-                f"{folder}: holds other {name} than the {counts[name]:,} that were written; "
+                f"{folder}: holds other {name} than the {counts.get(name, 0):,} that were written; "
                 f"delete {done} and run the same command again: what is missing is computed anew"
             )
     tables = [table if where is None else table.filter(where) for _, _, table in pieces]
@@ -213,7 +251,7 @@ def _pieces(folder: Path, name: str, schema: pa.Schema) -> Iterator[tuple[Path, 
             table = table.replace_schema_metadata(None)
             if not table.schema.equals(schema) or table.num_rows != sum(held.rows for held in entries):
                 raise ValueError("not the columns or rows that were written")
-            if name == "effects":
+            if name in TABLES:
                 _check_places(table)
         start = 0
         for held in entries:
@@ -241,7 +279,7 @@ def _same_examples(effects: Pieces, baselines: Pieces) -> None:
     for part, held, table in effects:
         if held.rows and table["example"].unique().to_pylist() != [names.get(held.number)]:
             raise StoreError(
-                f"{part}: its effects are of another example than its baselines. Delete it and run the same "
+                f"{part}: its rows are of another example than its baselines. Delete it and run the same "
                 "command again: the examples in it are computed anew"
             )
 
@@ -258,7 +296,8 @@ def _check_places(effects: pa.Table) -> None:
         ends = pc.min_max(effects[name])
         if ends["min"].is_valid and not 0 <= ends["min"].as_py() <= ends["max"].as_py() < limit:
             raise ValueError(f"{name} {ends['min']} to {ends['max']}")
-    for site in effects["site"].unique().to_pylist():
+    named = {name for name in ("site", "source_site") if name in effects.column_names}
+    for site in [site for name in named for site in effects[name].unique().to_pylist()]:
         if len(site) > stored.LONGEST or not _SITE.match(site):
             raise ValueError(f"unknown site {site}")
     if len(max(effects["slot"].unique().to_pylist(), key=len, default="")) > 1000:
@@ -272,7 +311,7 @@ def typed(frame: pd.DataFrame, schema: pa.Schema) -> pd.DataFrame:
 
 def bytes_of(effects: pd.DataFrame) -> int:
     """How many bytes a table of patches takes on disk."""
-    table = table_of(effects, EFFECTS)
+    table = table_of(effects, CROSSED if "source_site" in effects else EFFECTS)
     return len(parquet([(Held(0, table.num_rows, None, ""), table)]))
 
 

@@ -1,6 +1,6 @@
 """Writing a run folder: what is committed is safe, what is not is computed again, and more can be added.
 
-Every file is written whole (`files`); the effects of a part go first, and its baselines commit them.
+Every file is written whole (`files`); the rows of a part go first, and its baselines commit them.
 """
 
 from __future__ import annotations
@@ -23,15 +23,17 @@ from vlmscope.errors import StoreError
 from vlmscope.files import is_temporary, storing, write_json
 from vlmscope.studies.run_folder import (
     BASELINES,
-    EFFECTS,
     FORMAT,
     PART,
+    TABLES,
     Held,
+    columns_of,
     held_in,
     parquet,
     parts_of,
     read_manifest,
     read_run,
+    table_in,
     table_of,
 )
 
@@ -108,16 +110,18 @@ class Writer:
         self.sites: list[str] = content["spec"].get("sites") or []
         self.check: dict[str, Any] | None = content.get("check")
         self.done: dict[int, set[int] | None] = {}
+        self.table = table_in(content["spec"])
         self._content, self._lock, self._digests = content, lock, digests
+        self._columns = columns_of(content["spec"])
         self._waiting: list[tuple[Held, pa.Table, pa.Table]] = []
         self._written, self._wait = time.monotonic(), 0.0
         with storing(path):
-            for name in ("effects", "baselines"):
+            for name in (self.table, "baselines"):
                 (path / name).mkdir(exist_ok=True)
             _remove_leftovers(path)
         parts = parts_of(path)
         for part in parts:
-            held_in(part, "effects")
+            held_in(part, self.table)
             for held in held_in(part, "baselines"):
                 self._same_example(held)
                 self._note(held)
@@ -140,11 +144,11 @@ class Writer:
         return [] if done is None else [s for s in sites if self.sites.index(s) not in done]
 
     def add(
-        self, index: int, effects: pd.DataFrame, baselines: pd.DataFrame, sites: Sequence[str] | None = None
+        self, index: int, rows: pd.DataFrame, baselines: pd.DataFrame, sites: Sequence[str] | None = None
     ) -> None:
         """Take the rows of example number `index` at these site expressions (by default all of the run's).
 
-        Both tables need exactly the columns of `EFFECTS` and `BASELINES` (an empty frame stands for no
+        Both need exactly the columns of this folder's table and of `BASELINES` (an empty frame stands for no
         rows). An example that is excluded is done at all sites, be they added later.
         """
         names = self.sites if sites is None else sites
@@ -154,19 +158,19 @@ class Writer:
         is_excluded = bool(len(baselines) and baselines["excluded"].any())
         numbers = None if is_excluded else [self.sites.index(name) for name in names]
         digest = self._digests[index] if index < len(self._digests) else ""
-        table = table_of(effects, EFFECTS)
+        table = table_of(rows, self._columns)
         held = Held(index, table.num_rows, numbers, digest)
         self._waiting.append((held, table, table_of(baselines, BASELINES)))
-        rows = sum(held.rows for held, _, _ in self._waiting)
-        if rows >= ROWS or time.monotonic() - self._written > min(self._wait, SECONDS):
+        waits = sum(held.rows for held, _, _ in self._waiting)
+        if waits >= ROWS or time.monotonic() - self._written > min(self._wait, SECONDS):
             self.flush()
 
     def flush(self) -> None:
-        """Write what waits as one part. The effects go first; the baselines commit them."""
+        """Write what waits as one part. The rows go first; the baselines commit them."""
         if self._waiting:
             name = f"part-{self._next:06d}.parquet"
-            effects, baselines = self.path / "effects" / name, self.path / "baselines" / name
-            files.write(effects, parquet([(held, table) for held, table, _ in self._waiting]))
+            rows, baselines = self.path / self.table / name, self.path / "baselines" / name
+            files.write(rows, parquet([(held, table) for held, table, _ in self._waiting]))
             try:
                 files.write(
                     baselines,
@@ -174,7 +178,7 @@ class Writer:
                     ends=self.path / "done.json",
                 )
             except StoreError:
-                effects.unlink(missing_ok=True)
+                rows.unlink(missing_ok=True)
                 raise
             for held, _, _ in self._waiting:
                 self._note(held)
@@ -198,7 +202,7 @@ class Writer:
             "examples": len(self.done),
             "excluded": int(baselines["excluded"].sum()),
             "baselines": len(baselines),
-            "effects": run.patches(),
+            self.table: run.patches(),
         }
         write_json(self.path / "done.json", counts)
 
@@ -284,11 +288,11 @@ def _is_foreign(path: Path) -> bool:
 
 
 def _remove_leftovers(folder: Path) -> None:
-    """Remove what a killed run left: temporary files, and effects that no baselines commit."""
+    """Remove what a killed run left: temporary files, and rows that no baselines commit."""
     committed = {p.name for p in parts_of(folder)}
-    for where in (folder, folder / "effects", folder / "baselines", folder / "examples"):
+    for where in (folder, *(folder / name for name in (*TABLES, "baselines", "examples"))):
         for path in list(where.iterdir()) if where.is_dir() else []:
-            is_loose = where.name == "effects" and PART.fullmatch(path.name) and path.name not in committed
+            is_loose = where.name in TABLES and PART.fullmatch(path.name) and path.name not in committed
             if is_loose or is_temporary(path):
                 path.unlink()
 

@@ -7,6 +7,7 @@ import time
 import warnings
 from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -14,19 +15,18 @@ import pandas as pd
 import pyarrow.compute as pc
 
 from vlmscope.data import Examples
-from vlmscope.data.example import fingerprint
 from vlmscope.errors import DataError, ExampleError, whole
 from vlmscope.patching import reference
 from vlmscope.patching.scores import ROUNDING, Metric
 from vlmscope.patching.sources import Source
 from vlmscope.runs.corrupt import Noise
 from vlmscope.runs.model import Model
-from vlmscope.sites import Sites
+from vlmscope.sites import Pattern, Site, Sites
 from vlmscope.stats import rng
-from vlmscope.studies.rows import patch_example, run_jobs
-from vlmscope.studies.run_folder import BASELINES, EFFECTS, Run, bytes_of, read_run, typed
+from vlmscope.studies.rows import Work, patch_example, run_jobs
+from vlmscope.studies.run_folder import BASELINES, CROSSED, EFFECTS, Run, bytes_of, read_run, typed
 from vlmscope.studies.run_writer import Writer, open_run
-from vlmscope.studies.task import Task, Todo, all_jobs, description_of, spec_of, task_of
+from vlmscope.studies.task import Task, Todo, all_jobs, description_of, digests_of, spec_of, task_of
 
 Direction = Literal["denoise", "noise"]
 Engine = Literal["fast", "reference"]
@@ -51,6 +51,7 @@ def sweep(
     engine: Engine = "fast",
     metric: str | Metric = "ld",
     patch: Source = "clean",
+    source: str | Pattern | Site | None = None,
     seed: int = 0,
     out: str | os.PathLike[str] | None = None,
     data: str = "examples",
@@ -71,6 +72,11 @@ def sweep(
     run, `zero`, the `mean` over the examples at the same slot, or `resample`, another example's. With these
     `corrupt` may be None.
 
+    `source` is the site that values come from, where it is another than they go to: a later layer's stream
+    at an earlier one (back-patching, arXiv 2506.09047), or any place whose shape agrees. Every place that it
+    names goes into every one of `sites`, patterns of positions (`image*`) one by one, and the table has a
+    column more, `source_site`. Where nothing is corrupted (None), values are from the example's own run.
+
     `check` random rows are recomputed by `reference`, one plain forward each; `attrs["check"]` says how many
     (`rows`) and the `largest` difference of the metric.
 
@@ -89,16 +95,22 @@ def sweep(
     """
     check = whole(check, "the number of rows to check")
     options = {"direction": direction, "engine": engine, "metric": metric, "patch": patch, "seed": seed}
-    task = task_of(model, examples, sites, corrupt, **options)
+    task = task_of(model, examples, sites, corrupt, source, **options)
+    return table_of(task, out, data, check)
+
+
+def table_of(task: Task, out: str | os.PathLike[str] | None, data: str, check: int) -> pd.DataFrame:
+    """The table of a task, by way of a run folder where one is named."""
     if out is not None:
-        run = _into_folder(task, out, data, check)
+        run = folder_of(task, out, data, check)
         warn_of_excluded(run.baselines())
         table, found = run.effects(), run.check
     else:
         results = list(run_jobs(task, all_jobs(task)))
         base = pd.concat([result.baseline for result in results], ignore_index=True)
         warn_of_excluded(base)
-        table = typed(pd.concat([result.effects for result in results], ignore_index=True), EFFECTS)
+        columns = EFFECTS if task.source is None else CROSSED
+        table = typed(pd.concat([result.rows for result in results], ignore_index=True), columns)
         found = _check(task, check, base, lambda names: table[table["example"].isin(names)])
     table.attrs["check"] = found
     return table
@@ -115,6 +127,7 @@ def sweep_to(
     engine: Engine = "fast",
     metric: str | Metric = "ld",
     patch: Source = "clean",
+    source: str | Pattern | Site | None = None,
     seed: int = 0,
     data: str = "examples",
     select: bool = False,
@@ -129,8 +142,8 @@ def sweep_to(
     """
     check = whole(check, "the number of rows to check")
     options = {"direction": direction, "engine": engine, "metric": metric, "patch": patch, "seed": seed}
-    task = task_of(model, examples, sites, corrupt, select=select, **options)
-    return _into_folder(task, out, data, check)
+    task = task_of(model, examples, sites, corrupt, source, select=select, **options)
+    return folder_of(task, out, data, check)
 
 
 class Estimate(NamedTuple):
@@ -161,8 +174,8 @@ def estimate(
         start = time.perf_counter()
         [result] = run_jobs(task, [job], quiet=True)
         seconds = time.perf_counter() - start
-        if not result.effects.empty:
-            found.append(Estimate(seconds * many, bytes_of(result.effects) * many, len(result.effects)))
+        if not result.rows.empty:
+            found.append(Estimate(seconds * many, bytes_of(result.rows) * many, len(result.rows)))
             if len(found) > 2 or seconds > 10.0:  # a long one has warmed up by itself
                 break
     return found[-1]
@@ -196,13 +209,23 @@ def warn_of_excluded(baselines: pd.DataFrame) -> None:
     if len(left) == len(baselines):
         raise DataError(f"none of {len(left)} examples could be run; '{name}': {reason}")
     text = f"{len(left)} of {len(baselines)} examples were left out; '{name}': {reason}"
-    warnings.warn(text, stacklevel=3)
+    warnings.warn(text, stacklevel=4)
 
 
-def _into_folder(task: Task, out: str | os.PathLike[str], data: str, check: int) -> Run:
-    """Compute what the folder does not hold yet."""
-    digests = [fingerprint([example]) for example in task.examples]
-    spec = spec_of(task, data, digests)
+def folder_of(task: Task, out: str | os.PathLike[str], data: str, check: int) -> Run:
+    """The patches of a task in a run folder, of which some random rows are recomputed."""
+    return into_folder(task, out, spec_of(task, data), partial(_check_run, task, check))
+
+
+def into_folder(
+    task: Task,
+    out: str | os.PathLike[str],
+    spec: dict[str, Any],
+    check: Callable[[Run], dict[str, Any] | None],
+    work: Work | None = None,
+) -> Run:
+    """Compute what the folder does not hold yet (by default patches), and keep what `check` finds of it."""
+    digests = digests_of(task)
     with open_run(out, spec, description_of(task.model), digests=digests) as writer:
         jobs = []
         for number in range(len(task.examples)):
@@ -210,17 +233,14 @@ def _into_folder(task: Task, out: str | os.PathLike[str], data: str, check: int)
             if number not in writer.done or missing:
                 done = [s for s in writer.sites if s not in writer.missing(number, writer.sites)]
                 jobs.append(Todo(number, missing, done))
-        for result in run_jobs(task, jobs, len(task.examples) - len(jobs)):
+        for result in run_jobs(task, jobs, len(task.examples) - len(jobs), work=work):
             number = result.job.number
             if number < SHOWN and not result.job.done:
                 _show(writer, task, number)  # before the example is committed: it is not run again
-            writer.add(number, result.effects, result.baseline, result.job.sites)
+            writer.add(number, result.rows, result.baseline, result.job.sites)
         writer.flush()
         if jobs or writer.check is None:
-            run = read_run(out)
-            found = _check(
-                task, check, run.baselines(), lambda ids: run.effects(pc.field("example").isin(ids))
-            )
+            found = check(read_run(out))
             if found is not None:
                 writer.keep_check(found)
         writer.finish()
@@ -239,19 +259,30 @@ def _show(writer: Writer, task: Task, number: int) -> None:
         writer.add_pictures(number, shown)
 
 
+def _check_run(task: Task, count: int, run: Run) -> dict[str, Any] | None:
+    """`_check` of a folder, of which it reads little."""
+    return _check(task, count, run.baselines(), lambda ids: run.effects(pc.field("example").isin(ids)))
+
+
+def checked(task: Task, count: int, base: pd.DataFrame) -> list[str]:
+    """The ids of some examples that ran, drawn to be looked at again."""
+    ran = base.loc[~base["excluded"].astype(bool), "example"]
+    known = {example.id for example in task.examples}
+    ids = [name for name in ran.drop_duplicates(keep=False) if name in known]
+    return [ids[n] for n in rng(task.seed, "check").permutation(len(ids))[:count]]
+
+
 def _check(
     task: Task, count: int, base: pd.DataFrame, effects_of: Callable[[list[str]], pd.DataFrame]
 ) -> dict[str, Any] | None:
     """Recompute random rows, spread over kinds and examples, by plain forwards; None if there are none."""
-    draw = rng(task.seed, "check")
-    ran = base.loc[~base["excluded"].astype(bool), "example"]
-    known = {example.id: example for example in task.examples}
-    ids = [name for name in ran.drop_duplicates(keep=False) if name in known]
-    if count < 1 or task.engine == "reference" or not ids:
+    if count < 1 or task.engine == "reference" or not (chosen := checked(task, count, base)):
         return None
-    chosen = [ids[n] for n in draw.permutation(len(ids))[:count]]
+    known, draw = {example.id: example for example in task.examples}, rng(task.seed, "check", "rows")
     rows = effects_of(chosen)
-    rows = rows[np.isfinite(rows["value"])].drop_duplicates(["example", "site"])
+    if task.source is None:
+        rows = rows.assign(source_site=rows["site"])
+    rows = rows[np.isfinite(rows["value"])].drop_duplicates(["example", "site", "source_site"])
     if rows.empty:
         return None
     rows = rows.iloc[draw.permutation(len(rows))]
@@ -259,9 +290,10 @@ def _check(
     turns = pd.DataFrame({"kind": rows.groupby(kinds).cumcount(), "of": rows.groupby("example").cumcount()})
     rows = rows.loc[turns.sort_values(["kind", "of"], kind="stable").index[:count]]
     largest = 0.0
-    for name, some in rows.groupby("example", sort=False):
+    for (name, source), some in rows.groupby(["example", "source_site"], sort=False):
         example = known[str(name)]
-        again, _ = patch_example(task, example, task.pairs(example), some["site"].tolist(), reference.patch)
+        sites, origin = some["site"].tolist(), None if task.source is None else str(source)
+        again, _ = patch_example(task, example, task.pairs(example), sites, reference.patch, source=origin)
         apart = np.array([row["value"] for row in again]) - some["value"].to_numpy()
         largest = max(largest, float(np.abs(apart).max()))
     size = max(1.0, float(rows["value"].abs().max()))

@@ -16,8 +16,8 @@ import pandas as pd
 from vlmscope.errors import DataError
 from vlmscope.stats import interval, p_values, q_values
 
-VALUES = ("logit_diff", "effect", "p_restored", "p_patched", "ld_change", "p_change", "value")
-"""The columns of `effects` that can be averaged."""
+VALUES = ("logit_diff", "effect", "p_restored", "p_patched", "ld_change", "p_change", "value", "score")
+"""The columns of `effects`, and of `attributions`, that can be averaged."""
 TOWERS = ("encoder", "decoder", "qformer", "vision")
 KINDS = ("resid", "resid_pre", "resid_mid", "mlp", "attn", "cross", "deepstack", "output")
 COMPARED = "site slot n n_other mean mean_other difference low high p_value".split()
@@ -138,6 +138,35 @@ def wide(cells: pd.DataFrame) -> pd.DataFrame:
     return table
 
 
+def flow_table(effects: pd.DataFrame, *, value: str = "p_change") -> pd.DataFrame:
+    """Mean `value` of knock-outs by edge and layer: the flow of information from sources to a position.
+
+    A row is a layer (the middle one of a window) of an edge. Columns: `edge` (such as `last<image`), `tower`,
+    `kind`, `unit`, `window`, `layer`, `mean`, `sd`, `n` examples, and the 95 % interval `low`, `high`, null
+    below 10 examples. Sums `A + B` are left out.
+
+    Raises `DataError` where the table has no edges, or no such value.
+
+    >>> import vlmscope
+    >>> model, examples = vlmscope.load("toy-llava"), vlmscope.examples("states", limit=2)
+    >>> flow = flow_table(vlmscope.knockout(model, examples, "decoder.*/3.attn@last<image"))
+    >>> flow[["edge", "window", "layer", "n"]].iloc[0].tolist()
+    ['last<image', 3, 0, 2]
+    """
+    rows = effects[is_edge(effects)]
+    if rows.empty:
+        some = ", ".join(effects["site"].unique()[:3]) or "nothing"
+        raise DataError(f"the table has no edges of attention; it holds {some}")
+    if value not in VALUES or rows[value].isna().all():
+        held = ", ".join(name for name in VALUES if name in rows and rows[name].notna().any())
+        raise DataError(f"no values '{value}' of edges in the table; it has {held or 'none'}")
+    place, _, edge = rows["site"].str.partition("@").T.to_numpy()
+    windows = pd.Series(place, index=rows.index).str.extract(r"/(\d+)", expand=False).fillna("1").astype(int)
+    rows = rows.assign(edge=edge, window=windows, unit=rows["unit"].astype(object).fillna(""))
+    keys = ["edge", "tower", "kind", "unit", "window", "layer"]
+    return means(rows, keys, value, intervals=True)
+
+
 def means(
     rows: pd.DataFrame, keys: Sequence[str], value: str = "logit_diff", *, intervals: bool = False
 ) -> pd.DataFrame:
@@ -216,14 +245,16 @@ def compare(
 
 
 def _by_site(effects: pd.DataFrame, value: str) -> dict[tuple[str, str], pd.Series[float]]:
-    """The value of each example, by site (up to its @, sums whole) and slot."""
+    """The value of each example, by site (up to its @; sums and edges whole) and slot."""
     if value not in VALUES or value not in effects or effects[value].isna().all():
         held = [name for name in VALUES if name in effects and effects[name].notna().any()]
         raise DataError(f"no values '{value}' in a table of effects; it has {', '.join(held) or 'none'}")
     if len(corruptions := effects["corruption"].unique()) > 1:
         raise DataError(f"a table holds the corruptions {', '.join(corruptions)}; compare one with one")
-    is_sum = effects["site"].str.contains(" + ", regex=False)
-    place = effects["site"].where(is_sum, effects["site"].str.partition("@")[0])
+    is_whole = effects["site"].str.contains(r" \+ |<")  # sums, and edges, which have a source
+    place = effects["site"].where(is_whole, effects["site"].str.partition("@")[0])
+    if "source_site" in effects:
+        place = place + " from " + effects["source_site"]
     each = by_example(effects.assign(place=place), ["place", "slot"], value)
     return {key: rows.droplevel([0, 1]) for key, rows in each.groupby(level=[0, 1], sort=False)}
 
@@ -237,8 +268,14 @@ def change_of(effects: pd.DataFrame) -> str:
 
 
 def is_single(effects: pd.DataFrame) -> pd.Series[bool]:
-    """Which patches are of one layer: no windows `/`, and no sums `A + B`."""
-    return ~effects["site"].str.contains(r"/| \+ ").astype(bool)
+    """Which patches are of one layer: no windows `/`, no sums `A + B`, and no edges `A<B`."""
+    return ~effects["site"].str.contains(r"/| \+ |<").astype(bool)
+
+
+def is_edge(effects: pd.DataFrame) -> pd.Series[bool]:
+    """Which rows are knock-outs of single edges `A<B`, of any number of layers."""
+    site = effects["site"]
+    return site.str.contains("<", regex=False) & ~site.str.contains(" + ", regex=False)
 
 
 def is_head(effects: pd.DataFrame) -> pd.Series[bool]:
@@ -266,6 +303,12 @@ def choose(
         raise DataError(
             f"the table holds the corruptions {', '.join(corruptions)}, which are not averaged; keep "
             f"one, as in effects[effects['corruption'] == '{corruptions[0]}']"
+        )
+    sources = rows["source_site"].str.partition("@")[0].unique().tolist() if "source_site" in rows else []
+    if len(sources) > 1:
+        raise DataError(
+            f"the table holds values from {len(sources)} places, which are not averaged; keep one, as in "
+            f"effects[effects['source_site'].str.startswith('{sources[0]}@')]"
         )
     if tower is None and kind in set(rows["kind"]):
         rows = rows[rows["kind"] == kind]
@@ -389,6 +432,8 @@ def is_role(slot: str) -> bool:
 def mean_gap(rows: pd.DataFrame) -> float | None:
     """The size of the mean LD(clean) − LD(corrupt) of the rows' examples, read off `effect`; null where that
     is not known, as `effect` is of another metric."""
+    if "effect" not in rows:
+        return None
     rows = rows[rows["logit_diff"].notna() & rows["effect"].notna()]
     effect, ld, of = rows["effect"].astype(float), rows["logit_diff"].astype(float), rows["example"]
     sums = pd.DataFrame({"up": ld * effect, "down": effect**2}).groupby(of).sum()

@@ -14,16 +14,16 @@ import pandas as pd
 from torch import Tensor
 
 from vlmscope.data import Examples, listed
-from vlmscope.data.example import Example
+from vlmscope.data.example import Example, fingerprint
 from vlmscope.errors import SEED, DataError, ExampleError, SiteError, VlmscopeError, nearest, shown, whole
 from vlmscope.layout import grid
-from vlmscope.models.inputs import Inputs, Pair
+from vlmscope.models.inputs import CUTS, Cut, Inputs, Pair
 from vlmscope.patching.scores import Metric, check_metric
-from vlmscope.patching.sources import Means, Source, check_source, resampled, zeros
+from vlmscope.patching.sources import Means, Source, check_source, check_widths, crossed, resampled, zeros
 from vlmscope.runs import corrupt as corruptions
 from vlmscope.runs.corrupt import Corruption, Noise
 from vlmscope.runs.model import Model
-from vlmscope.sites import Point, Site, Sites, expand, parse, place, points_of
+from vlmscope.sites import Pattern, Point, Site, Sites, expand, parse, place, points_of
 from vlmscope.stats import rng
 
 PACKAGES = ("vlmscope", "torch", "transformers", "torchvision", "pillow")
@@ -32,7 +32,7 @@ PACKAGES = ("vlmscope", "torch", "transformers", "torchvision", "pillow")
 
 @dataclass(frozen=True)
 class Task:
-    """All that decides what is in the table. `sites` are expressions; see `sweep` and `sweep_to`."""
+    """All that decides what is in the table. `sites` and `source` are expressions; see `sweep`."""
 
     model: Model
     examples: list[Example]
@@ -43,7 +43,13 @@ class Task:
     seed: int = 0
     select: bool = False
     metric: str | Metric = "ld"
-    patch: Source = "clean"
+    patch: Source | Cut = "clean"
+    source: str | None = None
+
+    @cached_property
+    def are_edges(self) -> bool:
+        """Whether edges of attention are cut, instead of activations patched."""
+        return any(pattern.source for pattern in parse(self.sites))
 
     @property
     def kind(self) -> str:
@@ -58,15 +64,33 @@ class Task:
 
     @cached_property
     def means(self) -> Means:
-        """Over all examples that can be run, at the sites of this task."""
-        means = Means(self.model, points_of(expand(parse(self.sites), self.model.shapes)))
+        """Over all examples that can be run, at the sites that values come from."""
+        sites = self.sites if self.source is None else self.source
+        means = Means(self.model, points_of(expand(parse(sites), self.model.shapes)))
         for example in self.examples:
             with suppress(ExampleError):
                 means.add(self.pairs(example)[0].clean)
         return means
 
-    def values(self, example: Example, pair: Pair, sites: Sequence[Site]) -> Mapping[Point, Tensor] | None:
-        """What is written instead of the other run's activations, if anything."""
+    def patches(self, sites: Sites, source: str | None, inputs: Inputs) -> list[tuple[Site, Site]]:
+        """The patches of one example at sites, each with the place that its value comes from."""
+        if source is None:
+            return [(site, site) for site in self.model.placed(sites, inputs)]
+        several = [sites] if isinstance(sites, (str, Pattern, Site)) else sites
+        there = [
+            one for site in several for one in ([site] if isinstance(site, Site) else self._expand(site))
+        ]
+        return crossed(self.model, there, self._expand(source), inputs)
+
+    def _expand(self, sites: Sites) -> list[Site]:
+        return expand(parse(sites), self.model.shapes)
+
+    def values(
+        self, example: Example, pair: Pair, sites: Sequence[Site]
+    ) -> Mapping[Point, Tensor] | Cut | None:
+        """What is written instead of the other run's activations, if anything, or how edges are cut."""
+        if self.are_edges:
+            return "zero" if self.patch == "zero" else "block"
         points = points_of(sites)
         if self.patch == "clean":
             return None
@@ -93,50 +117,84 @@ class Todo(NamedTuple):
 
 
 class Result(NamedTuple):
+    """Of one example: its rows (effects, or scores) and its row of `baselines`."""
+
     job: Todo
-    effects: pd.DataFrame
+    rows: pd.DataFrame
     baseline: pd.DataFrame
 
 
 def task_of(
-    model: Model, examples: Examples, sites: Sites, corrupt: str | Noise | None, **options: Any
+    model: Model,
+    examples: Examples,
+    sites: Sites,
+    corrupt: str | Noise | None,
+    source: str | Pattern | Site | None = None,
+    **options: Any,
 ) -> Task:
     """Checked against the model and the data before anything runs; `options` are the other fields."""
     if not isinstance(model, Model):
         raise VlmscopeError(f"the model is {shown(model)}; expected a Model, as vlmscope.load gives it")
     corruption = None if corrupt is None else corruptions.parse(corrupt)
     task = Task(model, listed(examples), [str(site) for site in parse(sites)], corruption, **options)
+    if source is not None:
+        if len(given := parse(source)) != 1:
+            raise SiteError(
+                f"values come from {len(given)} expressions; expected one, such as decoder.*.resid@5"
+            )
+        task = replace(task, source=str(given[0]))
     if task.direction not in ("denoise", "noise"):
         raise VlmscopeError(f"unknown direction {shown(task.direction)}; expected denoise or noise")
     if task.engine not in ("fast", "reference"):
         raise VlmscopeError(f"unknown engine {shown(task.engine)}; expected fast or reference")
     whole(task.seed, "the seed", most=SEED)
     check_metric(task.metric)
-    check_source(task.patch)
-    if corrupt is None and (task.patch == "clean" or task.select):
+    if not task.are_edges:
+        check_source(task.patch)
+    own = corrupt is None and task.patch == "clean"
+    if (own and source is None) or (corrupt is None and task.select):
         raise VlmscopeError(
             "without a corruption (--corrupt image, text or noise) nothing can be copied or chosen by; "
-            "name one, or patch zero, mean or resample (--patch)"
+            "name one, patch zero, mean or resample (--patch), or copy from another site of the run (--from)"
         )
+    if source is not None and task.patch == "zero":
+        raise VlmscopeError("a zero is from no other site; leave --from out, or patch clean (--patch)")
     if not task.examples:
         raise DataError("there are no examples; nothing to run")
     check_sites(model, task.examples, task.sites, task.patch)
-    # what ablates is written into the clean run
-    return task if task.patch == "clean" else replace(task, direction="noise")
+    if task.source is not None:
+        check_sites(model, task.examples, [task.source], task.patch)
+        _check_crossed(task)
+    # what ablates is written into the clean run, as what comes from the run itself
+    return task if task.patch == "clean" and not own else replace(task, direction="noise")
+
+
+def _check_crossed(task: Task) -> None:
+    """Raises `SiteError` where what a place gives does not fit where it goes, in the first example."""
+    for example in task.examples:
+        with suppress(ExampleError):
+            inputs = task.pairs(example)[0].clean
+            check_widths(task.model, task.patches(task.sites, task.source, inputs), inputs)
+            return
 
 
 def check_sites(
-    model: Model, examples: Sequence[Example], sites: Sequence[str], patch: Source = "clean"
+    model: Model, examples: Sequence[Example], sites: Sequence[str], patch: Source | Cut = "clean"
 ) -> None:
-    """Raises `SiteError` for sites that this model or these examples do not have."""
+    """Raises `SiteError` for sites that this model or these examples do not have, and for edges beside
+    activations."""
     parsed = parse(sites)
     expanded = expand(parsed, model.shapes)
+    all_parts = [part for one in parsed for part in (one, *one.also)]
+    edge = next((part for part in all_parts if part.source), None)
+    if edge and not (patch in CUTS and all(part.source for part in all_parts)):
+        raise SiteError(
+            f"bad site {shown(edge)}: an edge of attention is not patched but knocked out, and not beside "
+            "activations; leave it to vlmscope knockout"
+        )
     for part in (part for site in expanded for part in site.parts):
         if part.source:
-            raise SiteError(
-                f"bad site {shown(part)}: an edge of attention, which this version can read in an "
-                f"expression but not patch; leave '<{part.source}' out"
-            )
+            model.attention_modules(part.tower, part.kind)  # raises an error where it is not told
         if part.part == "p" and patch in ("mean", "resample"):
             raise SiteError(
                 f"bad site {shown(part)}: an attention pattern has as many numbers as its example has "
@@ -168,8 +226,13 @@ def all_jobs(task: Task) -> list[Todo]:
     return [Todo(number, task.sites, []) for number in range(len(task.examples))]
 
 
-def spec_of(task: Task, data: str, digests: Sequence[str]) -> dict[str, Any]:
-    data_hash = hashlib.sha256(" ".join(digests).encode()).hexdigest()
+def digests_of(task: Task) -> list[str]:
+    """The fingerprint of each example."""
+    return [fingerprint([example]) for example in task.examples]
+
+
+def spec_of(task: Task, data: str) -> dict[str, Any]:
+    data_hash = hashlib.sha256(" ".join(digests_of(task)).encode()).hexdigest()
     noise = asdict(task.corruption) if isinstance(task.corruption, Noise) else {}
     return {
         "model": task.model.name,
@@ -183,6 +246,7 @@ def spec_of(task: Task, data: str, digests: Sequence[str]) -> dict[str, Any]:
         "engine": task.engine,
         "metric": task.metric if isinstance(task.metric, str) else task.metric.__qualname__,
         "patch": task.patch,
+        **({"from": task.source} if task.source is not None else {}),
         # what is written depends on all examples, so that none can be added
         **({"examples_of_the_patch": data_hash} if task.patch in ("mean", "resample") else {}),
         "dtype": task.model.precision,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import os
@@ -27,6 +28,9 @@ MADE = {
     "circuits": "circuits run --out circuits",
     "heads": f"heads {TOY} --limit 6 --sites encoder.1.cross.h*@answer --out heads",
     "tracing": f"tracing {TOY} --limit 4 --kinds cross --windows 1 --repeats 2 --out tracing",
+    "lens": "lens --model toy-llava --data states --limit 2 --sites decoder.3.resid@image* --out lens",
+    "attribution": "attribute --model toy-llava --data states --limit 2 --sites decoder.*.attn.h*@readout "
+    "--sites decoder.3.attn@readout<image* --out attribution",
     "notice": f"notice {TOY} --limit 4 --out notice",
     "find": "neurons find --model toy-llava --data states --limit 3 --top 10 --out find",
     "describe": "neurons describe --model toy-llava --data states --limit 3 --neuron 3.48 --out describe",
@@ -37,15 +41,15 @@ from vlmscope.neurons.results import Assessed, Perturbed
 import pandas as pd
 from PIL import Image
 about = {"model": "toy-llava", "weights": "abc", "words": ["heart"]}
-row = {"word": "heart", "k": 1, "how": "zero", "set": "top", "drop_log_p": 0.5, "drop_p": 0.25}
+row = {"word": "heart", "k": 1, "how": "zero", "round": 1, "set": "top", "drop_log_p": 0.5, "drop_p": 0.25}
 row |= {"ci_low": 0.1, "ci_high": 0.4, "lost": 0.5, "n": 8}
 Perturbed(about, pd.DataFrame([row, row | {"set": "random"}])).save("perturb")
-names = ["measure", "value", "low", "high", "n"]
-measures = pd.DataFrame([("generality", 0.5, 0.25, 0.75, 8)], columns=names)
+names = ["measure", "value", "low", "high", "n", "before", "random"]
+measures = pd.DataFrame([("generality", 0.5, 0.25, 0.75, 8, 0.0, 0.125)], columns=names)
 said = {"example": ["a", "b"], "prompt": "what?", "before": ["heart", "cross"], "after": "cross"}
 captions = pd.DataFrame(said | {"has": [True, False], "took": [True, False], "same": [False, True]})
 columns = pd.DataFrame([(3, 48, 1.5, 0.5)], columns=["layer", "neuron", "length", "change"])
-objects = pd.DataFrame([("hallucinated", 0.5, 0.25)], columns=["measure", "before", "after"])
+objects = pd.DataFrame([("chair_i", 0.5, 0.25, 0.5)], columns=["measure", "before", "after", "random"])
 edited = about | {"from": "heart", "to": "cross", "size": 1.5}
 pictures = {name: Image.new("RGB", (8, 8)) for name in "ab"}
 Assessed(edited, measures, captions, columns, objects, pictures).save("edit")
@@ -68,6 +72,16 @@ def good_folders(top: Path) -> Path:
     return folder
 
 
+def list_anew(file: Path) -> None:
+    """List a file as it is in the manifest of its folder, as whoever forges one would."""
+    for place in file.parents[:2]:
+        for manifest in place.glob("*.json"):
+            about, name = json.loads(manifest.read_bytes()), str(file.relative_to(place))
+            if name in about.get("files", {}):
+                about["files"][name] = hashlib.sha256(file.read_bytes()).hexdigest()
+                manifest.write_text(json.dumps(about))
+
+
 # --- what can be wrong with a file -----------------------------------------------------------------------
 
 
@@ -75,6 +89,25 @@ def truncated(random: Random, file: Path) -> bool:
     content = file.read_bytes()
     file.write_bytes(content[: random.randrange(len(content) - 3)])
     return file.suffix != ".csv" or len(content) > 0
+
+
+def halved(random: Random, file: Path) -> bool:
+    """The first lines of a CSV file, as a table of fewer rows."""
+    lines = file.read_bytes().splitlines(keepends=True)
+    file.write_bytes(b"".join(lines[: random.randrange(1, max(2, len(lines)))]) if len(lines) > 1 else b"")
+    return True
+
+
+def altered(random: Random, file: Path) -> bool:
+    """Another digit in a CSV file."""
+    content = bytearray(file.read_bytes())
+    at = [n for n, byte in enumerate(content) if chr(byte).isdigit()]
+    if not at:
+        return emptied(random, file)
+    one = random.choice(at)
+    content[one] = random.choice([byte for byte in b"0123456789" if byte != content[one]])
+    file.write_bytes(content)
+    return True
 
 
 def emptied(random: Random, file: Path) -> bool:
@@ -326,7 +359,7 @@ Harm = Callable[[Random, Path], bool]
 ANY: tuple[Harm, ...] = (emptied, other_format, a_folder, a_pipe, a_device, a_link, a_loop, endless)
 BY_SUFFIX: dict[str, tuple[Harm, ...]] = {
     ".json": (strange_json, strange_json, strange_json, lacking_json, odd_json, odd_json),
-    ".csv": (odd_csv, odd_csv, odd_csv, missing),
+    ".csv": (odd_csv, odd_csv, odd_csv, missing, halved, altered),
     ".parquet": (truncated, overwritten, odd_table, odd_table, odd_table, a_bomb),
     ".png": (truncated, a_large_picture),
     ".toml": (),
@@ -430,6 +463,14 @@ def cases(random: Random, top: Path) -> Iterator[Case]:
         except StopIteration:
             emptied(random, file)
         argv = ["report", kind, "--out", "r.html"]
+        # What is odd in itself is odd under the right digest, too.
+        if (
+            file.suffix != ".json"
+            and file.is_file()
+            and harm not in (halved, altered, endless)
+            and random.random() < 0.7
+        ):
+            list_anew(file)
         is_table = kind in ("run", "notice") and "examples" not in file.parts and file.suffix == ".parquet"
         if is_table and "heads.parquet" not in file.name and random.random() < 0.4:
             argv = ["circuits", kind, "--out", "c"]

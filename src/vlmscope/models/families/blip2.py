@@ -14,7 +14,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from PIL import Image
 from torch import Tensor
 from transformers import Blip2ForConditionalGeneration, InstructBlipForConditionalGeneration, PreTrainedModel
@@ -45,7 +45,7 @@ QFORMER = Tower(
     reads="vision",
     output="language_projection",
     flow="plain",
-    attention={"cross": "crossattention.attention"},
+    attention={"attn": "attention.attention", "cross": "crossattention.attention"},
 )
 OPT = Tower(
     blocks="language_model.model.decoder.layers",
@@ -63,6 +63,7 @@ T5_ENCODER = Tower(
     gate="layer.1.DenseReluDense.act",
     heads="num_heads",
     flow="plain",
+    attention={"attn": "layer.0.SelfAttention"},
 )
 T5_DECODER = replace(
     T5_ENCODER,
@@ -71,6 +72,7 @@ T5_DECODER = replace(
     mlp="layer.2.DenseReluDense.wo",
     gate="layer.2.DenseReluDense.act",
     reads="encoder",
+    attention={"attn": "layer.0.SelfAttention", "cross": "layer.1.EncDecAttention"},
 )
 
 
@@ -140,6 +142,19 @@ def generate_t5(hf: Any, inputs: Inputs, **options: object) -> Int[Tensor, "pos"
     return hf.generate(**tensors, do_sample=False, num_beams=1, **options)[0, 1:]
 
 
+def leave_t5(hf: Any, tower: str, hidden: Float[Tensor, "rows pos width"]) -> Float[Tensor, "rows pos width"]:
+    """The decoder ends with a norm."""
+    return hf.language_model.decoder.final_layer_norm(hidden)
+
+
+def finish_t5(
+    hf: Any, inputs: Inputs, tower: str, output: Float[Tensor, "rows pos width"], keep: int
+) -> Float[Tensor, "rows keep vocabulary"]:
+    """What T5 does behind its decoder: those that share the embedding scale what it reads."""
+    output, model = output[:, -keep:], hf.language_model
+    return model.lm_head(output * model.model_dim**-0.5 if model.config.scale_decoder_outputs else output)
+
+
 def _decoder_only(
     name: str, model: type[PreTrainedModel], variant: str, decoder: Tower, norm: str, image: str | None = None
 ) -> Family:
@@ -170,6 +185,8 @@ def _t5(name: str, model: type[PreTrainedModel]) -> Family:
         towers={"vision": VISION, "qformer": QFORMER, "encoder": T5_ENCODER, "decoder": T5_DECODER},
         head="language_model.lm_head",
         norm="language_model.decoder.final_layer_norm",
+        leave=leave_t5,
+        finish=finish_t5,
         encode=encode_t5,
         generate=generate_t5,
         options=options_t5,

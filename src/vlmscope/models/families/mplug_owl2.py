@@ -26,6 +26,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from jaxtyping import Float
 from PIL import Image
 from torch import Tensor
 
@@ -128,6 +129,17 @@ def _patches(hf: Any, pixels: Tensor) -> Layout:
     return Layout((*names, *(f"{r},{c}" for r, c in cells.values())), cells=cells)
 
 
+def leave(hf: Any, tower: str, hidden: Float[Tensor, "rows pos width"]) -> Float[Tensor, "rows pos width"]:
+    """The decoder ends with a norm, the same for text and image."""
+    return hf.model.norm(hidden)
+
+
+def finish(
+    hf: Any, inputs: Inputs, tower: str, output: Float[Tensor, "rows pos width"], keep: int
+) -> Float[Tensor, "rows keep vocabulary"]:
+    return hf.lm_head(output[:, -keep:])
+
+
 MPLUG_OWL2 = Family(
     name="mPLUG-Owl2",
     architecture="MPLUGOwl2LlamaForCausalLM",
@@ -163,6 +175,8 @@ MPLUG_OWL2 = Family(
     logits="",
     encode=encode,
     blank=None,
+    leave=leave,
+    finish=finish,
     generate=causal.generate,
     cache=lambda: None,
     options=partial(chat.options, write=written),

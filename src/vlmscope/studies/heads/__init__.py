@@ -1,17 +1,33 @@
-"""What a head does: where it looks, what it moves, and what happens without it.
+"""What a head does: what it reads, what of it moves the answer, and what happens without it.
 
-Attention is not explanation, so every label carries a number of the attention and a number of the
-cause. The labels are those of NOTICE (arXiv 2406.16320), which reads them off pictures; here they are
-rules over measures, each with its interval and its null:
+Attention is not explanation, so every label rests on a number of what is read and one of the cause, each
+tested against a null of its own, with q-values over the heads asked about. A head *acts* if it surely moves
+LD by more than 1 % of the gap, patched in or knocked out.
 
-- `detection` (implicit segmentation): the head's attention to the image, less that of the average
-  head, separates the answer's object from the rest, and patching the head in favours the answer.
-- `suppression`: it lands on the object (or the foil's), and without the head the answer (or the foil)
-  is *more* likely.
-- `outlier suppression`: most of its attention is on few patches of outlying norm or on the class
-  token, and without the head the answer hardly changes.
-- `none`: no such attention, and no effect that counts. `unclear`: the evidence does not fit together,
-  or the head does not look at the image.
+Of heads that act by what they read of the image (names of NOTICE, arXiv 2406.16320):
+
+- `detection`: its attention is on the answer's object, and patching the head in favours the answer.
+- `suppression`: it is on the object, and patching the head in takes from the answer, or without it the
+  answer is *more* likely; or it is on the foil's object, and without it the foil is more likely.
+
+Of those that act by what they read of words:
+
+- `option selector`: its attention goes to the option that the picture shows, and it favours the answer.
+- `mover`: of the two options it raises the one first that it reads, and favours the answer; `negative
+  mover`: it raises the other first.
+- `aggregate reader`: most of its attention is on words that are no option, and what it reads there alone
+  brings most of its effect.
+- `relay`: what it does on its own way to the answer is less than a fifth of its effect; the rest goes by
+  others.
+
+Of heads that do not act:
+
+- `outlier suppression`: most of its attention is on the class token, and on patches off the object that are
+  of outlying norm and do not stand out in the picture.
+- `sink`: most of its attention is on the first token.
+- `none`: neither.
+
+`unclear`: the evidence does not fit together or does not suffice, or the model does not know the task.
 """
 
 from __future__ import annotations
@@ -30,41 +46,27 @@ import pandas as pd
 from vlmscope import files, stored
 from vlmscope.data import Examples, listed
 from vlmscope.data.example import fingerprint
+from vlmscope.data.masks import covered
 from vlmscope.errors import DataError, StoreError
 from vlmscope.runs.corrupt import Noise
 from vlmscope.runs.model import Model
 from vlmscope.sites import Sites
-from vlmscope.stats import FEWEST, LEVEL, shuffled
+from vlmscope.stats import FEWEST, shuffled
 from vlmscope.stored import formats
-from vlmscope.studies.heads.measures import ON_ALL, ON_MASKS, attention_maps, measures_of, together
-from vlmscope.studies.heads.observe import Effects, Study, covered, observe, of_heads, study_of
+from vlmscope.studies.heads.labels import LABELS, Label, doubts, label
+from vlmscope.studies.heads.measures import ON_ALL, ON_MASKS, READ, attention_maps, measures_of, together
+from vlmscope.studies.heads.observe import Effects, Observed, observe, of_heads
+from vlmscope.studies.heads.study import Study, study_of
+from vlmscope.studies.known import knows
+from vlmscope.studies.run_folder import Run, read_run
 from vlmscope.studies.run_writer import claim
 from vlmscope.studies.sweep import SHOWN, sweep_to
 
-__all__ = ["LABELS", "ON_ALL", "ON_MASKS", "Functions", "covered", "functions", "read", "write"]
+__all__ = ["LABELS", "ON_ALL", "ON_MASKS", "READ", "Functions", "covered", "functions", "read", "write"]
 
-FORMAT = "vlmscope-heads-1"
+FORMAT = "vlmscope-heads-2"
 MANIFEST = "heads.json"
 CSV = ("functions", "measures", "together")
-
-LABELS = ("detection", "suppression", "outlier suppression", "none", "unclear")
-SHARE = 0.01
-"""An effect below this share of the gap between clean and corrupt runs counts as none ..."""
-LITTLE = 0.05
-"""... and one that is surely below this share as little."""
-AUC = 0.6
-"""Attention that separates the object by less than this does not detect it, however surely."""
-MASS = 0.5
-"""The share of its attention that a head of outliers has on them, at least."""
-
-WORDS = {
-    "auc": "attention to the object, AUC",
-    "auc_foil": "attention to the foil's object, AUC",
-    "outlier_mass": "attention to outliers and class token",
-    "effect": "patched in, LD",
-    "mean": "knocked out, LD",
-}
-"""The measures that a label is read off, and what its evidence calls them."""
 
 
 @dataclass(frozen=True)
@@ -101,14 +103,21 @@ def functions(
 ) -> Functions:
     """Measure and label the heads at `sites` (such as `encoder.*.cross.h*@answer`) on the examples.
 
-    Columns of `functions`: the head; `label`; `evidence`, its numbers in words. Of `measures`:
-    `measure`, `value` with its 95 % interval `low`, `high` over `n` examples, `null` (of
-    shuffled masks, of the all-heads mean, or 0 for a change), `p_value` and `q_value` (over heads).
-    `effect` is the change of LD when the head is patched from the clean into the corrupt run;
-    `zero`, `mean`, `resample` that of the clean run when it is knocked out by zero, by its mean over
-    the examples, or by its value in another example. Of `together`: the accuracy with no head, with
-    these heads, and with equally many random heads of the same layers knocked out, where
-    every layer has so many others.
+    Columns of `functions`: the head; `label`; the `measure` that it rests on with its `value`, `null` and
+    `q_value`; `evidence`, all numbers in words. Of `measures`: `measure` (those of `ON_ALL`, `ON_MASKS` and
+    `READ`, and changes of LD), `value` with its 95 % interval `low`, `high` over `n` examples, its `null`,
+    `p_value` (that `value` is the null) and `q_value` (over heads; Benjamini-Hochberg). `effect` is the
+    change of LD when the head is patched from the clean into the corrupt run; `zero`, `mean`, `resample`
+    that of the clean run when it is knocked out by zero, by its mean over the examples, or by its value in
+    another example. What is not measured has no row: parts of effects (`by_…`, `from_…`, `direct`) where
+    the model does not show queries, keys and values; `switch` but where the picture alone is corrupt. Of
+    `together`: the accuracy with no head, with these heads, and with equally many random heads of the same
+    layers knocked out, where every layer has so many others.
+
+    Nulls: of `auc`, `pointing`, `iou_…` and `mass` the masks of other examples; of `outlier_mass`,
+    `norm_rank` and `entropy` the average head; of `on_…` attention that is spread evenly; of changes of LD
+    1 % of the gap, up or down; of `from_…` half of the whole effect, of `direct` a fifth; of `copies` the
+    words of other examples; of `switch` and `by_…` zero.
 
     The mask of the answer's object is that called `answer`, or as the example's `kind`, or `object`.
     Without `corrupt` nothing is patched. `effects`, a run of the same model and corruption or its table,
@@ -147,18 +156,19 @@ def functions(
     if (few := use.sum(0).min()) < FEWEST:
         text = f"what heads do, on {few} examples; fewer than {FEWEST} can hardly show anything"
         warnings.warn(text, stacklevel=2)
-    measures, by_id = measures_of(study, observed, use), {one.id: one for one in observed}
+    gap = abs(float(np.mean([one.ld_clean - (one.ld_corrupt or 0.0) for one in observed])))
+    measures, by_id = measures_of(study, observed, use, gap), {one.id: one for one in observed}
     fields = [(s.tower, s.layer, s.kind, s.units[0], s.position, str(s)) for s in study.heads]
     names = pd.DataFrame(fields, columns=["tower", "layer", "kind", "head", "position", "site"])
-    gap = abs(float(np.mean([one.ld_clean - (one.ld_corrupt or 0.0) for one in observed])))
     rows = [{r.measure: r for r in some.itertuples()} for _, some in measures.groupby("number")]
-    labels = pd.DataFrame([_label(row, gap) for row in rows], columns=["label", "evidence"])
+    doubt = _doubt(study, observed, effects)
+    labels = pd.DataFrame([label(row, gap, doubt) for row in rows], columns=Label._fields)
     return Functions(
         pd.concat([names, labels], axis=1).assign(n=use.sum(0), gap=gap),
         names.join(measures.set_index("number"), how="right").reset_index(drop=True),
         together(study, observed, use),
         attention_maps(study, [by_id[one.id] for one in given[:SHOWN]]),
-        _about(study, examples, corrupt, held_out, data),
+        _about(study, examples, corrupt, held_out, data) | {"doubt": doubt},
     )
 
 
@@ -210,6 +220,16 @@ def read(folder: str | os.PathLike[str]) -> Functions:
     return Functions(**tables, about=about)
 
 
+def _doubt(study: Study, observed: Sequence[Observed], effects: Effects | None) -> str | None:
+    """Why the model does not know the task, if so; a run that chose its examples says it of all of them."""
+    if isinstance(effects, Run | str | os.PathLike) and study.corruption is not None:
+        known = knows((effects if isinstance(effects, Run) else read_run(effects)).baselines())
+        if known.severity == "unknown":
+            return known.sentences[1].partition(": ")[2]
+    corrupt = [one.ld_corrupt or 0.0 for one in observed] if study.corruption == "image" else None
+    return doubts([one.ld_clean for one in observed], corrupt)
+
+
 def _about(
     study: Study,
     examples: Sequence[Any],
@@ -228,48 +248,3 @@ def _about(
         "held_out": None if held_out is None else {site: len(ids) for site, ids in held_out.items()},
         "seed": study.seed,
     }
-
-
-def _label(found: Mapping[str, Any], gap: float) -> tuple[str, str]:
-    """The label of a head and its evidence, from its measures; `gap` is between clean and corrupt runs."""
-
-    def moves(name: str) -> int:
-        """Whether it moves LD up (1) or down (−1) by what counts."""
-        row = found.get(name)
-        if row is None or not abs(row.value) >= SHARE * gap:
-            return 0
-        return int(row.low > 0) - int(row.high < 0)
-
-    def lands(name: str) -> bool:
-        """Whether its attention separates what is meant."""
-        row = found.get(name)
-        return bool(row and row.q_value <= LEVEL and not row.low <= 0.5 and row.value >= AUC)
-
-    changes = [found[name] for name in ("mean", "effect") if name in found]
-    # What changes nothing at all, in any example, has no interval.
-    is_none = [row.value == 0 and row.n >= FEWEST for row in changes]
-    reach = [max(abs(row.low), abs(row.high)) for row in changes]
-    is_little = all(no or most <= LITTLE * gap for no, most in zip(is_none, reach, strict=True))
-    outliers = found.get("outlier_mass")
-    on_outliers = bool(outliers and outliers.value > MASS and not outliers.low <= MASS)
-    on_object, on_foil, without = lands("auc"), lands("auc_foil"), moves("mean")
-    favours = moves("effect") == 1 if "effect" in found else without == -1
-    if on_outliers and is_little:
-        name = "outlier suppression"
-    elif on_object and favours and without != 1:
-        name = "detection"
-    elif (on_object and without == 1 and not favours) or (on_foil and without == -1):
-        name = "suppression"
-    elif is_little and not (moves("effect") or without or on_outliers or on_object or on_foil):
-        name = "none"
-    else:
-        name = "unclear"
-    blind = [] if "entropy" in found else ["does not look at the image"]
-    return name, "; ".join([*blind, *(_words(n, found[n]) for n in WORDS if n in found)])
-
-
-def _words(name: str, row: Any) -> str:
-    sign = "+" if name in ("effect", "mean") else ""
-    null = "" if sign else f" (null {row.null:.2f})"
-    ends = "" if np.isnan(row.low) else f" [{row.low:{sign}.2f}, {row.high:{sign}.2f}]"
-    return f"{WORDS[name]} {row.value:{sign}.2f}{ends}{null}"

@@ -1,4 +1,4 @@
-"""Measures of heads, with nulls and intervals: attention to the image, and what happens without them."""
+"""Measures of heads, each against its null and with an interval: what they look at, read and move."""
 
 from __future__ import annotations
 
@@ -15,41 +15,69 @@ from torch import Tensor
 from vlmscope.models.inputs import Edit
 from vlmscope.patching import engine
 from vlmscope.patching.scores import logit_difference
-from vlmscope.patching.trace import Images
 from vlmscope.progress import progress
 from vlmscope.sites import Site
-from vlmscope.stats import interval, p_values, q_values, rng
-from vlmscope.studies.heads.observe import Array, Attention, Key, Observed, Study, of_heads
+from vlmscope.stats import FEWEST, interval, p_values, q_values, rng
+from vlmscope.studies.heads.observe import Attention, Observed, of_heads
+from vlmscope.studies.heads.study import Array, Key, Study
 
 MOST = 400
 """Over how many examples attention is compared with shuffled masks, at most."""
-SHUFFLES = 2_000
+SHUFFLES = 10_000
 RANDOM = 10
 """How many sets of random heads are knocked out."""
 
+SHARE = 0.01
+"""A head that moves no more than this share of the gap between the clean and the corrupt run moves
+nothing."""
+DIRECT = 0.2
+"""What does less than this share of its effect on its own way to the answer does it by others."""
+
 ON_MASKS = {
     "auc": "area under the ROC curve of attention minus the all-heads mean, object against rest",
+    "pointing": "whether the patch that gets the most attention is on the object",
+    "mass": "share of the attention to the image that is on the object",
     "iou_fixed": "overlap of the object with the patches that get more than from the average head",
     "iou_best": "the same at the best of 19 thresholds",
-    "mass": "share of the attention to the image that is on the object",
 }
 ON_ALL = {
-    "outlier_mass": "attention to patches of outlying norm and to the class token",
+    "outlier_mass": "attention to the class token and to patches of outlying norm, but not to the object nor "
+    "to what stands out in the picture",
     "norm_rank": "rank of the norm of what is attended to, from 0 to 1",
     "entropy": "entropy of the attention, 1 if it is uniform",
 }
+READ = {
+    "on_image": "share of the attention that is on the image",
+    "on_options": "on the words of the answer and the foil",
+    "on_others": "on all other words",
+    "on_first": "on the first token",
+    "switch": "how much attention goes from the foil's word to the answer's as the picture changes",
+    "copies": "how often it raises the word first that it reads, less how often the other",
+    "by_attention": "patched in, LD: its attention alone",
+    "by_queries": "its queries alone",
+    "by_keys": "its keys alone",
+    "by_values": "the values alone that it reads",
+    "from_image": "attention and values, of the image alone",
+    "from_options": "of the words of the answer and the foil alone",
+    "from_others": "of all other words alone",
+    "direct": "patched in whole, with all that comes behind it as it was",
+}
 
 
-def measures_of(study: Study, observed: Sequence[Observed], use: NDArray[np.bool_]) -> pd.DataFrame:
+def measures_of(
+    study: Study, observed: Sequence[Observed], use: NDArray[np.bool_], gap: float
+) -> pd.DataFrame:
     """A row a head (its `number`) and measure, a head after the other, with q-values over heads.
 
-    `use` says of which examples each head is measured: `(examples, heads)`.
+    `use` says of which examples each head is measured: `(examples, heads)`; `gap` is LD(clean) − LD(corrupt).
     """
     tables = []
     for which, heads in _alike(use.T):
         some = of_heads(study, [one for one, used in zip(observed, which, strict=True) if used], heads)
-        parts = pd.concat([*_attention_measures(*some), *_change_measures(*some)])
-        tables.append(parts.assign(number=parts["number"].map(dict(enumerate(heads)))))
+        found = [*_attention_measures(*some), *_change_measures(*some, SHARE * gap), *_read_measures(*some)]
+        tables.append(
+            pd.concat(found).assign(number=lambda x, heads=heads: x["number"].map(dict(enumerate(heads))))
+        )
     table = pd.concat(tables).sort_values("number", kind="stable", ignore_index=True)
     return table.assign(q_value=table.groupby("measure")["p_value"].transform(q_values))
 
@@ -69,11 +97,12 @@ def _attention_measures(study: Study, observed: Sequence[Observed]) -> Iterator[
         if not looking:
             continue
         found = [one.attention[key] for one in looking]
-        heads = np.stack([_spread(one, one.maps) for one in found])
-        average = np.stack([_spread(one, one.average[None]) for one in found])
+        pairs = list(zip(looking, found, strict=True))
+        heads = np.stack([_spread(one, x, x.maps) for one, x in pairs])
+        average = np.stack([_spread(one, x, x.average[None]) for one, x in pairs])
         for column, name in enumerate(ON_ALL):
             own, null = heads[..., column], average[..., column]
-            p = p_values(own - null)
+            p = _p(own - null)
             yield _measured(study.numbers(key), name, own, looking, null.mean(), p)
         for which in ("object", "foil"):
             yield from _on_masks(study, key, [one for one in looking if which in one.masks], which)
@@ -91,6 +120,13 @@ def _measured(
     low, high = interval(scores)
     table = pd.DataFrame({"number": heads, "measure": name, "value": scores.mean(0), "low": low})
     return table.assign(high=high, null=null, p_value=p, n=len(scores))
+
+
+def _p(scores: Array, least: float = 0.0) -> Array:
+    """p-values of means; of scores that are all the same and beyond `least`, that of the sign test."""
+    p, same = p_values(scores, least=least), np.ptp(scores, axis=0) == 0
+    beyond = np.abs(scores[0]) > max(least, 1e-9)
+    return np.where(same & beyond & (len(scores) >= FEWEST), 2.0 ** (1 - len(scores)), p)
 
 
 def _on_masks(study: Study, key: Key, observed: Sequence[Observed], which: str) -> Iterator[pd.DataFrame]:
@@ -112,14 +148,22 @@ def _on_masks(study: Study, key: Key, observed: Sequence[Observed], which: str) 
         yield _measured(study.numbers(key), name, own, observed, null.mean(0), p)
 
 
-def _spread(attention: Attention, maps: Array) -> Array:
-    """Mass on outliers, mean rank of the norm, and entropy, of each head's attention: `(heads, 3)`."""
+def _spread(one: Observed, attention: Attention, maps: Array) -> Array:
+    """Mass on outliers, mean rank of the norm, and entropy, of each head's attention: `(heads, 3)`.
+
+    High norms that mean something are no outliers: those of the objects asked about, and of what stands out
+    in the picture (the artifacts of vision transformers are where patches look like their neighbours;
+    Darcet et al. 2024).
+    """
     inside = attention.cells >= 0
+    dull = attention.plain.copy()
+    for mask in one.masks.values():
+        dull[inside] &= ~mask[attention.cells[inside]]
     use = np.ones(len(inside), bool) if inside.sum() + 1 >= len(inside) else inside
-    norms, maps, inside = attention.norms[use], maps[:, use], inside[use]
+    norms, maps, inside, dull = attention.norms[use], maps[:, use], inside[use], dull[use]
     middle = np.median(norms)
     reach = 3 * 1.4826 * np.median(np.abs(norms - middle))
-    outlying = (norms > middle + max(reach, 1e-6 * middle)) | ~inside
+    outlying = ((norms > middle + max(reach, 1e-6 * middle)) & dull) | ~inside
     share = maps / np.maximum(maps.sum(1, keepdims=True), 1e-300)
     rank = (stats.rankdata(norms) - 0.5) / len(norms)
     entropy = -(share * np.log(np.clip(share, 1e-300, None))).sum(1) / np.log(len(norms))
@@ -143,6 +187,7 @@ def _overlap(attention: Attention, objects: Array) -> dict[str, Array]:
     cuts = np.quantile(above, np.linspace(0.05, 0.95, 19), axis=1)
     return {
         "auc": auc,
+        "pointing": objects[:, maps.argmax(1)].T,
         "iou_fixed": iou(above > 0),
         "iou_best": np.max([iou(above > cut[:, None]) for cut in cuts], axis=0),
         "mass": (maps / np.maximum(maps.sum(1, keepdims=True), 1e-300)) @ objects.T,
@@ -176,14 +221,52 @@ def attention_maps(study: Study, observed: Sequence[Observed]) -> pd.DataFrame:
     return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame({"example": []})
 
 
-def _change_measures(study: Study, observed: Sequence[Observed]) -> Iterator[pd.DataFrame]:
+def _change_measures(study: Study, observed: Sequence[Observed], least: float) -> Iterator[pd.DataFrame]:
     """The change of LD without each head (`zero`, `mean`, `resample`), and with it patched in (`effect`)."""
     changes = _knock_out(study, observed)
     effects = [one.effect for one in observed if one.effect is not None]
     if effects:
         changes["effect"] = np.stack(effects)
     for name, scores in changes.items():
-        yield _measured(range(len(study.heads)), name, scores, observed, 0.0, p_values(scores))
+        yield _measured(range(len(study.heads)), name, scores, observed, least, _p(scores, least))
+
+
+def _read_measures(study: Study, observed: Sequence[Observed]) -> Iterator[pd.DataFrame]:
+    """The measures of what heads read (`READ`), each of the examples and heads that have it."""
+    for name in READ:
+        if name == "copies":
+            yield from _copies(study, observed)
+            continue
+        nowhere = np.full(len(study.heads), np.nan)
+        every = np.stack([one.reading.scores.get(name, nowhere) for one in observed])
+        for which, heads in _alike(~np.isnan(every).T):
+            some = [one for one, there in zip(observed, which, strict=True) if there]
+            scores = every[which][:, heads]
+            if name.startswith("on_"):
+                null = np.stack([one.reading.nulls[name] for one in some])[:, heads]
+                yield _measured(heads, name, scores, some, null.mean(0), _p(scores - null))
+            elif name.startswith("from_") or name == "direct":
+                # Whether it is more (or less) than a share of the whole effect.
+                share = DIRECT if name == "direct" else 0.5
+                whole = np.stack([np.asarray(one.effect) for one in some])[:, heads]
+                yield _measured(heads, name, scores, some, share * whole.mean(0), _p(scores - share * whole))
+            else:
+                yield _measured(heads, name, scores, some, 0.0, _p(scores))
+
+
+def _copies(study: Study, observed: Sequence[Observed]) -> Iterator[pd.DataFrame]:
+    """How often a head that reads one option's word instead of the other raises it above all words, less how
+    often the other: 1 always, −1 never but the other; against the words of other examples."""
+    for which, heads in _alike(np.stack([one.reading.raised[:, 0] >= 0 for one in observed]).T):
+        some = [one for one, there in zip(observed, which, strict=True) if there]
+        raised = np.stack([one.reading.raised[heads] for one in some])  # examples, heads, (most, least)
+        words = np.array([(one.pair.answer, one.pair.foil) for one in some])
+        same = (raised[:, :, None] == words[None, None]).mean(-1)  # examples, heads, words of examples
+        turned = (raised[:, :, None] == words[None, None, :, ::-1]).mean(-1)
+        each, order = same - turned, np.arange(len(some))
+        null = each.mean(2)
+        own = each[order, :, order]
+        yield _measured(heads, "copies", own, some, null.mean(0), _p(own - null))
 
 
 def _mean_activations(observed: Sequence[Observed]) -> dict[Key, Tensor]:
@@ -197,19 +280,20 @@ def _knock_out(study: Study, observed: Sequence[Observed]) -> dict[str, Array]:
     count = len(observed)
     other = (np.arange(count) + rng(study.seed, "resample").integers(1, count)) % count
     means = _mean_activations(observed)
-    found = {name: np.zeros((count, len(study.heads))) for name in ("zero", "mean", "resample")}
+    ways = ("zero", "mean", "resample")
+    found = np.zeros((len(ways), count, len(study.heads)))
     with progress(count, what="knock-outs") as step:
         for number, one in enumerate(observed):
-            values = {"zero": None, "mean": means, "resample": observed[other[number]].activations}
-            images = Images()
+            values = (None, means, observed[other[number]].activations)
+            instead = [_value(study, site, given) for given in values for site in one.placed]
             alone = replace(one.pair, corrupt=one.pair.clean, edits=())
-            for name, given in values.items():
-                instead = {site: _value(study, site, given) for site in one.placed}
-                patched = engine.patch(study.model, alone, one.placed, "noise", values=instead, images=images)
-                for numbers, scores in patched.chunks:
-                    found[name][number, numbers] = scores.ld.cpu().numpy() - one.ld_clean
+            patched = engine.patch(study.model, alone, one.placed * len(ways), "noise", values=instead)
+            changes = np.zeros(len(instead))
+            for numbers, scores in patched.chunks:
+                changes[numbers] = scores.ld.cpu().numpy() - one.ld_clean
+            found[:, number] = changes.reshape(len(ways), -1)
             step(0, number + 1)
-    return found
+    return dict(zip(ways, found, strict=True))
 
 
 def together(study: Study, observed: Sequence[Observed], use: NDArray[np.bool_]) -> pd.DataFrame:

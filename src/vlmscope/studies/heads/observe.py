@@ -1,8 +1,7 @@
-"""What the runs of each example give of some heads: activations, attention to the image, effects."""
+"""What the runs of each example give of some heads: activations, attention, effects and their parts."""
 
 from __future__ import annotations
 
-import math
 import os
 import warnings
 from collections.abc import Mapping, Sequence
@@ -17,55 +16,36 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from vlmscope import errors
-from vlmscope.data.example import Box, Example
+from vlmscope.data.example import Example
 from vlmscope.data.images import open_image
-from vlmscope.errors import DataError, ExampleError, SiteError, VlmscopeError
+from vlmscope.data.masks import covered, object_of
+from vlmscope.errors import DataError, ExampleError, ModelError, SiteError, VlmscopeError
 from vlmscope.layout import grid
 from vlmscope.models.inputs import Pair
 from vlmscope.patching import engine
 from vlmscope.patching.scores import logit_difference
 from vlmscope.progress import progress
 from vlmscope.runs import corrupt as corruptions
-from vlmscope.runs.corrupt import Corruption, Noise
+from vlmscope.runs.corrupt import Noise
 from vlmscope.runs.forward import forward
 from vlmscope.runs.model import Model
-from vlmscope.sites import Point, Site, Sites, expand, parse, place
+from vlmscope.sites import Point, Site, place
+from vlmscope.stats import shuffled
+from vlmscope.studies.heads.reading import Reading, inner_points, read
+from vlmscope.studies.heads.study import Array, Key, Study
 from vlmscope.studies.run_folder import Run, read_run
 from vlmscope.studies.tables import is_head
 
-Array = NDArray[np.float64]
-Key = tuple[str, str]
-"""A tower and a kind of attention."""
+SPLIT = 100
+"""Of how many examples the effects are split into parts, at most."""
+VISIBLE = 12.0
+"""A patch differs from a picture to the eye from so many of 255 levels on, over red, green and blue."""
 Place = tuple[str, str, str, int, str | None, object]
 """Example, tower, kind, layer, unit, and position (or the name of several)."""
 Known: TypeAlias = Mapping[Place, float]
 """The change of LD by each head that was patched before."""
 Effects: TypeAlias = pd.DataFrame | Run | str | os.PathLike[str]
 """A table of effects, or the run that has them."""
-
-
-@dataclass(frozen=True)
-class Study:
-    """Which heads are asked about, in which model, and what the corrupt run has changed, if there is one."""
-
-    model: Model
-    heads: list[Site]
-    corruption: Corruption | None
-    seed: int
-
-    @property
-    def keys(self) -> list[Key]:
-        return list(dict.fromkeys((site.tower, site.kind) for site in self.heads))
-
-    def numbers(self, key: Key) -> list[int]:
-        """Which of the heads are of a tower and kind."""
-        return [number for number, site in enumerate(self.heads) if (site.tower, site.kind) == key]
-
-    def place(self, site: Site) -> tuple[int, int]:
-        """Where a head is among those of its kind: not every layer has any."""
-        layers = self.model.shapes[site.tower].having(site.kind)
-        return layers.index(site.layer), site.units[0]
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,6 +61,8 @@ class Attention:
     norms: Array
     """Of what is attended to: (keys,)."""
     grid: tuple[int, int]
+    plain: NDArray[np.bool_]
+    """The keys that do not stand out in the picture: `(keys,)`."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -99,39 +81,19 @@ class Observed:
     """Outputs of all heads, mean over the positions: (layers that have any, heads, width)."""
     attention: dict[Key, Attention]
     """Of the kinds that look at the image."""
+    reading: Reading
     masks: dict[str, NDArray[np.bool_]]
-
-
-def study_of(model: Model, sites: Sites, corrupt: str | Noise | None, seed: int) -> Study:
-    """Checked: heads of single layers, each kind at one position."""
-    heads = expand(parse(sites), model.shapes)
-    places: dict[Key, str] = {}
-    for site in heads:
-        if site.part != "h" or len(site.units) > 1 or site.also:
-            raise SiteError(f"bad site '{site}': not a head; expected such as encoder.*.cross.h*@answer")
-        if site.window > 1:
-            raise SiteError(f"bad site '{site}': a window of layers; expected single heads")
-        if site.position.endswith("*") or "-" in site.position.lstrip("-"):
-            raise SiteError(
-                f"bad site '{site}': many positions; what a head does is asked at one: answer, last ..."
-            )
-        at = places.setdefault((site.tower, site.kind), site.position)
-        if at != site.position:
-            raise SiteError(
-                f"bad site '{site}': other {site.tower} {site.kind} heads are read at '{at}'; "
-                "one position a kind"
-            )
-    return Study(model, heads, None if corrupt is None else corruptions.parse(corrupt), seed)
 
 
 def observe(study: Study, examples: Sequence[Example], effects: Effects | None) -> list[Observed]:
     """Run every example; those that cannot be run are left out with a warning."""
     known = {} if effects is None else _known(study, effects)
     found, left = [], []
+    split = {examples[n].id for n in shuffled(study.seed, [one.id for one in examples], "split")[:SPLIT]}
     with progress(len(examples)) as step:
         for number, example in enumerate(examples):
             try:
-                found.append(_observe(study, example, known))
+                found.append(_observe(study, example, known, example.id in split))
             except (ExampleError, SiteError) as error:
                 left.append(f"'{example.id}': {error}")
             step(0, number + 1)
@@ -155,6 +117,7 @@ def of_heads(
             one,
             placed=[one.placed[number] for number in heads],
             effect=None if one.effect is None else one.effect[list(heads)],
+            reading=one.reading.of(heads),
             attention={
                 key: replace(one.attention[key], maps=one.attention[key].maps[at])
                 for key, at in rows.items()
@@ -166,7 +129,7 @@ def of_heads(
     return some, found
 
 
-def _observe(study: Study, example: Example, known: Known) -> Observed:
+def _observe(study: Study, example: Example, known: Known, split: bool) -> Observed:
     model = study.model
     if study.corruption is None:
         pairs = [model.prepare(replace(example, corrupt_image=None, corrupt_prompt=None))]
@@ -180,15 +143,23 @@ def _observe(study: Study, example: Example, known: Known) -> Observed:
     }
     norms = {key: _norms_at(model, key) for key in study.keys}
     points = {*norms.values(), *(point for some in outputs.values() for point in some)}
-    run = forward(model, pair.clean, keep=points)
-    logits, activations, attention = run.logits[-1], {}, {}
+    if split := split and study.corruption is not None:
+        try:
+            run = forward(model, pair.clean, keep=points | inner_points(study))
+        except ModelError:  # this model does not show what is within its attention
+            split = False
+    if not split:
+        run = forward(model, pair.clean, keep=points)
+    logits, activations, attention, paid = run.logits[-1], {}, {}, {}
     for key in study.keys:
         at = list(placed[study.numbers(key)[0]].positions)
         heads = model.shapes[key[0]].heads[key[1]]
         rows = [run.values[point][0, at].mean(0).unflatten(-1, (heads, -1)) for point in outputs[key]]
         activations[key] = torch.stack(rows).cpu()
-        if (found := _attention(study, pair, key, at, run.values[norms[key]])) is not None:
-            attention[key] = found
+        if key[1] in model.family.towers[key[0]].attention:  # else it cannot be read
+            paid[key] = model.attention(pair.clean, *key, at)
+        if key in paid and pair.clean.layout[model.attended(*key)].cells:
+            attention[key] = _attention(study, example, pair, key, paid[key], run.values[norms[key]])
     ld_corrupt, effect = _effects(study, example, pairs, placed, known)
     sizes = [one.grid for one in attention.values()]
     return Observed(
@@ -201,6 +172,7 @@ def _observe(study: Study, example: Example, known: Known) -> Observed:
         effect=effect,
         activations=activations,
         attention=attention,
+        reading=read(study, pairs, placed, paid, run.values if split else None, effect),
         masks=_masks(model, example, sizes[0]) if sizes else {},
     )
 
@@ -213,64 +185,37 @@ def _norms_at(model: Model, key: Key) -> Point:
     return Point(tower, 0, "resid_pre")
 
 
-def _attention(study: Study, pair: Pair, key: Key, at: Sequence[int], residual: Tensor) -> Attention | None:
-    """None where this attention does not look at the image, or cannot be read."""
-    model, layout = study.model, pair.clean.layout[study.model.attended(*key)]
-    if not layout.cells or key[1] not in model.family.towers[key[0]].attention:
-        return None
-    maps = model.attention(pair.clean, *key, at).mean(2).double().cpu().numpy()
+def _attention(
+    study: Study, example: Example, pair: Pair, key: Key, paid: Tensor, residual: Tensor
+) -> Attention:
+    layout = pair.clean.layout[study.model.attended(*key)]
+    maps = paid.mean(2).double().cpu().numpy()
     rows, columns = grid(layout)
     cells = np.full(maps.shape[-1], -1)
     for position, (row, column) in layout.cells.items():
         cells[position] = row * columns + column
     chosen = np.stack([maps[study.place(study.heads[number])] for number in study.numbers(key)])
     norms = residual[0].float().norm(dim=-1).double().cpu().numpy()
-    return Attention(chosen, maps.mean((0, 1)), cells, norms, (rows, columns))
+    plain = ~_salient(study.model, example, (rows, columns)).ravel()[cells] | (cells < 0)
+    return Attention(chosen, maps.mean((0, 1)), cells, norms, (rows, columns), plain)
+
+
+def _salient(model: Model, example: Example, size: tuple[int, int]) -> NDArray[np.bool_]:
+    """The patches whose color stands out from the picture, as an object before a plain ground does."""
+    picture = model.cropped(example.clean_image).convert("RGB")
+    colors = np.asarray(picture.resize(size[::-1], Image.Resampling.BOX), float)
+    away = np.abs(colors - np.median(colors, axis=(0, 1))).sum(-1)
+    return np.asarray(away > max(3 * 1.4826 * float(np.median(away)), VISIBLE))
 
 
 def _masks(model: Model, example: Example, size: tuple[int, int]) -> dict[str, NDArray[np.bool_]]:
     """The patches of the answer's `object`, and of the `foil`'s, where the example says where they are."""
-    wanted = ("answer", example.groups.get("kind", ""), "object")
-    names = {
-        "object": next((n for n in wanted if n in example.masks), None),
-        "foil": "foil" if "foil" in example.masks else None,
-    }
+    names = {"object": object_of(example), "foil": "foil" if "foil" in example.masks else None}
     found = {which: name for which, name in names.items() if name}
     if not found:
         return {}
     view = model.view(open_image(example.clean_image))
     return {which: covered(example, name, size, view).ravel() for which, name in found.items()}
-
-
-def covered(example: Example, name: str, size: tuple[int, int], view: Box | None = None) -> NDArray[np.bool_]:
-    """Which patches of a grid of `size` (rows, columns) an object covers by half, or else the most.
-
-    The grid lies over the part `view` of the picture (left, top, right, bottom in pixels; see
-    `Model.view`), by default over all of it.
-    """
-    mask, quoted = example.masks[name], errors.shown(name)
-    whole = open_image(example.clean_image).size
-    if isinstance(mask, tuple):
-        shown = Image.new("L", whole, 0)
-        if not any(map(math.isnan, mask)):
-            edges = zip(mask, (*whole, *whole), strict=True)
-            left, top, right, bottom = (round(min(max(x, 0), end)) for x, end in edges)
-            shown.paste(255, (left, top, right, bottom))
-    else:
-        shown = open_image(mask).convert("L")
-        if shown.size != whole:
-            (width, height), (wide, high) = shown.size, whole
-            raise ExampleError(
-                f"the mask of {quoted} is {width}x{height}, its picture {wide}x{high}; "
-                "draw it in the picture's size"
-            )
-    if view is not None:
-        left, top, right, bottom = (round(x) for x in view)
-        shown = shown.crop((left, top, right, bottom))
-    share = np.asarray(shown.convert("F").resize(size[::-1], Image.Resampling.BOX)) / 255
-    if share.max() <= 0:
-        raise ExampleError(f"the mask of {quoted} is empty; draw the object white")
-    return np.asarray(share >= min(0.5, float(share.max())))
 
 
 def _effects(
@@ -285,10 +230,13 @@ def _effects(
     if None not in found:
         lds = [logit_difference(study.model.run(pair.corrupt, pair.edits), pair) for pair in pairs]
         return float(np.mean(lds)), np.array(found, dtype=float)
-    patched = engine.patch(study.model, pairs[0], placed)
-    ld_corrupt, effect = float(patched.corrupt.ld), np.zeros(len(placed))
-    for numbers, scores in patched.chunks:
-        effect[numbers] = scores.ld.cpu().numpy() - ld_corrupt
+    ld_corrupt, effect = 0.0, np.zeros(len(placed))
+    for pair in pairs:  # of each draw of noise
+        patched = engine.patch(study.model, pair, placed)
+        base = float(patched.corrupt.ld)
+        ld_corrupt += base / len(pairs)
+        for numbers, scores in patched.chunks:
+            effect[numbers] += (scores.ld.cpu().numpy() - base) / len(pairs)
     return ld_corrupt, effect
 
 
@@ -302,6 +250,7 @@ def _known(study: Study, effects: Effects) -> Known:
             "weights": study.model.fingerprint(),
             "direction": "denoise",
             "patch": "clean",
+            "from": None,
         }
         if isinstance(study.corruption, Noise):
             wanted["seed"] = study.seed

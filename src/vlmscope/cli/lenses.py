@@ -1,0 +1,79 @@
+"""The commands that read off runs what is not patched: words of states, direct effects."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+from vlmscope.cli.neurons import Shown
+from vlmscope.cli.options import Corrupt, Given
+from vlmscope.errors import VlmscopeError
+
+
+def lens(given: Shown, sites: list[str], out: Path, top: int = 5, word: list[str] | None = None) -> None:
+    """The words that states say at each layer (logit lens).
+
+    Writes lens.parquet: example, site, tower, layer, position, token, slot, rank, predicted, token_id, logit,
+    p; and words.parquet: how answer, foil, roles and --word do, beside other words of their type.
+    """
+    from vlmscope.report import claim_report, write_report
+    from vlmscope.studies.lens import Lens
+    from vlmscope.studies.lens import lens as read
+
+    if given.data is not None and given.prompt is not None:
+        raise VlmscopeError("--prompt is of one --image; the examples of --data have their own, leave it out")
+    examples = given.examples()
+    Lens.claim(out)
+    claim_report(out / "report.html")
+    found = read(given.load(), examples, sites, word or [], top=top, data=given.data or examples[0].id)
+    found.save(out)
+    first = found.lens[found.lens["example"] == found.lens["example"].iloc[0]]
+    for row in first.groupby("site", sort=False)["predicted"].agg(" ".join).head(12).items():
+        print("{}: {}".format(*row))
+    words = found.words[found.words["what"] != "foil"].groupby(["what", "layer"], sort=False)
+    if len(words):
+        means = words[["rank", "p", "null_p", "beaten"]].mean().reset_index()
+        print(means.to_string(index=False, float_format="{:.3g}".format))
+    print(f"{len(found.lens):,} rows in {out / 'lens.parquet'}; {write_report([out], out / 'report.html')}")
+
+
+def attribute(
+    given: Given,
+    sites: list[str],
+    out: Path,
+    corrupt: Corrupt | None = None,
+    method: Literal["direct"] = "direct",
+    word: str | None = None,
+) -> None:
+    """How much of the logit difference each place accounts for.
+
+    Writes attributions/: example, corruption, site, tower, layer, kind, unit, position, token, role, slot,
+    score, exact.
+    """
+    from vlmscope.report import claim_report, write_report
+    from vlmscope.report.ranking import strongest
+    from vlmscope.studies.attribution import attribute as score
+    from vlmscope.studies.run_folder import read_run
+    from vlmscope.studies.run_writer import claim
+
+    claim(out)
+    claim_report(out / "report.html")
+    table = score(
+        given.load(),
+        given.examples(),
+        sites,
+        corrupt,
+        method=method,
+        word=word,
+        seed=given.seed,
+        out=out,
+        data=given.data,
+    )
+    run = read_run(out)
+    print(f"{len(table):,} scores of {run.ran()} examples in {out}; the largest:")
+    is_edge = table["site"].str.contains("<", regex=False)
+    best = strongest(table if is_edge.all() else table[~is_edge], 10, "score")[
+        ["site", "slot", "mean", "low", "high", "n"]
+    ]
+    print(best.to_string(index=False, float_format="{:.3g}".format))
+    print(run.check_line(), write_report([out], out / "report.html"), sep="\n")

@@ -1,0 +1,176 @@
+"""The table of `attribute`: sums, words, noise, folders that go on, and what is refused."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pandas as pd
+import pytest
+import torch
+from families import FAMILIES
+from models import blip, example, llava
+
+import vlmscope
+from vlmscope.errors import DataError, ExampleError, ModelError, SiteError, StoreError, VlmscopeError
+from vlmscope.report import write_report
+from vlmscope.runs import corrupt as corruptions
+from vlmscope.studies import attribution
+from vlmscope.studies.attribution import attribute
+from vlmscope.studies.run_folder import ATTRIBUTIONS
+
+WRITERS = ["decoder.0.resid_pre@readout", "decoder.*.attn.h*@readout", "decoder.*.mlp@readout"]
+EDGES = "decoder.*.attn.h*@readout<*"
+
+
+def others(count):
+    return [replace(example(), id=str(n)) for n in range(count)]
+
+
+@pytest.mark.parametrize("corrupt", [None, "image", "text", "noise"])
+def test_writers_and_biases_sum_to_the_logit_difference(corrupt):
+    """Or to its change; OPT has biases behind its heads, and a final norm with one."""
+    model = FAMILIES["blip2-opt"]()
+    table = attribute(model, example(), WRITERS, corrupt)
+    pairs = corruptions.pairs(model, example(), corruptions.parse(corrupt or "image"))
+    wanted = 0.0
+    for pair in pairs:
+        for inputs, edits, sign in ((pair.clean, (), 1), (pair.corrupt, pair.edits, -1 if corrupt else 0)):
+            logits = model.run(inputs, edits)
+            wanted += sign * float(logits[pair.answer] - logits[pair.foil]) / len(pairs)
+    assert table["score"].sum() == pytest.approx(wanted, rel=1e-9, abs=1e-9)
+    biases = table[table["unit"] == "b"].set_index("site")["score"]
+    assert set(biases.index) >= {"decoder.2.output.b@readout"}
+    assert table.attrs["check"]["rows"] == 1 and table.attrs["check"]["largest"] < 1e-10
+    assert table["exact"].isna().all()
+
+
+def test_biases_behind_heads_are_rows_where_there_are_any():
+    opt = FAMILIES["blip2-opt"]()
+    for name, weight in opt.hf.language_model.named_parameters():
+        if name.endswith(("out_proj.bias", "decoder.final_layer_norm.bias")):
+            with torch.no_grad():
+                weight.copy_(torch.linspace(-1, 1, len(weight)))
+    table = attribute(opt, example(), WRITERS)
+    assert (table.loc[table["unit"] == "b", "score"].abs() > 1e-3).all()
+    biases = [f"decoder.{n}.attn.b@readout" for n in range(3)] + ["decoder.2.output.b@readout"]
+    assert table.loc[table["unit"] == "b", "site"].tolist() == biases
+    pair = opt.prepare(replace(example(), corrupt_prompt=None))
+    logits = opt.run(pair.clean)
+    assert table["score"].sum() == pytest.approx(float(logits[pair.answer] - logits[pair.foil]), rel=1e-9)
+
+
+def test_a_word_in_the_place_of_the_logit_difference():
+    model = llava()
+    table = attribute(model, example(), WRITERS, word="green")
+    pair = model.prepare(replace(example(), corrupt_prompt=None))
+    token = model.processor.tokenizer.convert_tokens_to_ids("green")
+    assert table["score"].sum() == pytest.approx(float(model.run(pair.clean)[token]), rel=1e-9)
+
+
+def test_what_heads_read_has_the_place_that_is_read():
+    """Over all sources a head's shares are the head; each row says which token of the prompt, or patch."""
+    model = llava()
+    table = attribute(model, example(), ["decoder.*.attn.h*@readout", EDGES, "decoder.2.attn@readout<image"])
+    assert list(table.columns) == ATTRIBUTIONS.names
+    edges = table[table["site"].str.contains("h") & table["site"].str.contains("<")]
+    assert edges["site"].iloc[1] == "decoder.0.attn.h0@readout<1"
+    layout = model.prepare(replace(example(), corrupt_prompt=None)).clean.layout["decoder"]
+    some = edges[edges["site"].str.startswith("decoder.0.attn.h0")]
+    assert some["token"].tolist() == list(layout.tokens)
+    assert set(some["role"].dropna()) == {"answer", "foil", "noun"}
+    assert some.loc[some["role"] == "answer", "slot"].tolist() == ["answer"]
+    heads = table[(table["slot"] == "readout") & ~table["site"].str.contains("<") & (table["unit"] != "b")]
+    sums = edges.groupby(["layer", "unit"])["score"].sum()
+    for row in heads.itertuples():
+        assert sums[row.layer, row.unit] == pytest.approx(row.score, rel=1e-9, abs=1e-9)
+    (image,) = table[table["site"] == "decoder.2.attn@readout<image"]["score"]
+    patches = edges[(edges["layer"] == 2) & edges["token"].str.contains(",")]
+    assert image == pytest.approx(patches["score"].sum(), rel=1e-9)
+
+
+def test_a_folder_goes_on_and_grows(tmp_path, monkeypatch):
+    """As a sweep's: a stopped run, more examples and more sites; biases are there once."""
+    model, given = FAMILIES["blip2-opt"](), others(3)
+    whole = attribute(model, given, [*WRITERS, EDGES])
+    done = 0
+    work = attribution._direct
+
+    def stopped(*arguments):
+        nonlocal done
+        done += 1
+        if done > 1:
+            raise KeyboardInterrupt
+        return work(*arguments)
+
+    monkeypatch.setattr(attribution, "_direct", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        attribute(model, given[:2], WRITERS, out=tmp_path / "run")
+    monkeypatch.setattr(attribution, "_direct", work)
+    assert len(vlmscope.open(tmp_path / "run").baselines()) == 1
+    attribute(model, given[:2], WRITERS, out=tmp_path / "run")
+    table = attribute(model, given, [*WRITERS, EDGES], out=tmp_path / "run")
+    keys = ["example", "site"]
+    both = (one.sort_values(keys, ignore_index=True) for one in (table, whole))
+    pd.testing.assert_frame_equal(*both)
+    run = vlmscope.open(tmp_path / "run")
+    assert run.finished and run.patches() == len(whole) and run.check == whole.attrs["check"]
+    assert "writers and biases sum to the model's own" in run.check_line()
+    with pytest.raises(StoreError, match="holds another run: word is null there"):
+        attribute(model, given, WRITERS, word="green", out=tmp_path / "run")
+    with pytest.raises(StoreError, match="a run that holds attributions, no effects"):
+        run.effects()
+
+
+def test_the_report_of_a_run(tmp_path):
+    toy, states = vlmscope.load("toy-llava", device="cpu"), vlmscope.examples("states", limit=2)
+    sites = [*WRITERS, "decoder.*.attn.h*@readout<image*"]
+    table = attribute(toy, states, sites, "image", out=tmp_path / "run", data="states")
+    page = write_report([tmp_path / "run"], tmp_path / "report.html").read_text()
+    assert "Direct effects: states, image corrupted" in page
+    assert "in the clean run less what it gives in the corrupt one" in page
+    assert (tmp_path / "report-figures" / "run0-decoder-heads.png").exists()
+    patches = pd.read_csv(tmp_path / "report-figures" / "run0-decoder-attn-image.csv")
+    patches = patches.astype({"layer": "int32"})
+    edges = table[table["site"].str.contains("<") & (table["example"] == states[0].id)]
+    wanted = edges.groupby(["layer", "token"])["score"].sum()
+    found = patches.set_index(["layer", "token"])["score"]
+    pd.testing.assert_series_equal(found.sort_index(), wanted.sort_index(), rtol=1e-6)
+    heads = vlmscope.head_table(table, value="score")
+    row = table[(table["unit"] == "h2") & (table["layer"] == 1) & ~table["site"].str.contains("<")]
+    assert heads.loc[1, 2] == pytest.approx(row["score"].mean())
+
+
+@pytest.mark.parametrize(
+    ("site", "words"),
+    [
+        ("decoder.*.mlp@*", "position 0 does not reach the logits directly.*expected readout"),
+        ("decoder.*.resid@readout", "does not write to the stream of the decoder"),
+        ("vision.*.attn.h*@all", "does not write to the stream of the decoder"),
+        ("decoder.0.attn@readout<zebra", "no position 'zebra'"),
+        ("decoder.0.attn@readout<image + decoder.1.attn@readout<image", "an edge in a sum"),
+        ("decoder.9.mlp@readout", "no layer 9"),
+    ],
+)
+def test_what_is_no_writer(site, words):
+    with pytest.raises(SiteError, match=words):
+        attribute(llava(), example(), site)
+
+
+def test_what_cannot_be_attributed():
+    model = llava()
+    with pytest.raises(ModelError, match="BLIP-VQA are no sum of what its parts write"):
+        attribute(blip(), example(), "decoder.*.mlp@readout")
+    with pytest.raises(ModelError, match="do not tell what the attn heads"):
+        attribute(FAMILIES["mplug-owl2"](), example(), "decoder.*.attn.h*@readout<*")
+    with pytest.raises(VlmscopeError, match="unknown method 'atp'; expected direct"):
+        attribute(model, example(), WRITERS, method="atp")
+    with pytest.raises(DataError, match="the word 'zebra' is unknown to the model's tokenizer"):
+        attribute(model, example(), WRITERS, word="zebra")
+    with pytest.raises(DataError, match="there are no examples"):
+        attribute(model, [], WRITERS)
+    with pytest.raises(VlmscopeError, match="the model is 'toy-llava'; expected a Model"):
+        attribute("toy-llava", example(), WRITERS)
+    alone = replace(example(), foil="", corrupt_prompt=None)
+    with pytest.raises(DataError, match="the foil '' is empty"):
+        attribute(model, alone, WRITERS)
+    assert issubclass(ExampleError, DataError)
