@@ -17,13 +17,13 @@ from vlmscope.data import BUILT_IN, examples
 from vlmscope.data.drawn import drawing
 
 sys.path.append(str(Path(__file__).parents[1] / "tools"))
-training = import_module("train_toy_blip")
+questions, training = map(import_module, ("toy_questions", "train_toy_blip"))
 AWAY = {"left of": (-1, 0), "right of": (1, 0), "over": (0, -1), "under": (0, 1)}
 
 
 def facts(shown):
     """What can be asked for, read off the numbers that a picture is drawn from: (noun, kind) to value."""
-    things = training.things_in(shown)
+    things = questions.things_in(shown)
     found = {(thing.shape, kind): getattr(thing, kind) for thing in things for kind in ("color", "texture")}
     for one in things:
         found[one.shape, "side"] = "left" if one.x < drawing.SIZE / 2 else "right"
@@ -39,8 +39,8 @@ def facts(shown):
 def test_answers_are_true_and_false_nouns_have_none(name):
     said = []
     for n in range(300):
-        shown = training.picture(name, n)
-        prompt, answer = training.question(random.Random(n), shown)
+        shown = questions.picture(name, n)
+        prompt, answer = questions.question(random.Random(n), shown)
         known = facts(shown)
         if found := re.fullmatch(r"is (?:this|the) (.+) (\w+) or (\w+)\?", prompt):
             noun, *options = found.groups()
@@ -61,7 +61,7 @@ def test_answers_are_true_and_false_nouns_have_none(name):
 def test_false_nouns_are_shapes_that_are_not_there():
     for name in BUILT_IN:
         for example in examples(name, limit=24):
-            prompt = training.false_noun(example)
+            prompt = questions.false_noun(example)
             start, end = example.roles["noun"]
             if example.clean_prompt[start:end] not in drawing.SHAPES:
                 assert prompt is None
@@ -71,21 +71,21 @@ def test_false_nouns_are_shapes_that_are_not_there():
 
 
 def test_no_picture_has_a_combination_that_is_held_out():
-    pictures = [training.picture("binding", n) for n in range(100)]
+    pictures = [questions.picture("binding", n) for n in range(100)]
     pairs = {(thing.shape, thing.color) for board in pictures for thing in board.things}
-    assert len(pairs) == 30 and not pairs & training.HELD_OUT
-    shown = [training.binding.sample(random.Random(n)) for n in range(100)]
-    assert 30 < sum(map(training.is_held_out, shown)) < 70
+    assert len(pairs) == 30 and not pairs & questions.HELD_OUT
+    shown = [questions.binding.sample(random.Random(n)) for n in range(100)]
+    assert 30 < sum(map(questions.is_held_out, shown)) < 70
 
 
 def test_patch_labels_are_where_the_things_are():
-    board = training.picture("binding", 3)
-    [labels] = training.label([board])
-    shapes = labels[0].view(training.GRID, training.GRID)
+    board = questions.picture("binding", 3)
+    [labels] = questions.label([board])
+    shapes = labels[0].view(questions.GRID, questions.GRID)
     for thing in board.things:
-        row, column = (int(at / drawing.SIZE * training.GRID) for at in (thing.y, thing.x))
+        row, column = (int(at / drawing.SIZE * questions.GRID) for at in (thing.y, thing.x))
         assert drawing.SHAPES[shapes[row, column]] == thing.shape
-    assert set(labels[2].tolist()) != {training.NONE} and set(labels[3].tolist()) == {training.NONE}
+    assert set(labels[2].tolist()) != {questions.NONE} and set(labels[3].tolist()) == {questions.NONE}
 
 
 def test_heads_are_dropped_whole_and_in_training_alone():

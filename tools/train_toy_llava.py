@@ -3,8 +3,8 @@
     python tools/train_toy_llava.py [--out src/vlmscope/toys/toy-llava]
 
 Its vision tower starts from that of `toy-blip`, which ships with the package (or the whole model from one
-trained before, with `--start`), so nothing has to teach its patches what covers them; the pictures, the
-questions and the cost of heads are those of the last phase of `train_toy_blip.py`, and there are
+trained before, with `--start`), so nothing has to teach its patches what covers them; the pictures and
+questions are those of `toy_questions.py`, the cost of heads that of `train_toy_blip.py`, and there are
 questions whether a picture shows an object. One sequence holds a picture and several branches behind it, each
 a question with its answer or the caption; branches do not see each other. The training is kept every 500
 steps in `build/toy-llava` and goes on from there.
@@ -25,7 +25,7 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 from torch import Tensor, nn
 from torch.nn import functional as F
-from train_toy_blip import (
+from toy_questions import (
     GRID,
     NONE,
     PATCH,
@@ -37,11 +37,11 @@ from train_toy_blip import (
     draw,
     false_noun,
     kept,
-    measure_heads,
     picture,
     question,
     things_in,
 )
+from train_toy_blip import measure_heads
 from transformers import (
     AutoModelForVisualQuestionAnswering,
     CLIPVisionConfig,
