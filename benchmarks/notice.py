@@ -28,7 +28,7 @@ import torch
 from blip import base_model, photographs
 from scipy.stats import spearmanr
 
-from vlmscope.data import TOY_SETS
+from vlmscope.data import BUILT_IN
 from vlmscope.notice import default_sites
 from vlmscope.studies import circuits
 from vlmscope.studies.run_folder import read_run
@@ -45,7 +45,7 @@ def pipeline(limit: int, out: Path) -> tuple[float, float]:
         "--model",
         "toy-blip",
         "--data",
-        *TOY_SETS,
+        *BUILT_IN,
         "--limit",
         str(limit),
         "--out",

@@ -153,7 +153,7 @@ def test_a_saved_model_of_your_own(run, tmp_path):
 def test_demo(run, tmp_path):
     status, out, _ = run("demo", "--out", tmp_path / "demo", "--limit", "2")
     assert status == 0
-    for name in ("states", "scenes", "faces"):
+    for name in ("states", "scenes", "faces", "binding"):
         for corrupt in ("image", "text"):
             assert f"{name}, {corrupt} corrupted" in out
     assert (tmp_path / "demo" / "report.html").exists()

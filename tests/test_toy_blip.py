@@ -8,7 +8,8 @@ import pytest
 from transformers import BlipForQuestionAnswering, BlipProcessor
 
 from vlmscope.checkpoint import toys
-from vlmscope.data import TOY_SETS, examples
+from vlmscope.data import BUILT_IN, examples
+from vlmscope.data.drawn import drawing
 
 COUNT = 240
 SEED = 3
@@ -27,7 +28,7 @@ def said(toy, pictures, prompts):
     return processor.batch_decode(hf.generate(**inputs, max_new_tokens=5), skip_special_tokens=True)
 
 
-@pytest.mark.parametrize("name", TOY_SETS)
+@pytest.mark.parametrize("name", BUILT_IN)
 def test_held_out_questions(toy, name):
     drawn = examples(name, limit=COUNT, seed=SEED)
     answers = said(toy, [e.clean_image for e in drawn], [e.clean_prompt for e in drawn])
@@ -42,6 +43,22 @@ def test_held_out_questions(toy, name):
     corrupt = said(toy, [e.corrupt_image for e in drawn], [e.clean_prompt for e in drawn])
     follows = [c == e.foil for c, e, r in zip(corrupt, drawn, right, strict=True) if r]
     assert sum(follows) / len(follows) >= 0.90
+
+
+@pytest.mark.parametrize("name", ["states", "binding"])
+def test_the_noun_is_read(toy, name):
+    """Of a shape that is not in the picture it says neither, and of another one in it that one's color."""
+    drawn = [e for e in examples(name, limit=COUNT, seed=SEED) if e.groups["kind"] != "shape"]
+    absent = []
+    for e in drawn:
+        start, end = e.roles["noun"]
+        noun = next(shape for shape in drawing.SHAPES if shape not in e.shows)
+        absent.append(e.clean_prompt[:start] + noun + e.clean_prompt[end:])
+    answers = said(toy, [e.clean_image for e in drawn], absent)
+    assert answers.count("neither") / len(drawn) >= 0.9
+    if name == "binding":
+        answers = said(toy, [e.clean_image for e in drawn], [e.corrupt_prompt for e in drawn])
+        assert sum(a == e.foil for a, e in zip(answers, drawn, strict=True)) / COUNT >= 0.9
 
 
 def test_the_toy_is_small():

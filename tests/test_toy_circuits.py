@@ -7,7 +7,7 @@ import pytest
 from scipy.stats import spearmanr
 
 from vlmscope.checkpoint import load
-from vlmscope.data import TOY_SETS, examples
+from vlmscope.data import BUILT_IN, examples
 from vlmscope.studies import circuits, heads
 from vlmscope.studies.sweep import sweep_to
 
@@ -20,7 +20,7 @@ SITES = [
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", TOY_SETS)
+@pytest.mark.parametrize("name", BUILT_IN)
 def test_important_heads_hold(name, tmp_path):
     model, given = load("toy-blip"), examples(name, limit=200)
     run = sweep_to(tmp_path / "run", model, given, SITES, "image", select=True)

@@ -50,11 +50,11 @@ def _options(
 @command(app)
 def demo(out: Path = Path("vlmscope-demo"), limit: int = 20) -> None:
     """Run `notice` on the toy and the sets that ship with it."""
-    from vlmscope.data import TOY_SETS
+    from vlmscope.data import BUILT_IN
     from vlmscope.notice import Spec, run
 
     machine.set_up("toy-blip")
-    run(Spec("toy-blip", TOY_SETS, limit=limit, device="cpu"), out, print)
+    run(Spec("toy-blip", BUILT_IN, limit=limit, device="cpu"), out, print)
 
 
 @command(app)
