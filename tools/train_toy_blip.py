@@ -201,7 +201,6 @@ PHASES = (
     Phase(8_000, 7e-4, 30_000, (1, 2, 0.7, 4), patch_heads=False, drop=0.1),
     Phase(12_000, 7e-4, 30_000, (1, 3, 0.7, 5), patch_heads=False, cost=2e-4),
     Phase(6_000, 5e-4, 30_000, (1, 4, 0.7, 4), patch_heads=False, cost=2e-4),
-    Phase(3_000, 3e-4, 30_000, (1.5, 5, 0.7, 3), patch_heads=False, cost=2e-4),
 )
 
 
