@@ -25,7 +25,7 @@ from vlmscope.studies.run_folder import read_run
 from vlmscope.studies.sweep import sweep_to
 
 SITES = "encoder.0.cross.h*@all"
-pytestmark = pytest.mark.filterwarnings("ignore:what heads do, on . examples:UserWarning")
+pytestmark = pytest.mark.filterwarnings("ignore:the fewest examples of a head:UserWarning")
 
 
 @pytest.fixture(scope="module")

@@ -16,7 +16,7 @@ from vlmscope.patching.scores import logit_difference
 from vlmscope.studies import heads
 from vlmscope.studies.heads.labels import label
 
-pytestmark = pytest.mark.filterwarnings("ignore:what heads do, on . examples:UserWarning")
+pytestmark = pytest.mark.filterwarnings("ignore:the fewest examples of a head:UserWarning")
 GAP = 10.0
 
 

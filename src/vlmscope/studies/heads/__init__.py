@@ -154,7 +154,7 @@ def functions(
             warnings.warn(f"{text} and are left out", stacklevel=2)
         (study, observed), use = of_heads(study, observed, kept.tolist()), use[:, kept]
     if (few := use.sum(0).min()) < FEWEST:
-        text = f"what heads do, on {few} examples; fewer than {FEWEST} can hardly show anything"
+        text = f"the fewest examples of a head are {few}; fewer than {FEWEST} can hardly show anything"
         warnings.warn(text, stacklevel=2)
     gap = abs(float(np.mean([one.ld_clean - (one.ld_corrupt or 0.0) for one in observed])))
     measures, by_id = measures_of(study, observed, use, gap), {one.id: one for one in observed}
