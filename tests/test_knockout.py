@@ -271,11 +271,9 @@ def test_what_is_paid_under_a_cut(name):
             else:
                 left = before[target][:, rest].sum(-1) > 0
                 total = after[target].sum(-1)[left]
+                rounds = total.dtype == torch.float32 or name == "paligemma2"  # its softmax is in float32
                 torch.testing.assert_close(
-                    total,
-                    torch.ones_like(total),
-                    rtol=0,
-                    atol=1e-7 if total.dtype == torch.float32 else 1e-12,
+                    total, torch.ones_like(total), rtol=0, atol=1e-7 if rounds else 1e-12
                 )
 
 

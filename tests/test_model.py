@@ -147,7 +147,8 @@ for arguments in ((3, "set", 0.0), ("encoder.0.resid@all", "set", [1.0]), ("enco
     assert done.stdout.splitlines() == [
         "the site of an edit is '3' (int); expected a Site, or an expression such as 'decoder.2.attn.h1@all'",
         "the value of an edit is '[1.0]' (list); expected a number or a tensor",
-        "unknown operation 'mul' of an edit; expected set, add or scale",
+        "unknown operation 'mul' of an edit; expected set, add, scale, block, zero, or a function of the "
+        "activation",
     ], done.stderr
 
 

@@ -132,7 +132,7 @@ def test_effects_of_other_examples_than_the_baselines_are_refused(run):
     table = pq.read_table(part)
     names = pa.array(["another", *table["example"].to_pylist()[1:]])
     pq.write_table(table.set_column(0, table.schema.field(0), names), part)
-    with pytest.raises(StoreError, match="its effects are of another example than its baselines"):
+    with pytest.raises(StoreError, match="its rows are of another example than its baselines"):
         read_run(run).effects()
 
 
@@ -142,7 +142,7 @@ def test_effects_of_an_example_that_was_left_out_are_refused(run):
     number = table.schema.get_field_index("excluded")
     left = pa.array([True, *[False] * (table.num_rows - 1)])
     pq.write_table(table.set_column(number, table.schema.field(number), left), part)
-    with pytest.raises(StoreError, match="its effects are of another example than its baselines"):
+    with pytest.raises(StoreError, match="its rows are of another example than its baselines"):
         read_run(run).effects()
 
 

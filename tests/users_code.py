@@ -47,6 +47,16 @@ def study(folder: Path) -> None:
     assert_type(vlmscope.write_report([folder / "run"], folder / "report.html"), Path)
 
 
+def lenses(model: vlmscope.Model, examples: list[vlmscope.Example], folder: Path) -> None:
+    cut = vlmscope.knockout(model, examples, "decoder.*/2.attn@last<image*")
+    assert_type(vlmscope.flow_table(cut), pd.DataFrame)
+    assert_type(vlmscope.attribute(model, examples, "decoder.*.mlp@readout"), pd.DataFrame)
+    print(vlmscope.lens(model, examples, "decoder.*.resid@readout").words)
+    steered = vlmscope.steer(model, examples, "decoder.1.resid@last", corrupt="image")
+    assert_type(steered.direction, vlmscope.Direction)
+    print(vlmscope.probe(model, examples, "decoder.1.resid@last", label="kind").table)
+
+
 def own_data(folder: Path) -> None:
     try:
         assert_type(vlmscope.read_csv(folder / "mine.csv"), list[vlmscope.Example])

@@ -89,7 +89,7 @@ def read(
     """The content of a regular file; raises as `regular` does."""
     try:
         with regular(file, expected, error, largest, within=within) as stream:
-            content = stream.read(largest + 1)
+            content = stream.read((os.fstat(stream.fileno()).st_size or largest) + 1)
     except OSError as problem:  # the system's own files, such as /proc/self/mem, and broken disks
         raise error(f"{file}: cannot be read ({problem.strerror}); expected {expected}") from problem
     if len(content) > largest:

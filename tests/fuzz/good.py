@@ -31,6 +31,7 @@ LINES = {
     "sweep": f"{BLIP} --sites encoder.0.resid@answer --corrupt image --out out",
     "notice": "--spec spec.toml --out out",
     "tracing": f"{BLIP} --repeats 1 --windows 1 --kinds resid --out out",
+    "knockout": "--model toy-llava --data states --limit 1 --sites decoder.1/3.attn@last<image --out out",
     "circuits": "run --out out",
     "heads": "--model toy-blip --data states --limit 4 --sites encoder.1.cross.h0@answer --out out",
     "lens": "--model toy-llava --image a.png --prompt what? --sites decoder.*.resid@readout --out out",

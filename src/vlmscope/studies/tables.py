@@ -150,7 +150,7 @@ def flow_table(effects: pd.DataFrame, *, value: str = "p_change") -> pd.DataFram
     >>> import vlmscope
     >>> model, examples = vlmscope.load("toy-llava"), vlmscope.examples("states", limit=2)
     >>> flow = flow_table(vlmscope.knockout(model, examples, "decoder.*/3.attn@last<image"))
-    >>> flow[["edge", "window", "layer", "n"]].iloc[0].tolist()
+    >>> [flow[column].tolist()[0] for column in ("edge", "window", "layer", "n")]
     ['last<image', 3, 0, 2]
     """
     rows = effects[is_edge(effects)]

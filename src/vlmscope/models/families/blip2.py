@@ -47,6 +47,9 @@ QFORMER = Tower(
     flow="plain",
     attention={"attn": "attention.attention", "cross": "crossattention.attention"},
 )
+ASKED = replace(QFORMER, attention={"cross": "crossattention.attention"})
+"""InstructBLIP's: its queries also look at the prompt, which has no positions in this tower, so what its
+self-attention pays is not all shown."""
 OPT = Tower(
     blocks="language_model.model.decoder.layers",
     config="text_config",
@@ -156,7 +159,13 @@ def finish_t5(
 
 
 def _decoder_only(
-    name: str, model: type[PreTrainedModel], variant: str, decoder: Tower, norm: str, image: str | None = None
+    name: str,
+    model: type[PreTrainedModel],
+    variant: str,
+    decoder: Tower,
+    norm: str,
+    qformer: Tower = QFORMER,
+    image: str | None = None,
 ) -> Family:
     base = causal.family(
         name,
@@ -172,17 +181,17 @@ def _decoder_only(
         base,
         variant=variant,
         image=image,
-        towers={"vision": VISION, "qformer": QFORMER, "decoder": decoder},
+        towers={"vision": VISION, "qformer": qformer, "decoder": decoder},
         encode=partial(encode, causal.no_cells, vision_layout, write=written),
         options=partial(chat.options, write=written),
     )
 
 
-def _t5(name: str, model: type[PreTrainedModel]) -> Family:
+def _t5(name: str, model: type[PreTrainedModel], qformer: Tower = QFORMER) -> Family:
     base = _decoder_only(name, model, "t5", OPT, "")
     return replace(
         base,
-        towers={"vision": VISION, "qformer": QFORMER, "encoder": T5_ENCODER, "decoder": T5_DECODER},
+        towers={"vision": VISION, "qformer": qformer, "encoder": T5_ENCODER, "decoder": T5_DECODER},
         head="language_model.lm_head",
         norm="language_model.decoder.final_layer_norm",
         leave=leave_t5,
@@ -206,7 +215,12 @@ FAMILIES = (
     ),
     _t5("BLIP-2", Blip2ForConditionalGeneration),
     _decoder_only(
-        "InstructBLIP", InstructBlipForConditionalGeneration, "llama", LLAMA, "language_model.model.norm"
+        "InstructBLIP",
+        InstructBlipForConditionalGeneration,
+        "llama",
+        LLAMA,
+        "language_model.model.norm",
+        ASKED,
     ),
-    _t5("InstructBLIP", InstructBlipForConditionalGeneration),
+    _t5("InstructBLIP", InstructBlipForConditionalGeneration, ASKED),
 )
