@@ -10,19 +10,15 @@ states, and the sum of the effects, are compared with plain transformers. The la
 
 from __future__ import annotations
 
-import argparse
-import json
 import platform
 import statistics
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
-from llava import BEFORE, IMAGE, build, pair_of, sync
+from llava import BEFORE, IMAGE, build, main, pair_of, sync
 
-from vlmscope.cli.machine import keep_freed_memory
 from vlmscope.models.inputs import Pair
 from vlmscope.patching.direct import direct
 from vlmscope.runs.forward import forward
@@ -114,19 +110,5 @@ def measure(real: bool) -> dict[str, Any]:
     }
 
 
-def main() -> None:
-    keep_freed_memory()  # as a command does
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--real", action="store_true", help="LLaVA-1.5-7B's shape, for a GPU")
-    parser.add_argument("--out", type=Path, help="also write the JSON to this file")
-    arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
-    result = json.dumps(measure(arguments.real))
-    if arguments.out:
-        arguments.out.write_text(result + "\n")
-    print(result)
-
-
 if __name__ == "__main__":
-    main()
+    main(measure, __doc__)

@@ -209,9 +209,10 @@ def measure(real: bool) -> dict[str, Any]:
     }
 
 
-def main() -> None:
+def main(measure: Callable[[bool], dict[str, Any]], about: str | None) -> None:
+    """The command line of a benchmark on this layout; the last line is what it measured, as JSON."""
     keep_freed_memory()  # as a command does
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = argparse.ArgumentParser(description=(about or "").splitlines()[0])
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--real", action="store_true", help="LLaVA-1.5-7B's shape, for a GPU")
     parser.add_argument("--out", type=Path, help="also write the JSON to this file")
@@ -224,4 +225,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(measure, __doc__)
