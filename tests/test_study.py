@@ -459,7 +459,7 @@ def test_ctrl_c_says_how_to_go_on(tmp_path):
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     deadline = time.monotonic() + 120
-    first = tmp_path / "run" / "examples" / "0000.json"  # the first example is done
+    first = tmp_path / "run" / "baselines" / "part-000000.parquet"  # the first example is committed
     while not first.exists() and time.monotonic() < deadline:
         time.sleep(0.01)
     process.send_signal(signal.SIGINT)
