@@ -78,7 +78,8 @@ def test_the_specification_of_the_tutorial_is_one(tmp_path):
 
 @pytest.mark.parametrize(
     "command",
-    "demo sweep knockout report models notice tracing circuits heads lens attribute explain data neurons".split(),
+    "demo sweep knockout report models notice tracing circuits heads lens explain attribute data "
+    "neurons".split(),
 )
 def test_the_commands_of_the_readme_exist(command):
     from typer.main import get_command

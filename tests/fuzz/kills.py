@@ -56,6 +56,8 @@ COMMANDS = {
     "tracing": f"tracing {TRACED} --limit 2 --repeats 2 --windows 1 --kinds cross --out out",
     "lens": "lens --model toy-llava --data states --limit 2 --sites decoder.*.resid@readout --out out",
     "attribute": "attribute --model toy-llava --data states --limit 3 --sites decoder.*.mlp@last --out out",
+    "explain": "explain --model toy-llava --image ../../inputs/pictures/sad/3.png --prompt PROMPT "
+    "--out out.html",
     "notice": f"notice {BLIP} --limit 3 --out out",
     "find": f"neurons find {LLAVA} --limit 2 --out out",
     "describe": f"neurons describe {LLAVA} --limit 2 --neuron 3.250 --no-measures --out out",
@@ -76,7 +78,7 @@ OFTEN = {"notice": 1, "edit": 1, "perturb": 1, "heads": 2, "tracing": 2}
 """How often a command is drawn, where that is not 5: some take long."""
 OTHERS = "full readonly vanish interrupt twice".split()
 IMPORTED = "cli.main checkpoint studies.sweep studies.heads studies.circuits".split()
-IMPORTED += "studies.lens studies.attribution notice neurons report".split()
+IMPORTED += "studies.lens studies.attribution explanation notice neurons report".split()
 LIMIT = 12 * SECONDS
 """By when a command has ended that nothing befalls."""
 WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC
