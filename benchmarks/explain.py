@@ -3,8 +3,8 @@
     python benchmarks/explain.py [--threads 2] [--real] [--image photo.jpg] [--out FILE.json]
 
 The model of `benchmarks/llava.py`: 576 image tokens, 16 decoder layers of width 1024, float32 on a CPU; with
-`--real`, on a GPU, LLaVA-1.5-7B's own shape in bfloat16. Two pictures that differ in an object of 25 cells, and
-a vision tower whose attention is weak, so that features are mostly of their own cell:
+`--real`, on a GPU, LLaVA-1.5-7B's own shape in bfloat16. Two pictures that differ in an object of 25 cells,
+and a vision tower whose attention is weak, so that features are mostly of their own cell:
 
 - the exact effect of each of the 576 cells on one word, the engine's two runs included, against one full
   forward of Hugging Face's model a cell, on a sample of them, half of it before and half after;

@@ -309,10 +309,15 @@ def test_groups_that_matter_are_split():
     """The smallest set that makes up all but 5 % of each word's effects, the strongest first."""
     units = [maps.Unit(0, 0, 2, 2), maps.Unit(0, 2, 2, 2), maps.Unit(2, 0, 2, 2), maps.Unit(2, 2, 1, 1)]
     effects = np.array([[10.0, 0.0], [-9.0, 0.01], [0.4, 3.0], [100.0, 0.0]])
-    assert maps.chosen(units, effects, 100) == [2, 0, 1]
-    assert maps.chosen(units, effects, 8) == [2, 0] and maps.chosen(units, effects, 3) == []
-    assert maps.chosen(units, effects[:, :1] * [[1], [1], [1], [100]], 100) == []
-    assert maps.chosen(units, np.zeros((4, 1)), 100) == []
+
+    def split(effects, patches, rounding=0.0):
+        return maps.chosen(units, maps.shares_of(effects, rounding), patches)
+
+    assert split(effects, 100) == [2, 0, 1]
+    assert split(effects, 8) == [2, 0] and split(effects, 3) == []
+    assert split(effects, 100, rounding=5.0) == [0, 1], "the second word has nothing but rounding"
+    assert split(effects[:, :1] * [[1], [1], [1], [100]], 100) == []
+    assert split(np.zeros((4, 1)), 100) == []
 
 
 @pytest.fixture(scope="module")

@@ -189,7 +189,7 @@ def explain(
             "without": exact.without,
             **{f"spearman_{name}": _spearman(cells, name, many) for name in METHODS},
             "sinks": sinks,
-            "left": _left(exact),
+            "left": exact.left,
             "region": np.nan if exact.region is None else exact.region,
             "region_knockout": np.nan if cut is None or not at else cut.region[0],
         }
@@ -266,12 +266,6 @@ def _spearman(cells: pd.DataFrame, name: str, words: int) -> list[float]:
         flat = len(ranks) < 3 or (ranks.std() == 0).any() or ranks.isna().any(axis=None)
         found.append(np.nan if flat else float(ranks.corr().iloc[0, 1]))
     return found
-
-
-def _left(exact: maps.Exact) -> maps.Array:
-    """The share of each word's effects, by size, that is in groups of cells."""
-    groups, sizes = np.array([not unit.is_cell for unit in exact.units], bool), np.abs(exact.effects)
-    return sizes[groups].sum(0) / np.maximum(sizes.sum(0), np.finfo(float).tiny)
 
 
 def _parts(

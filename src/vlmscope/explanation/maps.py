@@ -64,11 +64,15 @@ def start(rows: int, columns: int, patches: int) -> list[Unit]:
     ]
 
 
-def chosen(units: Sequence[Unit], effects: Array, patches: int) -> list[int]:
+def shares_of(effects: Array, rounding: float) -> Array:
+    """Each unit's share of the effects of a word, by size; what rounding does counts for nothing."""
+    sizes = np.where(np.abs(effects) > rounding, np.abs(effects), 0.0)
+    return np.asarray(sizes / np.maximum(sizes.sum(0), np.finfo(float).tiny))
+
+
+def chosen(units: Sequence[Unit], shares: Array, patches: int) -> list[int]:
     """Which groups to split next: those among the strongest that make up all but `LEFT` of some word's
     effects, the strongest first, as far as so many patches go."""
-    sizes = np.abs(effects)
-    shares = sizes / np.maximum(sizes.sum(0), np.finfo(float).tiny)
     order = np.argsort(-shares, axis=0, kind="stable")
     ranked = np.take_along_axis(shares, order, 0)
     matter = np.zeros(shares.shape, bool)
@@ -125,6 +129,12 @@ class Exact(NamedTuple):
     without: Array
     rounding: float
 
+    @property
+    def left(self) -> Array:
+        """The share of each word's effects that is in groups of cells."""
+        groups = [not unit.is_cell for unit in self.units]
+        return np.asarray(shares_of(self.effects, self.rounding)[groups].sum(0))
+
 
 def exact(said: Said, direction: Direction, patches: int, region: tuple[int, ...] = ()) -> Exact:
     """Replace the features of each unit by those of the other picture (noise), or put them into the run on
@@ -146,11 +156,12 @@ def exact(said: Said, direction: Direction, patches: int, region: tuple[int, ...
         return sign * of_words(said, lost(base, chunks, count))
 
     clean, other = (of_words(said, run.tokens.cpu().numpy()) for run in (patched.clean, patched.corrupt))
-    runs = (clean, other, ROUNDING[model.precision] * patched.size)
+    rounding = ROUNDING[model.precision] * patched.size
+    runs = (clean, other, rounding)
     if not units:
         return Exact([], np.zeros((0, len(said.words))), None, 0, *runs)
     found, used = effects(patched.chunks, len(sites)), len(sites)
-    while split := chosen(units, found, patches - used):
+    while split := chosen(units, shares_of(found, rounding), patches - used):
         new = [part for n in split for part in units[n].split()]
         used += len(new)
         added = effects(patched.more([replaced(model, at) for at in positions(layout, new)]), len(new))
