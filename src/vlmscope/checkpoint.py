@@ -308,7 +308,10 @@ def _check_folder(path: Path) -> None:
     it goes on without a tokenizer or a template that is not there."""
     for file in sorted(path.iterdir()):
         if file.suffix == ".json":
-            _json(file)
+            for key, value in _entries(_json(file)):
+                # transformers takes an empty object for false, and says nothing
+                if key.startswith("do_") and not isinstance(value, bool | None):
+                    raise ModelError(f"{file}: {shown(key)} is {shown(value)}; expected true or false")
         elif file.suffix in READ:
             with files.regular(file, SAVED, ModelError) as stream:
                 if not stream.read(1):

@@ -46,6 +46,7 @@ from frame import SECONDS, Answer, apart, end, spoken, start  # noqa: E402
 BLIP = "--model toy-blip --data states --corrupt image"
 TRACED = "--model toy-blip --data states"
 LLAVA = "--model toy-llava --data states --prompt PROMPT"
+EDGE = "--model toy-llava --data states --sites decoder.1/3.attn@last<image --check 2"
 EDIT = f"neurons edit {LLAVA} --limit 10 --from red --to blue --solver closed"
 COMMANDS = {
     "sweep": f"sweep {BLIP} --limit 3 --sites encoder.*.cross.h*@answer --check 2 --out out",
@@ -56,6 +57,9 @@ COMMANDS = {
     "tracing": f"tracing {TRACED} --limit 2 --repeats 2 --windows 1 --kinds cross --out out",
     "lens": "lens --model toy-llava --data states --limit 2 --sites decoder.*.resid@readout --out out",
     "attribute": "attribute --model toy-llava --data states --limit 3 --sites decoder.*.mlp@last --out out",
+    "knockout": f"knockout {EDGE} --limit 3 --out out",
+    "steer": f"steer {BLIP} --limit 4 --sites encoder.0.resid@last --random 2 --said 1 --out out",
+    "probe": f"probe {TRACED} --limit 24 --sites encoder.0.resid@last --label kind --shuffles 2 --out out",
     "notice": f"notice {BLIP} --limit 3 --out out",
     "find": f"neurons find {LLAVA} --limit 2 --out out",
     "describe": f"neurons describe {LLAVA} --limit 2 --neuron 3.250 --no-measures --out out",
@@ -67,16 +71,18 @@ BEFORE = {
     "sweep": f"sweep {BLIP} --limit 2 --sites encoder.*.cross.h*@answer --check 2 --out out",
     "circuits": "circuits ../../inputs/a ../../inputs/b --seed 1 --out out",
     "report": "report ../../inputs/b --out out.html",
+    "knockout": f"knockout {EDGE} --limit 2 --out out",
     "find": f"neurons find {LLAVA} --limit 1 --out out",
     "describe": f"neurons describe {LLAVA} --limit 3 --neuron 2.25 --no-measures --out out",
     "edit": f"{EDIT} --neurons 4 --out new/out.safetensors --export model",
 }
 """What may have been there before: the same with other options; elsewhere the same command, done."""
-OFTEN = {"notice": 1, "edit": 1, "perturb": 1, "heads": 2, "tracing": 2}
+OFTEN = {"notice": 1, "edit": 1, "perturb": 1, "heads": 2, "tracing": 2, "probe": 2, "steer": 2}
 """How often a command is drawn, where that is not 5: some take long."""
 OTHERS = "full readonly vanish interrupt twice".split()
 IMPORTED = "cli.main checkpoint studies.sweep studies.heads studies.circuits".split()
-IMPORTED += "studies.lens studies.attribution notice neurons report".split()
+IMPORTED += "studies.lens studies.attribution studies.knockout studies.probes studies.steering".split()
+IMPORTED += "notice neurons report".split()
 LIMIT = 12 * SECONDS
 """By when a command has ended that nothing befalls."""
 WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC
@@ -402,14 +408,13 @@ def told(what: str) -> Iterator[None]:
 
 
 def digests(folder: Path) -> dict[str, str]:
-    """A digest of each file; of safetensors the header as a JSON object, whose order is none."""
+    """A digest of each file; of an exported model without its header, whose order is the library's."""
     found = {}
     for path in sorted(folder.rglob("*")):
         if path.is_file():
             content = path.read_bytes()
-            end = 8 + int.from_bytes(content[:8], "little")
-            if path.suffix == ".safetensors" and end <= len(content):
-                content = json.dumps(json.loads(content[8:end]), sort_keys=True).encode() + content[end:]
+            if path.name == "model.safetensors":
+                content = content[8 + int.from_bytes(content[:8], "little") :]
             found[str(path.relative_to(folder))] = hashlib.sha256(content).hexdigest()
     return found
 
