@@ -145,6 +145,14 @@ def test_a_flag_that_is_no_flag(copy):
         load(copy)
 
 
+def test_a_token_that_is_no_number(copy):
+    config = json.loads((copy / "config.json").read_text())
+    config["text_config"]["eos_token_id"] = 1.5
+    (copy / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ModelError, match=r"'eos_token_id' is '1.5'; expected a whole number"):
+        load(copy)
+
+
 def test_weights_of_another_shape(copy):
     config = json.loads((copy / "config.json").read_text())
     config["text_config"]["intermediate_size"] += 1

@@ -371,7 +371,7 @@ class Bench:
         """Who reads now finds whole files, or is refused in one line."""
         from vlmscope import results
         from vlmscope.errors import VlmscopeError
-        from vlmscope.studies.run_folder import Run
+        from vlmscope.studies.run_folder import Run, table_in
 
         for path in [folder, *folder.rglob("*")]:
             if not path.is_dir() or not any((path / manifest).is_file() for manifest in results.READERS):
@@ -379,7 +379,7 @@ class Bench:
             try:
                 found = results.open(path)
                 if isinstance(found, Run):
-                    found.effects(), found.baselines(), found.pictures()
+                    getattr(found, table_in(found.spec))(), found.baselines(), found.pictures()
             except VlmscopeError as error:
                 if "damaged" in str(error):
                     raise LostError(f"damaged: {error}") from error
@@ -421,7 +421,7 @@ def digests(folder: Path) -> dict[str, str]:
 
 def contents(folder: Path) -> dict[str, str]:
     """What is in a folder: files by their bytes, runs by their tables, whatever the parts."""
-    from vlmscope.studies.run_folder import read_run
+    from vlmscope.studies.run_folder import read_run, table_in
 
     runs = [file.parent for file in folder.rglob("run.json")]
     found = {}
@@ -434,7 +434,8 @@ def contents(folder: Path) -> dict[str, str]:
             found[file] = "left"
     for run in runs:
         read = read_run(run)
-        tables = [table.to_csv(index=False) for table in (read.effects(), read.baselines())]
+        rows = getattr(read, table_in(read.spec))()
+        tables = [table.to_csv(index=False) for table in (rows, read.baselines())]
         text = json.dumps(
             [read.spec, read.check and read.check["rows"], read.finished, *tables], sort_keys=True
         )
