@@ -152,8 +152,8 @@ def readonly(number: int, count: int, event: str, descriptor: int | None) -> Non
 
 def vanish_at(number: int, count: int, event: str, descriptor: int | None) -> None:
     if count == number:
-        for name in os.listdir():  # noqa: PTH208
-            shutil.rmtree(name, ignore_errors=True)
+        for path in list(Path().iterdir()):
+            shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink()
 
 
 def interrupt_at(number: int, count: int, event: str, descriptor: int | None) -> None:
