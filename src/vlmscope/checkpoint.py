@@ -308,7 +308,13 @@ def _check_folder(path: Path) -> None:
     it goes on without a tokenizer or a template that is not there."""
     for file in sorted(path.iterdir()):
         if file.suffix == ".json":
-            _json(file)
+            for key, value in _entries(_json(file)):
+                # transformers takes an empty object for false and waits for a token 1.5, without a word
+                if key.startswith("do_") and not isinstance(value, bool | None):
+                    raise ModelError(f"{file}: {shown(key)} is {shown(value)}; expected true or false")
+                ids = value if isinstance(value, list) else [value]
+                if key.endswith("_token_id") and not all(isinstance(one, int | None) for one in ids):
+                    raise ModelError(f"{file}: {shown(key)} is {shown(value)}; expected a whole number")
         elif file.suffix in READ:
             with files.regular(file, SAVED, ModelError) as stream:
                 if not stream.read(1):
