@@ -21,7 +21,7 @@ from vlmscope.models.inputs import Edit
 from vlmscope.neurons import edit as edit_neurons
 from vlmscope.neurons.captions import forced_caption, generate_caption, given_caption, whole_word
 from vlmscope.neurons.contributions import COLUMNS, score
-from vlmscope.patching import engine, reference
+from vlmscope.patching import engine, reference, suffix
 from vlmscope.runs import corrupt
 from vlmscope.runs.model import Model
 from vlmscope.sites import Pattern, expand, place
@@ -106,6 +106,20 @@ NOT_ADDED = {
     ),
 }
 """Towers whose blocks normalise the residual stream itself: what is added is not the difference."""
+
+
+@pytest.mark.parametrize("name", ["llava", "llava-next", "gemma3", "paligemma", "instructblip-vicuna"])
+def test_long_rows_pay_attention_by_the_fused_kernel(name, monkeypatch):
+    """With windows, prefixes, attention both ways among image tokens, and keys that queries share."""
+    model, calls = made(name), []
+    kernel = suffix.scaled_dot_product_attention
+    monkeypatch.setattr(suffix, "LONG", 1)
+    monkeypatch.setattr(
+        suffix, "scaled_dot_product_attention", lambda *a, **kw: calls.append(1) or kernel(*a, **kw)
+    )
+    pair = corrupt.pairs(model, example(), corrupt.parse("image"))[0]
+    compare(model, pair, "noise", ["decoder.*.resid@*", "decoder.0.resid_pre@image", "decoder.*.attn.h*@*"])
+    assert calls
 
 
 @pytest.mark.parametrize("name", MADE)

@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
 
 from vlmscope.errors import ModelError
 from vlmscope.patching.flows import Cell, Flow, Job, Row
@@ -38,6 +39,10 @@ ALONG = {
     "full_text_row_masked_out_mask": -2,
 }
 """Arguments of a block that have an entry for each position, and along which dimension."""
+
+
+LONG = 128
+"""Rows of so many positions pay attention by the fused kernel, which wants keys of its own for each."""
 
 
 class Suffix(Flow):
@@ -266,6 +271,14 @@ def _attend(
     """Rows that begin at the same position; `lost` are the edges that some of them, by number, do without."""
     heads, rows, own, width = q.shape
     kv = k.shape[0]
+    if own >= LONG and cap is None and not lost and not kept.coarse:
+        # Copies of the prefix cost less than scores that are written and read again and again.
+        pairs = ((kept.keys, k), (kept.values, v))
+        both = [torch.cat([x[:, None, :begin].expand(-1, rows, -1, -1), y], 2) for x, y in pairs]
+        given = (x.transpose(0, 1) for x in (q, *both))
+        mask, shared = kept.open[begin:], heads != kv
+        found = scaled_dot_product_attention(*given, attn_mask=mask, scale=scale, enable_gqa=shared)
+        return found.transpose(0, 1)
     # Queries of all rows, and of all heads that share keys, in one product with the prefix.
     folded = q.view(kv, -1, width)
     before = (folded @ kept.keys[:, :begin].mT).view(heads, rows, own, begin)
