@@ -275,9 +275,10 @@ def _attend(
         # Copies of the prefix cost less than scores that are written and read again and again.
         pairs = ((kept.keys, k), (kept.values, v))
         both = [torch.cat([x[:, None, :begin].expand(-1, rows, -1, -1), y], 2) for x, y in pairs]
-        given = (x.transpose(0, 1) for x in (q, *both))
-        mask, shared = kept.open[begin:], heads != kv
-        found = scaled_dot_product_attention(*given, attn_mask=mask, scale=scale, enable_gqa=shared)
+        queries, keys, values = (x.transpose(0, 1) for x in (q, *both))
+        found = scaled_dot_product_attention(
+            queries, keys, values, kept.open[begin:], scale=scale, enable_gqa=heads != kv
+        )
         return found.transpose(0, 1)
     # Queries of all rows, and of all heads that share keys, in one product with the prefix.
     folded = q.view(kv, -1, width)
