@@ -47,6 +47,15 @@ def test_the_python_of_the_page_on_lenses_runs(tmp_path, monkeypatch, capsys):
     assert (tmp_path / "runs" / "words.html").exists()
 
 
+def test_the_python_of_the_page_on_words_runs(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    page = (Path(__file__).parent.parent / "docs" / "explain.md").read_text("utf-8")
+    (block,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    exec(compile(block, "explain.md", "exec"), {})
+    assert "spearman_attention" in capsys.readouterr().out
+    assert (tmp_path / "runs" / "explained" / "explain.html").exists()
+
+
 def test_the_python_of_the_page_on_steering_runs(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     page = (Path(__file__).parent.parent / "docs" / "steering.md").read_text("utf-8")
@@ -69,7 +78,8 @@ def test_the_specification_of_the_tutorial_is_one(tmp_path):
 
 @pytest.mark.parametrize(
     "command",
-    "demo sweep knockout report models notice tracing circuits heads lens attribute data neurons".split(),
+    "demo sweep knockout report models notice tracing circuits heads lens explain attribute data "
+    "neurons".split(),
 )
 def test_the_commands_of_the_readme_exist(command):
     from typer.main import get_command

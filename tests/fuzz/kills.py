@@ -60,6 +60,8 @@ COMMANDS = {
     "knockout": f"knockout {EDGE} --limit 3 --out out",
     "steer": f"steer {BLIP} --limit 4 --sites encoder.0.resid@last --random 2 --said 1 --out out",
     "probe": f"probe {TRACED} --limit 24 --sites encoder.0.resid@last --label kind --shuffles 2 --out out",
+    "explain": "explain --model toy-llava --image ../../inputs/pictures/sad/3.png --prompt PROMPT "
+    "--out out.html",
     "notice": f"notice {BLIP} --limit 3 --out out",
     "find": f"neurons find {LLAVA} --limit 2 --out out",
     "describe": f"neurons describe {LLAVA} --limit 2 --neuron 3.250 --no-measures --out out",
@@ -82,7 +84,7 @@ OFTEN = {"notice": 1, "edit": 1, "perturb": 1, "heads": 2, "tracing": 2, "probe"
 OTHERS = "full readonly vanish interrupt twice".split()
 IMPORTED = "cli.main checkpoint studies.sweep studies.heads studies.circuits".split()
 IMPORTED += "studies.lens studies.attribution studies.knockout studies.probes studies.steering".split()
-IMPORTED += "notice neurons report".split()
+IMPORTED += "explanation notice neurons report".split()
 LIMIT = 12 * SECONDS
 """By when a command has ended that nothing befalls."""
 WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC
