@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 
+import numpy as np
 import pandas as pd
 import pytest
 import torch
@@ -12,6 +14,7 @@ from models import blip, example, llava
 
 import vlmscope
 from vlmscope.errors import DataError, ExampleError, ModelError, SiteError, StoreError, VlmscopeError
+from vlmscope.patching.gradients import estimate
 from vlmscope.report import write_report
 from vlmscope.runs import corrupt as corruptions
 from vlmscope.studies import attribution
@@ -93,7 +96,7 @@ def test_a_folder_goes_on_and_grows(tmp_path, monkeypatch):
     model, given = FAMILIES["blip2-opt"](), others(3)
     whole = attribute(model, given, [*WRITERS, EDGES])
     done = 0
-    work = attribution._direct
+    work = attribution.written
 
     def stopped(*arguments):
         nonlocal done
@@ -102,10 +105,10 @@ def test_a_folder_goes_on_and_grows(tmp_path, monkeypatch):
             raise KeyboardInterrupt
         return work(*arguments)
 
-    monkeypatch.setattr(attribution, "_direct", stopped)
+    monkeypatch.setattr(attribution, "written", stopped)
     with pytest.raises(KeyboardInterrupt):
         attribute(model, given[:2], WRITERS, out=tmp_path / "run")
-    monkeypatch.setattr(attribution, "_direct", work)
+    monkeypatch.setattr(attribution, "written", work)
     assert len(vlmscope.open(tmp_path / "run").baselines()) == 1
     attribute(model, given[:2], WRITERS, out=tmp_path / "run")
     table = attribute(model, given, [*WRITERS, EDGES], out=tmp_path / "run")
@@ -162,8 +165,8 @@ def test_what_cannot_be_attributed():
         attribute(blip(), example(), "decoder.*.mlp@readout")
     with pytest.raises(ModelError, match="do not tell what the attn heads"):
         attribute(FAMILIES["mplug-owl2"](), example(), "decoder.*.attn.h*@readout<*")
-    with pytest.raises(VlmscopeError, match="unknown method 'atp'; expected direct"):
-        attribute(model, example(), WRITERS, method="atp")
+    with pytest.raises(VlmscopeError, match="unknown method 'eap'; expected direct, atp"):
+        attribute(model, example(), WRITERS, method="eap")
     with pytest.raises(DataError, match="the word 'zebra' is unknown to the model's tokenizer"):
         attribute(model, example(), WRITERS, word="zebra")
     with pytest.raises(DataError, match="there are no examples"):
@@ -174,3 +177,101 @@ def test_what_cannot_be_attributed():
     with pytest.raises(DataError, match="the foil '' is empty"):
         attribute(model, alone, WRITERS)
     assert issubclass(ExampleError, DataError)
+
+
+SITES = ["decoder.*.attn.h*@*", "decoder.*.resid@*", "vision.*.mlp.n*@all"]
+
+
+def test_estimates_and_what_was_verified():
+    """Of each kind the best and as many random ones; exact is what a patch of the site changes."""
+    model = llava()
+    for direction in ("denoise", "noise"):
+        table = attribute(
+            model, example(), SITES, "image", method="atp", direction=direction, verify=5, metric="p"
+        )
+        assert list(table.columns) == ATTRIBUTIONS.names
+        swept = vlmscope.sweep(model, example(), SITES, "image", direction=direction, metric="p")
+        assert table["site"].tolist() == swept["site"].tolist()
+        known = table["exact"].notna()
+        np.testing.assert_allclose(
+            table.loc[known, "exact"], swept.loc[known, "p_change"], rtol=1e-9, atol=1e-15
+        )
+        for _, rows in table.groupby(["tower", "kind"]):
+            best = rows["score"].abs().nlargest(5).index
+            assert rows.loc[best, "exact"].notna().all() and rows["exact"].notna().sum() == 10
+        assert table.attrs["check"]["rows"] == 5 and table.attrs["check"]["largest"] < 1e-12
+        found = table.attrs["agreement"]
+        assert set(found) == {"decoder.attn.h", "decoder.resid", "vision.mlp.n"}
+        assert [found[kind]["sites"] for kind in found] == table.groupby(["tower", "kind"]).size().tolist()
+
+
+def test_noise_is_averaged_over_its_draws():
+    model, corruption = llava(), vlmscope.Noise(draws=3)
+    table = attribute(model, example(), SITES[0], corruption, method="atp", verify=10)
+    swept = vlmscope.sweep(model, example(), SITES[0], corruption)
+    known = table["exact"].notna()
+    np.testing.assert_allclose(
+        table.loc[known, "exact"], swept.loc[known, "ld_change"], rtol=1e-9, atol=1e-12
+    )
+    pairs = corruptions.pairs(model, example(), corruption)
+    each = [estimate(model, pair, SITES[0]).scores for pair in pairs]
+    np.testing.assert_allclose(table["score"], np.mean(each, 0), rtol=1e-12)
+
+
+def test_a_folder_of_estimates_goes_on(tmp_path, monkeypatch):
+    """As a sweep's; more examples are added, but no sites to what is verified."""
+    model, given, more = llava(), others(3), {"method": "atp", "verify": 3}
+    whole = attribute(model, given, SITES, "image", **more)
+    work, done = attribution.estimated, []
+
+    def stopped(*arguments):
+        done.append(1)
+        if len(done) > 1:
+            raise KeyboardInterrupt
+        return work(*arguments)
+
+    monkeypatch.setattr(attribution, "estimated", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        attribute(model, given[:2], SITES, "image", **more, out=tmp_path)
+    monkeypatch.setattr(attribution, "estimated", work)
+    assert not (tmp_path / "agreement.json").exists()
+    attribute(model, given[:2], SITES, "image", **more, out=tmp_path)
+    table = attribute(model, given, SITES, "image", **more, out=tmp_path)
+    pd.testing.assert_frame_equal(table, whole)
+    run = vlmscope.open(tmp_path)
+    assert json.loads((tmp_path / "agreement.json").read_text()) == whole.attrs["agreement"]
+    assert run.check == whole.attrs["check"] and "random rows recomputed" in run.check_line()
+    with pytest.raises(StoreError, match="holds another run: verify is 3 there, 4 here"):
+        attribute(model, given, SITES, "image", method="atp", verify=4, out=tmp_path)
+    with pytest.raises(StoreError, match="holds another run: ranked is"):
+        attribute(model, given, [*SITES, "decoder.*.mlp@*"], "image", **more, out=tmp_path)
+
+
+def test_what_cannot_be_estimated():
+    model, site = llava(), "decoder.*.mlp@last"
+    for options, words in (
+        ({"corrupt": None}, "atp estimates what a patch does, which takes two runs"),
+        ({"word": "green"}, "a word is accounted for by the method direct alone"),
+        ({"metric": "kl", "direction": "noise"}, "from the clean run, around which it has no gradient"),
+        ({"metric": "f1"}, "unknown metric 'f1'"),
+        ({"verify": -1}, "the number of sites to verify is '-1'"),
+        ({"method": "direct", "verify": 3}, "the method direct is exact and of the logits"),
+    ):
+        with pytest.raises(VlmscopeError, match=words):
+            attribute(model, example(), site, **{"corrupt": "image", "method": "atp", **options})
+    for site, words in (
+        ("decoder.*/3.mlp@last", "patched together, a later layer undoes"),
+        ("decoder.*.attn@last<image", "an edge of attention is not patched but knocked out"),
+    ):
+        with pytest.raises(SiteError, match=words):
+            attribute(model, example(), site, "image", method="atp")
+    with pytest.raises(DataError, match="there is no foil, so no logit difference"):
+        attribute(model, replace(example(), foil=None), "decoder.*.mlp@last", "image", method="atp")
+
+
+def test_half_precision_takes_its_gradients_in_it():
+    half = llava(dtype=torch.bfloat16)
+    table = attribute(half, example(), "decoder.*.attn.h*@last", "image", method="atp", verify=12)
+    whole = attribute(llava(), example(), "decoder.*.attn.h*@last", "image", method="atp")
+    assert np.corrcoef(table["score"], whole["score"])[0, 1] > 0.9
+    assert table["exact"].notna().all()

@@ -65,6 +65,21 @@ class _Taps:
 _TAPS: WeakKeyDictionary[nn.Module, _Taps] = WeakKeyDictionary()
 
 
+class _Through(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, to: Tensor) -> Tensor:
+        return value.view_as(value)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Any:  # type: ignore[override]
+        return None, gradient
+
+
+def through(value: Tensor, to: Tensor) -> Tensor:
+    """A value, bit for bit, whose gradient goes to another way in which it can be computed."""
+    return _Through.apply(value.detach(), to) if to.requires_grad else value  # type: ignore[no-untyped-call]
+
+
 class Hooks(ExitStack):
     """Functions on modules, until the end of a `with`; the models' turns have to be held."""
 
@@ -390,10 +405,9 @@ def _pay(
         laid = function(new.transpose(0, 1).reshape(1, tiles * queries, -1))
         new = laid.unflatten(-1, (heads, -1))[0].transpose(0, 1)  # heads, all queries, all keys
     changed |= (new != paid).any(-1)
-    if not changed.any():
+    if not (changed.any() or new.requires_grad):
         return out, weights
     values = v.repeat_interleave(heads // v.shape[1], 1).transpose(0, 1).flatten(1, 2)
     mixed = (new @ values).unflatten(1, (tiles, queries)).permute(1, 2, 0, 3)
-    return torch.where(
-        changed.unflatten(1, (tiles, queries)).permute(1, 2, 0)[..., None], mixed, out
-    ), weights
+    at = changed.unflatten(1, (tiles, queries)).permute(1, 2, 0)[..., None]
+    return torch.where(at, mixed, through(out, mixed)), weights
