@@ -16,8 +16,10 @@ import vlmscope
 from vlmscope.errors import DataError, ExampleError, ModelError, SiteError, StoreError, VlmscopeError
 from vlmscope.patching.gradients import estimate
 from vlmscope.report import write_report
+from vlmscope.report.figures import scores_and_effects
 from vlmscope.runs import corrupt as corruptions
 from vlmscope.studies import attribution
+from vlmscope.studies.agreement import lines
 from vlmscope.studies.attribution import attribute
 from vlmscope.studies.run_folder import ATTRIBUTIONS
 
@@ -143,6 +145,24 @@ def test_the_report_of_a_run(tmp_path):
     assert heads.loc[1, 2] == pytest.approx(row["score"].mean())
 
 
+def test_the_report_of_estimates(tmp_path):
+    model, sites = llava(), [*SITES, "decoder.*.resid@image*"]
+    table = attribute(model, others(2), sites, "image", method="atp", verify=4, out=tmp_path / "run")
+    page = write_report([tmp_path / "run"], tmp_path / "report.html").read_text()
+    for line in lines(table.attrs["agreement"]):
+        assert line in page
+    assert "Attribution patching: examples, image corrupted" in page
+    rows = pd.read_csv(tmp_path / "report-figures" / "run0-exact.csv")
+    known = table[table["exact"].notna()]
+    np.testing.assert_allclose(rows[["score", "exact"]], known[["score", "exact"]], rtol=1e-12)
+    found = table.attrs["agreement"]
+    axes = scores_and_effects(known, found)
+    assert [spot.get_title().split("\n")[0] for spot in axes] == list(found)
+    for spot, kind in zip(axes, found, strict=True):
+        assert spot.get_title().endswith(f"rank correlation {found[kind]['spearman']:.2f}")
+        assert len(spot.collections[0].get_offsets()) == found[kind]["verified"]
+
+
 @pytest.mark.parametrize(
     ("site", "words"),
     [
@@ -265,13 +285,15 @@ def test_what_cannot_be_estimated():
     ):
         with pytest.raises(SiteError, match=words):
             attribute(model, example(), site, "image", method="atp")
-    with pytest.raises(DataError, match="there is no foil, so no logit difference"):
-        attribute(model, replace(example(), foil=None), "decoder.*.mlp@last", "image", method="atp")
+    with pytest.raises(DataError, match=r"or score the whole answer \(metric logprob\)"):
+        attribute(model, replace(example(), foil=""), "decoder.*.mlp@last", "image", method="atp")
 
 
 def test_half_precision_takes_its_gradients_in_it():
-    half = llava(dtype=torch.bfloat16)
-    table = attribute(half, example(), "decoder.*.attn.h*@last", "image", method="atp", verify=12)
-    whole = attribute(llava(), example(), "decoder.*.attn.h*@last", "image", method="atp")
-    assert np.corrcoef(table["score"], whole["score"])[0, 1] > 0.9
-    assert table["exact"].notna().all()
+    one, site = vlmscope.examples("states", limit=1), "decoder.*.attn.h*@readout"
+    tables = [
+        attribute(vlmscope.load("toy-llava", dtype=dtype), one, site, "image", method="atp", verify=16)
+        for dtype in ("float32", "bfloat16")
+    ]
+    assert np.corrcoef(*(table["score"] for table in tables))[0, 1] > 0.99
+    assert tables[1]["exact"].notna().all() and tables[1].attrs["agreement"]["decoder.attn.h"]["sites"] == 16

@@ -13,7 +13,6 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from vlmscope.data.example import Example
-from vlmscope.errors import ExampleError
 from vlmscope.layout import slots
 from vlmscope.models.inputs import Pair
 from vlmscope.patching import engine, reference
@@ -35,7 +34,7 @@ def estimated(
     """The scores of one example, means over its pairs, and exact effects of some of its sites."""
     assert task.method != "direct"
     model, example = task.model, task.examples[job.number]
-    pairs = pairs_of(task, example)
+    pairs = task.pairs(example)
     layout = pairs[0].clean.layout
     placed = model.placed(sites, pairs[0].clean)
     totals, base = np.zeros(len(placed)), defaultdict[str, float](float)
@@ -66,16 +65,6 @@ def estimated(
         for number, (site, score) in enumerate(zip(placed, totals.tolist(), strict=True))
     ]
     return result_of(task, job, rows, pairs[0], {**base, **answered})
-
-
-def pairs_of(task: Attribution, example: Example) -> list[Pair]:
-    """The pairs of an example; raises `ExampleError` where its metric has no number."""
-    pairs = task.pairs(example)
-    if task.metric == "ld" and pairs[0].foil is None:
-        raise ExampleError(
-            "there is no foil, so no logit difference; give one, or take another metric (p, logprob)"
-        )
-    return pairs
 
 
 def _some(task: Attribution, example: Example, placed: Sequence[Site], scores: Array) -> list[int]:
@@ -116,7 +105,7 @@ def check_exact(task: Attribution, base: pd.DataFrame, table: pd.DataFrame) -> d
     rows = rows.iloc[rng(task.seed, "check", "rows").permutation(len(rows))[:CHECKED]]
     largest = 0.0
     for name, some in rows.groupby("example", sort=False):
-        pairs = pairs_of(task, known[str(name)])
+        pairs = task.pairs(known[str(name)])
         sites = task.model.placed(some["site"].tolist(), pairs[0].clean)
         again = _exact(task, pairs, sites, reference)
         largest = max(largest, float(np.abs(again - some["exact"].to_numpy()).max()))
