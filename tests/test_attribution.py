@@ -275,6 +275,8 @@ def test_what_cannot_be_estimated():
         ({"metric": "kl", "direction": "noise"}, "from the clean run, around which it has no gradient"),
         ({"metric": "f1"}, "unknown metric 'f1'"),
         ({"verify": -1}, "the number of sites to verify is '-1'"),
+        ({"steps": 3}, "atp has no steps, only ig has"),
+        ({"method": "ig", "steps": 0}, "the number of steps is '0'"),
         ({"method": "direct", "verify": 3}, "the method direct is exact and of the logits"),
     ):
         with pytest.raises(VlmscopeError, match=words):

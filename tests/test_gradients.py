@@ -3,28 +3,26 @@
 from __future__ import annotations
 
 import random
+import weakref
 
 import numpy as np
 import pytest
 import torch
 from models import blip, example, llava
-from test_families import MADE, made
+from test_families import MADE, made, reader
 
 from vlmscope.errors import ModelError, SiteError, VlmscopeError
+from vlmscope.models.inputs import Edit
 from vlmscope.patching import engine
-from vlmscope.patching.gradients import estimate
+from vlmscope.patching.backward import Backward, Index, Runs
+from vlmscope.patching.gradients import check_place, estimate
+from vlmscope.patching.patterns import Patterns
 from vlmscope.runs import corrupt
-from vlmscope.runs.forward import forward
-from vlmscope.sites import Pattern, expand, place, points_of
+from vlmscope.runs.corrupt import Noise
+from vlmscope.runs.forward import forward, read
+from vlmscope.sites import Pattern, Point, Site, expand, place, points_of
 
 STEP = 1e-5
-
-
-@pytest.fixture
-def in_float64(monkeypatch):
-    """Norms and softmaxes of transformers compute in float32 in any model: no differences can be taken."""
-    monkeypatch.setattr(torch, "float32", torch.float64)
-    monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
 
 
 def pair_of(model, corruption="image"):
@@ -193,7 +191,10 @@ def test_what_a_gradient_says_nothing_about():
     pair = pair_of(model)
     for site in ("decoder.1/3.resid@last", "decoder.0.mlp@last + decoder.1.mlp@last"):
         with pytest.raises(SiteError, match="patched together, a later layer undoes"):
-            estimate(model, pair, site)
+            check_place(expand([Pattern.parse(site)], model.shapes)[0], "atp")
+    for unit in "qkp":
+        with pytest.raises(SiteError, match="queries, keys and patterns get nothing"):
+            check_place(Site("decoder", 0, "attn", unit, (0,)), "relp")
     for metric in (
         lambda logits, base: (logits.argmax(-1) == base.answers[0]).double(),
         lambda logits, base: 0.0 * logits.sum(-1),
@@ -203,17 +204,183 @@ def test_what_a_gradient_says_nothing_about():
 
 
 def test_gradients_pass_layer_by_layer(monkeypatch):
-    """Not more than one layer's is alive at a time, beside what autograd itself holds."""
-    from vlmscope.patching import gradients
+    """One is let go before the next is there."""
+    model, seen = llava(), []
+    moved = Backward.moved
 
-    model, alive = llava(), []
-    take = gradients.Backward._take
+    def watched(run, point, source, gradient):
+        assert all(one() is None for _, one in seen)
+        seen.append((point.layer, weakref.ref(gradient)))
+        return moved(run, point, source, gradient)
 
-    def watched(run, found, point, deltas, gradient):
-        alive.append((point.layer, len(found)))
-        take(run, found, point, deltas, gradient)
-        assert all(isinstance(value, np.ndarray) for value in found.values())
-
-    monkeypatch.setattr(gradients.Backward, "_take", watched)
+    monkeypatch.setattr(Backward, "moved", watched)
     estimate(model, pair_of(model), "decoder.*.mlp.n*@all")
-    assert [layer for layer, _ in alive] == [2, 1, 0]
+    assert [layer for layer, _ in seen] == [2, 1, 0]
+
+
+@pytest.mark.parametrize("method", ["atp", "atp-star", "relp", "ig"])
+def test_frozen_weights_change_nothing(method):
+    model = llava()
+    pair, sites = pair_of(model), ["decoder.*.attn.h*@last", "vision.*.mlp@all"]
+    found = estimate(model, pair, sites, method=method).scores
+    model.hf.requires_grad_(False)
+    np.testing.assert_array_equal(estimate(model, pair, sites, method=method).scores, found)
+
+
+# -- integrated gradients ------------------------------------------------------------------------
+
+
+def inputs_of(model):
+    """What the language model reads, and what enters the vision tower."""
+    text, image = model.text_towers[0], model.family.image
+    words = f"{text}.0.resid_pre@"
+    behind = [f"{words}all"] if image is None else [f"{words}all", str(model.image_site)]
+    return {"behind": behind, "before": ["vision.0.resid_pre@all"]}
+
+
+@pytest.mark.parametrize(
+    ("name", "corruption", "which"),
+    [
+        ("blip-vqa", "image", "behind"),
+        ("blip-vqa", "image", "before"),
+        ("mllama", "image", "before"),
+        ("llava", Noise("add", "text", 0.05, 1), "behind"),
+        ("paligemma", Noise("add", "image", 0.05, 1), "behind"),
+    ],
+)
+def test_integrated_gradients_of_the_inputs_sum_to_the_gap(name, corruption, which, in_float64):
+    """But for what goes down with the number of points: at least by half where they are twice as many."""
+    model = made(name)
+    pair, sites = pair_of(model, corruption), inputs_of(model)[which]
+    errors = []
+    for steps in (8, 16):
+        found = estimate(model, pair, sites, method="ig", steps=steps)
+        gap = float(found.clean.value - found.corrupt.value)
+        errors.append(abs(found.scores.sum() - gap))
+    assert errors[1] < 0.5 * errors[0] + 1e-9 and errors[1] < 0.2 * abs(gap)
+
+
+def test_integrated_gradients_by_hand():
+    """Three points, the decoder's input set to each by a plain hook."""
+    model, steps = llava(), 3
+    pair = pair_of(model)
+    blocks = model.blocks("decoder")
+    got, heads = [], []
+
+    def run(inputs, new=None):
+        def enter(m, args, kwargs):
+            got.append(args[0] if args else kwargs["hidden_states"])
+            return None if new is None else ((new, *args[1:]), kwargs)
+
+        held = [
+            blocks[0].register_forward_pre_hook(enter, with_kwargs=True),
+            blocks[1].self_attn.o_proj.register_forward_pre_hook(lambda m, args: heads.append(args[0])),
+        ]
+        logits = model.hf(**inputs.tensors).logits[0, -1]
+        for handle in held:
+            handle.remove()
+        return logits[pair.answer] - logits[pair.foil], got[-1].detach(), heads[-1]
+
+    (_, base, x), (_, source, y) = run(pair.corrupt), run(pair.clean)
+    total = 0.0
+    for share in (1 / 6, 3 / 6, 5 / 6):
+        metric, _, here = run(pair.corrupt, base + share * (source - base))
+        total = total + torch.autograd.grad(metric, here)[0] / steps
+    wanted = ((y - x).detach() * total)[0].unflatten(-1, (4, -1)).sum((0, 2))
+    found = estimate(model, pair, "decoder.1.attn.h*@all", method="ig", steps=steps).scores
+    np.testing.assert_allclose(found, wanted, rtol=1e-9)
+
+
+# -- AtP* ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["llava", "paligemma2", "blip2-t5"])
+def test_queries_and_keys_by_the_patterns_that_they_would_make(name, in_float64):
+    """A row of a softmax with one query, or one key, of the other run, all by hand: the row's own logarithms
+    less those of the other key's."""
+    model = made(name)
+    pair, tower = pair_of(model), reader(model)
+    points = {part: Point(tower, 1, "attn", part) for part in "qkp"}
+    source = forward(model, pair.clean, (), points.values())
+    run = forward(model, pair.corrupt, (), [points["p"]], grad=True)
+    metric = run.logits[-1][pair.answer] - run.logits[-1][pair.foil]
+    (gradient,) = torch.autograd.grad(metric, run.values[points["p"]])
+    heads, groups = (model.units(points[part]) for part in "pk")
+    own, g = (x[0].detach().unflatten(-1, (heads, -1)) for x in (run.values[points["p"]], gradient))
+    many = len(own)
+    wanted = {"q": np.zeros((many, heads)), "k": np.zeros((many, groups))}
+
+    def pays(part, positions, units):
+        """The patterns where these queries or keys are the source's."""
+        site = Site(tower, 1, "attn", part, units, "x", positions)
+        edit = Edit(site, "set", read(model, source.values[points[part]], site))
+        return (
+            forward(model, pair.corrupt, [edit], [points["p"]])
+            .values[points["p"]][0]
+            .unflatten(-1, (heads, -1))
+        )
+
+    new = pays("q", tuple(range(many)), tuple(range(heads)))
+    wanted["q"] = ((new - own) * g).sum(-1).numpy()
+    draw = random.Random(0)
+    chosen = draw.sample([(at, unit) for at in range(many) for unit in range(groups)], 6)
+    found = estimate_star(model, pair, tower)
+    for at, unit in chosen:
+        total = float(((pays("k", (at,), (unit,)) - own) * g).sum())
+        assert found["k"][at, unit] == pytest.approx(total, rel=1e-7, abs=1e-9)
+    np.testing.assert_allclose(found["q"], wanted["q"], rtol=1e-7, atol=1e-9)
+
+
+def estimate_star(model, pair, tower):
+    """The signed numbers, before the mean of their sizes."""
+    sites = {
+        part: [
+            Site(tower, 1, "attn", part, (unit,), str(at), (at,))
+            for at in range(len(pair.clean.layout[tower].tokens))
+            for unit in range(model.units(Point(tower, 1, "attn", part)))
+        ]
+        for part in "qk"
+    }
+    index, runs = Index(model, [*sites["q"], *sites["k"]]), Runs(model, pair, "denoise", "ld")
+    patterns = Patterns(runs, index, index.points)
+    there = forward(model, *runs.source)
+    run = Backward.at_base(runs, index, patterns.points, there.logits)
+    scores = index.scores(run.sums(lambda point, gradient: dict(patterns.take(point, gradient))))
+    parts = np.split(scores, [len(sites["q"])])
+    many = len(pair.clean.layout[tower].tokens)
+    return {part: scores.reshape(many, -1) for part, scores in zip("qk", parts, strict=True)}
+
+
+@pytest.mark.parametrize("name", ["llava", "blip-vqa"])
+def test_a_mean_of_sizes_over_backward_passes_without_a_layer(name):
+    """By plain hooks: what a layer's sublayers give gets no gradient."""
+    model = made(name)
+    pair, tower = pair_of(model), reader(model)
+    table, blocks = model.family.towers[tower], model.blocks(tower)
+    modules = {n: block.get_submodule(table.attn) for n, block in enumerate(blocks)}
+    is_input, many = dict.fromkeys(modules, True), model.shapes[tower].heads["attn"]
+    base, source = [plain(model, inputs, modules, is_input)[1] for inputs in (pair.corrupt, pair.clean)]
+    sizes = []
+    for behind in list(model.shapes)[list(model.shapes).index(tower) :]:
+        for block in model.blocks(behind):
+            own = model.family.towers[behind]
+            paths = [own.attn, own.mlp, *([own.cross] if own.cross else [])]
+            gone = [block.get_submodule(path) for path in paths]
+            held = [module.register_full_backward_pre_hook(lambda m, g: (0 * g[0],)) for module in gone]
+            logits, here = plain(model, pair.corrupt, modules, is_input)
+            gradients = torch.autograd.grad(logits[pair.answer] - logits[pair.foil], list(here.values()))
+            for handle in held:
+                handle.remove()
+            moved = [(source[n] - base[n]) * g for n, g in zip(modules, gradients, strict=True)]
+            each = [x[0].unflatten(-1, (many, -1)) for x in moved]
+            sizes.append(torch.stack([x.sum((0, 2)) for x in each]).detach().abs().flatten())
+    found = estimate(model, pair, f"{tower}.*.attn.h*@all", method="atp-star").scores
+    wanted = torch.stack(sizes).sum(0) / (len(sizes) - 1)
+    np.testing.assert_allclose(found, wanted, rtol=1e-9, atol=1e-12)
+    assert (found >= 0).all()
+
+
+def test_queries_of_models_that_do_not_show_how_they_compare():
+    model = blip()
+    with pytest.raises(ModelError, match="do not show how their encoder attn heads compare queries and keys"):
+        estimate(model, pair_of(model), "encoder.*.attn.q*@all", method="atp-star")

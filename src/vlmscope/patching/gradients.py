@@ -1,38 +1,45 @@
-"""What patches would do, estimated from gradients: all sites at once, from one backward pass.
+"""What patches would do, estimated from gradients: all sites at once, from one backward pass or a few.
 
-`atp`, attribution patching (Nanda 2023; Kramár et al. 2024, arXiv 2403.00745): a site's score is
-Σ (x_source − x_base) · ∂m/∂x over its positions and units, at the base run, the one that is patched. It is
-what `engine.patch` tends to where the step is small, and no more than that.
+- `atp`, attribution patching (Nanda 2023; Kramár et al. 2024, arXiv 2403.00745): a site's score is
+  Σ (x_source − x_base) · ∂m/∂x over its positions and units, at the base run, the one that is patched. It is
+  what `engine.patch` tends to where the step is small, and no more than that.
+- `atp-star` (AtP* of the same paper): queries and keys by what the patterns that they make would change, and
+  a mean of |score| over backward passes in which one layer's sublayers are left out (GradDrop, its equation
+  11), so that effects that cancel are seen. Never negative.
+- `relp` (arXiv 2508.21258): `atp` with the rules of `runs.relevance` in the backward pass.
+- `ig`, integrated gradients (Sundararajan et al. 2017; as EAP-IG, arXiv 2403.17806): the gradient's mean
+  over `steps` points of the line from the base run's inputs to the source's, at one fraction for all. The
+  points are the middles of as many equal pieces: neither end is among them. Inputs are the text's
+  embeddings and what the language model reads of the image; for sites before that, in the vision tower or a
+  Q-Former, what enters the first block of each tower.
 
 Gradients pass one layer at a time: each is reduced to scores when it is there, and let go.
 """
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable
+from dataclasses import replace
 from functools import partial
 from typing import Literal, NamedTuple, get_args
 
 import numpy as np
-import torch
-from jaxtyping import Float
-from numpy.typing import NDArray
 from torch import Tensor
 
-from vlmscope.errors import SiteError, VlmscopeError, shown
-from vlmscope.models.inputs import Edit, Inputs, Pair
-from vlmscope.patching.scores import Baselines, Metric, Score, score, unpatched
-from vlmscope.runs.forward import forward
-from vlmscope.runs.network import Network
+from vlmscope.errors import SiteError, shown
+from vlmscope.models.inputs import Edit, Pair
+from vlmscope.patching.backward import Array, Backward, Index, Runs
+from vlmscope.patching.patterns import Patterns
+from vlmscope.patching.scores import Metric, Score, unpatched
+from vlmscope.runs.forward import forward, read
+from vlmscope.runs.network import SUBLAYERS, Network
+from vlmscope.runs.relevance import relevance
 from vlmscope.sites import Point, Site, Sites
 
-Method = Literal["atp"]
+Method = Literal["atp", "atp-star", "relp", "ig"]
 METHODS = get_args(Method)
-
-Array = NDArray[np.float64]
-Deltas = Callable[[Point], Tensor]
-"""From a point to what a patch of all of it would add: source less base."""
+STEPS = 5
+"""Points of the line of `ig`."""
 
 
 class Estimated(NamedTuple):
@@ -51,31 +58,26 @@ def estimate(
     *,
     method: Method = "atp",
     metric: str | Metric = "ld",
+    steps: int = STEPS,
 ) -> Estimated:
     """How much each patch of `engine.patch` would change the metric of the run that is patched.
 
-    Raises `VlmscopeError` for a metric without a gradient there.
+    `steps` are the points of the line of `ig`. Raises `VlmscopeError` for a metric without a gradient,
+    `SiteError` for a patch of several layers at once.
     """
-    placed, count = network.placed(sites, pair.clean), len(pair.answers)
-    index = Index(network, placed)
-    runs: list[tuple[Inputs, Sequence[Edit]]] = [(pair.clean, ()), (pair.corrupt, pair.edits)]
-    base, source = runs if direction == "noise" else runs[::-1]
-    there = forward(network, *source, index.points, count)
-
-    def both(own: Tensor) -> tuple[Tensor, Tensor]:
-        return (own, there.logits) if direction == "noise" else (there.logits, own)
-
-    def value(own: Tensor) -> Tensor:
-        base = Baselines(*both(own.detach()), pair.answers, pair.foil)
-        return score(own[None], base, metric).value[0]
-
-    run = Backward(network, index, *base, value, count)
-    found = index.scores(run.sums(lambda point: there.values[point] - run.values[point].detach()))
-    _, clean, corrupt, _ = unpatched(*both(run.logits.detach()), pair, metric)
-    return Estimated(clean, corrupt, found)
+    ways: dict[str, Callable[[Runs, Index], Found]] = {
+        "atp": _at_base,
+        "atp-star": _star,
+        "relp": _relevant,
+        "ig": partial(_along, steps=steps),
+    }
+    index, runs = Index(network, network.placed(sites, pair.clean)), Runs(network, pair, direction, metric)
+    found = ways[method](runs, index)
+    _, clean, corrupt, _ = unpatched(*runs.both(*found.logits), pair, metric)
+    return Estimated(clean, corrupt, found.scores)
 
 
-def check_place(site: Site) -> None:
+def check_place(site: Site, method: Method) -> None:
     """Raises `SiteError` for what a gradient says nothing about."""
     if site.source:
         raise SiteError(
@@ -87,101 +89,122 @@ def check_place(site: Site) -> None:
             f"bad site {shown(site)}: patched together, a later layer undoes what an earlier one does to it, "
             "so their gradients do not add up; name them one by one"
         )
+    if method == "relp" and site.part in ("q", "k", "p"):
+        raise SiteError(
+            f"bad site {shown(site)}: relp holds what is paid attention to as it is, so queries, keys and "
+            "patterns get nothing; name heads (h) or values (v), or take atp-star"
+        )
 
 
-class Index:
-    """Where each site's number is among sums over positions, `(places, units)`, of each point."""
+class Found(NamedTuple):
+    """A number a site, and the logits of the base and the source."""
 
-    def __init__(self, network: Network, sites: Sequence[Site]) -> None:
-        self.network, self.many = network, len(sites)
-        self.places: dict[Point, dict[tuple[int, ...], int]] = defaultdict(dict)
-        self._cells: dict[Point, list[tuple[int, int, int]]] = defaultdict(list)
-        for number, site in enumerate(sites):
-            check_place(site)
-            places = self.places[site.point]
-            place = places.setdefault(site.positions, len(places))
-            units = site.units or range(network.units(site.point) or 1)
-            self._cells[site.point] += [(number, place, unit) for unit in units]
-        self._arrays = {point: np.array(cells).T for point, cells in self._cells.items()}
+    scores: Array
+    logits: tuple[Tensor, Tensor]
 
-    @property
-    def points(self) -> list[Point]:
-        return list(self.places)
 
-    def reduce(self, point: Point, each: Float[Tensor, "1 pos width"]) -> Array:
-        """The sums of an activation's numbers over the positions of every place, by unit."""
-        units = self.network.units(point)
-        whole = each[0].unflatten(-1, (units or 1, -1)).sum(-1)
-        at = [n for positions in self.places[point] for n in positions]
-        of = [n for positions, n in self.places[point].items() for _ in positions]
-        sums = whole.new_zeros(len(self.places[point]), whole.shape[1])
-        sums.index_add_(0, torch.tensor(of, device=each.device), whole[at])
-        return sums.double().cpu().numpy()
+def _at_base(runs: Runs, index: Index) -> Found:
+    """From the gradient at the base run."""
+    there = forward(runs.network, *runs.source, index.points, runs.count)
+    run = Backward.at_base(runs, index, index.points, there.logits)
+    sums = run.sums(lambda point, gradient: run.moved(point, there.values[point], gradient))
+    return Found(index.scores(sums), (run.logits.detach(), there.logits))
 
-    def scores(self, sums: Mapping[Point, Array]) -> Array:
-        """A number a site: the sum over its units. What no gradient reaches counts nothing."""
-        found = np.zeros(self.many)
-        for point, (numbers, places, units) in self._arrays.items():
-            if point in sums:
-                np.add.at(found, numbers, sums[point][places, units])
+
+def _relevant(runs: Runs, index: Index) -> Found:
+    """The same under the rules of relevance."""
+    there = forward(runs.network, *runs.source, index.points, runs.count)
+    with relevance(runs.network, runs.base[0], _towers(runs.network, index.points)):
+        run = Backward.at_base(runs, index, index.points, there.logits)
+    sums = run.sums(lambda point, gradient: run.moved(point, there.values[point], gradient))
+    return Found(index.scores(sums), (run.logits.detach(), there.logits))
+
+
+def _towers(network: Network, points: Iterable[Point]) -> list[str]:
+    """The towers from the first of these points on."""
+    towers = list(network.family.towers)
+    return towers[min(towers.index(point.tower) for point in points) :]
+
+
+def _star(runs: Runs, index: Index) -> Found:
+    """The mean of |score| over backward passes, each without one layer; of a site those of its own tower and
+    the ones behind it count."""
+    network = runs.network
+    inner = [point for point in index.points if point.part in ("q", "k")]
+    layers = [
+        (tower, n) for tower in _towers(network, index.points) for n in range(network.shapes[tower].layers)
+    ]
+    sublayers = {
+        (tower, n): [Point(tower, n, kind) for kind in SUBLAYERS if n in network.shapes[tower].having(kind)]
+        for tower, n in layers
+    }
+    patterns = Patterns(runs, index, inner)
+    outer = [point for point in index.points if point not in inner]
+    there = forward(network, *runs.source, outer, runs.count)
+    watched = [*dict.fromkeys([*outer, *patterns.points])]
+    run = Backward.at_base(
+        runs, index, watched, there.logits, [p for some in sublayers.values() for p in some]
+    )
+
+    def take(point: Point, gradient: Tensor) -> dict[Point, Array]:
+        found = dict(patterns.take(point, gradient))
+        if point in there.values:
+            found |= run.moved(point, there.values[point], gradient)
         return found
 
-
-class Backward:
-    """A run of which gradients are taken, once or several times.
-
-    `value` makes the metric of the logits at the last `count` positions.
-    """
-
-    def __init__(
-        self,
-        network: Network,
-        index: Index,
-        inputs: Inputs,
-        edits: Sequence[Edit],
-        value: Callable[[Tensor], Tensor],
-        count: int,
-    ) -> None:
-        self.index = index
-        ends = _ends(index.points)
-        run = forward(network, inputs, edits, {*index.points, *ends}, count, grad=True)
-        self.values = run.values
-        self._ends = [run.values[point] for point in ends]
-        metric = value(run.logits)
-        (first,) = torch.autograd.grad(metric, run.logits) if metric.requires_grad else (None,)
-        if first is None or not first.any():
-            raise VlmscopeError(
-                "the metric has no gradient at the run that is patched (it is constant around it); take ld, "
-                "logprob or p, or another direction"
-            )
-        self.logits, self._first = run.logits, first
-
-    def sums(self, deltas: Deltas, again: bool = False) -> dict[Point, Array]:
-        """Σ delta · gradient over the places of each point; with `again` more can be taken."""
-        found: dict[Point, Array] = {}
-        held = []
-        for point in self.index.points:
-            take = partial(self._take, found, point, deltas)
-            held.append(self.values[point].register_hook(take))
-        try:
-            torch.autograd.grad(self.logits, self._ends, self._first, retain_graph=again, allow_unused=True)
-        finally:
-            for handle in held:
-                handle.remove()
-        return found
-
-    def _take(self, found: dict[Point, Array], point: Point, deltas: Deltas, gradient: Tensor) -> None:
-        wide = torch.promote_types(gradient.dtype, torch.float32)
-        delta = deltas(point).to(gradient.device, wide)
-        product = torch.where(delta == 0, 0.0, delta * gradient.to(wide))
-        found[point] = self.index.reduce(point, product)
+    towers = list(network.family.towers)
+    own = np.array([towers.index(site.tower) for site in index.sites])
+    total, count = np.zeros(len(own)), np.zeros(len(own))
+    for tower, n in layers:
+        counts = own <= towers.index(tower)
+        total[counts] += np.abs(index.scores(run.sums(take, again=True, without=sublayers[tower, n])))[counts]
+        count[counts] += 1
+    if (count == 1).any():  # a single layer: there is no other to leave out
+        total = np.where(count == 1, np.abs(index.scores(run.sums(take))), total)
+    return Found(total / np.maximum(count - 1, 1), (run.logits.detach(), there.logits))
 
 
-def _ends(points: Sequence[Point]) -> list[Point]:
-    """How far back gradients go: to where the first block of each tower that is asked about begins, and to
-    what comes into it from elsewhere."""
-    first: dict[str, int] = {}
-    for point in points:
-        first[point.tower] = min(point.layer, first.get(point.tower, point.layer))
-    added = [point for point in points if point.kind == "deepstack"]
-    return [*(Point(tower, layer, "resid_pre") for tower, layer in first.items()), *added]
+def _along(runs: Runs, index: Index, *, steps: int) -> Found:
+    """From the gradient's mean over points of the line between the inputs of the two runs."""
+    network, inputs = runs.network, runs.base[0]
+    lines = [network.placed(line, inputs) for line in _lines(network)]
+    points = {*index.points, *(site.point for line in lines for site in line)}
+    here, there = (forward(network, *run, points, runs.count) for run in (runs.base, runs.source))
+    deltas = {point: there.values[point] - here.values[point] for point in points}
+    before = [point for point in index.points if _is_before(network, point)]
+    behind = [point for point in index.points if point not in before]
+    sums: dict[Point, Array] = {}
+
+    def take(point: Point, gradient: Tensor) -> dict[Point, Array]:
+        return {point: index.product(point, deltas[point], gradient)}
+
+    for line, own in zip(lines, (behind, before), strict=True):
+        for number in range(steps if own else 0):
+            share = (number + 0.5) / steps
+            new = [read(network, here.values[x.point] + share * deltas[x.point], x) for x in line]
+            edits = [Edit(x, "set", v.requires_grad_()) for x, v in zip(line, new, strict=True)]
+            run = Backward(runs, index, own, edits)
+            run.start(runs.value(run.logits, here.logits, there.logits))
+            for point, some in run.sums(
+                lambda point, g: {point: index.product(point, deltas[point], g)}
+            ).items():
+                sums[point] = some / steps + sums.get(point, 0.0)
+    return Found(index.scores(sums), (here.logits, there.logits))
+
+
+def _lines(network: Network) -> tuple[list[Site], list[Site]]:
+    """The inputs of the language model, and those of every tower."""
+    text, image = network.text_towers[0], network.family.image
+    words = Site(text, 0, "resid_pre")
+    added = [Site(text, n, "deepstack", position="image") for n in network.shapes[text].having("deepstack")]
+    behind = [words, *added, *([] if image is None else [network.image_site])]
+    own = replace(words, position="text") if image is None else words
+    others = [Site(tower, 0, "resid_pre") for tower in network.family.towers if tower != text]
+    return behind, [own, *others]
+
+
+def _is_before(network: Network, point: Point) -> bool:
+    """Whether a point comes before what the language model reads of the image."""
+    towers = list(network.family.towers)
+    is_read = point.kind == "output" and point.tower == network.family.image
+    return towers.index(point.tower) < towers.index(network.text_towers[0]) and not is_read

@@ -22,7 +22,13 @@ VALUE = "score"
 NEEDED = {"direct": "model? data? corrupt? method? word?"}
 ESTIMATES = "model? data? corrupt? method? verify? direction? metric?"
 """What the page says of a run, by the names in its shape."""
-NAMES = {"direct": "Direct effects", "atp": "Attribution patching"}
+NAMES = {
+    "direct": "Direct effects",
+    "atp": "Attribution patching",
+    "atp-star": "Attribution patching (AtP*)",
+    "relp": "Relevance patching",
+    "ig": "Integrated gradients",
+}
 MOST = 9
 """Panels of a figure of scores and effects, at most."""
 

@@ -357,6 +357,27 @@ def _paid(
     return _Patterns(paid, ((lost.block | lost.zero) & seen).any(-1))
 
 
+def doubled(
+    plain: Plain,
+    module: Any,
+    q: Float[Tensor, "tiles heads queries width"],
+    k: Float[Tensor, "tiles kv_heads keys width"],
+    beside: Float[Tensor, "tiles kv_heads keys width"],
+    mask: Any,
+    **kw: Any,
+) -> tuple[Float[Tensor, "tiles heads queries keys"], Float[Tensor, "tiles heads queries keys"]]:
+    """What queries pay to keys, and to others that stand beside them in the same places: a row of both adds
+    up to one. Two keys of a place then differ by what the module's own kernel makes of them alone."""
+    (tiles, _, queries, _), keys = q.shape, k.shape[2]
+    mask = plain.mask(module, mask, queries, keys, q.device, **kw)
+    mask = None if mask is None else torch.cat([mask, mask], -1)
+    if (bias := kw.get("position_bias")) is not None:
+        kw = {**kw, "position_bias": torch.cat([bias, bias], -1)}
+    both = torch.cat([k, beside], 2)
+    rows = [_paid(plain, module, q, both, mask, tile, range(queries), (), **kw).paid for tile in range(tiles)]
+    return tuple(torch.stack(rows).split(keys, -1))  # type: ignore[return-value]
+
+
 def _seen(mask: Tensor) -> Tensor:
     """Where a dense mask shows a key."""
     return mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2

@@ -46,6 +46,7 @@ def attribute(
     direction: Direction = "denoise",
     metric: str | Metric = "ld",
     verify: int = 0,
+    steps: int | None = None,
     word: str | None = None,
     seed: int = 0,
     out: str | os.PathLike[str] | None = None,
@@ -68,7 +69,8 @@ def attribute(
     of `metric`, estimated for all sites from two runs and one backward pass: Σ (x_source − x_base) · ∂m/∂x.
     The base is the run that is patched, the corrupt one of `denoise` and the clean one of `noise`; a function
     as metric has to be one of torch. Gradients are taken in the model's own precision, their products with
-    activations in float32 at least.
+    activations in float32 at least. `atp-star`, `relp` and `ig` (with `steps` points, 5 by default) are
+    others of this sort (`patching.gradients`): of `atp-star` scores have no sign.
 
     With `verify`, in each example the so many best sites of each kind, and as many drawn at random, are
     patched exactly: `exact` is what that changes of the metric, and `attrs["agreement"]` (`agreement.json`
@@ -90,8 +92,9 @@ def attribute(
     >>> int(table["exact"].notna().sum()), table.attrs["agreement"]["decoder.attn.h"]["spearman"] > 0.5
     (16, True)
     """
-    options = {"direction": direction, "metric": metric, "verify": verify, "word": word, "seed": seed}
-    task = _task_of(model, examples, sites, corrupt, method, options)
+    options = {"direction": direction, "metric": metric, "seed": seed}
+    own = {"method": method, "verify": verify, "steps": steps, "word": word}
+    task = _task_of(model, examples, sites, corrupt, own, options)
     work: Any = written if method == "direct" else estimated
     if out is not None:
         run = into_folder(task, out, _spec_of(task, data), partial(_check_run, task), work)
@@ -114,14 +117,19 @@ def _task_of(
     examples: Examples,
     sites: Sites,
     corrupt: str | Noise | None,
-    method: Method,
+    own: dict[str, Any],
     options: dict[str, Any],
 ) -> Attribution:
     """Checked against the model and the data before anything runs."""
+    method = own["method"]
     if method not in METHODS:
         raise VlmscopeError(f"unknown method {shown(method)}; expected {', '.join(METHODS)}")
-    own: dict[str, Any] = {"verify": whole(options.pop("verify"), "the number of sites to verify", most=MOST)}
-    own |= {"method": method, "word": options.pop("word")}
+    own["verify"] = whole(own["verify"], "the number of sites to verify", most=MOST)
+    if own["steps"] is not None and method != "ig":
+        raise VlmscopeError(f"{method} has no steps, only ig has; leave them out")
+    if method == "ig":
+        steps = estimates.STEPS if own["steps"] is None else own["steps"]
+        own["steps"] = whole(steps, "the number of steps", 1, 1000)
     if method == "direct":
         return _direct_task(model, examples, sites, corrupt, own, options)
     if own["word"] is not None:
@@ -133,11 +141,11 @@ def _task_of(
         )
     task = task_of(model, examples, sites, corrupt, **options)
     for site in expand(parse(task.sites), model.shapes):
-        estimates.check_place(site)
-    if task.metric == "kl" and task.direction == "noise":
+        estimates.check_place(site, method)
+    if task.metric == "kl" and task.direction == "noise" and method != "ig":
         raise VlmscopeError(
             "the metric kl is of the distance from the clean run, around which it has no gradient; take "
-            "ld, logprob or p, or denoise (--direction)"
+            "ld, logprob or p, denoise (--direction), or the method ig"
         )
     return Attribution(**{each.name: getattr(task, each.name) for each in fields(Task)}, **own)
 
@@ -190,6 +198,7 @@ def _spec_of(task: Attribution, data: str) -> dict[str, Any]:
         more["word"] = task.word
     else:
         more |= {"verify": task.verify, **({"ranked": task.sites} if task.verify else {})}
+        more |= {"steps": task.steps} if task.steps else {}
     return {name: value for name, value in spec_of(task, data).items() if name not in of_patches} | more
 
 

@@ -37,9 +37,10 @@ def estimated(
     pairs = task.pairs(example)
     layout = pairs[0].clean.layout
     placed = model.placed(sites, pairs[0].clean)
+    how: dict[str, Any] = {"method": task.method, **({"steps": task.steps} if task.steps else {})}
     totals, base = np.zeros(len(placed)), defaultdict[str, float](float)
     for number, pair in enumerate(pairs):
-        found = estimate(model, pair, placed, task.direction, method=task.method, metric=task.metric)
+        found = estimate(model, pair, placed, task.direction, metric=task.metric, **how)
         totals += found.scores / len(pairs)
         for run, scores in (("clean", found.clean), ("corrupt", found.corrupt)):
             for name, score in scores._asdict().items():

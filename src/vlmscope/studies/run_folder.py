@@ -88,7 +88,7 @@ SPEC = {
     "versions?": {str: (str, None)},
 }
 """The shape of a run's specification (`stored.fits`), of which a report of patches needs all but `from`."""
-OF_ATTRIBUTE = {"method?": str, "word?": (str, None), "verify?": int}
+OF_ATTRIBUTE = {"method?": str, "word?": (str, None), "verify?": int, "steps?": int}
 """What a run of `attribute` has besides, in the place of what is of patches alone."""
 _COUNTS = {"examples": int, "excluded": int, "baselines": int, "effects?": int, "attributions?": int}
 _TOWER = {"layers?": int, "heads?": int, "grid?": [int]}

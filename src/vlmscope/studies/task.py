@@ -119,6 +119,7 @@ class Attribution(Task):
     method: Method = "direct"
     word: str | None = None
     verify: int = 0
+    steps: int | None = None
 
     def pairs(self, example: Example) -> list[Pair]:
         found = super().pairs(example)
