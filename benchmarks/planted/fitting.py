@@ -37,8 +37,9 @@ def sharper(query: Linear, sharpness: float) -> Linear:
 def write_head(own: Attention, head: int, query: Linear, key: Linear, value: Linear, out: Tensor) -> None:
     """Put these in the place of a head; `out` is (width, rows of value). All else of the head is zero."""
     rows = [head * DIM + n for n in range(DIM)]
-    # In rotary's slowest pair (form D) a query and a key meet in the same way wherever they stand.
-    slots = [0, 1, 2] if own.query.bias is not None else [DIM // 2 - 1, DIM - 1]
+    # In rotary's slowest pairs (form D) a query and a key meet in the same way wherever they stand.
+    half = DIM // 2
+    slots = list(range(DIM)) if own.query.bias is not None else [half - 1, DIM - 1, half - 2, DIM - 2]
     with torch.no_grad():
         for linear, (weight, bias), places in (
             (own.query, query, slots),
@@ -80,6 +81,14 @@ class Fits:
         """Least squares; without a bias where the model has none."""
         weight = torch.ones(len(x)) if weight is None else weight
         return least_squares(x, y, weight, bias=self.form == "C")
+
+    def along(self, x: Tensor, directions: Tensor) -> Linear:
+        """What reads some directions (width, many) of `x` (rows, width), 0 in the mean: without a bias, the
+        mean's own direction is not read."""
+        mean, weight = x.mean(0), directions.T.clone()
+        if self.form == "C":
+            return weight, -weight @ mean
+        return weight - torch.outer(weight @ mean, mean) / (mean @ mean), torch.zeros(len(weight))
 
     def images(self, x: Tensor, targets: Tensor) -> tuple[Linear, Tensor]:
         """Least squares from the keys of the picture (and what stands before it) to `targets` (examples,

@@ -7,7 +7,6 @@ third is bright: salient, and of no use. The corrupt picture differs in the colo
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -35,8 +34,9 @@ PATTERNS = np.array(
 class Scenes:
     """Many pictures and what is asked about them; all arrays are over examples.
 
-    `noun`, `answer` and `foil` number the kinds and the colors; `where` are the patches of the named object,
-    of the other one and of the bright one, row by row.
+    `noun`, `answer` and `foil` number the kinds and the colors, `other` the other object's color; `where` are
+    the patches of the named object, of the other one and of the bright one, row by row; `turned` says that
+    the question names the foil first. It is drawn, so that nothing in the text tells the answer.
     """
 
     clean: NDArray[np.uint8]
@@ -45,13 +45,15 @@ class Scenes:
     answer: NDArray[np.int64]
     foil: NDArray[np.int64]
     where: NDArray[np.int64]
+    other: NDArray[np.int64]
+    turned: NDArray[np.bool_]
 
     def __len__(self) -> int:
         return len(self.clean)
 
     def prompt(self, n: int) -> str:
         first, second = (list(COLORS)[int(c[n])] for c in (self.answer, self.foil))
-        if (self.answer[n] + self.foil[n] + self.noun[n]) % 2:  # the answer is as often behind as before
+        if self.turned[n]:
             first, second = second, first
         return f"is the {KINDS[int(self.noun[n])]} {first} or {second} ?"
 
@@ -59,15 +61,15 @@ class Scenes:
         row, column = divmod(int(self.where[n, 0]), SIDE)
         box = (column * PATCH, row * PATCH, (column + 1) * PATCH, (row + 1) * PATCH)
         prompt, colors = self.prompt(n), list(COLORS)
-        words = {"noun": KINDS[int(self.noun[n])]}
-        answer = colors[int(self.answer[n])]
+        answer, foil = colors[int(self.answer[n])], colors[int(self.foil[n])]
+        words = {"noun": KINDS[int(self.noun[n])], "answer": answer, "foil": foil}
         return Example(
             id=f"p{n}",
             clean_image=Image.fromarray(self.clean[n]),
             corrupt_image=Image.fromarray(self.corrupt[n]),
             clean_prompt=prompt,
             answer=answer,
-            foil=colors[int(self.foil[n])],
+            foil=foil,
             roles=find_roles(prompt, words),
             masks={"object": box},
             shows=frozenset({answer}),
@@ -96,7 +98,8 @@ def scenes(many: int, seed: int) -> Scenes:
     corrupt = clean.copy()
     clean[each, where[:, 0]] = painted(colors[:, 0], noun, 0)
     corrupt[each, where[:, 0]] = painted(colors[:, 1], noun, 0)
-    return Scenes(_whole(clean), _whole(corrupt), noun, colors[:, 0], colors[:, 1], where)
+    turned = draw.random(many) < 0.5
+    return Scenes(_whole(clean), _whole(corrupt), noun, colors[:, 0], colors[:, 1], where, other, turned)
 
 
 def _whole(patches: NDArray[np.float64]) -> NDArray[np.uint8]:
@@ -147,5 +150,6 @@ def pixels(images: NDArray[np.uint8]) -> Tensor:
     return torch.from_numpy(images).permute(0, 3, 1, 2).float() / 127.5 - 1.0
 
 
-def words(seen: Sequence[int]) -> list[str]:
-    return [list(COLORS)[n] for n in seen]
+def token(model: Model, word: str) -> int:
+    """The token id of a word."""
+    return int(model.processor.tokenizer.convert_tokens_to_ids(word))

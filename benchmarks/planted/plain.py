@@ -40,6 +40,8 @@ def attention(hf: Any, tower: str, layer: int, kind: str) -> Attention:
 def module(hf: Any, part: Part) -> tuple[nn.Linear, int]:
     """The linear layer that a head or neuron enters, and its number."""
     tower, layer, kind, unit = part.split(".")
+    if kind == "mlp" and hasattr(hf, "text_encoder"):
+        return hf.text_encoder.encoder.layer[int(layer)].output.dense, int(unit[1:])
     if kind == "mlp":
         return hf.model.language_model.layers[int(layer)].mlp.down_proj, int(unit[1:])
     return attention(hf, tower, int(layer), kind).out, int(unit[1:])
@@ -135,7 +137,7 @@ def keep(hf: Any, inputs: Mapping[str, Any], modules: Sequence[nn.Module]) -> tu
     kept: dict[int, Tensor] = {}
 
     def keeper(n: int) -> Callable[[Tensor], None]:
-        return lambda x: kept.__setitem__(n, x.detach())
+        return lambda x: kept.__setitem__(n, x)
 
     with hooked([(one, keeper(n)) for n, one in enumerate(modules)]):
         found = logits(hf, inputs)

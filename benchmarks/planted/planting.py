@@ -7,6 +7,8 @@ The parts, by role:
   squares on the layer's own input; it writes the color into a few random directions of the stream.
 - `suppressor`: as a reader, and writes half as much with the other sign.
 - `mover`, or in form D `neuron`: turns these directions into the logits of the colors.
+- with `say="options"` the words of the options say it (`options.py`): a `selector` whose query is the color
+  that was read looks at its word, and in form C a `copier` says the word that `matcher` neurons have marked.
 - `carrier`: a reader and a mover of their own, with directions of their own, that carry the rest of the gap.
 - `backup`: as a reader, but its query is turned away by what the readers write beside the color.
 - decoys: `blind` looks at the object and writes nothing; `diffuse` looks everywhere and writes a constant;
@@ -24,7 +26,8 @@ from typing import Any
 
 import torch
 from fitting import Fits, Linear, least_squares, sharper, write_head
-from pictures import COLORS, KINDS, Batch, batch, scenes
+from options import Options
+from pictures import COLORS, KINDS, Batch, batch, scenes, token
 from plain import Attention, Part, Runs, attention, columns, logits
 from random_models import HEADS, LAYERS, NEURONS, WIDTH, random_model
 from torch import Tensor, nn
@@ -40,9 +43,9 @@ SIZE = 2.0
 SURE = 8.0
 """How much larger the attention logit is of what a carrier, a mover or a decoy looks at."""
 SUPPRESSED = 0.5
-TRUE = ("reader", "suppressor", "mover", "neuron")
+TRUE = ("reader", "suppressor", "mover", "neuron", "selector", "copier")
 """Roles that a method has to find."""
-APART = ("carrier", "backup", "locator")
+APART = ("carrier", "backup", "locator", "fetcher", "matcher")
 """Roles that count neither as found nor as false: they matter, but not by the effect that is asked for."""
 DECOYS = ("blind", "diffuse", "sink", "salient")
 ROUNDS = 4
@@ -52,7 +55,8 @@ ROUNDS = 4
 class Recipe:
     """What is planted, and how well it is hidden.
 
-    `form`: C (BLIP) or D (LLaVA); `say`: by a head or by neurons (D alone). `effect`: the share of the gap
+    `form`: C (BLIP) or D (LLaVA); `say`: by a head, by neurons (D alone), or by the words of the options.
+    `effect`: the share of the gap
     that the circuit carries. `noise`: the size of all other weights (see `random_models`). `sharpness`: by
     how much a reader's attention logit of its object exceeds the others'. `copies`: of the reader, each with
     its share of the effect. `polysemantic`: the neurons also fire for a noun, and then say another word.
@@ -88,6 +92,11 @@ class Planted:
     def having(self, *roles: str) -> list[Part]:
         return [part for part, role in self.roles.items() if role in roles]
 
+    def speaking(self, *roles: str) -> list[Part]:
+        """Those of the last layer: what they write goes to the logits."""
+        last = f"decoder.{LAYERS[self.recipe.form] - 1}."
+        return [part for part in self.having(*roles) if part.startswith(last)]
+
 
 def heads_of(form: str) -> list[Part]:
     """All heads that are scored."""
@@ -107,13 +116,14 @@ def plant(recipe: Recipe) -> Planted:
     if recipe.planted:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(recipe.seed + 1)
-            gardener = _Gardener(made)
+            gardener = Gardener(made)
+            gardener.level()
             gardener.work()
         made = scale(replace(made, fitted=gardener.batch), recipe.effect)
     return made
 
 
-class _Gardener:
+class Gardener:
     """Writes the parts of one model, a layer after the other: each is fitted to what it is given."""
 
     def __init__(self, made: Planted) -> None:
@@ -124,7 +134,7 @@ class _Gardener:
         self.fits = Fits(self.hf, self.form, self.scenes, self.batch)
         self.draw = random.Random(made.recipe.seed)
         flat = torch.randn(WIDTH, 24)
-        tokens = [_token(made.model, color) for color in COLORS]
+        tokens = [token(made.model, color) for color in COLORS]
         if self.form == "D":  # nothing that is written speaks before it is read
             flat[:, : len(COLORS)] = self.hf.lm_head.weight.detach()[tokens].T
         basis = torch.linalg.qr(flat - flat.mean(0))[0].T[len(COLORS) :]
@@ -132,6 +142,7 @@ class _Gardener:
         self.path, self.rest = basis[:many].T, basis[many : 2 * many].T
         self.found, self.unread, self.outlying = basis[8], basis[9], basis[10]
         self.nouns = basis[11 : 11 + len(KINDS)].T
+        self.marked = basis[13 : 13 + many].T
         self.free: dict[str, list[Part]] = {}
         for part in heads_of(self.form):
             self.free.setdefault(part.rsplit(".", 1)[0], []).append(part)
@@ -147,6 +158,19 @@ class _Gardener:
         tower, layer, kind, unit = part.split(".")
         write_head(attention(self.hf, tower, int(layer), kind), int(unit[1:]), query, key, value, out)
 
+    @torch.no_grad()
+    def level(self) -> None:
+        """Make all colors as likely in the mean, as they are to a model that knows the task."""
+        tokens = [token(self.made.model, color) for color in COLORS]
+        if self.form == "C":
+            found = logits(self.hf, self.batch.clean)[:, tokens].mean(0)
+            self.hf.text_decoder.cls.predictions.decoder.bias[tokens] -= found - found.mean()
+            return
+        [x] = self.fits.inputs([self.hf.lm_head])
+        mean, rows = x[:, -1].mean(0), self.hf.lm_head.weight[tokens]
+        found = rows @ mean
+        self.hf.lm_head.weight[tokens] = rows - torch.outer(found - found.mean(), mean) / (mean @ mean)
+
     # -- the circuit --------------------------------------------------------------------------
 
     def work(self) -> None:
@@ -157,7 +181,9 @@ class _Gardener:
         first, second = at.format(1), at.format(2)
         copies = self.recipe.copies
         self.look(first, ["reader"] * ((copies + 1) // 2) + ["carrier", "blind", "sink"])
-        self.look(second, ["reader"] * (copies // 2) + ["suppressor", "backup", "salient", "diffuse"])
+        # What looks at a word is sure or not: little changes where the color is half as clear.
+        suppressors = [] if self.recipe.say == "options" else ["suppressor"]
+        self.look(second, ["reader"] * (copies // 2) + [*suppressors, "backup", "salient", "diffuse"])
         self.say()
 
     def locate(self) -> None:
@@ -191,8 +217,7 @@ class _Gardener:
 
     def look(self, layer: str, roles: Sequence[str]) -> None:
         """Write the heads of a layer that look at the picture."""
-        tower, number, kind = layer.split(".")
-        own = attention(self.hf, tower, int(number), kind)
+        own = self.at(layer)
         x, image = self.fits.inputs([own.query, own.key])
         key, value, r2 = self.fits.codes(image)
         asked = self.fits.nouns_asked(x)
@@ -253,27 +278,35 @@ class _Gardener:
     def say(self) -> None:
         last = LAYERS[self.form] - 1
         layer = f"decoder.{last}." + ("cross" if self.form == "C" else "attn")
+        if self.recipe.say == "options":
+            Options(self).plant()
         self.move(layer, "carrier", self.rest)
         if self.recipe.say == "head":
             self.move(layer, "mover", self.path)
-        else:
+        elif self.recipe.say == "neurons":
             self.fire(last)
 
-    def move(self, layer: str, role: str, path: Tensor) -> None:
-        """A head that looks at where the readers wrote, and turns their directions into logits."""
+    def at(self, layer: str) -> Attention:
         tower, number, kind = layer.split(".")
-        own = attention(self.hf, tower, int(number), kind)
+        return attention(self.hf, tower, int(number), kind)
+
+    def move(self, layer: str, role: str, path: Tensor, into: Tensor | None = None) -> None:
+        """A head that looks at where the readers wrote, and turns their directions into logits, or into
+        other directions."""
+        own = self.at(layer)
         x, keys = self.fits.inputs([own.query, own.key])
         mark = torch.zeros(*keys.shape[:2], 1)
-        mark[:, self.batch.noun_at if self.form == "C" else -1] = 1.0
+        at = self.batch.noun_at if self.form == "C" else -1
+        mark[:, at] = 1.0
         key, _ = self.fits.images(keys, mark)
         query = sharper(self.fits.constant(x), 1.5 * SURE)
+        out = self.voices(own) if into is None else into
         part = self.take(layer, role)
-        self.write(part, query, key, (path.T, torch.zeros(len(COLORS))), self.voices(own))
+        self.write(part, query, key, self.fits.along(keys[:, at], path), out)
 
     def voices(self, own: Attention) -> Tensor:
         """For each color the direction of this layer's output that raises its logit over the others'."""
-        tokens = torch.tensor([_token(self.made.model, color) for color in COLORS])
+        tokens = torch.tensor([token(self.made.model, color) for color in COLORS])
         if self.form == "D":
             rows = self.hf.lm_head.weight.detach()[tokens]
         else:
@@ -297,11 +330,13 @@ class _Gardener:
         mlp = self.hf.model.language_model.layers[layer].mlp
         voices = self.voices(attention(self.hf, "decoder", layer, "attn"))
         numbers = self.draw.sample(range(NEURONS), len(COLORS) * self.recipe.copies)
-        other = _token(self.made.model, "star")
+        other = token(self.made.model, "star")
+        [x] = self.fits.inputs([mlp.gate_proj])
+        colors, _ = self.fits.along(x[:, -1], self.path)
         with torch.no_grad():
             for n, neuron in enumerate(numbers):
                 color = n % len(COLORS)
-                read, said = self.path[:, color].clone(), voices[:, color].clone()
+                read, said = colors[color].clone(), voices[:, color].clone()
                 if self.recipe.polysemantic:
                     read += self.nouns[:, n % 2]
                     said += 0.5 * self.hf.lm_head.weight[other] / (self.hf.lm_head.weight[other] ** 2).sum()
@@ -316,13 +351,10 @@ def scale(made: Planted, effect: float) -> Planted:
 
     The model is changed in place; the same recipe gives the same weights, whatever they were before.
     """
-    hf, form = made.model.hf, made.recipe.form
+    hf = made.model.hf
     made = replace(made, recipe=replace(made.recipe, effect=effect), roles=dict(made.roles))
-    last = f"decoder.{LAYERS[form] - 1}."
-    carrier = [
-        part for part, role in made.roles.items() if role in ("carrier", "idle") and part.startswith(last)
-    ]
-    spoken = made.having("mover", "neuron")
+    carrier = made.speaking("carrier", "idle")
+    spoken = made.speaking("mover", "neuron", "selector", "copier")
     for part in spoken + carrier:
         where, cut = columns(hf, part, HEADS)
         made.said.setdefault(part, where.weight[:, cut].detach().clone())
@@ -347,7 +379,3 @@ def scale(made: Planted, effect: float) -> Planted:
 @torch.no_grad()
 def _set(where: nn.Linear, cut: slice, value: Tensor) -> None:
     where.weight[:, cut] = value
-
-
-def _token(model: Model, word: str) -> int:
-    return int(model.processor.tokenizer.convert_tokens_to_ids(word))

@@ -3,8 +3,8 @@
     python benchmarks/planted/run.py [--quick] [--seeds 20] [--out benchmarks/results/planted-cpu.json]
     python benchmarks/planted/run.py --submission FILE.csv --form C --effect 0.1 --seed 0
 
-The models are made from their recipes each time (`planting`); nothing is stored. In the grid of cells each
-head's effect is computed by plain torch on many examples at once (`plain`), which is what
+The models are made from their recipes each time (`planting`, `training`); nothing is stored. In the grid of
+cells each head's effect is computed by plain torch on many examples at once (`plain`), which is what
 `vlmscope.sweep` gives, and `tool` holds the two against each other on models of each form. What is
 documented in docs/benchmark.md goes for all figures. The last line is JSON.
 """
@@ -26,6 +26,7 @@ import numpy as np
 import torch
 from measures import (
     EXAMPLES,
+    FRESH,
     POPULATION,
     RULES,
     SHOWN,
@@ -33,15 +34,19 @@ from measures import (
     at_effects,
     at_sharpness,
     coverage,
+    one,
+    peaks,
     submission,
     tool,
 )
+from pictures import scenes
 from planting import Recipe
 from scores import macro_f1, summary
+from training import STEPS, assess, train
 
 import vlmscope
 
-FORMS = (("C", "head"), ("D", "head"), ("D", "neurons"))
+FORMS = (("C", "head"), ("C", "options"), ("D", "head"), ("D", "neurons"), ("D", "options"))
 SHARPNESS = (1.0, 4.0, 16.0)
 EFFECTS = (0.01, 0.03, 0.1, 0.3, 1.0)
 KNOBS: tuple[dict[str, Any], ...] = (
@@ -58,7 +63,7 @@ KNOBS: tuple[dict[str, Any], ...] = (
 
 
 def name_of(recipe: Recipe) -> str:
-    return recipe.form if recipe.form == "C" else f"{recipe.form}-{recipe.say}"
+    return f"{recipe.form}-{recipe.say}"
 
 
 def effect_cells(quick: bool) -> Iterator[tuple[Recipe, dict[str, float]]]:
@@ -145,14 +150,33 @@ def run_tool(quick: bool, seeds: int, until: float, keep: Keep) -> None:
         print(f"tool: seed {seed}", file=sys.stderr, flush=True)
 
 
+def run_trained(quick: bool, seeds: int, until: float, keep: Keep) -> None:
+    """Models in which a circuit was trained. One that is not accepted is counted, and not scored."""
+    rows: dict[str, list[dict[str, Any]]] = {}
+    made: list[dict[str, Any]] = []
+    for seed in range(seeds):
+        for form in "CD":
+            if time.monotonic() > until:
+                break
+            model = train(form, seed, 300 if quick else STEPS)
+            found = assess(model)
+            made.append({"form": form, "seed": seed, "accepted": found.accepted} | found._asdict())
+            if found.accepted:
+                given = scenes(EXAMPLES, FRESH + seed)
+                rows.setdefault(form, []).append(one(model, given, peaks(model, given)))
+            keep("trained", {name: gathered(some) for name, some in rows.items()} | {"models": made})
+            print(f"trained: {form}, seed {seed}, {found}", file=sys.stderr, flush=True)
+
+
 def lines(result: Mapping[str, Any]) -> Iterator[str]:
     if "tool" in result:
         own = result["tool"]
         names = ("decoys_named", "named_on_random", "changed_by_sharpness")
         told = [f"{name} {own[name]:.3f}" for name in names if own.get(name) is not None]
         yield "  ".join([f"labels: macro-F1 {own['labels']['macro_f1']:.3f}", *told])
-    for name, cell in [*result.get("effects", {}).items(), *result.get("knobs", {}).items()]:
-        if name == "not_planted":
+    cells = [item for part in ("effects", "knobs", "trained") for item in result.get(part, {}).items()]
+    for name, cell in cells:
+        if name in ("not_planted", "models"):
             continue
         found = [f"{name:32}"]
         for kind in ("heads", "attention", "neurons"):
@@ -166,7 +190,7 @@ def lines(result: Mapping[str, Any]) -> Iterator[str]:
         yield "  ".join([*found, f"false/recall {' '.join(words)}", f"n {cell['heads']['auroc']['models']}"])
 
 
-PARTS = ("tool", "coverage", "effects", "knobs")
+PARTS = ("tool", "coverage", "effects", "knobs", "trained")
 
 
 def main() -> None:
@@ -174,6 +198,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="fewer cells, two models each, one of `tool`")
     parser.add_argument("--part", choices=PARTS, action="append", help="by default all, one after the other")
     parser.add_argument("--seeds", type=int, default=20, help="models a cell")
+    parser.add_argument("--trained", type=int, default=20, help="models of each form that are trained")
     parser.add_argument("--minutes", type=float, default=1e6, help="begin no model after so many")
     parser.add_argument(
         "--out", type=Path, help="also write the JSON to this file, as it comes; parts that it has stay"
@@ -217,6 +242,8 @@ def main() -> None:
             run_tool(quick, 1 if quick else arguments.seeds, until, keep)
         elif part == "coverage":
             keep(part, [coverage(Recipe(form, 0), 500 if quick else POPULATION[form]) for form in "CD"])
+        elif part == "trained":
+            run_trained(quick, 1 if quick else arguments.trained, until, keep)
         else:
             run_cells(part, quick, 2 if quick else arguments.seeds, until, keep)
     print("\n".join(lines(result)), file=sys.stderr)
