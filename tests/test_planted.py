@@ -16,7 +16,7 @@ sys.path.append(str(Path(__file__).parents[1] / "benchmarks" / "planted"))
 measures, pictures, plain, planting, scores = map(
     import_module, ("measures", "pictures", "plain", "planting", "scores")
 )
-Recipe, heads_of, plant, scenes = planting.Recipe, planting.heads_of, planting.plant, pictures.scenes
+Recipe, heads_of, plant, scenes = planting.Recipe, plain.heads_of, planting.plant, pictures.scenes
 
 FORMS = [("C", "head"), ("D", "neurons")]
 EFFECT = 0.3
@@ -30,8 +30,8 @@ def planted(request):
 
 @pytest.fixture(scope="module")
 def runs(planted):
-    parts = heads_of(planted.recipe.form) + planted.having("neuron")
-    return plain.Runs(planted.model.hf, pictures.batch(planted.model, scenes(96, 99)), parts, planting.HEADS)
+    parts = heads_of(planted.model.hf) + planted.having("neuron")
+    return plain.Runs(planted.model.hf, pictures.batch(planted.model, scenes(96, 99)), parts)
 
 
 def test_what_speaks_carries_the_share_that_was_asked_for(planted, runs):
@@ -56,7 +56,7 @@ def test_decoys_and_random_heads_move_nothing(planted, runs):
         assert abs(runs.share([part], "clean", "corrupt")) < 0.01
     [blind] = planted.having("blind")
     assert float(runs.patched([blind]).abs().max()) == 0.0
-    rest = [part for part in heads_of(planted.recipe.form) if part not in planted.roles]
+    rest = [part for part in heads_of(planted.model.hf) if part not in planted.roles]
     assert max(abs(runs.share([part])) for part in rest) < 0.02
 
 
@@ -87,7 +87,7 @@ def test_heads_look_where_they_were_told(planted):
 
 def test_a_sweep_gives_what_plain_torch_gives(planted):
     given = scenes(4, 5)
-    found = measures.measure(planted, given, heads_of(planted.recipe.form)).mean()
+    found = measures.measure(planted, given, heads_of(planted.model.hf)).mean()
     table = sweep(planted.model, given.examples(), measures.sites_of(planted.recipe.form), check=0)
     mean = table.groupby(table["site"].str.split("@").str[0])["logit_diff"].mean()
     assert set(mean.index) == set(found)
@@ -95,14 +95,14 @@ def test_a_sweep_gives_what_plain_torch_gives(planted):
 
 
 def test_the_planted_parts_are_ranked_first(planted):
-    row = measures.one(planted, scenes(32, 3), dict.fromkeys(heads_of(planted.recipe.form), 0.5))
+    row = measures.one(planted, scenes(32, 3), dict.fromkeys(heads_of(planted.model.hf), 0.5))
     assert row["heads"]["auroc"] > 0.99 and row["attention"]["auroc"] == 0.5
     if "neurons" in row:
         assert row["neurons"]["auroc"] > 0.95
 
 
 def test_heads_are_called_what_they_were_planted_to_be(planted):
-    every = heads_of(planted.recipe.form)
+    every = heads_of(planted.model.hf)
     parts = [part for part in planted.roles if part in every]
     parts += [part for part in every if part not in planted.roles][:4]
     found = measures.labelled(planted, measures.labels_of(planted, scenes(16, 11), parts))
@@ -120,7 +120,8 @@ def test_labels_do_not_turn_on_sharpness():
 def test_no_head_of_a_random_network_is_named():
     for form in "CD":
         made = plant(Recipe(form, 0, planted=False))
-        found = measures.labelled(made, measures.labels_of(made, scenes(12, 11), heads_of(form)[::12]))
+        some = heads_of(made.model.hf)[::12]
+        found = measures.labelled(made, measures.labels_of(made, scenes(12, 11), some))
         assert found["named"] == 0.0, found["labels"]
 
 

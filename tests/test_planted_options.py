@@ -37,7 +37,7 @@ def test_nothing_in_the_text_tells_the_answer():
 
 
 def test_the_words_of_the_options_carry_the_share(made, batch):
-    runs = plain.Runs(made.model.hf, batch, planting.heads_of(made.recipe.form), planting.HEADS)
+    runs = plain.Runs(made.model.hf, batch, plain.heads_of(made.model.hf))
     said = made.having("selector", "copier")
     assert runs.share(said) == pytest.approx(EFFECT, rel=0.25)
     assert all(runs.share([part]) > 0.2 * EFFECT for part in said)
@@ -54,15 +54,15 @@ def test_the_copier_says_what_the_neurons_mark(made, batch):
     hf, [copier] = made.model.hf, made.having("copier")
     where, cuts = None, []
     for part in made.having("matcher"):
-        where, cut = plain.columns(hf, part, planting.HEADS)
+        where, cut = plain.columns(hf, part)
         cuts.append(cut.start)
 
     def silent(x):
         return x.index_fill(-1, torch.tensor(cuts), 0.0)
 
-    whole = plain.Runs(hf, batch, [copier], planting.HEADS).patched([copier]).mean()
+    whole = plain.Runs(hf, batch, [copier]).patched([copier]).mean()
     with plain.hooked([(where, silent)]):
-        without = plain.Runs(hf, batch, [copier], planting.HEADS).patched([copier]).mean()
+        without = plain.Runs(hf, batch, [copier]).patched([copier]).mean()
     assert whole > 0.5 and abs(without) < 0.2 * whole
 
 
@@ -90,11 +90,11 @@ def test_parts_read_what_the_table_of_edges_says():
 def _path(made, given, writer, reader):
     """By how much LD drops when one head of the last layer reads the corrupt run's output of another."""
     hf = made.model.hf
-    own, cut = plain.columns(hf, writer, planting.HEADS)
+    own, cut = plain.columns(hf, writer)
     _, layer, _, _ = reader.split(".")
     block = hf.model.language_model.layers[int(layer)]
-    rows = plain.columns(hf, reader, planting.HEADS)[1]
-    runs = plain.Runs(hf, given, [writer], planting.HEADS)
+    rows = plain.columns(hf, reader)[1]
+    runs = plain.Runs(hf, given, [writer])
     values = [runs.kept[run][id(own)][:, cut] for run in ("corrupt", "clean")]
     change = (values[0] - values[1]) @ own.weight[:, cut].T
 

@@ -1,4 +1,4 @@
-"""Circuits that are trained: an exchange is what plain hooks make of it, and the causal model what it says."""
+"""Circuits that are trained: an exchange is a patch, and the causal model answers what it should."""
 
 from __future__ import annotations
 

@@ -3,8 +3,8 @@
 Behind the readers the color goes
 
 - in form C by a `mover` to the decoder, where the query of the `selector` meets its word; and by a `fetcher`
-  from the noun to the options, where a `matcher` neuron fires if it meets its own word, and the `copier`, which
-  looks at both options, says what is marked;
+  from the noun to the options, where a `matcher` neuron fires if it meets its own word, and the `copier`,
+  which looks at both options, says what is marked;
 - in form D into the query of the `selector`, at the last token.
 """
 

@@ -47,9 +47,22 @@ def module(hf: Any, part: Part) -> tuple[nn.Linear, int]:
     return attention(hf, tower, int(layer), kind).out, int(unit[1:])
 
 
-def columns(hf: Any, part: Part, heads: int) -> tuple[nn.Linear, slice]:
+def heads_of(hf: Any) -> list[Part]:
+    """All heads that are scored: those that are read at the noun, or where the answer is said."""
+    text, in_c = hf.config.text_config, hasattr(hf, "text_encoder")
+    groups = [("encoder", "attn"), ("encoder", "cross"), ("decoder", "cross")]
+    return [
+        f"{tower}.{layer}.{kind}.h{head}"
+        for tower, kind in (groups if in_c else [("decoder", "attn")])
+        for layer in range(text.num_hidden_layers)
+        for head in range(text.num_attention_heads)
+    ]
+
+
+def columns(hf: Any, part: Part) -> tuple[nn.Linear, slice]:
     """The linear layer and those of its inputs that are the part's."""
     where, number = module(hf, part)
+    heads = hf.config.text_config.num_attention_heads
     width = 1 if part.split(".")[2] == "mlp" else where.in_features // heads
     return where, slice(number * width, (number + 1) * width)
 
@@ -164,9 +177,9 @@ def entering(hf: Any, inputs: Mapping[str, Any], modules: Sequence[nn.Module]) -
 class Runs:
     """The clean and the corrupt runs of a batch, with what entered output projections where they are read."""
 
-    def __init__(self, hf: Any, batch: Batch, parts: Sequence[Part], heads: int) -> None:
-        self.hf, self.batch, self.heads = hf, batch, heads
-        where = {id(columns(hf, p, heads)[0]): (columns(hf, p, heads)[0], position(p, batch)) for p in parts}
+    def __init__(self, hf: Any, batch: Batch, parts: Sequence[Part]) -> None:
+        self.hf, self.batch = hf, batch
+        where = {id(columns(hf, p)[0]): (columns(hf, p)[0], position(p, batch)) for p in parts}
         with torch.inference_mode():
             self.inputs = {"clean": seen(hf, batch.clean), "corrupt": seen(hf, batch.corrupt)}
             is_encoded = hasattr(hf, "text_encoder")
@@ -204,7 +217,7 @@ class Runs:
         examples of the run (`mean`), or zero (None), minus LD of that run."""
         hooks = []
         for part in parts:
-            where, cut = columns(self.hf, part, self.heads)
+            where, cut = columns(self.hf, part)
             at = position(part, self.batch)
             if value is None:
                 new: Any = 0.0

@@ -2,6 +2,7 @@
 
     python benchmarks/planted/run.py [--quick] [--seeds 20] [--out benchmarks/results/planted-cpu.json]
     python benchmarks/planted/run.py --submission FILE.csv --form C --effect 0.1 --seed 0
+    python benchmarks/planted/run.py --truth FOLDER --form D --say options
 
 The models are made from their recipes each time (`planting`, `training`); nothing is stored. In the grid of
 cells each head's effect is computed by plain torch on many examples at once (`plain`), which is what
@@ -40,9 +41,10 @@ from measures import (
     tool,
 )
 from pictures import scenes
-from planting import Recipe
+from planting import Recipe, plant
 from scores import macro_f1, summary
-from training import STEPS, assess, train
+from training import assess, train
+from truth import save
 
 import vlmscope
 
@@ -63,13 +65,13 @@ KNOBS: tuple[dict[str, Any], ...] = (
 
 
 def name_of(recipe: Recipe) -> str:
-    return f"{recipe.form}-{recipe.say}"
+    return f"{recipe.form}-{'toy' if recipe.toy else recipe.say}"
 
 
 def effect_cells(quick: bool) -> Iterator[tuple[Recipe, dict[str, float]]]:
     """Recipes, each with its cells: their names and effects."""
-    for form, say in FORMS:
-        base = Recipe(form, 0, say=say)
+    bases = [Recipe(form, 0, say=say) for form, say in FORMS] + [Recipe(form, 0, toy=True) for form in "CD"]
+    for base in bases:
         yield base, {f"{name_of(base)} effect {e:g}": e for e in ((0.01, 0.1) if quick else EFFECTS)}
 
 
@@ -150,7 +152,7 @@ def run_tool(quick: bool, seeds: int, until: float, keep: Keep) -> None:
         print(f"tool: seed {seed}", file=sys.stderr, flush=True)
 
 
-def run_trained(quick: bool, seeds: int, until: float, keep: Keep) -> None:
+def run_trained(seeds: int, until: float, keep: Keep) -> None:
     """Models in which a circuit was trained. One that is not accepted is counted, and not scored."""
     rows: dict[str, list[dict[str, Any]]] = {}
     made: list[dict[str, Any]] = []
@@ -158,12 +160,13 @@ def run_trained(quick: bool, seeds: int, until: float, keep: Keep) -> None:
         for form in "CD":
             if time.monotonic() > until:
                 break
-            model = train(form, seed, 300 if quick else STEPS)
+            model = train(form, seed)
             found = assess(model)
             made.append({"form": form, "seed": seed, "accepted": found.accepted} | found._asdict())
             if found.accepted:
                 given = scenes(EXAMPLES, FRESH + seed)
-                rows.setdefault(form, []).append(one(model, given, peaks(model, given)))
+                row = one(model, given, peaks(model, given))
+                rows.setdefault(f"{form}-trained", []).append(row)
             keep("trained", {name: gathered(some) for name, some in rows.items()} | {"models": made})
             print(f"trained: {form}, seed {seed}, {found}", file=sys.stderr, flush=True)
 
@@ -198,21 +201,25 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="fewer cells, two models each, one of `tool`")
     parser.add_argument("--part", choices=PARTS, action="append", help="by default all, one after the other")
     parser.add_argument("--seeds", type=int, default=20, help="models a cell")
-    parser.add_argument("--trained", type=int, default=20, help="models of each form that are trained")
     parser.add_argument("--minutes", type=float, default=1e6, help="begin no model after so many")
     parser.add_argument(
         "--out", type=Path, help="also write the JSON to this file, as it comes; parts that it has stay"
     )
     parser.add_argument("--submission", type=Path, help="score a CSV file (part, score) instead")
+    parser.add_argument("--truth", type=Path, help="write parts.csv and edges.csv to this folder")
+    parser.add_argument("--say", choices=("head", "neurons", "options"), default="head")
     parser.add_argument("--form", choices=("C", "D"), default="C")
     parser.add_argument("--effect", type=float, default=0.1)
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
+    recipe = Recipe(arguments.form, arguments.seed, effect=arguments.effect, say=arguments.say)
+    if arguments.truth:
+        save(plant(recipe), arguments.truth)
     if arguments.submission:
-        recipe = Recipe(arguments.form, arguments.seed, effect=arguments.effect)
         print(json.dumps(submission(arguments.submission, recipe)))
+    if arguments.truth or arguments.submission:
         return
     result: dict[str, Any] = {
         "benchmark": "planted",
@@ -243,7 +250,7 @@ def main() -> None:
         elif part == "coverage":
             keep(part, [coverage(Recipe(form, 0), 500 if quick else POPULATION[form]) for form in "CD"])
         elif part == "trained":
-            run_trained(quick, 1 if quick else arguments.trained, until, keep)
+            run_trained(1 if quick else arguments.seeds, until, keep)
         else:
             run_cells(part, quick, 2 if quick else arguments.seeds, until, keep)
     print("\n".join(lines(result)), file=sys.stderr)
