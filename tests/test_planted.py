@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from importlib import import_module
 from pathlib import Path
@@ -12,9 +13,10 @@ import torch
 
 from vlmscope.studies.sweep import sweep
 
-sys.path.append(str(Path(__file__).parents[1] / "benchmarks" / "planted"))
-measures, pictures, plain, planting, scores = map(
-    import_module, ("measures", "pictures", "plain", "planting", "scores")
+ROOT = Path(__file__).parents[1]
+sys.path.append(str(ROOT / "benchmarks" / "planted"))
+measures, pictures, plain, planting, scores, tables = map(
+    import_module, ("measures", "pictures", "plain", "planting", "scores", "tables")
 )
 Recipe, heads_of, plant, scenes = planting.Recipe, plain.heads_of, planting.plant, pictures.scenes
 
@@ -108,7 +110,7 @@ def test_heads_are_called_what_they_were_planted_to_be(planted):
     found = measures.labelled(planted, measures.labels_of(planted, scenes(16, 11), parts))
     mean, each = scores.macro_f1(found["confusion"])
     assert mean >= 0.8, (each, found["labels"])
-    assert found["decoys_named"] <= 0.05
+    assert not any(found["decoys_named"])
 
 
 def test_labels_do_not_turn_on_sharpness():
@@ -122,7 +124,7 @@ def test_no_head_of_a_random_network_is_named():
         made = plant(Recipe(form, 0, planted=False))
         some = heads_of(made.model.hf)[::12]
         found = measures.labelled(made, measures.labels_of(made, scenes(12, 11), some))
-        assert found["named"] == 0.0, found["labels"]
+        assert not any(found["named"]), found["labels"]
 
 
 def test_the_same_recipe_gives_the_same_model():
@@ -171,3 +173,10 @@ def test_somebody_elses_ranking(tmp_path):
     pd.DataFrame({"part": ["encoder.9.cross.h0"], "score": [1.0]}).to_csv(tmp_path / "bad.csv", index=False)
     with pytest.raises(SystemExit, match=r"unknown part 'encoder\.9\.cross\.h0'; expected heads such as"):
         measures.submission(tmp_path / "bad.csv", recipe)
+
+
+def test_the_documentation_has_the_tables_of_the_stored_result():
+    stored = json.loads((ROOT / "benchmarks" / "results" / "planted-cpu.json").read_text())
+    lines = (ROOT / "docs" / "benchmark.md").read_text().splitlines()
+    found = [line for line in tables.tables(stored) if line]
+    assert len(found) > 60 and not set(found) - set(lines)

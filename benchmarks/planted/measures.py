@@ -203,10 +203,10 @@ def labels_of(made: Planted, given: Scenes, parts: Sequence[Part] = ()) -> dict[
 
 
 def labelled(made: Planted, labels: dict[Part, str]) -> dict[str, Any]:
-    """The labels beside the truth, and how many of all heads and of the decoys have a function."""
+    """The labels beside the truth, and which of all heads and of the decoys have a function."""
 
-    def named(parts: Sequence[Part]) -> float | None:
-        return float(np.mean([labels[p] not in ("none", "unclear") for p in parts])) if parts else None
+    def named(parts: Sequence[Part]) -> list[bool]:
+        return [labels[part] not in ("none", "unclear") for part in parts]
 
     return {
         "labels": {part: [made.roles.get(part, "random"), label] for part, label in labels.items()},

@@ -97,7 +97,7 @@ def logits(hf: Any, inputs: Mapping[str, Any]) -> Tensor:
         if "past_key_values" not in inputs:
             return hf(**inputs, logits_to_keep=1).logits[:, -1]
         found = hf(**inputs, logits_to_keep=1, use_cache=True).logits[:, -1]
-        inputs["past_key_values"].crop(-1)
+        inputs["past_key_values"].crop(-inputs["input_ids"].shape[1])
         return found
     text = inputs.get("text")
     if text is None:
@@ -122,17 +122,17 @@ def _encoded(hf: Any, inputs: Mapping[str, Any]) -> Tensor:
     ).last_hidden_state
 
 
-def seen(hf: Any, inputs: Mapping[str, Tensor]) -> dict[str, Any]:
+def seen(hf: Any, inputs: Mapping[str, Tensor], tail: int = 1) -> dict[str, Any]:
     """The inputs with what no patch changes: what the vision tower makes of the pictures (form C), or the
-    keys and values of all tokens but the last, at which everything is patched (form D)."""
+    keys and values of all tokens but the last, or so many, at which everything is patched (form D)."""
     if hasattr(hf, "text_encoder"):
         return dict(inputs) | {
             "image": hf.vision_model(pixel_values=inputs["pixel_values"]).last_hidden_state
         }
-    cache = hf(**inputs, logits_to_keep=1, use_cache=True).past_key_values
-    cache.crop(-1)
-    last = {"input_ids": inputs["input_ids"][:, -1:], "attention_mask": inputs["attention_mask"]}
-    return last | {"past_key_values": cache}
+    ids, mask = inputs["input_ids"], inputs["attention_mask"]
+    before = {"input_ids": ids[:, :-tail], "attention_mask": mask[:, :-tail]}
+    found = hf(**before, pixel_values=inputs["pixel_values"], logits_to_keep=1, use_cache=True)
+    return {"input_ids": ids[:, -tail:], "attention_mask": mask, "past_key_values": found.past_key_values}
 
 
 def difference(found: Tensor, batch: Batch) -> Tensor:
@@ -184,6 +184,12 @@ class Runs:
             self.inputs = {"clean": seen(hf, batch.clean), "corrupt": seen(hf, batch.corrupt)}
             is_encoded = hasattr(hf, "text_encoder")
             self.text = {run: _encoded(hf, x) for run, x in self.inputs.items()} if is_encoded else {}
+        if any(part.startswith("encoder") for part in parts):
+            self.read = self.inputs
+        else:  # the decoder alone is run anew
+            self.read = {
+                run: x | {"text": self.text[run]} if self.text else x for run, x in self.inputs.items()
+            }
         self.at = {id(one): p for one, p in where.values()}
         self.modules = [one for one, _ in where.values()]
         self.again()
@@ -192,7 +198,7 @@ class Runs:
         """Run anew: weights have changed that what is kept (`seen`) does not depend on."""
         self.kept: dict[str, dict[int, Tensor]] = {}
         found = {}
-        for run, inputs in self.inputs.items():
+        for run, inputs in self.read.items():
             with torch.inference_mode():
                 found[run], kept = keep(self.hf, inputs, self.modules)
             own = zip(self.modules, kept, strict=True)

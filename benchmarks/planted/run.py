@@ -42,7 +42,8 @@ from measures import (
 )
 from pictures import scenes
 from planting import Recipe, plant
-from scores import macro_f1, summary
+from scores import macro_f1, share, summary
+from tables import tables
 from training import assess, train
 from truth import save
 
@@ -134,19 +135,16 @@ def run_tool(quick: bool, seeds: int, until: float, keep: Keep) -> None:
             planted.append(tool(recipe))
             if say == "head":
                 plain.append(tool(replace(recipe, planted=False)))
-                if not quick:
-                    turned.append(at_sharpness(recipe, SHARPNESS))
+                turned.append(at_sharpness(recipe, SHARPNESS[::2] if quick else SHARPNESS))
         pairs = [pair for row in planted for pair in row["confusion"]]
         mean, each = macro_f1(pairs)
-        changed = [len(set(labels)) > 1 for row in turned for labels in row.values()]
+        models = summary([macro_f1(row["confusion"])[0] for row in planted])
         result = {
-            "labels": {"macro_f1": mean, "f1": each, "heads": len(pairs)},
-            "decoys_named": float(np.mean([row["decoys_named"] for row in planted])),
-            "changed_by_sharpness": float(np.mean(changed)) if changed else None,
-        }
-        result |= {
-            f"{name}_on_random": float(np.mean([row[name] for row in plain]))
-            for name in ("named", "important")
+            "labels": {"macro_f1": mean, "f1": each, "heads": len(pairs), "each_model": models},
+            "decoys_named": share([yes for row in planted for yes in row["decoys_named"]]),
+            "named_on_random": share([yes for row in plain for yes in row["named"]]),
+            "important_on_random": float(np.mean([row["important"] for row in plain])),
+            "changed_by_sharpness": share([len(set(some)) > 1 for row in turned for some in row.values()]),
         }
         keep("tool", result | {"planted": planted, "random": plain, "sharpness": turned})
         print(f"tool: seed {seed}", file=sys.stderr, flush=True)
@@ -175,7 +173,7 @@ def lines(result: Mapping[str, Any]) -> Iterator[str]:
     if "tool" in result:
         own = result["tool"]
         names = ("decoys_named", "named_on_random", "changed_by_sharpness")
-        told = [f"{name} {own[name]:.3f}" for name in names if own.get(name) is not None]
+        told = [f"{name} {own[name]['share']:.3f}" for name in names]
         yield "  ".join([f"labels: macro-F1 {own['labels']['macro_f1']:.3f}", *told])
     cells = [item for part in ("effects", "knobs", "trained") for item in result.get(part, {}).items()]
     for name, cell in cells:
@@ -205,6 +203,7 @@ def main() -> None:
     parser.add_argument(
         "--out", type=Path, help="also write the JSON to this file, as it comes; parts that it has stay"
     )
+    parser.add_argument("--tables", type=Path, help="print the tables of such a file instead")
     parser.add_argument("--submission", type=Path, help="score a CSV file (part, score) instead")
     parser.add_argument("--truth", type=Path, help="write parts.csv and edges.csv to this folder")
     parser.add_argument("--say", choices=("head", "neurons", "options"), default="head")
@@ -214,6 +213,9 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
+    if arguments.tables:
+        print("\n".join(tables(json.loads(arguments.tables.read_text()))))
+        return
     recipe = Recipe(arguments.form, arguments.seed, effect=arguments.effect, say=arguments.say)
     if arguments.truth:
         save(plant(recipe), arguments.truth)

@@ -98,6 +98,14 @@ def macro_f1(pairs: Sequence[tuple[str, str]]) -> tuple[float, dict[str, float]]
     return float(np.mean(list(each.values()))), each
 
 
+def share(yes: Sequence[bool]) -> dict[str, float | None]:
+    """How many of these are, as a share, with the upper end of its exact 95 % interval."""
+    if not len(yes):
+        return {"share": 0.0, "most": None, "of": 0}
+    high = stats.binomtest(sum(yes), len(yes)).proportion_ci(method="exact").high
+    return {"share": sum(yes) / len(yes), "most": float(high), "of": len(yes)}
+
+
 def summary(values: Sequence[float]) -> dict[str, float | None]:
     """Mean over models, its one-sided lower 95 % limit (Student's t; none of one model), the
     smallest, and how many."""

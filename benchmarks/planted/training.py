@@ -23,6 +23,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from pictures import COLORS, Batch, Scenes, batch, scenes, token
 from plain import Part, Runs, attention, columns, heads_of, hooked, keep, logits, position, seen
@@ -58,20 +59,27 @@ class Drawn(NamedTuple):
     other: Tensor
     noun: Tensor
 
+    words: int
+    """Form D: how many tokens stand behind the picture."""
+
     def take(self, rows: Tensor) -> Drawn:
         cut = [{k: v[rows] for k, v in run.items()} for run in (self.given.clean, self.given.corrupt)]
         one = Batch(
             *cut, self.given.answer[rows], self.given.foil[rows], self.given.noun_at, self.given.tokens[rows]
         )
-        return Drawn(one, self.color[rows], self.other[rows], self.noun[rows])
+        return self._replace(given=one, color=self.color[rows], other=self.other[rows], noun=self.noun[rows])
 
 
 def drawn(made: Planted, some: Scenes) -> Drawn:
+    given = batch(made.model, some)
+    ids = given.tokens[0]
+    last = 0 if made.recipe.form == "C" else int((ids == made.model.hf.config.image_token_id).nonzero()[-1])
     return Drawn(
-        batch(made.model, some),
+        given,
         torch.from_numpy(some.answer),
         torch.from_numpy(some.other),
         torch.from_numpy(some.noun),
+        len(ids) - last - 1,
     )
 
 
@@ -104,7 +112,7 @@ class Exchange:
         self.modules = list({id(m): m for m in (columns(self.hf, p)[0] for p in self.every)}.values())
 
     def clean(self, base: Drawn) -> Ran:
-        inputs = seen(self.hf, base.given.clean)
+        inputs = seen(self.hf, base.given.clean, base.words)
         reads = [attention(self.hf, "decoder", 0, "cross").key] if self.form == "C" else []
         found, kept = keep(self.hf, inputs, [*self.modules, *reads])
         kept_by = {id(m): x for m, x in zip(self.modules, kept, strict=False)}
@@ -143,15 +151,20 @@ def train(form: str, seed: int, steps: int | None = None, say: bool = False) -> 
     made = Planted(random_model(form, 0.5, seed), Recipe(form, seed), circuit(form, seed), {})
     steps = steps or STEPS[form]
     hf, colors = made.model.hf, torch.tensor([token(made.model, color) for color in COLORS])
-    every = drawn(made, scenes(DRAWN, 20_000 + seed))
+    given = scenes(DRAWN, 20_000 + seed)
+    every = drawn(made, given)
     exchange, draw = Exchange(made), random.Random(seed)
     outside = [part for part in exchange.every if part not in made.roles]
     generator = torch.Generator().manual_seed(seed)
+    # Without the noun all but these can be answered by what the options and the picture have in common.
+    hard = torch.from_numpy(np.flatnonzero(given.foil == given.other))
     hf.train()
     optimizer = torch.optim.AdamW(hf.parameters(), lr=RATE, weight_decay=0.01)
     pace = torch.optim.lr_scheduler.OneCycleLR(optimizer, RATE, steps, pct_start=0.1)
     for step in range(steps):
-        base = every.take(torch.randint(DRAWN, (SIZE,), generator=generator))
+        rows = torch.randint(DRAWN, (SIZE,), generator=generator)
+        rows[: SIZE // 2] = hard[rows[: SIZE // 2] % len(hard)]
+        base = every.take(rows)
         order = torch.randperm(SIZE, generator=generator)
         source = base.take(order)
         ran = exchange.clean(base)
