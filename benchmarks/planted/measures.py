@@ -54,7 +54,10 @@ class Measured:
 
 
 def measure(made: Planted, given: Scenes, parts: list[Part]) -> Measured:
-    runs = Runs(made.model.hf, batch(made.model, given), parts)
+    return measured(Runs(made.model.hf, batch(made.model, given), parts), parts)
+
+
+def measured(runs: Runs, parts: list[Part]) -> Measured:
     return Measured({part: runs.patched([part]).double().numpy() for part in parts}, runs.gap)
 
 
@@ -88,10 +91,12 @@ def peaks(made: Planted, given: Scenes) -> dict[Part, float]:
     return total
 
 
-def one(made: Planted, given: Scenes, attention: dict[Part, float]) -> dict[str, Any]:
-    """All figures of one model."""
+def one(
+    made: Planted, given: Scenes, attention: dict[Part, float], runs: Runs | None = None
+) -> dict[str, Any]:
+    """All figures of one model; `runs` are those of the examples, if they were made."""
     recipe, every = made.recipe, heads_of(made.model.hf)
-    found = measure(made, given, every)
+    found = measured(runs, every) if runs else measure(made, given, every)
     mean, table = found.mean(), assessed(found)
     rest = [abs(mean[p] / found.gap) for p in mean if p not in made.roles]
     result: dict[str, Any] = {
@@ -117,8 +122,11 @@ def at_effects(recipe: Recipe, effects: Sequence[float]) -> Iterator[dict[str, A
     made = plant(replace(recipe, effect=effects[0]))
     given = scenes(EXAMPLES, FRESH + recipe.seed, recipe.style)
     attention = peaks(made, given)
+    runs = Runs(made.model.hf, batch(made.model, given), heads_of(made.model.hf))
     for effect in effects:
-        yield one(scale(made, effect), given, attention)
+        scaled = scale(made, effect)
+        runs.again()
+        yield one(scaled, given, attention, runs)
 
 
 def neuron_scores(made: Planted, given: Scenes) -> dict[str, dict[str, np.ndarray]]:

@@ -179,31 +179,42 @@ class Runs:
 
     def __init__(self, hf: Any, batch: Batch, parts: Sequence[Part]) -> None:
         self.hf, self.batch = hf, batch
-        where = {id(columns(hf, p)[0]): (columns(hf, p)[0], position(p, batch)) for p in parts}
+        where = {id(columns(hf, part)[0]): (columns(hf, part)[0], part) for part in parts}
+        self.at = {name: position(part, batch) for name, (_, part) in where.items()}
+        self.kept: dict[str, dict[int, Tensor]] = {"clean": {}, "corrupt": {}}
+        self.encoded: dict[Any, Tensor] = {}
         with torch.inference_mode():
             self.inputs = {"clean": seen(hf, batch.clean), "corrupt": seen(hf, batch.corrupt)}
-            is_encoded = hasattr(hf, "text_encoder")
-            self.text = {run: _encoded(hf, x) for run, x in self.inputs.items()} if is_encoded else {}
-        if any(part.startswith("encoder") for part in parts):
-            self.read = self.inputs
-        else:  # the decoder alone is run anew
-            self.read = {
-                run: x | {"text": self.text[run]} if self.text else x for run, x in self.inputs.items()
-            }
-        self.at = {id(one): p for one, p in where.values()}
-        self.modules = [one for one, _ in where.values()]
+        self.encoder = [one for one, part in where.values() if part.startswith("encoder")]
+        self.decoder = [one for one, part in where.values() if part.startswith("decoder")]
+        if self.encoder:
+            self._keep(self.encoder, self.inputs)
         self.again()
 
     def again(self) -> None:
-        """Run anew: weights have changed that what is kept (`seen`) does not depend on."""
-        self.kept: dict[str, dict[int, Tensor]] = {}
-        found = {}
-        for run, inputs in self.read.items():
+        """Run anew: weights of the decoder have changed that what is kept (`seen`) does not depend on."""
+        inputs = {run: self._read(run, [], None) for run in self.inputs}
+        self.clean, self.corrupt = self._keep(self.decoder, inputs)
+
+    def _keep(self, modules: Sequence[nn.Module], inputs: Mapping[str, Any]) -> list[Tensor]:
+        """The logits of both runs; what enters the modules is kept."""
+        found = []
+        for run, given in inputs.items():
             with torch.inference_mode():
-                found[run], kept = keep(self.hf, inputs, self.modules)
-            own = zip(self.modules, kept, strict=True)
-            self.kept[run] = {id(one): x[:, self.at[id(one)]] for one, x in own}
-        self.clean, self.corrupt = found["clean"], found["corrupt"]
+                last, kept = keep(self.hf, given, modules)
+            found.append(last)
+            self.kept[run] |= {id(m): x[:, self.at[id(m)]] for m, x in zip(modules, kept, strict=True)}
+        return found
+
+    def _read(self, run: str, parts: Sequence[Part], value: str | None) -> dict[str, Any]:
+        """The inputs of a run with what the decoder of form C reads; under hooks, where parts are patched."""
+        if not hasattr(self.hf, "text_encoder"):
+            return self.inputs[run]
+        name = (run, value, *(part for part in parts if part.startswith("encoder")))
+        if name not in self.encoded:
+            with torch.inference_mode():
+                self.encoded[name] = _encoded(self.hf, self.inputs[run])
+        return self.inputs[run] | {"text": self.encoded[name]}
 
     @property
     def ld_clean(self) -> Tensor:
@@ -233,10 +244,7 @@ class Runs:
                 new = self.kept[value][id(where)][:, cut]
             hooks.append((where, _writer(at, cut, new)))
         with torch.inference_mode(), hooked(hooks):
-            given = dict(self.inputs[run])
-            if self.text and all(part.startswith("decoder") for part in parts):
-                given["text"] = self.text[run]
-            found = logits(self.hf, given)
+            found = logits(self.hf, self._read(run, parts, value))
         return difference(found, self.batch) - (self.ld_corrupt if run == "corrupt" else self.ld_clean)
 
     def share(self, parts: Sequence[Part], run: str = "corrupt", value: str | None = "clean") -> float:
