@@ -21,13 +21,14 @@ from test_knockout import Cut, by_hand, keys_of, logits_of, paths
 
 import vlmscope
 from vlmscope.errors import ExampleError, StoreError, VlmscopeError
-from vlmscope.explanation import METHODS, explain, maps
+from vlmscope.explanation import explain, maps
 from vlmscope.neurons.captions import generate_caption
 from vlmscope.neurons.contributions import score
 from vlmscope.patching.direct import direct
 from vlmscope.runs.forward import generate
 from vlmscope.sites import Site
 
+METHODS = ("knockout", "gradient", "attention")
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 PROMPTS = {"blip-captioning": "is this circle red or blue ?", "gemma3": "red or blue ?"}
 FEATURES = {
@@ -495,7 +496,7 @@ def test_a_picture_without_a_grid():
         ({"region": (0, 0, "x", 5)}, "an edge of the region is 'x'; expected a number"),
         ({"region": (0, 0, float("nan"), 5)}, "an edge of the region is 'nan'"),
         ({"reference": "noise"}, "unknown reference 'noise'; expected blur or mean"),
-        ({"direction": "up"}, "unknown direction 'up'; expected denoise or noise"),
+        ({"direction": "up"}, "unknown direction 'up'; expected noise or denoise"),
         ({"patches": 0}, "the number of patches is '0'; expected a whole number"),
         ({"length": 0}, "the number of tokens is '0'"),
     ],

@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import io
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
@@ -33,6 +34,7 @@ from vlmscope.patching.direct import check_place, directs
 from vlmscope.report import explanation as page
 from vlmscope.runs.forward import SPEECH
 from vlmscope.runs.model import Model
+from vlmscope.sites import Site
 from vlmscope.stored import formats
 
 MANIFEST, WHAT = "explain.json", "explain"
@@ -40,8 +42,6 @@ PATCHES = 64
 """How many cells and groups of cells are replaced by default."""
 NEURONS, TOKENS = 10, 6
 """How many neurons of each word are listed, and how many tokens of each."""
-METHODS = ("knockout", "gradient", "attention")
-"""What stands beside the exact map."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -135,66 +135,50 @@ def explain(
     """
     if not isinstance(model, Model):
         raise VlmscopeError(f"the model is {shown(model)}; expected a Model, as vlmscope.load gives it")
-    if reference not in get_args(Reference):
-        raise VlmscopeError(
-            f"unknown reference {shown(reference)}; expected {' or '.join(get_args(Reference))}"
-        )
-    if direction not in get_args(maps.Direction):
-        raise VlmscopeError(f"unknown direction {shown(direction)}; expected denoise or noise")
-    patches, length = (
-        whole(patches, "the number of patches", 1),
-        whole(length, "the number of tokens", 1, 1000),
-    )
+    _one_of(reference, Reference, "reference")
+    _one_of(direction, maps.Direction, "direction")
+    patches = whole(patches, "the number of patches", 1)
+    length = whole(length, "the number of tokens", 1, 1000)
     picture = open_image(image)
     box = None if region is None else check_region(region, picture)
-    asked = [words] if isinstance(words, str) else words
-    said = say(model, picture, reference, prompt, asked, length)
-    layout = said.pair.clean.layout[model.image_site.tower]
-    lacking = list[str]()
+    said = say(model, picture, reference, prompt, [words] if isinstance(words, str) else words, length)
+    layout, lacking = said.pair.clean.layout[model.image_site.tower], list[str]()
     if not layout.cells:
         count = len(layout.image or layout.tokens)
-        text = f"{model.family.name} reads the picture as {count} features that have no place in it"
+        lacking.append(f"{model.family.name} reads the picture as {count} features that have no place in it")
         if box is not None:
-            raise ExampleError(f"{text}, so that no region can be asked about; leave the region out")
-        lacking.append(f"there is no map: {text}")
+            raise ExampleError(f"{lacking[0]}, so that no region can be asked about; leave the region out")
+        lacking[0] = f"there is no map: {lacking[0]}"
     at = () if box is None else _within(said, box)
     exact = maps.exact(said, direction, patches, at)
     read = maps.reading(said)
     window = max(1, len(model.shapes[read.tower].having(read.kind)) // 4 | 1)
-    many, none = len(said.words), np.full((len(exact.units), len(said.words)), np.nan)
-    cut, attention, sinks = None, none, np.full(many, np.nan)
-    try:
+    cut, paid, sinks = None, None, np.full(len(said.words), np.nan)
+    with _or_said(lacking, "there are no knock-outs and no attention"):
         cut = maps.knocked_out(said, read, exact.units, at, window)
-        attention, sinks = maps.attention(said, read, exact.units)
-    except RoomError:
-        raise
-    except ModelError as error:
-        lacking.append(f"there are no knock-outs and no attention: {error}")
-    knockout = none if cut is None else cut.units
-    shown_maps = {
-        "exact": exact.effects,
-        "knockout": knockout,
-        "gradient": maps.gradient(said, direction, exact.units) if exact.units else none,
-        "attention": attention,
+        paid, sinks = maps.attention(said, read, exact.units)
+    beside = {
+        "knockout": None if cut is None else cut.units,
+        "gradient": maps.gradient(said, direction, exact.units) if exact.units else None,
+        "attention": paid,
     }
-    cells = _cells(exact.units, shown_maps)
+    cells = _cells(exact, beside)
     table = pd.DataFrame(
         {
-            "word": range(many),
+            "word": range(len(said.words)),
             "text": [word.text for word in said.words],
             "start": [word.span[0] for word in said.words],
             "end": [word.span[1] for word in said.words],
             "tokens": [len(word.tokens) for word in said.words],
             "logprob": exact.logprob,
             "without": exact.without,
-            **{f"spearman_{name}": _spearman(cells, name, many) for name in METHODS},
+            **{f"spearman_{name}": _spearman(cells, name, len(said.words)) for name in beside},
             "sinks": sinks,
             "left": exact.left,
             "region": np.nan if exact.region is None else exact.region,
             "region_knockout": np.nan if cut is None or not at else cut.region[0],
         }
     )
-    alone = sum(unit.is_cell for unit in exact.units)
     about = {
         "what": WHAT,
         "model": model.name,
@@ -208,9 +192,9 @@ def explain(
         "rounding": exact.rounding,
         "grid": list(grid(layout)),
         "cells": len(layout.cells),
-        "alone": alone,
+        "alone": sum(unit.is_cell for unit in exact.units),
         "patches": exact.patches,
-        "further": len(layout.image or layout.cells) - len(layout.cells) if layout.cells else 0,
+        "further": len(layout.image) - len(layout.cells) if layout.cells and layout.image else 0,
         "edge": read.edge,
         "window": window,
         "region": None if box is None else list(box),
@@ -219,6 +203,22 @@ def explain(
     }
     layers, heads = _parts(said, read, cut, window, lacking)
     return Explanation(about, table, cells, layers, heads, _neurons(said), model.cropped(picture))
+
+
+def _one_of(value: str, names: Any, what: str) -> None:
+    if value not in get_args(names):
+        raise VlmscopeError(f"unknown {what} {shown(value)}; expected {' or '.join(get_args(names))}")
+
+
+@contextmanager
+def _or_said(lacking: list[str], what: str) -> Iterator[None]:
+    """What a family does not have is said among what is lacking."""
+    try:
+        yield
+    except RoomError:
+        raise
+    except ModelError as error:
+        lacking.append(f"{what}: {error}")
 
 
 def check_region(region: Sequence[float], picture: Image.Image) -> Box:
@@ -250,12 +250,13 @@ def _within(said: Said, box: Box) -> tuple[int, ...]:
     return tuple(sorted(n for n, cell in layout.cells.items() if inside[cell]))
 
 
-def _cells(units: Sequence[maps.Unit], values: Mapping[str, maps.Array]) -> pd.DataFrame:
+def _cells(exact: maps.Exact, beside: Mapping[str, maps.Array | None]) -> pd.DataFrame:
     """A row a word and unit."""
-    count = values["exact"].shape[1]
-    places = pd.DataFrame(units * count, columns=list(maps.Unit._fields))
-    places.insert(0, "word", np.repeat(np.arange(count), len(units)))
-    return places.assign(**{name: value.T.ravel() for name, value in values.items()})
+    count = exact.effects.shape[1]
+    rows = pd.DataFrame(exact.units * count, columns=list(maps.Unit._fields))
+    rows.insert(0, "word", np.repeat(np.arange(count), len(exact.units)))
+    values = {"exact": exact.effects, **beside}
+    return rows.assign(**{name: np.nan if x is None else x.T.ravel() for name, x in values.items()})
 
 
 def _spearman(cells: pd.DataFrame, name: str, words: int) -> list[float]:
@@ -272,40 +273,30 @@ def _parts(
     said: Said, read: maps.Reading, cut: maps.Cut | None, window: int, lacking: list[str]
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
     """The tables of layers and of heads; empty without knock-outs."""
-    model = said.model
-    windows, heads = (read.sites(model, text, ()) for text in (f"*/{window}", "*.h*"))
+    windows, heads = (read.sites(said.model, text, ()) for text in (f"*/{window}", "*.h*"))
     if cut is None:
-        windows, heads = [], []
-    many = len(said.words)
-    direct = np.full((len(heads), many), np.nan)
-    try:
-        if heads and read.targets is None:
-            check_place(model, heads[0])
-            found = directs(model, said.pair.clean, said.pair.answers, heads)
-            each = np.array([[one.effect(site, read.image) for one in found] for site in heads])
-            direct = maps.of_words(said, each)
-        elif heads:
-            lacking.append(
-                f"heads have no direct effects: those that read the picture are in the {read.tower}"
-            )
-    except RoomError:
-        raise
-    except ModelError as error:
-        lacking.append(f"heads have no direct effects: {error}")
-    place = {"tower": read.tower, "kind": read.kind}
-    both = []
-    for sites, values in (
-        (windows, {"knockout": None if cut is None else cut.windows}),
-        (heads, {"knockout": None if cut is None else cut.heads, "direct": direct}),
-    ):
-        rows = pd.DataFrame({"word": np.repeat(np.arange(many), len(sites)), **place})
-        rows["layer"] = [site.layer for site in sites] * many
-        if "direct" in values:
-            rows["head"] = [site.units[0] for site in sites] * many
-        for name, value in values.items():
-            rows[name] = [] if value is None else value.T.ravel()
-        both.append(rows)
-    return both[0], both[1]
+        columns = ["word", "tower", "kind", "layer", "head", "knockout", "direct"]
+        empty = pd.DataFrame(columns=columns)
+        return empty.drop(columns=["head", "direct"]), empty
+    direct, many = np.full(cut.heads.shape, np.nan), len(said.words)
+    with _or_said(lacking, "heads have no direct effects"):
+        if read.targets is not None:
+            raise ModelError(f"those that read the picture are in the {read.tower}, which says no word")
+        check_place(said.model, heads[0])
+        found = directs(said.model, said.pair.clean, said.pair.answers, heads)
+        each = np.array([[one.effect(site, read.image) for one in found] for site in heads])
+        direct = maps.of_words(said, each)
+
+    def rows(sites: Sequence[Site], **values: Any) -> pd.DataFrame:
+        place = {"tower": read.tower, "kind": read.kind, "layer": [site.layer for site in sites] * many}
+        return pd.DataFrame({"word": np.repeat(np.arange(many), len(sites)), **place, **values})
+
+    return rows(windows, knockout=cut.windows.T.ravel()), rows(
+        heads,
+        head=[site.units[0] for site in heads] * many,
+        knockout=cut.heads.T.ravel(),
+        direct=direct.T.ravel(),
+    )
 
 
 def _neurons(said: Said) -> pd.DataFrame:
