@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,7 +20,7 @@ from vlmscope.runs.forward import forward
 from vlmscope.runs.network import Network
 from vlmscope.sites import Point, Site
 
-Array = NDArray[np.float64]
+Array = NDArray[np.floating[Any]]
 Take = Callable[[Point, Tensor], Mapping[Point, Array]]
 """From a point and the gradient there to sums over places, of this point or others."""
 
@@ -50,7 +51,7 @@ class Index:
         of = [n for positions, n in self.places[point].items() for _ in positions]
         sums = whole.new_zeros(len(self.places[point]), whole.shape[1])
         sums.index_add_(0, torch.tensor(of, device=each.device), whole[at])
-        return sums.double().cpu().numpy()
+        return sums.cpu().numpy()
 
     def product(self, point: Point, delta: Tensor, gradient: Tensor) -> Array:
         """Σ delta · gradient over the places of a point; what both runs share counts nothing."""

@@ -108,7 +108,7 @@ def attribute(
         found = _check(task, base, table)
     table.attrs["check"] = found
     if verify:
-        table.attrs["agreement"] = agreement(table, verify)
+        table.attrs["agreement"] = _agreement(task, table)
     return table
 
 
@@ -205,8 +205,12 @@ def _spec_of(task: Attribution, data: str) -> dict[str, Any]:
 def _check_run(task: Attribution, run: Run) -> dict[str, Any] | None:
     table = run.attributions()
     if task.verify:
-        files.write_json(run.path / "agreement.json", agreement(table, task.verify))
+        files.write_json(run.path / "agreement.json", _agreement(task, table))
     return _check(task, run.baselines(), table)
+
+
+def _agreement(task: Attribution, table: pd.DataFrame) -> dict[str, Any]:
+    return agreement(table, task.verify, signed=task.method != "atp-star")
 
 
 def _check(task: Attribution, base: pd.DataFrame, table: pd.DataFrame) -> dict[str, Any] | None:
