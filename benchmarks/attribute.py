@@ -5,8 +5,8 @@
 The model and the pair of `benchmarks/llava.py`: 600 positions, 16 decoder layers of width 1024 with 2,816
 neurons each; with `--real`, on a GPU, LLaVA-1.5-7B's own shape in bfloat16. Timed are attribution patching of
 every neuron and every head at every position (two forwards and a backward), against plain forwards before and
-after, and then exact patches, by the engine, of the 500 neurons with the largest |score| over all positions:
-with their rank correlation, and some of them held against one plain forward each. The last line is JSON.
+after, and then exact patches, by the engine, of the 500 with the largest |score| of all neurons at all
+positions: with their rank correlation, and some held against one plain forward each. The last line is JSON.
 """
 
 from __future__ import annotations
@@ -66,12 +66,12 @@ def measure(real: bool) -> dict[str, Any]:
             after, _ = timed(model, lambda: model.run(pair.clean))
             rounds.append(((before + after) / 2, seconds))
     share = statistics.median(seconds / full for full, seconds in rounds)
-    of = {point: table.sum(0) for point, table in scores.items() if point.part == "n"}
-    whole = np.concatenate(list(of.values()))
-    best = np.argsort(-np.abs(whole), kind="stable")[:TOP]
-    at = tuple(range(len(pair.clean.layout["decoder"].tokens)))
-    places = [divmod(int(n), shape.neurons) for n in best]
-    sites = [Site("decoder", layer, "mlp", "n", (unit,), "all", at) for layer, unit in places]
+    layers = [scores[Point("decoder", n, "mlp", "n")] for n in range(shape.layers)]
+    whole = np.stack(layers)  # layers, positions, neurons
+    best = np.argpartition(-np.abs(whole).ravel(), TOP)[:TOP]
+    places = np.stack(np.unravel_index(best, whole.shape), 1).tolist()
+    sites = [Site("decoder", n, "mlp", "n", (unit,), str(at), (at,)) for n, at, unit in places]
+    estimates = whole.ravel()[best]
     exact_s, exact = timed(model, lambda: patched(model, pair, sites))
     chosen = random.Random(0).sample(range(TOP), SAMPLE)
     plain_s, plain = timed(model, lambda: patched(model, pair, [sites[n] for n in chosen], reference))
@@ -84,7 +84,7 @@ def measure(real: bool) -> dict[str, Any]:
         if device == "cuda"
         else f"{platform.machine()}, {torch.get_num_threads()} threads, CPU",
         "torch": torch.__version__,
-        "neurons": len(whole),
+        "neurons": whole.shape[0] * whole.shape[2],
         "scores": sum(table.size for table in scores.values()),
         "seconds": statistics.median(seconds for _, seconds in rounds),
         "forward_seconds": statistics.median(full for full, _ in rounds),
@@ -92,11 +92,12 @@ def measure(real: bool) -> dict[str, Any]:
         "times_one_forward_a_site": sum(table.size for table in scores.values()) / share,
         "memory_beyond_model_gb": (memory.most - weights) / 2**30,
         "patches": TOP,
+        "patches_at_the_last_position": sum(at == whole.shape[1] - 1 for _, at, _ in places),
         "patches_seconds": exact_s,
         "patches_in_plain_forwards": exact_s / statistics.median(full for full, _ in rounds),
         "times_plain_patches": plain_s / SAMPLE / (exact_s / TOP),
-        "rank_correlation": float(spearmanr(whole[best], exact).statistic),
-        "correlation": float(np.corrcoef(whole[best], exact)[0, 1]),
+        "rank_correlation": float(spearmanr(estimates, exact).statistic),
+        "correlation": float(np.corrcoef(estimates, exact)[0, 1]),
         "largest_difference": apart,
     }
 

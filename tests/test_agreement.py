@@ -16,16 +16,11 @@ def table(score, exact, layer=0, kind="attn", unit="h0", example="a"):
 
 
 def test_by_hand():
-    """The best two by |score| are a and b; of the other four two are patched, one of which is larger than b."""
+    """Of the four that are not among the best two, two are patched, one of which does more than the second."""
     rows = table([-4.0, 3.0, 2.0, 1.0, 0.5, 0.0], [-5.0, 1.0, 2.0, np.nan, 0.25, np.nan])
     found = agreement(rows, 2)["decoder.attn.h"]
-    assert (found["sites"], found["verified"], found["unseen"], found["drawn"], found["above"]) == (
-        6,
-        4,
-        4,
-        2,
-        1,
-    )
+    counts = [found[name] for name in ("sites", "verified", "unseen", "drawn", "above")]
+    assert counts == [6, 4, 4, 2, 1]
     assert found["spearman"] == pytest.approx(0.8)  # ranks 1 4 3 2 of the scores, 1 3 4 2 of the effects
     assert found["pearson"] == pytest.approx(np.corrcoef([-4, 3, 2, 0.5], [-5, 1, 2, 0.25])[0, 1])
     assert found["recall"] == {"1": 1.0} and found["spearman_random"] is None

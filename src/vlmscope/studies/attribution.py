@@ -17,6 +17,7 @@ from vlmscope import files
 from vlmscope.data import Examples, listed
 from vlmscope.errors import SEED, DataError, ExampleError, SiteError, VlmscopeError, shown, whole
 from vlmscope.patching import gradients as estimates
+from vlmscope.patching.backward import check_network
 from vlmscope.patching.direct import check_place
 from vlmscope.patching.scores import Metric
 from vlmscope.runs import corrupt as corruptions
@@ -140,6 +141,7 @@ def _task_of(
             "image, text or noise), or take the method direct"
         )
     task = task_of(model, examples, sites, corrupt, **options)
+    check_network(model)
     for site in expand(parse(task.sites), model.shapes):
         estimates.check_place(site, method)
     if task.metric == "kl" and task.direction == "noise" and method != "ig":

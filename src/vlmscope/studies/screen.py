@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from vlmscope import files
 from vlmscope.data import Examples
 from vlmscope.errors import ExampleError, SiteError, StoreError, whole
+from vlmscope.patching.backward import check_network
 from vlmscope.patching.gradients import check_place, everywhere
 from vlmscope.patching.scores import Metric
 from vlmscope.progress import progress
@@ -80,6 +81,7 @@ def screen_to(
     check, top = whole(check, "the number of rows to check"), whole(top, "the number of sites to sweep", 1)
     options: dict[str, Any] = {"direction": direction, "metric": metric, "seed": seed}
     task = task_of(model, examples, sites, corrupt, **options)
+    check_network(model)
     for site in expand(parse(task.sites), model.shapes):
         check_place(site, "atp")
     asked = {"method": "atp", "top": top, "of": task.sites, "data_hash": spec_of(task, data)["data_hash"]}
