@@ -209,16 +209,19 @@ def measure(real: bool) -> dict[str, Any]:
     }
 
 
-def main(measure: Callable[[bool], dict[str, Any]], about: str | None) -> None:
+def main(measure: Callable[..., dict[str, Any]], about: str | None, with_image: bool = False) -> None:
     """The command line of a benchmark on this layout; the last line is what it measured, as JSON."""
     keep_freed_memory()  # as a command does
     parser = argparse.ArgumentParser(description=(about or "").splitlines()[0])
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--real", action="store_true", help="LLaVA-1.5-7B's shape, for a GPU")
+    if with_image:
+        parser.add_argument("--image", type=Path, help="a photograph")
     parser.add_argument("--out", type=Path, help="also write the JSON to this file")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    result = json.dumps(measure(arguments.real))
+    given = [arguments.image] if with_image else []
+    result = json.dumps(measure(arguments.real, *given))
     if arguments.out:
         arguments.out.write_text(result + "\n")
     print(result)

@@ -300,7 +300,7 @@ def test_perturbing_over_a_range(toy):
 
 def test_words_that_cannot_be_measured(toy):
     given = examples("states", limit=12)
-    with pytest.raises(DataError, match=r"no word can be measured: 'qqq' is 1 tokens, or unknown"):
+    with pytest.raises(DataError, match=r"no word can be measured: 'qqq' is unknown"):
         measure(toy, given, ["qqq"], prompt=ASK)
     with pytest.raises(DataError, match="'angry' is shown by 0 of 12 pictures"):
         measure(toy, given, ["angry"], prompt=ASK)

@@ -137,6 +137,40 @@ def test_a_broken_config(copy):
         load(copy)
 
 
+def test_a_flag_that_is_no_flag(copy):
+    """An empty object is false to transformers: the picture would not be normalised, without a word."""
+    config = json.loads((copy / "processor_config.json").read_text())
+    config["image_processor"]["do_normalize"] = {}
+    (copy / "processor_config.json").write_text(json.dumps(config))
+    with pytest.raises(ModelError, match=r"'do_normalize' is '\{\}'; expected true or false"):
+        load(copy)
+
+
+@pytest.mark.parametrize("value", [-1, 0, 255, "x", None])
+def test_a_factor_that_turns_colours_round(copy, value):
+    config = json.loads((copy / "processor_config.json").read_text())
+    config["image_processor"]["rescale_factor"] = value
+    (copy / "processor_config.json").write_text(json.dumps(config))
+    with pytest.raises(ModelError, match=r"'rescale_factor' is .*; expected above 0, 1 at most"):
+        load(copy)
+
+
+def test_a_language_model_that_is_none(copy):
+    config = json.loads((copy / "config.json").read_text())
+    config["text_config"] = -1
+    (copy / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ModelError, match="copy"):
+        load(copy)
+
+
+def test_a_token_that_is_no_number(copy):
+    config = json.loads((copy / "config.json").read_text())
+    config["text_config"]["eos_token_id"] = 1.5
+    (copy / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ModelError, match=r"'eos_token_id' is '1.5'; expected a whole number"):
+        load(copy)
+
+
 def test_weights_of_another_shape(copy):
     config = json.loads((copy / "config.json").read_text())
     config["text_config"]["intermediate_size"] += 1

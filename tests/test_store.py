@@ -6,6 +6,7 @@ import errno
 import io
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -421,6 +422,15 @@ def test_pictures_are_kept_small_and_come_back(tmp_path: Path) -> None:
     ):
         assert clean.size == (384, 192)
         assert corrupt.size == (10, 10)
+
+
+def test_a_folder_that_is_removed_does_not_come_back_without_its_manifest(tmp_path: Path) -> None:
+    run = open_run(tmp_path / "run", SPEC)
+    shutil.rmtree(tmp_path / "run")
+    with pytest.raises(StoreError, match="is gone"):
+        run.add(0, effects(0), baselines(0))
+    run.close()
+    assert not (tmp_path / "run").exists()
 
 
 def test_reading_needs_no_torch() -> None:

@@ -17,6 +17,7 @@ _NAMES = {
     "data.example": "Example",
     "data.table": "read_csv write_csv",
     "errors": "VlmscopeError",
+    "explanation": "explain",
     "models.inputs": "Edit Inputs Pair",
     "neurons.weight_edit": "WeightEdit edited",
     "report": "write_report",
@@ -45,6 +46,7 @@ if TYPE_CHECKING:  # what a type checker sees
     from vlmscope.data.table import read_csv as read_csv
     from vlmscope.data.table import write_csv as write_csv
     from vlmscope.errors import VlmscopeError as VlmscopeError
+    from vlmscope.explanation import explain as explain
     from vlmscope.models.inputs import Edit as Edit
     from vlmscope.models.inputs import Inputs as Inputs
     from vlmscope.models.inputs import Pair as Pair

@@ -386,8 +386,8 @@ def listed(folder: Path, about: Mapping[str, Any]) -> set[str]:
 
 def _is_inside(folder: Path, name: str) -> bool:
     """Whether the file of a name lies below a folder, where no link leads elsewhere."""
-    parent = (folder / name).parent
-    return ".." not in parent.parts[len(folder.parts) :] and parent.resolve().is_relative_to(folder.resolve())
+    parent, real = (folder / name).parent, os.path.realpath  # Path.resolve raises where links go round
+    return ".." not in parent.parts[len(folder.parts) :] and Path(real(parent)).is_relative_to(real(folder))
 
 
 def write_json(file: Path, content: Mapping[str, Any], ends: Path | None = None) -> None:

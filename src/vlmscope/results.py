@@ -15,6 +15,7 @@ READERS = {
     "circuits.json": "studies.circuits:read",
     "tracing.json": "studies.tracing:read",
     "lens.json": "studies.lens:read",
+    "explain.json": "explanation:read",
     "notice.toml": "notice:read",
     "neurons.json": "neurons.results:read",
     "steer.json": "studies.steering:read",
@@ -27,7 +28,8 @@ def open(folder: str | os.PathLike[str]) -> Any:
     """What is in a folder of results, as the value that wrote it.
 
     A sweep gives a `Run`, as `attribute` does, `circuits` its `Found`, `heads` its `Functions`, `tracing` its
-    `Traced`, `lens` its `Lens`, `notice` a `Notice` with what it is made of, `neurons` what was found,
+    `Traced`, `lens` its `Lens`, `explain` its
+    `Explanation`, `notice` a `Notice` with what it is made of, `neurons` what was found,
     described, perturbed or edited, `steer` a `Steered`, `probe` a `Probed`. Raises `StoreError` for any other
     folder.
 

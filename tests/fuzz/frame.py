@@ -11,6 +11,7 @@ Each case has a folder `<folder>/<name>/<here>` of its own, which is removed beh
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -113,6 +114,10 @@ def start(
     sys.stderr.flush()
     child = os.fork()
     if child:
+        with contextlib.suppress(
+            OSError
+        ):  # who comes first makes the group, so that it is there to be killed
+            os.setpgid(child, child)
         return child
     try:
         os.setpgid(0, 0)

@@ -35,6 +35,7 @@ LINES = {
     "circuits": "run --out out",
     "heads": "--model toy-blip --data states --limit 4 --sites encoder.1.cross.h0@answer --out out",
     "lens": "--model toy-llava --image a.png --prompt what? --sites decoder.*.resid@readout --out out",
+    "explain": "--model toy-llava --image a.png --prompt what? --region 0,0,24,24 --out out.html",
     "attribute": "--model toy-llava --data states --limit 1 --sites decoder.*.mlp@readout --out out",
     "data": "folder --root root --out out.csv",
     "generate": "--model toy-llava --image a.png --prompt what? --edit 'decoder.2.mlp@all scale 0'",

@@ -46,6 +46,7 @@ from frame import SECONDS, Answer, apart, end, spoken, start  # noqa: E402
 BLIP = "--model toy-blip --data states --corrupt image"
 TRACED = "--model toy-blip --data states"
 LLAVA = "--model toy-llava --data states --prompt PROMPT"
+EDGE = "--model toy-llava --data states --sites decoder.1/3.attn@last<image --check 2"
 EDIT = f"neurons edit {LLAVA} --limit 10 --from red --to blue --solver closed"
 COMMANDS = {
     "sweep": f"sweep {BLIP} --limit 3 --sites encoder.*.cross.h*@answer --check 2 --out out",
@@ -56,6 +57,11 @@ COMMANDS = {
     "tracing": f"tracing {TRACED} --limit 2 --repeats 2 --windows 1 --kinds cross --out out",
     "lens": "lens --model toy-llava --data states --limit 2 --sites decoder.*.resid@readout --out out",
     "attribute": "attribute --model toy-llava --data states --limit 3 --sites decoder.*.mlp@last --out out",
+    "knockout": f"knockout {EDGE} --limit 3 --out out",
+    "steer": f"steer {BLIP} --limit 4 --sites encoder.0.resid@last --random 2 --said 1 --out out",
+    "probe": f"probe {TRACED} --limit 24 --sites encoder.0.resid@last --label kind --shuffles 2 --out out",
+    "explain": "explain --model toy-llava --image ../../inputs/pictures/sad/3.png --prompt PROMPT "
+    "--out out.html",
     "notice": f"notice {BLIP} --limit 3 --out out",
     "find": f"neurons find {LLAVA} --limit 2 --out out",
     "describe": f"neurons describe {LLAVA} --limit 2 --neuron 3.250 --no-measures --out out",
@@ -67,16 +73,18 @@ BEFORE = {
     "sweep": f"sweep {BLIP} --limit 2 --sites encoder.*.cross.h*@answer --check 2 --out out",
     "circuits": "circuits ../../inputs/a ../../inputs/b --seed 1 --out out",
     "report": "report ../../inputs/b --out out.html",
+    "knockout": f"knockout {EDGE} --limit 2 --out out",
     "find": f"neurons find {LLAVA} --limit 1 --out out",
     "describe": f"neurons describe {LLAVA} --limit 3 --neuron 2.25 --no-measures --out out",
     "edit": f"{EDIT} --neurons 4 --out new/out.safetensors --export model",
 }
 """What may have been there before: the same with other options; elsewhere the same command, done."""
-OFTEN = {"notice": 1, "edit": 1, "perturb": 1, "heads": 2, "tracing": 2}
+OFTEN = {"notice": 1, "edit": 1, "perturb": 1, "heads": 2, "tracing": 2, "probe": 2, "steer": 2}
 """How often a command is drawn, where that is not 5: some take long."""
 OTHERS = "full readonly vanish interrupt twice".split()
 IMPORTED = "cli.main checkpoint studies.sweep studies.heads studies.circuits".split()
-IMPORTED += "studies.lens studies.attribution notice neurons report".split()
+IMPORTED += "studies.lens studies.attribution studies.knockout studies.probes studies.steering".split()
+IMPORTED += "explanation notice neurons report".split()
 LIMIT = 12 * SECONDS
 """By when a command has ended that nothing befalls."""
 WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC
@@ -146,8 +154,8 @@ def readonly(number: int, count: int, event: str, descriptor: int | None) -> Non
 
 def vanish_at(number: int, count: int, event: str, descriptor: int | None) -> None:
     if count == number:
-        for name in os.listdir():  # noqa: PTH208
-            shutil.rmtree(name, ignore_errors=True)
+        for path in list(Path().iterdir()):
+            shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink()
 
 
 def interrupt_at(number: int, count: int, event: str, descriptor: int | None) -> None:
@@ -365,7 +373,7 @@ class Bench:
         """Who reads now finds whole files, or is refused in one line."""
         from vlmscope import results
         from vlmscope.errors import VlmscopeError
-        from vlmscope.studies.run_folder import Run
+        from vlmscope.studies.run_folder import Run, table_in
 
         for path in [folder, *folder.rglob("*")]:
             if not path.is_dir() or not any((path / manifest).is_file() for manifest in results.READERS):
@@ -373,7 +381,7 @@ class Bench:
             try:
                 found = results.open(path)
                 if isinstance(found, Run):
-                    found.effects(), found.baselines(), found.pictures()
+                    getattr(found, table_in(found.spec))(), found.baselines(), found.pictures()
             except VlmscopeError as error:
                 if "damaged" in str(error):
                     raise LostError(f"damaged: {error}") from error
@@ -402,21 +410,20 @@ def told(what: str) -> Iterator[None]:
 
 
 def digests(folder: Path) -> dict[str, str]:
-    """A digest of each file; of safetensors the header as a JSON object, whose order is none."""
+    """A digest of each file; of an exported model without its header, whose order is the library's."""
     found = {}
     for path in sorted(folder.rglob("*")):
         if path.is_file():
             content = path.read_bytes()
-            end = 8 + int.from_bytes(content[:8], "little")
-            if path.suffix == ".safetensors" and end <= len(content):
-                content = json.dumps(json.loads(content[8:end]), sort_keys=True).encode() + content[end:]
+            if path.name == "model.safetensors":
+                content = content[8 + int.from_bytes(content[:8], "little") :]
             found[str(path.relative_to(folder))] = hashlib.sha256(content).hexdigest()
     return found
 
 
 def contents(folder: Path) -> dict[str, str]:
     """What is in a folder: files by their bytes, runs by their tables, whatever the parts."""
-    from vlmscope.studies.run_folder import read_run
+    from vlmscope.studies.run_folder import read_run, table_in
 
     runs = [file.parent for file in folder.rglob("run.json")]
     found = {}
@@ -429,7 +436,8 @@ def contents(folder: Path) -> dict[str, str]:
             found[file] = "left"
     for run in runs:
         read = read_run(run)
-        tables = [table.to_csv(index=False) for table in (read.effects(), read.baselines())]
+        rows = getattr(read, table_in(read.spec))()
+        tables = [table.to_csv(index=False) for table in (rows, read.baselines())]
         text = json.dumps(
             [read.spec, read.check and read.check["rows"], read.finished, *tables], sort_keys=True
         )

@@ -45,6 +45,7 @@ class Wrong(NamedTuple):
 def fuzz(category: str, seed: int, count: int) -> list[Wrong]:
     """Judge so many cases of a category; the wrong answers."""
     os.environ["HF_HUB_OFFLINE"] = "1"  # read when the hub is imported
+    os.environ["OMP_NUM_THREADS"] = "1"  # a fork has none of its parent's threads, and torch falls over that
     # Everything is imported before the first fork, so that a case costs its command alone.
     for name in IMPORTED:
         importlib.import_module(f"vlmscope.{name}")

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from vlmscope.cli.neurons import Shown
-from vlmscope.cli.options import Corrupt, Given
-from vlmscope.errors import VlmscopeError
+from vlmscope.cli.options import Corrupt, Given, OneModel
+from vlmscope.errors import VlmscopeError, written
 
 
 def lens(given: Shown, sites: list[str], out: Path, top: int = 5, word: list[str] | None = None) -> None:
@@ -35,6 +35,57 @@ def lens(given: Shown, sites: list[str], out: Path, top: int = 5, word: list[str
         means = words[["rank", "p", "null_p", "beaten"]].mean().reset_index()
         print(means.to_string(index=False, float_format="{:.3g}".format))
     print(f"{len(found.lens):,} rows in {out / 'lens.parquet'}; {write_report([out], out / 'report.html')}")
+
+
+def explain(
+    given: OneModel,
+    image: Path,
+    prompt: str,
+    out: Path,
+    word: list[str] | None = None,
+    region: str | None = None,
+    reference: Literal["blur", "mean"] = "blur",
+    direction: Literal["noise", "denoise"] = "noise",
+    patches: int = 64,
+    length: int = 20,
+) -> None:
+    """Where in the picture, and where in the model, each word comes from.
+
+    The model answers; each cell of the picture is replaced, and what that does to each word is on a page.
+    """
+    from vlmscope import files
+    from vlmscope.data.images import open_image
+    from vlmscope.explanation import check_region
+    from vlmscope.explanation import explain as ask
+    from vlmscope.report.explanation import claim, sentences
+
+    if out.suffix.lower() not in (".html", ".htm"):
+        raise VlmscopeError(f"{out}: is a web page; expected a file that ends in .html")
+    claim(out)
+    picture = open_image(image)
+    edges: Any = None if region is None else [written(edge) for edge in region.split(",")]
+    box = None if edges is None else check_region(edges, picture)
+    found = ask(
+        given.load(),
+        picture,
+        prompt,
+        word or [],
+        region=box,
+        reference=reference,
+        direction=direction,
+        patches=patches,
+        length=length,
+    )
+    files.write(out, found.page().encode())
+    print(found.about["answer"].strip())
+    for _, row in found.words.iterrows():
+        print(*sentences(found.about, row, found.cells[found.cells["word"] == row["word"]]))
+        if box is not None:
+            print(f"  of the region: {row['region']:.3g} nats")
+    about = found.about
+    if about["alone"] < about["cells"]:
+        print(f"{about['alone']} of {about['cells']} cells one by one, the others in groups: see --patches")
+    print(*about["lacking"], out, sep="\n")
 
 
 def attribute(

@@ -102,10 +102,10 @@ def _to_8_bits(image: Image.Image, name: str) -> Image.Image:
     return whole.point(lambda level: level * (1 / 257) + 0.5).convert("L")
 
 
-def small_png(picture: Picture | str) -> bytes:
-    """A small copy of a picture, as a PNG file; raises as `open_image` does."""
+def small_png(picture: Picture | str, side: int = SMALL) -> bytes:
+    """A small copy of a picture, as a PNG file, `side` pixels long at most; raises as `open_image` does."""
     image = open_image(picture)
-    image.thumbnail((SMALL, SMALL))
+    image.thumbnail((side, side))
     buffer = io.BytesIO()
     image.save(buffer, "PNG", optimize=True)
     return buffer.getvalue()

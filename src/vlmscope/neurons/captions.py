@@ -254,7 +254,7 @@ def known(
         if found.about["weights"] != fingerprint:
             raise ModelError(
                 f"the neurons were found in another model or revision than {model.name} "
-                f"({found.about['weights'][:8]}…, not {fingerprint[:8]}…); find them again in this one"
+                f"({str(found.about['weights'])[:8]}…, not {fingerprint[:8]}…); give those of this one"
             )
         if found.about.get("on", []) == list(model.edits):
             columns = (found.captions[name] for name in ("example", "prompt", "caption"))

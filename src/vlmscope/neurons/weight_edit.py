@@ -26,6 +26,7 @@ from vlmscope import files
 from vlmscope.errors import ModelError, StoreError, VlmscopeError, line, whole
 from vlmscope.runs.hooks import Hooks
 from vlmscope.runs.model import Model
+from vlmscope.stored import tensors as stored_tensors
 
 Columns = Mapping[int, tuple[Int[Tensor, "_chosen"], Float[Tensor, "width _chosen"]]]
 """By layer, neurons and what is added to the column of each."""
@@ -123,7 +124,7 @@ class WeightEdit:
         metadata = {"format": "pt", "vlmscope": "edit", "model": self.model, "about": self._about()}
         metadata |= {"on": " ".join(self.on), "sha256": self.digest}
         self.claim(Path(path))
-        files.write(Path(path), save(self._tensors(), metadata))
+        files.write(Path(path), stored_tensors.in_order(save(self._tensors(), metadata)))
 
     @classmethod
     def claim(cls, path: Path) -> None:
@@ -138,8 +139,7 @@ class WeightEdit:
         content = files.read(path, EXPECTED, StoreError, LARGEST)
         try:
             tensors = load(content)
-            header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
-            metadata = header.get("__metadata__", {})
+            metadata = stored_tensors.metadata(content)
             if metadata.get("vlmscope") != "edit":
                 raise StoreError(f"{path}: not an edit; expected {EXPECTED}")
             about = json.loads(metadata["about"])

@@ -305,7 +305,7 @@ def find_words(study: Study, words: Sequence[str] | None) -> tuple[list[Word], d
         shown = np.array([word in labels for labels in study.shows], bool)
         halves = (shown[study.first], shown[~study.first])
         if len(ids) != 1 or ids[0] == model.processor.tokenizer.unk_token_id:
-            why[word] = f"'{word}' is {len(ids)} tokens, or unknown"
+            why[word] = f"'{word}' is {'unknown' if len(ids) == 1 else f'{len(ids)} tokens'}"
         elif min(min(half.sum(), (~half).sum()) for half in halves) < FEW:
             why[word] = (
                 f"'{word}' is shown by {shown.sum()} of {len(shown)} pictures; of each half {FEW} have to "
@@ -317,7 +317,7 @@ def find_words(study: Study, words: Sequence[str] | None) -> tuple[list[Word], d
     if not found:
         raise DataError(
             f"no word can be measured: {'; '.join([*why.values()][:5]) or 'nothing is shown'}; "
-            f"a word is a single token that at least {2 * FEW} pictures show and as many do not"
+            f"expected a single token that at least {2 * FEW} pictures show and as many do not"
         )
     return found, why
 

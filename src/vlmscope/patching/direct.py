@@ -10,7 +10,7 @@ its activation times its column. A soft cap is taken as the factor that it is at
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from vlmscope.errors import ModelError, SiteError, shown
 from vlmscope.models.inputs import Edit, Inputs
 from vlmscope.runs.access import unpadded
-from vlmscope.runs.forward import forward
+from vlmscope.runs.forward import Run, forward
 from vlmscope.runs.hooks import Plain, eager
 from vlmscope.runs.network import Network, has
 from vlmscope.sites import Point, Site
@@ -98,10 +98,10 @@ def linear(norm: nn.Module, x: Vector, dtype: torch.dtype) -> Linear:
 
 @dataclass(frozen=True, eq=False)
 class Direct:
-    """What one run writes at its last position, `at`, and what of it is read there.
+    """What one run writes at a position, `at`, and what of it is read there.
 
     A logit difference, or the logit of one token, is `direction` times the stream plus `bias`: `value`, the
-    run's own. `values` are whole activations by point.
+    run's own. `values` are whole activations by point, `peers` what is read at other positions of the run.
     """
 
     network: Network
@@ -112,10 +112,8 @@ class Direct:
     value: float
     direction: Vector
     bias: float
-
-    @property
-    def at(self) -> int:
-        return len(self.inputs.layout[self.network.speaker].tokens) - 1
+    at: int
+    peers: list[Direct] = field(default_factory=list, repr=False)
 
     def written(self, layer: int, kind: str, part: str = "") -> Vector | None:
         """What stands at a point, at the last position; None in a layer that the run passes over."""
@@ -131,7 +129,7 @@ class Direct:
         key = site.layer, site.kind
         if site.source:
             if site.kind not in self._shares:
-                self._shares[site.kind] = self._read(site.kind)
+                self._read(site.kind)
             shares = self._shares[site.kind].get(site.layer)
             if shares is None:
                 return 0.0
@@ -200,8 +198,9 @@ class Direct:
     def _shares(self) -> dict[str, dict[int, Array]]:
         return {}
 
-    def _read(self, kind: str) -> dict[int, Array]:
-        """By layer: how much each head brings of each position that it reads, `(heads, positions)`."""
+    def _read(self, kind: str) -> None:
+        """Keep by layer how much each head brings of each position that it reads, `(heads, positions)`; for
+        all peers in one run."""
         network, tower = self.network, self.network.speaker
         modules = network.attention_modules(tower, kind)
         if eager(modules[0]) is None:
@@ -211,25 +210,27 @@ class Direct:
             )
         layers = dict(zip(modules, network.shapes[tower].having(kind), strict=True))
         layout = self.inputs.layout.get(network.attended(tower, kind))
-        found: dict[int, Array] = {}
+        every = self.peers or [self]
+        for one in every:
+            one._shares[kind] = {}
 
         def pay(plain: Plain, module: Any, q: Tensor, k: Tensor, v: Tensor, mask: Any, **kw: Any) -> Any:
             layer = layers[module]
-            paid = _paid(plain, module, q, k, mask, self.at, **kw).double()
             values = v.transpose(0, 1).flatten(1, 2).double()  # heads, all keys, width
-            values = values.repeat_interleave(len(paid) // len(values), 0)
-            back = self.back((layer, kind))[0].to(values).unflatten(0, (len(paid), -1))
-            shares = paid * torch.einsum("hkw,hw->hk", values, back)
-            if layout is not None and shares.shape[1] < len(layout.tokens):
-                every = shares.new_zeros(len(shares), len(layout.tokens))
-                every[:, unpadded(layout)] = shares
-                shares = every
-            found[layer] = shares.cpu().numpy()
+            values = values.repeat_interleave(q.shape[1] // len(values), 0)
+            for one in every:
+                paid = _paid(plain, module, q, k, mask, one.at, **kw).double()
+                back = one.back((layer, kind))[0].to(values).unflatten(0, (len(paid), -1))
+                shares = paid * torch.einsum("hkw,hw->hk", values, back)
+                if layout is not None and shares.shape[1] < len(layout.tokens):
+                    whole = shares.new_zeros(len(shares), len(layout.tokens))
+                    whole[:, unpadded(layout)] = shares
+                    shares = whole
+                one._shares[kind][layer] = shares.cpu().numpy()
             return plain(module, q, k, v, mask, **kw)
 
         with network.alone(), network.attending(tower, pay, kind):
             forward(network, self.inputs, self.edits)
-        return found
 
     def total(self) -> float:
         """The sum over all writers and biases, which is `value` but for rounding."""
@@ -252,14 +253,45 @@ def direct(
 
     The heads and neurons of `sites` are kept, and all sublayers are.
     """
+    return _at(network, inputs, edits, _run(network, inputs, sites, edits, 1), -1, answer, foil)
+
+
+@torch.inference_mode()
+def directs(
+    network: Network, inputs: Inputs, answers: Sequence[int], sites: Iterable[Site] = ()
+) -> list[Direct]:
+    """For each of the last positions of one run what reads the logit of the token that follows there."""
+    run, found, many = _run(network, inputs, sites, (), len(answers)), list[Direct](), len(answers)
+    for n, token in enumerate(answers):
+        found.append(_at(network, inputs, (), run, n - many, token, None, found))
+    return found
+
+
+def _run(
+    network: Network, inputs: Inputs, sites: Iterable[Site], edits: Sequence[Edit], positions: int
+) -> Run:
     tower, shape = network.speaker, network.shapes[network.speaker]
     keep = {Point(tower, n, kind) for kind in WRITERS for n in shape.having(kind)}
     keep |= {Point(tower, 0, "resid_pre"), Point(tower, shape.layers - 1, "resid")}
     parts = [part for site in sites for part in site.parts if part.part or part.source]
     keep |= {part.point._replace(part="n" if part.kind == "mlp" else "h") for part in parts}
-    run = forward(network, inputs, edits, keep)
-    logits = run.logits[-1].double()
-    stream = run.values[Point(tower, shape.layers - 1, "resid")][0, -1].double()
+    return forward(network, inputs, edits, keep, positions)
+
+
+def _at(
+    network: Network,
+    inputs: Inputs,
+    edits: Sequence[Edit],
+    run: Run,
+    at: int,
+    answer: int,
+    foil: int | None,
+    peers: list[Direct] | None = None,
+) -> Direct:
+    """What is read at a position of a run, counted from its end."""
+    tower, shape = network.speaker, network.shapes[network.speaker]
+    logits = run.logits[at].double()
+    stream = run.values[Point(tower, shape.layers - 1, "resid")][0, at].double()
     norm = linear(network.module(network.family.norm or ""), stream, network.dtype)
     normed = network.module(network.family.norm or "")(stream.to(network.dtype)[None, None])[0, 0].double()
     head: Any = network.module(network.family.head)
@@ -274,7 +306,9 @@ def direct(
         direction, bias = direction + factor * row, bias + factor * more
     direction, shift = norm.back(direction)
     value = float(logits[answer] - (0.0 if foil is None else logits[foil]))
-    return Direct(network, inputs, tuple(edits), run.logits[-1], run.values, value, direction, bias + shift)
+    place = len(inputs.layout[tower].tokens) + at
+    read = (run.logits[at], run.values, value, direction, bias + shift, place)
+    return Direct(network, inputs, tuple(edits), *read, [] if peers is None else peers)
 
 
 def _paid(

@@ -8,7 +8,7 @@ no row.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import cache
@@ -23,7 +23,7 @@ from vlmscope.errors import RoomError
 from vlmscope.models.inputs import CUTS, Pair
 from vlmscope.patching.flows import INSIDE, Flow, Job, Plain, Row, Rows, around, keeping
 from vlmscope.patching.reference import Values
-from vlmscope.patching.scores import Baselines, Metric, Patched, Score, score, unpatched
+from vlmscope.patching.scores import Baselines, Chunks, Metric, Patched, Score, score, unpatched
 from vlmscope.patching.sources import origins_of
 from vlmscope.patching.suffix import Suffix, remembering
 from vlmscope.patching.trace import Images, given, trace
@@ -78,8 +78,13 @@ def patch(
         source, origins = given(network, base.values, sites, values)
     inputs, edits = plain[base_at]
     job = Job(network, inputs, network.changes(inputs, edits), base, source, memory, count, cut)
-    chunks = _chunks(job, sites, origins, found, metric, clean if direction == "noise" else corrupt)
-    return Patched(clean, corrupt, size, chunks)
+    unchanged = clean if direction == "noise" else corrupt
+
+    def more(sites: Sequence[Site]) -> Chunks:
+        return _chunks(job, sites, [site.parts for site in sites], found, metric, unchanged)
+
+    chunks = _chunks(job, sites, origins, found, metric, unchanged)
+    return Patched(clean, corrupt, size, chunks, more)
 
 
 def _points(network: Network, pair: Pair, sites: Sequence[Site], are_edges: bool) -> set[Point]:
@@ -216,11 +221,11 @@ def _chunks(
     base: Baselines,
     metric: str | Metric,
     unchanged: Score,
-) -> Iterator[tuple[list[int], Score]]:
+) -> Chunks:
     """The scores of all patches, a batch of rows at a time."""
     planned, idle = plan(job, sites, origins)
     if idle:
-        yield idle, Score(*(x.expand(len(idle)).clone() for x in unchanged))
+        yield idle, Score(*(x.expand(len(idle), *x.shape).clone() for x in unchanged))
     for (number, name), group in groupby(planned, key=lambda entry: entry[:2]):
         flow, tower = FLOWS[name], list(job.network.family.towers)[number]
         rows = [row for *_, row in group]

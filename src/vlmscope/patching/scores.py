@@ -7,7 +7,7 @@ computed in float32 at least, whatever the model's precision, and given in float
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from vlmscope.errors import VlmscopeError
 from vlmscope.models.inputs import Pair
+from vlmscope.sites import Site
 
 _NOISE = re.compile(r"[^\w\s]|\b(a|an|the)\b")
 
@@ -39,11 +40,13 @@ Metric = Callable[[Float[Tensor, "rows vocabulary"], Baselines], Float[Tensor, "
 
 
 class Score(NamedTuple):
-    """P(answer), LD = logit(answer) − logit(foil) (NaN without a foil) and the metric, a value a row."""
+    """P(answer), LD = logit(answer) − logit(foil) (NaN without a foil) and the metric, a value a row; and the
+    log-probability of each token of the answer by itself, in nats."""
 
     p: Float[Tensor, "*rows"]
     ld: Float[Tensor, "*rows"]
     value: Float[Tensor, "*rows"]
+    tokens: Float[Tensor, "*rows positions"]
 
 
 def _kl(logits: Float[Tensor, "rows vocabulary"], base: Baselines) -> Float[Tensor, "rows"]:
@@ -82,7 +85,8 @@ def score(
     total = logits.logsumexp(-1).double()
     at = torch.arange(logits.shape[1], device=logits.device)
     answers = logits[:, at, torch.tensor(base.answers, device=logits.device)].double()
-    logprob = (answers - total).sum(-1)
+    tokens = answers - total
+    logprob = tokens.sum(-1)
     p, ld = logprob.exp(), torch.full_like(logprob, torch.nan)
     if base.foil is not None and len(base.answers) == 1:
         ld = answers[:, 0] - logits[:, 0, base.foil].double()
@@ -90,9 +94,10 @@ def score(
         value = metric(logits[:, -1], base).double()
         if value.shape != p.shape:
             raise VlmscopeError(f"the metric gave the shape {tuple(value.shape)}; expected {tuple(p.shape)}")
-        return Score(p, ld, value)
+        return Score(p, ld, value, tokens)
     named = {"ld": ld, "p": p, "logprob": logprob}
-    return Score(p, ld, named[metric] if metric in named else _kl(logits[:, -1], base))
+    value = named[metric] if metric in named else _kl(logits[:, -1], base)
+    return Score(p, ld, value, tokens)
 
 
 def logit_difference(logits: Float[Tensor, "vocabulary"], pair: Pair) -> float:
@@ -155,11 +160,16 @@ def agrees(predicted: str, answer: str) -> bool:
     return plain[0] == plain[1]
 
 
+Chunks = Iterator[tuple[list[int], Score]]
+"""The numbers of sites (each once over all chunks) and their scores, as they are computed."""
+
+
 class Patched(NamedTuple):
-    """What a sweep over one pair gives: two baselines, the size of their largest logit, and chunks of rows as
-    they are computed: the numbers of sites (each once over all chunks) and their scores."""
+    """What a sweep over one pair gives: two baselines, the size of their largest logit, and chunks of rows.
+    The engine's `more` gives those of further sites at the same points, with no run computed again."""
 
     clean: Score
     corrupt: Score
     size: float
-    chunks: Iterator[tuple[list[int], Score]]
+    chunks: Chunks
+    more: Callable[[Sequence[Site]], Chunks] | None = None

@@ -21,6 +21,7 @@ CIRCUITS = Format(
                 "tower": str,
                 "kind": str,
                 "heads": int,
+                "runs": int,
                 "in_every_run": int,
                 "expected": (float, None),
                 "p_value": (float, None),
@@ -225,6 +226,62 @@ LENS = {
     )
 }
 """What `lens` wrote, in the form of `NEURONS`."""
+
+EXPLAIN = {
+    "explain": Format(
+        "explain.json",
+        {
+            "what": "explain",
+            "model": str,
+            "weights": str,
+            "family": str,
+            "dtype": str,
+            "prompt": str,
+            "answer": str,
+            "reference": str,
+            "direction": str,
+            "rounding": float,
+            "grid": [int],
+            "cells": int,
+            "alone": int,
+            "patches": int,
+            "further": int,
+            "edge": str,
+            "window": int,
+            "region": ([float], None),
+            "view": [float],
+            "lacking": [str],
+        },
+        {
+            "words.csv": Table(
+                "word:int text:text start:int end:int tokens:int logprob:float without:float "
+                "spearman_knockout:float? spearman_gradient:float? spearman_attention:float? sinks:share? "
+                "left:share region:float? region_knockout:float?",
+                "word",
+            ),
+            "cells.csv": Table(
+                "word:int row:grid column:grid rows:int columns:int exact:float knockout:float? "
+                "gradient:float? attention:share?",
+                "word row column",
+                may_be_empty=True,
+            ),
+            "layers.csv": Table(
+                "word:int tower:tower kind:kind layer:grid knockout:float", "word layer", may_be_empty=True
+            ),
+            "heads.csv": Table(
+                "word:int tower:tower kind:kind layer:grid head:grid knockout:float direct:float?",
+                "word layer head",
+                may_be_empty=True,
+            ),
+            "neurons.csv": Table(
+                "word:int layer:grid neuron:int score:float tokens:text", "word layer neuron"
+            ),
+            **_PICTURES,
+        },
+        WAY_OUT,
+    )
+}
+"""What `explain` wrote, in the form of `NEURONS`."""
 
 NEURONS = {
     "find": Format(

@@ -43,8 +43,8 @@ def estimated(
         found = estimate(model, pair, placed, task.direction, metric=task.metric, **how)
         totals += found.scores / len(pairs)
         for run, scores in (("clean", found.clean), ("corrupt", found.corrupt)):
-            for name, score in scores._asdict().items():
-                base[f"{name}_{run}"] += score.item() / len(pairs)
+            for name in ("p", "ld", "value"):
+                base[f"{name}_{run}"] += getattr(scores, name).item() / len(pairs)
         step(len(placed), (number + 1) / len(pairs) / (2 if task.verify else 1))
     exact: dict[int, float] = {}
     if task.verify:

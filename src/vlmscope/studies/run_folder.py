@@ -98,7 +98,7 @@ _SHAPE = {
     "description?": ({"towers?": {str: _TOWER}}, None),
     "check?": ({"rows": int, "largest": float}, None),
 }
-_WORDS = {f"{name}?": str for name in ("id", "clean_prompt", "corrupt_prompt", "answer", "foil")}
+_WORDS = {"id": str} | {f"{name}?": str for name in ("clean_prompt", "corrupt_prompt", "answer", "foil")}
 _INDEX = b"vlmscope.index"
 _UNIT = re.compile(r"b|[hqkvpn](\d{1,7}|\[[\d,]{1,9999}\])", re.ASCII)
 _SITE = re.compile(r"[a-z]+\.\d{1,3}(/\d{1,3})?\.[a-z_]+[.@]", re.ASCII)
@@ -297,7 +297,7 @@ def _check_places(effects: pa.Table) -> None:
     for unit in effects["unit"].unique().to_pylist():
         if unit is not None and not _UNIT.fullmatch(unit):
             raise ValueError(f"unknown unit {unit}")
-    for name, limit in (("layer", stored.GRID), ("position", 2**31)):
+    for name, limit in (("layer", stored.GRID), ("position", 2**24)):
         ends = pc.min_max(effects[name])
         if ends["min"].is_valid and not 0 <= ends["min"].as_py() <= ends["max"].as_py() < limit:
             raise ValueError(f"{name} {ends['min']} to {ends['max']}")

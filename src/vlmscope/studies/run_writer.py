@@ -170,9 +170,9 @@ class Writer:
         if self._waiting:
             name = f"part-{self._next:06d}.parquet"
             rows, baselines = self.path / self.table / name, self.path / "baselines" / name
-            files.write(rows, parquet([(held, table) for held, table, _ in self._waiting]))
+            self._write(rows, parquet([(held, table) for held, table, _ in self._waiting]))
             try:
-                files.write(
+                self._write(
                     baselines,
                     parquet([(h._replace(rows=table.num_rows), table) for h, _, table in self._waiting]),
                     ends=self.path / "done.json",
@@ -191,6 +191,7 @@ class Writer:
         """Keep in `run.json` how many rows were recomputed, and the largest difference."""
         self.check = dict(check)
         self._content["check"] = self.check
+        self._still_there()
         write_json(self.path / "run.json", self._content)
 
     def finish(self) -> None:
@@ -219,9 +220,19 @@ class Writer:
         for name in ("clean", "corrupt"):
             picture = example.get(f"{name}_image")
             if picture is not None:
-                files.write(folder / f"{index:04d}-{name}.png", small_png(picture))
+                self._write(folder / f"{index:04d}-{name}.png", small_png(picture))
         words = {k: str(example[k]) for k in _FIELDS if example.get(k) is not None}
+        self._still_there()
         write_json(folder / f"{index:04d}.json", words)
+
+    def _write(self, file: Path, content: bytes, ends: Path | None = None) -> None:
+        self._still_there()
+        files.write(file, content, ends)
+
+    def _still_there(self) -> None:
+        """Refuse to write into a folder that is gone: it would come back without what says what it is."""
+        if not (self.path / "run.json").exists():
+            raise StoreError(f"{self.path}: is gone, or its run.json; run the same command again")
 
     def close(self) -> None:
         """Let go of the folder, without writing what waits."""

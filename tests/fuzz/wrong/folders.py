@@ -31,6 +31,12 @@ MADE = {
     "lens": "lens --model toy-llava --data states --limit 2 --sites decoder.3.resid@image* --out lens",
     "attribution": "attribute --model toy-llava --data states --limit 2 --sites decoder.*.attn.h*@readout "
     "--sites decoder.3.attn@readout<image* --out attribution",
+    "knockout": "knockout --model toy-llava --data states --limit 2 --sites decoder.1/3.attn@last<image "
+    "--out knockout",
+    "steer": f"steer {TOY} --limit 4 --sites encoder.0.resid@last --corrupt image --random 2 "
+    "--said 1 --out steer",
+    "probe": "probe --model toy-blip --data states --limit 24 --sites encoder.0.resid@last --label kind "
+    "--shuffles 2 --out probe",
     "notice": f"notice {TOY} --limit 4 --out notice",
     "find": "neurons find --model toy-llava --data states --limit 3 --top 10 --out find",
     "describe": "neurons describe --model toy-llava --data states --limit 3 --neuron 3.48 --out describe",
@@ -55,7 +61,7 @@ pictures = {name: Image.new("RGB", (8, 8)) for name in "ab"}
 Assessed(edited, measures, captions, columns, objects, pictures).save("edit")
 """
 """Those that take a minute to make, from values."""
-IGNORED = ("report", "data/", ".lock", "heads.csv", "tracing.csv", "sites.txt")
+IGNORED = ("report", "data/", ".lock", "heads.csv", "tracing.csv", "sites.txt", "direction.safetensors")
 """Files that no command reads again, by what is in their path."""
 
 
@@ -225,7 +231,8 @@ def strange_json(random: Random, file: Path) -> bool:
 def lacking_json(random: Random, file: Path) -> bool:
     content = json.loads(file.read_text("utf-8"))
     optional = (
-        "check description family weights examples top variant gain files id clean_prompt answer foil".split()
+        "check description family weights examples top variant gain files id clean_prompt answer foil "
+        "from to".split()
     )
     key = random.choice([key for key in content if key not in optional or "noise" in content] or ["id"])
     content[key] = [1]
@@ -446,7 +453,7 @@ def fixed(top: Path, good: Path) -> Iterator[Case]:
 def cases(random: Random, top: Path) -> Iterator[Case]:
     good = good_folders(top)
     yield from fixed(top, good)
-    kinds = ["run", "run", "circuits", "heads", "tracing", "notice", "find", "describe", "perturb", "edit"]
+    kinds = ["run", *MADE, "perturb", "edit"]
     number = 0
     while True:
         kind = random.choice(kinds)
@@ -456,7 +463,7 @@ def cases(random: Random, top: Path) -> Iterator[Case]:
         made = Path(shutil.copytree(good / kind, folder / kind))
         held = [file for file in sorted(made.rglob("*")) if file.is_file()]
         file = random.choice([f for f in held if not _is_ignored(f.relative_to(made), kind)])
-        harm = random.choice(ANY + BY_SUFFIX[file.suffix] * 2)
+        harm = random.choice(ANY + BY_SUFFIX.get(file.suffix, ()) * 2)
         what = f"{kind}/{file.relative_to(made)}: {harm.__name__}"
         try:
             harm(random, file)
@@ -501,5 +508,7 @@ def _is_ignored(file: Path, kind: str) -> bool:
     path = f"{kind}/{file}"
     if kind == "tracing" and "repeats" in path and ("00/baselines" not in path and "00/run.json" not in path):
         return True  # of the repeats a report reads the first one's baselines
-    is_left = kind == "notice" and (file.name in ("selection.csv", "notice.toml") or "patches" in path)
+    is_left = kind == "notice" and (
+        file.name in ("selection.csv", "selection.json", "notice.toml") or "patches" in path
+    )
     return is_left or any(part in path for part in IGNORED if part != "heads.csv") or file.name == "heads.csv"

@@ -123,18 +123,25 @@ WRONG: dict[str, tuple[str, ...]] = {
 }
 """By the name of an option, what has the right type and still is wrong."""
 OUT = ("out", "export")
+BESIDE = ("tracing", "circuits", "heads", "lens", "steer", "probe")
+BESIDE += ("neurons find", "neurons describe", "neurons perturb")
+"""Commands whose files may stand beside others in a folder."""
 INPUTS = {"image": FILES, "other": FILES, "spec": FILES, "on": FILES, "files": FILES}
 
 
 def values(option: Option, command: str) -> tuple[str, ...]:
     """Wrong values of an option."""
     found = WRONG.get(option.name, ())
+    if (command, option.name) == ("steer", "word"):  # any that its model can spell
+        found = (LONG,)
     if (command, option.name) == ("neurons find", "top"):
         found = ()
     if option.kind is int:
         return (*found, *NUMBERS, *FRACTIONS)
     if option.kind is float:
         return (*found, *(number for number in NUMBERS if number != "1" + "0" * 12))
+    if option.kind is Path and option.name == "out" and command in BESIDE:
+        return (*found, *(place for place in PLACES if place != "root"))
     if option.kind is Path:
         return (*found, *(PLACES if option.name in OUT else INPUTS.get(option.name, FOLDERS)))
     if choices := get_args(option.kind):

@@ -85,7 +85,7 @@ def fits(argv: list[str]) -> Callable[[str], bool]:
 
 def options(random: Random) -> tuple[str, dict[str, str]]:
     """Answers that cannot be told apart, or not said."""
-    shared = "red " * random.choice([31, 60, 200])
+    shared = "red " * random.choice([32, 60, 200])
     every = {
         "60 words in common": {"correct_answer": shared + "red", "incorrect_answer": shared + "blue"},
         "an unknown answer": {"correct_answer": "日本"},

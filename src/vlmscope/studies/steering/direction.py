@@ -21,6 +21,7 @@ from vlmscope.errors import ModelError, SiteError, StoreError, VlmscopeError, ne
 from vlmscope.models.inputs import Edit, Inputs
 from vlmscope.runs.model import Model
 from vlmscope.sites import Pattern
+from vlmscope.stored import tensors as stored_tensors
 
 EXPECTED = "a file of `vlmscope steer`"
 LARGEST = 2**32
@@ -122,7 +123,7 @@ class Direction:
         tensors = {site: vector.cpu().contiguous() for site, vector in self.vectors.items()}
         digest = _digest(tensors, self.model, self.best, about)
         metadata = {"format": "pt", "vlmscope": "direction", "model": self.model, "best": self.best}
-        return save(tensors, metadata | {"about": about, "sha256": digest})
+        return stored_tensors.in_order(save(tensors, metadata | {"about": about, "sha256": digest}))
 
     @classmethod
     def claim(cls, path: Path) -> None:
@@ -138,8 +139,7 @@ class Direction:
         content = files.read(path, EXPECTED, StoreError, LARGEST, within=within)
         try:
             tensors = load(content)
-            header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
-            metadata = header.get("__metadata__", {})
+            metadata = stored_tensors.metadata(content)
             if metadata.get("vlmscope") != "direction":
                 raise StoreError(f"{path}: not a direction; expected {EXPECTED}")
             about, model, best = json.loads(metadata["about"]), metadata["model"], metadata["best"]
