@@ -16,6 +16,7 @@ from vlmscope.checkpoint import load, toys
 from vlmscope.errors import ModelError
 from vlmscope.models.families import MODULES, families
 from vlmscope.patching import engine, reference
+from vlmscope.patching.gradients import estimate
 from vlmscope.runs import corrupt
 from vlmscope.runs.model import Model
 from vlmscope.sites import Pattern, expand, place
@@ -260,6 +261,9 @@ def test_weights_of_four_bits(larger, monkeypatch):
     assert model.precision == "4bit"
     # Both ways round to bfloat16 after each layer, in another order.
     compare(model, 0.15)
+    pair = corrupt.pairs(model, example(), "image")[0]
+    with pytest.raises(ModelError, match="no gradients go through weights of 4 bits on a CPU; take a GPU"):
+        estimate(model, pair, "decoder.*.mlp.n*@last")
 
 
 def test_weights_of_four_bits_that_cannot_be_had(larger, monkeypatch):

@@ -49,6 +49,15 @@ def test_the_python_of_the_page_on_lenses_runs(tmp_path, monkeypatch, capsys):
     assert (tmp_path / "runs" / "words.html").exists()
 
 
+def test_the_python_of_the_page_on_attribution_runs(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    page = (Path(__file__).parent.parent / "docs" / "attribution.md").read_text("utf-8")
+    (block,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    exec(compile(block, "attribution.md", "exec"), {})
+    assert "decoder.mlp.n: good. Rank correlation with exact patches 0.9" in capsys.readouterr().out
+    assert (tmp_path / "runs" / "atp.html").exists()
+
+
 def test_the_python_of_the_page_on_words_runs(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     page = (Path(__file__).parent.parent / "docs" / "explain.md").read_text("utf-8")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,16 +13,25 @@ from jaxtyping import Float
 from numpy.typing import NDArray
 from torch import Tensor
 
-from vlmscope.errors import VlmscopeError
+from vlmscope.errors import ModelError, VlmscopeError
 from vlmscope.models.inputs import Edit, Inputs, Pair
 from vlmscope.patching.scores import Baselines, Metric, score
 from vlmscope.runs.forward import forward
-from vlmscope.runs.network import Network
+from vlmscope.runs.network import QUANTIZED, Network
 from vlmscope.sites import Point, Site
 
-Array = NDArray[np.float64]
+Array = NDArray[np.floating[Any]]
 Take = Callable[[Point, Tensor], Mapping[Point, Array]]
 """From a point and the gradient there to sums over places, of this point or others."""
+
+
+def check_network(network: Network) -> None:
+    """Raises `ModelError` for a model through which no gradients go."""
+    if network.precision == QUANTIZED and network.device.type == "cpu":
+        raise ModelError(
+            f"{network.name}: no gradients go through weights of 4 bits on a CPU; take a GPU, or another "
+            "precision (--dtype)"
+        )
 
 
 class Index:
@@ -50,7 +60,7 @@ class Index:
         of = [n for positions, n in self.places[point].items() for _ in positions]
         sums = whole.new_zeros(len(self.places[point]), whole.shape[1])
         sums.index_add_(0, torch.tensor(of, device=each.device), whole[at])
-        return sums.double().cpu().numpy()
+        return sums.cpu().numpy()
 
     def product(self, point: Point, delta: Tensor, gradient: Tensor) -> Array:
         """Σ delta · gradient over the places of a point; what both runs share counts nothing."""
@@ -71,6 +81,7 @@ class Runs:
     """The two runs of a pair, as the one that is patched and the one that values come from."""
 
     def __init__(self, network: Network, pair: Pair, direction: str, metric: str | Metric) -> None:
+        check_network(network)
         runs: list[tuple[Inputs, Sequence[Edit]]] = [(pair.clean, ()), (pair.corrupt, pair.edits)]
         self.network, self.pair, self.metric, self.count = network, pair, metric, len(pair.answers)
         self.is_clean = direction == "noise"

@@ -105,19 +105,47 @@ class Found(NamedTuple):
 
 def _at_base(runs: Runs, index: Index) -> Found:
     """From the gradient at the base run."""
+    sums, logits = _moved(runs, index)
+    return Found(index.scores(sums), logits)
+
+
+def _moved(runs: Runs, index: Index) -> tuple[dict[Point, Array], tuple[Tensor, Tensor]]:
     there = forward(runs.network, *runs.source, index.points, runs.count)
     run = Backward.at_base(runs, index, index.points, there.logits)
     sums = run.sums(lambda point, gradient: run.moved(point, there.values[point], gradient))
-    return Found(index.scores(sums), (run.logits.detach(), there.logits))
+    return sums, (run.logits.detach(), there.logits)
+
+
+def everywhere(
+    network: Network,
+    pair: Pair,
+    points: Iterable[Point],
+    direction: str = "denoise",
+    metric: str | Metric = "ld",
+) -> dict[Point, Array]:
+    """`atp` of every unit at every position of some points, `(positions, units)` each (one unit, where the
+    point has none): many millions of sites, without naming them one by one.
+
+    >>> from vlmscope.checkpoint import load
+    >>> from vlmscope.data import examples
+    >>> model = load("toy-llava")
+    >>> pair = model.prepare(examples("states", limit=1)[0])
+    >>> found = everywhere(model, pair, [Point("decoder", 3, "mlp", "n")])
+    >>> [scores.shape[1] for scores in found.values()] == [model.shapes["decoder"].neurons]
+    True
+    """
+    lengths = {point: len(pair.clean.layout[point.tower].tokens) for point in points}
+    sites = [Site(*point, (), str(n), (n,)) for point, many in lengths.items() for n in range(many)]
+    index = Index(network, sites)
+    sums, _ = _moved(Runs(network, pair, direction, metric), index)
+    nothing = {p: np.zeros((many, network.units(p) or 1)) for p, many in lengths.items() if p not in sums}
+    return sums | nothing
 
 
 def _relevant(runs: Runs, index: Index) -> Found:
-    """The same under the rules of relevance."""
-    there = forward(runs.network, *runs.source, index.points, runs.count)
+    """The same under the rules of relevance, which hold in the backward pass alone."""
     with relevance(runs.network, runs.base[0], _towers(runs.network, index.points)):
-        run = Backward.at_base(runs, index, index.points, there.logits)
-    sums = run.sums(lambda point, gradient: run.moved(point, there.values[point], gradient))
-    return Found(index.scores(sums), (run.logits.detach(), there.logits))
+        return _at_base(runs, index)
 
 
 def _towers(network: Network, points: Iterable[Point]) -> list[str]:

@@ -43,11 +43,13 @@ def section(run: Run, title: str, gallery: Gallery) -> Section:
     known, excluded = knows(base), base["excluded"].astype(bool)
     examples = run.pictures()
     pictures = {e["id"]: e["clean_image"] for e in examples if e.get("clean_image") and "id" in e}
-    found = agreement(table, run.spec["verify"]) if run.spec.get("verify") else {}
+    signed = method != "atp-star"
+    found = agreement(table, run.spec["verify"], signed=signed) if run.spec.get("verify") else {}
     shown: list[tuple[str, Shown]] = []
     if found:
         kinds = dict(list(found.items())[:MOST])
         rows = table[table["exact"].notna()]
+        rows = rows if signed else rows.assign(exact=rows["exact"].abs())
         drawn = scores_and_effects(rows, kinds)
         words = {"rows": rows, "method": NAMES.get(method, method)}
         shown.append(

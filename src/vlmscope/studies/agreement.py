@@ -31,8 +31,9 @@ def part_of(table: pd.DataFrame) -> pd.Series[str]:
     return table["unit"].astype("string").str.get(0).fillna("").astype(object)
 
 
-def agreement(table: pd.DataFrame, verify: int) -> dict[str, Any]:
-    """What `exact` says of `score` in a table of `attribute(…, verify=verify)`, by kind of site.
+def agreement(table: pd.DataFrame, verify: int, *, signed: bool = True) -> dict[str, Any]:
+    """What `exact` says of `score` in a table of `attribute(…, verify=verify)`, by kind of site; where scores
+    have no sign (`signed`), what its size says.
 
     For each kind, such as `decoder.attn.h`: the number of `sites` over all examples, and of those that were
     `verified`; `spearman` and `pearson` of score and exact, and `recall`, by k the share of the k largest
@@ -48,7 +49,8 @@ def agreement(table: pd.DataFrame, verify: int) -> dict[str, Any]:
     >>> round(found["spearman"], 6), found["recall"], found["unseen"], found["drawn"], found["above"]
     (1.0, {'1': 1.0}, 2, 1, 0)
     """
-    rows = table.assign(part=part_of(table))
+    exact = table["exact"] if signed else table["exact"].abs()
+    rows = table.assign(part=part_of(table), exact=exact)
     return {
         ".".join(filter(None, map(str, names))): _of_kind(some, verify)
         for names, some in rows.groupby(KEYS, sort=False)

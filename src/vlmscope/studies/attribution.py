@@ -17,6 +17,7 @@ from vlmscope import files
 from vlmscope.data import Examples, listed
 from vlmscope.errors import SEED, DataError, ExampleError, SiteError, VlmscopeError, shown, whole
 from vlmscope.patching import gradients as estimates
+from vlmscope.patching.backward import check_network
 from vlmscope.patching.direct import check_place
 from vlmscope.patching.scores import Metric
 from vlmscope.runs import corrupt as corruptions
@@ -108,7 +109,7 @@ def attribute(
         found = _check(task, base, table)
     table.attrs["check"] = found
     if verify:
-        table.attrs["agreement"] = agreement(table, verify)
+        table.attrs["agreement"] = _agreement(task, table)
     return table
 
 
@@ -140,6 +141,7 @@ def _task_of(
             "image, text or noise), or take the method direct"
         )
     task = task_of(model, examples, sites, corrupt, **options)
+    check_network(model)
     for site in expand(parse(task.sites), model.shapes):
         estimates.check_place(site, method)
     if task.metric == "kl" and task.direction == "noise" and method != "ig":
@@ -205,8 +207,12 @@ def _spec_of(task: Attribution, data: str) -> dict[str, Any]:
 def _check_run(task: Attribution, run: Run) -> dict[str, Any] | None:
     table = run.attributions()
     if task.verify:
-        files.write_json(run.path / "agreement.json", agreement(table, task.verify))
+        files.write_json(run.path / "agreement.json", _agreement(task, table))
     return _check(task, run.baselines(), table)
+
+
+def _agreement(task: Attribution, table: pd.DataFrame) -> dict[str, Any]:
+    return agreement(table, task.verify, signed=task.method != "atp-star")
 
 
 def _check(task: Attribution, base: pd.DataFrame, table: pd.DataFrame) -> dict[str, Any] | None:
