@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -27,6 +28,8 @@ EXAMPLES = 64
 """On how many examples a ranking is made."""
 SHOWN = 24
 """On how many the slower measures are."""
+OTHERS = 12
+"""How many heads in which nothing is planted are labelled, of each model."""
 SPOKEN = 40
 """On how many neurons are."""
 POPULATION = {"C": 500, "D": 2_000}
@@ -190,7 +193,7 @@ def tool(recipe: Recipe) -> dict[str, Any]:
     )
     ours = assessed(found).set_index("part")["important"]
     same = (ours[names.tolist()].to_numpy() == table["important"].to_numpy()).mean()
-    named = labels_of(made, given)
+    named = labels_of(made, given, shown(made))
     return {
         "recipe": asdict(recipe),
         "sweep_against_plain": apart / abs(found.gap) if recipe.planted else apart,
@@ -199,6 +202,14 @@ def tool(recipe: Recipe) -> dict[str, Any]:
         **labelled(made, named),
         "important": float(table["important"].mean()),
     }
+
+
+def shown(made: Planted) -> list[Part]:
+    """The heads that are labelled: all planted ones, and some others."""
+    every = heads_of(made.model.hf)
+    others = [part for part in every if part not in made.roles]
+    drawn = random.Random(made.recipe.seed).sample(others, OTHERS)
+    return [part for part in every if part in made.roles or part in drawn]
 
 
 def labels_of(made: Planted, given: Scenes, parts: Sequence[Part] = ()) -> dict[Part, str]:

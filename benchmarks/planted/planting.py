@@ -337,12 +337,10 @@ class Gardener:
         voices = self.voices(attention(self.hf, "decoder", layer, "attn"))
         numbers = self.draw.sample(range(NEURONS), len(COLORS) * self.recipe.copies)
         other = token(self.made.model, "star")
-        [x] = self.fits.inputs([mlp.gate_proj])
-        colors, _ = self.fits.along(x[:, -1], self.path)
         with torch.no_grad():
             for n, neuron in enumerate(numbers):
                 color = n % len(COLORS)
-                read, said = colors[color].clone(), voices[:, color].clone()
+                read, said = self.path[:, color].clone(), voices[:, color].clone()
                 if self.recipe.polysemantic:
                     read += self.nouns[:, n % 2]
                     said += 0.5 * self.hf.lm_head.weight[other] / (self.hf.lm_head.weight[other] ** 2).sum()

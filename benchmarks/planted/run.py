@@ -127,15 +127,16 @@ def run_cells(part: str, quick: bool, seeds: int, until: float, keep: Keep) -> N
 
 def run_tool(quick: bool, seeds: int, until: float, keep: Keep) -> None:
     planted, plain, turned = [], [], []
+    among = SHARPNESS[::2] if quick else SHARPNESS
     for seed in range(seeds):
-        for form, say in FORMS:
-            if time.monotonic() > until:
-                break
-            recipe = Recipe(form, seed, effect=0.3, say=say)
-            planted.append(tool(recipe))
-            if say == "head":
-                plain.append(tool(replace(recipe, planted=False)))
-                turned.append(at_sharpness(recipe, SHARPNESS[::2] if quick else SHARPNESS))
+        recipes = [Recipe(form, seed, effect=0.3, say=say) for form, say in FORMS]
+        heads = [recipe for recipe in recipes if recipe.say == "head"]
+        works = [lambda r=recipe: planted.append(tool(r)) for recipe in recipes]
+        works += [lambda r=recipe: plain.append(tool(replace(r, planted=False))) for recipe in heads]
+        works += [lambda r=recipe: turned.append(at_sharpness(r, among)) for recipe in heads]
+        for work in works:
+            if time.monotonic() < until:
+                work()
         pairs = [pair for row in planted for pair in row["confusion"]]
         mean, each = macro_f1(pairs)
         models = summary([macro_f1(row["confusion"])[0] for row in planted])
@@ -143,7 +144,7 @@ def run_tool(quick: bool, seeds: int, until: float, keep: Keep) -> None:
             "labels": {"macro_f1": mean, "f1": each, "heads": len(pairs), "each_model": models},
             "decoys_named": share([yes for row in planted for yes in row["decoys_named"]]),
             "named_on_random": share([yes for row in plain for yes in row["named"]]),
-            "important_on_random": float(np.mean([row["important"] for row in plain])),
+            "important_on_random": float(np.mean([row["important"] for row in plain])) if plain else None,
             "changed_by_sharpness": share([len(set(some)) > 1 for row in turned for some in row.values()]),
         }
         keep("tool", result | {"planted": planted, "random": plain, "sharpness": turned})
