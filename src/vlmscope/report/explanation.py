@@ -171,7 +171,11 @@ def sentences(about: Mapping[str, Any], word: pd.Series[Any], cells: pd.DataFram
         after = _p(word["logprob"] - best["exact"])
         yield f"The {place} matters most: with it replaced P = {after} ({size} nats)."
     elif total <= about["rounding"]:
-        yield "It does not come from the picture."
+        yield (
+            "The picture speaks against it."
+            if total < -about["rounding"]
+            else "It does not come from the picture."
+        )
     elif gains:
         yield f"No cell by itself is worth more than rounding ({least})."
     else:
@@ -185,10 +189,10 @@ def _p(logprob: float) -> str:
     """A probability in percent, of very small ones the power of ten.
 
     >>> _p(-0.01), _p(-12.0), _p(0.0)
-    ('99.0 %', '6e-06', '100.0 %')
+    ('99.0\xa0%', '6e-06', '100.0\xa0%')
     """
     p = math.exp(min(0.0, logprob))
-    return f"{100 * p:.1f} %" if p >= 5e-4 else f"{p:.0e}"
+    return f"{100 * p:.1f}\xa0%" if p >= 5e-4 else f"{p:.0e}"
 
 
 def _bars(values: list[tuple[str, float]]) -> Iterator[Bar]:

@@ -25,7 +25,7 @@
 
   const draw = (canvas) => {
     const name = canvas.dataset.map;
-    const values = data.maps[name][word];
+    const values = data.maps[name][word].map((value, n) => value / (data.units[n][2] * data.units[n][3]));
     const peak = peakOf(values);
     canvas.width = 640;
     canvas.height = Math.round(640 * picture.naturalHeight / picture.naturalWidth);
@@ -36,7 +36,7 @@
     pen.fillRect(0, 0, canvas.width, canvas.height);
     data.units.forEach(([row, column, rows, columns], n) => {
       const place = [column * across, row * down, columns * across, rows * down];
-      pen.fillStyle = color(values[n] || 0, peak);
+      pen.fillStyle = color(values[n], peak);
       pen.fillRect(...place);
       if (n === unit) {
         pen.lineWidth = 5;
