@@ -49,7 +49,7 @@ def explain(
     patches: int = 64,
     length: int = 20,
 ) -> None:
-    """Where in the picture, and where in the model, each word comes from.
+    """Where in picture and model each word comes from.
 
     The model answers; each cell of the picture is replaced, and what that does to each word is on a page.
     """
