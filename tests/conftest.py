@@ -8,6 +8,7 @@ os.environ["OMP_NUM_THREADS"] = "1"
 
 import sys
 
+import pytest
 import torch
 
 if torchvision := os.environ.get("VLMSCOPE_TORCHVISION"):
@@ -26,3 +27,10 @@ LONG = ("test_families_that_need_torchvision",)
 
 def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: not item.name.startswith(LONG))
+
+
+@pytest.fixture
+def in_float64(monkeypatch):
+    """Norms and softmaxes of transformers compute in float32 in any model: no differences can be taken."""
+    monkeypatch.setattr(torch, "float32", torch.float64)
+    monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 
+import numpy as np
 import pandas as pd
 import pytest
 import torch
@@ -12,9 +14,12 @@ from models import blip, example, llava
 
 import vlmscope
 from vlmscope.errors import DataError, ExampleError, ModelError, SiteError, StoreError, VlmscopeError
+from vlmscope.patching.gradients import estimate
 from vlmscope.report import write_report
+from vlmscope.report.figures import scores_and_effects
 from vlmscope.runs import corrupt as corruptions
 from vlmscope.studies import attribution
+from vlmscope.studies.agreement import lines
 from vlmscope.studies.attribution import attribute
 from vlmscope.studies.run_folder import ATTRIBUTIONS
 
@@ -93,7 +98,7 @@ def test_a_folder_goes_on_and_grows(tmp_path, monkeypatch):
     model, given = FAMILIES["blip2-opt"](), others(3)
     whole = attribute(model, given, [*WRITERS, EDGES])
     done = 0
-    work = attribution._direct
+    work = attribution.written
 
     def stopped(*arguments):
         nonlocal done
@@ -102,10 +107,10 @@ def test_a_folder_goes_on_and_grows(tmp_path, monkeypatch):
             raise KeyboardInterrupt
         return work(*arguments)
 
-    monkeypatch.setattr(attribution, "_direct", stopped)
+    monkeypatch.setattr(attribution, "written", stopped)
     with pytest.raises(KeyboardInterrupt):
         attribute(model, given[:2], WRITERS, out=tmp_path / "run")
-    monkeypatch.setattr(attribution, "_direct", work)
+    monkeypatch.setattr(attribution, "written", work)
     assert len(vlmscope.open(tmp_path / "run").baselines()) == 1
     attribute(model, given[:2], WRITERS, out=tmp_path / "run")
     table = attribute(model, given, [*WRITERS, EDGES], out=tmp_path / "run")
@@ -140,6 +145,24 @@ def test_the_report_of_a_run(tmp_path):
     assert heads.loc[1, 2] == pytest.approx(row["score"].mean())
 
 
+def test_the_report_of_estimates(tmp_path):
+    model, sites = llava(), [*SITES, "decoder.*.resid@image*"]
+    table = attribute(model, others(2), sites, "image", method="atp", verify=4, out=tmp_path / "run")
+    page = write_report([tmp_path / "run"], tmp_path / "report.html").read_text()
+    for line in lines(table.attrs["agreement"]):
+        assert line in page
+    assert "Attribution patching: examples, image corrupted" in page
+    rows = pd.read_csv(tmp_path / "report-figures" / "run0-exact.csv")
+    known = table[table["exact"].notna()]
+    np.testing.assert_allclose(rows[["score", "exact"]], known[["score", "exact"]], rtol=1e-12)
+    found = table.attrs["agreement"]
+    axes = scores_and_effects(known, found)
+    assert [spot.get_title().split("\n")[0] for spot in axes] == list(found)
+    for spot, kind in zip(axes, found, strict=True):
+        assert spot.get_title().endswith(f"rank correlation {found[kind]['spearman']:.2f}")
+        assert len(spot.collections[0].get_offsets()) == found[kind]["verified"]
+
+
 @pytest.mark.parametrize(
     ("site", "words"),
     [
@@ -162,8 +185,8 @@ def test_what_cannot_be_attributed():
         attribute(blip(), example(), "decoder.*.mlp@readout")
     with pytest.raises(ModelError, match="do not tell what the attn heads"):
         attribute(FAMILIES["mplug-owl2"](), example(), "decoder.*.attn.h*@readout<*")
-    with pytest.raises(VlmscopeError, match="unknown method 'atp'; expected direct"):
-        attribute(model, example(), WRITERS, method="atp")
+    with pytest.raises(VlmscopeError, match="unknown method 'eap'; expected direct, atp"):
+        attribute(model, example(), WRITERS, method="eap")
     with pytest.raises(DataError, match="the word 'zebra' is unknown to the model's tokenizer"):
         attribute(model, example(), WRITERS, word="zebra")
     with pytest.raises(DataError, match="there are no examples"):
@@ -174,3 +197,105 @@ def test_what_cannot_be_attributed():
     with pytest.raises(DataError, match="the foil '' is empty"):
         attribute(model, alone, WRITERS)
     assert issubclass(ExampleError, DataError)
+
+
+SITES = ["decoder.*.attn.h*@*", "decoder.*.resid@*", "vision.*.mlp.n*@all"]
+
+
+def test_estimates_and_what_was_verified():
+    """Of each kind the best and as many random ones; exact is what a patch of the site changes."""
+    model = llava()
+    for direction in ("denoise", "noise"):
+        table = attribute(
+            model, example(), SITES, "image", method="atp", direction=direction, verify=5, metric="p"
+        )
+        assert list(table.columns) == ATTRIBUTIONS.names
+        swept = vlmscope.sweep(model, example(), SITES, "image", direction=direction, metric="p")
+        assert table["site"].tolist() == swept["site"].tolist()
+        known = table["exact"].notna()
+        np.testing.assert_allclose(
+            table.loc[known, "exact"], swept.loc[known, "p_change"], rtol=1e-9, atol=1e-15
+        )
+        for _, rows in table.groupby(["tower", "kind"]):
+            best = rows["score"].abs().nlargest(5).index
+            assert rows.loc[best, "exact"].notna().all() and rows["exact"].notna().sum() == 10
+        assert table.attrs["check"]["rows"] == 5 and table.attrs["check"]["largest"] < 1e-12
+        found = table.attrs["agreement"]
+        assert set(found) == {"decoder.attn.h", "decoder.resid", "vision.mlp.n"}
+        assert [found[kind]["sites"] for kind in found] == table.groupby(["tower", "kind"]).size().tolist()
+
+
+def test_noise_is_averaged_over_its_draws():
+    model, corruption = llava(), vlmscope.Noise(draws=3)
+    table = attribute(model, example(), SITES[0], corruption, method="atp", verify=10)
+    swept = vlmscope.sweep(model, example(), SITES[0], corruption)
+    known = table["exact"].notna()
+    np.testing.assert_allclose(
+        table.loc[known, "exact"], swept.loc[known, "ld_change"], rtol=1e-9, atol=1e-12
+    )
+    pairs = corruptions.pairs(model, example(), corruption)
+    each = [estimate(model, pair, SITES[0]).scores for pair in pairs]
+    np.testing.assert_allclose(table["score"], np.mean(each, 0), rtol=1e-12)
+
+
+def test_a_folder_of_estimates_goes_on(tmp_path, monkeypatch):
+    """As a sweep's; more examples are added, but no sites to what is verified."""
+    model, given, more = llava(), others(3), {"method": "atp", "verify": 3}
+    whole = attribute(model, given, SITES, "image", **more)
+    work, done = attribution.estimated, []
+
+    def stopped(*arguments):
+        done.append(1)
+        if len(done) > 1:
+            raise KeyboardInterrupt
+        return work(*arguments)
+
+    monkeypatch.setattr(attribution, "estimated", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        attribute(model, given[:2], SITES, "image", **more, out=tmp_path)
+    monkeypatch.setattr(attribution, "estimated", work)
+    assert not (tmp_path / "agreement.json").exists()
+    attribute(model, given[:2], SITES, "image", **more, out=tmp_path)
+    table = attribute(model, given, SITES, "image", **more, out=tmp_path)
+    pd.testing.assert_frame_equal(table, whole)
+    run = vlmscope.open(tmp_path)
+    assert json.loads((tmp_path / "agreement.json").read_text()) == whole.attrs["agreement"]
+    assert run.check == whole.attrs["check"] and "random rows recomputed" in run.check_line()
+    with pytest.raises(StoreError, match="holds another run: verify is 3 there, 4 here"):
+        attribute(model, given, SITES, "image", method="atp", verify=4, out=tmp_path)
+    with pytest.raises(StoreError, match="holds another run: ranked is"):
+        attribute(model, given, [*SITES, "decoder.*.mlp@*"], "image", **more, out=tmp_path)
+
+
+def test_what_cannot_be_estimated():
+    model, site = llava(), "decoder.*.mlp@last"
+    for options, words in (
+        ({"corrupt": None}, "atp estimates what a patch does, which takes two runs"),
+        ({"word": "green"}, "a word is accounted for by the method direct alone"),
+        ({"metric": "kl", "direction": "noise"}, "from the clean run, around which it has no gradient"),
+        ({"metric": "f1"}, "unknown metric 'f1'"),
+        ({"verify": -1}, "the number of sites to verify is '-1'"),
+        ({"steps": 3}, "atp has no steps, only ig has"),
+        ({"method": "ig", "steps": 0}, "the number of steps is '0'"),
+        ({"method": "direct", "verify": 3}, "the method direct is exact and of the logits"),
+    ):
+        with pytest.raises(VlmscopeError, match=words):
+            attribute(model, example(), site, **{"corrupt": "image", "method": "atp", **options})
+    for site, words in (
+        ("decoder.*/3.mlp@last", "patched together, a later layer undoes"),
+        ("decoder.*.attn@last<image", "an edge of attention is not patched but knocked out"),
+    ):
+        with pytest.raises(SiteError, match=words):
+            attribute(model, example(), site, "image", method="atp")
+    with pytest.raises(DataError, match=r"or score the whole answer \(metric logprob\)"):
+        attribute(model, replace(example(), foil=""), "decoder.*.mlp@last", "image", method="atp")
+
+
+def test_half_precision_takes_its_gradients_in_it():
+    one, site = vlmscope.examples("states", limit=1), "decoder.*.attn.h*@readout"
+    tables = [
+        attribute(vlmscope.load("toy-llava", dtype=dtype), one, site, "image", method="atp", verify=16)
+        for dtype in ("float32", "bfloat16")
+    ]
+    assert np.corrcoef(*(table["score"] for table in tables))[0, 1] > 0.99
+    assert tables[1]["exact"].notna().all() and tables[1].attrs["agreement"]["decoder.attn.h"]["sites"] == 16

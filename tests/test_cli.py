@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -834,7 +835,22 @@ def test_direct_effects(run, tmp_path):
     )
     blip = ["--model", "toy-blip", *given[2:], *sites[:2], "--out", tmp_path / "x"]
     refused(run("attribute", *blip), "no sum of what its parts write")
-    refused(run("attribute", *given, *sites, "--method", "atp", "--out", tmp_path / "x"), "expected direct")
+    refused(run("attribute", *given, *sites, "--method", "eap", "--out", tmp_path / "x"), "expected direct")
+    assert not (tmp_path / "x").exists()
+
+
+def test_estimates_of_patches(run, tmp_path):
+    """The last lines say how far the ranking can be trusted."""
+    given = ["--model", "toy-llava", "--data", "states", "--limit", 2, "--corrupt", "image"]
+    sites = ["--sites", "decoder.*.attn.h*@readout", "--method", "atp", "--verify", 4]
+    status, out, err = run("attribute", *given, *sites, "--out", tmp_path / "run")
+    assert (status, err) == (0, "")
+    assert "32 scores of 2 examples" in out and "checked: 5 random rows" in out
+    assert re.search(
+        r"\ndecoder\.attn\.h: (good|fair|poor). Rank correlation with exact patches 0\.\d\d", out
+    )
+    assert set(json.loads((tmp_path / "run" / "agreement.json").read_text())) == {"decoder.attn.h"}
+    refused(run("attribute", *given[:-2], *sites, "--out", tmp_path / "x"), "takes two runs")
     assert not (tmp_path / "x").exists()
 
 

@@ -74,7 +74,7 @@ def both(model: Model, pair: Pair, expressions: list[str], direction: str = "den
         for numbers, scores in patched.chunks:
             assert table[:, numbers].isnan().all(), "each site comes once"
             table[0, numbers], table[1, numbers] = scores.p, scores.ld
-        base = torch.stack([*patched.clean, *patched.corrupt])
+        base = torch.stack([*patched.clean[:3], *patched.corrupt[:3]])
         found.append((table, base))
     (fast, fast_base), (slow, slow_base) = found
     torch.testing.assert_close(fast_base, slow_base, rtol=1e-12, atol=1e-12)

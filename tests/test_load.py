@@ -16,6 +16,7 @@ from vlmscope.checkpoint import load, toys
 from vlmscope.errors import ModelError
 from vlmscope.models.families import MODULES, families
 from vlmscope.patching import engine, reference
+from vlmscope.patching.gradients import estimate
 from vlmscope.runs import corrupt
 from vlmscope.runs.model import Model
 from vlmscope.sites import Pattern, expand, place
@@ -145,6 +146,23 @@ def test_a_flag_that_is_no_flag(copy):
         load(copy)
 
 
+@pytest.mark.parametrize("value", [-1, 0, 255, "x", None])
+def test_a_factor_that_turns_colours_round(copy, value):
+    config = json.loads((copy / "processor_config.json").read_text())
+    config["image_processor"]["rescale_factor"] = value
+    (copy / "processor_config.json").write_text(json.dumps(config))
+    with pytest.raises(ModelError, match=r"'rescale_factor' is .*; expected above 0, 1 at most"):
+        load(copy)
+
+
+def test_a_language_model_that_is_none(copy):
+    config = json.loads((copy / "config.json").read_text())
+    config["text_config"] = -1
+    (copy / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ModelError, match="copy"):
+        load(copy)
+
+
 def test_a_token_that_is_no_number(copy):
     config = json.loads((copy / "config.json").read_text())
     config["text_config"]["eos_token_id"] = 1.5
@@ -243,6 +261,9 @@ def test_weights_of_four_bits(larger, monkeypatch):
     assert model.precision == "4bit"
     # Both ways round to bfloat16 after each layer, in another order.
     compare(model, 0.15)
+    pair = corrupt.pairs(model, example(), "image")[0]
+    with pytest.raises(ModelError, match="no gradients go through weights of 4 bits on a CPU; take a GPU"):
+        estimate(model, pair, "decoder.*.mlp.n*@last")
 
 
 def test_weights_of_four_bits_that_cannot_be_had(larger, monkeypatch):

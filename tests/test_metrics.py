@@ -29,8 +29,8 @@ def table(module, model, pair, sites, **options):
     patched = module.patch(model, pair, sites, **options)
     rows = torch.full((3, len(sites)), torch.nan, dtype=torch.float64)
     for numbers, scores in patched.chunks:
-        rows[:, numbers] = torch.stack(scores)
-    base = torch.stack([torch.stack(patched.clean), torch.stack(patched.corrupt)])
+        rows[:, numbers] = torch.stack(scores[:3])
+    base = torch.stack([torch.stack(run[:3]) for run in (patched.clean, patched.corrupt)])
     return rows, base
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+import json
 import re
 from pathlib import Path
 
@@ -47,6 +49,15 @@ def test_the_python_of_the_page_on_lenses_runs(tmp_path, monkeypatch, capsys):
     assert (tmp_path / "runs" / "words.html").exists()
 
 
+def test_the_python_of_the_page_on_attribution_runs(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    page = (Path(__file__).parent.parent / "docs" / "attribution.md").read_text("utf-8")
+    (block,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    exec(compile(block, "attribution.md", "exec"), {})
+    assert "decoder.mlp.n: good. Rank correlation with exact patches 0.9" in capsys.readouterr().out
+    assert (tmp_path / "runs" / "atp.html").exists()
+
+
 def test_the_python_of_the_page_on_words_runs(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     page = (Path(__file__).parent.parent / "docs" / "explain.md").read_text("utf-8")
@@ -63,6 +74,26 @@ def test_the_python_of_the_page_on_steering_runs(tmp_path, monkeypatch, capsys):
     exec(compile(block, "steering.md", "exec"), {})
     assert re.search(r"decoder.1.resid@image +decoder.2.resid@image +-?\d", capsys.readouterr().out)
     assert (tmp_path / "direction" / "direction.safetensors").exists()
+
+
+def test_the_python_of_the_page_on_information_flow_runs(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    page = (Path(__file__).parent.parent / "docs" / "information-flow.md").read_text("utf-8")
+    (block,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    exec(compile(block, "information-flow.md", "exec"), {})
+    assert "image[object+1] -0." in capsys.readouterr().out
+    assert (tmp_path / "flow.html").exists()
+
+
+def test_the_tables_of_the_page_on_information_flow_are_those_that_were_measured():
+    root = Path(__file__).parent.parent
+    page = (root / "docs" / "information-flow.md").read_text("utf-8")
+    spec = importlib.util.spec_from_file_location("flow", root / "benchmarks" / "information_flow.py")
+    benchmark = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(benchmark)
+    result = json.loads((root / "benchmarks" / "results" / "information-flow-cpu.json").read_text("utf-8"))
+    for table in benchmark.markdown(result):
+        assert table in page
 
 
 def test_the_specification_of_the_tutorial_is_one(tmp_path):

@@ -8,10 +8,8 @@ from typing import Any
 import torch
 from pictures import COLORS, Batch, Scenes
 from plain import Attention, entering
-from random_models import HEADS, WIDTH
 from torch import Tensor, nn
 
-DIM = WIDTH // HEADS
 Linear = tuple[Tensor, Tensor]
 """A matrix of few rows, and its bias."""
 
@@ -31,19 +29,23 @@ def least_squares(x: Tensor, y: Tensor, weight: Tensor, *, bias: bool = True) ->
 
 def sharper(query: Linear, sharpness: float) -> Linear:
     """A query whose attention logit is so large where it meets a key of 1."""
-    return query[0] * sharpness * DIM**0.5, query[1] * sharpness * DIM**0.5
+    return query[0] * sharpness, query[1] * sharpness
 
 
-def write_head(own: Attention, head: int, query: Linear, key: Linear, value: Linear, out: Tensor) -> None:
-    """Put these in the place of a head; `out` is (width, rows of value). All else of the head is zero."""
-    rows = [head * DIM + n for n in range(DIM)]
-    # In rotary's slowest pair (form D) a query and a key meet in the same way wherever they stand.
-    slots = [0, 1, 2] if own.query.bias is not None else [DIM // 2 - 1, DIM - 1]
+def write_head(own: Attention, cut: slice, query: Linear, key: Linear, value: Linear, out: Tensor) -> None:
+    """Put these in the place of the head that has these columns of what the output projection is given; `out`
+    is (width, rows of value). All else of the head is zero."""
+    rows = list(range(cut.start, cut.stop))
+    dim = len(rows)
+    query = sharper(query, dim**0.5)
+    # In rotary's slowest pairs (form D) a query and a key meet in the same way wherever they stand.
+    half = dim // 2
+    slots = list(range(dim)) if own.query.bias is not None else [half - 1, dim - 1, half - 2, dim - 2]
     with torch.no_grad():
         for linear, (weight, bias), places in (
             (own.query, query, slots),
             (own.key, key, slots),
-            (own.value, value, list(range(DIM))),
+            (own.value, value, list(range(dim))),
         ):
             linear.weight[rows] = 0.0
             if linear.bias is not None:
@@ -80,6 +82,14 @@ class Fits:
         """Least squares; without a bias where the model has none."""
         weight = torch.ones(len(x)) if weight is None else weight
         return least_squares(x, y, weight, bias=self.form == "C")
+
+    def along(self, x: Tensor, directions: Tensor) -> Linear:
+        """What reads some directions (width, many) of `x` (rows, width), 0 in the mean: without a bias, the
+        mean's own direction is not read."""
+        mean, weight = x.mean(0), directions.T.clone()
+        if self.form == "C":
+            return weight, -weight @ mean
+        return weight - torch.outer(weight @ mean, mean) / (mean @ mean), torch.zeros(len(weight))
 
     def images(self, x: Tensor, targets: Tensor) -> tuple[Linear, Tensor]:
         """Least squares from the keys of the picture (and what stands before it) to `targets` (examples,

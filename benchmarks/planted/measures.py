@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -12,9 +13,9 @@ from typing import Any
 import numpy as np
 import pandas as pd
 from pictures import COLORS, Scenes, batch, scenes
-from plain import Part, Runs
-from planting import APART, DECOYS, TRUE, Planted, Recipe, heads_of, plant, scale
-from random_models import HEADS, LAYERS, NEURONS
+from plain import Part, Runs, heads_of
+from planting import APART, DECOYS, TRUE, Planted, Recipe, plant, scale
+from random_models import LAYERS, NEURONS
 from scores import auroc, chosen, confusion, ranking
 
 from vlmscope import neurons
@@ -27,6 +28,8 @@ EXAMPLES = 64
 """On how many examples a ranking is made."""
 SHOWN = 24
 """On how many the slower measures are."""
+OTHERS = 12
+"""How many heads in which nothing is planted are labelled, of each model."""
 SPOKEN = 40
 """On how many neurons are."""
 POPULATION = {"C": 500, "D": 2_000}
@@ -54,7 +57,10 @@ class Measured:
 
 
 def measure(made: Planted, given: Scenes, parts: list[Part]) -> Measured:
-    runs = Runs(made.model.hf, batch(made.model, given), parts, HEADS)
+    return measured(Runs(made.model.hf, batch(made.model, given), parts), parts)
+
+
+def measured(runs: Runs, parts: list[Part]) -> Measured:
     return Measured({part: runs.patched([part]).double().numpy() for part in parts}, runs.gap)
 
 
@@ -88,10 +94,12 @@ def peaks(made: Planted, given: Scenes) -> dict[Part, float]:
     return total
 
 
-def one(made: Planted, given: Scenes, attention: dict[Part, float]) -> dict[str, Any]:
-    """All figures of one model."""
-    recipe, every = made.recipe, heads_of(made.recipe.form)
-    found = measure(made, given, every)
+def one(
+    made: Planted, given: Scenes, attention: dict[Part, float], runs: Runs | None = None
+) -> dict[str, Any]:
+    """All figures of one model; `runs` are those of the examples, if they were made."""
+    recipe, every = made.recipe, heads_of(made.model.hf)
+    found = measured(runs, every) if runs else measure(made, given, every)
     mean, table = found.mean(), assessed(found)
     rest = [abs(mean[p] / found.gap) for p in mean if p not in made.roles]
     result: dict[str, Any] = {
@@ -114,10 +122,14 @@ def one(made: Planted, given: Scenes, attention: dict[Part, float]) -> dict[str,
 
 def at_effects(recipe: Recipe, effects: Sequence[float]) -> Iterator[dict[str, Any]]:
     """One circuit at several shares of the gap. Nothing that pays attention changes between them."""
-    made, given = plant(replace(recipe, effect=effects[0])), scenes(EXAMPLES, FRESH + recipe.seed)
+    made = plant(replace(recipe, effect=effects[0]))
+    given = scenes(EXAMPLES, FRESH + recipe.seed, recipe.style)
     attention = peaks(made, given)
+    runs = Runs(made.model.hf, batch(made.model, given), heads_of(made.model.hf))
     for effect in effects:
-        yield one(scale(made, effect), given, attention)
+        scaled = scale(made, effect)
+        runs.again()
+        yield one(scaled, given, attention, runs)
 
 
 def neuron_scores(made: Planted, given: Scenes) -> dict[str, dict[str, np.ndarray]]:
@@ -160,8 +172,8 @@ def of_neurons(made: Planted, given: Scenes) -> dict[str, float]:
 
 def tool(recipe: Recipe) -> dict[str, Any]:
     """A sweep into a run folder, its circuits and the labels of its heads; and how far plain torch is."""
-    made, given = plant(recipe), scenes(SHOWN, FRESH + recipe.seed)
-    sites, examples, parts = sites_of(recipe.form), given.examples(), heads_of(recipe.form)
+    made, given = plant(recipe), scenes(SHOWN, FRESH + recipe.seed, recipe.style)
+    sites, examples, parts = sites_of(recipe.form), given.examples(), heads_of(made.model.hf)
     found = measure(made, given, parts)
     with tempfile.TemporaryDirectory() as folder:
         run = sweep_to(Path(folder) / "run", made.model, examples, sites)
@@ -181,7 +193,7 @@ def tool(recipe: Recipe) -> dict[str, Any]:
     )
     ours = assessed(found).set_index("part")["important"]
     same = (ours[names.tolist()].to_numpy() == table["important"].to_numpy()).mean()
-    named = labels_of(made, given)
+    named = labels_of(made, given, shown(made))
     return {
         "recipe": asdict(recipe),
         "sweep_against_plain": apart / abs(found.gap) if recipe.planted else apart,
@@ -190,6 +202,14 @@ def tool(recipe: Recipe) -> dict[str, Any]:
         **labelled(made, named),
         "important": float(table["important"].mean()),
     }
+
+
+def shown(made: Planted) -> list[Part]:
+    """The heads that are labelled: all planted ones, and some others."""
+    every = heads_of(made.model.hf)
+    others = [part for part in every if part not in made.roles]
+    drawn = random.Random(made.recipe.seed).sample(others, OTHERS)
+    return [part for part in every if part in made.roles or part in drawn]
 
 
 def labels_of(made: Planted, given: Scenes, parts: Sequence[Part] = ()) -> dict[Part, str]:
@@ -202,10 +222,10 @@ def labels_of(made: Planted, given: Scenes, parts: Sequence[Part] = ()) -> dict[
 
 
 def labelled(made: Planted, labels: dict[Part, str]) -> dict[str, Any]:
-    """The labels beside the truth, and how many of all heads and of the decoys have a function."""
+    """The labels beside the truth, and which of all heads and of the decoys have a function."""
 
-    def named(parts: Sequence[Part]) -> float | None:
-        return float(np.mean([labels[p] not in ("none", "unclear") for p in parts])) if parts else None
+    def named(parts: Sequence[Part]) -> list[bool]:
+        return [labels[part] not in ("none", "unclear") for part in parts]
 
     return {
         "labels": {part: [made.roles.get(part, "random"), label] for part, label in labels.items()},
@@ -229,7 +249,8 @@ def at_sharpness(recipe: Recipe, among: Sequence[float]) -> dict[str, list[str]]
 
 def coverage(recipe: Recipe, population: int) -> dict[str, Any]:
     """How often the 95 % interval of a head's mean effect covers its mean over very many examples."""
-    made, parts, drawn = plant(recipe), heads_of(recipe.form), []
+    made, drawn = plant(recipe), []
+    parts = heads_of(made.model.hf)
     for start in range(0, population, 500):
         found = measure(
             made, scenes(min(500, population - start), 2 * FRESH + recipe.seed * population + start), parts
@@ -260,7 +281,7 @@ def submission(path: Path, recipe: Recipe) -> dict[str, float]:
     """Score a ranking that somebody else made: a CSV file with the columns `part` and `score`."""
     made = plant(recipe)
     table = pd.read_csv(path)
-    every = heads_of(recipe.form)
+    every = heads_of(made.model.hf)
     given = dict(zip(table["part"], table["score"].astype(float), strict=True))
     if unknown := sorted(set(given) - set(every)):
         sys.exit(f"{path}: unknown part '{unknown[0]}'; expected heads such as {every[0]}")

@@ -7,7 +7,6 @@ third is bright: salient, and of no use. The corrupt picture differs in the colo
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -31,12 +30,25 @@ PATTERNS = np.array(
 """Which pixels of an object are lighter than its color and which are darker, for each of the kinds."""
 
 
+@dataclass(frozen=True)
+class Style:
+    """How large pictures are, as a multiple; and the words that the colors are answered with."""
+
+    zoom: int
+    said: tuple[str, ...]
+
+
+OWN = Style(1, tuple(COLORS))
+OF_TOYS = Style(2, ("happy", "sad", "angry", "calm"))
+
+
 @dataclass(frozen=True, eq=False)
 class Scenes:
     """Many pictures and what is asked about them; all arrays are over examples.
 
-    `noun`, `answer` and `foil` number the kinds and the colors; `where` are the patches of the named object,
-    of the other one and of the bright one, row by row.
+    `noun`, `answer` and `foil` number the kinds and the colors, `other` the other object's color; `where` are
+    the patches of the named object, of the other one and of the bright one, row by row; `turned` says that
+    the question names the foil first. It is drawn, so that nothing in the text tells the answer.
     """
 
     clean: NDArray[np.uint8]
@@ -45,29 +57,34 @@ class Scenes:
     answer: NDArray[np.int64]
     foil: NDArray[np.int64]
     where: NDArray[np.int64]
+    other: NDArray[np.int64]
+    turned: NDArray[np.bool_]
+    style: Style = OWN
 
     def __len__(self) -> int:
         return len(self.clean)
 
     def prompt(self, n: int) -> str:
         first, second = (list(COLORS)[int(c[n])] for c in (self.answer, self.foil))
-        if (self.answer[n] + self.foil[n] + self.noun[n]) % 2:  # the answer is as often behind as before
+        if self.turned[n]:
             first, second = second, first
         return f"is the {KINDS[int(self.noun[n])]} {first} or {second} ?"
 
     def example(self, n: int) -> Example:
         row, column = divmod(int(self.where[n, 0]), SIDE)
-        box = (column * PATCH, row * PATCH, (column + 1) * PATCH, (row + 1) * PATCH)
-        prompt, colors = self.prompt(n), list(COLORS)
-        words = {"noun": KINDS[int(self.noun[n])]}
-        answer = colors[int(self.answer[n])]
+        size = PATCH * self.style.zoom
+        box = (column * size, row * size, (column + 1) * size, (row + 1) * size)
+        prompt, two = self.prompt(n), (int(self.answer[n]), int(self.foil[n]))
+        named, unnamed = (list(COLORS)[color] for color in two)
+        answer, foil = (self.style.said[color] for color in two)
+        words = {"noun": KINDS[int(self.noun[n])], "answer": named, "foil": unnamed}
         return Example(
             id=f"p{n}",
             clean_image=Image.fromarray(self.clean[n]),
             corrupt_image=Image.fromarray(self.corrupt[n]),
             clean_prompt=prompt,
             answer=answer,
-            foil=colors[int(self.foil[n])],
+            foil=foil,
             roles=find_roles(prompt, words),
             masks={"object": box},
             shows=frozenset({answer}),
@@ -77,7 +94,7 @@ class Scenes:
         return [self.example(n) for n in range(len(self))]
 
 
-def scenes(many: int, seed: int) -> Scenes:
+def scenes(many: int, seed: int, style: Style = OWN) -> Scenes:
     """Random pictures: kinds, colors and places are drawn independently, answer and foil differ."""
     draw = np.random.default_rng(seed)
     where = np.argsort(draw.random((many, SIDE**2)), axis=1)[:, :3]
@@ -96,7 +113,9 @@ def scenes(many: int, seed: int) -> Scenes:
     corrupt = clean.copy()
     clean[each, where[:, 0]] = painted(colors[:, 0], noun, 0)
     corrupt[each, where[:, 0]] = painted(colors[:, 1], noun, 0)
-    return Scenes(_whole(clean), _whole(corrupt), noun, colors[:, 0], colors[:, 1], where)
+    turned = draw.random(many) < 0.5
+    pictures = (_whole(each).repeat(style.zoom, 1).repeat(style.zoom, 2) for each in (clean, corrupt))
+    return Scenes(*pictures, noun, colors[:, 0], colors[:, 1], where, other, turned, style)
 
 
 def _whole(patches: NDArray[np.float64]) -> NDArray[np.uint8]:
@@ -137,15 +156,18 @@ def batch(model: Model, given: Scenes) -> Batch:
     (noun_at,) = {text[3] for text in texts}
     names = [name for name in texts[0][0] if name != "pixel_values"]
     shared = {name: torch.cat([text[0][name] for text in texts]) for name in names}
-    runs = [shared | {"pixel_values": pixels(images)} for images in (given.clean, given.corrupt)]
+    runs = [shared | {"pixel_values": pixels(model, images)} for images in (given.clean, given.corrupt)]
     answer, foil = (torch.tensor([text[n] for text in texts]) for n in (1, 2))
     return Batch(*runs, answer, foil, noun_at, shared["input_ids"])
 
 
-def pixels(images: NDArray[np.uint8]) -> Tensor:
-    """As the processors of these models make them: from −1 to 1."""
-    return torch.from_numpy(images).permute(0, 3, 1, 2).float() / 127.5 - 1.0
+def pixels(model: Model, images: NDArray[np.uint8]) -> Tensor:
+    """As the processors of these models make them."""
+    own = model.processor.image_processor
+    mean, std = (torch.tensor(each)[:, None, None] for each in (own.image_mean, own.image_std))
+    return (torch.from_numpy(images).permute(0, 3, 1, 2).float() / 255 - mean) / std
 
 
-def words(seen: Sequence[int]) -> list[str]:
-    return [list(COLORS)[n] for n in seen]
+def token(model: Model, word: str) -> int:
+    """The token id of a word."""
+    return int(model.processor.tokenizer.convert_tokens_to_ids(word))

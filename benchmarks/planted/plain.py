@@ -40,14 +40,29 @@ def attention(hf: Any, tower: str, layer: int, kind: str) -> Attention:
 def module(hf: Any, part: Part) -> tuple[nn.Linear, int]:
     """The linear layer that a head or neuron enters, and its number."""
     tower, layer, kind, unit = part.split(".")
+    if kind == "mlp" and hasattr(hf, "text_encoder"):
+        return hf.text_encoder.encoder.layer[int(layer)].output.dense, int(unit[1:])
     if kind == "mlp":
         return hf.model.language_model.layers[int(layer)].mlp.down_proj, int(unit[1:])
     return attention(hf, tower, int(layer), kind).out, int(unit[1:])
 
 
-def columns(hf: Any, part: Part, heads: int) -> tuple[nn.Linear, slice]:
+def heads_of(hf: Any) -> list[Part]:
+    """All heads that are scored: those that are read at the noun, or where the answer is said."""
+    text, in_c = hf.config.text_config, hasattr(hf, "text_encoder")
+    groups = [("encoder", "attn"), ("encoder", "cross"), ("decoder", "cross")]
+    return [
+        f"{tower}.{layer}.{kind}.h{head}"
+        for tower, kind in (groups if in_c else [("decoder", "attn")])
+        for layer in range(text.num_hidden_layers)
+        for head in range(text.num_attention_heads)
+    ]
+
+
+def columns(hf: Any, part: Part) -> tuple[nn.Linear, slice]:
     """The linear layer and those of its inputs that are the part's."""
     where, number = module(hf, part)
+    heads = hf.config.text_config.num_attention_heads
     width = 1 if part.split(".")[2] == "mlp" else where.in_features // heads
     return where, slice(number * width, (number + 1) * width)
 
@@ -82,7 +97,7 @@ def logits(hf: Any, inputs: Mapping[str, Any]) -> Tensor:
         if "past_key_values" not in inputs:
             return hf(**inputs, logits_to_keep=1).logits[:, -1]
         found = hf(**inputs, logits_to_keep=1, use_cache=True).logits[:, -1]
-        inputs["past_key_values"].crop(-1)
+        inputs["past_key_values"].crop(-inputs["input_ids"].shape[1])
         return found
     text = inputs.get("text")
     if text is None:
@@ -107,17 +122,17 @@ def _encoded(hf: Any, inputs: Mapping[str, Any]) -> Tensor:
     ).last_hidden_state
 
 
-def seen(hf: Any, inputs: Mapping[str, Tensor]) -> dict[str, Any]:
+def seen(hf: Any, inputs: Mapping[str, Tensor], tail: int = 1) -> dict[str, Any]:
     """The inputs with what no patch changes: what the vision tower makes of the pictures (form C), or the
-    keys and values of all tokens but the last, at which everything is patched (form D)."""
+    keys and values of all tokens but the last, or so many, at which everything is patched (form D)."""
     if hasattr(hf, "text_encoder"):
         return dict(inputs) | {
             "image": hf.vision_model(pixel_values=inputs["pixel_values"]).last_hidden_state
         }
-    cache = hf(**inputs, logits_to_keep=1, use_cache=True).past_key_values
-    cache.crop(-1)
-    last = {"input_ids": inputs["input_ids"][:, -1:], "attention_mask": inputs["attention_mask"]}
-    return last | {"past_key_values": cache}
+    ids, mask = inputs["input_ids"], inputs["attention_mask"]
+    before = {"input_ids": ids[:, :-tail], "attention_mask": mask[:, :-tail]}
+    found = hf(**before, pixel_values=inputs["pixel_values"], logits_to_keep=1, use_cache=True)
+    return {"input_ids": ids[:, -tail:], "attention_mask": mask, "past_key_values": found.past_key_values}
 
 
 def difference(found: Tensor, batch: Batch) -> Tensor:
@@ -135,7 +150,7 @@ def keep(hf: Any, inputs: Mapping[str, Any], modules: Sequence[nn.Module]) -> tu
     kept: dict[int, Tensor] = {}
 
     def keeper(n: int) -> Callable[[Tensor], None]:
-        return lambda x: kept.__setitem__(n, x.detach())
+        return lambda x: kept.__setitem__(n, x)
 
     with hooked([(one, keeper(n)) for n, one in enumerate(modules)]):
         found = logits(hf, inputs)
@@ -162,27 +177,44 @@ def entering(hf: Any, inputs: Mapping[str, Any], modules: Sequence[nn.Module]) -
 class Runs:
     """The clean and the corrupt runs of a batch, with what entered output projections where they are read."""
 
-    def __init__(self, hf: Any, batch: Batch, parts: Sequence[Part], heads: int) -> None:
-        self.hf, self.batch, self.heads = hf, batch, heads
-        where = {id(columns(hf, p, heads)[0]): (columns(hf, p, heads)[0], position(p, batch)) for p in parts}
+    def __init__(self, hf: Any, batch: Batch, parts: Sequence[Part]) -> None:
+        self.hf, self.batch = hf, batch
+        where = {id(columns(hf, part)[0]): (columns(hf, part)[0], part) for part in parts}
+        self.at = {name: position(part, batch) for name, (_, part) in where.items()}
+        self.kept: dict[str, dict[int, Tensor]] = {"clean": {}, "corrupt": {}}
+        self.encoded: dict[Any, Tensor] = {}
         with torch.inference_mode():
             self.inputs = {"clean": seen(hf, batch.clean), "corrupt": seen(hf, batch.corrupt)}
-            is_encoded = hasattr(hf, "text_encoder")
-            self.text = {run: _encoded(hf, x) for run, x in self.inputs.items()} if is_encoded else {}
-        self.at = {id(one): p for one, p in where.values()}
-        self.modules = [one for one, _ in where.values()]
+        self.encoder = [one for one, part in where.values() if part.startswith("encoder")]
+        self.decoder = [one for one, part in where.values() if part.startswith("decoder")]
+        if self.encoder:
+            self._keep(self.encoder, self.inputs)
         self.again()
 
     def again(self) -> None:
-        """Run anew: weights have changed that what is kept (`seen`) does not depend on."""
-        self.kept: dict[str, dict[int, Tensor]] = {}
-        found = {}
-        for run, inputs in self.inputs.items():
+        """Run anew: weights of the decoder have changed that what is kept (`seen`) does not depend on."""
+        inputs = {run: self._read(run, [], None) for run in self.inputs}
+        self.clean, self.corrupt = self._keep(self.decoder, inputs)
+
+    def _keep(self, modules: Sequence[nn.Module], inputs: Mapping[str, Any]) -> list[Tensor]:
+        """The logits of both runs; what enters the modules is kept."""
+        found = []
+        for run, given in inputs.items():
             with torch.inference_mode():
-                found[run], kept = keep(self.hf, inputs, self.modules)
-            own = zip(self.modules, kept, strict=True)
-            self.kept[run] = {id(one): x[:, self.at[id(one)]] for one, x in own}
-        self.clean, self.corrupt = found["clean"], found["corrupt"]
+                last, kept = keep(self.hf, given, modules)
+            found.append(last)
+            self.kept[run] |= {id(m): x[:, self.at[id(m)]] for m, x in zip(modules, kept, strict=True)}
+        return found
+
+    def _read(self, run: str, parts: Sequence[Part], value: str | None) -> dict[str, Any]:
+        """The inputs of a run with what the decoder of form C reads; under hooks, where parts are patched."""
+        if not hasattr(self.hf, "text_encoder"):
+            return self.inputs[run]
+        name = (run, value, *(part for part in parts if part.startswith("encoder")))
+        if name not in self.encoded:
+            with torch.inference_mode():
+                self.encoded[name] = _encoded(self.hf, self.inputs[run])
+        return self.inputs[run] | {"text": self.encoded[name]}
 
     @property
     def ld_clean(self) -> Tensor:
@@ -202,7 +234,7 @@ class Runs:
         examples of the run (`mean`), or zero (None), minus LD of that run."""
         hooks = []
         for part in parts:
-            where, cut = columns(self.hf, part, self.heads)
+            where, cut = columns(self.hf, part)
             at = position(part, self.batch)
             if value is None:
                 new: Any = 0.0
@@ -212,10 +244,7 @@ class Runs:
                 new = self.kept[value][id(where)][:, cut]
             hooks.append((where, _writer(at, cut, new)))
         with torch.inference_mode(), hooked(hooks):
-            given = dict(self.inputs[run])
-            if self.text and all(part.startswith("decoder") for part in parts):
-                given["text"] = self.text[run]
-            found = logits(self.hf, given)
+            found = logits(self.hf, self._read(run, parts, value))
         return difference(found, self.batch) - (self.ld_corrupt if run == "corrupt" else self.ld_clean)
 
     def share(self, parts: Sequence[Part], run: str = "corrupt", value: str | None = "clean") -> float:

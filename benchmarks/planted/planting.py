@@ -7,6 +7,8 @@ The parts, by role:
   squares on the layer's own input; it writes the color into a few random directions of the stream.
 - `suppressor`: as a reader, and writes half as much with the other sign.
 - `mover`, or in form D `neuron`: turns these directions into the logits of the colors.
+- with `say="options"` the words of the options say it (`options.py`): a `selector` whose query is the color
+  that was read looks at its word, and in form C a `copier` says the word that `matcher` neurons have marked.
 - `carrier`: a reader and a mover of their own, with directions of their own, that carry the rest of the gap.
 - `backup`: as a reader, but its query is turned away by what the readers write beside the color.
 - decoys: `blind` looks at the object and writes nothing; `diffuse` looks everywhere and writes a constant;
@@ -24,11 +26,13 @@ from typing import Any
 
 import torch
 from fitting import Fits, Linear, least_squares, sharper, write_head
-from pictures import COLORS, KINDS, Batch, batch, scenes
-from plain import Attention, Part, Runs, attention, columns, logits
-from random_models import HEADS, LAYERS, NEURONS, WIDTH, random_model
+from options import Options
+from pictures import COLORS, KINDS, OF_TOYS, OWN, Batch, Style, batch, scenes, token
+from plain import Attention, Part, Runs, attention, columns, heads_of, logits
+from random_models import LAYERS, NEURONS, random_model
 from torch import Tensor, nn
 
+from vlmscope.checkpoint import load
 from vlmscope.runs.model import Model
 
 GAP = 4.0
@@ -36,27 +40,30 @@ GAP = 4.0
 FITTED, SCALED = 256, 128
 """On how many examples the least squares are fitted, and the shares set."""
 SIZE = 2.0
-"""How far a color that is read moves the stream."""
+"""How far a color that is read moves the stream, as a multiple of its mean size in one direction."""
 SURE = 8.0
 """How much larger the attention logit is of what a carrier, a mover or a decoy looks at."""
 SUPPRESSED = 0.5
-TRUE = ("reader", "suppressor", "mover", "neuron")
+TRUE = ("reader", "suppressor", "mover", "neuron", "selector", "copier")
 """Roles that a method has to find."""
-APART = ("carrier", "backup", "locator")
+APART = ("carrier", "backup", "locator", "fetcher", "matcher")
 """Roles that count neither as found nor as false: they matter, but not by the effect that is asked for."""
 DECOYS = ("blind", "diffuse", "sink", "salient")
 ROUNDS = 4
+TOYS = {"C": "toy-blip", "D": "toy-llava"}
 
 
 @dataclass(frozen=True)
 class Recipe:
     """What is planted, and how well it is hidden.
 
-    `form`: C (BLIP) or D (LLaVA); `say`: by a head or by neurons (D alone). `effect`: the share of the gap
+    `form`: C (BLIP) or D (LLaVA); `say`: by a head, by neurons (D alone), or by the words of the options.
+    `effect`: the share of the gap
     that the circuit carries. `noise`: the size of all other weights (see `random_models`). `sharpness`: by
     how much a reader's attention logit of its object exceeds the others'. `copies`: of the reader, each with
     its share of the effect. `polysemantic`: the neurons also fire for a noun, and then say another word.
-    Without `planted` the model stays random.
+    Without `planted` the model stays random. `toy`: the other weights are those of toy-blip or toy-llava,
+    which no `noise` changes, and the circuit answers with words that these never answer such a question with.
     """
 
     form: str
@@ -68,6 +75,11 @@ class Recipe:
     say: str = "head"
     polysemantic: bool = False
     planted: bool = True
+    toy: bool = False
+
+    @property
+    def style(self) -> Style:
+        return OF_TOYS if self.toy else OWN
 
 
 @dataclass(frozen=True, eq=False)
@@ -88,52 +100,53 @@ class Planted:
     def having(self, *roles: str) -> list[Part]:
         return [part for part, role in self.roles.items() if role in roles]
 
-
-def heads_of(form: str) -> list[Part]:
-    """All heads that are scored."""
-    groups = [("encoder", "attn"), ("encoder", "cross"), ("decoder", "cross")]
-    return [
-        f"{tower}.{layer}.{kind}.h{head}"
-        for tower, kind in (groups if form == "C" else [("decoder", "attn")])
-        for layer in range(LAYERS[form])
-        for head in range(HEADS)
-    ]
+    def speaking(self, *roles: str) -> list[Part]:
+        """Those of the last layer: what they write goes to the logits."""
+        last = f"decoder.{LAYERS[self.recipe.form] - 1}."
+        return [part for part in self.having(*roles) if part.startswith(last)]
 
 
 def plant(recipe: Recipe) -> Planted:
     """The model of a recipe: the same for the same recipe, whenever it is made."""
-    model = random_model(recipe.form, recipe.noise, recipe.seed)
+    model = load(TOYS[recipe.form]) if recipe.toy else random_model(recipe.form, recipe.noise, recipe.seed)
     made = Planted(model, recipe, {}, {color: [] for color in COLORS})
     if recipe.planted:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(recipe.seed + 1)
-            gardener = _Gardener(made)
+            gardener = Gardener(made)
+            gardener.level()
             gardener.work()
         made = scale(replace(made, fitted=gardener.batch), recipe.effect)
     return made
 
 
-class _Gardener:
+class Gardener:
     """Writes the parts of one model, a layer after the other: each is fitted to what it is given."""
 
     def __init__(self, made: Planted) -> None:
         self.made, self.recipe, self.hf = made, made.recipe, made.model.hf
         self.form = made.recipe.form
-        self.scenes = scenes(FITTED, 10_000 + made.recipe.seed)
+        self.scenes = scenes(FITTED, 10_000 + made.recipe.seed, made.recipe.style)
         self.batch = batch(made.model, self.scenes)
         self.fits = Fits(self.hf, self.form, self.scenes, self.batch)
         self.draw = random.Random(made.recipe.seed)
-        flat = torch.randn(WIDTH, 24)
-        tokens = [_token(made.model, color) for color in COLORS]
+        self.width = self.hf.config.text_config.hidden_size
+        self.tokens = [token(made.model, word) for word in self.scenes.style.said]
+        flat = torch.randn(self.width, 24)
         if self.form == "D":  # nothing that is written speaks before it is read
-            flat[:, : len(COLORS)] = self.hf.lm_head.weight.detach()[tokens].T
+            flat[:, : len(COLORS)] = self.hf.lm_head.weight.detach()[self.tokens].T
         basis = torch.linalg.qr(flat - flat.mean(0))[0].T[len(COLORS) :]
         many = len(COLORS)
         self.path, self.rest = basis[:many].T, basis[many : 2 * many].T
         self.found, self.unread, self.outlying = basis[8], basis[9], basis[10]
         self.nouns = basis[11 : 11 + len(KINDS)].T
+        self.marked = basis[13 : 13 + many].T
+        self.size = SIZE
+        if self.form == "D":
+            [x] = self.fits.inputs([self.hf.model.language_model.layers[2].input_layernorm])
+            self.size *= float(x[:, -1].square().mean().sqrt())
         self.free: dict[str, list[Part]] = {}
-        for part in heads_of(self.form):
+        for part in heads_of(self.hf):
             self.free.setdefault(part.rsplit(".", 1)[0], []).append(part)
         for parts in self.free.values():
             self.draw.shuffle(parts)
@@ -144,8 +157,21 @@ class _Gardener:
         return part
 
     def write(self, part: Part, query: Linear, key: Linear, value: Linear, out: Tensor) -> None:
-        tower, layer, kind, unit = part.split(".")
-        write_head(attention(self.hf, tower, int(layer), kind), int(unit[1:]), query, key, value, out)
+        layer, _, _ = part.rpartition(".")
+        write_head(self.at(layer), columns(self.hf, part)[1], query, key, value, out)
+
+    @torch.no_grad()
+    def level(self) -> None:
+        """Make all colors as likely in the mean, as they are to a model that knows the task."""
+        tokens = self.tokens
+        if self.form == "C":
+            found = logits(self.hf, self.batch.clean)[:, tokens].mean(0)
+            self.hf.text_decoder.cls.predictions.decoder.bias[tokens] -= found - found.mean()
+            return
+        [x] = self.fits.inputs([self.hf.lm_head])
+        mean, rows = x[:, -1].mean(0), self.hf.lm_head.weight[tokens]
+        found = rows @ mean
+        self.hf.lm_head.weight[tokens] = rows - torch.outer(found - found.mean(), mean) / (mean @ mean)
 
     # -- the circuit --------------------------------------------------------------------------
 
@@ -156,8 +182,15 @@ class _Gardener:
         at = "encoder.{}.cross" if self.form == "C" else "decoder.{}.attn"
         first, second = at.format(1), at.format(2)
         copies = self.recipe.copies
+        if self.recipe.toy:  # which have four heads a layer
+            self.look(first, ["reader", "carrier", "blind"])
+            self.look(second, ["suppressor", "salient"])
+            self.say()
+            return
         self.look(first, ["reader"] * ((copies + 1) // 2) + ["carrier", "blind", "sink"])
-        self.look(second, ["reader"] * (copies // 2) + ["suppressor", "backup", "salient", "diffuse"])
+        # What looks at a word is sure or not: little changes where the color is half as clear.
+        suppressors = [] if self.recipe.say == "options" else ["suppressor"]
+        self.look(second, ["reader"] * (copies // 2) + [*suppressors, "backup", "salient", "diffuse"])
         self.say()
 
     def locate(self) -> None:
@@ -170,7 +203,7 @@ class _Gardener:
         key, _ = self.fits.images(x, mark)
         noun = nn.functional.one_hot(torch.tensor(self.scenes.noun), 2).float() - 0.5
         value = self.fits.fit(x[:, self.batch.noun_at], noun)
-        self.write(part, sharper(self.fits.constant(x), 2 * SURE), key, value, 2 * SIZE * self.nouns)
+        self.write(part, sharper(self.fits.constant(x), 2 * SURE), key, value, 2 * self.size * self.nouns)
 
     def light(self) -> None:
         """The bright patch gets an outlying norm, in a direction that nothing planted reads."""
@@ -186,13 +219,12 @@ class _Gardener:
         weight = torch.where(y[:, 0] > 0, 1 / y.mean(), 1.0)
         found, bias = least_squares(rows, y, weight)
         with torch.no_grad():
-            linear.weight += 6 * WIDTH**0.5 * self.outlying[:, None] * found
-            linear.bias += 6 * WIDTH**0.5 * self.outlying * bias
+            linear.weight += 6 * self.width**0.5 * self.outlying[:, None] * found
+            linear.bias += 6 * self.width**0.5 * self.outlying * bias
 
     def look(self, layer: str, roles: Sequence[str]) -> None:
         """Write the heads of a layer that look at the picture."""
-        tower, number, kind = layer.split(".")
-        own = attention(self.hf, tower, int(number), kind)
+        own = self.at(layer)
         x, image = self.fits.inputs([own.query, own.key])
         key, value, r2 = self.fits.codes(image)
         asked = self.fits.nouns_asked(x)
@@ -206,8 +238,8 @@ class _Gardener:
             query = sharper(asked, sharp)
             if role == "backup":
                 query = sharper(self.turned(x, asked), sharp)
-            size = SIZE / self.looks(sharp)
-            out = torch.zeros(WIDTH, len(COLORS) + 1)
+            size = self.size / self.looks(sharp)
+            out = torch.zeros(self.width, len(COLORS) + 1)
             if role == "carrier":
                 out[:, :-1] = size * self.rest
             elif role == "reader":
@@ -241,11 +273,11 @@ class _Gardener:
             mark[torch.arange(len(image)), self.fits.keys(torch.tensor(self.scenes.where)[:, 2])] = 1.0
         ones = self.fits.fit(image.flatten(0, 1), torch.ones(image.shape[0] * image.shape[1], 1))
         if role == "diffuse":
-            key = (torch.zeros(1, WIDTH), torch.zeros(1))
-            out = SIZE * (self.path[:, :1] - self.path[:, 1:2])
+            key = (torch.zeros(1, self.width), torch.zeros(1))
+            out = self.size * (self.path[:, :1] - self.path[:, 1:2])
         else:
             key, _ = self.fits.images(image, mark)
-            out = SIZE * self.unread[:, None]
+            out = self.size * self.unread[:, None]
         self.write(part, sharper(self.fits.constant(x), SURE), key, ones, out)
 
     # -- saying it ----------------------------------------------------------------------------
@@ -253,29 +285,36 @@ class _Gardener:
     def say(self) -> None:
         last = LAYERS[self.form] - 1
         layer = f"decoder.{last}." + ("cross" if self.form == "C" else "attn")
+        if self.recipe.say == "options":
+            Options(self).plant()
         self.move(layer, "carrier", self.rest)
         if self.recipe.say == "head":
             self.move(layer, "mover", self.path)
-        else:
+        elif self.recipe.say == "neurons":
             self.fire(last)
 
-    def move(self, layer: str, role: str, path: Tensor) -> None:
-        """A head that looks at where the readers wrote, and turns their directions into logits."""
+    def at(self, layer: str) -> Attention:
         tower, number, kind = layer.split(".")
-        own = attention(self.hf, tower, int(number), kind)
+        return attention(self.hf, tower, int(number), kind)
+
+    def move(self, layer: str, role: str, path: Tensor, into: Tensor | None = None) -> None:
+        """A head that looks at where the readers wrote, and turns their directions into logits, or into
+        other directions."""
+        own = self.at(layer)
         x, keys = self.fits.inputs([own.query, own.key])
         mark = torch.zeros(*keys.shape[:2], 1)
-        mark[:, self.batch.noun_at if self.form == "C" else -1] = 1.0
+        at = self.batch.noun_at if self.form == "C" else -1
+        mark[:, at] = 1.0
         key, _ = self.fits.images(keys, mark)
         query = sharper(self.fits.constant(x), 1.5 * SURE)
+        out = self.voices(own) if into is None else into
         part = self.take(layer, role)
-        self.write(part, query, key, (path.T, torch.zeros(len(COLORS))), self.voices(own))
+        self.write(part, query, key, self.fits.along(keys[:, at], path), out)
 
     def voices(self, own: Attention) -> Tensor:
         """For each color the direction of this layer's output that raises its logit over the others'."""
-        tokens = torch.tensor([_token(self.made.model, color) for color in COLORS])
         if self.form == "D":
-            rows = self.hf.lm_head.weight.detach()[tokens]
+            rows = self.hf.lm_head.weight.detach()[self.tokens]
         else:
             kept: list[Tensor] = []
 
@@ -286,7 +325,7 @@ class _Gardener:
             held = own.out.register_forward_hook(hold)
             found = logits(self.hf, self.batch.part(slice(96)).clean)
             held.remove()
-            sums = [found[:, token].sum() for token in tokens]
+            sums = [found[:, token].sum() for token in self.tokens]
             grads = [torch.autograd.grad(one, kept[0], retain_graph=True)[0] for one in sums]
             rows = torch.stack([g[:, -1].mean(0) for g in grads])
         rows = rows - rows.mean(0)
@@ -297,7 +336,7 @@ class _Gardener:
         mlp = self.hf.model.language_model.layers[layer].mlp
         voices = self.voices(attention(self.hf, "decoder", layer, "attn"))
         numbers = self.draw.sample(range(NEURONS), len(COLORS) * self.recipe.copies)
-        other = _token(self.made.model, "star")
+        other = token(self.made.model, "star")
         with torch.no_grad():
             for n, neuron in enumerate(numbers):
                 color = n % len(COLORS)
@@ -316,18 +355,15 @@ def scale(made: Planted, effect: float) -> Planted:
 
     The model is changed in place; the same recipe gives the same weights, whatever they were before.
     """
-    hf, form = made.model.hf, made.recipe.form
+    hf = made.model.hf
     made = replace(made, recipe=replace(made.recipe, effect=effect), roles=dict(made.roles))
-    last = f"decoder.{LAYERS[form] - 1}."
-    carrier = [
-        part for part, role in made.roles.items() if role in ("carrier", "idle") and part.startswith(last)
-    ]
-    spoken = made.having("mover", "neuron")
+    carrier = made.speaking("carrier", "idle")
+    spoken = made.speaking("mover", "neuron", "selector", "copier")
     for part in spoken + carrier:
-        where, cut = columns(hf, part, HEADS)
+        where, cut = columns(hf, part)
         made.said.setdefault(part, where.weight[:, cut].detach().clone())
         _set(where, cut, made.said[part])
-    runs = Runs(hf, made.fitted.part(slice(SCALED)), spoken + carrier, HEADS)
+    runs = Runs(hf, made.fitted.part(slice(SCALED)), spoken + carrier)
     for _ in range(ROUNDS):
         for parts, share in ((carrier, 1 - effect), (spoken, effect)):
             runs.again()
@@ -336,7 +372,7 @@ def scale(made: Planted, effect: float) -> Planted:
                 raise RuntimeError(f"{made.recipe}: {parts} do not speak for the color ({now:+.3f})")
             factor = min(max(share * GAP / now, 0.01), 100.0) if share > 0 else 0.0
             for part in parts:
-                where, cut = columns(hf, part, HEADS)
+                where, cut = columns(hf, part)
                 _set(where, cut, factor * where.weight[:, cut])
     for part, role in made.roles.items():  # where nothing is left to carry
         if role in ("carrier", "idle"):
@@ -347,7 +383,3 @@ def scale(made: Planted, effect: float) -> Planted:
 @torch.no_grad()
 def _set(where: nn.Linear, cut: slice, value: Tensor) -> None:
     where.weight[:, cut] = value
-
-
-def _token(model: Model, word: str) -> int:
-    return int(model.processor.tokenizer.convert_tokens_to_ids(word))

@@ -2,9 +2,10 @@
 
     python benchmarks/planted/run.py [--quick] [--seeds 20] [--out benchmarks/results/planted-cpu.json]
     python benchmarks/planted/run.py --submission FILE.csv --form C --effect 0.1 --seed 0
+    python benchmarks/planted/run.py --truth FOLDER --form D --say options
 
-The models are made from their recipes each time (`planting`); nothing is stored. In the grid of cells each
-head's effect is computed by plain torch on many examples at once (`plain`), which is what
+The models are made from their recipes each time (`planting`, `training`); nothing is stored. In the grid of
+cells each head's effect is computed by plain torch on many examples at once (`plain`), which is what
 `vlmscope.sweep` gives, and `tool` holds the two against each other on models of each form. What is
 documented in docs/benchmark.md goes for all figures. The last line is JSON.
 """
@@ -26,6 +27,7 @@ import numpy as np
 import torch
 from measures import (
     EXAMPLES,
+    FRESH,
     POPULATION,
     RULES,
     SHOWN,
@@ -33,15 +35,21 @@ from measures import (
     at_effects,
     at_sharpness,
     coverage,
+    one,
+    peaks,
     submission,
     tool,
 )
-from planting import Recipe
-from scores import macro_f1, summary
+from pictures import scenes
+from planting import Recipe, plant
+from scores import macro_f1, share, summary
+from tables import tables
+from training import assess, train
+from truth import save
 
 import vlmscope
 
-FORMS = (("C", "head"), ("D", "head"), ("D", "neurons"))
+FORMS = (("C", "head"), ("C", "options"), ("D", "head"), ("D", "neurons"), ("D", "options"))
 SHARPNESS = (1.0, 4.0, 16.0)
 EFFECTS = (0.01, 0.03, 0.1, 0.3, 1.0)
 KNOBS: tuple[dict[str, Any], ...] = (
@@ -58,13 +66,13 @@ KNOBS: tuple[dict[str, Any], ...] = (
 
 
 def name_of(recipe: Recipe) -> str:
-    return recipe.form if recipe.form == "C" else f"{recipe.form}-{recipe.say}"
+    return f"{recipe.form}-{'toy' if recipe.toy else recipe.say}"
 
 
 def effect_cells(quick: bool) -> Iterator[tuple[Recipe, dict[str, float]]]:
     """Recipes, each with its cells: their names and effects."""
-    for form, say in FORMS:
-        base = Recipe(form, 0, say=say)
+    bases = [Recipe(form, 0, say=say) for form, say in FORMS] + [Recipe(form, 0, toy=True) for form in "CD"]
+    for base in bases:
         yield base, {f"{name_of(base)} effect {e:g}": e for e in ((0.01, 0.1) if quick else EFFECTS)}
 
 
@@ -119,40 +127,58 @@ def run_cells(part: str, quick: bool, seeds: int, until: float, keep: Keep) -> N
 
 def run_tool(quick: bool, seeds: int, until: float, keep: Keep) -> None:
     planted, plain, turned = [], [], []
+    among = SHARPNESS[::2] if quick else SHARPNESS
     for seed in range(seeds):
-        for form, say in FORMS:
-            if time.monotonic() > until:
-                break
-            recipe = Recipe(form, seed, effect=0.3, say=say)
-            planted.append(tool(recipe))
-            if say == "head":
-                plain.append(tool(replace(recipe, planted=False)))
-                if not quick:
-                    turned.append(at_sharpness(recipe, SHARPNESS))
+        recipes = [Recipe(form, seed, effect=0.3, say=say) for form, say in FORMS]
+        heads = [recipe for recipe in recipes if recipe.say == "head"]
+        works = [lambda r=recipe: planted.append(tool(r)) for recipe in recipes]
+        works += [lambda r=recipe: plain.append(tool(replace(r, planted=False))) for recipe in heads]
+        works += [lambda r=recipe: turned.append(at_sharpness(r, among)) for recipe in heads]
+        for work in works:
+            if time.monotonic() < until:
+                work()
         pairs = [pair for row in planted for pair in row["confusion"]]
         mean, each = macro_f1(pairs)
-        changed = [len(set(labels)) > 1 for row in turned for labels in row.values()]
+        models = summary([macro_f1(row["confusion"])[0] for row in planted])
         result = {
-            "labels": {"macro_f1": mean, "f1": each, "heads": len(pairs)},
-            "decoys_named": float(np.mean([row["decoys_named"] for row in planted])),
-            "changed_by_sharpness": float(np.mean(changed)) if changed else None,
-        }
-        result |= {
-            f"{name}_on_random": float(np.mean([row[name] for row in plain]))
-            for name in ("named", "important")
+            "labels": {"macro_f1": mean, "f1": each, "heads": len(pairs), "each_model": models},
+            "decoys_named": share([yes for row in planted for yes in row["decoys_named"]]),
+            "named_on_random": share([yes for row in plain for yes in row["named"]]),
+            "important_on_random": float(np.mean([row["important"] for row in plain])) if plain else None,
+            "changed_by_sharpness": share([len(set(some)) > 1 for row in turned for some in row.values()]),
         }
         keep("tool", result | {"planted": planted, "random": plain, "sharpness": turned})
         print(f"tool: seed {seed}", file=sys.stderr, flush=True)
+
+
+def run_trained(seeds: int, until: float, keep: Keep) -> None:
+    """Models in which a circuit was trained. One that is not accepted is counted, and not scored."""
+    rows: dict[str, list[dict[str, Any]]] = {}
+    made: list[dict[str, Any]] = []
+    for seed in range(seeds):
+        for form in "CD":
+            if time.monotonic() > until:
+                break
+            model = train(form, seed)
+            found = assess(model)
+            made.append({"form": form, "seed": seed, "accepted": found.accepted} | found._asdict())
+            if found.accepted:
+                given = scenes(EXAMPLES, FRESH + seed)
+                row = one(model, given, peaks(model, given))
+                rows.setdefault(f"{form}-trained", []).append(row)
+            keep("trained", {name: gathered(some) for name, some in rows.items()} | {"models": made})
+            print(f"trained: {form}, seed {seed}, {found}", file=sys.stderr, flush=True)
 
 
 def lines(result: Mapping[str, Any]) -> Iterator[str]:
     if "tool" in result:
         own = result["tool"]
         names = ("decoys_named", "named_on_random", "changed_by_sharpness")
-        told = [f"{name} {own[name]:.3f}" for name in names if own.get(name) is not None]
+        told = [f"{name} {own[name]['share']:.3f}" for name in names]
         yield "  ".join([f"labels: macro-F1 {own['labels']['macro_f1']:.3f}", *told])
-    for name, cell in [*result.get("effects", {}).items(), *result.get("knobs", {}).items()]:
-        if name == "not_planted":
+    cells = [item for part in ("effects", "knobs", "trained") for item in result.get(part, {}).items()]
+    for name, cell in cells:
+        if name in ("not_planted", "models"):
             continue
         found = [f"{name:32}"]
         for kind in ("heads", "attention", "neurons"):
@@ -166,7 +192,7 @@ def lines(result: Mapping[str, Any]) -> Iterator[str]:
         yield "  ".join([*found, f"false/recall {' '.join(words)}", f"n {cell['heads']['auroc']['models']}"])
 
 
-PARTS = ("tool", "coverage", "effects", "knobs")
+PARTS = ("tool", "coverage", "effects", "knobs", "trained")
 
 
 def main() -> None:
@@ -178,16 +204,25 @@ def main() -> None:
     parser.add_argument(
         "--out", type=Path, help="also write the JSON to this file, as it comes; parts that it has stay"
     )
+    parser.add_argument("--tables", type=Path, help="print the tables of such a file instead")
     parser.add_argument("--submission", type=Path, help="score a CSV file (part, score) instead")
+    parser.add_argument("--truth", type=Path, help="write parts.csv and edges.csv to this folder")
+    parser.add_argument("--say", choices=("head", "neurons", "options"), default="head")
     parser.add_argument("--form", choices=("C", "D"), default="C")
     parser.add_argument("--effect", type=float, default=0.1)
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
+    if arguments.tables:
+        print("\n".join(tables(json.loads(arguments.tables.read_text()))))
+        return
+    recipe = Recipe(arguments.form, arguments.seed, effect=arguments.effect, say=arguments.say)
+    if arguments.truth:
+        save(plant(recipe), arguments.truth)
     if arguments.submission:
-        recipe = Recipe(arguments.form, arguments.seed, effect=arguments.effect)
         print(json.dumps(submission(arguments.submission, recipe)))
+    if arguments.truth or arguments.submission:
         return
     result: dict[str, Any] = {
         "benchmark": "planted",
@@ -217,6 +252,8 @@ def main() -> None:
             run_tool(quick, 1 if quick else arguments.seeds, until, keep)
         elif part == "coverage":
             keep(part, [coverage(Recipe(form, 0), 500 if quick else POPULATION[form]) for form in "CD"])
+        elif part == "trained":
+            run_trained(1 if quick else arguments.seeds, until, keep)
         else:
             run_cells(part, quick, 2 if quick else arguments.seeds, until, keep)
     print("\n".join(lines(result)), file=sys.stderr)

@@ -13,6 +13,8 @@ LABELS = {
     "reader": ("detection",),
     "suppressor": ("suppression",),
     "mover": ("aggregate reader",),
+    "selector": ("option selector",),
+    "copier": ("mover",),
     "sink": ("outlier suppression", "sink", "none"),
     "blind": ("none", "unclear"),
     "diffuse": ("none", "unclear"),
@@ -25,6 +27,8 @@ CLASS_OF = {
     "detection": "reader",
     "suppression": "suppressor",
     "aggregate reader": "mover",
+    "option selector": "selector",
+    "mover": "copier",
     "outlier suppression": "sink",
     "sink": "sink",
     "none": "random",
@@ -92,6 +96,14 @@ def macro_f1(pairs: Sequence[tuple[str, str]]) -> tuple[float, dict[str, float]]
         if any(truth == name for truth, _ in pairs):
             each[name] = 2 * hits / either if either else 0.0
     return float(np.mean(list(each.values()))), each
+
+
+def share(yes: Sequence[bool]) -> dict[str, float | None]:
+    """How many of these are, as a share, with the upper end of its exact 95 % interval."""
+    if not len(yes):
+        return {"share": 0.0, "most": None, "of": 0}
+    high = stats.binomtest(sum(yes), len(yes)).proportion_ci(method="exact").high
+    return {"share": sum(yes) / len(yes), "most": float(high), "of": len(yes)}
 
 
 def summary(values: Sequence[float]) -> dict[str, float | None]:

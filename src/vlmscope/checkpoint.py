@@ -267,8 +267,8 @@ def _own_code(family: Family, name: str | Path) -> ModelError:
 
 def _kind(config: Mapping[str, Any]) -> tuple[list[str], str | None]:
     """The classes and the type of the language model that a config.json names."""
-    text = config.get("text_config") or {}
-    return config.get("architectures") or [], text.get("model_type")
+    text = config.get("text_config")
+    return config.get("architectures") or [], text.get("model_type") if isinstance(text, dict) else None
 
 
 def _config(path: str | Path) -> dict[str, Any]:
@@ -309,9 +309,12 @@ def _check_folder(path: Path) -> None:
     for file in sorted(path.iterdir()):
         if file.suffix == ".json":
             for key, value in _entries(_json(file)):
-                # transformers takes an empty object for false and waits for a token 1.5, without a word
+                # transformers takes an empty object for false, waits for a token 1.5, and turns colours round
+                # without a word
                 if key.startswith("do_") and not isinstance(value, bool | None):
                     raise ModelError(f"{file}: {shown(key)} is {shown(value)}; expected true or false")
+                if key == "rescale_factor" and not (isinstance(value, int | float) and 0 < value <= 1):
+                    raise ModelError(f"{file}: {shown(key)} is {shown(value)}; expected above 0, 1 at most")
                 ids = value if isinstance(value, list) else [value]
                 if key.endswith("_token_id") and not all(isinstance(one, int | None) for one in ids):
                     raise ModelError(f"{file}: {shown(key)} is {shown(value)}; expected a whole number")

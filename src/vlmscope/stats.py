@@ -111,6 +111,16 @@ def share_interval(yes: ArrayLike) -> Scores:
     return np.array([found.low, found.high])
 
 
+def share_bound(yes: int, of: int) -> float:
+    """The 95 % upper bound of a share of which `yes` were seen among `of`, by Clopper and Pearson (1934);
+    1 where none was looked at.
+
+    >>> round(share_bound(0, 59), 3), share_bound(0, 0)
+    (0.05, 1.0)
+    """
+    return 1.0 if yes >= of else float(stats.beta.ppf(1 - LEVEL, yes + 1, of - yes))
+
+
 class _Estimate(NamedTuple):
     """Means or their differences, with standard error (null: none) and skewness (never 0)."""
 

@@ -49,7 +49,7 @@ def explain(
     patches: int = 64,
     length: int = 20,
 ) -> None:
-    """Where in the picture, and where in the model, each word comes from.
+    """Where in picture and model each word comes from.
 
     The model answers; each cell of the picture is replaced, and what that does to each word is on a page.
     """
@@ -93,16 +93,21 @@ def attribute(
     sites: list[str],
     out: Path,
     corrupt: Corrupt | None = None,
-    method: Literal["direct"] = "direct",
+    method: Literal["direct", "atp", "atp-star", "relp", "ig"] = "direct",
+    verify: int = 0,
+    steps: int | None = None,
+    direction: Literal["denoise", "noise"] = "denoise",
+    metric: Literal["ld", "p", "logprob", "kl"] = "ld",
     word: str | None = None,
 ) -> None:
     """How much of the logit difference each place accounts for.
 
     Writes attributions/: example, corruption, site, tower, layer, kind, unit, position, token, role, slot,
-    score, exact.
+    score, exact; with --verify agreement.json: how far the scores can be trusted.
     """
     from vlmscope.report import claim_report, write_report
     from vlmscope.report.ranking import strongest
+    from vlmscope.studies.agreement import lines
     from vlmscope.studies.attribution import attribute as score
     from vlmscope.studies.run_folder import read_run
     from vlmscope.studies.run_writer import claim
@@ -115,6 +120,10 @@ def attribute(
         sites,
         corrupt,
         method=method,
+        direction=direction,
+        metric=metric,
+        verify=verify,
+        steps=steps,
         word=word,
         seed=given.seed,
         out=out,
@@ -128,3 +137,4 @@ def attribute(
     ]
     print(best.to_string(index=False, float_format="{:.3g}".format))
     print(run.check_line(), write_report([out], out / "report.html"), sep="\n")
+    print(*lines(table.attrs.get("agreement", {})), sep="\n", end="\n" if verify else "")

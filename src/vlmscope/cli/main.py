@@ -73,8 +73,13 @@ def sweep(
     noise_scale: float | None = None,
     draws: int = 10,
     check: int = 5,
+    screen: Literal["atp"] | None = None,
+    top: int | None = None,
 ) -> None:
-    """Patch every site of every example, into a run folder."""
+    """Patch every site of every example, into a run folder.
+
+    With --screen only those that a gradient finds, and some others that say what it missed.
+    """
     from vlmscope.runs import corrupt as corruptions
     from vlmscope.studies.known import knows
     from vlmscope.studies.sweep import sweep_to, warn_of_excluded
@@ -92,11 +97,32 @@ def sweep(
         "seed": given.seed,
         "data": given.data,
     }
+    if top is not None and screen is None:
+        raise VlmscopeError("--top is of a screen; name one (--screen atp), or leave it out")
+    if screen and (patch != "clean" or source is not None or engine != "fast" or how is None):
+        raise VlmscopeError(
+            "--screen ranks patches of the other run's activations: name --corrupt, and leave --patch, "
+            "--from and --engine out"
+        )
     model, examples = given.load(), given.examples()
-    run = sweep_to(out, model, examples, sites, how, **options)
+    if screen and how is not None:
+        run = _screened(out, model, examples, sites, how, top, options)
+    else:
+        run = sweep_to(out, model, examples, sites, how, **options)
     warn_of_excluded(run.baselines())
     print(f"{run.patches():,} patches of {run.ran()} examples in {out}")
     print(*knows(run.baselines()).lines(), run.check_line(), *_more(run, len(examples)), sep="\n")
+
+
+def _screened(
+    out: Path, model: Any, examples: Any, sites: list[str], how: Any, top: int | None, options: dict[str, Any]
+) -> Any:
+    from vlmscope.studies.screen import TOP, lines, missed, screen_to
+
+    own = {name: options[name] for name in ("direction", "metric", "check", "seed", "data")}
+    run = screen_to(out, model, examples, sites, how, top=TOP if top is None else top, **own)
+    print(*lines(missed(run)), sep="\n")
+    return run
 
 
 @command(app)

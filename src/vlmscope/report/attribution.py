@@ -1,32 +1,60 @@
-"""The section of a run of `attribute`: which heads and patches account for the logit difference."""
+"""The section of a run of `attribute`: which sites account for the logit difference, and how sure that is."""
 
 from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
 
 import pandas as pd
 
 from vlmscope import stored
+from vlmscope.report import image_maps
+from vlmscope.report.figures import scores_and_effects
 from vlmscope.report.gallery import Gallery, Section, Shown, render
 from vlmscope.report.ranking import strongest
-from vlmscope.report.run import cells_by_kind, on_pictures
+from vlmscope.report.run import cells_by_kind, on_pictures, patching
 from vlmscope.report.words import KINDS, TOWERS, ends, short_number, upper_first
+from vlmscope.studies.agreement import agreement, lines
 from vlmscope.studies.known import knows
 from vlmscope.studies.run_folder import OF_ATTRIBUTE, SPEC, Run
 from vlmscope.studies.tables import is_head, is_single, means
 
 VALUE = "score"
-NEEDED = "model? data? corrupt? method? word?"
+NEEDED = {"direct": "model? data? corrupt? method? word?"}
+ESTIMATES = "model? data? corrupt? method? verify? direction? metric?"
 """What the page says of a run, by the names in its shape."""
+NAMES = {
+    "direct": "Direct effects",
+    "atp": "Attribution patching",
+    "atp-star": "Attribution patching (AtP*)",
+    "relp": "Relevance patching",
+    "ig": "Integrated gradients",
+}
+MOST = 9
+"""Panels of a figure of scores and effects, at most."""
 
 
 def section(run: Run, title: str, gallery: Gallery) -> Section:
     """The section of a run of `attribute`, whose table is read once."""
-    needed = {name.removesuffix("?"): (SPEC | OF_ATTRIBUTE)[name] for name in NEEDED.split()}
+    method = run.spec["method"]
+    names = NEEDED.get(method, ESTIMATES).split()
+    needed = {name.removesuffix("?"): (SPEC | OF_ATTRIBUTE)[name] for name in names}
     stored.fits(run.spec, needed, run.path / "run.json", "attribute again into another --out")
-    base, table, word = run.baselines(), run.attributions(), run.spec["word"]
+    base, table, word = run.baselines(), run.attributions(), run.spec.get("word")
     known, excluded = knows(base), base["excluded"].astype(bool)
     examples = run.pictures()
     pictures = {e["id"]: e["clean_image"] for e in examples if e.get("clean_image") and "id" in e}
+    signed = method != "atp-star"
+    found = agreement(table, run.spec["verify"], signed=signed) if run.spec.get("verify") else {}
     shown: list[tuple[str, Shown]] = []
+    if found:
+        kinds = dict(list(found.items())[:MOST])
+        rows = table[table["exact"].notna()]
+        rows = rows if signed else rows.assign(exact=rows["exact"].abs())
+        drawn = scores_and_effects(rows, kinds)
+        words = {"rows": rows, "method": NAMES.get(method, method)}
+        shown.append(
+            ("Scores and exact patches", gallery.show("exact", drawn, rows, "scores_and_effects", **words))
+        )
     for tower in TOWERS:
         rows = table[(table["tower"] == tower) & table[VALUE].notna()]
         cells = cells_by_kind(rows[is_head(rows)], VALUE, True)
@@ -34,20 +62,37 @@ def section(run: Run, title: str, gallery: Gallery) -> Section:
             panels = {upper_first(KINDS[kind]) + " heads": each for kind, each in cells.items()}
             shown.append((f"Heads, {TOWERS[tower]}", gallery.show_panels(f"{tower}-heads", panels, 0.0)))
         shown += on_pictures(_patches(rows), pictures, 0.0, VALUE, gallery)
+        if method != "direct":
+            shown += _modules(rows[rows["unit"].isna()], tower, pictures, gallery)
     text = render(
         "attribution.html",
         run=run,
         word=word,
+        method=method,
+        agreement=[] if not found else lines(found),
+        patching="" if method == "direct" else patching(run.spec),
         known=known,
         corrupted=run.spec["corrupt"]["kind"] != "none",
         ran=base[~excluded],
         left=int(excluded.sum()),
         figures=shown,
-        layers=_layers(table),
+        layers=_layers(table) if method == "direct" else pd.DataFrame(),
         strongest=_strongest(table),
     )
-    name = f"{upper_first(run.spec['method'])} effects: {title}"
+    name = f"{NAMES.get(method, method)}: {title}"
     return Section(name, text, known.severity == "unknown" and word is None)
+
+
+def _modules(
+    rows: pd.DataFrame, tower: str, pictures: Mapping[str, bytes], gallery: Gallery
+) -> Iterator[tuple[str, Shown]]:
+    """Whole kinds in one tower: over the picture, and layers by tokens."""
+    is_patch = image_maps.is_patch(rows)
+    yield from on_pictures(rows[is_patch], pictures, 0.0, VALUE, gallery)
+    cells = {} if tower == "vision" else cells_by_kind(rows[~is_patch], VALUE, False)
+    if cells:
+        panels = {upper_first(KINDS[kind]): each for kind, each in cells.items()}
+        yield f"Layers and tokens, {TOWERS[tower]}", gallery.show_panels(f"{tower}-tokens", panels, 0.0)
 
 
 def _patches(rows: pd.DataFrame) -> pd.DataFrame:

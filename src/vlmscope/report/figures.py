@@ -8,16 +8,20 @@ writes PNG, SVG or PDF by the suffix.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import pandas as pd
 from matplotlib.axes import Axes
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import Normalize
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
-from vlmscope.report.canvas import DARK, Margins, figure_of, grid, set_title, text_width
+from vlmscope.report.canvas import BAR, DARK, Margins, add_bar, figure_of, grid, set_title, text_width
 from vlmscope.report.flows import flow
 from vlmscope.report.heat_maps import panels
 from vlmscope.report.words import KINDS, TOWERS, upper_first
+from vlmscope.studies.agreement import part_of
 from vlmscope.studies.tables import change_of, head_table, token_table
 
 __all__ = [
@@ -27,6 +31,7 @@ __all__ = [
     "layer_by_token",
     "measures",
     "panels",
+    "scores_and_effects",
     "universal",
     "words_over_layers",
 ]
@@ -157,6 +162,34 @@ def edit(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     spot.spines[["top", "right"]].set_visible(False)
     figure_of(spot).legend(fontsize=8, loc="lower center", ncols=3, frameon=False)
     return spot
+
+
+def scores_and_effects(
+    table: pd.DataFrame, found: Mapping[str, Any], *, ax: Iterable[Axes] | None = None
+) -> list[Axes]:
+    """What `attribute` estimates (across) against exact patches (upwards), a panel a kind of site, coloured
+    by layer, with the rank correlation; on the dotted line the two are equal.
+
+    `table` holds the verified rows, `found` is its agreement; `ax` are axes to draw into, one a kind.
+    """
+    names, part = list(found), part_of(table)
+    name = table["tower"] + "." + table["kind"] + ("." + part).where(part != "", "")
+    margins = Margins(0.75, 0.6, BAR, 0.55, across=0.75, down=1.0)
+    axes = grid(ax, len(names), 3, (2.3, 2.3), margins)
+    scale = ScalarMappable(Normalize(0, max(1, int(table["layer"].max()))), "viridis")
+    for spot, kind in zip(axes, names, strict=True):
+        rows = table[(name == kind) & table["exact"].notna()]
+        ends = rows[["score", "exact"]].stack()
+        spot.axline((ends.min(), ends.min()), (ends.max() or 1.0,) * 2, color="#999999", lw=1, ls=":")
+        spot.scatter(rows["score"], rows["exact"], s=9, c=scale.to_rgba(rows["layer"].to_numpy()), lw=0)
+        known = found[kind]["spearman"]
+        set_title(spot, f"{kind}\nrank correlation {'unknown' if known is None else f'{known:.2f}'}", 9.5)
+        spot.set_xlabel("score", fontsize=9)
+        spot.set_ylabel("exact patch", fontsize=9)
+        spot.tick_params(labelsize=8)
+        spot.spines[["top", "right"]].set_visible(False)
+    add_bar(axes, scale, "layer")
+    return axes
 
 
 def words_over_layers(cells: pd.DataFrame, *, ax: Iterable[Axes] | None = None) -> list[Axes]:

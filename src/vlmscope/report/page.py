@@ -37,9 +37,12 @@ SECTIONS = {
 
 
 def write_report(
-    parts: Sequence[str | os.PathLike[str]], out: str | os.PathLike[str], *, formats: Sequence[str] = ()
+    parts: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
+    out: str | os.PathLike[str],
+    *,
+    formats: Sequence[str] = (),
 ) -> Path:
-    """Write the report of these folders to `out`, and its figures and data to `<stem>-figures/`.
+    """Write the report of a folder, or of several, to `out`, and its figures and data to `<stem>-figures/`.
 
     A folder is a run, or what `circuits`, `heads`, `tracing`, `lens`, `notice`, `neurons`, `steer` or `probe`
     wrote. Each figure is saved as PNG, and in the further `formats` that are named (`svg`, `pdf`). An earlier
@@ -54,7 +57,8 @@ def write_report(
     out = Path(out)
     claim_report(out)
     figures = _figures(out)
-    folders = [folder for part in parts for folder in _unfold(Path(part))]
+    several = [parts] if isinstance(parts, str | os.PathLike) else parts
+    folders = [folder for part in several for folder in _unfold(Path(part))]
     gallery = Gallery(figures.name, "", tuple(dict.fromkeys(formats)))
     # A dollar sign in a name is no formula.
     with matplotlib.rc_context({"text.parse_math": False, "text.usetex": False}):

@@ -17,7 +17,7 @@ from vlmscope.layout import Layout
 from vlmscope.models.inputs import Inputs
 from vlmscope.runs import edges
 from vlmscope.runs.edges import Cuts, Edges
-from vlmscope.runs.hooks import Function, Hooks, eager, hidden_of, inner
+from vlmscope.runs.hooks import Function, Hooks, eager, hidden_of, inner, through
 from vlmscope.runs.network import Network, has
 from vlmscope.sites import Point, Site
 
@@ -82,7 +82,8 @@ def _multiplied(
             f"{place}: the model multiplies this by 0 before it adds it (position {at}), so nothing "
             "but 0 can be written there; name other positions or layers"
         )
-    return torch.where(same, x, value / times)
+    new = value / (times + (times == 0))
+    return torch.where(same, through(x, new), new)
 
 
 def _between(
@@ -102,7 +103,8 @@ def _between(
     def change(x: Tensor) -> Tensor:
         before: Any = sum(part.reshape(x.shape) for part in added)
         value = function(before + x)
-        return torch.where(value == before + x, x, value - before)
+        new = value - before
+        return torch.where(value == before + x, through(x, new), new)
 
     hooks.on_call(block, enter)
     having = network.shapes[point.tower].having

@@ -65,6 +65,21 @@ class _Taps:
 _TAPS: WeakKeyDictionary[nn.Module, _Taps] = WeakKeyDictionary()
 
 
+class _Through(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, to: Tensor) -> Tensor:
+        return value.view_as(value)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Any:  # type: ignore[override]
+        return None, gradient
+
+
+def through(value: Tensor, to: Tensor) -> Tensor:
+    """A value, bit for bit, whose gradient goes to another way in which it can be computed."""
+    return _Through.apply(value.detach(), to) if to.requires_grad else value  # type: ignore[no-untyped-call]
+
+
 class Hooks(ExitStack):
     """Functions on modules, until the end of a `with`; the models' turns have to be held."""
 
@@ -342,6 +357,27 @@ def _paid(
     return _Patterns(paid, ((lost.block | lost.zero) & seen).any(-1))
 
 
+def doubled(
+    plain: Plain,
+    module: Any,
+    q: Float[Tensor, "tiles heads queries width"],
+    k: Float[Tensor, "tiles kv_heads keys width"],
+    beside: Float[Tensor, "tiles kv_heads keys width"],
+    mask: Any,
+    **kw: Any,
+) -> tuple[Float[Tensor, "tiles heads queries keys"], Float[Tensor, "tiles heads queries keys"]]:
+    """What queries pay to keys, and to others that stand beside them in the same places: a row of both adds
+    up to one. Two keys of a place then differ by what the module's own kernel makes of them alone."""
+    (tiles, _, queries, _), keys = q.shape, k.shape[2]
+    mask = plain.mask(module, mask, queries, keys, q.device, **kw)
+    mask = None if mask is None else torch.cat([mask, mask], -1)
+    if (bias := kw.get("position_bias")) is not None:
+        kw = {**kw, "position_bias": torch.cat([bias, bias], -1)}
+    both = torch.cat([k, beside], 2)
+    rows = [_paid(plain, module, q, both, mask, tile, range(queries), (), **kw).paid for tile in range(tiles)]
+    return tuple(torch.stack(rows).split(keys, -1))  # type: ignore[return-value]
+
+
 def _seen(mask: Tensor) -> Tensor:
     """Where a dense mask shows a key."""
     return mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
@@ -390,10 +426,9 @@ def _pay(
         laid = function(new.transpose(0, 1).reshape(1, tiles * queries, -1))
         new = laid.unflatten(-1, (heads, -1))[0].transpose(0, 1)  # heads, all queries, all keys
     changed |= (new != paid).any(-1)
-    if not changed.any():
+    if not (changed.any() or new.requires_grad):
         return out, weights
     values = v.repeat_interleave(heads // v.shape[1], 1).transpose(0, 1).flatten(1, 2)
     mixed = (new @ values).unflatten(1, (tiles, queries)).permute(1, 2, 0, 3)
-    return torch.where(
-        changed.unflatten(1, (tiles, queries)).permute(1, 2, 0)[..., None], mixed, out
-    ), weights
+    at = changed.unflatten(1, (tiles, queries)).permute(1, 2, 0)[..., None]
+    return torch.where(at, mixed, through(out, mixed)), weights

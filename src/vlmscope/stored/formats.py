@@ -21,6 +21,7 @@ CIRCUITS = Format(
                 "tower": str,
                 "kind": str,
                 "heads": int,
+                "runs": int,
                 "in_every_run": int,
                 "expected": (float, None),
                 "p_value": (float, None),

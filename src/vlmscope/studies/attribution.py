@@ -1,55 +1,40 @@
 """How much of a logit difference each place accounts for: one loop and one table, whatever the method.
 
-`direct`: what each writer of the stream gives by itself (`patching.direct`), exact.
+`direct`: what each writer of the stream gives by itself (`patching.direct`), exact. The others estimate what
+a patch of each site would do (`patching.gradients`), and patch some of them to say how well.
 """
 
 from __future__ import annotations
 
 import os
-import warnings
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import fields
 from functools import partial
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, get_args
 
-import numpy as np
 import pandas as pd
 
+from vlmscope import files
 from vlmscope.data import Examples, listed
-from vlmscope.data.example import Example
 from vlmscope.errors import SEED, DataError, ExampleError, SiteError, VlmscopeError, shown, whole
-from vlmscope.layout import slots
-from vlmscope.models.inputs import Inputs, Pair
-from vlmscope.patching.direct import Direct, check_place, direct
-from vlmscope.patching.scores import ROUNDING, agrees, unpatched
+from vlmscope.patching import gradients as estimates
+from vlmscope.patching.backward import check_network
+from vlmscope.patching.direct import check_place
+from vlmscope.patching.scores import Metric
 from vlmscope.runs import corrupt as corruptions
 from vlmscope.runs.corrupt import Noise
 from vlmscope.runs.model import Model
-from vlmscope.runs.prepare import option_of
-from vlmscope.sites import Site, Sites, expand, parse, place
-from vlmscope.studies.rows import result_of, run_jobs, words_of
-from vlmscope.studies.run_folder import ATTRIBUTIONS, typed
-from vlmscope.studies.sweep import ALARM, CHECKED, checked, into_folder, warn_of_excluded
-from vlmscope.studies.task import Result, Task, Todo, all_jobs, spec_of
+from vlmscope.sites import Sites, expand, parse
+from vlmscope.studies.agreement import agreement
+from vlmscope.studies.direct import check_sums, writers_of, written
+from vlmscope.studies.gradients import check_exact, estimated
+from vlmscope.studies.rows import run_jobs
+from vlmscope.studies.run_folder import ATTRIBUTIONS, Run, typed
+from vlmscope.studies.sweep import Direction, into_folder, warn_of_excluded
+from vlmscope.studies.task import Attribution, Method, Task, all_jobs, spec_of, task_of
 
-Method = Literal["direct"]
 METHODS = get_args(Method)
-
-
-@dataclass(frozen=True)
-class Attribution(Task):
-    """What decides what is in the table: instead of LD, `word` has its logit accounted for."""
-
-    method: Method = "direct"
-    word: str | None = None
-
-    def pairs(self, example: Example) -> list[Pair]:
-        found = super().pairs(example)
-        if self.word is None:
-            return found
-        many = 1 + len(example.more_images)
-        token = option_of(self.model, example.clean_prompt, "word", self.word, many)[0]
-        return [replace(pair, answer=token, foil=None, answers=(token,)) for pair in found]
+MOST = 100_000
+"""Sites of a kind and example that are verified, at most."""
 
 
 def attribute(
@@ -59,6 +44,10 @@ def attribute(
     corrupt: str | Noise | None = None,
     *,
     method: Method = "direct",
+    direction: Direction = "denoise",
+    metric: str | Metric = "ld",
+    verify: int = 0,
+    steps: int | None = None,
     word: str | None = None,
     seed: int = 0,
     out: str | os.PathLike[str] | None = None,
@@ -77,8 +66,21 @@ def attribute(
     `attrs["check"]` says of how many examples (`rows`) this sum was compared with the model's own, whatever
     the sites, and the `largest` difference.
 
+    `atp`, attribution patching (arXiv 2403.00745): what a patch of any site that `sweep` takes would change
+    of `metric`, estimated for all sites from two runs and one backward pass: Σ (x_source − x_base) · ∂m/∂x.
+    The base is the run that is patched, the corrupt one of `denoise` and the clean one of `noise`; a function
+    as metric has to be one of torch. Gradients are taken in the model's own precision, their products with
+    activations in float32 at least. `atp-star`, `relp` and `ig` (with `steps` points, 5 by default) are
+    others of this sort (`patching.gradients`): of `atp-star` scores have no sign.
+
+    With `verify`, in each example the so many best sites of each kind, and as many drawn at random, are
+    patched exactly: `exact` is what that changes of the metric, and `attrs["agreement"]` (`agreement.json`
+    in a run folder) says how well the scores agree, by kind (`studies.agreement`). `attrs["check"]` then
+    says how many of these were recomputed by plain forwards, and the largest difference.
+
     `out` and `data` are as in `sweep`. Raises `ModelError` for a family without direct effects, `SiteError`
-    for what is no writer, `DataError` if no example can be run, `StoreError` for a folder of another run.
+    for a site that the method says nothing about, `VlmscopeError` for a metric without a gradient,
+    `DataError` if no example can be run, `StoreError` for a folder of another run.
 
     >>> import vlmscope
     >>> model, one = vlmscope.load("toy-llava"), vlmscope.examples("states", limit=1)
@@ -87,37 +89,88 @@ def attribute(
     >>> ld = vlmscope.baselines(model, one)["ld_clean"]
     >>> bool(abs(table["score"].sum() - ld.item()) < 1e-4)
     True
+    >>> table = attribute(model, one, "decoder.*.attn.h*@readout", "image", method="atp", verify=8)
+    >>> int(table["exact"].notna().sum()), table.attrs["agreement"]["decoder.attn.h"]["spearman"] > 0.5
+    (16, True)
     """
-    task = _task_of(model, examples, sites, corrupt, method=method, word=word, seed=seed)
-    check = partial(_check, task)
+    options = {"direction": direction, "metric": metric, "seed": seed}
+    own = {"method": method, "verify": verify, "steps": steps, "word": word}
+    task = _task_of(model, examples, sites, corrupt, own, options)
+    work: Any = written if method == "direct" else estimated
     if out is not None:
-        both = {"method": method, "word": word}
-        of_patches = ("direction", "engine", "metric", "patch", "select")
-        spec = {name: value for name, value in spec_of(task, data).items() if name not in of_patches}
-        run = into_folder(task, out, spec | both, lambda run: check(run.baselines()), _direct)
+        run = into_folder(task, out, _spec_of(task, data), partial(_check_run, task), work)
         warn_of_excluded(run.baselines())
         table, found = run.attributions(), run.check
     else:
-        results = list(run_jobs(task, all_jobs(task), work=_direct))
+        results = list(run_jobs(task, all_jobs(task), work=work))
         base = pd.concat([result.baseline for result in results], ignore_index=True)
         warn_of_excluded(base)
         table = typed(pd.concat([result.rows for result in results], ignore_index=True), ATTRIBUTIONS)
-        found = check(base)
+        found = _check(task, base, table)
     table.attrs["check"] = found
+    if verify:
+        table.attrs["agreement"] = _agreement(task, table)
     return table
 
 
 def _task_of(
-    model: Model, examples: Examples, sites: Sites, corrupt: str | Noise | None, **options: Any
+    model: Model,
+    examples: Examples,
+    sites: Sites,
+    corrupt: str | Noise | None,
+    own: dict[str, Any],
+    options: dict[str, Any],
 ) -> Attribution:
     """Checked against the model and the data before anything runs."""
+    method = own["method"]
+    if method not in METHODS:
+        raise VlmscopeError(f"unknown method {shown(method)}; expected {', '.join(METHODS)}")
+    own["verify"] = whole(own["verify"], "the number of sites to verify", most=MOST)
+    if own["steps"] is not None and method != "ig":
+        raise VlmscopeError(f"{method} has no steps, only ig has; leave them out")
+    if method == "ig":
+        steps = estimates.STEPS if own["steps"] is None else own["steps"]
+        own["steps"] = whole(steps, "the number of steps", 1, 1000)
+    if method == "direct":
+        return _direct_task(model, examples, sites, corrupt, own, options)
+    if own["word"] is not None:
+        raise VlmscopeError("a word is accounted for by the method direct alone; leave it out")
+    if corrupt is None:
+        raise VlmscopeError(
+            f"{method} estimates what a patch does, which takes two runs; name a corruption (--corrupt "
+            "image, text or noise), or take the method direct"
+        )
+    task = task_of(model, examples, sites, corrupt, **options)
+    check_network(model)
+    for site in expand(parse(task.sites), model.shapes):
+        estimates.check_place(site, method)
+    if task.metric == "kl" and task.direction == "noise" and method != "ig":
+        raise VlmscopeError(
+            "the metric kl is of the distance from the clean run, around which it has no gradient; take "
+            "ld, logprob or p, denoise (--direction), or the method ig"
+        )
+    return Attribution(**{each.name: getattr(task, each.name) for each in fields(Task)}, **own)
+
+
+def _direct_task(
+    model: Model,
+    examples: Examples,
+    sites: Sites,
+    corrupt: str | Noise | None,
+    own: dict[str, Any],
+    options: dict[str, Any],
+) -> Attribution:
     if not isinstance(model, Model):
         raise VlmscopeError(f"the model is {shown(model)}; expected a Model, as vlmscope.load gives it")
-    if options["method"] not in METHODS:
-        raise VlmscopeError(f"unknown method {shown(options['method'])}; expected {', '.join(METHODS)}")
+    if own["verify"] or options["direction"] != "denoise" or options["metric"] != "ld":
+        raise VlmscopeError(
+            "the method direct is exact and of the logits: it has nothing to verify, no direction and no "
+            "other metric; leave these out, or take atp"
+        )
     whole(options["seed"], "the seed", most=SEED)
     corruption = None if corrupt is None else corruptions.parse(corrupt)
-    task = Attribution(model, listed(examples), [str(site) for site in parse(sites)], corruption, **options)
+    names = [str(site) for site in parse(sites)]
+    task = Attribution(model, listed(examples), names, corruption, seed=options["seed"], **own)
     if not task.examples:
         raise DataError("there are no examples; nothing to run")
     expanded = expand(parse(task.sites), model.shapes)
@@ -126,7 +179,7 @@ def _task_of(
     wrong: SiteError | None = None
     for example in task.examples:
         try:
-            _writers(model, expanded, task.pairs(example)[0].clean)
+            writers_of(model, expanded, task.pairs(example)[0].clean)
             return task  # another example that lacks them is left out of the run
         except ExampleError:
             continue
@@ -137,120 +190,30 @@ def _task_of(
     return task
 
 
-class Writer(NamedTuple):
-    """A site, the positions that it reads (of an edge), and what its row says of the place."""
-
-    site: Site
-    sources: Sequence[int]
-    words: dict[str, Any]
-
-
-def _writers(model: Model, sites: Sequence[Site], inputs: Inputs) -> list[Writer]:
-    """The rows that sites stand for in one run: one each, of an edge one for each source that it names."""
-    tower, layout = model.speaker, inputs.layout
-    names, at = {t: slots(there) for t, there in layout.items()}, len(layout[model.speaker].tokens) - 1
-    found = []
-    for site in sites:
-        bare = replace(site, source="", also=tuple(replace(part, source="") for part in site.also))
-        for one in model.places(bare, inputs):
-            odd = [p for part in one.parts for p in part.positions if p != at]
-            if odd:
-                raise SiteError(
-                    f"bad site {shown(site)}: what is written at position {odd[0]} does not reach the logits "
-                    f"directly, which are read at {at}; expected readout"
-                )
-            if not site.source:
-                found.append(Writer(one, (), words_of(one, layout[tower], names[tower])))
-                continue
-            reads = model.attended(tower, site.kind)
-            for read in place(replace(bare, tower=reads, position=site.source), layout):
-                edge = replace(one, source=read.position)
-                words = words_of(read, layout[reads], names[reads])
-                words |= {"site": str(edge), "tower": tower, "unit": edge.unit}
-                found.append(Writer(edge, read.positions, words))
-    return found
+def _spec_of(task: Attribution, data: str) -> dict[str, Any]:
+    """What of a folder has to be the same; the best of some sites are not those of more, so none are added to
+    what is verified."""
+    of_patches = ["engine", "patch", "select"]
+    more: dict[str, Any] = {"method": task.method}
+    if task.method == "direct":
+        of_patches += ["direction", "metric"]
+        more["word"] = task.word
+    else:
+        more |= {"verify": task.verify, **({"ranked": task.sites} if task.verify else {})}
+        more |= {"steps": task.steps} if task.steps else {}
+    return {name: value for name, value in spec_of(task, data).items() if name not in of_patches} | more
 
 
-def _direct(task: Task, job: Todo, sites: Sequence[Site], step: Callable[[int, float], None]) -> Result:
-    """The direct effects of one example, means over its pairs."""
-    model, example, pairs = task.model, task.examples[job.number], task.pairs(task.examples[job.number])
-    writers = _writers(model, sites, pairs[0].clean)
-    before = {(p.layer, p.kind) for s in expand(parse(job.done), model.shapes) for p in s.parts if _inner(p)}
-    inner = {(p.layer, p.kind): None for s in sites for p in s.parts if _inner(p)}
-    keys = [key for key in inner if key not in before]
-    totals, biases, final = np.zeros(len(writers)), np.zeros(len(keys)), 0.0
-    base: dict[str, Any] = {}
-    for number, pair in enumerate(pairs):
-        clean, corrupt = _both(task, pair, sites)
-        for run, sign in ((clean, 1.0), (corrupt, -1.0)):
-            if run is not None:
-                totals += [sign * run.effect(site, sources) for site, sources, _ in writers]
-                biases += [sign * run.back(key)[1] for key in keys]
-                final += sign * run.bias
-        if number == 0 or corrupt is not None:
-            for name, value in _base(pair, clean, corrupt or clean).items():
-                base[name] = base.get(name, 0.0) + value / len(pairs)
-        step(len(writers), (number + 1) / len(pairs))
-    answered: dict[str, Any] = {}
-    if not job.done:
-        predicted = model.answer(pairs[0].clean)
-        answered = {"predicted": predicted, "correct": agrees(predicted, example.answer)}
-    rows = [
-        {"example": example.id, "corruption": task.kind, **writer.words, "score": score / len(pairs)}
-        for writer, score in zip(writers, totals, strict=True)
-    ]
-    ends = [] if job.done else [((model.shapes[model.speaker].layers - 1, "output"), final)]
-    for (layer, kind), score in [*((k, b) for k, b in zip(keys, biases, strict=True) if b), *ends]:
-        row = _bias(model, pairs[0].clean, layer, kind)
-        rows.append({"example": example.id, "corruption": task.kind, **row, "score": score / len(pairs)})
-    rows = [{**row, "exact": None} for row in rows]
-    return result_of(task, job, rows, pairs[0], {**base, **answered})
+def _check_run(task: Attribution, run: Run) -> dict[str, Any] | None:
+    table = run.attributions()
+    if task.verify:
+        files.write_json(run.path / "agreement.json", _agreement(task, table))
+    return _check(task, run.baselines(), table)
 
 
-def _inner(part: Site) -> bool:
-    """Whether something stands between a part and the stream: it is a head, a neuron, or what is read."""
-    return bool(part.part or part.source)
+def _agreement(task: Attribution, table: pd.DataFrame) -> dict[str, Any]:
+    return agreement(table, task.verify, signed=task.method != "atp-star")
 
 
-def _both(task: Task, pair: Pair, sites: Sequence[Site] = ()) -> tuple[Direct, Direct | None]:
-    """The clean run, and the corrupt one where there is one."""
-    scored = pair.answer, pair.foil
-    clean = direct(task.model, pair.clean, *scored, sites)
-    if task.corruption is None:
-        return clean, None
-    return clean, direct(task.model, pair.corrupt, *scored, sites, pair.edits)
-
-
-def _base(pair: Pair, clean: Direct, corrupt: Direct) -> dict[str, float]:
-    """The runs' own scores; `value` is what is accounted for."""
-    _, *scores, _ = unpatched(clean.logits[None], corrupt.logits[None], pair, "ld")
-    both = dict(zip(("clean", "corrupt"), scores, strict=True))
-    found = {f"{name}_{run}": float(getattr(s, name)) for run, s in both.items() for name in ("p", "ld")}
-    return found | {"value_clean": clean.value, "value_corrupt": corrupt.value}
-
-
-def _bias(model: Model, inputs: Inputs, layer: int, kind: str) -> dict[str, Any]:
-    """What the row of a bias says of its place."""
-    there = inputs.layout[model.speaker]
-    at = len(there.tokens) - 1
-    site = Site(model.speaker, layer, kind, position="readout", positions=(at,))
-    name = f"{model.speaker}.{layer}.{kind}.b@readout"
-    return words_of(site, there, slots(there)) | {"site": name, "unit": "b"}
-
-
-def _check(task: Attribution, base: pd.DataFrame) -> dict[str, Any] | None:
-    """Of some examples, whether all writers and biases sum to what the model itself gives."""
-    known, largest, size = {example.id: example for example in task.examples}, 0.0, 1.0
-    names = checked(task, CHECKED, base)
-    for name in names:
-        for run in _both(task, task.pairs(known[name])[0]):
-            if run is not None:
-                apart = abs(run.total() - run.value)
-                largest, size = max(largest, apart), max(size, float(run.logits.abs().max()))
-    if largest > ALARM * ROUNDING[task.model.precision] * size:
-        warnings.warn(
-            f"the writers and biases of {len(names)} examples sum to what the model gives but for "
-            f"{largest:.2g}, which is more than rounding: do not trust these scores",
-            stacklevel=2,
-        )
-    return {"rows": len(names), "largest": largest} if names else None
+def _check(task: Attribution, base: pd.DataFrame, table: pd.DataFrame) -> dict[str, Any] | None:
+    return check_sums(task, base) if task.method == "direct" else check_exact(task, base, table)

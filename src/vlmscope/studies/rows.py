@@ -113,10 +113,11 @@ def patch_example(
         found = way(task.model, pair, placed, task.direction, **options)
         least = max(least, least_gap(task.model.precision, found.size))
         for run, scores in (("clean", found.clean), ("corrupt", found.corrupt)):
-            for name, score in scores._asdict().items():
-                base[f"{name}_{run}"] += score.item() / len(pairs)
+            for name in ("p", "ld", "value"):
+                base[f"{name}_{run}"] += getattr(scores, name).item() / len(pairs)
         for numbers, scores in found.chunks:
-            totals[numbers] += torch.stack(scores, 1).cpu().numpy() / len(pairs)
+            each = torch.stack([scores.p, scores.ld, scores.value], 1)
+            totals[numbers] += each.cpu().numpy() / len(pairs)
             count += len(numbers)
             step(len(numbers), count / len(placed) / len(pairs))
     names = {tower: slots(there) for tower, there in layout.items()}

@@ -54,8 +54,8 @@ ATTRIBUTIONS = _schema(
     "example:text corruption:text site:text tower:text layer:int kind:text unit:text? position:int? "
     "token:text? role:text? slot:text score:float? exact:float?"
 )
-"""The columns of `attributions`: a row per site. `score` is in the unit of `logit_diff`; `exact` is that of a
-patch of the site, where one was made."""
+"""The columns of `attributions`: a row per site. `score` is in the unit of `logit_diff`; `exact` is what
+a patch of the site, where one was made, changes of the metric, against the run that was patched."""
 
 CROSSED = EFFECTS.append(pa.field("source_site", pa.string(), nullable=False))
 """The columns of `effects` where values come from another site than they go to."""
@@ -88,7 +88,7 @@ SPEC = {
     "versions?": {str: (str, None)},
 }
 """The shape of a run's specification (`stored.fits`), of which a report of patches needs all but `from`."""
-OF_ATTRIBUTE = {"method?": str, "word?": (str, None)}
+OF_ATTRIBUTE = {"method?": str, "word?": (str, None), "verify?": int, "steps?": int}
 """What a run of `attribute` has besides, in the place of what is of patches alone."""
 _COUNTS = {"examples": int, "excluded": int, "baselines": int, "effects?": int, "attributions?": int}
 _TOWER = {"layers?": int, "heads?": int, "grid?": [int]}
@@ -175,10 +175,15 @@ class Run:
 
     def check_line(self) -> str:
         """What the check has found, as the command line says it."""
+        method = self.spec.get("method")
         if not self.check:
+            if method and method != "direct" and not self.spec.get("verify"):
+                return (
+                    "not verified: no site was patched exactly, so nothing says how good these estimates are"
+                )
             return "not checked: no row was recomputed by plain forwards"
         rows, largest = self.check["rows"], self.check["largest"]
-        if self.spec.get("method") == "direct":
+        if method == "direct":
             return (
                 f"checked: in {rows} examples all writers and biases sum to the model's own to {largest:.2g}"
             )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from functools import partial
 from typing import Any, Literal, NamedTuple
@@ -212,9 +212,12 @@ def warn_of_excluded(baselines: pd.DataFrame) -> None:
     warnings.warn(text, stacklevel=4)
 
 
-def folder_of(task: Task, out: str | os.PathLike[str], data: str, check: int) -> Run:
-    """The patches of a task in a run folder, of which some random rows are recomputed."""
-    return into_folder(task, out, spec_of(task, data), partial(_check_run, task, check))
+def folder_of(
+    task: Task, out: str | os.PathLike[str], data: str, check: int, more: Mapping[str, Any] | None = None
+) -> Run:
+    """The patches of a task in a run folder, of which some random rows are recomputed; `more` is what else
+    has to be the same where it goes on."""
+    return into_folder(task, out, spec_of(task, data) | dict(more or {}), partial(_check_run, task, check))
 
 
 def into_folder(

@@ -8,7 +8,7 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from importlib.metadata import PackageNotFoundError, version
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import pandas as pd
 from torch import Tensor
@@ -18,14 +18,18 @@ from vlmscope.data.example import Example, fingerprint
 from vlmscope.errors import SEED, DataError, ExampleError, SiteError, VlmscopeError, nearest, shown, whole
 from vlmscope.layout import grid
 from vlmscope.models.inputs import CUTS, Cut, Inputs, Pair
+from vlmscope.patching import gradients as estimates
 from vlmscope.patching.scores import Metric, check_metric
 from vlmscope.patching.sources import Means, Source, check_source, check_widths, crossed, resampled, zeros
 from vlmscope.runs import corrupt as corruptions
 from vlmscope.runs.corrupt import Corruption, Noise
 from vlmscope.runs.model import Model
+from vlmscope.runs.prepare import option_of
 from vlmscope.sites import Pattern, Point, Site, Sites, expand, parse, place, points_of
 from vlmscope.stats import rng
 
+Method = Literal["direct", estimates.Method]
+"""How `attribute` scores sites: `direct`, or an estimate of their patches."""
 PACKAGES = ("vlmscope", "torch", "transformers", "torchvision", "pillow")
 """Whose versions a run depends on; the last two turn pictures into pixels."""
 
@@ -106,6 +110,24 @@ class Task:
         for number in rng(self.seed, "resample", example.id).permutation(len(others)):
             with suppress(ExampleError):
                 yield self.pairs(others[number])[0].clean
+
+
+@dataclass(frozen=True)
+class Attribution(Task):
+    """What decides what is in a table of `attribute`; instead of LD, `word` has its logit accounted for."""
+
+    method: Method = "direct"
+    word: str | None = None
+    verify: int = 0
+    steps: int | None = None
+
+    def pairs(self, example: Example) -> list[Pair]:
+        found = super().pairs(example)
+        if self.word is None:
+            return found
+        many = 1 + len(example.more_images)
+        token = option_of(self.model, example.clean_prompt, "word", self.word, many)[0]
+        return [replace(pair, answer=token, foil=None, answers=(token,)) for pair in found]
 
 
 class Todo(NamedTuple):

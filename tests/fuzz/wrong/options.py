@@ -132,6 +132,8 @@ INPUTS = {"image": FILES, "other": FILES, "spec": FILES, "on": FILES, "files": F
 def values(option: Option, command: str) -> tuple[str, ...]:
     """Wrong values of an option."""
     found = WRONG.get(option.name, ())
+    if (command, option.name) == ("steer", "word"):  # any that its model can spell
+        found = (LONG,)
     if (command, option.name) == ("neurons find", "top"):
         found = ()
     if option.kind is int:

@@ -1,0 +1,98 @@
+"""The tables of docs/benchmark.md, from the JSON that a run leaves."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from measures import RULES
+
+Result = Mapping[str, Any]
+FIGURES = (
+    ("heads", "auroc"),
+    ("heads", "ap"),
+    ("attention", "auroc"),
+    ("neurons", "auroc"),
+    ("neurons", "ap"),
+)
+
+
+def tables(result: Result) -> Iterator[str]:
+    """Line by line: the bars, rankings, rules."""
+    yield from ("| bar | to reach | reached | of |", "|---|---|---|---|")
+    yield from (f"| {' | '.join(row)} |" for row in bars(result))
+    yield from ("", "| models | heads AUROC | AP | largest attention | neurons AUROC | AP | of |")
+    yield "|---|---|---|---|---|---|---|"
+    for name, cell in cells(result):
+        found = [_mean(cell.get(kind, {}).get(figure)) for kind, figure in FIGURES]
+        yield f"| {' | '.join([name, *found, str(cell['heads']['auroc']['models'])])} |"
+    yield from ("", "| false share / recall | `important` | `confirmed` | mean + 2·SD |", "|---|---|---|---|")
+    for name, cell in cells(result):
+        rules = [f"{_short(cell[r]['false_share'])} / {_short(cell[r]['recall']['mean'])}" for r in RULES]
+        yield f"| {' | '.join([name, *rules])} |"
+
+
+def cells(result: Result) -> Iterator[tuple[str, Any]]:
+    for part in ("effects", "trained", "knobs"):
+        for name, cell in result.get(part, {}).items():
+            if name not in ("models", "not_planted"):
+                yield name.replace("effect ", ""), cell
+
+
+def bars(result: Result) -> Iterator[tuple[str, str, str, str]]:
+    """What is to be reached, and the worst cell of what was: lower 95 % limits of means over models."""
+    effects = {name: cell for name, cell in result.get("effects", {}).items() if name != "not_planted"}
+    for toy, build in ((False, "random models"), (True, "toys")):
+        own = {name: cell for name, cell in effects.items() if ("-toy" in name) == toy}
+        high = [cell for name, cell in own.items() if float(name.rsplit(" ", 1)[1]) >= 0.1]
+        low = [cell for name, cell in own.items() if name.endswith(" 0.01")]
+        yield _limit(
+            f"heads, AUROC, effects ≥ 10 %, {build}", 0.99, [cell["heads"]["auroc"] for cell in high]
+        )
+        if not toy:
+            neurons = [cell["neurons"]["auroc"] for cell in high if "neurons" in cell]
+            yield _limit(f"neurons, AUROC, effects ≥ 10 %, {build}", 0.95, neurons)
+        yield _limit(f"heads, AUROC, effect 1 %, {build}", 0.85, [cell["heads"]["auroc"] for cell in low])
+        for rule in RULES[:2]:
+            picked = [cell[rule]["picked"] * cell["heads"]["auroc"]["models"] for cell in own.values()]
+            false = sum(n * cell[rule]["false_share"] for n, cell in zip(picked, own.values(), strict=True))
+            share = _short(false / max(1, sum(picked)))
+            yield f"false share of `{rule}`, {build}", "≤ .05", share, f"{sum(picked):.0f} picked heads"
+    if trained := [cell["heads"]["auroc"] for name, cell in cells({"trained": result.get("trained", {})})]:
+        yield _limit("heads, AUROC, trained circuits", 0.95, trained)
+    if "tool" in result:
+        own = result["tool"]
+        yield _limit("labels, macro-F1, mean over models", 0.8, [own["labels"]["each_model"]])
+        pooled = _short(own["labels"]["macro_f1"])
+        yield "labels, macro-F1, all heads together", "≥ .80", pooled, f"{own['labels']['heads']} heads"
+        for name, words in (("decoys_named", "decoys"), ("named_on_random", "heads of random networks")):
+            yield f"named: {words}", "≤ .05", _short(own[name]["share"]), f"{own[name]['of']}"
+        changed = own["changed_by_sharpness"]
+        yield "labels that sharpness changes", "0", _short(changed["share"]), f"{changed['of']} heads"
+    for one in result.get("coverage", []):
+        words = f"coverage of the 95 % interval, {one['recipe']['form']}"
+        yield words, "≥ .93", _short(one["covered"]), f"{one['heads']} heads, {one['examples']:,} examples"
+
+
+def _limit(words: str, least: float, found: list[Any]) -> tuple[str, str, str, str]:
+    worst = min(found, key=lambda one: one["mean"] if one["lower95"] is None else one["lower95"])
+    many = sorted({one["models"] for one in found})
+    each = str(many[0]) if len(many) == 1 else f"{many[0]} to {many[-1]}"
+    return words, f"≥ {_short(least)}", _mean(worst), f"{each} models a cell"
+
+
+def _mean(one: Any) -> str:
+    """The mean, with its lower limit in brackets."""
+    if one is None:
+        return ""
+    low = "" if one["lower95"] is None else f" ({_three(one['lower95'])})"
+    return f"{_three(one['mean'])}{low}"
+
+
+def _three(number: float) -> str:
+    return f"{number:.3f}"
+
+
+def _short(number: float) -> str:
+    """Two digits, without the zero before the point."""
+    return f"{number:.2f}".removeprefix("0") if number else "0"

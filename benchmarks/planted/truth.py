@@ -1,0 +1,73 @@
+"""What was planted, as tables: the parts, and which of them reads what which other one wrote."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pandas as pd
+from plain import Part
+from planting import APART, TRUE, Planted
+
+LOOKING = ("reader", "suppressor", "backup", "blind", "carrier")
+"""They look for the object of the noun."""
+SAYS = {"mover": "value", "neuron": "input", "selector": "query"}
+"""By what those that read the readers' directions read them."""
+
+
+def parts(made: Planted) -> pd.DataFrame:
+    """A row a planted part: its role, and whether it counts as true, as false, or is left out (`apart`)."""
+    counts = {**dict.fromkeys(TRUE, "true"), **dict.fromkeys((*APART, "idle"), "apart")}
+    rows = [(part, role, counts.get(role, "false")) for part, role in made.roles.items()]
+    return pd.DataFrame(rows, columns=["part", "role", "counts"])
+
+
+def edges(made: Planted) -> pd.DataFrame:
+    """A row for each pair of parts of which the second reads what the first wrote: `writer`, `reader`, and
+    `via` the reader's query, value or (of a neuron) input. Between all other parts there is what noise
+    makes."""
+    found = [edge for edge in _edges(made) if _before(made, *edge[:2])]
+    return pd.DataFrame(sorted(set(found)), columns=["writer", "reader", "via"])
+
+
+def save(made: Planted, folder: Path) -> None:
+    """Both tables, as parts.csv and edges.csv."""
+    folder.mkdir(parents=True, exist_ok=True)
+    parts(made).to_csv(folder / "parts.csv", index=False)
+    edges(made).to_csv(folder / "edges.csv", index=False)
+
+
+def _edges(made: Planted) -> Iterator[tuple[Part, Part, str]]:
+    def between(
+        writers: tuple[str, ...], readers: tuple[str, ...], via: str
+    ) -> Iterator[tuple[Part, Part, str]]:
+        for writer in made.having(*writers):
+            yield from ((writer, reader, via) for reader in made.having(*readers))
+
+    in_c = made.recipe.form == "C"
+    speaking = set(made.speaking("carrier"))
+    for writer, reader, via in between(("locator",), LOOKING, "query"):
+        if reader not in speaking:
+            yield writer, reader, via
+    yield from between(("reader",), ("backup",), "query")
+    for writer in made.having("carrier"):
+        if writer not in speaking:
+            yield from ((writer, reader, "value") for reader in speaking)
+    for role, via in SAYS.items():
+        # In form C the selector is in the decoder, where a mover takes the color.
+        of_mover = in_c and role == "selector"
+        yield from between(("mover",) if of_mover else ("reader", "suppressor", "backup"), (role,), via)
+    yield from between(("reader",), ("fetcher",), "value")
+    yield from between(("fetcher",), ("matcher",), "input")
+    yield from between(("matcher",), ("copier",), "value")
+
+
+def _before(made: Planted, writer: Part, reader: Part) -> bool:
+    """Whether the reader comes behind the writer."""
+    order = {"attn": 0, "cross": 1, "mlp": 2}
+
+    def place(part: Part) -> tuple[bool, int, int]:
+        tower, layer, kind, _ = part.split(".")
+        return tower == "decoder", int(layer), order[kind]
+
+    return place(writer) < place(reader)

@@ -1,0 +1,203 @@
+"""Do maps of a word point at what it is about? On the toys and held-out pictures, where that is known.
+
+    python benchmarks/pointing.py [--examples 100] [--out benchmarks/results/NAME.json]
+
+A toy answers a question about a drawn picture (`states`: an object among distractors; `scenes`: two objects),
+of a seed that it was not trained with, and `vlmscope.explain` maps the answer. Of the exact map in both
+directions, the gradient's estimate, knock-outs and attention this says
+
+- how often the strongest cell lies on the answer's object: the mask covers half of it (`half`), or some of
+  it (`some`), or on the other object that the question names (`other`); beside it on masks of other examples
+  (`null`), and where no map can know: the same question about the picture with its cells shuffled
+  (`shuffled`), and the toy with random weights (`random`);
+- how fast P(answer) falls when cells are blurred in the map's order (`deletion`: lower is better), and how
+  fast it comes when they are put into the blurred picture (`insertion`: higher is better), as the area below
+  the curve, beside that of a random order.
+
+Features are replaced where the language model reads them, as `explain` does. The last line is JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import random
+from collections import defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image, ImageFilter
+from scipy import stats
+
+import vlmscope
+from vlmscope.data.masks import covered, object_of
+
+GRID, SIDE = (6, 6), 96
+ENTERS = {"toy-llava": "decoder.0.resid_pre@{}", "toy-blip": "vision.2.output@{}"}
+"""Where the language part takes over the picture."""
+MAPS = {"exact": "noise", "exact, denoise": "denoise", "gradient": "noise", "knockout": "noise"}
+MAPS |= {"attention": "noise"}
+STEPS = (0, 1, 2, 3, 4, 6, 9, 12, 18, 27, 36)
+OTHERS = 10
+"""Of how many other examples the masks are a map's null."""
+
+
+def share(true: Sequence[float]) -> dict[str, float]:
+    """A share with its 95 % interval (Wilson)."""
+    found = stats.binomtest(int(sum(true)), len(true)).proportion_ci(method="wilson")
+    return {"share": round(float(np.mean(true)), 3), "low": round(found.low, 3), "high": round(found.high, 3)}
+
+
+def masks_of(example: Any) -> tuple[Any, Any, Any]:
+    """The cells of which the answer's object covers half, those of which it covers some, and those of which
+    another named object does."""
+    name = object_of(example)
+    some = {}
+    for each in example.masks:
+        fine = covered(example, each, (SIDE, SIDE))  # a pixel each
+        rows, columns = (side // cells for side, cells in zip(fine.shape, GRID, strict=True))
+        some[each] = fine.reshape(GRID[0], rows, GRID[1], columns).any((1, 3))
+    others = [mask for each, mask in some.items() if each != name]
+    return covered(example, name, GRID), some[name], np.any([np.zeros(GRID, bool), *others], 0)
+
+
+def maps_of(model: Any, image: Any, prompt: str) -> tuple[str, dict[str, Any]]:
+    """What a model answers, and the maps of its first word."""
+    found: dict[str, Any] = {}
+    for name, direction in MAPS.items():
+        method = name.split(",")[0]
+        if direction not in found:
+            found[direction] = vlmscope.explain(model, image, prompt, direction=direction)
+        cells = found[direction].cells
+        first = cells[cells["word"] == 0].sort_values(["row", "column"])
+        found[name] = first[method].to_numpy(float).reshape(GRID)
+    answer = found["noise"].about["answer"]
+    return answer, {name: found[name] for name in MAPS}
+
+
+def shuffled(image: Image.Image, rng: random.Random) -> Image.Image:
+    """A picture with its cells in another order."""
+    width, height = image.width // GRID[1], image.height // GRID[0]
+    places = [(c * width, r * height) for r in range(GRID[0]) for c in range(GRID[1])]
+    made = image.copy()
+    for (left, top), to in zip(places, rng.sample(places, len(places)), strict=True):
+        made.paste(image.crop((left, top, left + width, top + height)), to)
+    return made
+
+
+def untrained(name: str) -> Any:
+    """A toy's model with random weights of the same size."""
+    model = vlmscope.load(name)
+    torch.manual_seed(0)
+    for weight in model.hf.parameters():
+        if weight.ndim > 1:
+            torch.nn.init.normal_(weight, std=float(weight.detach().std()))
+    return model
+
+
+def curves(model: Any, example: Any, orders: dict[str, Any]) -> dict[str, tuple[float, float]]:
+    """The areas below the curves of deletion and insertion for each order of cells."""
+    image = example.clean_image
+    blurred = image.filter(ImageFilter.GaussianBlur(max(image.size) / 8))
+    where = ENTERS[model.name]
+    runs, features = [], []
+    for shown in (image, blurred):
+        one = vlmscope.Example(
+            example.id, shown, example.clean_prompt, example.answer, example.foil, roles=example.roles
+        )
+        pair = model.prepare(one)
+        runs.append(pair)
+        (kept,) = model.capture(pair.clean, where.format("image")).values()
+        features.append(kept[-GRID[0] * GRID[1] :])
+    found = {}
+    for name, order in orders.items():
+        areas = []
+        for base, source in ((0, 1), (1, 0)):
+            pair, values = runs[base], []
+            for count in STEPS:
+                edits = [
+                    vlmscope.Edit(
+                        where.format(f"image[{n // GRID[1]},{n % GRID[1]}]"), "set", features[source][n]
+                    )
+                    for n in order[:count]
+                ]
+                values.append(float(model.run(pair.clean, edits).softmax(-1)[pair.answer]))
+            areas.append(float(np.trapezoid(values, STEPS) / STEPS[-1]))
+        found[name] = (areas[0], areas[1])
+    return found
+
+
+def measure(name: str, data: str, count: int) -> dict[str, Any]:
+    model, random_model = vlmscope.load(name), untrained(name)
+    examples = [one for one in vlmscope.examples(data, limit=2 * count, seed=5) if object_of(one)]
+    examples = [one for one in examples if model.answer(model.prepare(one).clean) == one.answer][:count]
+    masks = [masks_of(one) for one in examples]
+    hits: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
+    areas: dict[str, list[tuple[float, float]]] = defaultdict(list)
+    for n, (one, (half, some, other)) in enumerate(zip(examples, masks, strict=True)):
+        rng = random.Random(one.id)
+        others = rng.sample([m for k, (_, m, _) in enumerate(masks) if k != n], min(OTHERS, len(masks) - 1))
+        answer, maps = maps_of(model, one.clean_image, one.clean_prompt)
+        assert answer == one.answer
+        for key, values in maps.items():
+            best = np.unravel_index(np.nanargmax(values), GRID)
+            hits[key]["half"].append(float(half[best]))
+            hits[key]["some"].append(float(some[best]))
+            hits[key]["other"].append(float(other[best]))
+            hits[key]["null"].append(float(np.mean([mask[best] for mask in others])))
+        for kind, asked, image in (
+            ("shuffled", model, shuffled(one.clean_image, rng)),
+            ("random", random_model, one.clean_image),
+        ):
+            try:
+                _, there = maps_of(asked, image, one.clean_prompt)
+            except vlmscope.VlmscopeError:  # it says no word
+                continue
+            for key, values in there.items():
+                if np.isfinite(values).any():
+                    best = np.unravel_index(np.nanargmax(values), GRID)
+                    hits[key][kind].append(float(some[best]))
+                    hits[key][f"{kind}, other"].append(float(other[best]))
+        orders = {key: np.argsort(-values.ravel(), kind="stable") for key, values in maps.items()}
+        orders["random order"] = np.array(rng.sample(range(values.size), values.size))
+        for key, pair in curves(model, one, orders).items():
+            areas[key].append(pair)
+    result: dict[str, Any] = {"n": len(examples)}
+    for key, kinds in hits.items():
+        result[key] = {
+            kind: share(x) if kind != "null" else round(float(np.mean(x)), 3) for kind, x in kinds.items()
+        }
+    for key, pairs in areas.items():
+        deletion, insertion = np.mean(pairs, 0)
+        result.setdefault(key, {}).update(
+            deletion=round(float(deletion), 3), insertion=round(float(insertion), 3)
+        )
+    result["chance"] = round(float(np.mean([some for _, some, _ in masks])), 3)
+    return result
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--examples", type=int, default=100, help="of each toy and set")
+    parser.add_argument("--out", type=Path)
+    given = parser.parse_args()
+    result: dict[str, Any] = {"machine": platform.machine(), "torch": torch.__version__, "seed": 5}
+    for name in ENTERS:
+        for data in ("states", "scenes"):
+            one = result[f"{name}, {data}"] = measure(name, data, given.examples)
+            for key in (*MAPS, "random order"):
+                print(f"{name}, {data}, {one['n']} pictures: {key}: {json.dumps(one[key])}", flush=True)
+    text = json.dumps(result)
+    if given.out:
+        given.out.write_text(text + "\n", encoding="utf-8")
+    print(text)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,70 @@
+"""Circuits that are trained: an exchange is a patch, and the causal model answers what it should."""
+
+from __future__ import annotations
+
+import sys
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+import torch
+
+from vlmscope import Edit
+
+sys.path.append(str(Path(__file__).parents[1] / "benchmarks" / "planted"))
+pictures, planting, training, random_models = map(
+    import_module, ("pictures", "planting", "training", "random_models")
+)
+
+
+@pytest.fixture(params="CD")
+def made(request):
+    model = random_models.random_model(request.param, 1.0, 0)
+    roles = training.circuit(request.param, 0)
+    return planting.Planted(model, planting.Recipe(request.param, 0), roles, {})
+
+
+def test_an_exchange_is_a_patch_of_that_head(made):
+    """Held against vlmscope's own edit of the same site, with the value of the other example's run."""
+    given = pictures.scenes(4, 3)
+    base, exchange, order = training.drawn(made, given), training.Exchange(made), torch.tensor([2, 3, 0, 1])
+    with torch.no_grad():
+        ran = exchange.clean(base)
+        for part, role in made.roles.items():
+            found = exchange.run(base, ran, order, [part])
+            runs = [made.model.prepare(one).clean for one in given.examples()]
+            at = "noun" if part.startswith("encoder") else "last"
+            site = f"{part}@{at}"
+            value = made.model.capture(runs[int(order[0])], [site])[site]
+            wanted = made.model.run(runs[0], [Edit(site, "set", value)])
+            torch.testing.assert_close(found[0], wanted, rtol=1e-4, atol=1e-4, msg=role)
+            assert (found[0] - ran.logits[0]).abs().max() > 1e-4, "it does something"
+
+
+def test_what_the_causal_model_answers():
+    made = planting.Planted(random_models.random_model("C", 1.0, 0), planting.Recipe("C", 0), {}, {})
+    given = pictures.scenes(64, 5)
+    base = training.drawn(made, given)
+    order = torch.randperm(64, generator=torch.Generator().manual_seed(1))
+    source = base.take(order)
+    assert torch.equal(training.wanted("reader", base, source), torch.from_numpy(given.answer)[order])
+    found = training.wanted("locator", base, source).tolist()
+    for n, other in enumerate(order.tolist()):
+        is_same = given.noun[n] == given.noun[other]
+        assert found[n] == (given.answer[n] if is_same else given.other[n])
+
+
+def test_the_other_color_is_the_other_objects():
+    given = pictures.scenes(8, 5)
+    for n in range(8):
+        row, column = divmod(int(given.where[n, 1]), pictures.SIDE)
+        size = pictures.PATCH
+        seen = given.clean[n, row * size : row * size + size, column * size : column * size + size]
+        near = [abs(seen.mean((0, 1)) - color).sum() for color in pictures.COLORS.values()]
+        assert near.index(min(near)) == given.other[n]
+
+
+def test_a_few_steps_learn_and_an_untrained_model_is_not_accepted():
+    made = training.train("C", 0, steps=3)
+    found = training.assess(made, 64)
+    assert not found.accepted and set(found.agree) == {"reader", "mover"}
