@@ -155,6 +155,14 @@ def test_a_factor_that_turns_colours_round(copy, value):
         load(copy)
 
 
+def test_a_norm_that_leaves_nothing(copy):
+    config = json.loads((copy / "config.json").read_text())
+    config["text_config"]["layer_norm_eps"] = 1.5
+    (copy / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ModelError, match=r"'layer_norm_eps' is '1.5'; expected above 0 and below 0.1"):
+        load(copy)
+
+
 def test_a_language_model_that_is_none(copy):
     config = json.loads((copy / "config.json").read_text())
     config["text_config"] = -1

@@ -303,21 +303,30 @@ def _entries(config: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
             yield from _entries(value)
 
 
+def _expected(key: str, value: Any) -> str | None:
+    """What an entry has to be that is none, where transformers would go on without a word: it takes an empty
+    object for false, waits for a token 1.5, turns colours round and norms everything away."""
+    if key.startswith("do_") and not isinstance(value, bool | None):
+        return "true or false"
+    ids = value if isinstance(value, list) else [value]
+    if key.endswith("_token_id") and not all(isinstance(one, int | None) for one in ids):
+        return "a whole number"
+    is_number = isinstance(value, int | float)
+    if key == "rescale_factor" and not (is_number and 0 < value <= 1):
+        return "above 0, 1 at most"
+    if key.endswith(("_eps", "_epsilon")) and value is not None and not (is_number and 0 < value < 0.1):
+        return "above 0 and below 0.1"
+    return None
+
+
 def _check_folder(path: Path) -> None:
     """Refuse a folder that lacks a file, or holds one that cannot be read, before transformers looks into it:
     it goes on without a tokenizer or a template that is not there."""
     for file in sorted(path.iterdir()):
         if file.suffix == ".json":
             for key, value in _entries(_json(file)):
-                # transformers takes an empty object for false, waits for a token 1.5, and turns colours round
-                # without a word
-                if key.startswith("do_") and not isinstance(value, bool | None):
-                    raise ModelError(f"{file}: {shown(key)} is {shown(value)}; expected true or false")
-                if key == "rescale_factor" and not (isinstance(value, int | float) and 0 < value <= 1):
-                    raise ModelError(f"{file}: {shown(key)} is {shown(value)}; expected above 0, 1 at most")
-                ids = value if isinstance(value, list) else [value]
-                if key.endswith("_token_id") and not all(isinstance(one, int | None) for one in ids):
-                    raise ModelError(f"{file}: {shown(key)} is {shown(value)}; expected a whole number")
+                if expected := _expected(key, value):
+                    raise ModelError(f"{file}: {shown(key)} is {shown(value)}; expected {expected}")
         elif file.suffix in READ:
             with files.regular(file, SAVED, ModelError) as stream:
                 if not stream.read(1):
