@@ -16,7 +16,7 @@ def table(score, exact, layer=0, kind="attn", unit="h0", example="a"):
 
 
 def test_by_hand():
-    """Of the four that are not among the best two, two are patched, one of which does more than the second."""
+    """Of the four that are not among the best two, two are patched; one of them does more than the second."""
     rows = table([-4.0, 3.0, 2.0, 1.0, 0.5, 0.0], [-5.0, 1.0, 2.0, np.nan, 0.25, np.nan])
     found = agreement(rows, 2)["decoder.attn.h"]
     counts = [found[name] for name in ("sites", "verified", "unseen", "drawn", "above")]
