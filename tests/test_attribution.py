@@ -187,7 +187,7 @@ def test_what_cannot_be_attributed():
         attribute(FAMILIES["mplug-owl2"](), example(), "decoder.*.attn.h*@readout<*")
     with pytest.raises(VlmscopeError, match="unknown method 'eap'; expected direct, atp"):
         attribute(model, example(), WRITERS, method="eap")
-    with pytest.raises(DataError, match="the word 'zebra' is unknown to the model's tokenizer"):
+    with pytest.raises(ExampleError, match="the word 'zebra' is unknown to the model's tokenizer"):
         attribute(model, example(), WRITERS, word="zebra")
     with pytest.raises(DataError, match="there are no examples"):
         attribute(model, [], WRITERS)

@@ -489,7 +489,7 @@ def test_a_picture_without_a_grid():
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"words": ["zebra"]}, "the word 'zebra' was not said; tiny-llava said 'user"),
+        ({"words": ["zebra"]}, "the word 'zebra' was not said; name one of 'user"),
         ({"region": (0, 0, 13, 5)}, "the region 0,0,13,5 is not within the picture of 12 x 12 pixels"),
         ({"region": (5, 5, 5, 9)}, "the region 5,5,5,9 is not within the picture"),
         ({"region": (0, 0, 5)}, "the region has 3 numbers; expected left, top, right, bottom"),
@@ -540,7 +540,7 @@ def test_the_command(run, tmp_path):  # noqa: F811
     mine = tmp_path / "mine.html"
     mine.write_text("mine")
     refused(run(*asked, "--out", mine), "is there, and no page of vlmscope explain")
-    refused(run(*asked, "--word", "zebra", "--out", out), "the word 'zebra' was not said; toy-llava said 'a")
+    refused(run(*asked, "--word", "zebra", "--out", out), "the word 'zebra' was not said; name one of 'a")
     refused(run(*asked, "--region", "0,0,900,9", "--out", out), "is not within the picture of 96 x 96 pixels")
     refused(run(*asked, "--region", "0,0,9", "--out", out), "the region has 3 numbers")
     # Before the model is looked at:

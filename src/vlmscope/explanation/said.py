@@ -113,7 +113,7 @@ def say(
     for word in wanted:
         if word.casefold() not in {one.text.casefold() for one in words}:
             raise ExampleError(
-                f"the word {shown(word)} was not said; {model.name} said {shown(caption.text.strip(), 200)}"
+                f"the word {shown(word)} was not said; name one of {shown(caption.text.strip(), 200)}"
             )
     chosen = [one for one in words if not asked or one.text.casefold() in asked]
     return Said(model, picture, blank(picture, reference), prompt, caption, chosen)

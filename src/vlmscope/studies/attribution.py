@@ -23,6 +23,7 @@ from vlmscope.patching.scores import Metric
 from vlmscope.runs import corrupt as corruptions
 from vlmscope.runs.corrupt import Noise
 from vlmscope.runs.model import Model
+from vlmscope.runs.prepare import option_of
 from vlmscope.sites import Sites, expand, parse
 from vlmscope.studies.agreement import agreement
 from vlmscope.studies.direct import check_sums, writers_of, written
@@ -173,6 +174,9 @@ def _direct_task(
     task = Attribution(model, listed(examples), names, corruption, seed=options["seed"], **own)
     if not task.examples:
         raise DataError("there are no examples; nothing to run")
+    if task.word is not None:  # one that is none is wrong in all examples: said before a folder is begun
+        first = task.examples[0]
+        option_of(model, first.clean_prompt, "word", task.word, 1 + len(first.more_images))
     expanded = expand(parse(task.sites), model.shapes)
     for site in expanded:
         check_place(model, site)
