@@ -180,6 +180,33 @@ def measure(name: str, data: str, count: int) -> dict[str, Any]:
     return result
 
 
+def markdown(result: dict[str, Any]) -> list[str]:
+    """The tables of `docs/explain.md`."""
+    kinds = [name for name in result if ", " in name]
+    first, second = ([["map", *kinds]] for _ in range(2))
+    for key in MAPS:
+        some = [result[kind][key] for kind in kinds]
+        first.append([key, *(" · ".join(f"{_share(one, x):.0%}" for x in NULLS) for one in some)])
+    for key in (*MAPS, "random order"):
+        some = [result[kind][key] for kind in kinds]
+        second.append([key, *(f"{one['deletion']:.2f} · {one['insertion']:.2f}" for one in some)])
+    return [_table(first), _table(second)]
+
+
+NULLS = ("some", "null", "shuffled", "random")
+
+
+def _share(one: dict[str, Any], kind: str) -> float:
+    """A share, of which those of maps have an interval, too; of models that said no word there is none."""
+    found = one.get(kind, np.nan)
+    return float(found["share"] if isinstance(found, dict) else found)
+
+
+def _table(rows: list[list[str]]) -> str:
+    lines = [f"| {' | '.join(row)} |" for row in rows]
+    return "\n".join([lines[0], "|---" * len(rows[0]) + "|", *lines[1:]])
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -193,6 +220,7 @@ def main() -> None:
             one = result[f"{name}, {data}"] = measure(name, data, given.examples)
             for key in (*MAPS, "random order"):
                 print(f"{name}, {data}, {one['n']} pictures: {key}: {json.dumps(one[key])}", flush=True)
+    print(*markdown(result), sep="\n\n")
     text = json.dumps(result)
     if given.out:
         given.out.write_text(text + "\n", encoding="utf-8")
