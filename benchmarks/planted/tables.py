@@ -66,9 +66,8 @@ def bars(result: Result) -> Iterator[tuple[str, str, str, str]]:
         pooled = _short(own["labels"]["macro_f1"])
         yield "labels, macro-F1, all heads together", "≥ .80", pooled, f"{own['labels']['heads']} heads"
         for name, words in (("decoys_named", "decoys"), ("named_on_random", "heads of random networks")):
-            yield f"named: {words}", "≤ .05", _short(own[name]["share"]), f"{own[name]['of']}"
-        changed = own["changed_by_sharpness"]
-        yield "labels that sharpness changes", "0", _short(changed["share"]), f"{changed['of']} heads"
+            yield f"named: {words}", "≤ .05", *_share(own[name])
+        yield "labels that sharpness changes", "0", *_share(own["changed_by_sharpness"])
     for one in result.get("coverage", []):
         words = f"coverage of the 95 % interval, {one['recipe']['form']}"
         yield words, "≥ .93", _short(one["covered"]), f"{one['heads']} heads, {one['examples']:,} examples"
@@ -87,6 +86,13 @@ def _mean(one: Any) -> str:
         return ""
     low = "" if one["lower95"] is None else f" ({_three(one['lower95'])})"
     return f"{_three(one['mean'])}{low}"
+
+
+def _share(one: Any) -> tuple[str, str]:
+    """The share with the upper end of its interval in brackets, and of how many."""
+    if not one["of"]:
+        return "not measured", "0 heads"
+    return f"{_short(one['share'])} (≤ {_short(one['most'])})", f"{one['of']} heads"
 
 
 def _three(number: float) -> str:
