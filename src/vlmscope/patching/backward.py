@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -112,7 +113,8 @@ class Backward:
         inputs, own = runs.base
         ends = [edit.site.point for edit in edits if isinstance(edit.site, Site)]
         keep = {*points, *ends, *also}
-        run = forward(runs.network, inputs, [*own, *edits], keep, runs.count, grad=True)
+        with runs.network.alone(), _frozen(runs.network):
+            run = forward(runs.network, inputs, [*own, *edits], keep, runs.count, grad=True)
         self.index, self.points, self.values, self.logits = index, points, run.values, run.logits
         self._ends = [run.values[point] for point in ends]
 
@@ -164,6 +166,19 @@ class Backward:
             for handle in held:
                 handle.remove()
         return found
+
+
+@contextmanager
+def _frozen(network: Network) -> Iterator[None]:
+    """Nothing is kept for gradients of weights, nor anything before the first edit that asks for its own."""
+    weights = [weight for weight in network.hf.parameters() if weight.requires_grad]
+    try:
+        for weight in weights:
+            weight.requires_grad_(False)
+        yield
+    finally:
+        for weight in weights:
+            weight.requires_grad_(True)
 
 
 def _ends(points: Sequence[Point]) -> list[Site]:
