@@ -85,13 +85,17 @@ def test_the_python_of_the_page_on_information_flow_runs(tmp_path, monkeypatch, 
     assert (tmp_path / "flow.html").exists()
 
 
-def test_the_tables_of_the_page_on_information_flow_are_those_that_were_measured():
+@pytest.mark.parametrize(
+    ("page", "benchmark"), [("information-flow", "information_flow"), ("explain", "pointing")]
+)
+def test_the_tables_of_a_page_are_those_that_were_measured(page, benchmark):
     root = Path(__file__).parent.parent
-    page = (root / "docs" / "information-flow.md").read_text("utf-8")
-    spec = importlib.util.spec_from_file_location("flow", root / "benchmarks" / "information_flow.py")
+    page = (root / "docs" / f"{page}.md").read_text("utf-8")
+    file = root / "benchmarks" / "results" / f"{benchmark.replace('_', '-')}-cpu.json"
+    spec = importlib.util.spec_from_file_location(benchmark, root / "benchmarks" / f"{benchmark}.py")
     benchmark = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(benchmark)
-    result = json.loads((root / "benchmarks" / "results" / "information-flow-cpu.json").read_text("utf-8"))
+    result = json.loads(file.read_text("utf-8"))
     for table in benchmark.markdown(result):
         assert table in page
 
