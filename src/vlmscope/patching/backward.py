@@ -46,7 +46,7 @@ class Index:
 
     @cached_property
     def _arrays(self) -> dict[Point, Any]:
-        """A number of a site, its place and a unit, for each unit of a point; made where sites are asked for."""
+        """The number of a site, its place and a unit, for each unit; made where sites are asked for."""
         cells: dict[Point, list[tuple[int, int, int]]] = defaultdict(list)
         for number, site in enumerate(self.sites):
             place = self.places[site.point][site.positions]
