@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
@@ -41,13 +41,18 @@ class Index:
     def __init__(self, network: Network, sites: Sequence[Site]) -> None:
         self.network, self.sites = network, sites
         self.places: dict[Point, dict[tuple[int, ...], int]] = defaultdict(dict)
-        self._cells: dict[Point, list[tuple[int, int, int]]] = defaultdict(list)
-        for number, site in enumerate(sites):
-            places = self.places[site.point]
-            place = places.setdefault(site.positions, len(places))
-            units = site.units or range(network.units(site.point) or 1)
-            self._cells[site.point] += [(number, place, unit) for unit in units]
-        self._arrays = {point: np.array(cells).T for point, cells in self._cells.items()}
+        for site in sites:
+            self.places[site.point].setdefault(site.positions, len(self.places[site.point]))
+
+    @cached_property
+    def _arrays(self) -> dict[Point, Any]:
+        """The number of a site, its place and a unit, for each unit; made where sites are asked for."""
+        cells: dict[Point, list[tuple[int, int, int]]] = defaultdict(list)
+        for number, site in enumerate(self.sites):
+            place = self.places[site.point][site.positions]
+            units = site.units or range(self.network.units(site.point) or 1)
+            cells[site.point] += [(number, place, unit) for unit in units]
+        return {point: np.array(some).T for point, some in cells.items()}
 
     @property
     def points(self) -> list[Point]:
