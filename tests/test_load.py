@@ -163,9 +163,12 @@ def test_a_norm_that_leaves_nothing(copy):
         load(copy)
 
 
-def test_a_language_model_that_is_none(copy):
-    config = json.loads((copy / "config.json").read_text())
-    config["text_config"] = -1
+@pytest.mark.parametrize(
+    "odd",
+    [{"text_config": -1}, {"architectures": [{}]}, {"architectures": 1}, {"text_config": {"model_type": []}}],
+)
+def test_classes_that_are_none(copy, odd):
+    config = json.loads((copy / "config.json").read_text()) | odd
     (copy / "config.json").write_text(json.dumps(config))
     with pytest.raises(ModelError, match="copy"):
         load(copy)

@@ -267,8 +267,10 @@ def _own_code(family: Family, name: str | Path) -> ModelError:
 
 def _kind(config: Mapping[str, Any]) -> tuple[list[str], str | None]:
     """The classes and the type of the language model that a config.json names."""
-    text = config.get("text_config")
-    return config.get("architectures") or [], text.get("model_type") if isinstance(text, dict) else None
+    text, classes = config.get("text_config"), config.get("architectures")
+    names = [name for name in classes if isinstance(name, str)] if isinstance(classes, list) else []
+    kind = text.get("model_type") if isinstance(text, dict) else None
+    return names, kind if isinstance(kind, str) else None
 
 
 def _config(path: str | Path) -> dict[str, Any]:
