@@ -155,6 +155,12 @@ def test_a_factor_that_turns_colours_round(copy, value):
         load(copy)
 
 
+def test_an_answer_that_never_ends(copy):
+    (copy / "generation_config.json").write_text('{"eos_token_id": null}')
+    with pytest.raises(ModelError, match="'eos_token_id' is 'None'; expected the token that ends an answer"):
+        load(copy)
+
+
 def test_a_norm_that_leaves_nothing(copy):
     config = json.loads((copy / "config.json").read_text())
     config["text_config"]["layer_norm_eps"] = 1.5

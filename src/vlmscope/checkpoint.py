@@ -305,14 +305,16 @@ def _entries(config: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
             yield from _entries(value)
 
 
-def _expected(key: str, value: Any) -> str | None:
+def _expected(name: str, key: str, value: Any) -> str | None:
     """What an entry has to be that is none, where transformers would go on without a word: it takes an empty
-    object for false, waits for a token 1.5, turns colours round and norms everything away."""
+    object for false, waits for a token 1.5 or for none, turns colours round and norms everything away."""
     if key.startswith("do_") and not isinstance(value, bool | None):
         return "true or false"
     ids = value if isinstance(value, list) else [value]
     if key.endswith("_token_id") and not all(isinstance(one, int | None) for one in ids):
         return "a whole number"
+    if (name, key, value) == ("generation_config.json", "eos_token_id", None):
+        return "the token that ends an answer, or no entry"
     is_number = isinstance(value, int | float)
     if key == "rescale_factor" and not (is_number and 0 < value <= 1):
         return "above 0, 1 at most"
@@ -327,7 +329,7 @@ def _check_folder(path: Path) -> None:
     for file in sorted(path.iterdir()):
         if file.suffix == ".json":
             for key, value in _entries(_json(file)):
-                if expected := _expected(key, value):
+                if expected := _expected(file.name, key, value):
                     raise ModelError(f"{file}: {shown(key)} is {shown(value)}; expected {expected}")
         elif file.suffix in READ:
             with files.regular(file, SAVED, ModelError) as stream:
