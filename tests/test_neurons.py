@@ -301,7 +301,9 @@ def test_what_was_found_is_for_its_model_and_edits(toy, generations):
     given = examples("states", limit=3)
     found = neurons.find(toy, given, ["a"], prompt=ASK)
     other = Model(type(toy.hf)(toy.hf.config), toy.processor)
-    with pytest.raises(ModelError, match="found in another model or revision than model .*; find them again"):
+    with pytest.raises(
+        ModelError, match="found in another model or revision than model .*; give those of this one"
+    ):
         neurons.describe(other, given, prompt=ASK, found=found)
     nothing = neurons.WeightEdit({3: (torch.tensor([7]), torch.zeros(96, 1))}, toy.fingerprint())
     count = generations(toy)

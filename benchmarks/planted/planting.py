@@ -7,7 +7,7 @@ The parts, by role:
   squares on the layer's own input; it writes the color into a few random directions of the stream.
 - `suppressor`: as a reader, and writes half as much with the other sign.
 - `mover`, or in form D `neuron`: turns these directions into the logits of the colors.
-- with `say="options"` the words of the options say it (`options.py`): a `selector` whose query is the color
+- with `say="options"` the words of the options say it (`wording.py`): a `selector` whose query is the color
   that was read looks at its word, and in form C a `copier` says the word that `matcher` neurons have marked.
 - `carrier`: a reader and a mover of their own, with directions of their own, that carry the rest of the gap.
 - `backup`: as a reader, but its query is turned away by what the readers write beside the color.
@@ -26,11 +26,11 @@ from typing import Any
 
 import torch
 from fitting import Fits, Linear, least_squares, sharper, write_head
-from options import Options
 from pictures import COLORS, KINDS, OF_TOYS, OWN, Batch, Style, batch, scenes, token
 from plain import Attention, Part, Runs, attention, columns, heads_of, logits
 from random_models import LAYERS, NEURONS, random_model
 from torch import Tensor, nn
+from wording import Options
 
 from vlmscope.checkpoint import load
 from vlmscope.runs.model import Model

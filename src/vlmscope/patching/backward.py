@@ -163,7 +163,9 @@ class Backward:
         def look(gradient: Tensor, point: Point) -> None:
             found.update(take(point, gradient))
 
-        held = [self.values[point].register_hook(torch.zeros_like) for point in without]
+        # What nothing that moves leads to (words before a question meets the picture) has no gradient at all.
+        gone = [value for value in (self.values[point] for point in without) if value.requires_grad]
+        held = [value.register_hook(torch.zeros_like) for value in gone]
         held += [self.values[point].register_hook(partial(look, point=point)) for point in self.points]
         try:
             torch.autograd.grad(self.logits, self._ends, self._first, retain_graph=again, allow_unused=True)
