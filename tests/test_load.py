@@ -155,6 +155,13 @@ def test_a_factor_that_turns_colours_round(copy, value):
         load(copy)
 
 
+def test_a_class_of_a_long_name(copy):
+    config = json.loads((copy / "config.json").read_text()) | {"architectures": ["x" * 1000]}
+    (copy / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ModelError, match="is a x{20,40} … x+, which is not supported; docs/add-a-family.md"):
+        load(copy)
+
+
 def test_an_answer_that_never_ends(copy):
     (copy / "generation_config.json").write_text('{"eos_token_id": null}')
     with pytest.raises(ModelError, match="'eos_token_id' is 'None'; expected the token that ends an answer"):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from importlib import import_module
 
-from vlmscope.errors import ModelError
+from vlmscope.errors import ModelError, line, shown
 from vlmscope.models.towers import Family
 
 MODULES = {
@@ -43,9 +43,9 @@ def family_of(architectures: Sequence[str], language: str | None, name: str) -> 
     for family in of_class:
         if family.variant in (None, language):
             return family
-    what = f"is a {architectures[0]}" if architectures else "does not say what model it is"
+    what = f"is a {line(architectures[0], 60)}" if architectures else "does not say what model it is"
     if of_class:
-        what += f" with a language model of type '{language}'"
+        what += f" with a language model of type {shown(language)}"
     known = families()
     variants = [f"{f.architecture} with {f.variant}" if f.variant else f.architecture for f in known]
     names = dict.fromkeys(f"{f.name} ({variant})" for f, variant in zip(known, variants, strict=True))
