@@ -194,7 +194,7 @@ def test_towers_that_do_not_meet():
 
 def test_edits_that_are_none():
     with pytest.raises(
-        VlmscopeError, match="is an edge of attention; the operation is block or zero, not 'set'"
+        VlmscopeError, match="is an edge of attention; expected the operation block or zero, not 'set'"
     ):
         Edit("decoder.0.attn@last<image", "set", 0.0)
     with pytest.raises(VlmscopeError, match="is an activation, and no edge .* not 'block'"):

@@ -74,6 +74,7 @@ SPEC = {
     "weights?": (str, None),
     "data?": str,
     "n_examples?": int,
+    "data_hash?": str,
     "sites?": [str],
     "corrupt?": _CORRUPT,
     "direction?": str,

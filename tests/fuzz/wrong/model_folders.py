@@ -115,7 +115,8 @@ def mutate(random: Random, whole: Any) -> str:
     path = []
     while True:
         keys = list(whole) if isinstance(whole, dict) else list(range(len(whole)))
-        key = random.choice(keys)
+        # A list of layers is a good value there, and makes another model.
+        key = random.choice([key for key in keys if key != "vision_feature_layer"])
         path.append(str(key))
         inner = whole[key]
         if isinstance(inner, dict | list) and inner and random.random() < 0.8:
