@@ -79,7 +79,7 @@ class Edit:
                     "an edge of attention" if one.source else "an activation, and no edge such as last<image"
                 )
                 way = " or ".join(CUTS) if one.source else "set, add or scale (scale 0 for nothing)"
-                raise VlmscopeError(f"{shown(one)} is {what}; the operation is {way}, not {shown(op)}")
+                raise VlmscopeError(f"{shown(one)} is {what}; expected the operation {way}, not {shown(op)}")
         if (op in OPS) != (value is not None):
             given = "no value" if value is None else "a value"
             raise VlmscopeError(f"the edit at {shown(site)} has {given}; only set, add and scale take one")
