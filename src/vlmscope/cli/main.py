@@ -12,11 +12,12 @@ from typing import Annotated, Any, Literal
 import typer
 
 from vlmscope.cli import lenses, machine, neurons, steering, terminal
-from vlmscope.cli.options import Corrupt, DType, Given, Noise, OneModel, command
+from vlmscope.cli.options import Corrupt, DType, Given, Group, Noise, OneModel, command
 from vlmscope.errors import VlmscopeError, shown
 
 app = typer.Typer(
     name="vlmscope",
+    cls=Group,
     help="Which part of a vision-language model carries the evidence to its answer?",
     no_args_is_help=True,
     add_completion=False,
@@ -335,6 +336,24 @@ def data(
         built = build(name, root, limit=limit, seed=seed, pieces=pieces, download=download, progress=fetched)
     write_csv(out, built.examples)
     print(f"{built.summary()}\n{out}")
+
+
+@command(app, "data inpaint")
+def inpaint(
+    given: Given, out: Path, fill: Literal["mean", "blur", "shuffle"] | None = None, mask: str | None = None
+) -> None:
+    """Make the corrupt pictures of a contrast set.
+
+    What the mask or box of each example shows is replaced; kept are pairs after which the model answers
+    otherwise. Says how many were tried, and why others were left out.
+    """
+    from vlmscope.studies.inpainting import check_out
+    from vlmscope.studies.inpainting import inpaint as make
+
+    check_out(out)
+    model, examples = given.load(), given.examples()
+    made = make(model, examples, out, fill=fill, mask=mask, seed=given.seed, data=given.data)
+    print(f"{made.summary()}\n{out}")
 
 
 @command(app)

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 import typer
-from typer.core import TyperCommand
+from typer.core import TyperCommand, TyperGroup
 
 from vlmscope.cli import machine
 from vlmscope.errors import LARGEST, MOST, VlmscopeError, nearest, number, shown, whole, written
@@ -53,10 +53,13 @@ class Given(OneModel):
         return examples(self.data, limit=self.limit, seed=self.seed)
 
 
-def command(app: typer.Typer) -> Callable[[Callable[..., None]], Callable[..., None]]:
+def command(
+    app: typer.Typer, name: str | None = None
+) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Make a function a command: its positional-only parameters are arguments, the others options.
 
-    A parameter that is a dataclass stands for an option for each of its fields.
+    A parameter that is a dataclass stands for an option for each of its fields. The command is called as
+    the function is, but for a `name`, which may be two words (`Group`).
     """
 
     def add(function: Callable[..., None]) -> Callable[..., None]:
@@ -70,7 +73,7 @@ def command(app: typer.Typer) -> Callable[[Callable[..., None]], Callable[..., N
         flat.sort(key=lambda option: option.default is not Parameter.empty)  # what is required comes first
         call.__signature__ = Signature(flat)  # type: ignore[attr-defined]
         call.__annotations__ = {option.name: option.annotation for option in flat}
-        app.command(function.__name__, cls=_Command, help=function.__doc__)(call)
+        app.command(name or function.__name__, cls=_Command, help=function.__doc__)(call)
         return function
 
     return add
@@ -151,6 +154,14 @@ READ: dict[type, Callable[..., Any]] = {int: _whole, float: _number, str: _text,
 """What makes a value of a word, by the type of a parameter; raises `VlmscopeError`, which names the flag."""
 LIMITS = ("min", "max", "empty", "file")
 """What these take from the looks of an option."""
+
+
+class Group(TyperGroup):
+    """Commands, of which some are called by two words, as `data inpaint` is beside `data NAME`."""
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        two = " ".join(args[:2])
+        return super().resolve_command(ctx, [two, *args[2:]] if two in self.commands else args)
 
 
 class _Command(TyperCommand):
