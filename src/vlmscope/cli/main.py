@@ -182,6 +182,7 @@ class Changes:
     position: str | None = None
     dtype: DType | None = None
     device: str | None = None
+    columns: str | None = None
 
 
 @command(app)

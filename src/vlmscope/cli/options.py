@@ -46,11 +46,21 @@ class Given(OneModel):
     data: str
     limit: int | None = None
     seed: int = 0
+    columns: str | None = None
 
     def examples(self) -> list[Any]:
         from vlmscope.data import examples
 
-        return examples(self.data, limit=self.limit, seed=self.seed)
+        return examples(self.data, limit=self.limit, seed=self.seed, columns=self.columns)
+
+    def others(self, data: str | None) -> list[Any] | None:
+        """Those of another option; `columns` are also of these, where they have such names at all."""
+        from vlmscope.data import examples
+
+        if data is None:
+            return None
+        columns = self.columns if data.startswith("hf://") else None
+        return examples(data, limit=self.limit, seed=self.seed, columns=columns)
 
 
 def command(
