@@ -2,11 +2,11 @@
 
     python benchmarks/inpainting.py --out benchmarks/results/inpainting-cpu.json
 
-The drawn sets know the true counterfactual, the picture with the foil in it. `taken` is the share of the
-examples answered rightly that a fill makes answered otherwise, and `half` of those whose LD it at least
-halves. `rho` is Spearman's correlation, over the heads, of their mean effects on LD (denoising) on made pairs
-with those on true pairs of the same examples; `halves` is that of the true pairs of two halves of these
-examples, which says how far half as many agree with themselves.
+The drawn sets know the true counterfactual, the picture with the foil in it. Of examples answered rightly,
+`taken` is the share that a fill makes answered otherwise, and `half` the share whose LD it at least halves.
+`rho` is Spearman's correlation, over the heads, of their mean effects on LD (denoising) on the pairs that are
+kept with those on true pairs of the same examples; `halves` is that of the true pairs of two halves of these
+examples, which says how far half as many agree with themselves. The last line is JSON.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import platform
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ import torch
 from scipy import stats
 
 import vlmscope
+from vlmscope.data import fills
 from vlmscope.studies.inpainting import inpaint
 
 SITES = {
@@ -54,6 +56,12 @@ def correlation(one: Any, other: Any) -> float:
     return round(float(stats.spearmanr(one.mean(axis=1), other.mean(axis=1)[one.index]).statistic), 3)
 
 
+def filled(example: Any, how: Any, seed: int) -> Any:
+    """The pair, whatever a model says of it."""
+    picture, where = fills.region(example)
+    return replace(example, corrupt_image=fills.fill(picture, where, how, seed))
+
+
 def measure(model: Any, data: str, many: int) -> dict[str, Any]:
     examples = vlmscope.examples(data, limit=many, seed=3)
     true = effects(model, examples)
@@ -61,7 +69,10 @@ def measure(model: Any, data: str, many: int) -> dict[str, Any]:
     for how in FILLS:
         made = inpaint(model, examples, fill=how)
         tried = made.tried[made.tried["after"].notna()]
-        base = vlmscope.baselines(model, made.examples)
+        seeds = dict(zip(tried["example"], tried["seed"], strict=True))
+        base = vlmscope.baselines(
+            model, [filled(one, how, seeds[one.id]) for one in examples if one.id in seeds]
+        )
         fallen = base["ld_corrupt"] <= base["ld_clean"] / 2
         kept = [one.id for one in made.examples]
         result[how] = {
@@ -73,6 +84,24 @@ def measure(model: Any, data: str, many: int) -> dict[str, Any]:
         }
         print(model.name, data, how, json.dumps(result[how]), flush=True)
     return result
+
+
+def markdown(result: dict[str, Any]) -> list[str]:
+    """The table of `docs/data.md`."""
+    lines = [
+        "| model, set | fill | answer taken away | LD halved | rank correlation | of halves |",
+        "|---" * 6 + "|",
+    ]
+    for kind in (name for name in result if name.endswith(SETS)):
+        for how in FILLS:
+            one = result[kind][how]
+            shares = [
+                f"{x['share']:.0%} ({x['low']:.0%} to {x['high']:.0%})" for x in (one["taken"], one["half"])
+            ]
+            lines.append(
+                f"| {kind} | {how} | {' | '.join(shares)} | {one['rho']:.2f} | {one['halves']:.2f} |"
+            )
+    return ["\n".join(lines)]
 
 
 def main() -> None:
@@ -94,6 +123,7 @@ def main() -> None:
             hits, n = sum(round(one["share"] * one["n"]) for one in some), sum(one["n"] for one in some)
             result[f"{name}, {how}"] = share([1] * hits + [0] * (n - hits))
             print(name, how, json.dumps(result[f"{name}, {how}"]))
+    print(*markdown(result), sep="\n")
     text = json.dumps(result)
     if given.out:
         given.out.write_text(text + "\n", encoding="utf-8")

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import shutil
+import string
+import sys
+import warnings
 from dataclasses import replace
 
 import numpy as np
@@ -12,9 +16,10 @@ from PIL import Image
 from test_cli import refused, run  # noqa: F401 - a fixture
 
 import vlmscope
+from vlmscope.checkpoint import Inpainter
 from vlmscope.data import fills
 from vlmscope.data.images import open_image
-from vlmscope.errors import DataError, ExampleError, StoreError, VlmscopeError
+from vlmscope.errors import DataError, ExampleError, ModelError, StoreError, VlmscopeError
 from vlmscope.studies import inpainting
 from vlmscope.studies.inpainting import inpaint
 
@@ -208,9 +213,151 @@ def test_what_is_in_the_way_is_not_replaced(model, states, tmp_path):
         inpaint(model, states[:2], out, fill="mean")
 
 
+class Painter:
+    """In the place of a pipeline: it knows the true picture with the foil, and paints all of it."""
+
+    name, steps = "painter", None
+
+    def __init__(self, examples):
+        self.truth = {one.clean_image.tobytes(): one.corrupt_image for one in examples}
+        self.asked = []
+
+    def fingerprint(self):
+        return "0" * 64
+
+    def __call__(self, picture, mask, prompt, seed):
+        self.asked.append((mask.size, mask.mode, prompt, seed))
+        return self.truth[picture.tobytes()]
+
+
+def test_of_a_pipeline_pairs_are_kept_where_the_model_gives_the_foil(model, states, tmp_path):
+    painter = Painter(states)
+    none = replace(states[0], id="no foil", foil="")
+    prompt = "a {foil} {noun}, {what}"
+    made = inpaint(model, [*states, none], tmp_path / "a.csv", pipeline=painter, prompt=prompt, seed=5)
+    tried = made.tried.set_index("example")
+    assert painter.asked[0][:3] == ((144, 144), "1", "a green {noun}, {what}"), "noun is no group, but a role"
+    assert [seed for *_, seed in painter.asked] == list(tried["seed"][:6]) and len({*tried["seed"]}) == 7
+    assert "no foil" in tried["reason"]["no foil"]
+    for one in states:
+        row = tried.loc[one.id]
+        assert row["kept"] == (row["after"] == one.foil)
+        assert row["kept"] or row["reason"] == "the model does not give the foil after"
+    assert tried["kept"].any()
+    for one in vlmscope.read_csv(tmp_path / "a.csv"):
+        clean, corrupt = (np.asarray(open_image(p)) for p in (one.clean_image, one.corrupt_image))
+        where = np.asarray(open_image(one.masks["object"]).convert("L")) > 0
+        true = np.asarray(next(x for x in states if x.id == one.id).corrupt_image)
+        assert (clean[~where] == corrupt[~where]).all() and (true[where] == corrupt[where]).all()
+    settings = json.loads((tmp_path / "a.json").read_text())
+    assert (settings["with"], settings["prompt"], settings["kept_if"]) == ("painter", prompt, "the foil")
+
+
+@pytest.fixture(scope="module")
+def pipeline(tmp_path_factory):
+    """A small random pipeline, as `save_pretrained` writes it."""
+    diffusers = pytest.importorskip("diffusers")
+    import torch
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+    torch.manual_seed(0)
+    words = [
+        "<|startoftext|>",
+        "<|endoftext|>",
+        *(c + end for c in string.ascii_lowercase for end in ("", "</w>")),
+    ]
+    ids = {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1}
+    text = CLIPTextConfig(
+        hidden_size=16, intermediate_size=16, num_attention_heads=2, num_hidden_layers=1, vocab_size=64, **ids
+    )
+    folder = tmp_path_factory.mktemp("pipeline")
+    with warnings.catch_warnings(action="ignore"):
+        diffusers.StableDiffusionInpaintPipeline(
+            vae=diffusers.AutoencoderKL(
+                block_out_channels=(8, 8),
+                down_block_types=("DownEncoderBlock2D",) * 2,
+                up_block_types=("UpDecoderBlock2D",) * 2,
+                norm_num_groups=4,
+                sample_size=32,
+            ),
+            text_encoder=CLIPTextModel(text),
+            tokenizer=CLIPTokenizer(
+                vocab={word: n for n, word in enumerate(words)}, merges=[], model_max_length=77
+            ),
+            unet=diffusers.UNet2DConditionModel(
+                block_out_channels=(8, 16),
+                layers_per_block=1,
+                sample_size=16,
+                in_channels=9,
+                norm_num_groups=4,
+                down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+                up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+                cross_attention_dim=16,
+                attention_head_dim=4,
+            ),
+            scheduler=diffusers.DDIMScheduler(steps_offset=1),
+            safety_checker=None,
+            feature_extractor=None,
+            requires_safety_checker=False,
+        ).save_pretrained(folder)
+    return folder
+
+
+def test_a_diffusion_pipeline_paints_what_the_mask_shows(pipeline, model, states, run, tmp_path):  # noqa: F811
+    first, again = (Inpainter(pipeline, steps=2) for _ in range(2))
+    assert first.fingerprint() == again.fingerprint()
+    picture, where = fills.region(states[0])
+    one, same, other = (
+        paint(picture, Image.fromarray(where), "green", seed)
+        for paint, seed in ((first, 3), (again, 3), (again, 4))
+    )
+    assert one.size == picture.size and one.tobytes() == same.tobytes() != other.tobytes()
+    # a random pipeline paints noise: whether the toy says the foil of any is chance
+    how = inpainting._How(model, None, first, "{foil}", None, 0)
+    made = np.asarray(how._made(states[0], picture, where, 3))
+    assert (made[where] == np.asarray(one)[where]).all()
+    assert (made[~where] == np.asarray(picture)[~where]).all()
+    command = ("data", "inpaint", "--model", "toy-blip", "--data", "states", "--limit", "2", "--steps", "1")
+    _, said, err = run(*command, "--with", pipeline, "--out", tmp_path / "a.csv")
+    assert "2 pairs of 2" in said or "1 pairs of 2" in said or "none of 2 pairs is left" in err, (said, err)
+
+
+def test_pipelines_that_are_none_are_one_line(pipeline, tmp_path):
+    def broken(name):
+        return shutil.copytree(pipeline, tmp_path / name)
+
+    index = broken("code") / "model_index.json"
+    index.write_text(index.read_text().replace('"StableDiffusionInpaintPipeline"', '["mine", "Pipeline"]'))
+    with pytest.raises(ModelError, match="'_class_name' is of code that comes with it, which is not run"):
+        Inpainter(index.parent)
+    index = broken("library") / "model_index.json"
+    index.write_text(index.read_text().replace('"transformers"', '"mine"'))
+    with pytest.raises(ModelError, match="is of code that comes with it"):
+        Inpainter(index.parent)
+    for file in broken("pickle").rglob("*.safetensors"):
+        file.rename(file.with_suffix(".bin"))
+    with pytest.raises(ModelError, match="cannot load .*pickle"):
+        Inpainter(tmp_path / "pickle")
+    with pytest.raises(ModelError, match=r"model_index\.json: no such file"):
+        Inpainter(tmp_path)
+
+
+def test_the_extra_is_named_where_it_is_not_installed(run, monkeypatch, tmp_path):  # noqa: F811
+    monkeypatch.setitem(sys.modules, "diffusers", None)
+    command = ("data", "inpaint", "--model", "toy-blip", "--data", "states", "--out", tmp_path / "a.csv")
+    refused(run(*command, "--with", "owner/name"), "pip install 'vlmscope[inpaint]'")
+    refused(run(*command, "--fill", "mean", "--with", "owner/name"), "")
+    refused(run(*command, "--fill", "mean", "--steps", "3"), "--prompt and --steps are of a pipeline")
+    assert not list(tmp_path.iterdir())
+
+
 def test_wrong_calls_are_one_line(model, states):
     with pytest.raises(VlmscopeError, match="no fill 'blurr'; expected one of mean, blur, shuffle; did you"):
         inpaint(model, states, fill="blurr")
+    with pytest.raises(VlmscopeError, match="nothing given of what it is replaced by: name a fill"):
+        inpaint(model, states)
+    with pytest.raises(VlmscopeError, match="both given of what it is replaced by"):
+        inpaint(model, states, fill="mean", pipeline=Painter(states))
     with pytest.raises(DataError, match="two examples have the id 'states-0-0000'"):
         inpaint(model, [states[0], states[0]], fill="mean")
     none = [replace(one, masks={}) for one in states[:2]]

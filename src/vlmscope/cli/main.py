@@ -341,19 +341,38 @@ def data(
 
 @command(app, "data inpaint")
 def inpaint(
-    given: Given, out: Path, fill: Literal["mean", "blur", "shuffle"] | None = None, mask: str | None = None
+    given: Given,
+    out: Path,
+    fill: Literal["mean", "blur", "shuffle"] | None = None,
+    pipeline: str | None = None,
+    prompt: str | None = None,
+    steps: int | None = None,
+    mask: str | None = None,
 ) -> None:
     """Make the corrupt pictures of a contrast set.
 
     What the mask or box of each example shows is replaced; kept are pairs after which the model answers
     otherwise. Says how many were tried, and why others were left out.
     """
+    from vlmscope.checkpoint import Inpainter
     from vlmscope.studies.inpainting import check_out
     from vlmscope.studies.inpainting import inpaint as make
 
     check_out(out)
+    if pipeline is None and (prompt is not None or steps is not None):
+        raise VlmscopeError("--prompt and --steps are of a pipeline; name one with --with, or leave them out")
     model, examples = given.load(), given.examples()
-    made = make(model, examples, out, fill=fill, mask=mask, seed=given.seed, data=given.data)
+    made = make(
+        model,
+        examples,
+        out,
+        fill=fill,
+        pipeline=None if pipeline is None else Inpainter(pipeline, steps=steps, device=given.device),
+        prompt=prompt or "{foil}",
+        mask=mask,
+        seed=given.seed,
+        data=given.data,
+    )
     print(f"{made.summary()}\n{out}")
 
 

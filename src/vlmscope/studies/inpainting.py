@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import os
+import re
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -13,11 +14,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, get_args
 
+import numpy as np
 import pandas as pd
 from filelock import FileLock, Timeout
 from PIL import Image
 
 from vlmscope import files
+from vlmscope.checkpoint import Inpainter
 from vlmscope.data import Examples, fills, listed
 from vlmscope.data.example import Example, Picture, fingerprint
 from vlmscope.data.fills import Fill
@@ -78,15 +81,19 @@ def inpaint(
     out: str | os.PathLike[str] | None = None,
     *,
     fill: Fill | None = None,
+    pipeline: Inpainter | None = None,
+    prompt: str = "{foil}",
     mask: str | None = None,
     seed: int = 0,
     data: str = "examples",
 ) -> Made:
     """Make the corrupt picture of each example: the clean one, with what its mask or box shows replaced.
 
-    `fill` says by what (`data.fills.fill`). All other pixels stay bit for bit. `mask` is the name of the
-    mask; by default that of the answer's object, or the only one. A pair is kept if `model` gives the answer
-    before, and no longer does after.
+    `fill` says by what (`data.fills.fill`), or `pipeline` is a diffusion model (`checkpoint.Inpainter`) that
+    paints there what `prompt` says, with `{foil}`, `{answer}` and names of groups filled in. All other pixels
+    stay bit for bit. `mask` is the name of the mask; by default that of the answer's object, or the only one.
+    A pair is kept if `model` gives the answer before, and after a fill no longer does, or after a pipeline
+    gives the foil.
 
     `out` is the CSV file for the pairs, to be read by `read_csv`; beside it `…-images` has the pictures,
     `…-tried.csv` the table of all that were tried, and `….json` the settings. It is written as pairs are
@@ -101,15 +108,18 @@ def inpaint(
     (['yellow', 'dotted'], [True, True])
     """
     known = ", ".join(get_args(Fill))
-    if fill is None:
-        raise VlmscopeError(f"by what is it to be replaced? Name a fill ({known}), as --fill mean")
-    if fill not in get_args(Fill):
+    if (fill is None) == (pipeline is None):
+        many = "nothing" if fill is None else "both"
+        raise VlmscopeError(
+            f"{many} given of what it is replaced by: name a fill (--fill {known}), or a pipeline (--with)"
+        )
+    if fill is not None and fill not in get_args(Fill):
         raise VlmscopeError(f"no fill {shown(fill)}; expected one of {known}{nearest(fill, get_args(Fill))}")
     seed = whole(seed, "the seed", most=SEED)
     given = listed(examples)
     if twice := next((name for name, n in Counter(one.id for one in given).items() if n > 1), None):
         raise DataError(f"two examples have the id {shown(twice)}; make it new")
-    how = _How(model, fill, mask, seed)
+    how = _How(model, fill, pipeline, prompt, mask, seed)
     if out is None:
         return _made(how, given)
     folder = _Folder(Path(out), _spec(how, given, data), len(given))
@@ -124,7 +134,9 @@ class _How:
     """How one pair is made, and judged."""
 
     model: Model
-    fill: Fill
+    fill: Fill | None
+    pipeline: Inpainter | None
+    prompt: str
     mask: str | None
     seed: int
 
@@ -138,13 +150,25 @@ class _How:
             row["before"] = self._answer(example, picture)
             if not agrees(row["before"], example.answer):
                 return row | {"reason": "the model does not give the answer before"}, None
-            made = fills.fill(picture, where, self.fill, own)
+            made = self._made(example, picture, where, own)
             row["after"] = self._answer(example, made)
         except ExampleError as error:
             return row | {"reason": str(error)}, None
-        if agrees(row["after"], example.answer):
+        if self.fill is not None and agrees(row["after"], example.answer):
             return row | {"reason": "the model still gives the answer"}, made
+        if self.fill is None and not agrees(row["after"], example.foil):
+            return row | {"reason": "the model does not give the foil after"}, made
         return row | {"kept": True}, made
+
+    def _made(self, example: Example, picture: Image.Image, where: Any, seed: int) -> Image.Image:
+        if self.pipeline is None:
+            return fills.fill(picture, where, self.fill or "mean", seed)
+        if not example.foil:
+            raise ExampleError("it has no foil to be painted; fill instead")
+        words = {**example.groups, "answer": example.answer, "foil": example.foil}
+        prompt = re.sub(r"\{(\w+)\}", lambda found: words.get(found[1], found[0]), self.prompt)
+        painted = self.pipeline(picture, Image.fromarray(where), prompt, seed)
+        return fills.replaced(picture, where, np.asarray(painted)[where])
 
     def _answer(self, example: Example, picture: Image.Image) -> str:
         return self.model.answer(self.model.inputs(picture, example.clean_prompt, example.more_images))
@@ -167,9 +191,19 @@ def _spec(how: _How, given: Sequence[Example], data: str) -> dict[str, Any]:
         "data": data,
         "data_hash": fingerprint(given),
         "fill": how.fill,
+        **(
+            {
+                "with": how.pipeline.name,
+                "with_weights": how.pipeline.fingerprint(),
+                "steps": how.pipeline.steps,
+                "prompt": how.prompt,
+            }
+            if how.pipeline
+            else {}
+        ),
         "mask": how.mask,
         "seed": how.seed,
-        "kept_if": "no longer the answer",
+        "kept_if": "the foil" if how.fill is None else "no longer the answer",
     }
 
 
