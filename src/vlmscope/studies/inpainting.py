@@ -231,7 +231,8 @@ class _Folder:
         if about:
             fits(about, SHAPE, self.manifest, f"delete it, or choose another --out than {file}")
         self.rows = {row["example"]: dict(row) for row in about.get("tried", [])}
-        self.files, self.since = dict.fromkeys(listed, ""), None if not about else -EVERY
+        self.files = dict.fromkeys(listed, "")
+        self.since: float | None = None  # when rows were last written, once there are new ones
 
     @contextmanager
     def held(self) -> Iterator[None]:
@@ -251,7 +252,7 @@ class _Folder:
             yield
         except BaseException:
             with suppress(StoreError):
-                if self.since is not None:  # what is done is kept
+                if self.since is not None:  # what is done is kept, and what was finished stays so
                     self._write()
             raise
         finally:
@@ -277,19 +278,21 @@ class _Folder:
         """Write a picture, and from time to time the rows."""
         if self.since is None:
             self._write()  # says that the pictures are ours, before the first
+            self.since = -EVERY
         if row["kept"] and picture is not None:
             content = _png(picture)
             files.write(self._picture(number), content)
             row["sha256"] = hashlib.sha256(content).hexdigest()
         self.rows[row["example"]] = row
-        if self.since is None or time.monotonic() - self.since > EVERY:
+        if time.monotonic() - self.since > EVERY:
             self._write()
             self.since = time.monotonic()
         return self._picture(number) if row["kept"] else None
 
     def finish(self, made: Made) -> None:
         """Write the table and the pairs; the settings, without `unfinished`, come last."""
-        self._write()
+        if self.since is not None:
+            self._write()
         files.write(self.tried, files.to_csv(made.tried))
         write_csv(self.file, made.examples)
         self._write(unfinished=False)
