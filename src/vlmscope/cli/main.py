@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from vlmscope.cli import lenses, machine, neurons, steering, terminal
-from vlmscope.cli.options import Corrupt, DType, Given, Noise, OneModel, command
+from vlmscope.cli.options import Corrupt, DType, Given, Noise, OneModel, Share, command
 from vlmscope.errors import VlmscopeError, shown
 
 app = typer.Typer(
@@ -60,6 +60,7 @@ def demo(out: Path = Path("vlmscope-demo"), limit: int = 20) -> None:
 @command(app)
 def sweep(
     given: Given,
+    share: Share,
     sites: list[str],
     out: Path,
     corrupt: Corrupt | None = None,
@@ -82,7 +83,8 @@ def sweep(
     """
     from vlmscope.runs import corrupt as corruptions
     from vlmscope.studies.known import knows
-    from vlmscope.studies.sweep import sweep_to, warn_of_excluded
+    from vlmscope.studies.screen import TOP, lines, missed, screened
+    from vlmscope.studies.sweep import swept, warn_of_excluded
 
     if corrupt != "noise" and noise_scale is not None:
         raise VlmscopeError("--noise-scale is of noise; leave it out, or take --corrupt noise")
@@ -95,7 +97,8 @@ def sweep(
         "source": source,
         "check": check,
         "seed": given.seed,
-        "data": given.data,
+        "sites": sites,
+        "corrupt": how,
     }
     if top is not None and screen is None:
         raise VlmscopeError("--top is of a screen; name one (--screen atp), or leave it out")
@@ -104,30 +107,36 @@ def sweep(
             "--screen ranks patches of the other run's activations: name --corrupt, and leave --patch, "
             "--from and --engine out"
         )
-    model, examples = given.load(), given.examples()
-    if screen and how is not None:
-        run = _screened(out, model, examples, sites, how, top, options)
+    if screen:
+        own = {name: options[name] for name in ("sites", "corrupt", "direction", "metric", "check", "seed")}
+        run, asked = share.fill(out, given, screened, {**own, "out": out, "top": TOP if top is None else top})
+        print(*lines(missed(run)), sep="\n")
     else:
-        run = sweep_to(out, model, examples, sites, how, **options)
+        run, asked = share.fill(out, given, swept, options)
     warn_of_excluded(run.baselines())
     print(f"{run.patches():,} patches of {run.ran()} examples in {out}")
-    print(*knows(run.baselines()).lines(), run.check_line(), *_more(run, len(examples)), sep="\n")
+    print(*knows(run.baselines()).lines(), run.check_line(), *_more(run, asked), sep="\n")
 
 
-def _screened(
-    out: Path, model: Any, examples: Any, sites: list[str], how: Any, top: int | None, options: dict[str, Any]
-) -> Any:
-    from vlmscope.studies.screen import TOP, lines, missed, screen_to
+@command(app)
+def merge(runs: list[Path], /, out: Path) -> None:
+    """Put the shards of one run together.
 
-    own = {name: options[name] for name in ("direction", "metric", "check", "seed", "data")}
-    run = screen_to(out, model, examples, sites, how, top=TOP if top is None else top, **own)
-    print(*lines(missed(run)), sep="\n")
-    return run
+    The folder is that of a run without --shard; says which shards or examples are missing.
+    """
+    from vlmscope.studies.merge import merge as put_together
+    from vlmscope.studies.sweep import warn_of_excluded
+
+    run = put_together(runs, out)
+    warn_of_excluded(run.baselines())
+    print(f"{run.patches():,} rows of {run.ran()} examples, from {len(runs)} shards, in {out}")
+    print(run.check_line())
 
 
 @command(app)
 def knockout(
     given: Given,
+    share: Share,
     sites: list[str],
     out: Path,
     how: Literal["block", "zero"] = "block",
@@ -139,14 +148,13 @@ def knockout(
 
     What some positions no longer read of others, in windows of layers: the flow of information.
     """
-    from vlmscope.studies.knockout import knockout_to
+    from vlmscope.studies.knockout import knocked_out
     from vlmscope.studies.known import knows
     from vlmscope.studies.sweep import warn_of_excluded
     from vlmscope.studies.tables import flow_table, is_edge
 
-    options: dict[str, Any] = {"engine": engine, "metric": metric, "check": check, "data": given.data}
-    model, examples = given.load(), given.examples()
-    run = knockout_to(out, model, examples, sites, how, **options)
+    options = {"sites": sites, "how": how, "engine": engine, "metric": metric, "check": check}
+    run, asked = share.fill(out, given, knocked_out, options)
     base = run.baselines()
     warn_of_excluded(base)
     print(f"{run.patches():,} knock-outs in {run.ran()} examples in {out}")
@@ -160,7 +168,7 @@ def knockout(
             window = f", window of {row.window}" if row.window > 1 else ""
             place = f"{row.tower} layer {row.layer} {row.kind}{unit}{window}"
             print(f"  {row.edge} is cut in {place}: {row.mean:+.1%} ({row.n} examples)")
-    print(*knows(base).lines(), run.check_line(), *_more(run, len(examples)), sep="\n")
+    print(*knows(base).lines(), run.check_line(), *_more(run, asked), sep="\n")
 
 
 def _more(run: Any, asked: int) -> list[str]:

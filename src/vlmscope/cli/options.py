@@ -53,6 +53,33 @@ class Given(OneModel):
         return examples(self.data, limit=self.limit, seed=self.seed)
 
 
+@dataclass(kw_only=True)
+class Share:
+    """The options of a command that fills a run folder: how much of it, with what."""
+
+    shard: str | None = None
+
+    def fill(
+        self, out: Path, given: Given, study: Callable[..., Any], options: dict[str, Any]
+    ) -> tuple[Any, int]:
+        """Put what `study` makes of model, examples and options into a folder: the run, and how many examples
+        it was asked for."""
+        from vlmscope.studies.sweep import into_folder
+
+        shard = None if self.shard is None else _shard(self.shard)
+        made = study(given.load(), given.examples(), shard=shard, data=given.data, **options)
+        return into_folder(made, out), len(made.task.numbers)
+
+
+def _shard(text: str) -> tuple[int, int]:
+    numbers = [written(word) for word in text.split("/")]
+    if len(numbers) == 2 and all(isinstance(each, int) for each in numbers):
+        which, many = int(numbers[0]), int(numbers[1])
+        if 1 <= which <= many <= MOST:
+            return which, many
+    raise VlmscopeError(f"--shard is {shown(text)}; expected I/N, I from 1 to N, such as 1/4")
+
+
 def command(app: typer.Typer) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Make a function a command: its positional-only parameters are arguments, the others options.
 
