@@ -55,9 +55,11 @@ class Given(OneModel):
 
 @dataclass(kw_only=True)
 class Share:
-    """The options of a command that fills a run folder: how much of it, with what."""
+    """The options of a command that fills a run folder: how much of it, and with how many processes."""
 
     shard: str | None = None
+    workers: int | None = None
+    ray: str | None = None
 
     def fill(
         self, out: Path, given: Given, study: Callable[..., Any], options: dict[str, Any]
@@ -67,8 +69,15 @@ class Share:
         from vlmscope.studies.sweep import into_folder
 
         shard = None if self.shard is None else _shard(self.shard)
-        made = study(given.load(), given.examples(), shard=shard, data=given.data, **options)
-        return into_folder(made, out), len(made.task.numbers)
+        options = {**options, "shard": shard, "data": given.data}
+        if self.workers is None and self.ray is None:
+            made = study(given.load(), given.examples(), **options)
+            return into_folder(made, out), len(made.task.numbers)
+        from vlmscope.studies.workers import Order, spread
+
+        threads = machine.threads(given.model, self.workers or 1) if self.ray is None else 1
+        order = Order(given, study, options)
+        return spread(out, order, workers=self.workers, address=self.ray, threads=threads)
 
 
 def _shard(text: str) -> tuple[int, int]:
