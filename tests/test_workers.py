@@ -246,7 +246,8 @@ def test_two_workers_write_what_one_process_writes(ray: Any, whole: Run, tmp_pat
 @pytest.mark.filterwarnings("ignore::ResourceWarning")
 def test_a_worker_that_dies_loses_nothing(ray: Any, whole: Run, tmp_path: Path) -> None:
     name, flag = GIVEN.examples()[3].id, str(tmp_path / "died")
-    run, _ = spread(tmp_path / "run", Order(GIVEN, Deadly(name, flag), OPTIONS), workers=2)
+    with pytest.warns(UserWarning, match="a worker died at example number 3 of the data; another one takes"):
+        run, _ = spread(tmp_path / "run", Order(GIVEN, Deadly(name, flag), OPTIONS), workers=2)
     assert Path(flag).exists()
     equal(run, whole)
 
@@ -255,7 +256,9 @@ def test_a_worker_that_dies_loses_nothing(ray: Any, whole: Run, tmp_path: Path) 
 @pytest.mark.filterwarnings("ignore::ResourceWarning")
 def test_an_example_that_kills_is_left_out(ray: Any, whole: Run, tmp_path: Path) -> None:
     name = GIVEN.examples()[1].id
-    run, _ = spread(tmp_path / "run", Order(GIVEN, Deadly(name), OPTIONS), workers=2)
+    with pytest.warns(UserWarning, match="a worker died at example number 1") as caught:
+        run, _ = spread(tmp_path / "run", Order(GIVEN, Deadly(name), OPTIONS), workers=2)
+    assert len(caught) == workers.DEATHS
     base = run.baselines().set_index("example")
     assert base["excluded"].sum() == 1 and base.loc[name, "reason"] == REASON
     wanted = whole.effects().query("example != @name").reset_index(drop=True)

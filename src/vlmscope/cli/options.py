@@ -89,15 +89,28 @@ def _shard(text: str) -> tuple[int, int]:
     raise VlmscopeError(f"--shard is {shown(text)}; expected I/N, I from 1 to N, such as 1/4")
 
 
-def command(app: typer.Typer) -> Callable[[Callable[..., None]], Callable[..., None]]:
+def typed(group: Any, name: str) -> list[str]:
+    """The words that make a group of options of a command, but for those that have their defaults."""
+    looks, words = LOOKS["all"] | LOOKS.get(name, {}), list[str]()
+    for each in fields(group):
+        value = getattr(group, each.name)
+        if value == each.default:
+            continue
+        words += looks[each.name].get("flags", [f"--{each.name.replace('_', '-')}"])[:1]
+        words += [] if value is True else map(str, value if isinstance(value, list) else [value])
+    return words
+
+
+def command(app: typer.Typer, like: str = "") -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Make a function a command: its positional-only parameters are arguments, the others options.
 
-    A parameter that is a dataclass stands for an option for each of its fields.
+    A parameter that is a dataclass stands for an option for each of its fields. Options look as those of the
+    command that it is `like`, but for its own.
     """
 
     def add(function: Callable[..., None]) -> Callable[..., None]:
         parameters = signature(function, eval_str=True).parameters.values()
-        looks = LOOKS["all"] | LOOKS.get(function.__name__, {})
+        looks = LOOKS["all"] | LOOKS.get(like, {}) | LOOKS.get(function.__name__, {})
 
         def call(**values: Any) -> None:
             function(*(_value(parameter, values) for parameter in parameters))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import time
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
@@ -25,7 +24,7 @@ from vlmscope.runs.model import Model
 from vlmscope.sites import Pattern, Site, Sites
 from vlmscope.stats import rng
 from vlmscope.studies.rows import Work, patch_example, patched, run_jobs
-from vlmscope.studies.run_folder import BASELINES, CROSSED, EFFECTS, Run, bytes_of, read_run, typed
+from vlmscope.studies.run_folder import BASELINES, CROSSED, EFFECTS, Run, read_run, typed
 from vlmscope.studies.run_writer import Writer, add_pictures, open_run
 from vlmscope.studies.task import Shard, Task, Todo, all_jobs, description_of, digests_of, spec_of, task_of
 
@@ -34,8 +33,6 @@ Engine = Literal["fast", "reference"]
 
 SHOWN = 4
 """How many examples a run folder keeps to look at."""
-TRIED = 20
-"""How many examples an estimate tries, until two of them are of those that are kept."""
 ALARM = 100
 """A difference of so many roundings is none of rounding."""
 CHECKED = 5
@@ -164,41 +161,6 @@ def swept(
 ) -> Study:
     """What `sweep_to`, with the same arguments, puts into a folder; raises what it raises."""
     return study_of(task_of(model, examples, sites, corrupt, source, **options), data, check)
-
-
-class Estimate(NamedTuple):
-    """What a sweep will take: seconds of computing, bytes on disk, and the patches of one example."""
-
-    seconds: float
-    bytes: int
-    patches: int
-
-
-def estimate(
-    model: Model,
-    examples: Examples,
-    sites: Sites,
-    corrupt: str | Noise = "image",
-    *,
-    seed: int = 0,
-    select: bool = False,
-) -> Estimate:
-    """What these examples will take, from running one or two of them (the first one warms up).
-
-    An upper bound where `select` leaves some out, and of the bytes (parts compress better than a
-    single example).
-    """
-    task = task_of(model, examples, sites, corrupt, seed=seed, select=select)
-    many, found = len(task.examples), [Estimate(0.0, 0, 0)]
-    for job in all_jobs(task)[:TRIED]:
-        start = time.perf_counter()
-        [result] = run_jobs(task, [job], quiet=True)
-        seconds = time.perf_counter() - start
-        if not result.rows.empty:
-            found.append(Estimate(seconds * many, bytes_of(result.rows) * many, len(result.rows)))
-            if len(found) > 2 or seconds > 10.0:  # a long one has warmed up by itself
-                break
-    return found[-1]
 
 
 def baselines(

@@ -12,8 +12,9 @@ import socket
 import warnings
 from collections import Counter, deque
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, redirect_stdout, suppress
 from dataclasses import dataclass, field
+from io import StringIO
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 from uuid import uuid4
@@ -187,7 +188,8 @@ def spread(
         whole(workers, "the number of workers", 1, 10_000)
     place = Path(out).absolute()
     claim(place)
-    with _connected(workers, address) as ray:
+    # Ray says what becomes of its workers on standard output, which is the command's own.
+    with redirect_stdout(StringIO()), _connected(workers, address) as ray:
         several, share = _shares(ray, workers, getattr(order.given, "device", None))
         remote = ray.remote(Worker).options(num_cpus=1, num_gpus=share, max_restarts=0, max_task_retries=0)
         driver = _Driver(ray, lambda: remote.remote(order, place, str(Path.cwd()), threads), several)
@@ -227,10 +229,9 @@ class _Driver:
             self.queue = deque(jobs)
             if jobs:
                 self.ask(hand, "join", writer.sites)
-                self.compute(hand)
                 for _ in range(min(self.several, len(jobs)) - 1):
                     self.begin()
-                self.work(len(about.numbers))
+                self.work(hand, len(about.numbers))
             else:
                 self.idle.append(hand)
             if jobs or writer.check is None:
@@ -257,9 +258,10 @@ class _Driver:
             except self.ray.exceptions.RayError as error:
                 self.fail(error)
 
-    def work(self, total: int) -> None:
-        """Until all examples are committed."""
+    def work(self, hand: _Hand, total: int) -> None:
+        """Until all examples are committed; one worker is ready, others may be on their way."""
         finished = total - len(self.queue)
+        self.compute(hand)
         with progress(total, finished) as step:
             while self.queue or any(hand.job or hand.made for hand in self.busy.values()):
                 ready, _ = self.ray.wait(list(self.busy), timeout=None)
@@ -317,6 +319,8 @@ class _Driver:
     def lost(self, hand: _Hand, error: Exception) -> None:
         """A worker has died: what it did not hand over waits again, and another one takes its place."""
         self.stop(hand)
+        where = "" if hand.job is None else f" at example number {hand.job.number} of the data"
+        warnings.warn(f"a worker died{where}; another one takes its place", stacklevel=2)
         self.queue.extendleft(reversed(hand.made))
         if hand.job is None and not hand.made:
             self.fail(error)
@@ -325,7 +329,8 @@ class _Driver:
             self.queue.append(hand.job)
         while self.queue and self.idle:
             self.compute(self.idle.pop())
-        self.begin()
+        if self.queue:
+            self.begin()
 
     def fail(self, error: Exception) -> None:
         self.failed += 1
