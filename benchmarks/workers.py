@@ -2,12 +2,12 @@
 
     python benchmarks/workers.py [--limit 200] [--rounds 1] [--out benchmarks/results/NAME.json]
 
-Sweeps all heads and modules of toy-blip's encoder at all tokens, as a person would: `vlmscope sweep`, then the
-same with `--workers 2` (Ray has to be installed), each in a process of its own with one thread a process. `whole`
-counts everything, with the start of Ray and the models' loading; `steady` counts what is computed between the
-commit of the first example and the last one, in examples a second. Checks that all tables are equal bit for bit.
-On a machine that does something else, too, the ratio says little: `load` is how many processes wanted a core when
-each command began (0 on a quiet machine). The last line is JSON.
+Sweeps all heads and modules of toy-blip's encoder at all tokens, as a person would: `vlmscope sweep`, then
+the same with `--workers 2` (Ray has to be installed), with one thread a process. `whole` counts everything,
+with the start of Ray and the models' loading; `steady` what is computed between the first part and the last
+one, in examples a second. Checks that the tables are equal bit for bit. On a machine that does something
+else, too, the ratio says little: `load` is how many others wanted a core when each command began. The last
+line is JSON.
 """
 
 from __future__ import annotations

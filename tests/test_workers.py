@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import os
 import signal
@@ -29,7 +30,17 @@ from vlmscope.studies.workers import REASON, Order, Worker, spread
 
 SITES = ["encoder.*.cross.h*@answer", "encoder.0.resid@*"]
 COUNT = 6
-GIVEN = Given(model="toy-blip", data="states", limit=COUNT)
+
+
+class Kept(Given):
+    """Loads its model once in a process."""
+
+    def load(self) -> vlmscope.Model:
+        return loaded(self.model)
+
+
+loaded = functools.cache(vlmscope.load)
+GIVEN = Kept(model="toy-blip", data="states", limit=COUNT)
 OPTIONS = {"sites": SITES, "corrupt": "image", "data": "states"}
 COMMAND = "sweep --model toy-blip --data states --corrupt image --sites encoder.*.cross.h* encoder.*.resid@*"
 

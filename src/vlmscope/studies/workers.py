@@ -366,6 +366,7 @@ def _connected(workers: int | None, address: str | None) -> Iterator[Any]:
     """Ray, on this machine or a cluster, for as long as the run takes; or as the caller has connected."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nothing is sent anywhere unasked
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    os.environ.setdefault("RAY_worker_niceness", "0")  # not behind all else on the machine, as Ray has it
     try:
         import ray
     except ImportError as error:
