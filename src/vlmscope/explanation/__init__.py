@@ -38,7 +38,7 @@ from vlmscope.sites import Site
 from vlmscope.stored import formats
 
 MANIFEST, WHAT = "explain.json", "explain"
-PATCHES = 64
+PATCHES = 48
 """How many cells and groups of cells are replaced by default."""
 NEURONS, TOKENS = 10, 6
 """How many neurons of each word are listed, and how many tokens of each."""
@@ -109,7 +109,8 @@ def explain(
     how much is gained when the features of the cell are put into the run on that other picture.
 
     A grid of more cells than `patches` is examined coarse to fine: groups of cells, and then the parts of
-    those that matter; `words.left` is the share of the word's effects, by size, that is still in groups.
+    those that matter; `words.left` is the share of the word's effects, by size, that is still in groups. A
+    group's counts for what the gradient expects of its cells one by one, if that is more.
     Beside the exact map stand `knockout`: what is lost when what predicts the word cannot read the cell in
     any layer (`about["edge"]`); `gradient`: the gradient times what the features differ by; `attention`: the
     share of it that the cell gets, a mean over layers and heads, without sinks (these get `words.sinks`).
@@ -150,7 +151,8 @@ def explain(
             raise ExampleError(f"{lacking[0]}, so that no region can be asked about; leave the region out")
         lacking[0] = f"there is no map: {lacking[0]}"
     at = () if box is None else _within(said, box)
-    exact = maps.exact(said, direction, patches, at)
+    slopes = maps.estimate(said, direction) if layout.cells else None
+    exact = maps.exact(said, direction, patches, at, None if slopes is None else np.abs(slopes))
     read = maps.reading(said)
     window = max(1, len(model.shapes[read.tower].having(read.kind)) // 4 | 1)
     cut, paid, sinks = None, None, np.full(len(said.words), np.nan)
@@ -159,7 +161,7 @@ def explain(
         paid, sinks = maps.attention(said, read, exact.units)
     beside = {
         "knockout": None if cut is None else cut.units,
-        "gradient": maps.gradient(said, direction, exact.units) if exact.units else None,
+        "gradient": None if slopes is None else maps.summed(slopes, maps.positions(layout, exact.units)),
         "attention": paid,
     }
     cells = _cells(exact, beside)
