@@ -167,13 +167,7 @@ def explain(
     cells = _cells(exact, beside)
     table = pd.DataFrame(
         {
-            "word": range(len(said.words)),
-            "text": [word.text for word in said.words],
-            "start": [word.span[0] for word in said.words],
-            "end": [word.span[1] for word in said.words],
-            "tokens": [len(word.tokens) for word in said.words],
-            "logprob": exact.logprob,
-            "without": exact.without,
+            **_said(said, exact),
             **{f"spearman_{name}": _spearman(cells, name, len(said.words)) for name in beside},
             "sinks": sinks,
             "left": exact.left,
@@ -181,30 +175,51 @@ def explain(
             "region_knockout": np.nan if cut is None or not at else cut.region[0],
         }
     )
+    layers, heads = _parts(said, read, cut, window, lacking)
     about = {
+        **_of_model(said),
+        "reference": reference,
+        "direction": direction,
+        "rounding": exact.rounding,
+        "alone": sum(unit.is_cell for unit in exact.units),
+        "patches": exact.patches,
+        "edge": read.edge,
+        "window": window,
+        "region": None if box is None else list(box),
+        "lacking": lacking,
+    }
+    return Explanation(about, table, cells, layers, heads, _neurons(said), model.cropped(picture))
+
+
+def _of_model(said: Said) -> dict[str, Any]:
+    """What was asked of which model, and how it reads the picture."""
+    model, layout = said.model, said.pair.clean.layout[said.model.image_site.tower]
+    return {
         "what": WHAT,
         "model": model.name,
         "weights": model.fingerprint(),
         "family": model.family.name,
         "dtype": model.precision,
-        "prompt": prompt,
+        "prompt": said.prompt,
         "answer": said.caption.text,
-        "reference": reference,
-        "direction": direction,
-        "rounding": exact.rounding,
         "grid": list(grid(layout)),
         "cells": len(layout.cells),
-        "alone": sum(unit.is_cell for unit in exact.units),
-        "patches": exact.patches,
         "further": len(layout.image) - len(layout.cells) if layout.cells and layout.image else 0,
-        "edge": read.edge,
-        "window": window,
-        "region": None if box is None else list(box),
-        "view": list(model.view(picture)),
-        "lacking": lacking,
+        "view": list(model.view(said.picture)),
     }
-    layers, heads = _parts(said, read, cut, window, lacking)
-    return Explanation(about, table, cells, layers, heads, _neurons(said), model.cropped(picture))
+
+
+def _said(said: Said, exact: maps.Exact) -> dict[str, Any]:
+    """The words, a row each: where they are in the answer, and how likely with and without the picture."""
+    return {
+        "word": range(len(said.words)),
+        "text": [word.text for word in said.words],
+        "start": [word.span[0] for word in said.words],
+        "end": [word.span[1] for word in said.words],
+        "tokens": [len(word.tokens) for word in said.words],
+        "logprob": exact.logprob,
+        "without": exact.without,
+    }
 
 
 def _one_of(value: str, names: Any, what: str) -> None:
