@@ -66,7 +66,7 @@ def processor() -> LlavaProcessor:
     )
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def scene_of(model: Model) -> Any:
     """What `maps.exact` reads: a picture, another that lacks the object, and the word that the model says."""
     clean = pair_of(model).clean
