@@ -115,6 +115,7 @@ def test_modules_and_heads_at_every_token(done):
         assert kinds["encoder", kind, True] == 12 * tokens and kinds["decoder", kind, True] == 12
 
 
+@pytest.mark.slow
 def test_killed_at_random_moments_it_ends_with_the_same_tables(done, tmp_path):
     wanted = tables(done[0])
     spec = tmp_path / "spec.toml"

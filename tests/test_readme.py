@@ -30,6 +30,7 @@ def test_the_python_of_the_tutorial_runs(tmp_path, monkeypatch, capsys):
     assert (tmp_path / "runs" / "faces" / "report.html").exists()
 
 
+@pytest.mark.slow
 def test_the_python_of_the_tutorial_on_neurons_runs(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     tutorial = (Path(__file__).parent.parent / "docs" / "neurons.md").read_text("utf-8")

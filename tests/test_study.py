@@ -399,6 +399,7 @@ def test_the_weights_fingerprint_is_computed_once_and_follows_changes(monkeypatc
     assert model.fingerprint() != changed
 
 
+@pytest.mark.slow
 def test_a_run_that_is_killed_at_any_moment(tmp_path):
     """SIGKILL at several moments, then once to the end: the table of an undisturbed run."""
     command = [
