@@ -78,6 +78,17 @@ def test_the_python_of_the_page_on_steering_runs(tmp_path, monkeypatch, capsys):
     assert (tmp_path / "direction" / "direction.safetensors").exists()
 
 
+def test_the_python_of_the_page_on_data_runs(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    page = (Path(__file__).parent.parent / "docs" / "data.md").read_text("utf-8")
+    made, *others = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    exec(compile(made, "data.md", "exec"), {})
+    assert re.match(r"\d+ pairs of 8 that were tried", capsys.readouterr().out)
+    assert (tmp_path / "pairs.csv").exists()
+    for block in others if importlib.util.find_spec("datasets") else ():
+        exec(compile(block, "data.md", "exec"), {})
+
+
 def test_the_python_of_the_page_on_information_flow_runs(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     page = (Path(__file__).parent.parent / "docs" / "information-flow.md").read_text("utf-8")
@@ -88,7 +99,8 @@ def test_the_python_of_the_page_on_information_flow_runs(tmp_path, monkeypatch, 
 
 
 @pytest.mark.parametrize(
-    ("page", "benchmark"), [("information-flow", "information_flow"), ("explain", "pointing")]
+    ("page", "benchmark"),
+    [("information-flow", "information_flow"), ("explain", "pointing"), ("data", "inpainting")],
 )
 def test_the_tables_of_a_page_are_those_that_were_measured(page, benchmark):
     root = Path(__file__).parent.parent

@@ -26,6 +26,7 @@ _NAMES = {
     "sites": "Pattern Site",
     "studies.attribution": "attribute",
     "studies.lens": "lens",
+    "studies.inpainting": "inpaint",
     "studies.knockout": "knockout",
     "studies.merge": "merge",
     "studies.run_folder": "read_run",
@@ -60,6 +61,7 @@ if TYPE_CHECKING:  # what a type checker sees
     from vlmscope.sites import Pattern as Pattern
     from vlmscope.sites import Site as Site
     from vlmscope.studies.attribution import attribute as attribute
+    from vlmscope.studies.inpainting import inpaint as inpaint
     from vlmscope.studies.knockout import knockout as knockout
     from vlmscope.studies.lens import lens as lens
     from vlmscope.studies.merge import merge as merge

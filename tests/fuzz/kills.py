@@ -53,6 +53,7 @@ COMMANDS = {
     "circuits": "circuits ../../inputs/a ../../inputs/b --out out",
     "report": "report ../../inputs/a --out out.html",
     "data": "data folder --root ../../inputs/pictures --out new/out.csv",
+    "inpaint": f"data inpaint {TRACED} --limit 2 --fill mean --out new/out.csv",
     "heads": f"heads {BLIP} --limit 2 --sites encoder.1.cross.h2@answer --out out",
     "tracing": f"tracing {TRACED} --limit 2 --repeats 2 --windows 1 --kinds cross --out out",
     "lens": "lens --model toy-llava --data states --limit 2 --sites decoder.*.resid@readout --out out",

@@ -12,11 +12,12 @@ from typing import Annotated, Any, Literal
 import typer
 
 from vlmscope.cli import lenses, machine, neurons, steering, sweeps, terminal
-from vlmscope.cli.options import Corrupt, DType, Given, Noise, OneModel, command
+from vlmscope.cli.options import Corrupt, DType, Given, Group, Noise, OneModel, command
 from vlmscope.errors import VlmscopeError, shown
 
 app = typer.Typer(
     name="vlmscope",
+    cls=Group,
     help="Which part of a vision-language model carries the evidence to its answer?",
     no_args_is_help=True,
     add_completion=False,
@@ -75,6 +76,7 @@ class Changes:
     position: str | None = None
     dtype: DType | None = None
     device: str | None = None
+    columns: str | None = None
 
 
 @command(app)
@@ -229,6 +231,43 @@ def data(
         built = build(name, root, limit=limit, seed=seed, pieces=pieces, download=download, progress=fetched)
     write_csv(out, built.examples)
     print(f"{built.summary()}\n{out}")
+
+
+@command(app, "data inpaint")
+def inpaint(
+    given: Given,
+    out: Path,
+    fill: Literal["mean", "blur", "shuffle"] | None = None,
+    pipeline: str | None = None,
+    prompt: str | None = None,
+    steps: int | None = None,
+    mask: str | None = None,
+) -> None:
+    """Make the corrupt pictures of a contrast set.
+
+    What the mask or box of each example shows is replaced; kept are pairs after which the model answers
+    otherwise. Says how many were tried, and why others were left out.
+    """
+    from vlmscope.checkpoint import Inpainter
+    from vlmscope.studies.inpainting import check_out
+    from vlmscope.studies.inpainting import inpaint as make
+
+    check_out(out)
+    if pipeline is None and (prompt is not None or steps is not None):
+        raise VlmscopeError("--prompt and --steps are of a pipeline; name one with --with, or leave them out")
+    model, examples = given.load(), given.examples()
+    made = make(
+        model,
+        examples,
+        out,
+        fill=fill,
+        pipeline=None if pipeline is None else Inpainter(pipeline, steps=steps, device=given.device),
+        prompt=prompt or "{foil}",
+        mask=mask,
+        seed=given.seed,
+        data=given.data,
+    )
+    print(f"{made.summary()}\n{out}")
 
 
 @command(app)

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 import typer
-from typer.core import TyperCommand
+from typer.core import TyperCommand, TyperGroup
 
 from vlmscope.cli import machine
 from vlmscope.errors import LARGEST, MOST, VlmscopeError, nearest, number, shown, whole, written
@@ -46,11 +46,21 @@ class Given(OneModel):
     data: str
     limit: int | None = None
     seed: int = 0
+    columns: str | None = None
 
     def examples(self) -> list[Any]:
         from vlmscope.data import examples
 
-        return examples(self.data, limit=self.limit, seed=self.seed)
+        return examples(self.data, limit=self.limit, seed=self.seed, columns=self.columns)
+
+    def others(self, data: str | None) -> list[Any] | None:
+        """Those of another option; `columns` are also of these, where they have such names at all."""
+        from vlmscope.data import examples
+
+        if data is None:
+            return None
+        columns = self.columns if data.startswith("hf://") else None
+        return examples(data, limit=self.limit, seed=self.seed, columns=columns)
 
 
 @dataclass(kw_only=True)
@@ -101,11 +111,14 @@ def typed(group: Any, name: str) -> list[str]:
     return words
 
 
-def command(app: typer.Typer, like: str = "") -> Callable[[Callable[..., None]], Callable[..., None]]:
+def command(
+    app: typer.Typer, name: str | None = None, *, like: str = ""
+) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Make a function a command: its positional-only parameters are arguments, the others options.
 
     A parameter that is a dataclass stands for an option for each of its fields. Options look as those of the
-    command that it is `like`, but for its own.
+    command that it is `like`, but for its own. The command is called as the function is, but for a `name`,
+    which may be two words (`Group`).
     """
 
     def add(function: Callable[..., None]) -> Callable[..., None]:
@@ -119,7 +132,7 @@ def command(app: typer.Typer, like: str = "") -> Callable[[Callable[..., None]],
         flat.sort(key=lambda option: option.default is not Parameter.empty)  # what is required comes first
         call.__signature__ = Signature(flat)  # type: ignore[attr-defined]
         call.__annotations__ = {option.name: option.annotation for option in flat}
-        app.command(function.__name__, cls=_Command, help=function.__doc__)(call)
+        app.command(name or function.__name__, cls=_Command, help=function.__doc__)(call)
         return function
 
     return add
@@ -200,6 +213,14 @@ READ: dict[type, Callable[..., Any]] = {int: _whole, float: _number, str: _text,
 """What makes a value of a word, by the type of a parameter; raises `VlmscopeError`, which names the flag."""
 LIMITS = ("min", "max", "empty", "file")
 """What these take from the looks of an option."""
+
+
+class Group(TyperGroup):
+    """Commands, of which some are called by two words, as `data inpaint` is beside `data NAME`."""
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        two = " ".join(args[:2])
+        return super().resolve_command(ctx, [two, *args[2:]] if two in self.commands else args)
 
 
 class _Command(TyperCommand):

@@ -30,6 +30,7 @@ from vlmscope.checkpoint import load, pieces
 from vlmscope.data import BUILT_IN, SIZE, examples
 from vlmscope.data.drawn import draw
 from vlmscope.data.example import Example
+from vlmscope.data.hub import HUB
 from vlmscope.data.questions.replacement import replace_words
 from vlmscope.data.table import read_csv, write_csv
 from vlmscope.errors import DataError, StoreError, VlmscopeError, nearest, shown
@@ -173,7 +174,7 @@ def _check_folder(spec: Spec, folder: Path) -> None:
 
 def _check_places(spec: Spec, model: Model, sites: Sequence[str]) -> None:
     """Refuse sites and a position that are not there, before anything is written."""
-    few = [examples(d, limit=6 if d in BUILT_IN else spec.limit, seed=spec.seed) for d in spec.data]
+    few = [_read(spec, d, 6 if d in BUILT_IN else spec.limit) for d in spec.data]
     given = list(itertools.chain(*few))
     if not set(spec.data) & set(BUILT_IN):  # of which only a few are looked at here, and all have pairs
         sets = zip(spec.data, few, strict=True)
@@ -188,6 +189,11 @@ def _check_places(spec: Spec, model: Model, sites: Sequence[str]) -> None:
             f"notice: no example has a position {shown(spec.position)}; expected one of {', '.join(roles)}"
             f"{nearest(spec.position, roles)}"
         )
+
+
+def _read(spec: Spec, data: str, limit: int | None) -> list[Example]:
+    columns = spec.columns if data.startswith(HUB) else None
+    return examples(data, limit=limit, seed=spec.seed, columns=columns)
 
 
 def _sweeps(spec: Spec, sets: Mapping[str, Sequence[Example]], say: Say) -> list[Sweep]:
@@ -238,7 +244,7 @@ class _Pipeline:
                 write_csv(file, draw(data, spec.limit or SIZE, seed=spec.seed))
             found = read_csv(file)
         else:
-            found = examples(data, limit=spec.limit)
+            found = _read(spec, data, spec.limit)
         found, counts = _with_prompts(spec, self.model, found)
         if counts:
             lines = ", ".join(f"{many} {what}" for what, many in counts.items() if many)
