@@ -41,14 +41,15 @@ def written(graph: Graph, pair: Pair, which: str) -> Written:
     across: list[Tensor] = []
     with graph.network.alone(), Hooks() as hooks:
         if graph.across:
-            watch(hooks, graph.network, inputs, graph.reads_across, partial(_keep, across))
+            watch(hooks, graph.network, inputs, graph.reads_across, partial(keep, across))
         run = forward(graph.network, inputs, edits, graph.points, len(pair.answers))
     stream = [graph.values(some, run.values) for some in graph.written if not graph.has_across(some)]
     device = graph.network.device
     return Written(run.logits, torch.cat([x.to(device) for x in stream]), across[0] if across else None)
 
 
-def _keep(found: list[Tensor], x: Tensor) -> Tensor:
+def keep(found: list[Tensor], x: Tensor) -> Tensor:
+    """Keep what stands at a place."""
     found[:] = [x]
     return x
 

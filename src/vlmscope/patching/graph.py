@@ -218,7 +218,7 @@ def _has_more(network: Network, tower: str, point: Point) -> bool:
 
 
 def check_tower(network: Network, tower: str) -> None:
-    """Raises `ModelError` for a tower that is no graph of edges, `VlmscopeError` for one that there is not."""
+    """Raises `ModelError` for a tower that is no graph of edges, `VlmscopeError` where there is none."""
     if tower not in network.shapes:
         raise VlmscopeError(
             f"{network.name} has no tower {shown(tower)}; expected one of {', '.join(network.shapes)}"
