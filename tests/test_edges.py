@@ -7,16 +7,19 @@ import random
 import numpy as np
 import pytest
 import torch
-from models import example
+from models import example, llava
 from test_families import MADE, made
 
+from vlmscope.errors import ModelError, VlmscopeError
+from vlmscope.models.inputs import Edit
 from vlmscope.patching import circuit
 from vlmscope.patching.backward import Runs
-from vlmscope.patching.edges import score_edges
+from vlmscope.patching.edges import score_edges, through_readers
 from vlmscope.patching.exact import exact, moved
 from vlmscope.patching.gradients import estimate
 from vlmscope.patching.graph import Graph
 from vlmscope.runs import corrupt
+from vlmscope.runs.corrupt import Noise
 
 POST = ("blip-vqa", "blip-captioning", "mplug-owl2")
 """Without edges between the words: post-norm, or of a table that names no norms."""
@@ -235,3 +238,122 @@ def test_edges_are_the_limits_of_exact_ones(name, in_float64):
     limits = (ends[0] - ends[1]) / 2e-5
     scores = table(found)[graph.places(edges)]
     np.testing.assert_allclose(scores, limits, rtol=1e-5, atol=1e-7 * np.abs(limits).max())
+
+
+@pytest.mark.parametrize(
+    "corruption", ["text", Noise("add", "image", 0.05, 1), Noise("multiply", "image", 0.5, 1)]
+)
+@pytest.mark.parametrize("name", ["llava", "mllama"])
+def test_other_corruptions_and_the_other_direction(name, corruption, in_float64):
+    """The corrupt run's own edits are made in rows, too; noise is no function of the engine's rows."""
+    model = made(name)
+    pair = corrupt.pairs(model, example(), corrupt.parse(corruption))[0]
+    graph = Graph(model, pair.clean)
+    edges = some_edges(graph, 1)
+    for direction in ("denoise", "noise"):
+        found = exact(model, pair, edges, direction)
+        slow = exact(model, pair, edges, direction, by_rows=False)
+        np.testing.assert_allclose(found, slow, rtol=1e-9, atol=1e-9)
+        assert np.abs(slow).max() > 1e-6
+    whole, none = (float(one.ld) for one in circuit.circuits(model, pair, [graph.edges, []], run="corrupt"))
+    logits = [model.run(pair.corrupt, pair.edits), model.run(pair.clean)]
+    ends = [float(one[pair.answer] - one[pair.foil]) for one in logits]
+    assert [whole, none] == pytest.approx(ends, rel=1e-9, abs=1e-9)
+
+
+@pytest.mark.parametrize("name", ["llava", "mllama", "blip2-opt"])
+def test_eap_ig_is_the_mean_over_plain_points(name, in_float64):
+    """Of the gradients of runs whose inputs lie between the two: edits of the inputs, written here."""
+    model = made(name)
+    pair = pair_of(model)
+    steps, sites = 3, ["decoder.0.resid_pre@all"]
+    if name == "mllama":
+        sites.append(str(model.image_site))
+    ends = [model.capture(inputs, sites) for inputs in (pair.corrupt, pair.clean)]
+    total = 0.0
+    for number in range(steps):
+        share = (number + 0.5) / steps
+        edits = [Edit(s, "set", ends[0][s] + share * (ends[1][s] - ends[0][s])) for s in sites]
+        graph = Graph(model, pair.clean)
+        runs = Runs(model, pair, "denoise", "ld")
+        base, source = (circuit.written(graph, pair, which) for which in ("corrupt", "clean"))
+        total = total + through_readers(runs, graph, base, source, edits) / steps
+    found = score_edges(model, pair, method="eap-ig", steps=steps)
+    np.testing.assert_allclose(table(found), total, rtol=1e-9, atol=1e-12)
+    assert np.abs(found.scores - score_edges(model, pair).scores).max() > 1e-3
+
+
+VISION = [name for name in MADE if name not in ("mplug-owl2", "mllama", "llava-siglip-layers", "qwen3-vl")]
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=[] if n in ("llava", "blip-vqa") else pytest.mark.slow) for n in VISION]
+)
+def test_the_vision_tower_is_a_graph_of_its_own(name, in_float64):
+    model = made(name)
+    pair = pair_of(model)
+    found = score_edges(model, pair, tower="vision")
+    graph = found.graph
+    assert graph.writers[0] == "embed" and graph.readers[-1] == "projector"
+    clean, corrupted = (
+        float(model.run(x)[pair.answer] - model.run(x)[pair.foil]) for x in (pair.clean, pair.corrupt)
+    )
+    edges = some_edges(graph, 2)
+    rows = exact(model, pair, edges, tower="vision")
+    np.testing.assert_allclose(
+        rows, exact(model, pair, edges, tower="vision", by_rows=False), rtol=1e-9, atol=1e-9
+    )
+    without = [[edge for edge in graph.edges if edge != one] for one in edges[:3]]
+    some = circuit.circuits(model, pair, [graph.edges, [], *without], run="corrupt", tower="vision")
+    whole, none, *others = (float(one.ld) for one in some)
+    assert (whole, none) == pytest.approx((corrupted, clean), rel=1e-9, abs=1e-9)
+    np.testing.assert_allclose(np.array(others) - whole, rows[:3], rtol=1e-9, atol=1e-9)
+    sums, placed = table(found).sum(1), model.placed("vision.*.mlp@all", pair.clean)
+    own = [sums[graph.writers.index(f"vision.{n}.mlp")] for n in range(len(placed))]
+    expected = estimate(model, pair, placed).scores
+    np.testing.assert_allclose(own, expected, rtol=1e-9, atol=1e-9 * np.abs(expected).max())
+
+
+@pytest.mark.parametrize(
+    ("name", "tower", "what"),
+    [
+        ("blip-vqa", None, "normalise the residual stream itself"),
+        ("blip-captioning", "decoder", "normalise the residual stream itself"),
+        ("blip2-opt", "qformer", "normalise the residual stream itself"),
+        ("mplug-owl2", None, "does not say through which norm"),
+        ("mllama", "vision", "made of several of its blocks"),
+        ("llava-siglip-layers", "vision", "made of several of its blocks"),
+        ("blip2-t5", "encoder", "edges are of the vision tower or of the decoder"),
+    ],
+)
+def test_towers_without_edges(name, tower, what):
+    model = made(name)
+    with pytest.raises(ModelError, match=what):
+        Graph(model, pair_of(model).clean, tower)
+
+
+def test_what_is_no_edge():
+    model = llava()
+    pair = pair_of(model)
+    graph = Graph(model, pair.clean)
+    for edge in [("logits", "embed"), ("decoder.2.mlp", "decoder.0.mlp"), ("a", "logits"), ("embed",)]:
+        with pytest.raises(VlmscopeError, match="no edge .* expected a writer and a reader behind it"):
+            graph.places([edge])
+    with pytest.raises(VlmscopeError, match="has no tower 'hearing'; expected one of vision, decoder"):
+        Graph(model, pair.clean, "hearing")
+    with pytest.raises(VlmscopeError, match="unknown run 'both'"):
+        list(circuit.circuits(model, pair, [[]], run="both"))
+    with pytest.raises(VlmscopeError, match="the metric has no gradient"):
+        score_edges(model, pair, metric=lambda logits, base: (logits.argmax(-1) == 3).double())
+
+
+def test_frozen_weights_and_float32():
+    model = llava()
+    pair = pair_of(model)
+    found = score_edges(model, pair).scores
+    model.hf.requires_grad_(False)
+    np.testing.assert_array_equal(score_edges(model, pair).scores, found)
+    model.hf.float()
+    some = Graph(model, (pair := pair_of(model)).clean).edges[::37]
+    fast, slow = (exact(model, pair, some, by_rows=rows) for rows in (True, False))
+    np.testing.assert_allclose(fast, slow, rtol=1e-4, atol=1e-5)

@@ -138,3 +138,48 @@ def attribute(
     print(best.to_string(index=False, float_format="{:.3g}".format))
     print(run.check_line(), write_report([out], out / "report.html"), sep="\n")
     print(*lines(table.attrs.get("agreement", {})), sep="\n", end="\n" if verify else "")
+
+
+def edges(
+    given: Given,
+    corrupt: Corrupt,
+    out: Path,
+    method: Literal["eap", "eap-ig", "exact"] = "eap",
+    steps: int | None = None,
+    verify: int = 0,
+    tower: Literal["decoder", "vision"] | None = None,
+    direction: Literal["denoise", "noise"] = "denoise",
+    metric: Literal["ld", "p", "logprob", "kl"] = "ld",
+) -> None:
+    """Which part feeds which: every edge of a tower, from writers to readers.
+
+    Writes edges.parquet: source, target, score, exact, low, high over examples, and edges/, the same of each
+    example; with --verify agreement.json: how far the scores can be trusted.
+    """
+    from vlmscope.report import claim_report, write_report
+    from vlmscope.studies.agreement import lines
+    from vlmscope.studies.edges import edges as score
+    from vlmscope.studies.run_folder import read_run
+    from vlmscope.studies.run_writer import claim
+
+    claim(out)
+    claim_report(out / "report.html")
+    table = score(
+        given.load(),
+        given.examples(),
+        corrupt,
+        method=method,
+        steps=steps,
+        verify=verify,
+        tower=tower,
+        direction=direction,
+        metric=metric,
+        seed=given.seed,
+        out=out,
+        data=given.data,
+    )
+    run = read_run(out)
+    print(f"{len(table):,} edges over {run.ran()} examples in {out / 'edges.parquet'}; the largest:")
+    print(table.head(10).to_string(index=False, float_format="{:.3g}".format))
+    print(run.check_line(), write_report([out], out / "report.html"), sep="\n")
+    print(*lines(table.attrs.get("agreement", {})), sep="\n", end="\n" if verify else "")

@@ -81,7 +81,7 @@ def score_edges(
     if method == "eap-ig":
         points = list(_along(runs, graph, steps))
     for edits in points:
-        whole += _through_readers(runs, graph, base, source, edits) / len(points)
+        whole += through_readers(runs, graph, base, source, edits) / len(points)
     _, clean, corrupt, _ = unpatched(*runs.both(base.logits, source.logits), pair, metric)
     return Edged(clean, corrupt, graph, whole[graph.places(graph.edges)])
 
@@ -107,9 +107,7 @@ class _Reader(NamedTuple):
     gradient: Tensor
 
 
-def _through_readers(
-    runs: Runs, graph: Graph, base: Written, source: Written, edits: Sequence[Edit]
-) -> Array:
+def through_readers(runs: Runs, graph: Graph, base: Written, source: Written, edits: Sequence[Edit]) -> Array:
     """The scores from the gradients of one run: of each reader, what flows through it alone."""
     readers = _gradients(runs, graph, base.logits, source.logits, edits)
     found = np.zeros((len(graph.writers), len(graph.readers)))

@@ -46,9 +46,10 @@ def exact(
     *,
     metric: str | Metric = "ld",
     tower: str | None = None,
+    by_rows: bool = True,
 ) -> NDArray[np.float64]:
     """What each edge changes of the metric of the run that is patched, where it carries the other run's value
-    of its writer.
+    of its writer: as rows of batches, or (not `by_rows`) by one plain forward an edge, which defines it.
 
     Raises `VlmscopeError` for an edge that there is not, `ModelError` for a tower without edges.
 
@@ -63,7 +64,7 @@ def exact(
     runs, graph = Runs(network, pair, direction, metric), Graph(network, pair.clean, tower)
     names = ("clean", "corrupt") if runs.is_clean else ("corrupt", "clean")
     base, source = (written(graph, pair, name) for name in names)
-    return moved(runs, graph, base, source, edges)
+    return moved(runs, graph, base, source, edges, by_rows=by_rows)
 
 
 @dataclass(frozen=True, eq=False)
@@ -127,14 +128,20 @@ FLOWS: dict[str, type[_EdgeFlow]] = {"rows": EdgeRows, "suffix": EdgeSuffix}
 
 @torch.inference_mode()
 def moved(
-    runs: Runs, graph: Graph, base: Written, source: Written, edges: Iterable[tuple[str, str]]
+    runs: Runs,
+    graph: Graph,
+    base: Written,
+    source: Written,
+    edges: Iterable[tuple[str, str]],
+    *,
+    by_rows: bool = True,
 ) -> NDArray[np.float64]:
     """The same, of what two runs wrote."""
     network, (inputs, edits) = runs.network, runs.base
     (writers, readers), apart = graph.places(edges), source.stream - base.stream
     changes = network.changes(inputs, edits)
     flow = FLOWS.get(network.flow(graph.tower, inputs))
-    if any(callable(change.op) or change.op in CUTS for change in changes):
+    if not by_rows or any(callable(change.op) or change.op in CUTS for change in changes):
         flow = None
     found, shift = np.zeros(len(writers)), 1 if graph.across else 0
     rows, single, ends = list[EdgeRow](), list[tuple[int, Group, int, Tensor]](), list[tuple[int, Tensor]]()
@@ -148,7 +155,7 @@ def moved(
             more = apart[writer - shift]
         if not more.any():
             continue
-        if reads.kind == "end" and graph.tower == network.speaker:
+        if by_rows and reads.kind == "end" and graph.tower == network.speaker:
             ends.append((number, more[-runs.count :]))
         elif flow is None or reads.is_across:
             single.append((number, group, unit, more))
