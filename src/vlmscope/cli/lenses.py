@@ -138,3 +138,50 @@ def attribute(
     print(run.check_line(), write_report([out], out / "report.html"), sep="\n")
     if verify:
         print(*lines(agreement_of(table, run.spec)), sep="\n")
+
+
+def edges(
+    given: Given,
+    share: Share,
+    corrupt: Corrupt,
+    out: Path,
+    method: Literal["eap", "eap-ig", "exact"] = "eap",
+    steps: int | None = None,
+    verify: int = 0,
+    tower: Literal["decoder", "vision"] | None = None,
+    direction: Literal["denoise", "noise"] = "denoise",
+    metric: Literal["ld", "p", "logprob", "kl"] = "ld",
+) -> None:
+    """Which part feeds which: every edge of a tower, from writers to readers.
+
+    Writes edges.parquet: source, target, score, exact, low, high over examples, and edges/, the same of each
+    example; with --verify agreement.json: how far the scores can be trusted.
+    """
+    from vlmscope.report import claim_report, write_report
+    from vlmscope.studies.agreement import agreement, lines
+    from vlmscope.studies.edge_tables import by_reader, over_examples
+    from vlmscope.studies.edges import edged
+    from vlmscope.studies.run_writer import claim
+    from vlmscope.studies.sweep import warn_of_excluded
+
+    claim(out)
+    claim_report(out / "report.html")
+    options = {
+        "corrupt": corrupt,
+        "method": method,
+        "steps": steps,
+        "verify": verify,
+        "tower": tower,
+        "direction": direction,
+        "metric": metric,
+        "seed": given.seed,
+    }
+    run, _ = share.fill(out, given, edged, options)
+    warn_of_excluded(run.baselines())
+    each = run.edges()
+    table = over_examples(each)
+    print(f"{len(table):,} edges over {run.ran()} examples in {out / 'edges.parquet'}; the largest:")
+    print(table.head(10).to_string(index=False, float_format="{:.3g}".format))
+    print(run.check_line(), write_report([out], out / "report.html"), sep="\n")
+    if verify:
+        print(*lines(agreement(by_reader(each), verify)), sep="\n")

@@ -126,7 +126,7 @@ def _digests(shards: Sequence[_Part]) -> list[str]:
     """The digest of every example, by its number; all are there, each in its shard."""
     found: dict[int, str] = {}
     for shard in shards:
-        run, sites = shard.run, {*range(len(shard.run.spec["sites"]))}
+        run, sites = shard.run, {*range(len(shard.run.spec.get("sites", [])))}
         done: dict[int, set[int]] = {}
         for part in parts_of(run.path):
             for held in held_in(part, "baselines"):
@@ -139,7 +139,11 @@ def _digests(shards: Sequence[_Part]) -> list[str]:
             )
         many = len(shard.numbers)
         if lacking := many - sum(sites <= there for there in done.values()):
-            first = next(number for number in shard.numbers if not sites <= done.get(number, {-1}))
+            first = next(
+                number
+                for number in shard.numbers
+                if not sites <= done.get(number, {-1}) or number not in done
+            )
             raise StoreError(
                 f"{run.path}: shard {run.spec['shard']} lacks {lacking} of its {many} examples (the first is "
                 f"number {first} of the data); run its command again, it goes on where it stopped"
@@ -171,7 +175,11 @@ def _write_beside(run: Run) -> None:
         from vlmscope.studies.screen import SCREEN, missed
 
         files.write_json(run.path / SCREEN, missed(run))
-    if run.spec.get("verify"):
+    if table_in(run.spec) == "edges":
+        from vlmscope.studies.edges import write_beside
+
+        write_beside(run)
+    elif run.spec.get("verify"):
         from vlmscope.studies.attribution import AGREEMENT, agreement_of
 
         files.write_json(run.path / AGREEMENT, agreement_of(run.attributions(), run.spec))

@@ -1,7 +1,8 @@
 """Results on disk: a run is a folder of Parquet parts that a crash does not harm, and that can grow.
 
     run.json                      the specification, written first; what the run's check has found
-    effects/part-000000.parquet   a row per patch; of `attribute` they are attributions/, a row per site
+    effects/part-000000.parquet   a row per patch; of `attribute` they are attributions/, a row per site, of
+                                  `edges` edges/, a row per edge
     baselines/part-000000.parquet a row per example; its presence commits the part beside it
     examples/0003.json, *.png     a few examples, to look at
     done.json                     counts, written last
@@ -57,6 +58,9 @@ ATTRIBUTIONS = _schema(
 """The columns of `attributions`: a row per site. `score` is in the unit of `logit_diff`; `exact` is what
 a patch of the site, where one was made, changes of the metric, against the run that was patched."""
 
+EDGES = _schema("example:text corruption:text source:text target:text score:float? exact:float?")
+"""The columns of `edges`: a row per edge, `score` and `exact` as in `ATTRIBUTIONS`."""
+
 CROSSED = EFFECTS.append(pa.field("source_site", pa.string(), nullable=False))
 """The columns of `effects` where values come from another site than they go to."""
 
@@ -89,11 +93,13 @@ SPEC = {
     "select?": bool,
     "versions?": {str: (str, None)},
 }
-"""The shape of a run's specification (`stored.fits`), of which a report needs all but `OPTIONAL`."""
+"""The shape of a run's specification (`stored.fits`); a report of patches needs all but `OPTIONAL`."""
 OPTIONAL = ("from?", "shard?")
-OF_ATTRIBUTE = {"method?": str, "word?": (str, None), "verify?": int, "steps?": int}
-"""What a run of `attribute` has besides, in the place of what is of patches alone."""
-_COUNTS = {"examples": int, "excluded": int, "baselines": int, "effects?": int, "attributions?": int}
+OF_ATTRIBUTE = {"method?": str, "word?": (str, None), "verify?": int, "steps?": int, "tower?": str}
+"""What a run of `attribute`, or (`tower`) of `edges`, has besides, in the place of what is of patches
+alone."""
+TABLES = ("effects", "attributions", "edges")
+_COUNTS = {"examples": int, "excluded": int, "baselines": int, **{f"{name}?": int for name in TABLES}}
 _TOWER = {"layers?": int, "heads?": int, "grid?": [int]}
 _SHAPE = {
     "format": FORMAT,
@@ -105,7 +111,7 @@ _WORDS = {"id": str} | {f"{name}?": str for name in ("clean_prompt", "corrupt_pr
 _INDEX = b"vlmscope.index"
 _UNIT = re.compile(r"b|[hqkvpn](\d{1,7}|\[[\d,]{1,9999}\])", re.ASCII)
 _SITE = re.compile(r"[a-z]+\.\d{1,3}(/\d{1,3})?\.[a-z_]+[.@]", re.ASCII)
-TABLES = ("effects", "attributions")
+_END = re.compile(r"[a-z]{1,20}|[a-z]{1,20}\.\d{1,3}\.((attn|cross)\.[hqkv]\d{1,7}|mlp|deepstack)", re.ASCII)
 PART = re.compile(r"part-(\d{6,})\.parquet")
 
 
@@ -120,12 +126,13 @@ class Held(NamedTuple):
 
 def table_in(spec: Mapping[str, Any]) -> str:
     """Which of `TABLES` a run of this specification holds."""
-    return "attributions" if "method" in spec else "effects"
+    return "edges" if "tower" in spec else "attributions" if "method" in spec else "effects"
 
 
 def columns_of(spec: Mapping[str, Any]) -> pa.Schema:
     """The columns of that table."""
-    return ATTRIBUTIONS if "method" in spec else CROSSED if "from" in spec else EFFECTS
+    own = {"edges": EDGES, "attributions": ATTRIBUTIONS}
+    return own.get(table_in(spec), CROSSED if "from" in spec else EFFECTS)
 
 
 @dataclass(frozen=True)
@@ -158,6 +165,11 @@ class Run:
         """The table of scores (columns as in `ATTRIBUTIONS`) of a run of `attribute`; as `effects`."""
         return self._rows("attributions", where)
 
+    def edges(self, where: pc.Expression | None = None) -> pd.DataFrame:
+        """The table of edges (columns as in `EDGES`) of a run of `edges`, a row an example and edge; as
+        `effects`."""
+        return self._rows("edges", where)
+
     def _rows(self, name: str, where: pc.Expression | None) -> pd.DataFrame:
         if name != (there := table_in(self.spec)):
             raise StoreError(f"{self.path}: a run that holds {there}, no {name}; name one that does")
@@ -168,7 +180,7 @@ class Run:
         return _read(self.path, "baselines", BASELINES)
 
     def patches(self) -> int:
-        """How many patches there are, or scores."""
+        """How many patches there are, or scores (of edges, too)."""
         name = table_in(self.spec)
         return sum(held.rows for part in parts_of(self.path) for held in held_in(part, name))
 
@@ -180,9 +192,9 @@ class Run:
         """What the check has found, as the command line says it."""
         method = self.spec.get("method")
         if not self.check:
-            if method and method != "direct" and not self.spec.get("verify"):
+            if method and method not in ("direct", "exact") and not self.spec.get("verify"):
                 return (
-                    "not verified: no site was patched exactly, so nothing says how good these estimates are"
+                    "not verified: nothing was patched exactly, so nothing says how good these estimates are"
                 )
             return "not checked: no row was recomputed by plain forwards"
         rows, largest = self.check["rows"], self.check["largest"]
@@ -257,7 +269,9 @@ def pieces_of(folder: Path, name: str, schema: pa.Schema) -> Iterator[Piece]:
             table = table.replace_schema_metadata(None)
             if not table.schema.equals(schema) or table.num_rows != sum(held.rows for held in entries):
                 raise ValueError("not the columns or rows that were written")
-            if name in TABLES:
+            if name == "edges":
+                _check_ends(table)
+            elif name in TABLES:
                 _check_places(table)
         start = 0
         for held in entries:
@@ -290,6 +304,14 @@ def same_examples(effects: Iterable[Piece], baselines: Iterable[Piece]) -> Itera
                 "command again: the examples in it are computed anew"
             )
         yield part, held, table
+
+
+def _check_ends(edges: pa.Table) -> None:
+    """Raise ValueError for a writer or reader that no model has."""
+    for name in ("source", "target"):
+        for end in edges[name].unique().to_pylist():
+            if not _END.fullmatch(end):
+                raise ValueError(f"unknown {name} {end}")
 
 
 def _check_places(effects: pa.Table) -> None:
@@ -393,6 +415,13 @@ def table_of(frame: pd.DataFrame, schema: pa.Schema) -> pa.Table:
             raise ValueError(f"column '{column.name}' lacks {values.null_count} values")
         columns.append(values)
     return pa.Table.from_arrays(columns, schema=schema)
+
+
+def parquet_of(frame: pd.DataFrame) -> bytes:
+    """A table as a Parquet file by itself."""
+    buffer = io.BytesIO()
+    pq.write_table(pa.Table.from_pandas(frame, preserve_index=False), buffer, compression="zstd")
+    return buffer.getvalue()
 
 
 def parquet(tables: Sequence[tuple[Held, pa.Table]]) -> bytes:
