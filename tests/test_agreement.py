@@ -67,4 +67,4 @@ def test_words():
         in first
     )
     assert second.startswith("decoder.resid: poor.") and "in layers 0, 1" in second
-    assert last == "do not rank decoder.resid by these scores: sweep them exactly"
+    assert last == "do not rank decoder.resid by these scores: patch them exactly"

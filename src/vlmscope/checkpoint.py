@@ -92,6 +92,7 @@ def load(name: str | Path, *, dtype: str | torch.dtype = "float32", device: str 
             _check_memory(family, path, dtype, place)
         hf = _weights(family, path, str(name), dtype, place, spread)
         processor = family.processor.from_pretrained(path, trust_remote_code=False)
+        _check_end(hf, processor, name)
         model = Model(hf, processor, str(name))
         _verify_once(model)
         # Whether processor and generation work: both have files of their own that nothing else has read.
@@ -137,6 +138,18 @@ def _weights(
             "be fetched again for every patch; load it in bfloat16 or 4bit"
         )
     return hf if where else hf.to(place)
+
+
+def _check_end(hf: Any, processor: Any, name: str | Path) -> None:
+    """BLIP ends an answer where its text config says; options are tokenized with the tokenizer's end."""
+    here, there = (
+        getattr(one, "sep_token_id", None) for one in (processor.tokenizer, hf.config.get_text_config())
+    )
+    if None not in (here, there) and here != there:
+        raise ModelError(
+            f"{name}: config.json ends an answer with sep_token_id {there}, the tokenizer with {here}; save "
+            "model and processor of one checkpoint there"
+        )
 
 
 def _verify_once(model: Model) -> None:

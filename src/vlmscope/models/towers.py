@@ -38,6 +38,7 @@ class Tower:
     - `attention`: by kind, the modules that pay attention, through transformers' attention interface, or
       telling what they paid as their second output; `reads`: the tower that `cross` attends to.
     - `gate`: the module whose output gates the neurons.
+    - `norms`: by kind, the norm through which a sublayer reads the stream (the first that a block has).
     - `config`: the part of the model's config (attributes or entries with dots between them, empty for the
       config itself) that says how many `heads` there are.
     - `depth`, `joined`, `deepstack`: by the config, how many blocks are used, whether several make up what
@@ -61,9 +62,14 @@ class Tower:
     heads: str = "num_attention_heads"
     depth: Callable[[Any], int] | None = None
     gate: str | None = None
+    norms: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     flow: Literal["rows", "suffix", "plain"] = "rows"
     joined: Callable[[Any], bool] | None = None
     deepstack: Callable[[Any], int] | None = None
+
+
+CLIP_NORMS = {"attn": ("layer_norm1",), "mlp": ("layer_norm2",)}
+"""The `norms` of vision towers that are built like CLIP's."""
 
 
 def whole(processor: Any, image: Image.Image) -> Box:

@@ -99,8 +99,11 @@ class Runs:
 
     def value(self, logits: Tensor, base: Tensor, source: Tensor) -> Tensor:
         """The metric of some logits, in a graph, where the two runs gave these."""
-        ends = Baselines(*self.both(base, source), self.pair.answers, self.pair.foil)
-        return score(logits[None], ends, self.metric).value[0]
+        return score(logits[None], self.baselines(base, source), self.metric).value[0]
+
+    def baselines(self, base: Tensor, source: Tensor) -> Baselines:
+        """What metrics compare with, where the two runs gave these logits."""
+        return Baselines(*self.both(base, source), self.pair.answers, self.pair.foil)
 
 
 class Backward:
@@ -118,7 +121,7 @@ class Backward:
         inputs, own = runs.base
         ends = [edit.site.point for edit in edits if isinstance(edit.site, Site)]
         keep = {*points, *ends, *also}
-        with runs.network.alone(), _frozen(runs.network):
+        with runs.network.alone(), frozen(runs.network):
             run = forward(runs.network, inputs, [*own, *edits], keep, runs.count, grad=True)
         self.index, self.points, self.values, self.logits = index, points, run.values, run.logits
         self._ends = [run.values[point] for point in ends]
@@ -176,7 +179,7 @@ class Backward:
 
 
 @contextmanager
-def _frozen(network: Network) -> Iterator[None]:
+def frozen(network: Network) -> Iterator[None]:
     """Nothing is kept for gradients of weights, nor anything before the first edit that asks for its own."""
     weights = [weight for weight in network.hf.parameters() if weight.requires_grad]
     try:

@@ -8,7 +8,7 @@ no row.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import cache
@@ -16,7 +16,7 @@ from itertools import groupby
 from typing import Any
 
 import torch
-from jaxtyping import Bool
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from vlmscope.errors import RoomError
@@ -67,7 +67,7 @@ def patch(
     for number, (inputs, edits) in enumerate(plain):
         with ExitStack() as stack:
             if number == base_at:
-                _remember(network, pair, memory, stack)
+                remember(network, pair, memory, stack)
             traces.append(trace(network, inputs, edits, points, images, count))
     base = traces[base_at]
     found, clean, corrupt, size = unpatched(traces[0].logits, traces[-1].logits, pair, metric)
@@ -106,7 +106,7 @@ def _points(network: Network, pair: Pair, sites: Sequence[Site], are_edges: bool
     return points
 
 
-def _remember(network: Network, pair: Pair, memory: dict[str, Any], stack: ExitStack) -> None:
+def remember(network: Network, pair: Pair, memory: dict[str, Any], stack: ExitStack) -> None:
     """Fill what flows keep of the base run, as it is traced."""
     stack.enter_context(network.alone())
     stack.enter_context(keeping(network, memory))
@@ -228,19 +228,27 @@ def _chunks(
         yield idle, Score(*(x.expand(len(idle), *x.shape).clone() for x in unchanged))
     for (number, name), group in groupby(planned, key=lambda entry: entry[:2]):
         flow, tower = FLOWS[name], list(job.network.family.towers)[number]
-        rows = [row for *_, row in group]
-        room = _room(job, tower)
-        while rows:
-            count = _fit([flow.cost(job, tower, row) for row in rows], room)
-            try:
-                logits = run(flow, job, tower, rows[:count])
-            except RoomError:
-                if count == 1:
-                    raise
-                room //= 2
-                continue
-            yield [row.number for row in rows[:count]], score(logits, base, metric)
-            rows = rows[count:]
+        for numbers, logits in batches(flow, job, tower, [row for *_, row in group]):
+            yield numbers, score(logits, base, metric)
+
+
+def batches(
+    flow: type[Flow], job: Job, tower: str, rows: Sequence[Row]
+) -> Iterator[tuple[list[int], Float[Tensor, "rows positions vocabulary"]]]:
+    """The numbers and logits of rows that are in the order of their stages, as many at a time as there is
+    room for."""
+    room = _room(job, tower)
+    while rows:
+        count = _fit([flow.cost(job, tower, row) for row in rows], room)
+        try:
+            logits = run(flow, job, tower, rows[:count])
+        except RoomError:
+            if count == 1:
+                raise
+            room //= 2
+            continue
+        yield [row.number for row in rows[:count]], logits
+        rows = rows[count:]
 
 
 @torch.inference_mode()

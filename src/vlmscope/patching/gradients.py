@@ -195,11 +195,11 @@ def _star(runs: Runs, index: Index) -> Found:
 def _along(runs: Runs, index: Index, *, steps: int) -> Found:
     """From the gradient's mean over points of the line between the inputs of the two runs."""
     network, inputs = runs.network, runs.base[0]
-    lines = [network.placed(line, inputs) for line in _lines(network)]
+    lines = [network.placed(line, inputs) for line in lines_of(network)]
     points = {*index.points, *(site.point for line in lines for site in line)}
     here, there = (forward(network, *run, points, runs.count) for run in (runs.base, runs.source))
     deltas = {point: there.values[point] - here.values[point] for point in points}
-    before = [point for point in index.points if _is_before(network, point)]
+    before = [point for point in index.points if is_before(network, point)]
     behind = [point for point in index.points if point not in before]
     sums: dict[Point, Array] = {}
 
@@ -220,7 +220,7 @@ def _along(runs: Runs, index: Index, *, steps: int) -> Found:
     return Found(index.scores(sums), (here.logits, there.logits))
 
 
-def _lines(network: Network) -> tuple[list[Site], list[Site]]:
+def lines_of(network: Network) -> tuple[list[Site], list[Site]]:
     """The inputs of the language model, and those of every tower."""
     text, image = network.text_towers[0], network.family.image
     words = Site(text, 0, "resid_pre")
@@ -231,7 +231,7 @@ def _lines(network: Network) -> tuple[list[Site], list[Site]]:
     return behind, [own, *others]
 
 
-def _is_before(network: Network, point: Point) -> bool:
+def is_before(network: Network, point: Point) -> bool:
     """Whether a point comes before what the language model reads of the image."""
     towers = list(network.family.towers)
     is_read = point.kind == "output" and point.tower == network.family.image

@@ -16,7 +16,7 @@ import matplotlib
 
 from vlmscope import __version__, files, stored
 from vlmscope.errors import StoreError
-from vlmscope.report import attribution, directions, heads, lens, neurons, run, tracing
+from vlmscope.report import attribution, directions, edges, heads, lens, neurons, run, tracing
 from vlmscope.report.gallery import Gallery, render
 from vlmscope.studies.run_folder import Run, read_run, table_in
 
@@ -118,8 +118,9 @@ def _page(folders: Sequence[tuple[str, Path]], gallery: Gallery) -> str:
     reported = []
     for number, (each, name) in enumerate(zip(runs, _names(runs), strict=True)):
         place = replace(gallery, prefix=f"run{number}")
-        if table_in(each.spec) == "attributions":
-            sections.append(attribution.section(each, name.removesuffix(", "), place))
+        own = {"attributions": attribution.section, "edges": edges.section}.get(table_in(each.spec))
+        if own is not None:
+            sections.append(own(each, name.removesuffix(", "), place))
         else:
             reported.append(run.report(each, name, place))
     if len(reported) > 1 and not any(what == "circuits" for what, _ in others):

@@ -131,7 +131,7 @@ def lines(found: Mapping[str, Any]) -> list[str]:
         said.append(f"{name}: {words[name]}. {upper_first('; '.join(parts))}")
     bad = [name for name, word in words.items() if word in ("poor", "unknown")]
     if bad:
-        said.append(f"do not rank {', '.join(bad)} by these scores: sweep them exactly")
+        said.append(f"do not rank {', '.join(bad)} by these scores: patch them exactly")
     return said
 
 

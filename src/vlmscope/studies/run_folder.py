@@ -1,7 +1,8 @@
 """Results on disk: a run is a folder of Parquet parts that a crash does not harm, and that can grow.
 
     run.json                      the specification, written first; what the run's check has found
-    effects/part-000000.parquet   a row per patch; of `attribute` they are attributions/, a row per site
+    effects/part-000000.parquet   a row per patch; of `attribute` they are attributions/, a row per site, of
+                                  `edges` edges/, a row per edge
     baselines/part-000000.parquet a row per example; its presence commits the part beside it
     examples/0003.json, *.png     a few examples, to look at
     done.json                     counts, written last
@@ -18,7 +19,7 @@ import io
 import json
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -57,6 +58,9 @@ ATTRIBUTIONS = _schema(
 """The columns of `attributions`: a row per site. `score` is in the unit of `logit_diff`; `exact` is what
 a patch of the site, where one was made, changes of the metric, against the run that was patched."""
 
+EDGES = _schema("example:text corruption:text source:text target:text score:float? exact:float?")
+"""The columns of `edges`: a row per edge, `score` and `exact` as in `ATTRIBUTIONS`."""
+
 CROSSED = EFFECTS.append(pa.field("source_site", pa.string(), nullable=False))
 """The columns of `effects` where values come from another site than they go to."""
 
@@ -82,16 +86,20 @@ SPEC = {
     "metric?": str,
     "patch?": str,
     "from?": str,
+    "shard?": str,
     "dtype?": str,
     "device?": str,
     "seed?": int,
     "select?": bool,
     "versions?": {str: (str, None)},
 }
-"""The shape of a run's specification (`stored.fits`), of which a report of patches needs all but `from`."""
-OF_ATTRIBUTE = {"method?": str, "word?": (str, None), "verify?": int, "steps?": int}
-"""What a run of `attribute` has besides, in the place of what is of patches alone."""
-_COUNTS = {"examples": int, "excluded": int, "baselines": int, "effects?": int, "attributions?": int}
+"""The shape of a run's specification (`stored.fits`); a report of patches needs all but `OPTIONAL`."""
+OPTIONAL = ("from?", "shard?")
+OF_ATTRIBUTE = {"method?": str, "word?": (str, None), "verify?": int, "steps?": int, "tower?": str}
+"""What a run of `attribute`, or (`tower`) of `edges`, has besides, in the place of what is of patches
+alone."""
+TABLES = ("effects", "attributions", "edges")
+_COUNTS = {"examples": int, "excluded": int, "baselines": int, **{f"{name}?": int for name in TABLES}}
 _TOWER = {"layers?": int, "heads?": int, "grid?": [int]}
 _SHAPE = {
     "format": FORMAT,
@@ -103,7 +111,7 @@ _WORDS = {"id": str} | {f"{name}?": str for name in ("clean_prompt", "corrupt_pr
 _INDEX = b"vlmscope.index"
 _UNIT = re.compile(r"b|[hqkvpn](\d{1,7}|\[[\d,]{1,9999}\])", re.ASCII)
 _SITE = re.compile(r"[a-z]+\.\d{1,3}(/\d{1,3})?\.[a-z_]+[.@]", re.ASCII)
-TABLES = ("effects", "attributions")
+_END = re.compile(r"[a-z]{1,20}|[a-z]{1,20}\.\d{1,3}\.((attn|cross)\.[hqkv]\d{1,7}|mlp|deepstack)", re.ASCII)
 PART = re.compile(r"part-(\d{6,})\.parquet")
 
 
@@ -118,12 +126,13 @@ class Held(NamedTuple):
 
 def table_in(spec: Mapping[str, Any]) -> str:
     """Which of `TABLES` a run of this specification holds."""
-    return "attributions" if "method" in spec else "effects"
+    return "edges" if "tower" in spec else "attributions" if "method" in spec else "effects"
 
 
 def columns_of(spec: Mapping[str, Any]) -> pa.Schema:
     """The columns of that table."""
-    return ATTRIBUTIONS if "method" in spec else CROSSED if "from" in spec else EFFECTS
+    own = {"edges": EDGES, "attributions": ATTRIBUTIONS}
+    return own.get(table_in(spec), CROSSED if "from" in spec else EFFECTS)
 
 
 @dataclass(frozen=True)
@@ -156,6 +165,11 @@ class Run:
         """The table of scores (columns as in `ATTRIBUTIONS`) of a run of `attribute`; as `effects`."""
         return self._rows("attributions", where)
 
+    def edges(self, where: pc.Expression | None = None) -> pd.DataFrame:
+        """The table of edges (columns as in `EDGES`) of a run of `edges`, a row an example and edge; as
+        `effects`."""
+        return self._rows("edges", where)
+
     def _rows(self, name: str, where: pc.Expression | None) -> pd.DataFrame:
         if name != (there := table_in(self.spec)):
             raise StoreError(f"{self.path}: a run that holds {there}, no {name}; name one that does")
@@ -166,7 +180,7 @@ class Run:
         return _read(self.path, "baselines", BASELINES)
 
     def patches(self) -> int:
-        """How many patches there are, or scores."""
+        """How many patches there are, or scores (of edges, too)."""
         name = table_in(self.spec)
         return sum(held.rows for part in parts_of(self.path) for held in held_in(part, name))
 
@@ -178,9 +192,9 @@ class Run:
         """What the check has found, as the command line says it."""
         method = self.spec.get("method")
         if not self.check:
-            if method and method != "direct" and not self.spec.get("verify"):
+            if method and method not in ("direct", "exact") and not self.spec.get("verify"):
                 return (
-                    "not verified: no site was patched exactly, so nothing says how good these estimates are"
+                    "not verified: nothing was patched exactly, so nothing says how good these estimates are"
                 )
             return "not checked: no row was recomputed by plain forwards"
         rows, largest = self.check["rows"], self.check["largest"]
@@ -191,7 +205,7 @@ class Run:
         return f"checked: {rows} random rows recomputed by plain forwards differ by at most {largest:.2g}"
 
     def pictures(self) -> list[dict[str, Any]]:
-        """The examples kept to look at: `index`, the words that `Writer.add_pictures` was given,
+        """The examples kept to look at: `index`, the words that `run_writer.add_pictures` was given,
         and `clean_image`, `corrupt_image` as the bytes of a PNG, or None where there is no picture."""
         way_out = "delete that file; it is only there to be looked at"
         found = []
@@ -228,11 +242,9 @@ def read_run(path: str | os.PathLike[str], within: Path | None = None) -> Run:
 
 
 def _read(folder: Path, name: str, schema: pa.Schema, where: pc.Expression | None = None) -> pd.DataFrame:
-    pieces = sorted(_pieces(folder, name, schema), key=lambda piece: piece[1].number)
+    pieces = sorted(pieces_of(folder, name, schema), key=lambda piece: piece[1].number)
     if name in TABLES:
-        _same_examples(
-            pieces, sorted(_pieces(folder, "baselines", BASELINES), key=lambda piece: piece[1].number)
-        )
+        pieces = list(same_examples(pieces, pieces_of(folder, "baselines", BASELINES)))
     done = folder / "done.json"
     if os.path.lexists(done):
         counts = stored.manifest(done, _COUNTS, f"delete {done} and run the same command again", folder)
@@ -245,7 +257,7 @@ def _read(folder: Path, name: str, schema: pa.Schema, where: pc.Expression | Non
     return _frame(pa.concat_tables([schema.empty_table(), *tables]))
 
 
-def _pieces(folder: Path, name: str, schema: pa.Schema) -> Iterator[tuple[Path, Held, pa.Table]]:
+def pieces_of(folder: Path, name: str, schema: pa.Schema) -> Iterator[Piece]:
     """The rows of each example in each part; raises `StoreError` for what is not as it was written."""
     done: dict[int, list[set[int] | None]] = {}
     for part in parts_of(folder):
@@ -257,7 +269,9 @@ def _pieces(folder: Path, name: str, schema: pa.Schema) -> Iterator[tuple[Path, 
             table = table.replace_schema_metadata(None)
             if not table.schema.equals(schema) or table.num_rows != sum(held.rows for held in entries):
                 raise ValueError("not the columns or rows that were written")
-            if name in TABLES:
+            if name == "edges":
+                _check_ends(table)
+            elif name in TABLES:
                 _check_places(table)
         start = 0
         for held in entries:
@@ -273,11 +287,12 @@ def _pieces(folder: Path, name: str, schema: pa.Schema) -> Iterator[tuple[Path, 
             start += held.rows
 
 
-Pieces = Sequence[tuple[Path, Held, pa.Table]]
+Piece = tuple[Path, Held, pa.Table]
 
 
-def _same_examples(effects: Pieces, baselines: Pieces) -> None:
-    """Raise `StoreError` where patches are of an example that the baselines lack, or that was left out."""
+def same_examples(effects: Iterable[Piece], baselines: Iterable[Piece]) -> Iterator[Piece]:
+    """The pieces of effects; raises `StoreError` where patches are of an example that the baselines lack, or
+    that was left out."""
     names = {}
     for _, held, table in baselines:
         if table.num_rows and not table["excluded"][0].as_py():
@@ -288,6 +303,15 @@ def _same_examples(effects: Pieces, baselines: Pieces) -> None:
                 f"{part}: its rows are of another example than its baselines. Delete it and run the same "
                 "command again: the examples in it are computed anew"
             )
+        yield part, held, table
+
+
+def _check_ends(edges: pa.Table) -> None:
+    """Raise ValueError for a writer or reader that no model has."""
+    for name in ("source", "target"):
+        for end in edges[name].unique().to_pylist():
+            if not _END.fullmatch(end):
+                raise ValueError(f"unknown {name} {end}")
 
 
 def _check_places(effects: pa.Table) -> None:
@@ -391,6 +415,13 @@ def table_of(frame: pd.DataFrame, schema: pa.Schema) -> pa.Table:
             raise ValueError(f"column '{column.name}' lacks {values.null_count} values")
         columns.append(values)
     return pa.Table.from_arrays(columns, schema=schema)
+
+
+def parquet_of(frame: pd.DataFrame) -> bytes:
+    """A table as a Parquet file by itself."""
+    buffer = io.BytesIO()
+    pq.write_table(pa.Table.from_pandas(frame, preserve_index=False), buffer, compression="zstd")
+    return buffer.getvalue()
 
 
 def parquet(tables: Sequence[tuple[Held, pa.Table]]) -> bytes:

@@ -28,7 +28,7 @@ from vlmscope.data.example import Span
 from vlmscope.errors import ExampleError
 from vlmscope.layout import Layout
 from vlmscope.models.inputs import Inputs
-from vlmscope.models.towers import Family, Tower, one_picture
+from vlmscope.models.towers import CLIP_NORMS, Family, Tower, one_picture
 
 
 def _side(value: int | Sequence[int]) -> tuple[int, int]:
@@ -190,6 +190,7 @@ VQA = Family(
             mlp="mlp.fc2",
             output="vision_model",
             attention={"attn": "self_attn"},
+            norms=CLIP_NORMS,
         ),
         "encoder": _text("text_encoder.encoder.layer", reads="vision"),
         "decoder": _text("text_decoder.bert.encoder.layer", reads="encoder"),

@@ -24,7 +24,7 @@ from vlmscope.errors import ExampleError
 from vlmscope.layout import Layout
 from vlmscope.models.families import causal, chat
 from vlmscope.models.inputs import Inputs
-from vlmscope.models.towers import Family, Tower, one_picture
+from vlmscope.models.towers import CLIP_NORMS, Family, Tower, one_picture
 
 VISION = Tower(
     blocks="vision_model.encoder.layers",
@@ -32,6 +32,7 @@ VISION = Tower(
     attn="self_attn.projection",
     mlp="mlp.fc2",
     attention={"attn": "self_attn"},
+    norms=CLIP_NORMS,
     flow="plain",
 )
 QFORMER = Tower(
@@ -57,6 +58,7 @@ OPT = Tower(
     mlp="fc2",
     flow="suffix",
     attention={"attn": "self_attn"},
+    norms={"attn": ("self_attn_layer_norm",), "mlp": ("final_layer_norm",)},
 )
 T5_ENCODER = Tower(
     blocks="language_model.encoder.block",
@@ -67,6 +69,7 @@ T5_ENCODER = Tower(
     heads="num_heads",
     flow="plain",
     attention={"attn": "layer.0.SelfAttention"},
+    norms={"attn": ("layer.0.layer_norm",), "mlp": ("layer.1.layer_norm",)},
 )
 T5_DECODER = replace(
     T5_ENCODER,
@@ -76,6 +79,7 @@ T5_DECODER = replace(
     gate="layer.2.DenseReluDense.act",
     reads="encoder",
     attention={"attn": "layer.0.SelfAttention", "cross": "layer.1.EncDecAttention"},
+    norms={"attn": ("layer.0.layer_norm",), "cross": ("layer.1.layer_norm",), "mlp": ("layer.2.layer_norm",)},
 )
 
 

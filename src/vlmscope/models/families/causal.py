@@ -333,4 +333,9 @@ def llama(blocks: str = "model.language_model.layers", config: str = "text_confi
         flow="suffix",
         attention={"attn": "self_attn"},
         gate="mlp.act_fn",
+        norms={
+            "attn": ("input_layernorm",),
+            "cross": ("input_layernorm",),
+            "mlp": ("pre_feedforward_layernorm", "post_attention_layernorm"),
+        },
     )

@@ -15,7 +15,7 @@ from transformers import Gemma3ForConditionalGeneration, PaliGemmaForConditional
 
 from vlmscope.layout import Layout
 from vlmscope.models.families import causal, chat
-from vlmscope.models.towers import Tower
+from vlmscope.models.towers import CLIP_NORMS, Tower
 
 SIGLIP = Tower(
     blocks="model.vision_tower.encoder.layers",
@@ -23,6 +23,7 @@ SIGLIP = Tower(
     attn="self_attn.out_proj",
     mlp="mlp.fc2",
     attention={"attn": "self_attn"},
+    norms=CLIP_NORMS,
 )
 
 

@@ -22,7 +22,7 @@ from vlmscope.errors import ExampleError, ModelError
 from vlmscope.layout import Layout
 from vlmscope.models.families import causal, chat
 from vlmscope.models.inputs import Inputs
-from vlmscope.models.towers import Family, Tower
+from vlmscope.models.towers import CLIP_NORMS, Family, Tower
 
 
 def used(config: Any) -> int:
@@ -166,6 +166,7 @@ LLAVA = Family(
             depth=used,
             joined=several,
             attention={"attn": "self_attn"},
+            norms=CLIP_NORMS,
         ),
         "decoder": causal.llama(),
     },

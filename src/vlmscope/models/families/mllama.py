@@ -32,6 +32,7 @@ VISION = Tower(
     mlp="mlp.fc2",
     heads="attention_heads",
     output="model.multi_modal_projector",
+    joined=lambda config: True,
     attention={"attn": "self_attn"},
 )
 

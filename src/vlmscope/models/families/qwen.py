@@ -24,7 +24,12 @@ from vlmscope.models.families import causal
 from vlmscope.models.towers import Tower
 
 VISION = Tower(
-    blocks="model.visual.blocks", config="vision_config", attn="attn.proj", mlp="mlp.fc2", heads="num_heads"
+    blocks="model.visual.blocks",
+    config="vision_config",
+    attn="attn.proj",
+    mlp="mlp.fc2",
+    heads="num_heads",
+    norms={"attn": ("norm1",), "mlp": ("norm2",)},
 )
 
 
@@ -59,7 +64,7 @@ QWEN2_5 = _family(
 QWEN3 = _family(
     "Qwen3-VL",
     Qwen3VLForConditionalGeneration,
-    replace(VISION, mlp="mlp.linear_fc2"),
+    replace(VISION, mlp="mlp.linear_fc2", joined=lambda config: bool(deepstack(config))),
     replace(causal.llama(), deepstack=deepstack),
 )
 

@@ -109,6 +109,7 @@ INTERNVL = causal.family(
             "mlp": lambda block: lambda call: block.lambda_2,
         },
         attention={"attn": "attention"},
+        norms={"attn": ("layernorm_before",), "mlp": ("layernorm_after",)},
         depth=llava.used,
     ),
     decoder=causal.llama(),

@@ -1,0 +1,160 @@
+"""Runs in which only some edges of a graph carry what the run itself computes; all others, another run's.
+
+A reader gets Σ z_u over the writers u that the circuit connects it with, as they are in this very run, and
+Σ z_u of the other run over all others (Hanna et al. 2024, arXiv 2403.17806; MIB, arXiv 2504.13151). So all
+edges are the run itself, none the other run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Iterator
+from functools import partial
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from vlmscope.errors import VlmscopeError, shown
+from vlmscope.models.inputs import Pair
+from vlmscope.patching.graph import Graph, Group, Writes, wide
+from vlmscope.patching.scores import Metric, Score, score, unpatched
+from vlmscope.runs.access import hook
+from vlmscope.runs.forward import editing, forward
+from vlmscope.runs.hooks import Hooks
+from vlmscope.runs.network import Network
+from vlmscope.runs.readers import Anew, read_anew, watch
+from vlmscope.sites import Point
+
+
+class Written(NamedTuple):
+    """What all writers of a graph wrote in a run."""
+
+    logits: Tensor
+    stream: Float[Tensor, "writers pos width"]
+    across: Tensor | None
+
+
+def written(graph: Graph, pair: Pair, which: str) -> Written:
+    """One plain run, `clean` or `corrupt`; what cross-attention reads is apart, and counts as none here."""
+    inputs, edits = (pair.clean, ()) if which == "clean" else (pair.corrupt, pair.edits)
+    across: list[Tensor] = []
+    with graph.network.alone(), Hooks() as hooks:
+        if graph.across:
+            watch(hooks, graph.network, inputs, graph.reads_across, partial(keep, across))
+        run = forward(graph.network, inputs, edits, graph.points, len(pair.answers))
+    stream = [graph.values(some, run.values) for some in graph.written if not graph.has_across(some)]
+    device = graph.network.device
+    return Written(run.logits, torch.cat([x.to(device) for x in stream]), across[0] if across else None)
+
+
+def keep(found: list[Tensor], x: Tensor) -> Tensor:
+    """Keep what stands at a place."""
+    found[:] = [x]
+    return x
+
+
+def circuits(
+    network: Network,
+    pair: Pair,
+    some: Iterable[Collection[tuple[str, str]]],
+    *,
+    run: str = "clean",
+    tower: str | None = None,
+    metric: str | Metric = "ld",
+) -> Iterator[Score]:
+    """The scores of one run a set of edges: `run` (clean, or corrupt) with these alone, the other run on all
+    others. The edges are those of `Graph(network, pair.clean, tower)`.
+
+    Raises `VlmscopeError` for an edge that there is not, `ModelError` for a tower without edges.
+
+    >>> from vlmscope.checkpoint import load
+    >>> from vlmscope.data import examples
+    >>> model = load("toy-llava")
+    >>> pair = model.prepare(examples("states", limit=1)[0])
+    >>> edges = Graph(model, pair.clean).edges
+    >>> some = [edge for edge in edges if edge.source != "image"]
+    >>> whole, blind, none = (float(one.ld) for one in circuits(model, pair, [edges, some, []]))
+    >>> whole > 0 > none, abs(blind - whole) > abs(blind - none)
+    (True, True)
+    """
+    if run not in ("clean", "corrupt"):
+        raise VlmscopeError(f"unknown run {shown(run)}; expected clean or corrupt")
+    graph = Graph(network, pair.clean, tower)
+    own, other = (written(graph, pair, which) for which in (run, "corrupt" if run == "clean" else "clean"))
+    ends = (own, other) if run == "clean" else (other, own)
+    base, _, _, _ = unpatched(ends[0].logits, ends[1].logits, pair, metric)
+    for edges in some:
+        inside = torch.zeros(len(graph.writers), len(graph.readers), dtype=torch.bool)
+        inside[graph.places(edges)] = True
+        logits = _run(graph, pair, run, other, inside)
+        yield Score(*(x[0] for x in score(logits[None], base, metric)))
+
+
+def _run(
+    graph: Graph, pair: Pair, which: str, other: Written, inside: Bool[Tensor, "writers readers"]
+) -> Tensor:
+    network = graph.network
+    inputs, edits = (pair.clean, ()) if which == "clean" else (pair.corrupt, pair.edits)
+    apart = torch.zeros_like(other.stream)  # this run less the other, writer by writer, as they are computed
+    shift = 1 if graph.across else 0
+    with network.alone(), editing(network, inputs, edits), Hooks() as hooks:
+        values: dict[Point, Tensor] = {}
+        for some in graph.written:
+            if graph.has_across(some):
+                continue
+            rows = slice(some.first - shift, some.first - shift + len(some.names))
+
+            def note(x: Tensor, some: Writes = some, rows: slice = rows) -> Tensor:
+                values[some.point._replace(part="")] = x
+                apart[rows] = graph.values(some, values).to(apart.device) - other.stream[rows]
+                return x
+
+            if some.point.part:
+                hook(hooks, network, some.point, inputs, partial(_note, values, some.point))
+            hook(hooks, network, some.point._replace(part=""), inputs, note)
+        for group in graph.groups:
+            outside = ~inside[
+                group.sees.start : group.sees.stop, group.first : group.first + len(group.names)
+            ]
+            change = partial(
+                _across if group.reads.is_across else _stream, outside, other, apart, group, shift
+            )
+            if outside.any():
+                read_anew(hooks, network, inputs, group.reads, change)
+        return forward(network, inputs, positions=len(pair.answers)).logits
+
+
+def _note(values: dict[Point, Tensor], point: Point, x: Tensor) -> Tensor:
+    values[point] = x
+    return x
+
+
+def _stream(
+    outside: Bool[Tensor, "writers readers"],
+    other: Written,
+    apart: Tensor,
+    group: Group,
+    shift: int,
+    x: Tensor,
+) -> Iterator[Anew]:
+    """The stream without what other edges than the circuit's would have to carry of the other run."""
+    units = outside.any(0).nonzero()[:, 0].tolist()
+    seen = apart[group.sees.start - shift : group.sees.stop - shift]
+    lacking = torch.einsum("un,upd->npd", outside[:, units].to(seen), seen)
+    for unit, less in zip(units, lacking, strict=True):
+        yield Anew(unit, slice(None), (wide(x) - less.to(x.device)).to(x))
+
+
+def _across(
+    outside: Bool[Tensor, "writers readers"],
+    other: Written,
+    apart: Tensor,
+    group: Group,
+    shift: int,
+    x: Tensor,
+) -> Iterator[Anew]:
+    """What the other run's cross-attention reads, for the heads that the circuit does not connect with it."""
+    assert other.across is not None
+    for unit in outside[0].nonzero()[:, 0].tolist():
+        yield Anew(unit, slice(None), other.across.reshape(x.shape).to(x))
