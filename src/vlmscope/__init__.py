@@ -25,6 +25,7 @@ _NAMES = {
     "runs.model": "Model",
     "sites": "Pattern Site",
     "studies.attribution": "attribute",
+    "studies.faithfulness": "faithfulness",
     "studies.lens": "lens",
     "studies.knockout": "knockout",
     "studies.run_folder": "read_run",
@@ -59,6 +60,7 @@ if TYPE_CHECKING:  # what a type checker sees
     from vlmscope.sites import Pattern as Pattern
     from vlmscope.sites import Site as Site
     from vlmscope.studies.attribution import attribute as attribute
+    from vlmscope.studies.faithfulness import faithfulness as faithfulness
     from vlmscope.studies.knockout import knockout as knockout
     from vlmscope.studies.lens import lens as lens
     from vlmscope.studies.probes import probe as probe

@@ -1,7 +1,8 @@
 """Results on disk: a run is a folder of Parquet parts that a crash does not harm, and that can grow.
 
     run.json                      the specification, written first; what the run's check has found
-    effects/part-000000.parquet   a row per patch; of `attribute` they are attributions/, a row per site
+    effects/part-000000.parquet   a row per patch; of `attribute` they are attributions/, a row per site, of
+                                  `faithfulness` measured/, a row per circuit
     baselines/part-000000.parquet a row per example; its presence commits the part beside it
     examples/0003.json, *.png     a few examples, to look at
     done.json                     counts, written last
@@ -57,6 +58,9 @@ ATTRIBUTIONS = _schema(
 """The columns of `attributions`: a row per site. `score` is in the unit of `logit_diff`; `exact` is what
 a patch of the site, where one was made, changes of the metric, against the run that was patched."""
 
+MEASURED = _schema("example:text corruption:text circuit:text p:float ld:float? value:float?")
+"""The columns of `measured`: a row per circuit, by its name; `value` is the metric."""
+
 CROSSED = EFFECTS.append(pa.field("source_site", pa.string(), nullable=False))
 """The columns of `effects` where values come from another site than they go to."""
 
@@ -91,11 +95,15 @@ SPEC = {
 """The shape of a run's specification (`stored.fits`), of which a report of patches needs all but `from`."""
 OF_ATTRIBUTE = {"method?": str, "word?": (str, None), "verify?": int, "steps?": int}
 """What a run of `attribute` has besides, in the place of what is of patches alone."""
-_COUNTS = {"examples": int, "excluded": int, "baselines": int, "effects?": int, "attributions?": int}
+OF_FAITHFULNESS = {"circuits?": {"digest": str, "chosen": [str], "fraction": (float, None)}}
+"""What a run of `faithfulness` has besides: which circuits there are, and the one that is reported."""
+_COUNTS = {"examples": int, "excluded": int, "baselines": int} | dict.fromkeys(
+    ("effects?", "attributions?", "measured?"), int
+)
 _TOWER = {"layers?": int, "heads?": int, "grid?": [int]}
 _SHAPE = {
     "format": FORMAT,
-    "spec": SPEC | OF_ATTRIBUTE,
+    "spec": SPEC | OF_ATTRIBUTE | OF_FAITHFULNESS,
     "description?": ({"towers?": {str: _TOWER}}, None),
     "check?": ({"rows": int, "largest": float}, None),
 }
@@ -103,7 +111,7 @@ _WORDS = {"id": str} | {f"{name}?": str for name in ("clean_prompt", "corrupt_pr
 _INDEX = b"vlmscope.index"
 _UNIT = re.compile(r"b|[hqkvpn](\d{1,7}|\[[\d,]{1,9999}\])", re.ASCII)
 _SITE = re.compile(r"[a-z]+\.\d{1,3}(/\d{1,3})?\.[a-z_]+[.@]", re.ASCII)
-TABLES = ("effects", "attributions")
+TABLES = ("effects", "attributions", "measured")
 PART = re.compile(r"part-(\d{6,})\.parquet")
 
 
@@ -118,12 +126,13 @@ class Held(NamedTuple):
 
 def table_in(spec: Mapping[str, Any]) -> str:
     """Which of `TABLES` a run of this specification holds."""
-    return "attributions" if "method" in spec else "effects"
+    return "measured" if "circuits" in spec else "attributions" if "method" in spec else "effects"
 
 
 def columns_of(spec: Mapping[str, Any]) -> pa.Schema:
     """The columns of that table."""
-    return ATTRIBUTIONS if "method" in spec else CROSSED if "from" in spec else EFFECTS
+    found = {"measured": MEASURED, "attributions": ATTRIBUTIONS}.get(table_in(spec), EFFECTS)
+    return CROSSED if found is EFFECTS and "from" in spec else found
 
 
 @dataclass(frozen=True)
@@ -155,6 +164,18 @@ class Run:
     def attributions(self, where: pc.Expression | None = None) -> pd.DataFrame:
         """The table of scores (columns as in `ATTRIBUTIONS`) of a run of `attribute`; as `effects`."""
         return self._rows("attributions", where)
+
+    def measured(self) -> pd.DataFrame:
+        """The table of circuits (columns as in `MEASURED`) of a run of `faithfulness`; as `effects`."""
+        return self._rows("measured", None)
+
+    def digests(self) -> dict[str, str]:
+        """The fingerprints of the examples that were run, by their ids."""
+        pieces = _pieces(self.path, "baselines", BASELINES)
+        rows = ((held.digest, table) for _, held, table in pieces if table.num_rows)
+        return {
+            table["example"][0].as_py(): digest for digest, table in rows if not table["excluded"][0].as_py()
+        }
 
     def _rows(self, name: str, where: pc.Expression | None) -> pd.DataFrame:
         if name != (there := table_in(self.spec)):
@@ -257,7 +278,7 @@ def _pieces(folder: Path, name: str, schema: pa.Schema) -> Iterator[tuple[Path, 
             table = table.replace_schema_metadata(None)
             if not table.schema.equals(schema) or table.num_rows != sum(held.rows for held in entries):
                 raise ValueError("not the columns or rows that were written")
-            if name in TABLES:
+            if "site" in schema.names:
                 _check_places(table)
         start = 0
         for held in entries:
