@@ -297,6 +297,7 @@ def heads(given: Given, sites: list[str], out: Path, corrupt: Corrupt = "image")
 
 command(app)(lenses.lens)
 command(app)(lenses.attribute)
+command(app)(lenses.faithfulness)
 command(app)(lenses.explain)
 
 

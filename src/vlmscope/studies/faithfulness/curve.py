@@ -92,9 +92,10 @@ class Shares:
             if self.ratio == "means":
                 found = weights @ over / (weights @ self.gaps)[:, None]
             else:
-                each = over / self.gaps[:, None]
-                rows = (np.repeat(each, row.astype(int), axis=0) for row in weights)
-                found = np.stack([np.nanmedian(row, axis=0) for row in rows])
+                at = np.flatnonzero(self.gaps)  # an example without a gap has no ratio
+                each = over[at] / self.gaps[at, None]
+                rows = (np.repeat(each, row[at].astype(int), axis=0) for row in weights)
+                found = np.stack([np.median(row, axis=0) for row in rows])
         return np.where(np.isfinite(found), found, np.nan)
 
 

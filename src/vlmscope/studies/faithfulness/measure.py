@@ -15,7 +15,7 @@ import pandas as pd
 
 from vlmscope.data.example import Example
 from vlmscope.patching import engine, reference
-from vlmscope.patching.circuits import run_circuits
+from vlmscope.patching.nodes import run_circuits
 from vlmscope.patching.scores import ROUNDING, agrees
 from vlmscope.patching.trace import Images
 from vlmscope.sites import Site, expand, parse

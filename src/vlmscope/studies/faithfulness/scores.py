@@ -158,8 +158,8 @@ def by_part(rows: pd.DataFrame, value: str, path: Path) -> pd.DataFrame:
     rows = rows[one.astype(bool)]
     if rows.empty:
         raise StoreError(
-            f"{path}: has scores of no head, neuron or sublayer, which circuits are made of; score such sites "
-            "as 'decoder.*.attn.h*@all' and 'decoder.*.mlp@all'"
+            f"{path}: has scores of no head, neuron or sublayer, which circuits are made of; score such "
+            "sites as 'decoder.*.attn.h*@all' and 'decoder.*.mlp@all'"
         )
     where = rows["tower"] + "." + rows["layer"].astype(str) + "." + rows["kind"]
     whole = rows["unit"].isna()

@@ -23,8 +23,8 @@ def _lines(summary: Mapping[str, Any]) -> Iterator[str]:
     gap, runs = summary["gap"]["value"], summary["gap_of_runs"]
     if summary["outside"] == "corrupt" and runs and abs(gap - runs) > 0.05 * abs(runs):
         yield (
-            f"the {summary['parts']:,} parts that have scores carry {_percent(gap / runs)} of the gap between "
-            "the two runs: what else carries it has no score, and computes freely"
+            f"the {summary['parts']:,} parts that have scores carry {_percent(gap / runs)} of the gap "
+            "between the two runs: what else carries it has no score, and computes freely"
         )
     if not summary["signed"]:
         yield "these scores have no sign, so both rankings are by their size"
@@ -54,7 +54,7 @@ def _lines(summary: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _percent(share: float) -> str:
-    return f"{100 * share:.0f} %"
+    return f"{round(100 * share)} %"
 
 
 def _with(one: Mapping[str, float | None], form: str = "") -> str:
@@ -65,5 +65,5 @@ def _with(one: Mapping[str, float | None], form: str = "") -> str:
     text = form.format(value) if form else _percent(value)
     if low is None or high is None:
         return text
-    ends = [form.format(end) if form else f"{100 * end:.0f}" for end in (low, high)]
+    ends = [form.format(end) if form else _percent(end).removesuffix(" %") for end in (low, high)]
     return f"{text} [{ends[0]}, {ends[1]}]"
