@@ -270,8 +270,8 @@ def test_words(whole):
         "no score, and computes freely",
         "9 of the 12 parts are needed: without them it surely carries less",
         "all parts but these carry 0 %",
-        "these 12 heads carry 87 % [82, 91] of the behaviour on 60 held-out pictures, random circuits of that "
-        "size 4 %",
+        "these 12 heads carry 87 % [82, 91] of the behaviour on 60 held-out pictures, random circuits of "
+        "that size 4 %",
     ]
 
 

@@ -96,7 +96,8 @@ def _unfold(part: Path) -> list[tuple[str, Path]]:
     """What a folder is, and the folders in it where it is of `notice`: `(what, folder)`."""
     if _what(part) != "run" or not os.path.lexists(part / "notice.toml"):
         return [(_what(part), part)]
-    inner = [part / "circuits", *sorted(part.glob("heads/*")), *sorted(part.glob("runs/*"))]
+    names = ("heads/*", "faithfulness/*", "runs/*")
+    inner = [part / "circuits", *(path for name in names for path in sorted(part.glob(name)))]
     for path in inner:
         stored.no_links(path, part)
     return [(_what(path), path) for path in inner if path.is_dir()]
