@@ -93,8 +93,8 @@ OFTEN = {
 """How often a command is drawn, where that is not 5: some take long."""
 OTHERS = "full readonly vanish interrupt twice".split()
 IMPORTED = "cli.main checkpoint studies.sweep studies.heads studies.circuits".split()
-IMPORTED += "studies.lens studies.attribution studies.faithfulness studies.knockout studies.probes studies.steering".split()
-IMPORTED += "explanation notice neurons report".split()
+IMPORTED += "studies.lens studies.attribution studies.knockout studies.probes studies.steering".split()
+IMPORTED += "studies.faithfulness explanation notice neurons report".split()
 LIMIT = 12 * SECONDS
 """By when a command has ended that nothing befalls."""
 WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC

@@ -55,8 +55,8 @@ Sweep = tuple[str, str]
 
 MODULES = ("resid", "attn", "cross", "mlp")
 SELECTION = formats.SELECTION.shape["format"]
-SIZES = (0.05, 0.1, 0.2, 0.5, 1.0)
-"""Of circuits, as shares of the heads."""
+SIZES, DRAWS = (0.1, 0.5, 1.0), 19
+"""Of circuits, as shares of the heads; and random ones beside the one that is reported."""
 MANY = 12
 """A group with more values than this (an id, a noun) is no group to report on."""
 
@@ -120,8 +120,8 @@ def run(spec: Spec, out: str | os.PathLike[str], say: Say = lambda text: None) -
 
 @dataclass(frozen=True)
 class Notice:
-    """What the pipeline has computed: the runs by data set and corruption, the circuits, the heads by set, and
-    what the circuit of each run carries."""
+    """What the pipeline has computed: the runs by data set and corruption, the circuits, the heads by set,
+    and what the circuit of each run carries."""
 
     spec: Spec
     runs: dict[Sweep, Run]
@@ -333,6 +333,7 @@ class _Pipeline:
             self.folder / "circuits",
             corrupt,
             fractions=SIZES,
+            draws=DRAWS,
             seed=self.spec.seed,
             out=out,
             data=name,

@@ -56,19 +56,16 @@ def run_circuits(
     >>> bool(found[0, 1] == clean.ld), bool((found[1, 1] - corrupt.ld).abs() < 1e-3)  # all parts, none
     (True, True)
     """
-    patches, whole = [], []
-    for number, circuit in enumerate(circuits):
-        site = outside(parts, circuit)
-        (whole if site is None else patches).append((number, site))
-    sites = [place for _, site in patches for place in network.places(site, pair.clean) if site]
+    patches = {number: outside(parts, circuit) for number, circuit in enumerate(circuits)}
+    made = {number: site for number, site in patches.items() if site is not None}
+    sites = [place for site in made.values() for place in network.places(site, pair.clean)]
     options = {"values": values, "metric": metric, **({"images": images} if way is engine else {})}
     found = way.patch(network, pair, sites, "noise", **options)
     scores = torch.empty(len(circuits), 3, dtype=torch.float64)
+    scores[:] = torch.stack([found.clean.p, found.clean.ld, found.clean.value])  # with nothing outside
     for numbers, some in found.chunks:
-        rows = [patches[number][0] for number in numbers]
+        rows = [list(made)[number] for number in numbers]
         scores[rows] = torch.stack([some.p, some.ld, some.value], -1).cpu()
-    for number, _ in whole:
-        scores[number] = torch.stack([found.clean.p, found.clean.ld, found.clean.value])
     return found.clean, found.corrupt, scores
 
 

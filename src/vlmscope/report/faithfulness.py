@@ -29,7 +29,7 @@ def section(folder: Path, gallery: Gallery) -> Section:
     text = render(
         "faithfulness.html",
         about=about,
-        said=_said(about),
+        said=about["lines"],
         shown=shown,
         circuit=circuit.assign(
             score=circuit["score"].map(short_number),
@@ -94,9 +94,3 @@ def _ticks(fractions: pd.Series[float]) -> list[float]:
         if not found or share <= found[-1] / 1.9:
             found.append(share)
     return found
-
-
-def _said(about: dict[str, object]) -> list[str]:
-    from vlmscope.studies.faithfulness.words import lines
-
-    return lines(about)

@@ -210,6 +210,7 @@ FAITHFULNESS = Format(
         "kinds": {str: int},
         "known": {"severity": str, "sentences": [str]},
         "check": ({"rows": int, "largest": float}, None),
+        "lines": [str],
         "seed": int,
     },
     {

@@ -85,7 +85,7 @@ def read(folder: str | os.PathLike[str]) -> Faithful:
     about, tables = stored.read(path, formats.FAITHFULNESS)
     file = path / "importances.json"
     text = files.read(file, "a file of importances", StoreError, within=path) if file.exists() else None
-    return Faithful(tables["faithfulness"], tables["circuit"], about, text and text.decode())
+    return Faithful(tables["faithfulness"], tables["circuit"], about, None if text is None else text.decode())
 
 
 def faithfulness(
@@ -214,6 +214,7 @@ def faithfulness(
         "check": check,
         "seed": seed,
     }
+    summary["lines"] = lines(summary)
     found = Faithful(
         table, parts_table(shares, named, parts, chosen), summary, _importances(model, means, named)
     )

@@ -232,9 +232,9 @@ def parts_of(names: Iterable[str], shapes: Mapping[str, Shape]) -> tuple[list[st
     """The site expressions of parts, and the parts in the order in which these name them."""
     units = defaultdict[tuple[str, int, str, str], list[int]](list)
     for name in names:
-        tower, layer, kind, *unit = name.split(".")
+        tower, at, kind, *unit = name.split(".")
         letter, number = (unit[0][0], int(unit[0][1:])) if unit else ("", 0)
-        units[tower, int(layer), kind, letter].append(number)
+        units[tower, int(at), kind, letter].append(number)
     written: list[str] = []
     for (tower, layer, kind, letter), numbers in sorted(
         units.items(), key=lambda one: (TOWERS.index(one[0][0]), one[0][1], KINDS.index(one[0][2]))
@@ -245,5 +245,5 @@ def parts_of(names: Iterable[str], shapes: Mapping[str, Shape]) -> tuple[list[st
         elif len(numbers) == shapes[tower].units(kind, letter):
             written.append(f"{place}.{letter}*@all")
         else:
-            written += [f"{place}.{letter}{number}@all" for number in sorted(numbers)]
+            written += [f"{place}.{letter}{each}@all" for each in sorted(numbers)]
     return written, expand([Pattern.parse(text) for text in written], shapes)
