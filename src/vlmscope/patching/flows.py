@@ -193,14 +193,19 @@ class Flow(ExitStack):
         positions, which may have been laid end to end."""
         units = self.job.network.units(cells[0].site.point) or 1
         there = x.view(*shape[:2], -1).unflatten(-1, (units, -1))
-        by_origin: dict[Point, list[tuple[int, ...]]] = defaultdict(list)
-        for c in cells:
-            each = zip(c.site.units or (0,), c.origin.units or (0,), strict=True)
-            by_origin[c.origin.point] += [(c.row, c.position, unit, c.taken, other) for unit, other in each]
-        for point, numbers in by_origin.items():
-            row, position, unit, taken, other = torch.tensor(numbers, device=x.device).T
+        groups: dict[tuple[Point, int, int], list[Cell]] = defaultdict(list)
+        for c in cells:  # a large set of units is one tuple in all positions of its site
+            sets = [units if len(units) > 1 else () for units in (c.site.units, c.origin.units)]
+            groups[c.origin.point, id(sets[0]), id(sets[1])].append(c)
+        for (point, *_), some in groups.items():
             values = self.job.source[point][0].unflatten(-1, (self.job.network.units(point) or 1, -1))
-            there[row, position, unit] = values[taken, other].to(x)
+            row, position, taken = torch.tensor(
+                [(c.row, c.position, c.taken) for c in some], device=x.device
+            ).T
+            each = some if len(some[0].site.units) < 2 else some[:1]
+            unit = torch.tensor([c.site.units or (0,) for c in each], device=x.device)
+            other = torch.tensor([c.origin.units or (0,) for c in each], device=x.device)
+            there[row[:, None], position[:, None], unit] = values[taken[:, None], other].to(x)
         return x
 
     # -- what differs ----------------------------------------------------------------------------
