@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import groupby
 from typing import Any, ClassVar
 
 import torch
@@ -193,11 +194,8 @@ class Flow(ExitStack):
         positions, which may have been laid end to end."""
         units = self.job.network.units(cells[0].site.point) or 1
         there = x.view(*shape[:2], -1).unflatten(-1, (units, -1))
-        groups: dict[tuple[Point, int, int], list[Cell]] = defaultdict(list)
-        for c in cells:  # a large set of units is one tuple in all positions of its site
-            sets = [units if len(units) > 1 else () for units in (c.site.units, c.origin.units)]
-            groups[c.origin.point, id(sets[0]), id(sets[1])].append(c)
-        for (point, *_), some in groups.items():
+        for (point, *_), same in groupby(cells, _copied):
+            some = list(same)
             values = self.job.source[point][0].unflatten(-1, (self.job.network.units(point) or 1, -1))
             row, position, taken = torch.tensor(
                 [(c.row, c.position, c.taken) for c in some], device=x.device
@@ -244,6 +242,12 @@ class Flow(ExitStack):
 def around(tower: str, layer: int) -> tuple[Point, Point]:
     """What a position needs to pass a block alone: its heads' outputs, and the block's input."""
     return Point(tower, layer, "attn", "h"), Point(tower, layer, "resid_pre")
+
+
+def _copied(cell: Cell) -> tuple[Point, tuple[int, ...], tuple[int, ...]]:
+    """Which cells, one behind the other, are written at once: those of single units, or of the same set."""
+    sets = [units if len(units) > 1 else () for units in (cell.site.units, cell.origin.units)]
+    return cell.origin.point, sets[0], sets[1]
 
 
 def _places(cells: Sequence[Cell]) -> tuple[list[int], list[int], list[int]]:
