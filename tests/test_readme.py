@@ -60,6 +60,15 @@ def test_the_python_of_the_page_on_attribution_runs(tmp_path, monkeypatch, capsy
     assert (tmp_path / "runs" / "atp.html").exists()
 
 
+def test_the_python_of_the_page_on_circuits_runs(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    page = (Path(__file__).parent.parent / "docs" / "faithfulness.md").read_text("utf-8")
+    (block,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    exec(compile(block, "faithfulness.md", "exec"), {})
+    assert "of the behaviour on 6 held-out pictures, random circuits of that size" in capsys.readouterr().out
+    assert (tmp_path / "runs" / "circuits.html").exists()
+
+
 def test_the_python_of_the_page_on_words_runs(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     page = (Path(__file__).parent.parent / "docs" / "explain.md").read_text("utf-8")

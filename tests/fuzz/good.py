@@ -7,6 +7,7 @@ that a command gets later needs no entry: the generators read the options from t
 from __future__ import annotations
 
 import itertools
+import json
 import shlex
 import shutil
 from collections.abc import Iterator
@@ -37,6 +38,8 @@ LINES = {
     "lens": "--model toy-llava --image a.png --prompt what? --sites decoder.*.resid@readout --out out",
     "explain": "--model toy-llava --image a.png --prompt what? --region 0,0,24,24 --out out.html",
     "attribute": "--model toy-llava --data states --limit 1 --sites decoder.*.mlp@readout --out out",
+    "faithfulness": "--model toy-llava --data states --limit 4 --scores scores.json --outside zero --draws 1 "
+    "--out out",
     "data": "folder --root root --out out.csv",
     "data inpaint": f"{BLIP} --fill mean --out out.csv",
     "generate": "--model toy-llava --image a.png --prompt what? --edit 'decoder.2.mlp@all scale 0'",
@@ -113,6 +116,9 @@ def _made(top: Path) -> Path:
         'model = "toy-blip"\ndata = ["states"]\ncorrupt = ["image"]\nlimit = 1\nseed = 1\n'
         'sites = ["encoder.1.cross.h*@answer"]\nselect = false\n'
     )
+    nodes = {name: {"in_graph": True, "score": 1.0} for name in ("a2.h1", "a3.h0", "a3.h1")}
+    cfg = {"n_layers": 4, "n_heads": 4}
+    (folder / "scores.json").write_text(json.dumps({"cfg": cfg, "nodes": nodes, "edges": {}}))
     for label, color in (("cat", "red"), ("owl", "blue")):
         (folder / "root" / label).mkdir(parents=True)
         for n in range(3):

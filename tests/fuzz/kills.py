@@ -61,6 +61,7 @@ COMMANDS = {
     "gradients": f"attribute {BLIP} --limit 3 --sites encoder.*.cross.h*@answer --method atp --verify 2 "
     "--out out",
     "screen": f"sweep {BLIP} --limit 3 --sites encoder.*.cross.h*@answer --screen atp --top 4 --out out",
+    "faithfulness": f"faithfulness {BLIP} --limit 6 --scores ../../inputs/a --draws 1 --out out",
     "knockout": f"knockout {EDGE} --limit 3 --out out",
     "steer": f"steer {BLIP} --limit 4 --sites encoder.0.resid@last --random 2 --said 1 --out out",
     "probe": f"probe {TRACED} --limit 24 --sites encoder.0.resid@last --label kind --shuffles 2 --out out",
@@ -83,12 +84,21 @@ BEFORE = {
     "edit": f"{EDIT} --neurons 4 --out new/out.safetensors --export model",
 }
 """What may have been there before: the same with other options; elsewhere the same command, done."""
-OFTEN = {"notice": 1, "edit": 1, "perturb": 1, "heads": 2, "tracing": 2, "probe": 2, "steer": 2}
+OFTEN = {
+    "notice": 1,
+    "faithfulness": 2,
+    "edit": 1,
+    "perturb": 1,
+    "heads": 2,
+    "tracing": 2,
+    "probe": 2,
+    "steer": 2,
+}
 """How often a command is drawn, where that is not 5: some take long."""
 OTHERS = "full readonly vanish interrupt twice".split()
 IMPORTED = "cli.main checkpoint studies.sweep studies.heads studies.circuits".split()
 IMPORTED += "studies.lens studies.attribution studies.knockout studies.probes studies.steering".split()
-IMPORTED += "explanation notice neurons report".split()
+IMPORTED += "studies.faithfulness explanation notice neurons report".split()
 LIMIT = 12 * SECONDS
 """By when a command has ended that nothing befalls."""
 WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC

@@ -194,6 +194,7 @@ def heads(given: Given, sites: list[str], out: Path, corrupt: Corrupt = "image")
 command(app)(lenses.lens)
 command(app)(lenses.attribute)
 command(app)(lenses.edges)
+command(app)(lenses.faithfulness)
 command(app)(lenses.explain)
 
 
