@@ -37,6 +37,7 @@ LINES = {
     "lens": "--model toy-llava --image a.png --prompt what? --sites decoder.*.resid@readout --out out",
     "explain": "--model toy-llava --image a.png --prompt what? --region 0,0,24,24 --out out.html",
     "attribute": "--model toy-llava --data states --limit 1 --sites decoder.*.mlp@readout --out out",
+    "edges": "--model toy-llava --data states --limit 1 --corrupt image --out out",
     "data": "folder --root root --out out.csv",
     "generate": "--model toy-llava --image a.png --prompt what? --edit 'decoder.2.mlp@all scale 0'",
     "report": "run --out out.html",

@@ -57,6 +57,7 @@ COMMANDS = {
     "tracing": f"tracing {TRACED} --limit 2 --repeats 2 --windows 1 --kinds cross --out out",
     "lens": "lens --model toy-llava --data states --limit 2 --sites decoder.*.resid@readout --out out",
     "attribute": "attribute --model toy-llava --data states --limit 3 --sites decoder.*.mlp@last --out out",
+    "edges": "edges --model toy-llava --data states --limit 3 --corrupt image --verify 2 --out out",
     "knockout": f"knockout {EDGE} --limit 3 --out out",
     "steer": f"steer {BLIP} --limit 4 --sites encoder.0.resid@last --random 2 --said 1 --out out",
     "probe": f"probe {TRACED} --limit 24 --sites encoder.0.resid@last --label kind --shuffles 2 --out out",

@@ -242,7 +242,7 @@ def into_folder(
                 _show(writer, task, number)  # before the example is committed: it is not run again
             writer.add(number, result.rows, result.baseline, result.job.sites)
         writer.flush()
-        if jobs or writer.check is None:
+        if jobs or writer.check is None or not (writer.path / "done.json").exists():
             found = check(read_run(out))
             if found is not None:
                 writer.keep_check(found)
