@@ -283,7 +283,7 @@ def test_eap_ig_is_the_mean_over_plain_points(name, in_float64):
     assert np.abs(found.scores - score_edges(model, pair).scores).max() > 1e-3
 
 
-JOINED = ("mplug-owl2", "mllama", "llava-siglip-layers", "qwen3-vl")
+JOINED = ("mplug-owl2", "mllama", "llava-siglip-layers", "granite-vision", "qwen3-vl")
 """Whose vision towers have no one end."""
 VISION = [name for name in MADE if name not in JOINED]
 

@@ -39,6 +39,7 @@ LINES = {
     "attribute": "--model toy-llava --data states --limit 1 --sites decoder.*.mlp@readout --out out",
     "edges": "--model toy-llava --data states --limit 1 --corrupt image --out out",
     "data": "folder --root root --out out.csv",
+    "data inpaint": f"{BLIP} --fill mean --out out.csv",
     "generate": "--model toy-llava --image a.png --prompt what? --edit 'decoder.2.mlp@all scale 0'",
     "report": "run --out out.html",
     "models": "toy-blip",

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from vlmscope.cli.neurons import Shown
-from vlmscope.cli.options import Corrupt, Given, OneModel
+from vlmscope.cli.options import Corrupt, Given, OneModel, Share
 from vlmscope.errors import VlmscopeError, written
 
 
@@ -90,6 +90,7 @@ def explain(
 
 def attribute(
     given: Given,
+    share: Share,
     sites: list[str],
     out: Path,
     corrupt: Corrupt | None = None,
@@ -108,28 +109,26 @@ def attribute(
     from vlmscope.report import claim_report, write_report
     from vlmscope.report.ranking import strongest
     from vlmscope.studies.agreement import lines
-    from vlmscope.studies.attribution import attribute as score
-    from vlmscope.studies.run_folder import read_run
+    from vlmscope.studies.attribution import agreement_of, attributed
     from vlmscope.studies.run_writer import claim
+    from vlmscope.studies.sweep import warn_of_excluded
 
     claim(out)
     claim_report(out / "report.html")
-    table = score(
-        given.load(),
-        given.examples(),
-        sites,
-        corrupt,
-        method=method,
-        direction=direction,
-        metric=metric,
-        verify=verify,
-        steps=steps,
-        word=word,
-        seed=given.seed,
-        out=out,
-        data=given.data,
-    )
-    run = read_run(out)
+    options = {
+        "sites": sites,
+        "corrupt": corrupt,
+        "method": method,
+        "direction": direction,
+        "metric": metric,
+        "verify": verify,
+        "steps": steps,
+        "word": word,
+        "seed": given.seed,
+    }
+    run, _ = share.fill(out, given, attributed, options)
+    warn_of_excluded(run.baselines())
+    table = run.attributions()
     print(f"{len(table):,} scores of {run.ran()} examples in {out}; the largest:")
     is_edge = table["site"].str.contains("<", regex=False)
     best = strongest(table if is_edge.all() else table[~is_edge], 10, "score")[
@@ -137,11 +136,13 @@ def attribute(
     ]
     print(best.to_string(index=False, float_format="{:.3g}".format))
     print(run.check_line(), write_report([out], out / "report.html"), sep="\n")
-    print(*lines(table.attrs.get("agreement", {})), sep="\n", end="\n" if verify else "")
+    if verify:
+        print(*lines(agreement_of(table, run.spec)), sep="\n")
 
 
 def edges(
     given: Given,
+    share: Share,
     corrupt: Corrupt,
     out: Path,
     method: Literal["eap", "eap-ig", "exact"] = "eap",
@@ -157,29 +158,30 @@ def edges(
     example; with --verify agreement.json: how far the scores can be trusted.
     """
     from vlmscope.report import claim_report, write_report
-    from vlmscope.studies.agreement import lines
-    from vlmscope.studies.edges import edges as score
-    from vlmscope.studies.run_folder import read_run
+    from vlmscope.studies.agreement import agreement, lines
+    from vlmscope.studies.edge_tables import by_reader, over_examples
+    from vlmscope.studies.edges import edged
     from vlmscope.studies.run_writer import claim
+    from vlmscope.studies.sweep import warn_of_excluded
 
     claim(out)
     claim_report(out / "report.html")
-    table = score(
-        given.load(),
-        given.examples(),
-        corrupt,
-        method=method,
-        steps=steps,
-        verify=verify,
-        tower=tower,
-        direction=direction,
-        metric=metric,
-        seed=given.seed,
-        out=out,
-        data=given.data,
-    )
-    run = read_run(out)
+    options = {
+        "corrupt": corrupt,
+        "method": method,
+        "steps": steps,
+        "verify": verify,
+        "tower": tower,
+        "direction": direction,
+        "metric": metric,
+        "seed": given.seed,
+    }
+    run, _ = share.fill(out, given, edged, options)
+    warn_of_excluded(run.baselines())
+    each = run.edges()
+    table = over_examples(each)
     print(f"{len(table):,} edges over {run.ran()} examples in {out / 'edges.parquet'}; the largest:")
     print(table.head(10).to_string(index=False, float_format="{:.3g}".format))
     print(run.check_line(), write_report([out], out / "report.html"), sep="\n")
-    print(*lines(table.attrs.get("agreement", {})), sep="\n", end="\n" if verify else "")
+    if verify:
+        print(*lines(agreement(by_reader(each), verify)), sep="\n")

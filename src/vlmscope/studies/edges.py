@@ -34,8 +34,8 @@ from vlmscope.studies.agreement import agreement
 from vlmscope.studies.edge_tables import by_reader, over_examples
 from vlmscope.studies.rows import result_of, run_jobs
 from vlmscope.studies.run_folder import EDGES, Run, parquet_of, typed
-from vlmscope.studies.sweep import ALARM, CHECKED, Direction, checked, into_folder, warn_of_excluded
-from vlmscope.studies.task import Result, Task, Todo, all_jobs, spec_of, task_of
+from vlmscope.studies.sweep import ALARM, CHECKED, Direction, Study, checked, into_folder, warn_of_excluded
+from vlmscope.studies.task import Result, Shard, Task, Todo, all_jobs, spec_of, task_of
 
 Array = NDArray[np.float64]
 MOST = 100_000
@@ -66,6 +66,7 @@ def edges(
     seed: int = 0,
     out: str | os.PathLike[str] | None = None,
     data: str = "examples",
+    shard: Shard | None = None,
 ) -> pd.DataFrame:
     """Which part of a tower feeds which, and how much of the metric goes that way: a row an edge, the largest
     |score| first, means over examples.
@@ -84,10 +85,10 @@ def edges(
     (`studies.agreement`). `attrs["check"]` says how many of these were recomputed by plain forwards, and the
     largest difference.
 
-    `out` and `data` are as in `sweep`; the folder has the edges of each example (`read_run(out).edges()`),
-    and this table in `edges.parquet`. Raises `ModelError` for a tower in which the stream is no sum of
-    writers (post-norm blocks, as BLIP's text towers), `VlmscopeError` for a metric without a gradient,
-    `DataError` if no example can be run, `StoreError` for a folder of another run.
+    `out`, `data` and `shard` are as in `sweep`; the folder has the edges of each example
+    (`read_run(out).edges()`), and this table in `edges.parquet`. Raises `ModelError` for a tower in which the
+    stream is no sum of writers (post-norm blocks, as BLIP's text towers), `VlmscopeError` for a metric without
+    a gradient, `DataError` if no example can be run, `StoreError` for a folder of another run.
 
     >>> import vlmscope
     >>> model, one = vlmscope.load("toy-llava"), vlmscope.examples("states", limit=1)
@@ -96,10 +97,10 @@ def edges(
     (['source', 'target', 'score', 'exact', 'low', 'high'], True)
     """
     own = {"method": method, "verify": verify, "steps": steps, "tower": tower}
-    options = {"direction": direction, "metric": metric, "seed": seed}
+    options = {"direction": direction, "metric": metric, "seed": seed, "shard": shard}
     task = _task_of(model, examples, corrupt, own, options)
     if out is not None:
-        run = into_folder(task, out, _spec_of(task, data), partial(_check_run, task), _scored)
+        run = into_folder(_study_of(task, data), out)
         warn_of_excluded(run.baselines())
         each, found = run.edges(), run.check
     else:
@@ -113,6 +114,31 @@ def edges(
     if verify:
         table.attrs["agreement"] = agreement(by_reader(each), verify)
     return table
+
+
+def edged(
+    model: Model,
+    examples: Examples,
+    corrupt: str | Noise = "image",
+    *,
+    method: Method = "eap",
+    steps: int | None = None,
+    verify: int = 0,
+    tower: str | None = None,
+    direction: Direction = "denoise",
+    metric: str | Metric = "ld",
+    seed: int = 0,
+    shard: Shard | None = None,
+    data: str = "examples",
+) -> Study:
+    """What `edges`, with the same arguments, puts into a folder."""
+    own = {"method": method, "verify": verify, "steps": steps, "tower": tower}
+    options = {"direction": direction, "metric": metric, "seed": seed, "shard": shard}
+    return _study_of(_task_of(model, examples, corrupt, own, options), data)
+
+
+def _study_of(task: EdgeTask, data: str) -> Study:
+    return Study(task, _spec_of(task, data), _scored, partial(_check_run, task))
 
 
 def _task_of(
@@ -215,11 +241,16 @@ def _exact(
 
 
 def _check_run(task: EdgeTask, run: Run) -> dict[str, Any] | None:
-    each = run.edges()
+    write_beside(run)
+    return _check(task, run.baselines(), run.edges())
+
+
+def write_beside(run: Run) -> None:
+    """Write what is made of the whole table: means over examples, and how far they can be trusted."""
+    each, verify = run.edges(), run.spec["verify"]
     files.write(run.path / "edges.parquet", parquet_of(over_examples(each)))
-    if task.verify:
-        files.write_json(run.path / "agreement.json", agreement(by_reader(each), task.verify))
-    return _check(task, run.baselines(), each)
+    if verify:
+        files.write_json(run.path / "agreement.json", agreement(by_reader(each), verify))
 
 
 def _check(task: EdgeTask, base: pd.DataFrame, each: pd.DataFrame) -> dict[str, Any] | None:
