@@ -250,6 +250,11 @@ class Writer:
         still_there(self.path)
         write_json(self.path / "run.json", self._content)
 
+    @property
+    def is_checked(self) -> bool:
+        """Whether what the check has found, and what was made beside it, is of all that is there."""
+        return self.check is not None and (self.path / "done.json").exists()
+
     def finish(self) -> None:
         """Write what waits, and mark the run as finished."""
         self.flush()

@@ -234,7 +234,7 @@ class _Driver:
                 self.work(hand, len(about.numbers))
             else:
                 self.idle.append(hand)
-            if jobs or writer.check is None:
+            if jobs or not writer.is_checked:
                 found = self.checked()
                 if found is not None:
                     writer.keep_check(found)
