@@ -50,6 +50,7 @@ EDGE = "--model toy-llava --data states --sites decoder.1/3.attn@last<image --ch
 EDIT = f"neurons edit {LLAVA} --limit 10 --from red --to blue --solver closed"
 COMMANDS = {
     "sweep": f"sweep {BLIP} --limit 3 --sites encoder.*.cross.h*@answer --check 2 --out out",
+    "merge": "merge ../../inputs/s1 ../../inputs/s2 --out out",
     "circuits": "circuits ../../inputs/a ../../inputs/b --out out",
     "report": "report ../../inputs/a --out out.html",
     "data": "data folder --root ../../inputs/pictures --out new/out.csv",
@@ -86,7 +87,9 @@ OFTEN = {"notice": 1, "edit": 1, "perturb": 1, "heads": 2, "tracing": 2, "probe"
 """How often a command is drawn, where that is not 5: some take long."""
 OTHERS = "full readonly vanish interrupt twice".split()
 IMPORTED = "cli.main checkpoint studies.sweep studies.heads studies.circuits".split()
-IMPORTED += "studies.lens studies.attribution studies.knockout studies.probes studies.steering".split()
+IMPORTED += (
+    "studies.lens studies.attribution studies.knockout studies.merge studies.probes studies.steering".split()
+)
 IMPORTED += "explanation notice neurons report".split()
 LIMIT = 12 * SECONDS
 """By when a command has ended that nothing befalls."""
@@ -215,6 +218,9 @@ class Bench:
         for name, seed in (("a", 0), ("b", 1)):
             words = f"sweep {BLIP} --limit 6 --seed {seed} --sites encoder.*.cross.h*@answer --out {name}"
             self.done(words, inputs)
+        for number in (1, 2):
+            words = f"sweep {BLIP} --limit 3 --sites encoder.*.cross.h*@answer --shard {number}/2 --check 2"
+            self.done(f"{words} --out s{number}", inputs)
 
     def _warm_up(self, name: str) -> None:
         """Run a command in this process, so that no fork has to import what it needs."""

@@ -348,7 +348,7 @@ class _Driver:
         try:
             return self.ray.get(ref)
         except self.ray.exceptions.RayTaskError as error:
-            if isinstance(error.cause, VlmscopeError):
+            if isinstance(error.cause, VlmscopeError | MemoryError):
                 raise error.cause from None
             raise RuntimeError(f"in a worker, {line(str(error.cause), 300)}") from error
 
