@@ -66,6 +66,7 @@ def processor() -> LlavaProcessor:
     )
 
 
+@torch.no_grad()
 def scene_of(model: Model) -> Any:
     """What `maps.exact` reads: a picture, another that lacks the object, and the word that the model says."""
     clean = pair_of(model).clean
@@ -79,6 +80,7 @@ def scene_of(model: Model) -> Any:
     return SimpleNamespace(model=model, pair=pair, words=[Word("", (0, 0), (0,))], first=0, images=Images())
 
 
+@torch.inference_mode()
 def features(model: Model, inputs: Inputs) -> torch.Tensor:
     """What the decoder reads of the picture, by a plain hook."""
     seen: list[torch.Tensor] = []
@@ -89,6 +91,7 @@ def features(model: Model, inputs: Inputs) -> torch.Tensor:
     return seen[0]
 
 
+@torch.inference_mode()
 def timed(model: Model, pair: Pair, other: torch.Tensor, cells: Sequence[int]) -> tuple[float, list[float]]:
     """The median of the seconds of one full forward a cell, and the word's log-probability in each."""
     seconds, found = [], []
@@ -129,8 +132,7 @@ def measure(real: bool, image: Path | None) -> dict[str, Any]:
         for block in bare.blocks("vision"):
             block.self_attn.out_proj.weight *= WEAK  # type: ignore[operator, union-attr]
     model = Model(bare.hf, processor(), bare.name)
-    with torch.inference_mode():
-        result = exact_maps(model, scene_of(model), 0.1 if real else 2e-4)
+    result = exact_maps(model, scene_of(model), 0.1 if real else 2e-4)
     picture = Image.effect_noise((640, 480), 80).convert("RGB") if image is None else Image.open(image)
     start = time.perf_counter()
     found = explain(model, picture, "USER: <image> w10 w20 w30 ASSISTANT:", length=TOKENS)
@@ -161,7 +163,7 @@ def exact_maps(model: Model, said: Any, tolerance: float) -> dict[str, Any]:
     before, one = timed(model, said.pair, other, sample[::2])
     seconds, effects, base = every_cell(model, said)
     start = time.perf_counter()
-    some = maps.exact(said, "noise", PATCHES)
+    some = maps.exact(said, "noise", PATCHES, hints=np.abs(maps.estimate(said, "noise")))
     sync(model)
     coarse = time.perf_counter() - start
     after, two = timed(model, said.pair, other, sample[1::2])

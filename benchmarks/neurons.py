@@ -1,7 +1,7 @@
 """Neurons: what finding them costs, what happens to words without them, and how well edits take.
 
-    python benchmarks/neurons.py [--part cost|concepts|edits|hallucination] [--pictures 210] [--pairs 10]
-        [--threads 2] [--out FILE.json]
+    python benchmarks/neurons.py [--part cost|concepts|edits|hallucination|unsaid] [--pictures 210]
+        [--pairs 10] [--threads 2] [--out FILE.json]
 
 - *cost*: on LLaVA-1.5's layout (as `benchmarks/llava.py`, random weights, float32) one generation of 20
   tokens alone, with the neurons of all its words found on the way, and gradient × activation of the same
@@ -15,6 +15,8 @@
   the concept; undone bit for bit; then all of them one after the other.
 - *hallucination*: pictures whose objects are half hidden, the object that is named falsely most often, its
   word suppressed there: CHAIR and POPE before and after, and what else has changed.
+- *unsaid*: words that are not to be said, as sensitive ones are not, suppressed on pictures that show what
+  they name: how often they still are, beside the same edits of random columns, and what else has changed.
 
 The last line is JSON.
 """
@@ -281,9 +283,28 @@ def falsely(pictures: int, pairs: int) -> dict[str, Any]:
     return result
 
 
+# -- words that are not to be said ---------------------------------------------------------------
+
+UNSAID = ("heart", "purple", "angry")
+
+
+def unsaid(pictures: int, pairs: int) -> dict[str, Any]:
+    model, result = load("toy-llava", device="cpu"), {}
+    made_on, others = held_out(pictures, 0), held_out(max(20, pictures // 2), 77)
+    for word in UNSAID:
+        edit = neurons.edit(model, made_on, word, None, prompt=ASK)
+        columns = neurons.random_columns(model, edit)
+        null = neurons.edit(model, made_on, word, None, prompt=ASK, neurons=columns)
+        card = neurons.describe_edit(model, edit, others, null=null, prompts=[ASK, OTHERWISE], names=())
+        table = card.measures.set_index("measure")[["value", "before", "random", "n"]]
+        result[word] = {"columns": len(edit.neurons), "measures": table.to_dict("index")}
+        print(json.dumps({word: result[word]}), flush=True)
+    return result
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    run = {"cost": cost, "concepts": concept, "edits": edits, "hallucination": falsely}
+    run = {"cost": cost, "concepts": concept, "edits": edits, "hallucination": falsely, "unsaid": unsaid}
     parser.add_argument("--part", choices=list(run), action="append")
     parser.add_argument("--pictures", type=int, default=210, help="of each set")
     parser.add_argument("--pairs", type=int, default=len(PAIRS))

@@ -31,8 +31,10 @@ from scipy.stats import spearmanr
 from vlmscope.data import BUILT_IN
 from vlmscope.notice import default_sites
 from vlmscope.studies import circuits
+from vlmscope.studies.plan import estimate
 from vlmscope.studies.run_folder import read_run
-from vlmscope.studies.sweep import estimate, sweep_to
+from vlmscope.studies.sweep import sweep_to
+from vlmscope.studies.task import task_of
 
 
 def pipeline(limit: int, out: Path) -> tuple[float, float]:
@@ -100,7 +102,7 @@ def base(folder: Path) -> dict[str, float]:
     one = photographs(folder)
     examples = [replace(one, id=f"e{n}") for n in range(1500)]
     sites = default_sites(model)
-    said = estimate(model, examples, sites, "image")
+    said = estimate(task_of(model, examples, sites, "image"))
     start = time.perf_counter()
     run = sweep_to(folder / "run", model, examples[:2], sites, "image")
     seconds = (time.perf_counter() - start) / 2 * 1500

@@ -925,3 +925,21 @@ def test_probes_on_the_command_line(run, tmp_path):
         run("probe", *words, "--sites", "encoder.1.resid@last", "--out", tmp_path / "x"),
         "no example has a 'kond'; expected one of answer, foil, shows, kind",
     )
+
+
+def test_shards_from_the_command_line(run, tmp_path, monkeypatch):
+    """Run out of order, merged, and the same table as in one go; a shard that is none is refused."""
+    monkeypatch.chdir(tmp_path)
+    assert run(*SWEEP, *SITES, "--out", "whole")[0] == 0
+    for which in (2, 1):
+        status, said, _ = run(*SWEEP, *SITES, "--shard", f"{which}/2", "--out", f"s{which}")
+        assert status == 0 and "12 patches of 1 examples in s" in said and "folder holds" not in said
+    refused(run("merge", "s1", "--out", "merged"), "1 of 2 shards are missing: 2/2")
+    status, said, _ = run("merge", "s1", "s2", "--out", "merged")
+    assert status == 0 and said.startswith("24 rows of 2 examples, from 2 shards, in merged\nchecked: 10 ")
+    tables = [vlmscope.read_run(name).effects() for name in ("whole", "merged")]
+    assert tables[0].equals(tables[1])
+    for text in ("3/2", "0/2", "1", "1/2/3", "1.0/2", "a/b", "1/99999999"):
+        refused(run(*SWEEP, *SITES, "--shard", text, "--out", "x"), f"--shard is '{text}'; expected I/N")
+    refused(run(*SWEEP, *SITES, "--shard", "1/3", "--out", "x"), "2 examples do not make 3 shards")
+    assert not Path("x").exists()

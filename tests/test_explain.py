@@ -307,18 +307,23 @@ def test_units_are_a_partition(rows, columns):
 
 
 def test_groups_that_matter_are_split():
-    """The smallest set that makes up all but 5 % of each word's effects, the strongest first."""
+    """The smallest set that makes up all but 5 % of each word's effects, the strongest first; what cancels in
+    a group is as much as its cells are expected to do."""
     units = [maps.Unit(0, 0, 2, 2), maps.Unit(0, 2, 2, 2), maps.Unit(2, 0, 2, 2), maps.Unit(2, 2, 1, 1)]
     effects = np.array([[10.0, 0.0], [-9.0, 0.01], [0.4, 3.0], [100.0, 0.0]])
 
-    def split(effects, patches, rounding=0.0):
-        return maps.chosen(units, maps.shares_of(effects, rounding), patches)
+    def split(effects, patches, rounding=0.0, hints=0.0):
+        sizes = maps.sizes_of(units, effects, rounding, np.full(effects.shape, hints))
+        return maps.chosen(units, maps.shares_of(sizes), patches)
 
     assert split(effects, 100) == [2, 0, 1]
     assert split(effects, 8) == [2, 0] and split(effects, 3) == []
     assert split(effects, 100, rounding=5.0) == [0, 1], "the second word has nothing but rounding"
     assert split(effects[:, :1] * [[1], [1], [1], [100]], 100) == []
     assert split(np.zeros((4, 1)), 100) == []
+    assert split(effects[:, :1] * [[1], [1], [1], [0]], 100) == [0, 1]
+    assert split(effects[:, :1] * [[1], [1], [1], [0]], 100, hints=9.5) == [0, 1, 2]
+    assert split(np.array([[0.0], [0.0], [0.0], [9.0]]), 100, hints=4.0) == [0, 1, 2], "cells are known"
 
 
 @pytest.fixture(scope="module")
@@ -356,7 +361,14 @@ def test_coarse_to_fine_finds_the_same_cells(toy, whole):
     assert best[0] == best[1] and min(best[0][0]) >= 3, "and it is where the object is"
     own = some.cells[some.cells["word"] == word]
     inside = (own["rows"] * own["columns"] > 1).to_numpy()
-    left = own["exact"].abs()[inside].sum() / own["exact"].abs().sum()
+    known = whole.cells[whole.cells["word"] == word].set_index(["row", "column"])["gradient"].abs()
+    sizes = [
+        max(abs(u.exact), known.loc[u.row : u.row + u.rows - 1, u.column : u.column + u.columns - 1].sum())
+        if u.rows * u.columns > 1
+        else abs(u.exact)
+        for u in own.itertuples()
+    ]
+    left = np.array(sizes)[inside].sum() / sum(sizes)
     assert some.words["left"][word] == pytest.approx(left) and whole.words["left"].eq(0).all()
     text = some.page()
     assert f"{some.about['alone']} of 36 cells were examined one by one" in text

@@ -168,6 +168,14 @@ def test_an_answer_that_never_ends(copy):
         load(copy)
 
 
+def test_an_answer_that_ends_elsewhere(copy):
+    config = json.loads((copy / "config.json").read_text())
+    config["text_config"]["sep_token_id"] = 0
+    (copy / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ModelError, match="ends an answer with sep_token_id 0, the tokenizer with 3; save"):
+        load(copy)
+
+
 def test_a_norm_that_leaves_nothing(copy):
     config = json.loads((copy / "config.json").read_text())
     config["text_config"]["layer_norm_eps"] = 1.5

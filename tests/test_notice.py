@@ -23,8 +23,10 @@ from vlmscope.checkpoint import load
 from vlmscope.errors import DataError, StoreError, VlmscopeError
 from vlmscope.notice import Spec
 from vlmscope.studies import circuits
+from vlmscope.studies.plan import estimate
 from vlmscope.studies.run_folder import read_run
-from vlmscope.studies.sweep import estimate, sweep, sweep_to
+from vlmscope.studies.sweep import sweep, sweep_to
+from vlmscope.studies.task import task_of
 
 SMALL = Spec("toy-blip", ("states", "faces"), limit=14, function_examples=6, device="cpu")
 pytestmark = pytest.mark.filterwarnings("ignore:.*fewer than 10 can hardly show anything")
@@ -125,6 +127,7 @@ def test_modules_and_heads_at_every_token(done):
         assert kinds["encoder", kind, True] == 12 * tokens and kinds["decoder", kind, True] == 12
 
 
+@pytest.mark.slow
 def test_killed_at_random_moments_it_ends_with_the_same_tables(done, tmp_path):
     wanted = tables(done[0])
     spec = tmp_path / "spec.toml"
@@ -266,7 +269,7 @@ def test_the_estimate_is_near(done):
     from vlmscope.data import examples
 
     given = examples("faces", limit=8)
-    one = estimate(model, given, notice.default_sites(model), "image")
+    one = estimate(task_of(model, given, notice.default_sites(model), "image"))
     effects = read_run(done[0] / "runs" / "faces-image").effects()
     assert one.patches == len(effects[effects["example"] == effects["example"][0]])
     size = sum(p.stat().st_size for p in (done[0] / "runs" / "faces-image" / "effects").iterdir())

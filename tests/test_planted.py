@@ -113,6 +113,7 @@ def test_heads_are_called_what_they_were_planted_to_be(planted):
     assert not any(found["decoys_named"])
 
 
+@pytest.mark.slow
 def test_labels_do_not_turn_on_sharpness():
     found = measures.at_sharpness(Recipe("D", 1, effect=EFFECT, noise=0.3), (1.0, 16.0))
     assert all(len(set(labels)) == 1 for labels in found.values()), found

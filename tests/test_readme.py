@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import re
+import shlex
 from pathlib import Path
 
 import pytest
@@ -29,6 +30,7 @@ def test_the_python_of_the_tutorial_runs(tmp_path, monkeypatch, capsys):
     assert (tmp_path / "runs" / "faces" / "report.html").exists()
 
 
+@pytest.mark.slow
 def test_the_python_of_the_tutorial_on_neurons_runs(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     tutorial = (Path(__file__).parent.parent / "docs" / "neurons.md").read_text("utf-8")
@@ -85,6 +87,17 @@ def test_the_python_of_the_page_on_steering_runs(tmp_path, monkeypatch, capsys):
     assert (tmp_path / "direction" / "direction.safetensors").exists()
 
 
+def test_the_python_of_the_page_on_data_runs(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    page = (Path(__file__).parent.parent / "docs" / "data.md").read_text("utf-8")
+    made, *others = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    exec(compile(made, "data.md", "exec"), {})
+    assert re.match(r"\d+ pairs of 8 that were tried", capsys.readouterr().out)
+    assert (tmp_path / "pairs.csv").exists()
+    for block in others if importlib.util.find_spec("datasets") else ():
+        exec(compile(block, "data.md", "exec"), {})
+
+
 def test_the_python_of_the_page_on_information_flow_runs(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     page = (Path(__file__).parent.parent / "docs" / "information-flow.md").read_text("utf-8")
@@ -95,7 +108,8 @@ def test_the_python_of_the_page_on_information_flow_runs(tmp_path, monkeypatch, 
 
 
 @pytest.mark.parametrize(
-    ("page", "benchmark"), [("information-flow", "information_flow"), ("explain", "pointing")]
+    ("page", "benchmark"),
+    [("information-flow", "information_flow"), ("explain", "pointing"), ("data", "inpainting")],
 )
 def test_the_tables_of_a_page_are_those_that_were_measured(page, benchmark):
     root = Path(__file__).parent.parent
@@ -122,7 +136,7 @@ def test_the_specification_of_the_tutorial_is_one(tmp_path):
 
 @pytest.mark.parametrize(
     "command",
-    "demo sweep knockout report models notice tracing circuits heads lens explain attribute data "
+    "demo sweep plan merge knockout report models notice tracing circuits heads lens explain attribute data "
     "neurons".split(),
 )
 def test_the_commands_of_the_readme_exist(command):
@@ -132,3 +146,38 @@ def test_the_commands_of_the_readme_exist(command):
 
     assert f"vlmscope {command}" in README
     assert command in get_command(app).commands
+
+
+def test_the_commands_of_the_page_on_clusters_run(tmp_path, monkeypatch, capsys):
+    """But for those that need Ray or SLURM; and its Python."""
+    from vlmscope.cli.main import app
+
+    monkeypatch.chdir(tmp_path)
+    page = (Path(__file__).parent.parent / "docs" / "cluster.md").read_text("utf-8")
+    lines = "".join(re.findall(r"```sh\n(.*?)```", page, re.DOTALL)).splitlines()
+    plain = [line for line in lines if line.startswith("vlmscope") and "--workers" not in line]
+    for line in plain:
+        app(shlex.split(line)[1:], standalone_mode=False)
+    assert [line.split()[1] for line in plain] == ["plan", "sweep", "sweep", "merge"]
+    assert (tmp_path / "jobs.sh").exists()
+    (block,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    exec(compile(block, "cluster.md", "exec"), {})
+    said = capsys.readouterr().out
+    assert "each of 2 shards: " in said and "72 patches of 6 examples; checked: 10 random rows" in said
+
+
+def test_the_costs_of_the_page_on_clusters_follow_from_what_was_measured():
+    root = Path(__file__).parent.parent
+    page = (root / "docs" / "cluster.md").read_text("utf-8")
+    base, blip = (
+        json.loads((root / "benchmarks" / "results" / f"{name}-cpu.json").read_text("utf-8"))
+        for name in ("notice", "blip")
+    )
+    each, size = base["base"]["estimated_hours"] / 1500, base["base"]["estimated_gb"] / 1500
+    one = blip["resid"]["seconds"] / blip["resid"]["sites"]
+    notice, patches = 13_000 * each, 12 * 4 * 9 * 3 + 12 * 4 * 2 * 3
+    tracing = 100 * 10 * patches * one / 3600
+    assert f"({3600 * each:.1f} s for the 3,360 patches" in page and f"({1000 * one:.1f} ms a patch" in page
+    assert f"| {notice:.0f} h | {notice / 8:.1f} h | {notice / 64:.1f} h | {13_000 * size:.1f} GB |" in page
+    assert f"{patches:,} patches each" in page
+    assert f"| {tracing:.1f} h | {tracing / 8:.1f} h | {tracing / 64:.1f} h |" in page

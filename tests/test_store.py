@@ -21,7 +21,7 @@ from PIL import Image
 from vlmscope.errors import ExampleError, StoreError
 from vlmscope.studies import run_writer
 from vlmscope.studies.run_folder import BASELINES, EFFECTS, read_run
-from vlmscope.studies.run_writer import open_run
+from vlmscope.studies.run_writer import add_pictures, open_run
 
 SPEC = {"model": "toy", "seed": 0, "corrupt": {"kind": "image"}, "sites": ["encoder.*.resid@*"]}
 
@@ -407,10 +407,10 @@ def test_pictures_are_kept_small_and_come_back(tmp_path: Path) -> None:
         "roles": {"answer": (1, 2)},
     }
     with open_run(tmp_path / "run", SPEC) as run:
-        run.add_pictures(12, example)
-        run.add_pictures(3, {"id": "b", "answer": "x"})
+        add_pictures(run.path, 12, example)
+        add_pictures(run.path, 3, {"id": "b", "answer": "x"})
         with pytest.raises(ExampleError, match=r"run.json: not an image"):
-            run.add_pictures(4, {"id": "b", "clean_image": tmp_path / "run/run.json"})
+            add_pictures(run.path, 4, {"id": "b", "clean_image": tmp_path / "run/run.json"})
     first, second = read_run(tmp_path / "run").pictures()
     assert first == {"index": 3, "id": "b", "answer": "x"} | dict.fromkeys(("clean_image", "corrupt_image"))
     assert (second["index"], second["id"]) == (12, "a/../b")

@@ -24,9 +24,9 @@ from vlmscope.models.inputs import Edit
 from vlmscope.patching import engine
 from vlmscope.runs.corrupt import Noise
 from vlmscope.sites import Pattern
+from vlmscope.studies import sweep as sweeping
 from vlmscope.studies import task
 from vlmscope.studies.run_folder import BASELINES, EFFECTS
-from vlmscope.studies.run_writer import Writer
 from vlmscope.studies.sweep import baselines, sweep
 
 SITES = ["encoder.*.cross.h*@answer", "encoder.*.resid@*"]
@@ -269,14 +269,14 @@ def test_a_folder_goes_on_where_it_stopped_and_ends_with_the_same_table(tmp_path
 def test_pictures_are_there_when_an_example_is_done(tmp_path, monkeypatch):
     """Stopped as its pictures are kept, an example is run again, so that they are not lost."""
     sweep(blip(), several(), SITES, out=tmp_path / "whole")
-    honest = Writer.add_pictures
+    honest = sweeping.add_pictures
 
-    def stop(writer, index, given):
+    def stop(folder, index, given):
         if index == 1:
             raise KeyboardInterrupt
-        honest(writer, index, given)
+        honest(folder, index, given)
 
-    monkeypatch.setattr(Writer, "add_pictures", stop)
+    monkeypatch.setattr(sweeping, "add_pictures", stop)
     with pytest.raises(KeyboardInterrupt):
         sweep(blip(), several(), SITES, out=tmp_path / "run")
     assert len(vlmscope.read_run(tmp_path / "run").baselines()) == 1
@@ -399,6 +399,7 @@ def test_the_weights_fingerprint_is_computed_once_and_follows_changes(monkeypatc
     assert model.fingerprint() != changed
 
 
+@pytest.mark.slow
 def test_a_run_that_is_killed_at_any_moment(tmp_path):
     """SIGKILL at several moments, then once to the end: the table of an undisturbed run."""
     command = [

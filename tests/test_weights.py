@@ -216,6 +216,7 @@ def test_suppressed(toy):
     assert found["locality"] >= 0.9
 
 
+@pytest.mark.slow
 def test_learned(toy):
     edit = neurons.edit(toy, held_out(12, 0), "happy", "sad", prompt=ASK, neurons=30, solver="learned")
     measures, _ = neurons.assess(toy, [edit], held_out(15, 5), "happy", "sad", prompts=[ASK])

@@ -27,7 +27,9 @@ _NAMES = {
     "studies.attribution": "attribute",
     "studies.faithfulness": "faithfulness",
     "studies.lens": "lens",
+    "studies.inpainting": "inpaint",
     "studies.knockout": "knockout",
+    "studies.merge": "merge",
     "studies.run_folder": "read_run",
     "results": "open",
     "studies.probes": "probe",
@@ -61,8 +63,10 @@ if TYPE_CHECKING:  # what a type checker sees
     from vlmscope.sites import Site as Site
     from vlmscope.studies.attribution import attribute as attribute
     from vlmscope.studies.faithfulness import faithfulness as faithfulness
+    from vlmscope.studies.inpainting import inpaint as inpaint
     from vlmscope.studies.knockout import knockout as knockout
     from vlmscope.studies.lens import lens as lens
+    from vlmscope.studies.merge import merge as merge
     from vlmscope.studies.probes import probe as probe
     from vlmscope.studies.run_folder import read_run as read_run
     from vlmscope.studies.steering import steer as steer

@@ -40,7 +40,7 @@ LONGEST_NAME = 200
 _PLAIN_NAME = re.compile(r"[\w@+][\w .,@+()-]*(?<![ .])")
 _FORMULA, _NUMBER = re.compile(r"'*[=+\-@\t\r]"), re.compile(r"[+-]?[0-9]+(\.[0-9]+)?")
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-_WAIT = 10.0  # seconds for another writer in the same folder
+_WAIT = 10.0  # seconds for another writer
 
 
 def regular(
@@ -282,15 +282,15 @@ def from_text(cell: Any) -> Any:
     return cell[1:] if isinstance(cell, str) and cell[:1] == "'" and _FORMULA.match(cell) else cell
 
 
-def write(file: Path, content: bytes, ends: Path | None = None) -> None:
+def write(file: Path, content: bytes | Path, ends: Path | None = None) -> None:
     """Write a whole file or nothing: readers never see half of one, a power cut included.
 
-    `ends` is a file that is no longer true then; it is removed right before.
+    `content` may be a file on the same disk, which is moved; `ends`, no longer true then, is removed before.
     """
     if file.exists() and not file.is_file():
         raise StoreError(f"{file}: is no file; choose another --out")
     with _folders(file.parent, ()), storing(file), locked(file.parent):
-        temporary = _put(file, content)
+        temporary = content if isinstance(content, Path) else _put(file, content)
         with _undone([(temporary, file)]):
             if ends is not None:
                 ends.unlink(missing_ok=True)

@@ -41,6 +41,7 @@ LINES = {
     "faithfulness": "--model toy-llava --data states --limit 4 --scores scores.json --outside zero --draws 1 "
     "--out out",
     "data": "folder --root root --out out.csv",
+    "data inpaint": f"{BLIP} --fill mean --out out.csv",
     "generate": "--model toy-llava --image a.png --prompt what? --edit 'decoder.2.mlp@all scale 0'",
     "report": "run --out out.html",
     "models": "toy-blip",

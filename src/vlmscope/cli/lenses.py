@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from vlmscope.cli.neurons import Shown
-from vlmscope.cli.options import Corrupt, Given, OneModel
+from vlmscope.cli.options import Corrupt, Given, OneModel, Share
 from vlmscope.errors import VlmscopeError, written
 
 
@@ -90,6 +90,7 @@ def explain(
 
 def attribute(
     given: Given,
+    share: Share,
     sites: list[str],
     out: Path,
     corrupt: Corrupt | None = None,
@@ -108,28 +109,26 @@ def attribute(
     from vlmscope.report import claim_report, write_report
     from vlmscope.report.ranking import strongest
     from vlmscope.studies.agreement import lines
-    from vlmscope.studies.attribution import attribute as score
-    from vlmscope.studies.run_folder import read_run
+    from vlmscope.studies.attribution import agreement_of, attributed
     from vlmscope.studies.run_writer import claim
+    from vlmscope.studies.sweep import warn_of_excluded
 
     claim(out)
     claim_report(out / "report.html")
-    table = score(
-        given.load(),
-        given.examples(),
-        sites,
-        corrupt,
-        method=method,
-        direction=direction,
-        metric=metric,
-        verify=verify,
-        steps=steps,
-        word=word,
-        seed=given.seed,
-        out=out,
-        data=given.data,
-    )
-    run = read_run(out)
+    options = {
+        "sites": sites,
+        "corrupt": corrupt,
+        "method": method,
+        "direction": direction,
+        "metric": metric,
+        "verify": verify,
+        "steps": steps,
+        "word": word,
+        "seed": given.seed,
+    }
+    run, _ = share.fill(out, given, attributed, options)
+    warn_of_excluded(run.baselines())
+    table = run.attributions()
     print(f"{len(table):,} scores of {run.ran()} examples in {out}; the largest:")
     is_edge = table["site"].str.contains("<", regex=False)
     best = strongest(table if is_edge.all() else table[~is_edge], 10, "score")[
@@ -137,7 +136,8 @@ def attribute(
     ]
     print(best.to_string(index=False, float_format="{:.3g}".format))
     print(run.check_line(), write_report([out], out / "report.html"), sep="\n")
-    print(*lines(table.attrs.get("agreement", {})), sep="\n", end="\n" if verify else "")
+    if verify:
+        print(*lines(agreement_of(table, run.spec)), sep="\n")
 
 
 def faithfulness(

@@ -29,8 +29,16 @@ def set_up(model: str | None) -> None:
     import torch
 
     if "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(1 if _is_small(model) else min(torch.get_num_threads(), cores()))
+        torch.set_num_threads(min(torch.get_num_threads(), threads(model)))
     keep_freed_memory()
+
+
+def threads(model: str, workers: int = 1) -> int:
+    """How many threads each of several processes with this model has use for."""
+    given = os.environ.get("OMP_NUM_THREADS", "")
+    if given.isdecimal():
+        return max(1, int(given))
+    return 1 if _is_small(model) else max(1, cores() // workers)
 
 
 def cores() -> int:

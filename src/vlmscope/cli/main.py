@@ -11,12 +11,13 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from vlmscope.cli import lenses, machine, neurons, steering, terminal
-from vlmscope.cli.options import Corrupt, DType, Given, Noise, OneModel, command
+from vlmscope.cli import lenses, machine, neurons, steering, sweeps, terminal
+from vlmscope.cli.options import Corrupt, DType, Given, Group, Noise, OneModel, command
 from vlmscope.errors import VlmscopeError, shown
 
 app = typer.Typer(
     name="vlmscope",
+    cls=Group,
     help="Which part of a vision-language model carries the evidence to its answer?",
     no_args_is_help=True,
     add_completion=False,
@@ -57,116 +58,10 @@ def demo(out: Path = Path("vlmscope-demo"), limit: int = 20) -> None:
     run(Spec("toy-blip", BUILT_IN, limit=limit, device="cpu"), out, print)
 
 
-@command(app)
-def sweep(
-    given: Given,
-    sites: list[str],
-    out: Path,
-    corrupt: Corrupt | None = None,
-    metric: Literal["ld", "p", "logprob", "kl"] = "ld",
-    patch: Literal["clean", "zero", "mean", "resample"] = "clean",
-    source: str | None = None,
-    direction: Literal["denoise", "noise"] = "denoise",
-    engine: Literal["fast", "reference"] = "fast",
-    noise: Noise = "multiply",
-    noise_at: Literal["image", "text"] = "image",
-    noise_scale: float | None = None,
-    draws: int = 10,
-    check: int = 5,
-    screen: Literal["atp"] | None = None,
-    top: int | None = None,
-) -> None:
-    """Patch every site of every example, into a run folder.
-
-    With --screen only those that a gradient finds, and some others that say what it missed.
-    """
-    from vlmscope.runs import corrupt as corruptions
-    from vlmscope.studies.known import knows
-    from vlmscope.studies.sweep import sweep_to, warn_of_excluded
-
-    if corrupt != "noise" and noise_scale is not None:
-        raise VlmscopeError("--noise-scale is of noise; leave it out, or take --corrupt noise")
-    how = corruptions.Noise(noise, noise_at, noise_scale, draws) if corrupt == "noise" else corrupt
-    options: dict[str, Any] = {
-        "direction": direction,
-        "engine": engine,
-        "metric": metric,
-        "patch": patch,
-        "source": source,
-        "check": check,
-        "seed": given.seed,
-        "data": given.data,
-    }
-    if top is not None and screen is None:
-        raise VlmscopeError("--top is of a screen; name one (--screen atp), or leave it out")
-    if screen and (patch != "clean" or source is not None or engine != "fast" or how is None):
-        raise VlmscopeError(
-            "--screen ranks patches of the other run's activations: name --corrupt, and leave --patch, "
-            "--from and --engine out"
-        )
-    model, examples = given.load(), given.examples()
-    if screen and how is not None:
-        run = _screened(out, model, examples, sites, how, top, options)
-    else:
-        run = sweep_to(out, model, examples, sites, how, **options)
-    warn_of_excluded(run.baselines())
-    print(f"{run.patches():,} patches of {run.ran()} examples in {out}")
-    print(*knows(run.baselines()).lines(), run.check_line(), *_more(run, len(examples)), sep="\n")
-
-
-def _screened(
-    out: Path, model: Any, examples: Any, sites: list[str], how: Any, top: int | None, options: dict[str, Any]
-) -> Any:
-    from vlmscope.studies.screen import TOP, lines, missed, screen_to
-
-    own = {name: options[name] for name in ("direction", "metric", "check", "seed", "data")}
-    run = screen_to(out, model, examples, sites, how, top=TOP if top is None else top, **own)
-    print(*lines(missed(run)), sep="\n")
-    return run
-
-
-@command(app)
-def knockout(
-    given: Given,
-    sites: list[str],
-    out: Path,
-    how: Literal["block", "zero"] = "block",
-    metric: Literal["ld", "p", "logprob", "kl"] = "ld",
-    engine: Literal["fast", "reference"] = "fast",
-    check: int = 5,
-) -> None:
-    """Cut edges of attention, one at a time, into a run folder.
-
-    What some positions no longer read of others, in windows of layers: the flow of information.
-    """
-    from vlmscope.studies.knockout import knockout_to
-    from vlmscope.studies.known import knows
-    from vlmscope.studies.sweep import warn_of_excluded
-    from vlmscope.studies.tables import flow_table, is_edge
-
-    options: dict[str, Any] = {"engine": engine, "metric": metric, "check": check, "data": given.data}
-    model, examples = given.load(), given.examples()
-    run = knockout_to(out, model, examples, sites, how, **options)
-    base = run.baselines()
-    warn_of_excluded(base)
-    print(f"{run.patches():,} knock-outs in {run.ran()} examples in {out}")
-    effects = run.effects()
-    if is_edge(effects).any():  # and not sums of edges alone
-        print("P(answer) is changed most where")
-        flow = flow_table(effects)
-        most = flow["mean"].abs().groupby([flow["tower"], flow["kind"], flow["edge"]], sort=False).idxmax()
-        for row in flow.loc[most].head(15).itertuples():
-            unit = f" {row.unit}" if row.unit else ""
-            window = f", window of {row.window}" if row.window > 1 else ""
-            place = f"{row.tower} layer {row.layer} {row.kind}{unit}{window}"
-            print(f"  {row.edge} is cut in {place}: {row.mean:+.1%} ({row.n} examples)")
-    print(*knows(base).lines(), run.check_line(), *_more(run, len(examples)), sep="\n")
-
-
-def _more(run: Any, asked: int) -> list[str]:
-    """A line, where a folder holds examples of an earlier command that asked for more."""
-    held = len(run.baselines())
-    return [f"the folder holds {held} examples (this command asked for {asked})"] if held > asked else []
+command(app)(sweeps.sweep)
+command(app, like="sweep")(sweeps.plan)
+command(app)(sweeps.merge)
+command(app)(sweeps.knockout)
 
 
 @dataclass(kw_only=True)
@@ -181,6 +76,7 @@ class Changes:
     position: str | None = None
     dtype: DType | None = None
     device: str | None = None
+    columns: str | None = None
 
 
 @command(app)
@@ -248,7 +144,7 @@ def tracing(
             f"{row.restored:.1%} ({row.n} examples{spread})"
         )
     print(f"{len(table):,} rows in {out / 'tracing.parquet'}; {write_report([out], out / 'report.html')}")
-    for text in _more(first, len(examples)):
+    for text in sweeps.more(first, len(examples)):
         print(text)
 
 
@@ -336,6 +232,43 @@ def data(
         built = build(name, root, limit=limit, seed=seed, pieces=pieces, download=download, progress=fetched)
     write_csv(out, built.examples)
     print(f"{built.summary()}\n{out}")
+
+
+@command(app, "data inpaint")
+def inpaint(
+    given: Given,
+    out: Path,
+    fill: Literal["mean", "blur", "shuffle"] | None = None,
+    pipeline: str | None = None,
+    prompt: str | None = None,
+    steps: int | None = None,
+    mask: str | None = None,
+) -> None:
+    """Make the corrupt pictures of a contrast set.
+
+    What the mask or box of each example shows is replaced; kept are pairs after which the model answers
+    otherwise. Says how many were tried, and why others were left out.
+    """
+    from vlmscope.checkpoint import Inpainter
+    from vlmscope.studies.inpainting import check_out
+    from vlmscope.studies.inpainting import inpaint as make
+
+    check_out(out)
+    if pipeline is None and (prompt is not None or steps is not None):
+        raise VlmscopeError("--prompt and --steps are of a pipeline; name one with --with, or leave them out")
+    model, examples = given.load(), given.examples()
+    made = make(
+        model,
+        examples,
+        out,
+        fill=fill,
+        pipeline=None if pipeline is None else Inpainter(pipeline, steps=steps, device=given.device),
+        prompt=prompt or "{foil}",
+        mask=mask,
+        seed=given.seed,
+        data=given.data,
+    )
+    print(f"{made.summary()}\n{out}")
 
 
 @command(app)

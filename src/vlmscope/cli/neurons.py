@@ -28,13 +28,14 @@ class Shown(OneModel):
     prompt: str | None = None
     limit: int | None = None
     seed: int = 0
+    columns: str | None = None
 
     def examples(self) -> list[Any]:
         from vlmscope.data import examples
         from vlmscope.data.example import Example
 
         if self.data is not None and self.image is None:
-            return examples(self.data, limit=self.limit, seed=self.seed)
+            return examples(self.data, limit=self.limit, seed=self.seed, columns=self.columns)
         if self.image is None or self.data is not None:
             raise VlmscopeError("give either --image or --data")
         if self.prompt is None:

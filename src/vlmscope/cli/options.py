@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 import typer
-from typer.core import TyperCommand
+from typer.core import TyperCommand, TyperGroup
 
 from vlmscope.cli import machine
 from vlmscope.errors import LARGEST, MOST, VlmscopeError, nearest, number, shown, whole, written
@@ -46,22 +46,84 @@ class Given(OneModel):
     data: str
     limit: int | None = None
     seed: int = 0
+    columns: str | None = None
 
     def examples(self) -> list[Any]:
         from vlmscope.data import examples
 
-        return examples(self.data, limit=self.limit, seed=self.seed)
+        return examples(self.data, limit=self.limit, seed=self.seed, columns=self.columns)
+
+    def others(self, data: str | None) -> list[Any] | None:
+        """Those of another option; `columns` are also of these, where they have such names at all."""
+        from vlmscope.data import examples
+
+        if data is None:
+            return None
+        columns = self.columns if data.startswith("hf://") else None
+        return examples(data, limit=self.limit, seed=self.seed, columns=columns)
 
 
-def command(app: typer.Typer) -> Callable[[Callable[..., None]], Callable[..., None]]:
+@dataclass(kw_only=True)
+class Share:
+    """The options of a command that fills a run folder: how much of it, and with how many processes."""
+
+    shard: str | None = None
+    workers: int | None = None
+    ray: str | None = None
+
+    def fill(
+        self, out: Path, given: Given, study: Callable[..., Any], options: dict[str, Any]
+    ) -> tuple[Any, int]:
+        """Put what `study` makes of model, examples and options into a folder: the run, and how many examples
+        it was asked for."""
+        from vlmscope.studies.sweep import into_folder
+
+        shard = None if self.shard is None else _shard(self.shard)
+        options = {**options, "shard": shard, "data": given.data}
+        if self.workers is None and self.ray is None:
+            made = study(given.load(), given.examples(), **options)
+            return into_folder(made, out), len(made.task.numbers)
+        from vlmscope.studies.workers import Order, spread
+
+        threads = machine.threads(given.model, self.workers or 1) if self.ray is None else 1
+        order = Order(given, study, options)
+        return spread(out, order, workers=self.workers, address=self.ray, threads=threads)
+
+
+def _shard(text: str) -> tuple[int, int]:
+    numbers = [written(word) for word in text.split("/")]
+    if len(numbers) == 2 and all(isinstance(each, int) for each in numbers):
+        which, many = int(numbers[0]), int(numbers[1])
+        if 1 <= which <= many <= MOST:
+            return which, many
+    raise VlmscopeError(f"--shard is {shown(text)}; expected I/N, I from 1 to N, such as 1/4")
+
+
+def typed(group: Any, name: str) -> list[str]:
+    """The words that make a group of options of a command, but for those that have their defaults."""
+    looks, words = LOOKS["all"] | LOOKS.get(name, {}), list[str]()
+    for each in fields(group):
+        value = getattr(group, each.name)
+        if value == each.default:
+            continue
+        words += looks[each.name].get("flags", [f"--{each.name.replace('_', '-')}"])[:1]
+        words += [] if value is True else map(str, value if isinstance(value, list) else [value])
+    return words
+
+
+def command(
+    app: typer.Typer, name: str | None = None, *, like: str = ""
+) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Make a function a command: its positional-only parameters are arguments, the others options.
 
-    A parameter that is a dataclass stands for an option for each of its fields.
+    A parameter that is a dataclass stands for an option for each of its fields. Options look as those of the
+    command that it is `like`, but for its own. The command is called as the function is, but for a `name`,
+    which may be two words (`Group`).
     """
 
     def add(function: Callable[..., None]) -> Callable[..., None]:
         parameters = signature(function, eval_str=True).parameters.values()
-        looks = LOOKS["all"] | LOOKS.get(function.__name__, {})
+        looks = LOOKS["all"] | LOOKS.get(like, {}) | LOOKS.get(function.__name__, {})
 
         def call(**values: Any) -> None:
             function(*(_value(parameter, values) for parameter in parameters))
@@ -70,7 +132,7 @@ def command(app: typer.Typer) -> Callable[[Callable[..., None]], Callable[..., N
         flat.sort(key=lambda option: option.default is not Parameter.empty)  # what is required comes first
         call.__signature__ = Signature(flat)  # type: ignore[attr-defined]
         call.__annotations__ = {option.name: option.annotation for option in flat}
-        app.command(function.__name__, cls=_Command, help=function.__doc__)(call)
+        app.command(name or function.__name__, cls=_Command, help=function.__doc__)(call)
         return function
 
     return add
@@ -151,6 +213,14 @@ READ: dict[type, Callable[..., Any]] = {int: _whole, float: _number, str: _text,
 """What makes a value of a word, by the type of a parameter; raises `VlmscopeError`, which names the flag."""
 LIMITS = ("min", "max", "empty", "file")
 """What these take from the looks of an option."""
+
+
+class Group(TyperGroup):
+    """Commands, of which some are called by two words, as `data inpaint` is beside `data NAME`."""
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        two = " ".join(args[:2])
+        return super().resolve_command(ctx, [two, *args[2:]] if two in self.commands else args)
 
 
 class _Command(TyperCommand):

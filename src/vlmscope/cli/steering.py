@@ -28,7 +28,6 @@ def steer(
     Built on one half of the examples, measured on the other against random directions of the same length;
     `generate --steer` applies it.
     """
-    from vlmscope.data import examples
     from vlmscope.report import write_report
     from vlmscope.studies import steering
 
@@ -38,11 +37,11 @@ def steer(
         model,
         having,
         sites,
-        without=None if without is None else examples(without, limit=given.limit, seed=given.seed),
+        without=given.others(without),
         label=label,
         corrupt=corrupt,
         word=word,
-        others=None if others is None else examples(others, limit=given.limit, seed=given.seed),
+        others=given.others(others),
         strengths=strength or (1.0,),
         keep_norm=keep_norm,
         at=at,

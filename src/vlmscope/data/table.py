@@ -96,7 +96,7 @@ def read_csv(path: Path | str) -> list[Example]:
             continue
         row = {"id": str(len(examples))} | dict(zip(names, cells, strict=True))
         try:
-            example = _example(path.parent, row)
+            example = example_of(path.parent, row)
             earlier = first_line.setdefault(example.id, line)
             if earlier != line:
                 raise ValueError(f"the id {shown(example.id)} is line {earlier}'s (make it new)")
@@ -233,7 +233,7 @@ def _other_length(line: int, cells: Sequence[str], names: Sequence[str]) -> str:
     )
 
 
-def _example(folder: Path, row: Mapping[str, str]) -> Example:
+def example_of(folder: Path, row: Mapping[str, str]) -> Example:
     """The example in a row; raises `ValueError` or `ExampleError` with what is wrong if it makes none."""
     cells = {name: cell if name in PROMPTS else cell.strip() for name, cell in row.items() if cell.strip()}
     if empty := [name for name in ("id", *NEEDED) if name not in cells and name != "incorrect_answer"]:
@@ -329,7 +329,7 @@ def _check_row(row: Mapping[str, str], example: Example, duplicate: bool) -> Non
         if not files.is_text(cell):
             raise DataError(f"{where}: {name} {shown(cell)} is not UTF-8; rename it")
     try:
-        back = _example(Path(), row)
+        back = example_of(Path(), row)
     except (ValueError, ExampleError) as problem:
         raise DataError(f"{where}: {problem}") from None
     if lost := [name for name, span in example.roles.items() if back.roles.get(name) != span]:

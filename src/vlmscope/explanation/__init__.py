@@ -38,7 +38,7 @@ from vlmscope.sites import Site
 from vlmscope.stored import formats
 
 MANIFEST, WHAT = "explain.json", "explain"
-PATCHES = 64
+PATCHES = 48
 """How many cells and groups of cells are replaced by default."""
 NEURONS, TOKENS = 10, 6
 """How many neurons of each word are listed, and how many tokens of each."""
@@ -109,7 +109,8 @@ def explain(
     how much is gained when the features of the cell are put into the run on that other picture.
 
     A grid of more cells than `patches` is examined coarse to fine: groups of cells, and then the parts of
-    those that matter; `words.left` is the share of the word's effects, by size, that is still in groups.
+    those that matter; `words.left` is the share of the word's effects, by size, that is still in groups. A
+    group's counts for what the gradient expects of its cells one by one, if that is more.
     Beside the exact map stand `knockout`: what is lost when what predicts the word cannot read the cell in
     any layer (`about["edge"]`); `gradient`: the gradient times what the features differ by; `attention`: the
     share of it that the cell gets, a mean over layers and heads, without sinks (these get `words.sinks`).
@@ -150,7 +151,8 @@ def explain(
             raise ExampleError(f"{lacking[0]}, so that no region can be asked about; leave the region out")
         lacking[0] = f"there is no map: {lacking[0]}"
     at = () if box is None else _within(said, box)
-    exact = maps.exact(said, direction, patches, at)
+    slopes = maps.estimate(said, direction) if layout.cells else None
+    exact = maps.exact(said, direction, patches, at, None if slopes is None else np.abs(slopes))
     read = maps.reading(said)
     window = max(1, len(model.shapes[read.tower].having(read.kind)) // 4 | 1)
     cut, paid, sinks = None, None, np.full(len(said.words), np.nan)
@@ -159,19 +161,13 @@ def explain(
         paid, sinks = maps.attention(said, read, exact.units)
     beside = {
         "knockout": None if cut is None else cut.units,
-        "gradient": maps.gradient(said, direction, exact.units) if exact.units else None,
+        "gradient": None if slopes is None else maps.summed(slopes, maps.positions(layout, exact.units)),
         "attention": paid,
     }
     cells = _cells(exact, beside)
     table = pd.DataFrame(
         {
-            "word": range(len(said.words)),
-            "text": [word.text for word in said.words],
-            "start": [word.span[0] for word in said.words],
-            "end": [word.span[1] for word in said.words],
-            "tokens": [len(word.tokens) for word in said.words],
-            "logprob": exact.logprob,
-            "without": exact.without,
+            **_said(said, exact),
             **{f"spearman_{name}": _spearman(cells, name, len(said.words)) for name in beside},
             "sinks": sinks,
             "left": exact.left,
@@ -179,30 +175,51 @@ def explain(
             "region_knockout": np.nan if cut is None or not at else cut.region[0],
         }
     )
+    layers, heads = _parts(said, read, cut, window, lacking)
     about = {
+        **_of_model(said),
+        "reference": reference,
+        "direction": direction,
+        "rounding": exact.rounding,
+        "alone": sum(unit.is_cell for unit in exact.units),
+        "patches": exact.patches,
+        "edge": read.edge,
+        "window": window,
+        "region": None if box is None else list(box),
+        "lacking": lacking,
+    }
+    return Explanation(about, table, cells, layers, heads, _neurons(said), model.cropped(picture))
+
+
+def _of_model(said: Said) -> dict[str, Any]:
+    """What was asked of which model, and how it reads the picture."""
+    model, layout = said.model, said.pair.clean.layout[said.model.image_site.tower]
+    return {
         "what": WHAT,
         "model": model.name,
         "weights": model.fingerprint(),
         "family": model.family.name,
         "dtype": model.precision,
-        "prompt": prompt,
+        "prompt": said.prompt,
         "answer": said.caption.text,
-        "reference": reference,
-        "direction": direction,
-        "rounding": exact.rounding,
         "grid": list(grid(layout)),
         "cells": len(layout.cells),
-        "alone": sum(unit.is_cell for unit in exact.units),
-        "patches": exact.patches,
         "further": len(layout.image) - len(layout.cells) if layout.cells and layout.image else 0,
-        "edge": read.edge,
-        "window": window,
-        "region": None if box is None else list(box),
-        "view": list(model.view(picture)),
-        "lacking": lacking,
+        "view": list(model.view(said.picture)),
     }
-    layers, heads = _parts(said, read, cut, window, lacking)
-    return Explanation(about, table, cells, layers, heads, _neurons(said), model.cropped(picture))
+
+
+def _said(said: Said, exact: maps.Exact) -> dict[str, Any]:
+    """The words, a row each: where they are in the answer, and how likely with and without the picture."""
+    return {
+        "word": range(len(said.words)),
+        "text": [word.text for word in said.words],
+        "start": [word.span[0] for word in said.words],
+        "end": [word.span[1] for word in said.words],
+        "tokens": [len(word.tokens) for word in said.words],
+        "logprob": exact.logprob,
+        "without": exact.without,
+    }
 
 
 def _one_of(value: str, names: Any, what: str) -> None:

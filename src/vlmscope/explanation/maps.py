@@ -64,9 +64,19 @@ def start(rows: int, columns: int, patches: int) -> list[Unit]:
     ]
 
 
-def shares_of(effects: Array, rounding: float) -> Array:
-    """Each unit's share of the effects of a word, by size; what rounding does counts for nothing."""
+def sizes_of(units: Sequence[Unit], effects: Array, rounding: float, hints: Array) -> Array:
+    """How large the effects in each unit are; what rounding does counts for nothing.
+
+    A cell's is its effect's size. In a group effects of both signs may cancel: its is what the gradient
+    expects of its cells one by one, `hints`, where that is more.
+    """
     sizes = np.where(np.abs(effects) > rounding, np.abs(effects), 0.0)
+    groups = np.array([not unit.is_cell for unit in units], bool)[:, None]
+    return np.where(groups & (hints > rounding), np.maximum(sizes, hints), sizes)
+
+
+def shares_of(sizes: Array) -> Array:
+    """Each unit's share of what all units do to a word."""
     return np.asarray(sizes / np.maximum(sizes.sum(0), np.finfo(float).tiny))
 
 
@@ -118,11 +128,13 @@ def lost(base: Score, chunks: Chunks, count: int) -> Array:
 
 
 class Exact(NamedTuple):
-    """The effects of units, `(units, words)`, and of a region; how many patches that took; each word's
-    log-probability in the run, and in one on the other picture; what rounding does to it."""
+    """The effects of units, and their shares of all that is done to the word, by size, `(units, words)`; the
+    effects of a region; how many patches that took; each word's log-probability in the run, and in one on the
+    other picture; what rounding does to it."""
 
     units: list[Unit]
     effects: Array
+    shares: Array
     region: Array | None
     patches: int
     logprob: Array
@@ -131,15 +143,18 @@ class Exact(NamedTuple):
 
     @property
     def left(self) -> Array:
-        """The share of each word's effects that is in groups of cells."""
+        """The share of each word's effects that is in groups of cells, as far as is known."""
         groups = [not unit.is_cell for unit in self.units]
-        return np.asarray(shares_of(self.effects, self.rounding)[groups].sum(0))
+        return np.asarray(self.shares[groups].sum(0))
 
 
-def exact(said: Said, direction: Direction, patches: int, region: tuple[int, ...] = ()) -> Exact:
+def exact(
+    said: Said, direction: Direction, patches: int, region: tuple[int, ...] = (), hints: Array | None = None
+) -> Exact:
     """Replace the features of each unit by those of the other picture (noise), or put them into the run on
     that (denoise), coarse to fine: groups that matter are split until cells make up all but `LEFT` of each
-    word's effects, or there are no more patches to make.
+    word's effects, or there are no more patches to make. `hints`, `(positions, words)`, is how large effects
+    are expected to be, so that what cancels in a group is not taken for nothing.
 
     Where the picture has no grid, only the two runs are made.
     """
@@ -159,22 +174,29 @@ def exact(said: Said, direction: Direction, patches: int, region: tuple[int, ...
     rounding = ROUNDING[model.precision] * patched.size
     runs = (clean, other, rounding)
     if not units:
-        return Exact([], np.zeros((0, len(said.words))), None, 0, *runs)
+        none = np.zeros((0, len(said.words)))
+        return Exact([], none, none, None, 0, *runs)
+
+    def shares() -> Array:
+        expected = np.zeros(found.shape) if hints is None else summed(hints, positions(layout, units))
+        return shares_of(sizes_of(units, found, rounding, expected))
+
     found, used = effects(patched.chunks, len(sites)), len(sites)
-    while split := chosen(units, shares_of(found, rounding), patches - used):
+    while split := chosen(units, shares(), patches - used):
         new = [part for n in split for part in units[n].split()]
         used += len(new)
         added = effects(patched.more([replaced(model, at) for at in positions(layout, new)]), len(new))
         units = [unit for n, unit in enumerate(units) if n not in split] + new
         found = np.concatenate([np.delete(found, split, 0), added])
     order = sorted(range(len(units)), key=units.__getitem__)
+    units, found = [units[n] for n in order], found[order]
     there = effects(patched.more([replaced(model, region)]), 1)[0] if region else None
-    return Exact([units[n] for n in order], found[order], there, used, *runs)
+    return Exact(units, found, shares(), there, used, *runs)
 
 
-def gradient(said: Said, direction: Direction, units: Sequence[Unit]) -> Array:
-    """The gradient's estimate of the exact effects: what a unit's features are more than the other picture's,
-    times the gradient of the word's log-probability in the run that is patched."""
+def estimate(said: Said, direction: Direction) -> Array:
+    """The gradient's estimate of the effect of each position, `(positions, words)`: what its features are
+    more than the other picture's, times the gradient of the word's log-probability in the patched run."""
     pair, points = said.pair, [site.point for site in features(said.model)]
     base, source = (pair.clean, pair.corrupt) if direction == "noise" else (pair.corrupt, pair.clean)
     other = forward(said.model, source, keep=points).values
@@ -183,7 +205,6 @@ def gradient(said: Said, direction: Direction, units: Sequence[Unit]) -> Array:
     logits = run.logits.float() if run.logits.dtype.itemsize < 4 else run.logits
     answers = torch.tensor(pair.answers, device=logits.device)[:, None]
     logprob = logits.log_softmax(-1).gather(1, answers)[:, 0]
-    places = positions(pair.clean.layout[said.model.image_site.tower], units)
     found = []
     for word in said.words:
         own = logprob[[n - said.first for n in word.tokens]].sum()
@@ -192,8 +213,13 @@ def gradient(said: Said, direction: Direction, units: Sequence[Unit]) -> Array:
         for point, slope in zip(points, slopes, strict=True):
             more = sign * (run.values[point].detach().double() - other[point].double())
             each += (more * slope.double())[0].sum(-1).cpu().numpy()
-        found.append([each[list(at)].sum() for at in places])
-    return np.array(found).T
+        found.append(each)
+    return np.stack(found, -1)
+
+
+def summed(each: Array, places: Sequence[tuple[int, ...]]) -> Array:
+    """Sums of what each position has, `(positions, words)`, over some places."""
+    return np.array([each[list(at)].sum(0) for at in places])
 
 
 # -- attention ---------------------------------------------------------------------------------------------

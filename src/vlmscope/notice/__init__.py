@@ -31,6 +31,7 @@ from vlmscope.checkpoint import load, pieces
 from vlmscope.data import BUILT_IN, SIZE, examples
 from vlmscope.data.drawn import draw
 from vlmscope.data.example import Example
+from vlmscope.data.hub import HUB
 from vlmscope.data.questions.replacement import replace_words
 from vlmscope.data.table import read_csv, write_csv
 from vlmscope.errors import DataError, StoreError, VlmscopeError, nearest, shown
@@ -45,9 +46,10 @@ from vlmscope.studies.faithfulness import Faithful, faithfulness
 from vlmscope.studies.faithfulness import read as read_faithful
 from vlmscope.studies.faithfulness.scores import HALVES
 from vlmscope.studies.known import knows
+from vlmscope.studies.plan import estimate, size_of, time_of
 from vlmscope.studies.run_folder import Run, read_run
-from vlmscope.studies.sweep import Estimate, estimate, sweep_to
-from vlmscope.studies.task import check_sites
+from vlmscope.studies.sweep import sweep_to
+from vlmscope.studies.task import check_sites, task_of
 
 Say = Callable[[str], None]
 Sweep = tuple[str, str]
@@ -190,7 +192,7 @@ def _check_folder(spec: Spec, folder: Path) -> None:
 
 def _check_places(spec: Spec, model: Model, sites: Sequence[str]) -> None:
     """Refuse sites and a position that are not there, before anything is written."""
-    few = [examples(d, limit=6 if d in BUILT_IN else spec.limit, seed=spec.seed) for d in spec.data]
+    few = [_read(spec, d, 6 if d in BUILT_IN else spec.limit) for d in spec.data]
     given = list(itertools.chain(*few))
     if not set(spec.data) & set(BUILT_IN):  # of which only a few are looked at here, and all have pairs
         sets = zip(spec.data, few, strict=True)
@@ -205,6 +207,11 @@ def _check_places(spec: Spec, model: Model, sites: Sequence[str]) -> None:
             f"notice: no example has a position {shown(spec.position)}; expected one of {', '.join(roles)}"
             f"{nearest(spec.position, roles)}"
         )
+
+
+def _read(spec: Spec, data: str, limit: int | None) -> list[Example]:
+    columns = spec.columns if data.startswith(HUB) else None
+    return examples(data, limit=limit, seed=spec.seed, columns=columns)
 
 
 def _sweeps(spec: Spec, sets: Mapping[str, Sequence[Example]], say: Say) -> list[Sweep]:
@@ -255,7 +262,7 @@ class _Pipeline:
                 write_csv(file, draw(data, spec.limit or SIZE, seed=spec.seed))
             found = read_csv(file)
         else:
-            found = examples(data, limit=spec.limit)
+            found = _read(spec, data, spec.limit)
         found, counts = _with_prompts(spec, self.model, found)
         if counts:
             lines = ", ".join(f"{many} {what}" for what, many in counts.items() if many)
@@ -268,21 +275,26 @@ class _Pipeline:
         for name, corrupt in sweeps:
             path = self.folder / "runs" / f"{name}-{corrupt}"
             done = len(read_run(path).baselines()) if (path / "run.json").exists() else 0
-            left, one = sets[name][done:], Estimate(0.0, 0, 0)
+            left = sets[name][done:]
+            each = (0.0, 0, 0)
             if left:
-                one = estimate(self.model, left, self.sites, corrupt, seed=spec.seed, select=spec.select)
-            seconds, size = seconds + one.seconds, size + one.bytes
+                task = task_of(self.model, left, self.sites, corrupt, seed=spec.seed, select=spec.select)
+                each = estimate(task)[:3]
+            took, takes, patches = each
+            seconds, size = seconds + took, size + takes
             many = len(sets[name])
             what = f"{len(left)} of {many} examples left" if done else f"{many} examples"
             lines.append(
-                f"  {f'{name}, {corrupt}':<24}{what:<28}{one.patches:>7,} patches each"
-                f"{_time(one.seconds):>16}{_size(one.bytes):>10}"
+                f"  {f'{name}, {corrupt}':<24}{what:<28}{patches:>7,} patches each"
+                f"{time_of(took):>16}{size_of(takes):>10}"
             )
-        self.say("\n".join([*lines, f"  {'all sweeps, at most':<68}{_time(seconds):>16}{_size(size):>10}"]))
+        self.say(
+            "\n".join([*lines, f"  {'all sweeps, at most':<68}{time_of(seconds):>16}{size_of(size):>10}"])
+        )
         free = shutil.disk_usage(self.folder).free
         if size > free:
             raise StoreError(
-                f"{self.folder}: the results may take {_size(size)}, and {_size(free)} are free; "
+                f"{self.folder}: the results may take {size_of(size)}, and {size_of(free)} are free; "
                 "free some space or choose another --out"
             )
 
@@ -340,32 +352,6 @@ class _Pipeline:
         )
         self.say(f"{name}, {corrupt}: {found.lines()[-1]}")
         return [out]
-
-
-def _time(seconds: float) -> str:
-    """A span of time in two units at most.
-
-    >>> _time(3.2), _time(200), _time(40_000)
-    ('3 s', '3 min 20 s', '11 h 6 min')
-    """
-    whole = round(seconds)
-    hours, minutes = whole // 3600, whole // 60 % 60
-    if hours:
-        return f"{hours} h {minutes} min"
-    return f"{minutes} min {whole % 60} s" if minutes else f"{whole} s"
-
-
-def _size(many: float) -> str:
-    """A number of bytes in the unit that fits.
-
-    >>> _size(900), _size(2_400_000)
-    ('0.9 kB', '2.4 MB')
-    """
-    for unit in ("kB", "MB", "GB"):
-        many /= 1000
-        if many < 1000:
-            return f"{many:.1f} {unit}"
-    return f"{many / 1000:.1f} TB"
 
 
 def selection(baselines: Mapping[Sweep, pd.DataFrame], sets: Mapping[str, Sequence[Example]]) -> pd.DataFrame:

@@ -13,7 +13,8 @@ import tomli_w
 
 from vlmscope import files
 from vlmscope.checkpoint import DTYPES
-from vlmscope.data import BUILT_IN
+from vlmscope.data import is_file
+from vlmscope.data.hub import HUB
 from vlmscope.errors import MOST, SEED, VlmscopeError, nearest, shown, whole
 from vlmscope.files import is_plain_name
 from vlmscope.runs.network import QUANTIZED
@@ -31,10 +32,11 @@ _TEXTS = re.compile(
 class Spec:
     """Everything that decides what the pipeline computes; `save` and `from_toml` keep it in a file.
 
-    `data` are names of built-in sets or CSV files. `sites` are patched (by default every module and
-    every head of the text towers, at every text token); `select` keeps only examples that the model
-    answers rightly and whose answer follows the corruption; `position` is where heads are read out
-    (see `circuits.find`); what heads do is measured on the first `function_examples` that are kept.
+    `data` are names of built-in sets, CSV files, or `hf://` sets, whose `columns` may be mapped. `sites` are
+    patched (by default every module and every head of the text towers, at every text token); `select` keeps
+    only examples that the model answers rightly and whose answer follows the corruption; `position` is where
+    heads are read out (see `circuits.find`); what heads do is measured on the first `function_examples` that
+    are kept.
 
     >>> Spec("toy-blip", ("states",), limit=5).corrupt
     ('image', 'text')
@@ -51,6 +53,7 @@ class Spec:
     function_examples: int = 200
     dtype: str = "float32"
     device: str | None = None
+    columns: str | None = None
 
     def __post_init__(self) -> None:
         for field in fields(self):
@@ -63,6 +66,8 @@ class Spec:
         names = [name_of(one) for one in self.data]
         if twice := [name for name in names if names.count(name) > 1]:
             raise VlmscopeError(f"notice: two data sets are called {shown(twice[0])}; rename one's file")
+        if self.columns is not None and not any(one.startswith(HUB) for one in self.data):
+            raise VlmscopeError(f"notice: columns are of {HUB} sets, and none is named; leave them out")
         if len({*self.corrupt}) < len(self.corrupt):
             raise VlmscopeError("notice: a corruption is named twice; name each once")
         if self.dtype not in (*DTYPES, QUANTIZED):
@@ -103,8 +108,7 @@ class Spec:
             names = given.get("data", ())
             if isinstance(names, tuple):
                 given["data"] = tuple(
-                    d if d in BUILT_IN or not isinstance(d, str) or not d else str(path.parent / d)
-                    for d in names
+                    str(path.parent / d) if isinstance(d, str) and d and is_file(d) else d for d in names
                 )
         if missing := [name for name in ("model", "data") if not given.get(name)]:
             raise VlmscopeError(f"{path}: no {missing[0]}; add it, or give --{missing[0]}")
@@ -121,7 +125,7 @@ class Spec:
             files.write(Path(path), text)
 
     def _absolute(self) -> Spec:
-        return replace(self, data=tuple(d if d in BUILT_IN else str(Path(d).resolve()) for d in self.data))
+        return replace(self, data=tuple(str(Path(d).resolve()) if is_file(d) else d for d in self.data))
 
 
 def _check(name: str, kind: str, value: object) -> None:
@@ -144,11 +148,14 @@ def _check(name: str, kind: str, value: object) -> None:
 
 
 def name_of(data: str) -> str:
-    """What a data set is called in the results: a built-in set's name, or that of the CSV file.
+    """What a data set is called in the results: a built-in set's name, or that of the CSV file or set.
 
     Raises `VlmscopeError` for a file whose name is none for the folders of results.
+
+    >>> name_of("data/mine.csv"), name_of("hf://owner/name:train")
+    ('mine', 'name-train')
     """
-    name = data if data in BUILT_IN else Path(data).stem
+    name = Path(data).stem if is_file(data) else Path(data).name.replace(":", "-")
     if not is_plain_name(name):
         raise VlmscopeError(f"{data}: would be called {shown(name)} in the results; rename the file")
     return name

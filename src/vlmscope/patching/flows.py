@@ -193,11 +193,16 @@ class Flow(ExitStack):
         positions, which may have been laid end to end."""
         units = self.job.network.units(cells[0].site.point) or 1
         there = x.view(*shape[:2], -1).unflatten(-1, (units, -1))
-        groups: dict[tuple[Point, int, int], list[Cell]] = defaultdict(list)
-        for c in cells:  # a large set of units is one tuple in all positions of its site
-            sets = [units if len(units) > 1 else () for units in (c.site.units, c.origin.units)]
-            groups[c.origin.point, id(sets[0]), id(sets[1])].append(c)
-        for (point, *_), some in groups.items():
+        alone, together = defaultdict[Point, list[Cell]](list), list[list[Cell]]()
+        for c in cells:
+            if len(c.site.units) < 2:
+                alone[c.origin.point].append(c)
+            elif together and together[-1][0].site is c.site:  # a set of units, at all positions of a site
+                together[-1].append(c)
+            else:
+                together.append([c])
+        for some in (*alone.values(), *together):
+            point = some[0].origin.point
             values = self.job.source[point][0].unflatten(-1, (self.job.network.units(point) or 1, -1))
             row, position, taken = torch.tensor(
                 [(c.row, c.position, c.taken) for c in some], device=x.device

@@ -15,7 +15,7 @@ from vlmscope.report.heat_maps import CHANGED, IN_LOGITS
 from vlmscope.report.ranking import strongest
 from vlmscope.report.words import KINDS, TOWERS, ends, kinds_in, short_number, upper_first
 from vlmscope.studies.known import knows
-from vlmscope.studies.run_folder import SPEC, Run
+from vlmscope.studies.run_folder import OPTIONAL, SPEC, Run
 from vlmscope.studies.tables import cells_of, change_of, head_slot, is_head, is_single, wide
 
 MOST = 6
@@ -33,7 +33,7 @@ class Reported(NamedTuple):
 
 def report(run: Run, title: str, gallery: Gallery) -> Reported:
     """The section of a run, whose table is read once."""
-    whole = {name if name == "from?" else name.removesuffix("?"): shape for name, shape in SPEC.items()}
+    whole = {name if name in OPTIONAL else name.removesuffix("?"): shape for name, shape in SPEC.items()}
     stored.fits(run.spec, whole, run.path / "run.json", "sweep again into another --out")
     base, effects = run.baselines(), run.effects()
     known, excluded = knows(base), base["excluded"].astype(bool)

@@ -7,6 +7,7 @@ a patch of each site would do (`patching.gradients`), and patch some of them to 
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from dataclasses import fields
 from functools import partial
 from typing import Any, get_args
@@ -15,7 +16,7 @@ import pandas as pd
 
 from vlmscope import files
 from vlmscope.data import Examples, listed
-from vlmscope.errors import SEED, DataError, ExampleError, SiteError, VlmscopeError, shown, whole
+from vlmscope.errors import SEED, ExampleError, SiteError, VlmscopeError, shown, whole
 from vlmscope.patching import gradients as estimates
 from vlmscope.patching.backward import check_network
 from vlmscope.patching.direct import check_place
@@ -30,10 +31,11 @@ from vlmscope.studies.direct import check_sums, writers_of, written
 from vlmscope.studies.gradients import check_exact, estimated
 from vlmscope.studies.rows import run_jobs
 from vlmscope.studies.run_folder import ATTRIBUTIONS, Run, typed
-from vlmscope.studies.sweep import Direction, into_folder, warn_of_excluded
-from vlmscope.studies.task import Attribution, Method, Task, all_jobs, spec_of, task_of
+from vlmscope.studies.sweep import Direction, Study, into_folder, warn_of_excluded
+from vlmscope.studies.task import Attribution, Method, Shard, Task, all_jobs, check_examples, spec_of, task_of
 
 METHODS = get_args(Method)
+AGREEMENT = "agreement.json"
 MOST = 100_000
 """Sites of a kind and example that are verified, at most."""
 
@@ -53,6 +55,7 @@ def attribute(
     seed: int = 0,
     out: str | os.PathLike[str] | None = None,
     data: str = "examples",
+    shard: Shard | None = None,
 ) -> pd.DataFrame:
     """How much of LD = logit(answer) − logit(foil) each site accounts for; a row a site (columns as in
     `run_folder.ATTRIBUTIONS`), `score` in logits. With `word`, the logit of its first token takes LD's place.
@@ -79,9 +82,9 @@ def attribute(
     in a run folder) says how well the scores agree, by kind (`studies.agreement`). `attrs["check"]` then
     says how many of these were recomputed by plain forwards, and the largest difference.
 
-    `out` and `data` are as in `sweep`. Raises `ModelError` for a family without direct effects, `SiteError`
-    for a site that the method says nothing about, `VlmscopeError` for a metric without a gradient,
-    `DataError` if no example can be run, `StoreError` for a folder of another run.
+    `out`, `data` and `shard` are as in `sweep`. Raises `ModelError` for a family without direct effects,
+    `SiteError` for a site that the method says nothing about, `VlmscopeError` for a metric without a
+    gradient, `DataError` if no example can be run, `StoreError` for a folder of another run.
 
     >>> import vlmscope
     >>> model, one = vlmscope.load("toy-llava"), vlmscope.examples("states", limit=1)
@@ -94,24 +97,53 @@ def attribute(
     >>> int(table["exact"].notna().sum()), table.attrs["agreement"]["decoder.attn.h"]["spearman"] > 0.5
     (16, True)
     """
-    options = {"direction": direction, "metric": metric, "seed": seed}
+    options = {"direction": direction, "metric": metric, "seed": seed, "shard": shard}
     own = {"method": method, "verify": verify, "steps": steps, "word": word}
     task = _task_of(model, examples, sites, corrupt, own, options)
-    work: Any = written if method == "direct" else estimated
     if out is not None:
-        run = into_folder(task, out, _spec_of(task, data), partial(_check_run, task), work)
+        run = into_folder(_study_of(task, data), out)
         warn_of_excluded(run.baselines())
         table, found = run.attributions(), run.check
     else:
-        results = list(run_jobs(task, all_jobs(task), work=work))
+        results = list(run_jobs(task, all_jobs(task), work=_work_of(task)))
         base = pd.concat([result.baseline for result in results], ignore_index=True)
         warn_of_excluded(base)
         table = typed(pd.concat([result.rows for result in results], ignore_index=True), ATTRIBUTIONS)
         found = _check(task, base, table)
     table.attrs["check"] = found
     if verify:
-        table.attrs["agreement"] = _agreement(task, table)
+        table.attrs["agreement"] = agreement_of(table, own)
     return table
+
+
+def attributed(
+    model: Model,
+    examples: Examples,
+    sites: Sites,
+    corrupt: str | Noise | None = None,
+    *,
+    method: Method = "direct",
+    verify: int = 0,
+    steps: int | None = None,
+    word: str | None = None,
+    direction: Direction = "denoise",
+    metric: str | Metric = "ld",
+    seed: int = 0,
+    shard: Shard | None = None,
+    data: str = "examples",
+) -> Study:
+    """What `attribute`, with the same arguments, puts into a folder."""
+    options = {"direction": direction, "metric": metric, "seed": seed, "shard": shard}
+    own = {"method": method, "verify": verify, "steps": steps, "word": word}
+    return _study_of(_task_of(model, examples, sites, corrupt, own, options), data)
+
+
+def _study_of(task: Attribution, data: str) -> Study:
+    return Study(task, _spec_of(task, data), _work_of(task), partial(_check_run, task))
+
+
+def _work_of(task: Attribution) -> Any:
+    return written if task.method == "direct" else estimated
 
 
 def _task_of(
@@ -170,10 +202,9 @@ def _direct_task(
         )
     whole(options["seed"], "the seed", most=SEED)
     corruption = None if corrupt is None else corruptions.parse(corrupt)
-    names = [str(site) for site in parse(sites)]
+    names, own = [str(site) for site in parse(sites)], {**own, "shard": options["shard"]}
     task = Attribution(model, listed(examples), names, corruption, seed=options["seed"], **own)
-    if not task.examples:
-        raise DataError("there are no examples; nothing to run")
+    check_examples(task)
     if task.word is not None:  # one that is none is wrong in all examples: said before a folder is begun
         first = task.examples[0]
         option_of(model, first.clean_prompt, "word", task.word, 1 + len(first.more_images))
@@ -211,12 +242,13 @@ def _spec_of(task: Attribution, data: str) -> dict[str, Any]:
 def _check_run(task: Attribution, run: Run) -> dict[str, Any] | None:
     table = run.attributions()
     if task.verify:
-        files.write_json(run.path / "agreement.json", _agreement(task, table))
+        files.write_json(run.path / AGREEMENT, agreement_of(table, run.spec))
     return _check(task, run.baselines(), table)
 
 
-def _agreement(task: Attribution, table: pd.DataFrame) -> dict[str, Any]:
-    return agreement(table, task.verify, signed=task.method != "atp-star")
+def agreement_of(table: pd.DataFrame, spec: Mapping[str, Any]) -> dict[str, Any]:
+    """How well the scores of a run that is verified agree with patches (`studies.agreement`)."""
+    return agreement(table, spec["verify"], signed=spec["method"] != "atp-star")
 
 
 def _check(task: Attribution, base: pd.DataFrame, table: pd.DataFrame) -> dict[str, Any] | None:

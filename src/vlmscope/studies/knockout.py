@@ -7,18 +7,19 @@ al. 2024, arXiv 2411.18620).
 from __future__ import annotations
 
 import os
+from typing import Any
 
 import pandas as pd
 
 from vlmscope.data import Examples
-from vlmscope.errors import SiteError, VlmscopeError, shown, whole
+from vlmscope.errors import SiteError, VlmscopeError, shown
 from vlmscope.models.inputs import CUTS, Cut
 from vlmscope.patching.scores import Metric
 from vlmscope.runs.model import Model
 from vlmscope.sites import Sites, parse
 from vlmscope.studies.run_folder import Run
-from vlmscope.studies.sweep import CHECKED, Engine, folder_of, table_of
-from vlmscope.studies.task import Task, task_of
+from vlmscope.studies.sweep import CHECKED, Engine, Study, into_folder, study_of, table_of
+from vlmscope.studies.task import Shard, Task, task_of
 
 
 def knockout(
@@ -32,6 +33,7 @@ def knockout(
     out: str | os.PathLike[str] | None = None,
     data: str = "examples",
     check: int = CHECKED,
+    shard: Shard | None = None,
 ) -> pd.DataFrame:
     """Cut every edge of attention that `sites` name, in the clean run of every example; a row each.
 
@@ -50,8 +52,7 @@ def knockout(
     >>> len(table), bool((table["p_change"] < 0).any())
     (16, True)
     """
-    check = whole(check, "the number of rows to check")
-    return table_of(_task(model, examples, sites, how, engine, metric), out, data, check)
+    return table_of(_task(model, examples, sites, how, engine, metric, shard), out, data, check)
 
 
 def knockout_to(
@@ -65,14 +66,37 @@ def knockout_to(
     metric: str | Metric = "ld",
     data: str = "examples",
     check: int = CHECKED,
+    shard: Shard | None = None,
 ) -> Run:
     """`knockout` into a run folder, without holding the table in memory; goes on where it stopped."""
-    check = whole(check, "the number of rows to check")
-    return folder_of(_task(model, examples, sites, how, engine, metric), out, data, check)
+    own: dict[str, Any] = {"engine": engine, "metric": metric, "data": data, "check": check, "shard": shard}
+    return into_folder(knocked_out(model, examples, sites, how, **own), out)
+
+
+def knocked_out(
+    model: Model,
+    examples: Examples,
+    sites: Sites,
+    how: Cut = "block",
+    *,
+    engine: Engine = "fast",
+    metric: str | Metric = "ld",
+    data: str = "examples",
+    check: int = CHECKED,
+    shard: Shard | None = None,
+) -> Study:
+    """What `knockout_to`, with the same arguments, puts into a folder."""
+    return study_of(_task(model, examples, sites, how, engine, metric, shard), data, check)
 
 
 def _task(
-    model: Model, examples: Examples, sites: Sites, how: Cut, engine: Engine, metric: str | Metric
+    model: Model,
+    examples: Examples,
+    sites: Sites,
+    how: Cut,
+    engine: Engine,
+    metric: str | Metric,
+    shard: Shard | None,
 ) -> Task:
     if how not in CUTS:
         raise VlmscopeError(f"unknown knock-out {shown(how)}; expected {' or '.join(CUTS)}")
@@ -82,4 +106,4 @@ def _task(
             f"bad site {shown(plain)}: no edge of attention; expected such as decoder.*/9.attn@last<image, "
             "or ablate activations: vlmscope sweep --patch zero"
         )
-    return task_of(model, examples, patterns, None, engine=engine, metric=metric, patch=how)
+    return task_of(model, examples, patterns, None, engine=engine, metric=metric, patch=how, shard=shard)

@@ -19,7 +19,7 @@ import io
 import json
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -86,13 +86,15 @@ SPEC = {
     "metric?": str,
     "patch?": str,
     "from?": str,
+    "shard?": str,
     "dtype?": str,
     "device?": str,
     "seed?": int,
     "select?": bool,
     "versions?": {str: (str, None)},
 }
-"""The shape of a run's specification (`stored.fits`), of which a report of patches needs all but `from`."""
+"""The shape of a run's specification (`stored.fits`), of which a report needs all but `OPTIONAL`."""
+OPTIONAL = ("from?", "shard?")
 OF_ATTRIBUTE = {"method?": str, "word?": (str, None), "verify?": int, "steps?": int}
 """What a run of `attribute` has besides, in the place of what is of patches alone."""
 OF_FAITHFULNESS = {"circuits?": {"digest": str, "chosen": [str], "fraction": (float, None)}}
@@ -171,7 +173,7 @@ class Run:
 
     def digests(self) -> dict[str, str]:
         """The fingerprints of the examples that were run, by their ids."""
-        pieces = _pieces(self.path, "baselines", BASELINES)
+        pieces = pieces_of(self.path, "baselines", BASELINES)
         rows = ((held.digest, table) for _, held, table in pieces if table.num_rows)
         return {
             table["example"][0].as_py(): digest for digest, table in rows if not table["excluded"][0].as_py()
@@ -212,7 +214,7 @@ class Run:
         return f"checked: {rows} random rows recomputed by plain forwards differ by at most {largest:.2g}"
 
     def pictures(self) -> list[dict[str, Any]]:
-        """The examples kept to look at: `index`, the words that `Writer.add_pictures` was given,
+        """The examples kept to look at: `index`, the words that `run_writer.add_pictures` was given,
         and `clean_image`, `corrupt_image` as the bytes of a PNG, or None where there is no picture."""
         way_out = "delete that file; it is only there to be looked at"
         found = []
@@ -249,11 +251,9 @@ def read_run(path: str | os.PathLike[str], within: Path | None = None) -> Run:
 
 
 def _read(folder: Path, name: str, schema: pa.Schema, where: pc.Expression | None = None) -> pd.DataFrame:
-    pieces = sorted(_pieces(folder, name, schema), key=lambda piece: piece[1].number)
+    pieces = sorted(pieces_of(folder, name, schema), key=lambda piece: piece[1].number)
     if name in TABLES:
-        _same_examples(
-            pieces, sorted(_pieces(folder, "baselines", BASELINES), key=lambda piece: piece[1].number)
-        )
+        pieces = list(same_examples(pieces, pieces_of(folder, "baselines", BASELINES)))
     done = folder / "done.json"
     if os.path.lexists(done):
         counts = stored.manifest(done, _COUNTS, f"delete {done} and run the same command again", folder)
@@ -266,7 +266,7 @@ def _read(folder: Path, name: str, schema: pa.Schema, where: pc.Expression | Non
     return _frame(pa.concat_tables([schema.empty_table(), *tables]))
 
 
-def _pieces(folder: Path, name: str, schema: pa.Schema) -> Iterator[tuple[Path, Held, pa.Table]]:
+def pieces_of(folder: Path, name: str, schema: pa.Schema) -> Iterator[Piece]:
     """The rows of each example in each part; raises `StoreError` for what is not as it was written."""
     done: dict[int, list[set[int] | None]] = {}
     for part in parts_of(folder):
@@ -294,11 +294,12 @@ def _pieces(folder: Path, name: str, schema: pa.Schema) -> Iterator[tuple[Path, 
             start += held.rows
 
 
-Pieces = Sequence[tuple[Path, Held, pa.Table]]
+Piece = tuple[Path, Held, pa.Table]
 
 
-def _same_examples(effects: Pieces, baselines: Pieces) -> None:
-    """Raise `StoreError` where patches are of an example that the baselines lack, or that was left out."""
+def same_examples(effects: Iterable[Piece], baselines: Iterable[Piece]) -> Iterator[Piece]:
+    """The pieces of effects; raises `StoreError` where patches are of an example that the baselines lack, or
+    that was left out."""
     names = {}
     for _, held, table in baselines:
         if table.num_rows and not table["excluded"][0].as_py():
@@ -309,6 +310,7 @@ def _same_examples(effects: Pieces, baselines: Pieces) -> None:
                 f"{part}: its rows are of another example than its baselines. Delete it and run the same "
                 "command again: the examples in it are computed anew"
             )
+        yield part, held, table
 
 
 def _check_places(effects: pa.Table) -> None:

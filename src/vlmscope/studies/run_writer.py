@@ -1,6 +1,7 @@
 """Writing a run folder: what is committed is safe, what is not is computed again, and more can be added.
 
-Every file is written whole (`files`); the rows of a part go first, and its baselines commit them.
+Every file is written whole (`files`); the rows of a part go first, and its baselines commit them. One process
+holds the folder and commits (`Writer`); others may make parts for it (`Waiting`), beside what is there.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 import pandas as pd
 import pyarrow as pa
@@ -96,6 +97,60 @@ def claim(folder: Path) -> None:
     files.try_place(folder)
 
 
+class Part(NamedTuple):
+    """Rows of some examples and their baselines, as they are written: bytes, or files of these beside."""
+
+    held: list[Held]
+    rows: bytes | Path
+    baselines: bytes | Path
+
+
+class Waiting:
+    """Examples that wait until it is time to write them as one part."""
+
+    def __init__(self, spec: Mapping[str, Any], sites: Sequence[str], digests: Sequence[str] = ()) -> None:
+        self.sites, self._digests = sites, digests
+        self._columns = columns_of(spec)
+        self._examples: list[tuple[Held, pa.Table, pa.Table]] = []
+        self._written, self._wait = time.monotonic(), 0.0
+
+    def add(self, index: int, rows: pd.DataFrame, baselines: pd.DataFrame, sites: Sequence[str]) -> None:
+        """Take an example, as `Writer.add` does."""
+        is_excluded = bool(len(baselines) and baselines["excluded"].any())
+        numbers = None if is_excluded else [self.sites.index(name) for name in sites]
+        digest = self._digests[index] if index < len(self._digests) else ""
+        table = table_of(rows, self._columns)
+        self.keep(Held(index, table.num_rows, numbers, digest), table, table_of(baselines, BASELINES))
+
+    def keep(self, held: Held, rows: pa.Table, baselines: pa.Table) -> None:
+        """Take what a part holds of an example."""
+        self._examples.append((held, rows, baselines))
+
+    def __contains__(self, index: int) -> bool:
+        return any(held.number == index for held, _, _ in self._examples)
+
+    def is_due(self) -> bool:
+        """Whether it is time; see `ROWS` and `SECONDS`."""
+        waits = sum(held.rows for held, _, _ in self._examples)
+        return waits >= ROWS or time.monotonic() - self._written > min(self._wait, SECONDS)
+
+    def part(self) -> Part | None:
+        """What waits, as one part."""
+        if not self._examples:
+            return None
+        held = [held for held, _, _ in self._examples]
+        rows = parquet([(held, table) for held, table, _ in self._examples])
+        own = [(held._replace(rows=table.num_rows), table) for held, _, table in self._examples]
+        return Part(held, rows, parquet(own))
+
+    def is_written(self) -> None:
+        """Nothing waits any more."""
+        if self._examples:
+            self._wait = 2 * self._wait or 1.0
+        self._examples.clear()
+        self._written = time.monotonic()
+
+
 class Writer:
     """Adds examples to a run. Made by `open_run`; a context manager.
 
@@ -112,9 +167,7 @@ class Writer:
         self.done: dict[int, set[int] | None] = {}
         self.table = table_in(content["spec"])
         self._content, self._lock, self._digests = content, lock, digests
-        self._columns = columns_of(content["spec"])
-        self._waiting: list[tuple[Held, pa.Table, pa.Table]] = []
-        self._written, self._wait = time.monotonic(), 0.0
+        self._waiting = Waiting(content["spec"], self.sites, digests)
         with storing(path):
             for name in (self.table, "baselines"):
                 (path / name).mkdir(exist_ok=True)
@@ -152,46 +205,49 @@ class Writer:
         rows). An example that is excluded is done at all sites, be they added later.
         """
         names = self.sites if sites is None else sites
-        waiting = any(held.number == index for held, _, _ in self._waiting)
-        if waiting or (index in self.done and not self.missing(index, names)):
+        if index in self._waiting or (index in self.done and not self.missing(index, names)):
             raise ValueError(f"example {index} is already in {self.path}")
-        is_excluded = bool(len(baselines) and baselines["excluded"].any())
-        numbers = None if is_excluded else [self.sites.index(name) for name in names]
-        digest = self._digests[index] if index < len(self._digests) else ""
-        table = table_of(rows, self._columns)
-        held = Held(index, table.num_rows, numbers, digest)
-        self._waiting.append((held, table, table_of(baselines, BASELINES)))
-        waits = sum(held.rows for held, _, _ in self._waiting)
-        if waits >= ROWS or time.monotonic() - self._written > min(self._wait, SECONDS):
+        self._waiting.add(index, rows, baselines, names)
+        self._flush_in_time()
+
+    def copy(self, held: Held, rows: pa.Table, baselines: pa.Table) -> None:
+        """Take what a part of another folder holds of an example, unless it is here already."""
+        done = self.done.get(held.number, set())
+        if held.number in self.done and (done is None or {*(held.sites or ())} <= done):
+            return
+        self._waiting.keep(held, rows, baselines)
+        self._flush_in_time()
+
+    def _flush_in_time(self) -> None:
+        if self._waiting.is_due():
             self.flush()
 
     def flush(self) -> None:
-        """Write what waits as one part. The rows go first; the baselines commit them."""
-        if self._waiting:
-            name = f"part-{self._next:06d}.parquet"
-            rows, baselines = self.path / self.table / name, self.path / "baselines" / name
-            self._write(rows, parquet([(held, table) for held, table, _ in self._waiting]))
-            try:
-                self._write(
-                    baselines,
-                    parquet([(h._replace(rows=table.num_rows), table) for h, _, table in self._waiting]),
-                    ends=self.path / "done.json",
-                )
-            except StoreError:
-                rows.unlink(missing_ok=True)
-                raise
-            for held, _, _ in self._waiting:
-                self._note(held)
-            self._waiting.clear()
-            self._next += 1
-            self._wait = 2 * self._wait or 1.0
-        self._written = time.monotonic()
+        """Write what waits as one part."""
+        part = self._waiting.part()
+        if part is not None:
+            self.take(part)
+        self._waiting.is_written()
+
+    def take(self, part: Part) -> None:
+        """Write a part. The rows go first; the baselines commit them."""
+        name = f"part-{self._next:06d}.parquet"
+        rows = self.path / self.table / name
+        self._write(rows, part.rows)
+        try:
+            self._write(self.path / "baselines" / name, part.baselines, ends=self.path / "done.json")
+        except StoreError:
+            rows.unlink(missing_ok=True)
+            raise
+        for held in part.held:
+            self._note(held)
+        self._next += 1
 
     def keep_check(self, check: Mapping[str, Any]) -> None:
         """Keep in `run.json` how many rows were recomputed, and the largest difference."""
         self.check = dict(check)
         self._content["check"] = self.check
-        self._still_there()
+        still_there(self.path)
         write_json(self.path / "run.json", self._content)
 
     def finish(self) -> None:
@@ -207,32 +263,9 @@ class Writer:
         }
         write_json(self.path / "done.json", counts)
 
-    def add_pictures(self, index: int, example: Mapping[str, Any]) -> None:
-        """Keep a small copy of example number `index` for the report.
-
-        `example` has the fields of `Example` (so `vars(example)` will do): `id`, `clean_image`,
-        `corrupt_image`, `clean_prompt`, `corrupt_prompt`, `answer`, `foil`; what is missing or
-        None is left out. Raises `ExampleError` if a picture cannot be read.
-        """
-        folder = self.path / "examples"
-        with storing(folder):
-            folder.mkdir(exist_ok=True)
-        for name in ("clean", "corrupt"):
-            picture = example.get(f"{name}_image")
-            if picture is not None:
-                self._write(folder / f"{index:04d}-{name}.png", small_png(picture))
-        words = {k: str(example[k]) for k in _FIELDS if example.get(k) is not None}
-        self._still_there()
-        write_json(folder / f"{index:04d}.json", words)
-
-    def _write(self, file: Path, content: bytes, ends: Path | None = None) -> None:
-        self._still_there()
+    def _write(self, file: Path, content: bytes | Path, ends: Path | None = None) -> None:
+        still_there(self.path)
         files.write(file, content, ends)
-
-    def _still_there(self) -> None:
-        """Refuse to write into a folder that is gone: it would come back without what says what it is."""
-        if not (self.path / "run.json").exists():
-            raise StoreError(f"{self.path}: is gone, or its run.json; run the same command again")
 
     def close(self) -> None:
         """Let go of the folder, without writing what waits."""
@@ -256,18 +289,45 @@ class Writer:
             self.close()
 
 
+def add_pictures(folder: Path, index: int, example: Mapping[str, Any]) -> None:
+    """Keep a small copy of example number `index` for the report.
+
+    `example` has the fields of `Example` (so `vars(example)` will do): `id`, `clean_image`,
+    `corrupt_image`, `clean_prompt`, `corrupt_prompt`, `answer`, `foil`; what is missing or
+    None is left out. Raises `ExampleError` if a picture cannot be read.
+    """
+    pictures = {
+        name: small_png(example[f"{name}_image"])
+        for name in ("clean", "corrupt")
+        if example.get(f"{name}_image") is not None
+    }
+    keep_pictures(
+        folder, index, pictures, {k: str(example[k]) for k in _FIELDS if example.get(k) is not None}
+    )
+
+
+def keep_pictures(folder: Path, index: int, pictures: Mapping[str, bytes], words: Mapping[str, str]) -> None:
+    """Write the pictures of an example, as PNG, and then its words."""
+    with storing(folder):
+        (folder / "examples").mkdir(exist_ok=True)
+    for name, content in pictures.items():
+        still_there(folder)
+        files.write(folder / "examples" / f"{index:04d}-{name}.png", content)
+    still_there(folder)
+    write_json(folder / "examples" / f"{index:04d}.json", words)
+
+
+def still_there(folder: Path) -> None:
+    """Refuse to write into a folder that is gone: it would come back without what says what it is."""
+    if not (folder / "run.json").exists():
+        raise StoreError(f"{folder}: is gone, or its run.json; run the same command again")
+
+
 def _grown(folder: Path, there: Mapping[str, Any], here: Mapping[str, Any]) -> dict[str, Any]:
     """The specification of a folder that is continued; raises `StoreError` if it is another run's."""
-    old, new = (dict(_flat({k: v for k, v in s.items() if k not in GROWS})) for s in (there, here))
-    differ = [k for k in {**old, **new} if old.get(k, "absent") != new.get(k, "absent")]
-    if differ:
-        lines = "; ".join(
-            f"{k} is {_short(old.get(k, 'absent'))} there, {_short(new.get(k, 'absent'))} here"
-            for k in differ[:6]
-        )
-        more = f"; and {len(differ) - 6} more" if len(differ) > 6 else ""
+    if differ := differing(there, here, GROWS):
         raise StoreError(
-            f"{folder}: holds another run: {lines}{more}. Choose another --out or delete the folder"
+            f"{folder}: holds another run: {differ}. Choose another --out or delete the folder"
             + (
                 " (a mean or resampled activation is of all examples, so none can be added)"
                 if "examples_of_the_patch" in differ
@@ -280,6 +340,17 @@ def _grown(folder: Path, there: Mapping[str, Any], here: Mapping[str, Any]) -> d
     if here.get("n_examples", 0) > there.get("n_examples", 0):
         grown |= {k: here[k] for k in ("n_examples", "data_hash") if k in here}
     return grown
+
+
+def differing(there: Mapping[str, Any], here: Mapping[str, Any], without: Sequence[str] = ()) -> str:
+    """In words, what differs between two specifications, without some of it; empty if nothing does."""
+    old, new = (dict(_flat({k: v for k, v in s.items() if k not in without})) for s in (there, here))
+    differ = [k for k in {**old, **new} if old.get(k, "absent") != new.get(k, "absent")]
+    lines = [
+        f"{k} is {_short(old.get(k, 'absent'))} there, {_short(new.get(k, 'absent'))} here"
+        for k in differ[:6]
+    ]
+    return "; ".join(lines + [f"and {len(differ) - 6} more"] * (len(differ) > 6))
 
 
 def _flat(value: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:

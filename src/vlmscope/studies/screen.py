@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import os
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -29,10 +30,11 @@ from vlmscope.runs.model import Model
 from vlmscope.sites import Point, Site, Sites, expand, parse
 from vlmscope.stats import rng, share_bound
 from vlmscope.studies.run_folder import Run, read_run
-from vlmscope.studies.sweep import CHECKED, Direction, folder_of
+from vlmscope.studies.sweep import CHECKED, Direction, Study, into_folder, study_of
 from vlmscope.studies.tables import by_example, change_of
-from vlmscope.studies.task import Task, spec_of, task_of
+from vlmscope.studies.task import Shard, Task, spec_of, task_of
 
+SCREEN = "screen.json"
 TOP = 500
 """Sites that are swept, where no number is given."""
 DRAWN = 100
@@ -61,13 +63,15 @@ def screen_to(
     seed: int = 0,
     data: str = "examples",
     check: int = CHECKED,
+    shard: Shard | None = None,
 ) -> Run:
     """Sweep the `top` sites with the largest mean |score| of `attribute(…, method="atp")`, and as many
     others, at most 100, drawn at random, into a run folder.
 
     Sites are those that all examples have that can be run; a position of a pattern (`*`, `image*`) is the
     same site in two examples where its number is. `screen.json` says what was missed (`missed`). The folder
-    goes on where it stopped, as a sweep's; other examples are another ranking.
+    goes on where it stopped, as a sweep's; other examples are another ranking. A `shard` ranks by all
+    examples and sweeps its own.
 
     Raises what `sweep_to` and `attribute` raise.
 
@@ -78,8 +82,26 @@ def screen_to(
     ...     run.effects()["site"].nunique(), missed(run)["sites"]
     (8, 12)
     """
-    check, top = whole(check, "the number of rows to check"), whole(top, "the number of sites to sweep", 1)
-    options: dict[str, Any] = {"direction": direction, "metric": metric, "seed": seed}
+    options: dict[str, Any] = {"direction": direction, "metric": metric, "seed": seed, "shard": shard}
+    study = screened(model, examples, sites, corrupt, out=out, top=top, data=data, check=check, **options)
+    return into_folder(study, out)
+
+
+def screened(
+    model: Model,
+    examples: Examples,
+    sites: Sites,
+    corrupt: str | Noise = "image",
+    *,
+    out: str | os.PathLike[str],
+    top: int = TOP,
+    data: str = "examples",
+    check: int = CHECKED,
+    **options: Any,
+) -> Study:
+    """What `screen_to`, with the same arguments, puts into a folder; all are ranked here, unless it holds the
+    ranking."""
+    top = whole(top, "the number of sites to sweep", 1)
     task = task_of(model, examples, sites, corrupt, **options)
     check_network(model)
     for site in expand(parse(task.sites), model.shapes):
@@ -87,9 +109,13 @@ def screen_to(
     asked = {"method": "atp", "top": top, "of": task.sites, "data_hash": spec_of(task, data)["data_hash"]}
     best, drawn, many = _known(out, asked) or _ranked(task, top)
     own = {**asked, "best": best, "drawn": drawn, "sites": many}
-    run = folder_of(replace(task, sites=[*best, *drawn]), out, data, check, {"screen": own})
-    files.write_json(run.path / "screen.json", missed(run))
-    return run
+    study = study_of(replace(task, sites=[*best, *drawn]), data, check, {"screen": own})
+    return study._replace(check=partial(_check, study.check))
+
+
+def _check(check: Callable[[Run], dict[str, Any] | None], run: Run) -> dict[str, Any] | None:
+    files.write_json(run.path / SCREEN, missed(run))
+    return check(run)
 
 
 def _known(out: str | os.PathLike[str], asked: Mapping[str, Any]) -> tuple[list[str], list[str], int] | None:

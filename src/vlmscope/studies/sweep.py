@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import os
-import time
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
+from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -23,18 +23,16 @@ from vlmscope.runs.corrupt import Noise
 from vlmscope.runs.model import Model
 from vlmscope.sites import Pattern, Site, Sites
 from vlmscope.stats import rng
-from vlmscope.studies.rows import Work, patch_example, run_jobs
-from vlmscope.studies.run_folder import BASELINES, CROSSED, EFFECTS, Run, bytes_of, read_run, typed
-from vlmscope.studies.run_writer import Writer, open_run
-from vlmscope.studies.task import Task, Todo, all_jobs, description_of, digests_of, spec_of, task_of
+from vlmscope.studies.rows import Work, patch_example, patched, run_jobs
+from vlmscope.studies.run_folder import BASELINES, CROSSED, EFFECTS, Run, read_run, typed
+from vlmscope.studies.run_writer import Writer, add_pictures, open_run
+from vlmscope.studies.task import Shard, Task, Todo, all_jobs, description_of, digests_of, spec_of, task_of
 
 Direction = Literal["denoise", "noise"]
 Engine = Literal["fast", "reference"]
 
 SHOWN = 4
 """How many examples a run folder keeps to look at."""
-TRIED = 20
-"""How many examples an estimate tries, until two of them are of those that are kept."""
 ALARM = 100
 """A difference of so many roundings is none of rounding."""
 CHECKED = 5
@@ -56,6 +54,7 @@ def sweep(
     out: str | os.PathLike[str] | None = None,
     data: str = "examples",
     check: int = CHECKED,
+    shard: Shard | None = None,
 ) -> pd.DataFrame:
     """Patch every site of every example; one row a patch (columns as in `run_folder.EFFECTS`).
 
@@ -84,6 +83,9 @@ def sweep(
     arguments, it goes on where it stopped, and with more examples or sites these are added. `data` is the
     name of the examples in that folder.
 
+    `shard`, such as (1, 4), runs every fourth example, from the first on: what four processes or machines
+    share. `studies.merge.merge` makes one run of their folders, equal to that of a single process.
+
     Raises `SiteError` for a site that this model or this data does not have, `StoreError` for a
     folder of another run, `DataError` if no example at all can be run, or there are none.
 
@@ -93,16 +95,16 @@ def sweep(
     >>> len(table), table.columns[0], table.attrs["check"]["rows"]
     (12, 'example', 5)
     """
-    check = whole(check, "the number of rows to check")
     options = {"direction": direction, "engine": engine, "metric": metric, "patch": patch, "seed": seed}
-    task = task_of(model, examples, sites, corrupt, source, **options)
+    task = task_of(model, examples, sites, corrupt, source, shard=shard, **options)
     return table_of(task, out, data, check)
 
 
 def table_of(task: Task, out: str | os.PathLike[str] | None, data: str, check: int) -> pd.DataFrame:
     """The table of a task, by way of a run folder where one is named."""
+    check = whole(check, "the number of rows to check")
     if out is not None:
-        run = folder_of(task, out, data, check)
+        run = into_folder(study_of(task, data, check), out)
         warn_of_excluded(run.baselines())
         table, found = run.effects(), run.check
     else:
@@ -132,6 +134,7 @@ def sweep_to(
     data: str = "examples",
     select: bool = False,
     check: int = CHECKED,
+    shard: Shard | None = None,
 ) -> Run:
     """`sweep` into a run folder, without holding the table in memory; goes on where it stopped.
 
@@ -140,45 +143,24 @@ def sweep_to(
     the image is the foil's, and is no longer the answer when the text or noise is what corrupts.
     The others stay in `baselines` as excluded, with what the model answered.
     """
-    check = whole(check, "the number of rows to check")
-    options = {"direction": direction, "engine": engine, "metric": metric, "patch": patch, "seed": seed}
-    task = task_of(model, examples, sites, corrupt, source, select=select, **options)
-    return folder_of(task, out, data, check)
+    options: dict[str, Any] = {"direction": direction, "engine": engine, "metric": metric, "patch": patch}
+    options |= {"source": source, "seed": seed, "select": select, "check": check, "shard": shard}
+    return into_folder(swept(model, examples, sites, corrupt, data=data, **options), out)
 
 
-class Estimate(NamedTuple):
-    """What a sweep will take: seconds of computing, bytes on disk, and the patches of one example."""
-
-    seconds: float
-    bytes: int
-    patches: int
-
-
-def estimate(
+def swept(
     model: Model,
     examples: Examples,
     sites: Sites,
-    corrupt: str | Noise = "image",
+    corrupt: str | Noise | None = "image",
     *,
-    seed: int = 0,
-    select: bool = False,
-) -> Estimate:
-    """What these examples will take, from running one or two of them (the first one warms up).
-
-    An upper bound where `select` leaves some out, and of the bytes (parts compress better than a
-    single example).
-    """
-    task = task_of(model, examples, sites, corrupt, seed=seed, select=select)
-    many, found = len(task.examples), [Estimate(0.0, 0, 0)]
-    for job in all_jobs(task)[:TRIED]:
-        start = time.perf_counter()
-        [result] = run_jobs(task, [job], quiet=True)
-        seconds = time.perf_counter() - start
-        if not result.rows.empty:
-            found.append(Estimate(seconds * many, bytes_of(result.rows) * many, len(result.rows)))
-            if len(found) > 2 or seconds > 10.0:  # a long one has warmed up by itself
-                break
-    return found[-1]
+    source: str | Pattern | Site | None = None,
+    data: str = "examples",
+    check: int = CHECKED,
+    **options: Any,
+) -> Study:
+    """What `sweep_to`, with the same arguments, puts into a folder; raises what it raises."""
+    return study_of(task_of(model, examples, sites, corrupt, source, **options), data, check)
 
 
 def baselines(
@@ -212,46 +194,57 @@ def warn_of_excluded(baselines: pd.DataFrame) -> None:
     warnings.warn(text, stacklevel=4)
 
 
-def folder_of(
-    task: Task, out: str | os.PathLike[str], data: str, check: int, more: Mapping[str, Any] | None = None
-) -> Run:
-    """The patches of a task in a run folder, of which some random rows are recomputed; `more` is what else
-    has to be the same where it goes on."""
-    return into_folder(task, out, spec_of(task, data) | dict(more or {}), partial(_check_run, task, check))
+class Study(NamedTuple):
+    """What a run folder is to hold: of which task, its specification, who computes an example, and what looks
+    at the folder behind the last one (and may write what else is made of the whole table)."""
+
+    task: Task
+    spec: dict[str, Any]
+    work: Work
+    check: Callable[[Run], dict[str, Any] | None]
 
 
-def into_folder(
-    task: Task,
-    out: str | os.PathLike[str],
-    spec: dict[str, Any],
-    check: Callable[[Run], dict[str, Any] | None],
-    work: Work | None = None,
-) -> Run:
-    """Compute what the folder does not hold yet (by default patches), and keep what `check` finds of it."""
-    digests = digests_of(task)
-    with open_run(out, spec, description_of(task.model), digests=digests) as writer:
-        jobs = []
-        for number in range(len(task.examples)):
-            missing = writer.missing(number, task.sites)
-            if number not in writer.done or missing:
-                done = [s for s in writer.sites if s not in writer.missing(number, writer.sites)]
-                jobs.append(Todo(number, missing, done))
-        for result in run_jobs(task, jobs, len(task.examples) - len(jobs), work=work):
-            number = result.job.number
-            if number < SHOWN and not result.job.done:
-                _show(writer, task, number)  # before the example is committed: it is not run again
-            writer.add(number, result.rows, result.baseline, result.job.sites)
+def study_of(task: Task, data: str, check: int, more: Mapping[str, Any] | None = None) -> Study:
+    """Patches, of which some random rows are recomputed; `more` is what else has to be the same where a
+    folder goes on."""
+    check = whole(check, "the number of rows to check")
+    return Study(task, spec_of(task, data) | dict(more or {}), patched, partial(_check_run, task, check))
+
+
+def into_folder(study: Study, out: str | os.PathLike[str]) -> Run:
+    """Compute what the folder does not hold yet, and keep what the check finds of it."""
+    task = study.task
+    with open_run(out, study.spec, description_of(task.model), digests=digests_of(task)) as writer:
+        jobs = jobs_of(writer, task.numbers, task.sites)
+        for result in run_jobs(task, jobs, len(task.numbers) - len(jobs), work=study.work):
+            show(out, task, result.job)  # before the example is committed: it is not run again
+            writer.add(result.job.number, result.rows, result.baseline, result.job.sites)
         writer.flush()
         if jobs or writer.check is None:
-            found = check(read_run(out))
+            found = study.check(read_run(out))
             if found is not None:
                 writer.keep_check(found)
         writer.finish()
     return read_run(out)
 
 
-def _show(writer: Writer, task: Task, number: int) -> None:
-    """Keep what a person wants to see of an example: what this corruption uses, as the model sees it."""
+def jobs_of(writer: Writer, numbers: Iterable[int], sites: Sequence[str]) -> list[Todo]:
+    """What a folder lacks of the examples of these numbers."""
+    jobs = []
+    for number in numbers:
+        missing = writer.missing(number, sites)
+        if number not in writer.done or missing:
+            done = [s for s in writer.sites if s not in writer.missing(number, writer.sites)]
+            jobs.append(Todo(number, missing, done))
+    return jobs
+
+
+def show(out: str | os.PathLike[str], task: Task, job: Todo) -> None:
+    """Keep what a person wants to see of the first examples: what this corruption uses, as the model sees
+    it."""
+    number = job.number
+    if number >= SHOWN or job.done:
+        return
     shown = dict(vars(task.examples[number]))
     for kind, name in (("image", "corrupt_image"), ("text", "corrupt_prompt")):
         if task.corruption != kind:
@@ -259,7 +252,7 @@ def _show(writer: Writer, task: Task, number: int) -> None:
     with suppress(ExampleError):  # the example is excluded, with this reason
         for name in ("clean_image", "corrupt_image"):
             shown[name] = shown[name] and task.model.cropped(shown[name])
-        writer.add_pictures(number, shown)
+        add_pictures(Path(out), number, shown)
 
 
 def _check_run(task: Task, count: int, run: Run) -> dict[str, Any] | None:

@@ -28,6 +28,8 @@ from vlmscope.runs.prepare import option_of
 from vlmscope.sites import Pattern, Point, Site, Sites, expand, parse, place, points_of
 from vlmscope.stats import rng
 
+Shard = tuple[int, int]
+"""Which of how many shards, counted from 1."""
 Method = Literal["direct", estimates.Method]
 """How `attribute` scores sites: `direct`, or an estimate of their patches."""
 PACKAGES = ("vlmscope", "torch", "transformers", "torchvision", "pillow")
@@ -36,7 +38,10 @@ PACKAGES = ("vlmscope", "torch", "transformers", "torchvision", "pillow")
 
 @dataclass(frozen=True)
 class Task:
-    """All that decides what is in the table. `sites` and `source` are expressions; see `sweep`."""
+    """All that decides what is in the table. `sites` and `source` are expressions; see `sweep`.
+
+    A shard runs every so many of the examples; what is of all of them (means, a screen) stays so.
+    """
 
     model: Model
     examples: list[Example]
@@ -49,6 +54,13 @@ class Task:
     metric: str | Metric = "ld"
     patch: Source | Cut = "clean"
     source: str | None = None
+    shard: Shard | None = None
+
+    @property
+    def numbers(self) -> range:
+        """The numbers of the examples that are run."""
+        which, many = self.shard or (1, 1)
+        return range(which - 1, len(self.examples), many)
 
     @cached_property
     def are_edges(self) -> bool:
@@ -181,14 +193,30 @@ def task_of(
         )
     if source is not None and task.patch == "zero":
         raise VlmscopeError("a zero is from no other site; leave --from out, or patch clean (--patch)")
-    if not task.examples:
-        raise DataError("there are no examples; nothing to run")
+    check_examples(task)
     check_sites(model, task.examples, task.sites, task.patch)
     if task.source is not None:
         check_sites(model, task.examples, [task.source], task.patch)
         _check_crossed(task)
     # what ablates is written into the clean run, as what comes from the run itself
     return task if task.patch == "clean" and not own else replace(task, direction="noise")
+
+
+def check_examples(task: Task) -> None:
+    """Raises `DataError` where there is nothing to run, `VlmscopeError` for a shard that is none."""
+    if not task.examples:
+        raise DataError("there are no examples; nothing to run")
+    if task.shard is None:
+        return
+    if not (isinstance(task.shard, tuple) and len(task.shard) == 2):
+        raise VlmscopeError(f"the shard is {shown(task.shard)}; expected two numbers, such as (1, 4)")
+    which, many = task.shard
+    whole(many, "the number of shards", 1)
+    whole(which, "the shard", 1, many)
+    if many > len(task.examples):
+        raise DataError(
+            f"{len(task.examples)} examples do not make {many} shards; take at most {len(task.examples)}"
+        )
 
 
 def _check_crossed(task: Task) -> None:
@@ -245,7 +273,7 @@ def check_sites(
 
 
 def all_jobs(task: Task) -> list[Todo]:
-    return [Todo(number, task.sites, []) for number in range(len(task.examples))]
+    return [Todo(number, task.sites, []) for number in task.numbers]
 
 
 def digests_of(task: Task) -> list[str]:
@@ -269,6 +297,7 @@ def spec_of(task: Task, data: str) -> dict[str, Any]:
         "metric": task.metric if isinstance(task.metric, str) else task.metric.__qualname__,
         "patch": task.patch,
         **({"from": task.source} if task.source is not None else {}),
+        **({"shard": "{}/{}".format(*task.shard)} if task.shard else {}),
         # what is written depends on all examples, so that none can be added
         **({"examples_of_the_patch": data_hash} if task.patch in ("mean", "resample") else {}),
         "dtype": task.model.precision,

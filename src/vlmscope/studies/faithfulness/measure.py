@@ -23,7 +23,7 @@ from vlmscope.stats import rng
 from vlmscope.studies.faithfulness.curve import NONE, random_like, sizes
 from vlmscope.studies.rows import result_of, run_jobs
 from vlmscope.studies.run_folder import MEASURED, Run, typed
-from vlmscope.studies.sweep import ALARM, checked, into_folder, warn_of_excluded
+from vlmscope.studies.sweep import ALARM, Study, checked, into_folder, warn_of_excluded
 from vlmscope.studies.task import Result, Task, Todo, all_jobs, spec_of
 
 RECOMPUTED = 3
@@ -82,7 +82,8 @@ def run_all(
     """The metric of each circuit, examples × circuits, the baselines of these examples, and what plain
     forwards say of some."""
     if out is not None:
-        run = into_folder(task, out, spec_of(task, data) | dict(more), partial(_check_run, task), measured)
+        spec = spec_of(task, data) | dict(more)
+        run = into_folder(Study(task, spec, measured, partial(_check_run, task)), out)
         base, rows, check = run.baselines(), run.measured(), run.check
         warn_of_excluded(base)
     else:

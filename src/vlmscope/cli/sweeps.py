@@ -1,0 +1,154 @@
+"""The commands that fill run folders with patches, and what goes before and behind them: plans and merges."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from vlmscope.cli.options import Corrupt, Given, Noise, Share, typed
+from vlmscope.errors import VlmscopeError
+
+
+@dataclass(kw_only=True)
+class Patches:
+    """The options of a sweep that say what is patched, and how."""
+
+    sites: list[str]
+    corrupt: Corrupt | None = None
+    metric: Literal["ld", "p", "logprob", "kl"] = "ld"
+    patch: Literal["clean", "zero", "mean", "resample"] = "clean"
+    source: str | None = None
+    direction: Literal["denoise", "noise"] = "denoise"
+    engine: Literal["fast", "reference"] = "fast"
+    noise: Noise = "multiply"
+    noise_at: Literal["image", "text"] = "image"
+    noise_scale: float | None = None
+    draws: int = 10
+    check: int = 5
+    screen: Literal["atp"] | None = None
+    top: int | None = None
+
+    def study(self, given: Given, out: Path) -> tuple[Callable[..., Any], dict[str, Any]]:
+        """What makes the study, and its options."""
+        from vlmscope.runs import corrupt as corruptions
+        from vlmscope.studies.screen import TOP, screened
+        from vlmscope.studies.sweep import swept
+
+        if self.corrupt != "noise" and self.noise_scale is not None:
+            raise VlmscopeError("--noise-scale is of noise; leave it out, or take --corrupt noise")
+        if self.top is not None and self.screen is None:
+            raise VlmscopeError("--top is of a screen; name one (--screen atp), or leave it out")
+        how: Any = self.corrupt
+        if how == "noise":
+            how = corruptions.Noise(self.noise, self.noise_at, self.noise_scale, self.draws)
+        options = {"sites": self.sites, "corrupt": how, "direction": self.direction, "metric": self.metric}
+        options |= {"check": self.check, "seed": given.seed}
+        if not self.screen:
+            return swept, {**options, "engine": self.engine, "patch": self.patch, "source": self.source}
+        if self.patch != "clean" or self.source is not None or self.engine != "fast" or how is None:
+            raise VlmscopeError(
+                "--screen ranks patches of the other run's activations: name --corrupt, and leave --patch, "
+                "--from and --engine out"
+            )
+        return screened, {**options, "out": out, "top": TOP if self.top is None else self.top}
+
+
+def sweep(given: Given, share: Share, patches: Patches, out: Path) -> None:
+    """Patch every site of every example, into a run folder.
+
+    With --screen only those that a gradient finds, and some others that say what it missed.
+    """
+    from vlmscope.studies.known import knows
+    from vlmscope.studies.screen import lines, missed
+    from vlmscope.studies.sweep import warn_of_excluded
+
+    run, asked = share.fill(out, given, *patches.study(given, out))
+    if patches.screen:
+        print(*lines(missed(run)), sep="\n")
+    warn_of_excluded(run.baselines())
+    print(f"{run.patches():,} patches of {run.ran()} examples in {out}")
+    print(*knows(run.baselines()).lines(), run.check_line(), *more(run, asked), sep="\n")
+
+
+def plan(given: Given, patches: Patches, out: Path, shards: int = 1, slurm: Path | None = None) -> None:
+    """What a sweep will take: time, memory, disk.
+
+    Runs one or two examples, says what all of them will take, in one process or in --shards, and writes a job
+    array for SLURM. Nothing is written into --out.
+    """
+    from vlmscope import files
+    from vlmscope.studies import plan as plans
+
+    if patches.screen:
+        raise VlmscopeError("what a screen finds is not known before; plan its sweep without --screen")
+    if slurm is not None:
+        files.claim_file(slurm)
+    study, options = patches.study(given, out)
+    found = plans.plan(study, given, options, shards)
+    print(*found.lines(out), sep="\n")
+    words = [*typed(given, "sweep"), *typed(patches, "sweep")]
+    script = found.slurm(["vlmscope", "sweep", *words], out)
+    if slurm is None:
+        print(f"\n{script}", end="")
+    else:
+        files.write(slurm, script.encode())
+        print(f"sbatch {slurm}")
+
+
+def merge(runs: list[Path], /, out: Path) -> None:
+    """Put the shards of one run together.
+
+    The folder is that of a run without --shard; says which shards or examples are missing.
+    """
+    from vlmscope.studies.merge import merge as put_together
+    from vlmscope.studies.sweep import warn_of_excluded
+
+    run = put_together(runs, out)
+    warn_of_excluded(run.baselines())
+    print(f"{run.patches():,} rows of {run.ran()} examples, from {len(runs)} shards, in {out}")
+    print(run.check_line())
+
+
+def knockout(
+    given: Given,
+    share: Share,
+    sites: list[str],
+    out: Path,
+    how: Literal["block", "zero"] = "block",
+    metric: Literal["ld", "p", "logprob", "kl"] = "ld",
+    engine: Literal["fast", "reference"] = "fast",
+    check: int = 5,
+) -> None:
+    """Cut edges of attention, one at a time, into a run folder.
+
+    What some positions no longer read of others, in windows of layers: the flow of information.
+    """
+    from vlmscope.studies.knockout import knocked_out
+    from vlmscope.studies.known import knows
+    from vlmscope.studies.sweep import warn_of_excluded
+    from vlmscope.studies.tables import flow_table, is_edge
+
+    options = {"sites": sites, "how": how, "engine": engine, "metric": metric, "check": check}
+    run, asked = share.fill(out, given, knocked_out, options)
+    base = run.baselines()
+    warn_of_excluded(base)
+    print(f"{run.patches():,} knock-outs in {run.ran()} examples in {out}")
+    effects = run.effects()
+    if is_edge(effects).any():  # and not sums of edges alone
+        print("P(answer) is changed most where")
+        flow = flow_table(effects)
+        most = flow["mean"].abs().groupby([flow["tower"], flow["kind"], flow["edge"]], sort=False).idxmax()
+        for row in flow.loc[most].head(15).itertuples():
+            unit = f" {row.unit}" if row.unit else ""
+            window = f", window of {row.window}" if row.window > 1 else ""
+            place = f"{row.tower} layer {row.layer} {row.kind}{unit}{window}"
+            print(f"  {row.edge} is cut in {place}: {row.mean:+.1%} ({row.n} examples)")
+    print(*knows(base).lines(), run.check_line(), *more(run, asked), sep="\n")
+
+
+def more(run: Any, asked: int) -> list[str]:
+    """A line, where a folder holds examples of an earlier command that asked for more."""
+    held = len(run.baselines())
+    return [f"the folder holds {held} examples (this command asked for {asked})"] if held > asked else []

@@ -1,0 +1,380 @@
+"""Several processes fill one folder: what they write, what their deaths cost, and what is wrong with Ray."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from test_shards import equal
+
+import vlmscope
+from vlmscope.cli.options import Given
+from vlmscope.errors import SiteError, StoreError, VlmscopeError
+from vlmscope.studies import run_writer, workers
+from vlmscope.studies.run_folder import Run
+from vlmscope.studies.run_writer import open_run
+from vlmscope.studies.sweep import Study, jobs_of, swept
+from vlmscope.studies.workers import REASON, Order, Worker, spread
+
+SITES = ["encoder.*.cross.h*@answer", "encoder.0.resid@*"]
+COUNT = 6
+
+
+class Kept(Given):
+    """Loads its model once in a process."""
+
+    def load(self) -> vlmscope.Model:
+        return loaded(self.model)
+
+
+loaded = functools.cache(vlmscope.load)
+GIVEN = Kept(model="toy-blip", data="states", limit=COUNT)
+OPTIONS = {"sites": SITES, "corrupt": "image", "data": "states"}
+COMMAND = "sweep --model toy-blip --data states --corrupt image --sites encoder.*.cross.h* encoder.*.resid@*"
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """What one process writes."""
+    folder = tmp_path_factory.mktemp("made")
+    vlmscope.sweep(GIVEN.load(), GIVEN.examples(), SITES, out=folder / "whole", data="states")
+    return vlmscope.read_run(folder / "whole")
+
+
+def left_behind(folder: Path) -> list[Path]:
+    return [file for file in folder.rglob(".*") if file.name != ".lock"]
+
+
+# --- a worker, in this process ---------------------------------------------------------------------------
+
+
+def test_workers_write_parts_and_the_driver_commits_them(
+    whole: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two take turns; what the second does not hand over is computed by another one."""
+    clock = itertools.count()
+    monkeypatch.setattr(run_writer.time, "monotonic", lambda: next(clock) / 1000)
+    order, out = Order(GIVEN, swept, OPTIONS), tmp_path / "run"
+    team = [Worker(order, out, str(tmp_path), 1) for _ in range(3)]
+    about = [worker.begin() for worker in team]
+    assert about[0] == about[1] and about[0].numbers == range(COUNT)
+    with open_run(out, about[0].spec, about[0].description, digests=about[0].digests) as writer:
+        jobs = jobs_of(writer, about[0].numbers, about[0].sites)
+        for worker in team:
+            worker.join(writer.sites)
+        done = [team[number % 2].compute(job) for number, job in enumerate(jobs)]
+        assert done[0].parts and not done[2].parts, "the first example is handed over at once"
+        assert [part.held[0].number for one in done for part in one.parts] == [0, 1]
+        assert len(vlmscope.read_run(out).baselines()) == 0, "nothing is committed yet"
+        for part in [*done[0].parts, *done[1].parts, *team[0].hand_over()]:
+            writer.take(part)
+        assert not team[0].hand_over()
+        assert sorted(writer.done) == [0, 1, 2, 4]
+        team[1].hand_over()  # and dies
+        last = [team[2].compute(job).parts for job in jobs_of(writer, about[0].numbers, about[0].sites)]
+        for part in itertools.chain(*last, team[2].hand_over()):
+            writer.take(part)
+        writer.finish()
+    assert len(left_behind(out)) == 2
+    with open_run(out, about[0].spec, about[0].description, digests=about[0].digests) as writer:
+        writer.keep_check(team[2].check() or {})
+        writer.finish()
+    assert not left_behind(out)
+    run = vlmscope.read_run(out)
+    equal(run, whole)
+    assert run.check == whole.check
+
+
+def test_an_example_that_is_refused_is_left_out_with_the_reason(tmp_path: Path) -> None:
+    worker = Worker(Order(GIVEN, swept, OPTIONS), tmp_path, str(tmp_path), 1)
+    about = worker.begin()
+    with open_run(tmp_path, about.spec, digests=about.digests) as writer:
+        worker.join(about.sites)
+        for part in worker.compute(jobs_of(writer, [3], about.sites)[0], REASON).parts:
+            writer.take(part)
+    (row,) = vlmscope.read_run(tmp_path).baselines().to_dict("records")
+    assert row["excluded"] and row["reason"] == REASON
+
+
+def test_a_folder_that_is_not_on_the_workers_machine(tmp_path: Path) -> None:
+    worker = Worker(Order(GIVEN, swept, OPTIONS), tmp_path / "run", str(tmp_path), 1)
+    with pytest.raises(
+        StoreError, match="run: is not there on .*; choose an --out on a disk that all machines"
+    ):
+        worker.join(SITES)
+
+
+# --- what is wrong with Ray ------------------------------------------------------------------------------
+
+
+class FakeRay:
+    """Stands for what Ray says when it cannot be had; it computes nothing."""
+
+    def __init__(self, error: Exception) -> None:
+        self.error = error
+
+    def is_initialized(self) -> bool:
+        return False
+
+    def init(self, **options: Any) -> None:
+        raise self.error
+
+
+def test_ray_that_is_not_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(
+        VlmscopeError, match=r"need ray, which cannot be imported .*; pip install 'vlmscope\[ray"
+    ):
+        spread(tmp_path / "run", Order(GIVEN, swept, OPTIONS), workers=2)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("address", "words"),
+    [
+        (
+            "nowhere",
+            "--ray is 'nowhere'; expected HOST:PORT of a cluster's head, such as 10.0.0.1:6379, or auto",
+        ),
+        ("ray://x", "--ray is 'ray://x'; expected HOST:PORT"),
+        ("localhost:99999", "--ray is 'localhost:99999'; expected HOST:PORT"),
+        (
+            "CLOSED",
+            "no Ray cluster at '127.0.0.1:.*' .not reachable: .*refused.; expected HOST:PORT of its head",
+        ),
+    ],
+)
+def test_a_cluster_that_is_not_there(
+    address: str, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "ray", FakeRay(AssertionError("is not asked")))
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        closed = f"127.0.0.1:{server.getsockname()[1]}"
+    with pytest.raises(VlmscopeError, match=words):
+        spread(tmp_path, Order(GIVEN, swept, OPTIONS), address=address.replace("CLOSED", closed))
+
+
+@pytest.mark.parametrize(
+    ("said", "words"),
+    [
+        (
+            RuntimeError("Version mismatch: The cluster was started with:\n    Ray: 2.8.0\n    Python: 3.9"),
+            "another version: Version mismatch: .* Ray: 2.8.0 Python: 3.9; install",
+        ),
+        (
+            ConnectionError("Could not find any running Ray instance."),
+            "no Ray cluster at 'auto' .Could not find",
+        ),
+    ],
+)
+def test_a_ray_of_another_version_or_none(
+    said: Exception, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What Ray says itself, word for word; the real thing needs a cluster of another version."""
+    monkeypatch.setitem(sys.modules, "ray", FakeRay(said))
+    with pytest.raises(VlmscopeError, match=words):
+        spread(tmp_path, Order(GIVEN, swept, OPTIONS), address="auto")
+
+
+def test_workers_that_are_none(tmp_path: Path) -> None:
+    with pytest.raises(VlmscopeError, match="the number of workers is '0'; expected a whole number from 1"):
+        spread(tmp_path, Order(GIVEN, swept, OPTIONS), workers=0)
+
+
+def test_gpus_are_shared_out_evenly() -> None:
+    class Cluster:
+        def cluster_resources(self) -> dict[str, float]:
+            return {"CPU": 8.0, "GPU": 2.0}
+
+    assert workers._shares(Cluster(), 2, None) == (2, 1.0)
+    assert workers._shares(Cluster(), None, "cuda") == (2, 1.0)
+    assert workers._shares(Cluster(), 3, None) == (3, 0.5)
+    assert workers._shares(Cluster(), 6, None) == (6, 0.3333)
+    assert workers._shares(Cluster(), None, "cpu") == (8, 0.0)
+    with pytest.raises(VlmscopeError, match="--device cuda:1 names one GPU, and workers are given theirs"):
+        workers._shares(Cluster(), 2, "cuda:1")
+
+
+# --- with Ray --------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def ray(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """Ray's processes, which find this module."""
+    found = pytest.importorskip("ray")
+    paths = [str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(paths))
+    yield found
+    found.shutdown()
+
+
+@dataclass
+class Deadly:
+    """A study of which an example kills the process that computes it; once, where a flag says so."""
+
+    example: str
+    flag: str | None = None
+
+    def __call__(self, model: Any, examples: Any, **options: Any) -> Study:
+        study = swept(model, examples, **options)
+
+        def work(task: Any, job: Any, *rest: Any) -> Any:
+            if task.examples[job.number].id == self.example and not (self.flag and Path(self.flag).exists()):
+                if self.flag:
+                    Path(self.flag).touch()
+                os.kill(os.getpid(), signal.SIGKILL)
+            return study.work(task, job, *rest)
+
+        return study._replace(work=work)
+
+
+@pytest.mark.ray
+@pytest.mark.filterwarnings("ignore::ResourceWarning")
+def test_two_workers_write_what_one_process_writes(ray: Any, whole: Run, tmp_path: Path) -> None:
+    run, asked = spread(tmp_path / "run", Order(GIVEN, swept, OPTIONS), workers=2)
+    equal(run, whole)
+    assert run.check == whole.check and asked == COUNT and not left_behind(run.path)
+    before = {file: file.stat().st_mtime_ns for file in run.path.glob("*/part-*")}
+    more = replace(GIVEN, limit=COUNT + 3)
+    grown, _ = spread(tmp_path / "run", Order(more, swept, OPTIONS), workers=3)
+    assert len(grown.baselines()) == COUNT + 3
+    assert before.items() <= {file: file.stat().st_mtime_ns for file in run.path.glob("*/part-*")}.items()
+
+
+@pytest.mark.ray
+@pytest.mark.filterwarnings("ignore::ResourceWarning")
+def test_a_worker_that_dies_loses_nothing(ray: Any, whole: Run, tmp_path: Path) -> None:
+    name, flag = GIVEN.examples()[3].id, str(tmp_path / "died")
+    with pytest.warns(UserWarning, match="a worker died at example number 3 of the data; another one takes"):
+        run, _ = spread(tmp_path / "run", Order(GIVEN, Deadly(name, flag), OPTIONS), workers=2)
+    assert Path(flag).exists()
+    equal(run, whole)
+
+
+@pytest.mark.ray
+@pytest.mark.filterwarnings("ignore::ResourceWarning")
+def test_an_example_that_kills_is_left_out(ray: Any, whole: Run, tmp_path: Path) -> None:
+    name = GIVEN.examples()[1].id
+    with pytest.warns(UserWarning, match="a worker died at example number 1") as caught:
+        run, _ = spread(tmp_path / "run", Order(GIVEN, Deadly(name), OPTIONS), workers=2)
+    assert len(caught) == workers.DEATHS
+    base = run.baselines().set_index("example")
+    assert base["excluded"].sum() == 1 and base.loc[name, "reason"] == REASON
+    wanted = whole.effects().query("example != @name").reset_index(drop=True)
+    assert run.effects().equals(wanted)
+
+
+@pytest.mark.ray
+@pytest.mark.filterwarnings("ignore::ResourceWarning")
+def test_what_a_worker_refuses_is_one_error(ray: Any, tmp_path: Path) -> None:
+    with pytest.raises(SiteError, match="no example has a role 'no'"):
+        spread(tmp_path / "run", Order(GIVEN, swept, {**OPTIONS, "sites": ["encoder.0.resid@no"]}), workers=1)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.ray
+@pytest.mark.filterwarnings("ignore::ResourceWarning")
+def test_workers_that_die_before_they_begin(ray: Any, tmp_path: Path) -> None:
+    with pytest.raises(VlmscopeError, match="3 workers died before they could begin .*; take fewer of them"):
+        spread(tmp_path / "run", Order(GIVEN, Stillborn(), OPTIONS), workers=2)
+
+
+class Stillborn:
+    def __call__(self, *_: Any, **__: Any) -> Study:
+        os._exit(1)
+
+
+class Watch(threading.Thread):
+    """Kills a node once two workers have begun."""
+
+    def __init__(self, cluster: Any, node: Any, flags: Path) -> None:
+        super().__init__(daemon=True)
+        self.cluster, self.node, self.flags, self.killed = cluster, node, flags, False
+
+    def run(self) -> None:
+        end = time.monotonic() + 120
+        while time.monotonic() < end and len(list(self.flags.glob("*"))) < 2:
+            time.sleep(0.05)
+        self.cluster.remove_node(self.node, allow_graceful=False)
+        self.killed = True
+
+
+@dataclass
+class Slow:
+    """A study that takes its time, and says which processes compute."""
+
+    flags: str
+
+    def __call__(self, model: Any, examples: Any, **options: Any) -> Study:
+        study = swept(model, examples, **options)
+
+        def work(*given: Any) -> Any:
+            Path(self.flags, str(os.getpid())).touch()
+            time.sleep(0.5)
+            return study.work(*given)
+
+        return study._replace(work=work)
+
+
+@pytest.mark.ray
+@pytest.mark.filterwarnings("ignore")
+def test_a_node_that_goes_down_loses_nothing(ray: Any, tmp_path: Path) -> None:
+    """A cluster of two raylets on this machine; the second is killed while a worker computes there."""
+    from ray.cluster_utils import Cluster
+
+    given, flags = replace(GIVEN, limit=40), tmp_path / "flags"
+    flags.mkdir()
+    vlmscope.sweep(given.load(), given.examples(), SITES, out=tmp_path / "whole", data="states")
+    node = {"num_cpus": 1, "object_store_memory": workers.STORE}
+    cluster = Cluster(initialize_head=True, head_node_args=node)
+    try:
+        watch = Watch(cluster, cluster.add_node(**node), flags)
+        watch.start()
+        run, _ = spread(tmp_path / "run", Order(given, Slow(str(flags)), OPTIONS), address=cluster.address)
+        assert watch.killed
+    finally:
+        ray.shutdown()
+        cluster.shutdown()
+    equal(run, vlmscope.read_run(tmp_path / "whole"))
+
+
+def started(out: Path, *words: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-m", "vlmscope", *COMMAND.split(), "--limit", "40", *words, "--out", str(out)],
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+@pytest.mark.ray
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
+def test_a_driver_that_is_killed_or_interrupted_goes_on(ray: Any, tmp_path: Path, how: int) -> None:
+    """With two workers, then with one process: one table."""
+    driver = started(tmp_path / "run", "--workers", "2")
+    end = time.monotonic() + 120
+    while time.monotonic() < end and not list((tmp_path / "run").glob("baselines/part-000001*")):
+        time.sleep(0.05)
+    driver.send_signal(how)
+    _, err = driver.communicate(timeout=60)
+    if how == signal.SIGINT:
+        assert driver.returncode == 130 and err == "interrupted; run the same command again to go on\n"
+    begun = len(vlmscope.read_run(tmp_path / "run").baselines())
+    assert 0 < begun < 40
+    for name in ("run", "whole"):
+        again = started(tmp_path / name)
+        _, err = again.communicate(timeout=300)
+        assert again.returncode == 0, err
+    equal(vlmscope.read_run(tmp_path / "run"), vlmscope.read_run(tmp_path / "whole"))
+    assert not left_behind(tmp_path / "run")
