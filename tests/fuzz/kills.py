@@ -63,7 +63,6 @@ COMMANDS = {
     "gradients": f"attribute {BLIP} --limit 3 --sites encoder.*.cross.h*@answer --method atp --verify 2 "
     "--out out",
     "screen": f"sweep {BLIP} --limit 3 --sites encoder.*.cross.h*@answer --screen atp --top 4 --out out",
-    "edges": "edges --model toy-llava --data states --limit 2 --corrupt image --verify 1 --out out",
     "faithfulness": f"faithfulness {BLIP} --limit 6 --scores ../../inputs/a --draws 1 --out out",
     "knockout": f"knockout {EDGE} --limit 3 --out out",
     "steer": f"steer {BLIP} --limit 4 --sites encoder.0.resid@last --random 2 --said 1 --out out",
