@@ -874,6 +874,21 @@ def test_circuits_that_are_enough(run, tmp_path):
     assert not (tmp_path / "x").exists()
 
 
+def test_edges(run, tmp_path):
+    given = ["--model", "toy-llava", "--data", "states", "--limit", 2, "--corrupt", "image"]
+    status, out, err = run("edges", *given, "--verify", 2, "--out", tmp_path / "run")
+    assert (status, err) == (0, "")
+    assert out.startswith("532 edges over 2 examples") and "checked: 5 random rows" in out
+    assert re.search(r"\ndecoder\.logits: (good|fair|poor|unknown)\. Rank correlation with exact", out)
+    assert (tmp_path / "run" / "edges.parquet").exists()
+    plain = [*given[:5], 1, *given[6:]]
+    assert "not verified: nothing was patched exactly" in run("edges", *plain, "--out", tmp_path / "y")[1]
+    blip = ["--model", "toy-blip", *given[2:], "--out", tmp_path / "x"]
+    refused(run("edges", *blip), "normalise the residual stream itself")
+    refused(run("edges", *given[:-2], "--out", tmp_path / "x"), "--corrupt")
+    assert not (tmp_path / "x").exists()
+
+
 def test_sweep_from_another_site(run, tmp_path):
     sites = ["--sites", "encoder.0.resid@answer", "--from", "encoder.*.resid@answer"]
     status, out, _ = run(*SWEEP[:-2], *sites, "--out", tmp_path / "run")

@@ -169,7 +169,7 @@ def test_edges_sum_to_the_gradient_of_readers(name, in_float64):
     np.testing.assert_allclose(own, expected, rtol=1e-9, atol=1e-9 * np.abs(expected).max())
 
 
-@pytest.mark.parametrize("name", EDGED)
+@pytest.mark.parametrize("name", MANY)
 def test_circuits_of_all_and_no_edges_are_the_runs(name, in_float64):
     model = made(name)
     pair = pair_of(model)
@@ -243,7 +243,7 @@ def test_edges_are_the_limits_of_exact_ones(name, in_float64):
 @pytest.mark.parametrize(
     "corruption", ["text", Noise("add", "image", 0.05, 1), Noise("multiply", "image", 0.5, 1)]
 )
-@pytest.mark.parametrize("name", ["llava", "mllama"])
+@pytest.mark.parametrize("name", ["llava", pytest.param("mllama", marks=pytest.mark.slow)])
 def test_other_corruptions_and_the_other_direction(name, corruption, in_float64):
     """The corrupt run's own edits are made in rows, too; noise is no function of the engine's rows."""
     model = made(name)
@@ -261,7 +261,7 @@ def test_other_corruptions_and_the_other_direction(name, corruption, in_float64)
     assert [whole, none] == pytest.approx(ends, rel=1e-9, abs=1e-9)
 
 
-@pytest.mark.parametrize("name", ["llava", "mllama", "blip2-opt"])
+@pytest.mark.parametrize("name", ["llava", "mllama", pytest.param("blip2-opt", marks=pytest.mark.slow)])
 def test_eap_ig_is_the_mean_over_plain_points(name, in_float64):
     """Of the gradients of runs whose inputs lie between the two: edits of the inputs, written here."""
     model = made(name)
@@ -283,7 +283,9 @@ def test_eap_ig_is_the_mean_over_plain_points(name, in_float64):
     assert np.abs(found.scores - score_edges(model, pair).scores).max() > 1e-3
 
 
-VISION = [name for name in MADE if name not in ("mplug-owl2", "mllama", "llava-siglip-layers", "qwen3-vl")]
+JOINED = ("mplug-owl2", "mllama", "llava-siglip-layers", "granite-vision", "qwen3-vl")
+"""Whose vision towers have no one end."""
+VISION = [name for name in MADE if name not in JOINED]
 
 
 @pytest.mark.parametrize(

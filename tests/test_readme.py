@@ -69,6 +69,16 @@ def test_the_python_of_the_page_on_circuits_runs(tmp_path, monkeypatch, capsys):
     assert (tmp_path / "runs" / "circuits.html").exists()
 
 
+def test_the_python_of_the_page_on_edges_runs(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    page = (Path(__file__).parent.parent / "docs" / "edges.md").read_text("utf-8")
+    (block,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    exec(compile(block, "edges.md", "exec"), {})
+    said = capsys.readouterr().out
+    assert "decoder.attn.v: good. Rank" in said and re.search(r"these edges carry -?\d+% of the gap", said)
+    assert (tmp_path / "runs" / "edges.html").exists()
+
+
 def test_the_python_of_the_page_on_words_runs(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     page = (Path(__file__).parent.parent / "docs" / "explain.md").read_text("utf-8")
@@ -137,8 +147,8 @@ def test_the_specification_of_the_tutorial_is_one(tmp_path):
 
 @pytest.mark.parametrize(
     "command",
-    "demo sweep plan merge knockout report models notice tracing circuits heads lens explain attribute data "
-    "neurons".split(),
+    "demo sweep plan merge knockout report models notice tracing circuits heads lens explain attribute edges "
+    "data neurons".split(),
 )
 def test_the_commands_of_the_readme_exist(command):
     from typer.main import get_command

@@ -17,6 +17,8 @@ OF_FAMILIES = (
     "test_direct.py::test_writers_sum_to_the_logit_difference",
     "test_direct.py::test_each_writer_by_hand",
     "test_direct.py::test_heads_split_over_what_they_read",
+    "test_edges.py::test_edges_sum_to_attribution_patching_of_writers",
+    "test_edges.py::test_exact_edges_are_plain_forwards[qwen3-vl]",
 )
 
 

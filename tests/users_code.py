@@ -52,6 +52,7 @@ def lenses(model: vlmscope.Model, examples: list[vlmscope.Example], folder: Path
     cut = vlmscope.knockout(model, examples, "decoder.*/2.attn@last<image*")
     assert_type(vlmscope.flow_table(cut), pd.DataFrame)
     assert_type(vlmscope.attribute(model, examples, "decoder.*.mlp@readout"), pd.DataFrame)
+    assert_type(vlmscope.edges(model, examples, "image"), pd.DataFrame)
     print(vlmscope.lens(model, examples, "decoder.*.resid@readout").words)
     assert_type(vlmscope.edges(model, examples, "image"), pd.DataFrame)
     found = vlmscope.explain(model, folder / "a.png", "what is it?", ["red"], region=(0, 0, 9, 9))

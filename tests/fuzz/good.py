@@ -38,6 +38,7 @@ LINES = {
     "lens": "--model toy-llava --image a.png --prompt what? --sites decoder.*.resid@readout --out out",
     "explain": "--model toy-llava --image a.png --prompt what? --region 0,0,24,24 --out out.html",
     "attribute": "--model toy-llava --data states --limit 1 --sites decoder.*.mlp@readout --out out",
+    "edges": "--model toy-llava --data states --limit 1 --corrupt image --out out",
     "faithfulness": "--model toy-llava --data states --limit 4 --scores scores.json --outside zero --draws 1 "
     "--out out",
     "data": "folder --root root --out out.csv",

@@ -50,6 +50,7 @@ EDGE = "--model toy-llava --data states --sites decoder.1/3.attn@last<image --ch
 EDIT = f"neurons edit {LLAVA} --limit 10 --from red --to blue --solver closed"
 COMMANDS = {
     "sweep": f"sweep {BLIP} --limit 3 --sites encoder.*.cross.h*@answer --check 2 --out out",
+    "merge": "merge ../../inputs/s1 ../../inputs/s2 --out out",
     "circuits": "circuits ../../inputs/a ../../inputs/b --out out",
     "report": "report ../../inputs/a --out out.html",
     "data": "data folder --root ../../inputs/pictures --out new/out.csv",
@@ -58,6 +59,7 @@ COMMANDS = {
     "tracing": f"tracing {TRACED} --limit 2 --repeats 2 --windows 1 --kinds cross --out out",
     "lens": "lens --model toy-llava --data states --limit 2 --sites decoder.*.resid@readout --out out",
     "attribute": "attribute --model toy-llava --data states --limit 3 --sites decoder.*.mlp@last --out out",
+    "edges": "edges --model toy-llava --data states --limit 3 --corrupt image --verify 2 --out out",
     "gradients": f"attribute {BLIP} --limit 3 --sites encoder.*.cross.h*@answer --method atp --verify 2 "
     "--out out",
     "screen": f"sweep {BLIP} --limit 3 --sites encoder.*.cross.h*@answer --screen atp --top 4 --out out",
@@ -97,8 +99,8 @@ OFTEN = {
 """How often a command is drawn, where that is not 5: some take long."""
 OTHERS = "full readonly vanish interrupt twice".split()
 IMPORTED = "cli.main checkpoint studies.sweep studies.heads studies.circuits".split()
-IMPORTED += "studies.lens studies.attribution studies.knockout studies.probes studies.steering".split()
-IMPORTED += "studies.faithfulness explanation notice neurons report".split()
+IMPORTED += "studies.lens studies.attribution studies.edges studies.faithfulness studies.knockout".split()
+IMPORTED += "studies.merge studies.probes studies.steering explanation notice neurons report".split()
 LIMIT = 12 * SECONDS
 """By when a command has ended that nothing befalls."""
 WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC
@@ -226,6 +228,9 @@ class Bench:
         for name, seed in (("a", 0), ("b", 1)):
             words = f"sweep {BLIP} --limit 6 --seed {seed} --sites encoder.*.cross.h*@answer --out {name}"
             self.done(words, inputs)
+        for number in (1, 2):
+            words = f"sweep {BLIP} --limit 3 --sites encoder.*.cross.h*@answer --shard {number}/2 --check 2"
+            self.done(f"{words} --out s{number}", inputs)
 
     def _warm_up(self, name: str) -> None:
         """Run a command in this process, so that no fork has to import what it needs."""

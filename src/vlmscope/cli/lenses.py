@@ -152,7 +152,7 @@ def edges(
     direction: Literal["denoise", "noise"] = "denoise",
     metric: Literal["ld", "p", "logprob", "kl"] = "ld",
 ) -> None:
-    """Which part feeds which: every edge of a tower.
+    """Which part feeds which, edge by edge.
 
     Writes edges.parquet: source, target, score, exact, low, high over examples, and edges/, the same of each
     example; with --verify agreement.json: how far the scores can be trusted.

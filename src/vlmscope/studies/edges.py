@@ -86,9 +86,11 @@ def edges(
     largest difference.
 
     `out`, `data` and `shard` are as in `sweep`; the folder has the edges of each example
-    (`read_run(out).edges()`), and this table in `edges.parquet`. Raises `ModelError` for a tower in which the
-    stream is no sum of writers (post-norm blocks, as BLIP's text towers), `VlmscopeError` for a metric
-    without a gradient, `DataError` if no example can be run, `StoreError` for a folder of another run.
+    (`read_run(out).edges()`), and this table in `edges.parquet`.
+
+    Raises `ModelError` for a tower in which the stream is no sum of writers (post-norm blocks, as BLIP's text
+    towers), `VlmscopeError` for a metric without a gradient, `DataError` if no example can be run,
+    `StoreError` for a folder of another run.
 
     >>> import vlmscope
     >>> model, one = vlmscope.load("toy-llava"), vlmscope.examples("states", limit=1)

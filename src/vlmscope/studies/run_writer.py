@@ -171,7 +171,7 @@ class Writer:
         with storing(path):
             for name in (self.table, "baselines"):
                 (path / name).mkdir(exist_ok=True)
-            _remove_leftovers(path)
+            remove_leftovers(path)
         parts = parts_of(path)
         for part in parts:
             held_in(part, self.table)
@@ -249,6 +249,11 @@ class Writer:
         self._content["check"] = self.check
         still_there(self.path)
         write_json(self.path / "run.json", self._content)
+
+    @property
+    def is_checked(self) -> bool:
+        """Whether what the check has found, and what was made beside it, is of all that is there."""
+        return self.check is not None and (self.path / "done.json").exists()
 
     def finish(self) -> None:
         """Write what waits, and mark the run as finished."""
@@ -369,7 +374,7 @@ def _is_foreign(path: Path) -> bool:
     return not (path.name == ".lock" or is_temporary(path))
 
 
-def _remove_leftovers(folder: Path) -> None:
+def remove_leftovers(folder: Path) -> None:
     """Remove what a killed run left: temporary files, and rows that no baselines commit."""
     committed = {p.name for p in parts_of(folder)}
     for where in (folder, *(folder / name for name in (*TABLES, "baselines", "examples"))):

@@ -220,7 +220,7 @@ def into_folder(study: Study, out: str | os.PathLike[str]) -> Run:
             show(out, task, result.job)  # before the example is committed: it is not run again
             writer.add(result.job.number, result.rows, result.baseline, result.job.sites)
         writer.flush()
-        if jobs or writer.check is None:
+        if jobs or not writer.is_checked:
             found = study.check(read_run(out))
             if found is not None:
                 writer.keep_check(found)
