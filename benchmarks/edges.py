@@ -3,9 +3,9 @@
     python benchmarks/edges.py [--threads 2] [--real] [--out benchmarks/results/NAME.json]
 
 The model and the pair of `benchmarks/llava.py`: 600 positions, 16 decoder layers of width 1024; with
-`--real`, on a GPU, LLaVA-1.5-7B's own shape in bfloat16. Timed are edge attribution patching of every edge of the
-decoder (two forwards, a backward, and a product of all that is written with all that is read), against plain
-forwards before and after; and then exact patches of all edges into one value in the middle, as rows of
+`--real`, on a GPU, LLaVA-1.5-7B's own shape in bfloat16. Timed are edge attribution patching of every edge of
+the decoder (two forwards, a backward, and a product of all that is written with all that is read), against
+plain forwards before and after; and then exact patches of all edges into one value in the middle, as rows of
 batches: with their rank correlation to the scores, and some held against one plain forward each. The last
 line is JSON.
 """
