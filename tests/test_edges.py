@@ -277,7 +277,7 @@ def test_eap_ig_is_the_mean_over_plain_points(name, in_float64):
         graph = Graph(model, pair.clean)
         runs = Runs(model, pair, "denoise", "ld")
         base, source = (circuit.written(graph, pair, which) for which in ("corrupt", "clean"))
-        total = total + through_readers(runs, graph, base, source, edits) / steps
+        total = total + through_readers(runs, graph, base, source, edits)[0] / steps
     found = score_edges(model, pair, method="eap-ig", steps=steps)
     np.testing.assert_allclose(table(found), total, rtol=1e-9, atol=1e-12)
     assert np.abs(found.scores - score_edges(model, pair).scores).max() > 1e-3

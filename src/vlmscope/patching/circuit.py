@@ -20,7 +20,7 @@ from vlmscope.models.inputs import Pair
 from vlmscope.patching.graph import Graph, Group, Writes, wide
 from vlmscope.patching.scores import Metric, Score, score, unpatched
 from vlmscope.runs.access import hook
-from vlmscope.runs.forward import editing, forward
+from vlmscope.runs.forward import Run, editing, forward
 from vlmscope.runs.hooks import Hooks
 from vlmscope.runs.network import Network
 from vlmscope.runs.readers import Anew, read_anew, watch
@@ -43,9 +43,15 @@ def written(graph: Graph, pair: Pair, which: str) -> Written:
         if graph.across:
             watch(hooks, graph.network, inputs, graph.reads_across, partial(keep, across))
         run = forward(graph.network, inputs, edits, graph.points, len(pair.answers))
+    return written_of(graph, run, across[0] if across else None)
+
+
+@torch.no_grad()
+def written_of(graph: Graph, run: Run, across: Tensor | None) -> Written:
+    """What was written in a run that has kept the graph's points."""
     stream = [graph.values(some, run.values) for some in graph.written if not graph.has_across(some)]
     device = graph.network.device
-    return Written(run.logits, torch.cat([x.to(device) for x in stream]), across[0] if across else None)
+    return Written(run.logits.detach(), torch.cat([x.to(device) for x in stream]), across)
 
 
 def keep(found: list[Tensor], x: Tensor) -> Tensor:

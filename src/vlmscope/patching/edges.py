@@ -27,7 +27,7 @@ from torch import Tensor
 from vlmscope.errors import VlmscopeError
 from vlmscope.models.inputs import Edit, Pair
 from vlmscope.patching.backward import Runs, frozen
-from vlmscope.patching.circuit import Written, written
+from vlmscope.patching.circuit import Written, written, written_of
 from vlmscope.patching.gradients import STEPS, is_before, lines_of
 from vlmscope.patching.graph import Graph, Group, wide
 from vlmscope.patching.scores import Metric, Score, unpatched
@@ -76,12 +76,14 @@ def score_edges(
     """
     runs, graph = Runs(network, pair, direction, metric), Graph(network, pair.clean, tower)
     names = ("clean", "corrupt") if runs.is_clean else ("corrupt", "clean")
-    base, source = (written(graph, pair, name) for name in names)
+    source, base = written(graph, pair, names[1]), None
     whole, points = np.zeros((len(graph.writers), len(graph.readers))), [list[Edit]()]
-    if method == "eap-ig":
-        points = list(_along(runs, graph, steps))
+    if method == "eap-ig":  # else the run whose gradients are taken is the base run itself
+        base, points = written(graph, pair, names[0]), list(_along(runs, graph, steps))
     for edits in points:
-        whole += through_readers(runs, graph, base, source, edits) / len(points)
+        found, base = through_readers(runs, graph, base, source, edits)
+        whole += found / len(points)
+    assert base is not None
     _, clean, corrupt, _ = unpatched(*runs.both(base.logits, source.logits), pair, metric)
     return Edged(clean, corrupt, graph, whole[graph.places(graph.edges)])
 
@@ -107,9 +109,12 @@ class _Reader(NamedTuple):
     gradient: Tensor
 
 
-def through_readers(runs: Runs, graph: Graph, base: Written, source: Written, edits: Sequence[Edit]) -> Array:
-    """The scores from the gradients of one run: of each reader, what flows through it alone."""
-    readers = _gradients(runs, graph, base.logits, source.logits, edits)
+def through_readers(
+    runs: Runs, graph: Graph, base: Written | None, source: Written, edits: Sequence[Edit]
+) -> tuple[Array, Written]:
+    """The scores from the gradients of one run, of each reader what flows through it alone; and the base run,
+    which without `base` is this very one."""
+    readers, base = _gradients(runs, graph, base, source.logits, edits)
     found = np.zeros((len(graph.writers), len(graph.readers)))
     apart = source.stream - base.stream
     shift = 1 if graph.across else 0
@@ -130,12 +135,12 @@ def through_readers(runs: Runs, graph: Graph, base: Written, source: Written, ed
             at = slice(start, start + size)
             back = wide(_back(graph, group, reader, at)).to(moved.device)
             found[rows, columns] += (moved[:, at].flatten(1) @ back.flatten(1).T).double().cpu().numpy()
-    return found
+    return found, base
 
 
 def _gradients(
-    runs: Runs, graph: Graph, base: Tensor, source: Tensor, edits: Sequence[Edit]
-) -> list[_Reader | None]:
+    runs: Runs, graph: Graph, base: Written | None, source: Tensor, edits: Sequence[Edit]
+) -> tuple[list[_Reader | None], Written]:
     network, (inputs, own) = runs.network, runs.base
     streams: list[list[Tensor]] = [[] for _ in graph.groups]
     tensors: list[list[Tensor]] = [[] for _ in graph.groups]
@@ -158,8 +163,12 @@ def _gradients(
             else:
                 flat = not reads.is_across and network.flow(reads.tower, inputs) == "plain"
                 hooks.on_hidden(projection(network, reads).module, partial(part, tensor), flat=flat)
-        run = forward(network, inputs, [*own, *edits], (), runs.count, grad=True)
-    value = runs.value(run.logits, base, source)
+        kept = graph.points if base is None else ()
+        run = forward(network, inputs, [*own, *edits], kept, runs.count, grad=True)
+    if base is None:
+        seen = zip(graph.groups, streams, strict=True)
+        base = written_of(graph, run, next((x[0] for group, x in seen if group.reads.is_across), None))
+    value = runs.value(run.logits, base.logits, source)
     if not value.requires_grad:
         raise VlmscopeError(
             "the metric has no gradient: it is no function of the logits that torch can take back; take "
@@ -168,7 +177,10 @@ def _gradients(
     each = [tensor[0] for tensor in tensors]
     gradients = torch.autograd.grad(value, each, allow_unused=True)
     pairs = zip(streams, gradients, strict=True)
-    return [None if gradient is None else _Reader(stream[0], gradient) for stream, gradient in pairs]
+    found: list[_Reader | None] = [
+        None if gradient is None else _Reader(stream[0], gradient) for stream, gradient in pairs
+    ]
+    return found, base
 
 
 def _back(graph: Graph, group: Group, reader: _Reader, at: slice) -> Float[Tensor, "readers pos width"]:

@@ -117,13 +117,13 @@ class Graph:
             names = [f"{name}.{reads.part}{n}" for n in range(projection(self.network, reads).heads)]
         self.groups.append(Group(reads, tuple(names), first, range(1) if reads.is_across else sees))
 
-    @property
+    @cached_property
     def entrances(self) -> dict[str, list[int]]:
         """The positions of what enters the first block, by writer."""
         layout = self.inputs.layout[self.tower]
         is_shown = layout.text and not self.across
-        image = sorted({*layout.image, *layout.cells}) if is_shown else []
-        return {"embed": [n for n in range(len(layout.tokens)) if n not in {*image}], "image": image}
+        image = {*layout.image, *layout.cells} if is_shown else set[int]()
+        return {"embed": [n for n in range(len(layout.tokens)) if n not in image], "image": sorted(image)}
 
     @cached_property
     def edges(self) -> list[Edge]:
@@ -135,10 +135,8 @@ class Graph:
         found: tuple[list[int], list[int]] = ([], [])
         for edge in edges:
             try:
-                writer, reader = self._writer[edge[0]], self._reader[edge[1]]
-                is_there = writer in next(
-                    one.sees for one in self.groups if 0 <= reader - one.first < len(one.names)
-                )
+                writer, (reader, sees) = self._writer[edge[0]], self._reader[edge[1]]
+                is_there = writer in sees
             except (KeyError, IndexError, TypeError):
                 is_there = False
             if not is_there:
@@ -155,8 +153,10 @@ class Graph:
         return {name: n for n, name in enumerate(self.writers)}
 
     @cached_property
-    def _reader(self) -> dict[str, int]:
-        return {name: n for n, name in enumerate(self.readers)}
+    def _reader(self) -> dict[str, tuple[int, range]]:
+        """The number of each reader, and what it sees."""
+        each = ((name, group.sees) for group in self.groups for name in group.names)
+        return {name: (n, sees) for n, (name, sees) in enumerate(each)}
 
     @cached_property
     def points(self) -> set[Point]:
@@ -173,25 +173,21 @@ class Graph:
         """Whether these are what cross-attention attends to, which are not on the stream."""
         return self.across is not None and some.first == 0
 
-    def values(
-        self, some: Writes, values: Mapping[Point, Tensor], at: slice = slice(None)
-    ) -> Float[Tensor, "writers pos width"]:
-        """What writers on the stream wrote, at some positions, in float32 at least; of heads the shares in
+    def values(self, some: Writes, values: Mapping[Point, Tensor]) -> Float[Tensor, "writers pos width"]:
+        """What writers on the stream wrote, in float32 at least; of heads the shares in
         what was added."""
         network, point = self.network, some.point
-        added = wide(values[point._replace(part="")][:, at])
+        added = wide(values[point._replace(part="")])
         if point.kind == "resid_pre":
-            here = range(*at.indices(len(self.inputs.layout[self.tower].tokens)))
-            found = []
-            for name in some.names:
-                own = torch.tensor([n in {*self.entrances[name]} for n in here], device=added.device)
-                found.append(added[0] * own[:, None])
-            return torch.stack(found)
+            found = added.new_zeros(len(some.names), len(self.inputs.layout[self.tower].tokens), 1)
+            for one, name in zip(found, some.names, strict=True):
+                one[self.entrances[name]] = 1.0
+            return added * found
         if point.part != "h":
             return added
         block = network.blocks(self.tower)[point.layer]
         module: Any = block.get_submodule(getattr(network.family.towers[self.tower], point.kind))
-        active = wide(values[point][0, at])
+        active = wide(values[point][0])
         weight = network.matrix(module).to(active)
         heads = torch.einsum(
             "phw,dhw->hpd",
