@@ -16,7 +16,7 @@ from PIL import Image
 from test_cli import refused, run  # noqa: F401 - a fixture
 
 import vlmscope
-from vlmscope.checkpoint import Inpainter
+from vlmscope.checkpoint.others import Inpainter
 from vlmscope.data import fills
 from vlmscope.data.images import open_image
 from vlmscope.errors import DataError, ExampleError, ModelError, StoreError, VlmscopeError

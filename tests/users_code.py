@@ -53,6 +53,8 @@ def lenses(model: vlmscope.Model, examples: list[vlmscope.Example], folder: Path
     assert_type(vlmscope.flow_table(cut), pd.DataFrame)
     assert_type(vlmscope.attribute(model, examples, "decoder.*.mlp@readout"), pd.DataFrame)
     assert_type(vlmscope.edges(model, examples, "image"), pd.DataFrame)
+    assert_type(vlmscope.faithfulness(model, examples, folder / "run").table, pd.DataFrame)
+    print(vlmscope.inpaint(model, examples, folder / "made.csv", fill="blur"))
     print(vlmscope.lens(model, examples, "decoder.*.resid@readout").words)
     assert_type(vlmscope.edges(model, examples, "image"), pd.DataFrame)
     found = vlmscope.explain(model, folder / "a.png", "what is it?", ["red"], region=(0, 0, 9, 9))

@@ -20,7 +20,7 @@ from filelock import FileLock, Timeout
 from PIL import Image
 
 from vlmscope import files
-from vlmscope.checkpoint import Inpainter
+from vlmscope.checkpoint.others import Inpainter
 from vlmscope.data import Examples, fills, listed
 from vlmscope.data.example import Example, Picture, fingerprint
 from vlmscope.data.fills import Fill
@@ -89,9 +89,10 @@ def inpaint(
 ) -> Made:
     """Make the corrupt picture of each example: the clean one, with what its mask or box shows replaced.
 
-    `fill` says by what (`data.fills.fill`), or `pipeline` is a diffusion model (`checkpoint.Inpainter`) that
-    paints there what `prompt` says, with `{foil}`, `{answer}` and names of groups filled in. All other pixels
-    stay bit for bit. `mask` is the name of the mask; by default that of the answer's object, or the only one.
+    `fill` says by what (`data.fills.fill`), or `pipeline` is a diffusion model that paints there
+    (`checkpoint.others.Inpainter`) what `prompt` says, with `{foil}`, `{answer}` and names of groups filled
+    in. All other pixels stay bit for bit. `mask` is the name of the mask; by default that of the answer's
+    object, or the only one.
     A pair is kept if `model` gives the answer before, and after a fill no longer does, or after a pipeline
     gives the foil.
 
