@@ -24,6 +24,7 @@ from vlmscope.studies.faithfulness.curve import FRACTIONS, Shares, area, random_
 from vlmscope.studies.faithfulness.scores import Scores, by_part, parts_of, split
 
 HEADS = ["decoder.*.attn.h*@all", "decoder.*.mlp@all"]
+LAST = "decoder.2.attn.h*@all"
 
 
 def others(count, first=0):
@@ -41,15 +42,15 @@ def model():
 
 @pytest.fixture(scope="module")
 def scored(model, tmp_path_factory):
-    """Attributions of twelve examples."""
+    """Attributions of eight examples."""
     folder = tmp_path_factory.mktemp("scores") / "atp"
-    vlmscope.attribute(model, others(12), HEADS, "image", method="atp", out=folder)
+    vlmscope.attribute(model, others(8), HEADS, "image", method="atp", out=folder)
     return folder
 
 
 @pytest.fixture(scope="module")
 def whole(model, scored):
-    return vlmscope.faithfulness(model, others(12), scored, "image", draws=2)
+    return vlmscope.faithfulness(model, others(8), scored, "image", draws=2)
 
 
 # --- numbers ---------------------------------------------------------------------------------
@@ -166,7 +167,7 @@ def by_hand(model, given, parts, circuit):
 def test_shares_of_held_out_examples(model, scored, whole):
     """The first half's mean scores rank, and f is that of the other half: 1 with all parts, 0 with none."""
     found = whole
-    parted = split(scores_of(others(12), "examples"), others(12), "examples", 0, 20)
+    parted = split(scores_of(others(8), "examples"), others(8), "examples", 0, 20)
     _, parts = parts_of(
         [
             *(f"decoder.{n}.attn.h{h}" for n in range(3) for h in range(4)),
@@ -199,11 +200,11 @@ def test_shares_of_held_out_examples(model, scored, whole):
     drop = f - (by_hand(model, parted.measured, parts, less) - none) / (full - none)
     assert first["drop"] == pytest.approx(drop, rel=1e-9)
     assert found.summary["check"]["rows"] == 3 and found.summary["check"]["largest"] < 1e-9
-    assert found.summary["ranked_on"] == found.summary["measured"] == 6
+    assert found.summary["ranked_on"] == found.summary["measured"] == 4
 
 
 def test_a_folder_goes_on_and_is_read_back(model, scored, whole, tmp_path, monkeypatch):
-    given = others(12)
+    given = others(8)
     run, done = room.measure._runs, 0
 
     def stopped(task, *arguments, **more):
@@ -219,7 +220,7 @@ def test_a_folder_goes_on_and_is_read_back(model, scored, whole, tmp_path, monke
     assert len(vlmscope.open(tmp_path / "run").measured()["example"].unique()) == 2
     done = 10  # which is more than 3
     found = vlmscope.faithfulness(model, given, scored, "image", draws=2, out=tmp_path / "run")
-    assert done == 10 + 4 + 3  # and 3 are recomputed
+    assert done == 10 + 2 + 3  # and 3 are recomputed
     back = vlmscope.open(tmp_path / "run")
     for name in ("table", "circuit"):
         pd.testing.assert_frame_equal(getattr(found, name), getattr(whole, name))
@@ -239,7 +240,7 @@ def test_a_folder_goes_on_and_is_read_back(model, scored, whole, tmp_path, monke
 def test_words(whole):
     lines = whole.lines()
     assert lines[0].startswith("CPR ") and "CMD" in lines[0]
-    assert " of the behaviour on 6 held-out pictures, random circuits of that size " in lines[-1]
+    assert " of the behaviour on 4 held-out pictures, random circuits of that size " in lines[-1]
     assert lines[-1].endswith("does not seem to know this task, so there is no behaviour to explain")
     summary = {
         "cpr": {"value": 0.5, "low": 0.4, "high": 0.6},
@@ -314,10 +315,10 @@ def test_directions_agree_on_what_upholds_the_behaviour(model, tmp_path):
     given = others(4)
     ranks = {}
     for direction in ("denoise", "noise"):
-        vlmscope.sweep(model, given, HEADS, "image", direction=direction, check=0, out=tmp_path / direction)
+        vlmscope.sweep(model, given, LAST, "image", direction=direction, check=0, out=tmp_path / direction)
         ranks[direction] = room.read_scores(tmp_path / direction, model, "image", "examples").table.mean()
-    vlmscope.sweep(model, given, HEADS, None, patch="zero", check=0, out=tmp_path / "zero")
-    assert room.read_scores(tmp_path / "zero", model, "image", "examples").table.shape == (4, 15)
+    vlmscope.sweep(model, given, LAST, None, patch="zero", check=0, out=tmp_path / "zero")
+    assert room.read_scores(tmp_path / "zero", model, "image", "examples").table.shape == (4, 4)
     effects = vlmscope.open(tmp_path / "noise").effects()
     lost = -effects.groupby("site")["ld_change"].mean()
     wanted = lost.set_axis(lost.index.str.removesuffix("@all"))[ranks["noise"].index]
@@ -363,7 +364,7 @@ def test_expressions_name_the_parts(model):
 
 def test_a_folder_of_circuits(tmp_path):
     """Its rule finds the heads anew on the half that ranks, and these are the circuit."""
-    model, given = planted(), planted_examples(24)
+    model, given = planted(), planted_examples(20)
     run, circuits = tmp_path / "runs" / "states-image", tmp_path / "circuits"
     vlmscope.sweep(model, given, "encoder.*.cross.h*@answer", "image", out=run, data="states")
     room.scores.circuits.find([run]).save(circuits)
@@ -399,11 +400,13 @@ def test_a_file_of_importances_comes_back(model, scored, whole, tmp_path):
     )
     scores, circuit = mib.read(tmp_path / "mine.json", model)
     table = room.read_scores(scored, model, "image", "examples").table
-    rows = split(scores_of(others(12), "examples"), others(12), "examples", 0, 20).rows
+    rows = split(scores_of(others(8), "examples"), others(8), "examples", 0, 20).rows
     assert circuit is None and scores == pytest.approx(table.loc[rows].mean().to_dict(), rel=1e-12)
     kept = {name for name, node in content["nodes"].items() if node["in_graph"]} - {"input", "logits"}
     assert len(kept) == len(found.circuit)
-    again = vlmscope.faithfulness(model, others(12), tmp_path / "mine.json", "image", draws=1)
+    again = vlmscope.faithfulness(
+        model, others(8), tmp_path / "mine.json", "image", draws=1, fractions=(0.5, 1.0)
+    )
     assert again.summary["ranked_on"] is None and not again.summary["held_out"]
     assert "nothing says on which examples the scores were made: these may be among them" in again.lines()
 
@@ -448,7 +451,7 @@ def test_parts_that_mib_has_no_name_for(model):
 
 
 def test_scores_of_something_else(model, scored, tmp_path):
-    given = others(12)
+    given = others(8)
     with pytest.raises(StoreError, match="scores of another model"):
         vlmscope.faithfulness(llava(seed=1), given, scored, "image")
     with pytest.raises(
@@ -481,7 +484,7 @@ def test_scores_of_something_else(model, scored, tmp_path):
 )
 def test_options_that_are_none(model, scored, options, said):
     with pytest.raises(VlmscopeError, match=said):
-        vlmscope.faithfulness(model, others(12), scored, **options)
+        vlmscope.faithfulness(model, others(8), scored, **options)
 
 
 # --- where there is no mechanism -------------------------------------------------------------
