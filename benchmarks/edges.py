@@ -24,8 +24,8 @@ from blip import Memory
 from llava import build, main, pair_of
 from scipy.stats import spearmanr
 
+from vlmscope.patching.edge_patches import exact
 from vlmscope.patching.edges import score_edges
-from vlmscope.patching.exact import exact
 
 ROUNDS, SAMPLE, MOST = 3, 4, 8
 """`MOST`: the forwards that all edges may take."""

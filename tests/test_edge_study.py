@@ -11,8 +11,8 @@ from models import blip, example, llava
 
 import vlmscope
 from vlmscope.errors import ModelError, StoreError, VlmscopeError
+from vlmscope.patching.edge_patches import exact
 from vlmscope.patching.edges import score_edges
-from vlmscope.patching.exact import exact
 from vlmscope.report import write_report
 from vlmscope.runs import corrupt
 from vlmscope.studies import edges as study

@@ -14,8 +14,8 @@ from vlmscope.errors import ModelError, VlmscopeError
 from vlmscope.models.inputs import Edit
 from vlmscope.patching import circuit
 from vlmscope.patching.backward import Runs
+from vlmscope.patching.edge_patches import exact, moved
 from vlmscope.patching.edges import score_edges, through_readers
-from vlmscope.patching.exact import exact, moved
 from vlmscope.patching.gradients import estimate
 from vlmscope.patching.graph import Graph
 from vlmscope.runs import corrupt

@@ -27,7 +27,7 @@ from torch import Tensor
 from vlmscope.errors import VlmscopeError
 from vlmscope.models.inputs import Edit, Pair
 from vlmscope.patching.backward import Runs, frozen
-from vlmscope.patching.circuit import Written, written, written_of
+from vlmscope.patching.edge_circuits import Written, written, written_of
 from vlmscope.patching.gradients import STEPS, is_before, lines_of
 from vlmscope.patching.graph import Graph, Group, wide
 from vlmscope.patching.scores import Metric, Score, unpatched

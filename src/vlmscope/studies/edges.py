@@ -21,8 +21,8 @@ from vlmscope.errors import VlmscopeError, shown, whole
 from vlmscope.models.inputs import Pair
 from vlmscope.patching import engine
 from vlmscope.patching.backward import check_network
+from vlmscope.patching.edge_patches import exact
 from vlmscope.patching.edges import METHODS, Method, score_edges
-from vlmscope.patching.exact import exact
 from vlmscope.patching.gradients import STEPS
 from vlmscope.patching.graph import Edge, Graph, check_tower
 from vlmscope.patching.scores import ROUNDING, Metric, agrees

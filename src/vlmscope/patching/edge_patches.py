@@ -21,7 +21,7 @@ from torch import Tensor
 
 from vlmscope.models.inputs import CUTS, Pair
 from vlmscope.patching.backward import Runs
-from vlmscope.patching.circuit import Written, keep, written
+from vlmscope.patching.edge_circuits import Written, keep, written
 from vlmscope.patching.engine import batches, remember
 from vlmscope.patching.flows import Cell, Flow, Job, Row, Rows
 from vlmscope.patching.graph import Graph, Group, wide
