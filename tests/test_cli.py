@@ -854,6 +854,26 @@ def test_estimates_of_patches(run, tmp_path):
     assert not (tmp_path / "x").exists()
 
 
+def test_circuits_that_are_enough(run, tmp_path):
+    """The last line says what the circuit carries; a folder of the command is a report's, too."""
+    given = ["--model", "toy-llava", "--data", "states", "--limit", 6, "--corrupt", "image"]
+    sites, scores = ["--sites", "decoder.*.attn.h*@all", "--method", "atp"], tmp_path / "scores"
+    assert run("attribute", *given, *sites, "--out", scores)[0] == 0
+    words = ["faithfulness", *given, "--scores", scores, "--draws", 1]
+    status, out, _ = run(*words, "--out", tmp_path / "run")
+    assert status == 0
+    assert re.search(r"\nCPR 0\.\d\d, CMD 0\.\d\d\n", out)
+    last = r"[Tt]hese \d+ heads carry \d+ % of the behaviour on 3 held-out pictures, random circuits of that"
+    assert re.match(last, out.splitlines()[-1])
+    page = (tmp_path / "run" / "report.html").read_text()
+    assert "Circuits: states" in page and re.search(last, page)
+    assert (tmp_path / "run" / "report-figures" / "part0-curve.png").exists()
+    refused(run(*words[:-4], "--scores", tmp_path / "gone", "--out", tmp_path / "x"), "gone")
+    refused(run(*words, "--outside", "one", "--out", tmp_path / "x"), "expected corrupt or mean or zero")
+    refused(run(*words[:5], "--limit", 3, *words[7:], "--out", tmp_path / "x"), "too few examples for halves")
+    assert not (tmp_path / "x").exists()
+
+
 def test_edges(run, tmp_path):
     given = ["--model", "toy-llava", "--data", "states", "--limit", 2, "--corrupt", "image"]
     status, out, err = run("edges", *given, "--verify", 2, "--out", tmp_path / "run")

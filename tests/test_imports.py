@@ -29,8 +29,9 @@ LIGHT = ("cli", "data", "report", "studies.run_folder", "studies.tables", "stats
 HEAVY = ("torch", "transformers")
 
 PUBLIC = """Direction Edit Example Inputs Model Noise Pair Pattern Site VlmscopeError WeightEdit __version__
-    attribute baselines compare edges edited examples explain flow_table head_table inpaint knockout lens load
-    merge open probe read_csv read_run steer sweep token_table write_csv write_report""".split()
+    attribute baselines compare edges edited examples explain faithfulness flow_table head_table inpaint
+    knockout lens load merge open probe read_csv read_run steer sweep token_table write_csv
+    write_report""".split()
 
 
 def read_layers(title: str) -> dict[str, int]:

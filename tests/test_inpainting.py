@@ -16,7 +16,7 @@ from PIL import Image
 from test_cli import refused, run  # noqa: F401 - a fixture
 
 import vlmscope
-from vlmscope.checkpoint import Inpainter
+from vlmscope.checkpoint.others import Inpainter
 from vlmscope.data import fills
 from vlmscope.data.images import open_image
 from vlmscope.errors import DataError, ExampleError, ModelError, StoreError, VlmscopeError
@@ -156,7 +156,10 @@ def test_files_are_read_back_and_nothing_is_made_twice(model, states, tmp_path, 
     assert settings["weights"] == model.fingerprint() and "unfinished" not in settings
     assert len(settings["tried"]) == 6 and (tmp_path / "new" / "pairs-tried.csv").exists()
 
-    monkeypatch.setattr(inpainting._How, "pair", None)
+    def pair(*_):
+        raise AssertionError("made twice")
+
+    monkeypatch.setattr(inpainting._How, "pair", pair)
     before = {file: file.read_bytes() for file in out.parent.rglob("*") if file.is_file()}
     inpaint(model, states, out, fill="shuffle", seed=4, data="states")
     assert before == {file: file.read_bytes() for file in out.parent.rglob("*") if file.is_file()}

@@ -46,7 +46,7 @@ def tables(folder: Path) -> dict[str, pd.DataFrame]:
     for path in sorted(folder.glob("runs/*")):
         found[path.name] = read_run(path).effects()
         found[f"{path.name} baselines"] = read_run(path).baselines()
-    for path in sorted([*folder.glob("circuits/*.csv"), *folder.glob("heads/*/*.csv")]):
+    for path in sorted([*folder.glob("circuits/*.csv"), *folder.glob("[hf]*/*/*.csv")]):
         found[str(path.relative_to(folder))] = pd.read_csv(path)
     return found
 
@@ -64,13 +64,24 @@ def test_everything_is_there(done):
         "circuits/universal.csv",
         "heads/states/functions.csv",
         "heads/faces/together.csv",
+        "faithfulness/states-image/circuit.csv",
     ):
         assert len(found[name]), name
     page = (folder / "report.html").read_text("utf-8")
-    for text in ("Important and universal heads", "What heads do: states", "faces, text corrupted"):
+    for text in (
+        "Important and universal heads",
+        "What heads do: states",
+        "faces, text corrupted",
+        "Circuits: faces",
+    ):
         assert text in page, text
     said = "\n".join(lines)
-    for text in ("Estimated from one example", "Kept for patching", "Universal over all 4 runs"):
+    for text in (
+        "Estimated from one example",
+        "Kept for patching",
+        "Universal over all 4 runs",
+        "of the behaviour on",
+    ):
         assert text in said, text
 
 
@@ -80,6 +91,7 @@ def test_all_of_it_can_be_opened(done):
     assert found.spec == SMALL and set(found.heads) == {"states", "faces"}
     assert set(found.runs) == {(name, c) for name in SMALL.data for c in ("image", "text")}
     assert all(run.check["rows"] == 5 and run.check["largest"] < 1e-3 for run in found.runs.values())
+    assert set(found.faithfulness) == set(found.runs)
     wanted = tables(folder)
     pd.testing.assert_frame_equal(found.selection, wanted["selection"])
     heads = pd.read_csv(folder / "circuits" / "heads.csv")

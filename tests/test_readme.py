@@ -60,6 +60,15 @@ def test_the_python_of_the_page_on_attribution_runs(tmp_path, monkeypatch, capsy
     assert (tmp_path / "runs" / "atp.html").exists()
 
 
+def test_the_python_of_the_page_on_circuits_runs(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    page = (Path(__file__).parent.parent / "docs" / "faithfulness.md").read_text("utf-8")
+    (block,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    exec(compile(block, "faithfulness.md", "exec"), {})
+    assert "of the behaviour on 6 held-out pictures, random circuits of that size" in capsys.readouterr().out
+    assert (tmp_path / "runs" / "circuits.html").exists()
+
+
 def test_the_python_of_the_page_on_edges_runs(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     page = (Path(__file__).parent.parent / "docs" / "edges.md").read_text("utf-8")
@@ -91,12 +100,13 @@ def test_the_python_of_the_page_on_steering_runs(tmp_path, monkeypatch, capsys):
 def test_the_python_of_the_page_on_data_runs(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     page = (Path(__file__).parent.parent / "docs" / "data.md").read_text("utf-8")
-    made, *others = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    hub, made = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
     exec(compile(made, "data.md", "exec"), {})
     assert re.match(r"\d+ pairs of 8 that were tried", capsys.readouterr().out)
     assert (tmp_path / "pairs.csv").exists()
-    for block in others if importlib.util.find_spec("datasets") else ():
-        exec(compile(block, "data.md", "exec"), {})
+    if importlib.util.find_spec("datasets"):
+        exec(compile(hub, "data.md", "exec"), {})
+        assert capsys.readouterr().out == "1.0\n"
 
 
 def test_the_python_of_the_page_on_information_flow_runs(tmp_path, monkeypatch, capsys):

@@ -26,6 +26,7 @@ _NAMES = {
     "sites": "Pattern Site",
     "studies.attribution": "attribute",
     "studies.edges": "edges",
+    "studies.faithfulness": "faithfulness",
     "studies.lens": "lens",
     "studies.inpainting": "inpaint",
     "studies.knockout": "knockout",
@@ -63,6 +64,7 @@ if TYPE_CHECKING:  # what a type checker sees
     from vlmscope.sites import Site as Site
     from vlmscope.studies.attribution import attribute as attribute
     from vlmscope.studies.edges import edges as edges
+    from vlmscope.studies.faithfulness import faithfulness as faithfulness
     from vlmscope.studies.inpainting import inpaint as inpaint
     from vlmscope.studies.knockout import knockout as knockout
     from vlmscope.studies.lens import lens as lens

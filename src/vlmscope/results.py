@@ -10,6 +10,7 @@ from typing import Any
 from vlmscope.errors import StoreError
 
 READERS = {
+    "summary.json": "studies.faithfulness:read",  # in a run folder, too
     "run.json": "studies.run_folder:read_run",
     "heads.json": "studies.heads:read",
     "circuits.json": "studies.circuits:read",
@@ -27,7 +28,8 @@ READERS = {
 def open(folder: str | os.PathLike[str]) -> Any:
     """What is in a folder of results, as the value that wrote it.
 
-    A sweep gives a `Run`, as `attribute` does, `circuits` its `Found`, `heads` its `Functions`, `tracing` its
+    A sweep gives a `Run`, as `attribute` does, `circuits` its `Found`, `faithfulness`
+    a `Faithful`, `heads` its `Functions`, `tracing` its
     `Traced`, `lens` its `Lens`, `explain` its
     `Explanation`, `notice` a `Notice` with what it is made of, `neurons` what was found,
     described, perturbed or edited, `steer` a `Steered`, `probe` a `Probed`. Raises `StoreError` for any other

@@ -7,6 +7,7 @@ that a command gets later needs no entry: the generators read the options from t
 from __future__ import annotations
 
 import itertools
+import json
 import shlex
 import shutil
 from collections.abc import Iterator
@@ -38,6 +39,10 @@ LINES = {
     "explain": "--model toy-llava --image a.png --prompt what? --region 0,0,24,24 --out out.html",
     "attribute": "--model toy-llava --data states --limit 1 --sites decoder.*.mlp@readout --out out",
     "edges": "--model toy-llava --data states --limit 1 --corrupt image --out out",
+    "faithfulness": "--model toy-llava --data states --limit 4 --scores scores.json --outside zero --draws 1 "
+    "--out out",
+    "plan": f"{BLIP} --sites encoder.0.resid@answer --corrupt image --out out --slurm job.sh",
+    "merge": "first second --out out",
     "data": "folder --root root --out out.csv",
     "data inpaint": f"{BLIP} --fill mean --out out.csv",
     "generate": "--model toy-llava --image a.png --prompt what? --edit 'decoder.2.mlp@all scale 0'",
@@ -114,11 +119,17 @@ def _made(top: Path) -> Path:
         'model = "toy-blip"\ndata = ["states"]\ncorrupt = ["image"]\nlimit = 1\nseed = 1\n'
         'sites = ["encoder.1.cross.h*@answer"]\nselect = false\n'
     )
+    nodes = {name: {"in_graph": True, "score": 1.0} for name in ("a2.h1", "a3.h0", "a3.h1")}
+    cfg = {"n_layers": 4, "n_heads": 4}
+    (folder / "scores.json").write_text(json.dumps({"cfg": cfg, "nodes": nodes, "edges": {}}))
     for label, color in (("cat", "red"), ("owl", "blue")):
         (folder / "root" / label).mkdir(parents=True)
         for n in range(3):
             Image.new("RGB", (24, 24), color).save(folder / "root" / label / f"{n}.png")
-    sweep(load("toy-blip"), examples("states", limit=2), "encoder.*.cross.h*@answer", out=folder / "run")
+    blip, two = load("toy-blip"), examples("states", limit=2)
+    sweep(blip, two, "encoder.*.cross.h*@answer", out=folder / "run")
+    for number, name in enumerate(("first", "second"), 1):
+        sweep(blip, two, "encoder.1.cross.h0@answer", out=folder / name, shard=(number, 2))
     toy = load("toy-llava")
     neurons.find(toy, examples("states", limit=40), ["red"], prompt="describe this picture.").save(
         folder / "found"

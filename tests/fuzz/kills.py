@@ -50,6 +50,7 @@ EDGE = "--model toy-llava --data states --sites decoder.1/3.attn@last<image --ch
 EDIT = f"neurons edit {LLAVA} --limit 10 --from red --to blue --solver closed"
 COMMANDS = {
     "sweep": f"sweep {BLIP} --limit 3 --sites encoder.*.cross.h*@answer --check 2 --out out",
+    "merge": "merge ../../inputs/s1 ../../inputs/s2 --out out",
     "circuits": "circuits ../../inputs/a ../../inputs/b --out out",
     "report": "report ../../inputs/a --out out.html",
     "data": "data folder --root ../../inputs/pictures --out new/out.csv",
@@ -62,6 +63,7 @@ COMMANDS = {
     "gradients": f"attribute {BLIP} --limit 3 --sites encoder.*.cross.h*@answer --method atp --verify 2 "
     "--out out",
     "screen": f"sweep {BLIP} --limit 3 --sites encoder.*.cross.h*@answer --screen atp --top 4 --out out",
+    "faithfulness": f"faithfulness {BLIP} --limit 6 --scores ../../inputs/a --draws 1 --out out",
     "knockout": f"knockout {EDGE} --limit 3 --out out",
     "steer": f"steer {BLIP} --limit 4 --sites encoder.0.resid@last --random 2 --said 1 --out out",
     "probe": f"probe {TRACED} --limit 24 --sites encoder.0.resid@last --label kind --shuffles 2 --out out",
@@ -84,12 +86,21 @@ BEFORE = {
     "edit": f"{EDIT} --neurons 4 --out new/out.safetensors --export model",
 }
 """What may have been there before: the same with other options; elsewhere the same command, done."""
-OFTEN = {"notice": 1, "edit": 1, "perturb": 1, "heads": 2, "tracing": 2, "probe": 2, "steer": 2}
+OFTEN = {
+    "notice": 1,
+    "faithfulness": 2,
+    "edit": 1,
+    "perturb": 1,
+    "heads": 2,
+    "tracing": 2,
+    "probe": 2,
+    "steer": 2,
+}
 """How often a command is drawn, where that is not 5: some take long."""
 OTHERS = "full readonly vanish interrupt twice".split()
 IMPORTED = "cli.main checkpoint studies.sweep studies.heads studies.circuits".split()
-IMPORTED += "studies.lens studies.attribution studies.knockout studies.probes studies.steering".split()
-IMPORTED += "explanation notice neurons report".split()
+IMPORTED += "studies.lens studies.attribution studies.edges studies.faithfulness studies.knockout".split()
+IMPORTED += "studies.merge studies.probes studies.steering explanation notice neurons report".split()
 LIMIT = 12 * SECONDS
 """By when a command has ended that nothing befalls."""
 WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC
@@ -217,6 +228,9 @@ class Bench:
         for name, seed in (("a", 0), ("b", 1)):
             words = f"sweep {BLIP} --limit 6 --seed {seed} --sites encoder.*.cross.h*@answer --out {name}"
             self.done(words, inputs)
+        for number in (1, 2):
+            words = f"sweep {BLIP} --limit 3 --sites encoder.*.cross.h*@answer --shard {number}/2 --check 2"
+            self.done(f"{words} --out s{number}", inputs)
 
     def _warm_up(self, name: str) -> None:
         """Run a command in this process, so that no fork has to import what it needs."""

@@ -1,4 +1,4 @@
-"""The commands that read off runs what is not patched: words of states, direct effects."""
+"""The commands that say more than single patches: words of states, attributions, circuits, one picture."""
 
 from __future__ import annotations
 
@@ -185,3 +185,44 @@ def edges(
     print(run.check_line(), write_report([out], out / "report.html"), sep="\n")
     if verify:
         print(*lines(agreement(by_reader(each), verify)), sep="\n")
+
+
+def faithfulness(
+    given: Given,
+    scores: Path,
+    out: Path,
+    corrupt: Corrupt | None = None,
+    outside: Literal["corrupt", "mean", "zero"] = "corrupt",
+    metric: Literal["ld", "p", "logprob", "kl"] = "ld",
+    ratio: Literal["means", "median"] = "means",
+    draws: int = 20,
+) -> None:
+    """How much of the behaviour a circuit carries.
+
+    Parts are ranked by scores of some examples; the best of them run on others, while all other parts have
+    another run's values. Writes faithfulness.parquet: ranking, fraction, kept, f, low, high, random,
+    random_low, random_high; circuit.csv; and summary.json: cpr, cmd, and the circuit that is reported.
+    """
+    from vlmscope.report import claim_report, write_report
+    from vlmscope.studies.faithfulness import faithfulness as measure
+    from vlmscope.studies.run_writer import claim
+
+    claim(out)
+    claim_report(out / "report.html")
+    found = measure(
+        given.load(),
+        given.examples(),
+        scores,
+        corrupt,
+        outside=outside,
+        metric=metric,
+        ratio=ratio,
+        draws=draws,
+        seed=given.seed,
+        out=out,
+        data=given.data,
+    )
+    columns = ["ranking", "fraction", "kept", "f", "low", "high", "random"]
+    print(found.table[columns].to_string(index=False, float_format="{:.3g}".format))
+    print(found.circuit.head(20).to_string(index=False, float_format="{:.3g}".format))
+    print(write_report([out], out / "report.html"), *found.lines(), sep="\n")

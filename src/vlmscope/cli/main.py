@@ -194,6 +194,7 @@ def heads(given: Given, sites: list[str], out: Path, corrupt: Corrupt = "image")
 command(app)(lenses.lens)
 command(app)(lenses.attribute)
 command(app)(lenses.edges)
+command(app)(lenses.faithfulness)
 command(app)(lenses.explain)
 
 
@@ -249,7 +250,7 @@ def inpaint(
     What the mask or box of each example shows is replaced; kept are pairs after which the model answers
     otherwise. Says how many were tried, and why others were left out.
     """
-    from vlmscope.checkpoint import Inpainter
+    from vlmscope.checkpoint.others import Inpainter
     from vlmscope.studies.inpainting import check_out
     from vlmscope.studies.inpainting import inpaint as make
 

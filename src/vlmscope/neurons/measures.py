@@ -19,7 +19,7 @@ import torch
 from scipy import stats
 from torch import Tensor
 
-from vlmscope.checkpoint import embedder
+from vlmscope.checkpoint.others import embedder
 from vlmscope.data import Examples
 from vlmscope.models.inputs import Edit
 from vlmscope.neurons.captions import forced_caption

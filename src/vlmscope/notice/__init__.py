@@ -7,6 +7,7 @@
     DIR/selection.json       that this pipeline made it
     DIR/circuits/            important heads of each run, universal heads over all
     DIR/heads/NAME/          what the important heads do
+    DIR/faithfulness/NAME-image/   how much of the behaviour the circuit carries that a run's heads are
     DIR/report.html          all of it to look at
 
 Killed at any moment, the same call goes on where it stopped and ends with the same tables.
@@ -41,6 +42,9 @@ from vlmscope.runs.model import Model
 from vlmscope.sites import expand, parse
 from vlmscope.stored import formats
 from vlmscope.studies import circuits, heads
+from vlmscope.studies.faithfulness import Faithful, faithfulness
+from vlmscope.studies.faithfulness import read as read_faithful
+from vlmscope.studies.faithfulness.scores import HALVES
 from vlmscope.studies.known import knows
 from vlmscope.studies.plan import estimate, size_of, time_of
 from vlmscope.studies.run_folder import Run, read_run
@@ -53,6 +57,8 @@ Sweep = tuple[str, str]
 
 MODULES = ("resid", "attn", "cross", "mlp")
 SELECTION = formats.SELECTION.shape["format"]
+SIZES, DRAWS = (0.1, 0.5, 1.0), 19
+"""Of circuits, as shares of the heads; and random ones beside the one that is reported."""
 MANY = 12
 """A group with more values than this (an id, a noun) is no group to report on."""
 
@@ -105,6 +111,10 @@ def run(spec: Spec, out: str | os.PathLike[str], say: Say = lambda text: None) -
             kept = set(bases[key].loc[~bases[key]["excluded"], "example"])
             studied = [e for e in given if e.id in kept][: spec.function_examples]
             folders += parts.functions(*key, studied, runs[key], found)
+    for name, corrupt in runs:
+        base = bases[name, corrupt]
+        kept = set(base.loc[~base["excluded"], "example"])
+        folders += parts.carried(name, corrupt, [one for one in sets[name] if one.id in kept])
     report = write_report(folders, folder / "report.html")
     say(f"The report: {report}")
     return report
@@ -112,13 +122,15 @@ def run(spec: Spec, out: str | os.PathLike[str], say: Say = lambda text: None) -
 
 @dataclass(frozen=True)
 class Notice:
-    """What the pipeline has computed: the runs by data set and corruption, the circuits, the heads by set."""
+    """What the pipeline has computed: the runs by data set and corruption, the circuits, the heads by set,
+    and what the circuit of each run carries."""
 
     spec: Spec
     runs: dict[Sweep, Run]
     selection: pd.DataFrame
     circuits: circuits.Found
     heads: dict[str, heads.Functions]
+    faithfulness: dict[Sweep, Faithful]
 
 
 def read(folder: str | os.PathLike[str]) -> Notice:
@@ -135,8 +147,14 @@ def read(folder: str | os.PathLike[str]) -> Notice:
     for of_set in path.glob("heads/*"):
         stored.no_links(of_set, path)
         functions[of_set.name] = heads.read(of_set)
+    carried = {}
+    for key in runs:
+        place = path / "faithfulness" / "-".join(key)
+        if place.is_dir():
+            stored.no_links(place, path)
+            carried[key] = read_faithful(place)
     stored.no_links(path / "circuits", path)
-    return Notice(spec, runs, chosen, circuits.read(path / "circuits"), functions)
+    return Notice(spec, runs, chosen, circuits.read(path / "circuits"), functions, carried)
 
 
 def default_sites(model: Model) -> tuple[str, ...]:
@@ -311,6 +329,28 @@ class _Pipeline:
         )
         counts = table.functions["label"].value_counts()
         self.say("  " + ", ".join(f"{many} {label}" for label, many in counts.items()))
+        return [out]
+
+    def carried(self, name: str, corrupt: str, kept: Sequence[Example]) -> list[Path]:
+        """How much the circuit of a run carries, found on one half of its examples, on the other; the folder,
+        if there are halves."""
+        kept = kept[: self.spec.function_examples]
+        if len(kept) < HALVES:
+            self.say(f"{name}, {corrupt}: too few examples for halves, so no circuit is measured")
+            return []
+        out = self.folder / "faithfulness" / f"{name}-{corrupt}"
+        found = faithfulness(
+            self.model,
+            kept,
+            self.folder / "circuits",
+            corrupt,
+            fractions=SIZES,
+            draws=DRAWS,
+            seed=self.spec.seed,
+            out=out,
+            data=name,
+        )
+        self.say(f"{name}, {corrupt}: {found.lines()[-1]}")
         return [out]
 
 

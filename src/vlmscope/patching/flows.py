@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import groupby
 from typing import Any, ClassVar
 
 import torch
@@ -193,14 +194,16 @@ class Flow(ExitStack):
         positions, which may have been laid end to end."""
         units = self.job.network.units(cells[0].site.point) or 1
         there = x.view(*shape[:2], -1).unflatten(-1, (units, -1))
-        by_origin: dict[Point, list[tuple[int, ...]]] = defaultdict(list)
-        for c in cells:
-            each = zip(c.site.units or (0,), c.origin.units or (0,), strict=True)
-            by_origin[c.origin.point] += [(c.row, c.position, unit, c.taken, other) for unit, other in each]
-        for point, numbers in by_origin.items():
-            row, position, unit, taken, other = torch.tensor(numbers, device=x.device).T
+        for (point, *_), same in groupby(cells, _copied):
+            some = list(same)
             values = self.job.source[point][0].unflatten(-1, (self.job.network.units(point) or 1, -1))
-            there[row, position, unit] = values[taken, other].to(x)
+            row, position, taken = torch.tensor(
+                [(c.row, c.position, c.taken) for c in some], device=x.device
+            ).T
+            each = some if len(some[0].site.units) < 2 else some[:1]
+            unit = torch.tensor([c.site.units or (0,) for c in each], device=x.device)
+            other = torch.tensor([c.origin.units or (0,) for c in each], device=x.device)
+            there[row[:, None], position[:, None], unit] = values[taken[:, None], other].to(x)
         return x
 
     # -- what differs ----------------------------------------------------------------------------
@@ -239,6 +242,12 @@ class Flow(ExitStack):
 def around(tower: str, layer: int) -> tuple[Point, Point]:
     """What a position needs to pass a block alone: its heads' outputs, and the block's input."""
     return Point(tower, layer, "attn", "h"), Point(tower, layer, "resid_pre")
+
+
+def _copied(cell: Cell) -> tuple[Point, tuple[int, ...], tuple[int, ...]]:
+    """Which cells, one behind the other, are written at once: those of single units, or of the same set."""
+    sets = [units if len(units) > 1 else () for units in (cell.site.units, cell.origin.units)]
+    return cell.origin.point, sets[0], sets[1]
 
 
 def _places(cells: Sequence[Cell]) -> tuple[list[int], list[int], list[int]]:

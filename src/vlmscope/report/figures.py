@@ -18,6 +18,7 @@ from matplotlib.colors import Normalize
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
 from vlmscope.report.canvas import BAR, DARK, Margins, add_bar, figure_of, grid, set_title, text_width
+from vlmscope.report.faithfulness import carried_by_size
 from vlmscope.report.flows import flow
 from vlmscope.report.heat_maps import panels
 from vlmscope.report.words import KINDS, TOWERS, upper_first
@@ -25,6 +26,7 @@ from vlmscope.studies.agreement import part_of
 from vlmscope.studies.tables import change_of, head_table, token_table
 
 __all__ = [
+    "carried_by_size",
     "edit",
     "flow",
     "layer_by_head",

@@ -16,7 +16,7 @@ import matplotlib
 
 from vlmscope import __version__, files, stored
 from vlmscope.errors import StoreError
-from vlmscope.report import attribution, directions, edges, heads, lens, neurons, run, tracing
+from vlmscope.report import attribution, directions, edges, faithfulness, heads, lens, neurons, run, tracing
 from vlmscope.report.gallery import Gallery, render
 from vlmscope.studies.run_folder import Run, read_run, table_in
 
@@ -26,6 +26,7 @@ MANIFEST, FORMAT = "report.json", "vlmscope-report-1"
 """The file in the folder of figures that lists them and the page: what a report may replace."""
 SECTIONS = {
     "circuits": heads.circuits_section,
+    "summary": faithfulness.section,
     "heads": heads.section,
     "tracing": tracing.section,
     "lens": lens.section,
@@ -44,11 +45,11 @@ def write_report(
 ) -> Path:
     """Write the report of a folder, or of several, to `out`, and its figures and data to `<stem>-figures/`.
 
-    A folder is a run, or what `circuits`, `heads`, `tracing`, `lens`, `notice`, `neurons`, `steer` or `probe`
-    wrote. Each figure is saved as PNG, and in the further `formats` that are named (`svg`, `pdf`). An earlier
-    report is replaced, with its figures, when all is drawn. Raises `StoreError`, before anything is written,
-    if a folder is none of these or damaged, or if `out` is no `.html`, or something else is there than such a
-    report.
+    A folder is a run, or what `circuits`, `faithfulness`, `heads`, `tracing`, `lens`, `notice`, `neurons`,
+    `steer` or `probe` wrote. Each figure is saved as PNG, and in the further `formats` that are named (`svg`,
+    `pdf`). An earlier report is replaced, with its figures, when all is drawn. Raises `StoreError`, before
+    anything is written, if a folder is none of these or damaged, or if `out` is no `.html`, or something else
+    is there than such a report.
     """
     if not parts:
         raise StoreError("no runs to report on; name at least one run folder")
@@ -95,7 +96,8 @@ def _unfold(part: Path) -> list[tuple[str, Path]]:
     """What a folder is, and the folders in it where it is of `notice`: `(what, folder)`."""
     if _what(part) != "run" or not os.path.lexists(part / "notice.toml"):
         return [(_what(part), part)]
-    inner = [part / "circuits", *sorted(part.glob("heads/*")), *sorted(part.glob("runs/*"))]
+    names = ("heads/*", "faithfulness/*", "runs/*")
+    inner = [part / "circuits", *(path for name in names for path in sorted(part.glob(name)))]
     for path in inner:
         stored.no_links(path, part)
     return [(_what(path), path) for path in inner if path.is_dir()]

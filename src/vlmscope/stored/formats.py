@@ -1,4 +1,5 @@
-"""What folders of results hold: manifests and tables of `circuits`, `heads`, `tracing`, `lens`, `neurons`."""
+"""What folders of results hold: manifests and tables of `circuits`, `faithfulness`, `heads`, `tracing`,
+`lens`, `neurons`."""
 
 from __future__ import annotations
 
@@ -172,6 +173,57 @@ PROBE = Format(
             "held_out_low:share? held_out_high:share? effect:float? effect_low:float? effect_high:float?",
             "site",
         )
+    },
+    WAY_OUT,
+)
+
+_ENDS = dict.fromkeys(("value", "low", "high"), (float, None))
+_CIRCUIT = "fraction f low high without without_low without_high random random_high p_value".split()
+FAITHFULNESS = Format(
+    "summary.json",
+    {
+        "format": "vlmscope-faithfulness-1",
+        "model": str,
+        "weights": str,
+        "data": str,
+        "corrupt": str,
+        "outside": str,
+        "metric": str,
+        "ratio": str,
+        "scores": str,
+        "signed": bool,
+        "parts": int,
+        "ranked_on": (int, None),
+        "measured": int,
+        "held_out": bool,
+        "cpr": _ENDS,
+        "cmd": _ENDS,
+        "gap": _ENDS,
+        "gap_of_runs": (float, None),
+        "circuit": {
+            **dict.fromkeys(_CIRCUIT, (float, None)),
+            "kept": int,
+            "draws": int,
+            "passes": bool,
+            "needed": (int, None),
+        },
+        "kinds": {str: int},
+        "known": {"severity": str, "sentences": [str]},
+        "check": ({"rows": int, "largest": float}, None),
+        "lines": [str],
+        "seed": int,
+    },
+    {
+        "faithfulness.parquet": Table(
+            "ranking:text fraction:share kept:int f:float? low:float? high:float? random:float? "
+            "random_low:float? random_high:float?",
+            "ranking fraction",
+        ),
+        "circuit.csv": Table(
+            "part:text tower:tower layer:grid kind:kind unit:text score:float drop:float? low:float? "
+            "high:float?",
+            "part",
+        ),
     },
     WAY_OUT,
 )

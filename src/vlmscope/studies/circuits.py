@@ -122,7 +122,7 @@ def find(
         "level": LEVEL,
         "model": opened[0].spec.get("model"),
         "chance": list(_chance(heads, groups)),
-        "gaps": {name: _gap(base) for name, base in baselines.items()},
+        "gaps": {name: gap_of(base) for name, base in baselines.items()},
         "known": {name: knows(base)._asdict() for name, base in baselines.items()},
     }
     return Found(heads, universal(heads), overlap(heads, groups), about)
@@ -165,7 +165,7 @@ def heads_of(run: Run, name: str = "run", *, position: str | None = None, seed: 
       the first finds (1 for the others), is at most 0.05 (Meinshausen, Meier & Bühlmann 2009). Null below
       20 examples, where it is impossible.
     """
-    parts, least = [], SHARE * _gap(run.baselines())
+    parts, least = [], SHARE * gap_of(run.baselines())
     for (tower, kind, at), scores in head_scores(run, position).items():
         table = assess(scores.to_numpy(), list(scores.index), seed, least=least)
         table = pd.concat([scores.columns.to_frame(index=False), table], axis=1)
@@ -184,7 +184,7 @@ def held_out(run: Run, *, position: str | None = None, seed: int = 0) -> dict[st
     These are what `mean_held_out` is over; `heads.functions` takes them, to measure on no example what it
     has chosen.
     """
-    found, least = {}, SHARE * _gap(run.baselines())
+    found, least = {}, SHARE * gap_of(run.baselines())
     for (tower, kind, at), scores in head_scores(run, position).items():
         unseen = _unseen(scores.to_numpy(), list(scores.index), seed, least)
         for (layer, head), column in zip(scores.columns, unseen.T, strict=True):
@@ -239,7 +239,7 @@ def _warn(text: str) -> None:
     warnings.warn(text, stacklevel=4)
 
 
-def _gap(base: pd.DataFrame) -> float:
+def gap_of(base: pd.DataFrame) -> float:
     """The size of the mean gap LD(clean) − LD(corrupt) of a run, from its `baselines`."""
     ran = base[~base["excluded"]]
     return abs(float((ran["ld_clean"] - ran["ld_corrupt"]).mean()))

@@ -20,7 +20,7 @@ from filelock import FileLock, Timeout
 from PIL import Image
 
 from vlmscope import files
-from vlmscope.checkpoint import Inpainter
+from vlmscope.checkpoint.others import Inpainter
 from vlmscope.data import Examples, fills, listed
 from vlmscope.data.example import Example, Picture, fingerprint
 from vlmscope.data.fills import Fill
@@ -89,9 +89,10 @@ def inpaint(
 ) -> Made:
     """Make the corrupt picture of each example: the clean one, with what its mask or box shows replaced.
 
-    `fill` says by what (`data.fills.fill`), or `pipeline` is a diffusion model (`checkpoint.Inpainter`) that
-    paints there what `prompt` says, with `{foil}`, `{answer}` and names of groups filled in. All other pixels
-    stay bit for bit. `mask` is the name of the mask; by default that of the answer's object, or the only one.
+    `fill` says by what (`data.fills.fill`), or `pipeline` is a diffusion model that paints there
+    (`checkpoint.others.Inpainter`) what `prompt` says, with `{foil}`, `{answer}` and names of groups filled
+    in. All other pixels stay bit for bit. `mask` is the name of the mask; by default that of the answer's
+    object, or the only one.
     A pair is kept if `model` gives the answer before, and after a fill no longer does, or after a pipeline
     gives the foil.
 
@@ -231,7 +232,8 @@ class _Folder:
         if about:
             fits(about, SHAPE, self.manifest, f"delete it, or choose another --out than {file}")
         self.rows = {row["example"]: dict(row) for row in about.get("tried", [])}
-        self.files, self.since = dict.fromkeys(listed, ""), None if not about else -EVERY
+        self.files = dict.fromkeys(listed, "")
+        self.since: float | None = None  # when rows were last written, once there are new ones
 
     @contextmanager
     def held(self) -> Iterator[None]:
@@ -251,7 +253,7 @@ class _Folder:
             yield
         except BaseException:
             with suppress(StoreError):
-                if self.since is not None:  # what is done is kept
+                if self.since is not None:  # what is done is kept, and what was finished stays so
                     self._write()
             raise
         finally:
@@ -277,19 +279,21 @@ class _Folder:
         """Write a picture, and from time to time the rows."""
         if self.since is None:
             self._write()  # says that the pictures are ours, before the first
+            self.since = -EVERY
         if row["kept"] and picture is not None:
             content = _png(picture)
             files.write(self._picture(number), content)
             row["sha256"] = hashlib.sha256(content).hexdigest()
         self.rows[row["example"]] = row
-        if self.since is None or time.monotonic() - self.since > EVERY:
+        if time.monotonic() - self.since > EVERY:
             self._write()
             self.since = time.monotonic()
         return self._picture(number) if row["kept"] else None
 
     def finish(self, made: Made) -> None:
         """Write the table and the pairs; the settings, without `unfinished`, come last."""
-        self._write()
+        if self.since is not None:
+            self._write()
         files.write(self.tried, files.to_csv(made.tried))
         write_csv(self.file, made.examples)
         self._write(unfinished=False)

@@ -2,7 +2,7 @@
 
     run.json                      the specification, written first; what the run's check has found
     effects/part-000000.parquet   a row per patch; of `attribute` they are attributions/, a row per site, of
-                                  `edges` edges/, a row per edge
+                                  `edges` edges/, a row per edge, of `faithfulness` measured/, a circuit
     baselines/part-000000.parquet a row per example; its presence commits the part beside it
     examples/0003.json, *.png     a few examples, to look at
     done.json                     counts, written last
@@ -61,6 +61,9 @@ a patch of the site, where one was made, changes of the metric, against the run 
 EDGES = _schema("example:text corruption:text source:text target:text score:float? exact:float?")
 """The columns of `edges`: a row per edge, `score` and `exact` as in `ATTRIBUTIONS`."""
 
+MEASURED = _schema("example:text corruption:text circuit:text p:float ld:float? value:float?")
+"""The columns of `measured`: a row per circuit, by its name; `value` is the metric."""
+
 CROSSED = EFFECTS.append(pa.field("source_site", pa.string(), nullable=False))
 """The columns of `effects` where values come from another site than they go to."""
 
@@ -98,12 +101,14 @@ OPTIONAL = ("from?", "shard?")
 OF_ATTRIBUTE = {"method?": str, "word?": (str, None), "verify?": int, "steps?": int, "tower?": str}
 """What a run of `attribute`, or (`tower`) of `edges`, has besides, in the place of what is of patches
 alone."""
-TABLES = ("effects", "attributions", "edges")
+OF_FAITHFULNESS = {"circuits?": {"digest": str, "chosen": [str], "fraction": (float, None)}}
+"""What a run of `faithfulness` has besides: which circuits there are, and the one that is reported."""
+TABLES = ("effects", "attributions", "edges", "measured")
 _COUNTS = {"examples": int, "excluded": int, "baselines": int, **{f"{name}?": int for name in TABLES}}
 _TOWER = {"layers?": int, "heads?": int, "grid?": [int]}
 _SHAPE = {
     "format": FORMAT,
-    "spec": SPEC | OF_ATTRIBUTE,
+    "spec": SPEC | OF_ATTRIBUTE | OF_FAITHFULNESS,
     "description?": ({"towers?": {str: _TOWER}}, None),
     "check?": ({"rows": int, "largest": float}, None),
 }
@@ -126,12 +131,13 @@ class Held(NamedTuple):
 
 def table_in(spec: Mapping[str, Any]) -> str:
     """Which of `TABLES` a run of this specification holds."""
-    return "edges" if "tower" in spec else "attributions" if "method" in spec else "effects"
+    own = {"circuits": "measured", "tower": "edges", "method": "attributions"}
+    return next((table for key, table in own.items() if key in spec), "effects")
 
 
 def columns_of(spec: Mapping[str, Any]) -> pa.Schema:
     """The columns of that table."""
-    own = {"edges": EDGES, "attributions": ATTRIBUTIONS}
+    own = {"edges": EDGES, "attributions": ATTRIBUTIONS, "measured": MEASURED}
     return own.get(table_in(spec), CROSSED if "from" in spec else EFFECTS)
 
 
@@ -169,6 +175,18 @@ class Run:
         """The table of edges (columns as in `EDGES`) of a run of `edges`, a row an example and edge; as
         `effects`."""
         return self._rows("edges", where)
+
+    def measured(self) -> pd.DataFrame:
+        """The table of circuits (columns as in `MEASURED`) of a run of `faithfulness`; as `effects`."""
+        return self._rows("measured", None)
+
+    def digests(self) -> dict[str, str]:
+        """The fingerprints of the examples that were run, by their ids."""
+        pieces = pieces_of(self.path, "baselines", BASELINES)
+        rows = ((held.digest, table) for _, held, table in pieces if table.num_rows)
+        return {
+            table["example"][0].as_py(): digest for digest, table in rows if not table["excluded"][0].as_py()
+        }
 
     def _rows(self, name: str, where: pc.Expression | None) -> pd.DataFrame:
         if name != (there := table_in(self.spec)):
@@ -271,7 +289,7 @@ def pieces_of(folder: Path, name: str, schema: pa.Schema) -> Iterator[Piece]:
                 raise ValueError("not the columns or rows that were written")
             if name == "edges":
                 _check_ends(table)
-            elif name in TABLES:
+            elif "site" in schema.names:
                 _check_places(table)
         start = 0
         for held in entries:

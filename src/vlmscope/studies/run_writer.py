@@ -171,7 +171,7 @@ class Writer:
         with storing(path):
             for name in (self.table, "baselines"):
                 (path / name).mkdir(exist_ok=True)
-            _remove_leftovers(path)
+            remove_leftovers(path)
         parts = parts_of(path)
         for part in parts:
             held_in(part, self.table)
@@ -374,7 +374,7 @@ def _is_foreign(path: Path) -> bool:
     return not (path.name == ".lock" or is_temporary(path))
 
 
-def _remove_leftovers(folder: Path) -> None:
+def remove_leftovers(folder: Path) -> None:
     """Remove what a killed run left: temporary files, and rows that no baselines commit."""
     committed = {p.name for p in parts_of(folder)}
     for where in (folder, *(folder / name for name in (*TABLES, "baselines", "examples"))):

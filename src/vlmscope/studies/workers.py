@@ -28,7 +28,7 @@ from vlmscope.progress import progress
 from vlmscope.runs.model import Model
 from vlmscope.studies.rows import run_jobs
 from vlmscope.studies.run_folder import Run, read_run, table_in
-from vlmscope.studies.run_writer import Part, Waiting, claim, differing, open_run
+from vlmscope.studies.run_writer import Part, Waiting, claim, differing, open_run, remove_leftovers
 from vlmscope.studies.sweep import Study, jobs_of, show
 from vlmscope.studies.task import Todo, description_of, digests_of
 
@@ -228,10 +228,10 @@ class _Driver:
             jobs = jobs_of(writer, about.numbers, about.sites)
             self.queue = deque(jobs)
             if jobs:
-                self.ask(hand, "join", writer.sites)
                 for _ in range(min(self.several, len(jobs)) - 1):
                     self.begin()
                 self.work(hand, len(about.numbers))
+                remove_leftovers(out)  # of those that died
             else:
                 self.idle.append(hand)
             if jobs or not writer.is_checked:
@@ -261,6 +261,7 @@ class _Driver:
     def work(self, hand: _Hand, total: int) -> None:
         """Until all examples are committed; one worker is ready, others may be on their way."""
         finished = total - len(self.queue)
+        self.joined(hand, self.about)
         self.compute(hand)
         with progress(total, finished) as step:
             while self.queue or any(hand.job or hand.made for hand in self.busy.values()):
@@ -269,21 +270,21 @@ class _Driver:
                     hand = self.busy.pop(ref)
                     try:
                         found = self.got(ref)
+                        if isinstance(found, About):
+                            self.joined(hand, found)
                     except self.ray.exceptions.RayError as error:
                         finished -= len(hand.made)
                         self.lost(hand, error)
                         continue
-                    if isinstance(found, About):
-                        self.joined(hand, found)
-                    elif isinstance(found, Done):
+                    if isinstance(found, Done):
                         hand.made += [hand.job] if hand.job else []
                         finished, hand.job = finished + 1, None
                         for text in found.warned:
                             warnings.warn(text, stacklevel=2)
                         self.commit(hand, found.parts)
                         step(found.patches, finished)
-                    else:
-                        self.commit(hand, found or [])
+                    elif not isinstance(found, About):
+                        self.commit(hand, found)
                     self.compute(hand)
 
     def commit(self, hand: _Hand, parts: list[Part]) -> None:
@@ -348,7 +349,7 @@ class _Driver:
         try:
             return self.ray.get(ref)
         except self.ray.exceptions.RayTaskError as error:
-            if isinstance(error.cause, VlmscopeError):
+            if isinstance(error.cause, VlmscopeError | MemoryError):
                 raise error.cause from None
             raise RuntimeError(f"in a worker, {line(str(error.cause), 300)}") from error
 

@@ -1,0 +1,182 @@
+"""The runs of circuits over examples: which there are, into a run folder or a table."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from functools import cached_property, partial
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from vlmscope.data.example import Example
+from vlmscope.patching import engine, reference
+from vlmscope.patching.nodes import run_circuits
+from vlmscope.patching.scores import ROUNDING, agrees
+from vlmscope.patching.trace import Images
+from vlmscope.sites import Site, expand, parse
+from vlmscope.stats import rng
+from vlmscope.studies.faithfulness.curve import NONE, random_like, sizes
+from vlmscope.studies.rows import result_of, run_jobs
+from vlmscope.studies.run_folder import MEASURED, Run, typed
+from vlmscope.studies.sweep import ALARM, Study, checked, into_folder, warn_of_excluded
+from vlmscope.studies.task import Result, Task, Todo, all_jobs, spec_of
+
+RECOMPUTED = 3
+"""Examples in which plain forwards recompute a circuit."""
+ON_CURVE = 5
+"""Random circuits of each size on the curve, at most."""
+SMALL = 20
+"""A circuit of so many parts has each of them taken out."""
+Circuits = dict[str, frozenset[int]]
+"""The parts that circuits keep, by the circuits' names."""
+
+
+@dataclass(frozen=True)
+class Measured(Task):
+    """What decides which circuits are run; the parts are the sites, in their order."""
+
+    circuits: Circuits = field(default_factory=dict)
+
+    @cached_property
+    def parts(self) -> list[Site]:
+        return expand(parse(self.sites), self.model.shapes)
+
+
+def measured_of(task: Task, circuits: Circuits) -> Measured:
+    """A task with circuits; those that keep the same parts are run once."""
+    own = {each.name: getattr(task, each.name) for each in fields(Task)}
+    return Measured(**own, circuits=circuits)
+
+
+def on_curve(order: Mapping[str, Sequence[int]], fractions: Sequence[float]) -> Circuits:
+    """The first parts of each ranking, a circuit a size."""
+    return {
+        f"{ranking} {fraction:g}": frozenset(numbers[:many])
+        for ranking, numbers in order.items()
+        for fraction, many in zip(fractions, sizes(fractions, len(numbers)), strict=True)
+    }
+
+
+def around(chosen: frozenset[int], curve: Circuits, parts: Sequence[Site], draws: int, seed: int) -> Circuits:
+    """What stands beside circuits: none, all but the chosen one, random ones, and it without each part."""
+    found: Circuits = {NONE: frozenset(), "chosen": chosen, **curve}
+    found["without"] = frozenset(range(len(parts))) - chosen
+    for name, circuit in [("chosen", chosen), *curve.items()]:
+        if 0 < len(circuit) < len(parts):
+            for n in range(draws if name == "chosen" else min(draws, ON_CURVE)):
+                drawn = random_like(circuit, parts, rng(seed, "random circuit", sorted(circuit), n))
+                found[f"random {n} like {name}"] = drawn
+    if 0 < len(chosen) <= SMALL:
+        found |= {f"less {number}": chosen - {number} for number in sorted(chosen)}
+    return found
+
+
+def run_all(
+    task: Measured, out: str | os.PathLike[str] | None, data: str, more: Mapping[str, Any]
+) -> tuple[pd.DataFrame, pd.DataFrame, dict[str, Any] | None]:
+    """The metric of each circuit, examples × circuits, the baselines of these examples, and what plain
+    forwards say of some."""
+    if out is not None:
+        study = Study(task, spec_of(task, data) | dict(more), measured, partial(_check_run, task))
+        run = into_folder(study, out)
+        base, rows, check = run.baselines(), run.measured(), run.check
+        warn_of_excluded(base)
+    else:
+        results = list(run_jobs(task, all_jobs(task), work=measured))
+        base = pd.concat([result.baseline for result in results], ignore_index=True)
+        warn_of_excluded(base)
+        rows = typed(pd.concat([result.rows for result in results], ignore_index=True), MEASURED)
+        check = _check(task, base, rows)
+    return (*_table(task, base, rows), check)
+
+
+def run_unkept(task: Measured) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """The same of a few circuits, which nothing is kept of."""
+    results = list(run_jobs(task, all_jobs(task), quiet=True, work=measured))
+    base = pd.concat([result.baseline for result in results], ignore_index=True)
+    warn_of_excluded(base)
+    return _table(task, base, pd.concat([result.rows for result in results], ignore_index=True))
+
+
+def _table(task: Measured, base: pd.DataFrame, rows: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
+    ids = [example.id for example in task.examples]
+    base = base[~base["excluded"].astype(bool) & base["example"].isin(ids)].reset_index(drop=True)
+    table = rows.pivot_table("value", "example", "circuit", sort=False).reindex(base["example"])
+    columns = {name: table[of] for name, of in _names(task.circuits).items()}
+    return pd.DataFrame(columns).reset_index(drop=True), base
+
+
+def _names(circuits: Circuits) -> dict[str, str]:
+    """By which name the row of each circuit goes: the first of those that keep the same parts."""
+    first: dict[frozenset[int], str] = {}
+    return {name: first.setdefault(circuit, name) for name, circuit in circuits.items()}
+
+
+def measured(task: Task, job: Todo, sites: Sequence[Site], step: Callable[[int, float], None]) -> Result:
+    """The rows of one example: means over its pairs."""
+    assert isinstance(task, Measured)
+    model, example = task.model, task.examples[job.number]
+    pairs = task.pairs(example)
+    names = list(dict.fromkeys(_names(task.circuits).values()))
+    totals, base = _runs(task, example, [task.circuits[name] for name in names], step)
+    answered = {}
+    if not job.done:
+        predicted = model.answer(pairs[0].clean)
+        answered = {"predicted": predicted, "correct": agrees(predicted, example.answer)}
+    common = {"example": example.id, "corruption": task.kind}
+    rows = [
+        {**common, "circuit": name, "p": p, "ld": ld, "value": value}
+        for name, (p, ld, value) in zip(names, totals.tolist(), strict=True)
+    ]
+    return result_of(task, job, rows, pairs[0], {**base, **answered})
+
+
+def _runs(
+    task: Measured,
+    example: Example,
+    circuits: Sequence[frozenset[int]],
+    step: Callable[[int, float], None] = lambda many, part: None,
+    way: Any = engine,
+) -> tuple[np.ndarray[Any, Any], dict[str, float]]:
+    """P(answer), LD and the metric of circuits in one example, and of the runs without patches."""
+    pairs, parts, images = task.pairs(example), task.parts, Images()
+    totals, base = np.zeros((len(circuits), 3)), defaultdict[str, float](float)
+    for number, pair in enumerate(pairs):
+        options: dict[str, Any] = {"values": task.values(example, pair, parts), "metric": task.metric}
+        clean, corrupt, found = run_circuits(
+            task.model, pair, parts, circuits, images=images, way=way, **options
+        )
+        totals += found.numpy() / len(pairs)
+        for run, scores in (("clean", clean), ("corrupt", corrupt)):
+            for name in ("p", "ld", "value"):
+                base[f"{name}_{run}"] += getattr(scores, name).item() / len(pairs)
+        step(len(circuits), (number + 1) / len(pairs))
+    return totals, dict(base)
+
+
+def _check_run(task: Measured, run: Run) -> dict[str, Any] | None:
+    return _check(task, run.baselines(), run.measured())
+
+
+def _check(task: Measured, base: pd.DataFrame, rows: pd.DataFrame) -> dict[str, Any] | None:
+    """One circuit of some examples, recomputed by plain forwards with the edits."""
+    circuit, of = task.circuits["chosen"], _names(task.circuits)["chosen"]
+    known = {example.id: example for example in task.examples}
+    largest, names = 0.0, checked(task, RECOMPUTED, base)
+    for name in names:
+        (row,) = rows[(rows["example"] == name) & (rows["circuit"] == of)].itertuples()
+        again, _ = _runs(task, known[name], [circuit], way=reference)
+        largest = max(largest, abs(float(again[0, 2]) - row.value))
+    size = max(1.0, float(rows["value"].abs().max()))
+    if largest > ALARM * ROUNDING[task.model.precision] * size:
+        warnings.warn(
+            f"a circuit was recomputed by plain forwards in {len(names)} examples and differs by up to "
+            f"{largest:.2g}, more than rounding does: do not trust this run",
+            stacklevel=2,
+        )
+    return {"rows": len(names), "largest": largest} if names else None

@@ -1,0 +1,69 @@
+"""What was found, in words."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from vlmscope.sites import Site
+
+
+def noun(part: Site) -> str:
+    return {"h": "head", "n": "neuron"}.get(part.part, "MLP" if part.kind == "mlp" else "attention block")
+
+
+def lines(summary: Mapping[str, Any]) -> list[str]:
+    """What was found, in words; the last line is of the circuit."""
+    return list(_lines(summary))
+
+
+def _lines(summary: Mapping[str, Any]) -> Iterator[str]:
+    own, cpr, cmd = (summary[name] for name in ("circuit", "cpr", "cmd"))
+    yield f"CPR {_with(cpr, '{:.2f}')}, CMD {_with(cmd, '{:.2f}')}"
+    gap, runs = summary["gap"]["value"], summary["gap_of_runs"]
+    if summary["outside"] == "corrupt" and runs and abs(gap - runs) > 0.05 * abs(runs):
+        yield (
+            f"the {summary['parts']:,} parts that have scores carry {_percent(gap / runs)} of the gap "
+            "between the two runs: what else carries it has no score, and computes freely"
+        )
+    if not summary["signed"]:
+        yield "these scores have no sign, so both rankings are by their size"
+    if not summary["held_out"]:
+        yield "nothing says on which examples the scores were made: these may be among them"
+    if summary["gap"]["low"] is not None and summary["gap"]["low"] <= 0:
+        yield "the gap that is to be carried is not surely above zero, so shares of it have no interval"
+    if own["needed"] is not None and own["low"] is not None:
+        yield f"{own['needed']} of the {own['kept']} parts are needed: without them it surely carries less"
+    if own["without"] is not None:
+        ends = {"value": own["without"], "low": own["without_low"], "high": own["without_high"]}
+        yield f"all parts but these carry {_with(ends)}"
+    many = sum(summary["kinds"].values())
+    words = " and ".join(f"{n:,} {noun}{'s' * (n != 1)}" for noun, n in summary["kinds"].items())
+    on = "pictures" if summary["corrupt"] == "image" else "examples"
+    held = f"held-out {on}" if summary["held_out"] else on
+    f = {"value": own["f"], "low": own["low"], "high": own["high"]}
+    text = f"these {words} carry" if many != 1 else f"this {words.removeprefix('1 ')} carries"
+    text += f" {_with(f)} of the behaviour on {summary['measured']} {held}"
+    if own["random"] is not None:
+        text += f", random circuits of that size {_percent(own['random'])}"
+    if summary["known"]["severity"] == "unknown":
+        text += "; but the model does not seem to know this task, so there is no behaviour to explain"
+    elif not own["passes"]:
+        text += " (no evidence that it is more than a random circuit)"
+    yield text
+
+
+def _percent(share: float) -> str:
+    return f"{round(100 * share)} %"
+
+
+def _with(one: Mapping[str, float | None], form: str = "") -> str:
+    """A share, or a number in a form, with its interval."""
+    value, low, high = one["value"], one["low"], one["high"]
+    if value is None:
+        return "nothing that can be measured"
+    text = form.format(value) if form else _percent(value)
+    if low is None or high is None:
+        return text
+    ends = [form.format(end) if form else _percent(end).removesuffix(" %") for end in (low, high)]
+    return f"{text} [{ends[0]}, {ends[1]}]"
