@@ -80,7 +80,9 @@ def plan(given: Given, patches: Patches, out: Path, shards: int = 1, slurm: Path
     """
     from vlmscope import files
     from vlmscope.studies import plan as plans
+    from vlmscope.studies.run_writer import claim
 
+    claim(out)
     if patches.screen:
         raise VlmscopeError("what a screen finds is not known before; plan its sweep without --screen")
     if slurm is not None:

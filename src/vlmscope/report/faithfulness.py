@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from vlmscope.report.canvas import DARK, Margins, figure_of, grid, set_title
 from vlmscope.report.gallery import Gallery, Section, render
 from vlmscope.report.words import ends, percent, short_number
 from vlmscope.stored import formats
+from vlmscope.studies.run_folder import read_run
 
 BLUE, GREY = "#4C78A8", "#9a9a9a"
 TITLES = {"signed": "Ranked by score (CPR)", "absolute": "Ranked by the size of the score (CMD)"}
@@ -22,6 +24,10 @@ TITLES = {"signed": "Ranked by score (CPR)", "absolute": "Ranked by the size of 
 def section(folder: Path, gallery: Gallery) -> Section:
     """The curve of f with its null, and the circuit that is reported."""
     about, tables = stored.read(folder, formats.FAITHFULNESS)
+    if os.path.lexists(folder / "run.json"):  # what is damaged of the run is said, though it is not drawn
+        run = read_run(folder)
+        run.measured()
+        run.pictures()
     table, circuit, own = tables["faithfulness"], tables["circuit"], about["circuit"]
     best = {"fraction": own["kept"] / about["parts"], "f": own["f"]}
     drawn = carried_by_size(table, best)
