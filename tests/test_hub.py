@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -109,7 +110,7 @@ def test_columns_by_name_or_mapped():
         own(["clean_image", "label"], "answer")
 
 
-def test_pictures_outside_of_a_set_of_the_hub_are_not_read(tmp_path):
+def test_pictures_outside_of_a_set_of_the_hub_are_not_read(monkeypatch, tmp_path):
     secret = tmp_path / "secret.png"
     picture(0, 24).save(secret)
     config = SimpleNamespace(HF_DATASETS_CACHE=tmp_path / "cache", HF_CACHE_HOME=tmp_path / "home")
@@ -121,6 +122,15 @@ def test_pictures_outside_of_a_set_of_the_hub_are_not_read(tmp_path):
             foreign.file({"bytes": None, "path": path}, "clean_image_path")
     with pytest.raises(ValueError, match="no picture"):
         own.file("a text", "clean_image_path")
+
+    # what a stream of the hub names of itself is read from there
+    class Files:
+        def read_bytes(self, path):
+            return {"hf://datasets/a/b@0/c.png": secret.read_bytes()}[path]
+
+    monkeypatch.setattr("huggingface_hub.HfFileSystem", Files)
+    kept = foreign.file({"bytes": None, "path": "hf://datasets/a/b@0/c.png"}, "clean_image_path")
+    assert Path(kept).read_bytes() == secret.read_bytes() and Path(kept).is_relative_to(tmp_path / "cache")
 
 
 # -- with it -------------------------------------------------------------------------------------

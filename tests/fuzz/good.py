@@ -41,6 +41,8 @@ LINES = {
     "edges": "--model toy-llava --data states --limit 1 --corrupt image --out out",
     "faithfulness": "--model toy-llava --data states --limit 4 --scores scores.json --outside zero --draws 1 "
     "--out out",
+    "plan": f"{BLIP} --sites encoder.0.resid@answer --corrupt image --out out --slurm job.sh",
+    "merge": "first second --out out",
     "data": "folder --root root --out out.csv",
     "data inpaint": f"{BLIP} --fill mean --out out.csv",
     "generate": "--model toy-llava --image a.png --prompt what? --edit 'decoder.2.mlp@all scale 0'",
@@ -124,7 +126,10 @@ def _made(top: Path) -> Path:
         (folder / "root" / label).mkdir(parents=True)
         for n in range(3):
             Image.new("RGB", (24, 24), color).save(folder / "root" / label / f"{n}.png")
-    sweep(load("toy-blip"), examples("states", limit=2), "encoder.*.cross.h*@answer", out=folder / "run")
+    blip, two = load("toy-blip"), examples("states", limit=2)
+    sweep(blip, two, "encoder.*.cross.h*@answer", out=folder / "run")
+    for number, name in enumerate(("first", "second"), 1):
+        sweep(blip, two, "encoder.1.cross.h0@answer", out=folder / name, shard=(number, 2))
     toy = load("toy-llava")
     neurons.find(toy, examples("states", limit=40), ["red"], prompt="describe this picture.").save(
         folder / "found"

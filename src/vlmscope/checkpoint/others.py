@@ -68,7 +68,7 @@ class Inpainter:
                 loaded = diffusers.AutoPipelineForInpainting.from_pretrained(
                     path, use_safetensors=True, trust_remote_code=False
                 )
-                self.pipeline = loaded.to(device_of(device))
+                self.pipeline = loaded.to(device_of(None if device == "auto" else device))
         finally:
             bar.set_verbosity(verbosity)
             bar.enable_progress_bar()

@@ -79,6 +79,11 @@ def read(source: str | os.PathLike[str], model: Network, corruption: str, data: 
         return _of_run(run, "circuits", pd.concat(tables, axis=1).dropna(), least=least)
     run = read_run(path)
     _check(run, model, corruption)
+    if table_in(run.spec) == "edges":
+        raise StoreError(
+            f"{path}: holds scores of edges, and circuits here are of heads, neurons and sublayers; name a "
+            "folder of attribute, sweep or circuits"
+        )
     if table_in(run.spec) == "measured":
         raise StoreError(f"{path}: holds circuits that were measured, no scores; name the folder they are of")
     if table_in(run.spec) == "attributions":
