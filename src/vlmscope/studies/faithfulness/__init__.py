@@ -141,14 +141,10 @@ def faithfulness(
     >>> found.table.query("ranking == 'signed' and kept == 24")["f"].tolist(), found.summary["measured"]
     ([1.0], 6)
     """
-    if outside not in get_args(Outside):
-        raise VlmscopeError(f"unknown outside {shown(outside)}; expected {', '.join(get_args(Outside))}")
-    if ratio not in get_args(Ratio):
-        raise VlmscopeError(f"unknown ratio {shown(ratio)}; expected {', '.join(get_args(Ratio))}")
+    _check_choice("outside", outside, Outside)
+    _check_choice("ratio", ratio, Ratio)
     draws, seed = whole(draws, "the number of random circuits", 1, 1000), whole(seed, "the seed", most=SEED)
-    fractions = sorted(number(one, "a fraction", 0, 1) for one in fractions)
-    if len(fractions) < 2:
-        raise VlmscopeError("one fraction is no curve; expected at least two, such as 0.1 and 1")
+    fractions = _fractions(fractions)
     if corrupt is None and outside == "corrupt":
         raise VlmscopeError(
             "without a corruption there is no other run; name one (--corrupt image, text or noise), or take "
@@ -199,18 +195,12 @@ def faithfulness(
         "outside": outside,
         "metric": metric if isinstance(metric, str) else metric.__qualname__,
         "ratio": ratio,
-        "scores": ranked.what,
-        "signed": ranked.signed,
+        **_of_scores(ranked, parted),
         "parts": len(parts),
-        "ranked_on": None if ranked.digests is None else len(parted.rows),
-        "measured": len(base),
-        "held_out": parted.held_out,
+        **_of_runs(shares, base, sign),
         **areas(shares, order, fractions, curve),
-        "gap": dict(zip(("value", "low", "high"), map(null, shares.gap), strict=True)),
-        "gap_of_runs": null(float((base["value_clean"] - base["value_corrupt"]).mean() * sign)),
         "circuit": reported(shares, chosen, fraction, task.circuits, knows(base).severity),
         "kinds": dict(Counter(noun(parts[n]) for n in sorted(chosen))),
-        "known": knows(base)._asdict(),
         "check": check,
         "seed": seed,
     }
@@ -221,6 +211,38 @@ def faithfulness(
     if out is not None:
         found.save(out)
     return found
+
+
+def _check_choice(what: str, value: str, choices: Any) -> None:
+    if value not in get_args(choices):
+        raise VlmscopeError(f"unknown {what} {shown(value)}; expected {', '.join(get_args(choices))}")
+
+
+def _fractions(given: Sequence[float]) -> list[float]:
+    fractions = sorted(number(one, "a fraction", 0, 1) for one in given)
+    if len(fractions) < 2:
+        raise VlmscopeError("one fraction is no curve; expected at least two, such as 0.1 and 1")
+    return fractions
+
+
+def _of_scores(ranked: Scores, parted: Split) -> dict[str, Any]:
+    """What ranked the parts, and whether other examples are measured."""
+    return {
+        "scores": ranked.what,
+        "signed": ranked.signed,
+        "ranked_on": None if ranked.digests is None else len(parted.rows),
+        "held_out": parted.held_out,
+    }
+
+
+def _of_runs(shares: Shares, base: pd.DataFrame, sign: float) -> dict[str, Any]:
+    """How many examples are measured, what there is to carry, and whether the model knows the task."""
+    return {
+        "measured": len(base),
+        "gap": dict(zip(("value", "low", "high"), map(null, shares.gap), strict=True)),
+        "gap_of_runs": null(float((base["value_clean"] - base["value_corrupt"]).mean() * sign)),
+        "known": knows(base)._asdict(),
+    }
 
 
 def _order(means: pd.Series[float], signed: bool) -> dict[str, list[int]]:
