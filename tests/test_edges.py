@@ -12,7 +12,7 @@ from test_families import MADE, made
 
 from vlmscope.errors import ModelError, VlmscopeError
 from vlmscope.models.inputs import Edit
-from vlmscope.patching import circuit
+from vlmscope.patching import edge_circuits
 from vlmscope.patching.backward import Runs
 from vlmscope.patching.edge_patches import exact, moved
 from vlmscope.patching.edges import score_edges, through_readers
@@ -178,7 +178,7 @@ def test_circuits_of_all_and_no_edges_are_the_runs(name, in_float64):
         float(model.run(x)[pair.answer] - model.run(x)[pair.foil]) for x in (pair.clean, pair.corrupt)
     )
     for run, ends in (("clean", (clean, corrupted)), ("corrupt", (corrupted, clean))):
-        found = [float(score.ld) for score in circuit.circuits(model, pair, [graph.edges, []], run=run)]
+        found = [float(score.ld) for score in edge_circuits.circuits(model, pair, [graph.edges, []], run=run)]
         assert found == pytest.approx(ends, rel=1e-9, abs=1e-9)
     assert abs(clean - corrupted) > 1e-3
 
@@ -186,7 +186,7 @@ def test_circuits_of_all_and_no_edges_are_the_runs(name, in_float64):
 def differences(model, pair, edges):
     """What plain forwards say: the reader's input plus what the writer wrote in one run less in the other."""
     graph = Graph(model, pair.clean)
-    runs = {name: circuit.written(graph, pair, name) for name in ("clean", "corrupt")}
+    runs = {name: edge_circuits.written(graph, pair, name) for name in ("clean", "corrupt")}
     apart = runs["clean"].stream - runs["corrupt"].stream
     (base, _), found = plain(model, pair.corrupt, "logits", lambda x: x), []
     for writer, reader in edges:
@@ -217,7 +217,7 @@ def test_exact_edges_are_plain_forwards(name, in_float64):
     assert np.abs(expected).max() > 1e-3
     np.testing.assert_allclose(found, expected, rtol=1e-9, atol=1e-9)
     without = [[edge for edge in graph.edges if edge != one] for one in edges[:4]]
-    (whole, *others) = circuit.circuits(model, pair, [graph.edges, *without], run="corrupt")
+    (whole, *others) = edge_circuits.circuits(model, pair, [graph.edges, *without], run="corrupt")
     cut = [float(other.ld - whole.ld) for other in others]
     np.testing.assert_allclose(cut, expected[:4], rtol=1e-9, atol=1e-9)
 
@@ -229,7 +229,7 @@ def test_edges_are_the_limits_of_exact_ones(name, in_float64):
     found = score_edges(model, pair)
     graph, runs = found.graph, Runs(model, pair, "denoise", "ld")
     edges = some_edges(graph, 2)
-    base, source = (circuit.written(graph, pair, name) for name in ("corrupt", "clean"))
+    base, source = (edge_circuits.written(graph, pair, name) for name in ("corrupt", "clean"))
     ends = []
     for step in (1e-5, -1e-5):
         across = None if base.across is None else base.across + step * (source.across - base.across)
@@ -255,7 +255,9 @@ def test_other_corruptions_and_the_other_direction(name, corruption, in_float64)
         slow = exact(model, pair, edges, direction, by_rows=False)
         np.testing.assert_allclose(found, slow, rtol=1e-9, atol=1e-9)
         assert np.abs(slow).max() > 1e-6
-    whole, none = (float(one.ld) for one in circuit.circuits(model, pair, [graph.edges, []], run="corrupt"))
+    whole, none = (
+        float(one.ld) for one in edge_circuits.circuits(model, pair, [graph.edges, []], run="corrupt")
+    )
     logits = [model.run(pair.corrupt, pair.edits), model.run(pair.clean)]
     ends = [float(one[pair.answer] - one[pair.foil]) for one in logits]
     assert [whole, none] == pytest.approx(ends, rel=1e-9, abs=1e-9)
@@ -276,7 +278,7 @@ def test_eap_ig_is_the_mean_over_plain_points(name, in_float64):
         edits = [Edit(s, "set", ends[0][s] + share * (ends[1][s] - ends[0][s])) for s in sites]
         graph = Graph(model, pair.clean)
         runs = Runs(model, pair, "denoise", "ld")
-        base, source = (circuit.written(graph, pair, which) for which in ("corrupt", "clean"))
+        base, source = (edge_circuits.written(graph, pair, which) for which in ("corrupt", "clean"))
         total = total + through_readers(runs, graph, base, source, edits)[0] / steps
     found = score_edges(model, pair, method="eap-ig", steps=steps)
     np.testing.assert_allclose(table(found), total, rtol=1e-9, atol=1e-12)
@@ -306,7 +308,7 @@ def test_the_vision_tower_is_a_graph_of_its_own(name, in_float64):
         rows, exact(model, pair, edges, tower="vision", by_rows=False), rtol=1e-9, atol=1e-9
     )
     without = [[edge for edge in graph.edges if edge != one] for one in edges[:3]]
-    some = circuit.circuits(model, pair, [graph.edges, [], *without], run="corrupt", tower="vision")
+    some = edge_circuits.circuits(model, pair, [graph.edges, [], *without], run="corrupt", tower="vision")
     whole, none, *others = (float(one.ld) for one in some)
     assert (whole, none) == pytest.approx((corrupted, clean), rel=1e-9, abs=1e-9)
     np.testing.assert_allclose(np.array(others) - whole, rows[:3], rtol=1e-9, atol=1e-9)
@@ -344,7 +346,7 @@ def test_what_is_no_edge():
     with pytest.raises(VlmscopeError, match="has no tower 'hearing'; expected one of vision, decoder"):
         Graph(model, pair.clean, "hearing")
     with pytest.raises(VlmscopeError, match="unknown run 'both'"):
-        list(circuit.circuits(model, pair, [[]], run="both"))
+        list(edge_circuits.circuits(model, pair, [[]], run="both"))
     with pytest.raises(VlmscopeError, match="the metric has no gradient"):
         score_edges(model, pair, metric=lambda logits, base: (logits.argmax(-1) == 3).double())
 

@@ -186,7 +186,10 @@ VERSIONS = {"versions": {"torch": "1"}}
         (lambda shards: shards.pop(), "1 of 3 shards are missing: 3/3; run them .--shard 3/3"),
         (lambda shards: shards.__delitem__(slice(2)), "2 of 3 shards are missing: 1/3, 2/3; run them"),
         (lambda shards: shards.append(shards[0]), r"2: is shard 2/3, as .*2 is; name each once"),
-        (lambda shards: spoilt(shards[1], **VERSIONS), r"1: a shard of another run than .*versions.torch is"),
+        (
+            lambda shards: spoilt(shards[1], **VERSIONS),
+            r"1: a shard of another run than .*: versions\.\w+ is",
+        ),
         (lambda shards: spoilt(shards[1], seed=7), "seed is 0 there, 7 here. Name those of one run"),
         (lambda shards: spoilt(shards[1], n_examples=4), "n_examples is 5 there, 4 here"),
         (

@@ -17,8 +17,9 @@ def over_examples(each: pd.DataFrame) -> pd.DataFrame:
     `low`, `high`, the 95 % interval of the score.
 
     >>> rows = {"example": ["a", "b"], "source": "image", "target": "logits", "score": [1.0, 2.0]}
-    >>> over_examples(pd.DataFrame({**rows, "exact": [1.0, 3.0]})).iloc[0].tolist()[:4]
-    ['image', 'logits', 1.5, 2.0]
+    >>> table = over_examples(pd.DataFrame({**rows, "exact": [1.0, 3.0]}))
+    >>> table[["target", "score", "exact"]].to_dict("records")
+    [{'target': 'logits', 'score': 1.5, 'exact': 2.0}]
     """
     table = means(each, KEYS, "score", intervals=True).rename(columns={"mean": "score"})
     known = each.groupby(KEYS, sort=False)["exact"].agg(["count", "size", "mean"])

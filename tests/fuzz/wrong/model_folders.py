@@ -16,7 +16,7 @@ from typing import Any
 from frame import Case, answer
 from PIL import Image
 
-from vlmscope.checkpoint import TOYS
+from vlmscope.checkpoint.folder import TOYS
 
 COMMAND = ["generate", "--model", "model", "--image", "a.png", "--prompt", "describe this picture."]
 ODD: tuple[Any, ...] = (
