@@ -168,6 +168,18 @@ def test_an_answer_that_never_ends(copy):
         load(copy)
 
 
+def test_a_flag_that_is_null(copy):
+    file = copy / "processor_config.json"
+    config = json.loads(file.read_text())
+    config["image_processor"]["do_convert_rgb"] = None
+    file.write_text(json.dumps(config))
+    load(copy)
+    config["image_processor"]["do_normalize"] = None
+    file.write_text(json.dumps(config))
+    with pytest.raises(ModelError, match="'do_normalize' is 'None'; expected true or false"):
+        load(copy)
+
+
 def test_an_answer_that_ends_elsewhere(copy):
     config = json.loads((copy / "config.json").read_text())
     config["text_config"]["sep_token_id"] = 0

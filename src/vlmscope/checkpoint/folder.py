@@ -26,6 +26,8 @@ TOKENIZERS = (
     "tokenizer.json vocab.json vocab.txt tokenizer.model spiece.model sentencepiece.bpe.model".split()
 )
 """Any of these makes a tokenizer."""
+SAID = ("do_resize", "do_rescale", "do_normalize")
+"""Flags that every processor of pictures has; others may be null, which leaves them to its class."""
 MOST_LAYERS = 1000
 _DEPTH = re.compile(r"(\w+_)?(layers|depth)|num_\w*layers")
 
@@ -108,7 +110,7 @@ def _entries(config: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
 def _expected(name: str, key: str, value: Any) -> str | None:
     """What an entry has to be that is none, where transformers would go on without a word: it takes an empty
     object for false, waits for a token 1.5 or for none, turns colours round and norms everything away."""
-    if key.startswith("do_") and not isinstance(value, bool | None):
+    if key.startswith("do_") and not (isinstance(value, bool) or (value is None and key not in SAID)):
         return "true or false"
     ids = value if isinstance(value, list) else [value]
     if key.endswith("_token_id") and not all(isinstance(one, int | None) for one in ids):

@@ -478,7 +478,8 @@ def cases(random: Random, top: Path) -> Iterator[Case]:
             and random.random() < 0.7
         ):
             list_anew(file)
-        is_table = kind in ("run", "notice") and "examples" not in file.parts and file.suffix == ".parquet"
+        is_of_run = kind == "run" or (kind == "notice" and "faithfulness" not in file.parts)
+        is_table = is_of_run and "examples" not in file.parts and file.suffix == ".parquet"
         if is_table and "heads.parquet" not in file.name and random.random() < 0.4:
             argv = ["circuits", kind, "--out", "c"]
         if kind == "run" and file.suffix != ".png" and random.random() < 0.2:
