@@ -180,6 +180,16 @@ def test_a_flag_that_is_null(copy):
         load(copy)
 
 
+@pytest.mark.parametrize("value", [[0.5, -1, 0.5], [0.5, True, 0.5], [], "x", 128])
+def test_a_mean_of_pictures_that_is_none(copy, value):
+    file = copy / "processor_config.json"
+    config = json.loads(file.read_text())
+    config["image_processor"]["image_mean"] = value
+    file.write_text(json.dumps(config))
+    with pytest.raises(ModelError, match="'image_mean' is .*; expected shares of the full brightness"):
+        load(copy)
+
+
 def test_an_answer_that_ends_elsewhere(copy):
     config = json.loads((copy / "config.json").read_text())
     config["text_config"]["sep_token_id"] = 0

@@ -112,17 +112,23 @@ def _expected(name: str, key: str, value: Any) -> str | None:
     object for false, waits for a token 1.5 or for none, turns colours round and norms everything away."""
     if key.startswith("do_") and not (isinstance(value, bool) or (value is None and key not in SAID)):
         return "true or false"
-    ids = value if isinstance(value, list) else [value]
-    if key.endswith("_token_id") and not all(isinstance(one, int | None) for one in ids):
+    listed = value if isinstance(value, list) and value else [value]
+    if key.endswith("_token_id") and not all(isinstance(one, int | None) for one in listed):
         return "a whole number"
     if (name, key, value) == ("generation_config.json", "eos_token_id", None):
         return "the token that ends an answer, or no entry"
     is_number = isinstance(value, int | float)
     if key == "rescale_factor" and not (is_number and 0 < value <= 1):
         return "above 0, 1 at most"
+    if key in ("image_mean", "image_std") and value is not None and not all(map(_is_share, listed)):
+        return "shares of the full brightness, from 0 to 1"
     if key.endswith(("_eps", "_epsilon")) and value is not None and not (is_number and 0 < value < 0.1):
         return "above 0 and below 0.1"
     return None
+
+
+def _is_share(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= 1
 
 
 def check_folder(path: Path) -> None:
