@@ -190,11 +190,31 @@ def test_a_mean_of_pictures_that_is_none(copy, value):
         load(copy)
 
 
-def test_an_answer_that_ends_elsewhere(copy):
+@pytest.mark.parametrize(
+    ("key", "value"), [("image_std", [0.5, 0, 0.5]), ("image_std", 0), ("rescale_factor", True)]
+)
+def test_a_factor_of_pictures_that_is_none(copy, key, value):
+    file = copy / "processor_config.json"
+    config = json.loads(file.read_text())
+    config["image_processor"][key] = value
+    file.write_text(json.dumps(config))
+    with pytest.raises(ModelError, match=f"'{key}' is .*; expected .*above 0"):
+        load(copy)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "words"),
+    [
+        ("sep_token_id", 0, "ends an answer with sep_token_id 0, the tokenizer with 3; save"),
+        ("sep_token_id", None, "ends an answer with sep_token_id None, the tokenizer with 3; save"),
+        ("bos_token_id", 0, "begins an answer with bos_token_id 0, which is padding; save"),
+    ],
+)
+def test_an_answer_with_other_ends(copy, key, value, words):
     config = json.loads((copy / "config.json").read_text())
-    config["text_config"]["sep_token_id"] = 0
+    config["text_config"][key] = value
     (copy / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ModelError, match="ends an answer with sep_token_id 0, the tokenizer with 3; save"):
+    with pytest.raises(ModelError, match=words):
         load(copy)
 
 

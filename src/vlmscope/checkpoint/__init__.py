@@ -76,7 +76,7 @@ def load(name: str | Path, *, dtype: str | torch.dtype = "float32", device: str 
             _check_memory(family, path, dtype, place)
         hf = _weights(family, path, str(name), dtype, place, spread)
         processor = family.processor.from_pretrained(path, trust_remote_code=False)
-        _check_end(hf, processor, name)
+        _check_ends(hf, processor, name)
         model = Model(hf, processor, str(name))
         _verify_once(model)
         # Whether processor and generation work: both have files of their own that nothing else has read.
@@ -124,15 +124,23 @@ def _weights(
     return hf if where else hf.to(place)
 
 
-def _check_end(hf: Any, processor: Any, name: str | Path) -> None:
-    """BLIP ends an answer where its text config says; options are tokenized with the tokenizer's end."""
-    here, there = (
-        getattr(one, "sep_token_id", None) for one in (processor.tokenizer, hf.config.get_text_config())
-    )
-    if None not in (here, there) and here != there:
+def _check_ends(hf: Any, processor: Any, name: str | Path) -> None:
+    """BLIP begins and ends an answer where its text config says; options are tokenized with the tokenizer's
+    ends."""
+    config, tokenizer = hf.config.get_text_config(), processor.tokenizer
+    if not hasattr(config, "sep_token_id"):
+        return
+    for key, does in (("bos_token_id", "begins"), ("sep_token_id", "ends")):
+        there, here = getattr(config, key), getattr(tokenizer, key, None)
+        if here is not None and here != there:
+            raise ModelError(
+                f"{name}: config.json {does} an answer with {key} {there}, the tokenizer with {here}; save "
+                "model and processor of one checkpoint there"
+            )
+    if config.bos_token_id == tokenizer.pad_token_id:
         raise ModelError(
-            f"{name}: config.json ends an answer with sep_token_id {there}, the tokenizer with {here}; save "
-            "model and processor of one checkpoint there"
+            f"{name}: config.json begins an answer with bos_token_id {config.bos_token_id}, which is "
+            "padding; save model and processor of one checkpoint there"
         )
 
 

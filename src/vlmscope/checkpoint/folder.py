@@ -117,11 +117,13 @@ def _expected(name: str, key: str, value: Any) -> str | None:
         return "a whole number"
     if (name, key, value) == ("generation_config.json", "eos_token_id", None):
         return "the token that ends an answer, or no entry"
-    is_number = isinstance(value, int | float)
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
     if key == "rescale_factor" and not (is_number and 0 < value <= 1):
         return "above 0, 1 at most"
     if key in ("image_mean", "image_std") and value is not None and not all(map(_is_share, listed)):
         return "shares of the full brightness, from 0 to 1"
+    if key == "image_std" and not all(listed):
+        return "shares of the full brightness, above 0"
     if key.endswith(("_eps", "_epsilon")) and value is not None and not (is_number and 0 < value < 0.1):
         return "above 0 and below 0.1"
     return None
