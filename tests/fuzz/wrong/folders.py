@@ -56,7 +56,7 @@ said = {"example": ["a", "b"], "prompt": "what?", "before": ["heart", "cross"], 
 captions = pd.DataFrame(said | {"has": [True, False], "took": [True, False], "same": [False, True]})
 columns = pd.DataFrame([(3, 48, 1.5, 0.5)], columns=["layer", "neuron", "length", "change"])
 objects = pd.DataFrame([("chair_i", 0.5, 0.25, 0.5)], columns=["measure", "before", "after", "random"])
-edited = about | {"from": "heart", "to": "cross", "size": 1.5}
+edited = {"model": "toy-llava", "weights": "abc", "from": "heart", "to": "cross", "size": 1.5}
 pictures = {name: Image.new("RGB", (8, 8)) for name in "ab"}
 Assessed(edited, measures, captions, columns, objects, pictures).save("edit")
 """

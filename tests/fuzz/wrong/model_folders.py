@@ -88,7 +88,7 @@ def damage(random: Random, model: Path) -> str:
         file.write_bytes(b"")
     elif how == "cut":
         file.write_bytes(content[: random.randrange(len(content))])
-    elif how == "flipped":
+    elif how == "flipped" and file.suffix != ".jinja":  # another template is a template
         # Of the weights only what is no number: another number is another model.
         until = 8 + struct.unpack("<Q", content[:8])[0] if file.suffix == ".safetensors" else len(content)
         place = random.randrange(until)
