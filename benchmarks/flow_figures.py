@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import io
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -18,6 +19,8 @@ from typing import Any
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 import vlmscope
 from vlmscope.report.canvas import DARK, Margins, figure_of, grid, set_title
@@ -25,7 +28,14 @@ from vlmscope.report.image_maps import word_plates
 
 ROOT = Path(__file__).parent.parent
 RESULT, FIGURES = ROOT / "benchmarks" / "results" / "information-flow-cpu.json", ROOT / "docs" / "figures"
-COLOURS = ("#4C78A8", "#D0502D", "#3F8F5B", "#8A5FA8", "#B8860B")
+STYLES = (
+    ("#4C78A8", "-"),
+    ("#D0502D", "-"),
+    ("#3F8F5B", (0, (4, 2))),
+    ("#8A5FA8", (0, (1, 1.5))),
+    ("#B8860B", (0, (4, 1, 1, 1))),
+)
+"""Colour and dashes of lines, so that those which lie on each other are all seen."""
 CHANGE, FLIPPED = "relative change of P(answer)", "right answers that flip"
 TO_LAST = ("last<image", "last<question", "last<last", "question<image")
 PARTS = ("last<object+1", "last<-object+1", "question<object+1", "question<-object+1")
@@ -41,15 +51,15 @@ def curves(
 ) -> list[Axes]:
     """A panel each of lines with 95 % intervals: tables with `x`, `y`, `low`, `high`, by title and name."""
     names = list(dict.fromkeys(name for lines in panels.values() for name in lines))
-    below = 0.6 + 0.2 * -(-len(names) // 4)
+    columns = len(names) if len(names) < 5 else 3
+    below = 0.6 + 0.2 * -(-len(names) // columns)
     axes = grid(None, len(panels), across, (2.7, 1.9), Margins(0.75, below, 0.15, 0.35, 0.5, 0.65))
     for n, (spot, (title, lines)) in enumerate(zip(axes, panels.items(), strict=True)):
         for name, line in lines.items():
-            style = {"color": COLOURS[names.index(name)], "lw": 1.6}
-            x = line["x"].tolist()
+            (colour, dashes), x = STYLES[names.index(name)], line["x"].tolist()
             ends = line[["low", "high"]].astype(float)
-            spot.plot(x, line["y"].tolist(), marker="o", ms=3, label=name, **style)
-            spot.fill_between(x, ends["low"], ends["high"], color=style["color"], alpha=0.15, lw=0)
+            spot.plot(x, line["y"].tolist(), color=colour, ls=dashes, lw=1.6, marker="o", ms=3, label=name)
+            spot.fill_between(x, ends["low"], ends["high"], color=colour, alpha=0.15, lw=0)
         spot.axhline(0.0, color=DARK, lw=0.6)
         spot.set_xlabel(labels[0], fontsize=9, color=DARK)
         spot.set_ylabel(labels[1] if n % across == 0 else "", fontsize=9, color=DARK)
@@ -65,7 +75,7 @@ def curves(
         name: handle for spot in axes for handle, name in zip(*spot.get_legend_handles_labels(), strict=True)
     }
     shown = [handles[name] for name in names]
-    figure_of(axes[0]).legend(shown, names, fontsize=8.5, loc="lower center", ncols=4, frameon=False)
+    figure_of(axes[0]).legend(shown, names, fontsize=8.5, loc="lower center", ncols=columns, frameon=False)
     return axes
 
 
@@ -180,7 +190,10 @@ def main() -> None:
     given.out.mkdir(parents=True, exist_ok=True)
     for name, draw in DRAWN.items():
         figure, file = figure_of(draw(result)[0]), given.out / f"{name}.png"
-        figure.savefig(file, dpi=110, metadata={"Source": digest(result)})
+        figure.savefig(drawn := io.BytesIO(), dpi=110)
+        about = PngInfo()
+        about.add_text("Source", digest(result))
+        Image.open(drawn).quantize(64).save(file, pnginfo=about, optimize=True)
         print(f"{file}: {file.stat().st_size // 1024} KB")
 
 

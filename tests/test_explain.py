@@ -499,7 +499,7 @@ def test_a_report_of_it(whole, tmp_path):
             assert sentence in page
     best = whole.cells.loc[whole.cells["exact"].abs().idxmax()]
     text = " ".join(page.split())
-    assert f"of the cell at row {best['row']}, column {best['column']}." in text
+    assert f"of the cell at row {best['row']:.0f}, column {best['column']:.0f}." in text
     assert "has the maps of each word" in text and "network" not in page
 
 
@@ -517,6 +517,8 @@ def test_groups_of_cells_are_drawn_whole():
     strength = np.array([[0.5, 0.5, 1], [0.5, 0.5, 0.25], [0, 0, 0]])
     np.testing.assert_allclose(over[..., 3], 0.1 + 0.8 * strength)
     assert (over[0, 0, 0] > over[0, 0, 2]) and (over[0, 2, 2] > over[0, 2, 0]), "red, and blue"
+    pale = word_maps(cells, Image.new("RGB", (9, 9)), (3, 3), {0: "a word"}, 8.0).get_images()[-1]
+    np.testing.assert_allclose(np.asarray(pale.get_array())[..., 3], 0.1 + 0.2 * strength)
 
 
 def test_all_folders_have_a_report():

@@ -84,15 +84,18 @@ def section(folder: Path, gallery: Gallery) -> Section:
     """The section of a folder that `Explanation.save` wrote: each word's map, and what it says in words."""
     _, about, tables, pictures = stored.read_one(folder, formats.EXPLAIN)
     words, cells = tables["words"], tables["cells"]
-    shown = None
+    shown, least = None, about["rounding"]
     if len(cells):
         sizes = cells.groupby("word")["exact"].agg(lambda own: own.abs().max())
         most = sorted(sizes.sort_values(ascending=False, kind="stable").index[:DRAWN])
-        titles = {int(n): drawable(f"{words['text'][n]}: {sizes[n]:.2g} nats", 24) for n in most}
-        drawn = word_maps(cells, pictures["picture"], tuple(about["grid"]), titles)
-        best = cells.loc[cells["exact"].abs().idxmax()]
-        values = {"about": about, "best": best, "word": words["text"][best["word"]], "words": len(words)}
+        title = {n: f"{sizes[n]:.2g} nats" if sizes[n] > least else "rounding" for n in most}
+        titles = {int(n): drawable(f"{words['text'][n]}: {title[n]}", 24) for n in most}
+        drawn = word_maps(cells, pictures["picture"], tuple(about["grid"]), titles, least)
+        best = next(cells.loc[[cells["exact"].abs().idxmax()]].itertuples())
+        values = {"about": about, "best": best, "word": words["text"][best.word], "words": len(words)}
         shown = gallery.show("words", drawn, cells, "word_maps", many=len(titles), **values)
+    names = {"text": "word", "logprob": "log P", "without": "without the picture"}
+    names |= {f"spearman_{name}": f"rank correlation, {MAPS[name][0]}" for name in list(MAPS)[1:]}
     text = render(
         "explained.html",
         about=about,
@@ -102,7 +105,7 @@ def section(folder: Path, gallery: Gallery) -> Section:
             " ".join(sentences(about, word, cells[cells["word"] == word["word"]]))
             for _, word in words.iterrows()
         ],
-        table=words[["text", "logprob", "without", *(f"spearman_{name}" for name in list(MAPS)[1:])]],
+        table=words[list(names)].rename(columns=names),
     )
     return Section(f"Where words come from: {about['prompt']}", text)
 

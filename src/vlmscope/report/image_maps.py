@@ -170,10 +170,12 @@ def word_maps(
     picture: Picture,
     shape: tuple[int, int],
     titles: Mapping[int, str],
+    least: float = 0.0,
     *,
     ax: Axes | None = None,
 ) -> Axes:
-    """What each cell of a picture does to each word, in nats: a tile a word, each on a scale of its own.
+    """What each cell of a picture does to each word, in nats: a tile a word, each on a scale of its own, that
+    ends at `least` where all effects are smaller.
 
     `cells` are those of `vlmscope.explain`, where a row may be a group of cells; `titles` are the words that
     are drawn, by their number.
@@ -183,7 +185,7 @@ def word_maps(
         shown = np.full(shape, np.nan)
         for unit in cells[cells["word"] == word].itertuples():
             shown[unit.row : unit.row + unit.rows, unit.column : unit.column + unit.columns] = unit.exact
-        tiles.append(Tile(image, title, shown, centred([shown])))
+        tiles.append(Tile(image, title, shown, centred([shown], least)))
     lines = [tiles[n : n + 4] for n in range(0, len(tiles), 4)]
     bar = (centred([[1.0]]), "effect, of the word's largest")
     return _mosaic([[Tile(image, "picture"), *lines[0]], *lines[1:]], [bar], ax, size=1.9, down=0.3)

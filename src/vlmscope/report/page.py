@@ -47,6 +47,8 @@ SECTIONS = {
     "probe": directions.probed,
 }
 """What writes about a folder, by the JSON file in it."""
+PATCHED = ("circuits", "heads", "tracing", "explain")
+"""Those that say what patches do."""
 
 
 def write_report(
@@ -145,7 +147,7 @@ def _page(folders: Sequence[tuple[str, Path]], gallery: Gallery) -> str:
         "page.html",
         version=__version__,
         sections=[section._replace(title=title) for section, title in zip(sections, titles, strict=True)],
-        is_patched=bool(reported) or any(what in ("circuits", "heads", "tracing") for what, _ in folders),
+        is_patched=bool(reported) or any(what in PATCHED for what, _ in folders),
         is_neurons=all(what == "neurons" for what, _ in folders),
     )
 
