@@ -1,6 +1,6 @@
 """Two published experiments on how a picture reaches the answer, on the toys and held-out pictures.
 
-    python benchmarks/information_flow.py [--examples 200] [--out benchmarks/results/NAME.json]
+    python benchmarks/information_flow.py [--examples 100] [--out benchmarks/results/NAME.json]
 
 - *where information comes in* (Zhang et al. 2024, arXiv 2411.18620): attention from the last position or
   the question's words to the picture, its parts or the question is cut in windows of layers;
@@ -112,15 +112,13 @@ def gradients(model: Any, one: Any, mean: torch.Tensor) -> list[float]:
     at, where = list(positions.values()), ENTERS[model.name]
     tower, layer, kind = where.partition("@")[0].split(".")
     point = Point(tower, int(layer), kind)
-    own = forward(model, pair.clean, keep=[point]).values[point][0, at]
-    total = torch.zeros_like(own)
+    whole = forward(model, pair.clean, keep=[point]).values[point][0].clone()
+    image = list(pair.clean.layout[tower].image) or list(range(len(whole)))
+    own, total = whole[at], torch.zeros_like(whole[at])
     for step in range(STEPS):
-        tokens = mean + (step + 0.5) / STEPS * (own - mean)
-        edits = [
-            vlmscope.Edit(where.format(f"image[{r},{c}]"), "set", token)
-            for (r, c), token in zip(positions, tokens, strict=True)
-        ]
-        run = forward(model, pair.clean, edits, keep=[point], grad=True)
+        whole[at] = mean + (step + 0.5) / STEPS * (own - mean)
+        edit = vlmscope.Edit(where.format("image"), "set", whole[image])
+        run = forward(model, pair.clean, [edit], keep=[point], grad=True)
         (slope,) = torch.autograd.grad(run.logits[-1, pair.answer], run.values[point])
         total += slope[0, at] / STEPS
     return (total * (own - mean)).sum(-1).abs().tolist()
@@ -303,7 +301,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--examples", type=int, default=200)
+    parser.add_argument("--examples", type=int, default=100)
     parser.add_argument("--out", type=Path)
     given = parser.parse_args()
     parts = []
