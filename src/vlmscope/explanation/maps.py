@@ -158,8 +158,8 @@ def exact(
 ) -> Exact:
     """Replace the features (or pixels) of each unit by those of the other picture (noise), or put them into
     the run on that (denoise), coarse to fine: groups that matter are split until cells make up all but `LEFT`
-    of each word's effects, or there are no more patches to make. `hints`, `(positions, words)`, is how large effects
-    are expected to be, so that what cancels in a group is not taken for nothing.
+    of each word's effects, or there are no more patches to make. `hints`, `(positions, words)`, is how large
+    effects are expected to be, so that what cancels in a group is not taken for nothing.
 
     Where the picture has no grid, only the two runs are made.
     """
