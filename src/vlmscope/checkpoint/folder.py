@@ -109,19 +109,30 @@ def _entries(config: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
 
 def _expected(name: str, key: str, value: Any) -> str | None:
     """What an entry has to be that is none, where transformers would go on without a word: it takes an empty
-    object for false, waits for a token 1.5 or for none, turns colours round and norms everything away."""
+    object for false, waits for a token 1.5 or for none, turns colours round, norms everything away and puts
+    all words in one place."""
     if key.startswith("do_") and not (isinstance(value, bool) or (value is None and key not in SAID)):
         return "true or false"
     listed = value if isinstance(value, list) and value else [value]
-    if key.endswith("_token_id") and not all(isinstance(one, int | None) for one in listed):
+    if key.endswith("_token_id") and any(
+        isinstance(x, bool) or not isinstance(x, int | None) for x in listed
+    ):
         return "a whole number"
     if (name, key, value) == ("generation_config.json", "eos_token_id", None):
         return "the token that ends an answer, or no entry"
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if key == "rope_theta" and value is not None and not (is_number and value >= 10):
+        return "a base of angles, at least 10"
+    if key == "max_position_embeddings" and value is not None and not (is_number and value >= 1):
+        return "at least 1"
+    if (name, key, value) == ("tokenizer.json", "vocab", None):
+        return "the tokens"
     if key == "rescale_factor" and not (is_number and 0 < value <= 1):
         return "above 0, 1 at most"
     if key in ("image_mean", "image_std") and value is not None and not all(map(_is_share, listed)):
         return "shares of the full brightness, from 0 to 1"
+    if key == "image_mean" and 0 in listed and any(listed):
+        return "0 of all colours or of none"
     if key == "image_std" and not all(listed):
         return "shares of the full brightness, above 0"
     if key.endswith(("_eps", "_epsilon")) and value is not None and not (is_number and 0 < value < 0.1):
