@@ -272,6 +272,29 @@ def test_a_tokenizer_without_tokens(copy):
         load(copy)
 
 
+def test_whole_words_that_nothing_parts(toy):
+    made = json.loads((toy / "tokenizer.json").read_text()) | {"pre_tokenizer": None}
+    (toy / "tokenizer.json").write_text(json.dumps(made))
+    with pytest.raises(
+        ModelError, match="knows whole words, and has no pre_tokenizer that parts them; expected"
+    ):
+        load(toy)
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_a_start_that_the_tokenizer_does_not_know(toy, nested):
+    """The tokenizers library panics over it, which is no Exception."""
+    made = json.loads((toy / "tokenizer.json").read_text())
+    made["post_processor"]["single"][0]["SpecialToken"]["id"] = "\x1b[31mred"
+    if nested:
+        made["post_processor"] = {"type": "Sequence", "processors": [made["post_processor"]]}
+    (toy / "tokenizer.json").write_text(json.dumps(made))
+    with pytest.raises(
+        ModelError, match=r"post_processor adds '\\x1b\[31mred', which is none of its special_tokens"
+    ):
+        load(toy)
+
+
 def test_a_norm_that_leaves_nothing(copy):
     config = json.loads((copy / "config.json").read_text())
     config["text_config"]["layer_norm_eps"] = 1.5

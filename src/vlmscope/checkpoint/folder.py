@@ -144,14 +144,37 @@ def _is_share(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= 1
 
 
+def _odd_tokenizer(made: Mapping[str, Any]) -> str | None:
+    """What tokenizers would take and then answer with a panic of its own, or with unknown words alone."""
+    model, after = made.get("model"), made.get("post_processor")
+    parts = isinstance(model, dict) and model.get("type") in ("WordLevel", "WordPiece")
+    if parts and made.get("pre_tokenizer") is None:
+        return "knows whole words, and has no pre_tokenizer that parts them"
+    after = after if isinstance(after, dict) else {}
+    inner = after.get("processors")
+    for one in [after, *(inner if isinstance(inner, list) else [])]:
+        if not isinstance(one, dict) or one.get("type") != "TemplateProcessing":
+            continue
+        known, sides = one.get("special_tokens"), [one.get("single"), one.get("pair")]
+        for piece in (piece for side in sides if isinstance(side, list) for piece in side):
+            token = piece.get("SpecialToken") if isinstance(piece, dict) else None
+            name = token.get("id") if isinstance(token, dict) else None
+            if isinstance(name, str) and isinstance(known, dict) and name not in known:
+                return f"its post_processor adds {shown(name)}, which is none of its special_tokens"
+    return None
+
+
 def check_folder(path: Path) -> None:
     """Refuse a folder that lacks a file, or holds one that cannot be read, before transformers looks into it:
     it goes on without a tokenizer or a template that is not there."""
     for file in sorted(path.iterdir()):
         if file.suffix == ".json":
-            for key, value in _entries(read_json(file)):
+            content = read_json(file)
+            for key, value in _entries(content):
                 if expected := _expected(file.name, key, value):
                     raise ModelError(f"{file}: {shown(key)} is {shown(value)}; expected {expected}")
+            if file.name == "tokenizer.json" and (odd := _odd_tokenizer(content)):
+                raise ModelError(f"{file}: {odd}; expected {SAVED}")
         elif file.suffix in READ:
             with files.regular(file, SAVED, ModelError) as stream:
                 if not stream.read(1):
@@ -180,8 +203,11 @@ def one_line(name: str | Path) -> Iterator[None]:
         yield
     except (VlmscopeError, MemoryError):
         raise
-    # Whatever a config makes the libraries do: their validators and tokenizers raise Exception itself.
-    except Exception as error:
+    # Whatever a config makes the libraries do: their validators and tokenizers raise Exception itself, and a
+    # panic in Rust is none.
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__module__ != "pyo3_runtime":
+            raise
         first = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
         way_out = (
             f"expected {SAVED}"
