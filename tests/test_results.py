@@ -115,6 +115,15 @@ def test_what_is_no_file_is_not_waited_for(run, tmp_path, name, make: Callable[[
                 read()
 
 
+def test_an_example_without_the_text_that_was_corrupted(good, tmp_path):
+    folder = shutil.copytree(good / "notice" / "faithfulness" / "states-text", tmp_path / "f")
+    file = folder / "examples" / "0000.json"
+    words = json.loads(file.read_text("utf-8"))
+    file.write_text(json.dumps({key: text for key, text in words.items() if key != "corrupt_prompt"}))
+    with pytest.raises(StoreError, match="no corrupt_prompt"):
+        write_report([folder], tmp_path / "r.html")
+
+
 # --- each example once -----------------------------------------------------------------------------------
 
 
