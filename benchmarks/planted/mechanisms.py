@@ -1,7 +1,7 @@
-"""Edges and circuits of planted models: rankings against the truth, and how much of the behaviour they carry.
+"""Edges and circuits of planted models: rankings against the truth, and what circuits of the best carry.
 
-Edges are those of form D (`truth.edge_roles`); the text towers of form C are post-norm
-and have none. A circuit of nodes is of heads, in form D of MLPs, too.
+Edges are those of form D (`truth.edge_roles`); the text towers of form C are post-norm and have none. A
+circuit of nodes is of heads, in form D of MLPs, too.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from vlmscope.studies.faithfulness.curve import FRACTIONS, area, sizes
 
 METHODS = ("eap", "eap-ig", "exact")
 """Of edges; of nodes they are `atp` and `patches`."""
-RANKED = {"eap": 16, "eap-ig": 16, "exact": 4, "atp": 16, "patches": 16}
+RANKED = {"eap": 16, "eap-ig": 8, "exact": 2, "atp": 16, "patches": 16}
 """On how many examples each method ranks; each exact edge is a patch of its own."""
 MEASURED = 12
 """On how many others circuits are run."""

@@ -35,10 +35,10 @@ def edges(made: Planted) -> pd.DataFrame:
 def edge_roles(made: Planted) -> dict[Edge, str]:
     """Form D: what each planted edge of the graph is for, by the role of the part whose work it is.
 
-    From the picture to the values of what looks at objects, which read the color; between parts as `edges` has
-    them; and from what speaks to the logits. The carrier's, the backup's and the locator's edges are left out as
-    these are, and so is what tells the object or the word that is looked at, the same in both runs: the
-    picture to keys, the text to the selector's keys and values. An edge of a decoy is one.
+    From the picture to the values of what looks at objects, which read the color; between parts as `edges`
+    has them; and from what speaks to the logits. The carrier's, the backup's and the locator's edges are left
+    out as these are, and so is what tells the object or the word that is looked at: the picture to keys, the
+    text to the selector's keys and values. An edge of a decoy is one.
     """
     units = {"query": "q", "value": "v"}
     found: dict[Edge, str] = {}
