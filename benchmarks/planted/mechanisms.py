@@ -132,7 +132,7 @@ def of_circuits(made: Planted, kind: str) -> dict[str, Any]:
     found = {}
     for (method, given), one in zip(rankings.items(), areas, strict=True):
         best = areas[-1]
-        apart = {"cpr_of_oracle": one["cpr"] / best["cpr"], "cmd_above_oracle": one["cmd"] - best["cmd"]}
+        apart = {"cpr_of_oracle": one["cpr"] / best["cpr"], "cmd_below_oracle": best["cmd"] - one["cmd"]}
         found[method] = one | apart | {"decoys_first": decoys_first(given, roles)}
     return found
 

@@ -55,7 +55,8 @@ def edge_roles(made: Planted) -> dict[Edge, str]:
             found |= {(source, head(part, unit)): made.roles[part] for source in ("image", "embed")}
         found[part, "logits"] = made.roles[part]
     for writer, reader, via in edges(made)[["writer", "reader", "via"]].itertuples(index=False, name=None):
-        role = made.roles[reader if made.roles[reader] in ("carrier", "backup", *DECOYS) else writer]
+        of_reader = made.roles[writer] != "locator" and made.roles[reader] in ("carrier", "backup")
+        role = made.roles[reader if of_reader or made.roles[reader] in DECOYS else writer]
         target = writes(reader) if via == "input" else head(reader, units[via])
         found[writes(writer), target] = role
     speaking = made.speaking("mover", "neuron", "selector", "carrier", "idle")
