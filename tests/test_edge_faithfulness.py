@@ -132,15 +132,17 @@ def test_a_folder_goes_on_and_is_drawn(model, scored, found, out, tmp_path):
     assert "The edges of the circuit" in text and "image-&gt;decoder" in text
 
 
-def test_the_vision_tower_and_cross_attention(tmp_path):
-    """Edges of any tower that has them; where keys and values read another tower, too."""
-    for name, make, tower in (("vision", llava, "vision"), ("mllama", FAMILIES["mllama"], None)):
-        model, given = make(), others(4)
-        vlmscope.edges(model, given, "image", tower=tower, out=tmp_path / name)
-        found = vlmscope.faithfulness(model, given, tmp_path / name, "image", draws=1, fractions=(0.5, 1.0))
-        full = found.table.query("ranking == 'signed' and fraction == 1")["f"].iloc[0]
-        assert full == pytest.approx(1, abs=1e-9)
-        assert found.summary["check"]["largest"] < 1e-9 and found.importances is None
+@pytest.mark.parametrize(
+    ("make", "tower"), [(FAMILIES["mllama"], None), pytest.param(llava, "vision", marks=pytest.mark.slow)]
+)
+def test_edges_of_other_towers(make, tower, tmp_path):
+    """Where keys and values read another tower, and the vision tower by itself."""
+    model, given = make(), others(4)
+    vlmscope.edges(model, given, "image", tower=tower, out=tmp_path / "eap")
+    found = vlmscope.faithfulness(model, given, tmp_path / "eap", "image", draws=1, fractions=(0.5, 1.0))
+    full = found.table.query("ranking == 'signed' and fraction == 1")["f"].iloc[0]
+    assert full == pytest.approx(1, abs=1e-9)
+    assert found.summary["check"]["largest"] < 1e-9 and found.importances is None
 
 
 # --- files of MIB ----------------------------------------------------------------------------

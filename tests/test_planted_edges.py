@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 
@@ -63,10 +64,11 @@ def test_planted_edges_are_first_and_carry_the_gap(planted, roles, monkeypatch):
     assert best["cpr"] > 0.9 * oracle["cpr"] and best["cmd"] < oracle["cmd"] + 0.05
 
 
-def test_nodes_have_their_roles():
-    made = plant(Recipe("D", 0, effect=EFFECT, noise=0.3, say="neurons"))
+def test_nodes_have_their_roles(planted):
+    roles = {"decoder.1.attn.h6": "reader", "decoder.3.mlp.n5": "neuron", "decoder.3.mlp.n7": "neuron"}
+    made = replace(planted, roles=roles)
     found = mechanisms.node_roles(made)
-    assert found["decoder.3.mlp"] == "neuron" and not any(".n" in part for part in found)
+    assert found == {"decoder.1.attn.h6": "reader", "decoder.3.mlp": "neuron"}
     assert truth.edge_roles(made)["decoder.3.mlp", "logits"] == "neuron"
     assert mechanisms.decoys_first({"a": 3.0, "b": -2.0, "c": 1.0}, {"a": "blind", "b": "reader"}) == 1.0
     assert mechanisms.decoys_first({"a": 1.0, "b": -2.0, "c": 1.0}, {"a": "blind", "b": "reader"}) == 0.0
