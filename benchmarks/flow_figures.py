@@ -196,7 +196,7 @@ def main() -> None:
         figure.savefig(drawn := io.BytesIO(), dpi=110)
         about = PngInfo()
         about.add_text("Source", digest(result))
-        Image.open(drawn).quantize(64).save(file, pnginfo=about, optimize=True)
+        Image.open(drawn).quantize(256).save(file, pnginfo=about, optimize=True)
         print(f"{file}: {file.stat().st_size // 1024} KB")
 
 

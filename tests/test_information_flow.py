@@ -12,6 +12,7 @@ from PIL import Image
 from scipy import stats
 
 import vlmscope
+from vlmscope.stats import interval
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -75,7 +76,7 @@ def compare(groups, found, keys):
         if row["low"] is None:
             assert values.nunique() == 1
         else:
-            ends = vlmscope.stats.interval(values.to_numpy()[:, None])[:, 0]
+            ends = interval(values.to_numpy()[:, None])[:, 0]
             assert (row["low"], row["high"]) == pytest.approx(ends, abs=6e-4)
 
 
@@ -99,20 +100,21 @@ def test_rows_are_what_runs_give(rows):
 
 def test_figures_show_the_numbers(result):
     figures = module("flow_figures")
-    axes = figures.DRAWN["flow"](result)
-    assert [spot.get_title() for spot in axes][:2] == [
-        "toy-llava, states: one layer",
-        "toy-llava, scenes: one layer",
-    ]
-    for spot, (kind, window) in zip(
-        axes, [(f"toy-llava, {d}", w) for w in (1, 3) for d in ("states", "scenes")], strict=True
-    ):
-        lines = {line.get_label(): line.get_ydata().tolist() for line in spot.get_lines()}
-        for edge in ("last<image", "last<question", "last<last", "question<image"):
-            table = [x for x in result[kind]["flows"] if (x["what"], x["window"]) == (edge, window)]
-            assert lines[edge.replace("<", " ← ")] == [
-                x["mean"] for x in sorted(table, key=lambda x: x["layer"])
-            ]
+    names = {"image": "image", "question": "question", "last": "last"}
+    names |= {"object+1": "object and around", "-object+1": "all other patches"}
+    toys = [("toy-llava", 1), ("toy-llava", 3), ("toy-blip", 1)]
+    kinds = [(f"{toy}, {data}", window) for toy, window in toys for data in ("states", "scenes")]
+    for figure, count in (("flow", 4), ("flow-parts", 6)):
+        for spot, (kind, window) in zip(figures.DRAWN[figure](result), kinds[:count], strict=True):
+            assert spot.get_title() == f"{kind}: {'one layer' if window == 1 else '3 layers'}"
+            lines = {line.get_label(): list(line.get_ydata()) for line in spot.get_lines()}
+            shown = [label for label in lines if "←" in label]
+            assert len(shown) == (3 if kind.startswith("toy-blip") else 4)
+            for label in shown:
+                target, source = label.split(" ← ")
+                edge = f"{target}<{next(name for name, text in names.items() if text == source)}"
+                table = [x for x in result[kind]["flows"] if (x["what"], x["window"]) == (edge, window)]
+                assert lines[label] == [x["mean"] for x in sorted(table, key=lambda x: x["layer"])]
     axes = figures.DRAWN["ablated"](result)
     for spot, kind in zip(axes, [name for name in result if ", " in name], strict=True):
         lines = {line.get_label(): (line.get_xdata(), line.get_ydata()) for line in spot.get_lines()}
@@ -137,7 +139,7 @@ def test_figures_show_the_numbers(result):
     for spot, kind in zip(
         figures.DRAWN["said"](result), ("toy-llava, states", "toy-llava, scenes"), strict=True
     ):
-        lines = {line.get_label(): line.get_ydata().tolist() for line in spot.get_lines()}
+        lines = {line.get_label(): list(line.get_ydata()) for line in spot.get_lines()}
         for label, place in (("object and around", "object+1"), ("all other patches", "-object+1")):
             assert lines[label] == [x["mean"] for x in result[kind]["said"] if x["what"] == place]
 
