@@ -46,7 +46,7 @@ def explain(
     region: str | None = None,
     reference: Literal["blur", "mean"] = "blur",
     direction: Literal["noise", "denoise"] = "noise",
-    patches: int = 64,
+    patches: int = 48,
     length: int = 20,
 ) -> None:
     """Where in picture and model each word comes from.
