@@ -40,8 +40,8 @@ from measures import (
     submission,
     tool,
 )
-from mechanisms import null as null_of
 from mechanisms import MEASURED, RANKED, of_circuits, of_edges
+from mechanisms import null as null_of
 from pictures import scenes
 from planting import Recipe, plant, scale
 from scores import macro_f1, share, summary
