@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import tomllib
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import MISSING, dataclass, fields, is_dataclass
 from functools import partial
 from inspect import Parameter, Signature, signature
@@ -64,30 +65,46 @@ class Given(OneModel):
 
 
 @dataclass(kw_only=True)
-class Share:
+class Workers:
+    """The options of a command that several processes can do."""
+
+    workers: int | None = None
+    ray: str | None = None
+
+    def team(self, given: Any, model: str) -> AbstractContextManager[Any]:
+        """Those who do it, with what each is given: a `Team`, or this process `Alone`."""
+        from vlmscope.studies.workers import alone, team
+
+        if self.workers is None and self.ray is None:
+            return alone(given)
+        threads = machine.threads(model, self.workers or 1) if self.ray is None else 1
+        set_up = partial(machine.set_up_worker, threads)
+        return team(given, workers=self.workers, address=self.ray, set_up=set_up)
+
+
+@dataclass(kw_only=True)
+class Share(Workers):
     """The options of a command that fills a run folder: how much of it, and with how many processes."""
 
     shard: str | None = None
-    workers: int | None = None
-    ray: str | None = None
 
     def fill(
         self, out: Path, given: Given, study: Callable[..., Any], options: dict[str, Any]
     ) -> tuple[Any, int]:
         """Put what `study` makes of model, examples and options into a folder: the run, and how many examples
         it was asked for."""
-        from vlmscope.studies.sweep import into_folder
+        from vlmscope.studies.run_writer import claim
 
-        shard = None if self.shard is None else _shard(self.shard)
-        options = {**options, "shard": shard, "data": given.data}
-        if self.workers is None and self.ray is None:
-            made = study(given.load(), given.examples(), **options)
-            return into_folder(made, out), len(made.task.numbers)
-        from vlmscope.studies.workers import Order, spread
+        claim(out)
+        options = {**options, "shard": self.numbers, "data": given.data}
+        with self.team(given, given.model) as team:
+            found: tuple[Any, int] = team.fill(out, study, options)
+        return found
 
-        threads = machine.threads(given.model, self.workers or 1) if self.ray is None else 1
-        order = Order(given, study, options)
-        return spread(out, order, workers=self.workers, address=self.ray, threads=threads)
+    @property
+    def numbers(self) -> tuple[int, int] | None:
+        """Which shard of how many."""
+        return None if self.shard is None else _shard(self.shard)
 
 
 def _shard(text: str) -> tuple[int, int]:
