@@ -27,7 +27,8 @@ from vlmscope.studies.run_folder import Run
 from vlmscope.studies.run_writer import open_run
 from vlmscope.studies.sweep import Study, jobs_of, swept
 from vlmscope.studies.task import Todo
-from vlmscope.studies.workers import REASON, cluster, team
+from vlmscope.studies.workers import cluster
+from vlmscope.studies.workers.team import DEATHS, REASON
 from vlmscope.studies.workers.worker import Done, Order, Worker
 
 SITES = ["encoder.*.cross.h*@answer", "encoder.0.resid@*"]
@@ -62,8 +63,15 @@ def left_behind(folder: Path) -> list[Path]:
 
 
 def spread(out: Path, given: Any, study: Any, options: dict[str, Any], **how: Any) -> tuple[Run, int]:
-    with team(given, **how) as those:
-        return those.fill(out, study, options)
+    with workers.started(**how) as team:
+        found: tuple[Run, int] = team(given).fill(out, study, options)
+        return found
+
+
+def begun() -> Worker:
+    worker = Worker()
+    worker.begin(GIVEN)
+    return worker
 
 
 # --- a worker, in this process ---------------------------------------------------------------------------
@@ -76,9 +84,7 @@ def test_workers_write_parts_and_the_driver_commits_them(
     clock = itertools.count()
     monkeypatch.setattr(run_writer.time, "monotonic", lambda: next(clock) / 1000)
     order = Order(swept, OPTIONS, tmp_path / "run")
-    crew = [Worker(GIVEN, str(tmp_path), lambda: None) for _ in range(3)]
-    for worker in crew:
-        worker.begin()
+    crew = [begun() for _ in range(3)]
     about = [worker.make(order) for worker in crew]
     assert about[0] == about[1] and about[0].numbers == range(COUNT)
     with open_run(order.out, about[0].spec, about[0].description, digests=about[0].digests) as writer:
@@ -109,7 +115,7 @@ def test_workers_write_parts_and_the_driver_commits_them(
 
 
 def test_an_example_that_is_refused_is_left_out_with_the_reason(tmp_path: Path) -> None:
-    worker, order = Worker(GIVEN, str(tmp_path), lambda: None), Order(swept, OPTIONS, tmp_path)
+    worker, order = begun(), Order(swept, OPTIONS, tmp_path)
     about = worker.make(order)
     with open_run(tmp_path, about.spec, digests=about.digests) as writer:
         (job,) = jobs_of(writer, [3], about.sites)
@@ -120,7 +126,7 @@ def test_an_example_that_is_refused_is_left_out_with_the_reason(tmp_path: Path) 
 
 
 def test_a_folder_that_is_not_on_the_workers_machine(tmp_path: Path) -> None:
-    worker = Worker(GIVEN, str(tmp_path), lambda: None)
+    worker = begun()
     with pytest.raises(
         StoreError, match="run: is not there on .*; choose an --out on a disk that all machines"
     ):
@@ -280,7 +286,7 @@ def test_an_example_that_kills_is_left_out(ray: Any, whole: Run, tmp_path: Path)
     name = GIVEN.examples()[1].id
     with pytest.warns(UserWarning, match="a worker died at example number 1") as caught:
         run, _ = spread(tmp_path / "run", GIVEN, Deadly(name), OPTIONS, workers=2)
-    assert len(caught) == workers.DEATHS
+    assert len(caught) == DEATHS
     base = run.baselines().set_index("example")
     assert base["excluded"].sum() == 1 and base.loc[name, "reason"] == REASON
     wanted = whole.effects().query("example != @name").reset_index(drop=True)

@@ -97,8 +97,9 @@ def notice(out: Path, changes: Changes, share: Workers, spec: Path | None = None
     whole = Spec.from_toml(spec, **given) if spec else Spec(**given)
     if share.workers is None and share.ray is None:
         machine.set_up(whole.model)
-    say = partial(print, file=sys.stdout)  # that of now: a team keeps what Ray prints to itself
-    run(whole, out, say, partial(share.team, model=whole.model))
+    say = partial(print, file=sys.stdout)  # that of now: what Ray prints is kept from it
+    with share.team(whole.model, whole.device) as team:
+        run(whole, out, say, team)
 
 
 @command(app)
@@ -122,13 +123,14 @@ def tracing(
     from vlmscope.runs import corrupt
     from vlmscope.studies.known import knows
     from vlmscope.studies.run_folder import read_run
-    from vlmscope.studies.tracing import WINDOWS, trace_by
 
     claim_report(out / "report.html")
     shard = share.numbers
-    with share.team(given, given.model) as team:
+    with share.team(given.model, given.device) as team:
+        from vlmscope.studies.tracing import WINDOWS, trace_by
+
         traced = trace_by(
-            team.fill,
+            team(given).fill,
             out,
             noise=corrupt.Noise(noise, "image", noise_scale, repeats),
             windows=windows or WINDOWS,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import tomllib
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import MISSING, dataclass, fields, is_dataclass
 from functools import partial
 from inspect import Parameter, Signature, signature
@@ -71,15 +71,22 @@ class Workers:
     workers: int | None = None
     ray: str | None = None
 
-    def team(self, given: Any, model: str) -> AbstractContextManager[Any]:
-        """Those who do it, with what each is given: a `Team`, or this process `Alone`."""
-        from vlmscope.studies.workers import alone, team
+    def team(self, model: str, device: str | None) -> AbstractContextManager[Callable[[Any], Any]]:
+        """Those who do it: gives a function of what each is given, which gives a `Team`, or this process
+        `Alone`. What is imported within is imported while they start."""
+        from vlmscope.studies.workers import started
 
         if self.workers is None and self.ray is None:
-            return alone(given)
+            return nullcontext(_alone)
         threads = machine.threads(model, self.workers or 1) if self.ray is None else 1
         set_up = partial(machine.set_up_worker, threads)
-        return team(given, workers=self.workers, address=self.ray, set_up=set_up)
+        return started(workers=self.workers, address=self.ray, device=device, set_up=set_up)
+
+
+def _alone(given: Any) -> Any:
+    from vlmscope.studies.workers.worker import Alone
+
+    return Alone(given)
 
 
 @dataclass(kw_only=True)
@@ -89,16 +96,19 @@ class Share(Workers):
     shard: str | None = None
 
     def fill(
-        self, out: Path, given: Given, study: Callable[..., Any], options: dict[str, Any]
+        self, out: Path, given: Given, study: Callable[[], tuple[Callable[..., Any], dict[str, Any]]]
     ) -> tuple[Any, int]:
-        """Put what `study` makes of model, examples and options into a folder: the run, and how many examples
-        it was asked for."""
+        """Put what `study` says, a function of model, examples and options, and these options, into a folder:
+        the run, and how many examples it was asked for."""
         from vlmscope.studies.run_writer import claim
 
         claim(out)
-        options = {**options, "shard": self.numbers, "data": given.data}
-        with self.team(given, given.model) as team:
-            found: tuple[Any, int] = team.fill(out, study, options)
+        shard = self.numbers
+        with self.team(given.model, given.device) as team:
+            make, options = study()
+            found: tuple[Any, int] = team(given).fill(
+                out, make, {**options, "shard": shard, "data": given.data}
+            )
         return found
 
     @property

@@ -20,7 +20,6 @@ import os
 import re
 import shutil
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -53,7 +52,8 @@ from vlmscope.studies.plan import estimate, size_of, time_of
 from vlmscope.studies.run_folder import Run, read_run
 from vlmscope.studies.sweep import Study, swept
 from vlmscope.studies.task import check_sites
-from vlmscope.studies.workers import Alone, Given, Team, alone
+from vlmscope.studies.workers.team import Team
+from vlmscope.studies.workers.worker import Alone, Given
 
 Say = Callable[[str], None]
 
@@ -69,52 +69,52 @@ def run(
     spec: Spec,
     out: str | os.PathLike[str],
     say: Say = lambda text: None,
-    by: Callable[[Given], AbstractContextManager[Alone | Team]] = alone,
+    by: Callable[[Given], Alone | Team] = Alone,
 ) -> Path:
     """Run the pipeline into the folder `out`, and give the report; `say` gets lines to show.
 
-    `by` gives who computes: this process, or others (`studies.workers.team`), of which each loads the model,
-    and this one does not.
+    `by` gives who computes: this process, or others (`studies.workers.started`), of which each loads the
+    model, and this one does not.
 
     Raises `StoreError` if the folder holds another specification or the disk is too small for
     what is estimated, and what its parts raise.
     """
     folder = Path(out)
     _check_folder(spec, folder)
-    with by(_Pipeline(spec, folder)) as team:
-        [(sweeps, lines)] = team.each([(_Pipeline.prepare,)])
-        for text in lines:
-            say(text)
-        [text] = team.each([(_Pipeline.estimate, sweeps)])
+    team = by(_Pipeline(spec, folder))
+    [(sweeps, lines)] = team.each([(_Pipeline.prepare,)])
+    for text in lines:
         say(text)
-        useful = []
-        for name, corrupt in sweeps:
-            say(f"{name}, {corrupt} corrupted")
-            options = {"spec": spec, "name": name, "corrupt": corrupt}
-            made, _ = team.fill(folder / "runs" / f"{name}-{corrupt}", _swept, options)
-            base = made.baselines()
-            say("\n".join(f"  {line}" for line in [*knows(base).lines(), made.check_line()]))
-            useful += [] if base["excluded"].all() else [made.path]
-        [chosen] = team.each([(_Pipeline.selection, sweeps)])
-        files.save(folder, "selection.json", {"format": SELECTION}, {"selection.csv": chosen})
-        say(lines_of(chosen))
-        if not useful:
-            first = read_run(folder / "runs" / "-".join(sweeps[0])).baselines().iloc[0]
-            raise DataError(
-                f"no example of any set is kept ('{first['example']}': {first['reason']}); "
-                "the model must answer some rightly (or set select = false)"
-            )
-        found = circuits.find(useful, position=spec.position, seed=spec.seed)
-        found.save(folder / "circuits")
-        say(_say_heads(found))
-        folders = [*useful, folder / "circuits"]
-        names = dict.fromkeys(name for name, _ in sweeps)
-        firsts = [(name, next(c for c in ORDER if (name, c) in sweeps)) for name in names]
-        calls = [(_Pipeline.functions, *key) for key in firsts]
-        calls += [(_Pipeline.carried, *key) for key in sweeps]
-        for place, told in team.each(calls):  # one beside the other
-            say(told)
-            folders += [] if place is None else [place]
+    [text] = team.each([(_Pipeline.estimate, sweeps)])
+    say(text)
+    useful = []
+    for name, corrupt in sweeps:
+        say(f"{name}, {corrupt} corrupted")
+        options = {"spec": spec, "name": name, "corrupt": corrupt}
+        made, _ = team.fill(folder / "runs" / f"{name}-{corrupt}", _swept, options)
+        base = made.baselines()
+        say("\n".join(f"  {line}" for line in [*knows(base).lines(), made.check_line()]))
+        useful += [] if base["excluded"].all() else [made.path]
+    [chosen] = team.each([(_Pipeline.selection, sweeps)])
+    files.save(folder, "selection.json", {"format": SELECTION}, {"selection.csv": chosen})
+    say(lines_of(chosen))
+    if not useful:
+        first = read_run(folder / "runs" / "-".join(sweeps[0])).baselines().iloc[0]
+        raise DataError(
+            f"no example of any set is kept ('{first['example']}': {first['reason']}); "
+            "the model must answer some rightly (or set select = false)"
+        )
+    found = circuits.find(useful, position=spec.position, seed=spec.seed)
+    found.save(folder / "circuits")
+    say(_say_heads(found))
+    folders = [*useful, folder / "circuits"]
+    names = dict.fromkeys(name for name, _ in sweeps)
+    firsts = [(name, next(c for c in ORDER if (name, c) in sweeps)) for name in names]
+    calls = [(_Pipeline.functions, *key) for key in firsts]
+    calls += [(_Pipeline.carried, *key) for key in sweeps]
+    for place, told in team.each(calls):  # one beside the other
+        say(told)
+        folders += [] if place is None else [place]
     report = write_report(folders, folder / "report.html")
     say(f"The report: {report}")
     return report
@@ -258,10 +258,6 @@ class _Pipeline:
 
     def examples(self) -> dict[str, list[Example]]:
         return {name: found for name, (found, _) in self.sets.items()}
-
-    @property
-    def device(self) -> str | None:
-        return self.spec.device
 
     @cached_property
     def sets(self) -> dict[str, tuple[list[Example], dict[str, int]]]:

@@ -4,16 +4,77 @@ from __future__ import annotations
 
 import os
 import socket
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stdout, suppress
+from io import StringIO
+from pathlib import Path
 from typing import Any
 
-from vlmscope.errors import VlmscopeError, line, shown
+from vlmscope.errors import VlmscopeError, line, shown, whole
 
 STORE = 80 * 2**20
 """Bytes of Ray's store of objects on this machine: nothing large is ever put there."""
 PATIENCE = 10.0
 """Seconds for a cluster to answer."""
+
+
+class Process:
+    """One process of Ray's: a `Worker`, which is imported there, while the driver imports what it needs."""
+
+    def __init__(self, place: str, set_up: Callable[[], object]) -> None:
+        with suppress(OSError):  # paths are as they were typed; where there is no such folder, they say so
+            os.chdir(place)
+        set_up()
+        from vlmscope.studies.workers.worker import Worker
+
+        self.worker = Worker()
+
+    def do(self, method: str, *given: Any) -> Any:
+        return self.worker.do(method, *given)
+
+
+@contextmanager
+def started(
+    *,
+    workers: int | None = None,
+    address: str | None = None,
+    device: str | None = None,
+    set_up: Callable[[], object] = lambda: None,
+) -> Iterator[Callable[[Any], Any]]:
+    """Several processes: gives a function of what each is given (`worker.Given`), which gives a `team.Team`.
+
+    `workers` are as many processes on this machine, or, with the `address` HOST:PORT of a Ray cluster's head
+    (or `auto`), on that: by default as many as it has GPUs, or else cores. GPUs are shared out evenly, unless
+    the `device` is another. Each process calls `set_up` before it loads anything; torch has one thread in it
+    unless that says more. All machines have the package in the same version, and the model, the data and
+    folders under the same paths.
+
+    Raises `VlmscopeError` where Ray is not installed, not reachable or of another version.
+    """
+    if workers is not None:
+        whole(workers, "the number of workers", 1, 10_000)
+    # Ray says what becomes of its workers on standard output, which is the command's own.
+    with redirect_stdout(StringIO()), connected(workers, address) as ray:
+        several, share = shares(ray, workers, device)
+        remote = ray.remote(Process).options(num_cpus=1, num_gpus=share, max_restarts=0, max_task_retries=0)
+        actors = []
+
+        def start() -> Any:
+            actors.append(remote.remote(str(Path.cwd()), set_up))
+            return actors[-1]
+
+        def team(given: Any) -> Any:
+            from vlmscope.studies.workers.team import Team
+
+            return Team(ray, start, first, given)
+
+        first = [start() for _ in range(several)]
+        try:
+            yield team
+        finally:
+            for actor in actors:
+                with suppress(Exception):  # it is dead already
+                    ray.kill(actor)
 
 
 @contextmanager

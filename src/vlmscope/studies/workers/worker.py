@@ -6,7 +6,6 @@ import os
 import socket
 import warnings
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -97,18 +96,10 @@ class Alone:
             yield function(self.given, *some)
 
 
-@contextmanager
-def alone(given: Given) -> Iterator[Alone]:
-    """This process, in the place of a `team`."""
-    yield Alone(given)
-
-
 class Worker(Alone):
     """One process: a model, and the examples that wait to be handed over."""
 
-    def __init__(self, given: Given, place: str, set_up: Callable[[], object]) -> None:
-        super().__init__(given)
-        self.place, self.set_up = place, set_up
+    def __init__(self) -> None:
         self.name, self.count = uuid4().hex, 0
         self.order: Order | None = None
         self.waiting: Waiting | None = None
@@ -120,11 +111,9 @@ class Worker(Alone):
             value = getattr(self, method)(*given)
         return Answer(value, [str(one.message) for one in caught])
 
-    def begin(self) -> None:
+    def begin(self, given: Given) -> None:
         """Load the model. The first call."""
-        with suppress(OSError):  # paths are as they were typed; where there is no such folder, they say so
-            os.chdir(self.place)
-        self.set_up()
+        super().__init__(given)
         self.model  # noqa: B018
 
     def make(self, order: Order) -> About:
