@@ -11,15 +11,20 @@ import subprocess
 import sys
 import threading
 import time
+import warnings
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import pytest
+from pretend_ray import DiesError, Pretended
 from test_shards import equal
 
 import vlmscope
+from vlmscope import files
 from vlmscope.cli.options import Given
 from vlmscope.errors import SiteError, StoreError, VlmscopeError
 from vlmscope.studies import run_writer, workers
@@ -27,8 +32,8 @@ from vlmscope.studies.run_folder import Run
 from vlmscope.studies.run_writer import open_run
 from vlmscope.studies.sweep import Study, jobs_of, swept
 from vlmscope.studies.task import Todo
-from vlmscope.studies.workers import cluster
-from vlmscope.studies.workers.team import DEATHS, REASON
+from vlmscope.studies.workers import cluster, team
+from vlmscope.studies.workers.team import DEATHS, REASON, Team
 from vlmscope.studies.workers.worker import Done, Order, Worker
 
 SITES = ["encoder.*.cross.h*@answer", "encoder.0.resid@*"]
@@ -63,8 +68,8 @@ def left_behind(folder: Path) -> list[Path]:
 
 
 def spread(out: Path, given: Any, study: Any, options: dict[str, Any], **how: Any) -> tuple[Run, int]:
-    with workers.started(**how) as team:
-        found: tuple[Run, int] = team(given).fill(out, study, options)
+    with workers.started(**how) as team_of:
+        found: tuple[Run, int] = team_of(given).fill(out, study, options)
         return found
 
 
@@ -131,6 +136,129 @@ def test_a_folder_that_is_not_on_the_workers_machine(tmp_path: Path) -> None:
         StoreError, match="run: is not there on .*; choose an --out on a disk that all machines"
     ):
         worker.compute(Order(swept, OPTIONS, tmp_path / "run"), SITES, Todo(0, SITES, []))
+
+
+# --- a team, of workers in this process ------------------------------------------------------------------
+
+
+@dataclass
+class Known:
+    """A study whose examples are computed once, so that many deaths cost little."""
+
+    results: dict[int, Any]
+
+    def __call__(self, model: Any, examples: Any, **options: Any) -> Study:
+        study = swept(model, examples, **options)
+
+        def work(task: Any, job: Any, *rest: Any) -> Any:
+            if job.number not in self.results:
+                self.results[job.number] = study.work(task, job, *rest)
+            return self.results[job.number]
+
+        return study._replace(work=work)
+
+
+@pytest.mark.filterwarnings("ignore:a worker died")
+@pytest.mark.parametrize("seed", range(4))
+def test_a_run_survives_fifty_deaths(
+    seed: int, whole: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Workers die before, within and after what they do, also half-way through a file; and so does the
+    driver, before and after it commits a part."""
+    random, deaths = Random(seed), Counter[str]()
+    monkeypatch.setattr(team, "DEATHS", 10_000)
+
+    def dies(moment: str) -> bool:
+        found = deaths.total() < 50 and random.random() < 0.3
+        deaths[moment] += found
+        return found
+
+    write, take = files.write, run_writer.Writer.take
+
+    def written(file: Path, content: Any, ends: Path | None = None) -> None:
+        if file.suffix == ".tmp" and dies("within hand_over"):
+            file.write_bytes(content[: len(content) // 2])
+            raise DiesError
+        write(file, content, ends)
+
+    def taken(writer: Any, part: Any) -> None:
+        if dies("driver before a part"):
+            raise DiesError
+        take(writer, part)
+        if dies("driver after a part"):
+            raise DiesError
+
+    monkeypatch.setattr(files, "write", written)
+    monkeypatch.setattr(run_writer.Writer, "take", taken)
+    study = Known({})
+    for _ in range(100):
+        ray = Pretended(random, dies)
+        try:
+            crew = Team(ray, ray.start, [ray.start() for _ in range(3)], GIVEN)
+            run, asked = crew.fill(tmp_path / "run", study, OPTIONS)
+            break
+        except DiesError:
+            continue
+    equal(run, whole)
+    assert run.check == whole.check and asked == COUNT and not left_behind(run.path)
+    assert deaths.total() == 50 and sum(deaths[kind] > 0 for kind in deaths) >= 6, deaths
+
+
+def test_a_team_does_calls_and_several_folders(whole: Run, tmp_path: Path) -> None:
+    """A call on which a worker dies is done by another one; what is done is not done again."""
+    died: list[str] = []
+
+    def dies(moment: str) -> bool:
+        found = moment in ("before call", "after make") and moment not in died
+        died.extend([moment] * found)
+        return found
+
+    ray = Pretended(Random(0), dies)
+    crew = Team(ray, ray.start, [ray.start() for _ in range(2)], GIVEN)
+    with pytest.warns(UserWarning, match="a worker died|twice as much") as caught:
+        found = list(crew.each([(Kept.examples,), (doubled, 3), (doubled, 4)]))
+    died_at = "a worker died; another one takes its place"
+    assert sorted(str(one.message) for one in caught) == [died_at, "twice as much", "twice as much"]
+    with pytest.warns(UserWarning, match=died_at):
+        run, _ = crew.fill(tmp_path / "one", swept, OPTIONS)
+    assert [example.id for example in found[0]] == [example.id for example in GIVEN.examples()]
+    assert found[1:] == [6, 8]
+    equal(run, whole)
+    other, _ = crew.fill(tmp_path / "two", swept, OPTIONS | {"sites": SITES[1:]})
+    again, _ = crew.fill(tmp_path / "one", swept, OPTIONS)
+    equal(again, whole)
+    assert len(other.effects()) == (whole.effects()["kind"] == "resid").sum()
+
+
+def doubled(given: Any, number: int) -> int:
+    warnings.warn("twice as much", stacklevel=1)
+    return 2 * number
+
+
+@pytest.mark.filterwarnings("ignore:a worker died")
+def test_a_call_on_which_three_workers_die() -> None:
+    ray = Pretended(Random(0), lambda moment: moment == "before call")
+    crew = Team(ray, ray.start, [ray.start() for _ in range(2)], GIVEN)
+    with pytest.raises(VlmscopeError, match="3 workers died of the same .the actor died.; take fewer"):
+        list(crew.each([(doubled, 1)]))
+
+
+def test_workers_that_would_compute_another_run(tmp_path: Path) -> None:
+    """The second one has another seed."""
+    ray = Pretended(Random(1))
+    crew = Team(ray, ray.start, [ray.start() for _ in range(2)], GIVEN)
+    with pytest.raises(VlmscopeError, match="would compute another run .*: seed is . there, . here"):
+        crew.fill(tmp_path / "run", Fickle(itertools.count(1)), OPTIONS)
+
+
+@dataclass
+class Fickle:
+    """A study that is never the same."""
+
+    numbers: Iterator[int]
+
+    def __call__(self, model: Any, examples: Any, **options: Any) -> Study:
+        return swept(model, examples, **options, seed=next(self.numbers))
 
 
 # --- what is wrong with Ray ------------------------------------------------------------------------------
