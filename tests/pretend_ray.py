@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import pickle
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -87,6 +88,8 @@ class Handle:
         self.ray, self.actor, self.do = ray, actor, self
 
     def remote(self, method: str, *given: Any) -> int:
+        if method == "begin":  # each has its own
+            given = pickle.loads(pickle.dumps(given))  # noqa: S301 - our own
         number = next(self.ray.numbers)
         self.actor.calls.append((number, method, given))
         self.ray.actors[number] = self.actor
