@@ -207,6 +207,7 @@ def test_a_factor_of_pictures_that_is_none(copy, key, value):
     [
         ("sep_token_id", 0, "ends an answer with sep_token_id 0, the tokenizer with 3; save"),
         ("sep_token_id", None, "ends an answer with sep_token_id None, the tokenizer with 3; save"),
+        ("eos_token_id", True, "'eos_token_id' is 'True'; expected a whole number"),
         ("bos_token_id", 0, "begins an answer with bos_token_id 0, which is padding; save"),
     ],
 )
@@ -216,6 +217,82 @@ def test_an_answer_with_other_ends(copy, key, value, words):
     (copy / "config.json").write_text(json.dumps(config))
     with pytest.raises(ModelError, match=words):
         load(copy)
+
+
+@pytest.fixture
+def toy(tmp_path):
+    return shutil.copytree(toys()["toy-llava"], tmp_path / "llava")
+
+
+@pytest.mark.parametrize("end", [-1, 10**9, [1], 0])
+def test_an_end_of_answers_that_ends_nothing(toy, end):
+    """Padding, an unknown word, or a token that there is not: the model would speak on and on."""
+    (toy / "generation_config.json").write_text(json.dumps({"eos_token_id": end}))
+    with pytest.raises(
+        ModelError, match=r"eos_token_id .* which ends nothing for the tokenizer \(its own end is 3\)"
+    ):
+        load(toy)
+
+
+def test_one_of_several_ends(toy):
+    (toy / "generation_config.json").write_text('{"eos_token_id": [0, 3]}')
+    load(toy)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "words"),
+    [
+        ("rope_theta", 1.5, "at least 10"),
+        ("rope_theta", True, "at least 10"),
+        ("max_position_embeddings", 0, "at least 1"),
+    ],
+)
+def test_positions_that_are_none(toy, key, value, words):
+    config = json.loads((toy / "config.json").read_text())
+    (config["text_config"]["rope_parameters"] if key == "rope_theta" else config["text_config"])[key] = value
+    (toy / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ModelError, match=f"'{key}' is '{value}'; expected .*{words}"):
+        load(toy)
+
+
+def test_a_mean_of_one_colour(toy):
+    file = toy / "processor_config.json"
+    config = json.loads(file.read_text())
+    config["image_processor"]["image_mean"] = [0, 0.5, 0.5]
+    file.write_text(json.dumps(config))
+    with pytest.raises(ModelError, match="'image_mean' is .*; expected 0 of all colours or of none"):
+        load(toy)
+
+
+def test_a_tokenizer_without_tokens(copy):
+    made = json.loads((copy / "tokenizer.json").read_text())
+    made["model"]["vocab"] = None
+    (copy / "tokenizer.json").write_text(json.dumps(made))
+    with pytest.raises(ModelError, match="'vocab' is 'None'; expected the tokens"):
+        load(copy)
+
+
+def test_whole_words_that_nothing_parts(toy):
+    made = json.loads((toy / "tokenizer.json").read_text()) | {"pre_tokenizer": None}
+    (toy / "tokenizer.json").write_text(json.dumps(made))
+    with pytest.raises(
+        ModelError, match="knows whole words, and has no pre_tokenizer that parts them; expected"
+    ):
+        load(toy)
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_a_start_that_the_tokenizer_does_not_know(toy, nested):
+    """The tokenizers library panics over it, which is no Exception."""
+    made = json.loads((toy / "tokenizer.json").read_text())
+    made["post_processor"]["single"][0]["SpecialToken"]["id"] = "\x1b[31mred"
+    if nested:
+        made["post_processor"] = {"type": "Sequence", "processors": [made["post_processor"]]}
+    (toy / "tokenizer.json").write_text(json.dumps(made))
+    with pytest.raises(
+        ModelError, match=r"post_processor adds '\\x1b\[31mred', which is none of its special_tokens"
+    ):
+        load(toy)
 
 
 def test_a_norm_that_leaves_nothing(copy):

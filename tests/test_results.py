@@ -115,6 +115,15 @@ def test_what_is_no_file_is_not_waited_for(run, tmp_path, name, make: Callable[[
                 read()
 
 
+def test_an_example_without_the_text_that_was_corrupted(good, tmp_path):
+    folder = shutil.copytree(good / "notice" / "faithfulness" / "states-text", tmp_path / "f")
+    file = folder / "examples" / "0000.json"
+    words = json.loads(file.read_text("utf-8"))
+    file.write_text(json.dumps({key: text for key, text in words.items() if key != "corrupt_prompt"}))
+    with pytest.raises(StoreError, match="no corrupt_prompt"):
+        write_report([folder], tmp_path / "r.html")
+
+
 # --- each example once -----------------------------------------------------------------------------------
 
 
@@ -183,11 +192,12 @@ def test_a_good_folder_of_each_kind_is_read_and_reported(good, tmp_path, kind):
 
 # --- tables and manifests ------------------------------------------------------------------------------
 
-COLUMNS = "name:text tower:tower layer:grid n:int share:share? size:float any:number flag:bool"
+COLUMNS = "name:text tower:tower layer:grid position:place n:int share:share? size:float any:number flag:bool"
 ROW = {
     "name": "a",
     "tower": "encoder",
     "layer": 0,
+    "position": 7,
     "n": 1,
     "share": 0.5,
     "size": 1.5,
@@ -217,6 +227,7 @@ def test_a_good_table_comes_back(tmp_path, name):
         ({"tower": "<b>"}, "column tower: '<b>' is none of"),
         ({"layer": 1000}, "column layer: 1000 to 1000 is not from 0 to 999"),
         ({"layer": -1}, "column layer: -1 to -1"),
+        ({"position": 2**24}, "column position: 16777216 to 16777216 is not from 0 to 16777215"),
         ({"n": "x"}, "is no number|column n: not of type int"),
         ({"n": 1.5}, "is no number|column n: not of type int"),
         ({"n": None}, "is no number|column n"),

@@ -126,9 +126,18 @@ def _weights(
 
 def _check_ends(hf: Any, processor: Any, name: str | Path) -> None:
     """BLIP begins and ends an answer where its text config says; options are tokenized with the tokenizer's
-    ends."""
+    ends. Others end one where their generation config says."""
     config, tokenizer = hf.config.get_text_config(), processor.tokenizer
     if not hasattr(config, "sep_token_id"):
+        ends, own = hf.generation_config.eos_token_id, tokenizer.eos_token_id
+        # No word, or one that ends nothing; unless the tokenizer itself ends texts with it.
+        no_ends = {tokenizer.pad_token_id, tokenizer.unk_token_id} - {own}
+        listed = ends if isinstance(ends, list) else [ends]
+        if ends is not None and not any(0 <= one < len(tokenizer) and one not in no_ends for one in listed):
+            raise ModelError(
+                f"{name}: generation_config.json ends an answer with eos_token_id {shown(ends)}, which ends "
+                f"nothing for the tokenizer (its own end is {own}); save both of one checkpoint there"
+            )
         return
     for key, does in (("bos_token_id", "begins"), ("sep_token_id", "ends")):
         there, here = getattr(config, key), getattr(tokenizer, key, None)

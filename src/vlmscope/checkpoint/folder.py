@@ -109,19 +109,30 @@ def _entries(config: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
 
 def _expected(name: str, key: str, value: Any) -> str | None:
     """What an entry has to be that is none, where transformers would go on without a word: it takes an empty
-    object for false, waits for a token 1.5 or for none, turns colours round and norms everything away."""
+    object for false, waits for a token 1.5 or for none, turns colours round, norms everything away and puts
+    all words in one place."""
     if key.startswith("do_") and not (isinstance(value, bool) or (value is None and key not in SAID)):
         return "true or false"
     listed = value if isinstance(value, list) and value else [value]
-    if key.endswith("_token_id") and not all(isinstance(one, int | None) for one in listed):
+    if key.endswith("_token_id") and any(
+        isinstance(x, bool) or not isinstance(x, int | None) for x in listed
+    ):
         return "a whole number"
     if (name, key, value) == ("generation_config.json", "eos_token_id", None):
         return "the token that ends an answer, or no entry"
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if key == "rope_theta" and value is not None and not (is_number and value >= 10):
+        return "a base of angles, at least 10"
+    if key == "max_position_embeddings" and value is not None and not (is_number and value >= 1):
+        return "at least 1"
+    if (name, key, value) == ("tokenizer.json", "vocab", None):
+        return "the tokens"
     if key == "rescale_factor" and not (is_number and 0 < value <= 1):
         return "above 0, 1 at most"
     if key in ("image_mean", "image_std") and value is not None and not all(map(_is_share, listed)):
         return "shares of the full brightness, from 0 to 1"
+    if key == "image_mean" and 0 in listed and any(listed):
+        return "0 of all colours or of none"
     if key == "image_std" and not all(listed):
         return "shares of the full brightness, above 0"
     if key.endswith(("_eps", "_epsilon")) and value is not None and not (is_number and 0 < value < 0.1):
@@ -133,14 +144,37 @@ def _is_share(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= 1
 
 
+def _odd_tokenizer(made: Mapping[str, Any]) -> str | None:
+    """What tokenizers would take and then answer with a panic of its own, or with unknown words alone."""
+    model, after = made.get("model"), made.get("post_processor")
+    parts = isinstance(model, dict) and model.get("type") in ("WordLevel", "WordPiece")
+    if parts and made.get("pre_tokenizer") is None:
+        return "knows whole words, and has no pre_tokenizer that parts them"
+    after = after if isinstance(after, dict) else {}
+    inner = after.get("processors")
+    for one in [after, *(inner if isinstance(inner, list) else [])]:
+        if not isinstance(one, dict) or one.get("type") != "TemplateProcessing":
+            continue
+        known, sides = one.get("special_tokens"), [one.get("single"), one.get("pair")]
+        for piece in (piece for side in sides if isinstance(side, list) for piece in side):
+            token = piece.get("SpecialToken") if isinstance(piece, dict) else None
+            name = token.get("id") if isinstance(token, dict) else None
+            if isinstance(name, str) and isinstance(known, dict) and name not in known:
+                return f"its post_processor adds {shown(name)}, which is none of its special_tokens"
+    return None
+
+
 def check_folder(path: Path) -> None:
     """Refuse a folder that lacks a file, or holds one that cannot be read, before transformers looks into it:
     it goes on without a tokenizer or a template that is not there."""
     for file in sorted(path.iterdir()):
         if file.suffix == ".json":
-            for key, value in _entries(read_json(file)):
+            content = read_json(file)
+            for key, value in _entries(content):
                 if expected := _expected(file.name, key, value):
                     raise ModelError(f"{file}: {shown(key)} is {shown(value)}; expected {expected}")
+            if file.name == "tokenizer.json" and (odd := _odd_tokenizer(content)):
+                raise ModelError(f"{file}: {odd}; expected {SAVED}")
         elif file.suffix in READ:
             with files.regular(file, SAVED, ModelError) as stream:
                 if not stream.read(1):
@@ -169,8 +203,11 @@ def one_line(name: str | Path) -> Iterator[None]:
         yield
     except (VlmscopeError, MemoryError):
         raise
-    # Whatever a config makes the libraries do: their validators and tokenizers raise Exception itself.
-    except Exception as error:
+    # Whatever a config makes the libraries do: their validators and tokenizers raise Exception itself, and a
+    # panic in Rust is none.
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__module__ != "pyo3_runtime":
+            raise
         first = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
         way_out = (
             f"expected {SAVED}"

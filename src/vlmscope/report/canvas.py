@@ -124,7 +124,8 @@ def draw_bar(
     style: dict[str, Any] = {"transform": inches, "color": DARK, "va": "center"}
     text = textwrap.fill(label, max(12, int(15 * length)))
     owner.text(box.x1 + 0.6, middle[1], text, rotation=90, ha="center", fontsize=9, **style)
-    for tick in MaxNLocator(int(2 + 1.8 * length), steps=[1, 2, 5, 10]).tick_values(first, last):
+    steps = MaxNLocator(int(2 + 1.8 * length), steps=[1, 2, 5, 10], integer=label == "layer")
+    for tick in steps.tick_values(first, last):
         if first <= tick <= last:
             y = box.y0 + length * (tick - first) / (last - first)
             owner.text(box.x1 + 0.06, y, f"{tick:g}".replace("-", "−"), fontsize=8, **style)

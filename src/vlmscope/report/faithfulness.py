@@ -44,7 +44,8 @@ def section(folder: Path, gallery: Gallery) -> Section:
         )[["part", "score", "drop", "interval"]],
         is_small=bool(circuit["drop"].notna().any()),
     )
-    return Section(f"Circuits: {Path(about['data']).name}", text, about["known"]["severity"] == "unknown")
+    title = f"Circuits: {Path(about['data']).name}, {about['corrupt']} corrupted"
+    return Section(title, text, about["known"]["severity"] == "unknown")
 
 
 def carried_by_size(

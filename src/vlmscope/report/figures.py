@@ -12,6 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import pandas as pd
+from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize
@@ -178,7 +179,9 @@ def scores_and_effects(
     name = table["tower"] + "." + table["kind"] + ("." + part).where(part != "", "")
     margins = Margins(0.75, 0.6, BAR, 0.55, across=0.75, down=1.0)
     axes = grid(ax, len(names), 3, (2.3, 2.3), margins)
-    scale = ScalarMappable(Normalize(0, max(1, int(table["layer"].max()))), "viridis")
+    # Where the logits read, there is no layer: it stands as -1.
+    colours = colormaps["viridis"].with_extremes(under=DARK)
+    scale = ScalarMappable(Normalize(0, max(1, int(table["layer"].max()))), colours)
     for spot, kind in zip(axes, names, strict=True):
         rows = table[(name == kind) & table["exact"].notna()]
         ends = rows[["score", "exact"]].stack()

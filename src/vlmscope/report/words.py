@@ -60,7 +60,11 @@ def plural(count: int, noun: str) -> str:
 
 
 def percent(number: float) -> str:
-    return f"{number:.1%}"
+    """
+    >>> percent(0.0712), percent(-0.25), percent(-1e-5)
+    ('7.1%', '−25.0%', '0.0%')
+    """
+    return f"{number:z.1%}".replace("-", "−")
 
 
 def digits(value: object) -> str:

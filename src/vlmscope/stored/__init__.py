@@ -34,6 +34,8 @@ LONGEST = 2**16
 """Characters in a text of a table or a manifest."""
 GRID = 1000
 """Layers, heads, rows and columns are numbers below this: figures have room for each of them."""
+PLACES = 2**24
+"""Positions are numbers below this: no model reads that many tokens."""
 
 _WITH_NULLS = {"bool": "boolean", "int": "Int64"}
 """The types of pandas that hold nulls beside truth values and whole numbers."""
@@ -47,8 +49,8 @@ FOREIGN = (*_FOREIGN, pa.ArrowException, csv.Error)
 class Table(NamedTuple):
     """The columns of a table, `name:type` each, and the `key`: those that no two rows have in common.
 
-    Types: `text`, `bool`, `int` (not negative), `grid` (an `int` below `GRID`), `float` (finite), `share`
-    (from 0 to 1), `number` (any), `tower`, `kind`. One that ends in `?` may be null.
+    Types: `text`, `bool`, `int` (not negative), `grid` and `place` (an `int` below `GRID`, `PLACES`), `float`
+    (finite), `share` (from 0 to 1), `number` (any), `tower`, `kind`. One that ends in `?` may be null.
     """
 
     columns: str
@@ -311,7 +313,7 @@ def _parsed(cells: list[str], column: _Column) -> list[Any]:
     if column.type == "bool":
         known = {"True": True, "False": False}
         return [None if null else known[cell] for cell, null in zip(cells, is_null, strict=True)]
-    if column.type in ("int", "grid"):
+    if column.type in ("int", "grid", "place"):
         given = zip(cells, is_null, strict=True)
         return [None if null else int(_matching(_WHOLE, cell)) for cell, null in given]
     return [float(_matching(_NUMBER, cell)) if cell else math.nan for cell in cells]
@@ -364,9 +366,8 @@ def _odd_column(values: pd.Series[Any], column: _Column) -> str | None:
         return f"not of type {column.type}"
     if column.type in ("float", "share") and there.astype(float).abs().max() > 1e100:
         return "not finite"
-    low, high = {"share": (-1e-9, 1 + 1e-9), "int": (0, 2**53), "grid": (0, GRID - 1)}.get(
-        column.type, (None, None)
-    )
+    whole = {"int": (0, 2**53), "grid": (0, GRID - 1), "place": (0, PLACES - 1)}
+    low, high = {"share": (-1e-9, 1 + 1e-9), **whole}.get(column.type, (None, None))
     if low is not None and len(there) and (there.min() < low or there.max() > high):
         return f"{there.min()} to {there.max()} is not from {max(low, 0):g} to {high:.0f}"
     return None

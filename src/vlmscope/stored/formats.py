@@ -246,7 +246,7 @@ _PICTURES = {"pictures.csv": Table("example:text file:text", "example", is_optio
 _INTERVAL = "value:float? low:float? high:float? n:int"
 _ABOUT = {"model": str, "weights?": (str, None), "examples?": int, "on?": [str]}
 
-_STATE = "site:text tower:tower layer:grid position:int token:text slot:text"
+_STATE = "site:text tower:tower layer:grid position:place token:text slot:text"
 LENS = {
     "lens": Format(
         "lens.json",
@@ -349,7 +349,7 @@ NEURONS = {
         },
         {
             "neurons.parquet": Table(
-                "example:text word:text token:text token_id:int position:int layer:grid neuron:int "
+                "example:text word:text token:text token_id:int position:place layer:grid neuron:int "
                 "activation:float weight:float score:float rank:int"
             ),
             "captions.csv": Table("example:text prompt:text caption:text"),

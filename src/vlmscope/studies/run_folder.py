@@ -99,8 +99,7 @@ SPEC = {
 """The shape of a run's specification (`stored.fits`); a report of patches needs all but `OPTIONAL`."""
 OPTIONAL = ("from?", "shard?")
 OF_ATTRIBUTE = {"method?": str, "word?": (str, None), "verify?": int, "steps?": int, "tower?": str}
-"""What a run of `attribute`, or (`tower`) of `edges`, has besides, in the place of what is of patches
-alone."""
+"""What a run of `attribute`, or (`tower`) of `edges`, has besides, in the place of what is of patches."""
 OF_FAITHFULNESS = {"circuits?": {"digest": str, "chosen": [str], "fraction": (float, None)}}
 """What a run of `faithfulness` has besides: which circuits there are, and the one that is reported."""
 TABLES = ("effects", "attributions", "edges", "measured")
@@ -226,11 +225,12 @@ class Run:
         """The examples kept to look at: `index`, the words that `run_writer.add_pictures` was given,
         and `clean_image`, `corrupt_image` as the bytes of a PNG, or None where there is no picture."""
         way_out = "delete that file; it is only there to be looked at"
-        found = []
+        found, is_text = [], self.spec.get("corrupt", {}).get("kind") == "text"
+        shape = _WORDS | ({"corrupt_prompt": str} if is_text else {})
         for file in (self.path / "examples").glob("[0-9]*.json"):
             if not re.fullmatch("[0-9]{1,9}", file.stem):
                 continue
-            words = stored.manifest(file, _WORDS, way_out, self.path)
+            words = stored.manifest(file, shape, way_out, self.path)
             images = {
                 f"{n}_image": stored.picture(p, way_out, self.path) if os.path.lexists(p) else None
                 for n in ("clean", "corrupt")

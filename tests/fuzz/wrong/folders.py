@@ -321,6 +321,8 @@ def odd_table(random: Random, file: Path) -> bool:
     elif what == "rename":
         frame = frame.rename(columns={name: "<b>"})
     elif what == "text":
+        if frame[name].isna().all():  # nulls are of no type
+            return missing(random, file)
         is_text = pd.api.types.is_string_dtype(frame[name])
         frame[name] = range(len(frame)) if is_text else frame[name].astype(str)
     elif what == "null":
