@@ -333,6 +333,12 @@ def test_a_ray_of_another_version_or_none(
         spread(tmp_path, GIVEN, swept, OPTIONS, address="auto")
 
 
+def test_a_ray_that_does_not_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "ray", FakeRay(Exception("The current node timed out during startup.")))
+    with pytest.raises(VlmscopeError, match="does not start on this machine .The current .*less busy"):
+        spread(tmp_path, GIVEN, swept, OPTIONS, workers=2)
+
+
 def test_workers_that_are_none(tmp_path: Path) -> None:
     with pytest.raises(VlmscopeError, match="the number of workers is '0'; expected a whole number from 1"):
         spread(tmp_path, GIVEN, swept, OPTIONS, workers=0)

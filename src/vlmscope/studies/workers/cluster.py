@@ -102,7 +102,7 @@ def connected(workers: int | None, address: str | None) -> Iterator[Any]:
         options |= {"address": address, "include_dashboard": None}
     try:
         ray.init(**options)
-    except (ConnectionError, RuntimeError, OSError, ValueError) as error:
+    except Exception as error:  # of any kind: a bare Exception where its own processes start too late
         raise VlmscopeError(_why(address, str(error))) from error
     try:
         yield ray
@@ -111,13 +111,20 @@ def connected(workers: int | None, address: str | None) -> Iterator[Any]:
 
 
 def _why(address: str | None, text: str) -> str:
-    where = "Ray does not start on this machine" if address is None else f"no Ray cluster at {shown(address)}"
+    if address is None:
+        return (
+            f"Ray does not start on this machine ({line(text, 200)}); try again when it is less busy (its "
+            "processes have 30 s for that), or without --workers"
+        )
     if "version mismatch" in text.lower():
         return (
             f"the cluster at {shown(address)} has another version: {line(text, 200)}; install the same "
             "versions of ray and Python here and there"
         )
-    return f"{where} ({line(text, 200)}); expected HOST:PORT of its head, which 'ray start --head' prints"
+    return (
+        f"no Ray cluster at {shown(address)} ({line(text, 200)}); expected HOST:PORT of its head, which "
+        "'ray start --head' prints"
+    )
 
 
 def _reachable(address: str) -> None:
