@@ -71,6 +71,9 @@ def curves(
         spot.set_axisbelow(True)
         spot.spines[["top", "right"]].set_visible(False)
         set_title(spot, title, 9.5)
+    ends = [spot.get_ylim() for spot in axes]
+    for spot in axes:
+        spot.set_ylim(min(low for low, _ in ends), max(high for _, high in ends))
     handles = {
         name: handle for spot in axes for handle, name in zip(*spot.get_legend_handles_labels(), strict=True)
     }

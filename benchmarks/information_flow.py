@@ -1,6 +1,6 @@
 """Two published experiments on how a picture reaches the answer, on the toys and held-out pictures.
 
-    python benchmarks/information_flow.py [--examples 200] [--out benchmarks/results/NAME.json]
+    python benchmarks/information_flow.py [--examples 100] [--out benchmarks/results/NAME.json]
 
 - *where information comes in* (Zhang et al. 2024, arXiv 2411.18620): attention from the last position or
   the question's words to the picture, its parts or the question is cut in windows of layers;
@@ -59,8 +59,8 @@ SOME = ("image", "object+1", "-object+1")
 PICKED = ("at random", "by gradient")
 STEPS = 8
 """Points of an integrated gradient."""
-SAID = 40
-"""Pictures of a set of which image tokens are read."""
+FEW = 40
+"""Pictures of a set of which image tokens are read, and whose mean token is taken."""
 COLUMNS = "model data part what how layers window example tokens before after".split()
 
 # --- rows ------------------------------------------------------------------------------------
@@ -116,11 +116,8 @@ def gradients(model: Any, one: Any, mean: torch.Tensor) -> list[float]:
     total = torch.zeros_like(own)
     for step in range(STEPS):
         tokens = mean + (step + 0.5) / STEPS * (own - mean)
-        edits = [
-            vlmscope.Edit(where.format(f"image[{r},{c}]"), "set", token)
-            for (r, c), token in zip(positions, tokens, strict=True)
-        ]
-        run = forward(model, pair.clean, edits, keep=[point], grad=True)
+        edit = vlmscope.Edit(where.format("image"), "set", tokens)
+        run = forward(model, pair.clean, [edit], keep=[point], grad=True)
         (slope,) = torch.autograd.grad(run.logits[-1, pair.answer], run.values[point])
         total += slope[0, at] / STEPS
     return (total * (own - mean)).sum(-1).abs().tolist()
@@ -188,16 +185,21 @@ def examples_of(data: str, count: int) -> list[Any]:
     return [one for one in vlmscope.examples(data, limit=count, seed=5) if object_of(one)]
 
 
-def measured(name: str, data: str, examples: Sequence[Any], mean: torch.Tensor | None = None) -> pd.DataFrame:
-    """All rows of a toy and a set; the mean token is that of these examples, unless it is given."""
-    model = vlmscope.load(name)
-    mean = mean_token(model, examples) if mean is None else mean
-    rows = []
-    for one in examples:
-        rows += [{**row, "example": one.id} for row in flow_rows(model, one)]
-        rows += [{**row, "example": one.id} for row in object_rows(model, one, mean)]
+def measured(name: str, data: str, count: int) -> pd.DataFrame:
+    """All rows of a toy and a set."""
+    model, examples = vlmscope.load(name), examples_of(data, count)
+    mean = mean_token(model, examples_of(data, FEW))
+    rows = [row for one in examples for row in rows_of(model, one, mean)]
     if name == "toy-llava":
-        rows += said_rows(model, examples[:SAID])
+        rows += said_rows(model, examples[:FEW])
+    return table_of(name, data, rows)
+
+
+def rows_of(model: Any, one: Any, mean: torch.Tensor) -> list[dict[str, Any]]:
+    return [{**row, "example": one.id} for row in (*flow_rows(model, one), *object_rows(model, one, mean))]
+
+
+def table_of(name: str, data: str, rows: Sequence[dict[str, Any]]) -> pd.DataFrame:
     table = pd.DataFrame(rows, columns=COLUMNS).assign(model=name, data=data)
     digits = {column: table[column].map("{:.4g}".format).astype(float) for column in ("before", "after")}
     return table.assign(
@@ -303,13 +305,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--examples", type=int, default=200)
+    parser.add_argument("--examples", type=int, default=100)
     parser.add_argument("--out", type=Path)
     given = parser.parse_args()
     parts = []
     for name in TOYS:
         for data in SETS:
-            parts.append(measured(name, data, examples_of(data, given.examples)))
+            parts.append(measured(name, data, given.examples))
             for row in objects(parts[-1]):
                 line = "{what}: {how}, layers {layers}: {share:.1%} [{low:.1%}, {high:.1%}] of {n} flipped"
                 print(f"{name}, {data}: {line.format(**row)}", flush=True)

@@ -155,6 +155,50 @@ def test_exact_maps(name):
         np.testing.assert_allclose(each["exact"], lost, **SAME, err_msg=f"{row}, {column}")
 
 
+@pytest.mark.parametrize(
+    ("name", "direction"),
+    [
+        ("llava", "noise"),
+        ("llava", "denoise"),
+        ("blip-vqa", "noise"),
+        ("paligemma2", "noise"),
+        ("blip2-opt", "noise"),
+    ],
+)
+def test_maps_of_pixels(name, direction):
+    """One plain forward a cell, with its pixels in the place of the other picture's."""
+    own = explain(
+        made(name), example().clean_image, prompt_of(name), at="pixels", direction=direction, length=3
+    )
+    told = Told(name, found=own)
+    clean, other = told.inputs(told.picture), told.inputs(blurred(told.picture))
+    base, source = (clean, other) if direction == "noise" else (other, clean)
+    size = told.model.hf.config.vision_config.patch_size
+    rows, columns = own.about["grid"]
+    assert own.cells["exact"].abs().max() > 1e-3 and own.about["alone"] == rows * columns
+    assert len(own.cells) == rows * columns * len(own.words)
+    top = getattr(told.model.hf, "text_decoder", told.model.hf)
+
+    def logprob(pixels):
+        logits = []
+        held = top.register_forward_hook(lambda m, a, out: logits.append(out.logits))
+        with torch.no_grad():
+            told.model.hf(**{**base.tensors, "pixel_values": pixels})
+        held.remove()
+        return told.logprob(logits[-1][0])
+
+    before = logprob(base.tensors["pixel_values"])
+    for (row, column), each in own.cells.groupby(["row", "column"]):
+        pixels = base.tensors["pixel_values"].clone()
+        at = (..., slice(row * size, row * size + size), slice(column * size, column * size + size))
+        pixels[at] = source.tensors["pixel_values"][at]
+        lost = (before - logprob(pixels)) * (1 if direction == "noise" else -1)
+        np.testing.assert_allclose(each["exact"], lost, **SAME, err_msg=f"{row}, {column}")
+    assert own.cells["gradient"].notna().all()
+    assert own.cells["knockout"].notna().all() == (name != "blip2-opt")
+    assert bool(own.about["lacking"]) == (name in ("blip2-opt", "blip-vqa"))
+
+
 @pytest.mark.parametrize("name", ["llava", "blip-vqa"])
 def test_what_is_enough(name):
     """The features of a cell in the run on the picture of the mean color; and of a region, all its cells."""
@@ -552,6 +596,7 @@ def test_a_picture_without_a_grid():
         ({"region": (0, 0, "x", 5)}, "an edge of the region is 'x'; expected a number"),
         ({"region": (0, 0, float("nan"), 5)}, "an edge of the region is 'nan'"),
         ({"reference": "noise"}, "unknown reference 'noise'; expected blur or mean"),
+        ({"at": "edges"}, "unknown place of cells 'edges'; expected features or pixels"),
         ({"direction": "up"}, "unknown direction 'up'; expected noise or denoise"),
         ({"patches": 0}, "the number of patches is '0'; expected a whole number"),
         ({"length": 0}, "the number of tokens is '0'"),

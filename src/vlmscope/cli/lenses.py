@@ -46,6 +46,7 @@ def explain(
     region: str | None = None,
     reference: Literal["blur", "mean"] = "blur",
     direction: Literal["noise", "denoise"] = "noise",
+    at: Literal["features", "pixels"] = "features",
     patches: int = 48,
     length: int = 20,
 ) -> None:
@@ -73,6 +74,7 @@ def explain(
         region=box,
         reference=reference,
         direction=direction,
+        at=at,
         patches=patches,
         length=length,
     )
@@ -126,7 +128,7 @@ def attribute(
         "word": word,
         "seed": given.seed,
     }
-    run, _ = share.fill(out, given, attributed, options)
+    run, _ = share.fill(out, given, lambda: (attributed, options))
     warn_of_excluded(run.baselines())
     table = run.attributions()
     print(f"{len(table):,} scores of {run.ran()} examples in {out}; the largest:")
@@ -176,7 +178,7 @@ def edges(
         "metric": metric,
         "seed": given.seed,
     }
-    run, _ = share.fill(out, given, edged, options)
+    run, _ = share.fill(out, given, lambda: (edged, options))
     warn_of_excluded(run.baselines())
     each = run.edges()
     table = over_examples(each)
