@@ -1,12 +1,13 @@
 """The whole NOTICE pipeline on the toys: time, memory, and whether its findings hold.
 
-    python benchmarks/notice.py [--limit 200] [--base] [--out benchmarks/results/NAME.json]
+    python benchmarks/notice.py [--limit 200] [--base] [--workers N] [--out benchmarks/results/NAME.json]
 
 Runs `vlmscope notice` on `toy-blip` and the three built-in sets as a person would, in a process of
 its own, with `--limit` examples and with a quarter of them (memory should be the same), and reads
 from its tables: the rank correlation of the heads' effects between halves of the examples, and how
 far accuracy drops without the important heads and without random ones. With `--base` the estimate for
-1,500 examples on a model of BLIP-base's shape is set against two examples computed. The last
+1,500 examples on a model of BLIP-base's shape is set against two examples computed. With `--workers` the
+same runs with so many, too (Ray has to be installed), and all tables have to be equal, bit for bit. The last
 line is JSON.
 """
 
@@ -32,13 +33,13 @@ from vlmscope.data import BUILT_IN
 from vlmscope.notice import default_sites
 from vlmscope.studies import circuits
 from vlmscope.studies.plan import estimate
-from vlmscope.studies.run_folder import read_run
+from vlmscope.studies.run_folder import read_run, table_in
 from vlmscope.studies.sweep import sweep_to
 from vlmscope.studies.task import task_of
 
 
-def pipeline(limit: int, out: Path) -> tuple[float, float]:
-    """Seconds and peak memory in GiB of one run of the command."""
+def pipeline(limit: int, out: Path, *more: str) -> tuple[float, float]:
+    """Seconds and peak memory in GiB of one run of the command; of workers, the process that started them."""
     command = [
         sys.executable,
         "-m",
@@ -52,12 +53,24 @@ def pipeline(limit: int, out: Path) -> tuple[float, float]:
         str(limit),
         "--out",
         str(out),
+        *more,
     ]
     start = time.perf_counter()
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
     _, status, usage = os.wait4(process.pid, 0)
     assert status == 0, "vlmscope notice failed"
     return time.perf_counter() - start, usage.ru_maxrss / 2**20
+
+
+def check_equal(out: Path, other: Path) -> None:
+    """All that two folders of the pipeline hold: the same, bit for bit."""
+    for file in sorted(out.rglob("run.json")):
+        runs = [read_run(file.parent), read_run(other / file.parent.relative_to(out))]
+        for name in {table_in(runs[0].spec), "baselines"}:
+            one, two = (getattr(run, name)() for run in runs)
+            assert one.equals(two), f"{file.parent.name}: {name} differ"
+    for file in sorted([*out.glob("*.csv"), *out.glob("circuits/*.csv"), *out.glob("[hf]*/*/*.csv")]):
+        assert file.read_bytes() == (other / file.relative_to(out)).read_bytes(), f"{file} differs"
 
 
 def halves(out: Path) -> dict[str, dict[str, float]]:
@@ -120,6 +133,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--limit", type=int, default=200)
     parser.add_argument("--base", action="store_true", help="also a model of BLIP-base's shape")
+    parser.add_argument("--workers", type=int, help="also with so many")
     parser.add_argument("--out", type=Path, help="also write the JSON to this file")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
@@ -137,6 +151,14 @@ def main() -> None:
             "halves": halves(folder / "all"),
             "knock_outs": knock_outs(folder / "all"),
         }
+        if arguments.workers:
+            took, _ = pipeline(arguments.limit, folder / "several", "--workers", str(arguments.workers))
+            check_equal(folder / "all", folder / "several")
+            result |= {
+                "workers": arguments.workers,
+                "seconds_with_workers": took,
+                "times_faster": seconds / took,
+            }
         if arguments.base:
             result["base"] = base(folder)
     text = json.dumps(result)

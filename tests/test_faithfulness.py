@@ -356,11 +356,11 @@ def test_parts_of_a_table():
 
 def test_expressions_name_the_parts(model):
     names = ["decoder.1.mlp.n5", "decoder.1.mlp.n3", "vision.0.attn.h1", "vision.0.attn.h0", "decoder.0.mlp"]
-    written, parts = parts_of(names, model.shapes)
-    assert written == [
+    parts = parts_of(names, model.shapes)
+    assert parts.expressions == [
         *("vision.0.attn.h*@all", "decoder.0.mlp@all", "decoder.1.mlp.n3@all", "decoder.1.mlp.n5@all")
     ]
-    assert sorted(map(room.name_of, parts)) == sorted(names)
+    assert sorted(parts.names) == sorted(names)
 
 
 def test_a_folder_of_circuits(tmp_path):

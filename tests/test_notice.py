@@ -16,6 +16,7 @@ import pandas as pd
 import pytest
 from families import FAMILIES
 from models import blip, example, picture
+from pretend_ray import Pretended
 
 import vlmscope
 from vlmscope import notice
@@ -27,6 +28,7 @@ from vlmscope.studies.plan import estimate
 from vlmscope.studies.run_folder import read_run
 from vlmscope.studies.sweep import sweep, sweep_to
 from vlmscope.studies.task import task_of
+from vlmscope.studies.workers.team import Team
 
 SMALL = Spec("toy-blip", ("states", "faces"), limit=14, function_examples=6, device="cpu")
 pytestmark = pytest.mark.filterwarnings("ignore:.*fewer than 10 can hardly show anything")
@@ -149,6 +151,33 @@ def test_killed_at_random_moments_it_ends_with_the_same_tables(done, tmp_path):
     assert found.keys() == wanted.keys()
     for name, table in wanted.items():
         pd.testing.assert_frame_equal(found[name], table, rtol=0, atol=0, obj=name)
+
+
+@pytest.mark.filterwarnings("ignore:a worker died")
+def test_two_workers_end_with_the_same_tables(done, tmp_path):
+    """Of which some die; this process loads no model for itself."""
+    draw, died, teams = random.Random(1), [], []
+
+    def dies(moment):
+        found = len(died) < 6 and draw.random() < 0.1
+        died.extend([moment] * found)
+        return found
+
+    def by(given):
+        ray = Pretended(draw, dies)
+        teams.append(Team(ray, ray.start, [ray.start(), ray.start()], given))
+        return teams[-1]
+
+    lines: list[str] = []
+    notice.run(SMALL, tmp_path / "out", lines.append, by)
+    assert len(died) == 6 and "model" not in vars(teams[0].given)
+    wanted, found = tables(done[0]), tables(tmp_path / "out")
+    assert found.keys() == wanted.keys()
+    for name, table in wanted.items():
+        pd.testing.assert_frame_equal(found[name], table, rtol=0, atol=0, obj=name)
+    assert [line for line in lines if "Estimated" not in line][:-1] == [
+        line for line in done[1] if "Estimated" not in line
+    ][:-1]
 
 
 def test_circuits_of_the_whole_folder(done):

@@ -94,4 +94,4 @@ def test_tables_of_edges_and_circuits():
         "| decoys among the first | 0 | .20 | 3 rankings of a cell |",
     ]
     assert lines[6] == "| circuits that pass in random models, D edges | 0 | 0 (≤ .70) | 3 models |"
-    assert "| D-head 0.1 | 0.970 (0.970) | 0.500 (0.500) | 0 | 3 |" in lines
+    assert "| D-head 0.1 | 0.970 (0.970) | 0.500 | 0 | 3 |" in lines

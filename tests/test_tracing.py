@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pandas as pd
 import pytest
@@ -22,6 +23,7 @@ from vlmscope.runs.corrupt import Noise
 from vlmscope.sites import Pattern
 from vlmscope.studies import tracing
 from vlmscope.studies.run_folder import read_run
+from vlmscope.studies.workers.worker import Alone
 
 NOISE = Noise("multiply", "image", 5.0, draws=3)
 
@@ -70,6 +72,23 @@ def test_a_share_by_plain_runs(traced):
     assert row["restored"] == pytest.approx(float(each.mean()), rel=1e-9)
     assert row["spread"] == pytest.approx(float(each.std()), rel=1e-9)
     assert (row["n"], row["repeats"]) == (4, 3)
+
+
+def test_shards_put_together_repeat_by_repeat_are_the_whole(traced, tmp_path):
+    model, table, whole = traced
+    given = Alone(SimpleNamespace(load=lambda: model, examples=several))
+    options = {"noise": NOISE, "kinds": ("resid", "cross")}
+    for which in (1, 2):
+        found = tracing.trace_by(given.fill, tmp_path / str(which), shard=(which, 2), **options)
+        assert found.about["examples"] == 2
+    for name in ("00", "01", "02"):
+        shards = [tmp_path / str(which) / "repeats" / name for which in (1, 2)]
+        vlmscope.merge(shards, tmp_path / "merged" / "repeats" / name)
+    before = {file: file.read_bytes() for file in (tmp_path / "merged").rglob("part-*")}
+    again = tracing.trace(tmp_path / "merged", model, several(), **options)
+    pd.testing.assert_frame_equal(again.table, table, check_exact=True)
+    assert again.about == tracing.read(whole).about
+    assert before == {file: file.read_bytes() for file in (tmp_path / "merged").rglob("part-*")}
 
 
 def test_each_repeat_is_a_run_and_has_its_own_noise(traced):

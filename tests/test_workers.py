@@ -11,22 +11,30 @@ import subprocess
 import sys
 import threading
 import time
+import warnings
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import pytest
+from pretend_ray import DiesError, Pretended
 from test_shards import equal
 
 import vlmscope
+from vlmscope import files
 from vlmscope.cli.options import Given
 from vlmscope.errors import SiteError, StoreError, VlmscopeError
 from vlmscope.studies import run_writer, workers
 from vlmscope.studies.run_folder import Run
 from vlmscope.studies.run_writer import open_run
 from vlmscope.studies.sweep import Study, jobs_of, swept
-from vlmscope.studies.workers import REASON, Order, Worker, spread
+from vlmscope.studies.task import Todo
+from vlmscope.studies.workers import cluster, team
+from vlmscope.studies.workers.team import DEATHS, REASON, Team
+from vlmscope.studies.workers.worker import Done, Order, Worker
 
 SITES = ["encoder.*.cross.h*@answer", "encoder.0.resid@*"]
 COUNT = 6
@@ -59,6 +67,18 @@ def left_behind(folder: Path) -> list[Path]:
     return [file for file in folder.rglob(".*") if file.name != ".lock"]
 
 
+def spread(out: Path, given: Any, study: Any, options: dict[str, Any], **how: Any) -> tuple[Run, int]:
+    with workers.started(**how) as team_of:
+        found: tuple[Run, int] = team_of(given).fill(out, study, options)
+        return found
+
+
+def begun() -> Worker:
+    worker = Worker()
+    worker.begin(GIVEN)
+    return worker
+
+
 # --- a worker, in this process ---------------------------------------------------------------------------
 
 
@@ -68,54 +88,177 @@ def test_workers_write_parts_and_the_driver_commits_them(
     """Two take turns; what the second does not hand over is computed by another one."""
     clock = itertools.count()
     monkeypatch.setattr(run_writer.time, "monotonic", lambda: next(clock) / 1000)
-    order, out = Order(GIVEN, swept, OPTIONS), tmp_path / "run"
-    team = [Worker(order, out, str(tmp_path), 1) for _ in range(3)]
-    about = [worker.begin() for worker in team]
+    order = Order(swept, OPTIONS, tmp_path / "run")
+    crew = [begun() for _ in range(3)]
+    about = [worker.make(order) for worker in crew]
     assert about[0] == about[1] and about[0].numbers == range(COUNT)
-    with open_run(out, about[0].spec, about[0].description, digests=about[0].digests) as writer:
+    with open_run(order.out, about[0].spec, about[0].description, digests=about[0].digests) as writer:
         jobs = jobs_of(writer, about[0].numbers, about[0].sites)
-        for worker in team:
-            worker.join(writer.sites)
-        done = [team[number % 2].compute(job) for number, job in enumerate(jobs)]
+        done = [crew[number % 2].compute(order, writer.sites, job) for number, job in enumerate(jobs)]
+        assert [one.about for one in done] == [*about[:2], None, None, None, None]
         assert done[0].parts and not done[2].parts, "the first example is handed over at once"
         assert [part.held[0].number for one in done for part in one.parts] == [0, 1]
-        assert len(vlmscope.read_run(out).baselines()) == 0, "nothing is committed yet"
-        for part in [*done[0].parts, *done[1].parts, *team[0].hand_over()]:
+        assert len(vlmscope.read_run(order.out).baselines()) == 0, "nothing is committed yet"
+        for part in [*done[0].parts, *done[1].parts, *crew[0].hand_over().parts]:
             writer.take(part)
-        assert not team[0].hand_over()
+        assert crew[0].hand_over() == Done([])
         assert sorted(writer.done) == [0, 1, 2, 4]
-        team[1].hand_over()  # and dies
-        last = [team[2].compute(job).parts for job in jobs_of(writer, about[0].numbers, about[0].sites)]
-        for part in itertools.chain(*last, team[2].hand_over()):
+        crew[1].hand_over()  # and dies
+        again = jobs_of(writer, about[0].numbers, about[0].sites)
+        last = [crew[2].compute(order, writer.sites, job).parts for job in again]
+        for part in itertools.chain(*last, crew[2].hand_over().parts):
             writer.take(part)
         writer.finish()
-    assert len(left_behind(out)) == 2
-    with open_run(out, about[0].spec, about[0].description, digests=about[0].digests) as writer:
-        writer.keep_check(team[2].check() or {})
+    assert len(left_behind(order.out)) == 2
+    with open_run(order.out, about[0].spec, about[0].description, digests=about[0].digests) as writer:
+        writer.keep_check(crew[2].check(order) or {})
         writer.finish()
-    assert not left_behind(out)
-    run = vlmscope.read_run(out)
+    assert not left_behind(order.out)
+    run = vlmscope.read_run(order.out)
     equal(run, whole)
     assert run.check == whole.check
 
 
 def test_an_example_that_is_refused_is_left_out_with_the_reason(tmp_path: Path) -> None:
-    worker = Worker(Order(GIVEN, swept, OPTIONS), tmp_path, str(tmp_path), 1)
-    about = worker.begin()
+    worker, order = begun(), Order(swept, OPTIONS, tmp_path)
+    about = worker.make(order)
     with open_run(tmp_path, about.spec, digests=about.digests) as writer:
-        worker.join(about.sites)
-        for part in worker.compute(jobs_of(writer, [3], about.sites)[0], REASON).parts:
+        (job,) = jobs_of(writer, [3], about.sites)
+        for part in worker.compute(order, about.sites, job, REASON).parts:
             writer.take(part)
     (row,) = vlmscope.read_run(tmp_path).baselines().to_dict("records")
     assert row["excluded"] and row["reason"] == REASON
 
 
 def test_a_folder_that_is_not_on_the_workers_machine(tmp_path: Path) -> None:
-    worker = Worker(Order(GIVEN, swept, OPTIONS), tmp_path / "run", str(tmp_path), 1)
+    worker = begun()
     with pytest.raises(
         StoreError, match="run: is not there on .*; choose an --out on a disk that all machines"
     ):
-        worker.join(SITES)
+        worker.compute(Order(swept, OPTIONS, tmp_path / "run"), SITES, Todo(0, SITES, []))
+
+
+# --- a team, of workers in this process ------------------------------------------------------------------
+
+
+@dataclass
+class Known:
+    """A study whose examples are computed once, so that many deaths cost little."""
+
+    results: dict[int, Any]
+
+    def __call__(self, model: Any, examples: Any, **options: Any) -> Study:
+        study = swept(model, examples, **options)
+
+        def work(task: Any, job: Any, *rest: Any) -> Any:
+            if job.number not in self.results:
+                self.results[job.number] = study.work(task, job, *rest)
+            return self.results[job.number]
+
+        return study._replace(work=work)
+
+
+@pytest.mark.filterwarnings("ignore:a worker died")
+@pytest.mark.parametrize("seed", range(4))
+def test_a_run_survives_fifty_deaths(
+    seed: int, whole: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Workers die before, within and after what they do, also half-way through a file; and so does the
+    driver, before and after it commits a part."""
+    random, deaths = Random(seed), Counter[str]()
+    monkeypatch.setattr(team, "DEATHS", 10_000)
+
+    def dies(moment: str) -> bool:
+        found = deaths.total() < 50 and random.random() < 0.3
+        deaths[moment] += found
+        return found
+
+    write, take = files.write, run_writer.Writer.take
+
+    def written(file: Path, content: Any, ends: Path | None = None) -> None:
+        if file.suffix == ".tmp" and dies("within hand_over"):
+            file.write_bytes(content[: len(content) // 2])
+            raise DiesError
+        write(file, content, ends)
+
+    def taken(writer: Any, part: Any) -> None:
+        if dies("driver before a part"):
+            raise DiesError
+        take(writer, part)
+        if dies("driver after a part"):
+            raise DiesError
+
+    monkeypatch.setattr(files, "write", written)
+    monkeypatch.setattr(run_writer.Writer, "take", taken)
+    study = Known({})
+    for _ in range(100):
+        ray = Pretended(random, dies)
+        try:
+            crew = Team(ray, ray.start, [ray.start() for _ in range(3)], GIVEN)
+            run, asked = crew.fill(tmp_path / "run", study, OPTIONS)
+            break
+        except DiesError:
+            continue
+    equal(run, whole)
+    assert run.check == whole.check and asked == COUNT and not left_behind(run.path)
+    assert deaths.total() == 50 and sum(deaths[kind] > 0 for kind in deaths) >= 6, deaths
+
+
+def test_a_team_does_calls_and_several_folders(whole: Run, tmp_path: Path) -> None:
+    """A call on which a worker dies is done by another one; what is done is not done again."""
+    died: list[str] = []
+
+    def dies(moment: str) -> bool:
+        found = moment in ("before call", "after make") and moment not in died
+        died.extend([moment] * found)
+        return found
+
+    ray = Pretended(Random(0), dies)
+    crew = Team(ray, ray.start, [ray.start() for _ in range(2)], GIVEN)
+    with pytest.warns(UserWarning, match="a worker died|twice as much") as caught:
+        found = list(crew.each([(Kept.examples,), (doubled, 3), (doubled, 4)]))
+    died_at = "a worker died; another one takes its place"
+    assert sorted(str(one.message) for one in caught) == [died_at, "twice as much", "twice as much"]
+    with pytest.warns(UserWarning, match=died_at):
+        run, _ = crew.fill(tmp_path / "one", swept, OPTIONS)
+    assert [example.id for example in found[0]] == [example.id for example in GIVEN.examples()]
+    assert found[1:] == [6, 8]
+    equal(run, whole)
+    other, _ = crew.fill(tmp_path / "two", swept, OPTIONS | {"sites": SITES[1:]})
+    again, _ = crew.fill(tmp_path / "one", swept, OPTIONS)
+    equal(again, whole)
+    assert len(other.effects()) == (whole.effects()["kind"] == "resid").sum()
+
+
+def doubled(given: Any, number: int) -> int:
+    warnings.warn("twice as much", stacklevel=1)
+    return 2 * number
+
+
+@pytest.mark.filterwarnings("ignore:a worker died")
+def test_a_call_on_which_three_workers_die() -> None:
+    ray = Pretended(Random(0), lambda moment: moment == "before call")
+    crew = Team(ray, ray.start, [ray.start() for _ in range(2)], GIVEN)
+    with pytest.raises(VlmscopeError, match="3 workers died of the same .the actor died.; take fewer"):
+        list(crew.each([(doubled, 1)]))
+
+
+def test_workers_that_would_compute_another_run(tmp_path: Path) -> None:
+    """The second one has another seed."""
+    ray = Pretended(Random(1))
+    crew = Team(ray, ray.start, [ray.start() for _ in range(2)], GIVEN)
+    with pytest.raises(VlmscopeError, match="would compute another run .*: seed is . there, . here"):
+        crew.fill(tmp_path / "run", Fickle(itertools.count(1)), OPTIONS)
+
+
+@dataclass
+class Fickle:
+    """A study that is never the same."""
+
+    numbers: Iterator[int]
+
+    def __call__(self, model: Any, examples: Any, **options: Any) -> Study:
+        return swept(model, examples, **options, seed=next(self.numbers))
 
 
 # --- what is wrong with Ray ------------------------------------------------------------------------------
@@ -139,7 +282,7 @@ def test_ray_that_is_not_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     with pytest.raises(
         VlmscopeError, match=r"need ray, which cannot be imported .*; pip install 'vlmscope\[ray"
     ):
-        spread(tmp_path / "run", Order(GIVEN, swept, OPTIONS), workers=2)
+        spread(tmp_path / "run", GIVEN, swept, OPTIONS, workers=2)
     assert not (tmp_path / "run").exists()
 
 
@@ -165,7 +308,7 @@ def test_a_cluster_that_is_not_there(
     with socket.create_server(("127.0.0.1", 0)) as server:
         closed = f"127.0.0.1:{server.getsockname()[1]}"
     with pytest.raises(VlmscopeError, match=words):
-        spread(tmp_path, Order(GIVEN, swept, OPTIONS), address=address.replace("CLOSED", closed))
+        spread(tmp_path, GIVEN, swept, OPTIONS, address=address.replace("CLOSED", closed))
 
 
 @pytest.mark.parametrize(
@@ -187,12 +330,18 @@ def test_a_ray_of_another_version_or_none(
     """What Ray says itself, word for word; the real thing needs a cluster of another version."""
     monkeypatch.setitem(sys.modules, "ray", FakeRay(said))
     with pytest.raises(VlmscopeError, match=words):
-        spread(tmp_path, Order(GIVEN, swept, OPTIONS), address="auto")
+        spread(tmp_path, GIVEN, swept, OPTIONS, address="auto")
+
+
+def test_a_ray_that_does_not_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "ray", FakeRay(Exception("The current node timed out during startup.")))
+    with pytest.raises(VlmscopeError, match="does not start on this machine .The current .*less busy"):
+        spread(tmp_path, GIVEN, swept, OPTIONS, workers=2)
 
 
 def test_workers_that_are_none(tmp_path: Path) -> None:
     with pytest.raises(VlmscopeError, match="the number of workers is '0'; expected a whole number from 1"):
-        spread(tmp_path, Order(GIVEN, swept, OPTIONS), workers=0)
+        spread(tmp_path, GIVEN, swept, OPTIONS, workers=0)
 
 
 def test_gpus_are_shared_out_evenly() -> None:
@@ -200,13 +349,13 @@ def test_gpus_are_shared_out_evenly() -> None:
         def cluster_resources(self) -> dict[str, float]:
             return {"CPU": 8.0, "GPU": 2.0}
 
-    assert workers._shares(Cluster(), 2, None) == (2, 1.0)
-    assert workers._shares(Cluster(), None, "cuda") == (2, 1.0)
-    assert workers._shares(Cluster(), 3, None) == (3, 0.5)
-    assert workers._shares(Cluster(), 6, None) == (6, 0.3333)
-    assert workers._shares(Cluster(), None, "cpu") == (8, 0.0)
+    assert cluster.shares(Cluster(), 2, None) == (2, 1.0)
+    assert cluster.shares(Cluster(), None, "cuda") == (2, 1.0)
+    assert cluster.shares(Cluster(), 3, None) == (3, 0.5)
+    assert cluster.shares(Cluster(), 6, None) == (6, 0.3333)
+    assert cluster.shares(Cluster(), None, "cpu") == (8, 0.0)
     with pytest.raises(VlmscopeError, match="--device cuda:1 names one GPU, and workers are given theirs"):
-        workers._shares(Cluster(), 2, "cuda:1")
+        cluster.shares(Cluster(), 2, "cuda:1")
 
 
 # --- with Ray --------------------------------------------------------------------------------------------
@@ -245,12 +394,12 @@ class Deadly:
 @pytest.mark.ray
 @pytest.mark.filterwarnings("ignore::ResourceWarning")
 def test_two_workers_write_what_one_process_writes(ray: Any, whole: Run, tmp_path: Path) -> None:
-    run, asked = spread(tmp_path / "run", Order(GIVEN, swept, OPTIONS), workers=2)
+    run, asked = spread(tmp_path / "run", GIVEN, swept, OPTIONS, workers=2)
     equal(run, whole)
     assert run.check == whole.check and asked == COUNT and not left_behind(run.path)
     before = {file: file.stat().st_mtime_ns for file in run.path.glob("*/part-*")}
     more = replace(GIVEN, limit=COUNT + 3)
-    grown, _ = spread(tmp_path / "run", Order(more, swept, OPTIONS), workers=3)
+    grown, _ = spread(tmp_path / "run", more, swept, OPTIONS, workers=3)
     assert len(grown.baselines()) == COUNT + 3
     assert before.items() <= {file: file.stat().st_mtime_ns for file in run.path.glob("*/part-*")}.items()
 
@@ -260,7 +409,7 @@ def test_two_workers_write_what_one_process_writes(ray: Any, whole: Run, tmp_pat
 def test_a_worker_that_dies_loses_nothing(ray: Any, whole: Run, tmp_path: Path) -> None:
     name, flag = GIVEN.examples()[3].id, str(tmp_path / "died")
     with pytest.warns(UserWarning, match="a worker died at example number 3 of the data; another one takes"):
-        run, _ = spread(tmp_path / "run", Order(GIVEN, Deadly(name, flag), OPTIONS), workers=2)
+        run, _ = spread(tmp_path / "run", GIVEN, Deadly(name, flag), OPTIONS, workers=2)
     assert Path(flag).exists() and not left_behind(run.path)
     equal(run, whole)
 
@@ -270,8 +419,8 @@ def test_a_worker_that_dies_loses_nothing(ray: Any, whole: Run, tmp_path: Path) 
 def test_an_example_that_kills_is_left_out(ray: Any, whole: Run, tmp_path: Path) -> None:
     name = GIVEN.examples()[1].id
     with pytest.warns(UserWarning, match="a worker died at example number 1") as caught:
-        run, _ = spread(tmp_path / "run", Order(GIVEN, Deadly(name), OPTIONS), workers=2)
-    assert len(caught) == workers.DEATHS
+        run, _ = spread(tmp_path / "run", GIVEN, Deadly(name), OPTIONS, workers=2)
+    assert len(caught) == DEATHS
     base = run.baselines().set_index("example")
     assert base["excluded"].sum() == 1 and base.loc[name, "reason"] == REASON
     wanted = whole.effects().query("example != @name").reset_index(drop=True)
@@ -282,7 +431,7 @@ def test_an_example_that_kills_is_left_out(ray: Any, whole: Run, tmp_path: Path)
 @pytest.mark.filterwarnings("ignore::ResourceWarning")
 def test_what_a_worker_refuses_is_one_error(ray: Any, tmp_path: Path) -> None:
     with pytest.raises(SiteError, match="no example has a role 'no'"):
-        spread(tmp_path / "run", Order(GIVEN, swept, {**OPTIONS, "sites": ["encoder.0.resid@no"]}), workers=1)
+        spread(tmp_path / "run", GIVEN, swept, {**OPTIONS, "sites": ["encoder.0.resid@no"]}, workers=1)
     assert not (tmp_path / "run").exists()
 
 
@@ -290,7 +439,7 @@ def test_what_a_worker_refuses_is_one_error(ray: Any, tmp_path: Path) -> None:
 @pytest.mark.filterwarnings("ignore::ResourceWarning")
 def test_workers_that_die_before_they_begin(ray: Any, tmp_path: Path) -> None:
     with pytest.raises(VlmscopeError, match="3 workers died before they could begin .*; take fewer of them"):
-        spread(tmp_path / "run", Order(GIVEN, Stillborn(), OPTIONS), workers=2)
+        spread(tmp_path / "run", GIVEN, Stillborn(), OPTIONS, workers=2)
 
 
 class Stillborn:
@@ -339,16 +488,16 @@ def test_a_node_that_goes_down_loses_nothing(ray: Any, tmp_path: Path) -> None:
     given, flags = replace(GIVEN, limit=40), tmp_path / "flags"
     flags.mkdir()
     vlmscope.sweep(given.load(), given.examples(), SITES, out=tmp_path / "whole", data="states")
-    node = {"num_cpus": 1, "object_store_memory": workers.STORE}
-    cluster = Cluster(initialize_head=True, head_node_args=node)
+    node = {"num_cpus": 1, "object_store_memory": cluster.STORE}
+    both = Cluster(initialize_head=True, head_node_args=node)
     try:
-        watch = Watch(cluster, cluster.add_node(**node), flags)
+        watch = Watch(both, both.add_node(**node), flags)
         watch.start()
-        run, _ = spread(tmp_path / "run", Order(given, Slow(str(flags)), OPTIONS), address=cluster.address)
+        run, _ = spread(tmp_path / "run", given, Slow(str(flags)), OPTIONS, address=both.address)
         assert watch.killed
     finally:
         ray.shutdown()
-        cluster.shutdown()
+        both.shutdown()
     equal(run, vlmscope.read_run(tmp_path / "whole"))
 
 

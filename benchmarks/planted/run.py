@@ -40,8 +40,8 @@ from measures import (
     submission,
     tool,
 )
+from mechanisms import MEASURED, RANKED, of_circuits, of_edges
 from mechanisms import null as null_of
-from mechanisms import of_circuits, of_edges
 from pictures import scenes
 from planting import Recipe, plant, scale
 from scores import macro_f1, share, summary
@@ -289,7 +289,13 @@ def main() -> None:
         "machine": f"{platform.machine()}, 1 thread, CPU",
         "torch": torch.__version__,
         "vlmscope": vlmscope.__version__,
-        "examples": {"ranking": EXAMPLES, "labels": SHOWN, "neurons": SPOKEN},
+        "examples": {
+            "ranking": EXAMPLES,
+            "labels": SHOWN,
+            "neurons": SPOKEN,
+            "edges": RANKED,
+            "circuits": MEASURED,
+        },
         "seconds": {},
     }
     out, quick = arguments.out, arguments.quick

@@ -46,7 +46,8 @@ def _edge_table(given: Result) -> Iterator[str]:
     names = [f"{method} {figure}" for method in methods for figure in ("AUROC", "AP")]
     yield from ("", f"| models | {' | '.join(names)} | decoys first | of |", "|---" * (len(names) + 3) + "|")
     for name, cell in given.items():
-        found = [_mean(cell[method][figure]) for method in methods for figure in ("auroc", "ap")]
+        pairs = [(_mean(cell[method]["auroc"]), _three(cell[method]["ap"]["mean"])) for method in methods]
+        found = [figure for pair in pairs for figure in pair]
         decoys = _short(max(own["decoys_first"]["mean"] for own in cell.values()))
         many = str(cell[methods[0]]["auroc"]["models"])
         yield f"| {' | '.join([name.replace('effect ', ''), *found, decoys, many])} |"

@@ -128,7 +128,7 @@ def attribute(
         "word": word,
         "seed": given.seed,
     }
-    run, _ = share.fill(out, given, attributed, options)
+    run, _ = share.fill(out, given, lambda: (attributed, options))
     warn_of_excluded(run.baselines())
     table = run.attributions()
     print(f"{len(table):,} scores of {run.ran()} examples in {out}; the largest:")
@@ -178,7 +178,7 @@ def edges(
         "metric": metric,
         "seed": given.seed,
     }
-    run, _ = share.fill(out, given, edged, options)
+    run, _ = share.fill(out, given, lambda: (edged, options))
     warn_of_excluded(run.baselines())
     each = run.edges()
     table = over_examples(each)

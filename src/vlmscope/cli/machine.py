@@ -33,6 +33,14 @@ def set_up(model: str | None) -> None:
     keep_freed_memory()
 
 
+def set_up_worker(threads: int) -> None:
+    """The same for one of several processes, before it loads its model: so many threads."""
+    import torch
+
+    torch.set_num_threads(threads)
+    keep_freed_memory()
+
+
 def threads(model: str, workers: int = 1) -> int:
     """How many threads each of several processes with this model has use for."""
     given = os.environ.get("OMP_NUM_THREADS", "")

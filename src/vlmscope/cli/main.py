@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from vlmscope.cli import lenses, machine, neurons, steering, sweeps, terminal
-from vlmscope.cli.options import Corrupt, DType, Given, Group, Noise, OneModel, command
+from vlmscope.cli.options import Corrupt, DType, Given, Group, Noise, OneModel, Share, Workers, command
 from vlmscope.errors import VlmscopeError, shown
 
 app = typer.Typer(
@@ -80,7 +80,7 @@ class Changes:
 
 
 @command(app)
-def notice(out: Path, changes: Changes, spec: Path | None = None) -> None:
+def notice(out: Path, changes: Changes, share: Workers, spec: Path | None = None) -> None:
     """The NOTICE pipeline, from examples to a report.
 
     Selection, sweeps of all modules and heads, circuits, what the heads do, and a report.
@@ -95,13 +95,17 @@ def notice(out: Path, changes: Changes, spec: Path | None = None) -> None:
         if value not in (None, [])
     }
     whole = Spec.from_toml(spec, **given) if spec else Spec(**given)
-    machine.set_up(whole.model)
-    run(whole, out, print)
+    if share.workers is None and share.ray is None:
+        machine.set_up(whole.model)
+    say = partial(print, file=sys.stdout)  # that of now: what Ray prints is kept from it
+    with share.team(whole.model, whole.device) as team:
+        run(whole, out, say, team)
 
 
 @command(app)
 def tracing(
     given: Given,
+    share: Share,
     out: Path,
     windows: list[int] | None = None,
     kinds: list[str] | None = None,
@@ -119,21 +123,24 @@ def tracing(
     from vlmscope.runs import corrupt
     from vlmscope.studies.known import knows
     from vlmscope.studies.run_folder import read_run
-    from vlmscope.studies.tracing import KINDS, WINDOWS, trace
 
     claim_report(out / "report.html")
-    model, examples = given.load(), given.examples()
-    table = trace(
-        out,
-        model,
-        examples,
-        noise=corrupt.Noise(noise, "image", noise_scale, repeats),
-        windows=windows or WINDOWS,
-        kinds=kinds or [k for k in KINDS if any(k in shape.kinds for shape in model.shapes.values())],
-        by=by,
-        seed=given.seed,
-        data=given.data,
-    ).table
+    shard = share.numbers
+    with share.team(given.model, given.device) as team:
+        from vlmscope.studies.tracing import WINDOWS, trace_by
+
+        traced = trace_by(
+            team(given).fill,
+            out,
+            noise=corrupt.Noise(noise, "image", noise_scale, repeats),
+            windows=windows or WINDOWS,
+            kinds=kinds or None,
+            by=by,
+            seed=given.seed,
+            data=given.data,
+            shard=shard,
+        )
+    table = traced.table
     first = read_run(out / "repeats" / "00")
     print(*knows(first.baselines()).lines(), sep="\n")
     print("what restores most of P(answer):")
@@ -144,7 +151,7 @@ def tracing(
             f"{row.restored:.1%} ({row.n} examples{spread})"
         )
     print(f"{len(table):,} rows in {out / 'tracing.parquet'}; {write_report([out], out / 'report.html')}")
-    for text in sweeps.more(first, len(examples)):
+    for text in sweeps.more(first, traced.about["examples"]):
         print(text)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import tomllib
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import MISSING, dataclass, fields, is_dataclass
 from functools import partial
 from inspect import Parameter, Signature, signature
@@ -64,30 +65,56 @@ class Given(OneModel):
 
 
 @dataclass(kw_only=True)
-class Share:
-    """The options of a command that fills a run folder: how much of it, and with how many processes."""
+class Workers:
+    """The options of a command that several processes can do."""
 
-    shard: str | None = None
     workers: int | None = None
     ray: str | None = None
 
-    def fill(
-        self, out: Path, given: Given, study: Callable[..., Any], options: dict[str, Any]
-    ) -> tuple[Any, int]:
-        """Put what `study` makes of model, examples and options into a folder: the run, and how many examples
-        it was asked for."""
-        from vlmscope.studies.sweep import into_folder
+    def team(self, model: str, device: str | None) -> AbstractContextManager[Callable[[Any], Any]]:
+        """Those who do it: gives a function of what each is given, which gives a `Team`, or this process
+        `Alone`. What is imported within is imported while they start."""
+        from vlmscope.studies.workers import started
 
-        shard = None if self.shard is None else _shard(self.shard)
-        options = {**options, "shard": shard, "data": given.data}
         if self.workers is None and self.ray is None:
-            made = study(given.load(), given.examples(), **options)
-            return into_folder(made, out), len(made.task.numbers)
-        from vlmscope.studies.workers import Order, spread
+            return nullcontext(_alone)
+        threads = machine.threads(model, self.workers or 1) if self.ray is None else 1
+        set_up = partial(machine.set_up_worker, threads)
+        return started(workers=self.workers, address=self.ray, device=device, set_up=set_up)
 
-        threads = machine.threads(given.model, self.workers or 1) if self.ray is None else 1
-        order = Order(given, study, options)
-        return spread(out, order, workers=self.workers, address=self.ray, threads=threads)
+
+def _alone(given: Any) -> Any:
+    from vlmscope.studies.workers.worker import Alone
+
+    return Alone(given)
+
+
+@dataclass(kw_only=True)
+class Share(Workers):
+    """The options of a command that fills a run folder: how much of it, and with how many processes."""
+
+    shard: str | None = None
+
+    def fill(
+        self, out: Path, given: Given, study: Callable[[], tuple[Callable[..., Any], dict[str, Any]]]
+    ) -> tuple[Any, int]:
+        """Put what `study` says, a function of model, examples and options, and these options, into a folder:
+        the run, and how many examples it was asked for."""
+        from vlmscope.studies.run_writer import claim
+
+        claim(out)
+        shard = self.numbers
+        with self.team(given.model, given.device) as team:
+            make, options = study()
+            found: tuple[Any, int] = team(given).fill(
+                out, make, {**options, "shard": shard, "data": given.data}
+            )
+        return found
+
+    @property
+    def numbers(self) -> tuple[int, int] | None:
+        """Which shard of how many."""
+        return None if self.shard is None else _shard(self.shard)
 
 
 def _shard(text: str) -> tuple[int, int]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -60,11 +61,11 @@ def sweep(given: Given, share: Share, patches: Patches, out: Path) -> None:
 
     With --screen only those that a gradient finds, and some others that say what it missed.
     """
+    run, asked = share.fill(out, given, partial(patches.study, given, out))
     from vlmscope.studies.known import knows
     from vlmscope.studies.screen import lines, missed
     from vlmscope.studies.sweep import warn_of_excluded
 
-    run, asked = share.fill(out, given, *patches.study(given, out))
     if patches.screen:
         print(*lines(missed(run)), sep="\n")
     warn_of_excluded(run.baselines())
@@ -133,7 +134,7 @@ def knockout(
     from vlmscope.studies.tables import flow_table, is_edge
 
     options = {"sites": sites, "how": how, "engine": engine, "metric": metric, "check": check}
-    run, asked = share.fill(out, given, knocked_out, options)
+    run, asked = share.fill(out, given, lambda: (knocked_out, options))
     base = run.baselines()
     warn_of_excluded(base)
     print(f"{run.patches():,} knock-outs in {run.ran()} examples in {out}")

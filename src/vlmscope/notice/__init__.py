@@ -21,7 +21,7 @@ import re
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 
 import pandas as pd
@@ -35,6 +35,8 @@ from vlmscope.data.hub import HUB
 from vlmscope.data.questions.replacement import replace_words
 from vlmscope.data.table import read_csv, write_csv
 from vlmscope.errors import DataError, StoreError, VlmscopeError, nearest, shown
+from vlmscope.notice.kept import Sweep, lines_of
+from vlmscope.notice.kept import selection as selection
 from vlmscope.notice.spec import Spec as Spec
 from vlmscope.notice.spec import name_of
 from vlmscope.report import claim_report, write_report
@@ -48,55 +50,56 @@ from vlmscope.studies.faithfulness.scores import HALVES
 from vlmscope.studies.known import knows
 from vlmscope.studies.plan import estimate, size_of, time_of
 from vlmscope.studies.run_folder import Run, read_run
-from vlmscope.studies.sweep import sweep_to
-from vlmscope.studies.task import check_sites, task_of
+from vlmscope.studies.sweep import Study, swept
+from vlmscope.studies.task import check_sites
+from vlmscope.studies.workers.team import Team
+from vlmscope.studies.workers.worker import Alone, Given
 
 Say = Callable[[str], None]
-Sweep = tuple[str, str]
-"""The name of a data set, and a corruption."""
 
 MODULES = ("resid", "attn", "cross", "mlp")
 SELECTION = formats.SELECTION.shape["format"]
+ORDER = ("image", "noise", "text")
+"""By which corruption of a set it is asked what heads do."""
 SIZES, DRAWS = (0.1, 0.5, 1.0), 19
 """Of circuits, as shares of the heads; and random ones beside the one that is reported."""
-MANY = 12
-"""A group with more values than this (an id, a noun) is no group to report on."""
 
 
-def run(spec: Spec, out: str | os.PathLike[str], say: Say = lambda text: None) -> Path:
+def run(
+    spec: Spec,
+    out: str | os.PathLike[str],
+    say: Say = lambda text: None,
+    by: Callable[[Given], Alone | Team] = Alone,
+) -> Path:
     """Run the pipeline into the folder `out`, and give the report; `say` gets lines to show.
+
+    `by` gives who computes: this process, or others (`studies.workers.started`), of which each loads the
+    model, and this one does not.
 
     Raises `StoreError` if the folder holds another specification or the disk is too small for
     what is estimated, and what its parts raise.
     """
     folder = Path(out)
     _check_folder(spec, folder)
-    model = load(spec.model, dtype=spec.dtype, device=spec.device)
-    sites = spec.sites or default_sites(model)
-    _check_places(spec, model, sites)
-    if not (folder / "notice.toml").exists():
-        with files.storing(folder):
-            folder.mkdir(parents=True, exist_ok=True)
-        spec.save(folder / "notice.toml")
-    parts = _Pipeline(spec, folder, model, sites, say)
-    sets = {name_of(one): parts.examples(one) for one in spec.data}
-    sweeps = _sweeps(spec, sets, say)
-    parts.estimate(sets, sweeps)
-    runs: dict[Sweep, Run] = {}
-    bases: dict[Sweep, pd.DataFrame] = {}
+    team = by(_Pipeline(spec, folder))
+    [(sweeps, lines)] = team.each([(_Pipeline.prepare,)])
+    for text in lines:
+        say(text)
+    [text] = team.each([(_Pipeline.estimate, sweeps)])
+    say(text)
+    useful = []
     for name, corrupt in sweeps:
         say(f"{name}, {corrupt} corrupted")
-        place, seed = folder / "runs" / f"{name}-{corrupt}", spec.seed
-        made = sweep_to(place, model, sets[name], sites, corrupt, seed=seed, data=name, select=spec.select)
-        runs[name, corrupt], bases[name, corrupt] = made, made.baselines()
-        lines = [*knows(bases[name, corrupt]).lines(), made.check_line()]
-        say("\n".join(f"  {line}" for line in lines))
-    chosen = selection(bases, sets)
+        options = {"spec": spec, "name": name, "corrupt": corrupt}
+        made, _ = team.fill(folder / "runs" / f"{name}-{corrupt}", _swept, options)
+        base = made.baselines()
+        say("\n".join(f"  {line}" for line in [*knows(base).lines(), made.check_line()]))
+        useful += [] if base["excluded"].all() else [made.path]
+    [chosen] = team.each([(_Pipeline.selection, sweeps)])
     files.save(folder, "selection.json", {"format": SELECTION}, {"selection.csv": chosen})
-    say(_say_selection(chosen))
-    useful = [runs[key].path for key, base in bases.items() if not base["excluded"].all()]
+    say(lines_of(chosen))
     if not useful:
-        first = next(iter(bases.values())).iloc[0]
+        first = read_run(folder / "runs" / "-".join(sweeps[0])).baselines().iloc[0]
         raise DataError(
             f"no example of any set is kept ('{first['example']}': {first['reason']}); "
             "the model must answer some rightly (or set select = false)"
@@ -105,16 +108,13 @@ def run(spec: Spec, out: str | os.PathLike[str], say: Say = lambda text: None) -
     found.save(folder / "circuits")
     say(_say_heads(found))
     folders = [*useful, folder / "circuits"]
-    for name, given in sets.items():
-        key = next(((name, c) for c in ("image", "noise", "text") if (name, c) in runs), None)
-        if key is not None:
-            kept = set(bases[key].loc[~bases[key]["excluded"], "example"])
-            studied = [e for e in given if e.id in kept][: spec.function_examples]
-            folders += parts.functions(*key, studied, runs[key], found)
-    for name, corrupt in runs:
-        base = bases[name, corrupt]
-        kept = set(base.loc[~base["excluded"], "example"])
-        folders += parts.carried(name, corrupt, [one for one in sets[name] if one.id in kept])
+    names = dict.fromkeys(name for name, _ in sweeps)
+    firsts = [(name, next(c for c in ORDER if (name, c) in sweeps)) for name in names]
+    calls = [(_Pipeline.functions, *key) for key in firsts]
+    calls += [(_Pipeline.carried, *key) for key in sweeps]
+    for place, told in team.each(calls):  # one beside the other
+        say(told)
+        folders += [] if place is None else [place]
     report = write_report(folders, folder / "report.html")
     say(f"The report: {report}")
     return report
@@ -244,52 +244,74 @@ def _with_prompts(
 
 @dataclass(frozen=True)
 class _Pipeline:
-    """The parts that need the model."""
+    """What the parts of the pipeline are made from; each process that does some of them has its own."""
 
     spec: Spec
     folder: Path
-    model: Model
-    sites: Sequence[str]
-    say: Say
 
-    def examples(self, data: str) -> list[Example]:
-        """The examples of one set, their pictures on disk, with corrupt prompts that align."""
-        spec = self.spec
-        found: Sequence[Example]
-        if data in BUILT_IN:
-            file = self.folder / "data" / f"{data}.csv"
-            if not file.exists():
-                write_csv(file, draw(data, spec.limit or SIZE, seed=spec.seed))
-            found = read_csv(file)
-        else:
-            found = _read(spec, data, spec.limit)
-        found, counts = _with_prompts(spec, self.model, found)
-        if counts:
-            lines = ", ".join(f"{many} {what}" for what, many in counts.items() if many)
-            self.say(f"{name_of(data)}: {len(found)} examples; corrupt prompts: {lines}")
-        return list(found)
+    @cached_property
+    def model(self) -> Model:
+        return load(self.spec.model, dtype=self.spec.dtype, device=self.spec.device)
 
-    def estimate(self, sets: Mapping[str, list[Example]], sweeps: Sequence[Sweep]) -> None:
-        """Say what the sweeps will take, before they start; raise `StoreError` if the disk is too small."""
+    def load(self) -> Model:
+        return self.model
+
+    def examples(self) -> dict[str, list[Example]]:
+        return {name: found for name, (found, _) in self.sets.items()}
+
+    @cached_property
+    def sets(self) -> dict[str, tuple[list[Example], dict[str, int]]]:
+        """The examples of each set, their pictures on disk, with corrupt prompts that align, and how they
+        came by them."""
+        spec, sets = self.spec, {}
+        for data in spec.data:
+            found: Sequence[Example]
+            if data in BUILT_IN:
+                file = self.folder / "data" / f"{data}.csv"
+                if not file.exists():
+                    write_csv(file, draw(data, spec.limit or SIZE, seed=spec.seed))
+                found = read_csv(file)
+            else:
+                found = _read(spec, data, spec.limit)
+            found, counts = _with_prompts(spec, self.model, found)
+            sets[name_of(data)] = list(found), counts
+        return sets
+
+    def prepare(self) -> tuple[list[Sweep], list[str]]:
+        """Check all places, keep the specification and the examples; the sweeps, and lines to show."""
+        spec, lines = self.spec, []
+        _check_places(spec, self.model, sites_of(spec, self.model))
+        if not (self.folder / "notice.toml").exists():
+            with files.storing(self.folder):
+                self.folder.mkdir(parents=True, exist_ok=True)
+            spec.save(self.folder / "notice.toml")
+        for name, (found, counts) in self.sets.items():
+            if counts:
+                words = ", ".join(f"{many} {what}" for what, many in counts.items() if many)
+                lines.append(f"{name}: {len(found)} examples; corrupt prompts: {words}")
+        return _sweeps(spec, self.examples(), lines.append), lines
+
+    def estimate(self, sweeps: Sequence[Sweep]) -> str:
+        """What the sweeps will take, before they start; raise `StoreError` if the disk is too small."""
         lines, seconds, size, spec = ["Estimated from one example of each:"], 0.0, 0, self.spec
         for name, corrupt in sweeps:
-            path = self.folder / "runs" / f"{name}-{corrupt}"
+            path, all_of_it = self.folder / "runs" / f"{name}-{corrupt}", self.sets[name][0]
             done = len(read_run(path).baselines()) if (path / "run.json").exists() else 0
-            left = sets[name][done:]
+            left = all_of_it[done:]
             each = (0.0, 0, 0)
             if left:
-                task = task_of(self.model, left, self.sites, corrupt, seed=spec.seed, select=spec.select)
-                each = estimate(task)[:3]
+                made = _swept(self.model, {name: left}, spec=spec, name=name, corrupt=corrupt)
+                each = estimate(made.task)[:3]
             took, takes, patches = each
             seconds, size = seconds + took, size + takes
-            many = len(sets[name])
+            many = len(all_of_it)
             what = f"{len(left)} of {many} examples left" if done else f"{many} examples"
             lines.append(
                 f"  {f'{name}, {corrupt}':<24}{what:<28}{patches:>7,} patches each"
                 f"{time_of(took):>16}{size_of(takes):>10}"
             )
-        self.say(
-            "\n".join([*lines, f"  {'all sweeps, at most':<68}{time_of(seconds):>16}{size_of(size):>10}"])
+        lines.append(
+            f"  {'all sweeps, at most, in one process':<68}{time_of(seconds):>16}{size_of(size):>10}"
         )
         free = shutil.disk_usage(self.folder).free
         if size > free:
@@ -297,21 +319,35 @@ class _Pipeline:
                 f"{self.folder}: the results may take {size_of(size)}, and {size_of(free)} are free; "
                 "free some space or choose another --out"
             )
+        return "\n".join(lines)
 
-    def functions(
-        self, name: str, corrupt: str, chosen: Sequence[Example], run: Run, found: circuits.Found
-    ) -> list[Path]:
-        """What the important heads of a set do, with the effects of its run; the folder, if there are any."""
+    def selection(self, sweeps: Sequence[Sweep]) -> pd.DataFrame:
+        runs = {key: read_run(self.folder / "runs" / "-".join(key)) for key in sweeps}
+        return selection({key: run.baselines() for key, run in runs.items()}, self.examples())
+
+    def kept(self, run: Run, name: str) -> list[Example]:
+        """The first examples of a set that its sweep has kept."""
+        base = run.baselines()
+        ids = set(base.loc[~base["excluded"], "example"])
+        return [one for one in self.sets[name][0] if one.id in ids][: self.spec.function_examples]
+
+    def functions(self, name: str, corrupt: str) -> tuple[Path | None, str]:
+        """What the important heads of a set do, with the effects of its run: the folder, if there are any,
+        and lines to show."""
+        run, found = (
+            read_run(self.folder / "runs" / f"{name}-{corrupt}"),
+            circuits.read(self.folder / "circuits"),
+        )
+        chosen = self.kept(run, name)
         important = found.heads[found.heads["important"] & (found.heads["run"] == run.path.name)]
         everywhere = found.universal[found.universal["universal"]]
         every, ids = circuits.expressions(pd.concat([important, everywhere])), {one.id for one in chosen}
         held_out = circuits.held_out(run, position=self.spec.position, seed=self.spec.seed)
         sites = [site for site in every if len(ids.intersection(held_out.get(site, ()))) > 1]
         if not sites:
-            self.say(f"{name}: no important heads (or too few examples), so no head functions")
-            return []
+            return None, f"{name}: no important heads (or too few examples), so no head functions"
         few = f" of {len(every)}" if len(sites) < len(every) else ""
-        self.say(
+        said = (
             f"{name}: what {len(sites)}{few} heads do, on {len(chosen)} examples, each on those that did not "
             "choose it"
         )
@@ -328,16 +364,14 @@ class _Pipeline:
             data=name,
         )
         counts = table.functions["label"].value_counts()
-        self.say("  " + ", ".join(f"{many} {label}" for label, many in counts.items()))
-        return [out]
+        return out, f"{said}\n  " + ", ".join(f"{many} {label}" for label, many in counts.items())
 
-    def carried(self, name: str, corrupt: str, kept: Sequence[Example]) -> list[Path]:
-        """How much the circuit of a run carries, found on one half of its examples, on the other; the folder,
-        if there are halves."""
-        kept = kept[: self.spec.function_examples]
+    def carried(self, name: str, corrupt: str) -> tuple[Path | None, str]:
+        """How much the circuit of a run carries, found on one half of its examples, on the other: the folder,
+        if there are halves, and a line to show."""
+        kept = self.kept(read_run(self.folder / "runs" / f"{name}-{corrupt}"), name)
         if len(kept) < HALVES:
-            self.say(f"{name}, {corrupt}: too few examples for halves, so no circuit is measured")
-            return []
+            return None, f"{name}, {corrupt}: too few examples for halves, so no circuit is measured"
         out = self.folder / "faithfulness" / f"{name}-{corrupt}"
         found = faithfulness(
             self.model,
@@ -350,44 +384,19 @@ class _Pipeline:
             out=out,
             data=name,
         )
-        self.say(f"{name}, {corrupt}: {found.lines()[-1]}")
-        return [out]
+        return out, f"{name}, {corrupt}: {found.lines()[-1]}"
 
 
-def selection(baselines: Mapping[Sweep, pd.DataFrame], sets: Mapping[str, Sequence[Example]]) -> pd.DataFrame:
-    """How many examples of each group are answered rightly and how many are kept.
-
-    Columns: `data`, `corruption`, `group`, `value` (`all` for all), `n`, `ran` (could be run at all),
-    `correct`, `accuracy` (of those that ran), `kept`, `dropped_wrong`, `dropped_not_following`,
-    `dropped_not_run`.
-    """
-    parts = []
-    for (name, corrupt), table in baselines.items():
-        base, whole = table.set_index("example"), {"all": "all"}
-        groups = pd.DataFrame({e.id: whole | dict(e.groups) | whole for e in sets[name]}).T.reindex(
-            base.index
-        )
-        ran, correct = base["correct"].notna(), base["correct"].fillna(False).astype(bool)
-        kept = ~base["excluded"]
-        counts = pd.DataFrame({"n": True, "ran": ran, "correct": correct, "kept": kept})
-        counts["dropped_wrong"] = ~kept & ran & ~correct
-        counts["dropped_not_following"] = ~kept & correct
-        counts["dropped_not_run"] = ~ran
-        for group in (c for c in groups if groups[c].nunique() <= MANY):
-            part = counts.groupby(groups[group].rename("value")).sum().reset_index()
-            part.insert(4, "accuracy", part["correct"] / part["ran"])
-            parts.append(pd.DataFrame({"data": name, "corruption": corrupt, "group": group, **part}))
-    return pd.concat(parts, ignore_index=True)
+def sites_of(spec: Spec, model: Model) -> tuple[str, ...]:
+    return spec.sites or default_sites(model)
 
 
-def _say_selection(table: pd.DataFrame) -> str:
-    lines = ["Kept for patching (answered rightly, and the answer follows the corruption):"]
-    lines += [
-        f"  {f'{r.data}, {r.corruption}':<24}{r.kept:>5} of {r.n:<5} right {r.accuracy:>6.1%}   dropped: "
-        f"{r.dropped_wrong} wrong, {r.dropped_not_following} not following, {r.dropped_not_run} not run"
-        for r in table[table["group"] == "all"].itertuples()
-    ]
-    return "\n".join(lines)
+def _swept(
+    model: Model, sets: Mapping[str, Sequence[Example]], *, spec: Spec, name: str, corrupt: str
+) -> Study:
+    """The sweep of a set with a corruption."""
+    sites = sites_of(spec, model)
+    return swept(model, sets[name], sites, corrupt, seed=spec.seed, data=name, select=spec.select)
 
 
 def _say_heads(found: circuits.Found) -> str:

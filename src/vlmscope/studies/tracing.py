@@ -9,7 +9,7 @@ sites, so that sites differ by what they are and not by their noise.
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -26,8 +26,9 @@ from vlmscope.sites import Pattern
 from vlmscope.stats import rng
 from vlmscope.stored import formats
 from vlmscope.studies.run_folder import Run
-from vlmscope.studies.sweep import sweep_to
+from vlmscope.studies.sweep import Study, into_folder, swept
 from vlmscope.studies.tables import is_role, means, slot_order
+from vlmscope.studies.task import Shard
 
 FORMAT = "vlmscope-tracing-1"
 MANIFEST = "tracing.json"
@@ -70,44 +71,75 @@ def trace(
     *,
     noise: Noise | None = None,
     windows: Sequence[int] = WINDOWS,
-    kinds: Sequence[str] = KINDS,
+    kinds: Sequence[str] | None = None,
     by: str = "slot",
     seed: int = 0,
     data: str = "examples",
 ) -> Traced:
     """Causal tracing of the text towers, into the folder `out`; goes on where it stopped.
 
-    `noise.draws` repeats, a run folder each (`repeats/00` …). Of the table (`tracing.parquet` and
-    CSV), a row is a tower, kind, window, layer and token: `restored`, the mean over examples of the mean
-    over an example's repeats of the share of P(answer), over `n` examples, with the 95 % interval
-    `low`, `high`; `spread`, the standard deviation over repeats of the mean over examples; `restored_ld`,
-    `spread_ld`, the same for the logit difference. `at` is the token's slot (`by="slot"`), or its position in
-    questions of one length in tokens (`by="length"`); `token` is what stands there in all of them.
+    `noise.draws` repeats, a run folder each (`repeats/00` …), of all `kinds` of `KINDS` that the model has,
+    or of some. Of the table (`tracing.parquet` and CSV), a row is a tower, kind, window, layer and token:
+    `restored`, the mean over examples of the mean over an example's repeats of the share of P(answer), over
+    `n` examples, with the 95 % interval `low`, `high`; `spread`, the standard deviation over repeats of the
+    mean over examples; `restored_ld`, `spread_ld`, the same for the logit difference. `at` is the token's
+    slot (`by="slot"`), or its position in questions of one length in tokens (`by="length"`); `token` is what
+    stands there in all of them.
 
     An example whose clean and corrupted runs are nearer than 0.05 in P(answer), or 0.5 in LD, is
     left out of that repeat; `tracing.json` counts them. Raises `DataError` if none is left.
     """
+    given = listed(examples)
+
+    def fill(place: Path, study: Callable[..., Study], options: dict[str, Any]) -> tuple[Run, int]:
+        made = study(model, given, **options)
+        return into_folder(made, place), len(made.task.numbers)
+
+    options: dict[str, Any] = {"windows": windows, "kinds": kinds, "by": by, "seed": seed, "data": data}
+    return trace_by(fill, out, noise=noise, **options)
+
+
+Fill = Callable[[Path, Callable[..., Study], dict[str, Any]], tuple[Run, int]]
+"""`fill(place, study, options)`: a run folder of what `study(model, examples, **options)` says, and how many
+examples it was asked for; that of a team of workers does it in several processes."""
+
+
+def trace_by(
+    fill: Fill,
+    out: str | os.PathLike[str],
+    *,
+    noise: Noise | None = None,
+    windows: Sequence[int] = WINDOWS,
+    kinds: Sequence[str] | None = None,
+    by: str = "slot",
+    seed: int = 0,
+    data: str = "examples",
+    shard: Shard | None = None,
+) -> Traced:
+    """`trace`, with the runs of the repeats by `fill`; of a shard, the repeats are that of their runs."""
     noise = noise or Noise()
     if by not in ("slot", "length"):
         raise VlmscopeError(f"tokens cannot be averaged by '{by}'; expected slot or length")
-    folder, examples = Path(out), listed(examples)
-    sites = _sites(model, windows, kinds)
+    folder = Path(out)
     files.claim(folder, MANIFEST, FORMAT, ["tracing.parquet", "tracing.csv"])
-    runs = []
+    runs, asked = [], 0
     for n in range(noise.draws):
-        out, draw = folder / "repeats" / f"{n:02d}", replace(noise, draws=1)
-        runs.append(sweep_to(out, model, examples, sites, draw, seed=_seed_of(seed, n), data=data))
+        options = {"noise": replace(noise, draws=1), "windows": windows, "kinds": kinds}
+        options |= {"seed": _seed_of(seed, n), "data": data, "shard": shard}
+        run, asked = fill(folder / "repeats" / f"{n:02d}", repeated, options)
+        runs.append(run)
     table, left = _average(runs, by)
+    sites = map(Pattern.parse, runs[0].spec["sites"])
     about = {
         "format": FORMAT,
-        "model": model.name,
+        "model": runs[0].spec["model"],
         "data": data,
         "noise": asdict(noise),
         "windows": list(windows),
-        "kinds": list(kinds),
+        "kinds": list(kinds or dict.fromkeys(site.kind for site in sites)),
         "by": by,
         "seed": seed,
-        "examples": len(examples),
+        "examples": asked,
         "left_out_of_each_repeat": left,
     }
     traced = Traced(table, about)
@@ -115,14 +147,28 @@ def trace(
     return traced
 
 
+def repeated(
+    model: Model,
+    examples: Examples,
+    *,
+    noise: Noise,
+    windows: Sequence[int],
+    kinds: Sequence[str] | None,
+    **options: Any,
+) -> Study:
+    """One repeat: a sweep of every text token, with one draw of noise."""
+    return swept(model, examples, _sites(model, windows, kinds), noise, **options)
+
+
 def _seed_of(seed: int, repeat: int) -> int:
     """A repeat's own seed: that of no repeat of another."""
     return int(rng(seed, "repeat", repeat).integers(2**31))
 
 
-def _sites(model: Model, windows: Sequence[int], kinds: Sequence[str]) -> list[str]:
+def _sites(model: Model, windows: Sequence[int], kinds: Sequence[str] | None) -> list[str]:
     """Every text token of every text tower that has the kind, in windows of every width."""
     known = [k for k in KINDS if any(k in model.shapes[tower].kinds for tower in model.text_towers)]
+    kinds = known if kinds is None else kinds
     if odd := [kind for kind in kinds if kind not in known]:
         raise VlmscopeError(f"no kind '{odd[0]}' to trace; expected some of {', '.join(known)}")
     if odd := [str(width) for width in windows if width < 1 or width % 2 == 0]:

@@ -98,8 +98,8 @@ class Edges:
 
     @property
     def alike(self) -> Sequence[Hashable]:
-        """The layers and kinds of what writes and of what reads; of these a layer's heads have several."""
-        return [tuple(map(_kind, some[0])) for some in self._parts]
+        """The layers of what writes and of what reads: between two layers there are always several."""
+        return [tuple(map(_layer, some[0])) for some in self._parts]
 
     @property
     def nouns(self) -> list[str]:
@@ -181,9 +181,13 @@ def named(source: str, target: str) -> str:
     return f"{source}->{target}"
 
 
-def _kind(end: str) -> str:
-    """A writer or reader without its number."""
-    return end.rstrip("0123456789") if end.count(".") == 3 else end
+def _layer(end: str) -> str:
+    """The layer of a writer or reader; none of what enters the tower, or is its end.
+
+    >>> _layer("decoder.3.attn.v1"), _layer("logits")
+    ('3', '')
+    """
+    return end.split(".")[1] if "." in end else ""
 
 
 def _enters(writer: str) -> bool:

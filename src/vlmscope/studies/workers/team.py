@@ -1,0 +1,225 @@
+"""The process that holds the folders: it gives out what there is to do, and commits what comes back."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from vlmscope.errors import VlmscopeError, line
+from vlmscope.progress import progress
+from vlmscope.studies.run_folder import Run, read_run
+from vlmscope.studies.run_writer import Writer, claim, differing, open_run, remove_leftovers
+from vlmscope.studies.sweep import Study, jobs_of
+from vlmscope.studies.task import Todo
+from vlmscope.studies.workers.worker import About, Answer, Given, Order
+
+DEATHS = 3
+"""Workers that die on an example until it is left out, and that die before they begin until the run ends."""
+REASON = f"{DEATHS} workers died on it; take fewer of them if they lack memory, or run it alone"
+
+
+class Piece(NamedTuple):
+    """What a worker is to do: a method of it, and with what; its number, of an example or a call."""
+
+    method: str
+    number: int = 0
+    given: tuple[Any, ...] = ()
+
+
+HAND_OVER = Piece("hand_over")
+
+
+@dataclass
+class _Hand:
+    """A worker as the driver sees it: what it does now, what it has not handed over, and of which order it
+    was asked last to make a study."""
+
+    actor: Any
+    piece: Piece | None = None
+    made: list[Piece] = field(default_factory=list)
+    order: Order | None = None
+
+
+class Team:
+    """Gives out what there is to do, commits what comes back, and replaces workers that die.
+
+    `first` are the workers that are there, and `start` gives others in their place; `given` is given to all.
+    Its methods raise what the workers raise, and `VlmscopeError` where workers die before they begin, or over
+    one call again and again.
+    """
+
+    def __init__(self, ray: Any, start: Callable[[], Any], first: Iterable[Any], given: Given) -> None:
+        self.ray, self.start, self.given = ray, start, given
+        self.busy: dict[Any, _Hand] = {}
+        self.idle: list[_Hand] = []
+        self.queue = deque[Piece]()
+        self.deaths: Counter[int] = Counter()
+        self.failed = 0
+        for actor in first:
+            self.begin(actor)
+
+    def fill(
+        self, out: str | os.PathLike[str], study: Callable[..., Study], options: dict[str, Any]
+    ) -> tuple[Run, int]:
+        """Fill a run folder with what `study(model, examples, **options)` says: the run, and how many
+        examples it was asked for.
+
+        The folder is that of one process with as many threads for torch, bit for bit on the same kind of
+        device, and can be gone on with by one, or by others. What a worker that dies had not handed over is
+        computed by another one; an example on which three died is left out, with that reason.
+        """
+        place = Path(out).absolute()
+        claim(place)
+        order = Order(study, options, place)
+        about = self.made(order)
+        with open_run(place, about.spec, about.description, digests=about.digests) as writer:
+            jobs = jobs_of(writer, about.numbers, about.sites)
+            if jobs:
+                self.compute(writer, order, about, jobs)
+                remove_leftovers(place)  # of those that died
+            if jobs or not writer.is_checked:
+                [(_, _, found)] = self.done([Piece("check", 0, (order,))])
+                if found is not None:
+                    writer.keep_check(found)
+            writer.finish()
+        return read_run(place), len(about.numbers)
+
+    def each(self, calls: Iterable[tuple[Any, ...]]) -> Iterator[Any]:
+        """`function(given, *some)` of each call `(function, *some)`, in their order."""
+        pieces = [Piece("call", number, tuple(call)) for number, call in enumerate(calls)]
+        found: dict[int, Any] = {}
+        following = 0
+        for _, piece, value in self.done(pieces):
+            found[piece.number] = value
+            while following in found:
+                yield found.pop(following)
+                following += 1
+
+    def made(self, order: Order) -> About:
+        """What the first worker that has made a study says of it; others are on their way."""
+        for hand in self.idle:
+            self.make(hand, order)
+        self.idle.clear()
+        while True:
+            hand, found = self.one()
+            if hand.order == order:
+                self.idle.append(hand)
+                return found  # type: ignore[no-any-return]
+            self.make(hand, order)
+
+    def make(self, hand: _Hand, order: Order) -> None:
+        hand.order = order
+        self.busy[hand.actor.do.remote("make", order)] = hand
+
+    def compute(self, writer: Writer, order: Order, about: About, jobs: Sequence[Todo]) -> None:
+        """Until all examples are committed."""
+        pieces = [Piece("compute", job.number, (order, writer.sites, job)) for job in jobs]
+        total = len(about.numbers)
+        with progress(total, total - len(jobs)) as step:
+            for hand, piece, done in self.done(pieces):
+                if done.about is not None:
+                    _check_same(about, done.about)
+                if piece is not HAND_OVER:
+                    hand.made.append(piece)
+                for part in done.parts:
+                    writer.take(part)
+                    hand.made.clear()
+                left = len(self.queue) + sum(
+                    other.piece not in (None, HAND_OVER) for other in self.busy.values()
+                )
+                step(done.patches, total - left)
+
+    def done(self, pieces: Iterable[Piece]) -> Iterator[tuple[_Hand, Piece, Any]]:
+        """What is said of pieces of work, as it comes, until nothing waits to be handed over."""
+        self.queue, self.deaths = deque(pieces), Counter()
+        self.wake()
+        while self.queue or any(hand.piece or hand.made for hand in self.busy.values()):
+            hand, found = self.one()
+            piece, hand.piece = hand.piece, None
+            if piece is not None:  # and it has not just begun
+                yield hand, piece, found
+            self.give(hand)
+
+    def one(self) -> tuple[_Hand, Any]:
+        """A worker that has done what it was given, and what it says; those that died are replaced."""
+        while True:
+            [ref], _ = self.ray.wait([*self.busy])
+            hand = self.busy.pop(ref)
+            try:
+                answer = self.got(ref)
+            except self.ray.exceptions.RayError as error:
+                self.lost(hand, error)
+                continue
+            if hand.piece or hand.order:
+                self.failed = 0
+            for text in answer.warned:
+                warnings.warn(text, stacklevel=2)
+            return hand, answer.value
+
+    def got(self, ref: Any) -> Answer:
+        """A result; what a worker has raised is raised here."""
+        try:
+            return self.ray.get(ref)  # type: ignore[no-any-return]
+        except self.ray.exceptions.RayTaskError as error:
+            if isinstance(error.cause, VlmscopeError | MemoryError):
+                raise error.cause from None
+            raise RuntimeError(f"in a worker, {line(str(error.cause), 300)}") from error
+
+    def give(self, hand: _Hand) -> None:
+        """Give a worker the next piece; where there is none, it hands over what it has."""
+        if self.queue:
+            piece = hand.piece = self.queue.popleft()
+            refused = piece.method == "compute" and self.deaths[piece.number] >= DEATHS
+            more = [REASON] if refused else []
+            self.busy[hand.actor.do.remote(piece.method, *piece.given, *more)] = hand
+        elif hand.made:
+            hand.piece = HAND_OVER
+            self.busy[hand.actor.do.remote("hand_over")] = hand
+        else:
+            self.idle.append(hand)
+
+    def wake(self) -> None:
+        while self.queue and self.idle:
+            self.give(self.idle.pop())
+
+    def begin(self, actor: Any) -> None:
+        self.busy[actor.do.remote("begin", self.given)] = _Hand(actor)
+
+    def lost(self, hand: _Hand, error: Exception) -> None:
+        """A worker has died: what it did not hand over waits again, and another one takes its place."""
+        piece = hand.piece
+        where = (
+            f" at example number {piece.number} of the data" if piece and piece.method == "compute" else ""
+        )
+        warnings.warn(f"a worker died{where}; another one takes its place", stacklevel=2)
+        self.queue.extendleft(reversed(hand.made))
+        if piece is None:
+            self.failed += 1
+            if self.failed >= DEATHS:
+                raise self.given_up("before they could begin", error)
+        elif piece is not HAND_OVER:
+            self.deaths[piece.number] += 1
+            if piece.method != "compute" and self.deaths[piece.number] >= DEATHS:
+                raise self.given_up("of the same", error)
+            self.queue.append(piece)
+        self.wake()
+        self.begin(self.start())
+
+    def given_up(self, what: str, error: Exception) -> VlmscopeError:
+        return VlmscopeError(
+            f"{DEATHS} workers died {what} ({line(str(error), 150)}); take fewer of them if they lack "
+            "memory, or try without"
+        )
+
+
+def _check_same(about: About, other: About) -> None:
+    if differ := differing(about.spec, other.spec):
+        raise VlmscopeError(
+            f"a worker on {other.host} would compute another run than that on {about.host}: {differ}. "
+            "Install the same versions and the same model on all machines"
+        )

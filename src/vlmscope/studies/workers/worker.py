@@ -1,0 +1,193 @@
+"""What each of several processes does, and what one does that is alone."""
+
+from __future__ import annotations
+
+import os
+import socket
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+from uuid import uuid4
+
+from vlmscope import files
+from vlmscope.errors import ExampleError, StoreError
+from vlmscope.runs.model import Model
+from vlmscope.studies.rows import run_jobs
+from vlmscope.studies.run_folder import Run, read_run, table_in
+from vlmscope.studies.run_writer import Part, Waiting
+from vlmscope.studies.sweep import Study, into_folder, show
+from vlmscope.studies.task import Todo, description_of, digests_of
+
+
+class Given(Protocol):
+    """What each process loads for itself; a value that can be sent. What `examples` gives is for studies."""
+
+    def load(self) -> Model: ...
+
+    def examples(self) -> Any: ...
+
+
+class Order(NamedTuple):
+    """What a folder is filled with, as it travels.
+
+    `study(model, examples, **options)` is one of `sweep.swept`, `knockout.knocked_out`,
+    `attribution.attributed`, `screen.screened` and their like.
+    """
+
+    study: Callable[..., Study]
+    options: dict[str, Any]
+    out: Path
+
+
+class About(NamedTuple):
+    """What the driver has to know of a study."""
+
+    spec: dict[str, Any]
+    description: dict[str, Any]
+    digests: list[str]
+    numbers: range
+    sites: list[str]
+    host: str
+
+
+class Done(NamedTuple):
+    """What a worker hands over: parts, files beside those of the folder, and how many patches an example
+    took; with its first example, of which study it is."""
+
+    parts: list[Part]
+    patches: int = 0
+    about: About | None = None
+
+
+class Answer(NamedTuple):
+    """What a worker answers, and what it warns of."""
+
+    value: Any
+    warned: list[str]
+
+
+@dataclass
+class Alone:
+    """What a team does, done by this process."""
+
+    given: Given
+
+    @cached_property
+    def model(self) -> Model:
+        return self.given.load()
+
+    @cached_property
+    def examples(self) -> Any:
+        return self.given.examples()
+
+    def fill(
+        self, out: str | os.PathLike[str], study: Callable[..., Study], options: dict[str, Any]
+    ) -> tuple[Run, int]:
+        """As `Team.fill`."""
+        made = study(self.model, self.examples, **options)
+        return into_folder(made, out), len(made.task.numbers)
+
+    def each(self, calls: Iterable[tuple[Any, ...]]) -> Iterator[Any]:
+        """As `Team.each`."""
+        for function, *some in calls:
+            yield function(self.given, *some)
+
+
+class Worker(Alone):
+    """One process: a model, and the examples that wait to be handed over."""
+
+    def __init__(self) -> None:
+        self.name, self.count = uuid4().hex, 0
+        self.order: Order | None = None
+        self.waiting: Waiting | None = None
+
+    def do(self, method: str, *given: Any) -> Answer:
+        """What one of the others gives."""
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            value = getattr(self, method)(*given)
+        return Answer(value, [str(one.message) for one in caught])
+
+    def begin(self, given: Given) -> None:
+        """Load the model. The first call."""
+        super().__init__(given)
+        self.model  # noqa: B018
+
+    def make(self, order: Order) -> About:
+        """Make a study."""
+        self.study = order.study(self.model, self.examples, **order.options)
+        self.order, self.waiting = order, None
+        self.about = About(
+            self.study.spec,
+            description_of(self.model),
+            digests_of(self.study.task),
+            self.study.task.numbers,
+            self.study.task.sites,
+            socket.gethostname(),
+        )
+        return self.about
+
+    def compute(self, order: Order, sites: list[str], job: Todo, reason: str | None = None) -> Done:
+        """The rows of an example, or that it is left out for a reason; parts, when it is time.
+
+        `sites` are the site expressions of the folder.
+        """
+        if self.order != order:
+            self.make(order)
+        about = None
+        if self.waiting is None:
+            about, self.waiting = self.about, self.joined(order, sites)
+        work = self.study.work if reason is None else _refused(reason)
+        patches = 0
+        for result in run_jobs(self.study.task, [job], quiet=True, work=work):
+            show(order.out, self.study.task, job)
+            self.waiting.add(job.number, result.rows, result.baseline, job.sites)
+            patches = len(result.rows)
+        done = self.hand_over() if self.waiting.is_due() else Done([])
+        return done._replace(patches=patches, about=about)
+
+    def joined(self, order: Order, sites: list[str]) -> Waiting:
+        """What waits for a folder, which has to be there."""
+        if not (order.out / "run.json").exists():
+            raise StoreError(
+                f"{order.out}: is not there on {socket.gethostname()}; choose an --out on a disk that all "
+                "machines of the cluster share"
+            )
+        return Waiting(self.study.spec, sites, self.about.digests)
+
+    def hand_over(self) -> Done:
+        """Write what waits, for the driver to commit."""
+        assert self.order is not None and self.waiting is not None, "nothing is computed yet"
+        part = self.waiting.part()
+        if part is None:
+            return Done([])
+        found = []
+        for folder, content in ((table_in(self.study.spec), part.rows), ("baselines", part.baselines)):
+            file = (
+                self.order.out / folder / f".{self.name}-{self.count}.tmp"
+            )  # that of a killed run is removed
+            files.write(file, content)
+            found.append(file)
+        self.count += 1
+        self.waiting.is_written()
+        return Done([Part(part.held, *found)])
+
+    def check(self, order: Order) -> dict[str, Any] | None:
+        """What the study's check finds of the folder."""
+        if self.order != order:
+            self.make(order)
+        return self.study.check(read_run(order.out))
+
+    def call(self, function: Callable[..., Any], *given: Any) -> Any:
+        """What a function of what was given to all says."""
+        return function(self.given, *given)
+
+
+def _refused(reason: str) -> Any:
+    def refuse(*_: Any) -> Any:
+        raise ExampleError(reason)
+
+    return refuse
