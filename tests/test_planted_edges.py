@@ -91,7 +91,7 @@ def test_tables_of_edges_and_circuits():
         "| edges, AUROC, effects ≥ 10 %, eap | ≥ .95 | 0.970 (0.970) | 3 models a cell |",
         "| CPR over the oracle's, edges | ≥ .90 | 0.950 (0.950) | 3 models a cell |",
         "| CMD below the oracle's, edges | ≥ −.05 | -0.010 (-0.010) | 3 models a cell |",
-        "| decoys among the first | 0 | .20 | 3 rankings of a cell |",
+        "| decoys among the first | 0 | .20 | 3 rankings |",
     ]
     assert lines[6] == "| circuits that pass in random models, D edges | 0 | 0 (≤ .70) | 3 models |"
     assert "| D-head 0.1 | 0.970 (0.970) | 0.500 | 0 | 3 |" in lines

@@ -89,7 +89,7 @@ def mechanism_bars(result: Result) -> Iterator[tuple[str, str, str, str]]:
         own["decoys_first"]["mean"] for cell in [*given.values(), *circuits.values()] for own in cell.values()
     ]
     if every:
-        yield "decoys among the first", "0", _short(max(every)), f"{len(every)} rankings of a cell"
+        yield "decoys among the first", "0", _short(max(every)), f"{len(every)} rankings"
     for kind, own in result.get("circuits", {}).get("random", {}).items():
         yield f"circuits that pass in random models, {kind}", "0", *_share(own["passes"], "models")
 
