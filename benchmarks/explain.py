@@ -77,7 +77,8 @@ def scene_of(model: Model) -> Any:
     corrupt = Inputs({**clean.tensors, "pixel_values": pixels}, clean.layout)
     token = int(model.run(clean).argmax())
     pair = Pair(clean, corrupt, token, None)
-    return SimpleNamespace(model=model, pair=pair, words=[Word("", (0, 0), (0,))], first=0, images=Images())
+    word = Word("", (0, 0), (0,))
+    return SimpleNamespace(model=model, pair=pair, words=[word], first=0, at="features", images=Images())
 
 
 @torch.inference_mode()

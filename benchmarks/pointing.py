@@ -1,6 +1,7 @@
 """Do maps of a word point at what it is about? On the toys and held-out pictures, where that is known.
 
     python benchmarks/pointing.py [--examples 100] [--out benchmarks/results/NAME.json]
+    python benchmarks/pointing.py --words 200 --out benchmarks/results/NAME.json
 
 A toy answers a question about a drawn picture (`states`: an object among distractors; `scenes`: two objects),
 of a seed that it was not trained with, and `vlmscope.explain` maps the answer. Of the exact map in both
@@ -14,7 +15,11 @@ directions, the gradient's estimate, knock-outs and attention this says
   fast it comes when they are put into the blurred picture (`insertion`: higher is better), as the area below
   the curve, beside that of a random order.
 
-Features are replaced where the language model reads them, as `explain` does. The last line is JSON.
+Features are replaced where the language model reads them, as `explain` does. With `--words` only answers
+that are a color or a shape are asked for, of so many pictures of each toy and set, and only the exact map is
+made, by `explain`'s own functions; beside it, of some, the map of *pixels*: the cell of the picture itself is
+blurred, or put into the blurred picture, and all of the model run anew. That goes into the result that is
+there (`words`). The last line is JSON.
 """
 
 from __future__ import annotations
@@ -35,6 +40,9 @@ from scipy import stats
 
 import vlmscope
 from vlmscope.data.masks import covered, object_of
+from vlmscope.explanation import maps
+from vlmscope.explanation.said import Said, say
+from vlmscope.runs.forward import forward
 
 GRID, SIDE = (6, 6), 96
 ENTERS = {"toy-llava": "decoder.0.resid_pre@{}", "toy-blip": "vision.2.output@{}"}
@@ -42,6 +50,10 @@ ENTERS = {"toy-llava": "decoder.0.resid_pre@{}", "toy-blip": "vision.2.output@{}
 MAPS = {"exact": "noise", "exact, denoise": "denoise", "gradient": "noise", "knockout": "noise"}
 MAPS |= {"attention": "noise"}
 STEPS = (0, 1, 2, 3, 4, 6, 9, 12, 18, 27, 36)
+WORDS = {"states": ("color", "shape"), "scenes": ("subject", "object")}
+"""Kinds of questions whose answer is a color or a shape."""
+PIXELS = 50
+"""Of how many pictures of each toy and set the map of pixels is made."""
 OTHERS = 10
 """Of how many other examples the masks are a map's null."""
 
@@ -180,6 +192,57 @@ def measure(name: str, data: str, count: int) -> dict[str, Any]:
     return result
 
 
+def words(name: str, data: str, count: int) -> dict[str, Any]:
+    """Where the strongest cell is of exact maps of answers that are a color or a shape."""
+    model = vlmscope.load(name)
+    rows = []
+    for one in vlmscope.examples(data, limit=2 * count, seed=5):
+        if len(rows) == count:
+            break
+        if one.groups["kind"] not in WORDS[data] or object_of(one) is None:
+            continue
+        said = say(model, one.clean_image, "blur", one.clean_prompt, [], 8)
+        if said.words[0].text != one.answer:
+            continue
+        _, some, other = masks_of(one)
+        row = {"kind": one.groups["kind"]}
+        for direction in ("noise", "denoise"):
+            found = {"features": maps.exact(said, direction, GRID[0] * GRID[1]).effects[:, 0].reshape(GRID)}
+            if len(rows) < PIXELS:
+                found["pixels"] = pixels(said, direction)
+            for at, values in found.items():
+                best = np.unravel_index(values.argmax(), GRID)
+                row |= {f"{at}, {direction}": some[best], f"{at}, {direction}, other": other[best]}
+        rows.append(row)
+    result = {}
+    for kind in (*WORDS[data], "all"):
+        own = [row for row in rows if kind in ("all", row["kind"])]
+        names = [key for key in own[0] if key != "kind"]
+        held = {key: [float(row[key]) for row in own if key in row] for key in names}
+        result[kind] = {key: {**share(hits), "n": len(hits)} for key, hits in held.items()}
+    return result
+
+
+def pixels(said: Said, direction: str) -> Any:
+    """The map of an answer's first word, a cell of the picture itself at a time."""
+    shown, blank = (said.picture, said.blank) if direction == "noise" else (said.blank, said.picture)
+    before, found = logprob(said, shown), np.zeros(GRID)
+    width, height = shown.width // GRID[1], shown.height // GRID[0]
+    for row, column in np.ndindex(GRID):
+        left, top = column * width, row * height
+        changed = shown.copy()
+        changed.paste(blank.crop((left, top, left + width, top + height)), (left, top))
+        found[row, column] = logprob(said, changed) - before
+    return -found if direction == "noise" else found
+
+
+def logprob(said: Said, picture: Image.Image) -> float:
+    tokens = said.words[0].tokens
+    ids = said.caption.ids[tokens[0] : tokens[-1] + 1]
+    run = forward(said.model, said.inputs(picture, tokens[0], tokens[-1]), positions=len(ids))
+    return float(run.logits.log_softmax(-1)[range(len(ids)), ids].sum())
+
+
 def markdown(result: dict[str, Any]) -> list[str]:
     """The tables of `docs/explain.md`."""
     kinds = [name for name in result if ", " in name]
@@ -190,8 +253,16 @@ def markdown(result: dict[str, Any]) -> list[str]:
     for key in (*MAPS, "random order"):
         some = [result[kind][key] for kind in kinds]
         second.append([key, *(f"{one['deletion']:.2f} · {one['insertion']:.2f}" for one in some)])
-    return [_table(first), _table(second)]
+    third = [["the word is a …", *(f"{at}: {what}" for at in WAYS for what in DIRECTIONS.values())]]
+    for kind in kinds:
+        for word, found in result["words"][kind].items():
+            cells = [found[f"{at}, {direction}"] for at in WAYS for direction in DIRECTIONS]
+            shown = [f"{x['share']:.0%} [{x['low']:.0%}, {x['high']:.0%}] of {x['n']}" for x in cells]
+            third.append([f"{kind}: {word}", *shown])
+    return [_table(first), _table(second), _table(third)]
 
+
+WAYS, DIRECTIONS = ("features", "pixels"), {"noise": "needs", "denoise": "is enough"}
 
 NULLS = ("some", "null", "shuffled", "random")
 
@@ -212,15 +283,24 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--examples", type=int, default=100, help="of each toy and set")
+    parser.add_argument("--words", type=int, help="only colors and shapes, of so many pictures")
     parser.add_argument("--out", type=Path)
     given = parser.parse_args()
+    sets = [(name, data) for name in ENTERS for data in ("states", "scenes")]
     result: dict[str, Any] = {"machine": platform.machine(), "torch": torch.__version__, "seed": 5}
-    for name in ENTERS:
-        for data in ("states", "scenes"):
+    if given.words:
+        result = json.loads(given.out.read_text("utf-8"))
+        result["words"] = {}
+        for name, data in sets:
+            one = result["words"][f"{name}, {data}"] = words(name, data, given.words)
+            print(f"{name}, {data}: {json.dumps(one['all'])}", flush=True)
+    else:
+        for name, data in sets:
             one = result[f"{name}, {data}"] = measure(name, data, given.examples)
             for key in (*MAPS, "random order"):
                 print(f"{name}, {data}, {one['n']} pictures: {key}: {json.dumps(one[key])}", flush=True)
-    print(*markdown(result), sep="\n\n")
+    if "words" in result:
+        print(*markdown(result), sep="\n\n")
     text = json.dumps(result)
     if given.out:
         given.out.write_text(text + "\n", encoding="utf-8")

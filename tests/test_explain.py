@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import re
 import shutil
@@ -20,11 +21,16 @@ from test_families import made
 from test_knockout import Cut, by_hand, keys_of, logits_of, paths
 
 import vlmscope
+from vlmscope.cli.lenses import explain as command
 from vlmscope.errors import ExampleError, StoreError, VlmscopeError
-from vlmscope.explanation import explain, maps
+from vlmscope.explanation import PATCHES, explain, maps
 from vlmscope.neurons.captions import generate_caption
 from vlmscope.neurons.contributions import score
 from vlmscope.patching.direct import direct
+from vlmscope.report.explanation import sentences
+from vlmscope.report.image_maps import word_maps
+from vlmscope.report.page import SECTIONS
+from vlmscope.results import READERS
 from vlmscope.runs.forward import generate
 from vlmscope.sites import Site
 
@@ -147,6 +153,50 @@ def test_exact_maps(name):
 
         lost = base - told.logprob(hooked(told.model, inputs, put)[0])
         np.testing.assert_allclose(each["exact"], lost, **SAME, err_msg=f"{row}, {column}")
+
+
+@pytest.mark.parametrize(
+    ("name", "direction"),
+    [
+        ("llava", "noise"),
+        ("llava", "denoise"),
+        ("blip-vqa", "noise"),
+        ("paligemma2", "noise"),
+        ("blip2-opt", "noise"),
+    ],
+)
+def test_maps_of_pixels(name, direction):
+    """One plain forward a cell, with its pixels in the place of the other picture's."""
+    own = explain(
+        made(name), example().clean_image, prompt_of(name), at="pixels", direction=direction, length=3
+    )
+    told = Told(name, found=own)
+    clean, other = told.inputs(told.picture), told.inputs(blurred(told.picture))
+    base, source = (clean, other) if direction == "noise" else (other, clean)
+    size = told.model.hf.config.vision_config.patch_size
+    rows, columns = own.about["grid"]
+    assert own.cells["exact"].abs().max() > 1e-3 and own.about["alone"] == rows * columns
+    assert len(own.cells) == rows * columns * len(own.words)
+    top = getattr(told.model.hf, "text_decoder", told.model.hf)
+
+    def logprob(pixels):
+        logits = []
+        held = top.register_forward_hook(lambda m, a, out: logits.append(out.logits))
+        with torch.no_grad():
+            told.model.hf(**{**base.tensors, "pixel_values": pixels})
+        held.remove()
+        return told.logprob(logits[-1][0])
+
+    before = logprob(base.tensors["pixel_values"])
+    for (row, column), each in own.cells.groupby(["row", "column"]):
+        pixels = base.tensors["pixel_values"].clone()
+        at = (..., slice(row * size, row * size + size), slice(column * size, column * size + size))
+        pixels[at] = source.tensors["pixel_values"][at]
+        lost = (before - logprob(pixels)) * (1 if direction == "noise" else -1)
+        np.testing.assert_allclose(each["exact"], lost, **SAME, err_msg=f"{row}, {column}")
+    assert own.cells["gradient"].notna().all()
+    assert own.cells["knockout"].notna().all() == (name != "blip2-opt")
+    assert bool(own.about["lacking"]) == (name in ("blip2-opt", "blip-vqa"))
 
 
 @pytest.mark.parametrize("name", ["llava", "blip-vqa"])
@@ -482,6 +532,44 @@ def test_it_is_saved_and_read(whole, tmp_path):
         vlmscope.open(tmp_path / "found")
 
 
+def test_a_report_of_it(whole, tmp_path):
+    whole.save(tmp_path / "found")
+    page = vlmscope.write_report(tmp_path / "found", tmp_path / "report.html").read_text("utf-8")
+    (beside,) = (tmp_path / "report-figures").glob("*.csv")
+    pd.testing.assert_frame_equal(pd.read_csv(beside), whole.cells, check_dtype=False)
+    for _, word in whole.words.iterrows():
+        own = whole.cells[whole.cells["word"] == word["word"]]
+        for sentence in sentences(whole.about, word, own):
+            assert sentence in page
+    best = whole.cells.loc[whole.cells["exact"].abs().idxmax()]
+    text = " ".join(page.split())
+    assert f"of the cell at row {best['row']:.0f}, column {best['column']:.0f}." in text
+    assert "has the maps of each word" in text and "network" not in page
+
+
+def test_a_report_of_a_picture_without_a_grid(tmp_path):
+    explain(made("blip2-opt"), example().clean_image, "this is a", length=3).save(tmp_path / "found")
+    page = vlmscope.write_report([tmp_path / "found"], tmp_path / "report.html").read_text("utf-8")
+    assert "There is no map: BLIP-2 reads the picture as 5 features" in page and "<figure>" not in page
+
+
+def test_groups_of_cells_are_drawn_whole():
+    rows = [(0, 0, 0, 2, 2, 1.0), (0, 0, 2, 1, 1, -2.0), (0, 1, 2, 1, 1, 0.5), (0, 2, 0, 1, 3, 0.0)]
+    cells = pd.DataFrame(rows, columns=["word", "row", "column", "rows", "columns", "exact"])
+    drawn = word_maps(cells, Image.new("RGB", (9, 9)), (3, 3), {0: "a word"})
+    over = np.asarray(drawn.get_images()[-1].get_array())
+    strength = np.array([[0.5, 0.5, 1], [0.5, 0.5, 0.25], [0, 0, 0]])
+    np.testing.assert_allclose(over[..., 3], 0.1 + 0.8 * strength)
+    assert (over[0, 0, 0] > over[0, 0, 2]) and (over[0, 2, 2] > over[0, 2, 0]), "red, and blue"
+    pale = word_maps(cells, Image.new("RGB", (9, 9)), (3, 3), {0: "a word"}, 8.0).get_images()[-1]
+    np.testing.assert_allclose(np.asarray(pale.get_array())[..., 3], 0.1 + 0.2 * strength)
+
+
+def test_all_folders_have_a_report():
+    told = {f"{what}.json" for what in SECTIONS} | {"run.json", "notice.toml"}
+    assert set(READERS) == told
+
+
 # --- what is asked, what is refused ---------------------------------------------------------------------
 
 
@@ -508,6 +596,7 @@ def test_a_picture_without_a_grid():
         ({"region": (0, 0, "x", 5)}, "an edge of the region is 'x'; expected a number"),
         ({"region": (0, 0, float("nan"), 5)}, "an edge of the region is 'nan'"),
         ({"reference": "noise"}, "unknown reference 'noise'; expected blur or mean"),
+        ({"at": "edges"}, "unknown place of cells 'edges'; expected features or pixels"),
         ({"direction": "up"}, "unknown direction 'up'; expected noise or denoise"),
         ({"patches": 0}, "the number of patches is '0'; expected a whole number"),
         ({"length": 0}, "the number of tokens is '0'"),
@@ -533,6 +622,7 @@ def test_words_are_chosen():
 
 
 def test_the_command(run, tmp_path):  # noqa: F811
+    assert inspect.signature(command).parameters["patches"].default == PATCHES
     scene().save(tmp_path / "a.png")
     asked = [
         "explain",

@@ -21,7 +21,8 @@ from vlmscope.stats import rng
 from vlmscope.studies import faithfulness as room
 from vlmscope.studies.faithfulness import mib
 from vlmscope.studies.faithfulness.curve import FRACTIONS, Shares, area, random_like
-from vlmscope.studies.faithfulness.scores import Scores, by_part, parts_of, split
+from vlmscope.studies.faithfulness.parts import name_of, parts_of
+from vlmscope.studies.faithfulness.scores import Scores, by_part, split
 
 HEADS = ["decoder.*.attn.h*@all", "decoder.*.mlp@all"]
 LAST = "decoder.2.attn.h*@all"
@@ -93,17 +94,17 @@ def test_no_interval_without_a_sure_gap_or_with_few_examples():
 
 
 def test_random_circuits_keep_layers_and_kinds(model):
-    _, parts = parts_of(["decoder.2.mlp.n7"], model.shapes)
     parts = expand(parse([*HEADS, "decoder.0.mlp.n*@all"]), model.shapes)
+    alike = [part.point for part in parts]
     circuit = [n for n in range(len(parts)) if n % 3 == 0]
     seen = set()
     for number in range(20):
-        drawn = random_like(circuit, parts, rng(0, number))
+        drawn = random_like(circuit, alike, rng(0, number))
         for count in (drawn, circuit):
             seen.add(tuple(sorted((parts[n].layer, parts[n].kind, parts[n].part) for n in count)))
         assert len(drawn) == len(circuit)
     assert len(seen) == 1
-    drawn = np.array([[n in random_like(circuit, parts, rng(1, k)) for n in range(4)] for k in range(400)])
+    drawn = np.array([[n in random_like(circuit, alike, rng(1, k)) for n in range(4)] for k in range(400)])
     assert np.allclose(drawn.mean(0), 0.5, atol=0.1)  # of the first layer's four heads two are kept
 
 
@@ -168,17 +169,17 @@ def test_shares_of_held_out_examples(model, scored, whole):
     """The first half's mean scores rank, and f is that of the other half: 1 with all parts, 0 with none."""
     found = whole
     parted = split(scores_of(others(8), "examples"), others(8), "examples", 0, 20)
-    _, parts = parts_of(
+    parts = parts_of(
         [
             *(f"decoder.{n}.attn.h{h}" for n in range(3) for h in range(4)),
             *(f"decoder.{n}.mlp" for n in range(3)),
         ],
         model.shapes,
-    )
+    ).sites
     table = vlmscope.open(scored).attributions()
     rows = table[table["example"].isin(parted.rows)]
     means = rows.groupby(rows["site"].str.partition("@")[0])["score"].mean()
-    means = means[[room.name_of(part) for part in parts]]
+    means = means[[name_of(part) for part in parts]]
     full, none = (by_hand(model, parted.measured, parts, some) for some in (range(15), []))
     for ranking, sizes in (("signed", means), ("absolute", means.abs())):
         own = found.table[found.table["ranking"] == ranking].set_index("fraction")
@@ -189,14 +190,14 @@ def test_shares_of_held_out_examples(model, scored, whole):
             wanted = (by_hand(model, parted.measured, parts, kept) - none) / (full - none)
             assert own["f"][fraction] == pytest.approx(wanted, rel=1e-9)
     own = found.summary["circuit"]
-    chosen = [n for n, part in enumerate(parts) if room.name_of(part) in set(found.circuit["part"])]
+    chosen = [n for n, part in enumerate(parts) if name_of(part) in set(found.circuit["part"])]
     assert own["kept"] == len(chosen) and own["draws"] == 2
     f = (by_hand(model, parted.measured, parts, chosen) - none) / (full - none)
     rest = [n for n in range(15) if n not in chosen]
     without = (by_hand(model, parted.measured, parts, rest) - none) / (full - none)
     assert own["f"] == pytest.approx(f, rel=1e-9) and own["without"] == pytest.approx(without, rel=1e-9)
     first = found.circuit.iloc[0]
-    less = [n for n in chosen if room.name_of(parts[n]) != first["part"]]
+    less = [n for n in chosen if name_of(parts[n]) != first["part"]]
     drop = f - (by_hand(model, parted.measured, parts, less) - none) / (full - none)
     assert first["drop"] == pytest.approx(drop, rel=1e-9)
     assert found.summary["check"]["rows"] == 3 and found.summary["check"]["largest"] < 1e-9
@@ -296,7 +297,7 @@ def test_outside_of_the_circuit_without_another_run(model, scored, outside):
             Edit(
                 part,
                 "set",
-                sum(v[f"{room.name_of(part)}@all"] for v in values) / len(values) * (outside == "mean"),
+                sum(v[f"{name_of(part)}@all"] for v in values) / len(values) * (outside == "mean"),
             )
             for part in parts
         ]
@@ -355,11 +356,11 @@ def test_parts_of_a_table():
 
 def test_expressions_name_the_parts(model):
     names = ["decoder.1.mlp.n5", "decoder.1.mlp.n3", "vision.0.attn.h1", "vision.0.attn.h0", "decoder.0.mlp"]
-    written, parts = parts_of(names, model.shapes)
-    assert written == [
+    parts = parts_of(names, model.shapes)
+    assert parts.expressions == [
         *("vision.0.attn.h*@all", "decoder.0.mlp@all", "decoder.1.mlp.n3@all", "decoder.1.mlp.n5@all")
     ]
-    assert sorted(map(room.name_of, parts)) == sorted(names)
+    assert sorted(parts.names) == sorted(names)
 
 
 def test_a_folder_of_circuits(tmp_path):
@@ -398,7 +399,7 @@ def test_a_file_of_importances_comes_back(model, scored, whole, tmp_path):
     assert (
         list(content["nodes"])[:3] == ["input", "a0.h0", "a0.h1"] and list(content["nodes"])[-1] == "logits"
     )
-    scores, circuit = mib.read(tmp_path / "mine.json", model)
+    scores, circuit, _ = mib.read(tmp_path / "mine.json", model)
     table = room.read_scores(scored, model, "image", "examples").table
     rows = split(scores_of(others(8), "examples"), others(8), "examples", 0, 20).rows
     assert circuit is None and scores == pytest.approx(table.loc[rows].mean().to_dict(), rel=1e-12)
@@ -415,12 +416,17 @@ def test_a_circuit_of_a_file(model, tmp_path):
     """A file without scores says which nodes are kept; nodes without a score compute freely."""
     nodes = {"input": {"in_graph": True}, "a0.h1": {"in_graph": True}, "m2": {"in_graph": False}}
     file = importances(tmp_path / "a.json", nodes)
-    assert mib.read(file, model) == ({"decoder.0.attn.h1": 1.0, "decoder.2.mlp": 0.0}, {"decoder.0.attn.h1"})
+    named = {"decoder.0.attn.h1": 1.0, "decoder.2.mlp": 0.0}
+    assert mib.read(file, model) == (named, {"decoder.0.attn.h1"}, None)
     found = vlmscope.faithfulness(model, others(4), file, "image", draws=1, fractions=(0.5, 1.0))
     assert found.circuit["part"].tolist() == ["decoder.0.attn.h1"] and found.summary["parts"] == 2
     nodes["m2"] |= {"score": float("nan")}
     nodes["a0.h1"] |= {"score": 0.5}
-    assert mib.read(importances(tmp_path / "b.json", nodes), model) == ({"decoder.0.attn.h1": 0.5}, None)
+    assert mib.read(importances(tmp_path / "b.json", nodes), model) == (
+        {"decoder.0.attn.h1": 0.5},
+        None,
+        None,
+    )
 
 
 @pytest.mark.parametrize(
@@ -429,7 +435,6 @@ def test_a_circuit_of_a_file(model, tmp_path):
         ("a0.h4", {"in_graph": True}, {}, "'a0.h4' is no node of tiny-llava; expected input, logits"),
         ("m3", {"in_graph": True, "score": 1.0}, {}, "'m3' is no node"),
         ("a0.h0", {"in_graph": True}, {"n_layers": 12}, "model: n_layers is '12' there and 3 in"),
-        ("m0", {"in_graph": True}, {"edges": {"input->m0": {"in_graph": True, "score": 1.0}}}, "of edges"),
         ("a0.h0", {"in_graph": False}, {}, "no head or MLP has a score or is in the circuit"),
         ("a0.h0", {"score": 1.0}, {}, "no nodes.a0.h0.in_graph"),
     ],
@@ -460,9 +465,6 @@ def test_scores_of_something_else(model, scored, tmp_path):
         vlmscope.faithfulness(model, given, scored, "text")
     with pytest.raises(StoreError, match="of other data"):
         vlmscope.faithfulness(model, others(20, first=30), scored, "image", data="mine")
-    vlmscope.edges(model, given[:1], "image", out=tmp_path / "edges")
-    with pytest.raises(StoreError, match="holds scores of edges, and circuits here are of heads"):
-        vlmscope.faithfulness(model, given, tmp_path / "edges", "image")
     with pytest.raises(StoreError, match="not a run folder"):
         vlmscope.faithfulness(model, given, tmp_path, "image")
     with pytest.raises(DataError, match="too few examples for halves: 3 with scores"):

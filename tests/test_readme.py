@@ -75,7 +75,8 @@ def test_the_python_of_the_page_on_edges_runs(tmp_path, monkeypatch, capsys):
     (block,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
     exec(compile(block, "edges.md", "exec"), {})
     said = capsys.readouterr().out
-    assert "decoder.attn.v: good. Rank" in said and re.search(r"these edges carry -?\d+% of the gap", said)
+    assert "decoder.attn.v: good. Rank" in said
+    assert re.search(r"these \d+ edges carry \d+ % of the behaviour on 2 held-out pictures", said)
     assert (tmp_path / "runs" / "edges.html").exists()
 
 

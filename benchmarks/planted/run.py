@@ -40,8 +40,10 @@ from measures import (
     submission,
     tool,
 )
+from mechanisms import MEASURED, RANKED, of_circuits, of_edges
+from mechanisms import null as null_of
 from pictures import scenes
-from planting import Recipe, plant
+from planting import Recipe, plant, scale
 from scores import macro_f1, share, summary
 from tables import tables
 from training import assess, train
@@ -63,6 +65,13 @@ KNOBS: tuple[dict[str, Any], ...] = (
     {"polysemantic": True},
 )
 """Each at an effect of 10 % if none is named, all else as in `Recipe`."""
+OF_EDGES = (0.01, 0.1, 1.0)
+"""Effects at which edges are ranked, in form D."""
+CIRCUITS = (
+    *((form, say, "nodes") for form, say in FORMS),
+    *(("D", say, "edges") for say in ("head", "neurons", "options")),
+)
+RANDOM = (("C", "nodes"), ("D", "nodes"), ("D", "edges"))
 
 
 def name_of(recipe: Recipe) -> str:
@@ -170,6 +179,50 @@ def run_trained(seeds: int, until: float, keep: Keep) -> None:
             print(f"trained: {form}, seed {seed}, {found}", file=sys.stderr, flush=True)
 
 
+def run_edges(quick: bool, seeds: int, until: float, keep: Keep) -> None:
+    rows: dict[str, list[dict[str, Any]]] = {}
+    for seed in range(seeds):
+        for say in ("head",) if quick else ("head", "neurons", "options"):
+            made = plant(Recipe("D", seed, effect=OF_EDGES[0], say=say))
+            for effect in OF_EDGES[1:2] if quick else OF_EDGES:
+                if time.monotonic() < until:
+                    rows.setdefault(f"D-{say} effect {effect:g}", []).append(of_edges(scale(made, effect)))
+        keep("edges", summarized(rows))
+        print(f"edges: seed {seed}", file=sys.stderr, flush=True)
+
+
+def run_circuits(quick: bool, seeds: int, until: float, keep: Keep) -> None:
+    rows: dict[str, list[dict[str, Any]]] = {}
+    nulls: dict[str, list[dict[str, Any]]] = {}
+    for seed in range(seeds):
+        for form, say, kind in CIRCUITS[-1:] if quick else CIRCUITS:
+            if time.monotonic() < until:
+                made = plant(Recipe(form, seed, effect=0.3, say=say))
+                rows.setdefault(f"{form}-{say} {kind}", []).append(of_circuits(made, kind))
+        for form, kind in RANDOM[-1:] if quick else RANDOM:
+            if time.monotonic() < until:
+                nulls.setdefault(f"{form} {kind}", []).append(
+                    null_of(plant(Recipe(form, seed, planted=False)), kind)
+                )
+        passes = {
+            name: {key: share([row[key] for row in some]) for key in ("passes", "unasked")}
+            for name, some in nulls.items()
+        }
+        keep("circuits", summarized(rows) | {"random": passes})
+        print(f"circuits: seed {seed}", file=sys.stderr, flush=True)
+
+
+def summarized(rows: Mapping[str, list[dict[str, Any]]]) -> dict[str, Any]:
+    """Means over the models of each cell, method and figure, with their lower limits."""
+    return {
+        cell: {
+            method: {figure: summary([row[method][figure] for row in some]) for figure in own}
+            for method, own in some[0].items()
+        }
+        for cell, some in rows.items()
+    }
+
+
 def lines(result: Mapping[str, Any]) -> Iterator[str]:
     if "tool" in result:
         own = result["tool"]
@@ -190,16 +243,23 @@ def lines(result: Mapping[str, Any]) -> Iterator[str]:
         rules = [cell[rule] for rule in RULES]
         words = [f"{rule['false_share']:.2f}/{rule['recall']['mean']:.2f}" for rule in rules]
         yield "  ".join([*found, f"false/recall {' '.join(words)}", f"n {cell['heads']['auroc']['models']}"])
+    for part, figure in (("edges", "auroc"), ("circuits", "cpr_of_oracle")):
+        for name, cell in result.get(part, {}).items():
+            if name != "random":
+                found = [f"{method} {own[figure]['mean']:.3f}" for method, own in cell.items()]
+                yield "  ".join([f"{name:32}", f"{figure}:", *found])
 
 
-PARTS = ("tool", "coverage", "effects", "knobs", "trained")
+PARTS = ("tool", "coverage", "effects", "knobs", "trained", "edges", "circuits")
+SEEDS = {"edges": 3, "circuits": 3}
+"""Models a cell where nobody says how many, else 20: these take a minute each."""
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="fewer cells, two models each, one of `tool`")
     parser.add_argument("--part", choices=PARTS, action="append", help="by default all, one after the other")
-    parser.add_argument("--seeds", type=int, default=20, help="models a cell")
+    parser.add_argument("--seeds", type=int, help="models a cell, by default 20, of edges and circuits 3")
     parser.add_argument("--minutes", type=float, default=1e6, help="begin no model after so many")
     parser.add_argument(
         "--out", type=Path, help="also write the JSON to this file, as it comes; parts that it has stay"
@@ -229,7 +289,13 @@ def main() -> None:
         "machine": f"{platform.machine()}, 1 thread, CPU",
         "torch": torch.__version__,
         "vlmscope": vlmscope.__version__,
-        "examples": {"ranking": EXAMPLES, "labels": SHOWN, "neurons": SPOKEN},
+        "examples": {
+            "ranking": EXAMPLES,
+            "labels": SHOWN,
+            "neurons": SPOKEN,
+            "edges": RANKED,
+            "circuits": MEASURED,
+        },
         "seconds": {},
     }
     out, quick = arguments.out, arguments.quick
@@ -247,15 +313,17 @@ def main() -> None:
             out.write_text(json.dumps(result, indent=1) + "\n")
 
     for part in arguments.part or PARTS:
-        start = time.monotonic()
+        start, seeds = time.monotonic(), arguments.seeds or SEEDS.get(part, 20)
         if part == "tool":
-            run_tool(quick, 1 if quick else arguments.seeds, until, keep)
+            run_tool(quick, 1 if quick else seeds, until, keep)
         elif part == "coverage":
             keep(part, [coverage(Recipe(form, 0), 500 if quick else POPULATION[form]) for form in "CD"])
         elif part == "trained":
-            run_trained(1 if quick else arguments.seeds, until, keep)
+            run_trained(1 if quick else seeds, until, keep)
+        elif part in ("edges", "circuits"):
+            (run_edges if part == "edges" else run_circuits)(quick, 1 if quick else seeds, until, keep)
         else:
-            run_cells(part, quick, 2 if quick else arguments.seeds, until, keep)
+            run_cells(part, quick, 2 if quick else seeds, until, keep)
     print("\n".join(lines(result)), file=sys.stderr)
     print(json.dumps(result))
 

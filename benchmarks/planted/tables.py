@@ -18,9 +18,18 @@ FIGURES = (
 
 
 def tables(result: Result) -> Iterator[str]:
-    """Line by line: the bars, rankings, rules."""
+    """Line by line: the bars, rankings, rules, edges and circuits; of the parts that were run."""
     yield from ("| bar | to reach | reached | of |", "|---|---|---|---|")
-    yield from (f"| {' | '.join(row)} |" for row in bars(result))
+    yield from (f"| {' | '.join(row)} |" for row in [*bars(result), *mechanism_bars(result)])
+    if any(True for _ in cells(result)):
+        yield from _head_tables(result)
+    if "edges" in result:
+        yield from _edge_table(result["edges"])
+    if "circuits" in result:
+        yield from _circuit_table(result["circuits"])
+
+
+def _head_tables(result: Result) -> Iterator[str]:
     yield from ("", "| models | heads AUROC | AP | largest attention | neurons AUROC | AP | of |")
     yield "|---|---|---|---|---|---|---|"
     for name, cell in cells(result):
@@ -30,6 +39,59 @@ def tables(result: Result) -> Iterator[str]:
     for name, cell in cells(result):
         rules = [f"{_short(cell[r]['false_share'])} / {_short(cell[r]['recall']['mean'])}" for r in RULES]
         yield f"| {' | '.join([name, *rules])} |"
+
+
+def _edge_table(given: Result) -> Iterator[str]:
+    methods = list(next(iter(given.values())))
+    names = [f"{method} {figure}" for method in methods for figure in ("AUROC", "AP")]
+    yield from ("", f"| models | {' | '.join(names)} | decoys first | of |", "|---" * (len(names) + 3) + "|")
+    for name, cell in given.items():
+        pairs = [(_mean(cell[method]["auroc"]), _three(cell[method]["ap"]["mean"])) for method in methods]
+        found = [figure for pair in pairs for figure in pair]
+        decoys = _short(max(own["decoys_first"]["mean"] for own in cell.values()))
+        many = str(cell[methods[0]]["auroc"]["models"])
+        yield f"| {' | '.join([name.replace('effect ', ''), *found, decoys, many])} |"
+
+
+def _circuit_table(given: Result) -> Iterator[str]:
+    yield ""
+    yield "| models | ranked by | CPR | over the oracle's | CMD | below the oracle's | decoys first | of |"
+    yield "|---" * 8 + "|"
+    for name, cell in given.items():
+        for method, own in cell.items() if name != "random" else ():
+            figures = ("cpr", "cpr_of_oracle", "cmd", "cmd_below_oracle", "decoys_first")
+            found = [_mean(own[figure]) for figure in figures]
+            yield f"| {' | '.join([name, method, *found, str(own['cpr']['models'])])} |"
+
+
+def mechanism_bars(result: Result) -> Iterator[tuple[str, str, str, str]]:
+    """The same of edges and of circuits."""
+    given = result.get("edges", {})
+    high = [cell for name, cell in given.items() if float(name.rsplit(" ", 1)[1]) >= 0.1]
+    for method in high[0] if high else ():
+        yield _limit(
+            f"edges, AUROC, effects ≥ 10 %, {method}", 0.95, [cell[method]["auroc"] for cell in high]
+        )
+    circuits = {name: cell for name, cell in result.get("circuits", {}).items() if name != "random"}
+    for kind in ("nodes", "edges"):
+        some = [
+            own
+            for name, cell in circuits.items()
+            if name.endswith(kind)
+            for method, own in cell.items()
+            if method != "oracle"
+        ]
+        if some:
+            yield _limit(f"CPR over the oracle's, {kind}", 0.9, [own["cpr_of_oracle"] for own in some])
+            below = [own["cmd_below_oracle"] for own in some]
+            yield _limit(f"CMD below the oracle's, {kind}", -0.05, below)
+    every = [
+        own["decoys_first"]["mean"] for cell in [*given.values(), *circuits.values()] for own in cell.values()
+    ]
+    if every:
+        yield "decoys among the first", "0", _short(max(every)), f"{len(every)} rankings of a cell"
+    for kind, own in result.get("circuits", {}).get("random", {}).items():
+        yield f"circuits that pass in random models, {kind}", "0", *_share(own["passes"], "models")
 
 
 def cells(result: Result) -> Iterator[tuple[str, Any]]:
@@ -42,7 +104,7 @@ def cells(result: Result) -> Iterator[tuple[str, Any]]:
 def bars(result: Result) -> Iterator[tuple[str, str, str, str]]:
     """What is to be reached, and the worst cell of what was: lower 95 % limits of means over models."""
     effects = {name: cell for name, cell in result.get("effects", {}).items() if name != "not_planted"}
-    for toy, build in ((False, "random models"), (True, "toys")):
+    for toy, build in ((False, "random models"), (True, "toys")) if effects else ():
         own = {name: cell for name, cell in effects.items() if ("-toy" in name) == toy}
         high = [cell for name, cell in own.items() if float(name.rsplit(" ", 1)[1]) >= 0.1]
         low = [cell for name, cell in own.items() if name.endswith(" 0.01")]
@@ -88,11 +150,11 @@ def _mean(one: Any) -> str:
     return f"{_three(one['mean'])}{low}"
 
 
-def _share(one: Any) -> tuple[str, str]:
+def _share(one: Any, noun: str = "heads") -> tuple[str, str]:
     """The share with the upper end of its interval in brackets, and of how many."""
     if not one["of"]:
-        return "not measured", "0 heads"
-    return f"{_short(one['share'])} (≤ {_short(one['most'])})", f"{one['of']} heads"
+        return "not measured", f"0 {noun}"
+    return f"{_short(one['share'])} (≤ {_short(one['most'])})", f"{one['of']} {noun}"
 
 
 def _three(number: float) -> str:
@@ -101,4 +163,4 @@ def _three(number: float) -> str:
 
 def _short(number: float) -> str:
     """Two digits, without the zero before the point."""
-    return f"{number:.2f}".removeprefix("0") if number else "0"
+    return f"{'−' if number < 0 else ''}{f'{abs(number):.2f}'.removeprefix('0')}" if number else "0"

@@ -7,8 +7,10 @@ from pathlib import Path
 
 import pandas as pd
 from plain import Part
-from planting import APART, TRUE, Planted
+from planting import APART, DECOYS, TRUE, Planted
 
+Edge = tuple[str, str]
+"""A writer of the stream and a reader of it, as `vlmscope.edges` calls them."""
 LOOKING = ("reader", "suppressor", "backup", "blind", "carrier")
 """They look for the object of the noun."""
 SAYS = {"mover": "value", "neuron": "input", "selector": "query"}
@@ -28,6 +30,45 @@ def edges(made: Planted) -> pd.DataFrame:
     makes."""
     found = [edge for edge in _edges(made) if _before(made, *edge[:2])]
     return pd.DataFrame(sorted(set(found)), columns=["writer", "reader", "via"])
+
+
+def edge_roles(made: Planted) -> dict[Edge, str]:
+    """Form D: what each planted edge of the graph is for, by the role of the part whose work it is.
+
+    From the picture to the values of what looks at objects, which read the color; between parts as `edges`
+    has them; and from what speaks to the logits. The carrier's, the backup's and the locator's edges are left
+    out as these are, and so is what tells the object or the word that is looked at: the picture to keys, the
+    text to the selector's keys and values. An edge of a decoy is one.
+    """
+    units = {"query": "q", "value": "v"}
+    found: dict[Edge, str] = {}
+
+    def head(part: Part, unit: str) -> str:
+        place, _, number = part.rpartition(".h")
+        return f"{place}.{unit}{number}"
+
+    def writes(part: Part) -> str:
+        return part.rpartition(".")[0] if ".mlp." in part else part
+
+    for part in made.having(*DECOYS):
+        for unit in "qkv":
+            found |= {(source, head(part, unit)): made.roles[part] for source in ("image", "embed")}
+        found[part, "logits"] = made.roles[part]
+    for writer, reader, via in edges(made)[["writer", "reader", "via"]].itertuples(index=False, name=None):
+        of_reader = made.roles[writer] != "locator" and made.roles[reader] in ("carrier", "backup")
+        role = made.roles[reader if of_reader or made.roles[reader] in DECOYS else writer]
+        target = writes(reader) if via == "input" else head(reader, units[via])
+        found[writes(writer), target] = role
+    speaking = made.speaking("mover", "neuron", "selector", "carrier", "idle")
+    for part in made.having(*LOOKING, "idle"):
+        if part not in speaking:
+            found["image", head(part, "v")] = made.roles[part]
+            found["image", head(part, "k")] = "locator"
+    for part in made.having("selector"):
+        found |= {("embed", head(part, unit)): "locator" for unit in "kv"}
+    for part in speaking:
+        found[writes(part), "logits"] = made.roles[part]
+    return found
 
 
 def save(made: Planted, folder: Path) -> None:

@@ -46,7 +46,8 @@ def explain(
     region: str | None = None,
     reference: Literal["blur", "mean"] = "blur",
     direction: Literal["noise", "denoise"] = "noise",
-    patches: int = 64,
+    at: Literal["features", "pixels"] = "features",
+    patches: int = 48,
     length: int = 20,
 ) -> None:
     """Where in picture and model each word comes from.
@@ -73,6 +74,7 @@ def explain(
         region=box,
         reference=reference,
         direction=direction,
+        at=at,
         patches=patches,
         length=length,
     )

@@ -27,8 +27,8 @@ from vlmscope.data.images import open_image, small_png
 from vlmscope.data.masks import covered
 from vlmscope.errors import ExampleError, ModelError, RoomError, VlmscopeError, number, shown, whole
 from vlmscope.explanation import maps
-from vlmscope.explanation.said import Reference, Said, say
-from vlmscope.layout import grid
+from vlmscope.explanation.said import At, Reference, Said, say
+from vlmscope.layout import Layout, grid
 from vlmscope.neurons.contributions import contributions, named, token_weights, top_tokens
 from vlmscope.patching.direct import check_place, directs
 from vlmscope.report import explanation as page
@@ -95,6 +95,7 @@ def explain(
     region: Box | None = None,
     reference: Reference = "blur",
     direction: maps.Direction = "noise",
+    at: At = "features",
     patches: int = PATCHES,
     length: int = SPEECH,
 ) -> Explanation:
@@ -107,6 +108,10 @@ def explain(
     mean, in one of its mean color); below 0 where the word becomes likelier. That is what the word needs, and
     where several cells show the same it needs none of them. With `direction` denoise it is what is enough:
     how much is gained when the features of the cell are put into the run on that other picture.
+
+    A feature holds more than its cell of pixels, since the vision tower mixes them. With `at` pixels what
+    enters the vision tower of a cell is replaced, and all of the model computed anew; families that read a
+    picture through queries have a map then, too.
 
     A grid of more cells than `patches` is examined coarse to fine: groups of cells, and then the parts of
     those that matter; `words.left` is the share of the word's effects, by size, that is still in groups. A
@@ -138,31 +143,38 @@ def explain(
         raise VlmscopeError(f"the model is {shown(model)}; expected a Model, as vlmscope.load gives it")
     _one_of(reference, Reference, "reference")
     _one_of(direction, maps.Direction, "direction")
+    _one_of(at, At, "place of cells")
     patches = whole(patches, "the number of patches", 1)
     length = whole(length, "the number of tokens", 1, 1000)
     picture = open_image(image)
     box = None if region is None else check_region(region, picture)
-    said = say(model, picture, reference, prompt, [words] if isinstance(words, str) else words, length)
-    layout, lacking = said.pair.clean.layout[model.image_site.tower], list[str]()
+    said = say(model, picture, reference, prompt, [words] if isinstance(words, str) else words, length, at)
+    layout, lacking = maps.layout_of(said), list[str]()
     if not layout.cells:
         count = len(layout.image or layout.tokens)
         lacking.append(f"{model.family.name} reads the picture as {count} features that have no place in it")
         if box is not None:
             raise ExampleError(f"{lacking[0]}, so that no region can be asked about; leave the region out")
         lacking[0] = f"there is no map: {lacking[0]}"
-    at = () if box is None else _within(said, box)
+    there = () if box is None else _within(said, box, layout)
     slopes = maps.estimate(said, direction) if layout.cells else None
-    exact = maps.exact(said, direction, patches, at, None if slopes is None else np.abs(slopes))
+    exact = maps.exact(said, direction, patches, there, None if slopes is None else np.abs(slopes))
     read = maps.reading(said)
     window = max(1, len(model.shapes[read.tower].having(read.kind)) // 4 | 1)
     cut, paid, sinks = None, None, np.full(len(said.words), np.nan)
+    seen = said.pair.clean.layout[model.image_site.tower]
+    units = exact.units if grid(seen) == grid(layout) else []
+    if len(units) < len(exact.units):
+        why = f"{model.family.name} reads other features than a cell each"
+        lacking.append(f"there are no knock-outs of cells and no attention to them: {why}")
     with _or_said(lacking, "there are no knock-outs and no attention"):
-        cut = maps.knocked_out(said, read, exact.units, at, window)
-        paid, sinks = maps.attention(said, read, exact.units)
+        own = _within(said, box, seen) if units and box is not None else ()
+        cut = maps.knocked_out(said, read, units, own, window)
+        paid, sinks = maps.attention(said, read, units)
     beside = {
-        "knockout": None if cut is None else cut.units,
+        "knockout": cut.units if cut is not None and units else None,
         "gradient": None if slopes is None else maps.summed(slopes, maps.positions(layout, exact.units)),
-        "attention": paid,
+        "attention": paid if units else None,
     }
     cells = _cells(exact, beside)
     table = pd.DataFrame(
@@ -172,7 +184,7 @@ def explain(
             "sinks": sinks,
             "left": exact.left,
             "region": np.nan if exact.region is None else exact.region,
-            "region_knockout": np.nan if cut is None or not at else cut.region[0],
+            "region_knockout": np.nan if cut is None or not len(cut.region) else cut.region[0],
         }
     )
     layers, heads = _parts(said, read, cut, window, lacking)
@@ -180,6 +192,7 @@ def explain(
         **_of_model(said),
         "reference": reference,
         "direction": direction,
+        "at": at,
         "rounding": exact.rounding,
         "alone": sum(unit.is_cell for unit in exact.units),
         "patches": exact.patches,
@@ -193,7 +206,7 @@ def explain(
 
 def _of_model(said: Said) -> dict[str, Any]:
     """What was asked of which model, and how it reads the picture."""
-    model, layout = said.model, said.pair.clean.layout[said.model.image_site.tower]
+    model, layout = said.model, maps.layout_of(said)
     return {
         "what": WHAT,
         "model": model.name,
@@ -255,14 +268,13 @@ def check_region(region: Sequence[float], picture: Image.Image) -> Box:
     return left, top, right, bottom
 
 
-def _within(said: Said, box: Box) -> tuple[int, ...]:
+def _within(said: Said, box: Box, layout: Layout) -> tuple[int, ...]:
     """The positions of the cells that a region covers by half, or else the most."""
     view = said.model.view(said.picture)
     if box[0] >= view[2] or box[1] >= view[3] or box[2] <= view[0] or box[3] <= view[1]:
         seen = ",".join(f"{each:g}" for each in view)
         raise ExampleError(f"{said.model.name} does not see that region: it sees {seen}; name one in it")
     one = Example("region", said.picture, said.prompt, "", "", masks={"region": box})
-    layout = said.pair.clean.layout[said.model.image_site.tower]
     inside = covered(one, "region", grid(layout), view)
     return tuple(sorted(n for n, cell in layout.cells.items() if inside[cell]))
 

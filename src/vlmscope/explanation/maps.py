@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from vlmscope.explanation.said import Said, features
+from vlmscope.explanation.said import At, Said, features
 from vlmscope.layout import Layout, grid
 from vlmscope.models.inputs import Pair
 from vlmscope.patching import engine
@@ -106,9 +106,14 @@ def positions(layout: Layout, units: Iterable[Unit]) -> list[tuple[int, ...]]:
     return [tuple(sorted(at[cell] for cell in cells if cell in at)) for cells in each]
 
 
-def replaced(model: Model, at: tuple[int, ...]) -> Site:
-    """The features of the picture at some of its positions, as one patch."""
-    first, *more = (replace(site, position="image", positions=at) for site in features(model))
+def layout_of(said: Said) -> Layout:
+    """Where the cells of the picture are that are replaced."""
+    return said.pair.clean.layout[features(said.model, said.at)[0].tower]
+
+
+def replaced(model: Model, places: tuple[int, ...], at: At = "features") -> Site:
+    """The features of the picture (or what enters the vision tower of it) at some positions, as one patch."""
+    first, *more = (replace(site, position="image", positions=places) for site in features(model, at))
     return replace(first, also=tuple(more))
 
 
@@ -151,16 +156,16 @@ class Exact(NamedTuple):
 def exact(
     said: Said, direction: Direction, patches: int, region: tuple[int, ...] = (), hints: Array | None = None
 ) -> Exact:
-    """Replace the features of each unit by those of the other picture (noise), or put them into the run on
-    that (denoise), coarse to fine: groups that matter are split until cells make up all but `LEFT` of each
-    word's effects, or there are no more patches to make. `hints`, `(positions, words)`, is how large effects
-    are expected to be, so that what cancels in a group is not taken for nothing.
+    """Replace the features (or pixels) of each unit by those of the other picture (noise), or put them into
+    the run on that (denoise), coarse to fine: groups that matter are split until cells make up all but `LEFT`
+    of each word's effects, or there are no more patches to make. `hints`, `(positions, words)`, is how large
+    effects are expected to be, so that what cancels in a group is not taken for nothing.
 
     Where the picture has no grid, only the two runs are made.
     """
-    model, layout = said.model, said.pair.clean.layout[said.model.image_site.tower]
+    model, layout = said.model, layout_of(said)
     units = start(*grid(layout), patches) if layout.cells else []
-    sites = [replaced(model, at) for at in positions(layout, units)]
+    sites = [replaced(model, places, said.at) for places in positions(layout, units)]
     patched = engine.patch(
         model, said.pair, sites or [model.image_site], direction, metric="logprob", images=said.images
     )
@@ -185,19 +190,20 @@ def exact(
     while split := chosen(units, shares(), patches - used):
         new = [part for n in split for part in units[n].split()]
         used += len(new)
-        added = effects(patched.more([replaced(model, at) for at in positions(layout, new)]), len(new))
+        parts = [replaced(model, places, said.at) for places in positions(layout, new)]
+        added = effects(patched.more(parts), len(new))
         units = [unit for n, unit in enumerate(units) if n not in split] + new
         found = np.concatenate([np.delete(found, split, 0), added])
     order = sorted(range(len(units)), key=units.__getitem__)
     units, found = [units[n] for n in order], found[order]
-    there = effects(patched.more([replaced(model, region)]), 1)[0] if region else None
+    there = effects(patched.more([replaced(model, region, said.at)]), 1)[0] if region else None
     return Exact(units, found, shares(), there, used, *runs)
 
 
 def estimate(said: Said, direction: Direction) -> Array:
     """The gradient's estimate of the effect of each position, `(positions, words)`: what its features are
     more than the other picture's, times the gradient of the word's log-probability in the patched run."""
-    pair, points = said.pair, [site.point for site in features(said.model)]
+    pair, points = said.pair, [site.point for site in features(said.model, said.at)]
     base, source = (pair.clean, pair.corrupt) if direction == "noise" else (pair.corrupt, pair.clean)
     other = forward(said.model, source, keep=points).values
     run = forward(said.model, base, keep=points, positions=len(pair.answers), grad=True)

@@ -19,6 +19,7 @@ from vlmscope.runs.prepare import encode
 from vlmscope.sites import Site
 
 Reference = Literal["blur", "mean"]
+At = Literal["features", "pixels"]
 BLUR = 8
 """The blur's standard deviation is this part of the longer side."""
 _WORD = re.compile(r"\w+(?:[-'’]\w+)*")
@@ -48,7 +49,8 @@ def blank(picture: Image.Image, reference: Reference) -> Image.Image:
 class Said:
     """A picture, a prompt, the model's own answer and the `words` of it that are explained.
 
-    `blank` is the picture that it is compared with; `images` keeps what the vision tower gives.
+    `blank` is the picture that it is compared with, `at` says what of a cell is replaced by what that has;
+    `images` keeps what the vision tower gives.
     """
 
     model: Model
@@ -57,6 +59,7 @@ class Said:
     prompt: str
     caption: Caption
     words: Sequence[Word]
+    at: At = "features"
     images: Images = field(default_factory=Images)
 
     def inputs(self, picture: Image.Image, first: int, last: int) -> Inputs:
@@ -87,16 +90,24 @@ class Said:
         return Pair(inputs, inputs, answers[0], None, (), answers)
 
 
-def features(model: Model) -> tuple[Site, ...]:
+def features(model: Model, at: At = "features") -> tuple[Site, ...]:
     """Where the language model reads the features of the picture: `Network.image_site`, and what is added to
-    its image tokens behind the first blocks (DeepStack)."""
+    its image tokens behind the first blocks (DeepStack); or where its pixels enter the vision tower."""
+    if at == "pixels":
+        return (Site("vision", 0, "resid_pre", position="image"),)
     text = model.text_towers[0]
     added = model.shapes[text].having("deepstack")
     return (model.image_site, *(Site(text, n, "deepstack", position="image") for n in added))
 
 
 def say(
-    model: Model, picture: Image.Image, reference: Reference, prompt: str, wanted: Sequence[str], length: int
+    model: Model,
+    picture: Image.Image,
+    reference: Reference,
+    prompt: str,
+    wanted: Sequence[str],
+    length: int,
+    at: At = "features",
 ) -> Said:
     """The model's own answer, of at most so many tokens, and the words of it that are wanted (all, if none
     is named). Raises `ExampleError` where nothing is said, or another word is wanted."""
@@ -116,7 +127,7 @@ def say(
                 f"the word {shown(word)} was not said; name one of {shown(caption.text.strip(), 200)}"
             )
     chosen = [one for one in words if not asked or one.text.casefold() in asked]
-    return Said(model, picture, blank(picture, reference), prompt, caption, chosen)
+    return Said(model, picture, blank(picture, reference), prompt, caption, chosen, at)
 
 
 def words_of(caption: Caption) -> list[Word]:

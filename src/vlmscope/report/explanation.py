@@ -1,4 +1,5 @@
-"""The page of an explanation: one file with a small script of its own, in which words and cells light up.
+"""The page of an explanation: one file with a small script of its own, in which words and cells light up; and
+what a report says of it.
 
 All text goes through the templates, or is data that the script sets as text; numbers are rounded to four
 figures.
@@ -13,10 +14,13 @@ from typing import Any, NamedTuple
 
 import pandas as pd
 
-from vlmscope import __version__, files
+from vlmscope import __version__, files, stored
 from vlmscope.errors import StoreError
-from vlmscope.report.gallery import render
+from vlmscope.report.canvas import drawable
+from vlmscope.report.gallery import Gallery, Section, render
+from vlmscope.report.image_maps import word_maps
 from vlmscope.report.words import short_number
+from vlmscope.stored import formats
 
 GENERATOR = '<meta name="generator" content="vlmscope explain'
 """What a page says of who made it."""
@@ -24,6 +28,8 @@ SIDE = 640
 """The longest side, in pixels, of the picture in the page."""
 LISTED = 8
 """Heads and neurons of each word in the page."""
+DRAWN = 11
+"""Words whose maps are in a report, at most: those with the largest effects."""
 MAPS = {
     "exact": ("exact", "nats"),
     "knockout": ("not reading the cell", "nats"),
@@ -72,6 +78,36 @@ def render_page(about: Mapping[str, Any], tables: Mapping[str, pd.DataFrame], pi
             data=_data(about, words, cells, names),
         )
     )
+
+
+def section(folder: Path, gallery: Gallery) -> Section:
+    """The section of a folder that `Explanation.save` wrote: each word's map, and what it says in words."""
+    _, about, tables, pictures = stored.read_one(folder, formats.EXPLAIN)
+    words, cells = tables["words"], tables["cells"]
+    shown, least = None, about["rounding"]
+    if len(cells):
+        sizes = cells.groupby("word")["exact"].agg(lambda own: own.abs().max())
+        most = sorted(sizes.sort_values(ascending=False, kind="stable").index[:DRAWN])
+        title = {n: f"{sizes[n]:.2g} nats" if sizes[n] > least else "rounding" for n in most}
+        titles = {int(n): drawable(f"{words['text'][n]}: {title[n]}", 24) for n in most}
+        drawn = word_maps(cells, pictures["picture"], tuple(about["grid"]), titles, least)
+        best = next(cells.loc[[cells["exact"].abs().idxmax()]].itertuples())
+        values = {"about": about, "best": best, "word": words["text"][best.word], "words": len(words)}
+        shown = gallery.show("words", drawn, cells, "word_maps", many=len(titles), **values)
+    names = {"text": "word", "logprob": "log P", "without": "without the picture"}
+    names |= {f"spearman_{name}": f"rank correlation, {MAPS[name][0]}" for name in list(MAPS)[1:]}
+    text = render(
+        "explained.html",
+        about=about,
+        blank=BLANKS[about["reference"]],
+        shown=shown,
+        sentences=[
+            " ".join(sentences(about, word, cells[cells["word"] == word["word"]]))
+            for _, word in words.iterrows()
+        ],
+        table=words[list(names)].rename(columns=names),
+    )
+    return Section(f"Where words come from: {about['prompt']}", text)
 
 
 def _pieces(answer: str, words: pd.DataFrame) -> Iterator[tuple[str, int | None]]:

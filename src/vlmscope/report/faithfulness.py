@@ -13,6 +13,7 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 from vlmscope import stored
 from vlmscope.report.canvas import DARK, Margins, figure_of, grid, set_title
 from vlmscope.report.gallery import Gallery, Section, render
+from vlmscope.report.graph import DRAWN, graph
 from vlmscope.report.words import ends, percent, short_number
 from vlmscope.stored import formats
 from vlmscope.studies.run_folder import read_run
@@ -32,11 +33,18 @@ def section(folder: Path, gallery: Gallery) -> Section:
     best = {"fraction": own["kept"] / about["parts"], "f": own["f"]}
     drawn = carried_by_size(table, best)
     shown = gallery.show("curve", drawn, table, "carried", rows=table, about=about)
+    figures, are_edges = [("", shown)], "edge" in about["kinds"]
+    if are_edges:
+        edges = circuit["part"].str.partition("->")[[0, 2]].set_axis(["source", "target"], axis=1)
+        edges["score"] = circuit["score"]
+        own = gallery.show("graph", graph(edges), edges, "graph", rows=edges, most=DRAWN)
+        figures.append(("The edges of the circuit", own))
     text = render(
         "faithfulness.html",
         about=about,
         said=about["lines"],
-        shown=shown,
+        figures=figures,
+        are_edges=are_edges,
         circuit=circuit.assign(
             score=circuit["score"].map(short_number),
             interval=[ends(row.low, row.high, percent) for row in circuit.itertuples()],

@@ -165,6 +165,32 @@ def word_plates(
     return _mosaic(lines, [(scale, "P(word)")], ax, size=size, down=0.35)
 
 
+def word_maps(
+    cells: pd.DataFrame,
+    picture: Picture,
+    shape: tuple[int, int],
+    titles: Mapping[int, str],
+    least: float = 0.0,
+    *,
+    ax: Axes | None = None,
+) -> Axes:
+    """What each cell of a picture does to each word, in nats: a tile a word, each on a scale of its own, that
+    ends at `least` where all effects are smaller.
+
+    `cells` are those of `vlmscope.explain`, where a row may be a group of cells; `titles` are the words that
+    are drawn, by their number.
+    """
+    image, tiles = _open(picture), []
+    for word, title in titles.items():
+        shown = np.full(shape, np.nan)
+        for unit in cells[cells["word"] == word].itertuples():
+            shown[unit.row : unit.row + unit.rows, unit.column : unit.column + unit.columns] = unit.exact
+        tiles.append(Tile(image, title, shown, centred([shown], least)))
+    lines = [tiles[n : n + 4] for n in range(0, len(tiles), 4)]
+    bar = (centred([[1.0]]), "effect, of the word's largest")
+    return _mosaic([[Tile(image, "picture"), *lines[0]], *lines[1:]], [bar], ax, size=1.9, down=0.3)
+
+
 def in_cells(rows: pd.DataFrame) -> pd.DataFrame:
     """The rows of a table whose slot is a place of the picture, with its `row` and `column`."""
     found = rows["slot"].str.extract(r"^image\[(\d{1,3}),(\d{1,3})\]$")

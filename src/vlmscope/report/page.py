@@ -16,7 +16,18 @@ import matplotlib
 
 from vlmscope import __version__, files, stored
 from vlmscope.errors import StoreError
-from vlmscope.report import attribution, directions, edges, faithfulness, heads, lens, neurons, run, tracing
+from vlmscope.report import (
+    attribution,
+    directions,
+    edges,
+    explanation,
+    faithfulness,
+    heads,
+    lens,
+    neurons,
+    run,
+    tracing,
+)
 from vlmscope.report.gallery import Gallery, render
 from vlmscope.studies.run_folder import Run, read_run, table_in
 
@@ -30,11 +41,14 @@ SECTIONS = {
     "heads": heads.section,
     "tracing": tracing.section,
     "lens": lens.section,
+    "explain": explanation.section,
     "neurons": neurons.section,
     "steer": directions.steered,
     "probe": directions.probed,
 }
 """What writes about a folder, by the JSON file in it."""
+PATCHED = ("circuits", "heads", "tracing", "explain")
+"""Those that say what patches do."""
 
 
 def write_report(
@@ -46,10 +60,10 @@ def write_report(
     """Write the report of a folder, or of several, to `out`, and its figures and data to `<stem>-figures/`.
 
     A folder is a run, or what `circuits`, `faithfulness`, `heads`, `tracing`, `lens`, `notice`, `neurons`,
-    `steer` or `probe` wrote. Each figure is saved as PNG, and in the further `formats` that are named (`svg`,
-    `pdf`). An earlier report is replaced, with its figures, when all is drawn. Raises `StoreError`, before
-    anything is written, if a folder is none of these or damaged, or if `out` is no `.html`, or something else
-    is there than such a report.
+    `steer` or `probe` wrote, or an `Explanation` has saved. Each figure is saved as PNG, and in the further
+    `formats` that are named (`svg`, `pdf`). An earlier report is replaced, with its figures, when all is
+    drawn. Raises `StoreError`, before anything is written, if a folder is none of these or damaged, or if
+    `out` is no `.html`, or something else is there than such a report.
     """
     if not parts:
         raise StoreError("no runs to report on; name at least one run folder")
@@ -133,7 +147,7 @@ def _page(folders: Sequence[tuple[str, Path]], gallery: Gallery) -> str:
         "page.html",
         version=__version__,
         sections=[section._replace(title=title) for section, title in zip(sections, titles, strict=True)],
-        is_patched=bool(reported) or any(what in ("circuits", "heads", "tracing") for what, _ in folders),
+        is_patched=bool(reported) or any(what in PATCHED for what, _ in folders),
         is_neurons=all(what == "neurons" for what, _ in folders),
     )
 

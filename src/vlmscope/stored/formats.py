@@ -292,6 +292,7 @@ EXPLAIN = {
             "answer": str,
             "reference": str,
             "direction": str,
+            "at?": str,
             "rounding": float,
             "grid": [int],
             "cells": int,

@@ -25,16 +25,16 @@ from vlmscope.patching.scores import Metric
 from vlmscope.runs import corrupt as corruptions
 from vlmscope.runs.corrupt import Noise
 from vlmscope.runs.model import Model
-from vlmscope.sites import Site
 from vlmscope.stored import formats
 from vlmscope.studies.circuits import assess
 from vlmscope.studies.faithfulness import mib
 from vlmscope.studies.faithfulness.curve import FRACTIONS, Ratio, Shares
 from vlmscope.studies.faithfulness.measure import around, measured_of, on_curve, run_all, run_unkept
-from vlmscope.studies.faithfulness.scores import Scores, Split, name_of, parts_of, split
+from vlmscope.studies.faithfulness.parts import Edges, Parts, parts_of
+from vlmscope.studies.faithfulness.scores import Scores, Split, split
 from vlmscope.studies.faithfulness.scores import read as read_scores
 from vlmscope.studies.faithfulness.summary import areas, null, parts_table, reported, table_of
-from vlmscope.studies.faithfulness.words import lines, noun
+from vlmscope.studies.faithfulness.words import lines
 from vlmscope.studies.known import knows
 from vlmscope.studies.run_folder import read_run
 from vlmscope.studies.task import Task, task_of
@@ -105,11 +105,15 @@ def faithfulness(
 ) -> Faithful:
     """How much of the clean run's behaviour the best parts carry, when all others have another run's values.
 
-    `scores` is a run folder of `sweep` or `attribute`, a folder of `circuits` (the important heads are the
-    circuit, found anew on the examples that rank), or a JSON file of importances as in MIB. Its parts are
-    heads, neurons and sublayers, at all positions (scores are summed over positions); what it does not score
-    is no part, and computes freely. In the clean run each part outside of a circuit has its activation of the
-    corrupt run, or the `mean` over the examples that are measured at the same slot, or `zero`.
+    `scores` is a run folder of `sweep`, `attribute` or `edges`, a folder of `circuits` (the important heads
+    are the circuit, found anew on the examples that rank), or a JSON file of importances as in MIB. Its parts
+    are heads, neurons and sublayers, at all positions (scores are summed over positions); what it does not
+    score is no part, and computes freely. In the clean run each part outside of a circuit has its activation
+    of the corrupt run, or the `mean` over the examples that are measured at the same slot, or `zero`.
+
+    Of a folder of `edges` (and where a file has scores of edges and none of nodes) the parts are edges: what
+    reads gets the sum of what its edges in the circuit carry as they are in this very run, and of what all
+    others carry in the corrupt run (`patching.edge_circuits`); there is no `mean` and no `zero` of these.
 
     Of a circuit C, f = (m(C) − m(∅)) / (m(all) − m(∅)), m the mean of `metric` over the examples; with
     `ratio` median, the median of the examples' ratios. A size is a share of all parts. `signed` ranks by the
@@ -122,7 +126,8 @@ def faithfulness(
     all scores rank; else those with scores are halved. What an importance file was made on is not known.
 
     One circuit is reported: the one that is given, or the smallest of the signed ranking that carries 80 % on
-    (up to 20) examples that are not measured, else the one that carries most. `summary["circuit"]` has its f,
+    (up to 20) examples that are not measured, else the one that carries most; of edges without those that are
+    on no way from what enters to the end, which change nothing. `summary["circuit"]` has its f,
     that of all parts but it (`without`), and `draws` random circuits of its size; it `passes` if f is surely
     more than theirs on average, at most 5 % of theirs are as large (`p_value`), and there is a behaviour: the
     gap is surely there, and the model knows the task (`known.knows`). With at most 20 parts, `circuit` says
@@ -130,7 +135,7 @@ def faithfulness(
 
     With `out`, what is measured is kept in a run folder as it is computed, and called again it goes on.
     Raises `StoreError` for scores of another model, data or corruption, and for a folder of another run,
-    `DataError` where there are too few examples for halves.
+    `DataError` where there are too few examples for halves, `ModelError` for edges of a model that has none.
 
     >>> import tempfile, vlmscope
     >>> model, states = vlmscope.load("toy-blip"), vlmscope.examples("states", limit=12)
@@ -157,28 +162,34 @@ def faithfulness(
     ranked = read_scores(scores, model, kind, data)
     parted = split(ranked, given, data, seed, CHOOSING)
     means = ranked.table.loc[parted.rows].mean().dropna()
-    expressions, parts = parts_of(means.index, model.shapes)
-    means = means[[name_of(part) for part in parts]]
+    parts = ranked.edges or parts_of(means.index, model.shapes)
+    if ranked.edges and outside != "corrupt":
+        raise VlmscopeError(
+            "edges outside of a circuit carry what the other run has; leave --outside out, or name scores of "
+            "heads and MLPs, which can be mean or zero"
+        )
+    means = means.reindex(parts.names, fill_value=0.0)
     options: dict[str, Any] = {
         "direction": "noise",
         "metric": metric,
         "patch": "clean" if outside == "corrupt" else outside,
         "seed": seed,
     }
-    task = task_of(model, parted.measured, expressions, corruption, **options)
+    task = task_of(model, parted.measured, parts.expressions, corruption, **options)
     order = _order(means, ranked.signed)
     digest = _digest(means, order, fractions, draws, parted, ratio)
-    numbers = {name_of(part): number for number, part in enumerate(parts)}
-    known = None if out is None else _known(out, digest, numbers)
+    known = None if out is None else _known(out, digest, parts)
     if known is None:
         choosing = (
-            task_of(model, parted.choosing, expressions, corruption, **options) if parted.choosing else None
+            task_of(model, parted.choosing, parts.expressions, corruption, **options)
+            if parted.choosing
+            else None
         )
         known = _chosen(ranked, parted, parts, order, fractions, choosing, ratio)
     chosen, fraction = known
     curve = on_curve(order, fractions)
-    task = measured_of(task, around(chosen, curve, parts, draws, seed))
-    own = {"digest": digest, "chosen": [name_of(parts[n]) for n in sorted(chosen)], "fraction": fraction}
+    task = measured_of(task, parts, around(chosen, curve, parts, draws, seed))
+    own = {"digest": digest, "chosen": [parts.names[n] for n in sorted(chosen)], "fraction": fraction}
     if out is not None:
         Faithful.claim(out)
     values, base, check = run_all(task, out, data, {"circuits": own})
@@ -196,17 +207,17 @@ def faithfulness(
         "metric": metric if isinstance(metric, str) else metric.__qualname__,
         "ratio": ratio,
         **_of_scores(ranked, parted),
-        "parts": len(parts),
+        "parts": len(parts.names),
         **_of_runs(shares, base, sign),
         **areas(shares, order, fractions, curve),
         "circuit": reported(shares, chosen, fraction, task.circuits, knows(base).severity),
-        "kinds": dict(Counter(noun(parts[n]) for n in sorted(chosen))),
+        "kinds": dict(Counter(parts.nouns[n] for n in sorted(chosen))),
         "check": check,
         "seed": seed,
     }
     summary["lines"] = lines(summary)
     found = Faithful(
-        table, parts_table(shares, named, parts, chosen), summary, _importances(model, means, named)
+        table, parts_table(shares, named, parts, chosen), summary, _importances(model, parts, means, named)
     )
     if out is not None:
         found.save(out)
@@ -267,9 +278,10 @@ def _digest(
 
 
 def _known(
-    out: str | os.PathLike[str], digest: str, numbers: Mapping[str, int]
+    out: str | os.PathLike[str], digest: str, parts: Parts
 ) -> tuple[frozenset[int], float | None] | None:
     """The chosen circuit of a folder that is gone on with."""
+    numbers = {name: number for number, name in enumerate(parts.names)}
     with suppress(StoreError):
         own = read_run(out).spec.get("circuits") or {}
         if own.get("digest") == digest:
@@ -280,14 +292,14 @@ def _known(
 def _chosen(
     ranked: Scores,
     parted: Split,
-    parts: Sequence[Site],
+    parts: Parts,
     order: Mapping[str, Sequence[int]],
     fractions: Sequence[float],
     choosing: Task | None,
     ratio: Ratio,
 ) -> tuple[frozenset[int], float | None]:
     """The circuit that is reported, and the fraction that it is of the signed ranking, if it is one."""
-    numbers = {name_of(part): number for number, part in enumerate(parts)}
+    numbers = {name: number for number, name in enumerate(parts.names)}
     if ranked.circuit is not None:
         return frozenset(numbers[name] for name in ranked.circuit), None
     if ranked.least is not None:
@@ -295,18 +307,18 @@ def _chosen(
         if found:
             return frozenset(numbers[name] for name in found), None
     curve = on_curve({"signed": order["signed"]}, fractions)
-    some = {name: circuit for name, circuit in curve.items() if 0 < len(circuit) < len(parts)}
+    some = {name: circuit for name, circuit in curve.items() if 0 < len(circuit) < len(numbers)}
     if not some:
-        return frozenset(range(len(parts))), 1.0
+        return frozenset(range(len(numbers))), 1.0
     sized = dict(zip(curve, fractions, strict=True))
     if choosing is None:  # none of the examples that rank is at hand
-        return some[next(iter(some))], sized[next(iter(some))]
-    values, base = run_unkept(measured_of(choosing, {"none": frozenset(), **some}))
+        return parts.pruned(some[next(iter(some))]), sized[next(iter(some))]
+    values, base = run_unkept(measured_of(choosing, parts, {"none": frozenset(), **some}))
     sign = -1.0 if choosing.metric == "kl" else 1.0
     shares = Shares(sign * values, sign * base["value_clean"], ratio)
     carried = {name: np.nan_to_num(shares.of(name), nan=-np.inf) for name in some}
     best = next((name for name, f in carried.items() if f >= ENOUGH), max(carried, key=carried.__getitem__))
-    return some[best], sized[best]
+    return parts.pruned(some[best]), sized[best]
 
 
 def _important(table: pd.DataFrame, least: float) -> list[str]:
@@ -322,7 +334,8 @@ def _important(table: pd.DataFrame, least: float) -> list[str]:
     return found
 
 
-def _importances(model: Model, means: pd.Series[float], named: pd.Series[float]) -> str | None:
+def _importances(model: Model, parts: Parts, means: pd.Series[float], named: pd.Series[float]) -> str | None:
+    scores = {str(name): score for name, score in means.items()}
     with suppress(ModelError):  # a part that MIB has no name for
-        return mib.written(model, {str(name): score for name, score in means.items()}, set(named.index))
+        return mib.written(model, scores, set(named.index), parts if isinstance(parts, Edges) else None)
     return None

@@ -7,7 +7,7 @@ f(C) = (m(C) − m(∅)) / (m(all) − m(∅)), m averaged over the examples fir
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Hashable, Mapping, Sequence
 from functools import cached_property
 from typing import Literal
 
@@ -15,7 +15,6 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from vlmscope.sites import Point, Site
 from vlmscope.stats import FEWEST, LEVEL, rng
 
 Array = NDArray[np.float64]
@@ -113,20 +112,22 @@ def sizes(fractions: Sequence[float], many: int) -> list[int]:
     return [int(fraction * many) for fraction in fractions]
 
 
-def random_like(circuit: Collection[int], parts: Sequence[Site], draw: np.random.Generator) -> frozenset[int]:
-    """As many parts of each layer and kind as a circuit has there, drawn at random.
+def random_like(
+    circuit: Collection[int], alike: Sequence[Hashable], draw: np.random.Generator
+) -> frozenset[int]:
+    """As many parts of each layer and kind as a circuit has there, drawn at random; `alike` says of each
+    part what that is.
 
-    >>> heads = [Site("decoder", n // 4, "attn", "h", (n % 4,)) for n in range(8)]
-    >>> drawn = random_like([0, 1, 6], heads, rng(0))
+    >>> drawn = random_like([0, 1, 6], ["layer 0"] * 4 + ["layer 1"] * 4, rng(0))
     >>> sorted(n // 4 for n in drawn)
     [0, 0, 1]
     """
-    alike: Mapping[Point, list[int]] = defaultdict(list)
-    for number, part in enumerate(parts):
-        alike[part.point].append(number)
-    kept = (sum(number in circuit for number in some) for some in alike.values())
+    groups: Mapping[Hashable, list[int]] = defaultdict(list)
+    for number, group in enumerate(alike):
+        groups[group].append(number)
+    kept = (sum(number in circuit for number in some) for some in groups.values())
     return frozenset(
         int(number)
-        for some, many in zip(alike.values(), kept, strict=True)
+        for some, many in zip(groups.values(), kept, strict=True)
         for number in draw.permutation(some)[:many]
     )

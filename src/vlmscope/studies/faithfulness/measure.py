@@ -7,20 +7,20 @@ import warnings
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from functools import cached_property, partial
+from functools import partial
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
 from vlmscope.data.example import Example
-from vlmscope.patching import engine, reference
-from vlmscope.patching.nodes import run_circuits
+from vlmscope.patching import reference
 from vlmscope.patching.scores import ROUNDING, agrees
 from vlmscope.patching.trace import Images
-from vlmscope.sites import Site, expand, parse
+from vlmscope.sites import Site
 from vlmscope.stats import rng
 from vlmscope.studies.faithfulness.curve import NONE, random_like, sizes
+from vlmscope.studies.faithfulness.parts import Edges, Nodes, Parts
 from vlmscope.studies.rows import result_of, run_jobs
 from vlmscope.studies.run_folder import MEASURED, Run, typed
 from vlmscope.studies.sweep import ALARM, Study, checked, into_folder, warn_of_excluded
@@ -38,19 +38,16 @@ Circuits = dict[str, frozenset[int]]
 
 @dataclass(frozen=True)
 class Measured(Task):
-    """What decides which circuits are run; the parts are the sites, in their order."""
+    """What decides which circuits are run, and what these are made of."""
 
+    parts: Parts = field(default_factory=lambda: Nodes([], []))
     circuits: Circuits = field(default_factory=dict)
 
-    @cached_property
-    def parts(self) -> list[Site]:
-        return expand(parse(self.sites), self.model.shapes)
 
-
-def measured_of(task: Task, circuits: Circuits) -> Measured:
+def measured_of(task: Task, parts: Parts, circuits: Circuits) -> Measured:
     """A task with circuits; those that keep the same parts are run once."""
     own = {each.name: getattr(task, each.name) for each in fields(Task)}
-    return Measured(**own, circuits=circuits)
+    return Measured(**own, parts=parts, circuits=circuits)
 
 
 def on_curve(order: Mapping[str, Sequence[int]], fractions: Sequence[float]) -> Circuits:
@@ -62,14 +59,15 @@ def on_curve(order: Mapping[str, Sequence[int]], fractions: Sequence[float]) -> 
     }
 
 
-def around(chosen: frozenset[int], curve: Circuits, parts: Sequence[Site], draws: int, seed: int) -> Circuits:
+def around(chosen: frozenset[int], curve: Circuits, parts: Parts, draws: int, seed: int) -> Circuits:
     """What stands beside circuits: none, all but the chosen one, random ones, and it without each part."""
     found: Circuits = {NONE: frozenset(), "chosen": chosen, **curve}
-    found["without"] = frozenset(range(len(parts))) - chosen
+    alike = parts.alike
+    found["without"] = frozenset(range(len(alike))) - chosen
     for name, circuit in [("chosen", chosen), *curve.items()]:
-        if 0 < len(circuit) < len(parts):
+        if 0 < len(circuit) < len(alike):
             for n in range(draws if name == "chosen" else min(draws, ON_CURVE)):
-                drawn = random_like(circuit, parts, rng(seed, "random circuit", sorted(circuit), n))
+                drawn = random_like(circuit, alike, rng(seed, "random circuit", sorted(circuit), n))
                 found[f"random {n} like {name}"] = drawn
     if 0 < len(chosen) <= SMALL:
         found |= {f"less {number}": chosen - {number} for number in sorted(chosen)}
@@ -141,16 +139,13 @@ def _runs(
     example: Example,
     circuits: Sequence[frozenset[int]],
     step: Callable[[int, float], None] = lambda many, part: None,
-    way: Any = engine,
+    **options: Any,
 ) -> tuple[np.ndarray[Any, Any], dict[str, float]]:
     """P(answer), LD and the metric of circuits in one example, and of the runs without patches."""
-    pairs, parts, images = task.pairs(example), task.parts, Images()
+    pairs, images = task.pairs(example), Images()
     totals, base = np.zeros((len(circuits), 3)), defaultdict[str, float](float)
     for number, pair in enumerate(pairs):
-        options: dict[str, Any] = {"values": task.values(example, pair, parts), "metric": task.metric}
-        clean, corrupt, found = run_circuits(
-            task.model, pair, parts, circuits, images=images, way=way, **options
-        )
+        clean, corrupt, found = task.parts.run(task, example, pair, circuits, images, **options)
         totals += found.numpy() / len(pairs)
         for run, scores in (("clean", clean), ("corrupt", corrupt)):
             for name in ("p", "ld", "value"):
@@ -164,14 +159,19 @@ def _check_run(task: Measured, run: Run) -> dict[str, Any] | None:
 
 
 def _check(task: Measured, base: pd.DataFrame, rows: pd.DataFrame) -> dict[str, Any] | None:
-    """One circuit of some examples, recomputed by plain forwards with the edits."""
-    circuit, of = task.circuits["chosen"], _names(task.circuits)["chosen"]
-    known = {example.id: example for example in task.examples}
-    largest, names = 0.0, checked(task, RECOMPUTED, base)
+    """One circuit of some examples against plain forwards: the chosen one of nodes, with the edits; of edges
+    the one that has none, which is the corrupt run."""
+    of_edges, names = isinstance(task.parts, Edges), checked(task, RECOMPUTED, base)
+    of = NONE if of_edges else "chosen"
+    found = rows[rows["circuit"] == _names(task.circuits)[of]].set_index("example")["value"]
+    known, corrupt = {one.id: one for one in task.examples}, base.set_index("example")["value_corrupt"]
+    largest = 0.0
     for name in names:
-        (row,) = rows[(rows["example"] == name) & (rows["circuit"] == of)].itertuples()
-        again, _ = _runs(task, known[name], [circuit], way=reference)
-        largest = max(largest, abs(float(again[0, 2]) - row.value))
+        if of_edges:
+            again = corrupt[name]
+        else:
+            again = _runs(task, known[name], [task.circuits[of]], way=reference)[0][0, 2]
+        largest = max(largest, abs(float(again) - found[name]))
     size = max(1.0, float(rows["value"].abs().max()))
     if largest > ALARM * ROUNDING[task.model.precision] * size:
         warnings.warn(

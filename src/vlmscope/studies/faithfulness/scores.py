@@ -1,14 +1,14 @@
-"""Where a ranking of parts comes from: attributions, effects, circuits, or a file of importances.
+"""Where a ranking of parts comes from: attributions, effects, circuits, edges, or a file of importances.
 
 A part is a head, a neuron, or all of a sublayer (`decoder.3.attn.h1`, `decoder.3.mlp.n7`, `decoder.3.mlp`),
-at all positions. A positive score says that the part upholds the behaviour of the clean run.
+at all positions; or an edge (`image->decoder.3.attn.v1`). A positive score says that the part upholds the
+behaviour of the clean run.
 """
 
 from __future__ import annotations
 
 import os
-from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,16 +17,15 @@ import pandas as pd
 
 from vlmscope.data.example import Example, fingerprint
 from vlmscope.errors import DataError, StoreError, plain, shown
+from vlmscope.patching.graph import Edge, check_tower
 from vlmscope.runs.network import Network
-from vlmscope.sites import ATTENTION, TOWERS, Pattern, Shape, Site, expand
 from vlmscope.stats import FEWEST
 from vlmscope.studies import circuits
 from vlmscope.studies.faithfulness import mib
+from vlmscope.studies.faithfulness.parts import KINDS, Edges, named
 from vlmscope.studies.run_folder import Run, read_run, table_in
 from vlmscope.studies.tables import change_of, is_single
 
-KINDS = (*ATTENTION, "mlp")
-"""What adds to the stream, and so can be in a circuit."""
 HALVES = 4
 """Examples that can be halved, at least."""
 
@@ -36,7 +35,8 @@ class Scores(NamedTuple):
 
     `digests` are the fingerprints of the examples, by the rows' names, None where these are not known.
     `circuit` is one that is given as such. Scores without a sign have one ranking alone. `least` is the
-    |mean| that a head of a circuit has to exceed, where `circuits` is what found them, else None.
+    |mean| that a head of a circuit has to exceed, where `circuits` is what found them, else None. `edges` are
+    the parts, where these are edges.
     """
 
     what: str
@@ -46,6 +46,7 @@ class Scores(NamedTuple):
     circuit: frozenset[str] | None = None
     signed: bool = True
     least: float | None = None
+    edges: Edges | None = None
 
 
 class Split(NamedTuple):
@@ -58,15 +59,16 @@ class Split(NamedTuple):
 
 
 def read(source: str | os.PathLike[str], model: Network, corruption: str, data: str) -> Scores:
-    """The scores in a run folder of `sweep` or `attribute`, a folder of `circuits`, or a file of MIB's.
+    """The scores in a run folder of `sweep`, `attribute` or `edges`, a folder of `circuits`, or a file of
+    MIB's.
 
     Raises `StoreError` for what is none, and for scores of another model or corruption (`corruption` is its
     kind, `none` where there is none).
     """
     path = Path(source)
     if not path.is_dir():
-        named, kept = mib.read(path, model)
-        return Scores("importances", pd.DataFrame([named], index=["all"]), circuit=kept)
+        scores, kept, of = mib.read(path, model)
+        return Scores("importances", pd.DataFrame([scores], index=["all"]), circuit=kept, edges=of)
     if (path / circuits.MANIFEST).exists():
         run, position = _run_of(path, corruption, data)
         _check(run, model, corruption)
@@ -79,29 +81,43 @@ def read(source: str | os.PathLike[str], model: Network, corruption: str, data: 
         return _of_run(run, "circuits", pd.concat(tables, axis=1).dropna(), least=least)
     run = read_run(path)
     _check(run, model, corruption)
-    if table_in(run.spec) == "edges":
-        raise StoreError(
-            f"{path}: holds scores of edges, and circuits here are of heads, neurons and sublayers; name a "
-            "folder of attribute, sweep or circuits"
-        )
     if table_in(run.spec) == "measured":
         raise StoreError(f"{path}: holds circuits that were measured, no scores; name the folder they are of")
+    sign = -1.0 if run.spec.get("direction") == "noise" else 1.0
+    if table_in(run.spec) in ("attributions", "edges"):
+        sign = -sign if run.spec.get("metric") == "kl" else sign
+    if table_in(run.spec) == "edges":
+        return _of_edges(run, model, sign)
     if table_in(run.spec) == "attributions":
         method, rows = run.spec["method"], run.attributions()
-        sign = -1.0 if run.spec.get("direction") == "noise" else 1.0
-        sign = -sign if run.spec.get("metric") == "kl" else sign
         scores = by_part(rows.assign(score=sign * rows["score"]), "score", path)
         return _of_run(run, f"attributions ({method})", scores, signed=method != "atp-star")
-    rows, sign = run.effects(), -1.0 if run.spec.get("direction") == "noise" else 1.0
+    rows = run.effects()
     value = change_of(rows)
     return _of_run(run, "effects", by_part(rows.assign(score=sign * rows[value]), "score", path))
 
 
+def _of_edges(run: Run, model: Network, sign: float) -> Scores:
+    rows, tower = run.edges(), str(run.spec["tower"])
+    check_tower(model, tower)
+    ends = rows[["source", "target"]].drop_duplicates().itertuples(index=False, name=None)
+    parts = Edges(tower, model.shapes[tower], {named(*edge): (Edge(*edge),) for edge in ends})
+    table = (sign * rows.pivot_table("score", "example", ["source", "target"])).rename_axis(index=None)
+    table = table.set_axis([named(*edge) for edge in table], axis=1)
+    return _of_run(run, f"edges ({run.spec['method']})", table, edges=parts)
+
+
 def _of_run(
-    run: Run, what: str, table: pd.DataFrame, *, signed: bool = True, least: float | None = None
+    run: Run,
+    what: str,
+    table: pd.DataFrame,
+    *,
+    signed: bool = True,
+    least: float | None = None,
+    edges: Edges | None = None,
 ) -> Scores:
     digests = {name: digest for name, digest in run.digests().items() if name in table.index}
-    return Scores(what, table, digests, str(run.spec.get("data")), signed=signed, least=least)
+    return Scores(what, table, digests, str(run.spec.get("data")), None, signed, least, edges)
 
 
 def _check(run: Run, model: Network, corruption: str) -> None:
@@ -219,36 +235,3 @@ def _enough(halved: int, others: int) -> None:
             f"too few examples for halves: {halved} with scores, {others} without; expected at least "
             f"{HALVES} with scores (half ranks, half is measured), or {FEWEST} without; give more examples"
         )
-
-
-# --- names of parts --------------------------------------------------------------------------
-
-
-def name_of(site: Site) -> str:
-    """What a part is called.
-
-    >>> name_of(Site("decoder", 3, "attn", "h", (1,)))
-    'decoder.3.attn.h1'
-    """
-    return str(site).partition("@")[0]
-
-
-def parts_of(names: Iterable[str], shapes: Mapping[str, Shape]) -> tuple[list[str], list[Site]]:
-    """The site expressions of parts, and the parts in the order in which these name them."""
-    units = defaultdict[tuple[str, int, str, str], list[int]](list)
-    for name in names:
-        tower, at, kind, *unit = name.split(".")
-        letter, number = (unit[0][0], int(unit[0][1:])) if unit else ("", 0)
-        units[tower, int(at), kind, letter].append(number)
-    written: list[str] = []
-    for (tower, layer, kind, letter), numbers in sorted(
-        units.items(), key=lambda one: (TOWERS.index(one[0][0]), one[0][1], KINDS.index(one[0][2]))
-    ):
-        place = f"{tower}.{layer}.{kind}"
-        if not letter:
-            written.append(f"{place}@all")
-        elif len(numbers) == shapes[tower].units(kind, letter):
-            written.append(f"{place}.{letter}*@all")
-        else:
-            written += [f"{place}.{letter}{each}@all" for each in sorted(numbers)]
-    return written, expand([Pattern.parse(text) for text in written], shapes)

@@ -8,11 +8,10 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from vlmscope.sites import Site
 from vlmscope.stats import LEVEL
 from vlmscope.studies.faithfulness.curve import Shares, area
 from vlmscope.studies.faithfulness.measure import Circuits
-from vlmscope.studies.faithfulness.scores import name_of
+from vlmscope.studies.faithfulness.parts import Parts
 
 COLUMNS = "ranking fraction kept f low high random random_low random_high".split()
 
@@ -104,13 +103,12 @@ def _drop(shares: Shares, number: int) -> tuple[float, float, float]:
 
 
 def parts_table(
-    shares: Shares, named: pd.Series[float], parts: Sequence[Site], chosen: frozenset[int]
+    shares: Shares, named: pd.Series[float], parts: Parts, chosen: frozenset[int]
 ) -> pd.DataFrame:
-    rows = []
+    rows, names, places = [], parts.names, parts.places
     for number, score in zip(sorted(chosen), named, strict=True):
-        part = parts[number]
         drop = _drop(shares, number) if _is_small(shares, chosen) else (np.nan,) * 3
-        rows.append((name_of(part), part.tower, part.layer, part.kind, part.unit or "", score, *drop))
+        rows.append((names[number], *places[number], score, *drop))
     columns = "part tower layer kind unit score drop low high".split()
     return pd.DataFrame(rows, columns=columns).sort_values(
         "score", key=abs, ascending=False, ignore_index=True

@@ -5,12 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from vlmscope.sites import Site
-
-
-def noun(part: Site) -> str:
-    return {"h": "head", "n": "neuron"}.get(part.part, "MLP" if part.kind == "mlp" else "attention block")
-
 
 def lines(summary: Mapping[str, Any]) -> list[str]:
     """What was found, in words; the last line is of the circuit."""
