@@ -436,7 +436,7 @@ def test_what_a_worker_refuses_is_one_error(ray: Any, tmp_path: Path) -> None:
 
 
 @pytest.mark.ray
-@pytest.mark.filterwarnings("ignore::ResourceWarning")
+@pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore:a worker died")
 def test_workers_that_die_before_they_begin(ray: Any, tmp_path: Path) -> None:
     with pytest.raises(VlmscopeError, match="3 workers died before they could begin .*; take fewer of them"):
         spread(tmp_path / "run", GIVEN, Stillborn(), OPTIONS, workers=2)
