@@ -183,7 +183,7 @@ def test_the_formats_have_the_columns_that_are_written():
 @pytest.mark.parametrize(
     "kind",
     "run circuits heads tracing notice lens attribution knockout steer probe".split()
-    + "find describe perturb edit".split(),
+    + "find describe perturb edit edges explanation".split(),
 )
 def test_a_good_folder_of_each_kind_is_read_and_reported(good, tmp_path, kind):
     assert vlmscope.open(good / kind)

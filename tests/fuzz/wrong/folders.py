@@ -31,6 +31,7 @@ MADE = {
     "lens": "lens --model toy-llava --data states --limit 2 --sites decoder.3.resid@image* --out lens",
     "attribution": "attribute --model toy-llava --data states --limit 2 --sites decoder.*.attn.h*@readout "
     "--sites decoder.3.attn@readout<image* --out attribution",
+    "edges": "edges --model toy-llava --data states --limit 2 --corrupt image --out edges",
     "knockout": "knockout --model toy-llava --data states --limit 2 --sites decoder.1/3.attn@last<image "
     "--out knockout",
     "steer": f"steer {TOY} --limit 4 --sites encoder.0.resid@last --corrupt image --random 2 "
@@ -59,9 +60,23 @@ objects = pd.DataFrame([("chair_i", 0.5, 0.25, 0.5)], columns=["measure", "befor
 edited = {"model": "toy-llava", "weights": "abc", "from": "heart", "to": "cross", "size": 1.5}
 pictures = {name: Image.new("RGB", (8, 8)) for name in "ab"}
 Assessed(edited, measures, captions, columns, objects, pictures).save("edit")
+import vlmscope
+asked = vlmscope.examples("states", limit=1)[0]
+said = vlmscope.explain(vlmscope.load("toy-llava"), asked.clean_image, asked.clean_prompt)
+said.save("explanation")
 """
-"""Those that take a minute to make, from values."""
-IGNORED = ("report", "data/", ".lock", "heads.csv", "tracing.csv", "sites.txt", "direction.safetensors")
+"""Those that take a minute to make, from values; and one that no command makes."""
+IGNORED = (
+    "report",
+    "explain.html",
+    "edges.parquet",
+    "data/",
+    ".lock",
+    "heads.csv",
+    "tracing.csv",
+    "sites.txt",
+    "direction.safetensors",
+)
 """Files that no command reads again, by what is in their path."""
 
 
@@ -455,7 +470,7 @@ def fixed(top: Path, good: Path) -> Iterator[Case]:
 def cases(random: Random, top: Path) -> Iterator[Case]:
     good = good_folders(top)
     yield from fixed(top, good)
-    kinds = ["run", *MADE, "perturb", "edit"]
+    kinds = ["run", *MADE, "perturb", "edit", "explanation"]
     number = 0
     while True:
         kind = random.choice(kinds)
