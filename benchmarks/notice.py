@@ -90,21 +90,23 @@ def halves(out: Path) -> dict[str, dict[str, float]]:
     return found
 
 
-def knock_outs(out: Path) -> dict[str, dict[str, float]]:
-    """For each set: accuracy with no head, the important heads, and random ones knocked out."""
+def knock_outs(out: Path) -> dict[str, dict[str, float | None]]:
+    """For each set: accuracy with no head, the important heads, and random ones knocked out; None where too
+    few other heads are in their layers."""
     found = {}
     for folder in sorted((out / "heads").iterdir()):
         table = pd.read_csv(folder / "together.csv")
         whole = table.loc[table["set"] == "none", "accuracy"].item()
         mean = table[table["knockout"] == "mean"].groupby("set")["accuracy"].mean()
-        these, random = whole - mean["these heads"], whole - mean["random heads"]
+        these = whole - mean["these heads"]
+        random = whole - mean["random heads"] if "random heads" in mean else None
         heads = len(table.loc[table["set"] == "these heads", "heads"].iloc[0].split())
         found[folder.name] = {
             "heads": heads,
             "accuracy": whole,
             "drop": these,
             "drop_of_random": random,
-            "times": these / random if random > 0 else float("inf"),
+            "times": these / random if random is not None and random > 0 else None,
         }
     return found
 
