@@ -96,6 +96,19 @@ def sync(model: Model) -> None:
         torch.cuda.synchronize()
 
 
+PLACES = {
+    "LlavaForConditionalGeneration": {
+        "decoder": ("model.language_model.layers", "self_attn.o_proj"),
+        "vision": ("model.vision_tower.encoder.layers", "self_attn.out_proj"),
+    },
+    "Qwen2_5_VLForConditionalGeneration": {
+        "decoder": ("model.language_model.layers", "self_attn.o_proj"),
+        "vision": ("model.visual.blocks", "attn.proj"),
+    },
+}
+"""Where the blocks of a tower are, and in a block what stands behind its heads."""
+
+
 class Full:
     """Full forwards with a plain hook, as anyone would write it."""
 
@@ -107,30 +120,32 @@ class Full:
         return self.model.hf(**inputs.tensors, use_cache=False).logits[0, -1]
 
     def hooked(self, site: Site, function: Callable[[Tensor], None], inputs: Inputs) -> Tensor:
-        block = self.model.hf.model.language_model.layers[site.layer]
+        blocks, output = PLACES[type(self.model.hf).__name__][site.tower]
+        block = self.model.hf.get_submodule(f"{blocks}.{site.layer}")
         if site.kind == "resid":
             handle = block.register_forward_hook(lambda m, a, out: function(out))
         else:
-            handle = block.self_attn.o_proj.register_forward_pre_hook(lambda m, a: function(a[0]))
+            handle = block.get_submodule(output).register_forward_pre_hook(lambda m, a: function(a[0]))
         try:
             return self.forward(inputs)
         finally:
             handle.remove()
 
     def site(self, site: Site) -> float:
-        width = self.model.shapes["decoder"].width // self.model.shapes["decoder"].heads["attn"]
+        shape = self.model.shapes[site.tower]
+        width = shape.width // shape.heads["attn"]
         columns = slice(width * site.units[0], width * (site.units[0] + 1)) if site.units else slice(None)
         if site not in self.kept or not self.keep:
             self.hooked(
                 site,
-                lambda x: self.kept.update({site: x[:, list(site.positions), columns].clone()}),
+                lambda x: self.kept.update({site: x[..., list(site.positions), columns].clone()}),
                 self.pair.clean,
             )
             if not self.keep:
                 self.forward(self.pair.corrupt)
 
         def put(x: Tensor) -> None:
-            x[:, list(site.positions), columns] = self.kept[site]
+            x[..., list(site.positions), columns] = self.kept[site]
 
         logits = self.hooked(site, put, self.pair.corrupt).float()
         return float(logits[self.pair.answer] - logits[self.pair.foil])

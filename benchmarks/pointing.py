@@ -52,7 +52,7 @@ MAPS |= {"attention": "noise"}
 STEPS = (0, 1, 2, 3, 4, 6, 9, 12, 18, 27, 36)
 WORDS = {"states": ("color", "shape"), "scenes": ("subject", "object")}
 """Kinds of questions whose answer is a color or a shape."""
-PIXELS = 50
+PIXELS = 200
 """Of how many pictures of each toy and set the map of pixels is made."""
 OTHERS = 10
 """Of how many other examples the masks are a map's null."""
