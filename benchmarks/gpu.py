@@ -14,9 +14,9 @@ vision tower at all its positions, by
 - nnsight, where it is installed (heads of LLaVA).
 
 `share_of_rate` is what the engine's multiplications, counted by torch, take of the rate that a large product
-of matrices has on this card; `peak_gb` is torch's own count, the weights apart. What there was no time for is
-in `left_out`. `--tiny` runs the same on small models in float32, on a CPU too: it says that this file works, and
-nothing about speed. The last line is JSON.
+of matrices has on this card; `peak_gb` is torch's own count, the weights apart. What there was no time for
+is in `left_out`. `--tiny` runs the same on small models in float32, on a CPU too: it says that this file
+works, and nothing about speed. The last line is JSON.
 """
 
 from __future__ import annotations
