@@ -406,8 +406,9 @@ def test_a_file_of_importances_comes_back(model, scored, whole, tmp_path):
     kept = {name for name, node in content["nodes"].items() if node["in_graph"]} - {"input", "logits"}
     assert len(kept) == len(found.circuit)
     again = vlmscope.faithfulness(
-        model, others(8), tmp_path / "mine.json", "image", draws=1, fractions=(0.5, 1.0)
+        model, others(8), tmp_path / "mine.json", "image", draws=1, fractions=(0.05, 0.5, 1.0)
     )
+    assert again.summary["circuit"]["fraction"] == 0.5  # at least a tenth of the parts
     assert again.summary["ranked_on"] is None and not again.summary["held_out"]
     assert "nothing says on which examples the scores were made: these may be among them" in again.lines()
 

@@ -45,6 +45,8 @@ NAMES = ("faithfulness.parquet", "circuit.csv", "importances.json")
 Outside = Literal["corrupt", "mean", "zero"]
 ENOUGH = 0.8
 """The smallest circuit that carries this share is the one that is reported."""
+UNCHOSEN = 0.1
+"""Where no example is at hand to choose by, it is the smallest that has this share of the parts."""
 CHOOSING = 20
 """Of so many examples with scores the size is chosen, at most."""
 
@@ -126,12 +128,13 @@ def faithfulness(
     all scores rank; else those with scores are halved. What an importance file was made on is not known.
 
     One circuit is reported: the one that is given, or the smallest of the signed ranking that carries 80 % on
-    (up to 20) examples that are not measured, else the one that carries most; of edges without those that are
-    on no way from what enters to the end, which change nothing. `summary["circuit"]` has its f,
-    that of all parts but it (`without`), and `draws` random circuits of its size; it `passes` if f is surely
-    more than theirs on average, at most 5 % of theirs are as large (`p_value`), and there is a behaviour: the
-    gap is surely there, and the model knows the task (`known.knows`). With at most 20 parts, `circuit` says
-    what f loses without each (`drop`); `needed` counts those that surely lose something.
+    (up to 20) examples that are not measured, else the one that carries most; without such examples, the one
+    with a tenth of the parts. Of edges it is without those that are on no way from what enters to the end,
+    which change nothing. `summary["circuit"]` has its f, that of all parts but it (`without`), and `draws`
+    random circuits of its size; it `passes` if f is surely more than theirs on average, at most 5 % of theirs
+    are as large (`p_value`), and there is a behaviour: the gap is surely there, and the model knows the task
+    (`known.knows`). With at most 20 parts, `circuit` says what f loses without each (`drop`); `needed` counts
+    those that surely lose something.
 
     With `out`, what is measured is kept in a run folder as it is computed, and called again it goes on.
     Raises `StoreError` for scores of another model, data or corruption, and for a folder of another run,
@@ -312,7 +315,8 @@ def _chosen(
         return frozenset(range(len(numbers))), 1.0
     sized = dict(zip(curve, fractions, strict=True))
     if choosing is None:  # none of the examples that rank is at hand
-        return parts.pruned(some[next(iter(some))]), sized[next(iter(some))]
+        name = next((one for one in some if sized[one] >= UNCHOSEN), [*some][-1])
+        return parts.pruned(some[name]), sized[name]
     values, base = run_unkept(measured_of(choosing, parts, {"none": frozenset(), **some}))
     sign = -1.0 if choosing.metric == "kl" else 1.0
     shares = Shares(sign * values, sign * base["value_clean"], ratio)
