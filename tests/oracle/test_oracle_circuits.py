@@ -99,7 +99,11 @@ def test_outside_may_be_zero(case):
 
 
 class Summed:
-    """A decoder of LLaMA's blocks in which no stream is read: each reader is given a sum of writers."""
+    """A decoder of LLaMA's blocks in which no stream is read: each reader is given a sum of writers.
+
+    What is added to the stream between two blocks (DeepStack) is what enters the next one beyond what left
+    the last one.
+    """
 
     def __init__(self, case: Case, image: list[int]) -> None:
         self.case, self.image = case, image
@@ -124,8 +128,19 @@ class Summed:
 
         with anatomy.hooked() as hold:
             hold(self.tower.blocks[0].register_forward_pre_hook(enter, with_kwargs=True))
+            left: dict[int, Tensor] = {}
             for layer, block in enumerate(self.tower.blocks):
                 name, own = f"decoder.{layer}", block.self_attn
+
+                def leave(m: Any, args: Any, out: Any, layer=layer) -> None:
+                    left[layer] = out[0] if isinstance(out, tuple) else out
+
+                def between(m: Any, args: Any, named: Any, layer=layer) -> None:
+                    wrote[f"decoder.{layer - 1}.deepstack"] = anatomy.first(args, named) - left[layer - 1]
+
+                hold(block.register_forward_hook(leave))
+                if layer:
+                    hold(block.register_forward_pre_hook(between, with_kwargs=True))
                 for part in "qkv":
 
                     def project(m: Any, args: Any, out: Tensor, part=part, name=name, block=block) -> Tensor:
