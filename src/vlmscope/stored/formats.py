@@ -292,7 +292,7 @@ EXPLAIN = {
             "answer": str,
             "reference": str,
             "direction": str,
-            "at?": str,
+            "at": ("features", "pixels"),
             "rounding": float,
             "grid": [int],
             "cells": int,
