@@ -653,3 +653,19 @@ def test_the_command(run, tmp_path):  # noqa: F811
     refused(run(*asked, "--out", out), "none.png: no such file")
     asked[4] = mine
     refused(run(*asked, "--out", out), "mine.html: not an image")
+
+
+@pytest.mark.parametrize(
+    ("without", "reference", "said"),
+    [
+        (-1e-4, "blur", "is in the picture blurred, too, or not in the picture at all (--reference mean"),
+        (-1e-4, "mean", "is in the picture in its mean color alone, too, or not in the picture at all."),
+        (0.0, "blur", "What the picture blurred lacks speaks against it."),
+    ],
+)
+def test_a_word_that_no_cell_and_no_picture_takes_away(without, reference, said):
+    """A yellow cross is yellow when it is blurred: that says nothing of where the word comes from."""
+    word = pd.Series({"text": "yellow", "logprob": -1e-4 if without else -0.5, "without": without})
+    cells = pd.DataFrame([{"exact": 0.0, "row": 0, "column": 0, "rows": 1, "columns": 1}])
+    about = {"direction": "noise", "reference": reference, "rounding": 1e-4}
+    assert said in [*sentences(about, word, cells)][-1]

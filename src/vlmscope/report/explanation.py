@@ -207,11 +207,11 @@ def sentences(about: Mapping[str, Any], word: pd.Series[Any], cells: pd.DataFram
         after = _p(word["logprob"] - best["exact"])
         yield f"The {place} matters most: with it replaced P = {after} ({size} nats)."
     elif total <= about["rounding"]:
-        yield (
-            "The picture speaks against it."
-            if total < -about["rounding"]
-            else "It does not come from the picture."
-        )
+        if total < -about["rounding"]:
+            yield f"What the picture {blank} lacks speaks against it."
+        else:
+            more = " (--reference mean takes more away)" if about["reference"] == "blur" else ""
+            yield f"What it needs is in the picture {blank}, too, or not in the picture at all{more}."
     elif gains:
         yield f"No cell by itself is worth more than rounding ({least})."
     else:
