@@ -114,9 +114,7 @@ def _expected(name: str, key: str, value: Any) -> str | None:
     if key.startswith("do_") and not (isinstance(value, bool) or (value is None and key not in SAID)):
         return "true or false"
     listed = value if isinstance(value, list) and value else [value]
-    if key.endswith("_token_id") and any(
-        isinstance(x, bool) or not isinstance(x, int | None) for x in listed
-    ):
+    if key.endswith("_token_id") and not {type(one) for one in listed} <= {int, type(None)}:
         return "a whole number"
     if (name, key, value) == ("generation_config.json", "eos_token_id", None):
         return "the token that ends an answer, or no entry"

@@ -166,9 +166,8 @@ class Worker(Alone):
             return Done([])
         found = []
         for folder, content in ((table_in(self.study.spec), part.rows), ("baselines", part.baselines)):
-            file = (
-                self.order.out / folder / f".{self.name}-{self.count}.tmp"
-            )  # that of a killed run is removed
+            # That of a killed run is removed.
+            file = self.order.out / folder / f".{self.name}-{self.count}.tmp"
             files.write(file, content)
             found.append(file)
         self.count += 1
