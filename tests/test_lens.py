@@ -212,20 +212,30 @@ def test_the_screen_finds_the_same_words(name, monkeypatch):
     assert not model.module(model.family.head)._forward_hooks
 
 
-def test_no_logit_is_above_its_limit():
-    """The screen's own limits, on a head and on states whose numbers lose as much as they can to rounding."""
-    model = wide("llava")
-    head = model.module("lm_head")
-    with torch.no_grad():  # just below the middle of two numbers of bfloat16: all are rounded down
-        head.weight.copy_((1 + 2**-8 - 2**-20) * head.weight.sign())
-        head.weight[:8] *= 1.002
-    states = torch.full((3, head.in_features), 1 + 2**-8 - 2**-20, dtype=torch.float64)
-    found = reading.Screen.made(head).best(states, 3)
-    exact = states @ head.weight.T
-    for logits, ids, sure, row in zip(*found, exact, strict=True):
-        kept = set(ids[logits.isfinite()].tolist())
-        assert not sure or {*row.topk(3).indices.tolist()} <= kept
-        torch.testing.assert_close(logits[logits.isfinite()], row[ids[logits.isfinite()]], rtol=1e-12, atol=0)
+@pytest.mark.parametrize("loses", ["head", "state"])
+def test_rounding_does_not_hide_the_best(loses):
+    """The best word's product is rounded down, those of 40 others up: the limits have to let it in."""
+    down, up = 1 + 2**-8 - 2**-20, 1 + 2**-8 + 2**-20  # to 1, and to 1 + 2**-7
+    state, best, other = torch.ones(3, 66, dtype=torch.float64)
+    if loses == "head":
+        best[:64], other[:64], other[65] = down, up, 0.875
+        best[64] = other[64] = -64
+    else:
+        state[:32], state[32:64] = down, up
+        best[32:64] = other[:32] = 0
+        best[64] = other[64] = -32
+        best[65], other[65] = 0, -0.0625
+    assert state @ best > (state @ other)
+    head = torch.nn.Linear(66, 3000, bias=False, dtype=torch.float64)
+    with torch.no_grad():
+        head.weight.copy_(-best.abs())
+        head.weight[7], head.weight[10:50] = best, other
+    half = torch.nn.functional.linear(state.bfloat16(), head.weight.bfloat16())
+    assert half.argmax() != 7
+    with torch.no_grad():
+        ((logits,), (ids,), (sure,)) = reading.Screen.made(head).best(state[None], 3)
+    assert sure and ids[logits.argmax()] == 7
+    assert float(logits.max()) == pytest.approx(float(state @ best))
 
 
 def test_what_the_screen_cannot_tell_apart_is_looked_at_in_full(monkeypatch):
