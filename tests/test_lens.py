@@ -267,7 +267,9 @@ def test_only_the_top_words(fast, tmp_path, monkeypatch):
     pd.testing.assert_frame_equal(vlmscope.open(tmp_path / "top").lens, top.lens, check_dtype=False)
     page = write_report([tmp_path / "top"], tmp_path / "page.html").read_text()
     assert "The largest is that of" in page and "nan" not in page
-    with pytest.raises(VlmscopeError, match="the rank of 'star' needs all words.*leave one out"):
+    with pytest.raises(
+        VlmscopeError, match="the rank of 'star' needs all words, only the top ones.*leave one out"
+    ):
         lens(model, example(), sites, "star", only_top=True)
 
 

@@ -33,7 +33,7 @@ def lens(
     Lens.claim(out)
     claim_report(out / "report.html")
     if only_top and word:
-        raise VlmscopeError("--word has a rank among all words, --only-top looks at the top ones; leave one out")
+        raise VlmscopeError("--word has a rank among all words, --only-top is of the top ones; leave one out")
     named = given.data or examples[0].id
     found = read(given.load(), examples, sites, word or [], top=top, only_top=only_top, data=named)
     found.save(out)

@@ -123,8 +123,11 @@ class Screen(NamedTuple):
     def made(cls, head: nn.Linear) -> Screen:
         whole = head.weight.detach()
         half = whole.bfloat16()
-        norms = [float(rows.norm(dim=-1).max()) for rows in (whole, half.to(whole), whole - half)]
-        return cls(head, half, *norms)
+        parts = [
+            [float(rows.norm(dim=-1).max()) for rows in (one, near.to(one), one - near)]
+            for one, near in zip(whole.split(1024), half.split(1024), strict=True)  # small enough for caches
+        ]
+        return cls(head, half, *map(max, zip(*parts, strict=True)))
 
     def best(
         self, x: Float[Tensor, "states width"], top: int
@@ -134,7 +137,7 @@ class Screen(NamedTuple):
 
         With x', u' rounded, a product a of these has |a - x·u| <= |x - x'| |u| + |x'| |u - u'| (Cauchy and
         Schwarz) + its own rounding + n eps/2 |x'| |u'| for its sum in float32, as that of x·u has. So each
-        a gives two limits of a logit. Words whose upper limit is below the `top`-th largest lower one are out.
+        a gives two limits of a logit. A word whose upper one is below the `top`-th largest lower one is out.
         """
         half = x.bfloat16()
         near, ids = nn.functional.linear(half, self.half).topk(min(top + KEPT, len(self.half)))

@@ -110,9 +110,9 @@ def lens(
     which is that of frequency in BPE, WordPiece and unigram vocabularies. `null_p` is their median
     probability, `beaten` the share of them with a smaller logit: 0.5 where nothing is known of the word.
 
-    With `only_top` the words and their logits are the same, `p` is empty, and so is `words`: a probability and
-    a rank need the logits of the whole vocabulary in full precision, which cost most of the time in float32 on
-    a CPU (`runs.lens.Screen`).
+    With `only_top` the words and their logits are the same, `p` is empty, and so is `words`: a probability
+    and a rank need the logits of all words in full precision, which cost most of the time in float32 on a CPU
+    (`runs.lens.Screen`).
 
     Examples that cannot be run are left out with a warning; `DataError` if that is all. Raises `SiteError`
     for a place with no way to words, `ExampleError` for a single example that cannot be run, as with a word
@@ -133,7 +133,7 @@ def lens(
         reading.check_place(model, site)
     if only_top and asked:
         raise VlmscopeError(
-            f"the rank of {shown(asked[0])} needs all words, and only the top ones are asked for; leave one out"
+            f"the rank of {shown(asked[0])} needs all words, only the top ones are asked for; leave one out"
         )
     vocabulary = Vocabulary(model)
     said_by = partial(reading.best_words, screen=reading.Screen.of(model)) if only_top else None
