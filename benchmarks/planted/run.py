@@ -46,7 +46,7 @@ from mechanisms import null as null_of
 from pictures import scenes
 from planting import Recipe, plant, scale
 from scores import macro_f1, share, summary
-from tables import tables
+from tables import NOT_CELLS, tables
 from training import assess, train
 from truth import save
 
@@ -209,11 +209,13 @@ def trained(form: str, seed: int) -> dict[str, Any]:
     if not found.accepted:
         return {"model": told}
     given = scenes(EXAMPLES, FRESH + seed)
-    return {"model": told, "row": one(model, given, peaks(model, given))}
+    row = one(model, given, peaks(model, given))
+    return {"model": told, "row": row} | ({"edges": of_edges(model, trained=True)} if form == "D" else {})
 
 
 def run_trained(seeds: int, rows: Rows, keep: Keep) -> None:
     every: dict[str, list[dict[str, Any]]] = {}
+    edges: dict[str, list[dict[str, Any]]] = {}
     made: list[dict[str, Any]] = []
     for seed in range(seeds):
         for form in "CD":
@@ -221,7 +223,10 @@ def run_trained(seeds: int, rows: Rows, keep: Keep) -> None:
                 made.append(found["model"])
                 if "row" in found:
                     every.setdefault(f"{form}-trained", []).append(found["row"])
-                keep("trained", {name: gathered(some) for name, some in every.items()} | {"models": made})
+                if "edges" in found:
+                    edges.setdefault(f"{form}-trained", []).append(found["edges"])
+                cells = {name: gathered(some) for name, some in every.items()}
+                keep("trained", cells | {"models": made, "edges": summarized(edges)})
                 print(f"trained: {form}, seed {seed}, {found['model']}", file=sys.stderr, flush=True)
 
 
@@ -283,7 +288,7 @@ def lines(result: Mapping[str, Any]) -> Iterator[str]:
         yield "  ".join([f"labels: macro-F1 {own['labels']['macro_f1']:.3f}", *told])
     cells = [item for part in ("effects", "knobs", "trained") for item in result.get(part, {}).items()]
     for name, cell in cells:
-        if name in ("not_planted", "models"):
+        if name in NOT_CELLS:
             continue
         found = [f"{name:32}"]
         for kind in ("heads", "attention", "neurons"):
@@ -295,8 +300,12 @@ def lines(result: Mapping[str, Any]) -> Iterator[str]:
         rules = [cell[rule] for rule in RULES]
         words = [f"{rule['false_share']:.2f}/{rule['recall']['mean']:.2f}" for rule in rules]
         yield "  ".join([*found, f"false/recall {' '.join(words)}", f"n {cell['heads']['auroc']['models']}"])
-    for part, figure in (("edges", "auroc"), ("circuits", "cpr_of_oracle")):
-        for name, cell in result.get(part, {}).items():
+    trained_edges = result.get("trained", {}).get("edges", {})
+    for given, figure in (
+        (result.get("edges", {}) | trained_edges, "auroc"),
+        (result.get("circuits", {}), "cpr_of_oracle"),
+    ):
+        for name, cell in given.items():
             if name != "random":
                 found = [f"{method} {own[figure]['mean']:.3f}" for method, own in cell.items()]
                 yield "  ".join([f"{name:32}", f"{figure}:", *found])
