@@ -76,8 +76,8 @@ def trained_edge_roles(made: Planted, every: Iterable[Edge]) -> dict[Edge, str]:
     the logits, false the same of the other heads of its layer and those behind it.
 
     All others are left out: the causal model says nothing of MLPs, nor of what becomes of the picture's
-    tokens before the reader's layer; and among edges that carry nothing in any model a ranking by chance, that
-    of a model without training, already puts these two first (AUROC .98).
+    tokens before the reader's layer; and most edges carry nothing in any model, so that even one without
+    training ranks these two before them (AUROC .98).
     """
     [reader] = made.having("reader")
     place, _, number = reader.rpartition(".h")
