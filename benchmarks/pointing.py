@@ -18,9 +18,9 @@ gradient's estimate, knock-outs and attention this says
 Features are replaced where the language model reads them, as `explain` does. With `--words` only answers
 that are a color or a shape are asked for, of so many pictures of each toy and set, and only the exact map is
 made; beside it the map of *pixels*, as with `explain --at pixels`: the cell is blurred where it enters the
-vision tower, or put into the blurred picture, and all of the model run anew. Here `binding` is asked about, too:
-four objects, of which the question names the one whose color is the answer, so that the answer depends on no
-other. What it depends on is measured: how often it changes when the answer's object is taken out of the
+vision tower, or put into the blurred picture, and all of the model run anew. Here `binding` is asked about,
+too: four objects, of which the question names the one whose color is the answer, so that the answer depends
+on no other. What it depends on is measured: how often it changes when the answer's object is taken out of the
 picture (its pixels get the mean color of all others; `without`), and when another object is that the question
 or its options are about (`without other`). `named` is how often the strongest cell is on any of these.
 That goes into the result that is there (`words`). The last line is JSON.
@@ -262,7 +262,8 @@ def markdown(result: dict[str, Any]) -> list[str]:
             shown = [f"{x['share']:.0%} [{x['low']:.0%}, {x['high']:.0%}] of {x['n']}" for x in cells]
             third.append([row, *shown])
             keys = ["without", "without other", *(f"pixels, {direction}, named" for direction in DIRECTIONS)]
-            fourth.append([row, *(f"{found[key]['share']:.0%}" if key in found else "" for key in keys)])
+            if "without other" in found:
+                fourth.append([row, *(f"{found[key]['share']:.0%}" for key in keys)])
     return [_table(rows) for rows in (first, second, third, fourth)]
 
 
