@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import tomllib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import MISSING, dataclass, fields, is_dataclass
 from functools import partial
@@ -49,12 +49,12 @@ class Given(OneModel):
     seed: int = 0
     columns: str | None = None
 
-    def examples(self) -> list[Any]:
+    def examples(self) -> Sequence[Any]:
         from vlmscope.data import examples
 
         return examples(self.data, limit=self.limit, seed=self.seed, columns=self.columns)
 
-    def others(self, data: str | None) -> list[Any] | None:
+    def others(self, data: str | None) -> Sequence[Any] | None:
         """Those of another option; `columns` are also of these, where they have such names at all."""
         from vlmscope.data import examples
 

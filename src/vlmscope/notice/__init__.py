@@ -209,7 +209,7 @@ def _check_places(spec: Spec, model: Model, sites: Sequence[str]) -> None:
         )
 
 
-def _read(spec: Spec, data: str, limit: int | None) -> list[Example]:
+def _read(spec: Spec, data: str, limit: int | None) -> Sequence[Example]:
     columns = spec.columns if data.startswith(HUB) else None
     return examples(data, limit=limit, seed=spec.seed, columns=columns)
 

@@ -125,8 +125,8 @@ def _bias(model: Model, inputs: Inputs, layer: int, kind: str) -> dict[str, Any]
 
 def check_sums(task: Task, base: pd.DataFrame) -> dict[str, Any] | None:
     """Of some examples, whether all writers and biases sum to what the model itself gives."""
-    known, largest, size = {example.id: example for example in task.examples}, 0.0, 1.0
-    names = checked(task, CHECKED, base)
+    names, largest, size = checked(task, CHECKED, base), 0.0, 1.0
+    known = task.named(names)
     for name in names:
         for run in _both(task, task.pairs(known[name])[0]):
             if run is not None:

@@ -257,7 +257,8 @@ def write_beside(run: Run) -> None:
 
 def _check(task: EdgeTask, base: pd.DataFrame, each: pd.DataFrame) -> dict[str, Any] | None:
     """Recompute some random exact edges by plain forwards; None if there are none."""
-    chosen, known = checked(task, CHECKED, base), {example.id: example for example in task.examples}
+    chosen = checked(task, CHECKED, base)
+    known = task.named(chosen)
     rows = each[each["exact"].notna() & each["example"].isin(chosen)]
     if rows.empty:
         return None

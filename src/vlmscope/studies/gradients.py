@@ -99,7 +99,8 @@ def _exact(
 def check_exact(task: Attribution, base: pd.DataFrame, table: pd.DataFrame) -> dict[str, Any] | None:
     """Recompute some random exact effects by plain forwards; None if there are none."""
     rows = table[table["exact"].notna()]
-    chosen, known = checked(task, CHECKED, base), {example.id: example for example in task.examples}
+    chosen = checked(task, CHECKED, base)
+    known = task.named(chosen)
     rows = rows[rows["example"].isin(chosen)]
     if rows.empty:
         return None

@@ -18,8 +18,8 @@ FEWEST = 4
 class Sets(NamedTuple):
     """Examples whose clean run has something, and examples whose clean run has not."""
 
-    having: list[Example]
-    lacking: list[Example]
+    having: Sequence[Example]
+    lacking: Sequence[Example]
 
     def halves(self, seed: int) -> tuple[Sets, Sets]:
         """Two halves of both, by a seed and the examples' ids; what was one example stays in one half."""

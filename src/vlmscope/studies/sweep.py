@@ -26,7 +26,7 @@ from vlmscope.stats import rng
 from vlmscope.studies.rows import Work, patch_example, patched, run_jobs
 from vlmscope.studies.run_folder import BASELINES, CROSSED, EFFECTS, Run, read_run, typed
 from vlmscope.studies.run_writer import Writer, add_pictures, open_run
-from vlmscope.studies.task import Shard, Task, Todo, all_jobs, description_of, digests_of, spec_of, task_of
+from vlmscope.studies.task import Shard, Task, Todo, all_jobs, description_of, spec_of, task_of
 
 Direction = Literal["denoise", "noise"]
 Engine = Literal["fast", "reference"]
@@ -214,7 +214,7 @@ def study_of(task: Task, data: str, check: int, more: Mapping[str, Any] | None =
 def into_folder(study: Study, out: str | os.PathLike[str]) -> Run:
     """Compute what the folder does not hold yet, and keep what the check finds of it."""
     task = study.task
-    with open_run(out, study.spec, description_of(task.model), digests=digests_of(task)) as writer:
+    with open_run(out, study.spec, description_of(task.model), digests=task.digests) as writer:
         jobs = jobs_of(writer, task.numbers, task.sites)
         for result in run_jobs(task, jobs, len(task.numbers) - len(jobs), work=study.work):
             show(out, task, result.job)  # before the example is committed: it is not run again
@@ -263,7 +263,7 @@ def _check_run(task: Task, count: int, run: Run) -> dict[str, Any] | None:
 def checked(task: Task, count: int, base: pd.DataFrame) -> list[str]:
     """The ids of some examples that ran, drawn to be looked at again."""
     ran = base.loc[~base["excluded"].astype(bool), "example"]
-    known = {example.id for example in task.examples}
+    known = {*task.ids}
     ids = [name for name in ran.drop_duplicates(keep=False) if name in known]
     return [ids[n] for n in rng(task.seed, "check").permutation(len(ids))[:count]]
 
@@ -274,7 +274,7 @@ def _check(
     """Recompute random rows, spread over kinds and examples, by plain forwards; None if there are none."""
     if count < 1 or task.engine == "reference" or not (chosen := checked(task, count, base)):
         return None
-    known, draw = {example.id: example for example in task.examples}, rng(task.seed, "check", "rows")
+    known, draw = task.named(chosen), rng(task.seed, "check", "rows")
     rows = effects_of(chosen)
     if task.source is None:
         rows = rows.assign(source_site=rows["site"])

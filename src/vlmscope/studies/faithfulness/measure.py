@@ -102,8 +102,7 @@ def run_unkept(task: Measured) -> tuple[pd.DataFrame, pd.DataFrame]:
 
 
 def _table(task: Measured, base: pd.DataFrame, rows: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
-    ids = [example.id for example in task.examples]
-    base = base[~base["excluded"].astype(bool) & base["example"].isin(ids)].reset_index(drop=True)
+    base = base[~base["excluded"].astype(bool) & base["example"].isin(task.ids)].reset_index(drop=True)
     table = rows.pivot_table("value", "example", "circuit", sort=False).reindex(base["example"])
     columns = {name: table[of] for name, of in _names(task.circuits).items()}
     return pd.DataFrame(columns).reset_index(drop=True), base
@@ -164,7 +163,7 @@ def _check(task: Measured, base: pd.DataFrame, rows: pd.DataFrame) -> dict[str, 
     of_edges, names = isinstance(task.parts, Edges), checked(task, RECOMPUTED, base)
     of = NONE if of_edges else "chosen"
     found = rows[rows["circuit"] == _names(task.circuits)[of]].set_index("example")["value"]
-    known, corrupt = {one.id: one for one in task.examples}, base.set_index("example")["value_corrupt"]
+    known, corrupt = task.named(names), base.set_index("example")["value_corrupt"]
     largest = 0.0
     for name in names:
         if of_edges:
