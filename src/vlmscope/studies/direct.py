@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -14,11 +13,11 @@ from vlmscope.errors import SiteError, shown
 from vlmscope.layout import slots
 from vlmscope.models.inputs import Inputs, Pair
 from vlmscope.patching.direct import Direct, direct
-from vlmscope.patching.scores import ROUNDING, agrees, unpatched
+from vlmscope.patching.scores import agrees, unpatched
 from vlmscope.runs.model import Model
 from vlmscope.sites import Site, expand, parse, place
+from vlmscope.studies.recheck import CHECKED, drawn_examples, verdict
 from vlmscope.studies.rows import result_of, words_of
-from vlmscope.studies.sweep import ALARM, CHECKED, checked
 from vlmscope.studies.task import Result, Task, Todo
 
 
@@ -125,17 +124,11 @@ def _bias(model: Model, inputs: Inputs, layer: int, kind: str) -> dict[str, Any]
 
 def check_sums(task: Task, base: pd.DataFrame) -> dict[str, Any] | None:
     """Of some examples, whether all writers and biases sum to what the model itself gives."""
-    names, largest, size = checked(task, CHECKED, base), 0.0, 1.0
-    known = task.named(names)
-    for name in names:
-        for run in _both(task, task.pairs(known[name])[0]):
+    drawn, largest, size = drawn_examples(task, CHECKED, base), 0.0, 1.0
+    for example in drawn.values():
+        for run in _both(task, task.pairs(example)[0]):
             if run is not None:
                 apart = abs(run.total() - run.value)
                 largest, size = max(largest, apart), max(size, float(run.logits.abs().max()))
-    if largest > ALARM * ROUNDING[task.model.precision] * size:
-        warnings.warn(
-            f"the writers and biases of {len(names)} examples sum to what the model gives but for "
-            f"{largest:.2g}, which is more than rounding: do not trust these scores",
-            stacklevel=2,
-        )
-    return {"rows": len(names), "largest": largest} if names else None
+    said = f"the sums of writers and biases in {len(drawn)} examples miss what the model gives"
+    return verdict(task, len(drawn), largest, size, said) if drawn else None

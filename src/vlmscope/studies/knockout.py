@@ -17,8 +17,9 @@ from vlmscope.models.inputs import CUTS, Cut
 from vlmscope.patching.scores import Metric
 from vlmscope.runs.model import Model
 from vlmscope.sites import Sites, parse
+from vlmscope.studies.recheck import CHECKED
 from vlmscope.studies.run_folder import Run
-from vlmscope.studies.sweep import CHECKED, Engine, Study, into_folder, study_of, table_of
+from vlmscope.studies.sweep import Engine, Study, into_folder, study_of, table_of
 from vlmscope.studies.task import Shard, Task, task_of
 
 

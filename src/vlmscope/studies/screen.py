@@ -29,8 +29,9 @@ from vlmscope.runs.corrupt import Noise
 from vlmscope.runs.model import Model
 from vlmscope.sites import Point, Site, Sites, expand, parse
 from vlmscope.stats import rng, share_bound
+from vlmscope.studies.recheck import CHECKED
 from vlmscope.studies.run_folder import Run, read_run
-from vlmscope.studies.sweep import CHECKED, Direction, Study, into_folder, study_of
+from vlmscope.studies.sweep import Direction, Study, into_folder, study_of
 from vlmscope.studies.tables import by_example, change_of
 from vlmscope.studies.task import Shard, Task, spec_of, task_of
 
