@@ -4,8 +4,8 @@
 
 Writes sets of small pictures of noise as Parquet files and as `save_to_disk` does, and starts
 `vlmscope sweep --data hf://FOLDER` on each, as a person would. `first` is the time from the command to its
-first part on disk, `peak` the most memory that its process holds until it is stopped after so many seconds,
-`own` what of that is no file that is mapped, which the system can take back (with `--workers`, of the largest
+first part on disk, `cpu` what of that its process computed (on a machine that does something else, too, this
+says more); `peak` is the most memory that it holds until it is stopped after so many seconds, `own` what of that is no file that is mapped, which the system can take back (with `--workers`, of the largest
 worker; Ray has to be installed). Checks that the examples that were run have the table that they have as a
 list in memory. `end` is what the baselines of a finished run take to be read: its folder is written here,
 without a model. The last line is JSON.
@@ -85,6 +85,12 @@ def memory(process: int) -> tuple[int, int]:
     return found.get("VmHWM:", 0), found.get("RssAnon:", 0)
 
 
+def seconds_of(process: int) -> float:
+    """CPU seconds of a process."""
+    cells = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
+    return (int(cells[11]) + int(cells[12])) / os.sysconf("SC_CLK_TCK")
+
+
 def workers_of(process: int) -> list[int]:
     """Ray's workers below a process."""
     parents = {}
@@ -114,19 +120,20 @@ def measured(name: str, out: Path, seconds: float, cache: Path, workers: int) ->
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     )
-    first, peak, own = 0.0, 0, 0
+    first, cpu, peak, own = 0.0, 0.0, 0, 0
     while process.poll() is None:
         time.sleep(0.05)
         for one in workers_of(process.pid) if workers else [process.pid]:
             most, now = memory(one)
             peak, own = max(peak, most), max(own, now)
         parts, passed = len(parts_of(out)), time.perf_counter() - start
-        first = first or (passed if parts else 0.0)
+        if parts and not first:
+            first, cpu = passed, seconds_of(process.pid)
         if parts >= PARTS and passed > seconds:
             process.send_signal(signal.SIGINT)
             process.wait()
     assert first, "vlmscope sweep failed"
-    return {"first": first, "peak": peak, "own": own}
+    return {"first": first, "cpu": cpu, "peak": peak, "own": own}
 
 
 def check(name: str, out: Path) -> int:
@@ -186,7 +193,7 @@ def main() -> None:
                 one = measured(name, place / "run", arguments.seconds, place / "cache", arguments.workers)
                 ran = check(name, place / "run")
             results.append({"rows": rows, "form": form, "ran": ran, **one})
-            said = f"first part after {one['first']:.1f} s, peak {one['peak'] / 1e6:.0f} MB"
+            said = f"first part after {one['first']:.1f} s ({one['cpu']:.1f} s of CPU), peak {one['peak'] / 1e6:.0f} MB"
             print(f"{rows:,} rows, {form}: {said}, its own {one['own'] / 1e6:.0f} MB", flush=True)
     ends = {}
     for rows in arguments.rows:

@@ -117,6 +117,28 @@ class Share(Workers):
         return None if self.shard is None else _shard(self.shard)
 
 
+@dataclass(kw_only=True)
+class Filled(Share):
+    """The options of a command whose folder is a run, which may then be pushed to the hub."""
+
+    push: str | None = None
+
+    def fill(
+        self, out: Path, given: Given, study: Callable[[], tuple[Callable[..., Any], dict[str, Any]]]
+    ) -> tuple[Any, int]:
+        """As `Share.fill`; then the run is pushed, where that is asked for."""
+        from vlmscope.studies import pushed
+
+        if self.push is not None:
+            if self.shard is not None:
+                raise VlmscopeError("--push is of a whole run; leave it to vlmscope merge, or --shard out")
+            pushed.ready(self.push)
+        found = super().fill(out, given, study)
+        if self.push is not None:
+            print(pushed.push(out, self.push))
+        return found
+
+
 def _shard(text: str) -> tuple[int, int]:
     numbers = [written(word) for word in text.split("/")]
     if len(numbers) == 2 and all(isinstance(each, int) for each in numbers):
