@@ -5,7 +5,8 @@
 Writes sets of small pictures of noise as Parquet files and as `save_to_disk` does, and starts
 `vlmscope sweep --data hf://FOLDER` on each, as a person would. `first` is the time from the command to its
 first part on disk, `cpu` what of that its process computed (on a machine that does something else, too, this
-says more); `peak` is the most memory that it holds until it is stopped after so many seconds, `own` what of that is no file that is mapped, which the system can take back (with `--workers`, of the largest
+says more). `peak` is the most memory that the process holds until it is stopped after so many seconds, `own`
+what of that is no file that is mapped, which the system can take back (with `--workers`, of the largest
 worker; Ray has to be installed). Checks that the examples that were run have the table that they have as a
 list in memory. `end` is what the baselines of a finished run take to be read: its folder is written here,
 without a model. The last line is JSON.
@@ -193,8 +194,9 @@ def main() -> None:
                 one = measured(name, place / "run", arguments.seconds, place / "cache", arguments.workers)
                 ran = check(name, place / "run")
             results.append({"rows": rows, "form": form, "ran": ran, **one})
-            said = f"first part after {one['first']:.1f} s ({one['cpu']:.1f} s of CPU), peak {one['peak'] / 1e6:.0f} MB"
-            print(f"{rows:,} rows, {form}: {said}, its own {one['own'] / 1e6:.0f} MB", flush=True)
+            said = f"first part after {one['first']:.1f} s ({one['cpu']:.1f} s of CPU)"
+            held = f"peak {one['peak'] / 1e6:.0f} MB, its own {one['own'] / 1e6:.0f} MB"
+            print(f"{rows:,} rows, {form}: {said}, {held}", flush=True)
     ends = {}
     for rows in arguments.rows:
         with tempfile.TemporaryDirectory() as folder:

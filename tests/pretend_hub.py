@@ -177,9 +177,19 @@ class _Handler(BaseHTTPRequestHandler):
 
     def tree(self, body: bytes, name: str, revision: str, under: str | None = None) -> None:
         found = self._repository(name)
-        if found is not None:
-            names = [file for file in sorted(found.files) if not under or file.startswith(f"{under}/")]
-            self._say([self._entry(found, file) for file in names])
+        if found is None:
+            return
+        above = f"{under}/" if under else ""
+        names = [file for file in sorted(found.files) if file.startswith(above)]
+        folders: dict[str, None] = {}
+        if "recursive=true" not in self.path.lower():
+            folders = {above + file[len(above) :].partition("/")[0]: None for file in names}
+            folders = {name: None for name in folders if name not in found.files}
+            names = [file for file in names if "/" not in file[len(above) :]]
+        if not (names or folders):
+            self._say({"error": "not found"}, 404, {"X-Error-Code": "EntryNotFound"})
+            return
+        self._say([self._folder(name) for name in folders] + [self._entry(found, file) for file in names])
 
     def paths(self, body: bytes, name: str, revision: str) -> None:
         found = self._repository(name)
@@ -191,7 +201,10 @@ class _Handler(BaseHTTPRequestHandler):
             asked = [unquote(pair.partition("=")[2]) for pair in body.decode().split("&") if "paths" in pair]
         said = [self._entry(found, file) for file in asked if file in found.files]
         folders = [one for one in asked if any(file.startswith(f"{one}/") for file in found.files)]
-        self._say(said + [{"type": "directory", "path": one, "oid": "0" * 40, "size": 0} for one in folders])
+        self._say(said + [self._folder(one) for one in folders])
+
+    def _folder(self, name: str) -> dict[str, Any]:
+        return {"type": "directory", "path": name, "oid": "0" * 40, "size": 0}
 
     def _entry(self, found: Repository, file: str) -> dict[str, Any]:
         content = found.files[file]
