@@ -134,6 +134,13 @@ def bars(result: Result) -> Iterator[tuple[str, str, str, str]]:
         yield "labels, macro-F1, all heads together", "≥ .80", pooled, f"{own['labels']['heads']} heads"
         for name, words in (("decoys_named", "decoys"), ("named_on_random", "heads of random networks")):
             yield f"named: {words}", "≤ .05", *_share(own[name])
+        if own["important_on_random"] is not None:
+            yield (
+                "heads of a random network that are `important`",
+                "",
+                _short(own["important_on_random"]),
+                "the mean share",
+            )
         yield "labels that sharpness changes", "0", *_share(own["changed_by_sharpness"])
     for one in result.get("coverage", []):
         words = f"coverage of the 95 % interval, {one['recipe']['form']}"

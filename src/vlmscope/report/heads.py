@@ -28,7 +28,7 @@ def circuits_section(folder: Path, gallery: Gallery) -> Section:
         "heads": heads,
         "confirmed": int((heads["important"] & heads["confirmed"].isin([True])).sum()),
         "everywhere": [f"{r.tower} L{r.layer} {r.kind} H{r.head}" for r in everywhere.itertuples()],
-        "chance": [found for found in about["chance"] if found["in_every_run"]],
+        "chance": about["chance"],
     }
     shown = [("", gallery.show("universal", drawn, heads, "universal", **values))]
     for (tower, kind), rows in heads.groupby(["tower", "kind"], sort=False):

@@ -64,17 +64,16 @@ def written(task: Task, job: Todo, sites: Sequence[Site], step: Callable[[int, f
     keys = [key for key in inner if key not in before]
     totals, biases, final = np.zeros(len(writers)), np.zeros(len(keys)), 0.0
     base: dict[str, Any] = {}
-    for number, pair in enumerate(pairs):
+    for number, pair in enumerate(pairs, start=1):
         clean, corrupt = _both(task, pair, sites)
         for run, sign in ((clean, 1.0), (corrupt, -1.0)):
             if run is not None:
                 totals += [sign * run.effect(site, sources) for site, sources, _ in writers]
                 biases += [sign * run.back(key)[1] for key in keys]
                 final += sign * run.bias
-        if number == 0 or corrupt is not None:
-            for name, value in _base(pair, clean, corrupt or clean).items():
-                base[name] = base.get(name, 0.0) + value / len(pairs)
-        step(len(writers), (number + 1) / len(pairs))
+        for name, value in _base(pair, clean, corrupt or clean).items():
+            base[name] = base.get(name, 0.0) + value / len(pairs)
+        step(len(writers), number / len(pairs))
     answered: dict[str, Any] = {}
     if not job.done:
         predicted = model.answer(pairs[0].clean)

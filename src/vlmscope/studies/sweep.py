@@ -231,7 +231,8 @@ def jobs_of(writer: Writer, numbers: Iterable[int], sites: Sequence[str]) -> lis
     for number in numbers:
         missing = writer.missing(number, sites)
         if number not in writer.done or missing:
-            done = [s for s in writer.sites if s not in writer.missing(number, writer.sites)]
+            lacking = set(writer.missing(number, writer.sites))
+            done = [s for s in writer.sites if s not in lacking]
             jobs.append(Todo(number, missing, done))
     return jobs
 
