@@ -818,7 +818,13 @@ def test_what_states_say(run, tmp_path):
     refused(run("lens", *both, *sites, "--out", tmp_path / "x"), "--prompt is of one --image")
     vision = ["--sites", "vision.*.resid@all"]
     refused(run("lens", *asked, *vision, "--out", tmp_path / "x"), "no way from its vision tower to words")
+    top = ["--only-top", "--word", "red", "--out", tmp_path / "x"]
+    refused(run("lens", *asked, *sites, *top), "--only-top is of the top ones; leave one out")
     assert not (tmp_path / "x").exists()
+    status, out, err = run("lens", *asked, *sites, "--top", 2, "--only-top", "--out", tmp_path / "top")
+    assert (status, err) == (0, "")
+    top = vlmscope.open(tmp_path / "top").lens
+    assert top["token_id"].tolist() == found.lens["token_id"].tolist() and top["p"].isna().all()
 
 
 def test_direct_effects(run, tmp_path):
