@@ -153,6 +153,8 @@ def faithfulness(
     _check_choice("ratio", ratio, Ratio)
     draws, seed = whole(draws, "the number of random circuits", 1, 1000), whole(seed, "the seed", most=SEED)
     fractions = _fractions(fractions)
+    if out is not None:
+        Faithful.claim(out)
     if corrupt is None and outside == "corrupt":
         raise VlmscopeError(
             "without a corruption there is no other run; name one (--corrupt image, text or noise), or take "
@@ -193,8 +195,6 @@ def faithfulness(
     curve = on_curve(order, fractions)
     task = measured_of(task, parts, around(chosen, curve, parts, draws, seed))
     own = {"digest": digest, "chosen": [parts.names[n] for n in sorted(chosen)], "fraction": fraction}
-    if out is not None:
-        Faithful.claim(out)
     values, base, check = run_all(task, out, data, {"circuits": own})
     sign = -1.0 if metric == "kl" else 1.0
     shares = Shares(sign * values, sign * base["value_clean"], ratio, seed)
@@ -233,7 +233,8 @@ def _check_choice(what: str, value: str, choices: Any) -> None:
 
 
 def _fractions(given: Sequence[float]) -> list[float]:
-    fractions = sorted(number(one, "a fraction", 0, 1) for one in given)
+    # Parts are called by six digits of their fraction.
+    fractions = sorted({float(f"{number(one, 'a fraction', 0, 1):g}") for one in given})
     if len(fractions) < 2:
         raise VlmscopeError("one fraction is no curve; expected at least two, such as 0.1 and 1")
     return fractions
