@@ -283,6 +283,8 @@ def lines(result: Mapping[str, Any]) -> Iterator[str]:
             if name != "random":
                 found = [f"{method} {own[figure]['mean']:.3f}" for method, own in cell.items()]
                 yield "  ".join([f"{name:32}", f"{figure}:", *found])
+    for name, own in result.get("nulls", {}).items():
+        yield f"{name + ' of random models':32}  pass: {own['passes']['share']:.3f} of {own['passes']['of']}"
 
 
 PARTS = ("tool", "coverage", "effects", "knobs", "trained", "edges", "circuits", "nulls")
