@@ -524,14 +524,16 @@ def test_notice(run, tmp_path):
         "14",
         "--corrupt",
         "image",
+        "--edges",
         "--out",
         tmp_path / "n",
     )
     assert status == 0 and "faces, image" in out and "Universal over all 2 runs" in out
+    assert "No circuits of edges: the decoder tower of toy-blip" in out
     assert out.count("answered rightly; P(answer)") == 2
     spec = tmp_path / "n" / "notice.toml"
     status, out, _ = run("notice", "--spec", spec, "--out", tmp_path / "n")
-    assert status == 0 and "0 of 14 examples left" in out
+    assert status == 0 and "0 of 14 examples left" in out and "No circuits of edges" in out
     refused(run("notice", "--spec", spec, "--limit", "3", "--out", tmp_path / "n"), "limit differ")
     refused(run("notice", "--model", "toy-blip", "--out", tmp_path / "m"), "--model and --data")
     spec.write_text(spec.read_text().replace("limit", "limits"))

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from vlmscope.cli.neurons import Shown
-from vlmscope.cli.options import Corrupt, Given, OneModel, Share
+from vlmscope.cli.options import Corrupt, Filled, Given, OneModel
 from vlmscope.errors import VlmscopeError, written
 
 
@@ -102,7 +102,7 @@ def explain(
 
 def attribute(
     given: Given,
-    share: Share,
+    share: Filled,
     sites: list[str],
     out: Path,
     corrupt: Corrupt | None = None,
@@ -154,7 +154,7 @@ def attribute(
 
 def edges(
     given: Given,
-    share: Share,
+    share: Filled,
     corrupt: Corrupt,
     out: Path,
     method: Literal["eap", "eap-ig", "exact"] = "eap",

@@ -17,9 +17,9 @@ from vlmscope.errors import ExampleError, StoreError
 from vlmscope.runs.model import Model
 from vlmscope.studies.rows import run_jobs
 from vlmscope.studies.run_folder import Run, read_run, table_in
-from vlmscope.studies.run_writer import Part, Waiting
+from vlmscope.studies.run_writer import Part, Waiting, check_examples
 from vlmscope.studies.sweep import Study, into_folder, show
-from vlmscope.studies.task import Todo, description_of, digests_of
+from vlmscope.studies.task import Todo, description_of
 
 
 class Given(Protocol):
@@ -47,7 +47,6 @@ class About(NamedTuple):
 
     spec: dict[str, Any]
     description: dict[str, Any]
-    digests: list[str]
     numbers: range
     sites: list[str]
     host: str
@@ -123,12 +122,17 @@ class Worker(Alone):
         self.about = About(
             self.study.spec,
             description_of(self.model),
-            digests_of(self.study.task),
             self.study.task.numbers,
             self.study.task.sites,
             socket.gethostname(),
         )
         return self.about
+
+    def same(self, order: Order) -> None:
+        """Refuse a folder that holds other examples."""
+        if self.order != order:
+            self.make(order)
+        check_examples(order.out, self.study.task.digests)
 
     def compute(self, order: Order, sites: list[str], job: Todo, reason: str | None = None) -> Done:
         """The rows of an example, or that it is left out for a reason; parts, when it is time.
@@ -156,7 +160,7 @@ class Worker(Alone):
                 f"{order.out}: is not there on {socket.gethostname()}; choose an --out on a disk that all "
                 "machines of the cluster share"
             )
-        return Waiting(self.study.spec, sites, self.about.digests)
+        return Waiting(self.study.spec, sites, self.study.task.digests)
 
     def hand_over(self) -> Done:
         """Write what waits, for the driver to commit."""
