@@ -110,10 +110,10 @@ def attribute(
     """
     from vlmscope.report import claim_report, write_report
     from vlmscope.report.ranking import strongest
-    from vlmscope.studies.agreement import lines
-    from vlmscope.studies.attribution import agreement_of, attributed
+    from vlmscope.studies.agreement import agreement, lines
+    from vlmscope.studies.known import warn_of_excluded
     from vlmscope.studies.run_writer import claim
-    from vlmscope.studies.sweep import warn_of_excluded
+    from vlmscope.studies.workers.orders import Named
 
     claim(out)
     claim_report(out / "report.html")
@@ -128,7 +128,7 @@ def attribute(
         "word": word,
         "seed": given.seed,
     }
-    run, _ = share.fill(out, given, lambda: (attributed, options))
+    run, _ = share.fill(out, given, lambda: (Named("studies.attribution:attributed"), options))
     warn_of_excluded(run.baselines())
     table = run.attributions()
     print(f"{len(table):,} scores of {run.ran()} examples in {out}; the largest:")
@@ -139,7 +139,7 @@ def attribute(
     print(best.to_string(index=False, float_format="{:.3g}".format))
     print(run.check_line(), write_report([out], out / "report.html"), sep="\n")
     if verify:
-        print(*lines(agreement_of(table, run.spec)), sep="\n")
+        print(*lines(agreement(table, verify, signed=method != "atp-star")), sep="\n")
 
 
 def edges(
@@ -162,9 +162,9 @@ def edges(
     from vlmscope.report import claim_report, write_report
     from vlmscope.studies.agreement import agreement, lines
     from vlmscope.studies.edge_tables import by_reader, over_examples
-    from vlmscope.studies.edges import edged
+    from vlmscope.studies.known import warn_of_excluded
     from vlmscope.studies.run_writer import claim
-    from vlmscope.studies.sweep import warn_of_excluded
+    from vlmscope.studies.workers.orders import Named
 
     claim(out)
     claim_report(out / "report.html")
@@ -178,7 +178,7 @@ def edges(
         "metric": metric,
         "seed": given.seed,
     }
-    run, _ = share.fill(out, given, lambda: (edged, options))
+    run, _ = share.fill(out, given, lambda: (Named("studies.edges:edged"), options))
     warn_of_excluded(run.baselines())
     each = run.edges()
     table = over_examples(each)

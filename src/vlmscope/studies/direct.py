@@ -18,8 +18,9 @@ from vlmscope.patching.scores import ROUNDING, agrees, unpatched
 from vlmscope.runs.model import Model
 from vlmscope.sites import Site, expand, parse, place
 from vlmscope.studies.rows import result_of, words_of
+from vlmscope.studies.run_writer import Todo
 from vlmscope.studies.sweep import ALARM, CHECKED, checked
-from vlmscope.studies.task import Result, Task, Todo
+from vlmscope.studies.task import Result, Task
 
 
 class Writer(NamedTuple):

@@ -22,8 +22,9 @@ from vlmscope.patching.trace import Images
 from vlmscope.sites import Site
 from vlmscope.stats import rng
 from vlmscope.studies.rows import result_of, words_of
+from vlmscope.studies.run_writer import Todo
 from vlmscope.studies.sweep import ALARM, CHECKED, checked
-from vlmscope.studies.task import Attribution, Result, Todo
+from vlmscope.studies.task import Attribution, Result
 
 Array = NDArray[np.float64]
 

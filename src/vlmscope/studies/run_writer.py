@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple, Self
@@ -95,6 +95,14 @@ def claim(folder: Path) -> None:
         if folder.exists() and not (folder / "run.json").exists() and any(map(_is_foreign, folder.iterdir())):
             raise StoreError(f"{folder}: not empty, and not a run folder (no run.json). Choose another --out")
     files.try_place(folder)
+
+
+class Todo(NamedTuple):
+    """An example's number, the site expressions at which it is to be patched, and those that are done."""
+
+    number: int
+    sites: list[str]
+    done: list[str]
 
 
 class Part(NamedTuple):
@@ -195,6 +203,16 @@ class Writer:
         """Those of the site expressions at which example number `index` has not been patched."""
         done = self.done.get(index, set())
         return [] if done is None else [s for s in sites if self.sites.index(s) not in done]
+
+    def todo(self, numbers: Iterable[int], sites: Sequence[str]) -> list[Todo]:
+        """What the folder lacks of the examples of these numbers."""
+        jobs = []
+        for number in numbers:
+            missing = self.missing(number, sites)
+            if number not in self.done or missing:
+                done = [s for s in self.sites if s not in self.missing(number, self.sites)]
+                jobs.append(Todo(number, missing, done))
+        return jobs
 
     def add(
         self, index: int, rows: pd.DataFrame, baselines: pd.DataFrame, sites: Sequence[str] | None = None

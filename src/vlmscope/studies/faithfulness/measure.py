@@ -21,10 +21,12 @@ from vlmscope.sites import Site
 from vlmscope.stats import rng
 from vlmscope.studies.faithfulness.curve import NONE, random_like, sizes
 from vlmscope.studies.faithfulness.parts import Edges, Nodes, Parts
+from vlmscope.studies.known import warn_of_excluded
 from vlmscope.studies.rows import result_of, run_jobs
 from vlmscope.studies.run_folder import MEASURED, Run, typed
-from vlmscope.studies.sweep import ALARM, Study, checked, into_folder, warn_of_excluded
-from vlmscope.studies.task import Result, Task, Todo, all_jobs, spec_of
+from vlmscope.studies.run_writer import Todo
+from vlmscope.studies.sweep import ALARM, Study, checked, into_folder
+from vlmscope.studies.task import Result, Task, all_jobs, spec_of
 
 RECOMPUTED = 3
 """Examples in which plain forwards recompute a circuit."""
