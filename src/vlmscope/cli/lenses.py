@@ -191,6 +191,7 @@ def edges(
 
 def faithfulness(
     given: Given,
+    share: Share,
     scores: Path,
     out: Path,
     corrupt: Corrupt | None = None,
@@ -206,24 +207,25 @@ def faithfulness(
     random_low, random_high; circuit.csv; and summary.json: cpr, cmd, and the circuit that is reported.
     """
     from vlmscope.report import claim_report, write_report
-    from vlmscope.studies.faithfulness import faithfulness as measure
     from vlmscope.studies.run_writer import claim
 
     claim(out)
     claim_report(out / "report.html")
-    found = measure(
-        given.load(),
-        given.examples(),
-        scores,
-        corrupt,
-        outside=outside,
-        metric=metric,
-        ratio=ratio,
-        draws=draws,
-        seed=given.seed,
-        out=out,
-        data=given.data,
-    )
+    options = {
+        "scores": scores,
+        "corrupt": corrupt,
+        "outside": outside,
+        "metric": metric,
+        "ratio": ratio,
+        "draws": draws,
+        "seed": given.seed,
+        "data": given.data,
+        "shard": share.numbers,
+    }
+    with share.team(given.model, given.device) as team:
+        from vlmscope.studies.faithfulness import Asked, faithful_by
+
+        found = faithful_by(team(Asked(given, options)), out)
     columns = ["ranking", "fraction", "kept", "f", "low", "high", "random"]
     print(found.table[columns].to_string(index=False, float_format="{:.3g}".format))
     print(found.circuit.head(20).to_string(index=False, float_format="{:.3g}".format))
