@@ -479,6 +479,7 @@ def test_scores_of_something_else(model, scored, tmp_path):
         ({"ratio": "mean"}, "unknown ratio 'mean'; expected means, median"),
         ({"draws": 0}, "the number of random circuits is '0'"),
         ({"fractions": (0.5,)}, "one fraction is no curve"),
+        ({"fractions": (0.5, 0.50000001)}, "one fraction is no curve"),
         ({"fractions": (0.5, 2.0)}, "a fraction is '2.0'; expected a number from 0 to 1"),
         ({"corrupt": None}, "without a corruption there is no other run"),
         ({"metric": "loss"}, "unknown metric 'loss'"),

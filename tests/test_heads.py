@@ -168,6 +168,9 @@ def test_effects_of_another_run_are_refused(tmp_path):
         heads.functions(blip(seed=1), examples, site, effects=run)
     with pytest.raises(VlmscopeError, match="the corruption 'image' are not those of 'text'"):
         heads.functions(blip(), examples, site, "text", effects=run.effects())
+    added = sweep_to(tmp_path / "added", blip(), examples, site, Noise("add"))
+    with pytest.raises(VlmscopeError, match=r"not those of these heads \(corrupt differ\)"):
+        heads.functions(blip(), examples, site, Noise("multiply"), effects=added)
     back = sweep_to(tmp_path / "back", blip(), examples, site, direction="noise")
     with pytest.raises(VlmscopeError, match=r"\(direction differ\); give a run of this model"):
         heads.functions(blip(), examples, site, effects=back)

@@ -64,6 +64,23 @@ def test_planted_edges_are_first_and_carry_the_gap(planted, roles, monkeypatch):
     assert best["cpr"] > 0.9 * oracle["cpr"] and best["cmd"] < oracle["cmd"] + 0.05
 
 
+def test_edges_of_a_trained_circuit(planted):
+    """Two are true, the reader's own way; what the causal model says nothing of is left out."""
+    made = replace(planted, roles={"decoder.0.attn.h1": "locator", "decoder.2.attn.h5": "reader"})
+    true = [("image", "decoder.2.attn.v5"), ("decoder.2.attn.h5", "logits")]
+    left_out = [
+        ("image", "decoder.2.attn.k5"),
+        ("decoder.0.attn.h1", "decoder.2.attn.q5"),
+        ("embed", "logits"),
+    ]
+    left_out += [("decoder.2.mlp", "logits"), ("image", "decoder.3.mlp"), ("image", "decoder.1.attn.v0")]
+    false = [("decoder.3.attn.h1", "logits"), ("image", "decoder.2.attn.v4")]
+    found = truth.trained_edge_roles(made, [*true, *left_out, *false])
+    assert found == dict.fromkeys(true, "reader") | dict.fromkeys(left_out, "locator")
+    given = dict.fromkeys(left_out, 9.0) | dict.fromkeys(true, 2.0) | dict.fromkeys(false, 1.0)
+    assert scores.ranking(given, found)["auroc"] == 1
+
+
 def test_nodes_have_their_roles(planted):
     roles = {"decoder.1.attn.h6": "reader", "decoder.3.mlp.n5": "neuron", "decoder.3.mlp.n7": "neuron"}
     made = replace(planted, roles=roles)

@@ -257,6 +257,13 @@ def test_an_edit_of_blip():
     assert "blind prompts changed" not in found
 
 
+def test_words_are_compared_in_small_letters():
+    """What a picture shows is in small letters, whatever a person writes."""
+    given = [example(shows=frozenset({"circle"}))]
+    for question in neurons.questions(given, ["Circle", "circle", "Square"]):
+        assert question.answer == ("yes" if "circle" in question.clean_prompt else "no")
+
+
 def test_hallucination_and_questions(toy):
     given = held_out(12, 3)
     shapes = ["circle", "square", "triangle", "star", "heart", "cross"]

@@ -5,9 +5,11 @@
 Its vision tower starts from that of `toy-blip`, which ships with the package (or the whole model from one
 trained before, with `--start`), so nothing has to teach its patches what covers them; the pictures and
 questions are those of `toy_questions.py`, the cost of heads that of `train_toy_blip.py`, and there are
-questions whether a picture shows an object. One sequence holds a picture and several branches behind it, each
-a question with its answer or the caption; branches do not see each other. The training is kept every 500
-steps in `build/toy-llava` and goes on from there.
+questions whether a picture shows an object. A linear head that is thrown away afterwards names each patch's
+column: without it the vision tower forgets them, and what is above or below a thing is not learned. One
+sequence holds a picture and several branches behind it, each a question with its answer or the caption;
+branches do not see each other. The training is kept every 500 steps in `build/toy-llava` and goes on from
+there.
 """
 
 from __future__ import annotations
@@ -218,8 +220,10 @@ def _take_over(hf: LlavaForConditionalGeneration) -> None:
                 target.bias.copy_(bias)
 
 
-def loss_of(hf: LlavaForConditionalGeneration, pixels: Tensor, text: dict[str, Tensor]) -> Tensor:
-    """How badly the model says what is to be said."""
+def loss_of(
+    hf: LlavaForConditionalGeneration, column: nn.Linear, pixels: Tensor, text: dict[str, Tensor]
+) -> Tensor:
+    """How badly the model says what is to be said, and a tenth of how badly the head names columns."""
     inner = hf.model
     seen = inner.vision_tower(pixels).last_hidden_state[:, 1:]
     embedded = inner.get_input_embeddings()(text["ids"])
@@ -230,7 +234,9 @@ def loss_of(hf: LlavaForConditionalGeneration, pixels: Tensor, text: dict[str, T
         inputs_embeds=embedded, attention_mask=text["mask"], position_ids=text["positions"]
     ).last_hidden_state
     chosen = text["labels"] != NONE
-    return F.cross_entropy(hf.lm_head(hidden[chosen]), text["labels"][chosen])
+    columns = torch.arange(GRID).repeat(len(seen), GRID)
+    named = F.cross_entropy(column(seen).flatten(0, 1), columns.flatten())
+    return F.cross_entropy(hf.lm_head(hidden[chosen]), text["labels"][chosen]) + 0.1 * named
 
 
 def pack(tokenizer: PreTrainedTokenizerFast, branches: list[list[tuple[str, str]]]) -> dict[str, Tensor]:
@@ -273,6 +279,7 @@ def train(arguments: argparse.Namespace) -> None:
         hf = model(made.tokenizer, arguments.width, arguments.layers)
     print(sum(p.numel() for p in hf.parameters()), "parameters", flush=True)
     hf.train()
+    column = nn.Linear(hf.config.vision_config.hidden_size, GRID)
     written: list[Tensor] = []
     measure_heads(hf.model.language_model, ("o_proj",), 4, written)
     pictures = {name: [picture(name, n) for n in range(arguments.pictures)] for name in SETS}
@@ -282,11 +289,13 @@ def train(arguments: argparse.Namespace) -> None:
     }
     images = made.image_processor
     mean, std = (torch.tensor(v)[:, None, None] for v in (images.image_mean, images.image_std))
-    optimizer = torch.optim.AdamW(hf.parameters(), lr=arguments.rate, weight_decay=0.01)
+    optimizer = torch.optim.AdamW(
+        [*hf.parameters(), *column.parameters()], lr=arguments.rate, weight_decay=0.01
+    )
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, arguments.rate, total_steps=arguments.steps + 1, pct_start=0.05
     )
-    first = _resume(hf, optimizer, schedule)
+    first = _resume(hf, column, optimizer, schedule)
     began, total = time.time(), 0.0
     for step in range(first, arguments.steps):
         rng = random.Random(f"{arguments.seed}/{step}")
@@ -295,7 +304,7 @@ def train(arguments: argparse.Namespace) -> None:
         branches = [_branches(rng, pictures[name][n], arguments.ask) for name, n in which]
         seen = (torch.stack([pixels[name][n] for name, n in which]).float() / 255 - mean) / std
         written.clear()
-        loss = loss_of(hf, seen, pack(made.tokenizer, branches)) + COST * sum(written)
+        loss = loss_of(hf, column, seen, pack(made.tokenizer, branches)) + COST * sum(written)
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(hf.parameters(), 1.0)
@@ -307,7 +316,7 @@ def train(arguments: argparse.Namespace) -> None:
             print(f"step {step + 1} loss {total / 100:.4f} ({speed:.1f} steps/s)", flush=True)
             total = 0.0
         if (step + 1) % 500 == 0:
-            _keep(hf, optimizer, schedule, step + 1)
+            _keep(hf, column, optimizer, step + 1)
             save(hf, made, WORK / "latest")
         if (step + 1) % 1000 == 0:
             report(hf, made, 90)
@@ -327,10 +336,11 @@ def _branches(rng: random.Random, shown: Shown, ask: int) -> list[tuple[str, str
 
 
 def _keep(
-    hf: LlavaForConditionalGeneration, optimizer: torch.optim.Optimizer, schedule: object, step: int
+    hf: LlavaForConditionalGeneration, column: nn.Linear, optimizer: torch.optim.Optimizer, step: int
 ) -> None:
     WORK.mkdir(parents=True, exist_ok=True)
     state = {f"model.{k}": v for k, v in hf.state_dict().items() if "lm_head" not in k}
+    state |= {f"column.{k}": v for k, v in column.state_dict().items()}
     for n, values in optimizer.state_dict()["state"].items():
         state |= {f"adam.{n}.{k}": v for k, v in values.items()}
     save_file({k: v.clone().contiguous() for k, v in state.items()}, WORK / "state.tmp")
@@ -338,12 +348,15 @@ def _keep(
     (WORK / "step.json").write_text(json.dumps(step))
 
 
-def _resume(hf: LlavaForConditionalGeneration, optimizer: torch.optim.Optimizer, schedule: object) -> int:
+def _resume(
+    hf: LlavaForConditionalGeneration, column: nn.Linear, optimizer: torch.optim.Optimizer, schedule: object
+) -> int:
     if not (WORK / "step.json").exists():
         return 0
     step, state = (json.loads((WORK / "step.json").read_text()), load_file(WORK / "state.safetensors"))
     own = {k.removeprefix("model."): v for k, v in state.items() if k.startswith("model.")}
     hf.load_state_dict(own, strict=False)
+    column.load_state_dict({name: state[f"column.{name}"] for name in ("weight", "bias")})
     kept = optimizer.state_dict()
     for name, value in state.items():
         if name.startswith("adam."):

@@ -16,7 +16,7 @@ from measures import FRESH
 from pictures import scenes
 from planting import DECOYS, TRUE, Planted
 from scores import ranking
-from truth import Edge, edge_roles
+from truth import Edge, edge_roles, trained_edge_roles
 
 import vlmscope
 from vlmscope.models.inputs import Pair
@@ -51,12 +51,12 @@ def edge_scores(made: Planted, method: str) -> dict[Edge, float]:
     return dict(zip(zip(table["source"], table["target"], strict=True), table["score"], strict=True))
 
 
-def of_edges(made: Planted) -> dict[str, Any]:
+def of_edges(made: Planted, trained: bool = False) -> dict[str, Any]:
     """Of each method how well it ranks edges, and how many of a decoy are among its first."""
-    roles = edge_roles(made)
     found: dict[str, Any] = {}
     for method in METHODS:
         given = edge_scores(made, method)
+        roles = trained_edge_roles(made, given) if trained else edge_roles(made)
         found[method] = ranking(given, roles) | {"decoys_first": decoys_first(given, roles)}
     return found
 

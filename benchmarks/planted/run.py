@@ -18,8 +18,9 @@ import platform
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +46,7 @@ from mechanisms import null as null_of
 from pictures import scenes
 from planting import Recipe, plant, scale
 from scores import macro_f1, share, summary
-from tables import tables
+from tables import NOT_CELLS, tables
 from training import assess, train
 from truth import save
 
@@ -115,37 +116,77 @@ def gathered(rows: list[dict[str, Any]]) -> dict[str, Any]:
 Keep = Callable[[str, Any], None]
 
 
-def run_cells(part: str, quick: bool, seeds: int, until: float, keep: Keep) -> None:
+class Rows:
+    """What was measured of each model, line by line in a file, so that a run goes on where it was stopped.
+
+    None where it is too late to begin.
+    """
+
+    def __init__(self, file: Path | None, until: float) -> None:
+        self.file, self.until = file, until
+        self.known: dict[str, Any] = {}
+        self.seconds = 0.0
+        """What was spent on the rows that were there."""
+        if file and file.exists():
+            # The last line of a run that was killed may be half a line.
+            lines = [line for line in file.read_text().splitlines() if line.endswith("]")]
+            for key, row, seconds in map(json.loads, lines):
+                self.known[key] = row
+                self.seconds += seconds
+            file.write_text("".join(f"{line}\n" for line in lines))
+
+    def of(self, key: str, measure: Callable[[], Any]) -> Any:
+        if key not in self.known:
+            if time.monotonic() > self.until:
+                return None
+            start = time.monotonic()
+            row = measure()
+            line = json.dumps([key, row, round(time.monotonic() - start, 2)])
+            self.known[key] = json.loads(line)[1]  # as it is read again: keys are text, pairs are lists
+            if self.file:
+                with self.file.open("a") as out:
+                    out.write(f"{line}\n")
+        return self.known[key]
+
+
+def cells_of(recipe: Recipe, named: Mapping[str, float]) -> dict[str, Any]:
+    """Each cell's row; or why there is none."""
+    try:
+        return dict(zip(named, at_effects(recipe, list(named.values())), strict=True))
+    except RuntimeError as error:  # so much noise that nothing could be planted
+        return {"not_planted": str(error)}
+
+
+def run_cells(part: str, quick: bool, seeds: int, rows: Rows, keep: Keep) -> None:
     """Seed by seed, so that a run that is stopped has about as many models of each cell."""
-    rows: dict[str, list[dict[str, Any]]] = {}
+    every: dict[str, list[dict[str, Any]]] = {}
     failed: list[str] = []
     for seed in range(seeds):
         for recipe, named in (effect_cells if part == "effects" else knob_cells)(quick):
-            if time.monotonic() > until:
-                break
-            try:
-                found = list(at_effects(replace(recipe, seed=seed), list(named.values())))
-            except RuntimeError as error:  # so much noise that nothing could be planted
-                failed.append(str(error))
-                continue
-            for name, row in zip(named, found, strict=True):
-                rows.setdefault(name, []).append(row)
-        keep(part, {name: gathered(some) for name, some in rows.items()} | {"not_planted": failed})
+            found = rows.of(f"{seed} {list(named)}", partial(cells_of, replace(recipe, seed=seed), named))
+            for name, row in (found or {}).items():
+                if name == "not_planted":
+                    failed.append(row)
+                else:
+                    every.setdefault(name, []).append(row)
+        keep(part, {name: gathered(some) for name, some in every.items()} | {"not_planted": failed})
         print(f"{part}: seed {seed}", file=sys.stderr, flush=True)
 
 
-def run_tool(quick: bool, seeds: int, until: float, keep: Keep) -> None:
+def run_tool(quick: bool, seeds: int, rows: Rows, keep: Keep) -> None:
     planted, plain, turned = [], [], []
     among = SHARPNESS[::2] if quick else SHARPNESS
     for seed in range(seeds):
         recipes = [Recipe(form, seed, effect=0.3, say=say) for form, say in FORMS]
         heads = [recipe for recipe in recipes if recipe.say == "head"]
-        works = [lambda r=recipe: planted.append(tool(r)) for recipe in recipes]
-        works += [lambda r=recipe: plain.append(tool(replace(r, planted=False))) for recipe in heads]
-        works += [lambda r=recipe: turned.append(at_sharpness(r, among)) for recipe in heads]
-        for work in works:
-            if time.monotonic() < until:
-                work()
+        planted += [rows.of(f"{seed} {name_of(recipe)}", partial(tool, recipe)) for recipe in recipes]
+        for recipe in heads:
+            nothing = replace(recipe, planted=False)
+            plain.append(rows.of(f"{seed} {recipe.form} random", partial(tool, nothing)))
+        for recipe in heads:
+            key = f"{seed} {recipe.form} sharpness {among}"
+            turned.append(rows.of(key, partial(at_sharpness, recipe, among)))
+        planted, plain, turned = ([row for row in some if row] for some in (planted, plain, turned))
         pairs = [pair for row in planted for pair in row["confusion"]]
         mean, each = macro_f1(pairs)
         models = summary([macro_f1(row["confusion"])[0] for row in planted])
@@ -160,55 +201,71 @@ def run_tool(quick: bool, seeds: int, until: float, keep: Keep) -> None:
         print(f"tool: seed {seed}", file=sys.stderr, flush=True)
 
 
-def run_trained(seeds: int, until: float, keep: Keep) -> None:
-    """Models in which a circuit was trained. One that is not accepted is counted, and not scored."""
-    rows: dict[str, list[dict[str, Any]]] = {}
+def trained(form: str, seed: int) -> dict[str, Any]:
+    """A model in which a circuit was trained. One that is not accepted is counted, and not scored."""
+    model = train(form, seed)
+    found = assess(model)
+    told = {"form": form, "seed": seed, "accepted": found.accepted} | found._asdict()
+    if not found.accepted:
+        return {"model": told}
+    given = scenes(EXAMPLES, FRESH + seed)
+    row = one(model, given, peaks(model, given))
+    return {"model": told, "row": row} | ({"edges": of_edges(model, trained=True)} if form == "D" else {})
+
+
+def run_trained(seeds: int, rows: Rows, keep: Keep) -> None:
+    every: dict[str, list[dict[str, Any]]] = {}
+    edges: dict[str, list[dict[str, Any]]] = {}
     made: list[dict[str, Any]] = []
     for seed in range(seeds):
         for form in "CD":
-            if time.monotonic() > until:
-                break
-            model = train(form, seed)
-            found = assess(model)
-            made.append({"form": form, "seed": seed, "accepted": found.accepted} | found._asdict())
-            if found.accepted:
-                given = scenes(EXAMPLES, FRESH + seed)
-                row = one(model, given, peaks(model, given))
-                rows.setdefault(f"{form}-trained", []).append(row)
-            keep("trained", {name: gathered(some) for name, some in rows.items()} | {"models": made})
-            print(f"trained: {form}, seed {seed}, {found}", file=sys.stderr, flush=True)
+            if found := rows.of(f"{seed} {form}", partial(trained, form, seed)):
+                made.append(found["model"])
+                if "row" in found:
+                    every.setdefault(f"{form}-trained", []).append(found["row"])
+                if "edges" in found:
+                    edges.setdefault(f"{form}-trained", []).append(found["edges"])
+                cells = {name: gathered(some) for name, some in every.items()}
+                keep("trained", cells | {"models": made, "edges": summarized(edges)})
+                print(f"trained: {form}, seed {seed}, {found['model']}", file=sys.stderr, flush=True)
 
 
-def run_edges(quick: bool, seeds: int, until: float, keep: Keep) -> None:
-    rows: dict[str, list[dict[str, Any]]] = {}
+def edges_at(recipe: Recipe, effects: Sequence[float]) -> list[dict[str, Any]]:
+    made = plant(replace(recipe, effect=OF_EDGES[0]))
+    return [of_edges(scale(made, effect)) for effect in effects]
+
+
+def run_edges(quick: bool, seeds: int, rows: Rows, keep: Keep) -> None:
+    every: dict[str, list[dict[str, Any]]] = {}
+    effects = OF_EDGES[1:2] if quick else OF_EDGES
     for seed in range(seeds):
         for say in ("head",) if quick else ("head", "neurons", "options"):
-            made = plant(Recipe("D", seed, effect=OF_EDGES[0], say=say))
-            for effect in OF_EDGES[1:2] if quick else OF_EDGES:
-                if time.monotonic() < until:
-                    rows.setdefault(f"D-{say} effect {effect:g}", []).append(of_edges(scale(made, effect)))
-        keep("edges", summarized(rows))
+            found = rows.of(f"{seed} {say} {effects}", partial(edges_at, Recipe("D", seed, say=say), effects))
+            for effect, row in zip(effects, found or (), strict=False):
+                every.setdefault(f"D-{say} effect {effect:g}", []).append(row)
+        keep("edges", summarized(every))
         print(f"edges: seed {seed}", file=sys.stderr, flush=True)
 
 
-def run_circuits(quick: bool, seeds: int, until: float, keep: Keep) -> None:
-    rows: dict[str, list[dict[str, Any]]] = {}
+def run_circuits(quick: bool, seeds: int, rows: Rows, keep: Keep) -> None:
+    every: dict[str, list[dict[str, Any]]] = {}
     nulls: dict[str, list[dict[str, Any]]] = {}
     for seed in range(seeds):
         for form, say, kind in CIRCUITS[-1:] if quick else CIRCUITS:
-            if time.monotonic() < until:
-                made = plant(Recipe(form, seed, effect=0.3, say=say))
-                rows.setdefault(f"{form}-{say} {kind}", []).append(of_circuits(made, kind))
+            recipe = Recipe(form, seed, effect=0.3, say=say)
+            if row := rows.of(
+                f"{seed} {form}-{say} {kind}", lambda r=recipe, k=kind: of_circuits(plant(r), k)
+            ):
+                every.setdefault(f"{form}-{say} {kind}", []).append(row)
         for form, kind in RANDOM[-1:] if quick else RANDOM:
-            if time.monotonic() < until:
-                nulls.setdefault(f"{form} {kind}", []).append(
-                    null_of(plant(Recipe(form, seed, planted=False)), kind)
-                )
+            recipe = Recipe(form, seed, planted=False)
+            if row := rows.of(f"{seed} {form} random {kind}", lambda r=recipe, k=kind: null_of(plant(r), k)):
+                nulls.setdefault(f"{form} {kind}", []).append(row)
         passes = {
             name: {key: share([row[key] for row in some]) for key in ("passes", "unasked")}
             for name, some in nulls.items()
         }
-        keep("circuits", summarized(rows) | {"random": passes})
+        keep("circuits", summarized(every) | {"random": passes})
         print(f"circuits: seed {seed}", file=sys.stderr, flush=True)
 
 
@@ -231,7 +288,7 @@ def lines(result: Mapping[str, Any]) -> Iterator[str]:
         yield "  ".join([f"labels: macro-F1 {own['labels']['macro_f1']:.3f}", *told])
     cells = [item for part in ("effects", "knobs", "trained") for item in result.get(part, {}).items()]
     for name, cell in cells:
-        if name in ("not_planted", "models"):
+        if name in NOT_CELLS:
             continue
         found = [f"{name:32}"]
         for kind in ("heads", "attention", "neurons"):
@@ -243,8 +300,12 @@ def lines(result: Mapping[str, Any]) -> Iterator[str]:
         rules = [cell[rule] for rule in RULES]
         words = [f"{rule['false_share']:.2f}/{rule['recall']['mean']:.2f}" for rule in rules]
         yield "  ".join([*found, f"false/recall {' '.join(words)}", f"n {cell['heads']['auroc']['models']}"])
-    for part, figure in (("edges", "auroc"), ("circuits", "cpr_of_oracle")):
-        for name, cell in result.get(part, {}).items():
+    trained_edges = result.get("trained", {}).get("edges", {})
+    for given, figure in (
+        (result.get("edges", {}) | trained_edges, "auroc"),
+        (result.get("circuits", {}), "cpr_of_oracle"),
+    ):
+        for name, cell in given.items():
             if name != "random":
                 found = [f"{method} {own[figure]['mean']:.3f}" for method, own in cell.items()]
                 yield "  ".join([f"{name:32}", f"{figure}:", *found])
@@ -263,6 +324,9 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=1e6, help="begin no model after so many")
     parser.add_argument(
         "--out", type=Path, help="also write the JSON to this file, as it comes; parts that it has stay"
+    )
+    parser.add_argument(
+        "--rows", type=Path, help="keep each model's figures in this folder, and go on from those that it has"
     )
     parser.add_argument("--tables", type=Path, help="print the tables of such a file instead")
     parser.add_argument("--submission", type=Path, help="score a CSV file (part, score) instead")
@@ -308,22 +372,27 @@ def main() -> None:
 
     def keep(part: str, found: Any) -> None:
         result[part] = found
-        result["seconds"][part] = round(time.monotonic() - start)
+        result["seconds"][part] = round(time.monotonic() - start + rows.seconds)
         if out:
             out.write_text(json.dumps(result, indent=1) + "\n")
 
     for part in arguments.part or PARTS:
-        start, seeds = time.monotonic(), arguments.seeds or SEEDS.get(part, 20)
-        if part == "tool":
-            run_tool(quick, 1 if quick else seeds, until, keep)
-        elif part == "coverage":
+        start, seeds = time.monotonic(), 1 if quick else arguments.seeds or SEEDS.get(part, 20)
+        if arguments.rows:
+            arguments.rows.mkdir(parents=True, exist_ok=True)
+        rows = Rows(arguments.rows / f"{part}.jsonl" if arguments.rows else None, until)
+        if part == "coverage":
             keep(part, [coverage(Recipe(form, 0), 500 if quick else POPULATION[form]) for form in "CD"])
+        elif part == "tool":
+            run_tool(quick, seeds, rows, keep)
         elif part == "trained":
-            run_trained(1 if quick else seeds, until, keep)
-        elif part in ("edges", "circuits"):
-            (run_edges if part == "edges" else run_circuits)(quick, 1 if quick else seeds, until, keep)
+            run_trained(seeds, rows, keep)
+        elif part == "edges":
+            run_edges(quick, seeds, rows, keep)
+        elif part == "circuits":
+            run_circuits(quick, seeds, rows, keep)
         else:
-            run_cells(part, quick, 2 if quick else seeds, until, keep)
+            run_cells(part, quick, 2 if quick else seeds, rows, keep)
     print("\n".join(lines(result)), file=sys.stderr)
     print(json.dumps(result))
 

@@ -8,6 +8,8 @@ from typing import Any
 from measures import RULES
 
 Result = Mapping[str, Any]
+NOT_CELLS = ("not_planted", "models", "edges")
+"""What a part holds beside its cells of heads and neurons."""
 FIGURES = (
     ("heads", "auroc"),
     ("heads", "ap"),
@@ -23,8 +25,8 @@ def tables(result: Result) -> Iterator[str]:
     yield from (f"| {' | '.join(row)} |" for row in [*bars(result), *mechanism_bars(result)])
     if any(True for _ in cells(result)):
         yield from _head_tables(result)
-    if "edges" in result:
-        yield from _edge_table(result["edges"])
+    if edges := result.get("edges", {}) | result.get("trained", {}).get("edges", {}):
+        yield from _edge_table(edges)
     if "circuits" in result:
         yield from _circuit_table(result["circuits"])
 
@@ -66,12 +68,15 @@ def _circuit_table(given: Result) -> Iterator[str]:
 
 def mechanism_bars(result: Result) -> Iterator[tuple[str, str, str, str]]:
     """The same of edges and of circuits."""
-    given = result.get("edges", {})
+    given, trained = result.get("edges", {}), result.get("trained", {}).get("edges", {})
     high = [cell for name, cell in given.items() if float(name.rsplit(" ", 1)[1]) >= 0.1]
     for method in high[0] if high else ():
         yield _limit(
             f"edges, AUROC, effects ≥ 10 %, {method}", 0.95, [cell[method]["auroc"] for cell in high]
         )
+    for method in next(iter(trained.values()), {}):
+        found = [cell[method]["auroc"] for cell in trained.values()]
+        yield _limit(f"edges, AUROC, trained circuits, {method}", 0.9, found)
     circuits = {name: cell for name, cell in result.get("circuits", {}).items() if name != "random"}
     for kind in ("nodes", "edges"):
         some = [
@@ -97,7 +102,7 @@ def mechanism_bars(result: Result) -> Iterator[tuple[str, str, str, str]]:
 def cells(result: Result) -> Iterator[tuple[str, Any]]:
     for part in ("effects", "trained", "knobs"):
         for name, cell in result.get(part, {}).items():
-            if name not in ("models", "not_planted"):
+            if name not in NOT_CELLS:
                 yield name.replace("effect ", ""), cell
 
 

@@ -3,9 +3,9 @@
     python tests/fuzz/worker_kills.py [--kills 200] [--seed N] [--limit 120] [--seconds N]
 
 A sweep runs with two workers, of which each is killed (SIGKILL) at a moment drawn when it is first seen,
-within its first seconds: while it imports, loads, computes or writes. Now and then the driver is killed instead,
-after which the same command goes on, sometimes without workers. Between kills, who reads finds whole files
-only. Each run has at most 12 kills, and none after two thirds of its examples (an example on which three
+within its first seconds: while it imports, loads, computes or writes. Now and then the driver is killed
+instead, after which the same command goes on, sometimes without workers. Between kills, who reads finds whole
+files only. Each run has at most 12 kills, none after two thirds of its examples (an example on which three
 workers die is left out); then it is left alone, and its table, its baselines and its check have to be those
 of an undisturbed process, bit for bit, and nothing else may be in its folder.
 

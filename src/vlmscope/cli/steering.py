@@ -28,10 +28,11 @@ def steer(
     Built on one half of the examples, measured on the other against random directions of the same length;
     `generate --steer` applies it.
     """
-    from vlmscope.report import write_report
+    from vlmscope.report import claim_report, write_report
     from vlmscope.studies import steering
 
     steering.Steered.claim(out)
+    claim_report(out / "report.html")
     model, having = given.load(), given.examples()
     found = steering.steer(
         model,
@@ -71,10 +72,11 @@ def probe(
 
     Beside shuffled labels, objects that were never seen, and the causal effect of a patch of the same site.
     """
-    from vlmscope.report import write_report
+    from vlmscope.report import claim_report, write_report
     from vlmscope.studies import probes
 
     probes.Probed.claim(out)
+    claim_report(out / "report.html")
     found = probes.probe(
         given.load(),
         given.examples(),

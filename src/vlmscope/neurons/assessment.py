@@ -94,7 +94,7 @@ def assess(
     before = _answers(model, captions, "captions before", found)
     has = np.array([bool(whole_word(source).search(text)) for text in before], bool)
     if falsely:
-        has &= np.array([bool(e.shows) and source not in e.shows for e, _ in captions], bool)
+        has &= np.array([bool(e.shows) and source.casefold() not in e.shows for e, _ in captions], bool)
     both = has & np.array([bool(whole_word(target or source).search(text)) for text in before], bool)
     sets = has[: len(given)], (has & ~both if target else has)[: len(given)]
     others = _questions(given, *sets, source, target, prompts[0], question)

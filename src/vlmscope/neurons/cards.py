@@ -65,7 +65,7 @@ def describe(
     words = words or ([] if found is None or neurons else found.words)
     if not words and not neurons:
         raise VlmscopeError("nothing to describe; name words or neurons (layer.number)")
-    measures = measures and len(given) > 4 * FEW
+    measures = measures and len(given) >= 4 * FEW
     there = study(model, given, prompt, found=found, seed=seed) if words or measures else None
     ranked: dict[str, list[Neuron]] = {}
     for word in words:

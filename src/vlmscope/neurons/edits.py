@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
@@ -47,6 +46,7 @@ from vlmscope.neurons.solvers import (
 from vlmscope.neurons.turns import QUESTION, Turn, of_concept, took
 from vlmscope.neurons.weight_edit import Columns, WeightEdit, base_fingerprint, changed
 from vlmscope.neurons.words import random_places
+from vlmscope.patching.backward import frozen
 from vlmscope.runs.forward import generate
 from vlmscope.runs.model import Model
 from vlmscope.stats import rng, shuffled
@@ -137,7 +137,7 @@ def edit(
         (pairs, []) if given is not None else _held_out(pairs) for pairs in (has, other)
     )
     checked = checked or ([] if given is not None else made_on[:CHECKS])
-    with _frozen(model):
+    with frozen(model):
         task, asked = _task(model, turns, made_on, rest, locality, seed)
         if given is not None:
             ranked = list(given)
@@ -239,7 +239,7 @@ def _split(
     other: list[Captioned] = []
     order = [examples[n] for n in shuffled(seed, [example.id for example in examples])]
     for example, caption in zip(order, caption_pictures(model, order, prompt, found=found), strict=True):
-        is_wrong = not falsely or (bool(example.shows) and word not in example.shows)
+        is_wrong = not falsely or (bool(example.shows) and word.casefold() not in example.shows)
         says = is_wrong and whole_word(word).search(caption.text)
         where, most = (has, PICTURES) if says else (other, OTHERS)
         if len(where) < most:
@@ -363,15 +363,3 @@ def _without_picture(model: Model, prompt: str, source: str) -> Wanted | None:
     if whole_word(source).search(model.processor.tokenizer.decode(ids, skip_special_tokens=True)):
         return None
     return _kept(model, model.inputs(None, prompt, (), ids[:-1]), ids)
-
-
-@contextmanager
-def _frozen(model: Model) -> Iterator[None]:
-    """No gradients of the model's own weights are kept."""
-    weights = [p for p in model.hf.parameters() if p.requires_grad]
-    model.hf.requires_grad_(False)
-    try:
-        yield
-    finally:
-        for weight in weights:
-            weight.requires_grad_(True)

@@ -110,7 +110,8 @@ def questions(
     >>> [(q.clean_prompt, q.answer) for q in questions([one], ["circle", "square"])]
     [('does this picture show a circle?', 'yes'), ('does this picture show a square?', 'no')]
     """
-    shown = [example.shows & set(objects) for example in examples]
+    objects = list(dict.fromkeys(name.casefold() for name in objects))
+    shown = [example.shows & {*objects} for example in examples]
     common = Counter(name for there in shown for name in there)
     beside = Counter((name, other) for there in shown for name in there for other in there - {name})
     found = []

@@ -141,7 +141,7 @@ def measure_study(
     return Measured(table.assign(q_value=q), pd.DataFrame(chosen, columns=names), reasons)
 
 
-def _mean(word: Word, method: str, measure: str, values: Any, **more: float) -> dict[str, Any]:
+def _mean(method: str, measure: str, values: Any, **more: float) -> dict[str, Any]:
     """The row of the mean of some values, with its interval."""
     values = np.asarray(values)
     low, high = share_interval(values) if values.dtype == bool else interval(values[:, None])[:, 0]
@@ -200,7 +200,7 @@ def similarity(word: Word, embed: Embed) -> Rows:
         tokens = top_tokens(word.study.model, named(word.study.model, neurons), WORDS)
         cosines[method] = [float((embed([w or "?" for w, _ in top]) @ meaning).mean()) for top in tokens]
     for method, values in cosines.items():
-        yield _mean(word, method, "similarity", values, null=float(np.mean(cosines["random"])))
+        yield _mean(method, "similarity", values, null=float(np.mean(cosines["random"])))
 
 
 # -- by activations: which pictures ---------------------------------------------------------------
@@ -346,7 +346,7 @@ def shuffled_patches(word: Word) -> Rows:
         shared.append(len(before & after) / study.top)
     if len(shared) >= 2:
         chance = study.top / count_neurons(model)
-        yield _mean(word, "contribution", "overlap, shuffled", shared, null=chance)
+        yield _mean("contribution", "overlap, shuffled", shared, null=chance)
 
 
 # -- by intervention: what happens without the neurons ---------------------------------------------
@@ -371,12 +371,12 @@ def drops(word: Word) -> Rows:
             apart = (fell["contribution"] - fell["random"])[:, None]
             own = {"null": float(fell["random"].mean()), "p_value": float(p_values(apart)[0])}
             for method in word.chosen:
-                yield _mean(word, method, measure, fell[method], **(own if method == "contribution" else {}))
+                yield _mean(method, measure, fell[method], **(own if method == "contribution" else {}))
     lost = np.array(word.lost(fed, word.chosen["contribution"], "zero"))
     others = np.array([word.lost(fed, neurons, "zero") for neurons in sets["random"]])
     own = {"null": float(others.mean()), "p_value": more_often(lost, np.asarray(others.any(0)))}
-    yield _mean(word, "contribution", "lost, zero", lost, **own)
-    yield _mean(word, "random", "lost, zero", others[0])
+    yield _mean("contribution", "lost, zero", lost, **own)
+    yield _mean("random", "lost, zero", others[0])
 
 
 def more_often(one: Labels, other: Labels) -> float:

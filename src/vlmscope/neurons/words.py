@@ -302,7 +302,7 @@ def find_words(study: Study, words: Sequence[str] | None) -> tuple[list[Word], d
     found, why = [], {}
     for word in dict.fromkeys(asked):
         ids = model.family.options(model.processor, "a", word)[:-1]
-        shown = np.array([word in labels for labels in study.shows], bool)
+        shown = np.array([word.casefold() in labels for labels in study.shows], bool)
         halves = (shown[study.first], shown[~study.first])
         if len(ids) != 1 or ids[0] == model.processor.tokenizer.unk_token_id:
             why[word] = f"'{word}' is {'unknown' if len(ids) == 1 else f'{len(ids)} tokens'}"

@@ -237,9 +237,9 @@ def batches(
 ) -> Iterator[tuple[list[int], Float[Tensor, "rows positions vocabulary"]]]:
     """The numbers and logits of rows that are in the order of their stages, as many at a time as there is
     room for."""
-    room = _room(job, tower)
+    room, costs = _room(job, tower), [flow.cost(job, tower, row) for row in rows]
     while rows:
-        count = _fit([flow.cost(job, tower, row) for row in rows], room)
+        count = _fit(costs, room)
         try:
             logits = run(flow, job, tower, rows[:count])
         except RoomError:
@@ -248,7 +248,7 @@ def batches(
             room //= 2
             continue
         yield [row.number for row in rows[:count]], logits
-        rows = rows[count:]
+        rows, costs = rows[count:], costs[count:]
 
 
 @torch.inference_mode()

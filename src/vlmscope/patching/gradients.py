@@ -213,9 +213,7 @@ def _along(runs: Runs, index: Index, *, steps: int) -> Found:
             edits = [Edit(x, "set", v.requires_grad_()) for x, v in zip(line, new, strict=True)]
             run = Backward(runs, index, own, edits)
             run.start(runs.value(run.logits, here.logits, there.logits))
-            for point, some in run.sums(
-                lambda point, g: {point: index.product(point, deltas[point], g)}
-            ).items():
+            for point, some in run.sums(take).items():
                 sums[point] = some / steps + sums.get(point, 0.0)
     return Found(index.scores(sums), (here.logits, there.logits))
 

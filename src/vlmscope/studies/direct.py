@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -14,12 +13,12 @@ from vlmscope.errors import SiteError, shown
 from vlmscope.layout import slots
 from vlmscope.models.inputs import Inputs, Pair
 from vlmscope.patching.direct import Direct, direct
-from vlmscope.patching.scores import ROUNDING, agrees, unpatched
+from vlmscope.patching.scores import agrees, unpatched
 from vlmscope.runs.model import Model
 from vlmscope.sites import Site, expand, parse, place
+from vlmscope.studies.recheck import CHECKED, drawn_examples, verdict
 from vlmscope.studies.rows import result_of, words_of
 from vlmscope.studies.run_writer import Todo
-from vlmscope.studies.sweep import ALARM, CHECKED, checked
 from vlmscope.studies.task import Result, Task
 
 
@@ -66,17 +65,16 @@ def written(task: Task, job: Todo, sites: Sequence[Site], step: Callable[[int, f
     keys = [key for key in inner if key not in before]
     totals, biases, final = np.zeros(len(writers)), np.zeros(len(keys)), 0.0
     base: dict[str, Any] = {}
-    for number, pair in enumerate(pairs):
+    for number, pair in enumerate(pairs, start=1):
         clean, corrupt = _both(task, pair, sites)
         for run, sign in ((clean, 1.0), (corrupt, -1.0)):
             if run is not None:
                 totals += [sign * run.effect(site, sources) for site, sources, _ in writers]
                 biases += [sign * run.back(key)[1] for key in keys]
                 final += sign * run.bias
-        if number == 0 or corrupt is not None:
-            for name, value in _base(pair, clean, corrupt or clean).items():
-                base[name] = base.get(name, 0.0) + value / len(pairs)
-        step(len(writers), (number + 1) / len(pairs))
+        for name, value in _base(pair, clean, corrupt or clean).items():
+            base[name] = base.get(name, 0.0) + value / len(pairs)
+        step(len(writers), number / len(pairs))
     answered: dict[str, Any] = {}
     if not job.done:
         predicted = model.answer(pairs[0].clean)
@@ -127,16 +125,11 @@ def _bias(model: Model, inputs: Inputs, layer: int, kind: str) -> dict[str, Any]
 def check_sums(task: Task, base: pd.DataFrame) -> dict[str, Any] | None:
     """Of some examples, whether all writers and biases sum to what the model itself gives."""
     known, largest, size = {example.id: example for example in task.examples}, 0.0, 1.0
-    names = checked(task, CHECKED, base)
+    names = drawn_examples(task, CHECKED, base)
     for name in names:
         for run in _both(task, task.pairs(known[name])[0]):
             if run is not None:
                 apart = abs(run.total() - run.value)
                 largest, size = max(largest, apart), max(size, float(run.logits.abs().max()))
-    if largest > ALARM * ROUNDING[task.model.precision] * size:
-        warnings.warn(
-            f"the writers and biases of {len(names)} examples sum to what the model gives but for "
-            f"{largest:.2g}, which is more than rounding: do not trust these scores",
-            stacklevel=2,
-        )
-    return {"rows": len(names), "largest": largest} if names else None
+    said = f"the sums of writers and biases in {len(names)} examples miss what the model gives"
+    return verdict(task, len(names), largest, size, said) if names else None

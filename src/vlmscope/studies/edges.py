@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import warnings
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
@@ -25,7 +24,7 @@ from vlmscope.patching.edge_patches import exact
 from vlmscope.patching.edges import METHODS, Method, score_edges
 from vlmscope.patching.gradients import STEPS
 from vlmscope.patching.graph import Edge, Graph, check_tower
-from vlmscope.patching.scores import ROUNDING, Metric, agrees
+from vlmscope.patching.scores import Metric, agrees
 from vlmscope.runs.corrupt import Noise
 from vlmscope.runs.model import Model
 from vlmscope.sites import Site
@@ -33,10 +32,11 @@ from vlmscope.stats import rng
 from vlmscope.studies.agreement import agreement
 from vlmscope.studies.edge_tables import by_reader, over_examples
 from vlmscope.studies.known import warn_of_excluded
+from vlmscope.studies.recheck import CHECKED, drawn_examples, verdict
 from vlmscope.studies.rows import result_of, run_jobs
 from vlmscope.studies.run_folder import EDGES, Run, parquet_of, typed
 from vlmscope.studies.run_writer import Todo
-from vlmscope.studies.sweep import ALARM, CHECKED, Direction, Study, checked, into_folder
+from vlmscope.studies.sweep import Direction, Study, into_folder
 from vlmscope.studies.task import Result, Shard, Task, all_jobs, spec_of, task_of
 
 Array = NDArray[np.float64]
@@ -259,7 +259,7 @@ def write_beside(run: Run) -> None:
 
 def _check(task: EdgeTask, base: pd.DataFrame, each: pd.DataFrame) -> dict[str, Any] | None:
     """Recompute some random exact edges by plain forwards; None if there are none."""
-    chosen, known = checked(task, CHECKED, base), {example.id: example for example in task.examples}
+    chosen, known = drawn_examples(task, CHECKED, base), {example.id: example for example in task.examples}
     rows = each[each["exact"].notna() & each["example"].isin(chosen)]
     if rows.empty:
         return None
@@ -269,11 +269,5 @@ def _check(task: EdgeTask, base: pd.DataFrame, each: pd.DataFrame) -> dict[str, 
         wanted = list(zip(some["source"], some["target"], strict=True))
         again = _exact(task, task.pairs(known[str(name)]), wanted, by_rows=False)
         largest = max(largest, float(np.abs(again - some["exact"].to_numpy()).max()))
-    size = max(1.0, float(base[["value_clean", "value_corrupt"]].abs().max().max()))
-    if largest > ALARM * ROUNDING[task.model.precision] * size:
-        warnings.warn(
-            f"{len(rows)} exact edges were recomputed by plain forwards and differ by up to {largest:.2g}, "
-            "more than rounding does: do not trust this run",
-            stacklevel=2,
-        )
-    return {"rows": len(rows), "largest": largest}
+    said = f"{len(rows)} exact edges were recomputed by plain forwards and differ"
+    return verdict(task, len(rows), largest, base[["value_clean", "value_corrupt"]], said)

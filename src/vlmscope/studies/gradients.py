@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from types import ModuleType
@@ -17,13 +16,13 @@ from vlmscope.layout import slots
 from vlmscope.models.inputs import Pair
 from vlmscope.patching import engine, reference
 from vlmscope.patching.gradients import estimate
-from vlmscope.patching.scores import ROUNDING, agrees
+from vlmscope.patching.scores import agrees
 from vlmscope.patching.trace import Images
 from vlmscope.sites import Site
 from vlmscope.stats import rng
+from vlmscope.studies.recheck import CHECKED, drawn_examples, verdict
 from vlmscope.studies.rows import result_of, words_of
 from vlmscope.studies.run_writer import Todo
-from vlmscope.studies.sweep import ALARM, CHECKED, checked
 from vlmscope.studies.task import Attribution, Result
 
 Array = NDArray[np.float64]
@@ -100,7 +99,7 @@ def _exact(
 def check_exact(task: Attribution, base: pd.DataFrame, table: pd.DataFrame) -> dict[str, Any] | None:
     """Recompute some random exact effects by plain forwards; None if there are none."""
     rows = table[table["exact"].notna()]
-    chosen, known = checked(task, CHECKED, base), {example.id: example for example in task.examples}
+    chosen, known = drawn_examples(task, CHECKED, base), {example.id: example for example in task.examples}
     rows = rows[rows["example"].isin(chosen)]
     if rows.empty:
         return None
@@ -111,11 +110,5 @@ def check_exact(task: Attribution, base: pd.DataFrame, table: pd.DataFrame) -> d
         sites = task.model.placed(some["site"].tolist(), pairs[0].clean)
         again = _exact(task, pairs, sites, reference)
         largest = max(largest, float(np.abs(again - some["exact"].to_numpy()).max()))
-    size = max(1.0, float(base[["value_clean", "value_corrupt"]].abs().max().max()))
-    if largest > ALARM * ROUNDING[task.model.precision] * size:
-        warnings.warn(
-            f"{len(rows)} exact effects were recomputed by plain forwards and differ by up to {largest:.2g}, "
-            "more than rounding does: do not trust this run",
-            stacklevel=2,
-        )
-    return {"rows": len(rows), "largest": largest}
+    said = f"{len(rows)} exact effects were recomputed by plain forwards and differ"
+    return verdict(task, len(rows), largest, base[["value_clean", "value_corrupt"]], said)

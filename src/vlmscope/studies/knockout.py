@@ -7,7 +7,6 @@ al. 2024, arXiv 2411.18620).
 from __future__ import annotations
 
 import os
-from typing import Any
 
 import pandas as pd
 
@@ -17,8 +16,8 @@ from vlmscope.models.inputs import CUTS, Cut
 from vlmscope.patching.scores import Metric
 from vlmscope.runs.model import Model
 from vlmscope.sites import Sites, parse
-from vlmscope.studies.run_folder import Run
-from vlmscope.studies.sweep import CHECKED, Engine, Study, into_folder, study_of, table_of
+from vlmscope.studies.recheck import CHECKED
+from vlmscope.studies.sweep import Engine, Study, study_of, table_of
 from vlmscope.studies.task import Shard, Task, task_of
 
 
@@ -55,24 +54,6 @@ def knockout(
     return table_of(_task(model, examples, sites, how, engine, metric, shard), out, data, check)
 
 
-def knockout_to(
-    out: str | os.PathLike[str],
-    model: Model,
-    examples: Examples,
-    sites: Sites,
-    how: Cut = "block",
-    *,
-    engine: Engine = "fast",
-    metric: str | Metric = "ld",
-    data: str = "examples",
-    check: int = CHECKED,
-    shard: Shard | None = None,
-) -> Run:
-    """`knockout` into a run folder, without holding the table in memory; goes on where it stopped."""
-    own: dict[str, Any] = {"engine": engine, "metric": metric, "data": data, "check": check, "shard": shard}
-    return into_folder(knocked_out(model, examples, sites, how, **own), out)
-
-
 def knocked_out(
     model: Model,
     examples: Examples,
@@ -85,7 +66,7 @@ def knocked_out(
     check: int = CHECKED,
     shard: Shard | None = None,
 ) -> Study:
-    """What `knockout_to`, with the same arguments, puts into a folder."""
+    """What `knockout`, with the same arguments, puts into a folder."""
     return study_of(_task(model, examples, sites, how, engine, metric, shard), data, check)
 
 

@@ -32,7 +32,7 @@ from vlmscope.sites import Sites
 from vlmscope.stats import rng, share_interval, shuffled
 from vlmscope.stored import formats
 from vlmscope.studies.sets import FEWEST, values_of
-from vlmscope.studies.steering.effects import Case, cases_of, directed_places, means
+from vlmscope.studies.steering.effects import cases_of, directed_places, means
 from vlmscope.studies.sweep import sweep
 from vlmscope.studies.tables import change_of
 from vlmscope.studies.tables import means as averages
@@ -122,7 +122,7 @@ def probe(
         model, [one for one in given if one.id in kept], [str(site) for site in places], corrupt, seed
     )
     order = [labels, *(rng(seed, "shuffle", n).permutation(labels) for n in range(shuffles))]
-    features, rows = means(model, places, [Case(*case) for case in cases]), []
+    features, rows = means(model, places, cases), []
     with progress(len(places), what="probes") as step:
         for n, site in enumerate(places):
             right = _right(features[site], order, folds, ridge)

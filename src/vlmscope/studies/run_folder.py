@@ -260,19 +260,23 @@ def read_run(path: str | os.PathLike[str], within: Path | None = None) -> Run:
 
 
 def _read(folder: Path, name: str, schema: pa.Schema, where: pc.Expression | None = None) -> pd.DataFrame:
-    pieces = sorted(pieces_of(folder, name, schema), key=lambda piece: piece[1].number)
+    pieces = pieces_of(folder, name, schema)
     if name in TABLES:
-        pieces = list(same_examples(pieces, pieces_of(folder, "baselines", BASELINES)))
+        pieces = same_examples(pieces, pieces_of(folder, "baselines", BASELINES))
+    rows, tables = 0, list[tuple[int, pa.Table]]()
+    for _, held, table in pieces:  # a part at a time: only what is wanted of it stays
+        rows += table.num_rows
+        tables.append((held.number, table if where is None else table.filter(where)))
     done = folder / "done.json"
     if os.path.lexists(done):
         counts = stored.manifest(done, _COUNTS, f"delete {done} and run the same command again", folder)
-        if counts.get(name) != sum(table.num_rows for _, _, table in pieces):
+        if counts.get(name) != rows:
             raise StoreError(
                 f"{folder}: holds other {name} than the {counts.get(name, 0):,} that were written; "
                 f"delete {done} and run the same command again: what is missing is computed anew"
             )
-    tables = [table if where is None else table.filter(where) for _, _, table in pieces]
-    return _frame(pa.concat_tables([schema.empty_table(), *tables]))
+    tables.sort(key=lambda one: one[0])
+    return _frame(pa.concat_tables([schema.empty_table(), *(table for _, table in tables)]))
 
 
 def pieces_of(folder: Path, name: str, schema: pa.Schema) -> Iterator[Piece]:

@@ -210,7 +210,8 @@ class Writer:
         for number in numbers:
             missing = self.missing(number, sites)
             if number not in self.done or missing:
-                done = [s for s in self.sites if s not in self.missing(number, self.sites)]
+                lacking = set(self.missing(number, self.sites))
+                done = [s for s in self.sites if s not in lacking]
                 jobs.append(Todo(number, missing, done))
         return jobs
 

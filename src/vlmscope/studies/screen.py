@@ -15,7 +15,6 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
-import pandas as pd
 from numpy.typing import NDArray
 
 from vlmscope import files
@@ -29,8 +28,9 @@ from vlmscope.runs.corrupt import Noise
 from vlmscope.runs.model import Model
 from vlmscope.sites import Point, Site, Sites, expand, parse
 from vlmscope.stats import rng, share_bound
+from vlmscope.studies.recheck import CHECKED
 from vlmscope.studies.run_folder import Run, read_run
-from vlmscope.studies.sweep import CHECKED, Direction, Study, into_folder, study_of
+from vlmscope.studies.sweep import Direction, Study, into_folder, study_of
 from vlmscope.studies.tables import by_example, change_of
 from vlmscope.studies.task import Shard, Task, spec_of, task_of
 
@@ -194,7 +194,7 @@ def missed(run: Run) -> dict[str, Any]:
     effects = run.effects()
     value = change_of(effects)
     size = by_example(effects.assign(size=effects[value].abs()), ["site"], "size").groupby("site").mean()
-    best, drawn = (size.reindex(_placed(effects, own[name])).dropna() for name in ("best", "drawn"))
+    best, drawn = (size.reindex(own[name]).dropna() for name in ("best", "drawn"))
     least, above = float(best.min()), int((drawn > best.min()).sum())
     unseen = own["sites"] - len(own["best"])
     return {
@@ -207,10 +207,6 @@ def missed(run: Run) -> dict[str, Any]:
         "bound": 0.0 if not unseen else share_bound(above, len(drawn)),
         "moving": int((best > (drawn.max() if len(drawn) else 0.0)).sum()),
     }
-
-
-def _placed(effects: pd.DataFrame, names: list[str]) -> list[str]:
-    return [name for name in names if name in set(effects["site"])]
 
 
 def lines(found: Mapping[str, Any]) -> Iterator[str]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import warnings
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from functools import partial
@@ -17,13 +16,14 @@ import pyarrow.compute as pc
 from vlmscope.data import Examples
 from vlmscope.errors import ExampleError, whole
 from vlmscope.patching import reference
-from vlmscope.patching.scores import ROUNDING, Metric
+from vlmscope.patching.scores import Metric
 from vlmscope.patching.sources import Source
 from vlmscope.runs.corrupt import Noise
 from vlmscope.runs.model import Model
 from vlmscope.sites import Pattern, Site, Sites
 from vlmscope.stats import rng
 from vlmscope.studies.known import warn_of_excluded
+from vlmscope.studies.recheck import CHECKED, drawn_examples, verdict
 from vlmscope.studies.rows import Work, patch_example, patched, run_jobs
 from vlmscope.studies.run_folder import BASELINES, CROSSED, EFFECTS, Run, read_run, typed
 from vlmscope.studies.run_writer import Todo, add_pictures, open_run
@@ -34,10 +34,6 @@ Engine = Literal["fast", "reference"]
 
 SHOWN = 4
 """How many examples a run folder keeps to look at."""
-ALARM = 100
-"""A difference of so many roundings is none of rounding."""
-CHECKED = 5
-"""How many random rows of a run the reference recomputes."""
 
 
 def sweep(
@@ -238,19 +234,11 @@ def _check_run(task: Task, count: int, run: Run) -> dict[str, Any] | None:
     return _check(task, count, run.baselines(), lambda ids: run.effects(pc.field("example").isin(ids)))
 
 
-def checked(task: Task, count: int, base: pd.DataFrame) -> list[str]:
-    """The ids of some examples that ran, drawn to be looked at again."""
-    ran = base.loc[~base["excluded"].astype(bool), "example"]
-    known = {example.id for example in task.examples}
-    ids = [name for name in ran.drop_duplicates(keep=False) if name in known]
-    return [ids[n] for n in rng(task.seed, "check").permutation(len(ids))[:count]]
-
-
 def _check(
     task: Task, count: int, base: pd.DataFrame, effects_of: Callable[[list[str]], pd.DataFrame]
 ) -> dict[str, Any] | None:
     """Recompute random rows, spread over kinds and examples, by plain forwards; None if there are none."""
-    if count < 1 or task.engine == "reference" or not (chosen := checked(task, count, base)):
+    if count < 1 or task.engine == "reference" or not (chosen := drawn_examples(task, count, base)):
         return None
     known, draw = {example.id: example for example in task.examples}, rng(task.seed, "check", "rows")
     rows = effects_of(chosen)
@@ -270,11 +258,6 @@ def _check(
         again, _ = patch_example(task, example, task.pairs(example), sites, reference.patch, source=origin)
         apart = np.array([row["value"] for row in again]) - some["value"].to_numpy()
         largest = max(largest, float(np.abs(apart).max()))
-    size = max(1.0, float(rows["value"].abs().max()))
-    if largest > ALARM * ROUNDING[task.model.precision] * size:
-        warnings.warn(
-            f"{len(rows)} random rows were recomputed by plain forwards and differ by up to {largest:.2g}, "
-            "more than rounding does: do not trust this run, and compute it anew with --engine reference",
-            stacklevel=2,
-        )
-    return {"rows": len(rows), "largest": largest}
+    said = f"{len(rows)} random rows were recomputed by plain forwards and differ"
+    way_out = ", and compute it anew with --engine reference"
+    return verdict(task, len(rows), largest, rows["value"], said, way_out)

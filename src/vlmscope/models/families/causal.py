@@ -317,7 +317,7 @@ def multiplied(block: Any) -> Callable[[Mapping[str, Any]], float] | None:
     return None if factor == 1.0 else lambda call: factor
 
 
-def llama(blocks: str = "model.language_model.layers", config: str = "text_config") -> Tower:
+def llama(blocks: str = "model.language_model.layers") -> Tower:
     """The decoder of LLaMA and of all that are built like it.
 
     In Gemma 2 and 3 a norm follows each sublayer. They have LLaMA's `post_attention_layernorm`, which
@@ -325,7 +325,7 @@ def llama(blocks: str = "model.language_model.layers", config: str = "text_confi
     """
     return Tower(
         blocks=blocks,
-        config=config,
+        config="text_config",
         attn="self_attn.o_proj",
         mlp="mlp.down_proj",
         behind={"attn": "post_attention_layernorm", "mlp": "post_feedforward_layernorm"},

@@ -88,12 +88,13 @@ def faithfulness(
     >>> found.table.query("ranking == 'signed' and kept == 24")["f"].tolist(), found.summary["measured"]
     ([1.0], 6)
     """
+    if out is not None:
+        Faithful.claim(out)
     options: dict[str, Any] = {"outside": outside, "metric": metric, "ratio": ratio, "fractions": fractions}
     asked = plan_of(model, examples, scores, corrupt, **options, draws=draws, seed=seed, data=data)
     chosen = asked.chosen(out)
     if out is None:
         return asked.found(chosen, run_all(asked.measured(chosen)))
-    Faithful.claim(out)
     study = asked.study(chosen)
     found = asked.found(chosen, read_all(asked.measured(chosen), into_folder(study, out)))
     found.save(out)

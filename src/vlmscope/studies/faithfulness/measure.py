@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
@@ -14,17 +13,18 @@ import pandas as pd
 
 from vlmscope.data.example import Example
 from vlmscope.patching import reference
-from vlmscope.patching.scores import ROUNDING, agrees
+from vlmscope.patching.scores import agrees
 from vlmscope.patching.trace import Images
 from vlmscope.sites import Site
 from vlmscope.stats import rng
 from vlmscope.studies.faithfulness.curve import NONE, random_like, sizes
 from vlmscope.studies.faithfulness.parts import Edges, Nodes, Parts
 from vlmscope.studies.known import warn_of_excluded
+from vlmscope.studies.recheck import drawn_examples, verdict
 from vlmscope.studies.rows import result_of, run_jobs
 from vlmscope.studies.run_folder import MEASURED, Run, typed
 from vlmscope.studies.run_writer import Todo
-from vlmscope.studies.sweep import ALARM, Study, checked
+from vlmscope.studies.sweep import Study
 from vlmscope.studies.task import Result, Task, all_jobs, spec_of
 
 RECOMPUTED = 3
@@ -173,7 +173,7 @@ def _check_run(task: Measured, run: Run) -> dict[str, Any] | None:
 def _check(task: Measured, base: pd.DataFrame, rows: pd.DataFrame) -> dict[str, Any] | None:
     """One circuit of some examples against plain forwards: the chosen one of nodes, with the edits; of edges
     the one that has none, which is the corrupt run."""
-    of_edges, names = isinstance(task.parts, Edges), checked(task, RECOMPUTED, base)
+    of_edges, names = isinstance(task.parts, Edges), drawn_examples(task, RECOMPUTED, base)
     of = NONE if of_edges else "chosen"
     found = rows[rows["circuit"] == _names(task.circuits)[of]].set_index("example")["value"]
     known, corrupt = {one.id: one for one in task.examples}, base.set_index("example")["value_corrupt"]
@@ -184,11 +184,5 @@ def _check(task: Measured, base: pd.DataFrame, rows: pd.DataFrame) -> dict[str, 
         else:
             again = _runs(task, known[name], [task.circuits[of]], way=reference)[0][0, 2]
         largest = max(largest, abs(float(again) - found[name]))
-    size = max(1.0, float(rows["value"].abs().max()))
-    if largest > ALARM * ROUNDING[task.model.precision] * size:
-        warnings.warn(
-            f"a circuit was recomputed by plain forwards in {len(names)} examples and differs by up to "
-            f"{largest:.2g}, more than rounding does: do not trust this run",
-            stacklevel=2,
-        )
-    return {"rows": len(names), "largest": largest} if names else None
+    said = f"a circuit was recomputed by plain forwards in {len(names)} examples and differs"
+    return verdict(task, len(names), largest, rows["value"], said) if names else None

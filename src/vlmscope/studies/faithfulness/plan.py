@@ -202,7 +202,8 @@ def _check_choice(what: str, value: str, choices: Any) -> None:
 
 
 def _fractions(given: Sequence[float]) -> list[float]:
-    fractions = sorted(number(one, "a fraction", 0, 1) for one in given)
+    # Parts are called by six digits of their fraction.
+    fractions = sorted({float(f"{number(one, 'a fraction', 0, 1):g}") for one in given})
     if len(fractions) < 2:
         raise VlmscopeError("one fraction is no curve; expected at least two, such as 0.1 and 1")
     return fractions

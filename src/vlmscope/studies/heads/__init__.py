@@ -138,7 +138,7 @@ def functions(
     """
     examples = listed(examples)
     study = study_of(model, sites, corrupt, seed)
-    given = observe(study, examples, effects if corrupt is not None else None)
+    asked, given = study, observe(study, examples, effects if corrupt is not None else None)
     # In an order that the ids decide, so that no number depends on the one in which they came.
     observed = [given[n] for n in shuffled(seed, [one.id for one in given])]
     use = np.ones((len(observed), len(study.heads)), dtype=bool)
@@ -168,7 +168,7 @@ def functions(
         names.join(measures.set_index("number"), how="right").reset_index(drop=True),
         together(study, observed, use),
         attention_maps(study, [by_id[one.id] for one in given[:SHOWN]]),
-        _about(study, examples, corrupt, held_out, data) | {"doubt": doubt},
+        _about(asked, examples, corrupt, held_out, data) | {"doubt": doubt},
     )
 
 

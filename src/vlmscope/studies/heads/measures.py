@@ -103,19 +103,12 @@ def _attention_measures(study: Study, observed: Sequence[Observed]) -> Iterator[
         for column, name in enumerate(ON_ALL):
             own, null = heads[..., column], average[..., column]
             p = _p(own - null)
-            yield _measured(study.numbers(key), name, own, looking, null.mean(), p)
+            yield _measured(study.numbers(key), name, own, null.mean(), p)
         for which in ("object", "foil"):
             yield from _on_masks(study, key, [one for one in looking if which in one.masks], which)
 
 
-def _measured(
-    heads: Sequence[int],
-    name: str,
-    scores: Array,
-    observed: Sequence[Observed],
-    null: Array | float,
-    p: Array,
-) -> pd.DataFrame:
+def _measured(heads: Sequence[int], name: str, scores: Array, null: Array | float, p: Array) -> pd.DataFrame:
     """A row a head, from its scores `(examples, heads)`."""
     low, high = interval(scores)
     table = pd.DataFrame({"number": heads, "measure": name, "value": scores.mean(0), "low": low})
@@ -145,7 +138,7 @@ def _on_masks(study: Study, key: Key, observed: Sequence[Observed], which: str) 
         null = np.stack([values[order, head, others].mean(1) for head in range(values.shape[1])], axis=1)
         p = (1 + (null >= own.mean(0) - 1e-12).sum(0)) / (1 + SHUFFLES)
         name = name if which == "object" else f"{name}_foil"
-        yield _measured(study.numbers(key), name, own, observed, null.mean(0), p)
+        yield _measured(study.numbers(key), name, own, null.mean(0), p)
 
 
 def _spread(one: Observed, attention: Attention, maps: Array) -> Array:
@@ -228,14 +221,14 @@ def _change_measures(study: Study, observed: Sequence[Observed], least: float) -
     if effects:
         changes["effect"] = np.stack(effects)
     for name, scores in changes.items():
-        yield _measured(range(len(study.heads)), name, scores, observed, least, _p(scores, least))
+        yield _measured(range(len(study.heads)), name, scores, least, _p(scores, least))
 
 
 def _read_measures(study: Study, observed: Sequence[Observed]) -> Iterator[pd.DataFrame]:
     """The measures of what heads read (`READ`), each of the examples and heads that have it."""
     for name in READ:
         if name == "copies":
-            yield from _copies(study, observed)
+            yield from _copies(observed)
             continue
         nowhere = np.full(len(study.heads), np.nan)
         every = np.stack([one.reading.scores.get(name, nowhere) for one in observed])
@@ -244,17 +237,17 @@ def _read_measures(study: Study, observed: Sequence[Observed]) -> Iterator[pd.Da
             scores = every[which][:, heads]
             if name.startswith("on_"):
                 null = np.stack([one.reading.nulls[name] for one in some])[:, heads]
-                yield _measured(heads, name, scores, some, null.mean(0), _p(scores - null))
+                yield _measured(heads, name, scores, null.mean(0), _p(scores - null))
             elif name.startswith("from_") or name == "direct":
                 # Whether it is more (or less) than a share of the whole effect.
                 share = DIRECT if name == "direct" else 0.5
                 whole = np.stack([np.asarray(one.effect) for one in some])[:, heads]
-                yield _measured(heads, name, scores, some, share * whole.mean(0), _p(scores - share * whole))
+                yield _measured(heads, name, scores, share * whole.mean(0), _p(scores - share * whole))
             else:
-                yield _measured(heads, name, scores, some, 0.0, _p(scores))
+                yield _measured(heads, name, scores, 0.0, _p(scores))
 
 
-def _copies(study: Study, observed: Sequence[Observed]) -> Iterator[pd.DataFrame]:
+def _copies(observed: Sequence[Observed]) -> Iterator[pd.DataFrame]:
     """How often a head that reads one option's word instead of the other raises it above all words, less how
     often the other: 1 always, −1 never but the other; against the words of other examples."""
     for which, heads in _alike(np.stack([one.reading.raised[:, 0] >= 0 for one in observed]).T):
@@ -266,7 +259,7 @@ def _copies(study: Study, observed: Sequence[Observed]) -> Iterator[pd.DataFrame
         each, order = same - turned, np.arange(len(some))
         null = each.mean(2)
         own = each[order, :, order]
-        yield _measured(heads, "copies", own, some, null.mean(0), _p(own - null))
+        yield _measured(heads, "copies", own, null.mean(0), _p(own - null))
 
 
 def _mean_activations(observed: Sequence[Observed]) -> dict[Key, Tensor]:

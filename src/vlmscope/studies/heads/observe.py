@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import TypeAlias
 
 import numpy as np
@@ -253,7 +253,7 @@ def _known(study: Study, effects: Effects) -> Known:
             "from": None,
         }
         if isinstance(study.corruption, Noise):
-            wanted["seed"] = study.seed
+            wanted |= {"seed": study.seed, "corrupt": {"kind": "noise", **asdict(study.corruption)}}
         if odd := [name for name, value in wanted.items() if run.spec.get(name) != value]:
             raise VlmscopeError(
                 f"{run.path}: its effects are not those of these heads ({', '.join(odd)} differ); give a run "

@@ -29,7 +29,6 @@ LARGEST = 2**32
 WORDS = ("readout", "last", "all", "text")
 """Positions that name each word which is said, too."""
 AT = ("read", "words")
-_ODD = (ValueError, LookupError, TypeError, VlmscopeError)
 _SHA256 = re.compile("[0-9a-f]{64}")
 
 
@@ -153,11 +152,15 @@ class Direction:
         # The file may be anything: what it lacks or has too much shows in one of these.
         except StoreError:
             raise
-        except (SafetensorError, RecursionError, ValueError, LookupError, TypeError, AttributeError) as error:
-            raise StoreError(
-                f"{path}: cannot be read as a direction ({error}); expected {EXPECTED}"
-            ) from error
-        except VlmscopeError as error:
+        except (
+            SafetensorError,
+            RecursionError,
+            ValueError,
+            LookupError,
+            TypeError,
+            AttributeError,
+            VlmscopeError,
+        ) as error:
             raise StoreError(
                 f"{path}: cannot be read as a direction ({error}); expected {EXPECTED}"
             ) from error

@@ -1,0 +1,41 @@
+"""Every run checks itself: a few of its numbers are computed again, one plain forward each."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from numpy.typing import ArrayLike
+
+from vlmscope.patching.scores import ROUNDING
+from vlmscope.stats import rng
+from vlmscope.studies.task import Task
+
+CHECKED = 5
+"""How many random rows of a run the reference recomputes."""
+ALARM = 100
+"""A difference of so many roundings is none of rounding."""
+
+
+def drawn_examples(task: Task, count: int, base: pd.DataFrame) -> list[str]:
+    """The ids of some examples that ran, drawn to be looked at again."""
+    ran = base.loc[~base["excluded"].astype(bool), "example"]
+    known = {example.id for example in task.examples}
+    ids = [name for name in ran.drop_duplicates(keep=False) if name in known]
+    return [ids[n] for n in rng(task.seed, "check").permutation(len(ids))[:count]]
+
+
+def verdict(
+    task: Task, rows: int, largest: float, values: ArrayLike, said: str, way_out: str = ""
+) -> dict[str, Any]:
+    """What `run.json` keeps of a check of so many rows; an alarm where they differ by more than rounding does
+    in numbers of the size of `values`. `said` says what differs."""
+    size = max(1.0, float(np.nanmax(np.abs(np.asarray(values, float)), initial=0.0)))
+    if largest > ALARM * ROUNDING[task.model.precision] * size:
+        warnings.warn(
+            f"{said} by up to {largest:.2g}, more than rounding does: do not trust this run{way_out}",
+            stacklevel=3,
+        )
+    return {"rows": rows, "largest": largest}
