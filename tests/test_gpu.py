@@ -79,16 +79,16 @@ STUDIES: dict[str, Callable[[vlmscope.Model, Any], pd.Series]] = {
     "noise": lambda model, given: vlmscope.sweep(model, given, HEADS, vlmscope.Noise(draws=2))["effect"],
     **{
         method: lambda model, given, method=method: vlmscope.attribute(
-            model, given, HEADS, None if method == "direct" else "image", method=method
+            model, given, HEADS, "image", method=method
         )["score"]
-        for method in ("direct", "atp", "atp-star", "ig")
+        for method in ("atp", "atp-star", "ig")
     },
 }
 
 
 @pytest.mark.parametrize("name", STUDIES)
 def test_a_study_finds_what_it_finds_on_a_cpu(name: str) -> None:
-    given = vlmscope.examples("states", limit=3)
+    given = vlmscope.examples("states", limit=2)
     here, there = (STUDIES[name](vlmscope.load("toy-blip", device=each), given) for each in ("cpu", DEVICE))
     size = float(here.abs().max())
     assert size > 0
@@ -117,8 +117,8 @@ def test_weights_of_four_bits(larger: Path) -> None:  # noqa: F811
     [example] = vlmscope.examples("states", limit=1)
     toy = load("toy-llava", dtype="4bit", device=DEVICE)
     pair = corrupt.pairs(toy, example, "image")[0]
-    found = estimate(toy, pair, "decoder.*.mlp.n*@last")
-    assert all(np.isfinite(scores).all() for _, scores in found)
+    scores = estimate(toy, pair, "decoder.*.mlp.n*@last").scores
+    assert np.isfinite(scores).all() and np.abs(scores).max() > 0
 
 
 def test_weights_that_do_not_fit_into_the_gpus(
