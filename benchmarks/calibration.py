@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from scipy.stats import norm
 
 from vlmscope.neurons.measures import _redrawn, auc
-from vlmscope.stats import LEVEL, interval, p_values, share_interval
+from vlmscope.stats import LEVEL, interval, p_values, q_values, share_interval
 from vlmscope.studies import circuits
 
 Array = NDArray[np.float64]
@@ -134,6 +134,22 @@ def _studies(name: str, shared: float, n: int, studies: int) -> dict[str, float]
     return found
 
 
+def false_heads(studies: int) -> pd.DataFrame:
+    """In how many studies of heads without any effect one is called important, by the shape of the scores."""
+    rows = []
+    for name in ("normal", "exponential, skewness 2", "lognormal, skewness 3.7", "gamma, skewness 5"):
+        mean, draw = SHAPES[name]
+        for n in (10, 20, 40, 100):
+            generator, counts = np.random.default_rng(n), []
+            for _ in range(5 * studies):
+                scores = draw(generator, (n, HEADS)) - mean
+                least = LEAST * float(scores.std())
+                counts.append(int((q_values(p_values(scores, least=least)) <= LEVEL).sum()))
+            shares = (float(np.mean(np.array(counts) > 0)), float(np.mean(counts)))
+            rows.append((name, n, *shares))
+    return pd.DataFrame(rows, columns=["scores", "n", "studies with a false head", "false heads a study"])
+
+
 def agreeing(studies: int) -> pd.DataFrame:
     """How often heads that are exchangeable within layers are found to agree over runs (p at most 5 %)."""
     rows = []
@@ -168,6 +184,7 @@ def main() -> None:
         "intervals and tests of means": covered(args.draws),
         "intervals of shares and of AUC": shares(args.draws),
         "important and confirmed heads": found_heads(args.studies),
+        "heads without an effect, by shape": false_heads(args.studies),
         "agreement of runs by chance": agreeing(args.studies),
     }
     result: dict[str, Any] = {

@@ -61,10 +61,15 @@ def test_words():
     assert first.startswith(
         "decoder.attn.h: good. Rank correlation with exact patches 1.00 (1.00 of random ones)"
     )
-    assert "of the 10 largest effects 100% have one of the 10 largest scores" in first
+    assert "of the 10 largest effects that were patched 100% have one of the 10 largest scores" in first
     assert (
         "of the 30 others have an effect larger than the smallest of the best (95 % bound; 0 of 30 drawn)"
         in first
     )
+    # The best stand above the others, and within neither is there an order.
+    apart = np.r_[np.full(20, 5.0), np.zeros(20)] + draw.normal(size=40)
+    lucky = table(apart, np.r_[np.full(20, 5.0), np.zeros(20)] + draw.normal(size=40), kind="mlp", unit=None)
+    [only, _] = lines(agreement(lucky, 20))
+    assert only.startswith("decoder.mlp: poor. Rank correlation with exact patches 0.")
     assert second.startswith("decoder.resid: poor.") and "in layers 0, 1" in second
     assert last == "do not rank decoder.resid by these scores: patch them exactly"

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import io
 import json
+import os
+import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
+import pretend_hub
 import pytest
 from models import picture
 from PIL import Image
@@ -18,6 +21,7 @@ import vlmscope
 from vlmscope.data import hub
 from vlmscope.data.example import fingerprint
 from vlmscope.data.images import open_image
+from vlmscope.data.rows import Rows
 from vlmscope.errors import DataError, VlmscopeError
 from vlmscope.notice.spec import Spec, name_of
 
@@ -260,6 +264,59 @@ def test_a_hub_that_asks_for_a_token_or_is_not_there(datasets, monkeypatch):
         vlmscope.examples("hf://nobody/nothing:train")
     with pytest.raises(DataError, match="names no data set"):
         vlmscope.examples("hf://a/b/c/d")
+
+
+def test_a_hub_is_read_by_the_blocks_that_are_needed(datasets, tmp_path):
+    """The library's own client, and a server on this machine in the hub's place."""
+    many = 40
+    given = made(datasets, many=many)
+    for number in range(2):
+        given.select(range(20 * number, 20 * number + 20)).to_parquet(tmp_path / f"train-{number}.parquet")
+    text = (
+        "import json, sys, vlmscope\n"
+        "from vlmscope.data.example import fingerprint\n"
+        "found = vlmscope.examples('hf://owner/set:train', limit=7)\n"
+        "try: vlmscope.examples('hf://owner/none', limit=7)\n"
+        "except vlmscope.VlmscopeError as error: said = str(error)\n"
+        "print(json.dumps([type(found).__name__, len(found), fingerprint(found), said]))\n"
+        "if sys.argv[1:]:\n"
+        "    print(json.dumps(fingerprint(vlmscope.examples('hf://owner/set:train'))))"
+    )
+    with pretend_hub.served() as there:
+        files = {f"data/train-0000{n}-of-00002.parquet": tmp_path / f"train-{n}.parquet" for n in range(2)}
+        content = {name: file.read_bytes() for name, file in files.items()}
+        there.repositories["owner/set"] = pretend_hub.Repository(False, content)
+        own = {"HF_ENDPOINT": there.endpoint, "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1"}
+        own |= {"HF_HOME": str(tmp_path / "home"), "HF_TOKEN": ""}
+        options = {"env": {**os.environ, **own}, "capture_output": True, "text": True}
+        done = subprocess.run([sys.executable, "-c", text], **options)
+        assert done.returncode == 0, done.stderr
+        kind, count, digest, said = json.loads(done.stdout)
+        assert (kind, count) == ("Rows", 7) and digest == fingerprint(vlmscope.examples(given, limit=7))
+        assert said.startswith("cannot read hf://owner/none: ") and there.ranges
+        assert not any("train-00001" in one for one in there.asked), "the second file is not opened"
+        done = subprocess.run([sys.executable, "-c", text, "whole"], **options)
+        whole = json.loads(done.stdout.splitlines()[-1])
+        assert whole == fingerprint(vlmscope.examples(given))
+        assert any("train-00001" in one for one in there.asked)
+
+
+def test_what_the_library_reads_stays_where_it_is(datasets, tmp_path):
+    """A data set on disk, in memory, in another order, and as Parquet files: the same examples, not one of
+    whose pictures is a file before it is asked for."""
+    given = made(datasets, many=40, answer=["red", "green"] * 20)
+    given.save_to_disk(tmp_path / "saved")
+    (tmp_path / "files").mkdir()
+    given.to_parquet(tmp_path / "files" / "train.parquet", batch_size=7)
+    found = [vlmscope.examples(one) for one in (given, f"hf://{tmp_path}/saved", f"hf://{tmp_path}/files")]
+    assert all(isinstance(one, Rows) and len(one) == 40 for one in found)
+    assert not (tmp_path / "cache" / "vlmscope").exists()
+    assert len({fingerprint(one) for one in found}) == 1
+    order = given.select([*range(39, -1, -3)])
+    assert [one.answer for one in vlmscope.examples(order)] == [order[n]["answer"] for n in range(len(order))]
+    assert found[0].hash == found[1].hash != vlmscope.examples(order).hash
+    with_format = given.with_transform(lambda rows: rows | {"answer": ["blue?"] * len(rows["answer"])})
+    assert vlmscope.examples(with_format)[0].answer == "blue?"
 
 
 def test_a_command_and_the_column_option(datasets, run, tmp_path, capsys):  # noqa: F811

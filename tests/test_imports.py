@@ -31,7 +31,7 @@ HEAVY = ("torch", "transformers")
 
 PUBLIC = """Direction Edit Example Inputs Model Noise Pair Pattern Site VlmscopeError WeightEdit __version__
     attribute baselines compare edges edited examples explain faithfulness flow_table head_table inpaint
-    knockout lens load merge open probe read_csv read_run steer sweep token_table write_csv
+    knockout lens load merge open probe push read_csv read_run steer sweep token_table write_csv
     write_report""".split()
 
 

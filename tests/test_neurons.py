@@ -262,7 +262,7 @@ def test_pictures_are_captioned_once(toy, generations, monkeypatch, tmp_path, re
         found = neurons.read(found.save(tmp_path), neurons.Found)
     described = neurons.describe(toy, given, prompt=ASK, found=found)
     page = write_report([described.save(tmp_path / "cards")], tmp_path / "cards.html").read_text()
-    assert "Captions, said anew without a word's\nneurons, lose" in page
+    assert "Captions, said anew without a word's neurons, lose" in page
     lost = len(count) - len(given)
     pd.testing.assert_frame_equal(described.cards, alone.cards)
     pd.testing.assert_frame_equal(described.measures, alone.measures, rtol=1e-4)

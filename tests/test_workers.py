@@ -93,7 +93,7 @@ def test_workers_write_parts_and_the_driver_commits_them(
     crew = [begun() for _ in range(3)]
     about = [worker.make(order) for worker in crew]
     assert about[0] == about[1] and about[0].numbers == range(COUNT)
-    with open_run(order.out, about[0].spec, about[0].description, digests=about[0].digests) as writer:
+    with open_run(order.out, about[0].spec, about[0].description) as writer:
         jobs = writer.todo(about[0].numbers, about[0].sites)
         done = [crew[number % 2].compute(order, writer.sites, job) for number, job in enumerate(jobs)]
         assert [one.about for one in done] == [*about[:2], None, None, None, None]
@@ -111,7 +111,7 @@ def test_workers_write_parts_and_the_driver_commits_them(
             writer.take(part)
         writer.finish()
     assert len(left_behind(order.out)) == 2
-    with open_run(order.out, about[0].spec, about[0].description, digests=about[0].digests) as writer:
+    with open_run(order.out, about[0].spec, about[0].description) as writer:
         writer.keep_check(crew[2].check(order) or {})
         writer.finish()
     assert not left_behind(order.out)
@@ -123,7 +123,7 @@ def test_workers_write_parts_and_the_driver_commits_them(
 def test_an_example_that_is_refused_is_left_out_with_the_reason(tmp_path: Path) -> None:
     worker, order = begun(), Order(swept, OPTIONS, tmp_path)
     about = worker.make(order)
-    with open_run(tmp_path, about.spec, digests=about.digests) as writer:
+    with open_run(tmp_path, about.spec) as writer:
         (job,) = writer.todo([3], about.sites)
         for part in worker.compute(order, about.sites, job, REASON).parts:
             writer.take(part)

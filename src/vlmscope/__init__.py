@@ -34,6 +34,7 @@ _NAMES = {
     "studies.run_folder": "read_run",
     "results": "open",
     "studies.probes": "probe",
+    "studies.pushed": "push",
     "studies.steering": "steer",
     "studies.steering.direction": "Direction",
     "studies.sweep": "baselines sweep",
@@ -70,6 +71,7 @@ if TYPE_CHECKING:  # what a type checker sees
     from vlmscope.studies.lens import lens as lens
     from vlmscope.studies.merge import merge as merge
     from vlmscope.studies.probes import probe as probe
+    from vlmscope.studies.pushed import push as push
     from vlmscope.studies.run_folder import read_run as read_run
     from vlmscope.studies.steering import steer as steer
     from vlmscope.studies.steering.direction import Direction as Direction

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from vlmscope.errors import StoreError
+from vlmscope.studies.pushed import HUB, fetched
 
 READERS = {
     "summary.json": "studies.faithfulness:read",  # in a run folder, too
@@ -32,8 +33,8 @@ def open(folder: str | os.PathLike[str]) -> Any:
     a `Faithful`, `heads` its `Functions`, `tracing` its
     `Traced`, `lens` its `Lens`, `explain` its
     `Explanation`, `notice` a `Notice` with what it is made of, `neurons` what was found,
-    described, perturbed or edited, `steer` a `Steered`, `probe` a `Probed`. Raises `StoreError` for any other
-    folder.
+    described, perturbed or edited, `steer` a `Steered`, `probe` a `Probed`. `hf://OWNER/NAME` is a run
+    that was pushed to the Hugging Face hub (`push`). Raises `StoreError` for any other folder.
 
     >>> import tempfile, vlmscope
     >>> model, examples = vlmscope.load("toy-blip"), vlmscope.examples("states", limit=1)
@@ -42,7 +43,7 @@ def open(folder: str | os.PathLike[str]) -> Any:
     ...     print(len(vlmscope.open(folder).effects()))
     3
     """
-    path = Path(folder)
+    path = fetched(str(folder)) if str(folder).startswith(HUB) else Path(folder)
     for manifest, reader in READERS.items():
         if os.path.lexists(path / manifest):
             module, _, name = reader.partition(":")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -30,7 +31,7 @@ class Shown(OneModel):
     seed: int = 0
     columns: str | None = None
 
-    def examples(self) -> list[Any]:
+    def examples(self) -> Sequence[Any]:
         from vlmscope.data import examples
         from vlmscope.data.example import Example
 

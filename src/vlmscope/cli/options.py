@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import tomllib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import MISSING, dataclass, fields, is_dataclass
 from functools import partial
@@ -49,12 +49,12 @@ class Given(OneModel):
     seed: int = 0
     columns: str | None = None
 
-    def examples(self) -> list[Any]:
+    def examples(self) -> Sequence[Any]:
         from vlmscope.data import examples
 
         return examples(self.data, limit=self.limit, seed=self.seed, columns=self.columns)
 
-    def others(self, data: str | None) -> list[Any] | None:
+    def others(self, data: str | None) -> Sequence[Any] | None:
         """Those of another option; `columns` are also of these, where they have such names at all."""
         from vlmscope.data import examples
 
@@ -115,6 +115,28 @@ class Share(Workers):
     def numbers(self) -> tuple[int, int] | None:
         """Which shard of how many."""
         return None if self.shard is None else _shard(self.shard)
+
+
+@dataclass(kw_only=True)
+class Filled(Share):
+    """The options of a command whose folder is a run, which may then be pushed to the hub."""
+
+    push: str | None = None
+
+    def fill(
+        self, out: Path, given: Given, study: Callable[[], tuple[Callable[..., Any], dict[str, Any]]]
+    ) -> tuple[Any, int]:
+        """As `Share.fill`; then the run is pushed, where that is asked for."""
+        from vlmscope.studies import pushed
+
+        if self.push is not None:
+            if self.shard is not None:
+                raise VlmscopeError("--push is of a whole run; leave it to vlmscope merge, or --shard out")
+            pushed.ready(self.push)
+        found = super().fill(out, given, study)
+        if self.push is not None:
+            print(pushed.push(out, self.push))
+        return found
 
 
 def _shard(text: str) -> tuple[int, int]:

@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-from vlmscope.cli.options import Corrupt, Given, Noise, Share, typed
+from vlmscope.cli.options import Corrupt, Filled, Given, Noise, typed
 from vlmscope.errors import VlmscopeError
 
 
@@ -58,7 +58,7 @@ class Patches:
         return Named("studies.screen:screened"), options
 
 
-def sweep(given: Given, share: Share, patches: Patches, out: Path) -> None:
+def sweep(given: Given, share: Filled, patches: Patches, out: Path) -> None:
     """Patch every site of every example, into a run folder.
 
     With --screen only those that a gradient finds, and some others that say what it missed.
@@ -102,23 +102,28 @@ def plan(given: Given, patches: Patches, out: Path, shards: int = 1, slurm: Path
         print(f"sbatch {slurm}")
 
 
-def merge(runs: list[Path], /, out: Path) -> None:
+def merge(runs: list[Path], /, out: Path, push: str | None = None) -> None:
     """Put the shards of one run together.
 
     The folder is that of a run without --shard; says which shards or examples are missing.
     """
+    from vlmscope.studies import pushed
     from vlmscope.studies.known import warn_of_excluded
     from vlmscope.studies.merge import merge as put_together
 
+    if push is not None:
+        pushed.ready(push)
     run = put_together(runs, out)
     warn_of_excluded(run.baselines())
     print(f"{run.patches():,} rows of {run.ran()} examples, from {len(runs)} shards, in {out}")
     print(run.check_line())
+    if push is not None:
+        print(pushed.push(out, push))
 
 
 def knockout(
     given: Given,
-    share: Share,
+    share: Filled,
     sites: list[str],
     out: Path,
     how: Literal["block", "zero"] = "block",

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import itertools
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
 from vlmscope.data import hub
 from vlmscope.data.drawn import draw
 from vlmscope.data.example import Example
+from vlmscope.data.rows import Rows
 from vlmscope.data.table import read_csv
 from vlmscope.errors import SEED, DataError, nearest, shown, whole
 
@@ -38,13 +39,13 @@ def is_file(name: str) -> bool:
 
 def examples(
     name: Any, *, limit: int | None = None, seed: int = 0, columns: str | Mapping[str, str] | None = None
-) -> list[Example]:
+) -> Sequence[Example]:
     """The examples of a built-in set (by its name), of a CSV file (by its path), or of a set of `datasets`.
 
     The last is an object of that library, or `hf://` with its name on the hub, or a folder (`data.hub.read`);
-    `columns` then maps names of columns. `limit` takes the first so many; `seed` is that of a built-in set's
-    drawing. Raises `DataError` if there is no such set or it cannot be read, `VlmscopeError` for a limit or a
-    seed that is none.
+    `columns` then maps names of columns, and examples are made as they are asked for. `limit` takes the
+    first so many; `seed` is that of a built-in set's drawing. Raises `DataError` if there is no such set or
+    it cannot be read, `VlmscopeError` for a limit or a seed that is none.
 
     >>> [e.answer in e.clean_prompt for e in examples("states", limit=2)]
     [True, True]
@@ -68,8 +69,8 @@ def examples(
     return list(itertools.islice(read_csv(name), limit))
 
 
-def listed(given: Examples) -> list[Example]:
-    """The examples that are meant, as a list; a name is read as `examples` reads it.
+def listed(given: Examples) -> Sequence[Example]:
+    """The examples that are meant, by their numbers; a name is read as `examples` reads it.
 
     Raises `DataError` for anything else.
 
@@ -78,6 +79,8 @@ def listed(given: Examples) -> list[Example]:
     """
     if isinstance(given, (str, Path)) or hub.is_set(given):
         return examples(given)
+    if isinstance(given, Rows):
+        return given
     if isinstance(given, Example):
         return [given]
     found = list(given) if isinstance(given, Iterable) else [given]

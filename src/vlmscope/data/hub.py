@@ -10,8 +10,9 @@ import logging
 import re
 import sys
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -19,6 +20,7 @@ from PIL import Image
 
 from vlmscope import files
 from vlmscope.data.example import Example
+from vlmscope.data.rows import Arrow, Parquet, Rows
 from vlmscope.data.table import BOX, MASK, MORE, SHOWN, example_of
 from vlmscope.errors import DataError, ExampleError, VlmscopeError, line, nearest, shown
 
@@ -32,6 +34,8 @@ NAMES = {
     "foil": "incorrect_answer",
 }
 """The columns of the CSV form that are called otherwise here; its own names are taken, too."""
+UNREAD = object()
+"""What stands for a picture where the words of a row are looked at."""
 _SPLIT = re.compile(r"(.+?)(?::([\w.-]+))?", re.DOTALL)
 _ID = re.compile(r"([\w.-]+(?:/[\w.-]+)?)(?:/([\w.-]+))?", re.ASCII)
 _PICTURE = re.compile(rf"(clean|corrupt)_image_path|{MASK}(_.*)?|{MORE}_.*", re.DOTALL)
@@ -48,14 +52,17 @@ def is_set(given: object) -> bool:
     return library is not None and isinstance(given, tuple(getattr(library, kind) for kind in kinds))
 
 
-def read(given: Any, columns: Columns = None, limit: int | None = None) -> list[Example]:
+def read(given: Any, columns: Columns = None, limit: int | None = None) -> Sequence[Example]:
     """The first examples of a data set: `hf://NAME[/CONFIG][:SPLIT]`, `hf://FOLDER[:SPLIT]` or an object.
 
     Columns are called as the fields of `Example` are (`mask_NAME`, `box_NAME`, `image_2` …) or as in the CSV
     form; `columns` maps these names to the set's own, `answer=label,clean_prompt=question` or a mapping.
-    Labels of classes become their names; what else holds text or numbers is a group. Pictures become files in
-    the cache of `datasets`, by the SHA-256 of their content; they are not opened here. With a `limit` no more
-    rows than that are read, where the hub can be reached by streaming.
+    Labels of classes become their names; what else holds text or numbers is a group.
+
+    The words of all rows are read and checked here; pictures, and the examples with them, where one is asked
+    for (`rows.Rows`): they become files in the cache of `datasets`, by the SHA-256 of their content. With a
+    `limit` no more rows than that are read, where the hub can be reached by streaming. A stream of another
+    form than Parquet can be read only from its beginning to its end: its examples are all made here.
 
     Raises `DataError` in one line where that cannot be done, or the columns are not there.
     """
@@ -63,51 +70,76 @@ def read(given: Any, columns: Columns = None, limit: int | None = None) -> list[
     name = given if isinstance(given, str) else f"this {type(given).__name__}"
     with _one_line(name):
         found = _opened(datasets, given, limit) if isinstance(given, str) else _one_split(given, None, name)
-        own = _own_names(name, _columns(found), _mapping(columns))
-        labels = {}
-        for column, feature in (found.features or {}).items():
-            if isinstance(feature, datasets.Image):
-                found = found.cast_column(column, datasets.Image(decode=False))
-            if isinstance(feature, datasets.ClassLabel):
-                labels[column] = feature.int2str
+        own = _own_names(name, _columns(datasets, found), _mapping(columns))
+        features = _features(datasets, found)
+        labels = {c: f.int2str for c, f in features.items() if isinstance(f, datasets.ClassLabel)}
+        images = [column for column, feature in features.items() if _is_image(datasets, feature)]
         pictures = _Pictures(datasets, trusted=not (isinstance(given, str) and _place(given)[0] is None))
-        rows = itertools.islice(found, limit)
-        return _examples(name, rows, own, labels, pictures)
+        make = partial(_example, own, labels, pictures)
+        unread = sorted({column for to, column in own.items() if column in images and _PICTURE.fullmatch(to)})
+        words = [column for column in dict.fromkeys(own.values()) if column not in images]
+        if not isinstance(found, Parquet):
+            for column in images:
+                found = found.cast_column(column, datasets.Image(decode=False))
+            if not isinstance(found, datasets.Dataset) or found.format["type"] is not None:
+                rows = enumerate(itertools.islice(found, limit))
+                return list(_checked(name, ((number, partial(make, number, row)) for number, row in rows)))
+            found = found.select_columns([*words, *unread])
+            found = Arrow(found if limit is None else found.select(range(min(limit, len(found)))))
+        else:
+            found.only([*words, *unread])
+
+        def checked(rows: Iterable[Mapping[str, Any]]) -> Iterator[Example]:
+            cells = ({**row, **dict.fromkeys(unread, UNREAD)} for row in rows)
+            return _checked(name, ((number, partial(make, number, row)) for number, row in enumerate(cells)))
+
+        def made(number: int, row: Mapping[str, Any]) -> Example:
+            try:
+                return make(number, row)
+            except (ValueError, ExampleError) as problem:
+                raise ExampleError(f"{name}, row {number}: {problem}") from problem
+
+        reading = partial(_one_line, name)
+        return Rows(found, words, unread, checked=checked, make=made, reading=reading)
 
 
-def _examples(
-    name: str,
-    rows: Iterable[Mapping[str, Any]],
-    own: Mapping[str, str],
-    labels: Mapping[str, Callable[[int], str]],
-    pictures: _Pictures,
-) -> list[Example]:
-    examples: list[Example] = []
+def _checked(name: str, rows: Iterable[tuple[int, Callable[[], Example]]]) -> Iterator[Example]:
+    """The examples of all rows; raises `DataError` in the end for those that make none."""
     problems: list[str] = []
     first: dict[str, int] = {}
-    for number, row in enumerate(rows):
+    for number, make in rows:
         try:
-            cells = {"id": str(number)}
-            for to, column in own.items():
-                value = row.get(column)
-                if column in labels and isinstance(value, int):
-                    value = labels[column](value) if value >= 0 else None
-                cell = pictures.file(value, to) if _PICTURE.fullmatch(to) else _cell(value)
-                if cell is not None:
-                    cells[to] = cell
-            example = example_of(Path(), {"incorrect_answer": "", **cells})
+            example = make()
             earlier = first.setdefault(example.id, number)
             if earlier != number:
                 raise ValueError(f"the id {shown(example.id)} is row {earlier}'s (map another column to id)")
-            examples.append(example)
+            yield example
         except (ValueError, ExampleError) as problem:
             problems.append(f"row {number}: {problem}")
     if problems:
         more = f"; and {len(problems) - SHOWN} more" if len(problems) > SHOWN else ""
         raise DataError(f"{name}: {'; '.join(problems[:SHOWN])}{more}")
-    if not examples:
+    if not first:
         raise DataError(f"{name}: has no rows; name another split")
-    return examples
+
+
+def _example(
+    own: Mapping[str, str],
+    labels: Mapping[str, Callable[[int], str]],
+    pictures: _Pictures,
+    number: int,
+    row: Mapping[str, Any],
+) -> Example:
+    """What a row is; raises `ValueError` or `ExampleError` if it makes none."""
+    cells = {"id": str(number)}
+    for to, column in own.items():
+        value = row.get(column)
+        if column in labels and isinstance(value, int):
+            value = labels[column](value) if value >= 0 else None
+        cell = pictures.file(value, to) if _PICTURE.fullmatch(to) else _cell(value)
+        if cell is not None:
+            cells[to] = cell
+    return example_of(Path(), {"incorrect_answer": "", **cells})
 
 
 def _place(name: str) -> tuple[Path | None, str, str | None]:
@@ -140,8 +172,24 @@ def _opened(datasets: Any, name: str, limit: int | None) -> Any:
     splits = datasets.get_dataset_split_names(path, config)
     split = _of_splits(splits, split, name)
     # Offline there is no stream, but what the cache holds.
-    stream = limit is not None and (folder is not None or not datasets.config.HF_HUB_OFFLINE)
-    return datasets.load_dataset(path, config, split=split, streaming=stream)
+    is_offline = folder is None and datasets.config.HF_HUB_OFFLINE
+    if not is_offline and (folder is not None or limit is not None):
+        builder = datasets.load_dataset_builder(path, config)
+        paths = [str(file) for file in (builder.config.data_files or {}).get(split, ())]
+        if paths and all(file.endswith(".parquet") for file in paths):
+            found = Parquet(paths, _file, limit)
+            if builder.info.features in (None, _features(datasets, found)):
+                return found
+    return datasets.load_dataset(path, config, split=split, streaming=limit is not None and not is_offline)
+
+
+def _file(path: str) -> Any:
+    """A file of a data set, here or on the hub, to be read in any order."""
+    if not path.startswith(HUB):
+        return path
+    from huggingface_hub import HfFileSystem
+
+    return HfFileSystem().open(path, "rb")
 
 
 def _one_split(found: Any, split: str | None, name: str) -> Any:
@@ -163,9 +211,22 @@ def _of_splits(splits: list[str], split: str | None, name: str) -> str:
     return split
 
 
-def _columns(found: Any) -> list[str]:
+def _features(datasets: Any, found: Any) -> dict[str, Any]:
+    """The types of a set's columns, where they are known."""
+    if isinstance(found, Parquet):
+        return dict(datasets.Features.from_arrow_schema(found.schema))
+    return dict(found.features or {})
+
+
+def _is_image(datasets: Any, feature: Any) -> bool:
+    return isinstance(feature, datasets.Image) or (
+        isinstance(feature, dict) and feature.keys() == {"bytes", "path"}
+    )
+
+
+def _columns(datasets: Any, found: Any) -> list[str]:
     """The names of a set's columns; a stream without a list of them has its first row looked at."""
-    return list(found.column_names or next(iter(found), {}))
+    return list(_features(datasets, found) or found.column_names or next(iter(found), {}))
 
 
 def _mapping(columns: Columns) -> dict[str, str]:
@@ -221,6 +282,8 @@ class _Pictures:
         """The file of a picture; None where there is none. Raises `ValueError` for what is no picture."""
         if value is None:
             return None
+        if value is UNREAD:
+            return "not read"
         if isinstance(value, Image.Image):
             buffer = io.BytesIO()
             value.save(buffer, format="PNG")

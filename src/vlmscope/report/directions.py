@@ -36,7 +36,8 @@ def steered(folder: Path, gallery: Gallery) -> Section:
         for (_, _, _, strength), rows in layers.groupby(["tower", "kind", "position", "strength"], sort=False)
     }
     drawn = by_layer(panels, [(f"change of {scored}", lines)])
-    best = layers.loc[layers["effect"].idxmax()]
+    taken = layers[layers["chosen"].astype(bool)]
+    best = taken.loc[taken["effect"].idxmax()]
     shown = gallery.show("layers", drawn, layers, "steering", best=best, rows=layers, scored=scored)
     captions = tables["captions"]
     text = render(

@@ -216,8 +216,8 @@ def sentences(about: Mapping[str, Any], word: pd.Series[Any], cells: pd.DataFram
         yield f"No cell by itself is worth more than rounding ({least})."
     else:
         yield (
-            f"No cell by itself matters more than rounding ({least}): what the word needs is in several, "
-            "and each may be enough (--direction denoise)."
+            f"No cell by itself matters more than rounding ({least}): what the word needs may be in "
+            "several, each of which is enough (--direction denoise)."
         )
 
 

@@ -28,14 +28,15 @@ def circuits_section(folder: Path, gallery: Gallery) -> Section:
         "heads": heads,
         "confirmed": int((heads["important"] & heads["confirmed"].isin([True])).sum()),
         "everywhere": [f"{r.tower} L{r.layer} {r.kind} H{r.head}" for r in everywhere.itertuples()],
-        "chance": [found for found in about["chance"] if found["in_every_run"]],
+        "chance": about["chance"],
     }
     shown = [("", gallery.show("universal", drawn, heads, "universal", **values))]
     for (tower, kind), rows in heads.groupby(["tower", "kind"], sort=False):
         heading = upper_first(f"{KINDS[str(kind)]} heads, {TOWERS[str(tower)]}")
         shown.append((heading, _by_run(f"{tower}-{kind}", rows, gaps, gallery)))
     warnings = [(name, text) for name, each in known.items() for text in each.sentences[1:]]
-    text = render("circuits.html", warnings=warnings, figures=shown)
+    no_edges = about.get("no_edges")
+    text = render("circuits.html", warnings=warnings, no_edges=no_edges, figures=shown)
     is_unknown = bool(known) and all(each.severity == "unknown" for each in known.values())
     return Section("Important and universal heads", text, is_unknown)
 

@@ -11,6 +11,7 @@ from vlmscope import stored
 from vlmscope.errors import StoreError
 from vlmscope.report import figures, image_maps
 from vlmscope.report.gallery import Gallery, Section, Shown, render
+from vlmscope.stats import LEVEL
 from vlmscope.stored import Pictures, Tables, formats
 
 MEASURES = ("auc", "auc, image", "selectivity", "overlap", "overlap, shuffled", "p drop, zero", "lost, zero")
@@ -57,7 +58,10 @@ def _describe(tables: Tables, pictures: Pictures, gallery: Gallery) -> dict[str,
         "driving": driving[driving["rank"] <= 3],
         "measured": measured,
         "measures": measures,
-        "lost": [(row.word, round(row.value * row.n), row.n) for row in lost.itertuples() if row.value > 0],
+        "lost": [
+            (row.word, round(row.value * row.n), row.n, row.null, row.p_value) for row in lost.itertuples()
+        ],
+        "carried": [row.word for row in lost.itertuples() if row.q_value <= LEVEL],
         "left_out": tables.get("left_out"),
     }
 

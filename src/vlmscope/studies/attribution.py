@@ -16,6 +16,7 @@ import pandas as pd
 
 from vlmscope import files
 from vlmscope.data import Examples, listed
+from vlmscope.data.rows import readable
 from vlmscope.errors import SEED, ExampleError, SiteError, VlmscopeError, shown, whole
 from vlmscope.patching import gradients as estimates
 from vlmscope.patching.backward import check_network
@@ -207,13 +208,13 @@ def _direct_task(
     task = Attribution(model, listed(examples), names, corruption, seed=options["seed"], **own)
     check_examples(task)
     if task.word is not None:  # one that is none is wrong in all examples: said before a folder is begun
-        first = task.examples[0]
+        first = next(readable(task.examples))
         option_of(model, first.clean_prompt, "word", task.word, 1 + len(first.more_images))
     expanded = expand(parse(task.sites), model.shapes)
     for site in expanded:
         check_place(model, site)
     wrong: SiteError | None = None
-    for example in task.examples:
+    for example in readable(task.examples):
         try:
             writers_of(model, expanded, task.pairs(example)[0].clean)
             return task  # another example that lacks them is left out of the run

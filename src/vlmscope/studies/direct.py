@@ -124,12 +124,11 @@ def _bias(model: Model, inputs: Inputs, layer: int, kind: str) -> dict[str, Any]
 
 def check_sums(task: Task, base: pd.DataFrame) -> dict[str, Any] | None:
     """Of some examples, whether all writers and biases sum to what the model itself gives."""
-    known, largest, size = {example.id: example for example in task.examples}, 0.0, 1.0
-    names = drawn_examples(task, CHECKED, base)
-    for name in names:
-        for run in _both(task, task.pairs(known[name])[0]):
+    drawn, largest, size = drawn_examples(task, CHECKED, base), 0.0, 1.0
+    for example in drawn.values():
+        for run in _both(task, task.pairs(example)[0]):
             if run is not None:
                 apart = abs(run.total() - run.value)
                 largest, size = max(largest, apart), max(size, float(run.logits.abs().max()))
-    said = f"the sums of writers and biases in {len(names)} examples miss what the model gives"
-    return verdict(task, len(names), largest, size, said) if names else None
+    said = f"the sums of writers and biases in {len(drawn)} examples miss what the model gives"
+    return verdict(task, len(drawn), largest, size, said) if drawn else None

@@ -259,15 +259,15 @@ def write_beside(run: Run) -> None:
 
 def _check(task: EdgeTask, base: pd.DataFrame, each: pd.DataFrame) -> dict[str, Any] | None:
     """Recompute some random exact edges by plain forwards; None if there are none."""
-    chosen, known = drawn_examples(task, CHECKED, base), {example.id: example for example in task.examples}
-    rows = each[each["exact"].notna() & each["example"].isin(chosen)]
+    drawn = drawn_examples(task, CHECKED, base)
+    rows = each[each["exact"].notna() & each["example"].isin(drawn)]
     if rows.empty:
         return None
     rows = rows.iloc[rng(task.seed, "check", "rows").permutation(len(rows))[:CHECKED]]
     largest = 0.0
     for name, some in rows.groupby("example", sort=False):
         wanted = list(zip(some["source"], some["target"], strict=True))
-        again = _exact(task, task.pairs(known[str(name)]), wanted, by_rows=False)
+        again = _exact(task, task.pairs(drawn[str(name)]), wanted, by_rows=False)
         largest = max(largest, float(np.abs(again - some["exact"].to_numpy()).max()))
     said = f"{len(rows)} exact edges were recomputed by plain forwards and differ"
     return verdict(task, len(rows), largest, base[["value_clean", "value_corrupt"]], said)

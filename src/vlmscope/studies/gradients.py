@@ -99,14 +99,14 @@ def _exact(
 def check_exact(task: Attribution, base: pd.DataFrame, table: pd.DataFrame) -> dict[str, Any] | None:
     """Recompute some random exact effects by plain forwards; None if there are none."""
     rows = table[table["exact"].notna()]
-    chosen, known = drawn_examples(task, CHECKED, base), {example.id: example for example in task.examples}
-    rows = rows[rows["example"].isin(chosen)]
+    drawn = drawn_examples(task, CHECKED, base)
+    rows = rows[rows["example"].isin(drawn)]
     if rows.empty:
         return None
     rows = rows.iloc[rng(task.seed, "check", "rows").permutation(len(rows))[:CHECKED]]
     largest = 0.0
     for name, some in rows.groupby("example", sort=False):
-        pairs = task.pairs(known[str(name)])
+        pairs = task.pairs(drawn[str(name)])
         sites = task.model.placed(some["site"].tolist(), pairs[0].clean)
         again = _exact(task, pairs, sites, reference)
         largest = max(largest, float(np.abs(again - some["exact"].to_numpy()).max()))

@@ -8,10 +8,10 @@ from typing import Any, NamedTuple
 import pandas as pd
 
 from vlmscope.errors import DataError
-from vlmscope.stats import FEWEST
+from vlmscope.stats import FEWEST, share_interval
 
 LEAST_RIGHT = 0.5
-"""A model that answers fewer than this share of examples rightly does not know the task."""
+"""A model that does not surely answer more than this share of examples rightly does not know the task."""
 LEAST_GAP = 0.1
 """A mean gap below this, in logits, is near zero: the odds change by less than a tenth."""
 
@@ -35,7 +35,8 @@ class Known(NamedTuple):
 def knows(baselines: pd.DataFrame) -> Known:
     """What a model knows of a task, from the runs without patches (the table `baselines` of a run).
 
-    It does not know the task if it answers fewer than half of the examples rightly, if what is scored is a
+    It does not know the task if it does not surely answer more than half of the examples rightly (the exact
+    95 % interval; of fewer than 10 examples, the share itself), if what is scored is a
     letter or a small piece of the word in most of them, or if LD hardly falls when the input is corrupted.
     Examples that were answered and then left out (`select`) count for the share of right answers alone.
 
@@ -62,8 +63,11 @@ def knows(baselines: pd.DataFrame) -> Known:
     if not pd.isna(gap):
         facts += f"; mean gap LD(clean) − LD(corrupt) {gap:+.3g} logits"
     why = []
+    is_sure = len(answered) < FEWEST or share_interval(answered)[0] > LEAST_RIGHT
     if right < LEAST_RIGHT:
         why.append(f"it answers fewer than half of the examples rightly ({right:.0%})")
+    elif not is_sure:
+        why.append(f"it does not surely answer more than half of the examples rightly ({right:.0%})")
     split = ran[[_is_piece(row) for row in ran.itertuples()]]
     if len(split) > len(ran) / 2:
         scored = "(scored are '{answer_token}' against '{foil_token}' in '{example}')".format(**split.iloc[0])

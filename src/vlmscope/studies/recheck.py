@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import ArrayLike
 
+from vlmscope.data.example import Example
 from vlmscope.patching.scores import ROUNDING
 from vlmscope.stats import rng
 from vlmscope.studies.task import Task
@@ -19,12 +20,11 @@ ALARM = 100
 """A difference of so many roundings is none of rounding."""
 
 
-def drawn_examples(task: Task, count: int, base: pd.DataFrame) -> list[str]:
-    """The ids of some examples that ran, drawn to be looked at again."""
-    ran = base.loc[~base["excluded"].astype(bool), "example"]
-    known = {example.id for example in task.examples}
+def drawn_examples(task: Task, count: int, base: pd.DataFrame) -> dict[str, Example]:
+    """Some examples that ran, by their ids, drawn to be looked at again."""
+    ran, known = base.loc[~base["excluded"].astype(bool), "example"], {*task.ids}
     ids = [name for name in ran.drop_duplicates(keep=False) if name in known]
-    return [ids[n] for n in rng(task.seed, "check").permutation(len(ids))[:count]]
+    return task.named(ids[n] for n in rng(task.seed, "check").permutation(len(ids))[:count])
 
 
 def verdict(

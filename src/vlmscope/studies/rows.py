@@ -53,7 +53,7 @@ def run_jobs(
                 yield (work or patched)(task, job, unplaced[key], share)
             except (ExampleError, SiteError) as error:
                 if job.done:
-                    name = task.examples[job.number].id
+                    name = task.ids[job.number]
                     warnings.warn(f"'{name}' has none of the sites that are added: {error}", stacklevel=2)
                 else:
                     yield _excluded(task, job, reason=str(error))
@@ -81,7 +81,7 @@ def result_of(
     """The rows of an example, and what the runs without patches gave; those of noise share the tokens of one
     pair."""
     baseline = {
-        "example": task.examples[job.number].id,
+        "example": task.ids[job.number],
         "corruption": task.kind,
         **{name: value for name, value in base.items() if task.corruption or "corrupt" not in name},
         "answer_token": " ".join(map(task.model.token, pair.answers)),
@@ -180,8 +180,7 @@ def _unfit(task: Task, example: Example, pair: Pair, predicted: str) -> str | No
 
 
 def _excluded(task: Task, job: Todo, **fields: Any) -> Result:
-    example = task.examples[job.number]
-    baseline = {"example": example.id, "corruption": task.kind, "excluded": True, **fields}
+    baseline = {"example": task.ids[job.number], "corruption": task.kind, "excluded": True, **fields}
     return Result(job, pd.DataFrame(), _frame([baseline], BASELINES.names))
 
 

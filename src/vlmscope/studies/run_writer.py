@@ -9,7 +9,8 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple, Self
@@ -55,12 +56,14 @@ def open_run(
     description: Mapping[str, Any] | None = None,
     *,
     digests: Sequence[str] = (),
+    same: Callable[[], object] | None = None,
 ) -> Writer:
     """Create the run folder `path`, or continue the one that is there.
 
     A folder is continued if its `run.json` holds the same `spec`, but for what can grow (`GROWS`): site
     expressions are added to those that are there, and the examples with these `digests` begin with those
-    that are there. `description` is kept beside it and not compared. All must be JSON.
+    that are there; where another process knows these, `same` asks it, as `check_examples` does. `description`
+    is kept beside it and not compared. All must be JSON.
 
     Raises `StoreError` if another specification, other examples, something that is no run, or another
     process is there.
@@ -77,6 +80,7 @@ def open_run(
         if manifest.exists():
             there = read_manifest(folder)
             content = there | {"spec": _grown(folder, there["spec"], spec)}
+            (same or partial(check_examples, folder, digests))()
             writer = Writer(folder, content, lock, digests)
             if content == there:
                 return writer
@@ -95,6 +99,17 @@ def claim(folder: Path) -> None:
         if folder.exists() and not (folder / "run.json").exists() and any(map(_is_foreign, folder.iterdir())):
             raise StoreError(f"{folder}: not empty, and not a run folder (no run.json). Choose another --out")
     files.try_place(folder)
+
+
+def check_examples(folder: Path, digests: Sequence[str]) -> None:
+    """Refuse a run folder that holds other examples than those with these digests."""
+    held = {(one.number, one.digest) for part in parts_of(folder) for one in held_in(part, "baselines")}
+    for number, digest in sorted(held):
+        if number < len(digests) and digest != digests[number]:
+            raise StoreError(
+                f"{folder}: holds other examples: number {number} is not the same there and here. "
+                "More can follow those that are there; for others choose another --out or delete the folder"
+            )
 
 
 class Todo(NamedTuple):
@@ -174,7 +189,7 @@ class Writer:
         self.check: dict[str, Any] | None = content.get("check")
         self.done: dict[int, set[int] | None] = {}
         self.table = table_in(content["spec"])
-        self._content, self._lock, self._digests = content, lock, digests
+        self._content, self._lock = content, lock
         self._waiting = Waiting(content["spec"], self.sites, digests)
         with storing(path):
             for name in (self.table, "baselines"):
@@ -184,16 +199,8 @@ class Writer:
         for part in parts:
             held_in(part, self.table)
             for held in held_in(part, "baselines"):
-                self._same_example(held)
                 self._note(held)
         self._next = 1 + max((int(PART.fullmatch(p.name)[1]) for p in parts), default=-1)  # type: ignore[index]
-
-    def _same_example(self, held: Held) -> None:
-        if held.number < len(self._digests) and held.digest != self._digests[held.number]:
-            raise StoreError(
-                f"{self.path}: holds other examples: number {held.number} is not the same there and here. "
-                "More can follow those that are there; for others choose another --out or delete the folder"
-            )
 
     def _note(self, held: Held) -> None:
         before = self.done.get(held.number, set())

@@ -56,14 +56,14 @@ def sets_of(
     >>> all("circle" in example.shows for example in sets.having), len(sets.having) + len(sets.lacking)
     (True, 40)
     """
-    given = listed(examples)
+    given = [*listed(examples)]
     if sum(way is not None for way in (without, label, corrupt)) != 1:
         raise DataError(
             "two sets are needed, with and without; give one of --without (other examples), --label "
             "COLUMN=VALUE, or --corrupt image or text"
         )
     if without is not None:
-        sets = Sets(given, listed(without))
+        sets = Sets(given, [*listed(without)])
     elif label is not None:
         sets = _labelled(given, label)
     else:

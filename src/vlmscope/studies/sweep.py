@@ -27,7 +27,7 @@ from vlmscope.studies.recheck import CHECKED, drawn_examples, verdict
 from vlmscope.studies.rows import Work, patch_example, patched, run_jobs
 from vlmscope.studies.run_folder import BASELINES, CROSSED, EFFECTS, Run, read_run, typed
 from vlmscope.studies.run_writer import Todo, add_pictures, open_run
-from vlmscope.studies.task import Shard, Task, all_jobs, description_of, digests_of, spec_of, task_of
+from vlmscope.studies.task import Shard, Task, all_jobs, description_of, spec_of, task_of
 
 Direction = Literal["denoise", "noise"]
 Engine = Literal["fast", "reference"]
@@ -199,7 +199,7 @@ def study_of(task: Task, data: str, check: int, more: Mapping[str, Any] | None =
 def into_folder(study: Study, out: str | os.PathLike[str]) -> Run:
     """Compute what the folder does not hold yet, and keep what the check finds of it."""
     task = study.task
-    with open_run(out, study.spec, description_of(task.model), digests=digests_of(task)) as writer:
+    with open_run(out, study.spec, description_of(task.model), digests=task.digests) as writer:
         jobs = writer.todo(task.numbers, task.sites)
         for result in run_jobs(task, jobs, len(task.numbers) - len(jobs), work=study.work):
             show(out, task, result.job)  # before the example is committed: it is not run again
@@ -238,10 +238,10 @@ def _check(
     task: Task, count: int, base: pd.DataFrame, effects_of: Callable[[list[str]], pd.DataFrame]
 ) -> dict[str, Any] | None:
     """Recompute random rows, spread over kinds and examples, by plain forwards; None if there are none."""
-    if count < 1 or task.engine == "reference" or not (chosen := drawn_examples(task, count, base)):
+    if count < 1 or task.engine == "reference" or not (drawn := drawn_examples(task, count, base)):
         return None
-    known, draw = {example.id: example for example in task.examples}, rng(task.seed, "check", "rows")
-    rows = effects_of(chosen)
+    draw = rng(task.seed, "check", "rows")
+    rows = effects_of([*drawn])
     if task.source is None:
         rows = rows.assign(source_site=rows["site"])
     rows = rows[np.isfinite(rows["value"])].drop_duplicates(["example", "site", "source_site"])
@@ -253,7 +253,7 @@ def _check(
     rows = rows.loc[turns.sort_values(["kind", "of"], kind="stable").index[:count]]
     largest = 0.0
     for (name, source), some in rows.groupby(["example", "source_site"], sort=False):
-        example = known[str(name)]
+        example = drawn[str(name)]
         sites, origin = some["site"].tolist(), None if task.source is None else str(source)
         again, _ = patch_example(task, example, task.pairs(example), sites, reference.patch, source=origin)
         apart = np.array([row["value"] for row in again]) - some["value"].to_numpy()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from vlmscope.data import Examples, listed
 from vlmscope.data.example import Example, fingerprint
+from vlmscope.data.rows import Digests, Rows, ids_of, readable, roles_of
 from vlmscope.errors import SEED, DataError, ExampleError, SiteError, VlmscopeError, nearest, shown, whole
 from vlmscope.layout import grid
 from vlmscope.models.inputs import CUTS, Cut, Inputs, Pair
@@ -45,7 +46,7 @@ class Task:
     """
 
     model: Model
-    examples: list[Example]
+    examples: Sequence[Example]
     sites: list[str]
     corruption: Corruption | None
     direction: str = "denoise"
@@ -62,6 +63,23 @@ class Task:
         """The numbers of the examples that are run."""
         which, many = self.shard or (1, 1)
         return range(which - 1, len(self.examples), many)
+
+    @cached_property
+    def digests(self) -> Sequence[str]:
+        """The fingerprint of each example; of rows they are made as they are asked for."""
+        if isinstance(self.examples, Rows):
+            return Digests(self.examples)
+        return [fingerprint([example]) for example in self.examples]
+
+    @cached_property
+    def ids(self) -> list[str]:
+        """The id of each example."""
+        return ids_of(self.examples)
+
+    def named(self, names: Iterable[str]) -> dict[str, Example]:
+        """Some examples, by their ids."""
+        wanted = {*names}
+        return {name: self.examples[number] for number, name in enumerate(self.ids) if name in wanted}
 
     @cached_property
     def are_edges(self) -> bool:
@@ -84,7 +102,7 @@ class Task:
         """Over all examples that can be run, at the sites that values come from."""
         sites = self.sites if self.source is None else self.source
         means = Means(self.model, points_of(expand(parse(sites), self.model.shapes)))
-        for example in self.examples:
+        for example in readable(self.examples):
             with suppress(ExampleError):
                 means.add(self.pairs(example)[0].clean)
         return means
@@ -119,10 +137,10 @@ class Task:
 
     def _others(self, example: Example) -> Iterator[Inputs]:
         """The clean inputs of the other examples, in an order that the seed and this example decide."""
-        others = [other for other in self.examples if other.id != example.id]
+        others = [number for number, name in enumerate(self.ids) if name != example.id]
         for number in rng(self.seed, "resample", example.id).permutation(len(others)):
             with suppress(ExampleError):
-                yield self.pairs(others[number])[0].clean
+                yield self.pairs(self.examples[others[number]])[0].clean
 
 
 @dataclass(frozen=True)
@@ -214,7 +232,7 @@ def check_examples(task: Task) -> None:
 
 def _check_crossed(task: Task) -> None:
     """Raises `SiteError` where what a place gives does not fit where it goes, in the first example."""
-    for example in task.examples:
+    for example in readable(task.examples):
         with suppress(ExampleError):
             inputs = task.pairs(example)[0].clean
             check_widths(task.model, task.patches(task.sites, task.source, inputs), inputs)
@@ -243,7 +261,7 @@ def check_sites(
                 f"bad site {shown(part)}: an attention pattern has as many numbers as its example has "
                 f"tokens, so it has no {patch} over examples; patch clean or zero"
             )
-    roles = {role: None for example in examples for role in example.roles}
+    roles = roles_of(examples)
     for site in parsed:
         if unknown := [role for role in site.roles if role not in roles]:
             raise SiteError(
@@ -251,7 +269,7 @@ def check_sites(
                 f"{', '.join(roles) or 'none'}; name one of these{nearest(unknown[0], roles)}"
             )
     wrong: SiteError | None = None
-    for example in examples:
+    for example in readable(examples):
         try:
             clean = model.prepare(replace(example, corrupt_image=None, corrupt_prompt=None)).clean
             for one in expanded:
@@ -269,13 +287,11 @@ def all_jobs(task: Task) -> list[Todo]:
     return [Todo(number, task.sites, []) for number in task.numbers]
 
 
-def digests_of(task: Task) -> list[str]:
-    """The fingerprint of each example."""
-    return [fingerprint([example]) for example in task.examples]
-
-
 def spec_of(task: Task, data: str) -> dict[str, Any]:
-    data_hash = hashlib.sha256(" ".join(digests_of(task)).encode()).hexdigest()
+    if isinstance(task.examples, Rows):
+        data_hash = task.examples.hash
+    else:
+        data_hash = hashlib.sha256(" ".join(task.digests).encode()).hexdigest()
     noise = asdict(task.corruption) if isinstance(task.corruption, Noise) else {}
     return {
         "model": task.model.name,

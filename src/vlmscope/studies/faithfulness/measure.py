@@ -114,8 +114,7 @@ def run_unkept(task: Measured) -> tuple[pd.DataFrame, pd.DataFrame]:
 
 
 def _table(task: Measured, base: pd.DataFrame, rows: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
-    ids = [example.id for example in task.examples]
-    base = base[~base["excluded"].astype(bool) & base["example"].isin(ids)].reset_index(drop=True)
+    base = base[~base["excluded"].astype(bool) & base["example"].isin(task.ids)].reset_index(drop=True)
     table = rows.pivot_table("value", "example", "circuit", sort=False).reindex(base["example"])
     columns = {name: table[of] for name, of in _names(task.circuits).items()}
     return pd.DataFrame(columns).reset_index(drop=True), base
@@ -173,16 +172,15 @@ def _check_run(task: Measured, run: Run) -> dict[str, Any] | None:
 def _check(task: Measured, base: pd.DataFrame, rows: pd.DataFrame) -> dict[str, Any] | None:
     """One circuit of some examples against plain forwards: the chosen one of nodes, with the edits; of edges
     the one that has none, which is the corrupt run."""
-    of_edges, names = isinstance(task.parts, Edges), drawn_examples(task, RECOMPUTED, base)
+    of_edges, drawn = isinstance(task.parts, Edges), drawn_examples(task, RECOMPUTED, base)
     of = NONE if of_edges else "chosen"
     found = rows[rows["circuit"] == _names(task.circuits)[of]].set_index("example")["value"]
-    known, corrupt = {one.id: one for one in task.examples}, base.set_index("example")["value_corrupt"]
-    largest = 0.0
-    for name in names:
+    corrupt, largest = base.set_index("example")["value_corrupt"], 0.0
+    for name, example in drawn.items():
         if of_edges:
             again = corrupt[name]
         else:
-            again = _runs(task, known[name], [task.circuits[of]], way=reference)[0][0, 2]
+            again = _runs(task, example, [task.circuits[of]], way=reference)[0][0, 2]
         largest = max(largest, abs(float(again) - found[name]))
-    said = f"a circuit was recomputed by plain forwards in {len(names)} examples and differs"
-    return verdict(task, len(names), largest, rows["value"], said) if names else None
+    said = f"a circuit was recomputed by plain forwards in {len(drawn)} examples and differs"
+    return verdict(task, len(drawn), largest, rows["value"], said) if drawn else None

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from vlmscope.stats import LEVEL
+
 
 def lines(summary: Mapping[str, Any]) -> list[str]:
     """What was found, in words; the last line is of the circuit."""
@@ -27,7 +29,10 @@ def _lines(summary: Mapping[str, Any]) -> Iterator[str]:
     if summary["gap"]["low"] is not None and summary["gap"]["low"] <= 0:
         yield "the gap that is to be carried is not surely above zero, so shares of it have no interval"
     if own["needed"] is not None and own["low"] is not None:
-        yield f"{own['needed']} of the {own['kept']} parts are needed: without them it surely carries less"
+        yield (
+            f"{own['needed']} of the {own['kept']} parts are needed: without each of these alone it carries "
+            "less (an interval each, not corrected for their number)"
+        )
     if own["without"] is not None:
         ends = {"value": own["without"], "low": own["without_low"], "high": own["without_high"]}
         yield f"all parts but these carry {_with(ends)}"
@@ -41,9 +46,11 @@ def _lines(summary: Mapping[str, Any]) -> Iterator[str]:
     if own["random"] is not None:
         text += f", random circuits of that size {_percent(own['random'])}"
     if summary["known"]["severity"] == "unknown":
-        text += "; but the model does not seem to know this task, so there is no behaviour to explain"
+        text += "; but the model does not seem to know this task, so this says little"
     elif not own["passes"]:
-        text += " (no evidence that it is more than a random circuit)"
+        can_pass = own["low"] is not None and 1 / (1 + own["draws"]) <= LEVEL
+        none = "no evidence that it is more than a random circuit"
+        text += f" ({none if can_pass else 'too few examples or random circuits to test it'})"
     yield text
 
 

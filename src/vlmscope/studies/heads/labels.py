@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -114,7 +114,7 @@ def label(found: Rows, gap: float, doubt: str | None) -> Label:
     words += [
         _words(each, found[each]) for each in sorted(WORDS, key=lambda each: each != on) if each in found
     ]
-    value, null, q = (np.nan, np.nan, np.nan) if row is None else (row.value, row.null, row.q_value)
+    value, null, q = (np.nan, np.nan, np.nan) if row is None else (row.value, row.null, _q(row))
     return Label(name, on or "", value, null, q, "; ".join(words))
 
 
@@ -124,8 +124,9 @@ def _rule(found: Rows, gap: float) -> tuple[str, str | None]:
     cause = "effect" if "effect" in found else "mean"
     favours = acts[cause] == (1 if cause == "effect" else -1)
     if any(acts.values()):
-        rule: Callable[..., tuple[str, str | None]] = _of_image if _sees(found) else _of_text
-        return rule(found, favours, acts["mean"])
+        if _sees(found):
+            return _of_image(found, favours, acts["mean"])
+        return _of_text(found, favours) if _reads_words(found) else ("unclear", None)
     changes = [found[name] for name in acts]
     # What changes nothing at all, in any example, has no interval.
     is_none = [row.value == 0 and row.n >= FEWEST for row in changes]
@@ -150,7 +151,7 @@ def _of_image(found: Rows, favours: bool, without: int) -> tuple[str, str | None
     return "unclear", None
 
 
-def _of_text(found: Rows, favours: bool, _: int) -> tuple[str, str | None]:
+def _of_text(found: Rows, favours: bool) -> tuple[str, str | None]:
     if favours and _exceeds(found, "switch", SWITCH):
         return "option selector", "switch"
     if favours and _exceeds(found, "copies", COPIES):
@@ -159,7 +160,7 @@ def _of_text(found: Rows, favours: bool, _: int) -> tuple[str, str | None]:
         return "negative mover", "copies"
     if _most(found, "on_others") and _beyond(found, "from_others"):
         return "aggregate reader", "from_others"
-    if _sure(found, "direct") and not _beyond(found, "direct"):
+    if _within(found, "direct"):
         return "relay", "direct"
     return "unclear", None
 
@@ -181,11 +182,15 @@ def _lands(found: Rows, which: str) -> str | None:
     """The measure by which its attention is on an object most surely, if it is."""
     there = [found[look + which] for look in LOOKS if look + which in found]
     names = [
-        row.measure
-        for row in there
-        if row.q_value <= LEVEL / len(LOOKS) and row.value - row.null >= EXCESS * (1 - row.null)
+        row.measure for row in there if _q(row) <= LEVEL and row.value - row.null >= EXCESS * (1 - row.null)
     ]
     return min(names, key=lambda name: found[name].q_value, default=None)
+
+
+def _q(row: Any) -> float:
+    """The false discovery rate of a measure; of a look at an object it is that of the surest of three."""
+    looks = len(LOOKS) if row.measure.removesuffix("_foil") in LOOKS else 1
+    return min(1.0, looks * float(row.q_value)) if row.q_value == row.q_value else float("nan")
 
 
 def _most(found: Rows, name: str) -> bool:
@@ -201,6 +206,17 @@ def _beyond(found: Rows, name: str) -> bool:
     return bool(abs(row.value) > abs(row.null) and row.value * row.null > 0)
 
 
+def _within(found: Rows, name: str) -> bool:
+    """Whether a part of the effect is surely less than its share of the whole, whatever its sign."""
+    return _sure(found, name) and abs(found[name].value) < abs(found[name].null)
+
+
+def _reads_words(found: Rows) -> bool:
+    """Whether less than half of its effect, surely, comes from the image; where that is not known, whether
+    most of what it pays goes elsewhere."""
+    return _within(found, "from_image") if "from_image" in found else True
+
+
 def _sees(found: Rows) -> bool:
     """Whether it reads the image: most of its effect comes from there, or where that is not known, most of
     what it pays."""
@@ -212,5 +228,5 @@ def _sees(found: Rows) -> bool:
 def _words(name: str, row: Any) -> str:
     sign = "+" if name in SIGNED else ""
     ends = "" if np.isnan(row.low) else f" [{row.low:{sign}.2f}, {row.high:{sign}.2f}]"
-    q = "" if np.isnan(row.q_value) else f", q {row.q_value:.2g}"
+    q = "" if np.isnan(_q(row)) else f", q {_q(row):.2g}"
     return f"{WORDS[name]} {row.value:{sign}.2f}{ends} (null {row.null:.2f}{q})"

@@ -235,5 +235,6 @@ class Chosen:
             }
             for name, when in (("says before", "before"), ("says", "after")):
                 low, high = share_interval(says[when])
-                rows.append(self.row(name, of, says[when].mean(), low, high, says["random"].mean(), n))
+                null = says["random"].mean() if when == "after" else np.nan
+                rows.append(self.row(name, of, says[when].mean(), low, high, null, n))
         return rows

@@ -50,7 +50,6 @@ class About(NamedTuple):
 
     spec: dict[str, Any]
     description: dict[str, Any]
-    digests: list[str]
     numbers: range
     sites: list[str]
     host: str

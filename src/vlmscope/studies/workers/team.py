@@ -75,7 +75,11 @@ class Team:
         claim(place)
         order = Order(study, options, place)
         about = self.made(order)
-        with open_run(place, about.spec, about.description, digests=about.digests) as writer:
+
+        def same() -> None:
+            [_] = self.done([Piece("same", 0, (order,))])
+
+        with open_run(place, about.spec, about.description, same=same) as writer:
             jobs = writer.todo(about.numbers, about.sites)
             if jobs:
                 self.compute(writer, order, about, jobs)

@@ -16,9 +16,9 @@ from vlmscope.errors import ExampleError, StoreError
 from vlmscope.runs.model import Model
 from vlmscope.studies.rows import run_jobs
 from vlmscope.studies.run_folder import Run, read_run, table_in
-from vlmscope.studies.run_writer import Part, Todo, Waiting
+from vlmscope.studies.run_writer import Part, Todo, Waiting, check_examples
 from vlmscope.studies.sweep import Study, into_folder, show
-from vlmscope.studies.task import description_of, digests_of
+from vlmscope.studies.task import description_of
 from vlmscope.studies.workers.orders import About, Answer, Done, Given, Order
 
 
@@ -76,12 +76,17 @@ class Worker(Alone):
         self.about = About(
             self.study.spec,
             description_of(self.model),
-            digests_of(self.study.task),
             self.study.task.numbers,
             self.study.task.sites,
             socket.gethostname(),
         )
         return self.about
+
+    def same(self, order: Order) -> None:
+        """Refuse a folder that holds other examples."""
+        if self.order != order:
+            self.make(order)
+        check_examples(order.out, self.study.task.digests)
 
     def compute(self, order: Order, sites: list[str], job: Todo, reason: str | None = None) -> Done:
         """The rows of an example, or that it is left out for a reason; parts, when it is time.
@@ -109,7 +114,7 @@ class Worker(Alone):
                 f"{order.out}: is not there on {socket.gethostname()}; choose an --out on a disk that all "
                 "machines of the cluster share"
             )
-        return Waiting(self.study.spec, sites, self.about.digests)
+        return Waiting(self.study.spec, sites, self.study.task.digests)
 
     def hand_over(self) -> Done:
         """Write what waits, for the driver to commit."""
