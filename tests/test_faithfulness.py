@@ -269,7 +269,7 @@ def test_words(whole):
             "without_high": None,
         },
     }
-    assert room.lines(summary) == [
+    assert room.words.lines(summary) == [
         "CPR 0.50 [0.40, 0.60], CMD 0.50",
         "the 144 parts that have scores carry 50 % of the gap between the two runs: what else carries it has "
         "no score, and computes freely",
@@ -317,9 +317,9 @@ def test_directions_agree_on_what_upholds_the_behaviour(model, tmp_path):
     ranks = {}
     for direction in ("denoise", "noise"):
         vlmscope.sweep(model, given, LAST, "image", direction=direction, check=0, out=tmp_path / direction)
-        ranks[direction] = room.read_scores(tmp_path / direction, model, "image", "examples").table.mean()
+        ranks[direction] = room.scores.read(tmp_path / direction, model, "image", "examples").table.mean()
     vlmscope.sweep(model, given, LAST, None, patch="zero", check=0, out=tmp_path / "zero")
-    assert room.read_scores(tmp_path / "zero", model, "image", "examples").table.shape == (4, 4)
+    assert room.scores.read(tmp_path / "zero", model, "image", "examples").table.shape == (4, 4)
     effects = vlmscope.open(tmp_path / "noise").effects()
     lost = -effects.groupby("site")["ld_change"].mean()
     wanted = lost.set_axis(lost.index.str.removesuffix("@all"))[ranks["noise"].index]
@@ -400,7 +400,7 @@ def test_a_file_of_importances_comes_back(model, scored, whole, tmp_path):
         list(content["nodes"])[:3] == ["input", "a0.h0", "a0.h1"] and list(content["nodes"])[-1] == "logits"
     )
     scores, circuit, _ = mib.read(tmp_path / "mine.json", model)
-    table = room.read_scores(scored, model, "image", "examples").table
+    table = room.scores.read(scored, model, "image", "examples").table
     rows = split(scores_of(others(8), "examples"), others(8), "examples", 0, 20).rows
     assert circuit is None and scores == pytest.approx(table.loc[rows].mean().to_dict(), rel=1e-12)
     kept = {name for name, node in content["nodes"].items() if node["in_graph"]} - {"input", "logits"}

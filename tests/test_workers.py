@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import itertools
 import os
@@ -29,12 +30,12 @@ from vlmscope.cli.options import Given
 from vlmscope.errors import SiteError, StoreError, VlmscopeError
 from vlmscope.studies import run_writer, workers
 from vlmscope.studies.run_folder import Run
-from vlmscope.studies.run_writer import open_run
-from vlmscope.studies.sweep import Study, jobs_of, swept
-from vlmscope.studies.task import Todo
+from vlmscope.studies.run_writer import Todo, open_run
+from vlmscope.studies.sweep import Study, swept
 from vlmscope.studies.workers import cluster, team
+from vlmscope.studies.workers.orders import Done, Named, Order
 from vlmscope.studies.workers.team import DEATHS, REASON, Team
-from vlmscope.studies.workers.worker import Done, Order, Worker
+from vlmscope.studies.workers.worker import Worker
 
 SITES = ["encoder.*.cross.h*@answer", "encoder.0.resid@*"]
 COUNT = 6
@@ -93,7 +94,7 @@ def test_workers_write_parts_and_the_driver_commits_them(
     about = [worker.make(order) for worker in crew]
     assert about[0] == about[1] and about[0].numbers == range(COUNT)
     with open_run(order.out, about[0].spec, about[0].description) as writer:
-        jobs = jobs_of(writer, about[0].numbers, about[0].sites)
+        jobs = writer.todo(about[0].numbers, about[0].sites)
         done = [crew[number % 2].compute(order, writer.sites, job) for number, job in enumerate(jobs)]
         assert [one.about for one in done] == [*about[:2], None, None, None, None]
         assert done[0].parts and not done[2].parts, "the first example is handed over at once"
@@ -104,7 +105,7 @@ def test_workers_write_parts_and_the_driver_commits_them(
         assert crew[0].hand_over() == Done([])
         assert sorted(writer.done) == [0, 1, 2, 4]
         crew[1].hand_over()  # and dies
-        again = jobs_of(writer, about[0].numbers, about[0].sites)
+        again = writer.todo(about[0].numbers, about[0].sites)
         last = [crew[2].compute(order, writer.sites, job).parts for job in again]
         for part in itertools.chain(*last, crew[2].hand_over().parts):
             writer.take(part)
@@ -123,7 +124,7 @@ def test_an_example_that_is_refused_is_left_out_with_the_reason(tmp_path: Path) 
     worker, order = begun(), Order(swept, OPTIONS, tmp_path)
     about = worker.make(order)
     with open_run(tmp_path, about.spec) as writer:
-        (job,) = jobs_of(writer, [3], about.sites)
+        (job,) = writer.todo([3], about.sites)
         for part in worker.compute(order, about.sites, job, REASON).parts:
             writer.take(part)
     (row,) = vlmscope.read_run(tmp_path).baselines().to_dict("records")
@@ -227,12 +228,21 @@ def test_a_team_does_calls_and_several_folders(whole: Run, tmp_path: Path) -> No
     other, _ = crew.fill(tmp_path / "two", swept, OPTIONS | {"sites": SITES[1:]})
     again, _ = crew.fill(tmp_path / "one", swept, OPTIONS)
     equal(again, whole)
+    named, _ = crew.fill(tmp_path / "three", Named("studies.sweep:swept"), OPTIONS)
+    equal(named, whole)
     assert len(other.effects()) == (whole.effects()["kind"] == "resid").sum()
 
 
 def doubled(given: Any, number: int) -> int:
     warnings.warn("twice as much", stacklevel=1)
     return 2 * number
+
+
+def test_a_worker_that_lacks_a_package(tmp_path: Path) -> None:
+    ray = Pretended(Random(0))
+    crew = Team(ray, ray.start, [ray.start()], GIVEN)
+    with pytest.raises(VlmscopeError, match="cannot import what it needs .No module named 'vlmscope.nowhere"):
+        crew.fill(tmp_path / "run", Named("nowhere:nothing"), OPTIONS)
 
 
 @pytest.mark.filterwarnings("ignore:a worker died")
@@ -342,6 +352,50 @@ def test_a_ray_that_does_not_start(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 def test_workers_that_are_none(tmp_path: Path) -> None:
     with pytest.raises(VlmscopeError, match="the number of workers is '0'; expected a whole number from 1"):
         spread(tmp_path, GIVEN, swept, OPTIONS, workers=0)
+
+
+class Full:
+    """Stands for a cluster that has no core free."""
+
+    def __init__(self, gpus: float) -> None:
+        self.gpus, self.killed = gpus, 0
+
+    def cluster_resources(self) -> dict[str, float]:
+        return {"CPU": 4.0, "GPU": self.gpus}
+
+    def available_resources(self) -> dict[str, float]:
+        return {"GPU": self.gpus / 2}
+
+    def remote(self, *given: Any) -> Any:
+        return self if given else 0
+
+    def options(self, **options: Any) -> Any:
+        return self
+
+    def __getattr__(self, name: str) -> Any:
+        return self  # of an actor, what can be called
+
+    def wait(self, refs: list[int], timeout: float) -> tuple[list[int], list[int]]:
+        return [], refs
+
+    def kill(self, actor: Any) -> None:
+        self.killed += 1
+
+
+@pytest.mark.parametrize(
+    ("gpus", "words"),
+    [
+        (0.0, "each needs a core, and 0 of 4 cores of the cluster are free"),
+        (2.0, "each needs a core and 1 of a GPU, and 0 of 4 cores and 1 of 2 GPUs of the cluster are free"),
+    ],
+)
+def test_a_cluster_with_no_core_free(gpus: float, words: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    full = Full(gpus)
+    monkeypatch.setattr(cluster, "connected", lambda *given: contextlib.nullcontext(full))
+    said = f"no worker has started for 10 s: {words}.*end what else runs"
+    with workers.started(address="auto", workers=2) as team_of, pytest.warns(UserWarning, match=said):
+        assert team_of(GIVEN).busy
+    assert full.killed == 2
 
 
 def test_gpus_are_shared_out_evenly() -> None:

@@ -11,8 +11,8 @@ from collections.abc import Iterable
 from typing import NamedTuple
 
 import numpy as np
+import scipy
 from numpy.typing import ArrayLike, NDArray
-from scipy import stats
 
 Scores = NDArray[np.float64]
 
@@ -64,7 +64,7 @@ def interval(scores: Scores, other: Scores | None = None) -> Scores:
     [[6.73], [12.27]]
     """
     found = _estimate(scores, other)
-    t = stats.t.ppf([[1 - LEVEL / 2], [LEVEL / 2]], found.freedom)
+    t = scipy.stats.t.ppf([[1 - LEVEL / 2], [LEVEL / 2]], found.freedom)
     corrected = 3 / found.skew * (np.cbrt(1 + found.skew * (t - found.skew / 6)) - 1)
     ends = np.stack([np.maximum(t[0], corrected[0]), np.minimum(t[1], corrected[1])])
     return np.asarray(found.mean - found.error * ends)
@@ -85,7 +85,7 @@ def p_values(scores: Scores, other: Scores | None = None, *, least: ArrayLike = 
     corrected = t + found.skew * t**2 / 3 + found.skew**2 * t**3 / 27 + found.skew / 6
     # What the correction turns around is no evidence.
     size = np.minimum(np.abs(t), np.maximum(corrected * np.sign(t), 0))
-    return np.asarray(2 * stats.t.sf(size, found.freedom))
+    return np.asarray(2 * scipy.stats.t.sf(size, found.freedom))
 
 
 def q_values(p: ArrayLike) -> Scores:
@@ -96,7 +96,7 @@ def q_values(p: ArrayLike) -> Scores:
     """
     found = np.array(p, dtype=float)
     there = ~np.isnan(found)
-    found[there] = stats.false_discovery_control(found[there])
+    found[there] = scipy.stats.false_discovery_control(found[there])
     return found
 
 
@@ -107,7 +107,7 @@ def share_interval(yes: ArrayLike) -> Scores:
     [0.735, 1.0]
     """
     each = np.asarray(yes, dtype=bool)
-    found = stats.binomtest(int(each.sum()), len(each)).proportion_ci(1 - LEVEL, method="exact")
+    found = scipy.stats.binomtest(int(each.sum()), len(each)).proportion_ci(1 - LEVEL, method="exact")
     return np.array([found.low, found.high])
 
 
@@ -118,7 +118,7 @@ def share_bound(yes: int, of: int) -> float:
     >>> round(share_bound(0, 59), 3), share_bound(0, 0)
     (0.05, 1.0)
     """
-    return 1.0 if yes >= of else float(stats.beta.ppf(1 - LEVEL, yes + 1, of - yes))
+    return 1.0 if yes >= of else float(scipy.stats.beta.ppf(1 - LEVEL, yes + 1, of - yes))
 
 
 class _Estimate(NamedTuple):

@@ -1,13 +1,16 @@
 """Workers and drivers of Ray, killed at random moments, and what has to be there afterwards.
 
-    python tests/fuzz/worker_kills.py [--kills 200] [--seed N] [--limit 150] [--seconds N]
+    python tests/fuzz/worker_kills.py [--kills 200] [--seed N] [--limit 120] [--seconds N]
 
-A sweep runs with two workers, and again and again one of its processes is killed (SIGKILL): mostly a worker,
-now and then the driver, after which the same command goes on, sometimes without workers. Between kills, who
-reads finds whole files only. Each run has at most 12 kills, and none after two thirds of its examples (an
-example on which three workers die is left out); then it is left alone, and its table, its baselines and
-its check have to be those of an undisturbed process, bit for bit, and nothing else may be in its folder.
-After `--seconds` no other run is begun. The last line is JSON.
+A sweep runs with two workers, of which each is killed (SIGKILL) at a moment drawn when it is first seen,
+within its first seconds: while it imports, loads, computes or writes. Now and then the driver is killed
+instead, after which the same command goes on, sometimes without workers. Between kills, who reads finds whole
+files only. Each run has at most 12 kills, none after two thirds of its examples (an example on which three
+workers die is left out); then it is left alone, and its table, its baselines and its check have to be those
+of an undisturbed process, bit for bit, and nothing else may be in its folder.
+
+One Ray serves most runs (`--ray`), so that a kill costs a worker and no cluster; some start their own
+(`--workers`). After `--seconds` no other run is begun. The last line is JSON.
 """
 
 from __future__ import annotations
@@ -22,11 +25,13 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from contextlib import suppress
 from pathlib import Path
 from random import Random
 
 from vlmscope.errors import VlmscopeError
 from vlmscope.studies.run_folder import Run, read_run
+from vlmscope.studies.workers.cluster import connected
 
 COMMAND = "sweep --model toy-blip --data states --corrupt image --sites".split()
 COMMAND += "encoder.*.cross.h*@* encoder.*.resid@*".split()
@@ -34,6 +39,8 @@ PATIENCE = 900.0
 """Seconds after which a command hangs."""
 MOST = 12
 """Kills of one run."""
+LIVES, DRIVER_LIVES, DRIVERS, OWN = (2.0, 10.0), (1.0, 20.0), 0.3, 0.15
+"""Seconds that workers and drivers live; which share of drivers is killed, and of runs starts its own Ray."""
 WORKER = "ray::Process"
 """What Ray calls the process of a worker."""
 
@@ -44,8 +51,8 @@ def start(out: Path, limit: int, *words: str) -> subprocess.Popen[bytes]:
     return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=log, start_new_session=False)
 
 
-def workers_of(driver: int) -> list[int]:
-    """The processes that compute for a driver."""
+def workers_of(first: int) -> list[int]:
+    """The workers among the processes that come from another one."""
     parents, names = {}, {}
     for folder in Path("/proc").glob("[0-9]*"):
         try:
@@ -56,9 +63,9 @@ def workers_of(driver: int) -> list[int]:
     found = []
     for pid, name in names.items():
         above = pid
-        while above > 1 and above != driver:
+        while above > 1 and above != first:
             above = parents.get(above, 0)
-        if above == driver and name.startswith(WORKER.encode()):
+        if above == first and name.startswith(WORKER.encode()):
             found.append(pid)
     return found
 
@@ -72,27 +79,28 @@ def read(out: Path) -> Run | None:
     return run
 
 
-def one_run(random: Random, folder: Path, limit: int, whole: Run, left: int) -> Counter[str]:
+def one_run(random: Random, folder: Path, limit: int, whole: Run, left: int, address: str) -> Counter[str]:
     """A run that is killed at most so many times."""
     out, kills = folder / "run", Counter[str]()
-    wanted = min(left, random.randint(1, MOST))
+    wanted, own = min(left, random.randint(MOST // 2, MOST)), random.random() < OWN
     while True:
         alone = bool(kills["driver"]) and random.random() < 0.3
-        driver, begun = start(out, limit, *([] if alone else ["--workers", "2"])), time.monotonic()
+        several = [] if alone else ["--workers", "2", *([] if own else ["--ray", address])]
+        driver, begun = start(out, limit, *several), time.monotonic()
+        dies = random.random() < DRIVERS or alone
+        ends = {driver.pid: begun + random.uniform(*DRIVER_LIVES) if dies else float("inf")}
         while driver.poll() is None:
-            assert time.monotonic() - begun < PATIENCE, f"hangs after {dict(kills)}"
-            time.sleep(random.uniform(0.05, 3.0))
-            run = read(out)
-            far = run is not None and len(run.baselines()) > limit * 2 / 3
-            if kills.total() >= wanted or run is None or far or driver.poll() is not None:
+            time.sleep(random.uniform(0.02, 0.3))
+            now, run = time.monotonic(), read(out)
+            assert now - begun < PATIENCE, f"hangs after {dict(kills)}"
+            if run is not None and len(run.baselines()) > limit * 2 / 3:
                 continue
-            there = workers_of(driver.pid)
-            if random.random() < 0.15 or alone:
-                driver.kill()
-                kills["driver"] += 1
-            elif there:
-                os.kill(random.choice(there), signal.SIGKILL)
-                kills["worker"] += 1
+            for pid in [driver.pid, *workers_of(os.getpid())]:
+                if kills.total() < wanted and now > ends.setdefault(pid, now + random.uniform(*LIVES)):
+                    ends[pid] = float("inf")
+                    with suppress(ProcessLookupError):
+                        os.kill(pid, signal.SIGKILL)
+                        kills["driver" if pid == driver.pid else "worker"] += 1
         if driver.returncode == 0:
             break
         said = (folder / "err.txt").read_text()
@@ -113,26 +121,29 @@ def main() -> None:
     )
     parser.add_argument("--kills", type=int, default=200)
     parser.add_argument("--seed", type=int, default=time.time_ns() % 2**32)
-    parser.add_argument("--limit", type=int, default=150)
+    parser.add_argument("--limit", type=int, default=120)
     parser.add_argument("--seconds", type=float, default=float("inf"))
     given = parser.parse_args()
     random, kills, runs, wrong = Random(given.seed), Counter[str](), 0, 0
-    end = time.monotonic() + given.seconds
-    with tempfile.TemporaryDirectory() as top:
+    begun = time.monotonic()
+    end = begun + given.seconds
+    with tempfile.TemporaryDirectory() as top, connected(2, None) as ray:
+        address = ray.get_runtime_context().gcs_address
         assert start(Path(top) / "whole", given.limit).wait() == 0, (Path(top) / "err.txt").read_text()
         whole = read_run(Path(top) / "whole")
         while kills.total() < given.kills and time.monotonic() < end:
             folder = Path(top) / "one"
             folder.mkdir()
             try:
-                kills += one_run(random, folder, given.limit, whole, given.kills - kills.total())
+                kills += one_run(random, folder, given.limit, whole, given.kills - kills.total(), address)
             except (AssertionError, VlmscopeError) as error:
                 wrong += 1
                 print(f"run {runs}: {error}", flush=True)
             runs += 1
             shutil.rmtree(folder)
             print(f"{runs} runs, {dict(kills)}, {wrong} wrong", file=sys.stderr, flush=True)
-    print(json.dumps({"seed": given.seed, "runs": runs, **kills, "wrong": wrong}))
+    seconds = round(time.monotonic() - begun)
+    print(json.dumps({"seed": given.seed, "runs": runs, **kills, "wrong": wrong, "seconds": seconds}))
     sys.exit(bool(wrong))
 
 

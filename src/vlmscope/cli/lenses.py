@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from vlmscope.cli.neurons import Shown
-from vlmscope.cli.options import Corrupt, Filled, Given, OneModel
+from vlmscope.cli.options import Corrupt, Filled, Given, OneModel, Share
 from vlmscope.errors import VlmscopeError, written
 
 
@@ -120,10 +120,10 @@ def attribute(
     """
     from vlmscope.report import claim_report, write_report
     from vlmscope.report.ranking import strongest
-    from vlmscope.studies.agreement import lines
-    from vlmscope.studies.attribution import agreement_of, attributed
+    from vlmscope.studies.agreement import agreement, lines
+    from vlmscope.studies.known import warn_of_excluded
     from vlmscope.studies.run_writer import claim
-    from vlmscope.studies.sweep import warn_of_excluded
+    from vlmscope.studies.workers.orders import Named
 
     claim(out)
     claim_report(out / "report.html")
@@ -138,7 +138,7 @@ def attribute(
         "word": word,
         "seed": given.seed,
     }
-    run, _ = share.fill(out, given, lambda: (attributed, options))
+    run, _ = share.fill(out, given, lambda: (Named("studies.attribution:attributed"), options))
     warn_of_excluded(run.baselines())
     table = run.attributions()
     print(f"{len(table):,} scores of {run.ran()} examples in {out}; the largest:")
@@ -149,7 +149,7 @@ def attribute(
     print(best.to_string(index=False, float_format="{:.3g}".format))
     print(run.check_line(), write_report([out], out / "report.html"), sep="\n")
     if verify:
-        print(*lines(agreement_of(table, run.spec)), sep="\n")
+        print(*lines(agreement(table, verify, signed=method != "atp-star")), sep="\n")
 
 
 def edges(
@@ -172,9 +172,9 @@ def edges(
     from vlmscope.report import claim_report, write_report
     from vlmscope.studies.agreement import agreement, lines
     from vlmscope.studies.edge_tables import by_reader, over_examples
-    from vlmscope.studies.edges import edged
+    from vlmscope.studies.known import warn_of_excluded
     from vlmscope.studies.run_writer import claim
-    from vlmscope.studies.sweep import warn_of_excluded
+    from vlmscope.studies.workers.orders import Named
 
     claim(out)
     claim_report(out / "report.html")
@@ -188,7 +188,7 @@ def edges(
         "metric": metric,
         "seed": given.seed,
     }
-    run, _ = share.fill(out, given, lambda: (edged, options))
+    run, _ = share.fill(out, given, lambda: (Named("studies.edges:edged"), options))
     warn_of_excluded(run.baselines())
     each = run.edges()
     table = over_examples(each)
@@ -201,6 +201,7 @@ def edges(
 
 def faithfulness(
     given: Given,
+    share: Share,
     scores: Path,
     out: Path,
     corrupt: Corrupt | None = None,
@@ -216,24 +217,25 @@ def faithfulness(
     random_low, random_high; circuit.csv; and summary.json: cpr, cmd, and the circuit that is reported.
     """
     from vlmscope.report import claim_report, write_report
-    from vlmscope.studies.faithfulness import faithfulness as measure
     from vlmscope.studies.run_writer import claim
 
     claim(out)
     claim_report(out / "report.html")
-    found = measure(
-        given.load(),
-        given.examples(),
-        scores,
-        corrupt,
-        outside=outside,
-        metric=metric,
-        ratio=ratio,
-        draws=draws,
-        seed=given.seed,
-        out=out,
-        data=given.data,
-    )
+    options = {
+        "scores": scores,
+        "corrupt": corrupt,
+        "outside": outside,
+        "metric": metric,
+        "ratio": ratio,
+        "draws": draws,
+        "seed": given.seed,
+        "data": given.data,
+        "shard": share.numbers,
+    }
+    with share.team(given.model, given.device) as team:
+        from vlmscope.studies.faithfulness import Asked, faithful_by
+
+        found = faithful_by(team(Asked(given, options)), out)
     columns = ["ranking", "fraction", "kept", "f", "low", "high", "random"]
     print(found.table[columns].to_string(index=False, float_format="{:.3g}".format))
     print(found.circuit.head(20).to_string(index=False, float_format="{:.3g}".format))

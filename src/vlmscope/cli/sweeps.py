@@ -33,9 +33,7 @@ class Patches:
 
     def study(self, given: Given, out: Path) -> tuple[Callable[..., Any], dict[str, Any]]:
         """What makes the study, and its options."""
-        from vlmscope.runs import corrupt as corruptions
-        from vlmscope.studies.screen import TOP, screened
-        from vlmscope.studies.sweep import swept
+        from vlmscope.studies.workers.orders import Named
 
         if self.corrupt != "noise" and self.noise_scale is not None:
             raise VlmscopeError("--noise-scale is of noise; leave it out, or take --corrupt noise")
@@ -43,17 +41,21 @@ class Patches:
             raise VlmscopeError("--top is of a screen; name one (--screen atp), or leave it out")
         how: Any = self.corrupt
         if how == "noise":
+            from vlmscope.runs import corrupt as corruptions
+
             how = corruptions.Noise(self.noise, self.noise_at, self.noise_scale, self.draws)
         options = {"sites": self.sites, "corrupt": how, "direction": self.direction, "metric": self.metric}
         options |= {"check": self.check, "seed": given.seed}
         if not self.screen:
-            return swept, {**options, "engine": self.engine, "patch": self.patch, "source": self.source}
+            options |= {"engine": self.engine, "patch": self.patch, "source": self.source}
+            return Named("studies.sweep:swept"), options
         if self.patch != "clean" or self.source is not None or self.engine != "fast" or how is None:
             raise VlmscopeError(
                 "--screen ranks patches of the other run's activations: name --corrupt, and leave --patch, "
                 "--from and --engine out"
             )
-        return screened, {**options, "out": out, "top": TOP if self.top is None else self.top}
+        options |= {"out": out} | ({} if self.top is None else {"top": self.top})
+        return Named("studies.screen:screened"), options
 
 
 def sweep(given: Given, share: Filled, patches: Patches, out: Path) -> None:
@@ -62,11 +64,11 @@ def sweep(given: Given, share: Filled, patches: Patches, out: Path) -> None:
     With --screen only those that a gradient finds, and some others that say what it missed.
     """
     run, asked = share.fill(out, given, partial(patches.study, given, out))
-    from vlmscope.studies.known import knows
-    from vlmscope.studies.screen import lines, missed
-    from vlmscope.studies.sweep import warn_of_excluded
+    from vlmscope.studies.known import knows, warn_of_excluded
 
     if patches.screen:
+        from vlmscope.studies.screen import lines, missed
+
         print(*lines(missed(run)), sep="\n")
     warn_of_excluded(run.baselines())
     print(f"{run.patches():,} patches of {run.ran()} examples in {out}")
@@ -106,8 +108,8 @@ def merge(runs: list[Path], /, out: Path, push: str | None = None) -> None:
     The folder is that of a run without --shard; says which shards or examples are missing.
     """
     from vlmscope.studies import pushed
+    from vlmscope.studies.known import warn_of_excluded
     from vlmscope.studies.merge import merge as put_together
-    from vlmscope.studies.sweep import warn_of_excluded
 
     if push is not None:
         pushed.ready(push)
@@ -133,13 +135,12 @@ def knockout(
 
     What some positions no longer read of others, in windows of layers: the flow of information.
     """
-    from vlmscope.studies.knockout import knocked_out
-    from vlmscope.studies.known import knows
-    from vlmscope.studies.sweep import warn_of_excluded
+    from vlmscope.studies.known import knows, warn_of_excluded
     from vlmscope.studies.tables import flow_table, is_edge
+    from vlmscope.studies.workers.orders import Named
 
     options = {"sites": sites, "how": how, "engine": engine, "metric": metric, "check": check}
-    run, asked = share.fill(out, given, lambda: (knocked_out, options))
+    run, asked = share.fill(out, given, lambda: (Named("studies.knockout:knocked_out"), options))
     base = run.baselines()
     warn_of_excluded(base)
     print(f"{run.patches():,} knock-outs in {run.ran()} examples in {out}")

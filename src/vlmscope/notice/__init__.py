@@ -59,8 +59,9 @@ from vlmscope.studies.plan import estimate, size_of, time_of
 from vlmscope.studies.run_folder import Run, read_run
 from vlmscope.studies.sweep import Study, swept
 from vlmscope.studies.task import check_sites
+from vlmscope.studies.workers.orders import Given
 from vlmscope.studies.workers.team import Team
-from vlmscope.studies.workers.worker import Alone, Given
+from vlmscope.studies.workers.worker import Alone
 
 Say = Callable[[str], None]
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from scipy import stats
+import scipy
 
 from vlmscope.stats import share_bound
 
@@ -105,7 +105,7 @@ def _correlations(score: np.ndarray[Any, Any], exact: np.ndarray[Any, Any]) -> t
     score, exact = score[changes], exact[changes]
     if len(score) < FEWEST or np.ptp(score) == 0 or np.ptp(exact) == 0:
         return np.nan, np.nan
-    ranks = stats.rankdata(score), stats.rankdata(exact)
+    ranks = scipy.stats.rankdata(score), scipy.stats.rankdata(exact)
     return float(np.corrcoef(*ranks)[0, 1]), float(np.corrcoef(score, exact)[0, 1])
 
 

@@ -30,9 +30,10 @@ from vlmscope.sites import Sites, expand, parse
 from vlmscope.studies.agreement import agreement
 from vlmscope.studies.direct import check_sums, writers_of, written
 from vlmscope.studies.gradients import check_exact, estimated
+from vlmscope.studies.known import warn_of_excluded
 from vlmscope.studies.rows import run_jobs
 from vlmscope.studies.run_folder import ATTRIBUTIONS, Run, typed
-from vlmscope.studies.sweep import Direction, Study, into_folder, warn_of_excluded
+from vlmscope.studies.sweep import Direction, Study, into_folder
 from vlmscope.studies.task import Attribution, Method, Shard, Task, all_jobs, check_examples, spec_of, task_of
 
 METHODS = get_args(Method)

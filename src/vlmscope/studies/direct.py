@@ -18,7 +18,8 @@ from vlmscope.runs.model import Model
 from vlmscope.sites import Site, expand, parse, place
 from vlmscope.studies.recheck import CHECKED, drawn_examples, verdict
 from vlmscope.studies.rows import result_of, words_of
-from vlmscope.studies.task import Result, Task, Todo
+from vlmscope.studies.run_writer import Todo
+from vlmscope.studies.task import Result, Task
 
 
 class Writer(NamedTuple):

@@ -31,11 +31,13 @@ from vlmscope.sites import Site
 from vlmscope.stats import rng
 from vlmscope.studies.agreement import agreement
 from vlmscope.studies.edge_tables import by_reader, over_examples
+from vlmscope.studies.known import warn_of_excluded
 from vlmscope.studies.recheck import CHECKED, drawn_examples, verdict
 from vlmscope.studies.rows import result_of, run_jobs
 from vlmscope.studies.run_folder import EDGES, Run, parquet_of, typed
-from vlmscope.studies.sweep import Direction, Study, into_folder, warn_of_excluded
-from vlmscope.studies.task import Result, Shard, Task, Todo, all_jobs, spec_of, task_of
+from vlmscope.studies.run_writer import Todo
+from vlmscope.studies.sweep import Direction, Study, into_folder
+from vlmscope.studies.task import Result, Shard, Task, all_jobs, spec_of, task_of
 
 Array = NDArray[np.float64]
 MOST = 100_000

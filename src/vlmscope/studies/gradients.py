@@ -22,7 +22,8 @@ from vlmscope.sites import Site
 from vlmscope.stats import rng
 from vlmscope.studies.recheck import CHECKED, drawn_examples, verdict
 from vlmscope.studies.rows import result_of, words_of
-from vlmscope.studies.task import Attribution, Result, Todo
+from vlmscope.studies.run_writer import Todo
+from vlmscope.studies.task import Attribution, Result
 
 Array = NDArray[np.float64]
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any, NamedTuple
 
 import pandas as pd
 
+from vlmscope.errors import DataError
 from vlmscope.stats import FEWEST, share_interval
 
 LEAST_RIGHT = 0.5
@@ -96,3 +98,15 @@ def _is_piece(row: Any) -> bool:
 def _plain(token: str) -> str:
     """A token without what its tokenizer marks the beginning or the inside of a word with."""
     return token.removeprefix("##").strip("▁Ġ \n").removesuffix("</w>").casefold()
+
+
+def warn_of_excluded(baselines: pd.DataFrame) -> None:
+    """Warn of examples that were left out; an error if that is all of them."""
+    left = baselines[baselines["excluded"].astype(bool)]
+    if left.empty:
+        return
+    name, reason = left["example"].iloc[0], left["reason"].iloc[0]
+    if len(left) == len(baselines):
+        raise DataError(f"none of {len(left)} examples could be run; '{name}': {reason}")
+    text = f"{len(left)} of {len(baselines)} examples were left out; '{name}': {reason}"
+    warnings.warn(text, stacklevel=4)

@@ -23,7 +23,8 @@ from vlmscope.patching.trace import Images
 from vlmscope.progress import progress
 from vlmscope.sites import Site, Sites, expand, parse
 from vlmscope.studies.run_folder import BASELINES
-from vlmscope.studies.task import Result, Task, Todo
+from vlmscope.studies.run_writer import Todo
+from vlmscope.studies.task import Result, Task
 
 Work = Callable[[Task, Todo, Sequence[Site], Callable[[int, float], None]], Result]
 """`work(task, job, sites, step)`: what an example gives at sites."""

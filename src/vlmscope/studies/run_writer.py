@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from types import TracebackType
@@ -112,6 +112,14 @@ def check_examples(folder: Path, digests: Sequence[str]) -> None:
             )
 
 
+class Todo(NamedTuple):
+    """An example's number, the site expressions at which it is to be patched, and those that are done."""
+
+    number: int
+    sites: list[str]
+    done: list[str]
+
+
 class Part(NamedTuple):
     """Rows of some examples and their baselines, as they are written: bytes, or files of these beside."""
 
@@ -202,6 +210,17 @@ class Writer:
         """Those of the site expressions at which example number `index` has not been patched."""
         done = self.done.get(index, set())
         return [] if done is None else [s for s in sites if self.sites.index(s) not in done]
+
+    def todo(self, numbers: Iterable[int], sites: Sequence[str]) -> list[Todo]:
+        """What the folder lacks of the examples of these numbers."""
+        jobs = []
+        for number in numbers:
+            missing = self.missing(number, sites)
+            if number not in self.done or missing:
+                lacking = set(self.missing(number, self.sites))
+                done = [s for s in self.sites if s not in lacking]
+                jobs.append(Todo(number, missing, done))
+        return jobs
 
     def add(
         self, index: int, rows: pd.DataFrame, baselines: pd.DataFrame, sites: Sequence[str] | None = None

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import os
-import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -15,7 +14,7 @@ import pandas as pd
 import pyarrow.compute as pc
 
 from vlmscope.data import Examples
-from vlmscope.errors import DataError, ExampleError, whole
+from vlmscope.errors import ExampleError, whole
 from vlmscope.patching import reference
 from vlmscope.patching.scores import Metric
 from vlmscope.patching.sources import Source
@@ -23,11 +22,12 @@ from vlmscope.runs.corrupt import Noise
 from vlmscope.runs.model import Model
 from vlmscope.sites import Pattern, Site, Sites
 from vlmscope.stats import rng
+from vlmscope.studies.known import warn_of_excluded
 from vlmscope.studies.recheck import CHECKED, drawn_examples, verdict
 from vlmscope.studies.rows import Work, patch_example, patched, run_jobs
 from vlmscope.studies.run_folder import BASELINES, CROSSED, EFFECTS, Run, read_run, typed
-from vlmscope.studies.run_writer import Writer, add_pictures, open_run
-from vlmscope.studies.task import Shard, Task, Todo, all_jobs, description_of, spec_of, task_of
+from vlmscope.studies.run_writer import Todo, add_pictures, open_run
+from vlmscope.studies.task import Shard, Task, all_jobs, description_of, spec_of, task_of
 
 Direction = Literal["denoise", "noise"]
 Engine = Literal["fast", "reference"]
@@ -179,18 +179,6 @@ def baselines(
     return typed(pd.concat(tables, ignore_index=True), BASELINES)
 
 
-def warn_of_excluded(baselines: pd.DataFrame) -> None:
-    """Warn of examples that were left out; an error if that is all of them."""
-    left = baselines[baselines["excluded"].astype(bool)]
-    if left.empty:
-        return
-    name, reason = left["example"].iloc[0], left["reason"].iloc[0]
-    if len(left) == len(baselines):
-        raise DataError(f"none of {len(left)} examples could be run; '{name}': {reason}")
-    text = f"{len(left)} of {len(baselines)} examples were left out; '{name}': {reason}"
-    warnings.warn(text, stacklevel=4)
-
-
 class Study(NamedTuple):
     """What a run folder is to hold: of which task, its specification, who computes an example, and what looks
     at the folder behind the last one (and may write what else is made of the whole table)."""
@@ -212,7 +200,7 @@ def into_folder(study: Study, out: str | os.PathLike[str]) -> Run:
     """Compute what the folder does not hold yet, and keep what the check finds of it."""
     task = study.task
     with open_run(out, study.spec, description_of(task.model), digests=task.digests) as writer:
-        jobs = jobs_of(writer, task.numbers, task.sites)
+        jobs = writer.todo(task.numbers, task.sites)
         for result in run_jobs(task, jobs, len(task.numbers) - len(jobs), work=study.work):
             show(out, task, result.job)  # before the example is committed: it is not run again
             writer.add(result.job.number, result.rows, result.baseline, result.job.sites)
@@ -223,18 +211,6 @@ def into_folder(study: Study, out: str | os.PathLike[str]) -> Run:
                 writer.keep_check(found)
         writer.finish()
     return read_run(out)
-
-
-def jobs_of(writer: Writer, numbers: Iterable[int], sites: Sequence[str]) -> list[Todo]:
-    """What a folder lacks of the examples of these numbers."""
-    jobs = []
-    for number in numbers:
-        missing = writer.missing(number, sites)
-        if number not in writer.done or missing:
-            lacking = set(writer.missing(number, writer.sites))
-            done = [s for s in writer.sites if s not in lacking]
-            jobs.append(Todo(number, missing, done))
-    return jobs
 
 
 def show(out: str | os.PathLike[str], task: Task, job: Todo) -> None:

@@ -28,6 +28,7 @@ from vlmscope.runs.model import Model
 from vlmscope.runs.prepare import option_of
 from vlmscope.sites import Pattern, Point, Site, Sites, expand, parse, place, points_of
 from vlmscope.stats import rng
+from vlmscope.studies.run_writer import Todo
 
 Shard = tuple[int, int]
 """Which of how many shards, counted from 1."""
@@ -158,14 +159,6 @@ class Attribution(Task):
         many = 1 + len(example.more_images)
         token = option_of(self.model, example.clean_prompt, "word", self.word, many)[0]
         return [replace(pair, answer=token, foil=None, answers=(token,)) for pair in found]
-
-
-class Todo(NamedTuple):
-    """An example's number, the site expressions at which it is to be patched, and those that are done."""
-
-    number: int
-    sites: list[str]
-    done: list[str]
 
 
 class Result(NamedTuple):

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import os
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -20,11 +19,13 @@ from vlmscope.sites import Site
 from vlmscope.stats import rng
 from vlmscope.studies.faithfulness.curve import NONE, random_like, sizes
 from vlmscope.studies.faithfulness.parts import Edges, Nodes, Parts
+from vlmscope.studies.known import warn_of_excluded
 from vlmscope.studies.recheck import drawn_examples, verdict
 from vlmscope.studies.rows import result_of, run_jobs
 from vlmscope.studies.run_folder import MEASURED, Run, typed
-from vlmscope.studies.sweep import Study, into_folder, warn_of_excluded
-from vlmscope.studies.task import Result, Task, Todo, all_jobs, spec_of
+from vlmscope.studies.run_writer import Todo
+from vlmscope.studies.sweep import Study
+from vlmscope.studies.task import Result, Task, all_jobs, spec_of
 
 RECOMPUTED = 3
 """Examples in which plain forwards recompute a circuit."""
@@ -74,23 +75,34 @@ def around(chosen: frozenset[int], curve: Circuits, parts: Parts, draws: int, se
     return found
 
 
-def run_all(
-    task: Measured, out: str | os.PathLike[str] | None, data: str, more: Mapping[str, Any]
-) -> tuple[pd.DataFrame, pd.DataFrame, dict[str, Any] | None]:
+def study_of(task: Measured, data: str, more: Mapping[str, Any]) -> Study:
+    """The runs of the circuits, for a run folder; `more` is what else has to be the same where it goes on."""
+    return Study(task, spec_of(task, data) | dict(more), measured, partial(_check_run, task))
+
+
+class Values(NamedTuple):
     """The metric of each circuit, examples × circuits, the baselines of these examples, and what plain
     forwards say of some."""
-    if out is not None:
-        study = Study(task, spec_of(task, data) | dict(more), measured, partial(_check_run, task))
-        run = into_folder(study, out)
-        base, rows, check = run.baselines(), run.measured(), run.check
-        warn_of_excluded(base)
-    else:
-        results = list(run_jobs(task, all_jobs(task), work=measured))
-        base = pd.concat([result.baseline for result in results], ignore_index=True)
-        warn_of_excluded(base)
-        rows = typed(pd.concat([result.rows for result in results], ignore_index=True), MEASURED)
-        check = _check(task, base, rows)
-    return (*_table(task, base, rows), check)
+
+    values: pd.DataFrame
+    base: pd.DataFrame
+    check: dict[str, Any] | None
+
+
+def run_all(task: Measured) -> Values:
+    """All runs of a task, which are not kept."""
+    results = list(run_jobs(task, all_jobs(task), work=measured))
+    base = pd.concat([result.baseline for result in results], ignore_index=True)
+    warn_of_excluded(base)
+    rows = typed(pd.concat([result.rows for result in results], ignore_index=True), MEASURED)
+    return Values(*_table(task, base, rows), _check(task, base, rows))
+
+
+def read_all(task: Measured, run: Run) -> Values:
+    """Those that a run folder holds."""
+    base = run.baselines()
+    warn_of_excluded(base)
+    return Values(*_table(task, base, run.measured()), run.check)
 
 
 def run_unkept(task: Measured) -> tuple[pd.DataFrame, pd.DataFrame]:

@@ -4,33 +4,47 @@ from __future__ import annotations
 
 import os
 import socket
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stdout, suppress
+from functools import cached_property
 from io import StringIO
 from pathlib import Path
 from typing import Any
 
 from vlmscope.errors import VlmscopeError, line, shown, whole
+from vlmscope.studies.workers.team import Team
 
 STORE = 80 * 2**20
 """Bytes of Ray's store of objects on this machine: nothing large is ever put there."""
 PATIENCE = 10.0
-"""Seconds for a cluster to answer."""
+"""Seconds for a cluster to answer; and to start a worker, until a line says what is waited for."""
 
 
 class Process:
-    """One process of Ray's: a `Worker`, which is imported there, while the driver imports what it needs."""
+    """One process of Ray's, and the `Worker` in it, which is imported there alone."""
 
     def __init__(self, place: str, set_up: Callable[[], object]) -> None:
         with suppress(OSError):  # paths are as they were typed; where there is no such folder, they say so
             os.chdir(place)
-        set_up()
-        from vlmscope.studies.workers.worker import Worker
+        self.set_up = set_up
 
-        self.worker = Worker()
+    def there(self) -> None:
+        """The first call: that it has been started is all that it says."""
+
+    def warm_up(self) -> None:
+        """Import what is needed, while the driver does; what is wrong is said by the first `do`."""
+        self.worker  # noqa: B018
 
     def do(self, method: str, *given: Any) -> Any:
         return self.worker.do(method, *given)
+
+    @cached_property
+    def worker(self) -> Any:
+        self.set_up()
+        from vlmscope.studies.workers.worker import Worker
+
+        return Worker()
 
 
 @contextmanager
@@ -40,7 +54,7 @@ def started(
     address: str | None = None,
     device: str | None = None,
     set_up: Callable[[], object] = lambda: None,
-) -> Iterator[Callable[[Any], Any]]:
+) -> Iterator[Callable[[Any], Team]]:
     """Several processes: gives a function of what each is given (`worker.Given`), which gives a `team.Team`.
 
     `workers` are as many processes on this machine, or, with the `address` HOST:PORT of a Ray cluster's head
@@ -63,12 +77,16 @@ def started(
             actors.append(remote.remote(str(Path.cwd()), set_up))
             return actors[-1]
 
-        def team(given: Any) -> Any:
-            from vlmscope.studies.workers.team import Team
+        first = [start() for _ in range(several)]
+        there = [actor.there.remote() for actor in first]
+        for actor in first:
+            actor.warm_up.remote()
 
+        def team(given: Any) -> Team:
+            if not ray.wait(there, timeout=PATIENCE)[0]:
+                warnings.warn(_waits(ray, share), stacklevel=2)
             return Team(ray, start, first, given)
 
-        first = [start() for _ in range(several)]
         try:
             yield team
         finally:
@@ -107,7 +125,27 @@ def connected(workers: int | None, address: str | None) -> Iterator[Any]:
     try:
         yield ray
     finally:
+        if address is None:
+            with suppress(Exception):  # its autoscaler hears no signal, and would be waited for a second
+                ray._private.worker._global_node.kill_monitor()
         ray.shutdown()
+
+
+def _waits(ray: Any, share: float) -> str:
+    """That no worker has started, and what of a cluster is free."""
+    there, free = ray.cluster_resources(), ray.available_resources()
+    needs = {"CPU": ("core", 1.0), "GPU": ("GPU", share)}
+    counts = [
+        f"{free.get(name, 0):g} of {there.get(name, 0):g} {noun}s"
+        for name, (noun, need) in needs.items()
+        if need
+    ]
+    gpu = f" and {share:g} of a GPU" if share else ""
+    return (
+        f"no worker has started for {PATIENCE:g} s: each needs a core{gpu}, and {' and '.join(counts)} of "
+        "the cluster are free. It goes on as soon as some are: end what else runs there ('ray status' shows "
+        "it), or add a machine ('ray start --address')"
+    )
 
 
 def _why(address: str | None, text: str) -> str:

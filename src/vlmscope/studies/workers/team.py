@@ -13,10 +13,8 @@ from typing import Any, NamedTuple
 from vlmscope.errors import VlmscopeError, line
 from vlmscope.progress import progress
 from vlmscope.studies.run_folder import Run, read_run
-from vlmscope.studies.run_writer import Writer, claim, differing, open_run, remove_leftovers
-from vlmscope.studies.sweep import Study, jobs_of
-from vlmscope.studies.task import Todo
-from vlmscope.studies.workers.worker import About, Answer, Given, Order
+from vlmscope.studies.run_writer import Todo, Writer, claim, differing, open_run, remove_leftovers
+from vlmscope.studies.workers.orders import About, Answer, Given, Order
 
 DEATHS = 3
 """Workers that die on an example until it is left out, and that die before they begin until the run ends."""
@@ -64,7 +62,7 @@ class Team:
             self.begin(actor)
 
     def fill(
-        self, out: str | os.PathLike[str], study: Callable[..., Study], options: dict[str, Any]
+        self, out: str | os.PathLike[str], study: Callable[..., Any], options: dict[str, Any]
     ) -> tuple[Run, int]:
         """Fill a run folder with what `study(model, examples, **options)` says: the run, and how many
         examples it was asked for.
@@ -82,7 +80,7 @@ class Team:
             [_] = self.done([Piece("same", 0, (order,))])
 
         with open_run(place, about.spec, about.description, same=same) as writer:
-            jobs = jobs_of(writer, about.numbers, about.sites)
+            jobs = writer.todo(about.numbers, about.sites)
             if jobs:
                 self.compute(writer, order, about, jobs)
                 remove_leftovers(place)  # of those that died
@@ -172,6 +170,11 @@ class Team:
         except self.ray.exceptions.RayTaskError as error:
             if isinstance(error.cause, VlmscopeError | MemoryError):
                 raise error.cause from None
+            if isinstance(error.cause, ImportError):
+                raise VlmscopeError(
+                    f"a worker cannot import what it needs ({line(str(error.cause), 200)}); install the same "
+                    "packages on all machines"
+                ) from error
             raise RuntimeError(f"in a worker, {line(str(error.cause), 300)}") from error
 
     def give(self, hand: _Hand) -> None:

@@ -8,8 +8,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any
 from uuid import uuid4
 
 from vlmscope import files
@@ -17,55 +16,10 @@ from vlmscope.errors import ExampleError, StoreError
 from vlmscope.runs.model import Model
 from vlmscope.studies.rows import run_jobs
 from vlmscope.studies.run_folder import Run, read_run, table_in
-from vlmscope.studies.run_writer import Part, Waiting, check_examples
+from vlmscope.studies.run_writer import Part, Todo, Waiting, check_examples
 from vlmscope.studies.sweep import Study, into_folder, show
-from vlmscope.studies.task import Todo, description_of
-
-
-class Given(Protocol):
-    """What each process loads for itself; a value that can be sent. What `examples` gives is for studies."""
-
-    def load(self) -> Model: ...
-
-    def examples(self) -> Any: ...
-
-
-class Order(NamedTuple):
-    """What a folder is filled with, as it travels.
-
-    `study(model, examples, **options)` is one of `sweep.swept`, `knockout.knocked_out`,
-    `attribution.attributed`, `screen.screened` and their like.
-    """
-
-    study: Callable[..., Study]
-    options: dict[str, Any]
-    out: Path
-
-
-class About(NamedTuple):
-    """What the driver has to know of a study."""
-
-    spec: dict[str, Any]
-    description: dict[str, Any]
-    numbers: range
-    sites: list[str]
-    host: str
-
-
-class Done(NamedTuple):
-    """What a worker hands over: parts, files beside those of the folder, and how many patches an example
-    took; with its first example, of which study it is."""
-
-    parts: list[Part]
-    patches: int = 0
-    about: About | None = None
-
-
-class Answer(NamedTuple):
-    """What a worker answers, and what it warns of."""
-
-    value: Any
-    warned: list[str]
+from vlmscope.studies.task import description_of
+from vlmscope.studies.workers.orders import About, Answer, Done, Given, Order
 
 
 @dataclass

@@ -1,0 +1,71 @@
+"""What travels between the process that holds the folders and its workers. The former needs no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+
+from vlmscope.studies.run_writer import Part
+
+if TYPE_CHECKING:
+    from vlmscope.runs.model import Model
+
+
+@dataclass(frozen=True)
+class Named:
+    """A function by its name, such as `studies.sweep:swept`: its module is imported where it is called."""
+
+    name: str
+
+    def __call__(self, *given: Any, **options: Any) -> Any:
+        module, _, name = self.name.partition(":")
+        return getattr(import_module(f"vlmscope.{module}"), name)(*given, **options)
+
+
+class Given(Protocol):
+    """What each process loads for itself; a value that can be sent. What `examples` gives is for studies."""
+
+    def load(self) -> Model: ...
+
+    def examples(self) -> Any: ...
+
+
+class Order(NamedTuple):
+    """What a folder is filled with, as it travels.
+
+    `study(model, examples, **options)` is one of `sweep.swept`, `knockout.knocked_out`,
+    `attribution.attributed`, `screen.screened` and their like, or one `Named`.
+    """
+
+    study: Callable[..., Any]
+    options: dict[str, Any]
+    out: Path
+
+
+class About(NamedTuple):
+    """What the driver has to know of a study."""
+
+    spec: dict[str, Any]
+    description: dict[str, Any]
+    numbers: range
+    sites: list[str]
+    host: str
+
+
+class Done(NamedTuple):
+    """What a worker hands over: parts, files beside those of the folder, and how many patches an example
+    took; with its first example, of which study it is."""
+
+    parts: list[Part]
+    patches: int = 0
+    about: About | None = None
+
+
+class Answer(NamedTuple):
+    """What a worker answers, and what it warns of."""
+
+    value: Any
+    warned: list[str]
