@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from importlib import import_module
 from importlib.util import module_from_spec, spec_from_file_location
@@ -76,6 +77,13 @@ def test_table_of_peers():
     assert lines[1].startswith("| edges | AUROC 0.01 | AP 0.01 | AUROC 0.3 | AP 0.3 | CPR | CMD |")
     assert lines[3] == "| eap | 0.900 | 0.500 | 1.000 | 0.500 | 0.900 | 0.100 | 0.000 | 2.000 |"
     assert lines[4] == "| oracle |  |  |  |  | 0.900 | 0.100 |  |  |"
+
+
+def test_the_tables_of_the_page_are_those_that_were_measured():
+    found = json.loads((PLANTED.parent / "results" / "planted-peers-cpu.json").read_text("utf-8"))
+    page = (PLANTED.parents[1] / "docs" / "benchmark.md").read_text("utf-8")
+    lines = list(tables.tables(found))
+    assert len(lines) > 20 and all(line in page.splitlines() for line in lines)
 
 
 def test_nulls_of_edges_alone(monkeypatch, tmp_path):

@@ -21,8 +21,9 @@ FIGURES = (
 
 def tables(result: Result) -> Iterator[str]:
     """Line by line: the bars, rankings, rules, edges and circuits; of the parts that were run."""
-    yield from ("| bar | to reach | reached | of |", "|---|---|---|---|")
-    yield from (f"| {' | '.join(row)} |" for row in [*bars(result), *mechanism_bars(result)])
+    if reached := [*bars(result), *mechanism_bars(result)]:
+        yield from ("| bar | to reach | reached | of |", "|---|---|---|---|")
+        yield from (f"| {' | '.join(row)} |" for row in reached)
     if any(True for _ in cells(result)):
         yield from _head_tables(result)
     if edges := result.get("edges", {}) | result.get("trained", {}).get("edges", {}):
