@@ -3,7 +3,9 @@
     python benchmarks/inpainting.py --out benchmarks/results/inpainting-cpu.json
 
 The drawn sets know the true counterfactual, the picture with the foil in it. Of examples answered rightly,
-`taken` is the share that a fill makes answered otherwise, and `half` the share whose LD it at least halves.
+`taken` is the share that a fill makes answered otherwise, and `half` the share whose LD it at least halves;
+`blank` is the share that is answered otherwise where all of the picture is its mean color: what is not is
+guessed by the question alone, and no fill can take that away.
 `rho` is Spearman's correlation, over the heads, of their mean effects on LD (denoising) on the pairs that are
 kept with those on true pairs of the same examples; `halves` is that of the true pairs of two halves of these
 examples, which says how far half as many agree with themselves. The last line is JSON.
@@ -20,10 +22,13 @@ from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 from scipy import stats
 
 import vlmscope
 from vlmscope.data import fills
+from vlmscope.data.images import open_image
+from vlmscope.patching.scores import agrees
 from vlmscope.studies.inpainting import inpaint
 
 SITES = {
@@ -62,10 +67,21 @@ def filled(example: Any, how: Any, seed: int) -> Any:
     return replace(example, corrupt_image=fills.fill(picture, where, how, seed))
 
 
+def blank(model: Any, examples: Any) -> dict[str, Any]:
+    """How many of the examples that are answered rightly are answered otherwise without any picture."""
+    taken = []
+    for one in examples:
+        picture = open_image(one.clean_image)
+        if agrees(model.answer(model.inputs(picture, one.clean_prompt)), one.answer):
+            nothing = picture.resize((1, 1), Image.Resampling.BOX).resize(picture.size)
+            taken.append(not agrees(model.answer(model.inputs(nothing, one.clean_prompt)), one.answer))
+    return share(taken)
+
+
 def measure(model: Any, data: str, many: int) -> dict[str, Any]:
     examples = vlmscope.examples(data, limit=many, seed=3)
     true = effects(model, examples)
-    result: dict[str, Any] = {}
+    result: dict[str, Any] = {"blank": blank(model, examples)}
     for how in FILLS:
         made = inpaint(model, examples, fill=how)
         tried = made.tried[made.tried["after"].notna()]
@@ -89,14 +105,16 @@ def measure(model: Any, data: str, many: int) -> dict[str, Any]:
 def markdown(result: dict[str, Any]) -> list[str]:
     """The table of `docs/data.md`."""
     lines = [
-        "| model, set | fill | answer taken away | LD halved | rank correlation | of halves |",
-        "|---" * 6 + "|",
+        "| model, set | fill | answer taken away | by a blank picture | LD halved | rank correlation "
+        "| of halves |",
+        "|---" * 7 + "|",
     ]
     for kind in (name for name in result if name.endswith(SETS)):
         for how in FILLS:
             one = result[kind][how]
             shares = [
-                f"{x['share']:.0%} ({x['low']:.0%} to {x['high']:.0%})" for x in (one["taken"], one["half"])
+                f"{x['share']:.0%} ({x['low']:.0%} to {x['high']:.0%})"
+                for x in (one["taken"], result[kind]["blank"], one["half"])
             ]
             lines.append(
                 f"| {kind} | {how} | {' | '.join(shares)} | {one['rho']:.2f} | {one['halves']:.2f} |"

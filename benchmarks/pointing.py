@@ -1,11 +1,11 @@
 """Do maps of a word point at what it is about? On the toys and held-out pictures, where that is known.
 
-    python benchmarks/pointing.py [--examples 100] [--out benchmarks/results/NAME.json]
-    python benchmarks/pointing.py --words 200 --out benchmarks/results/NAME.json
+    python benchmarks/pointing.py [--examples 100] [--only TOY] [--out benchmarks/results/NAME.json]
+    python benchmarks/pointing.py --words 200 [--only TOY] --out benchmarks/results/NAME.json
 
-A toy answers a question about a drawn picture (`states`: an object among distractors; `scenes`: two objects),
-of a seed that it was not trained with, and `vlmscope.explain` maps the answer. Of the exact map in both
-directions, the gradient's estimate, knock-outs and attention this says
+A toy answers a question about a drawn picture (`states`: one object; `scenes`: two objects), of a seed that
+it was not trained with, and `vlmscope.explain` maps the answer. Of the exact map in both directions, the
+gradient's estimate, knock-outs and attention this says
 
 - how often the strongest cell lies on the answer's object: the mask covers half of it (`half`), or some of
   it (`some`), or on the other object that the question names (`other`); beside it on masks of other examples
@@ -17,9 +17,13 @@ directions, the gradient's estimate, knock-outs and attention this says
 
 Features are replaced where the language model reads them, as `explain` does. With `--words` only answers
 that are a color or a shape are asked for, of so many pictures of each toy and set, and only the exact map is
-made, by `explain`'s own functions; beside it, of some, the map of *pixels*: the cell of the picture itself is
-blurred, or put into the blurred picture, and all of the model run anew. That goes into the result that is
-there (`words`). The last line is JSON.
+made; beside it the map of *pixels*, as with `explain --at pixels`: the cell is blurred where it enters the
+vision tower, or put into the blurred picture, and all of the model run anew. Here `binding` is asked about,
+too: four objects, of which the question names the one whose color is the answer, so that the answer depends
+on no other. What it depends on is measured: how often it changes when the answer's object is taken out of the
+picture (its pixels get the mean color of all others; `without`), and when another object is that the question
+or its options are about (`without other`). `named` is how often the strongest cell is on any of these.
+That goes into the result that is there (`words`). The last line is JSON.
 """
 
 from __future__ import annotations
@@ -30,6 +34,7 @@ import platform
 import random
 from collections import defaultdict
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -39,10 +44,10 @@ from PIL import Image, ImageFilter
 from scipy import stats
 
 import vlmscope
+from vlmscope.data import fills
 from vlmscope.data.masks import covered, object_of
 from vlmscope.explanation import maps
-from vlmscope.explanation.said import Said, say
-from vlmscope.runs.forward import forward
+from vlmscope.explanation.said import say
 
 GRID, SIDE = (6, 6), 96
 ENTERS = {"toy-llava": "decoder.0.resid_pre@{}", "toy-blip": "vision.2.output@{}"}
@@ -50,10 +55,8 @@ ENTERS = {"toy-llava": "decoder.0.resid_pre@{}", "toy-blip": "vision.2.output@{}
 MAPS = {"exact": "noise", "exact, denoise": "denoise", "gradient": "noise", "knockout": "noise"}
 MAPS |= {"attention": "noise"}
 STEPS = (0, 1, 2, 3, 4, 6, 9, 12, 18, 27, 36)
-WORDS = {"states": ("color", "shape"), "scenes": ("subject", "object")}
+WORDS = {"states": ("color", "shape"), "scenes": ("subject", "object"), "binding": ("color",)}
 """Kinds of questions whose answer is a color or a shape."""
-PIXELS = 200
-"""Of how many pictures of each toy and set the map of pixels is made."""
 OTHERS = 10
 """Of how many other examples the masks are a map's null."""
 
@@ -73,7 +76,8 @@ def masks_of(example: Any) -> tuple[Any, Any, Any]:
         fine = covered(example, each, (SIDE, SIDE))  # a pixel each
         rows, columns = (side // cells for side, cells in zip(fine.shape, GRID, strict=True))
         some[each] = fine.reshape(GRID[0], rows, GRID[1], columns).any((1, 3))
-    others = [mask for each, mask in some.items() if each != name]
+    # what is named and what is asked about may be one object
+    others = [mask for mask in some.values() if not np.array_equal(mask, some[name])]
     return covered(example, name, GRID), some[name], np.any([np.zeros(GRID, bool), *others], 0)
 
 
@@ -196,7 +200,7 @@ def words(name: str, data: str, count: int) -> dict[str, Any]:
     """Where the strongest cell is of exact maps of answers that are a color or a shape."""
     model = vlmscope.load(name)
     rows = []
-    for one in vlmscope.examples(data, limit=2 * count, seed=5):
+    for one in vlmscope.examples(data, limit=4 * count, seed=5):
         if len(rows) == count:
             break
         if one.groups["kind"] not in WORDS[data] or object_of(one) is None:
@@ -205,42 +209,37 @@ def words(name: str, data: str, count: int) -> dict[str, Any]:
         if said.words[0].text != one.answer:
             continue
         _, some, other = masks_of(one)
-        row = {"kind": one.groups["kind"]}
+        row = {"kind": one.groups["kind"], **without(model, one)}
         for direction in ("noise", "denoise"):
-            found = {"features": maps.exact(said, direction, GRID[0] * GRID[1]).effects[:, 0].reshape(GRID)}
-            if len(rows) < PIXELS:
-                found["pixels"] = pixels(said, direction)
-            for at, values in found.items():
+            for at in WAYS:
+                exact = maps.exact(replace(said, at=at), direction, GRID[0] * GRID[1])
+                values = exact.effects[:, 0].reshape(GRID)
                 best = np.unravel_index(values.argmax(), GRID)
-                row |= {f"{at}, {direction}": some[best], f"{at}, {direction}, other": other[best]}
+                key = f"{at}, {direction}"
+                row |= {key: some[best], f"{key}, other": other[best], f"{key}, named": (some | other)[best]}
         rows.append(row)
     result = {}
     for kind in (*WORDS[data], "all"):
         own = [row for row in rows if kind in ("all", row["kind"])]
-        names = [key for key in own[0] if key != "kind"]
+        names = dict.fromkeys(key for row in own for key in row if key != "kind")
         held = {key: [float(row[key]) for row in own if key in row] for key in names}
         result[kind] = {key: {**share(hits), "n": len(hits)} for key, hits in held.items()}
     return result
 
 
-def pixels(said: Said, direction: str) -> Any:
-    """The map of an answer's first word, a cell of the picture itself at a time."""
-    shown, blank = (said.picture, said.blank) if direction == "noise" else (said.blank, said.picture)
-    before, found = logprob(said, shown), np.zeros(GRID)
-    width, height = shown.width // GRID[1], shown.height // GRID[0]
-    for row, column in np.ndindex(GRID):
-        left, top = column * width, row * height
-        changed = shown.copy()
-        changed.paste(blank.crop((left, top, left + width, top + height)), (left, top))
-        found[row, column] = logprob(said, changed) - before
-    return -found if direction == "noise" else found
-
-
-def logprob(said: Said, picture: Image.Image) -> float:
-    tokens = said.words[0].tokens
-    ids = said.caption.ids[tokens[0] : tokens[-1] + 1]
-    run = forward(said.model, said.inputs(picture, tokens[0], tokens[-1]), positions=len(ids))
-    return float(run.logits.log_softmax(-1)[range(len(ids)), ids].sum())
+def without(model: Any, example: Any) -> dict[str, bool]:
+    """Whether a model answers otherwise when an object is taken out of the picture: the answer's, another."""
+    picture, where = fills.region(example)
+    regions = {"without": where}
+    for name in example.masks:
+        _, there = fills.region(example, name)
+        if not (there & where).any():
+            regions["without other"] = regions.get("without other", np.zeros_like(there)) | there
+    found = {}
+    for key, region in regions.items():
+        changed = fills.fill(picture, region, "mean")
+        found[key] = model.answer(model.inputs(changed, example.clean_prompt)) != example.answer
+    return found
 
 
 def markdown(result: dict[str, Any]) -> list[str]:
@@ -253,13 +252,19 @@ def markdown(result: dict[str, Any]) -> list[str]:
     for key in (*MAPS, "random order"):
         some = [result[kind][key] for kind in kinds]
         second.append([key, *(f"{one['deletion']:.2f} · {one['insertion']:.2f}" for one in some)])
-    third = [["the word is a …", *(f"{at}: {what}" for at in WAYS for what in DIRECTIONS.values())]]
-    for kind in kinds:
-        for word, found in result["words"][kind].items():
-            cells = [found[f"{at}, {direction}"] for at in WAYS for direction in DIRECTIONS]
+    ways = [(at, direction) for at in WAYS for direction in DIRECTIONS]
+    third = [["the word is a …", *(f"{at}: {DIRECTIONS[direction]}" for at, direction in ways)]]
+    fourth = [["the word is a …", "without its object", "without another", *third[0][3:]]]
+    for kind, words in result["words"].items():
+        for word, found in words.items():
+            row = f"{kind}: {word}"
+            cells = [found[f"{at}, {direction}"] for at, direction in ways]
             shown = [f"{x['share']:.0%} [{x['low']:.0%}, {x['high']:.0%}] of {x['n']}" for x in cells]
-            third.append([f"{kind}: {word}", *shown])
-    return [_table(first), _table(second), _table(third)]
+            third.append([row, *shown])
+            keys = ["without", "without other", *(f"pixels, {direction}, named" for direction in DIRECTIONS)]
+            if "without other" in found:
+                fourth.append([row, *(f"{found[key]['share']:.0%}" for key in keys)])
+    return [_table(rows) for rows in (first, second, third, fourth)]
 
 
 WAYS, DIRECTIONS = ("features", "pixels"), {"noise": "needs", "denoise": "is enough"}
@@ -284,16 +289,19 @@ def main() -> None:
     )
     parser.add_argument("--examples", type=int, default=100, help="of each toy and set")
     parser.add_argument("--words", type=int, help="only colors and shapes, of so many pictures")
+    parser.add_argument("--only", default="", help="a toy, or 'toy-blip, scenes'; other figures stay")
     parser.add_argument("--out", type=Path)
     given = parser.parse_args()
-    sets = [(name, data) for name in ENTERS for data in ("states", "scenes")]
+    sets = [(name, data) for name in ENTERS for data in (WORDS if given.words else ("states", "scenes"))]
+    sets = [(name, data) for name, data in sets if f"{name}, {data}".startswith(given.only)]
     result: dict[str, Any] = {"machine": platform.machine(), "torch": torch.__version__, "seed": 5}
-    if given.words:
+    if given.words or given.only:
         result = json.loads(given.out.read_text("utf-8"))
-        result["words"] = {}
+    if given.words:
+        result.setdefault("words", {})
         for name, data in sets:
             one = result["words"][f"{name}, {data}"] = words(name, data, given.words)
-            print(f"{name}, {data}: {json.dumps(one['all'])}", flush=True)
+            print(f"{name}, {data}: {json.dumps(one)}", flush=True)
     else:
         for name, data in sets:
             one = result[f"{name}, {data}"] = measure(name, data, given.examples)

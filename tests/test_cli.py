@@ -524,14 +524,16 @@ def test_notice(run, tmp_path):
         "14",
         "--corrupt",
         "image",
+        "--edges",
         "--out",
         tmp_path / "n",
     )
     assert status == 0 and "faces, image" in out and "Universal over all 2 runs" in out
+    assert "No circuits of edges: the decoder tower of toy-blip" in out
     assert out.count("answered rightly; P(answer)") == 2
     spec = tmp_path / "n" / "notice.toml"
     status, out, _ = run("notice", "--spec", spec, "--out", tmp_path / "n")
-    assert status == 0 and "0 of 14 examples left" in out
+    assert status == 0 and "0 of 14 examples left" in out and "No circuits of edges" in out
     refused(run("notice", "--spec", spec, "--limit", "3", "--out", tmp_path / "n"), "limit differ")
     refused(run("notice", "--model", "toy-blip", "--out", tmp_path / "m"), "--model and --data")
     spec.write_text(spec.read_text().replace("limit", "limits"))
@@ -818,7 +820,13 @@ def test_what_states_say(run, tmp_path):
     refused(run("lens", *both, *sites, "--out", tmp_path / "x"), "--prompt is of one --image")
     vision = ["--sites", "vision.*.resid@all"]
     refused(run("lens", *asked, *vision, "--out", tmp_path / "x"), "no way from its vision tower to words")
+    top = ["--only-top", "--word", "red", "--out", tmp_path / "x"]
+    refused(run("lens", *asked, *sites, *top), "--only-top is of the top ones; leave one out")
     assert not (tmp_path / "x").exists()
+    status, out, err = run("lens", *asked, *sites, "--top", 2, "--only-top", "--out", tmp_path / "top")
+    assert (status, err) == (0, "")
+    top = vlmscope.open(tmp_path / "top").lens
+    assert top["token_id"].tolist() == found.lens["token_id"].tolist() and top["p"].isna().all()
 
 
 def test_direct_effects(run, tmp_path):

@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 import torch
 from models import blip, example, llava
-from test_families import MADE, made
+from test_families import FAMILIES, MADE, made
 
 import vlmscope
 from vlmscope.errors import DataError, ExampleError, SiteError, StoreError, VlmscopeError
@@ -171,6 +171,106 @@ def test_the_answer_comes_up_at_the_read_out_position(toy):
     answer = found[found["what"] == "answer"].groupby("layer")[["beaten", "p"]].mean()
     assert answer["beaten"].iloc[-1] > 0.95 and answer["p"].iloc[-1] > 0.8
     assert answer["p"].iloc[0] < 0.5
+
+
+# --- the top words alone --------------------------------------------------------------------------------
+
+
+def wide(name):
+    """A model with so many words that a screen leaves most of them out."""
+    model = {"llava": llava, **FAMILIES}[name]()
+    torch.manual_seed(3)
+    new = torch.nn.Linear(model.shapes["decoder"].width, 3000, bias=False, dtype=torch.float64)
+    model.hf.set_submodule(model.family.head, new.eval())
+    return model
+
+
+def screened(model, states, top=5):
+    """What states say by the screen, whatever this processor is good at, and by all words."""
+    inputs = model.prepare(replace(example(), corrupt_prompt=None)).clean
+    screen = reading.Screen.made(model.module(model.family.head))
+    return reading.best_words(model, inputs, states, top, screen), reading.words(model, inputs, states, top)
+
+
+def some_states(model, many=40):
+    return torch.randn(many, model.shapes["decoder"].width, dtype=torch.float64) * 3
+
+
+# soft caps, a scale before the head, a gate, and nothing at all
+@pytest.mark.parametrize("name", ["llava", *sorted({"gemma3", "paligemma2", "blip2-t5", "mllama"} & {*MADE})])
+def test_the_screen_finds_the_same_words(name, monkeypatch):
+    model = wide(name)
+    looked = []
+    best = reading.Screen.best
+    monkeypatch.setattr(reading.Screen, "best", lambda *given: looked.append(best(*given)) or looked[-1])
+    found, wanted = screened(model, some_states(model))
+    assert found.best.tolist() == wanted.best.tolist()
+    torch.testing.assert_close(found.tops, wanted.tops, rtol=1e-12, atol=1e-12)
+    assert found.total.isnan().all() and found.logits.shape == (40, 0)
+    ((logits, _, sure),) = looked
+    assert sure.all() and 5 <= logits.isfinite().sum(-1).double().mean() < 20, "others are left out"
+    assert not model.module(model.family.head)._forward_hooks
+
+
+@pytest.mark.parametrize("loses", ["head", "state"])
+def test_rounding_does_not_hide_the_best(loses):
+    """The best word's product is rounded down, those of 40 others up: the limits have to let it in."""
+    down, up = 1 + 2**-8 - 2**-20, 1 + 2**-8 + 2**-20  # to 1, and to 1 + 2**-7
+    state, best, other = torch.ones(3, 66, dtype=torch.float64)
+    if loses == "head":
+        best[:64], other[:64], other[65] = down, up, 0.875
+        best[64] = other[64] = -64
+    else:
+        state[:32], state[32:64] = down, up
+        best[32:64] = other[:32] = 0
+        best[64] = other[64] = -32
+        best[65], other[65] = 0, -0.0625
+    assert state @ best > (state @ other)
+    head = torch.nn.Linear(66, 3000, bias=False, dtype=torch.float64)
+    with torch.no_grad():
+        head.weight.copy_(-best.abs())
+        head.weight[7], head.weight[10:50] = best, other
+    half = torch.nn.functional.linear(state.bfloat16(), head.weight.bfloat16())
+    assert half.argmax() != 7
+    with torch.no_grad():
+        ((logits,), (ids,), (sure,)) = reading.Screen.made(head).best(state[None], 3)
+    assert sure and ids[logits.argmax()] == 7
+    assert float(logits.max()) == pytest.approx(float(state @ best))
+
+
+def test_what_the_screen_cannot_tell_apart_is_looked_at_in_full(monkeypatch):
+    """More words than it keeps have nearly one logit; and a state that is no number says so."""
+    model = wide("llava")
+    head = model.module("lm_head")
+    with torch.no_grad():
+        head.weight[:200] = head.weight[0] * (1 + torch.randperm(200)[:, None] * 1e-7)
+    states = some_states(model, 4)
+    states[0] = head.weight[0] * 50
+    states[1, 0] = torch.inf
+    found, wanted = screened(model, states, 3)
+    assert found.best[[0, 2, 3]].tolist() == wanted.best[[0, 2, 3]].tolist()
+    assert found.best[0].max() < 200 and found.tops[1].tolist() != found.tops[1].tolist()
+    monkeypatch.setattr(reading, "words", lambda *given: pytest.fail("a guess is no proof"))
+    with pytest.raises(pytest.fail.Exception, match="no proof"):
+        screened(model, states[:1], 3)
+
+
+@pytest.mark.parametrize("fast", [True, False])
+def test_only_the_top_words(fast, tmp_path, monkeypatch):
+    """The same table but for the probabilities, where the processor is fast in bfloat16 and where not."""
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: fast)
+    model, sites = llava(), ["decoder.*.resid@image*", "decoder.*.resid@readout"]
+    whole, top = lens(model, example(), sites), lens(model, example(), sites, only_top=True)
+    pd.testing.assert_frame_equal(top.lens.drop(columns="p"), whole.lens.drop(columns="p"), rtol=1e-12)
+    assert top.lens["p"].isna().all() and top.words.empty and not whole.words.empty
+    top.save(tmp_path / "top")
+    pd.testing.assert_frame_equal(vlmscope.open(tmp_path / "top").lens, top.lens, check_dtype=False)
+    page = write_report([tmp_path / "top"], tmp_path / "page.html").read_text()
+    assert "The largest is that of" in page and "nan" not in page
+    with pytest.raises(
+        VlmscopeError, match="the rank of 'star' needs all words, only the top ones.*leave one out"
+    ):
+        lens(model, example(), sites, "star", only_top=True)
 
 
 # --- its folder -----------------------------------------------------------------------------------------

@@ -30,7 +30,7 @@ from vlmscope.studies.sweep import sweep, sweep_to
 from vlmscope.studies.task import task_of
 from vlmscope.studies.workers.team import Team
 
-SMALL = Spec("toy-blip", ("states", "faces"), limit=14, function_examples=6, device="cpu")
+SMALL = Spec("toy-blip", ("states", "faces"), limit=14, function_examples=6, edges=True, device="cpu")
 pytestmark = pytest.mark.filterwarnings("ignore:.*fewer than 10 can hardly show anything")
 
 
@@ -75,13 +75,16 @@ def test_everything_is_there(done):
         "What heads do: states",
         "faces, text corrupted",
         "Circuits: faces",
+        "no circuits of edges here: the decoder tower of toy-blip: its blocks normalise the residual stream",
     ):
         assert text in page, text
+    assert not (folder / "mechanism").exists()
     said = "\n".join(lines)
     for text in (
         "Estimated from one example",
         "Kept for patching",
         "Universal over all 4 runs",
+        "No circuits of edges: the decoder tower",
         "of the behaviour on",
     ):
         assert text in said, text

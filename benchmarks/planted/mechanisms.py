@@ -121,13 +121,18 @@ def _lds(
 
 def of_circuits(made: Planted, kind: str) -> dict[str, Any]:
     """CPR and CMD of each method's ranking beside those of the oracle's order."""
-    roles = edge_roles(made) if kind == "edges" else node_roles(made)
     if kind == "edges":
         rankings = {method: edge_scores(made, method) for method in METHODS}
     else:
         rankings = {method: node_scores(made, method) for method in ("atp", "patches")}
+    return beside_oracle(made, kind, rankings)
+
+
+def beside_oracle(made: Planted, kind: str, rankings: Mapping[str, Mapping[Any, float]]) -> dict[str, Any]:
+    """The same of any rankings of the same parts."""
+    roles = edge_roles(made) if kind == "edges" else node_roles(made)
     parts = list(next(iter(rankings.values())))
-    rankings["oracle"] = oracle(parts, roles, made.recipe.seed)
+    rankings = {**rankings, "oracle": oracle(parts, roles, made.recipe.seed)}
     areas = carried(made, kind, list(rankings.values()))
     found = {}
     for (method, given), one in zip(rankings.items(), areas, strict=True):

@@ -45,6 +45,7 @@ from mechanisms import MEASURED, RANKED, of_circuits, of_edges
 from mechanisms import null as null_of
 from pictures import scenes
 from planting import Recipe, plant, scale
+from rows import Rows, summarized
 from scores import macro_f1, share, summary
 from tables import NOT_CELLS, tables
 from training import assess, train
@@ -114,39 +115,6 @@ def gathered(rows: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 Keep = Callable[[str, Any], None]
-
-
-class Rows:
-    """What was measured of each model, line by line in a file, so that a run goes on where it was stopped.
-
-    None where it is too late to begin.
-    """
-
-    def __init__(self, file: Path | None, until: float) -> None:
-        self.file, self.until = file, until
-        self.known: dict[str, Any] = {}
-        self.seconds = 0.0
-        """What was spent on the rows that were there."""
-        if file and file.exists():
-            # The last line of a run that was killed may be half a line.
-            lines = [line for line in file.read_text().splitlines() if line.endswith("]")]
-            for key, row, seconds in map(json.loads, lines):
-                self.known[key] = row
-                self.seconds += seconds
-            file.write_text("".join(f"{line}\n" for line in lines))
-
-    def of(self, key: str, measure: Callable[[], Any]) -> Any:
-        if key not in self.known:
-            if time.monotonic() > self.until:
-                return None
-            start = time.monotonic()
-            row = measure()
-            line = json.dumps([key, row, round(time.monotonic() - start, 2)])
-            self.known[key] = json.loads(line)[1]  # as it is read again: keys are text, pairs are lists
-            if self.file:
-                with self.file.open("a") as out:
-                    out.write(f"{line}\n")
-        return self.known[key]
 
 
 def cells_of(recipe: Recipe, named: Mapping[str, float]) -> dict[str, Any]:
@@ -258,26 +226,32 @@ def run_circuits(quick: bool, seeds: int, rows: Rows, keep: Keep) -> None:
             ):
                 every.setdefault(f"{form}-{say} {kind}", []).append(row)
         for form, kind in RANDOM[-1:] if quick else RANDOM:
-            recipe = Recipe(form, seed, planted=False)
-            if row := rows.of(f"{seed} {form} random {kind}", lambda r=recipe, k=kind: null_of(plant(r), k)):
+            if row := null_row(form, kind, seed, rows):
                 nulls.setdefault(f"{form} {kind}", []).append(row)
-        passes = {
-            name: {key: share([row[key] for row in some]) for key in ("passes", "unasked")}
-            for name, some in nulls.items()
-        }
+        passes = {name: passing(some) for name, some in nulls.items()}
         keep("circuits", summarized(every) | {"random": passes})
         print(f"circuits: seed {seed}", file=sys.stderr, flush=True)
 
 
-def summarized(rows: Mapping[str, list[dict[str, Any]]]) -> dict[str, Any]:
-    """Means over the models of each cell, method and figure, with their lower limits."""
-    return {
-        cell: {
-            method: {figure: summary([row[method][figure] for row in some]) for figure in own}
-            for method, own in some[0].items()
-        }
-        for cell, some in rows.items()
-    }
+def null_row(form: str, kind: str, seed: int, rows: Rows) -> Any:
+    """A model in which nothing is planted, and a circuit of it."""
+    recipe = Recipe(form, seed, planted=False)
+    return rows.of(f"{seed} {form} random {kind}", lambda: null_of(plant(recipe), kind))
+
+
+def passing(found: list[dict[str, Any]]) -> dict[str, Any]:
+    """How many of such circuits pass, and how many would if nobody asked whether the model knows the task."""
+    return {key: share([row[key] for row in found]) for key in ("passes", "unasked")}
+
+
+def run_nulls(seeds: int, rows: Rows, keep: Keep) -> None:
+    """Circuits of edges of random models, alone."""
+    found: list[dict[str, Any]] = []
+    for seed in range(seeds):
+        if row := null_row("D", "edges", seed, rows):
+            found.append(row)
+        keep("nulls", {"D edges": passing(found) | {"models": found}})
+        print(f"nulls: seed {seed}", file=sys.stderr, flush=True)
 
 
 def lines(result: Mapping[str, Any]) -> Iterator[str]:
@@ -309,9 +283,11 @@ def lines(result: Mapping[str, Any]) -> Iterator[str]:
             if name != "random":
                 found = [f"{method} {own[figure]['mean']:.3f}" for method, own in cell.items()]
                 yield "  ".join([f"{name:32}", f"{figure}:", *found])
+    for name, own in result.get("nulls", {}).items():
+        yield f"{name + ' of random models':32}  pass: {own['passes']['share']:.3f} of {own['passes']['of']}"
 
 
-PARTS = ("tool", "coverage", "effects", "knobs", "trained", "edges", "circuits")
+PARTS = ("tool", "coverage", "effects", "knobs", "trained", "edges", "circuits", "nulls")
 SEEDS = {"edges": 3, "circuits": 3}
 """Models a cell where nobody says how many, else 20: these take a minute each."""
 
@@ -391,6 +367,8 @@ def main() -> None:
             run_edges(quick, seeds, rows, keep)
         elif part == "circuits":
             run_circuits(quick, seeds, rows, keep)
+        elif part == "nulls":
+            run_nulls(seeds, rows, keep)
         else:
             run_cells(part, quick, 2 if quick else seeds, rows, keep)
     print("\n".join(lines(result)), file=sys.stderr)

@@ -29,6 +29,8 @@ def tables(result: Result) -> Iterator[str]:
         yield from _edge_table(edges)
     if "circuits" in result:
         yield from _circuit_table(result["circuits"])
+    for kind in ("nodes", "edges") if "peers" in result else ():
+        yield from _peer_table(result["peers"], kind)
 
 
 def _head_tables(result: Result) -> Iterator[str]:
@@ -66,6 +68,28 @@ def _circuit_table(given: Result) -> Iterator[str]:
             yield f"| {' | '.join([name, method, *found, str(own['cpr']['models'])])} |"
 
 
+def _peer_table(given: Result, kind: str) -> Iterator[str]:
+    """A row a method: means over cells of the same effect, circuits and seconds at the largest."""
+    cells: dict[str, list[Any]] = {}
+    for name, cell in given.items():
+        if f" {kind} " in name:
+            cells.setdefault(name.rsplit(" ", 1)[1], []).append(cell)
+    last = list(cells)[-1]
+    names = [f"{figure} {effect}" for effect in cells for figure in ("AUROC", "AP")]
+    yield from ("", f"| {kind} | {' | '.join(names)} | CPR | CMD | decoys first | seconds |")
+    yield "|---" * (len(names) + 5) + "|"
+    for method in cells[last][0]:
+        found = [_over(some, method, figure) for some in cells.values() for figure in ("auroc", "ap")]
+        found += [_over(cells[last], method, name) for name in ("cpr", "cmd", "decoys_first", "seconds")]
+        yield f"| {' | '.join([method, *found])} |"
+
+
+def _over(cells: list[Any], method: str, figure: str) -> str:
+    """The mean over cells of a method's figure, where it has one."""
+    found = [cell[method][figure]["mean"] for cell in cells if figure in cell.get(method, {})]
+    return _three(sum(found) / len(found)) if found else ""
+
+
 def mechanism_bars(result: Result) -> Iterator[tuple[str, str, str, str]]:
     """The same of edges and of circuits."""
     given, trained = result.get("edges", {}), result.get("trained", {}).get("edges", {})
@@ -95,7 +119,8 @@ def mechanism_bars(result: Result) -> Iterator[tuple[str, str, str, str]]:
     ]
     if every:
         yield "decoys among the first", "0", _short(max(every)), f"{len(every)} rankings"
-    for kind, own in result.get("circuits", {}).get("random", {}).items():
+    nulls = result.get("circuits", {}).get("random", {}) | result.get("nulls", {})
+    for kind, own in nulls.items():
         yield f"circuits that pass in random models, {kind}", "0", *_share(own["passes"], "models")
 
 

@@ -10,7 +10,14 @@ from vlmscope.cli.options import Corrupt, Filled, Given, OneModel
 from vlmscope.errors import VlmscopeError, written
 
 
-def lens(given: Shown, sites: list[str], out: Path, top: int = 5, word: list[str] | None = None) -> None:
+def lens(
+    given: Shown,
+    sites: list[str],
+    out: Path,
+    top: int = 5,
+    word: list[str] | None = None,
+    only_top: bool = False,
+) -> None:
     """The words that states say at each layer (logit lens).
 
     Writes lens.parquet: example, site, tower, layer, position, token, slot, rank, predicted, token_id, logit,
@@ -25,7 +32,10 @@ def lens(given: Shown, sites: list[str], out: Path, top: int = 5, word: list[str
     examples = given.examples()
     Lens.claim(out)
     claim_report(out / "report.html")
-    found = read(given.load(), examples, sites, word or [], top=top, data=given.data or examples[0].id)
+    if only_top and word:
+        raise VlmscopeError("--word has a rank among all words, --only-top is of the top ones; leave one out")
+    named = given.data or examples[0].id
+    found = read(given.load(), examples, sites, word or [], top=top, only_top=only_top, data=named)
     found.save(out)
     first = found.lens[found.lens["example"] == found.lens["example"].iloc[0]]
     for row in first.groupby("site", sort=False)["predicted"].agg(" ".join).head(12).items():

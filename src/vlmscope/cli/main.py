@@ -74,6 +74,7 @@ class Changes:
     limit: int | None = None
     seed: int | None = None
     position: str | None = None
+    edges: bool = False
     dtype: DType | None = None
     device: str | None = None
     columns: str | None = None
@@ -92,7 +93,7 @@ def notice(out: Path, changes: Changes, share: Workers, spec: Path | None = None
     given: dict[str, Any] = {
         name: tuple(value) if isinstance(value, list) else value
         for name, value in vars(changes).items()
-        if value not in (None, [])
+        if value is not False and value not in (None, [])
     }
     whole = Spec.from_toml(spec, **given) if spec else Spec(**given)
     if share.workers is None and share.ray is None:

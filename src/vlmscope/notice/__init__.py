@@ -8,6 +8,8 @@
     DIR/circuits/            important heads of each run, universal heads over all
     DIR/heads/NAME/          what the important heads do
     DIR/faithfulness/NAME-image/   how much of the behaviour the circuit carries that a run's heads are
+    DIR/edges/NAME-image/    which part feeds which: a score an edge (a run folder)
+    DIR/mechanism/NAME-image/      how much the best of these edges carry
     DIR/report.html          all of it to look at
 
 Killed at any moment, the same call goes on where it stopped and ends with the same tables.
@@ -23,10 +25,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property, partial
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 
-from vlmscope import files, stored
+from vlmscope import files
 from vlmscope.checkpoint import load, pieces
 from vlmscope.data import BUILT_IN, SIZE, examples
 from vlmscope.data.drawn import draw
@@ -34,18 +37,22 @@ from vlmscope.data.example import Example
 from vlmscope.data.hub import HUB
 from vlmscope.data.questions.replacement import replace_words
 from vlmscope.data.table import read_csv, write_csv
-from vlmscope.errors import DataError, StoreError, VlmscopeError, nearest, shown
+from vlmscope.errors import DataError, ModelError, StoreError, VlmscopeError, nearest, shown
 from vlmscope.notice.kept import Sweep, lines_of
 from vlmscope.notice.kept import selection as selection
 from vlmscope.notice.spec import Spec as Spec
 from vlmscope.notice.spec import name_of
+from vlmscope.notice.written import Notice as Notice
+from vlmscope.notice.written import read as read
+from vlmscope.patching.backward import check_network
+from vlmscope.patching.graph import check_tower
 from vlmscope.report import claim_report, write_report
 from vlmscope.runs.model import Model
 from vlmscope.sites import expand, parse
 from vlmscope.stored import formats
 from vlmscope.studies import circuits, heads
-from vlmscope.studies.faithfulness import Faithful, faithfulness
-from vlmscope.studies.faithfulness import read as read_faithful
+from vlmscope.studies.edges import edges
+from vlmscope.studies.faithfulness import faithfulness
 from vlmscope.studies.faithfulness.scores import HALVES
 from vlmscope.studies.known import knows
 from vlmscope.studies.plan import estimate, size_of, time_of
@@ -63,6 +70,8 @@ ORDER = ("image", "noise", "text")
 """By which corruption of a set it is asked what heads do."""
 SIZES, DRAWS = (0.1, 0.5, 1.0), 19
 """Of circuits, as shares of the heads; and random ones beside the one that is reported."""
+EDGES, STEPS, OF_EDGES = (0.01, 0.03, 0.1, 0.3, 1.0), 5, 40
+"""Of circuits of edges, as shares of these; points of the line that scores them; on how many examples."""
 
 
 def run(
@@ -105,56 +114,25 @@ def run(
             "the model must answer some rightly (or set select = false)"
         )
     found = circuits.find(useful, position=spec.position, seed=spec.seed)
+    [no_edges] = team.each([(_Pipeline.no_edges,)]) if spec.edges else [""]  # "": not asked for
+    if no_edges:
+        found.about["no_edges"] = no_edges
     found.save(folder / "circuits")
     say(_say_heads(found))
+    if no_edges:
+        say(f"No circuits of edges: {no_edges}")
     folders = [*useful, folder / "circuits"]
     names = dict.fromkeys(name for name, _ in sweeps)
     firsts = [(name, next(c for c in ORDER if (name, c) in sweeps)) for name in names]
     calls = [(_Pipeline.functions, *key) for key in firsts]
     calls += [(_Pipeline.carried, *key) for key in sweeps]
+    calls += [(_Pipeline.mechanism, *key) for key in sweeps] if no_edges is None else []
     for place, told in team.each(calls):  # one beside the other
         say(told)
         folders += [] if place is None else [place]
     report = write_report(folders, folder / "report.html")
     say(f"The report: {report}")
     return report
-
-
-@dataclass(frozen=True)
-class Notice:
-    """What the pipeline has computed: the runs by data set and corruption, the circuits, the heads by set,
-    and what the circuit of each run carries."""
-
-    spec: Spec
-    runs: dict[Sweep, Run]
-    selection: pd.DataFrame
-    circuits: circuits.Found
-    heads: dict[str, heads.Functions]
-    faithfulness: dict[Sweep, Faithful]
-
-
-def read(folder: str | os.PathLike[str]) -> Notice:
-    """What `run` has written; raises `StoreError` where that is not all there yet."""
-    path, way_out = Path(folder), "run the same command again"
-    chosen = stored.read(path, formats.SELECTION)[1]["selection"]
-    spec = Spec.from_toml(path / "notice.toml")
-    runs, there = {}, {run.name: run for run in path.glob("runs/*")}
-    for name, corrupt in chosen[["data", "corruption"]].drop_duplicates().itertuples(index=False):
-        if f"{name}-{corrupt}" not in there:
-            raise StoreError(f"{path}: no run {shown(f'{name}-{corrupt}')} in it; {way_out}")
-        runs[name, corrupt] = read_run(there[f"{name}-{corrupt}"], path)
-    functions = {}
-    for of_set in path.glob("heads/*"):
-        stored.no_links(of_set, path)
-        functions[of_set.name] = heads.read(of_set)
-    carried = {}
-    for key in runs:
-        place = path / "faithfulness" / "-".join(key)
-        if place.is_dir():
-            stored.no_links(place, path)
-            carried[key] = read_faithful(place)
-    stored.no_links(path / "circuits", path)
-    return Notice(spec, runs, chosen, circuits.read(path / "circuits"), functions, carried)
 
 
 def default_sites(model: Model) -> tuple[str, ...]:
@@ -384,6 +362,26 @@ class _Pipeline:
             out=out,
             data=name,
         )
+        return out, f"{name}, {corrupt}: {found.lines()[-1]}"
+
+    def no_edges(self) -> str | None:
+        """Why the model has no circuits of edges, if it has none."""
+        try:
+            check_tower(self.model, self.model.speaker)
+            check_network(self.model)
+        except ModelError as error:
+            return str(error)
+        return None
+
+    def mechanism(self, name: str, corrupt: str) -> tuple[Path | None, str]:
+        """As `carried`, of edges: scored by gradients on one half of at most `OF_EDGES` examples."""
+        kept = self.kept(read_run(self.folder / "runs" / f"{name}-{corrupt}"), name)[:OF_EDGES]
+        if len(kept) < HALVES:
+            return None, f"{name}, {corrupt}: too few examples for halves, so no circuit of edges is measured"
+        scores, out = (self.folder / what / f"{name}-{corrupt}" for what in ("edges", "mechanism"))
+        both: dict[str, Any] = {"seed": self.spec.seed, "data": name}
+        edges(self.model, kept, corrupt, method="eap-ig", steps=STEPS, out=scores, **both)
+        found = faithfulness(self.model, kept, scores, corrupt, fractions=EDGES, draws=DRAWS, out=out, **both)
         return out, f"{name}, {corrupt}: {found.lines()[-1]}"
 
 

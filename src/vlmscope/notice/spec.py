@@ -36,7 +36,7 @@ class Spec:
     patched (by default every module and every head of the text towers, at every text token); `select` keeps
     only examples that the model answers rightly and whose answer follows the corruption; `position` is where
     heads are read out (see `circuits.find`); what heads do is measured on the first `function_examples` that
-    are kept.
+    are kept; with `edges`, circuits of edges are measured, too, where the model has some.
 
     >>> Spec("toy-blip", ("states",), limit=5).corrupt
     ('image', 'text')
@@ -51,6 +51,7 @@ class Spec:
     select: bool = True
     position: str | None = None
     function_examples: int = 200
+    edges: bool = False
     dtype: str = "float32"
     device: str | None = None
     columns: str | None = None

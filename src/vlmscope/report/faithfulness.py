@@ -52,7 +52,8 @@ def section(folder: Path, gallery: Gallery) -> Section:
         )[["part", "score", "drop", "interval"]],
         is_small=bool(circuit["drop"].notna().any()),
     )
-    title = f"Circuits: {Path(about['data']).name}, {about['corrupt']} corrupted"
+    what = "Circuits of edges" if are_edges else "Circuits"
+    title = f"{what}: {Path(about['data']).name}, {about['corrupt']} corrupted"
     return Section(title, text, about["known"]["severity"] == "unknown")
 
 

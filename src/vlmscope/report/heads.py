@@ -35,7 +35,8 @@ def circuits_section(folder: Path, gallery: Gallery) -> Section:
         heading = upper_first(f"{KINDS[str(kind)]} heads, {TOWERS[str(tower)]}")
         shown.append((heading, _by_run(f"{tower}-{kind}", rows, gaps, gallery)))
     warnings = [(name, text) for name, each in known.items() for text in each.sentences[1:]]
-    text = render("circuits.html", warnings=warnings, figures=shown)
+    no_edges = about.get("no_edges")
+    text = render("circuits.html", warnings=warnings, no_edges=no_edges, figures=shown)
     is_unknown = bool(known) and all(each.severity == "unknown" for each in known.values())
     return Section("Important and universal heads", text, is_unknown)
 

@@ -144,14 +144,18 @@ def neuron_maps(maps: pd.DataFrame, pictures: Mapping[str, Picture], *, ax: Axes
 def word_plates(
     rows: pd.DataFrame, picture: Picture, layers: Sequence[int] | None = None, *, ax: Axes | None = None
 ) -> Axes:
-    """The word that each patch of a picture says at each layer, as strong as it is likely.
+    """The word that each patch of a picture says at each layer, as strong as it is likely (or its logit is
+    large, where the probabilities are not known).
 
     `rows` are those of one example in the table of `vlmscope.lens` that have a place in the picture (their
     slot is `image[row,column]`). At most four layers are drawn unless `layers` names them.
     """
     rows = in_cells(rows[rows["rank"] == 1])
     shape = (int(rows["row"].max()) + 1, int(rows["column"].max()) + 1)
-    scale = ScalarMappable(Normalize(0.0, 1.0), "YlOrBr")
+    value, bar, limits = "p", "P(word)", (0.0, 1.0)
+    if rows["p"].isna().all():
+        value, bar, limits = "logit", "logit", (rows["logit"].min(), rows["logit"].max())
+    scale = ScalarMappable(Normalize(*limits), "YlOrBr")
     image = _open(picture)
     side = max(shape[1] * image.height, shape[0] * image.width) / max(image.size)
     size = float(np.clip(0.52 * side, 2.6, 11.0))
@@ -159,10 +163,10 @@ def word_plates(
     for layer in spread(sorted(rows["layer"].unique()), 4) if layers is None else layers:
         own = rows[rows["layer"] == layer]
         words = {(r.row, r.column): _word(r.predicted) for r in own.itertuples()}
-        tiles.append(Tile(image, f"layer {layer}", _cells(own, "p", shape), scale, words=words))
+        tiles.append(Tile(image, f"layer {layer}", _cells(own, value, shape), scale, words=words))
     across = max(1, int(12 // size))
     lines = [tiles[n : n + across] for n in range(0, len(tiles), across)]
-    return _mosaic(lines, [(scale, "P(word)")], ax, size=size, down=0.35)
+    return _mosaic(lines, [(scale, bar)], ax, size=size, down=0.35)
 
 
 def word_maps(

@@ -25,7 +25,7 @@ def section(folder: Path, gallery: Gallery) -> Section:
         rows = image_maps.in_cells(said[said["example"] == name])
         if not rows.empty:
             drawn = image_maps.word_plates(rows, pictures[name])
-            best = rows.loc[rows["p"].idxmax()]
+            best = rows.loc[rows["p" if rows["p"].notna().any() else "logit"].idxmax()]
             shown.append(
                 ("", gallery.show(f"words-{number}", drawn, rows, "word_plates", example=name, best=best))
             )
@@ -65,7 +65,7 @@ def over_layers(told: pd.DataFrame) -> pd.DataFrame:
 def _read_out(said: pd.DataFrame) -> pd.DataFrame:
     """What the first example's read-out position says, a row a layer."""
     rows = said[(said["slot"] == "readout") & (said["example"] == said["example"].iloc[0])]
-    words = [f"{r.predicted} ({r.p:.0%})" for r in rows.itertuples()]
+    words = [r.predicted if pd.isna(r.p) else f"{r.predicted} ({r.p:.0%})" for r in rows.itertuples()]
     table = rows.assign(words=words).groupby(["site", "layer"], sort=False)["words"].agg(", ".join)
     return table.reset_index()[["layer", "site", "words"]]
 

@@ -110,7 +110,7 @@ def _unfold(part: Path) -> list[tuple[str, Path]]:
     """What a folder is, and the folders in it where it is of `notice`: `(what, folder)`."""
     if _what(part) != "run" or not os.path.lexists(part / "notice.toml"):
         return [(_what(part), part)]
-    names = ("heads/*", "faithfulness/*", "runs/*")
+    names = ("heads/*", "faithfulness/*", "mechanism/*", "runs/*")
     inner = [part / "circuits", *(path for name in names for path in sorted(part.glob(name)))]
     for path in inner:
         stored.no_links(path, part)

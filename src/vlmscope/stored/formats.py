@@ -30,6 +30,7 @@ CIRCUITS = Format(
         ],
         "gaps": {str: float},
         "known": {str: {"severity": str, "sentences": [str]}},
+        "no_edges?": str,
     },
     {
         "heads.parquet": Table(

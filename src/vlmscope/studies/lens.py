@@ -9,9 +9,10 @@ from __future__ import annotations
 import io
 import os
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from vlmscope import files, stored
 from vlmscope.data import Examples, listed
 from vlmscope.data.example import Example
 from vlmscope.data.images import open_image, small_png
-from vlmscope.errors import DataError, ExampleError, SiteError, VlmscopeError, whole
+from vlmscope.errors import DataError, ExampleError, SiteError, VlmscopeError, shown, whole
 from vlmscope.layout import slots
 from vlmscope.models.inputs import Inputs
 from vlmscope.progress import progress
@@ -92,6 +93,7 @@ def lens(
     words: Sequence[str] = (),
     *,
     top: int = TOP,
+    only_top: bool = False,
     data: str = "examples",
 ) -> Lens:
     """What the states at sites (such as `decoder.*.resid@image*`) say, of each example's clean run.
@@ -108,9 +110,13 @@ def lens(
     which is that of frequency in BPE, WordPiece and unigram vocabularies. `null_p` is their median
     probability, `beaten` the share of them with a smaller logit: 0.5 where nothing is known of the word.
 
+    With `only_top` the words and their logits are the same, `p` is empty, and so is `words`: a probability
+    and a rank need the logits of all words in full precision, which cost most of the time in float32 on a CPU
+    (`runs.lens.Screen`).
+
     Examples that cannot be run are left out with a warning; `DataError` if that is all. Raises `SiteError`
     for a place with no way to words, `ExampleError` for a single example that cannot be run, as with a word
-    that is none to the tokenizer.
+    that is none to the tokenizer, `VlmscopeError` where `only_top` is asked for together with `words`.
 
     >>> import vlmscope
     >>> model, one = vlmscope.load("toy-llava"), vlmscope.examples("states", limit=1)
@@ -125,14 +131,19 @@ def lens(
     expanded = expand(parse(sites), model.shapes)
     for site in expanded:
         reading.check_place(model, site)
+    if only_top and asked:
+        raise VlmscopeError(
+            f"the rank of {shown(asked[0])} needs all words, only the top ones are asked for; leave one out"
+        )
     vocabulary = Vocabulary(model)
+    said_by = partial(reading.best_words, screen=reading.Screen.of(model)) if only_top else None
     parts: list[tuple[pd.DataFrame, pd.DataFrame]] = []
     pictures: dict[str, Image.Image] = {}
     left: list[VlmscopeError] = []
     with progress(len(given)) as step:
         for number, example in enumerate(given):
             try:
-                parts.append(_read(model, example, expanded, asked, top, vocabulary))
+                parts.append(_read(model, example, expanded, asked, top, vocabulary, said_by))
             except (ExampleError, SiteError) as error:
                 if len(given) == 1:
                     raise
@@ -168,9 +179,11 @@ def _read(
     words: Sequence[str],
     top: int,
     vocabulary: Vocabulary,
+    best_words: Callable[..., reading.Words] | None,
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """The two tables of one example."""
+    """The two tables of one example; the second is empty where `best_words` says only the best."""
     inputs, tokens = _asked(model, example, words)
+    tokens = {} if best_words else tokens
     own = [token for token, _ in tokens.values()]
     nulls = {word: vocabulary.others(token, own) for word, (token, _) in tokens.items()}
     given = own + [n for some in nulls.values() for n in some]
@@ -185,7 +198,11 @@ def _read(
     said, told = [], []
     for point, at in placed.items():
         positions = list(at)
-        found = reading.words(model, inputs, values[point][0, positions], top, given, len(tokens))
+        states = values[point][0, positions]
+        if best_words:
+            found = best_words(model, inputs, states, top)
+        else:
+            found = reading.words(model, inputs, states, top, given, len(tokens))
         place = pd.DataFrame(
             {
                 "example": example.id,
