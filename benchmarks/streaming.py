@@ -164,11 +164,10 @@ def end(rows: int, folder: Path) -> dict[str, float]:
                 writer.flush()
         writer.finish()
     script = (
-        "import sys, resource, time; from vlmscope.studies.run_folder import read_run; "
-        "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss; start = time.perf_counter(); "
-        "many = len(read_run(sys.argv[1]).baselines()); "
-        "print(many, time.perf_counter() - start, "
-        "1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before))"
+        "import re, sys, time; from pathlib import Path; from vlmscope.studies.run_folder import read_run; "
+        "most = lambda: int(re.search(r'VmHWM:\\s*(\\d+)', Path('/proc/self/status').read_text())[1]); "
+        "before, start = most(), time.perf_counter(); many = len(read_run(sys.argv[1]).baselines()); "
+        "print(many, time.perf_counter() - start, 1024 * (most() - before))"
     )
     said = subprocess.run([sys.executable, "-c", script, folder], check=True, capture_output=True, text=True)
     many, seconds, most = said.stdout.split()

@@ -21,9 +21,12 @@ import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -31,7 +34,7 @@ import pyarrow.parquet as pq
 
 from vlmscope import files, stored
 from vlmscope.errors import DataError, StoreError, shown
-from vlmscope.sites import KINDS, TOWERS
+from vlmscope.stored.places import check_ends, check_places
 
 
 def _schema(columns: str) -> pa.Schema:
@@ -113,9 +116,6 @@ _SHAPE = {
 }
 _WORDS = {"id": str} | {f"{name}?": str for name in ("clean_prompt", "corrupt_prompt", "answer", "foil")}
 _INDEX = b"vlmscope.index"
-_UNIT = re.compile(r"b|[hqkvpn](\d{1,7}|\[[\d,]{1,9999}\])", re.ASCII)
-_SITE = re.compile(r"[a-z]+\.\d{1,3}(/\d{1,3})?\.[a-z_]+[.@]", re.ASCII)
-_END = re.compile(r"[a-z]{1,20}|[a-z]{1,20}\.\d{1,3}\.((attn|cross)\.[hqkv]\d{1,7}|mlp|deepstack)", re.ASCII)
 PART = re.compile(r"part-(\d{6,})\.parquet")
 
 
@@ -263,10 +263,14 @@ def _read(folder: Path, name: str, schema: pa.Schema, where: pc.Expression | Non
     pieces = pieces_of(folder, name, schema)
     if name in TABLES:
         pieces = same_examples(pieces, pieces_of(folder, "baselines", BASELINES))
-    rows, tables = 0, list[tuple[int, pa.Table]]()
-    for _, held, table in pieces:  # a part at a time: only what is wanted of it stays
-        rows += table.num_rows
-        tables.append((held.number, table if where is None else table.filter(where)))
+    rows, tables, held_rows = 0, [schema.empty_table()], list[tuple[int, int]]()
+    for _, some in groupby(pieces, key=itemgetter(0)):  # a part at a time: only what is wanted of it stays
+        wanted = []
+        for _, held, table in some:
+            rows += table.num_rows
+            wanted.append(table if where is None else table.filter(where))
+            held_rows.append((held.number, wanted[-1].num_rows))
+        tables.append(pa.concat_tables(wanted).combine_chunks())  # a slice an example is larger than its rows
     done = folder / "done.json"
     if os.path.lexists(done):
         counts = stored.manifest(done, _COUNTS, f"delete {done} and run the same command again", folder)
@@ -275,8 +279,11 @@ def _read(folder: Path, name: str, schema: pa.Schema, where: pc.Expression | Non
                 f"{folder}: holds other {name} than the {counts.get(name, 0):,} that were written; "
                 f"delete {done} and run the same command again: what is missing is computed anew"
             )
-    tables.sort(key=lambda one: one[0])
-    return _frame(pa.concat_tables([schema.empty_table(), *(table for _, table in tables)]))
+    whole = pa.concat_tables(tables)
+    numbers, counts = np.array(held_rows or [(0, 0)]).T
+    if (np.diff(numbers) < 0).any():
+        whole = whole.take(np.argsort(np.repeat(numbers, counts), kind="stable"))
+    return _frame(whole)
 
 
 def pieces_of(folder: Path, name: str, schema: pa.Schema) -> Iterator[Piece]:
@@ -292,9 +299,9 @@ def pieces_of(folder: Path, name: str, schema: pa.Schema) -> Iterator[Piece]:
             if not table.schema.equals(schema) or table.num_rows != sum(held.rows for held in entries):
                 raise ValueError("not the columns or rows that were written")
             if name == "edges":
-                _check_ends(table)
+                check_ends(table)
             elif "site" in schema.names:
-                _check_places(table)
+                check_places(table)
         start = 0
         for held in entries:
             sites = None if held.sites is None else {*held.sites}
@@ -326,34 +333,6 @@ def same_examples(effects: Iterable[Piece], baselines: Iterable[Piece]) -> Itera
                 "command again: the examples in it are computed anew"
             )
         yield part, held, table
-
-
-def _check_ends(edges: pa.Table) -> None:
-    """Raise ValueError for a writer or reader that no model has."""
-    for name in ("source", "target"):
-        for end in edges[name].unique().to_pylist():
-            if not _END.fullmatch(end):
-                raise ValueError(f"unknown {name} {end}")
-
-
-def _check_places(effects: pa.Table) -> None:
-    """Raise ValueError for a place that no model has."""
-    for name, known in (("tower", TOWERS), ("kind", KINDS)):
-        if odd := set(effects[name].unique().to_pylist()) - set(known):
-            raise ValueError(f"unknown {name} {min(odd)}")
-    for unit in effects["unit"].unique().to_pylist():
-        if unit is not None and not _UNIT.fullmatch(unit):
-            raise ValueError(f"unknown unit {unit}")
-    for name, limit in (("layer", stored.GRID), ("position", 2**24)):
-        ends = pc.min_max(effects[name])
-        if ends["min"].is_valid and not 0 <= ends["min"].as_py() <= ends["max"].as_py() < limit:
-            raise ValueError(f"{name} {ends['min']} to {ends['max']}")
-    named = {name for name in ("site", "source_site") if name in effects.column_names}
-    for site in [site for name in named for site in effects[name].unique().to_pylist()]:
-        if len(site) > stored.LONGEST or not _SITE.match(site):
-            raise ValueError(f"unknown site {site}")
-    if len(max(effects["slot"].unique().to_pylist(), key=len, default="")) > 1000:
-        raise ValueError("a slot of a long name")
 
 
 def typed(frame: pd.DataFrame, schema: pa.Schema) -> pd.DataFrame:
