@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import assert_type
 
@@ -34,13 +35,14 @@ def study(folder: Path) -> None:
     model = vlmscope.load("toy-blip", dtype="float64", device="cpu")
     assert_type(model, vlmscope.Model)
     examples = vlmscope.examples("states", limit=4)
-    assert_type(examples, list[vlmscope.Example])
+    assert_type(examples, Sequence[vlmscope.Example])
     noise = vlmscope.Noise("multiply", draws=2)
     table = vlmscope.sweep(model, examples, "encoder.*.cross.h*@answer", corrupt=noise, direction="noise")
     assert_type(vlmscope.baselines(model, examples, corrupt="image"), pd.DataFrame)
     run = vlmscope.read_run(folder / "run")
     assert_type(vlmscope.merge([folder / "1", folder / "2"], folder / "both").baselines(), pd.DataFrame)
     assert_type(run.effects(), pd.DataFrame)
+    assert_type(vlmscope.push(folder / "run", "somebody/a-run", private=True), str)
     print(vlmscope.open(folder / "run").effects())
     assert_type(vlmscope.head_table(table, slot="answer"), pd.DataFrame)
     assert_type(vlmscope.token_table(run.effects(), kind="resid"), pd.DataFrame)
@@ -48,7 +50,7 @@ def study(folder: Path) -> None:
     assert_type(vlmscope.write_report([folder / "run"], folder / "report.html"), Path)
 
 
-def lenses(model: vlmscope.Model, examples: list[vlmscope.Example], folder: Path) -> None:
+def lenses(model: vlmscope.Model, examples: Sequence[vlmscope.Example], folder: Path) -> None:
     cut = vlmscope.knockout(model, examples, "decoder.*/2.attn@last<image*")
     assert_type(vlmscope.flow_table(cut), pd.DataFrame)
     assert_type(vlmscope.attribute(model, examples, "decoder.*.mlp@readout"), pd.DataFrame)
