@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from models import llava
+from models import blip, llava
 from test_families import made
 from test_gradients import pair_of, plain
 from torch import nn
@@ -97,3 +97,16 @@ def test_models_that_do_not_show_what_they_compare():
     model = made("mplug-owl2")
     with pytest.raises(ModelError, match="so relp cannot hold what they pay attention to; take atp"):
         estimate(model, pair_of(model), "decoder.*.mlp@last", method="relp")
+
+
+@pytest.mark.parametrize("method", ["relp", "atp"])
+@pytest.mark.parametrize("tower", ["encoder", "decoder"])
+def test_heads_that_read_another_tower(tower, method, in_float64):
+    """With their attention held, those of the first layer depend on nothing of their own tower. The output
+    projection is linear, so that a layer's heads sum to the layer."""
+    model = blip()
+    pair = pair_of(model)
+    for layer in range(model.shapes[tower].layers):
+        heads = [f"{tower}.{layer}.cross.h{n}@all" for n in range(model.shapes[tower].units("cross", "h"))]
+        [whole, *each] = estimate(model, pair, [f"{tower}.{layer}.cross@all", *heads], method=method).scores
+        assert abs(whole) > 1e-6 and sum(each) == pytest.approx(whole, rel=1e-9)

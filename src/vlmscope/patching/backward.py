@@ -132,7 +132,7 @@ class Backward:
     ) -> Backward:
         """The base run, begun with the gradient of its metric."""
         network, inputs = runs.network, runs.base[0]
-        ends = [network.places(site, inputs)[0] for site in _ends(index.points)]
+        ends = [network.places(site, inputs)[0] for site in _ends(network, index.points)]
         zero = torch.zeros(1, dtype=network.dtype, device=network.device, requires_grad=True)
         run = cls(runs, index, points, [Edit(site, "add", zero) for site in ends], also)
         if not run.start(runs.value(run.logits, run.logits.detach(), source)):
@@ -191,9 +191,10 @@ def frozen(network: Network) -> Iterator[None]:
             weight.requires_grad_(True)
 
 
-def _ends(points: Sequence[Point]) -> list[Site]:
+def _ends(network: Network, points: Sequence[Point]) -> list[Site]:
     """How far back gradients go: to where the first block of each tower that is asked about begins, and to
-    what comes into it from elsewhere."""
+    what comes into it from elsewhere. What a layer reads of another tower may depend on nothing of these (its
+    keys and values do not, nor do its heads while their attention is held), so that is an end itself."""
     first: dict[str, int] = {}
     for point in points:
         first[point.tower] = min(point.layer, first.get(point.tower, point.layer))
@@ -201,4 +202,5 @@ def _ends(points: Sequence[Point]) -> list[Site]:
     return [
         *(Site(tower, layer, "resid_pre") for tower, layer in first.items()),
         *(Site(*point[:3], position="image") for point in added),
+        *(Site(*point, tuple(range(network.units(point) or 0))) for point in points if point.kind == "cross"),
     ]
