@@ -7,6 +7,7 @@ import os
 import random
 from dataclasses import replace
 from functools import cache
+from itertools import combinations
 
 import pytest
 import torch
@@ -50,6 +51,8 @@ def expressions(model: Model) -> list[str]:
         found += [f"{tower}.*.{kind}@{at}" for kind in shape.kinds for at in ("*", "all")]
         found += [f"{tower}.*.{kind}.h*@*" for kind in shape.heads]
         found += [f"{tower}.*.mlp.n3@*", f"{tower}.*/3.{next(iter(shape.heads))}@*", f"{tower}.*/3.resid@*"]
+    for first, second in combinations(model.shapes, 2):
+        found.append(f"{first}.0.{next(iter(model.shapes[first].heads))}@all + {second}.0.mlp@all")
     tower = reader(model)
     found.append(f"{tower}.*.resid@answer")
     if model.prepare(example()).clean.layout[tower].image:

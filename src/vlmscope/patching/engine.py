@@ -159,15 +159,17 @@ def plan(
 
 
 def _flow(job: Job, live: Sequence[Site]) -> str:
-    """How a row is computed: what is in several towers, between blocks, or within attention is in no block's
-    rows."""
+    """How a row is computed: what is between blocks, within attention, or in several towers, where the first
+    has no rows of whole runs, is in no block's rows."""
     towers, kinds = {site.tower for site in live}, {site.kind for site in live}
-    mixed = len(towers) > 1 or (len(kinds) > 1 and "output" in kinds)
+    flow = job.network.flow(live[0].tower, job.inputs)
+    mixed = len(towers) > 1 and (flow != "rows" or job.cut is not None)
+    mixed = mixed or (len(kinds) > 1 and "output" in kinds)
     # Functions and edges of the base run are of all positions, and not of a row's alone.
     mixed = mixed or any(callable(change.op) or change.op in CUTS for change in job.changes)
     if mixed or "deepstack" in kinds or any(site.part in INNER for site in live):
         return "plain"
-    return job.network.flow(live[0].tower, job.inputs)
+    return flow
 
 
 def _stage(job: Job, live: Sequence[Site]) -> int:
@@ -177,7 +179,7 @@ def _stage(job: Job, live: Sequence[Site]) -> int:
         return job.depth(site.tower) + 1
     within = (*INSIDE, "resid")
     own = any(c.site.tower == site.tower and c.site.kind in within for c in job.changes)
-    together = len(live) > 1 and live[1].layer == site.layer
+    together = len(live) > 1 and (live[1].tower, live[1].layer) == (site.tower, site.layer)
     if site.source or site.kind == "resid_pre" or (site.kind in INSIDE and (own or together)):
         return site.layer
     return site.layer + 1

@@ -155,7 +155,12 @@ class Flow(ExitStack):
     def block(self, layer: int) -> None:
         """All rows that have joined pass a block, and are patched in it."""
         joined = [(i, row) for i, row in enumerate(self.rows) if row.stage <= layer]
-        sites = [(i, row, n) for i, row in joined for n, site in enumerate(row.sites) if site.layer == layer]
+        sites = [
+            (i, row, n)
+            for i, row in joined
+            for n, site in enumerate(row.sites)
+            if (site.tower, site.layer) == (self.tower, layer)
+        ]
         edges = [(i, row.sites[n]) for i, row, n in sites if row.sites[n].source]
         cells = self.cells(sites)
         with Hooks() as hooks:
@@ -283,7 +288,7 @@ class Plain(Flow):
 
 class Rows(Flow):
     """Rows of whole runs, side by side. Those that read the same image share its cross-attention keys and
-    values, which are computed once a layer."""
+    values, which are computed once a layer. A row may be patched in towers behind its first one, too."""
 
     along = 0
 
@@ -316,8 +321,23 @@ class Rows(Flow):
             self.hidden = edited_output(job.network, hidden, tower, job.changes)
         self.join(job.depth(tower) + 1)
         self.close()
-        with editing(job.network, job.inputs, job.edits):
+        with editing(job.network, job.inputs, job.edits), Hooks() as hooks:
+            self.behind(hooks)
             return family.finish(job.network.hf, job.inputs, tower, self.hidden, job.positions)
+
+    def behind(self, hooks: Hooks) -> None:
+        """Patch the rows in the towers behind theirs, which are called with all of them."""
+        by_point = defaultdict(list)
+        every = ((i, row, n) for i, row in enumerate(self.rows) for n in range(len(row.sites)))
+        for cell in self.cells(one for one in every if one[1].sites[one[2]].tower != self.tower):
+            by_point[cell.site.point].append(cell)
+        for point, some in by_point.items():
+            hook(hooks, self.job.network, point, self.job.inputs, partial(self.written, some))
+
+    def written(self, cells: Sequence[Cell], x: Tensor) -> Tensor:
+        """A copy of one point's activation, with the source's values in cells."""
+        x = x.clone(memory_format=torch.contiguous_format)
+        return self.write(x, cells, x.shape)
 
 
 @contextmanager
