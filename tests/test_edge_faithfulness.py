@@ -17,8 +17,8 @@ from vlmscope.patching.edge_circuits import circuits
 from vlmscope.patching.graph import Edge, Graph
 from vlmscope.runs import corrupt
 from vlmscope.stats import rng
-from vlmscope.studies import faithfulness as room
 from vlmscope.studies.faithfulness import mib
+from vlmscope.studies.faithfulness import plan as room
 from vlmscope.studies.faithfulness.curve import random_like
 from vlmscope.studies.faithfulness.parts import Edges, named
 from vlmscope.studies.faithfulness.scores import split

@@ -242,7 +242,7 @@ def test_words(whole):
     lines = whole.lines()
     assert lines[0].startswith("CPR ") and "CMD" in lines[0]
     assert " of the behaviour on 4 held-out pictures, random circuits of that size " in lines[-1]
-    assert lines[-1].endswith("does not seem to know this task, so there is no behaviour to explain")
+    assert lines[-1].endswith("does not seem to know this task, so this says little")
     summary = {
         "cpr": {"value": 0.5, "low": 0.4, "high": 0.6},
         "cmd": {"value": 0.5, "low": None, "high": None},
@@ -273,7 +273,8 @@ def test_words(whole):
         "CPR 0.50 [0.40, 0.60], CMD 0.50",
         "the 144 parts that have scores carry 50 % of the gap between the two runs: what else carries it has "
         "no score, and computes freely",
-        "9 of the 12 parts are needed: without them it surely carries less",
+        "9 of the 12 parts are needed: without each of these alone it carries less (an interval each, not "
+        "corrected for their number)",
         "all parts but these carry 0 %",
         "these 12 heads carry 87 % [82, 91] of the behaviour on 60 held-out pictures, random circuits of "
         "that size 4 %",

@@ -155,7 +155,8 @@ def bars(result: Result) -> Iterator[tuple[str, str, str, str]]:
         yield _limit("heads, AUROC, trained circuits", 0.95, trained)
     if "tool" in result:
         own = result["tool"]
-        yield _limit("labels, macro-F1, mean over models", 0.8, [own["labels"]["each_model"]])
+        *named, _ = _limit("labels, macro-F1, mean over models", 0.8, [own["labels"]["each_model"]])
+        yield named[0], named[1], named[2], f"{own['labels']['each_model']['models']} models in all"
         pooled = _short(own["labels"]["macro_f1"])
         yield "labels, macro-F1, all heads together", "≥ .80", pooled, f"{own['labels']['heads']} heads"
         for name, words in (("decoys_named", "decoys"), ("named_on_random", "heads of random networks")):
