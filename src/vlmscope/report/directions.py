@@ -94,7 +94,9 @@ def by_layer(
     """Lines over layers, with bands for their ends: a panel for each table, by its title, and each of `rows`,
     which are what stands at the side and the lines. `ax` are axes to draw into, one a panel."""
     across = min(3, len(panels)) if len(rows) == 1 else len(panels)
-    margins = Margins(0.75, 0.85, 0.15, 0.55, across=0.55, down=0.85)
+    columns = min(2, across)  # one panel is not wider than a line of the legend
+    entries = {line[1] for _, lines in rows for line in lines}
+    margins = Margins(0.75, 0.55 + 0.15 * -(-len(entries) // columns), 0.15, 0.55, across=0.55, down=0.85)
     axes = grid(ax, len(panels) * len(rows), across, (3.2, 2.0), margins)
     drawn = [(table, title, label, lines) for label, lines in rows for title, table in panels.items()]
     for n, (spot, (table, title, label, lines)) in enumerate(zip(axes, drawn, strict=True)):
@@ -117,5 +119,7 @@ def by_layer(
         for handle, name in zip(*spot.get_legend_handles_labels(), strict=True):
             handles.setdefault(name, handle)
     figure = figure_of(axes[0])
-    figure.legend(handles.values(), handles.keys(), fontsize=8, loc="lower center", ncols=2, frameon=False)
+    figure.legend(
+        handles.values(), handles.keys(), fontsize=8, loc="lower center", ncols=columns, frameon=False
+    )
     return axes
