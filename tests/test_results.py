@@ -22,7 +22,7 @@ from vlmscope.errors import StoreError
 from vlmscope.neurons import contributions, measures
 from vlmscope.report import page, write_report
 from vlmscope.stored import Table, formats
-from vlmscope.studies import circuits, lens, tracing
+from vlmscope.studies import circuits, lens, run_folder, tracing
 from vlmscope.studies.run_folder import read_run
 
 sys.path[:0] = [str(Path(__file__).parent / "fuzz"), str(Path(__file__).parent / "fuzz" / "wrong")]
@@ -143,6 +143,31 @@ def test_effects_of_other_examples_than_the_baselines_are_refused(run):
     pq.write_table(table.set_column(0, table.schema.field(0), names), part)
     with pytest.raises(StoreError, match="its rows are of another example than its baselines"):
         read_run(run).effects()
+
+
+def test_a_part_that_comes_while_a_run_is_read(tmp_path, monkeypatch):
+    """As when somebody looks at a run that goes on: what is there when it is asked for, and no more."""
+    model, folder = vlmscope.load("toy-blip", device="cpu"), tmp_path / "run"
+    for limit in (1, 2):
+        given = vlmscope.examples("states", limit=limit)
+        vlmscope.sweep(model, given, "encoder.0.cross.h0@answer", out=folder)
+    (folder / "done.json").unlink()
+    parts = [folder / name / "part-000001.parquet" for name in ("effects", "baselines")]
+    contents = {part: part.read_bytes() for part in parts}
+    for part in parts:
+        part.unlink()
+    read = run_folder.files.read
+
+    def late(file, *given, **more):
+        found = read(file, *given, **more)
+        if file.suffix == ".parquet":
+            for part, content in contents.items():
+                part.write_bytes(content)
+        return found
+
+    monkeypatch.setattr(run_folder.files, "read", late)
+    assert len(read_run(folder).effects()) == 1
+    assert len(read_run(folder).effects()) == 2
 
 
 def test_effects_of_an_example_that_was_left_out_are_refused(run):

@@ -260,7 +260,10 @@ def read_run(path: str | os.PathLike[str], within: Path | None = None) -> Run:
 
 
 def _read(folder: Path, name: str, schema: pa.Schema, where: pc.Expression | None = None) -> pd.DataFrame:
-    pieces = pieces_of(folder, name, schema)
+    done = folder / "done.json"
+    # While a run goes on parts come: baselines are read of no fewer than those whose rows are.
+    is_done, parts = os.path.lexists(done), parts_of(folder)
+    pieces = pieces_of(folder, name, schema, parts)
     if name in TABLES:
         pieces = same_examples(pieces, pieces_of(folder, "baselines", BASELINES))
     rows, tables, held_rows = 0, [schema.empty_table()], list[tuple[int, int]]()
@@ -271,8 +274,7 @@ def _read(folder: Path, name: str, schema: pa.Schema, where: pc.Expression | Non
             wanted.append(table if where is None else table.filter(where))
             held_rows.append((held.number, wanted[-1].num_rows))
         tables.append(pa.concat_tables(wanted).combine_chunks())  # a slice an example is larger than its rows
-    done = folder / "done.json"
-    if os.path.lexists(done):
+    if is_done and os.path.lexists(done):
         counts = stored.manifest(done, _COUNTS, f"delete {done} and run the same command again", folder)
         if counts.get(name) != rows:
             raise StoreError(
@@ -286,10 +288,13 @@ def _read(folder: Path, name: str, schema: pa.Schema, where: pc.Expression | Non
     return _frame(whole)
 
 
-def pieces_of(folder: Path, name: str, schema: pa.Schema) -> Iterator[Piece]:
-    """The rows of each example in each part; raises `StoreError` for what is not as it was written."""
+def pieces_of(
+    folder: Path, name: str, schema: pa.Schema, parts: Sequence[Path] | None = None
+) -> Iterator[Piece]:
+    """The rows of each example in each part (or these); raises `StoreError` for what is not as it was
+    written."""
     done: dict[int, list[set[int] | None]] = {}
-    for part in parts_of(folder):
+    for part in parts_of(folder) if parts is None else parts:
         file = folder / name / part.name
         with _reading(file, part):
             content = files.read(file, "a part of a run", within=folder)
