@@ -145,9 +145,8 @@ def _verdict(kind: Mapping[str, Any]) -> str:
     if kind["spearman"] is None:
         return "unknown"
     # That the best stand above those drawn at random gives .75 by itself: their own order counts, too.
-    worst = min(
-        kind["spearman"], kind["spearman"] if kind["spearman_random"] is None else kind["spearman_random"]
-    )
+    known = (kind[name] for name in ("spearman", "spearman_random"))
+    worst = min(value for value in known if value is not None)
     return "good" if worst >= GOOD else "fair" if worst >= FAIR else "poor"
 
 
