@@ -35,6 +35,8 @@ SPOKEN = 40
 POPULATION = {"C": 500, "D": 2_000}
 """From how many examples the true effects come that intervals should cover."""
 SAMPLES = 40
+DOUBTED = 512
+"""On how many other examples the effects are measured of picked heads that nobody planted."""
 FRESH = 500_000
 """Seeds of the examples that are measured, apart from those that parts are fitted on."""
 
@@ -113,11 +115,27 @@ def one(
         },
         "random_heads": {"mean": float(np.mean(rest)), "most": float(np.max(rest))},
     }
+    picked = {rule: set(table.loc[table[rule], "part"]) for rule in RULES}
+    small = without_effect(made, set().union(*(picked[rule] for rule in RULES[:2])))
     for rule in RULES:
-        result[rule] = chosen(set(table.loc[table[rule], "part"]), made.roles, every)
+        result[rule] = chosen(picked[rule], made.roles, every)
+        if rule in RULES[:2]:
+            result[rule]["small"] = len(picked[rule] & small)
     if recipe.say == "neurons":
         result["neurons"] = of_neurons(made, given)
     return result
+
+
+def without_effect(made: Planted, picked: set[Part]) -> set[Part]:
+    """Which of these heads nobody planted and do not move LD by more than the share of the gap that
+    `important` asks for, in the mean over many other examples. The rest have a real effect: of a trained
+    model's own, or because they read what is planted."""
+    parts = sorted(part for part in picked if made.roles.get(part) not in (*TRUE, *APART))
+    if not parts:
+        return set()
+    given = scenes(DOUBTED, 2 * FRESH + made.recipe.seed * DOUBTED, made.recipe.style)
+    found = measure(made, given, parts)
+    return {p for p, effect in found.mean().items() if abs(effect) <= circuits.SHARE * abs(found.gap)}
 
 
 def at_effects(recipe: Recipe, effects: Sequence[float]) -> Iterator[dict[str, Any]]:

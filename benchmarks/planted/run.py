@@ -107,6 +107,8 @@ def gathered(rows: list[dict[str, Any]]) -> dict[str, Any]:
         picked, false = (sum(row[rule][key] for row in rows) for key in ("picked", "false"))
         recall = summary([row[rule]["recall"] for row in rows])
         result[rule] = {"false_share": false / max(1, picked), "recall": recall, "picked": picked / len(rows)}
+        if "small" in rows[0][rule]:
+            result[rule]["small_share"] = sum(row[rule]["small"] for row in rows) / max(1, picked)
     for name in ("roles", "random_heads"):
         keys = rows[0][name]
         result[name] = {key: float(np.mean([row[name][key] for row in rows])) for key in keys}

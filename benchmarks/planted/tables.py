@@ -148,9 +148,13 @@ def bars(result: Result) -> Iterator[tuple[str, str, str, str]]:
         yield _limit(f"heads, AUROC, effect 1 %, {build}", 0.85, [cell["heads"]["auroc"] for cell in low])
         for rule in RULES[:2]:
             picked = [cell[rule]["picked"] * cell["heads"]["auroc"]["models"] for cell in own.values()]
-            false = sum(n * cell[rule]["false_share"] for n, cell in zip(picked, own.values(), strict=True))
-            share = _short(false / max(1, sum(picked)))
-            yield f"false share of `{rule}`, {build}", "≤ .05", share, f"{sum(picked):.0f} picked heads"
+            for words, key, most in (
+                ("false share", "small_share", "≤ .05"),
+                ("not planted", "false_share", ""),
+            ):
+                false = sum(n * cell[rule][key] for n, cell in zip(picked, own.values(), strict=True))
+                share = _short(false / max(1, sum(picked)))
+                yield f"{words} of `{rule}`, {build}", most, share, f"{sum(picked):.0f} picked heads"
     if trained := [cell["heads"]["auroc"] for name, cell in cells({"trained": result.get("trained", {})})]:
         yield _limit("heads, AUROC, trained circuits", 0.95, trained)
     if "tool" in result:
