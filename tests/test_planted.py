@@ -128,6 +128,11 @@ def test_no_head_of_a_random_network_is_named():
         assert not any(found["named"]), found["labels"]
 
 
+def test_intervals_cover_the_mean_over_many_examples():
+    found = measures.coverage(Recipe("D", 0), 200)  # of 32 heads one writes nothing
+    assert found["heads"] == 31 and 0.9 <= found["covered"] <= 0.99
+
+
 def test_the_same_recipe_gives_the_same_model():
     recipe = Recipe("C", 3, effect=0.1)
     first, again = plant(recipe), planting.scale(plant(Recipe("C", 3, effect=1.0)), 0.1)
