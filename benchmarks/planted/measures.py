@@ -32,7 +32,7 @@ OTHERS = 12
 """How many heads in which nothing is planted are labelled, of each model."""
 SPOKEN = 40
 """On how many neurons are."""
-POPULATION = {"C": 500, "D": 2_000}
+POPULATION = 10_000
 """From how many examples the true effects come that intervals should cover."""
 SAMPLES = 40
 DOUBTED = 512

@@ -360,7 +360,7 @@ def main() -> None:
             arguments.rows.mkdir(parents=True, exist_ok=True)
         rows = Rows(arguments.rows / f"{part}.jsonl" if arguments.rows else None, until)
         if part == "coverage":
-            keep(part, [coverage(Recipe(form, 0), 500 if quick else POPULATION[form]) for form in "CD"])
+            keep(part, [coverage(Recipe(form, 0), 500 if quick else POPULATION) for form in "CD"])
         elif part == "tool":
             run_tool(quick, seeds, rows, keep)
         elif part == "trained":
