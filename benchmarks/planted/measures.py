@@ -34,7 +34,7 @@ SPOKEN = 40
 """On how many neurons are."""
 POPULATION = 10_000
 """From how many examples the true effects come that intervals should cover."""
-SAMPLES = 40
+SAMPLES = 400
 DOUBTED = 512
 """On how many other examples the effects are measured of picked heads that nobody planted."""
 FRESH = 500_000
