@@ -100,7 +100,7 @@ class Options:
                 gardener.made.roles[f"encoder.2.mlp.n{neuron}"] = "matcher"
 
     def select(self, layer: str, path: Tensor) -> None:
-        """A head whose query is the color that stands in these directions: its word is looked at, and said."""
+        """A head whose query is the color that was written there: its word is looked at, and said."""
         gardener = self.gardener
         own = gardener.at(layer)
         x, keys = self.fits.inputs([own.query, own.key])
