@@ -934,6 +934,49 @@ def test_a_direction_on_the_command_line(run, tmp_path):
     assert not (tmp_path / "x").exists()
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        *(
+            f"{command} --data no.csv --sites decoder.0.resid@last"
+            for command in ("sweep", "plan", "knockout", "attribute", "lens", "heads", "steer")
+        ),
+        "edges --corrupt image --data no.csv",
+        "tracing --data no.csv",
+        "faithfulness --data no.csv --scores states",
+        "steer --data states --sites decoder.0.resid@last --without no.csv",
+        "steer --data states --sites decoder.0.resid@last --corrupt image --others no.csv",
+        "probe --data no.csv --sites decoder.0.resid@last --label kind",
+        "lens --image no.png --prompt red --sites decoder.0.resid@last",
+        "explain --image no.png --prompt red",
+        "data inpaint --data no.csv --fill mean",
+        "generate --image no.png --prompt red",
+        "generate --image a.png --prompt red --patch decoder.0.resid@last --other no.png",
+        "generate --image a.png --prompt red --steer no.safetensors",
+        "models toy-blip --example no.csv:0",
+        "neurons find --image no.png --prompt red",
+        "neurons describe --data no.csv",
+        "neurons describe --data states --found no",
+        "neurons perturb --data no.csv --word red",
+        "neurons perturb --data states --word red --found no",
+        "neurons edit --data no.csv --from red --to blue",
+        "neurons edit --data states --from red --to blue --on no.safetensors",
+        "neurons edit --data states --from red --to blue --found no",
+    ],
+)
+def test_a_file_that_is_not_there_is_said_before_a_model_is_loaded(run, tmp_path, monkeypatch, words):
+    picture(0, 48).save(tmp_path / "a.png")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("vlmscope.checkpoint.load", lambda *_, **__: pytest.fail("loaded"))
+    ends = {"explain": ".html", "data": ".csv", "neurons edit": ".safetensors"}
+    end = next((end for start, end in ends.items() if words.startswith(start)), "")
+    given = [] if "models" in words else ["--model", "toy-blip", "--out", f"out{end}"]
+    given = [word for word in given if "generate" not in words or "out" not in word]
+    named = next(word.removesuffix(":0") for word in words.split() if word.partition(".")[0] == "no")
+    refused(run(*words.split(), *given), f"error: {named}")
+    assert [file.name for file in tmp_path.iterdir()] == ["a.png"]
+
+
 def test_probes_on_the_command_line(run, tmp_path):
     words = ["--model", "toy-blip", "--data", "states", "--limit", "24", "--label", "kind", "--shuffles", "3"]
     out = tmp_path / "probe"

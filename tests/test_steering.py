@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -279,6 +280,21 @@ def test_other_families_and_two_sets_of_examples():
     )
     assert found.layers["effect"].abs().min() > 0 and found.about["others"] == "other examples"
     assert found.measures.loc[found.measures["measure"] == "kl", "n"].tolist() == [5]
+
+
+def test_others_that_cannot_be_run_are_told_before_anything_is_computed(monkeypatch):
+    monkeypatch.setattr(steering, "means", lambda *_: pytest.fail("computed"))
+    bad = several(2, 60, clean_image=Path("nowhere.png"))
+    with pytest.raises(DataError, match=r"\(others\) can be run: 0 of 2; 'e60': nowhere.png: no such file"):
+        steer(llava(), several(), SITES, corrupt="image", others=bad)
+    with pytest.raises(DataError, match="no data set 'nowhere'"):
+        steer(llava(), several(), SITES, corrupt="image", others="nowhere")
+    monkeypatch.undo()
+    some = [*bad, *several(3, 70)]
+    with pytest.warns(UserWarning, match=r"2 of 5 examples \(others\) are left out; 'e60'"):
+        found = steer(llava(), several(), SITES[1], corrupt="image", others=some, random=2, said=2)
+    assert found.measures.loc[found.measures["measure"] == "kl", "n"].tolist() == [3]
+    assert found.captions.loc[found.captions["set"] == "others", "example"].tolist() == ["e70", "e71"]
 
 
 @pytest.mark.parametrize("keep_norm", [False, True])

@@ -189,7 +189,8 @@ def heads(given: Given, sites: list[str], out: Path, corrupt: Corrupt = "image")
     from vlmscope.studies.heads import write
 
     claim_report(out / "report.html")
-    found = write(out, given.load(), given.examples(), sites, corrupt, seed=given.seed, data=given.data)
+    examples = given.examples()
+    found = write(out, given.load(), examples, sites, corrupt, seed=given.seed, data=given.data)
     for row in found.functions.itertuples():
         print(f"{row.site}: {row.label}\n  {row.evidence}")
     accuracy = found.together.groupby(["set", "knockout"], sort=False)["accuracy"].mean()
@@ -265,9 +266,9 @@ def inpaint(
     check_out(out)
     if pipeline is None and (prompt is not None or steps is not None):
         raise VlmscopeError("--prompt and --steps are of a pipeline; name one with --with, or leave them out")
-    model, examples = given.load(), given.examples()
+    examples = given.examples()
     made = make(
-        model,
+        given.load(),
         examples,
         out,
         fill=fill,
@@ -297,6 +298,7 @@ def generate(
 
     Positions count from the start of the prompt; all, *, text and last are also each word that is said.
     """
+    from vlmscope.data.images import open_image
     from vlmscope.models.inputs import parse_edit
     from vlmscope.sites import parse
     from vlmscope.studies.steering.direction import Direction
@@ -308,15 +310,16 @@ def generate(
     if steer is None and (strength is not None or at != "read" or keep_norm):
         raise VlmscopeError("--strength, --at and --keep-norm are of a direction; name one with --steer")
     direction = Direction.load(steer) if steer is not None else None
+    picture, second = open_image(image), None if other is None else open_image(other)
     model = given.load()
-    inputs = model.inputs(image, prompt)
+    inputs = model.inputs(picture, prompt)
     if direction is not None:
         edits += direction.edits(
             model, inputs, 1.0 if strength is None else strength, at=at, keep_norm=keep_norm
         )
     model.changes(inputs, edits)  # what cannot be made is refused before anything is said
-    if sites:
-        source = model.inputs(other, prompt)
+    if second is not None:
+        source = model.inputs(second, prompt)
         edits += model.copied(source, inputs, sites)
         print(f"the other picture: {model.answer(source)}")
     print(f"without edits:     {model.answer(inputs)}")

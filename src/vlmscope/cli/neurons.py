@@ -34,6 +34,7 @@ class Shown(OneModel):
     def examples(self) -> Sequence[Any]:
         from vlmscope.data import examples
         from vlmscope.data.example import Example
+        from vlmscope.data.images import open_image
 
         if self.data is not None and self.image is None:
             return examples(self.data, limit=self.limit, seed=self.seed, columns=self.columns)
@@ -41,6 +42,7 @@ class Shown(OneModel):
             raise VlmscopeError("give either --image or --data")
         if self.prompt is None:
             raise VlmscopeError("--image needs a --prompt that asks for the caption")
+        open_image(self.image)
         # The name goes into tables, which hold no bytes that are no text.
         return [Example(plain(self.image.name), self.image, self.prompt, answer="", foil="")]
 
@@ -113,6 +115,7 @@ def describe(
         raise VlmscopeError("--embedding is for the measures; leave --no-measures out")
     neurons.Described.claim(out)
     claim_report(out / "report.html")
+    known = neurons.read(found, neurons.Found) if found else None
     described = neurons.describe(
         given.load(),
         examples,
@@ -121,7 +124,7 @@ def describe(
         prompt=given.prompt,
         measures=measures,
         embedding=embedding,
-        found=neurons.read(found, neurons.Found) if found else None,
+        found=known,
         seed=given.seed,
     )
     described.save(out)
@@ -150,15 +153,16 @@ def perturb(
     from vlmscope import neurons
 
     neurons.Perturbed.claim(out)
+    examples, known = given.examples(), neurons.read(found, neurons.Found) if found else None
     result = neurons.perturb(
         given.load(),
-        given.examples(),
+        examples,
         word,
         prompt=prompt,
         tops=top or (1, 10),
         sigmas=sigma or (),
         rounds=rounds,
-        found=neurons.read(found, neurons.Found) if found else None,
+        found=known,
         seed=given.seed,
     )
     result.save(out)
@@ -209,11 +213,12 @@ def edit(
     room.WeightEdit.claim(out)
     room.Assessed.claim(card)
     claim_report(card / "report.html")
-    model, examples, seed = given.load(), given.examples(), given.seed
-    if export is not None:
-        model.claim(export)
+    examples, seed = given.examples(), given.seed
     before = [room.WeightEdit.load(path) for path in on or []]
     known = room.read(found, room.Found) if found else None
+    model = given.load()
+    if export is not None:
+        model.claim(export)
     mixed = [examples[n] for n in shuffled(seed, [example.id for example in examples], "halves")]
     half = (len(mixed) + 1) // 2
     make: Any = partial(

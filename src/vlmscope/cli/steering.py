@@ -33,16 +33,16 @@ def steer(
 
     steering.Steered.claim(out)
     claim_report(out / "report.html")
-    model, having = given.load(), given.examples()
+    having, lacking, aside = given.examples(), given.others(without), given.others(others)
     found = steering.steer(
-        model,
+        given.load(),
         having,
         sites,
-        without=given.others(without),
+        without=lacking,
         label=label,
         corrupt=corrupt,
         word=word,
-        others=given.others(others),
+        others=aside,
         strengths=strength or (1.0,),
         keep_norm=keep_norm,
         at=at,
@@ -77,9 +77,10 @@ def probe(
 
     probes.Probed.claim(out)
     claim_report(out / "report.html")
+    examples = given.examples()
     found = probes.probe(
         given.load(),
-        given.examples(),
+        examples,
         sites,
         label,
         held_out=held_out,

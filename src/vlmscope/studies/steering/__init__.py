@@ -34,6 +34,7 @@ from vlmscope.studies.steering.effects import (
     Case,
     Chosen,
     Effects,
+    asked,
     cases_of,
     changes,
     directed_places,
@@ -143,7 +144,11 @@ def steer(
     names, halves = ("built with", "built without", "with", "without"), sets.halves(seed)
     parts = [some for half in halves for some in half]
     cases = {name: cases_of(model, some, word, name) for name, some in zip(names, parts, strict=True)}
-    aside = [case.example for case in cases["with"]] if others is None else listed(others)
+    lacking, aside = ([case.example for case in cases[name]] for name in ("without", "with"))
+    told = {
+        "without": asked(model, lacking[:said], "without"),
+        "others": asked(model, aside if others is None else listed(others), "others"),
+    }
     vectors = _difference(model, places, cases["built with"], cases["built without"])
     about = {"sets": _described(without, label, corrupt, data), "word": word or "", "data": data}
     if at == "words":  # positions that name no word are refused before anything else is computed
@@ -161,8 +166,8 @@ def steer(
             used = Chosen(model, site, strength, keep_norm, at, drawn[site])
             swept = layers[(layers["site"] == str(site)) & (layers["strength"] == strength)].iloc[0]
             rows.append(used.row("effect", "without", *swept[["effect", "low", "high", "null", "n"]]))
-            rows.append(used.divergence(aside))
-            for name, some in (("without", [case.example for case in cases["without"]]), ("others", aside)):
+            rows.append(used.divergence(told["others"]))
+            for name, some in told.items():
                 captions.append(used.answers(some[:said], name))
                 rows += used.shares(captions[-1], name, word)
             step(0, n + 1)
