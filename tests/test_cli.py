@@ -18,6 +18,7 @@ import vlmscope
 from vlmscope import neurons
 from vlmscope.cli import machine
 from vlmscope.cli.main import app, main
+from vlmscope.cli.options import LOOKS
 from vlmscope.errors import StoreError
 from vlmscope.neurons import solvers
 from vlmscope.notice import Spec
@@ -350,6 +351,16 @@ def test_help_fits_the_terminal_and_no_summary_is_cut_off(run, monkeypatch, widt
         status, out, _ = run(*command, "--help")
         assert status == 0 and max(map(len, out.splitlines())) <= width, command
         assert "..." not in out.partition("\nCommands:")[2], command
+
+
+def test_every_look_of_an_option_is_that_of_some_command():
+    from typer.main import get_command
+
+    commands = get_command(app).commands
+    every = [*commands.values(), *commands["neurons"].commands.values()]
+    shown = {(option.name, option.help) for each in every for option in each.params}
+    looks = [(table, name, look["help"]) for table, some in LOOKS.items() for name, look in some.items()]
+    assert [look for look in looks if look[1:] not in shown] == []
 
 
 def test_help_is_there_before_torch():

@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from vlmscope.cli import lenses, machine, neurons, steering, sweeps, terminal
-from vlmscope.cli.options import Corrupt, DType, Given, Group, Noise, OneModel, Share, Workers, command
+from vlmscope.cli.options import Asked, Corrupt, DType, Given, Group, Noise, Share, Workers, command
 from vlmscope.errors import VlmscopeError, shown
 
 app = typer.Typer(
@@ -59,7 +59,7 @@ def demo(out: Path = Path("vlmscope-demo"), limit: int = 20) -> None:
 
 
 command(app)(sweeps.sweep)
-command(app, like="sweep")(sweeps.plan)
+command(app)(sweeps.plan)
 command(app)(sweeps.merge)
 command(app)(sweeps.knockout)
 
@@ -107,7 +107,6 @@ def notice(out: Path, changes: Changes, share: Workers, spec: Path | None = None
 def tracing(
     given: Given,
     share: Share,
-    out: Path,
     windows: list[int] | None = None,
     kinds: list[str] | None = None,
     by: Literal["slot", "length"] = "slot",
@@ -125,8 +124,8 @@ def tracing(
     from vlmscope.studies.known import knows
     from vlmscope.studies.run_folder import read_run
 
+    out, shard = share.out, share.numbers
     claim_report(out / "report.html")
-    shard = share.numbers
     with share.team(given.model, given.device) as team:
         from vlmscope.studies.tracing import WINDOWS, trace_by
 
@@ -283,9 +282,7 @@ def inpaint(
 
 @command(app)
 def generate(
-    given: OneModel,
-    image: Path,
-    prompt: str,
+    given: Asked,
     edit: list[str] | None = None,
     patch: list[str] | None = None,
     other: Path | None = None,
@@ -310,16 +307,16 @@ def generate(
     if steer is None and (strength is not None or at != "read" or keep_norm):
         raise VlmscopeError("--strength, --at and --keep-norm are of a direction; name one with --steer")
     direction = Direction.load(steer) if steer is not None else None
-    picture, second = open_image(image), None if other is None else open_image(other)
+    picture, second = open_image(given.image), None if other is None else open_image(other)
     model = given.load()
-    inputs = model.inputs(picture, prompt)
+    inputs = model.inputs(picture, given.prompt)
     if direction is not None:
         edits += direction.edits(
             model, inputs, 1.0 if strength is None else strength, at=at, keep_norm=keep_norm
         )
     model.changes(inputs, edits)  # what cannot be made is refused before anything is said
     if second is not None:
-        source = model.inputs(second, prompt)
+        source = model.inputs(second, given.prompt)
         edits += model.copied(source, inputs, sites)
         print(f"the other picture: {model.answer(source)}")
     print(f"without edits:     {model.answer(inputs)}")

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 from vlmscope.cli.options import Given
 
 
+@dataclass(kw_only=True)
+class Directed(Given):
+    """The options of a command about places that are read as one vector."""
+
+    sites: list[str]
+
+
 def steer(
-    given: Given,
-    sites: list[str],
+    given: Directed,
     out: Path,
     without: str | None = None,
     label: str | None = None,
@@ -37,7 +44,7 @@ def steer(
     found = steering.steer(
         given.load(),
         having,
-        sites,
+        given.sites,
         without=lacking,
         label=label,
         corrupt=corrupt,
@@ -59,8 +66,7 @@ def steer(
 
 
 def probe(
-    given: Given,
-    sites: list[str],
+    given: Directed,
     label: str,
     out: Path,
     held_out: str | None = None,
@@ -81,7 +87,7 @@ def probe(
     found = probes.probe(
         given.load(),
         examples,
-        sites,
+        given.sites,
         label,
         held_out=held_out,
         corrupt=corrupt,
