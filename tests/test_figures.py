@@ -169,6 +169,40 @@ def test_no_text_is_cut_off(name):
         assert box.y0 >= -1 and box.y1 <= axes.figure.bbox.y1 + 1, text.get_text()
 
 
+@pytest.mark.parametrize("name", ["layer_by_token", "layer_by_head", "universal"])
+def test_below_the_last_text_nothing_is_blank(name):
+    figure = drawn()[name]().figure
+    figure.draw_without_rendering()
+    assert 0 <= figure.get_tightbbox().y0 < 0.25, "inches"
+
+
+def test_names_of_columns_stand_upright_where_they_fit():
+    def angles(table):
+        return {label.get_rotation() for label in figures.layer_by_token(table).get_xticklabels()}
+
+    assert angles(rows(1, ["[DEC]"])) == {0.0} and angles(rows()) == {45.0}
+
+
+def test_the_strongest_cells_that_are_not_white_are_outlined():
+    weak = {"h0": 0.004, "h1": 0.1}
+    table = rows().assign(logit_diff=0.0)
+    at = (table["role"] == "answer") & table["unit"].isin(list(weak))
+    table.loc[at, "logit_diff"] = table["unit"].map(weak) * (1 + (table["layer"] == 2))
+    axes = figures.layer_by_head(table, slot="answer")
+    edged = [patch for patch in axes.patches if patch.get_linewidth() == 1.4]
+    assert sorted(patch.get_xy() for patch in edged) == [(1, 0), (1, 1), (1, 2)]
+    table.loc[at, "logit_diff"] = 0.001
+    assert not figures.layer_by_head(table, slot="answer").texts, "nothing is told of what is white"
+
+
+def test_an_interval_that_is_not_there_is_not_in_the_legend():
+    columns = "ranking fraction kept f low high random random_low random_high".split()
+    for low, words in ((0.4, "the best parts, with 95 % interval"), (None, "the best parts")):
+        table = pd.DataFrame([("signed", 0.5, 4, 0.5, low, low, 0.1, 0.0, 0.2)], columns=columns)
+        (axes,) = figures.carried_by_size(table)
+        assert words in axes.get_legend_handles_labels()[1]
+
+
 def test_panels_need_axes_for_each():
     tables = {"weak": token_table(rows()), "strong": head_table(rows())}
     axes = Figure().subplots(2, 2)

@@ -83,7 +83,8 @@ def carried_by_size(
         spot.fill_between(
             x, rows["low"].astype(float), rows["high"].astype(float), color=BLUE, alpha=0.2, lw=0
         )
-        spot.plot(x, rows["f"], "-o", color=BLUE, ms=3.5, lw=1.6, label="the best parts, with 95 % interval")
+        label = "the best parts" + (", with 95 % interval" if rows["low"].notna().any() else "")
+        spot.plot(x, rows["f"], "-o", color=BLUE, ms=3.5, lw=1.6, label=label)
         if reported and reported["f"] is not None and ranking == "signed":
             place = (reported["fraction"], reported["f"])
             spot.plot(*place, "o", ms=9, mfc="none", mec=DARK, mew=1.2, label="the circuit that is reported")
