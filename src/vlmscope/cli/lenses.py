@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
+from vlmscope.cli import terminal
 from vlmscope.cli.neurons import Shown
 from vlmscope.cli.options import Asked, Corrupt, Direction, Filled, Given, Metric, Share, Study
 from vlmscope.errors import VlmscopeError, written
@@ -44,7 +45,7 @@ def lens(
     words = found.words[found.words["what"] != "foil"].groupby(["what", "layer"], sort=False)
     if len(words):
         means = words[["rank", "p", "null_p", "beaten"]].mean().reset_index()
-        print(means.to_string(index=False, float_format="{:.3g}".format))
+        print(terminal.table(means))
     print(f"{len(found.lens):,} rows in {out / 'lens.parquet'}; {write_report([out], out / 'report.html')}")
 
 
@@ -132,7 +133,7 @@ def attribute(given: Given, scores: Scores, share: Filled) -> None:
     best = strongest(table if is_edge.all() else table[~is_edge], 10, "score")[
         ["site", "slot", "mean", "low", "high", "n"]
     ]
-    print(best.to_string(index=False, float_format="{:.3g}".format))
+    print(terminal.table(best))
     print(run.check_line(), write_report(run.path, run.path / "report.html"), sep="\n")
     if scores.verify:
         print(*lines(agreement(table, scores.verify, signed=scores.method != "atp-star")), sep="\n")
@@ -167,7 +168,7 @@ def edges(given: Given, scores: Edges, share: Filled) -> None:
     each = run.edges()
     table = over_examples(each)
     print(f"{len(table):,} edges over {run.ran()} examples in {run.path / 'edges.parquet'}; the largest:")
-    print(table.head(10).to_string(index=False, float_format="{:.3g}".format))
+    print(terminal.table(table.head(10)))
     print(run.check_line(), write_report(run.path, run.path / "report.html"), sep="\n")
     if scores.verify:
         print(*lines(agreement(by_reader(each), scores.verify)), sep="\n")
@@ -203,6 +204,6 @@ def faithfulness(given: Given, circuits: Circuits, share: Share) -> None:
 
         found = faithful_by(team(Asked(given, {**vars(circuits), **common})), share.out)
     columns = ["ranking", "fraction", "kept", "f", "low", "high", "random"]
-    print(found.table[columns].to_string(index=False, float_format="{:.3g}".format))
-    print(found.circuit.head(20).to_string(index=False, float_format="{:.3g}".format))
+    print(terminal.table(found.table[columns]))
+    print(terminal.table(found.circuit.head(20)))
     print(write_report(share.out, share.out / "report.html"), *found.lines(), sep="\n")

@@ -172,7 +172,7 @@ def circuits(
         print(f"{count}; nothing to sweep again; tables in {out}")
         return
     print(f"{count}; the strongest:")
-    print(important[columns].head(15).to_string(index=False, float_format="{:.3g}".format))
+    print(terminal.table(important[columns].head(15)))
     everywhere = expressions(found.universal[found.universal["universal"]])
     print(f"important in every run: {' '.join(everywhere) or 'none'}")
     print(f"tables in {out}; `--sites $(cat {out / 'sites.txt'})` sweeps the important heads again")

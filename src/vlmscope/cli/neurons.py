@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 import typer
 
+from vlmscope.cli import terminal
 from vlmscope.cli.options import Given, OneModel, command
 from vlmscope.errors import StoreError, VlmscopeError, plain, shown
 
@@ -82,7 +83,7 @@ def find(
     )
     found.save(out)
     best = found.neurons[found.neurons["rank"] <= 3].drop(columns=["token_id"])
-    print(best.head(30).to_string(index=False, float_format="{:.4g}".format))
+    print(terminal.table(best.head(30), 4))
     print(f"tables in {out}; neurons.parquet has them all")
 
 
@@ -128,7 +129,7 @@ def describe(
         seed=given.seed,
     )
     described.save(out)
-    print(described.cards.drop(columns="weights").to_string(index=False))
+    print(terminal.table(described.cards.drop(columns="weights")))
     if described.left_out is not None:
         for word, measure, why in described.left_out.itertuples(index=False):
             print(f"not measured: {word}{f' ({measure})' if measure else ''}: {why}")
@@ -166,7 +167,7 @@ def perturb(
         seed=given.seed,
     )
     result.save(out)
-    print(result.effects.to_string(index=False, float_format="{:.3g}".format))
+    print(terminal.table(result.effects))
     print(f"table in {out / 'perturb.csv'}")
 
 
@@ -256,7 +257,7 @@ def edit(
     assessed.save(card)
     for table in (assessed.measures, assessed.objects):
         if table is not None:
-            print(table.to_string(index=False, float_format="{:.3g}".format))
+            print(terminal.table(table))
     print(f"{made}: {assessed.about['verdict']}")
     print(write_report([card], card / "report.html"))
     if export is not None:

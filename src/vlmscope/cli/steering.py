@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from vlmscope.cli import terminal
 from vlmscope.cli.options import Given
 
 
@@ -60,8 +61,8 @@ def steer(
     )
     found.save(out)
     columns = "site strength n effect low high null null_low null_high q_value works chosen".split()
-    print(found.layers[columns].to_string(index=False, float_format="{:.3g}".format))
-    print(found.measures.to_string(index=False, float_format="{:.3g}".format))
+    print(terminal.table(found.layers[columns]))
+    print(terminal.table(found.measures))
     print(f"the direction is in {out / steering.DIRECTION}; {write_report([out], out / 'report.html')}")
 
 
@@ -100,5 +101,5 @@ def probe(
     columns = (
         "site n accuracy low high chance shuffled p_value held_out effect effect_low effect_high".split()
     )
-    print(found.table[columns].to_string(index=False, float_format="{:.3g}".format))
+    print(terminal.table(found.table[columns]))
     print(f"table in {out / 'probes.csv'}; {write_report([out], out / 'report.html')}")

@@ -5,14 +5,13 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 
 from vlmscope import stored
-from vlmscope.report.canvas import DARK, Margins, figure_of, grid, set_title
+from vlmscope.report.canvas import DARK, Margins, add_legend, grid, set_frame, set_title
 from vlmscope.report.gallery import Gallery, Section, render
 from vlmscope.report.words import KINDS, TOWERS, ends, percent, short_number, upper_first
 from vlmscope.stored import formats
@@ -112,14 +111,6 @@ def by_layer(
         if n % across == 0:
             spot.set_ylabel(label, fontsize=8.5)
         spot.xaxis.set_major_locator(MaxNLocator(integer=True))
-        spot.tick_params(labelsize=8)
-        spot.spines[["top", "right"]].set_visible(False)
-    handles: dict[str, Any] = {}
-    for spot in axes:
-        for handle, name in zip(*spot.get_legend_handles_labels(), strict=True):
-            handles.setdefault(name, handle)
-    figure = figure_of(axes[0])
-    figure.legend(
-        handles.values(), handles.keys(), fontsize=8, loc="lower center", ncols=columns, frameon=False
-    )
+        set_frame(spot)
+    add_legend(axes, columns)
     return axes

@@ -18,7 +18,17 @@ from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
-from vlmscope.report.canvas import BAR, DARK, Margins, add_bar, figure_of, grid, set_title, text_width
+from vlmscope.report.canvas import (
+    BAR,
+    DARK,
+    Margins,
+    add_bar,
+    add_legend,
+    grid,
+    set_frame,
+    set_title,
+    text_width,
+)
 from vlmscope.report.faithfulness import carried_by_size
 from vlmscope.report.flows import flow
 from vlmscope.report.heat_maps import panels
@@ -128,13 +138,9 @@ def measures(table: pd.DataFrame, names: Sequence[str], *, ax: Iterable[Axes] | 
         set_title(spot, name, 9.5)
         spot.set_ylim(-0.6, len(words) - 0.4)
         shown = words if n == 0 or ax is not None else [""] * len(words)
-        spot.set_yticks(range(len(words)), shown, fontsize=8.5)
-        spot.tick_params(axis="x", labelsize=8)
-        spot.grid(axis="x", color="#e5e5e5")
-        spot.set_axisbelow(True)
-        spot.spines[["top", "right"]].set_visible(False)
-    handles = axes[0].get_legend_handles_labels()
-    figure_of(axes[0]).legend(*handles, fontsize=8, loc="lower center", ncols=3, frameon=False)
+        spot.set_yticks(range(len(words)), shown)
+        set_frame(spot, "x")
+    add_legend(axes, 3)
     return axes
 
 
@@ -156,14 +162,11 @@ def edit(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     spot.plot(rows["value"], at, "o", color="#1f3f66", ms=4.5, label="edited")
     spot.plot(rows["before"], at, "|", color="#333333", ms=9, mew=1.6, label="before")
     spot.plot(rows["random"], at, "x", color="#B07020", ms=5, label="random columns")
-    spot.set_yticks(at, rows["measure"], fontsize=8.5)
+    spot.set_yticks(at, rows["measure"])
     spot.set_ylim(-0.6, len(rows) - 0.4)
     spot.set_xlim(-0.03, 1.03)
-    spot.tick_params(axis="x", labelsize=8)
-    spot.grid(axis="x", color="#e5e5e5")
-    spot.set_axisbelow(True)
-    spot.spines[["top", "right"]].set_visible(False)
-    figure_of(spot).legend(fontsize=8, loc="lower center", ncols=3, frameon=False)
+    set_frame(spot, "x")
+    add_legend([spot], 3)
     return spot
 
 
@@ -191,8 +194,7 @@ def scores_and_effects(
         set_title(spot, f"{kind}\nrank correlation {'unknown' if known is None else f'{known:.2f}'}", 9.5)
         spot.set_xlabel("score", fontsize=9)
         spot.set_ylabel("exact patch", fontsize=9)
-        spot.tick_params(labelsize=8)
-        spot.spines[["top", "right"]].set_visible(False)
+        set_frame(spot)
     add_bar(axes, scale, "layer")
     return axes
 
@@ -230,11 +232,9 @@ def words_over_layers(cells: pd.DataFrame, *, ax: Iterable[Axes] | None = None) 
         below.set_xlabel("layer", fontsize=9)
         for spot, label in ((above, "others beaten"), (below, "P(word)")):
             spot.set_ylabel(label if n == 0 else "", fontsize=9)
-            spot.tick_params(labelsize=8)
             spot.xaxis.set_major_locator(MaxNLocator(integer=True))
-            spot.spines[["top", "right"]].set_visible(False)
-    handles = axes[0].get_legend_handles_labels()
-    figure_of(axes[0]).legend(*handles, fontsize=8.5, loc="lower center", ncols=6, frameon=False)
+            set_frame(spot)
+    add_legend(axes, 6)
     return axes
 
 
