@@ -115,6 +115,8 @@ def test_noise_and_direction_and_engine(run, tmp_path):
     spec = vlmscope.read_run(tmp_path / "run").spec
     assert spec["corrupt"] == {"kind": "noise", "form": "add", "at": "text", "scale": 3.0, "draws": 2}
     assert (spec["direction"], spec["engine"], spec["dtype"]) == ("noise", "reference", "float64")
+    for words in (["--noise", "add"], ["--noise-at", "text"], ["--noise-scale", "2"], ["--draws", "2"]):
+        refused(run(*SWEEP, *SITES, *words, "--out", tmp_path / "x"), "are of noise", "take --corrupt noise")
 
 
 def test_your_own_images_and_a_report(run, tmp_path):
@@ -663,7 +665,9 @@ def test_neurons_find(run, scene, tmp_path):
     )
     refused(run(*asked, "--out", tmp_path / "no"), "nothing is known of what is shown", "name words")
     refused(run(*asked[:-2], "--word", "star", "--out", tmp_path / "no"), "--image needs a --prompt")
-    refused(run(*asked, "--data", "states", "--word", "x", "--out", tmp_path), "either --image or --data")
+    refused(
+        run(*asked, "--data", "states", "--word", "x", "--out", tmp_path), "both of --image and --data given"
+    )
 
 
 def test_neurons_describe_and_perturb(run, tmp_path):
@@ -786,7 +790,9 @@ def test_neurons_edit(run, scene, tmp_path, monkeypatch):
     assert status == 0 and "red -> blue" in out
     status, out, err = run("generate", "--model", tmp_path / "model", "--image", scene, "--prompt", ASK)
     assert status == 0, err
-    refused(run("neurons", "edit", *given, "--from", "red", "--out", file), "either --to WORD or --suppress")
+    refused(
+        run("neurons", "edit", *given, "--from", "red", "--out", file), "neither of --to and --suppress given"
+    )
     refused(
         run("neurons", "edit", *given, "--from", "red", "--to", "blue", "--margin", 2, "--out", file),
         "a margin is of the closed solver",
@@ -826,7 +832,7 @@ def test_what_states_say(run, tmp_path):
     assert set(found.lens["example"]) == {"a.png"} and found.lens["rank"].max() == 2
     assert found.words["word"].unique().tolist() == ["red"]
     assert "What states say" in (tmp_path / "lens" / "report.html").read_text()
-    refused(run("lens", *asked[:2], *sites, "--out", tmp_path / "x"), "give either --image or --data")
+    refused(run("lens", *asked[:2], *sites, "--out", tmp_path / "x"), "neither of --image and --data given")
     both = ["--model", "toy-llava", "--data", "states", "--prompt", "what?"]
     refused(run("lens", *both, *sites, "--out", tmp_path / "x"), "--prompt is of one --image")
     vision = ["--sites", "vision.*.resid@all"]

@@ -31,11 +31,11 @@ def lens(
 
     if given.data is not None and given.prompt is not None:
         raise VlmscopeError("--prompt is of one --image; the examples of --data have their own, leave it out")
+    if only_top and word:
+        raise VlmscopeError("--word has a rank among all words, --only-top is of the top ones; leave one out")
     examples = given.examples()
     Lens.claim(out)
     claim_report(out / "report.html")
-    if only_top and word:
-        raise VlmscopeError("--word has a rank among all words, --only-top is of the top ones; leave one out")
     named = given.data or examples[0].id
     found = read(given.load(), examples, sites, word or [], top=top, only_top=only_top, data=named)
     found.save(out)

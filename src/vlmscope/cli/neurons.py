@@ -40,7 +40,8 @@ class Shown(OneModel):
         if self.data is not None and self.image is None:
             return examples(self.data, limit=self.limit, seed=self.seed, columns=self.columns)
         if self.image is None or self.data is not None:
-            raise VlmscopeError("give either --image or --data")
+            many = "neither" if self.image is None else "both"
+            raise VlmscopeError(f"{many} of --image and --data given; give one of them")
         if self.prompt is None:
             raise VlmscopeError("--image needs a --prompt that asks for the caption")
         open_image(self.image)
@@ -202,7 +203,8 @@ def edit(
     from vlmscope.stats import shuffled
 
     if (target is None) != suppress:
-        raise VlmscopeError("give either --to WORD or --suppress")
+        many = "neither" if target is None else "both"
+        raise VlmscopeError(f"{many} of --to and --suppress given; give --to WORD, or else --suppress")
     room.check_margin(solver, margin)
     question = question or room.QUESTION
     room.is_there(source, question)

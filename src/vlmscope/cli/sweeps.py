@@ -33,15 +33,19 @@ class Patches(Study):
     def study(self, out: Path) -> tuple[Callable[..., Any], dict[str, Any]]:
         from vlmscope.studies.workers.orders import Named
 
-        if self.corrupt != "noise" and self.noise_scale is not None:
-            raise VlmscopeError("--noise-scale is of noise; leave it out, or take --corrupt noise")
+        noise = (self.noise, self.noise_at, self.noise_scale, self.draws)
+        if self.corrupt != "noise" and noise != ("multiply", "image", None, 10):
+            raise VlmscopeError(
+                "--noise, --noise-at, --noise-scale and --draws are of noise; leave them out, or take "
+                "--corrupt noise"
+            )
         if self.top is not None and self.screen is None:
             raise VlmscopeError("--top is of a screen; name one (--screen atp), or leave it out")
         how: Any = self.corrupt
         if how == "noise":
             from vlmscope.runs import corrupt as corruptions
 
-            how = corruptions.Noise(self.noise, self.noise_at, self.noise_scale, self.draws)
+            how = corruptions.Noise(*noise)
         options = {"sites": self.sites, "corrupt": how, "direction": self.direction, "metric": self.metric}
         options["check"] = self.check
         if not self.screen:

@@ -150,6 +150,12 @@ def set_frame(axes: Axes, across: Literal["x", "y"] | None = None) -> None:
         axes.set_axisbelow(True)
 
 
+def set_layers(axes: Axes) -> None:
+    """Layers across: whole numbers, of a single layer, too."""
+    axes.set_xlabel("layer", fontsize=9, color=DARK)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+
+
 # --- text ------------------------------------------------------------------------------------
 
 

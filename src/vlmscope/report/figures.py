@@ -16,7 +16,7 @@ from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize
-from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
+from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
 from vlmscope.report.canvas import (
     BAR,
@@ -26,6 +26,7 @@ from vlmscope.report.canvas import (
     add_legend,
     grid,
     set_frame,
+    set_layers,
     set_title,
     text_width,
 )
@@ -216,24 +217,24 @@ def words_over_layers(cells: pd.DataFrame, *, ax: Iterable[Axes] | None = None) 
         above, below = axes[n], axes[len(places) + n]
         above.axhline(0.5, color="#999999", lw=1, ls=":")
         for what, rows in cells[cells["place"] == place].groupby("what", sort=False):
-            style = {"color": colours[str(what)], "lw": 1.6}
+            style: dict[str, Any] = {"color": colours[str(what)], "lw": 1.6, "marker": "o", "ms": 2.5}
             above.plot(rows["layer"], rows["beaten"], label=str(what), **style)
             above.fill_between(
                 rows["layer"], rows["low"], rows["high"], color=style["color"], alpha=0.15, lw=0
             )
             below.plot(rows["layer"], rows["p"], **style)
-            below.plot(rows["layer"], rows["null_p"], ls="--", color=style["color"], lw=1)
+            below.plot(rows["layer"], rows["null_p"], "--x", color=style["color"], lw=1, ms=3)
         set_title(above, place, 9.5)
         above.set_ylim(-0.02, 1.02)
         below.set_yscale("log")
         below.yaxis.set_major_locator(LogLocator(numticks=5))
         below.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         below.yaxis.set_minor_locator(NullLocator())
-        below.set_xlabel("layer", fontsize=9)
         for spot, label in ((above, "others beaten"), (below, "P(word)")):
             spot.set_ylabel(label if n == 0 else "", fontsize=9)
-            spot.xaxis.set_major_locator(MaxNLocator(integer=True))
+            set_layers(spot)
             set_frame(spot)
+        above.set_xlabel("")  # that of the panel below
     add_legend(axes, 6)
     return axes
 

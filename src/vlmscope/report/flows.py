@@ -6,9 +6,17 @@ from collections.abc import Iterable, Iterator
 
 import pandas as pd
 from matplotlib.axes import Axes
-from matplotlib.ticker import MaxNLocator
 
-from vlmscope.report.canvas import DARK, Margins, add_legend, grid, set_frame, set_title, text_width
+from vlmscope.report.canvas import (
+    DARK,
+    Margins,
+    add_legend,
+    grid,
+    set_frame,
+    set_layers,
+    set_title,
+    text_width,
+)
 from vlmscope.report.gallery import Gallery, Shown
 from vlmscope.report.words import KINDS, TOWERS, upper_first
 from vlmscope.studies.tables import flow_table, is_edge
@@ -45,8 +53,7 @@ def flow(effects: pd.DataFrame, *, ax: Iterable[Axes] | None = None) -> list[Axe
             spot.fill_between(line["layer"], line["low"], line["high"], color=colour, alpha=0.15, lw=0)
             spot.plot(line["layer"], line["mean"], color=colour, lw=1.6, marker="o", ms=3, label=name)
         spot.axhline(0.0, color=DARK, lw=0.6)
-        spot.xaxis.set_major_locator(MaxNLocator(integer=True))
-        spot.set_xlabel("layer", fontsize=9, color=DARK)
+        set_layers(spot)
         spot.set_ylabel(VALUES[value], fontsize=9, color=DARK)
         set_frame(spot, "y")
     set_title(axes[0], _title(effects))

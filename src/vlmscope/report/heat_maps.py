@@ -43,7 +43,7 @@ VALUES = {
     "p_restored": "change in P(answer)",
     "p_patched": "P(answer) after the patch",
     "score": "score (logits)",
-    "restored": "share of P(answer) restored (0: corrupted, 1: clean)",
+    "restored": "share of P(answer) restored (1: clean)",
 }
 """The columns that can be drawn, with what stands at the colour bar."""
 
