@@ -65,7 +65,6 @@ from vlmscope.studies.workers.worker import Alone
 Say = Callable[[str], None]
 
 MODULES = ("resid", "attn", "cross", "mlp")
-SELECTION = formats.SELECTION.shape["format"]
 ORDER = ("image", "noise", "text")
 """By which corruption of a set it is asked what heads do."""
 SIZES, DRAWS = (0.1, 0.5, 1.0), 19
@@ -105,7 +104,8 @@ def run(
         say("\n".join(f"  {line}" for line in [*knows(base).lines(), made.check_line()]))
         useful += [] if base["excluded"].all() else [made.path]
     [chosen] = team.each([(_Pipeline.selection, sweeps)])
-    files.save(folder, "selection.json", {"format": SELECTION}, {"selection.csv": chosen})
+    form = formats.SELECTION
+    form.save(folder, {"format": form.name}, {"selection.csv": chosen})
     say(lines_of(chosen))
     if not useful:
         first = read_run(folder / "runs" / "-".join(sweeps[0])).baselines().iloc[0]
@@ -154,7 +154,7 @@ def _check_folder(spec: Spec, folder: Path) -> None:
             raise StoreError(
                 f"{folder}: not empty, and not a folder of notice (no notice.toml); choose another --out"
             )
-    files.claim(folder, "selection.json", SELECTION, ["selection.csv"])
+    formats.SELECTION.claim(folder)
     circuits.Found.claim(folder / "circuits")
     claim_report(folder / "report.html")
     if not file.exists():

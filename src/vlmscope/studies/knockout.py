@@ -7,6 +7,7 @@ al. 2024, arXiv 2411.18620).
 from __future__ import annotations
 
 import os
+from typing import Any
 
 import pandas as pd
 
@@ -65,9 +66,10 @@ def knocked_out(
     data: str = "examples",
     check: int = CHECKED,
     shard: Shard | None = None,
+    seed: int = 0,
 ) -> Study:
     """What `knockout`, with the same arguments, puts into a folder."""
-    return study_of(_task(model, examples, sites, how, engine, metric, shard), data, check)
+    return study_of(_task(model, examples, sites, how, engine, metric, shard, seed), data, check)
 
 
 def _task(
@@ -78,6 +80,7 @@ def _task(
     engine: Engine,
     metric: str | Metric,
     shard: Shard | None,
+    seed: int = 0,
 ) -> Task:
     if how not in CUTS:
         raise VlmscopeError(f"unknown knock-out {shown(how)}; expected {' or '.join(CUTS)}")
@@ -87,4 +90,5 @@ def _task(
             f"bad site {shown(plain)}: no edge of attention; expected such as decoder.*/9.attn@last<image, "
             "or ablate activations: vlmscope sweep --patch zero"
         )
-    return task_of(model, examples, patterns, None, engine=engine, metric=metric, patch=how, shard=shard)
+    options: dict[str, Any] = {"engine": engine, "metric": metric, "shard": shard, "seed": seed}
+    return task_of(model, examples, patterns, None, patch=how, **options)

@@ -40,7 +40,8 @@ class Alone:
         self, out: str | os.PathLike[str], study: Callable[..., Study], options: dict[str, Any]
     ) -> tuple[Run, int]:
         """As `Team.fill`."""
-        made = study(self.model, self.examples, **options)
+        examples = self.examples  # a file that is not there is refused before a model is loaded
+        made = study(self.model, examples, **options)
         return into_folder(made, out), len(made.task.numbers)
 
     def each(self, calls: Iterable[tuple[Any, ...]]) -> Iterator[Any]:
