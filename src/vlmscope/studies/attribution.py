@@ -7,7 +7,6 @@ a patch of each site would do (`patching.gradients`), and patch some of them to 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
 from dataclasses import fields
 from functools import partial
 from typing import Any, get_args
@@ -30,13 +29,14 @@ from vlmscope.sites import Sites, expand, parse
 from vlmscope.studies.agreement import agreement
 from vlmscope.studies.direct import check_sums, writers_of, written
 from vlmscope.studies.gradients import check_exact, estimated
-from vlmscope.studies.known import warn_of_excluded
-from vlmscope.studies.rows import run_jobs
-from vlmscope.studies.run_folder import ATTRIBUTIONS, Run, typed
-from vlmscope.studies.sweep import Direction, Study, into_folder
-from vlmscope.studies.task import Attribution, Method, Shard, Task, all_jobs, check_examples, spec_of, task_of
+from vlmscope.studies.rows import RowsOf
+from vlmscope.studies.run_folder import ATTRIBUTIONS, Run
+from vlmscope.studies.sweep import Direction, Study, table_of
+from vlmscope.studies.task import Attribution, Method, Shard, Task, check_examples, spec_of, task_of
 
 METHODS = get_args(Method)
+UNSIGNED = "atp-star"
+"""The method whose scores have no sign."""
 AGREEMENT = "agreement.json"
 MOST = 100_000
 """Sites of a kind and example that are verified, at most."""
@@ -99,22 +99,11 @@ def attribute(
     >>> int(table["exact"].notna().sum()), table.attrs["agreement"]["decoder.attn.h"]["spearman"] > 0.5
     (16, True)
     """
-    options = {"direction": direction, "metric": metric, "seed": seed, "shard": shard}
-    own = {"method": method, "verify": verify, "steps": steps, "word": word}
-    task = _task_of(model, examples, sites, corrupt, own, options)
-    if out is not None:
-        run = into_folder(_study_of(task, data), out)
-        warn_of_excluded(run.baselines())
-        table, found = run.attributions(), run.check
-    else:
-        results = list(run_jobs(task, all_jobs(task), work=_work_of(task)))
-        base = pd.concat([result.baseline for result in results], ignore_index=True)
-        warn_of_excluded(base)
-        table = typed(pd.concat([result.rows for result in results], ignore_index=True), ATTRIBUTIONS)
-        found = _check(task, base, table)
-    table.attrs["check"] = found
+    options: dict[str, Any] = {"method": method, "verify": verify, "steps": steps, "word": word}
+    options |= {"direction": direction, "metric": metric, "seed": seed, "data": data, "shard": shard}
+    table = table_of(attributed(model, examples, sites, corrupt, **options), out)
     if verify:
-        table.attrs["agreement"] = agreement_of(table, own)
+        table.attrs["agreement"] = agreement(table, verify, signed=method != UNSIGNED)
     return table
 
 
@@ -131,21 +120,16 @@ def attributed(
     direction: Direction = "denoise",
     metric: str | Metric = "ld",
     seed: int = 0,
-    shard: Shard | None = None,
     data: str = "examples",
+    shard: Shard | None = None,
 ) -> Study:
     """What `attribute`, with the same arguments, puts into a folder."""
-    options = {"direction": direction, "metric": metric, "seed": seed, "shard": shard}
     own = {"method": method, "verify": verify, "steps": steps, "word": word}
-    return _study_of(_task_of(model, examples, sites, corrupt, own, options), data)
-
-
-def _study_of(task: Attribution, data: str) -> Study:
-    return Study(task, _spec_of(task, data), _work_of(task), partial(_check_run, task))
-
-
-def _work_of(task: Attribution) -> Any:
-    return written if task.method == "direct" else estimated
+    options = {"direction": direction, "metric": metric, "seed": seed, "shard": shard}
+    task = _task_of(model, examples, sites, corrupt, own, options)
+    work: Any = written if method == "direct" else estimated
+    specify = partial(_spec_of, task, data)
+    return Study(task, ATTRIBUTIONS, work, partial(_check, task), specify, write_beside)
 
 
 def _task_of(
@@ -241,17 +225,12 @@ def _spec_of(task: Attribution, data: str) -> dict[str, Any]:
     return {name: value for name, value in spec_of(task, data).items() if name not in of_patches} | more
 
 
-def _check_run(task: Attribution, run: Run) -> dict[str, Any] | None:
-    table = run.attributions()
-    if task.verify:
-        files.write_json(run.path / AGREEMENT, agreement_of(table, run.spec))
-    return _check(task, run.baselines(), table)
+def write_beside(run: Run) -> None:
+    """Write how well the scores agree with patches (`studies.agreement`), where some are verified."""
+    if verify := run.spec.get("verify"):
+        found = agreement(run.attributions(), verify, signed=run.spec["method"] != UNSIGNED)
+        files.write_json(run.path / AGREEMENT, found)
 
 
-def agreement_of(table: pd.DataFrame, spec: Mapping[str, Any]) -> dict[str, Any]:
-    """How well the scores of a run that is verified agree with patches (`studies.agreement`)."""
-    return agreement(table, spec["verify"], signed=spec["method"] != "atp-star")
-
-
-def _check(task: Attribution, base: pd.DataFrame, table: pd.DataFrame) -> dict[str, Any] | None:
-    return check_sums(task, base) if task.method == "direct" else check_exact(task, base, table)
+def _check(task: Attribution, base: pd.DataFrame, rows_of: RowsOf) -> dict[str, Any] | None:
+    return check_sums(task, base) if task.method == "direct" else check_exact(task, base, rows_of)

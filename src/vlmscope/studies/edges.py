@@ -31,13 +31,12 @@ from vlmscope.sites import Site
 from vlmscope.stats import rng
 from vlmscope.studies.agreement import agreement
 from vlmscope.studies.edge_tables import by_reader, over_examples
-from vlmscope.studies.known import warn_of_excluded
 from vlmscope.studies.recheck import CHECKED, drawn_examples, verdict
-from vlmscope.studies.rows import result_of, run_jobs
-from vlmscope.studies.run_folder import EDGES, Run, parquet_of, typed
+from vlmscope.studies.rows import RowsOf, result_of
+from vlmscope.studies.run_folder import EDGES, Run, parquet_of
 from vlmscope.studies.run_writer import Todo
-from vlmscope.studies.sweep import Direction, Study, into_folder
-from vlmscope.studies.task import Result, Shard, Task, all_jobs, spec_of, task_of
+from vlmscope.studies.sweep import Direction, Study, table_of
+from vlmscope.studies.task import Result, Shard, Task, spec_of, task_of
 
 Array = NDArray[np.float64]
 MOST = 100_000
@@ -100,21 +99,11 @@ def edges(
     >>> list(table.columns), bool((table["target"] == "logits").any())
     (['source', 'target', 'score', 'exact', 'low', 'high'], True)
     """
-    own = {"method": method, "verify": verify, "steps": steps, "tower": tower}
-    options = {"direction": direction, "metric": metric, "seed": seed, "shard": shard}
-    task = _task_of(model, examples, corrupt, own, options)
-    if out is not None:
-        run = into_folder(_study_of(task, data), out)
-        warn_of_excluded(run.baselines())
-        each, found = run.edges(), run.check
-    else:
-        results = list(run_jobs(task, all_jobs(task), work=_scored))
-        base = pd.concat([result.baseline for result in results], ignore_index=True)
-        warn_of_excluded(base)
-        each = typed(pd.concat([result.rows for result in results], ignore_index=True), EDGES)
-        found = _check(task, base, each)
+    options: dict[str, Any] = {"method": method, "verify": verify, "steps": steps, "tower": tower}
+    options |= {"direction": direction, "metric": metric, "seed": seed, "data": data, "shard": shard}
+    each = table_of(edged(model, examples, corrupt, **options), out)
     table = over_examples(each)
-    table.attrs["check"] = found
+    table.attrs["check"] = each.attrs["check"]
     if verify:
         table.attrs["agreement"] = agreement(by_reader(each), verify)
     return table
@@ -129,20 +118,13 @@ def edged(
     steps: int | None = None,
     verify: int = 0,
     tower: str | None = None,
-    direction: Direction = "denoise",
-    metric: str | Metric = "ld",
-    seed: int = 0,
-    shard: Shard | None = None,
     data: str = "examples",
+    **options: Any,
 ) -> Study:
     """What `edges`, with the same arguments, puts into a folder."""
     own = {"method": method, "verify": verify, "steps": steps, "tower": tower}
-    options = {"direction": direction, "metric": metric, "seed": seed, "shard": shard}
-    return _study_of(_task_of(model, examples, corrupt, own, options), data)
-
-
-def _study_of(task: EdgeTask, data: str) -> Study:
-    return Study(task, _spec_of(task, data), _scored, partial(_check_run, task))
+    task = _task_of(model, examples, corrupt, own, options)
+    return Study(task, EDGES, _scored, partial(_check, task), partial(_spec_of, task, data), write_beside)
 
 
 def _task_of(
@@ -244,11 +226,6 @@ def _exact(
     return np.mean(found, axis=0)
 
 
-def _check_run(task: EdgeTask, run: Run) -> dict[str, Any] | None:
-    write_beside(run)
-    return _check(task, run.baselines(), run.edges())
-
-
 def write_beside(run: Run) -> None:
     """Write what is made of the whole table: means over examples, and how far they can be trusted."""
     each, verify = run.edges(), run.spec["verify"]
@@ -257,10 +234,11 @@ def write_beside(run: Run) -> None:
         files.write_json(run.path / "agreement.json", agreement(by_reader(each), verify))
 
 
-def _check(task: EdgeTask, base: pd.DataFrame, each: pd.DataFrame) -> dict[str, Any] | None:
+def _check(task: EdgeTask, base: pd.DataFrame, rows_of: RowsOf) -> dict[str, Any] | None:
     """Recompute some random exact edges by plain forwards; None if there are none."""
     drawn = drawn_examples(task, CHECKED, base)
-    rows = each[each["exact"].notna() & each["example"].isin(drawn)]
+    rows = rows_of(drawn)
+    rows = rows[rows["exact"].notna()]
     if rows.empty:
         return None
     rows = rows.iloc[rng(task.seed, "check", "rows").permutation(len(rows))[:CHECKED]]

@@ -21,7 +21,7 @@ from vlmscope.patching.trace import Images
 from vlmscope.sites import Site
 from vlmscope.stats import rng
 from vlmscope.studies.recheck import CHECKED, drawn_examples, verdict
-from vlmscope.studies.rows import result_of, words_of
+from vlmscope.studies.rows import RowsOf, result_of, words_of
 from vlmscope.studies.run_writer import Todo
 from vlmscope.studies.task import Attribution, Result
 
@@ -96,11 +96,11 @@ def _exact(
     return found
 
 
-def check_exact(task: Attribution, base: pd.DataFrame, table: pd.DataFrame) -> dict[str, Any] | None:
+def check_exact(task: Attribution, base: pd.DataFrame, rows_of: RowsOf) -> dict[str, Any] | None:
     """Recompute some random exact effects by plain forwards; None if there are none."""
-    rows = table[table["exact"].notna()]
     drawn = drawn_examples(task, CHECKED, base)
-    rows = rows[rows["example"].isin(drawn)]
+    rows = rows_of(drawn)
+    rows = rows[rows["exact"].notna()]
     if rows.empty:
         return None
     rows = rows.iloc[rng(task.seed, "check", "rows").permutation(len(rows))[:CHECKED]]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -28,6 +28,8 @@ from vlmscope.studies.task import Result, Task
 
 Work = Callable[[Task, Todo, Sequence[Site], Callable[[int, float], None]], Result]
 """`work(task, job, sites, step)`: what an example gives at sites."""
+RowsOf = Callable[[Collection[str]], pd.DataFrame]
+"""What reads the rows of some examples, by their ids."""
 
 
 def run_jobs(

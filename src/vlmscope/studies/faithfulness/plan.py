@@ -25,12 +25,12 @@ from vlmscope.studies.faithfulness.curve import FRACTIONS, Ratio, Shares
 from vlmscope.studies.faithfulness.measure import (
     Circuits,
     Measured,
-    Values,
     around,
     measured_of,
     on_curve,
     run_unkept,
     study_of,
+    values_of,
 )
 from vlmscope.studies.faithfulness.parts import Edges, Parts, parts_of
 from vlmscope.studies.faithfulness.result import FORMAT, Faithful
@@ -40,7 +40,7 @@ from vlmscope.studies.faithfulness.summary import areas, null, parts_table, repo
 from vlmscope.studies.faithfulness.words import lines
 from vlmscope.studies.known import knows
 from vlmscope.studies.run_folder import read_run
-from vlmscope.studies.sweep import Study
+from vlmscope.studies.sweep import Ran, Study
 from vlmscope.studies.task import Shard, Task, task_of
 
 Outside = Literal["corrupt", "mean", "zero"]
@@ -164,11 +164,11 @@ class Plan:
         own = {"digest": self.digest, "chosen": names, "fraction": chosen[1]}
         return study_of(self.measured(chosen), self.data, {"circuits": own})
 
-    def found(self, chosen: Chosen, ran: Values) -> Faithful:
+    def found(self, chosen: Chosen, ran: Ran) -> Faithful:
         """What the runs say."""
         circuit, fraction = chosen
-        values, base, check = ran
         task, model, parts, curve = self.measured(chosen), self.task.model, self.parts, self.curve
+        values, base = values_of(task, ran.base, ran.rows)
         sign = -1.0 if task.metric == "kl" else 1.0
         shares = Shares(sign * values, sign * base["value_clean"], self.ratio, task.seed)
         table = table_of(shares, self.order, self.fractions, curve, task.circuits)
@@ -188,7 +188,7 @@ class Plan:
             **areas(shares, self.order, self.fractions, curve),
             "circuit": reported(shares, circuit, fraction, task.circuits, knows(base).severity),
             "kinds": dict(Counter(parts.nouns[n] for n in sorted(circuit))),
-            "check": check,
+            "check": ran.check,
             "seed": task.seed,
         }
         summary["lines"] = lines(summary)
