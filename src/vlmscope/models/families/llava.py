@@ -22,7 +22,7 @@ from vlmscope.errors import ExampleError, ModelError
 from vlmscope.layout import Layout
 from vlmscope.models.families import causal, chat
 from vlmscope.models.inputs import Inputs
-from vlmscope.models.towers import CLIP_NORMS, Family, Tower
+from vlmscope.models.towers import CLIP_NORMS, Family, Tower, patches
 
 
 def used(config: Any) -> int:
@@ -50,30 +50,8 @@ def class_token(hf: Any) -> bool:
 
 
 def vision_layout(hf: Any, tensors: Mapping[str, Tensor]) -> Layout:
-    """Patches in rows, behind the class token; further pictures behind the first, without cells."""
-    size = hf.config.vision_config.patch_size
-    many = len(tensors["pixel_values"])
-    rows, columns = (n // size for n in tensors["pixel_values"].shape[-2:])
-    names = ["[CLS]"] * class_token(hf)
-    first = len(names)
-    cells = {first + r * columns + c: (r, c) for r in range(rows) for c in range(columns)}
-    tokens = [*names, *(f"{r},{c}" for r, c in cells.values())]
-    further = [f"{n}:{token}" for n in range(1, many) for token in tokens]
-    every = range(many * len(tokens))
-    images = tuple(n for n in every if n % len(tokens) >= first) if many > 1 else ()
-    return Layout((*tokens, *further), cells=cells, image=images, sequences=many)
-
-
-def blank(hf: LlavaForConditionalGeneration) -> Inputs:
-    """An empty picture and two tokens of text."""
-    vision = hf.config.vision_config
-    pixels = torch.zeros(1, 3, vision.image_size, vision.image_size)
-    many = (vision.image_size // vision.patch_size) ** 2
-    many += class_token(hf) - (hf.config.vision_feature_select_strategy == "default")
-    ids = torch.tensor([[0, *[hf.config.image_token_id] * many, 0]])
-    tensors = {"pixel_values": pixels, "input_ids": ids, "attention_mask": torch.ones_like(ids)}
-    layout = Layout(("",) * ids.shape[1], (0, ids.shape[1] - 1))
-    return Inputs(tensors, {"vision": vision_layout(hf, tensors), "decoder": layout})
+    """Patches in rows, behind the class token if there is one."""
+    return patches(tensors["pixel_values"], hf.config.vision_config.patch_size, class_token(hf))
 
 
 def leave(
@@ -172,7 +150,7 @@ LLAVA = Family(
     },
     logits="",
     encode=partial(causal.encode, causal.square, vision_layout),
-    blank=blank,
+    blank=None,
     leave=leave,
     finish=finish,
     generate=causal.generate,
