@@ -69,8 +69,15 @@ class Tower:
     deepstack: Callable[[Any], int] | None = None
 
 
-CLIP_NORMS = {"attn": ("layer_norm1",), "mlp": ("layer_norm2",)}
-"""The `norms` of vision towers that are built like CLIP's."""
+CLIP = Tower(
+    blocks="model.vision_tower.encoder.layers",
+    config="vision_config",
+    attn="self_attn.out_proj",
+    mlp="mlp.fc2",
+    attention={"attn": "self_attn"},
+    norms={"attn": ("layer_norm1",), "mlp": ("layer_norm2",)},
+)
+"""The vision tower of CLIP, and of all that are built like it (SigLIP's, BLIP's)."""
 
 
 def whole(processor: Any, image: Image.Image) -> Box:

@@ -28,7 +28,7 @@ from vlmscope.data.example import Span
 from vlmscope.errors import ExampleError
 from vlmscope.layout import Layout
 from vlmscope.models.inputs import Inputs
-from vlmscope.models.towers import CLIP_NORMS, Family, Tower, one_picture, patches, sides
+from vlmscope.models.towers import CLIP, Family, Tower, one_picture, patches, sides
 
 
 def _vision_layout(hf: PreTrainedModel, pixels: Tensor) -> Layout:
@@ -176,14 +176,8 @@ VQA = Family(
     model=BlipForQuestionAnswering,
     processor=BlipProcessor,
     towers={
-        "vision": Tower(
-            blocks="vision_model.encoder.layers",
-            config="vision_config",
-            attn="self_attn.projection",
-            mlp="mlp.fc2",
-            output="vision_model",
-            attention={"attn": "self_attn"},
-            norms=CLIP_NORMS,
+        "vision": replace(
+            CLIP, blocks="vision_model.encoder.layers", attn="self_attn.projection", output="vision_model"
         ),
         "encoder": _text("text_encoder.encoder.layer", reads="vision"),
         "decoder": _text("text_decoder.bert.encoder.layer", reads="encoder"),

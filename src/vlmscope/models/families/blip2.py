@@ -24,17 +24,9 @@ from vlmscope.errors import ExampleError
 from vlmscope.layout import Layout
 from vlmscope.models.families import causal, chat
 from vlmscope.models.inputs import Inputs
-from vlmscope.models.towers import CLIP_NORMS, Family, Tower, one_picture, patches
+from vlmscope.models.towers import CLIP, Family, Tower, one_picture, patches
 
-VISION = Tower(
-    blocks="vision_model.encoder.layers",
-    config="vision_config",
-    attn="self_attn.projection",
-    mlp="mlp.fc2",
-    attention={"attn": "self_attn"},
-    norms=CLIP_NORMS,
-    flow="plain",
-)
+VISION = replace(CLIP, blocks="vision_model.encoder.layers", attn="self_attn.projection", flow="plain")
 QFORMER = Tower(
     blocks="qformer.encoder.layer",
     config="qformer_config",

@@ -15,16 +15,7 @@ from transformers import Gemma3ForConditionalGeneration, PaliGemmaForConditional
 
 from vlmscope.layout import Layout
 from vlmscope.models.families import causal, chat
-from vlmscope.models.towers import CLIP_NORMS, Tower, patches
-
-SIGLIP = Tower(
-    blocks="model.vision_tower.encoder.layers",
-    config="vision_config",
-    attn="self_attn.out_proj",
-    mlp="mlp.fc2",
-    attention={"attn": "self_attn"},
-    norms=CLIP_NORMS,
-)
+from vlmscope.models.towers import CLIP, patches
 
 
 def vision_layout(hf: Any, tensors: Mapping[str, Tensor]) -> Layout:
@@ -58,7 +49,7 @@ def options(processor: Any, prompt: str, answer: str, images: int = 1) -> list[i
 GEMMA3 = causal.family(
     "Gemma 3",
     Gemma3ForConditionalGeneration,
-    vision=SIGLIP,
+    vision=CLIP,
     decoder=causal.llama(),
     cells=causal.square,
     layout=vision_layout,
@@ -67,7 +58,7 @@ PALIGEMMA = replace(
     causal.family(
         "PaliGemma",
         PaliGemmaForConditionalGeneration,
-        vision=SIGLIP,
+        vision=CLIP,
         decoder=causal.llama(),
         cells=causal.square,
         layout=vision_layout,

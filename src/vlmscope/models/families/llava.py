@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from functools import partial
+from dataclasses import replace
 from typing import Any
 
 import torch
 from jaxtyping import Float
 from PIL import Image
 from torch import Tensor
-from transformers import AutoProcessor, LlavaForConditionalGeneration, LlavaNextForConditionalGeneration
+from transformers import LlavaForConditionalGeneration, LlavaNextForConditionalGeneration
 from transformers.models.llava_next.modeling_llava_next import (
     get_anyres_image_grid_shape,
     image_size_to_num_patches,
@@ -20,9 +20,9 @@ from transformers.models.llava_next.modeling_llava_next import (
 from vlmscope.data.example import Box
 from vlmscope.errors import ExampleError, ModelError
 from vlmscope.layout import Layout
-from vlmscope.models.families import causal, chat
+from vlmscope.models.families import causal
 from vlmscope.models.inputs import Inputs
-from vlmscope.models.towers import CLIP_NORMS, Family, Tower, patches
+from vlmscope.models.towers import CLIP, patches
 
 
 def used(config: Any) -> int:
@@ -130,41 +130,26 @@ def view(processor: Any, image: Image.Image) -> Box:
     return left, top, left + across, top + down
 
 
-LLAVA = Family(
-    name="LLaVA",
-    architecture="LlavaForConditionalGeneration",
-    model=LlavaForConditionalGeneration,
-    processor=AutoProcessor,
-    towers={
-        "vision": Tower(
-            blocks="model.vision_tower.encoder.layers",
-            config="vision_config",
-            attn="self_attn.out_proj",
-            mlp="mlp.fc2",
-            depth=used,
-            joined=several,
-            attention={"attn": "self_attn"},
-            norms=CLIP_NORMS,
-        ),
-        "decoder": causal.llama(),
-    },
-    logits="",
-    encode=partial(causal.encode, causal.square, vision_layout),
-    blank=None,
+VISION = replace(CLIP, depth=used, joined=several)
+LLAVA = replace(
+    causal.family(
+        "LLaVA",
+        LlavaForConditionalGeneration,
+        vision=VISION,
+        decoder=causal.llama(),
+        cells=causal.square,
+        layout=vision_layout,
+    ),
+    towers={"vision": VISION, "decoder": causal.llama()},  # patches in the vision tower are rows, too
     leave=leave,
     finish=finish,
-    generate=causal.generate,
-    cache=lambda: None,
-    options=chat.options,
-    keywords=causal.KEYWORDS,
     view=view,
-    norm="model.language_model.norm",
 )
 
 NEXT = causal.family(
     "LLaVA-NeXT",
     LlavaNextForConditionalGeneration,
-    vision=LLAVA.towers["vision"],
+    vision=VISION,
     decoder=causal.llama(),
     cells=tiled,
     layout=causal.tiles(lambda config: config.vision_config.patch_size, class_token=class_token, count=tiles),
