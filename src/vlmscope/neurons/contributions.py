@@ -18,11 +18,12 @@ from torch import Tensor
 from vlmscope.data import Examples, listed
 from vlmscope.errors import ExampleError, ModelError
 from vlmscope.models.inputs import Inputs
-from vlmscope.neurons.captions import Caption, Variant, caption_pictures, given_caption, nouns, packed, wide
+from vlmscope.neurons.captions import Caption, Variant, caption_pictures, given_caption, nouns, packed
 from vlmscope.neurons.results import Found
 from vlmscope.neurons.weight_edit import base_fingerprint
 from vlmscope.runs.forward import forward
 from vlmscope.runs.model import Model
+from vlmscope.runs.network import upcast
 from vlmscope.sites import Point
 
 Neuron = tuple[int, int]
@@ -55,7 +56,7 @@ def contributions(
     caption: Caption, numbers: Sequence[int], weight: Float[Tensor, "layers neurons"]
 ) -> Float[Tensor, "numbers layers*neurons"]:
     """What each neuron contributes to a token, of this `weight`, at the tokens of a caption so numbered."""
-    active = wide(caption.activations[list(numbers)])
+    active = upcast(caption.activations[list(numbers)])
     return (active * weight.to(active)).flatten(1)
 
 

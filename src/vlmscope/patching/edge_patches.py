@@ -24,13 +24,13 @@ from vlmscope.patching.backward import Runs
 from vlmscope.patching.edge_circuits import Written, keep, written
 from vlmscope.patching.engine import batches, remember
 from vlmscope.patching.flows import Cell, Flow, Job, Row, Rows
-from vlmscope.patching.graph import Graph, Group, wide
+from vlmscope.patching.graph import Graph, Group
 from vlmscope.patching.scores import Metric, score
 from vlmscope.patching.suffix import Suffix
 from vlmscope.patching.trace import Images, trace
 from vlmscope.runs.forward import editing, forward
 from vlmscope.runs.hooks import Hooks
-from vlmscope.runs.network import Network
+from vlmscope.runs.network import Network, upcast
 from vlmscope.runs.readers import Anew, Reads, read_anew, watch
 from vlmscope.sites import Point, Site
 
@@ -103,7 +103,7 @@ class _EdgeFlow(Flow):
     def changed(self, some: Sequence[tuple[int, EdgeRow]], x: Tensor) -> Iterable[Anew]:
         for i, row in some:
             there = x[self.where(i)]
-            yield Anew(row.unit, self.where(i), (wide(there) + self.more(row, i).to(x.device)).to(x))
+            yield Anew(row.unit, self.where(i), (upcast(there) + self.more(row, i).to(x.device)).to(x))
 
     def more(self, row: EdgeRow, number: int) -> Tensor:
         return row.more[self.begins[number] :]
@@ -143,7 +143,7 @@ def moved(
     flow = FLOWS.get(network.flow(graph.tower, inputs))
     if not by_rows or any(callable(change.op) or change.op in CUTS for change in changes):
         flow = None
-    found, shift = np.zeros(len(writers)), 1 if graph.across else 0
+    found = np.zeros(len(writers))
     rows, single, ends = list[EdgeRow](), list[tuple[int, Group, int, Tensor]](), list[tuple[int, Tensor]]()
     for number, (writer, reader) in enumerate(zip(writers, readers, strict=True)):
         group = next(one for one in graph.groups if 0 <= reader - one.first < len(one.names))
@@ -152,7 +152,7 @@ def moved(
             assert source.across is not None and base.across is not None
             more = source.across - base.across
         else:
-            more = apart[writer - shift]
+            more = apart[writer - graph.apart]
         if not more.any():
             continue
         if by_rows and reads.kind == "end" and graph.tower == network.speaker:
@@ -203,7 +203,7 @@ def _job(runs: Runs, graph: Graph) -> tuple[Job, Tensor]:
 def _finished(job: Job, tower: str, end: Tensor, more: Tensor) -> Tensor:
     """The logits where this much more stands at the end of the tower that says the words."""
     family, there = job.network.family, end[:, -more.shape[1] :]
-    hidden = (wide(there) + more.to(there.device)).to(there)
+    hidden = (upcast(there) + more.to(there.device)).to(there)
     with job.network.alone(), editing(job.network, job.inputs, job.edits):
         output = family.leave(job.network.hf, tower, hidden)
         return family.finish(job.network.hf, job.inputs, tower, output, job.positions)
@@ -214,7 +214,7 @@ def _plain(runs: Runs, group: Group, unit: int, more: Tensor) -> Tensor:
     network, (inputs, edits) = runs.network, runs.base
 
     def change(x: Tensor) -> Iterable[Anew]:
-        yield Anew(unit, slice(None), (wide(x) + more.reshape(x.shape).to(x.device)).to(x))
+        yield Anew(unit, slice(None), (upcast(x) + more.reshape(x.shape).to(x.device)).to(x))
 
     with network.alone(), Hooks() as hooks:
         read_anew(hooks, network, inputs, group.reads, change)

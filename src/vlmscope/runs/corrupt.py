@@ -35,8 +35,8 @@ class Noise:
     - `add`: x + ε, ε ~ N(0, (scale·σ)²), σ the standard deviation of x; 3 in ROME.
     - `factor`: x·scale, no randomness; 0.7691 in a later notebook of the BLIP tracing authors.
 
-    `at` is what the language model reads of the image (`image`: `Model.image_site`, and what Qwen3-VL adds to
-    its image tokens behind its first blocks), or the embeddings of the text's tokens alone (`text`).
+    `at` is what the language model reads of the image (`image`: `Model.image_sites`), or the embeddings of
+    the text's tokens alone (`text`).
     """
 
     form: Literal["multiply", "add", "factor"] = "multiply"
@@ -126,11 +126,9 @@ def noisy(model: Model, at: str) -> tuple[Site, ...]:
     >>> [str(site) for site in noisy(load("toy-llava"), "image")]
     ['decoder.0.resid_pre@image']
     """
-    text = model.text_towers[0]
     if at == "text":
-        return (Site(text, 0, "resid_pre", position="text"),)
-    added = [Site(text, n, "deepstack", position="image") for n in model.shapes[text].having("deepstack")]
-    return (model.image_site, *added)
+        return (Site(model.text_towers[0], 0, "resid_pre", position="text"),)
+    return model.image_sites
 
 
 def _draw(shape: tuple[int, int], seed: str, number: int) -> Tensor:
