@@ -16,23 +16,32 @@ import pandas as pd
 from vlmscope import files
 from vlmscope.data import Examples, listed
 from vlmscope.data.rows import readable
-from vlmscope.errors import SEED, ExampleError, SiteError, VlmscopeError, shown, whole
+from vlmscope.errors import SEED, VlmscopeError, shown, whole
 from vlmscope.patching import gradients as estimates
 from vlmscope.patching.backward import check_network
 from vlmscope.patching.direct import check_place
 from vlmscope.patching.scores import Metric
 from vlmscope.runs import corrupt as corruptions
 from vlmscope.runs.corrupt import Noise
-from vlmscope.runs.model import Model
+from vlmscope.runs.model import Model, check_model
 from vlmscope.runs.prepare import option_of
 from vlmscope.sites import Sites, expand, parse
 from vlmscope.studies.agreement import agreement
 from vlmscope.studies.direct import check_sums, writers_of, written
-from vlmscope.studies.gradients import check_exact, estimated
-from vlmscope.studies.rows import RowsOf
+from vlmscope.studies.gradients import check_effects, estimated
+from vlmscope.studies.recheck import RowsOf
 from vlmscope.studies.run_folder import ATTRIBUTIONS, Run
 from vlmscope.studies.sweep import Direction, Study, table_of
-from vlmscope.studies.task import Attribution, Method, Shard, Task, check_examples, spec_of, task_of
+from vlmscope.studies.task import (
+    Attribution,
+    Method,
+    Shard,
+    Task,
+    check_any,
+    check_examples,
+    spec_of,
+    task_of,
+)
 
 METHODS = get_args(Method)
 UNSIGNED = "atp-star"
@@ -179,8 +188,7 @@ def _direct_task(
     own: dict[str, Any],
     options: dict[str, Any],
 ) -> Attribution:
-    if not isinstance(model, Model):
-        raise VlmscopeError(f"the model is {shown(model)}; expected a Model, as vlmscope.load gives it")
+    check_model(model)
     if own["verify"] or options["direction"] != "denoise" or options["metric"] != "ld":
         raise VlmscopeError(
             "the method direct is exact and of the logits: it has nothing to verify, no direction and no "
@@ -197,17 +205,7 @@ def _direct_task(
     expanded = expand(parse(task.sites), model.shapes)
     for site in expanded:
         check_place(model, site)
-    wrong: SiteError | None = None
-    for example in readable(task.examples):
-        try:
-            writers_of(model, expanded, task.pairs(example)[0].clean)
-            return task  # another example that lacks them is left out of the run
-        except ExampleError:
-            continue
-        except SiteError as error:
-            wrong = wrong or error
-    if wrong is not None:
-        raise wrong
+    check_any(task.examples, lambda example: writers_of(model, expanded, task.pairs(example)[0].clean))
     return task
 
 
@@ -233,4 +231,4 @@ def write_beside(run: Run) -> None:
 
 
 def _check(task: Attribution, base: pd.DataFrame, rows_of: RowsOf) -> dict[str, Any] | None:
-    return check_sums(task, base) if task.method == "direct" else check_exact(task, base, rows_of)
+    return check_sums(task, base) if task.method == "direct" else check_effects(task, base, rows_of)

@@ -24,15 +24,15 @@ from vlmscope.patching.edge_patches import exact
 from vlmscope.patching.edges import METHODS, Method, score_edges
 from vlmscope.patching.gradients import STEPS
 from vlmscope.patching.graph import Edge, Graph, check_tower
-from vlmscope.patching.scores import Metric, agrees
+from vlmscope.patching.scores import Metric, Score
 from vlmscope.runs.corrupt import Noise
 from vlmscope.runs.model import Model
 from vlmscope.sites import Site
-from vlmscope.stats import rng
 from vlmscope.studies.agreement import agreement
 from vlmscope.studies.edge_tables import by_reader, over_examples
-from vlmscope.studies.recheck import CHECKED, drawn_examples, verdict
-from vlmscope.studies.rows import RowsOf, result_of
+from vlmscope.studies.gradients import to_verify
+from vlmscope.studies.recheck import RowsOf, check_exact
+from vlmscope.studies.rows import add_scores, answer_of, result_of
 from vlmscope.studies.run_folder import EDGES, Run, parquet_of
 from vlmscope.studies.run_writer import Todo
 from vlmscope.studies.sweep import Direction, Study, table_of
@@ -168,53 +168,39 @@ def _scored(task: Task, job: Todo, _: Sequence[Site], step: Callable[[int, float
     graph = Graph(model, pairs[0].clean, task.tower)
     totals, base = np.zeros(len(graph.edges)), defaultdict[str, float](float)
     for number, pair in enumerate(pairs):
-        scores, runs = _of_pair(task, pair)
+        scores, clean, corrupt = _of_pair(task, pair)
         totals += scores / len(pairs)
-        for run, found in runs.items():
-            for name in ("p", "ld", "value"):
-                base[f"{name}_{run}"] += getattr(found, name).item() / len(pairs)
+        add_scores(base, clean, corrupt, len(pairs))
         step(len(totals), (number + 1) / len(pairs) / (2 if task.verify else 1))
     known: dict[int, float] = dict(enumerate(totals)) if task.method == "exact" else {}
     if task.verify:
-        some = _some(task, example, graph.edges, totals)
+        some = to_verify([*map(_kind, graph.edges)], totals, task.verify, task.seed, example.id)
         known = dict(zip(some, _exact(task, pairs, [graph.edges[n] for n in some]), strict=True))
-    predicted = model.answer(pairs[0].clean)
-    answered = {"predicted": predicted, "correct": agrees(predicted, example.answer)}
     common = {"example": example.id, "corruption": task.kind}
     rows = [
         {**common, "source": edge.source, "target": edge.target, "score": score, "exact": known.get(number)}
         for number, (edge, score) in enumerate(zip(graph.edges, totals.tolist(), strict=True))
     ]
-    return result_of(task, job, rows, pairs[0], {**base, **answered})
+    return result_of(task, job, rows, pairs[0], {**base, **answer_of(task, job, example, pairs[0])})
 
 
-def _of_pair(task: EdgeTask, pair: Pair) -> tuple[Array, dict[str, Any]]:
+def _of_pair(task: EdgeTask, pair: Pair) -> tuple[Array, Score, Score]:
     """The scores of all edges, and those of the two runs."""
     options: dict[str, Any] = {"metric": task.metric, "tower": task.tower}
     if task.method == "exact":
         plain = engine.patch(task.model, pair, [], task.direction, metric=task.metric)
         every = Graph(task.model, pair.clean, task.tower).edges
         scores = exact(task.model, pair, every, task.direction, **options)
-        return scores, {"clean": plain.clean, "corrupt": plain.corrupt}
+        return scores, plain.clean, plain.corrupt
     options |= {"steps": task.steps} if task.steps else {}
     found = score_edges(task.model, pair, task.direction, method=task.method, **options)
-    return found.scores, {"clean": found.clean, "corrupt": found.corrupt}
+    return found.scores, found.clean, found.corrupt
 
 
-def _some(task: EdgeTask, example: Example, edges: Sequence[Edge], scores: Array) -> list[int]:
-    """Of the edges into each kind of reader the numbers of the best, and of as many others, drawn at
-    random."""
-    kinds = defaultdict(list)
-    for number, edge in enumerate(edges):
-        _, _, reads, unit = [*edge.target.split("."), "", "", ""][:4]
-        kinds[reads, unit[:1]].append(number)
-    found: list[int] = []
-    for (kind, part), numbers in kinds.items():
-        order = np.argsort(-np.abs(scores[numbers]), kind="stable")
-        best, rest = order[: task.verify], np.sort(order[task.verify :])
-        drawn = rng(task.seed, "verify", example.id, kind, part).permutation(rest)[: task.verify]
-        found += [numbers[n] for n in [*best, *drawn]]
-    return found
+def _kind(edge: Edge) -> tuple[str, str]:
+    """The kind of what reads, and its part."""
+    _, _, reads, unit = [*edge.target.split("."), "", "", ""][:4]
+    return reads, unit[:1]
 
 
 def _exact(
@@ -236,16 +222,9 @@ def write_beside(run: Run) -> None:
 
 def _check(task: EdgeTask, base: pd.DataFrame, rows_of: RowsOf) -> dict[str, Any] | None:
     """Recompute some random exact edges by plain forwards; None if there are none."""
-    drawn = drawn_examples(task, CHECKED, base)
-    rows = rows_of(drawn)
-    rows = rows[rows["exact"].notna()]
-    if rows.empty:
-        return None
-    rows = rows.iloc[rng(task.seed, "check", "rows").permutation(len(rows))[:CHECKED]]
-    largest = 0.0
-    for name, some in rows.groupby("example", sort=False):
+
+    def recompute(example: Example, some: pd.DataFrame) -> Array:
         wanted = list(zip(some["source"], some["target"], strict=True))
-        again = _exact(task, task.pairs(drawn[str(name)]), wanted, by_rows=False)
-        largest = max(largest, float(np.abs(again - some["exact"].to_numpy()).max()))
-    said = f"{len(rows)} exact edges were recomputed by plain forwards and differ"
-    return verdict(task, len(rows), largest, base[["value_clean", "value_corrupt"]], said)
+        return _exact(task, task.pairs(example), wanted, by_rows=False)
+
+    return check_exact(task, base, rows_of, "edges", recompute)

@@ -25,8 +25,8 @@ from vlmscope.runs.model import Model
 from vlmscope.sites import Pattern, Site, Sites
 from vlmscope.stats import rng
 from vlmscope.studies.known import warn_of_excluded
-from vlmscope.studies.recheck import CHECKED, drawn_examples, verdict
-from vlmscope.studies.rows import RowsOf, Work, patch_example, patched, run_jobs
+from vlmscope.studies.recheck import CHECKED, RowsOf, drawn_examples, verdict
+from vlmscope.studies.rows import Work, patch_example, patched, run_jobs
 from vlmscope.studies.run_folder import BASELINES, CROSSED, EFFECTS, Run, read_run, typed
 from vlmscope.studies.run_writer import Todo, add_pictures, open_run
 from vlmscope.studies.task import Shard, Task, all_jobs, description_of, spec_of, task_of

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
@@ -24,7 +24,7 @@ from vlmscope.patching.scores import Metric, check_metric
 from vlmscope.patching.sources import Means, Source, check_source, check_widths, crossed, resampled, zeros
 from vlmscope.runs import corrupt as corruptions
 from vlmscope.runs.corrupt import Corruption, Noise
-from vlmscope.runs.model import Model
+from vlmscope.runs.model import Model, check_model
 from vlmscope.runs.prepare import option_of
 from vlmscope.sites import Pattern, Point, Site, Sites, expand, parse, place, points_of
 from vlmscope.stats import rng
@@ -178,8 +178,7 @@ def task_of(
     **options: Any,
 ) -> Task:
     """Checked against the model and the data before anything runs; `options` are the other fields."""
-    if not isinstance(model, Model):
-        raise VlmscopeError(f"the model is {shown(model)}; expected a Model, as vlmscope.load gives it")
+    check_model(model)
     corruption = None if corrupt is None else corruptions.parse(corrupt)
     task = Task(model, listed(examples), [str(site) for site in parse(sites)], corruption, **options)
     if source is not None:
@@ -268,13 +267,23 @@ def check_sites(
                 f"bad site {shown(site)}: no example has a role {shown(unknown[0])}; the roles of this data: "
                 f"{', '.join(roles) or 'none'}; name one of these{nearest(unknown[0], roles)}"
             )
+
+    def find(example: Example) -> None:
+        clean = model.prepare(replace(example, corrupt_image=None, corrupt_prompt=None)).clean
+        for one in expanded:
+            place(one, clean.layout)
+
+    check_any(examples, find)
+
+
+def check_any(examples: Sequence[Example], find: Callable[[Example], object]) -> None:
+    """Raises the `SiteError` of the first example, where `find` raises one for all that can be run: others
+    that lack a place are left out of the run."""
     wrong: SiteError | None = None
     for example in readable(examples):
         try:
-            clean = model.prepare(replace(example, corrupt_image=None, corrupt_prompt=None)).clean
-            for one in expanded:
-                place(one, clean.layout)
-            return  # another example that lacks them is left out of the run
+            find(example)
+            return
         except ExampleError:
             continue
         except SiteError as error:

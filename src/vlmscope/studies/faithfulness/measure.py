@@ -13,15 +13,14 @@ import pandas as pd
 
 from vlmscope.data.example import Example
 from vlmscope.patching import reference
-from vlmscope.patching.scores import agrees
 from vlmscope.patching.trace import Images
 from vlmscope.sites import Site
 from vlmscope.stats import rng
 from vlmscope.studies.faithfulness.curve import NONE, random_like, sizes
 from vlmscope.studies.faithfulness.parts import Edges, Nodes, Parts
 from vlmscope.studies.known import warn_of_excluded
-from vlmscope.studies.recheck import drawn_examples, verdict
-from vlmscope.studies.rows import RowsOf, result_of
+from vlmscope.studies.recheck import RowsOf, drawn_examples, verdict
+from vlmscope.studies.rows import add_scores, answer_of, result_of
 from vlmscope.studies.run_folder import MEASURED
 from vlmscope.studies.run_writer import Todo
 from vlmscope.studies.sweep import Study, in_memory
@@ -103,20 +102,16 @@ def _names(circuits: Circuits) -> dict[str, str]:
 def measured(task: Task, job: Todo, sites: Sequence[Site], step: Callable[[int, float], None]) -> Result:
     """The rows of one example: means over its pairs."""
     assert isinstance(task, Measured)
-    model, example = task.model, task.examples[job.number]
+    example = task.examples[job.number]
     pairs = task.pairs(example)
     names = list(dict.fromkeys(_names(task.circuits).values()))
     totals, base = _runs(task, example, [task.circuits[name] for name in names], step)
-    answered = {}
-    if not job.done:
-        predicted = model.answer(pairs[0].clean)
-        answered = {"predicted": predicted, "correct": agrees(predicted, example.answer)}
     common = {"example": example.id, "corruption": task.kind}
     rows = [
         {**common, "circuit": name, "p": p, "ld": ld, "value": value}
         for name, (p, ld, value) in zip(names, totals.tolist(), strict=True)
     ]
-    return result_of(task, job, rows, pairs[0], {**base, **answered})
+    return result_of(task, job, rows, pairs[0], {**base, **answer_of(task, job, example, pairs[0])})
 
 
 def _runs(
@@ -132,9 +127,7 @@ def _runs(
     for number, pair in enumerate(pairs):
         clean, corrupt, found = task.parts.run(task, example, pair, circuits, images, **options)
         totals += found.numpy() / len(pairs)
-        for run, scores in (("clean", clean), ("corrupt", corrupt)):
-            for name in ("p", "ld", "value"):
-                base[f"{name}_{run}"] += getattr(scores, name).item() / len(pairs)
+        add_scores(base, clean, corrupt, len(pairs))
         step(len(circuits), (number + 1) / len(pairs))
     return totals, dict(base)
 
