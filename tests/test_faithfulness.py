@@ -345,14 +345,14 @@ def test_parts_of_a_table():
         row | {"site": "decoder.0.attn.h[0,1]@all", "unit": "h[0,1]", "slot": "all", "score": 9.0},
         row | {"site": "decoder.0/3.mlp@all", "kind": "mlp", "slot": "all", "score": 9.0},
     ]
-    found = by_part(pd.DataFrame(rows), "score", None)
+    found = by_part(pd.DataFrame(rows), None)
     assert found.loc["a"].to_dict() == {
         "decoder.0.attn.h0": 1.0,
         "decoder.0.attn.h1": 5.0,
         "decoder.0.mlp": 7.0,
     }
     with pytest.raises(StoreError, match="of no head, neuron or sublayer"):
-        by_part(pd.DataFrame(rows[7:]), "score", "scores")
+        by_part(pd.DataFrame(rows[7:]), "scores")
 
 
 def test_expressions_name_the_parts(model):
