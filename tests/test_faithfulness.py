@@ -477,7 +477,7 @@ def test_scores_of_something_else(model, scored, tmp_path):
     ("options", "said"),
     [
         ({"outside": "noise"}, "unknown outside 'noise'; expected corrupt, mean, zero"),
-        ({"ratio": "mean"}, "unknown ratio 'mean'; expected means, median"),
+        ({"ratio": "mean"}, "unknown ratio 'mean'; expected means or median"),
         ({"draws": 0}, "the number of random circuits is '0'"),
         ({"fractions": (0.5,)}, "one fraction is no curve"),
         ({"fractions": (0.5, 0.50000001)}, "one fraction is no curve"),

@@ -25,7 +25,7 @@ from vlmscope import files, stored
 from vlmscope.data.example import Box, Example, Picture
 from vlmscope.data.images import open_image, small_png
 from vlmscope.data.masks import covered
-from vlmscope.errors import ExampleError, ModelError, RoomError, VlmscopeError, number, shown, whole
+from vlmscope.errors import ExampleError, ModelError, RoomError, choice, number, whole
 from vlmscope.explanation import maps
 from vlmscope.explanation.said import At, Reference, Said, say
 from vlmscope.layout import Layout, grid
@@ -140,9 +140,9 @@ def explain(
     (True, True)
     """
     check_model(model)
-    _one_of(reference, Reference, "reference")
-    _one_of(direction, maps.Direction, "direction")
-    _one_of(at, At, "place of cells")
+    choice(reference, "reference", get_args(Reference))
+    choice(direction, "direction", get_args(maps.Direction))
+    choice(at, "place of cells", get_args(At))
     patches = whole(patches, "the number of patches", 1)
     length = whole(length, "the number of tokens", 1, 1000)
     picture = open_image(image)
@@ -232,11 +232,6 @@ def _said(said: Said, exact: maps.Exact) -> pd.DataFrame:
     rows = [(n, word.text, *word.span, len(word.tokens)) for n, word in enumerate(said.words)]
     table = pd.DataFrame(rows, columns=["word", "text", "start", "end", "tokens"])
     return table.assign(logprob=exact.logprob, without=exact.without)
-
-
-def _one_of(value: str, names: Any, what: str) -> None:
-    if value not in get_args(names):
-        raise VlmscopeError(f"unknown {what} {shown(value)}; expected {' or '.join(get_args(names))}")
 
 
 @contextmanager

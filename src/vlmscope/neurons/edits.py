@@ -18,7 +18,7 @@ from torch import Tensor
 
 from vlmscope.data import Examples, listed
 from vlmscope.data.example import Example
-from vlmscope.errors import ExampleError, ModelError, VlmscopeError
+from vlmscope.errors import ExampleError, ModelError, VlmscopeError, choice
 from vlmscope.models.inputs import Inputs
 from vlmscope.neurons.captions import (
     LENGTH,
@@ -228,8 +228,7 @@ def check_margin(solver: str, margin: float | None) -> float:
     >>> check_margin("closed", None)
     4.0
     """
-    if solver not in get_args(Solver):
-        raise VlmscopeError(f"unknown solver '{solver}'; expected {' or '.join(get_args(Solver))}")
+    choice(solver, "solver", get_args(Solver))
     if solver != "closed" and margin is not None:
         raise VlmscopeError(
             "a margin is of the closed solver; the learned one goes on until each new word has a probability "

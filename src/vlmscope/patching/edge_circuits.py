@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from vlmscope.errors import VlmscopeError, shown
+from vlmscope.errors import choice
 from vlmscope.models.inputs import Pair
 from vlmscope.patching.graph import Graph, Writes
 from vlmscope.patching.scores import Metric, Score, score, unpatched
@@ -84,8 +84,7 @@ def circuits(
     >>> whole > 0 > none, abs(blind - whole) > abs(blind - none)
     (True, True)
     """
-    if run not in ("clean", "corrupt"):
-        raise VlmscopeError(f"unknown run {shown(run)}; expected clean or corrupt")
+    choice(run, "run", ("clean", "corrupt"))
     graph = Graph(network, pair.clean, tower)
     own, other = (written(graph, pair, which) for which in (run, "corrupt" if run == "clean" else "clean"))
     ends = (own, other) if run == "clean" else (other, own)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from vlmscope.data.example import Example
-from vlmscope.errors import ExampleError, VlmscopeError, number, shown, whole
+from vlmscope.errors import ExampleError, VlmscopeError, choice, number, shown, whole
 from vlmscope.models.inputs import Edit, Inputs, Pair
 from vlmscope.runs.forward import forward
 from vlmscope.runs.model import Model
@@ -45,8 +45,7 @@ class Noise:
     draws: int = 10
 
     def __post_init__(self) -> None:
-        if self.form not in list(FORMS):
-            raise VlmscopeError(f"unknown noise {shown(self.form)}; expected one of {', '.join(FORMS)}")
+        choice(self.form, "noise", FORMS)
         if self.at not in ("image", "text"):
             raise VlmscopeError(f"noise at {shown(self.at)} is unknown; expected image or text")
         draws = whole(self.draws, "the number of draws of noise", 1, MOST_DRAWS)

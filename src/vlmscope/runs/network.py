@@ -216,13 +216,16 @@ class Network:
 
     def placed(self, sites: Sites, inputs: Inputs) -> list[Site]:
         """All sites that expressions name in one run; what has its numbers of positions stays as it is."""
+        return [place for site in self.named(sites) for place in self.places(site, inputs)]
+
+    def named(self, sites: Sites) -> list[Site]:
+        """All sites that expressions name, in any run; what is a site already stays as it is."""
         several = [sites] if isinstance(sites, (str, Pattern, Site)) else sites
-        each = (
-            place
+        return [
+            found
             for site in several
-            for place in ([site] if isinstance(site, Site) else expand(parse(site), self.shapes))
-        )
-        return [place for site in each for place in self.places(site, inputs)]
+            for found in ([site] if isinstance(site, Site) else expand(parse(site), self.shapes))
+        ]
 
     def changes(self, inputs: Inputs, edits: Iterable[Edit]) -> list[Change]:
         """What edits are in one run, layer by layer."""

@@ -16,7 +16,7 @@ import pandas as pd
 from vlmscope import files
 from vlmscope.data import Examples, listed
 from vlmscope.data.rows import readable
-from vlmscope.errors import SEED, VlmscopeError, shown, whole
+from vlmscope.errors import SEED, VlmscopeError, choice, whole
 from vlmscope.patching import gradients as estimates
 from vlmscope.patching.backward import check_network
 from vlmscope.patching.direct import check_place
@@ -151,8 +151,7 @@ def _task_of(
 ) -> Attribution:
     """Checked against the model and the data before anything runs."""
     method = own["method"]
-    if method not in METHODS:
-        raise VlmscopeError(f"unknown method {shown(method)}; expected {', '.join(METHODS)}")
+    choice(method, "method", METHODS)
     own["verify"] = whole(own["verify"], "the number of sites to verify", most=MOST)
     if own["steps"] is not None and method != "ig":
         raise VlmscopeError(f"{method} has no steps, only ig has; leave them out")

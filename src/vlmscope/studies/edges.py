@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from vlmscope import files
 from vlmscope.data import Examples
 from vlmscope.data.example import Example
-from vlmscope.errors import VlmscopeError, shown, whole
+from vlmscope.errors import VlmscopeError, choice, whole
 from vlmscope.models.inputs import Pair
 from vlmscope.patching import engine
 from vlmscope.patching.backward import check_network
@@ -130,8 +130,7 @@ def edged(
 def _task_of(
     model: Model, examples: Examples, corrupt: str | Noise, own: dict[str, Any], options: dict[str, Any]
 ) -> EdgeTask:
-    if own["method"] not in METHODS:
-        raise VlmscopeError(f"unknown method {shown(own['method'])}; expected {', '.join(METHODS)}")
+    choice(own["method"], "method", METHODS)
     own["verify"] = whole(own["verify"], "the number of edges to verify", most=MOST)
     if own["method"] == "exact" and own["verify"]:
         raise VlmscopeError("the method exact patches every edge and has nothing to verify; leave it out")

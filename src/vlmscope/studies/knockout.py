@@ -12,7 +12,7 @@ from typing import Any
 import pandas as pd
 
 from vlmscope.data import Examples
-from vlmscope.errors import SiteError, VlmscopeError, shown
+from vlmscope.errors import SiteError, choice, shown
 from vlmscope.models.inputs import CUTS, Cut
 from vlmscope.patching.scores import Metric
 from vlmscope.runs.model import Model
@@ -67,8 +67,7 @@ def knocked_out(
     **options: Any,
 ) -> Study:
     """What `knockout`, with the same arguments, puts into a folder."""
-    if how not in CUTS:
-        raise VlmscopeError(f"unknown knock-out {shown(how)}; expected {' or '.join(CUTS)}")
+    choice(how, "knock-out", CUTS)
     patterns = parse(sites)
     if plain := next((one for one in patterns if not one.source), None):
         raise SiteError(

@@ -16,7 +16,17 @@ from torch import Tensor
 from vlmscope.data import Examples, listed
 from vlmscope.data.example import Example, fingerprint
 from vlmscope.data.rows import Digests, Rows, ids_of, readable, roles_of
-from vlmscope.errors import SEED, DataError, ExampleError, SiteError, VlmscopeError, nearest, shown, whole
+from vlmscope.errors import (
+    SEED,
+    DataError,
+    ExampleError,
+    SiteError,
+    VlmscopeError,
+    choice,
+    nearest,
+    shown,
+    whole,
+)
 from vlmscope.layout import grid
 from vlmscope.models.inputs import CUTS, Cut, Inputs, Pair
 from vlmscope.patching import gradients as estimates
@@ -111,14 +121,7 @@ class Task:
         """The patches of one example at sites, each with the place that its value comes from."""
         if source is None:
             return [(site, site) for site in self.model.placed(sites, inputs)]
-        several = [sites] if isinstance(sites, (str, Pattern, Site)) else sites
-        there = [
-            one for site in several for one in ([site] if isinstance(site, Site) else self._expand(site))
-        ]
-        return crossed(self.model, there, self._expand(source), inputs)
-
-    def _expand(self, sites: Sites) -> list[Site]:
-        return expand(parse(sites), self.model.shapes)
+        return crossed(self.model, self.model.named(sites), self.model.named(source), inputs)
 
     def values(
         self, example: Example, pair: Pair, sites: Sequence[Site]
@@ -187,10 +190,8 @@ def task_of(
                 f"values come from {len(given)} expressions; expected one, such as decoder.*.resid@5"
             )
         task = replace(task, source=str(given[0]))
-    if task.direction not in ("denoise", "noise"):
-        raise VlmscopeError(f"unknown direction {shown(task.direction)}; expected denoise or noise")
-    if task.engine not in ("fast", "reference"):
-        raise VlmscopeError(f"unknown engine {shown(task.engine)}; expected fast or reference")
+    choice(task.direction, "direction", ("denoise", "noise"))
+    choice(task.engine, "engine", ("fast", "reference"))
     whole(task.seed, "the seed", most=SEED)
     check_metric(task.metric)
     if not task.are_edges:

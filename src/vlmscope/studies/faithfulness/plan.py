@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 
 from vlmscope.data import Examples, listed
-from vlmscope.errors import SEED, ModelError, StoreError, VlmscopeError, number, shown, whole
+from vlmscope.errors import SEED, ModelError, StoreError, VlmscopeError, choice, number, whole
 from vlmscope.patching.scores import Metric
 from vlmscope.runs import corrupt as corruptions
 from vlmscope.runs.corrupt import Noise
@@ -70,8 +70,8 @@ def plan_of(
     shard: Shard | None = None,
 ) -> Plan:
     """What `faithfulness` is asked for, checked against the model and the data before anything runs."""
-    _check_choice("outside", outside, Outside)
-    _check_choice("ratio", ratio, Ratio)
+    choice(outside, "outside", get_args(Outside))
+    choice(ratio, "ratio", get_args(Ratio))
     draws, seed = whole(draws, "the number of random circuits", 1, 1000), whole(seed, "the seed", most=SEED)
     fractions = _fractions(fractions)
     if corrupt is None and outside == "corrupt":
@@ -214,11 +214,6 @@ class Plan:
         summary["lines"] = [*lines(summary)]
         rows = parts_table(shares, named, parts, circuit)
         return Faithful(table, rows, summary, _importances(model, parts, self.means, named))
-
-
-def _check_choice(what: str, value: str, choices: Any) -> None:
-    if value not in get_args(choices):
-        raise VlmscopeError(f"unknown {what} {shown(value)}; expected {', '.join(get_args(choices))}")
 
 
 def _fractions(given: Sequence[float]) -> list[float]:
