@@ -269,7 +269,7 @@ def test_words(whole):
             "without_high": None,
         },
     }
-    assert room.words.lines(summary) == [
+    assert [*room.words.lines(summary)] == [
         "CPR 0.50 [0.40, 0.60], CMD 0.50",
         "the 144 parts that have scores carry 50 % of the gap between the two runs: what else carries it has "
         "no score, and computes freely",

@@ -41,16 +41,23 @@ class Options:
         if self.gardener.form == "C":
             self.fetch()
             self.match()
-            path = self.gardener.path
-            self.gardener.move("decoder.1.cross", "mover", path, SIZE * path)
-            self.select("decoder.2.cross")
+            quiet = self.quiet("decoder.1.cross")
+            self.gardener.move("decoder.1.cross", "mover", self.gardener.path, SIZE * quiet)
+            self.select("decoder.2.cross", quiet)
             self.copy("decoder.2.cross")
         else:
-            self.select("decoder.3.attn")
+            self.select("decoder.3.attn", self.gardener.path)
 
-    def read(self, x: Tensor, answers: Tensor) -> Linear:
-        """What reads the color off the readers' directions, larger by 1 for the color that is there."""
-        weight, bias = self.fits.along(x, self.gardener.path)
+    def quiet(self, layer: str) -> Tensor:
+        """A direction for each color that says none by itself: what of the readers' does is taken off."""
+        voices = self.gardener.voices(self.gardener.at(layer))
+        said = torch.linalg.svd(voices, full_matrices=False)[0][:, : MANY - 1]  # they sum to 0
+        path = self.gardener.path
+        return torch.linalg.qr(path - said @ (said.T @ path))[0]
+
+    def read(self, x: Tensor, answers: Tensor, path: Tensor) -> Linear:
+        """What reads the color off such directions, larger by 1 for the color that is there."""
+        weight, bias = self.fits.along(x, path)
         found = x @ weight.T
         shown = nn.functional.one_hot(answers, MANY).bool()
         gain = 1 / (found[shown].mean() - found[~shown].mean())
@@ -65,7 +72,7 @@ class Options:
         noun[:, gardener.batch.noun_at] = 1.0
         key, _ = self.fits.images(x, noun)
         query, _ = self.fits.images(x, self.words.sum(-1, keepdim=True))
-        value = self.read(x[:, gardener.batch.noun_at], self.answers)
+        value = self.read(x[:, gardener.batch.noun_at], self.answers, gardener.path)
         gardener.write(
             gardener.take(layer, "fetcher"), sharper(query, SURE), key, value, SIZE * gardener.path
         )
@@ -82,7 +89,7 @@ class Options:
         word, _ = self.fits.images(x, self.words)
         rows = self.words.sum(-1) > 0
         answers = self.answers[:, None].expand(rows.shape)[rows]
-        color = self.read(x[rows], answers)
+        color = self.read(x[rows], answers, gardener.path)
         numbers = gardener.draw.sample(range(len(block.intermediate.dense.weight)), MANY)
         with torch.no_grad():
             for n, neuron in enumerate(numbers):
@@ -92,12 +99,12 @@ class Options:
                 block.output.dense.weight[:, neuron] = SIZE / (0.5 * SURE) * gardener.marked[:, n]
                 gardener.made.roles[f"encoder.2.mlp.n{neuron}"] = "matcher"
 
-    def select(self, layer: str) -> None:
-        """A head whose query is the color that was read: its word is looked at, and said."""
+    def select(self, layer: str, path: Tensor) -> None:
+        """A head whose query is the color that was written there: its word is looked at, and said."""
         gardener = self.gardener
         own = gardener.at(layer)
         x, keys = self.fits.inputs([own.query, own.key])
-        color = self.read(x[:, -1], self.answers)
+        color = self.read(x[:, -1], self.answers, path)
         word, _ = self.fits.images(keys, self.words)
         voices = gardener.voices(own)
         gardener.write(gardener.take(layer, "selector"), sharper(color, 1.5 * SURE), word, word, voices)

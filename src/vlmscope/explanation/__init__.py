@@ -21,7 +21,7 @@ import numpy as np
 import pandas as pd
 from PIL import Image
 
-from vlmscope import files, stored
+from vlmscope import stored
 from vlmscope.data.example import Box, Example, Picture
 from vlmscope.data.images import open_image, small_png
 from vlmscope.data.masks import covered
@@ -37,7 +37,6 @@ from vlmscope.runs.model import Model, check_model
 from vlmscope.sites import Site
 from vlmscope.stored import formats
 
-MANIFEST, WHAT = "explain.json", "explain"
 PATCHES = 48
 """How many cells and groups of cells are replaced by default."""
 NEURONS, TOKENS = 10, 6
@@ -77,7 +76,7 @@ class Explanation:
         listed = pd.DataFrame({"example": ["picture"], "file": ["0000.png"]})
         content: dict[str, Any] = {f"{name}.csv": table for name, table in self.tables.items()}
         content |= {"pictures.csv": listed, "pictures/0000.png": small_png(self.picture, page.SIDE)}
-        files.save(folder, MANIFEST, self.about, {**content, "explain.html": self.page()})
+        formats.EXPLAIN["explain"].save(folder, self.about, {**content, "explain.html": self.page()})
 
 
 def read(folder: str | os.PathLike[str]) -> Explanation:
@@ -213,7 +212,7 @@ def _of_model(said: Said) -> dict[str, Any]:
     """What was asked of which model, and how it reads the picture."""
     model, layout = said.model, maps.layout_of(said)
     return {
-        "what": WHAT,
+        "what": formats.EXPLAIN["explain"].name,
         "model": model.name,
         "weights": model.fingerprint(),
         "family": model.family.name,

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import partial
-from typing import Literal
+from functools import lru_cache, partial
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float
@@ -271,10 +271,19 @@ def known(
 
 def nouns(text: str, tagger: str) -> list[str]:
     """The nouns of a text, by a spaCy pipeline (`ModelError` without it); `ExampleError` if it has none."""
+    found = list(dict.fromkeys(t.text for t in spacy_pipeline(tagger)(text) if t.pos_ in ("NOUN", "PROPN")))
+    if not found:
+        raise ExampleError(f"the caption '{text}' has no noun; name the words")
+    return found
+
+
+@lru_cache(1)
+def spacy_pipeline(tagger: str) -> Callable[[str], Any]:
+    """A spaCy pipeline, loaded once."""
     try:
         import spacy
 
-        pipeline = spacy.load(tagger)
+        return spacy.load(tagger)
     except ImportError as error:
         raise ModelError(
             "picking nouns needs spaCy; pip install 'vlmscope[nouns]', or name the words"
@@ -284,7 +293,3 @@ def nouns(text: str, tagger: str) -> list[str]:
             f"no spaCy pipeline '{tagger}'; python -m spacy download en_core_web_sm gets one, "
             "or name the words"
         ) from error
-    found = list(dict.fromkeys(t.text for t in pipeline(text) if t.pos_ in ("NOUN", "PROPN")))
-    if not found:
-        raise ExampleError(f"the caption '{text}' has no noun; name the words")
-    return found

@@ -61,7 +61,7 @@ def _describe(tables: Tables, pictures: Pictures, gallery: Gallery) -> dict[str,
         "lost": [
             (row.word, round(row.value * row.n), row.n, row.null, row.p_value) for row in lost.itertuples()
         ],
-        "carried": [row.word for row in lost.itertuples() if row.q_value <= LEVEL],
+        "carried": [row.word for row in lost.itertuples() if row.value > row.null and row.q_value <= LEVEL],
         "left_out": tables.get("left_out"),
     }
 

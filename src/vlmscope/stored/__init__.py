@@ -12,6 +12,7 @@ import hashlib
 import io
 import json
 import math
+import os
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -66,6 +67,22 @@ class Format(NamedTuple):
     shape: Mapping[Any, Any]
     tables: Mapping[str, Table]
     way_out: str
+
+    @property
+    def name(self) -> str:
+        """What the manifest says that the folder is."""
+        return str(self.shape.get("format") or self.shape["what"])
+
+    def claim(self, folder: str | os.PathLike[str], *others: str) -> Mapping[str, Any]:
+        """Refuse, before anything is computed, a folder that these tables and other files could not be
+        written to (`StoreError`); gives the manifest that is there, empty where there is none."""
+        return files.claim(folder, self.manifest, self.name, [*self.tables, *others])
+
+    def save(
+        self, folder: str | os.PathLike[str], about: Mapping[str, Any], content: Mapping[str, Any]
+    ) -> None:
+        """Write tables and what else belongs to them and, last, the manifest, as `files.save` does."""
+        files.save(folder, self.manifest, about, content)
 
 
 Tables = dict[str, pd.DataFrame]

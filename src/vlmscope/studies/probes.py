@@ -21,7 +21,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from vlmscope import files, stored
+from vlmscope import stored
 from vlmscope.data import Examples, listed
 from vlmscope.data.example import Example
 from vlmscope.errors import SEED, DataError, number, shown, whole
@@ -36,7 +36,6 @@ from vlmscope.studies.steering.effects import cases_of, directed_places, mean_st
 from vlmscope.studies.sweep import sweep
 from vlmscope.studies.tables import change_of, means
 
-MANIFEST, FORMAT = "probe.json", "vlmscope-probe-1"
 FOLDS = 5
 SHUFFLES = 20
 """How often labels are put in a random order."""
@@ -60,12 +59,12 @@ class Probed:
 
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Write `probes.csv` and, last, `probe.json`; raises `StoreError`."""
-        files.save(folder, MANIFEST, self.about, {"probes.csv": self.table})
+        formats.PROBE.save(folder, self.about, {"probes.csv": self.table})
 
     @classmethod
     def claim(cls, folder: str | os.PathLike[str]) -> None:
         """Refuse, before anything is computed, a folder that `save` could not write (`StoreError`)."""
-        files.claim(folder, MANIFEST, FORMAT, ["probes.csv"])
+        formats.PROBE.claim(folder)
 
 
 def read(folder: str | os.PathLike[str]) -> Probed:
@@ -133,7 +132,7 @@ def probe(
         "held_out_low held_out_high effect effect_low effect_high"
     )
     about = {
-        "format": FORMAT,
+        "format": formats.PROBE.name,
         "model": model.name,
         "weights": model.fingerprint(),
         "data": data,

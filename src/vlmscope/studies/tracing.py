@@ -17,7 +17,7 @@ from typing import Any
 import pandas as pd
 import pyarrow.compute as pc
 
-from vlmscope import files, stored
+from vlmscope import stored
 from vlmscope.data import Examples
 from vlmscope.errors import DataError, VlmscopeError
 from vlmscope.runs.corrupt import Noise
@@ -30,8 +30,7 @@ from vlmscope.studies.sweep import Study, swept
 from vlmscope.studies.tables import is_role, means, slot_order
 from vlmscope.studies.task import Shard
 
-FORMAT = "vlmscope-tracing-1"
-MANIFEST = "tracing.json"
+CSV = "tracing.csv"
 KINDS = ("resid", "attn", "cross", "mlp")
 WINDOWS = (1, 3, 5)
 MIN_P, MIN_LD = 0.05, 0.5
@@ -54,8 +53,8 @@ class Traced:
 
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Write `tracing.parquet`, `tracing.csv` and, last, `tracing.json`."""
-        tables = {"tracing.parquet": self.table, "tracing.csv": self.table}
-        files.save(folder, MANIFEST, self.about, tables)
+        tables = {"tracing.parquet": self.table, CSV: self.table}
+        formats.TRACING.save(folder, self.about, tables)
 
 
 def read(folder: str | os.PathLike[str]) -> Traced:
@@ -98,7 +97,7 @@ def trace(
     if by not in ("slot", "length"):
         raise VlmscopeError(f"tokens cannot be averaged by '{by}'; expected slot or length")
     folder = Path(out)
-    files.claim(folder, MANIFEST, FORMAT, ["tracing.parquet", "tracing.csv"])
+    formats.TRACING.claim(folder, CSV)
     runs, asked = [], 0
     for n in range(noise.draws):
         options = {"noise": replace(noise, draws=1), "windows": windows, "kinds": kinds}
@@ -108,7 +107,7 @@ def trace(
     table, left = _average(runs, by)
     sites = map(Pattern.parse, runs[0].spec["sites"])
     about = {
-        "format": FORMAT,
+        "format": formats.TRACING.name,
         "model": runs[0].spec["model"],
         "data": data,
         "noise": asdict(noise),

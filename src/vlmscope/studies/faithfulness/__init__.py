@@ -117,7 +117,8 @@ class Asked:
 
     @cached_property
     def plan(self) -> Plan:
-        return plan_of(self.model, self.given.examples(), **self.options)
+        examples = self.given.examples()
+        return plan_of(self.model, examples, **self.options)
 
     def chosen(self, out: Path) -> Chosen:
         return self.plan.chosen(out)

@@ -19,6 +19,7 @@ from vlmscope.patching.scores import Metric
 from vlmscope.runs import corrupt as corruptions
 from vlmscope.runs.corrupt import Noise
 from vlmscope.runs.model import Model, check_model
+from vlmscope.stored import formats
 from vlmscope.studies.circuits import assess
 from vlmscope.studies.faithfulness import mib
 from vlmscope.studies.faithfulness.curve import FRACTIONS, Ratio, Shares
@@ -33,7 +34,7 @@ from vlmscope.studies.faithfulness.measure import (
     values_of,
 )
 from vlmscope.studies.faithfulness.parts import Edges, Parts, parts_of
-from vlmscope.studies.faithfulness.result import FORMAT, Faithful
+from vlmscope.studies.faithfulness.result import Faithful
 from vlmscope.studies.faithfulness.scores import Scores, Split, split
 from vlmscope.studies.faithfulness.scores import read as read_scores
 from vlmscope.studies.faithfulness.summary import areas, null, parts_table, reported, table_of
@@ -194,7 +195,7 @@ class Plan:
         table = table_of(shares, self.order, self.fractions, curve, task.circuits)
         named = self.means.iloc[sorted(circuit)]
         summary = {
-            "format": FORMAT,
+            "format": formats.FAITHFULNESS.name,
             "model": model.name,
             "weights": model.fingerprint(),
             "data": self.data,

@@ -20,6 +20,7 @@ from vlmscope.errors import DataError, StoreError, plain, shown
 from vlmscope.patching.graph import Edge, check_tower
 from vlmscope.runs.network import Network
 from vlmscope.stats import FEWEST
+from vlmscope.stored import formats
 from vlmscope.studies import circuits
 from vlmscope.studies.faithfulness import mib
 from vlmscope.studies.faithfulness.parts import KINDS, Edges, named
@@ -69,7 +70,7 @@ def read(source: str | os.PathLike[str], model: Network, corruption: str, data: 
     if not path.is_dir():
         scores, kept, of = mib.read(path, model)
         return Scores("importances", pd.DataFrame([scores], index=["all"]), circuit=kept, edges=of)
-    if (path / circuits.MANIFEST).exists():
+    if (path / formats.CIRCUITS.manifest).exists():
         run, position = _run_of(path, corruption, data)
         _check(run, model, corruption)
         grids = circuits.head_scores(run, position)

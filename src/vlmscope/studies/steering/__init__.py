@@ -20,9 +20,8 @@ import torch
 from scipy import stats
 from torch import Tensor
 
-from vlmscope import files, stored
+from vlmscope import stored
 from vlmscope.data import Examples, listed
-from vlmscope.data.example import Example
 from vlmscope.errors import SEED, DataError, VlmscopeError, number, whole
 from vlmscope.progress import progress
 from vlmscope.runs.model import Model
@@ -35,6 +34,7 @@ from vlmscope.studies.steering.effects import (
     Case,
     Chosen,
     Effects,
+    asked,
     cases_of,
     changes,
     directed_places,
@@ -43,8 +43,7 @@ from vlmscope.studies.steering.effects import (
     random_like,
 )
 
-MANIFEST, FORMAT = "steer.json", "vlmscope-steer-1"
-DIRECTION, TABLES = "direction.safetensors", ("layers", "measures", "captions")
+DIRECTION = "direction.safetensors"
 RANDOM = 10
 """How many random directions a direction is compared with."""
 SAID = 20
@@ -73,20 +72,20 @@ class Steered:
 
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Write the tables, `direction.safetensors` and, last, `steer.json`; raises `StoreError`."""
-        tables = {f"{name}.csv": getattr(self, name) for name in TABLES}
-        files.save(folder, MANIFEST, self.about, {**tables, DIRECTION: self.direction.bytes()})
+        tables = {name: getattr(self, Path(name).stem) for name in formats.STEER.tables}
+        formats.STEER.save(folder, self.about, {**tables, DIRECTION: self.direction.bytes()})
 
     @classmethod
     def claim(cls, folder: str | os.PathLike[str]) -> None:
         """Refuse, before anything is computed, a folder that `save` could not write (`StoreError`)."""
-        files.claim(folder, MANIFEST, FORMAT, [*(f"{name}.csv" for name in TABLES), DIRECTION])
+        formats.STEER.claim(folder, DIRECTION)
 
 
 def read(folder: str | os.PathLike[str]) -> Steered:
     """What `Steered.save` has written; raises `StoreError` where that is not all there."""
     about, tables = stored.read(Path(folder), formats.STEER)
     direction = Direction.load(Path(folder) / DIRECTION, Path(folder))
-    return Steered(direction, about=about, **{name: tables[name] for name in TABLES})
+    return Steered(direction, about=about, **tables)
 
 
 def steer(
@@ -144,7 +143,11 @@ def steer(
     names, halves = ("built with", "built without", "with", "without"), sets.halves(seed)
     parts = [some for half in halves for some in half]
     cases = {name: cases_of(model, some, word, name) for name, some in zip(names, parts, strict=True)}
-    aside = [case.example for case in cases["with"]] if others is None else listed(others)
+    lacking, aside = ([case.example for case in cases[name]] for name in ("without", "with"))
+    told = {
+        "without": asked(model, lacking[:said], "without"),
+        "others": asked(model, aside if others is None else listed(others), "others"),
+    }
     vectors = _difference(model, places, cases["built with"], cases["built without"])
     about = {"sets": _described(without, label, corrupt, data), "word": word or "", "data": data}
     if at == "words":  # positions that name no word are refused before anything else is computed
@@ -160,12 +163,11 @@ def steer(
         Chosen(model, site, strength, keep_norm, at, drawn[site])
         for site, strength in zip(chosen, strengths, strict=True)
     ]
-    lacking = [case.example for case in cases["without"]]
-    measures, captions = _measures(uses, layers, lacking, aside, said, word)
+    measures, captions = _measures(uses, layers, told, said, word)
     gap = [plain_scores(model, cases[name], metric).mean() for name in ("with", "without")]
     best = places[int(first.max(1).argmax())]
     content = {
-        "format": FORMAT,
+        "format": formats.STEER.name,
         "model": model.name,
         "weights": model.fingerprint(),
         **about,
@@ -185,8 +187,7 @@ def steer(
 def _measures(
     uses: Sequence[Chosen],
     layers: pd.DataFrame,
-    without: Sequence[Example],
-    others: Sequence[Example],
+    told: Mapping[str, Sequence[Case]],
     said: int,
     word: str | None,
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
@@ -196,8 +197,8 @@ def _measures(
         for n, used in enumerate(uses, start=1):
             own = layers[(layers["site"] == str(used.site)) & (layers["strength"] == used.strength)].iloc[0]
             rows.append(used.row("effect", "without", *own[["effect", "low", "high", "null", "n"]]))
-            rows.append(used.divergence(others))
-            for name, some in (("without", without), ("others", others)):
+            rows.append(used.divergence(told["others"]))
+            for name, some in told.items():
                 captions.append(used.answers(some[:said], name))
                 rows += used.shares(captions[-1], name, word)
             step(0, n)
