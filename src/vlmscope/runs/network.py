@@ -281,26 +281,13 @@ def shape_of(network: Network, tower: str) -> Shape:
     heads: dict[str, int] = {}
     width = 0
     for kind in SUBLAYERS:
-        path = getattr(table, kind)
-        found = {n: b.get_submodule(path) for n, b in enumerate(blocks) if path and has(b, path)}
-        missing = frozenset(range(len(blocks))) - set(found)
-        if (
-            kind == "mlp"
-            and missing
-            and any(name.endswith("experts") for b in blocks for name, _ in b.named_modules())
-        ):
-            raise ModelError(
-                f"{network.name}: the feed-forward blocks of its {tower} tower are made of experts, which "
-                "cannot be split into neurons; models with plain or gated blocks are supported"
-            )
-        if path and (not found or (missing and table.cross is None)):
-            raise network.misfit(f"no module '{path}' in block {min(missing)} of {tower}")
+        found = _projections(network, tower, kind)
         if not found:
             continue
+        if missing := frozenset(range(len(blocks))) - set(found):
+            lacks[kind] = missing
         first: Any = next(iter(found.values()))
         widths[kind], width = int(first.in_features), int(first.out_features)
-        if missing:
-            lacks[kind] = missing
         if kind == "mlp":
             continue
         heads[kind] = _entry(config, table.heads)
@@ -320,6 +307,23 @@ def shape_of(network: Network, tower: str) -> Shape:
         out = {} if wide == width else {"output": wide}
     groups = getattr(config, "num_key_value_heads", None)
     return Shape(len(blocks), tuple(kinds), heads, widths["mlp"], width, lacks, out, groups, table.reads)
+
+
+def _projections(network: Network, tower: str, kind: str) -> dict[int, nn.Module]:
+    """The output projections of a sublayer by block; raises `ModelError` where they have to be there."""
+    table, blocks = network.family.towers[tower], network.blocks(tower)
+    path = getattr(table, kind)
+    found = {n: b.get_submodule(path) for n, b in enumerate(blocks) if path and has(b, path)}
+    missing = set(range(len(blocks))) - set(found)
+    names = (name for block in blocks for name, _ in block.named_modules())
+    if kind == "mlp" and missing and any(name.endswith("experts") for name in names):
+        raise ModelError(
+            f"{network.name}: the feed-forward blocks of its {tower} tower are made of experts, which "
+            "cannot be split into neurons; models with plain or gated blocks are supported"
+        )
+    if path and (not found or (missing and table.cross is None)):
+        raise network.misfit(f"no module '{path}' in block {min(missing)} of {tower}")
+    return found
 
 
 def _entry(config: Any, name: str) -> Any:

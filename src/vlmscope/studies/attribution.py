@@ -29,7 +29,6 @@ from vlmscope.sites import Sites, expand, parse
 from vlmscope.studies.agreement import agreement
 from vlmscope.studies.direct import check_sums, writers_of, written
 from vlmscope.studies.gradients import check_effects, estimated
-from vlmscope.studies.recheck import RowsOf
 from vlmscope.studies.run_folder import ATTRIBUTIONS, Run
 from vlmscope.studies.sweep import Direction, Study, table_of
 from vlmscope.studies.task import (
@@ -136,9 +135,10 @@ def attributed(
     own = {"method": method, "verify": verify, "steps": steps, "word": word}
     options = {"direction": direction, "metric": metric, "seed": seed, "shard": shard}
     task = _task_of(model, examples, sites, corrupt, own, options)
-    work: Any = written if method == "direct" else estimated
+    way: Any = (written, check_sums) if method == "direct" else (estimated, check_effects)
+    work, check = way
     specify = partial(_spec_of, task, data)
-    return Study(task, ATTRIBUTIONS, work, partial(_check, task), specify, write_beside)
+    return Study(task, ATTRIBUTIONS, work, partial(check, task), specify, write_beside)
 
 
 def _task_of(
@@ -227,7 +227,3 @@ def write_beside(run: Run) -> None:
     if verify := run.spec.get("verify"):
         found = agreement(run.attributions(), verify, signed=run.spec["method"] != UNSIGNED)
         files.write_json(run.path / AGREEMENT, found)
-
-
-def _check(task: Attribution, base: pd.DataFrame, rows_of: RowsOf) -> dict[str, Any] | None:
-    return check_sums(task, base) if task.method == "direct" else check_effects(task, base, rows_of)

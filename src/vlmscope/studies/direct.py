@@ -16,7 +16,7 @@ from vlmscope.patching.direct import Direct, direct
 from vlmscope.patching.scores import unpatched
 from vlmscope.runs.model import Model
 from vlmscope.sites import Site, expand, parse, place
-from vlmscope.studies.recheck import CHECKED, drawn_examples, verdict
+from vlmscope.studies.recheck import CHECKED, RowsOf, drawn_examples, verdict
 from vlmscope.studies.rows import answer_of, result_of, words_of
 from vlmscope.studies.run_writer import Todo
 from vlmscope.studies.task import Result, Task
@@ -118,7 +118,7 @@ def _bias(model: Model, inputs: Inputs, layer: int, kind: str) -> dict[str, Any]
     return words_of(site, there, slots(there)) | {"site": name, "unit": "b"}
 
 
-def check_sums(task: Task, base: pd.DataFrame) -> dict[str, Any] | None:
+def check_sums(task: Task, base: pd.DataFrame, _: RowsOf) -> dict[str, Any] | None:
     """Of some examples, whether all writers and biases sum to what the model itself gives."""
     drawn, largest, size = drawn_examples(task, CHECKED, base), 0.0, 1.0
     for example in drawn.values():
