@@ -100,7 +100,7 @@ def read(given: Any, columns: Columns = None, limit: int | None = None) -> Seque
                 raise ExampleError(f"{name}, row {number}: {problem}") from problem
 
         reading = partial(_one_line, name)
-        return Rows(found, words, unread, checked=checked, make=made, reading=reading)
+        return Rows(found, words, unread, checked=checked, made=made, reading=reading)
 
 
 def _checked(name: str, rows: Iterable[tuple[int, Callable[[], Example]]]) -> Iterator[Example]:

@@ -31,8 +31,7 @@ import pandas as pd
 
 from vlmscope import files
 from vlmscope.checkpoint import load, pieces
-from vlmscope.data import BUILT_IN, SIZE, examples
-from vlmscope.data.drawn import draw
+from vlmscope.data import BUILT_IN, examples
 from vlmscope.data.example import Example
 from vlmscope.data.hub import HUB
 from vlmscope.data.questions.replacement import replace_words
@@ -248,7 +247,7 @@ class _Pipeline:
             if data in BUILT_IN:
                 file = self.folder / "data" / f"{data}.csv"
                 if not file.exists():
-                    write_csv(file, draw(data, spec.limit or SIZE, seed=spec.seed))
+                    write_csv(file, _read(spec, data, spec.limit))
                 found = read_csv(file)
             else:
                 found = _read(spec, data, spec.limit)

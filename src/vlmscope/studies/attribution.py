@@ -16,7 +16,7 @@ import pandas as pd
 
 from vlmscope import files
 from vlmscope.data import Examples, listed
-from vlmscope.data.rows import readable
+from vlmscope.data.lazy import readable
 from vlmscope.errors import SEED, ExampleError, SiteError, VlmscopeError, shown, whole
 from vlmscope.patching import gradients as estimates
 from vlmscope.patching.backward import check_network

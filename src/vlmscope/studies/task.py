@@ -15,7 +15,7 @@ from torch import Tensor
 
 from vlmscope.data import Examples, listed
 from vlmscope.data.example import Example, fingerprint
-from vlmscope.data.rows import Digests, Rows, ids_of, readable, roles_of
+from vlmscope.data.lazy import Digests, Lazy, ids_of, readable, roles_of
 from vlmscope.errors import SEED, DataError, ExampleError, SiteError, VlmscopeError, nearest, shown, whole
 from vlmscope.layout import grid
 from vlmscope.models.inputs import CUTS, Cut, Inputs, Pair
@@ -66,8 +66,8 @@ class Task:
 
     @cached_property
     def digests(self) -> Sequence[str]:
-        """The fingerprint of each example; of rows they are made as they are asked for."""
-        if isinstance(self.examples, Rows):
+        """The fingerprint of each example; of lazy ones it is made when it is asked for."""
+        if isinstance(self.examples, Lazy):
             return Digests(self.examples)
         return [fingerprint([example]) for example in self.examples]
 
@@ -288,7 +288,7 @@ def all_jobs(task: Task) -> list[Todo]:
 
 
 def spec_of(task: Task, data: str) -> dict[str, Any]:
-    if isinstance(task.examples, Rows):
+    if isinstance(task.examples, Lazy):
         data_hash = task.examples.hash
     else:
         data_hash = hashlib.sha256(" ".join(task.digests).encode()).hexdigest()

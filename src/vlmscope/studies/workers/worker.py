@@ -89,8 +89,8 @@ class Worker(Alone):
             self.make(order)
         check_examples(order.out, self.study.task.digests)
 
-    def compute(self, order: Order, sites: list[str], job: Todo, reason: str | None = None) -> Done:
-        """The rows of an example, or that it is left out for a reason; parts, when it is time.
+    def compute(self, order: Order, sites: list[str], jobs: list[Todo], reason: str | None = None) -> Done:
+        """The rows of some examples, or that they are left out for a reason; parts, when it is time.
 
         `sites` are the site expressions of the folder.
         """
@@ -101,10 +101,10 @@ class Worker(Alone):
             about, self.waiting = self.about, self.joined(order, sites)
         work = self.study.work if reason is None else _refused(reason)
         patches = 0
-        for result in run_jobs(self.study.task, [job], quiet=True, work=work):
-            show(order.out, self.study.task, job)
-            self.waiting.add(job.number, result.rows, result.baseline, job.sites)
-            patches = len(result.rows)
+        for result in run_jobs(self.study.task, jobs, quiet=True, work=work):
+            show(order.out, self.study.task, result.job)
+            self.waiting.add(result.job.number, result.rows, result.baseline, result.job.sites)
+            patches += len(result.rows)
         done = self.hand_over() if self.waiting.is_due() else Done([])
         return done._replace(patches=patches, about=about)
 
