@@ -31,8 +31,7 @@ import pandas as pd
 
 from vlmscope import files
 from vlmscope.checkpoint import load, pieces
-from vlmscope.data import BUILT_IN, SIZE, examples
-from vlmscope.data.drawn import draw
+from vlmscope.data import BUILT_IN, examples
 from vlmscope.data.example import Example
 from vlmscope.data.hub import HUB
 from vlmscope.data.questions.replacement import replace_words
@@ -66,7 +65,6 @@ from vlmscope.studies.workers.worker import Alone
 Say = Callable[[str], None]
 
 MODULES = ("resid", "attn", "cross", "mlp")
-SELECTION = formats.SELECTION.shape["format"]
 ORDER = ("image", "noise", "text")
 """By which corruption of a set it is asked what heads do."""
 SIZES, DRAWS = (0.1, 0.5, 1.0), 19
@@ -106,7 +104,8 @@ def run(
         say("\n".join(f"  {line}" for line in [*knows(base).lines(), made.check_line()]))
         useful += [] if base["excluded"].all() else [made.path]
     [chosen] = team.each([(_Pipeline.selection, sweeps)])
-    files.save(folder, "selection.json", {"format": SELECTION}, {"selection.csv": chosen})
+    form = formats.SELECTION
+    form.save(folder, {"format": form.name}, {"selection.csv": chosen})
     say(lines_of(chosen))
     if not useful:
         first = read_run(folder / "runs" / "-".join(sweeps[0])).baselines().iloc[0]
@@ -155,7 +154,7 @@ def _check_folder(spec: Spec, folder: Path) -> None:
             raise StoreError(
                 f"{folder}: not empty, and not a folder of notice (no notice.toml); choose another --out"
             )
-    files.claim(folder, "selection.json", SELECTION, ["selection.csv"])
+    formats.SELECTION.claim(folder)
     circuits.Found.claim(folder / "circuits")
     claim_report(folder / "report.html")
     if not file.exists():
@@ -248,7 +247,7 @@ class _Pipeline:
             if data in BUILT_IN:
                 file = self.folder / "data" / f"{data}.csv"
                 if not file.exists():
-                    write_csv(file, draw(data, spec.limit or SIZE, seed=spec.seed))
+                    write_csv(file, _read(spec, data, spec.limit))
                 found = read_csv(file)
             else:
                 found = _read(spec, data, spec.limit)

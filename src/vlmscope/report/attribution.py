@@ -41,8 +41,7 @@ def section(run: Run, title: str, gallery: Gallery) -> Section:
     stored.fits(run.spec, needed, run.path / "run.json", "attribute again into another --out")
     base, table, word = run.baselines(), run.attributions(), run.spec.get("word")
     known, excluded = knows(base), base["excluded"].astype(bool)
-    examples = run.pictures()
-    pictures = {e["id"]: e["clean_image"] for e in examples if e.get("clean_image") and "id" in e}
+    pictures = image_maps.clean_pictures(run.pictures())
     signed = method != "atp-star"
     found = agreement(table, run.spec["verify"], signed=signed) if run.spec.get("verify") else {}
     shown: list[tuple[str, Shown]] = []

@@ -20,7 +20,7 @@ import pandas as pd
 from PIL import Image
 from torch import Tensor
 
-from vlmscope import files, stored
+from vlmscope import stored
 from vlmscope.data import Examples, listed
 from vlmscope.data.example import Example
 from vlmscope.data.images import open_image, small_png
@@ -35,7 +35,6 @@ from vlmscope.runs.prepare import encode, option_of
 from vlmscope.sites import Point, Site, Sites, expand, parse
 from vlmscope.stored import formats
 
-MANIFEST, WHAT = "lens.json", "lens"
 TOP = 5
 """How many words of each state are listed."""
 NULLS = 100
@@ -70,13 +69,12 @@ class Lens:
         listed = pd.DataFrame({"example": list(self.pictures), "file": names})
         drawn = {f"pictures/{n}": small_png(p) for n, p in zip(names, self.pictures.values(), strict=True)}
         tables = {"lens.parquet": self.lens, "words.parquet": self.words, "pictures.csv": listed}
-        files.save(folder, MANIFEST, self.about, tables | drawn)
+        formats.LENS.save(folder, self.about, tables | drawn)
 
     @staticmethod
     def claim(folder: str | os.PathLike[str]) -> None:
         """Refuse, before anything is computed, a folder that `save` could not write (`StoreError`)."""
-        names = ["lens.parquet", "words.parquet", "pictures.csv", "pictures/0000.png"]
-        files.claim(folder, MANIFEST, WHAT, names)
+        formats.LENS.claim(folder, "pictures/0000.png")
 
 
 def read(folder: str | os.PathLike[str]) -> Lens:
@@ -158,7 +156,7 @@ def lens(
         text = f"{len(left)} of {len(given)} examples were left out: {left[0]}"
         warnings.warn(text, stacklevel=2)
     about = {
-        "what": WHAT,
+        "what": formats.LENS.name,
         "model": model.name,
         "weights": model.fingerprint(),
         "data": data,
