@@ -76,7 +76,7 @@ TEMPLATE = (
     "{% if add_generation_prompt %}assistant:{% endif %}"
 )
 IMAGES = GRID * GRID
-SHARES = (1, 4, 0.7, 2)
+SHARES = (1, 4, 0.7, 4)
 """How often a picture is of each of `SETS`."""
 BARE = 0.05
 """How often a picture has lost all that it showed; what is asked of it is answered by "neither" or "no"."""
