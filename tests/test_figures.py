@@ -178,6 +178,12 @@ def test_below_the_last_text_nothing_is_blank(name):
     assert 0 <= figure.get_tightbbox().y0 < 0.25, "inches"
 
 
+def test_universal_heads_say_which_runs_hold_fewer_examples():
+    found = cells_of(rows(), slot="readout").rename(columns={"slot": "position"}).assign(important=True)
+    runs = [found.assign(run=name, n=n, confirmed=False) for name, n in (("states", 15), ("faces", 16))]
+    assert labels(figures.universal(pd.concat(runs))) == ["states  n=15", "faces"]
+
+
 def test_names_of_columns_stand_upright_where_they_fit():
     def angles(table):
         return {label.get_rotation() for label in figures.layer_by_token(table).get_xticklabels()}

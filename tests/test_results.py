@@ -208,8 +208,8 @@ def test_the_formats_have_the_columns_that_are_written():
     assert names_of(formats.CIRCUITS.tables["heads.parquet"]) == list(circuits.HEADS)
     assert names_of(formats.CIRCUITS.tables["overlap.csv"]) == [*circuits.OVERLAP, "q_value"]
     assert names_of(formats.TRACING.tables["tracing.parquet"]) == list(tracing.TABLE)
-    assert names_of(formats.LENS["lens"].tables["lens.parquet"]) == lens.LENS
-    assert names_of(formats.LENS["lens"].tables["words.parquet"]) == lens.WORDS
+    assert names_of(formats.LENS.tables["lens.parquet"]) == lens.LENS
+    assert names_of(formats.LENS.tables["words.parquet"]) == lens.WORDS
     assert names_of(formats.NEURONS["find"].tables["neurons.parquet"]) == list(contributions.COLUMNS)
     assert names_of(formats.NEURONS["describe"].tables["measures.csv"]) == [*measures.COLUMNS, "q_value"]
 

@@ -45,8 +45,11 @@ def examples(
     `DataError` if there is no such set or it cannot be read, `VlmscopeError` for a limit or a seed that is
     none.
 
-    >>> [e.answer in e.clean_prompt for e in examples("states", limit=2)]
-    [True, True]
+    >>> states = examples("states", limit=3)
+    >>> states, [e.answer in e.clean_prompt for e in states]
+    (<3 examples, states-0-0000 to states-0-0002>, [True, True, True])
+    >>> len(states + examples("faces", limit=2))
+    5
     """
     is_set = hub.is_set(name)
     if not isinstance(name, str | Path) and not is_set:

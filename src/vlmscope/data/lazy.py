@@ -60,6 +60,16 @@ class Lazy(Sequence[Example], ABC):
 
     __hash__ = None  # type: ignore[assignment]
 
+    def __add__(self, others: Sequence[Example]) -> list[Example]:
+        return [*self, *others]
+
+    def __radd__(self, others: Sequence[Example]) -> list[Example]:
+        return [*others, *self]
+
+    def __repr__(self) -> str:
+        between = f", {self.ids[0]} to {self.ids[-1]}" if self.ids else ""
+        return f"<{len(self)} examples{between}>"
+
     def digest(self, number: int) -> str:
         """The fingerprint of an example; none of one that cannot be made."""
         with suppress(ExampleError):

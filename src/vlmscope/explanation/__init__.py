@@ -76,7 +76,7 @@ class Explanation:
         listed = pd.DataFrame({"example": ["picture"], "file": ["0000.png"]})
         content: dict[str, Any] = {f"{name}.csv": table for name, table in self.tables.items()}
         content |= {"pictures.csv": listed, "pictures/0000.png": small_png(self.picture, page.SIDE)}
-        formats.EXPLAIN["explain"].save(folder, self.about, {**content, "explain.html": self.page()})
+        formats.EXPLAIN.save(folder, self.about, {**content, "explain.html": self.page()})
 
 
 def read(folder: str | os.PathLike[str]) -> Explanation:
@@ -212,7 +212,7 @@ def _of_model(said: Said) -> dict[str, Any]:
     """What was asked of which model, and how it reads the picture."""
     model, layout = said.model, maps.layout_of(said)
     return {
-        "what": formats.EXPLAIN["explain"].name,
+        "what": formats.EXPLAIN.name,
         "model": model.name,
         "weights": model.fingerprint(),
         "family": model.family.name,

@@ -117,7 +117,7 @@ def read(folder: str | os.PathLike[str], kind: type[R] = Result) -> R:  # type: 
     Raises `StoreError` if the folder is of something else than `kind`, or a file cannot be read.
     """
     place, kinds = Path(folder), {one.what: one for one in (Found, Described, Perturbed, Assessed)}
-    what, about, values, pictures = stored.read_one(place, formats.NEURONS)
+    what, about, values, pictures = stored.read_one(place, *formats.NEURONS.values())
     there: Any = kinds[what]
     if not issubclass(there, kind):
         raise StoreError(

@@ -61,7 +61,7 @@ def probed(folder: Path, gallery: Gallery) -> Section:
     about, tables = stored.read(folder, formats.PROBE)
     table = tables["probes"]
     right = [
-        ("chance", "the most frequent label", None, None, GREY),
+        ("chance", "majority class", None, None, GREY),
         ("shuffled", "shuffled labels", None, None, DARK),
         ("accuracy", "probe", "low", "high", BLUE),
     ]
@@ -70,7 +70,7 @@ def probed(folder: Path, gallery: Gallery) -> Section:
     moved = [("effect", "patch of the site", "effect_low", "effect_high", BLUE)]
     groups = table.groupby(["tower", "kind", "position"], sort=False)
     panels = {_place(rows): rows for _, rows in groups}
-    drawn = by_layer(panels, [("labelled rightly", right), ("effect of a patch (logits)", moved)])
+    drawn = by_layer(panels, [("accuracy", right), ("effect of a patch (logits)", moved)])
     best = table.loc[table["accuracy"].idxmax()]
     shown = gallery.show("probes", drawn, table, "probes", best=best, rows=table)
     columns = "site n accuracy chance shuffled p_value held_out effect".split()

@@ -109,9 +109,11 @@ def universal(heads: pd.DataFrame, *, most: int = 30, gap: float = 0.0, ax: Axes
     order = order[order["count"] > 0].sort_values(["count", "size"], ascending=False).head(most)[::-1]
     runs = list(rows["run"].unique())
     table = rows.pivot_table(index="name", columns="run", values="mean").reindex(order.index)[runs]
+    table = table.rename_axis(index="", columns="")
+    table.attrs["n"] = rows.groupby("run")["n"].max().to_dict()
     important = rows[rows["important"] & rows["name"].isin(order.index)]
     marks = {"": list(zip(important["name"], important["run"], strict=True))}
-    (axes,) = panels({"": table.rename_axis(index="", columns="")}, marks=marks, gap=gap, ax=ax)
+    (axes,) = panels({"": table}, marks=marks, gap=gap, ax=ax)
     confirmed = important[important["confirmed"].isin([True])]
     across, up = table.columns.get_indexer(confirmed["run"]), table.index.get_indexer(confirmed["name"])
     axes.scatter(across + 0.5, up + 0.5, s=75, facecolors="none", edgecolors=DARK, linewidths=1.0)

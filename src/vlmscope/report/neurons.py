@@ -21,10 +21,12 @@ ROWS = 6
 
 
 def section(folder: Path, gallery: Gallery) -> Section:
-    what, about, tables, pictures = stored.read_one(folder, formats.NEURONS)
+    what, about, tables, pictures = stored.read_one(folder, *formats.NEURONS.values())
     mapped = set(tables["maps"]["example"]) if "maps" in tables else set()
     if lacking := mapped - set(pictures):
-        raise StoreError(f"{folder}: no picture of an example in it ({min(lacking)}); {formats.WAY_OUT}")
+        raise StoreError(
+            f"{folder}: no picture of an example in it ({min(lacking)}); {formats.NEURONS[what].way_out}"
+        )
     sections = {
         "find": ("Neurons that contribute to words", _find),
         "describe": ("Neurons, one by one", _describe),

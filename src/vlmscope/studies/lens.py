@@ -69,12 +69,12 @@ class Lens:
         listed = pd.DataFrame({"example": list(self.pictures), "file": names})
         drawn = {f"pictures/{n}": small_png(p) for n, p in zip(names, self.pictures.values(), strict=True)}
         tables = {"lens.parquet": self.lens, "words.parquet": self.words, "pictures.csv": listed}
-        formats.LENS["lens"].save(folder, self.about, tables | drawn)
+        formats.LENS.save(folder, self.about, tables | drawn)
 
     @staticmethod
     def claim(folder: str | os.PathLike[str]) -> None:
         """Refuse, before anything is computed, a folder that `save` could not write (`StoreError`)."""
-        formats.LENS["lens"].claim(folder, "pictures/0000.png")
+        formats.LENS.claim(folder, "pictures/0000.png")
 
 
 def read(folder: str | os.PathLike[str]) -> Lens:
@@ -156,7 +156,7 @@ def lens(
         text = f"{len(left)} of {len(given)} examples were left out: {left[0]}"
         warnings.warn(text, stacklevel=2)
     about = {
-        "what": formats.LENS["lens"].name,
+        "what": formats.LENS.name,
         "model": model.name,
         "weights": model.fingerprint(),
         "data": data,
