@@ -9,7 +9,7 @@ from dataclasses import replace
 import numpy as np
 import pandas as pd
 import pytest
-from models import blip, example, picture
+from models import blip, example, picture, sweep_to
 from scipy import stats
 
 import vlmscope
@@ -19,7 +19,6 @@ from vlmscope.data.example import find_roles
 from vlmscope.errors import StoreError, VlmscopeError
 from vlmscope.studies import circuits
 from vlmscope.studies.run_folder import read_run
-from vlmscope.studies.sweep import sweep_to
 from vlmscope.studies.tables import cells_of
 
 SITES = ["encoder.*.cross.h*@answer", "encoder.*.attn.h*@answer", "decoder.*.cross.h*@last"]

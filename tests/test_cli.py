@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 from families import llava_next
-from models import blip, picture
+from models import blip, picture, sweep_to
 
 import vlmscope
 from vlmscope import neurons
@@ -448,8 +448,6 @@ def test_a_full_machine_still_gives_one_thread(cpus):
 
 @pytest.fixture(scope="module")
 def swept(tmp_path_factory):
-    from vlmscope.studies.sweep import sweep_to
-
     model = vlmscope.load("toy-blip")
     folder = tmp_path_factory.mktemp("swept")
     sites = ["encoder.*.cross.h*@answer", "decoder.*.cross.h*@last"]
@@ -499,8 +497,6 @@ def test_circuits_heads_and_report(run, swept, tmp_path):
 
 
 def test_circuits_without_an_important_head_say_so_in_one_line(run, tmp_path):
-    from vlmscope.studies.sweep import sweep_to
-
     few = vlmscope.examples("faces", limit=2)
     sweep_to(tmp_path / "run", vlmscope.load("toy-blip"), few, "encoder.*.cross.h*@answer", "image")
     status, out, _ = run("circuits", tmp_path / "run", "--out", tmp_path / "c")

@@ -283,7 +283,7 @@ def test_other_families_and_two_sets_of_examples():
 
 
 def test_others_that_cannot_be_run_are_told_before_anything_is_computed(monkeypatch):
-    monkeypatch.setattr(steering, "means", lambda *_: pytest.fail("computed"))
+    monkeypatch.setattr(steering, "mean_states", lambda *_: pytest.fail("computed"))
     bad = several(2, 60, clean_image=Path("nowhere.png"))
     with pytest.raises(DataError, match=r"\(others\) can be run: 0 of 2; 'e60': nowhere.png: no such file"):
         steer(llava(), several(), SITES, corrupt="image", others=bad)

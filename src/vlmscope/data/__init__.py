@@ -21,9 +21,6 @@ Examples: TypeAlias = Iterable[Example] | Example | str | Path
 BUILT_IN = ("states", "scenes", "faces", "binding")
 """The sets that the package draws from a seed: the first three mirror those of the NOTICE paper."""
 
-TOY_SETS = BUILT_IN[:3]
-"""Those that `toy-llava` was trained on; `toy-blip` was on all."""
-
 SIZE = 200
 """How many examples of a built-in set are drawn where no limit is given."""
 

@@ -23,6 +23,7 @@ from vlmscope.runs.access import hook
 from vlmscope.runs.forward import SPEECH, forward, generate
 from vlmscope.runs.hooks import Hooks
 from vlmscope.runs.model import Model
+from vlmscope.runs.network import upcast
 from vlmscope.runs.prepare import check_words
 from vlmscope.sites import Point
 
@@ -200,12 +201,7 @@ def _caption(
         spans.append((len(text), len(longer)))
         text = longer
     start = len(inputs.layout[model.speaker].tokens) - 1
-    return Caption(inputs, tuple(ids), text, tuple(spans), start, wide(activations))
-
-
-def wide(x: Tensor) -> Tensor:
-    """In float32 what is of fewer bits."""
-    return x.float() if x.dtype.itemsize < 4 else x
+    return Caption(inputs, tuple(ids), text, tuple(spans), start, upcast(activations))
 
 
 def packed(model: Model, caption: Caption) -> Caption:

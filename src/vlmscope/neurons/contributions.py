@@ -26,12 +26,12 @@ from vlmscope.neurons.captions import (
     nouns,
     packed,
     spacy_pipeline,
-    wide,
 )
 from vlmscope.neurons.results import Found
 from vlmscope.neurons.weight_edit import base_fingerprint
 from vlmscope.runs.forward import forward
 from vlmscope.runs.model import Model
+from vlmscope.runs.network import upcast
 from vlmscope.sites import Point
 
 Neuron = tuple[int, int]
@@ -64,7 +64,7 @@ def contributions(
     caption: Caption, numbers: Sequence[int], weight: Float[Tensor, "layers neurons"]
 ) -> Float[Tensor, "numbers layers*neurons"]:
     """What each neuron contributes to a token, of this `weight`, at the tokens of a caption so numbered."""
-    active = wide(caption.activations[list(numbers)])
+    active = upcast(caption.activations[list(numbers)])
     return (active * weight.to(active)).flatten(1)
 
 

@@ -44,7 +44,7 @@ class Faithful:
 
     def lines(self) -> list[str]:
         """What was found, in words; the last line is of the circuit."""
-        return lines(self.summary)
+        return [*lines(self.summary)]
 
 
 def read(folder: str | os.PathLike[str]) -> Faithful:

@@ -60,7 +60,7 @@ from vlmscope.studies.heads.study import Study, study_of
 from vlmscope.studies.known import knows
 from vlmscope.studies.run_folder import Run, read_run
 from vlmscope.studies.run_writer import claim
-from vlmscope.studies.sweep import SHOWN, sweep_to
+from vlmscope.studies.sweep import SHOWN, into_folder, swept
 
 __all__ = ["LABELS", "ON_ALL", "ON_MASKS", "READ", "Functions", "covered", "functions", "read", "write"]
 
@@ -205,7 +205,7 @@ def write(
     shown = [e for e in examples if e.id in names and e.corrupt_image is not None]
     patches = replace(model.image_site, position="image*")
     if shown and model.layouts()[patches.tower].cells:
-        sweep_to(folder / "patches", model, shown, str(patches), data=data)
+        into_folder(swept(model, shown, str(patches), data=data), folder / "patches")
     found.save(folder)
     return found
 

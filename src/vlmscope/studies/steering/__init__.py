@@ -38,7 +38,7 @@ from vlmscope.studies.steering.effects import (
     cases_of,
     changes,
     directed_places,
-    means,
+    mean_states,
     plain_scores,
     random_like,
 )
@@ -158,18 +158,12 @@ def steer(
     alone, how = {site: [v] for site, v in vectors.items()}, (strengths, keep_norm, metric)
     first = changes(model, cases["built without"], alone, *how, "building").mean(0)[..., 0]
     layers = _layers(changes(model, cases["without"], drawn, *how, "layers"), first, places, strengths)
-    rows, captions = [], []
-    with progress(len(strengths), what="strengths") as step:
-        for n, strength in enumerate(strengths):
-            site = places[int(first[:, n].argmax())]
-            used = Chosen(model, site, strength, keep_norm, at, drawn[site])
-            swept = layers[(layers["site"] == str(site)) & (layers["strength"] == strength)].iloc[0]
-            rows.append(used.row("effect", "without", *swept[["effect", "low", "high", "null", "n"]]))
-            rows.append(used.divergence(told["others"]))
-            for name, some in told.items():
-                captions.append(used.answers(some[:said], name))
-                rows += used.shares(captions[-1], name, word)
-            step(0, n + 1)
+    chosen = [places[int(n)] for n in first.argmax(0)]
+    uses = [
+        Chosen(model, site, strength, keep_norm, at, drawn[site])
+        for site, strength in zip(chosen, strengths, strict=True)
+    ]
+    measures, captions = _measures(uses, layers, told, said, word)
     gap = [plain_scores(model, cases[name], metric).mean() for name in ("with", "without")]
     best = places[int(first.max(1).argmax())]
     content = {
@@ -187,14 +181,35 @@ def steer(
         "seed": seed,
     }
     direction = _direction(model, vectors, best, about)
-    return Steered(direction, layers, pd.DataFrame(rows), pd.concat(captions, ignore_index=True), content)
+    return Steered(direction, layers, measures, captions, content)
+
+
+def _measures(
+    uses: Sequence[Chosen],
+    layers: pd.DataFrame,
+    told: Mapping[str, Sequence[Case]],
+    said: int,
+    word: str | None,
+) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """The table of measures of the chosen sites, and the answers that some of them count."""
+    rows, captions = [], []
+    with progress(len(uses), what="strengths") as step:
+        for n, used in enumerate(uses, start=1):
+            own = layers[(layers["site"] == str(used.site)) & (layers["strength"] == used.strength)].iloc[0]
+            rows.append(used.row("effect", "without", *own[["effect", "low", "high", "null", "n"]]))
+            rows.append(used.divergence(told["others"]))
+            for name, some in told.items():
+                captions.append(used.answers(some[:said], name))
+                rows += used.shares(captions[-1], name, word)
+            step(0, n)
+    return pd.DataFrame(rows), pd.concat(captions, ignore_index=True)
 
 
 def _difference(
     model: Model, places: Sequence[Site], having: Sequence[Case], lacking: Sequence[Case]
 ) -> dict[Site, Tensor]:
     """The mean with less the mean without, at each place; raises `DataError` where nothing differs."""
-    two = [means(model, places, cases) for cases in (having, lacking)]
+    two = [mean_states(model, places, cases) for cases in (having, lacking)]
     vectors = {site: two[0][site].mean(0) - two[1][site].mean(0) for site in places}
     if same := next((site for site, vector in vectors.items() if not vector.any()), None):
         raise DataError(

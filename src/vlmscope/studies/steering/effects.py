@@ -14,14 +14,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from vlmscope.data.example import Example, find_roles
-from vlmscope.errors import DataError, ExampleError, SiteError, VlmscopeError, shown
+from vlmscope.errors import DataError, ExampleError, SiteError, shown
 from vlmscope.models.inputs import Inputs, Pair
 from vlmscope.patching import engine
 from vlmscope.patching.scores import Baselines, score
 from vlmscope.patching.trace import Images
 from vlmscope.progress import progress
 from vlmscope.runs.forward import forward, read
-from vlmscope.runs.model import Model
+from vlmscope.runs.model import Model, check_model
 from vlmscope.runs.prepare import encode
 from vlmscope.sites import Site, Sites, expand, parse
 from vlmscope.stats import interval, rng, share_interval
@@ -46,8 +46,7 @@ class Case(NamedTuple):
 
 def directed_places(model: Model, sites: Sites) -> list[Site]:
     """The places that a direction can be at: of a whole kind, in one layer; raises `SiteError` for others."""
-    if not isinstance(model, Model):
-        raise VlmscopeError(f"the model is {shown(model)}; expected a Model, as vlmscope.load gives it")
+    check_model(model)
     found = expand(parse(sites), model.shapes)
     for site in found:
         if len(site.parts) > 1 or site.part or site.source:
@@ -118,7 +117,7 @@ def states(model: Model, sites: Sequence[Site], inputs: Inputs) -> dict[Site, Te
     return {site: read(model, values[site.point], there) for site, there in placed.items()}
 
 
-def means(model: Model, sites: Sequence[Site], cases: Sequence[Case]) -> dict[Site, Tensor]:
+def mean_states(model: Model, sites: Sequence[Site], cases: Sequence[Case]) -> dict[Site, Tensor]:
     """One vector an example and site, the mean over the site's positions: `(examples, width)`, float64."""
     each = [states(model, sites, case.pair.clean) for case in cases]
     return {site: torch.stack([one[site].double().mean(0).cpu() for one in each]) for site in sites}

@@ -137,7 +137,7 @@ class Worker(Alone):
         """What the study's check finds of the folder."""
         if self.order != order:
             self.make(order)
-        return self.study.check(read_run(order.out))
+        return self.study.finish(read_run(order.out))
 
     def call(self, function: Callable[..., Any], *given: Any) -> Any:
         """What a function of what was given to all says."""
