@@ -123,7 +123,7 @@ def attribute(given: Given, scores: Scores, share: Filled) -> None:
     """
     from vlmscope.report import claim_report, write_report
     from vlmscope.report.ranking import strongest
-    from vlmscope.studies.agreement import agreement, lines
+    from vlmscope.studies.agreement import UNSIGNED, agreement, lines
 
     claim_report(share.out / "report.html")
     run, _ = share.fill(given, scores)
@@ -136,7 +136,7 @@ def attribute(given: Given, scores: Scores, share: Filled) -> None:
     print(terminal.table(best))
     print(run.check_line(), write_report(run.path, run.path / "report.html"), sep="\n")
     if scores.verify:
-        print(*lines(agreement(table, scores.verify, signed=scores.method != "atp-star")), sep="\n")
+        print(*lines(agreement(table, scores.verify, signed=scores.method != UNSIGNED)), sep="\n")
 
 
 @dataclass(kw_only=True)
