@@ -34,7 +34,7 @@ from vlmscope.notice import default_sites
 from vlmscope.studies import circuits
 from vlmscope.studies.plan import estimate
 from vlmscope.studies.run_folder import read_run, table_in
-from vlmscope.studies.sweep import sweep_to
+from vlmscope.studies.sweep import into_folder, swept
 from vlmscope.studies.task import task_of
 
 
@@ -119,7 +119,7 @@ def base(folder: Path) -> dict[str, float]:
     sites = default_sites(model)
     said = estimate(task_of(model, examples, sites, "image"))
     start = time.perf_counter()
-    run = sweep_to(folder / "run", model, examples[:2], sites, "image")
+    run = into_folder(swept(model, examples[:2], sites, "image"), folder / "run")
     seconds = (time.perf_counter() - start) / 2 * 1500
     size = sum(p.stat().st_size for p in (run.path / "effects").iterdir()) / 2 * 1500
     return {

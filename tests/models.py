@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import random
+from collections.abc import Sequence
+from types import SimpleNamespace
+from typing import Any
 
 import tokenizers
 import torch
@@ -25,11 +29,17 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 
 from vlmscope.data.example import Example, find_roles
 from vlmscope.runs.model import Model
+from vlmscope.studies.run_folder import Run
+from vlmscope.studies.sweep import into_folder, swept
+from vlmscope.studies.workers.worker import Alone
 
 WORDS = (
     "[PAD] [UNK] [CLS] [SEP] [MASK] [DEC] is this a an the circle square star red blue green "
     "yellow dark or ? . person feeling happy sad what color un ##happy ##ly"
 ).split()
+
+TOY_SETS = ("states", "scenes", "faces")
+"""The built-in sets that `toy-llava` was trained on; `toy-blip` was on all."""
 
 
 def blip_processor(size: int = 12) -> BlipProcessor:
@@ -185,3 +195,13 @@ def example(prompt: str = "is this circle red or blue ?", **changes: object) -> 
         **changes,
     }
     return Example(**fields)
+
+
+def alone(model: Model, examples: Sequence[Example]) -> Alone:
+    """This process, as the commands use it."""
+    return Alone(SimpleNamespace(load=lambda: model, examples=lambda: examples))
+
+
+def sweep_to(out: str | os.PathLike[str], *given: Any, **options: Any) -> Run:
+    """A sweep into a run folder, with all that a command can ask for."""
+    return into_folder(swept(*given, **options), out)

@@ -12,12 +12,13 @@ from pathlib import Path
 
 import pytest
 from families import llava_next
-from models import blip, picture
+from models import blip, picture, sweep_to
 
 import vlmscope
 from vlmscope import neurons
 from vlmscope.cli import machine
 from vlmscope.cli.main import app, main
+from vlmscope.cli.options import LOOKS
 from vlmscope.errors import StoreError
 from vlmscope.neurons import solvers
 from vlmscope.notice import Spec
@@ -114,6 +115,8 @@ def test_noise_and_direction_and_engine(run, tmp_path):
     spec = vlmscope.read_run(tmp_path / "run").spec
     assert spec["corrupt"] == {"kind": "noise", "form": "add", "at": "text", "scale": 3.0, "draws": 2}
     assert (spec["direction"], spec["engine"], spec["dtype"]) == ("noise", "reference", "float64")
+    for words in (["--noise", "add"], ["--noise-at", "text"], ["--noise-scale", "2"], ["--draws", "2"]):
+        refused(run(*SWEEP, *SITES, *words, "--out", tmp_path / "x"), "are of noise", "take --corrupt noise")
 
 
 def test_your_own_images_and_a_report(run, tmp_path):
@@ -352,6 +355,16 @@ def test_help_fits_the_terminal_and_no_summary_is_cut_off(run, monkeypatch, widt
         assert "..." not in out.partition("\nCommands:")[2], command
 
 
+def test_every_look_of_an_option_is_that_of_some_command():
+    from typer.main import get_command
+
+    commands = get_command(app).commands
+    every = [*commands.values(), *commands["neurons"].commands.values()]
+    shown = {(option.name, option.help) for each in every for option in each.params}
+    looks = [(table, name, look["help"]) for table, some in LOOKS.items() for name, look in some.items()]
+    assert [look for look in looks if look[1:] not in shown] == []
+
+
 def test_help_is_there_before_torch():
     script = "import sys; from vlmscope.cli.main import app; app(['--help'], standalone_mode=False); "
     script += "sys.exit(str([m for m in ('torch', 'pandas', 'numpy') if m in sys.modules] or ''))"
@@ -435,8 +448,6 @@ def test_a_full_machine_still_gives_one_thread(cpus):
 
 @pytest.fixture(scope="module")
 def swept(tmp_path_factory):
-    from vlmscope.studies.sweep import sweep_to
-
     model = vlmscope.load("toy-blip")
     folder = tmp_path_factory.mktemp("swept")
     sites = ["encoder.*.cross.h*@answer", "decoder.*.cross.h*@last"]
@@ -486,8 +497,6 @@ def test_circuits_heads_and_report(run, swept, tmp_path):
 
 
 def test_circuits_without_an_important_head_say_so_in_one_line(run, tmp_path):
-    from vlmscope.studies.sweep import sweep_to
-
     few = vlmscope.examples("faces", limit=2)
     sweep_to(tmp_path / "run", vlmscope.load("toy-blip"), few, "encoder.*.cross.h*@answer", "image")
     status, out, _ = run("circuits", tmp_path / "run", "--out", tmp_path / "c")
@@ -652,7 +661,9 @@ def test_neurons_find(run, scene, tmp_path):
     )
     refused(run(*asked, "--out", tmp_path / "no"), "nothing is known of what is shown", "name words")
     refused(run(*asked[:-2], "--word", "star", "--out", tmp_path / "no"), "--image needs a --prompt")
-    refused(run(*asked, "--data", "states", "--word", "x", "--out", tmp_path), "either --image or --data")
+    refused(
+        run(*asked, "--data", "states", "--word", "x", "--out", tmp_path), "both of --image and --data given"
+    )
 
 
 def test_neurons_describe_and_perturb(run, tmp_path):
@@ -775,7 +786,9 @@ def test_neurons_edit(run, scene, tmp_path, monkeypatch):
     assert status == 0 and "red -> blue" in out
     status, out, err = run("generate", "--model", tmp_path / "model", "--image", scene, "--prompt", ASK)
     assert status == 0, err
-    refused(run("neurons", "edit", *given, "--from", "red", "--out", file), "either --to WORD or --suppress")
+    refused(
+        run("neurons", "edit", *given, "--from", "red", "--out", file), "neither of --to and --suppress given"
+    )
     refused(
         run("neurons", "edit", *given, "--from", "red", "--to", "blue", "--margin", 2, "--out", file),
         "a margin is of the closed solver",
@@ -815,7 +828,7 @@ def test_what_states_say(run, tmp_path):
     assert set(found.lens["example"]) == {"a.png"} and found.lens["rank"].max() == 2
     assert found.words["word"].unique().tolist() == ["red"]
     assert "What states say" in (tmp_path / "lens" / "report.html").read_text()
-    refused(run("lens", *asked[:2], *sites, "--out", tmp_path / "x"), "give either --image or --data")
+    refused(run("lens", *asked[:2], *sites, "--out", tmp_path / "x"), "neither of --image and --data given")
     both = ["--model", "toy-llava", "--data", "states", "--prompt", "what?"]
     refused(run("lens", *both, *sites, "--out", tmp_path / "x"), "--prompt is of one --image")
     vision = ["--sites", "vision.*.resid@all"]
@@ -932,6 +945,53 @@ def test_a_direction_on_the_command_line(run, tmp_path):
     )
     refused(run("steer", *data, "--sites", "encoder.0.resid@last", "--out", tmp_path / "x"), "--without")
     assert not (tmp_path / "x").exists()
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        *(
+            f"{command} --data no.csv --sites decoder.0.resid@last"
+            for command in ("sweep", "plan", "knockout", "attribute", "lens", "heads", "steer")
+        ),
+        "edges --corrupt image --data no.csv",
+        "tracing --data no.csv",
+        "faithfulness --data no.csv --scores a.png",
+        "faithfulness --data states --scores no",
+        "steer --data states --sites decoder.0.resid@last --without no.csv",
+        "steer --data states --sites decoder.0.resid@last --corrupt image --others no.csv",
+        "probe --data no.csv --sites decoder.0.resid@last --label kind",
+        "lens --image no.png --prompt red --sites decoder.0.resid@last",
+        "explain --image no.png --prompt red",
+        "data inpaint --data no.csv --fill mean",
+        "generate --image no.png --prompt red",
+        "generate --image a.png --prompt red --patch decoder.0.resid@last --other no.png",
+        "generate --image a.png --prompt red --steer no.safetensors",
+        "models toy-blip --example no.csv:0",
+        "notice --data states no.csv",
+        "notice --spec no.toml",
+        "neurons find --image no.png --prompt red",
+        "neurons describe --data no.csv",
+        "neurons describe --data states --found no",
+        "neurons perturb --data no.csv --word red",
+        "neurons perturb --data states --word red --found no",
+        "neurons edit --data no.csv --from red --to blue",
+        "neurons edit --data states --from red --to blue --on no.safetensors",
+        "neurons edit --data states --from red --to blue --found no",
+    ],
+)
+def test_a_file_that_is_not_there_is_said_before_a_model_is_loaded(run, tmp_path, monkeypatch, words):
+    picture(0, 48).save(tmp_path / "a.png")
+    monkeypatch.chdir(tmp_path)
+    for module in ("checkpoint", "notice"):
+        monkeypatch.setattr(f"vlmscope.{module}.load", lambda *_, **__: pytest.fail("loaded"))
+    ends = {"explain": ".html", "data": ".csv", "neurons edit": ".safetensors"}
+    end = next((end for start, end in ends.items() if words.startswith(start)), "")
+    given = [] if "models" in words else ["--model", "toy-blip", "--out", f"out{end}"]
+    given = [word for word in given if "generate" not in words or "out" not in word]
+    named = next(word.removesuffix(":0") for word in words.split() if word.partition(".")[0] == "no")
+    refused(run(*words.split(), *given), f"error: {named}")
+    assert [file.name for file in tmp_path.iterdir()] == ["a.png"]
 
 
 def test_probes_on_the_command_line(run, tmp_path):

@@ -11,11 +11,11 @@ import pandas as pd
 import pytest
 import torch
 from families import FAMILIES
-from models import example, llava, picture
+from models import TOY_SETS, example, llava, picture
 from transformers import BertConfig, BertModel, BertTokenizer, LlavaForConditionalGeneration
 
 from vlmscope.checkpoint import load
-from vlmscope.data import TOY_SETS, examples
+from vlmscope.data import examples
 from vlmscope.errors import DataError, ModelError
 from vlmscope.models.inputs import Edit
 from vlmscope.neurons import ablated, measure, measures, perturb, perturbed

@@ -10,7 +10,7 @@ import pandas as pd
 import pytest
 import torch
 from families import FAMILIES
-from models import blip, example, llava, picture
+from models import blip, example, llava, picture, sweep_to
 
 import vlmscope
 from vlmscope.errors import DataError, SiteError, StoreError, VlmscopeError
@@ -24,7 +24,7 @@ from vlmscope.sites import expand, parse
 from vlmscope.studies import heads
 from vlmscope.studies.circuits import head_scores
 from vlmscope.studies.run_folder import CROSSED
-from vlmscope.studies.sweep import sweep, sweep_to
+from vlmscope.studies.sweep import sweep
 from vlmscope.studies.tables import token_table
 
 if os.environ.get("VLMSCOPE_TORCHVISION"):  # see test_video_families.py

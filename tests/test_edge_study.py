@@ -85,15 +85,15 @@ def test_a_run_that_was_stopped_before_its_table(tmp_path, monkeypatch):
     """It had one already, of fewer examples."""
     model, given = llava(), others(2)
     edges(model, given[:1], "image", verify=2, out=tmp_path)
-    check = study._check_run
+    write_beside = study.write_beside
 
     def stopped(*arguments):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(study, "_check_run", stopped)
+    monkeypatch.setattr(study, "write_beside", stopped)
     with pytest.raises(KeyboardInterrupt):
         edges(model, given, "image", verify=2, out=tmp_path)
-    monkeypatch.setattr(study, "_check_run", check)
+    monkeypatch.setattr(study, "write_beside", write_beside)
     table = edges(model, given, "image", verify=2, out=tmp_path)
     pd.testing.assert_frame_equal(pd.read_parquet(tmp_path / "edges.parquet"), table, check_like=True)
 

@@ -269,7 +269,7 @@ def test_words(whole):
             "without_high": None,
         },
     }
-    assert room.words.lines(summary) == [
+    assert [*room.words.lines(summary)] == [
         "CPR 0.50 [0.40, 0.60], CMD 0.50",
         "the 144 parts that have scores carry 50 % of the gap between the two runs: what else carries it has "
         "no score, and computes freely",
@@ -345,14 +345,14 @@ def test_parts_of_a_table():
         row | {"site": "decoder.0.attn.h[0,1]@all", "unit": "h[0,1]", "slot": "all", "score": 9.0},
         row | {"site": "decoder.0/3.mlp@all", "kind": "mlp", "slot": "all", "score": 9.0},
     ]
-    found = by_part(pd.DataFrame(rows), "score", None)
+    found = by_part(pd.DataFrame(rows), None)
     assert found.loc["a"].to_dict() == {
         "decoder.0.attn.h0": 1.0,
         "decoder.0.attn.h1": 5.0,
         "decoder.0.mlp": 7.0,
     }
     with pytest.raises(StoreError, match="of no head, neuron or sublayer"):
-        by_part(pd.DataFrame(rows[7:]), "score", "scores")
+        by_part(pd.DataFrame(rows[7:]), "scores")
 
 
 def test_expressions_name_the_parts(model):
@@ -477,7 +477,7 @@ def test_scores_of_something_else(model, scored, tmp_path):
     ("options", "said"),
     [
         ({"outside": "noise"}, "unknown outside 'noise'; expected corrupt, mean, zero"),
-        ({"ratio": "mean"}, "unknown ratio 'mean'; expected means, median"),
+        ({"ratio": "mean"}, "unknown ratio 'mean'; expected means or median"),
         ({"draws": 0}, "the number of random circuits is '0'"),
         ({"fractions": (0.5,)}, "one fraction is no curve"),
         ({"fractions": (0.5, 0.50000001)}, "one fraction is no curve"),

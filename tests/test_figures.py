@@ -14,6 +14,7 @@ from PIL import Image
 
 from vlmscope.errors import DataError
 from vlmscope.report import figures
+from vlmscope.report.directions import by_layer
 from vlmscope.report.heat_maps import FLOOR, full_colour
 from vlmscope.report.image_maps import attention, image_grid, neuron_maps
 from vlmscope.report.ranking import strongest
@@ -142,6 +143,7 @@ def drawn(ax=None) -> dict[str, Callable[[], Axes]]:
         "layer_by_head": lambda: figures.layer_by_head(rows(), ax=ax),
         "universal": lambda: figures.universal(found, ax=ax),
         "none is universal": lambda: figures.universal(found.assign(important=False), ax=ax),
+        "restored": lambda: figures.panels({"restored": token_table(rows())}, value="restored", ax=ax)[0],
         "image_grid": lambda: image_grid(patches(), picture, (2, 3), ax=ax),
         "attention": lambda: attention(looks.assign(difference=0.1), {"e0": picture}, patches(), ax=ax),
         "neuron_maps": lambda: neuron_maps(maps, {"e0": picture}, ax=ax),
@@ -167,6 +169,64 @@ def test_no_text_is_cut_off(name):
         box = text.get_window_extent()
         assert box.x0 >= -1 and box.x1 <= axes.figure.bbox.x1 + 1, text.get_text()
         assert box.y0 >= -1 and box.y1 <= axes.figure.bbox.y1 + 1, text.get_text()
+
+
+@pytest.mark.parametrize("name", ["layer_by_token", "layer_by_head", "universal"])
+def test_below_the_last_text_nothing_is_blank(name):
+    figure = drawn()[name]().figure
+    figure.draw_without_rendering()
+    assert 0 <= figure.get_tightbbox().y0 < 0.25, "inches"
+
+
+def test_universal_heads_say_which_runs_hold_fewer_examples():
+    found = cells_of(rows(), slot="readout").rename(columns={"slot": "position"}).assign(important=True)
+    runs = [found.assign(run=name, n=n, confirmed=False) for name, n in (("states", 15), ("faces", 16))]
+    assert labels(figures.universal(pd.concat(runs))) == ["states  n=15", "faces"]
+
+
+def test_names_of_columns_stand_upright_where_they_fit():
+    def angles(table):
+        return {label.get_rotation() for label in figures.layer_by_token(table).get_xticklabels()}
+
+    assert angles(rows(1, ["[DEC]"])) == {0.0} and angles(rows()) == {45.0}
+
+
+def test_the_strongest_cells_that_are_not_white_are_outlined():
+    weak = {"h0": 0.004, "h1": 0.1}
+    table = rows().assign(logit_diff=0.0)
+    at = (table["role"] == "answer") & table["unit"].isin(list(weak))
+    table.loc[at, "logit_diff"] = table["unit"].map(weak) * (1 + (table["layer"] == 2))
+    axes = figures.layer_by_head(table, slot="answer")
+    edged = [patch for patch in axes.patches if patch.get_linewidth() == 1.4]
+    assert sorted(patch.get_xy() for patch in edged) == [(1, 0), (1, 1), (1, 2)]
+    table.loc[at, "logit_diff"] = 0.001
+    assert not figures.layer_by_head(table, slot="answer").texts, "nothing is told of what is white"
+
+
+@pytest.mark.parametrize("many", [1, 3])
+def test_lines_over_layers_have_whole_layers_and_marks(many):
+    """Of a single layer, too, of which a line without marks would show nothing."""
+    layers = pd.DataFrame({"layer": range(5, 5 + many)})
+    words = layers.assign(place="image", what="answer", beaten=0.5, low=0.4, high=0.6, p=0.1, null_p=0.01)
+    scores = layers.assign(effect=1.0, low=0.5, high=1.5)
+    line = ("effect", "the direction", "low", "high", "#000000")
+    cut = rows().assign(site="decoder.5.attn@last<image", tower="decoder", kind="attn", layer=5, p_change=0.1)
+    cut = cut[cut["unit"].isna()].drop_duplicates("example")
+    drawn = [*figures.words_over_layers(words), *by_layer({"a": scores}, [("LD", [line])])]
+    for axes in [*drawn, *(figures.flow(cut) if many == 1 else ())]:
+        axes.figure.draw_without_rendering()
+        low, high = axes.get_xlim()
+        ticks = [tick for tick in axes.get_xticks() if low <= tick <= high]
+        assert ticks == list(range(5, 5 + many))
+        assert "o" in [line.get_marker() for line in axes.lines]
+
+
+def test_an_interval_that_is_not_there_is_not_in_the_legend():
+    columns = "ranking fraction kept f low high random random_low random_high".split()
+    for low, words in ((0.4, "the best parts, with 95 % interval"), (None, "the best parts")):
+        table = pd.DataFrame([("signed", 0.5, 4, 0.5, low, low, 0.1, 0.0, 0.2)], columns=columns)
+        (axes,) = figures.carried_by_size(table)
+        assert words in axes.get_legend_handles_labels()[1]
 
 
 def test_panels_need_axes_for_each():

@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 import torch
 from families import FAMILIES
-from models import blip, example, llava, picture
+from models import blip, example, llava, picture, sweep_to
 from PIL import Image
 from planted import TRUTH, planted, planted_examples
 
@@ -22,7 +22,6 @@ from vlmscope.sites import Pattern
 from vlmscope.stats import shuffled
 from vlmscope.studies import heads
 from vlmscope.studies.run_folder import read_run
-from vlmscope.studies.sweep import sweep_to
 
 SITES = "encoder.0.cross.h*@all"
 pytestmark = pytest.mark.filterwarnings("ignore:the fewest examples of a head:UserWarning")

@@ -8,6 +8,7 @@ import string
 import sys
 import warnings
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -259,7 +260,7 @@ def test_of_a_pipeline_pairs_are_kept_where_the_model_gives_the_foil(model, stat
 @pytest.fixture(scope="module")
 def pipeline(tmp_path_factory):
     """A small random pipeline, as `save_pretrained` writes it."""
-    diffusers = pytest.importorskip("diffusers")
+    import diffusers
     import torch
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
@@ -323,6 +324,36 @@ def test_a_diffusion_pipeline_paints_what_the_mask_shows(pipeline, model, states
     command = ("data", "inpaint", "--model", "toy-blip", "--data", "states", "--limit", "2", "--steps", "1")
     _, said, err = run(*command, "--with", pipeline, "--out", tmp_path / "a.csv")
     assert "2 pairs of 2" in said or "1 pairs of 2" in said or "none of 2 pairs is left" in err, (said, err)
+
+
+@pytest.mark.parametrize("bars", [True, False])
+def test_bars_and_words_of_diffusers_stay_as_the_user_has_set_them(monkeypatch, tmp_path, bars):
+    """Off while a pipeline is loaded, and for ours alone behind that."""
+    shown, level, ours = [bars], [30], []
+    log = SimpleNamespace(
+        is_progress_bar_enabled=lambda: shown[-1],
+        enable_progress_bar=lambda: shown.append(True),
+        disable_progress_bar=lambda: shown.append(False),
+        get_verbosity=lambda: level[-1],
+        set_verbosity=level.append,
+    )
+
+    def load(*_, **__):
+        assert (shown[-1], level[-1]) == (False, 50)
+        made = SimpleNamespace(to=lambda _: made, set_progress_bar_config=lambda **how: ours.append(how))
+        return made
+
+    pretend = SimpleNamespace(
+        utils=SimpleNamespace(logging=log), AutoPipelineForInpainting=SimpleNamespace(from_pretrained=load)
+    )
+    monkeypatch.setitem(sys.modules, "diffusers", pretend)
+    (tmp_path / "model_index.json").write_text('{"_class_name": "Pipeline"}')
+    Inpainter(tmp_path)
+    assert (shown[-1], level[-1], ours) == (bars, 30, [{"disable": True}])
+    (tmp_path / "model_index.json").unlink()
+    with pytest.raises(ModelError, match="no such file"):
+        Inpainter(tmp_path)
+    assert (shown[-1], level[-1]) == (bars, 30)
 
 
 def test_pipelines_that_are_none_are_one_line(pipeline, tmp_path):

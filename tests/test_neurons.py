@@ -188,6 +188,18 @@ def test_nouns_without_spacy(monkeypatch):
         neurons.nouns("red", "x")
 
 
+def test_a_tagger_and_a_text_model_are_loaded_before_pictures_are_captioned(toy, monkeypatch):
+    for module in ("contributions", "words"):
+        monkeypatch.setattr(
+            f"vlmscope.neurons.{module}.caption_pictures", lambda *_, **__: pytest.fail("ran")
+        )
+    with pytest.raises(ModelError, match=r"no spaCy pipeline 'nowhere'|needs spaCy"):
+        neurons.find(toy, examples("states", limit=1), tagger="nowhere")
+    for function in (neurons.describe, neurons.measure):
+        with pytest.raises(ModelError, match="/nowhere"):
+            function(toy, examples("states", limit=1), ["red"], embedding="/nowhere")
+
+
 def test_find_over_a_set(toy, tmp_path):
     given = examples("states", limit=6)
     neurons.find(toy, given, prompt=ASK, top=5).save(tmp_path)

@@ -15,7 +15,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from families import FAMILIES
-from models import blip, example, picture
+from models import blip, example, picture, sweep_to
 from pretend_ray import Pretended
 
 import vlmscope
@@ -26,7 +26,7 @@ from vlmscope.notice import Spec
 from vlmscope.studies import circuits
 from vlmscope.studies.plan import estimate
 from vlmscope.studies.run_folder import read_run
-from vlmscope.studies.sweep import sweep, sweep_to
+from vlmscope.studies.sweep import sweep
 from vlmscope.studies.task import task_of
 from vlmscope.studies.workers.team import Team
 

@@ -10,7 +10,7 @@ from html import unescape
 
 import pandas as pd
 import pytest
-from models import blip, example, picture
+from models import alone, blip, example, picture, sweep_to
 
 from vlmscope.checkpoint import load
 from vlmscope.data import examples
@@ -23,7 +23,7 @@ from vlmscope.report.words import short_number
 from vlmscope.runs.corrupt import Noise
 from vlmscope.studies import circuits, heads, tracing
 from vlmscope.studies.run_folder import Run, read_run
-from vlmscope.studies.sweep import sweep, sweep_to
+from vlmscope.studies.sweep import sweep
 from vlmscope.studies.tables import head_table
 
 SITES = [
@@ -134,7 +134,9 @@ def everything(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tracing, "MIN_P", -1.0)
         patch.setattr(tracing, "MIN_LD", -1e9)
-        tracing.trace(folder / "t", model, examples[:3], noise=noise, kinds=("cross",), data=HOSTILE)
+        tracing.trace(
+            alone(model, examples[:3]).fill, folder / "t", noise=noise, kinds=("cross",), data=HOSTILE
+        )
     return [folder / "c", folder / "h", folder / "t", run.path]
 
 

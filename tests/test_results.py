@@ -5,8 +5,10 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import shutil
 import sys
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
@@ -195,12 +197,19 @@ def names_of(table: Table) -> list[str]:
     return [column.partition(":")[0] for column in table.columns.split()]
 
 
+def test_a_kind_of_folder_is_named_once():
+    """In `stored.formats`, or where all of it is written and read; a second copy could differ."""
+    sources = [file.read_text("utf-8") for file in Path(vlmscope.__file__).parent.rglob("*.py")]
+    names = Counter(name for text in sources for name in re.findall(r'"(vlmscope-[a-z]+-[0-9]+)"', text))
+    assert "vlmscope-steer-1" in names and set(names.values()) == {1}, names
+
+
 def test_the_formats_have_the_columns_that_are_written():
     assert names_of(formats.CIRCUITS.tables["heads.parquet"]) == list(circuits.HEADS)
     assert names_of(formats.CIRCUITS.tables["overlap.csv"]) == [*circuits.OVERLAP, "q_value"]
     assert names_of(formats.TRACING.tables["tracing.parquet"]) == list(tracing.TABLE)
-    assert names_of(formats.LENS["lens"].tables["lens.parquet"]) == lens.LENS
-    assert names_of(formats.LENS["lens"].tables["words.parquet"]) == lens.WORDS
+    assert names_of(formats.LENS.tables["lens.parquet"]) == lens.LENS
+    assert names_of(formats.LENS.tables["words.parquet"]) == lens.WORDS
     assert names_of(formats.NEURONS["find"].tables["neurons.parquet"]) == list(contributions.COLUMNS)
     assert names_of(formats.NEURONS["describe"].tables["measures.csv"]) == [*measures.COLUMNS, "q_value"]
 

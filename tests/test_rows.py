@@ -27,7 +27,8 @@ from test_shards import equal
 import vlmscope
 from vlmscope.data import hub
 from vlmscope.data.example import fingerprint
-from vlmscope.data.rows import LOOKED_AT, WINDOW, Parquet, Rows
+from vlmscope.data.lazy import LOOKED_AT
+from vlmscope.data.rows import WINDOW, Parquet, Rows
 from vlmscope.errors import DataError, ExampleError, StoreError
 from vlmscope.studies.sweep import swept
 from vlmscope.studies.workers.team import Team

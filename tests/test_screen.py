@@ -13,7 +13,8 @@ import vlmscope
 from vlmscope.errors import SiteError, StoreError, VlmscopeError
 from vlmscope.studies import screen
 from vlmscope.studies.attribution import attribute
-from vlmscope.studies.screen import lines, missed, screen_to
+from vlmscope.studies.screen import lines, missed, screened
+from vlmscope.studies.sweep import into_folder
 
 SITES = [
     "decoder.*.mlp.n*@*",
@@ -25,6 +26,10 @@ SITES = [
 
 def several():
     return [replace(example(), id=str(n), corrupt_image=picture(20 + n)) for n in range(2)]
+
+
+def screen_to(out, *given, **options):
+    return into_folder(screened(*given, **options, out=out), out)
 
 
 @pytest.mark.parametrize("direction", ["denoise", "noise"])

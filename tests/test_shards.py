@@ -11,14 +11,14 @@ from typing import Any
 
 import pandas as pd
 import pytest
-from models import blip, example, picture
+from models import blip, example, picture, sweep_to
 
 import vlmscope
 from vlmscope.errors import DataError, StoreError, VlmscopeError
 from vlmscope.studies.run_folder import Run
 from vlmscope.studies.run_writer import Writer
-from vlmscope.studies.screen import screen_to
-from vlmscope.studies.sweep import sweep, sweep_to
+from vlmscope.studies.screen import screened
+from vlmscope.studies.sweep import into_folder, sweep
 
 SITES = ["encoder.*.cross.h*@answer", "encoder.0.resid@*"]
 
@@ -127,7 +127,8 @@ def test_what_is_made_of_the_whole_table_is_made_anew(tmp_path: Path) -> None:
     """Shards of a screen rank by all examples; agreement and what was missed are of the merged table."""
     model, first, estimated = blip(), given()[:4], {"method": "atp", "verify": 2}
     for out, shard in (("1", (1, 2)), ("2", (2, 2)), ("whole", None)):
-        screen_to(tmp_path / "s" / out, model, first, SITES, top=3, check=0, shard=shard)
+        place = tmp_path / "s" / out
+        into_folder(screened(model, first, SITES, out=place, top=3, check=0, shard=shard), place)
         own = {"out": tmp_path / "a" / out, "shard": shard}
         vlmscope.attribute(model, first, SITES[1], "image", **estimated, **own)
     for kind, beside in (("s", "screen.json"), ("a", "agreement.json")):

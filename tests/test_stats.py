@@ -194,3 +194,12 @@ def test_what_cannot_be_compared():
     both = pd.concat([one, one.assign(corruption="text")])
     with pytest.raises(DataError, match="the corruptions image, text"):
         vlmscope.compare(both, other)
+
+
+@pytest.mark.parametrize("n", [1, 2, 7, 40])
+def test_the_interval_of_a_share_is_that_of_clopper_and_pearson(n):
+    """By scipy's own search for the ends, which needs no beta distribution."""
+    for yes in range(n + 1):
+        found = stats.share_interval([True] * yes + [False] * (n - yes))
+        wanted = scipy_stats.binomtest(yes, n).proportion_ci(0.95, method="exact")
+        assert found == pytest.approx([wanted.low, wanted.high], abs=1e-9)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -173,7 +174,7 @@ def test_what_works_does_more_than_random_directions():
 def test_a_folder_and_its_report(found, tmp_path):
     found.save(tmp_path)
     again = vlmscope.open(tmp_path)
-    for name in steering.TABLES:
+    for name in ("layers", "measures", "captions"):
         pd.testing.assert_frame_equal(getattr(again, name), getattr(found, name), check_dtype=False)
     assert again.direction.best == found.direction.best and again.about == dict(found.about)
     for site, vector in found.direction.vectors.items():
@@ -279,6 +280,21 @@ def test_other_families_and_two_sets_of_examples():
     )
     assert found.layers["effect"].abs().min() > 0 and found.about["others"] == "other examples"
     assert found.measures.loc[found.measures["measure"] == "kl", "n"].tolist() == [5]
+
+
+def test_others_that_cannot_be_run_are_told_before_anything_is_computed(monkeypatch):
+    monkeypatch.setattr(steering, "mean_states", lambda *_: pytest.fail("computed"))
+    bad = several(2, 60, clean_image=Path("nowhere.png"))
+    with pytest.raises(DataError, match=r"\(others\) can be run: 0 of 2; 'e60': nowhere.png: no such file"):
+        steer(llava(), several(), SITES, corrupt="image", others=bad)
+    with pytest.raises(DataError, match="no data set 'nowhere'"):
+        steer(llava(), several(), SITES, corrupt="image", others="nowhere")
+    monkeypatch.undo()
+    some = [*bad, *several(3, 70)]
+    with pytest.warns(UserWarning, match=r"2 of 5 examples \(others\) are left out; 'e60'"):
+        found = steer(llava(), several(), SITES[1], corrupt="image", others=some, random=2, said=2)
+    assert found.measures.loc[found.measures["measure"] == "kl", "n"].tolist() == [3]
+    assert found.captions.loc[found.captions["set"] == "others", "example"].tolist() == ["e70", "e71"]
 
 
 @pytest.mark.parametrize("keep_norm", [False, True])

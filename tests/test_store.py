@@ -376,7 +376,7 @@ def test_a_second_process_is_refused_until_the_first_is_gone(tmp_path: Path) -> 
     with subprocess.Popen([sys.executable, "-c", hold], stdin=pipe, stdout=pipe) as first:
         assert first.stdout is not None
         assert first.stdout.readline() == b"open\n"
-        with pytest.raises(StoreError, match="another process is writing to this run"):
+        with pytest.raises(StoreError, match="another process is writing it"):
             open_run(tmp_path, SPEC)
         assert len(read_run(tmp_path).effects()) == 0
         first.kill()

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pandas as pd
 import pytest
+from models import sweep_to
 from scipy.stats import spearmanr
 
 from vlmscope.checkpoint import load
 from vlmscope.data import BUILT_IN, examples
 from vlmscope.studies import circuits, heads
-from vlmscope.studies.sweep import sweep_to
 
 SITES = [
     "encoder.*.attn.h*@answer",

@@ -6,9 +6,10 @@ import random
 from dataclasses import replace
 
 import pytest
+from models import TOY_SETS
 
 from vlmscope.checkpoint import load, toys
-from vlmscope.data import TOY_SETS, examples
+from vlmscope.data import examples
 from vlmscope.data.drawn import faces, scenes, states
 from vlmscope.patching.scores import agrees
 from vlmscope.studies.sweep import baselines, sweep

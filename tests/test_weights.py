@@ -6,14 +6,14 @@ import random
 
 import pytest
 import torch
-from models import blip, example, llava
+from models import TOY_SETS, blip, example, llava
 from safetensors.torch import load_file, save_file
 from transformers import LlavaForConditionalGeneration, LlavaProcessor
 
 import vlmscope
 from vlmscope import neurons
 from vlmscope.checkpoint import load
-from vlmscope.data import TOY_SETS, examples
+from vlmscope.data import examples
 from vlmscope.errors import ExampleError, ModelError, StoreError, VlmscopeError
 from vlmscope.neurons import WeightEdit, edits
 from vlmscope.neurons.hallucination import hallucination

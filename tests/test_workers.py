@@ -95,7 +95,7 @@ def test_workers_write_parts_and_the_driver_commits_them(
     assert about[0] == about[1] and about[0].numbers == range(COUNT)
     with open_run(order.out, about[0].spec, about[0].description) as writer:
         jobs = writer.todo(about[0].numbers, about[0].sites)
-        done = [crew[number % 2].compute(order, writer.sites, job) for number, job in enumerate(jobs)]
+        done = [crew[number % 2].compute(order, writer.sites, [job]) for number, job in enumerate(jobs)]
         assert [one.about for one in done] == [*about[:2], None, None, None, None]
         assert done[0].parts and not done[2].parts, "the first example is handed over at once"
         assert [part.held[0].number for one in done for part in one.parts] == [0, 1]
@@ -106,7 +106,7 @@ def test_workers_write_parts_and_the_driver_commits_them(
         assert sorted(writer.done) == [0, 1, 2, 4]
         crew[1].hand_over()  # and dies
         again = writer.todo(about[0].numbers, about[0].sites)
-        last = [crew[2].compute(order, writer.sites, job).parts for job in again]
+        last = [crew[2].compute(order, writer.sites, [job]).parts for job in again]
         for part in itertools.chain(*last, crew[2].hand_over().parts):
             writer.take(part)
         writer.finish()
@@ -124,8 +124,8 @@ def test_an_example_that_is_refused_is_left_out_with_the_reason(tmp_path: Path) 
     worker, order = begun(), Order(swept, OPTIONS, tmp_path)
     about = worker.make(order)
     with open_run(tmp_path, about.spec) as writer:
-        (job,) = writer.todo([3], about.sites)
-        for part in worker.compute(order, about.sites, job, REASON).parts:
+        jobs = writer.todo([3], about.sites)
+        for part in worker.compute(order, about.sites, jobs, REASON).parts:
             writer.take(part)
     (row,) = vlmscope.read_run(tmp_path).baselines().to_dict("records")
     assert row["excluded"] and row["reason"] == REASON
@@ -136,7 +136,7 @@ def test_a_folder_that_is_not_on_the_workers_machine(tmp_path: Path) -> None:
     with pytest.raises(
         StoreError, match="run: is not there on .*; choose an --out on a disk that all machines"
     ):
-        worker.compute(Order(swept, OPTIONS, tmp_path / "run"), SITES, Todo(0, SITES, []))
+        worker.compute(Order(swept, OPTIONS, tmp_path / "run"), SITES, [Todo(0, SITES, [])])
 
 
 # --- a team, of workers in this process ------------------------------------------------------------------
@@ -156,7 +156,7 @@ class Known:
                 self.results[job.number] = study.work(task, job, *rest)
             return self.results[job.number]
 
-        return study._replace(work=work)
+        return replace(study, work=work)
 
 
 @pytest.mark.filterwarnings("ignore:a worker died")
@@ -203,6 +203,36 @@ def test_a_run_survives_fifty_deaths(
     equal(run, whole)
     assert run.check == whole.check and asked == COUNT and not left_behind(run.path)
     assert deaths.total() == 50 and sum(deaths[kind] > 0 for kind in deaths) >= 6, deaths
+
+
+@pytest.mark.filterwarnings("ignore:a worker died", "ignore:1 of 24 examples")
+def test_quick_examples_are_given_several_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of those that a worker died on together, each is then given alone; so one is left out, and no other."""
+    monkeypatch.setattr(team, "AT_ONCE", 3600)
+    given, sites, kills = replace(GIVEN, data="faces", limit=24), ["encoder.0.cross.h0@answer"], 3
+    options = OPTIONS | {"sites": sites, "check": 0}
+    known, calls, deaths = Known({}), list[list[int]](), list[int]()
+    compute = Worker.compute
+
+    def noted(self: Worker, order: Order, sites: list[str], jobs: list[Todo], *reason: str) -> Done:
+        calls.append([job.number for job in jobs])
+        if kills in calls[-1] and not reason:
+            deaths.append(len(jobs))
+            raise DiesError
+        return compute(self, order, sites, jobs, *reason)
+
+    monkeypatch.setattr(Worker, "compute", noted)
+    ray = Pretended(Random(0))
+    crew = Team(ray, ray.start, [ray.start()], given)
+    with pytest.warns(UserWarning, match="a worker died at one of the examples number .*3.* of the data"):
+        run, _ = crew.fill(tmp_path / "run", known, options)
+    assert deaths[0] > 1 and deaths[1:] == [1] * (DEATHS - 1)
+    assert len(calls[1]) == 11, "half of those that wait, where there is one worker"
+    base = run.baselines()
+    assert base["reason"].dropna().tolist() == [REASON] and base["excluded"][kills]
+    wanted = vlmscope.sweep(given.load(), given.examples(), sites, check=0)
+    left = wanted[wanted["example"] != base["example"][kills]].reset_index(drop=True)
+    assert run.effects().equals(left)
 
 
 def test_a_team_does_calls_and_several_folders(whole: Run, tmp_path: Path) -> None:
@@ -442,7 +472,7 @@ class Deadly:
                 os.kill(os.getpid(), signal.SIGKILL)
             return study.work(task, job, *rest)
 
-        return study._replace(work=work)
+        return replace(study, work=work)
 
 
 @pytest.mark.ray
@@ -530,7 +560,7 @@ class Slow:
             time.sleep(0.5)
             return study.work(*given)
 
-        return study._replace(work=work)
+        return replace(study, work=work)
 
 
 @pytest.mark.ray

@@ -91,7 +91,7 @@ def label(pictures: list[Shown]) -> Tensor:
     """What covers each patch: a column of `VALUES` a head, `NONE` where there is nothing to name."""
     labels = torch.full((len(pictures), len(VALUES), GRID * GRID), NONE)
     for n, shown in enumerate(pictures):
-        for mask, known in _covers(shown):
+        for mask, known in covers(shown):
             share = mask.resize((GRID, GRID), Image.Resampling.BOX).tobytes()
             covered = torch.tensor([value > 90 for value in share])
             for k, value in known.items():
@@ -99,7 +99,7 @@ def label(pictures: list[Shown]) -> Tensor:
     return labels
 
 
-def _covers(shown: Shown) -> Iterator[tuple[Image.Image, dict[str, str]]]:
+def covers(shown: Shown) -> Iterator[tuple[Image.Image, dict[str, str]]]:
     """The mask of each thing in a picture, and what it is."""
     if isinstance(shown, faces.Face):
         yield shown.masks()["object"], {"expression": shown.expression}

@@ -5,8 +5,10 @@
 Its vision tower starts from that of `toy-blip`, which ships with the package (or the whole model from one
 trained before, with `--start`), so nothing has to teach its patches what covers them; the pictures and
 questions are those of `toy_questions.py`, the cost of heads that of `train_toy_blip.py`, and there are
-questions whether a picture shows an object. A linear head that is thrown away afterwards names each patch's
-column: without it the vision tower forgets them, and what is above or below a thing is not learned. One
+questions whether a picture shows an object. Linear helpers that are thrown away afterwards name places: each
+patch's column, behind the vision tower and before the last layer, and there the quarter of the board in which
+the thing is that a question names. Without them what is above or below a thing is not learned: two tokens
+would have to be compared by their columns, and neither has its own at hand. One
 sequence holds a picture and several branches behind it, each a question with its answer or the caption;
 branches do not see each other. The training is kept every 500 steps in `build/toy-llava` and goes on from
 there.
@@ -20,7 +22,9 @@ import random
 import time
 from functools import partial
 from pathlib import Path
+from typing import TypeAlias
 
+import numpy as np
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
@@ -36,6 +40,7 @@ from toy_questions import (
     TEMPLATES,
     VALUES,
     Shown,
+    covers,
     draw,
     false_noun,
     kept,
@@ -57,6 +62,7 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 
 from vlmscope.data import examples as built_in
 from vlmscope.data.drawn import binding, drawing, faces, scenes, states
+from vlmscope.data.fills import fill
 
 WORK = Path("build/toy-llava")
 TOY_BLIP = Path("src/vlmscope/toys/toy-blip")
@@ -70,8 +76,10 @@ TEMPLATE = (
     "{% if add_generation_prompt %}assistant:{% endif %}"
 )
 IMAGES = GRID * GRID
-SHARES = (1, 2, 0.7, 4)
+SHARES = (1, 4, 0.7, 4)
 """How often a picture is of each of `SETS`."""
+BARE = 0.05
+"""How often a picture has lost all that it showed; what is asked of it is answered by "neither" or "no"."""
 COST = 2e-4
 """What a head of the language model costs for each unit that it writes."""
 
@@ -220,51 +228,73 @@ def _take_over(hf: LlavaForConditionalGeneration) -> None:
                 target.bias.copy_(bias)
 
 
+Branch: TypeAlias = tuple[str, str, int]
+"""A question, what is to be said, and the quarter of the thing that it names (or `NONE`)."""
+
+
 def loss_of(
-    hf: LlavaForConditionalGeneration, column: nn.Linear, pixels: Tensor, text: dict[str, Tensor]
+    hf: LlavaForConditionalGeneration, helpers: nn.ModuleDict, pixels: Tensor, text: dict[str, Tensor]
 ) -> Tensor:
-    """How badly the model says what is to be said, and a tenth of how badly the head names columns."""
+    """How badly the model says what is to be said, and a tenth of how badly the helpers name places."""
     inner = hf.model
     seen = inner.vision_tower(pixels).last_hidden_state[:, 1:]
     embedded = inner.get_input_embeddings()(text["ids"])
     image = inner.multi_modal_projector(seen)
     is_image = (text["ids"] == 4)[..., None].expand_as(embedded)
     embedded = embedded.masked_scatter(is_image, image)
-    hidden = inner.language_model(
-        inputs_embeds=embedded, attention_mask=text["mask"], position_ids=text["positions"]
-    ).last_hidden_state
-    chosen = text["labels"] != NONE
-    columns = torch.arange(GRID).repeat(len(seen), GRID)
-    named = F.cross_entropy(column(seen).flatten(0, 1), columns.flatten())
-    return F.cross_entropy(hf.lm_head(hidden[chosen]), text["labels"][chosen]) + 0.1 * named
+    states = inner.language_model(
+        inputs_embeds=embedded,
+        attention_mask=text["mask"],
+        position_ids=text["positions"],
+        output_hidden_states=True,
+    ).hidden_states
+    chosen, placed = text["labels"] != NONE, text["places"] != NONE
+    columns = torch.arange(GRID).repeat(len(seen) * GRID)
+    before = states[-2]  # what the last layer is given
+    patches = before[text["ids"] == 4].unflatten(0, (len(seen), -1))
+    named = [
+        F.cross_entropy(helpers["column"](seen).flatten(0, 1), columns),
+        F.cross_entropy(helpers["patch"](patches).flatten(0, 1), columns),
+    ]
+    if placed.any():
+        named.append(F.cross_entropy(helpers["noun"](before[placed]), text["places"][placed]))
+    said = hf.lm_head(states[-1][chosen])
+    return F.cross_entropy(said, text["labels"][chosen]) + 0.1 * sum(named)
 
 
-def pack(tokenizer: PreTrainedTokenizerFast, branches: list[list[tuple[str, str]]]) -> dict[str, Tensor]:
+def pack(tokenizer: PreTrainedTokenizerFast, branches: list[list[Branch]]) -> dict[str, Tensor]:
     """Sequences of a picture and its branches, with masks, positions and what is to be said."""
     words = lambda text: tokenizer(text, add_special_tokens=False)["input_ids"]  # noqa: E731
     prefix = [2, *words("user:"), *[4] * IMAGES]
     rows = []
     for some in branches:
-        ids, group, positions, labels = (list(prefix), [0] * len(prefix), list(range(len(prefix))), [])
-        labels = [NONE] * len(prefix)
-        for number, (asked, answer) in enumerate(some, start=1):
+        ids, group, positions = list(prefix), [0] * len(prefix), list(range(len(prefix)))
+        labels, places = [NONE] * len(prefix), [NONE] * len(prefix)
+        for number, (asked, answer, place) in enumerate(some, start=1):
             before, after = [*words(asked), *words("assistant:")], [*words(answer), 3]
             ids += before + after[:-1]
             many = len(before) + len(after) - 1
             group += [number] * many
             positions += range(len(prefix), len(prefix) + many)
             labels += [NONE] * (len(before) - 1) + after
-        rows.append((ids, group, positions, labels))
+            places += [NONE] * (len(before) - 1) + [place] + [NONE] * (len(after) - 1)
+        rows.append((ids, group, positions, labels, places))
     longest = max(len(ids) for ids, *_ in rows)
     table = [
         torch.tensor([column + [fill] * (longest - len(column)) for column in columns])
-        for columns, fill in zip(zip(*rows, strict=True), (0, -1, 0, NONE), strict=True)
+        for columns, fill in zip(zip(*rows, strict=True), (0, -1, 0, NONE, NONE), strict=True)
     ]
     group = table[1]
     same = (group[:, :, None] == group[:, None, :]) | (group[:, None, :] == 0)
     allowed = same & torch.ones(longest, longest, dtype=torch.bool).tril()
     mask = torch.zeros(allowed.shape).masked_fill(~allowed, torch.finfo(torch.float32).min)
-    return {"ids": table[0], "positions": table[2], "labels": table[3], "mask": mask[:, None]}
+    return {
+        "ids": table[0],
+        "positions": table[2],
+        "labels": table[3],
+        "places": table[4],
+        "mask": mask[:, None],
+    }
 
 
 # -- training ------------------------------------------------------------------------------------
@@ -279,7 +309,14 @@ def train(arguments: argparse.Namespace) -> None:
         hf = model(made.tokenizer, arguments.width, arguments.layers)
     print(sum(p.numel() for p in hf.parameters()), "parameters", flush=True)
     hf.train()
-    column = nn.Linear(hf.config.vision_config.hidden_size, GRID)
+    text = hf.config.text_config.hidden_size
+    helpers = nn.ModuleDict(
+        {
+            "column": nn.Linear(hf.config.vision_config.hidden_size, GRID),
+            "patch": nn.Linear(text, GRID),
+            "noun": nn.Linear(text, 4),
+        }
+    )
     written: list[Tensor] = []
     measure_heads(hf.model.language_model, ("o_proj",), 4, written)
     pictures = {name: [picture(name, n) for n in range(arguments.pictures)] for name in SETS}
@@ -287,24 +324,34 @@ def train(arguments: argparse.Namespace) -> None:
         name: kept(f"pixels-{name}-{arguments.pictures}", partial(draw, some))
         for name, some in pictures.items()
     }
+    without = {
+        name: kept(f"bare-{name}-{arguments.pictures}", partial(draw, [_Bare(x) for x in some[:1000]]))
+        for name, some in pictures.items()
+    }
     images = made.image_processor
     mean, std = (torch.tensor(v)[:, None, None] for v in (images.image_mean, images.image_std))
     optimizer = torch.optim.AdamW(
-        [*hf.parameters(), *column.parameters()], lr=arguments.rate, weight_decay=0.01
+        [*hf.parameters(), *helpers.parameters()], lr=arguments.rate, weight_decay=0.01
     )
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, arguments.rate, total_steps=arguments.steps + 1, pct_start=0.05
     )
-    first = _resume(hf, column, optimizer, schedule)
+    first = _resume(hf, helpers, optimizer, schedule)
     began, total = time.time(), 0.0
     for step in range(first, arguments.steps):
         rng = random.Random(f"{arguments.seed}/{step}")
         sets = rng.choices(list(SETS), SHARES, k=arguments.batch)
-        which = [(name, rng.randrange(arguments.pictures)) for name in sets]
-        branches = [_branches(rng, pictures[name][n], arguments.ask) for name, n in which]
-        seen = (torch.stack([pixels[name][n] for name, n in which]).float() / 255 - mean) / std
+        which = [(name, rng.randrange(arguments.pictures), rng.random() < BARE) for name in sets]
+        branches = [
+            (_of_nothing if bare else _branches)(rng, pictures[name][n], arguments.ask)
+            for name, n, bare in which
+        ]
+        chosen = [
+            without[name][n % len(without[name])] if bare else pixels[name][n] for name, n, bare in which
+        ]
+        seen = (torch.stack(chosen).float() / 255 - mean) / std
         written.clear()
-        loss = loss_of(hf, column, seen, pack(made.tokenizer, branches)) + COST * sum(written)
+        loss = loss_of(hf, helpers, seen, pack(made.tokenizer, branches)) + COST * sum(written)
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(hf.parameters(), 1.0)
@@ -316,7 +363,7 @@ def train(arguments: argparse.Namespace) -> None:
             print(f"step {step + 1} loss {total / 100:.4f} ({speed:.1f} steps/s)", flush=True)
             total = 0.0
         if (step + 1) % 500 == 0:
-            _keep(hf, column, optimizer, step + 1)
+            _keep(hf, helpers, optimizer, step + 1)
             save(hf, made, WORK / "latest")
         if (step + 1) % 1000 == 0:
             report(hf, made, 90)
@@ -324,23 +371,51 @@ def train(arguments: argparse.Namespace) -> None:
     report(hf, made, 600)
 
 
-def _branches(rng: random.Random, shown: Shown, ask: int) -> list[tuple[str, str]]:
+def _branches(rng: random.Random, shown: Shown, ask: int) -> list[Branch]:
     """What is asked of a picture, and what is to be said."""
     there = objects_in(shown)
+    asked = [question(rng, shown) for _ in range(ask)]
     return [
-        *(question(rng, shown) for _ in range(ask)),
-        (rng.choice((ASK, OTHERWISE)), caption_of(shown)),
-        is_there(rng, there, True),
-        is_there(rng, there, False),
+        *((text, answer, place_of(shown, text)) for text, answer in asked),
+        (rng.choice((ASK, OTHERWISE)), caption_of(shown), NONE),
+        (*is_there(rng, there, True), NONE),
+        (*is_there(rng, there, False), NONE),
     ]
 
 
+class _Bare:
+    """A picture of which all things are painted over with the mean of the rest."""
+
+    def __init__(self, shown: Shown) -> None:
+        self.shown = shown
+
+    def draw(self) -> Image.Image:
+        where = np.any([np.asarray(mask) > 0 for mask, _ in covers(self.shown)], axis=0)
+        return fill(self.shown.draw(), where, "mean")
+
+
+def _of_nothing(rng: random.Random, shown: Shown, ask: int) -> list[Branch]:
+    """What is asked of a picture that has lost what it showed."""
+    asked = [text for text, _ in (question(rng, shown) for _ in range(ask))]
+    there = [is_there(rng, objects_in(shown), yes)[0] for yes in (True, False)]
+    return [*((text, "neither", NONE) for text in asked), *((text, "no", NONE) for text in there)]
+
+
+def place_of(shown: Shown, asked: str) -> int:
+    """In which quarter of a board the thing is that a question names."""
+    if not isinstance(shown, binding.Board):
+        return NONE
+    words = set(asked.rstrip("?").split())
+    found = [n for n, thing in enumerate(shown.things) if thing.shape in words]
+    return found[0] if len(found) == 1 else NONE
+
+
 def _keep(
-    hf: LlavaForConditionalGeneration, column: nn.Linear, optimizer: torch.optim.Optimizer, step: int
+    hf: LlavaForConditionalGeneration, helpers: nn.ModuleDict, optimizer: torch.optim.Optimizer, step: int
 ) -> None:
     WORK.mkdir(parents=True, exist_ok=True)
     state = {f"model.{k}": v for k, v in hf.state_dict().items() if "lm_head" not in k}
-    state |= {f"column.{k}": v for k, v in column.state_dict().items()}
+    state |= {f"helpers.{k}": v for k, v in helpers.state_dict().items()}
     for n, values in optimizer.state_dict()["state"].items():
         state |= {f"adam.{n}.{k}": v for k, v in values.items()}
     save_file({k: v.clone().contiguous() for k, v in state.items()}, WORK / "state.tmp")
@@ -349,14 +424,18 @@ def _keep(
 
 
 def _resume(
-    hf: LlavaForConditionalGeneration, column: nn.Linear, optimizer: torch.optim.Optimizer, schedule: object
+    hf: LlavaForConditionalGeneration,
+    helpers: nn.ModuleDict,
+    optimizer: torch.optim.Optimizer,
+    schedule: object,
 ) -> int:
     if not (WORK / "step.json").exists():
         return 0
     step, state = (json.loads((WORK / "step.json").read_text()), load_file(WORK / "state.safetensors"))
     own = {k.removeprefix("model."): v for k, v in state.items() if k.startswith("model.")}
     hf.load_state_dict(own, strict=False)
-    column.load_state_dict({name: state[f"column.{name}"] for name in ("weight", "bias")})
+    found = {k.removeprefix("helpers."): v for k, v in state.items() if k.startswith("helpers.")}
+    helpers.load_state_dict(found)
     kept = optimizer.state_dict()
     for name, value in state.items():
         if name.startswith("adam."):

@@ -21,7 +21,7 @@ from scores import auroc, chosen, confusion, ranking
 from vlmscope import neurons
 from vlmscope.stats import interval
 from vlmscope.studies import circuits, heads
-from vlmscope.studies.sweep import sweep_to
+from vlmscope.studies.sweep import into_folder, swept
 
 RULES = ("important", "confirmed", "important_published")
 EXAMPLES = 64
@@ -194,7 +194,7 @@ def tool(recipe: Recipe) -> dict[str, Any]:
     sites, examples, parts = sites_of(recipe.form), given.examples(), heads_of(made.model.hf)
     found = measure(made, given, parts)
     with tempfile.TemporaryDirectory() as folder:
-        run = sweep_to(Path(folder) / "run", made.model, examples, sites)
+        run = into_folder(swept(made.model, examples, sites), Path(folder) / "run")
         rows = run.effects()
         table = circuits.heads_of(run)
     rows = rows.assign(part=rows["site"].str.split("@").str[0])

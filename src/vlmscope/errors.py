@@ -18,7 +18,7 @@ from __future__ import annotations
 import difflib
 import re
 import unicodedata
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from numbers import Integral, Real
 
 LONGEST = 390
@@ -123,6 +123,13 @@ def written(text: str) -> int | float | str:
     if re.fullmatch(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]{1,3})?", text):
         return float(text)
     return text
+
+
+def choice(value: object, what: str, names: Collection[str]) -> None:
+    """Raises `VlmscopeError`, which names `what`, for a value that is none of these."""
+    if value not in tuple(names):
+        known = " or ".join(names) if len(names) == 2 else ", ".join(names)
+        raise VlmscopeError(f"unknown {what} {shown(value)}; expected {known}")
 
 
 def whole(value: object, what: str, least: int = 0, most: int = MOST) -> int:

@@ -107,8 +107,10 @@ def share_interval(yes: ArrayLike) -> Scores:
     [0.735, 1.0]
     """
     each = np.asarray(yes, dtype=bool)
-    found = scipy.stats.binomtest(int(each.sum()), len(each)).proportion_ci(1 - LEVEL, method="exact")
-    return np.array([found.low, found.high])
+    many, no = int(each.sum()), int((~each).sum())
+    low = scipy.special.betaincinv(many, no + 1, LEVEL / 2) if many else 0.0
+    high = scipy.special.betaincinv(many + 1, no, 1 - LEVEL / 2) if no else 1.0
+    return np.array([low, high])
 
 
 def share_bound(yes: int, of: int) -> float:
@@ -118,7 +120,7 @@ def share_bound(yes: int, of: int) -> float:
     >>> round(share_bound(0, 59), 3), share_bound(0, 0)
     (0.05, 1.0)
     """
-    return 1.0 if yes >= of else float(scipy.stats.beta.ppf(1 - LEVEL, yes + 1, of - yes))
+    return 1.0 if yes >= of else float(scipy.special.betaincinv(yes + 1, of - yes, 1 - LEVEL))
 
 
 class _Estimate(NamedTuple):

@@ -192,13 +192,11 @@ def check_folder(path: Path) -> None:
 @contextmanager
 def one_line(name: str | Path) -> Iterator[None]:
     """Load without a bar of its own; turn what transformers and the hub raise into one line."""
-    bar, verbosity = logging.is_progress_bar_enabled(), (logging.get_verbosity(), hub_logging.get_verbosity())
-    logging.disable_progress_bar()
-    # All that they have to say is in the error; the hub would tell of each of its five tries.
-    logging.set_verbosity(CRITICAL)
-    hub_logging.set_verbosity(CRITICAL)
+    verbosity = hub_logging.get_verbosity()
+    hub_logging.set_verbosity(CRITICAL)  # it would tell of each of its five tries
     try:
-        yield
+        with quiet(logging):
+            yield
     except (VlmscopeError, MemoryError):
         raise
     # Whatever a config makes the libraries do: their validators and tokenizers raise Exception itself, and a
@@ -214,7 +212,19 @@ def one_line(name: str | Path) -> Iterator[None]:
         )
         raise ModelError(f"cannot load {name}: {line(first, 200)}; {way_out}") from error
     finally:
-        logging.set_verbosity(verbosity[0])
-        hub_logging.set_verbosity(verbosity[1])
+        hub_logging.set_verbosity(verbosity)
+
+
+@contextmanager
+def quiet(log: Any) -> Iterator[None]:
+    """Within this context a library says nothing and shows no bar, given its module `logging`; all that it
+    has to say is in the error. Behind it, it is as the user has set it."""
+    bar, verbosity = log.is_progress_bar_enabled(), log.get_verbosity()
+    log.disable_progress_bar()
+    log.set_verbosity(CRITICAL)
+    try:
+        yield
+    finally:
+        log.set_verbosity(verbosity)
         if bar:
-            logging.enable_progress_bar()
+            log.enable_progress_bar()

@@ -6,7 +6,6 @@ import hashlib
 import warnings
 from collections.abc import Callable, Sequence
 from importlib import import_module
-from logging import CRITICAL
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ from torch import Tensor
 from transformers import AutoModel, AutoTokenizer
 from transformers.utils import cached_file
 
-from vlmscope.checkpoint.folder import device_of, one_line, place_of, read_json
+from vlmscope.checkpoint.folder import device_of, one_line, place_of, quiet, read_json
 from vlmscope.errors import ExampleError, ModelError, line, shown
 
 
@@ -59,19 +58,12 @@ class Inpainter:
                 "pip install 'vlmscope[inpaint]' brings it, or fill instead"
             ) from error
         self.name, self.steps, path = str(name), steps, place_of(name)
-        bar, verbosity = diffusers.utils.logging, diffusers.utils.logging.get_verbosity()
-        bar.disable_progress_bar()
-        bar.set_verbosity(CRITICAL)
-        try:
-            with one_line(name), warnings.catch_warnings(action="ignore"):
-                _check_pipeline(diffusers, path)
-                loaded = diffusers.AutoPipelineForInpainting.from_pretrained(
-                    path, use_safetensors=True, trust_remote_code=False
-                )
-                self.pipeline = loaded.to(device_of(None if device == "auto" else device))
-        finally:
-            bar.set_verbosity(verbosity)
-            bar.enable_progress_bar()
+        with quiet(diffusers.utils.logging), one_line(name), warnings.catch_warnings(action="ignore"):
+            _check_pipeline(diffusers, path)
+            loaded = diffusers.AutoPipelineForInpainting.from_pretrained(
+                path, use_safetensors=True, trust_remote_code=False
+            )
+            self.pipeline = loaded.to(device_of(None if device == "auto" else device))
         self.pipeline.set_progress_bar_config(disable=True)
 
     def __call__(self, picture: Image.Image, mask: Image.Image, prompt: str, seed: int) -> Image.Image:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from vlmscope.cli import terminal
 from vlmscope.cli.neurons import Shown
-from vlmscope.cli.options import Corrupt, Filled, Given, OneModel, Share
+from vlmscope.cli.options import Corrupt, Direction, Filled, Given, Metric, OnePicture, Share, StudyOptions
 from vlmscope.errors import VlmscopeError, written
 
 
@@ -29,11 +31,11 @@ def lens(
 
     if given.data is not None and given.prompt is not None:
         raise VlmscopeError("--prompt is of one --image; the examples of --data have their own, leave it out")
+    if only_top and word:
+        raise VlmscopeError("--word has a rank among all words, --only-top is of the top ones; leave one out")
     examples = given.examples()
     Lens.claim(out)
     claim_report(out / "report.html")
-    if only_top and word:
-        raise VlmscopeError("--word has a rank among all words, --only-top is of the top ones; leave one out")
     named = given.data or examples[0].id
     found = read(given.load(), examples, sites, word or [], top=top, only_top=only_top, data=named)
     found.save(out)
@@ -43,14 +45,12 @@ def lens(
     words = found.words[found.words["what"] != "foil"].groupby(["what", "layer"], sort=False)
     if len(words):
         means = words[["rank", "p", "null_p", "beaten"]].mean().reset_index()
-        print(means.to_string(index=False, float_format="{:.3g}".format))
+        print(terminal.table(means))
     print(f"{len(found.lens):,} rows in {out / 'lens.parquet'}; {write_report([out], out / 'report.html')}")
 
 
 def explain(
-    given: OneModel,
-    image: Path,
-    prompt: str,
+    given: OnePicture,
     out: Path,
     word: list[str] | None = None,
     region: str | None = None,
@@ -73,13 +73,13 @@ def explain(
     if out.suffix.lower() not in (".html", ".htm"):
         raise VlmscopeError(f"{out}: is a web page; expected a file that ends in .html")
     claim(out)
-    picture = open_image(image)
+    picture = open_image(given.image)
     edges: Any = None if region is None else [written(edge) for edge in region.split(",")]
     box = None if edges is None else check_region(edges, picture)
     found = ask(
         given.load(),
         picture,
-        prompt,
+        given.prompt,
         word or [],
         region=box,
         reference=reference,
@@ -100,19 +100,22 @@ def explain(
     print(*about["lacking"], out, sep="\n")
 
 
-def attribute(
-    given: Given,
-    share: Filled,
-    sites: list[str],
-    out: Path,
-    corrupt: Corrupt | None = None,
-    method: Literal["direct", "atp", "atp-star", "relp", "ig"] = "direct",
-    verify: int = 0,
-    steps: int | None = None,
-    direction: Literal["denoise", "noise"] = "denoise",
-    metric: Literal["ld", "p", "logprob", "kl"] = "ld",
-    word: str | None = None,
-) -> None:
+@dataclass(kw_only=True)
+class Scores(StudyOptions):
+    """The options of attributions."""
+
+    makes = "studies.attribution:attributed"
+    sites: list[str]
+    corrupt: Corrupt | None = None
+    method: Literal["direct", "atp", "atp-star", "relp", "ig"] = "direct"
+    verify: int = 0
+    steps: int | None = None
+    direction: Direction = "denoise"
+    metric: Metric = "ld"
+    word: str | None = None
+
+
+def attribute(given: Given, scores: Scores, share: Filled) -> None:
     """How much of the logit difference each place accounts for.
 
     Writes attributions/: example, corruption, site, tower, layer, kind, unit, position, token, role, slot,
@@ -120,50 +123,37 @@ def attribute(
     """
     from vlmscope.report import claim_report, write_report
     from vlmscope.report.ranking import strongest
-    from vlmscope.studies.agreement import agreement, lines
-    from vlmscope.studies.known import warn_of_excluded
-    from vlmscope.studies.run_writer import claim
-    from vlmscope.studies.workers.orders import Named
+    from vlmscope.studies.agreement import UNSIGNED, agreement, lines
 
-    claim(out)
-    claim_report(out / "report.html")
-    options = {
-        "sites": sites,
-        "corrupt": corrupt,
-        "method": method,
-        "direction": direction,
-        "metric": metric,
-        "verify": verify,
-        "steps": steps,
-        "word": word,
-        "seed": given.seed,
-    }
-    run, _ = share.fill(out, given, lambda: (Named("studies.attribution:attributed"), options))
-    warn_of_excluded(run.baselines())
+    claim_report(share.out / "report.html")
+    run, _ = share.fill(given, scores)
     table = run.attributions()
-    print(f"{len(table):,} scores of {run.ran()} examples in {out}; the largest:")
+    print(f"{len(table):,} scores of {run.ran()} examples in {run.path}; the largest:")
     is_edge = table["site"].str.contains("<", regex=False)
     best = strongest(table if is_edge.all() else table[~is_edge], 10, "score")[
         ["site", "slot", "mean", "low", "high", "n"]
     ]
-    print(best.to_string(index=False, float_format="{:.3g}".format))
-    print(run.check_line(), write_report([out], out / "report.html"), sep="\n")
-    if verify:
-        print(*lines(agreement(table, verify, signed=method != "atp-star")), sep="\n")
+    print(terminal.table(best))
+    print(run.check_line(), write_report(run.path, run.path / "report.html"), sep="\n")
+    if scores.verify:
+        print(*lines(agreement(table, scores.verify, signed=scores.method != UNSIGNED)), sep="\n")
 
 
-def edges(
-    given: Given,
-    share: Filled,
-    corrupt: Corrupt,
-    out: Path,
-    method: Literal["eap", "eap-ig", "exact"] = "eap",
-    steps: int | None = None,
-    verify: int = 0,
-    tower: Literal["decoder", "vision"] | None = None,
-    direction: Literal["denoise", "noise"] = "denoise",
-    metric: Literal["ld", "p", "logprob", "kl"] = "ld",
-) -> None:
+@dataclass(kw_only=True)
+class Edges(StudyOptions):
+    """The options of scores of edges."""
+
+    makes = "studies.edges:edged"
+    corrupt: Corrupt
+    method: Literal["eap", "eap-ig", "exact"] = "eap"
+    steps: int | None = None
+    verify: int = 0
+    tower: Literal["decoder", "vision"] | None = None
+    direction: Direction = "denoise"
+    metric: Metric = "ld"
+
+
+def edges(given: Given, scores: Edges, share: Filled) -> None:
     """Which part feeds which, edge by edge.
 
     Writes edges.parquet: source, target, score, exact, low, high over examples, and edges/, the same of each
@@ -172,44 +162,31 @@ def edges(
     from vlmscope.report import claim_report, write_report
     from vlmscope.studies.agreement import agreement, lines
     from vlmscope.studies.edge_tables import by_reader, over_examples
-    from vlmscope.studies.known import warn_of_excluded
-    from vlmscope.studies.run_writer import claim
-    from vlmscope.studies.workers.orders import Named
 
-    claim(out)
-    claim_report(out / "report.html")
-    options = {
-        "corrupt": corrupt,
-        "method": method,
-        "steps": steps,
-        "verify": verify,
-        "tower": tower,
-        "direction": direction,
-        "metric": metric,
-        "seed": given.seed,
-    }
-    run, _ = share.fill(out, given, lambda: (Named("studies.edges:edged"), options))
-    warn_of_excluded(run.baselines())
+    claim_report(share.out / "report.html")
+    run, _ = share.fill(given, scores)
     each = run.edges()
     table = over_examples(each)
-    print(f"{len(table):,} edges over {run.ran()} examples in {out / 'edges.parquet'}; the largest:")
-    print(table.head(10).to_string(index=False, float_format="{:.3g}".format))
-    print(run.check_line(), write_report([out], out / "report.html"), sep="\n")
-    if verify:
-        print(*lines(agreement(by_reader(each), verify)), sep="\n")
+    print(f"{len(table):,} edges over {run.ran()} examples in {run.path / 'edges.parquet'}; the largest:")
+    print(terminal.table(table.head(10)))
+    print(run.check_line(), write_report(run.path, run.path / "report.html"), sep="\n")
+    if scores.verify:
+        print(*lines(agreement(by_reader(each), scores.verify)), sep="\n")
 
 
-def faithfulness(
-    given: Given,
-    share: Share,
-    scores: Path,
-    out: Path,
-    corrupt: Corrupt | None = None,
-    outside: Literal["corrupt", "mean", "zero"] = "corrupt",
-    metric: Literal["ld", "p", "logprob", "kl"] = "ld",
-    ratio: Literal["means", "median"] = "means",
-    draws: int = 20,
-) -> None:
+@dataclass(kw_only=True)
+class Circuits:
+    """The options of circuits."""
+
+    scores: Path
+    corrupt: Corrupt | None = None
+    outside: Literal["corrupt", "mean", "zero"] = "corrupt"
+    metric: Metric = "ld"
+    ratio: Literal["means", "median"] = "means"
+    draws: int = 20
+
+
+def faithfulness(given: Given, circuits: Circuits, share: Share) -> None:
     """How much of the behaviour a circuit carries.
 
     Parts are ranked by scores of some examples; the best of them run on others, while all other parts have
@@ -219,24 +196,16 @@ def faithfulness(
     from vlmscope.report import claim_report, write_report
     from vlmscope.studies.run_writer import claim
 
-    claim(out)
-    claim_report(out / "report.html")
-    options = {
-        "scores": scores,
-        "corrupt": corrupt,
-        "outside": outside,
-        "metric": metric,
-        "ratio": ratio,
-        "draws": draws,
-        "seed": given.seed,
-        "data": given.data,
-        "shard": share.numbers,
-    }
+    claim(share.out)
+    claim_report(share.out / "report.html")
+    if not circuits.scores.exists():  # what is in it is read where the model is known
+        raise VlmscopeError(f"{circuits.scores}: no such file or folder; --scores names what ranks the parts")
+    common = {"seed": given.seed, "data": given.data, "shard": share.numbers}
     with share.team(given.model, given.device) as team:
         from vlmscope.studies.faithfulness import Asked, faithful_by
 
-        found = faithful_by(team(Asked(given, options)), out)
+        found = faithful_by(team(Asked(given, {**vars(circuits), **common})), share.out)
     columns = ["ranking", "fraction", "kept", "f", "low", "high", "random"]
-    print(found.table[columns].to_string(index=False, float_format="{:.3g}".format))
-    print(found.circuit.head(20).to_string(index=False, float_format="{:.3g}".format))
-    print(write_report([out], out / "report.html"), *found.lines(), sep="\n")
+    print(terminal.table(found.table[columns]))
+    print(terminal.table(found.circuit.head(20)))
+    print(write_report(share.out, share.out / "report.html"), *found.lines(), sep="\n")

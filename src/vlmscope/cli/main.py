@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from vlmscope.cli import lenses, machine, neurons, steering, sweeps, terminal
-from vlmscope.cli.options import Corrupt, DType, Given, Group, Noise, OneModel, Share, Workers, command
+from vlmscope.cli.options import Corrupt, DType, Given, Group, Noise, OnePicture, Share, Workers, command
 from vlmscope.errors import VlmscopeError, shown
 
 app = typer.Typer(
@@ -59,7 +59,7 @@ def demo(out: Path = Path("vlmscope-demo"), limit: int = 20) -> None:
 
 
 command(app)(sweeps.sweep)
-command(app, like="sweep")(sweeps.plan)
+command(app)(sweeps.plan)
 command(app)(sweeps.merge)
 command(app)(sweeps.knockout)
 
@@ -107,7 +107,6 @@ def notice(out: Path, changes: Changes, share: Workers, spec: Path | None = None
 def tracing(
     given: Given,
     share: Share,
-    out: Path,
     windows: list[int] | None = None,
     kinds: list[str] | None = None,
     by: Literal["slot", "length"] = "slot",
@@ -125,12 +124,12 @@ def tracing(
     from vlmscope.studies.known import knows
     from vlmscope.studies.run_folder import read_run
 
+    out, shard = share.out, share.numbers
     claim_report(out / "report.html")
-    shard = share.numbers
     with share.team(given.model, given.device) as team:
-        from vlmscope.studies.tracing import WINDOWS, trace_by
+        from vlmscope.studies.tracing import WINDOWS, trace
 
-        traced = trace_by(
+        traced = trace(
             team(given).fill,
             out,
             noise=corrupt.Noise(noise, "image", noise_scale, repeats),
@@ -173,7 +172,7 @@ def circuits(
         print(f"{count}; nothing to sweep again; tables in {out}")
         return
     print(f"{count}; the strongest:")
-    print(important[columns].head(15).to_string(index=False, float_format="{:.3g}".format))
+    print(terminal.table(important[columns].head(15)))
     everywhere = expressions(found.universal[found.universal["universal"]])
     print(f"important in every run: {' '.join(everywhere) or 'none'}")
     print(f"tables in {out}; `--sites $(cat {out / 'sites.txt'})` sweeps the important heads again")
@@ -189,7 +188,8 @@ def heads(given: Given, sites: list[str], out: Path, corrupt: Corrupt = "image")
     from vlmscope.studies.heads import write
 
     claim_report(out / "report.html")
-    found = write(out, given.load(), given.examples(), sites, corrupt, seed=given.seed, data=given.data)
+    examples = given.examples()
+    found = write(out, given.load(), examples, sites, corrupt, seed=given.seed, data=given.data)
     for row in found.functions.itertuples():
         print(f"{row.site}: {row.label}\n  {row.evidence}")
     accuracy = found.together.groupby(["set", "knockout"], sort=False)["accuracy"].mean()
@@ -265,9 +265,9 @@ def inpaint(
     check_out(out)
     if pipeline is None and (prompt is not None or steps is not None):
         raise VlmscopeError("--prompt and --steps are of a pipeline; name one with --with, or leave them out")
-    model, examples = given.load(), given.examples()
+    examples = given.examples()
     made = make(
-        model,
+        given.load(),
         examples,
         out,
         fill=fill,
@@ -282,9 +282,7 @@ def inpaint(
 
 @command(app)
 def generate(
-    given: OneModel,
-    image: Path,
-    prompt: str,
+    given: OnePicture,
     edit: list[str] | None = None,
     patch: list[str] | None = None,
     other: Path | None = None,
@@ -297,6 +295,7 @@ def generate(
 
     Positions count from the start of the prompt; all, *, text and last are also each word that is said.
     """
+    from vlmscope.data.images import open_image
     from vlmscope.models.inputs import parse_edit
     from vlmscope.sites import parse
     from vlmscope.studies.steering.direction import Direction
@@ -308,15 +307,16 @@ def generate(
     if steer is None and (strength is not None or at != "read" or keep_norm):
         raise VlmscopeError("--strength, --at and --keep-norm are of a direction; name one with --steer")
     direction = Direction.load(steer) if steer is not None else None
+    picture, second = open_image(given.image), None if other is None else open_image(other)
     model = given.load()
-    inputs = model.inputs(image, prompt)
+    inputs = model.inputs(picture, given.prompt)
     if direction is not None:
         edits += direction.edits(
             model, inputs, 1.0 if strength is None else strength, at=at, keep_norm=keep_norm
         )
     model.changes(inputs, edits)  # what cannot be made is refused before anything is said
-    if sites:
-        source = model.inputs(other, prompt)
+    if second is not None:
+        source = model.inputs(second, given.prompt)
         edits += model.copied(source, inputs, sites)
         print(f"the other picture: {model.answer(source)}")
     print(f"without edits:     {model.answer(inputs)}")

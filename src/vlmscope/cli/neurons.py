@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 import typer
 
+from vlmscope.cli import terminal
 from vlmscope.cli.options import Given, OneModel, command
 from vlmscope.errors import StoreError, VlmscopeError, plain, shown
 
@@ -34,13 +35,16 @@ class Shown(OneModel):
     def examples(self) -> Sequence[Any]:
         from vlmscope.data import examples
         from vlmscope.data.example import Example
+        from vlmscope.data.images import open_image
 
         if self.data is not None and self.image is None:
             return examples(self.data, limit=self.limit, seed=self.seed, columns=self.columns)
         if self.image is None or self.data is not None:
-            raise VlmscopeError("give either --image or --data")
+            many = "neither" if self.image is None else "both"
+            raise VlmscopeError(f"{many} of --image and --data given; give one of them")
         if self.prompt is None:
             raise VlmscopeError("--image needs a --prompt that asks for the caption")
+        open_image(self.image)
         # The name goes into tables, which hold no bytes that are no text.
         return [Example(plain(self.image.name), self.image, self.prompt, answer="", foil="")]
 
@@ -80,7 +84,7 @@ def find(
     )
     found.save(out)
     best = found.neurons[found.neurons["rank"] <= 3].drop(columns=["token_id"])
-    print(best.head(30).to_string(index=False, float_format="{:.4g}".format))
+    print(terminal.table(best.head(30), 4))
     print(f"tables in {out}; neurons.parquet has them all")
 
 
@@ -113,6 +117,7 @@ def describe(
         raise VlmscopeError("--embedding is for the measures; leave --no-measures out")
     neurons.Described.claim(out)
     claim_report(out / "report.html")
+    known = neurons.read(found, neurons.Found) if found else None
     described = neurons.describe(
         given.load(),
         examples,
@@ -121,11 +126,11 @@ def describe(
         prompt=given.prompt,
         measures=measures,
         embedding=embedding,
-        found=neurons.read(found, neurons.Found) if found else None,
+        found=known,
         seed=given.seed,
     )
     described.save(out)
-    print(described.cards.drop(columns="weights").to_string(index=False))
+    print(terminal.table(described.cards.drop(columns="weights")))
     if described.left_out is not None:
         for word, measure, why in described.left_out.itertuples(index=False):
             print(f"not measured: {word}{f' ({measure})' if measure else ''}: {why}")
@@ -150,19 +155,20 @@ def perturb(
     from vlmscope import neurons
 
     neurons.Perturbed.claim(out)
+    examples, known = given.examples(), neurons.read(found, neurons.Found) if found else None
     result = neurons.perturb(
         given.load(),
-        given.examples(),
+        examples,
         word,
         prompt=prompt,
         tops=top or (1, 10),
         sigmas=sigma or (),
         rounds=rounds,
-        found=neurons.read(found, neurons.Found) if found else None,
+        found=known,
         seed=given.seed,
     )
     result.save(out)
-    print(result.effects.to_string(index=False, float_format="{:.3g}".format))
+    print(terminal.table(result.effects))
     print(f"table in {out / 'perturb.csv'}")
 
 
@@ -197,7 +203,8 @@ def edit(
     from vlmscope.stats import shuffled
 
     if (target is None) != suppress:
-        raise VlmscopeError("give either --to WORD or --suppress")
+        many = "neither" if target is None else "both"
+        raise VlmscopeError(f"{many} of --to and --suppress given; give --to WORD, or else --suppress")
     room.check_margin(solver, margin)
     question = question or room.QUESTION
     room.is_there(source, question)
@@ -209,11 +216,12 @@ def edit(
     room.WeightEdit.claim(out)
     room.Assessed.claim(card)
     claim_report(card / "report.html")
-    model, examples, seed = given.load(), given.examples(), given.seed
-    if export is not None:
-        model.claim(export)
+    examples, seed = given.examples(), given.seed
     before = [room.WeightEdit.load(path) for path in on or []]
     known = room.read(found, room.Found) if found else None
+    model = given.load()
+    if export is not None:
+        model.claim(export)
     mixed = [examples[n] for n in shuffled(seed, [example.id for example in examples], "halves")]
     half = (len(mixed) + 1) // 2
     make: Any = partial(
@@ -251,7 +259,7 @@ def edit(
     assessed.save(card)
     for table in (assessed.measures, assessed.objects):
         if table is not None:
-            print(table.to_string(index=False, float_format="{:.3g}".format))
+            print(terminal.table(table))
     print(f"{made}: {assessed.about['verdict']}")
     print(write_report([card], card / "report.html"))
     if export is not None:

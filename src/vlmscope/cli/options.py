@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import os
 import tomllib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import MISSING, dataclass, fields, is_dataclass
 from functools import partial
 from inspect import Parameter, Signature, signature
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, ClassVar, Literal, get_args, get_origin, get_type_hints
 
 import typer
 from typer.core import TyperCommand, TyperGroup
@@ -19,7 +19,10 @@ from vlmscope.cli import machine
 from vlmscope.errors import LARGEST, MOST, VlmscopeError, nearest, number, shown, whole, written
 
 Corrupt = Literal["image", "text", "noise"]
+Direction = Literal["denoise", "noise"]
 DType = Literal["float64", "float32", "bfloat16", "float16", "4bit"]
+Engine = Literal["fast", "reference"]
+Metric = Literal["ld", "p", "logprob", "kl"]
 Noise = Literal["multiply", "add", "factor"]
 LOOKS: dict[str, dict[str, Any]] = tomllib.loads(Path(__file__).with_name("options.toml").read_text("utf-8"))
 
@@ -38,6 +41,14 @@ class OneModel:
 
         machine.set_up(self.model)
         return load(self.model, dtype=self.dtype, device=self.device)
+
+
+@dataclass(kw_only=True)
+class OnePicture(OneModel):
+    """The options of a command with a model that is asked about one picture."""
+
+    image: Path
+    prompt: str
 
 
 @dataclass(kw_only=True)
@@ -91,25 +102,10 @@ def _alone(given: Any) -> Any:
 
 @dataclass(kw_only=True)
 class Share(Workers):
-    """The options of a command that fills a run folder: how much of it, and with how many processes."""
+    """The options of a command that fills a folder: which, how much of it, and with how many processes."""
 
+    out: Path
     shard: str | None = None
-
-    def fill(
-        self, out: Path, given: Given, study: Callable[[], tuple[Callable[..., Any], dict[str, Any]]]
-    ) -> tuple[Any, int]:
-        """Put what `study` says, a function of model, examples and options, and these options, into a folder:
-        the run, and how many examples it was asked for."""
-        from vlmscope.studies.run_writer import claim
-
-        claim(out)
-        shard = self.numbers
-        with self.team(given.model, given.device) as team:
-            make, options = study()
-            found: tuple[Any, int] = team(given).fill(
-                out, make, {**options, "shard": shard, "data": given.data}
-            )
-        return found
 
     @property
     def numbers(self) -> tuple[int, int] | None:
@@ -118,25 +114,43 @@ class Share(Workers):
 
 
 @dataclass(kw_only=True)
+class StudyOptions:
+    """The options that are those of a function of `studies`, which says what a run folder is to hold."""
+
+    makes: ClassVar[str]
+
+    def study(self, out: Path) -> tuple[Callable[..., Any], dict[str, Any]]:
+        """The function of model, examples and options, for a folder, and these options."""
+        from vlmscope.studies.workers.orders import Named
+
+        return Named(self.makes), vars(self)
+
+
+@dataclass(kw_only=True)
 class Filled(Share):
     """The options of a command whose folder is a run, which may then be pushed to the hub."""
 
     push: str | None = None
 
-    def fill(
-        self, out: Path, given: Given, study: Callable[[], tuple[Callable[..., Any], dict[str, Any]]]
-    ) -> tuple[Any, int]:
-        """As `Share.fill`; then the run is pushed, where that is asked for."""
+    def fill(self, given: Given, asked: StudyOptions) -> tuple[Any, int]:
+        """Put a study into the folder: the run, and how many examples it was asked for."""
         from vlmscope.studies import pushed
+        from vlmscope.studies.known import warn_of_excluded
+        from vlmscope.studies.run_writer import claim
 
         if self.push is not None:
             if self.shard is not None:
                 raise VlmscopeError("--push is of a whole run; leave it to vlmscope merge, or --shard out")
             pushed.ready(self.push)
-        found = super().fill(out, given, study)
+        claim(self.out)
+        common = {"seed": given.seed, "data": given.data, "shard": self.numbers}
+        with self.team(given.model, given.device) as team:
+            make, options = asked.study(self.out)
+            run, many = team(given).fill(self.out, make, {**options, **common})
         if self.push is not None:
-            print(pushed.push(out, self.push))
-        return found
+            print(pushed.push(self.out, self.push))
+        warn_of_excluded(run.baselines())
+        return run, many
 
 
 def _shard(text: str) -> tuple[int, int]:
@@ -148,9 +162,15 @@ def _shard(text: str) -> tuple[int, int]:
     raise VlmscopeError(f"--shard is {shown(text)}; expected I/N, I from 1 to N, such as 1/4")
 
 
-def typed(group: Any, name: str) -> list[str]:
-    """The words that make a group of options of a command, but for those that have their defaults."""
-    looks, words = LOOKS["all"] | LOOKS.get(name, {}), list[str]()
+def _looks(groups: Iterable[Any], name: str = "") -> dict[str, Any]:
+    """How options look: those of all commands, of groups, and of the command of this name."""
+    names = [kind.__name__ for each in groups if isinstance(each, type) for kind in reversed(each.__mro__)]
+    return {option: look for each in ("all", *names, name) for option, look in LOOKS.get(each, {}).items()}
+
+
+def typed(group: Any) -> list[str]:
+    """The words that make a group of options, but for those that have their defaults."""
+    looks, words = _looks([type(group)]), list[str]()
     for each in fields(group):
         value = getattr(group, each.name)
         if value == each.default:
@@ -161,18 +181,17 @@ def typed(group: Any, name: str) -> list[str]:
 
 
 def command(
-    app: typer.Typer, name: str | None = None, *, like: str = ""
+    app: typer.Typer, name: str | None = None
 ) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Make a function a command: its positional-only parameters are arguments, the others options.
 
-    A parameter that is a dataclass stands for an option for each of its fields. Options look as those of the
-    command that it is `like`, but for its own. The command is called as the function is, but for a `name`,
-    which may be two words (`Group`).
+    A parameter that is a dataclass stands for an option for each of its fields. The command is called as the
+    function is, but for a `name`, which may be two words (`Group`).
     """
 
     def add(function: Callable[..., None]) -> Callable[..., None]:
         parameters = signature(function, eval_str=True).parameters.values()
-        looks = LOOKS["all"] | LOOKS.get(like, {}) | LOOKS.get(function.__name__, {})
+        looks = _looks([each.annotation for each in parameters], function.__name__)
 
         def call(**values: Any) -> None:
             function(*(_value(parameter, values) for parameter in parameters))

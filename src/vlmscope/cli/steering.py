@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from vlmscope.cli import terminal
 from vlmscope.cli.options import Given
 
 
+@dataclass(kw_only=True)
+class Directed(Given):
+    """The options of a command about places that are read as one vector."""
+
+    sites: list[str]
+
+
 def steer(
-    given: Given,
-    sites: list[str],
+    given: Directed,
     out: Path,
     without: str | None = None,
     label: str | None = None,
@@ -33,16 +41,16 @@ def steer(
 
     steering.Steered.claim(out)
     claim_report(out / "report.html")
-    model, having = given.load(), given.examples()
+    having, lacking, aside = given.examples(), given.others(without), given.others(others)
     found = steering.steer(
-        model,
+        given.load(),
         having,
-        sites,
-        without=given.others(without),
+        given.sites,
+        without=lacking,
         label=label,
         corrupt=corrupt,
         word=word,
-        others=given.others(others),
+        others=aside,
         strengths=strength or (1.0,),
         keep_norm=keep_norm,
         at=at,
@@ -53,14 +61,13 @@ def steer(
     )
     found.save(out)
     columns = "site strength n effect low high null null_low null_high q_value works chosen".split()
-    print(found.layers[columns].to_string(index=False, float_format="{:.3g}".format))
-    print(found.measures.to_string(index=False, float_format="{:.3g}".format))
+    print(terminal.table(found.layers[columns]))
+    print(terminal.table(found.measures))
     print(f"the direction is in {out / steering.DIRECTION}; {write_report([out], out / 'report.html')}")
 
 
 def probe(
-    given: Given,
-    sites: list[str],
+    given: Directed,
     label: str,
     out: Path,
     held_out: str | None = None,
@@ -77,10 +84,11 @@ def probe(
 
     probes.Probed.claim(out)
     claim_report(out / "report.html")
+    examples = given.examples()
     found = probes.probe(
         given.load(),
-        given.examples(),
-        sites,
+        examples,
+        given.sites,
         label,
         held_out=held_out,
         corrupt=corrupt,
@@ -93,5 +101,5 @@ def probe(
     columns = (
         "site n accuracy low high chance shuffled p_value held_out effect effect_low effect_high".split()
     )
-    print(found.table[columns].to_string(index=False, float_format="{:.3g}".format))
+    print(terminal.table(found.table[columns]))
     print(f"table in {out / 'probes.csv'}; {write_report([out], out / 'report.html')}")

@@ -4,25 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-from vlmscope.cli.options import Corrupt, Filled, Given, Noise, typed
+from vlmscope.cli.options import Corrupt, Direction, Engine, Filled, Given, Metric, Noise, StudyOptions, typed
 from vlmscope.errors import VlmscopeError
 
 
 @dataclass(kw_only=True)
-class Patches:
+class Patches(StudyOptions):
     """The options of a sweep that say what is patched, and how."""
 
     sites: list[str]
     corrupt: Corrupt | None = None
-    metric: Literal["ld", "p", "logprob", "kl"] = "ld"
+    metric: Metric = "ld"
     patch: Literal["clean", "zero", "mean", "resample"] = "clean"
     source: str | None = None
-    direction: Literal["denoise", "noise"] = "denoise"
-    engine: Literal["fast", "reference"] = "fast"
+    direction: Direction = "denoise"
+    engine: Engine = "fast"
     noise: Noise = "multiply"
     noise_at: Literal["image", "text"] = "image"
     noise_scale: float | None = None
@@ -31,21 +30,24 @@ class Patches:
     screen: Literal["atp"] | None = None
     top: int | None = None
 
-    def study(self, given: Given, out: Path) -> tuple[Callable[..., Any], dict[str, Any]]:
-        """What makes the study, and its options."""
+    def study(self, out: Path) -> tuple[Callable[..., Any], dict[str, Any]]:
         from vlmscope.studies.workers.orders import Named
 
-        if self.corrupt != "noise" and self.noise_scale is not None:
-            raise VlmscopeError("--noise-scale is of noise; leave it out, or take --corrupt noise")
+        noise = (self.noise, self.noise_at, self.noise_scale, self.draws)
+        if self.corrupt != "noise" and noise != ("multiply", "image", None, 10):
+            raise VlmscopeError(
+                "--noise, --noise-at, --noise-scale and --draws are of noise; leave them out, or take "
+                "--corrupt noise"
+            )
         if self.top is not None and self.screen is None:
             raise VlmscopeError("--top is of a screen; name one (--screen atp), or leave it out")
         how: Any = self.corrupt
         if how == "noise":
             from vlmscope.runs import corrupt as corruptions
 
-            how = corruptions.Noise(self.noise, self.noise_at, self.noise_scale, self.draws)
+            how = corruptions.Noise(*noise)
         options = {"sites": self.sites, "corrupt": how, "direction": self.direction, "metric": self.metric}
-        options |= {"check": self.check, "seed": given.seed}
+        options["check"] = self.check
         if not self.screen:
             options |= {"engine": self.engine, "patch": self.patch, "source": self.source}
             return Named("studies.sweep:swept"), options
@@ -58,20 +60,19 @@ class Patches:
         return Named("studies.screen:screened"), options
 
 
-def sweep(given: Given, share: Filled, patches: Patches, out: Path) -> None:
+def sweep(given: Given, patches: Patches, share: Filled) -> None:
     """Patch every site of every example, into a run folder.
 
     With --screen only those that a gradient finds, and some others that say what it missed.
     """
-    run, asked = share.fill(out, given, partial(patches.study, given, out))
-    from vlmscope.studies.known import knows, warn_of_excluded
+    run, asked = share.fill(given, patches)
+    from vlmscope.studies.known import knows
 
     if patches.screen:
         from vlmscope.studies.screen import lines, missed
 
         print(*lines(missed(run)), sep="\n")
-    warn_of_excluded(run.baselines())
-    print(f"{run.patches():,} patches of {run.ran()} examples in {out}")
+    print(f"{run.patches():,} patches of {run.ran()} examples in {run.path}")
     print(*knows(run.baselines()).lines(), run.check_line(), *more(run, asked), sep="\n")
 
 
@@ -90,11 +91,10 @@ def plan(given: Given, patches: Patches, out: Path, shards: int = 1, slurm: Path
         raise VlmscopeError("what a screen finds is not known before; plan its sweep without --screen")
     if slurm is not None:
         files.claim_file(slurm)
-    study, options = patches.study(given, out)
-    found = plans.plan(study, given, options, shards)
+    study, options = patches.study(out)
+    found = plans.plan(study, given, {**options, "seed": given.seed}, shards)
     print(*found.lines(out), sep="\n")
-    words = [*typed(given, "sweep"), *typed(patches, "sweep")]
-    script = found.slurm(["vlmscope", "sweep", *words], out)
+    script = found.slurm(["vlmscope", "sweep", *typed(given), *typed(patches)], out)
     if slurm is None:
         print(f"\n{script}", end="")
     else:
@@ -121,29 +121,28 @@ def merge(runs: list[Path], /, out: Path, push: str | None = None) -> None:
         print(pushed.push(out, push))
 
 
-def knockout(
-    given: Given,
-    share: Filled,
-    sites: list[str],
-    out: Path,
-    how: Literal["block", "zero"] = "block",
-    metric: Literal["ld", "p", "logprob", "kl"] = "ld",
-    engine: Literal["fast", "reference"] = "fast",
-    check: int = 5,
-) -> None:
+@dataclass(kw_only=True)
+class Cuts(StudyOptions):
+    """The options of a knock-out."""
+
+    makes = "studies.knockout:knocked_out"
+    sites: list[str]
+    how: Literal["block", "zero"] = "block"
+    metric: Metric = "ld"
+    engine: Engine = "fast"
+    check: int = 5
+
+
+def knockout(given: Given, cuts: Cuts, share: Filled) -> None:
     """Cut edges of attention, one at a time, into a run folder.
 
     What some positions no longer read of others, in windows of layers: the flow of information.
     """
-    from vlmscope.studies.known import knows, warn_of_excluded
+    from vlmscope.studies.known import knows
     from vlmscope.studies.tables import flow_table, is_edge
-    from vlmscope.studies.workers.orders import Named
 
-    options = {"sites": sites, "how": how, "engine": engine, "metric": metric, "check": check}
-    run, asked = share.fill(out, given, lambda: (Named("studies.knockout:knocked_out"), options))
-    base = run.baselines()
-    warn_of_excluded(base)
-    print(f"{run.patches():,} knock-outs in {run.ran()} examples in {out}")
+    run, asked = share.fill(given, cuts)
+    print(f"{run.patches():,} knock-outs in {run.ran()} examples in {run.path}")
     effects = run.effects()
     if is_edge(effects).any():  # and not sums of edges alone
         print("P(answer) is changed most where")
@@ -154,7 +153,7 @@ def knockout(
             window = f", window of {row.window}" if row.window > 1 else ""
             place = f"{row.tower} layer {row.layer} {row.kind}{unit}{window}"
             print(f"  {row.edge} is cut in {place}: {row.mean:+.1%} ({row.n} examples)")
-    print(*knows(base).lines(), run.check_line(), *more(run, asked), sep="\n")
+    print(*knows(run.baselines()).lines(), run.check_line(), *more(run, asked), sep="\n")
 
 
 def more(run: Any, asked: int) -> list[str]:

@@ -112,5 +112,10 @@ def answer(error: BaseException) -> tuple[str, int]:
     return (f"error: {what}; this is a bug of vlmscope. Please report it with what {TRACEBACK}=1 prints", 1)
 
 
+def table(rows: Any, digits: int = 3) -> str:
+    """A table as it is printed: numbers of so many digits, no index."""
+    return str(rows.to_string(index=False, float_format=f"{{:.{digits}g}}".format))
+
+
 def _warn(text: Warning | str, *_: Any, **__: Any) -> None:
     print(line(f"warning: {text}", 400), file=sys.stderr)

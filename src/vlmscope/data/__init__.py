@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from vlmscope.data import hub
-from vlmscope.data.drawn import draw
+from vlmscope.data.drawn import Drawn
 from vlmscope.data.example import Example
-from vlmscope.data.rows import Rows
+from vlmscope.data.lazy import Lazy
 from vlmscope.data.table import read_csv
 from vlmscope.errors import SEED, DataError, nearest, shown, whole
 
@@ -20,9 +20,6 @@ Examples: TypeAlias = Iterable[Example] | Example | str | Path
 
 BUILT_IN = ("states", "scenes", "faces", "binding")
 """The sets that the package draws from a seed: the first three mirror those of the NOTICE paper."""
-
-TOY_SETS = BUILT_IN[:3]
-"""Those that `toy-llava` was trained on; `toy-blip` was on all."""
 
 SIZE = 200
 """How many examples of a built-in set are drawn where no limit is given."""
@@ -43,12 +40,16 @@ def examples(
     """The examples of a built-in set (by its name), of a CSV file (by its path), or of a set of `datasets`.
 
     The last is an object of that library, or `hf://` with its name on the hub, or a folder (`data.hub.read`);
-    `columns` then maps names of columns, and examples are made as they are asked for. `limit` takes the
-    first so many; `seed` is that of a built-in set's drawing. Raises `DataError` if there is no such set or
-    it cannot be read, `VlmscopeError` for a limit or a seed that is none.
+    `columns` then maps names of columns. Examples of the former and the last are made as they are asked for,
+    and few are held. `limit` takes the first so many; `seed` is that of a built-in set's drawing. Raises
+    `DataError` if there is no such set or it cannot be read, `VlmscopeError` for a limit or a seed that is
+    none.
 
-    >>> [e.answer in e.clean_prompt for e in examples("states", limit=2)]
-    [True, True]
+    >>> states = examples("states", limit=3)
+    >>> states, [e.answer in e.clean_prompt for e in states]
+    (<3 examples, states-0-0000 to states-0-0002>, [True, True, True])
+    >>> len(states + examples("faces", limit=2))
+    5
     """
     is_set = hub.is_set(name)
     if not isinstance(name, str | Path) and not is_set:
@@ -60,7 +61,7 @@ def examples(
     if columns is not None:
         raise DataError(f"{name}: its columns have the names that they need; --columns is of {hub.HUB} sets")
     if str(name) in BUILT_IN:
-        return list(draw(str(name), limit or SIZE, seed=seed))
+        return Drawn(str(name), limit or SIZE, seed)
     if not os.path.exists(name) and "." not in Path(name).name:  # noqa: PTH110 - no error for any name
         raise DataError(
             f"no data set {shown(name)}: not a built-in set ({', '.join(BUILT_IN)}), not a CSV file, and not "
@@ -79,7 +80,7 @@ def listed(given: Examples) -> Sequence[Example]:
     """
     if isinstance(given, (str, Path)) or hub.is_set(given):
         return examples(given)
-    if isinstance(given, Rows):
+    if isinstance(given, Lazy):
         return given
     if isinstance(given, Example):
         return [given]

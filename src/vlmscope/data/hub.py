@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import importlib
-import io
 import itertools
 import logging
 import re
@@ -20,6 +19,7 @@ from PIL import Image
 
 from vlmscope import files
 from vlmscope.data.example import Example
+from vlmscope.data.images import png
 from vlmscope.data.rows import Arrow, Parquet, Rows
 from vlmscope.data.table import BOX, MASK, MORE, SHOWN, example_of
 from vlmscope.errors import DataError, ExampleError, VlmscopeError, line, nearest, shown
@@ -100,7 +100,7 @@ def read(given: Any, columns: Columns = None, limit: int | None = None) -> Seque
                 raise ExampleError(f"{name}, row {number}: {problem}") from problem
 
         reading = partial(_one_line, name)
-        return Rows(found, words, unread, checked=checked, make=made, reading=reading)
+        return Rows(found, words, unread, checked=checked, made=made, reading=reading)
 
 
 def _checked(name: str, rows: Iterable[tuple[int, Callable[[], Example]]]) -> Iterator[Example]:
@@ -285,9 +285,7 @@ class _Pictures:
         if value is UNREAD:
             return "not read"
         if isinstance(value, Image.Image):
-            buffer = io.BytesIO()
-            value.save(buffer, format="PNG")
-            return self._kept(buffer.getvalue())
+            return self._kept(png(value))
         if not isinstance(value, dict) or not {"bytes", "path"} & value.keys():
             raise ValueError(f"{column} is {shown(value)}, no picture (cast the column to datasets.Image)")
         if value.get("bytes") is not None:

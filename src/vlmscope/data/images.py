@@ -106,6 +106,11 @@ def small_png(picture: Picture | str, side: int = SMALL) -> bytes:
     """A small copy of a picture, as a PNG file, `side` pixels long at most; raises as `open_image` does."""
     image = open_image(picture)
     image.thumbnail((side, side))
+    return png(image, optimize=True)
+
+
+def png(image: Image.Image, **options: bool) -> bytes:
+    """A picture as the content of a PNG file."""
     buffer = io.BytesIO()
-    image.save(buffer, "PNG", optimize=True)
+    image.save(buffer, "PNG", **options)
     return buffer.getvalue()

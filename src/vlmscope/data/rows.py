@@ -6,19 +6,17 @@ import hashlib
 import json
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, suppress
+from contextlib import AbstractContextManager
 from itertools import accumulate
-from typing import Any, Protocol, overload
+from typing import Any, Protocol
 
-from vlmscope.data.example import Example, fingerprint
-from vlmscope.errors import ExampleError
+from vlmscope.data.example import Example
+from vlmscope.data.lazy import Lazy
 
 BATCH = 1000
 """Rows whose words are read at once."""
 WINDOW = 32
 """Rows that are held with their pictures."""
-LOOKED_AT = 16
-"""Examples whose pictures the hash of a set reads."""
 
 
 class Table(Protocol):
@@ -36,14 +34,12 @@ class Table(Protocol):
         """What is known of the pictures in these columns without reading them."""
 
 
-class Rows(Sequence[Example]):
+class Rows(Lazy):
     """The examples of a table, of which the last one asked for is held; and all ids.
 
     `checked` makes the examples of all rows from their `words`, without their pictures, and raises for those
-    that make none; `make` is that of a row with its number, and raises `ExampleError` where its pictures are
+    that make none; `made` is that of a row with its number, and raises `ExampleError` where its pictures are
     none. `reading` is what rows are read within.
-
-    `ids` are those of all rows, and `roles` the names of all roles.
     """
 
     def __init__(
@@ -53,11 +49,10 @@ class Rows(Sequence[Example]):
         pictures: Sequence[str],
         *,
         checked: Callable[[Iterable[Mapping[str, Any]]], Iterator[Example]],
-        make: Callable[[int, Mapping[str, Any]], Example],
+        made: Callable[[int, Mapping[str, Any]], Example],
         reading: Callable[[], AbstractContextManager[None]],
     ) -> None:
-        self._table, self._make, self._reading = table, make, reading
-        self._last: tuple[int, Example] | None = None
+        self._table, self._made, self._reading = table, made, reading
         self.ids: list[str] = []
         self.roles: dict[str, None] = {}
         about = hashlib.sha256()
@@ -70,80 +65,14 @@ class Rows(Sequence[Example]):
             about.update(json.dumps([example.id, *prompts, dict(example.roles), boxes]).encode() + b"\n")
         for size in table.sizes(pictures):
             about.update(size)
-        self._about = about
+        super().__init__(about.digest(), window=1)
 
     def __len__(self) -> int:
         return len(self._table)
 
-    @overload
-    def __getitem__(self, number: int) -> Example: ...
-
-    @overload
-    def __getitem__(self, number: slice) -> list[Example]: ...
-
-    def __getitem__(self, number: int | slice) -> Example | list[Example]:
-        if isinstance(number, slice):
-            return [self[one] for one in range(len(self))[number]]
-        number = range(len(self))[number]
-        if self._last is None or self._last[0] != number:
-            with self._reading():
-                self._last = number, self._make(number, self._table.row(number))
-        return self._last[1]
-
-    def digest(self, number: int) -> str:
-        """The fingerprint of an example; none of one that cannot be made."""
-        with suppress(ExampleError):
-            return fingerprint([self[number]])
-        return ""
-
-    @property
-    def hash(self) -> str:
-        """The SHA-256 of the words of all rows, of what is known of their pictures without reading them, and
-        of the first pictures."""
-        first = [self.digest(number) for number in range(min(LOOKED_AT, len(self)))]
-        about = self._about.copy()
-        about.update(" ".join(first).encode())
-        return about.hexdigest()
-
-
-class Digests(Sequence[str]):
-    """The fingerprints of examples, each made when it is asked for."""
-
-    def __init__(self, rows: Rows) -> None:
-        self._rows = rows
-
-    def __len__(self) -> int:
-        return len(self._rows)
-
-    @overload
-    def __getitem__(self, number: int) -> str: ...
-
-    @overload
-    def __getitem__(self, number: slice) -> list[str]: ...
-
-    def __getitem__(self, number: int | slice) -> str | list[str]:
-        if isinstance(number, slice):
-            return [self._rows.digest(one) for one in range(len(self))[number]]
-        return self._rows.digest(number)
-
-
-def ids_of(examples: Sequence[Example]) -> list[str]:
-    """The ids of all examples."""
-    return examples.ids if isinstance(examples, Rows) else [example.id for example in examples]
-
-
-def roles_of(examples: Sequence[Example]) -> dict[str, None]:
-    """The names of all roles, in the order in which they come."""
-    if isinstance(examples, Rows):
-        return examples.roles
-    return {role: None for example in examples for role in example.roles}
-
-
-def readable(examples: Sequence[Example]) -> Iterator[Example]:
-    """All but those that cannot be read."""
-    for number in range(len(examples)):
-        with suppress(ExampleError):
-            yield examples[number]
+    def make(self, number: int) -> Example:
+        with self._reading():
+            return self._made(number, self._table.row(number))
 
 
 class Arrow:

@@ -16,7 +16,7 @@ from PIL import Image
 
 from vlmscope import files
 from vlmscope.data.example import Box, Example, Picture, check_text
-from vlmscope.data.images import open_image
+from vlmscope.data.images import open_image, png
 from vlmscope.errors import DataError, ExampleError, shown
 
 COLUMNS = (
@@ -344,6 +344,4 @@ def _check_row(row: Mapping[str, str], example: Example, duplicate: bool) -> Non
 def _png(picture: Image.Image) -> bytes:
     """A picture in memory as a PNG file that `open_image` reads as the same pixels."""
     plain = picture.mode in ("1", "L", "RGB") and not picture.info and not picture.getexif()
-    file = io.BytesIO()
-    (picture if plain else open_image(picture)).save(file, format="PNG")
-    return file.getvalue()
+    return png(picture if plain else open_image(picture))

@@ -21,11 +21,11 @@ import numpy as np
 import pandas as pd
 from PIL import Image
 
-from vlmscope import files, stored
+from vlmscope import stored
 from vlmscope.data.example import Box, Example, Picture
 from vlmscope.data.images import open_image, small_png
 from vlmscope.data.masks import covered
-from vlmscope.errors import ExampleError, ModelError, RoomError, VlmscopeError, number, shown, whole
+from vlmscope.errors import ExampleError, ModelError, RoomError, choice, number, whole
 from vlmscope.explanation import maps
 from vlmscope.explanation.said import At, Reference, Said, say
 from vlmscope.layout import Layout, grid
@@ -33,11 +33,10 @@ from vlmscope.neurons.contributions import contributions, named, token_weights, 
 from vlmscope.patching.direct import check_place, directs
 from vlmscope.report import explanation as page
 from vlmscope.runs.forward import SPEECH
-from vlmscope.runs.model import Model
+from vlmscope.runs.model import Model, check_model
 from vlmscope.sites import Site
 from vlmscope.stored import formats
 
-MANIFEST, WHAT = "explain.json", "explain"
 PATCHES = 48
 """How many cells and groups of cells are replaced by default."""
 NEURONS, TOKENS = 10, 6
@@ -77,7 +76,7 @@ class Explanation:
         listed = pd.DataFrame({"example": ["picture"], "file": ["0000.png"]})
         content: dict[str, Any] = {f"{name}.csv": table for name, table in self.tables.items()}
         content |= {"pictures.csv": listed, "pictures/0000.png": small_png(self.picture, page.SIDE)}
-        files.save(folder, MANIFEST, self.about, {**content, "explain.html": self.page()})
+        formats.EXPLAIN.save(folder, self.about, {**content, "explain.html": self.page()})
 
 
 def read(folder: str | os.PathLike[str]) -> Explanation:
@@ -134,16 +133,16 @@ def explain(
     >>> from PIL import ImageDraw
     >>> picture = Image.new("RGB", (48, 48), "white")
     >>> ImageDraw.Draw(picture).rectangle((4, 4, 20, 20), "red")
-    >>> found = explain(vlmscope.load("toy-llava"), picture, "describe this picture.", ["red"])
+    >>> asked = (vlmscope.load("toy-llava"), picture, "describe this picture.", ["red"])
+    >>> found = explain(*asked, reference="mean", direction="denoise")
     >>> best = found.cells.loc[found.cells["exact"].idxmax()]
     >>> int(best["row"]) < 3, int(best["column"]) < 3
     (True, True)
     """
-    if not isinstance(model, Model):
-        raise VlmscopeError(f"the model is {shown(model)}; expected a Model, as vlmscope.load gives it")
-    _one_of(reference, Reference, "reference")
-    _one_of(direction, maps.Direction, "direction")
-    _one_of(at, At, "place of cells")
+    check_model(model)
+    choice(reference, "reference", get_args(Reference))
+    choice(direction, "direction", get_args(maps.Direction))
+    choice(at, "place of cells", get_args(At))
     patches = whole(patches, "the number of patches", 1)
     length = whole(length, "the number of tokens", 1, 1000)
     picture = open_image(image)
@@ -161,31 +160,19 @@ def explain(
     exact = maps.exact(said, direction, patches, there, None if slopes is None else np.abs(slopes))
     read = maps.reading(said)
     window = max(1, len(model.shapes[read.tower].having(read.kind)) // 4 | 1)
-    cut, paid, sinks = None, None, np.full(len(said.words), np.nan)
-    seen = said.pair.clean.layout[model.image_site.tower]
-    units = exact.units if grid(seen) == grid(layout) else []
-    if len(units) < len(exact.units):
-        why = f"{model.family.name} reads other features than a cell each"
-        lacking.append(f"there are no knock-outs of cells and no attention to them: {why}")
-    with _or_said(lacking, "there are no knock-outs and no attention"):
-        own = _within(said, box, seen) if units and box is not None else ()
-        cut = maps.knocked_out(said, read, units, own, window)
-        paid, sinks = maps.attention(said, read, units)
+    cut, paid, sinks = _without(said, read, exact, box, window, lacking)
     beside = {
-        "knockout": cut.units if cut is not None and units else None,
+        "knockout": cut.units if cut is not None and len(cut.units) else None,
         "gradient": None if slopes is None else maps.summed(slopes, maps.positions(layout, exact.units)),
-        "attention": paid if units else None,
+        "attention": paid,
     }
     cells = _cells(exact, beside)
-    table = pd.DataFrame(
-        {
-            **_said(said, exact),
-            **{f"spearman_{name}": _spearman(cells, name, len(said.words)) for name in beside},
-            "sinks": sinks,
-            "left": exact.left,
-            "region": np.nan if exact.region is None else exact.region,
-            "region_knockout": np.nan if cut is None or not len(cut.region) else cut.region[0],
-        }
+    table = _said(said, exact).assign(
+        **{f"spearman_{name}": _spearman(cells, name, len(said.words)) for name in beside},
+        sinks=sinks,
+        left=exact.left,
+        region=np.nan if exact.region is None else exact.region,
+        region_knockout=np.nan if cut is None or not len(cut.region) else cut.region[0],
     )
     layers, heads = _parts(said, read, cut, window, lacking)
     about = {
@@ -204,11 +191,29 @@ def explain(
     return Explanation(about, table, cells, layers, heads, _neurons(said), model.cropped(picture))
 
 
+def _without(
+    said: Said, read: maps.Reading, exact: maps.Exact, box: Box | None, window: int, lacking: list[str]
+) -> tuple[maps.Cut | None, maps.Array | None, maps.Array]:
+    """What words lose without edges to the picture, the attention that its cells get (None where it is read
+    in other parts than cells), and what sinks get."""
+    seen = said.pair.clean.layout[said.model.image_site.tower]
+    units = exact.units if grid(seen) == grid(maps.layout_of(said)) else []
+    if len(units) < len(exact.units):
+        why = f"{said.model.family.name} reads other features than a cell each"
+        lacking.append(f"there are no knock-outs of cells and no attention to them: {why}")
+    cut, paid, sinks = None, None, np.full(len(said.words), np.nan)
+    with _or_said(lacking, "there are no knock-outs and no attention"):
+        own = _within(said, box, seen) if units and box is not None else ()
+        cut = maps.knocked_out(said, read, units, own, window)
+        paid, sinks = maps.attention(said, read, units)
+    return cut, paid if units else None, sinks
+
+
 def _of_model(said: Said) -> dict[str, Any]:
     """What was asked of which model, and how it reads the picture."""
     model, layout = said.model, maps.layout_of(said)
     return {
-        "what": WHAT,
+        "what": formats.EXPLAIN.name,
         "model": model.name,
         "weights": model.fingerprint(),
         "family": model.family.name,
@@ -222,22 +227,11 @@ def _of_model(said: Said) -> dict[str, Any]:
     }
 
 
-def _said(said: Said, exact: maps.Exact) -> dict[str, Any]:
+def _said(said: Said, exact: maps.Exact) -> pd.DataFrame:
     """The words, a row each: where they are in the answer, and how likely with and without the picture."""
-    return {
-        "word": range(len(said.words)),
-        "text": [word.text for word in said.words],
-        "start": [word.span[0] for word in said.words],
-        "end": [word.span[1] for word in said.words],
-        "tokens": [len(word.tokens) for word in said.words],
-        "logprob": exact.logprob,
-        "without": exact.without,
-    }
-
-
-def _one_of(value: str, names: Any, what: str) -> None:
-    if value not in get_args(names):
-        raise VlmscopeError(f"unknown {what} {shown(value)}; expected {' or '.join(get_args(names))}")
+    rows = [(n, word.text, *word.span, len(word.tokens)) for n, word in enumerate(said.words)]
+    table = pd.DataFrame(rows, columns=["word", "text", "start", "end", "tokens"])
+    return table.assign(logprob=exact.logprob, without=exact.without)
 
 
 @contextmanager

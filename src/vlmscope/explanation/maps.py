@@ -17,6 +17,7 @@ from vlmscope.patching import engine
 from vlmscope.patching.scores import ROUNDING, Chunks, Score
 from vlmscope.runs.forward import forward
 from vlmscope.runs.model import Model
+from vlmscope.runs.network import upcast
 from vlmscope.sites import Site, expand, parse
 
 Array = NDArray[np.float64]
@@ -208,9 +209,8 @@ def estimate(said: Said, direction: Direction) -> Array:
     other = forward(said.model, source, keep=points).values
     run = forward(said.model, base, keep=points, positions=len(pair.answers), grad=True)
     sign = 1 if direction == "noise" else -1
-    logits = run.logits.float() if run.logits.dtype.itemsize < 4 else run.logits
-    answers = torch.tensor(pair.answers, device=logits.device)[:, None]
-    logprob = logits.log_softmax(-1).gather(1, answers)[:, 0]
+    answers = torch.tensor(pair.answers, device=run.logits.device)[:, None]
+    logprob = upcast(run.logits).log_softmax(-1).gather(1, answers)[:, 0]
     found = []
     for word in said.words:
         own = logprob[[n - said.first for n in word.tokens]].sum()

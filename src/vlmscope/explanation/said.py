@@ -91,13 +91,9 @@ class Said:
 
 
 def features(model: Model, at: At = "features") -> tuple[Site, ...]:
-    """Where the language model reads the features of the picture: `Network.image_site`, and what is added to
-    its image tokens behind the first blocks (DeepStack); or where its pixels enter the vision tower."""
-    if at == "pixels":
-        return (Site("vision", 0, "resid_pre", position="image"),)
-    text = model.text_towers[0]
-    added = model.shapes[text].having("deepstack")
-    return (model.image_site, *(Site(text, n, "deepstack", position="image") for n in added))
+    """Where the language model reads the features of the picture (`Network.image_sites`), or where its pixels
+    enter the vision tower."""
+    return (Site("vision", 0, "resid_pre", position="image"),) if at == "pixels" else model.image_sites
 
 
 def say(

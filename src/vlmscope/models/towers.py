@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 
 from vlmscope.data.example import Box, Span
 from vlmscope.errors import ExampleError
+from vlmscope.layout import Layout
 from vlmscope.models.inputs import Inputs
 
 Factor = Callable[[Any], Callable[[Mapping[str, Any]], Any] | None]
@@ -68,8 +69,15 @@ class Tower:
     deepstack: Callable[[Any], int] | None = None
 
 
-CLIP_NORMS = {"attn": ("layer_norm1",), "mlp": ("layer_norm2",)}
-"""The `norms` of vision towers that are built like CLIP's."""
+CLIP = Tower(
+    blocks="model.vision_tower.encoder.layers",
+    config="vision_config",
+    attn="self_attn.out_proj",
+    mlp="mlp.fc2",
+    attention={"attn": "self_attn"},
+    norms={"attn": ("layer_norm1",), "mlp": ("layer_norm2",)},
+)
+"""The vision tower of CLIP, and of all that are built like it (SigLIP's, BLIP's)."""
 
 
 def whole(processor: Any, image: Image.Image) -> Box:
@@ -136,6 +144,32 @@ def one_picture(many: int) -> None:
         raise ExampleError(f"this model takes one image, the example has {many}; leave one")
     if not many:
         raise ExampleError("this model takes no prompt without an image; give one")
+
+
+def sides(patch: int | Sequence[int]) -> tuple[int, int]:
+    """Height and width of a patch, as a config gives them."""
+    return (patch, patch) if isinstance(patch, int) else (patch[0], patch[1])
+
+
+def patches(
+    pixels: Float[Tensor, "pictures 3 height width"], side: int | Sequence[int], class_token: bool
+) -> Layout:
+    """The layout of a vision tower: patches of `side` pixels (or height and width) in rows, behind a class
+    token if there is one; further pictures behind the first, without cells.
+
+    >>> import torch
+    >>> patches(torch.zeros(1, 3, 4, 8), 4, True).tokens
+    ('[CLS]', '0,0', '0,1')
+    """
+    height, width = sides(side)
+    rows, columns = pixels.shape[-2] // height, pixels.shape[-1] // width
+    first, many = int(class_token), len(pixels)
+    cells = {first + r * columns + c: (r, c) for r in range(rows) for c in range(columns)}
+    tokens = [*["[CLS]"] * first, *(f"{r},{c}" for r, c in cells.values())]
+    further = [f"{n}:{token}" for n in range(1, many) for token in tokens]
+    every = range(many * len(tokens))
+    images = tuple(n for n in every if n % len(tokens) >= first) if many > 1 else ()
+    return Layout((*tokens, *further), cells=cells, image=images, sequences=many)
 
 
 def behind(spans: Sequence[Span], end: int) -> int:

@@ -40,15 +40,12 @@ VERDICTS = {
 
 @dataclass(frozen=True, eq=False)
 class _Asked:
-    """What is asked, of which kind, and what was said before."""
+    """Which captions had the word, which are of the first prompt, and what was said before."""
 
     source: str
     target: str | None
-    captions: Asked
     has: np.ndarray
     first: np.ndarray
-    others: Mapping[str, Asked]
-    blind: Sequence[Any]
     before: Mapping[str, Sequence[str]]
 
 
@@ -101,29 +98,32 @@ def assess(
     every = [*words, *(text or e.clean_prompt for asked in others.values() for e, text in asked)]
     blind = [fed for text in list(dict.fromkeys(every)) if (fed := imageless(model, text))][:BLIND]
     first = np.isin(words, words[: len(given)])
-    asked = _Asked(source, target, captions, has, first, others, blind, {})
-    said = {CAPTIONS: before, **_say(model, asked)}
-    asked = _Asked(source, target, captions, has, first, others, blind, said)
-    with edited(model, *edits):
-        after = {CAPTIONS: _answers(model, captions, "captions after"), **_say(model, asked)}
-    values, unedited, random = _values(asked, after), _values(asked, said), Values()
-    if null:
-        with edited(model, *null):
-            random = {CAPTIONS: _answers(model, captions, "captions, random columns"), **_say(model, asked)}
-        random = _values(asked, random)
+    said = {CAPTIONS: before, **_say(model, others, blind)}
+    asked = _Asked(source, target, has, first, said)
+
+    def say(what: str, made: Sequence[WeightEdit]) -> dict[str, Sequence[str]]:
+        with edited(model, *made):
+            return {CAPTIONS: _answers(model, captions, what), **_say(model, others, blind)}
+
+    after = say("captions after", edits)
+    random = _values(asked, say("captions, random columns", null)) if null else Values()
     table = pd.DataFrame({"example": [e.id for e, _ in captions], "prompt": words, "before": before})
     table = table.assign(after=after[CAPTIONS], has=has)
     took_it = [took(text, source, target) for text in after[CAPTIONS]]
     table = table.assign(took=has & np.array(took_it, bool), same=table["before"] == table["after"])
+    return _measures(_values(asked, after), _values(asked, said), random), table
+
+
+def _measures(values: Values, before: Values, random: Values) -> pd.DataFrame:
+    """A row a measure, beside what it was before the edit and what it is under an edit of random columns."""
     rows = []
     for name, scores in values.items():
         each = np.sort(np.asarray(scores))  # so that the examples' order does not matter
         if len(each):
             low, high = share_interval(each) if each.dtype == bool else interval(each[:, None])[:, 0]
-            others_of = [np.mean(x[name]) if len(x.get(name, ())) else np.nan for x in (unedited, random)]
-            rows.append((name, each.mean(), low, high, len(each), *others_of))
-    names = ["measure", "value", "low", "high", "n", "before", "random"]
-    return pd.DataFrame(rows, columns=names), table
+            others = [np.mean(x[name]) if len(x.get(name, ())) else np.nan for x in (before, random)]
+            rows.append((name, each.mean(), low, high, len(each), *others))
+    return pd.DataFrame(rows, columns=["measure", "value", "low", "high", "n", "before", "random"])
 
 
 def _questions(
@@ -155,12 +155,12 @@ def _questions(
     return found
 
 
-def _say(model: Model, asked: _Asked) -> dict[str, Sequence[str]]:
+def _say(model: Model, others: Mapping[str, Asked], blind: Sequence[Any]) -> dict[str, Sequence[str]]:
     """What the model says at present to all but the captions."""
-    every = [one for group in asked.others.values() for one in group]
+    every = [one for group in others.values() for one in group]
     answers = iter(_answers(model, every, "questions"))
-    said: dict[str, Sequence[str]] = {name: [next(answers) for _ in x] for name, x in asked.others.items()}
-    return said | {"blind prompts changed": [model.answer(fed) for fed in asked.blind]}
+    said: dict[str, Sequence[str]] = {name: [next(answers) for _ in x] for name, x in others.items()}
+    return said | {"blind prompts changed": [model.answer(fed) for fed in blind]}
 
 
 def _values(asked: _Asked, after: Mapping[str, Sequence[str]]) -> Values:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import partial
-from typing import Literal
+from functools import lru_cache, partial
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float
@@ -23,6 +23,7 @@ from vlmscope.runs.access import hook
 from vlmscope.runs.forward import SPEECH, forward, generate
 from vlmscope.runs.hooks import Hooks
 from vlmscope.runs.model import Model
+from vlmscope.runs.network import upcast
 from vlmscope.runs.prepare import check_words
 from vlmscope.sites import Point
 
@@ -200,12 +201,7 @@ def _caption(
         spans.append((len(text), len(longer)))
         text = longer
     start = len(inputs.layout[model.speaker].tokens) - 1
-    return Caption(inputs, tuple(ids), text, tuple(spans), start, wide(activations))
-
-
-def wide(x: Tensor) -> Tensor:
-    """In float32 what is of fewer bits."""
-    return x.float() if x.dtype.itemsize < 4 else x
+    return Caption(inputs, tuple(ids), text, tuple(spans), start, upcast(activations))
 
 
 def packed(model: Model, caption: Caption) -> Caption:
@@ -275,10 +271,19 @@ def known(
 
 def nouns(text: str, tagger: str) -> list[str]:
     """The nouns of a text, by a spaCy pipeline (`ModelError` without it); `ExampleError` if it has none."""
+    found = list(dict.fromkeys(t.text for t in spacy_pipeline(tagger)(text) if t.pos_ in ("NOUN", "PROPN")))
+    if not found:
+        raise ExampleError(f"the caption '{text}' has no noun; name the words")
+    return found
+
+
+@lru_cache(1)
+def spacy_pipeline(tagger: str) -> Callable[[str], Any]:
+    """A spaCy pipeline, loaded once."""
     try:
         import spacy
 
-        pipeline = spacy.load(tagger)
+        return spacy.load(tagger)
     except ImportError as error:
         raise ModelError(
             "picking nouns needs spaCy; pip install 'vlmscope[nouns]', or name the words"
@@ -288,7 +293,3 @@ def nouns(text: str, tagger: str) -> list[str]:
             f"no spaCy pipeline '{tagger}'; python -m spacy download en_core_web_sm gets one, "
             "or name the words"
         ) from error
-    found = list(dict.fromkeys(t.text for t in pipeline(text) if t.pos_ in ("NOUN", "PROPN")))
-    if not found:
-        raise ExampleError(f"the caption '{text}' has no noun; name the words")
-    return found

@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 from PIL import Image
 
+from vlmscope.checkpoint.others import embedder
 from vlmscope.data import Examples, listed
 from vlmscope.data.example import Example
 from vlmscope.errors import ExampleError, ModelError, VlmscopeError
@@ -66,6 +67,7 @@ def describe(
     if not words and not neurons:
         raise VlmscopeError("nothing to describe; name words or neurons (layer.number)")
     measures = measures and len(given) >= 4 * FEW
+    embed = None if embedding is None else embedder(embedding)
     there = study(model, given, prompt, found=found, seed=seed) if words or measures else None
     ranked: dict[str, list[Neuron]] = {}
     for word in words:
@@ -86,7 +88,7 @@ def describe(
     maps, driving, shown = _look(model, given, cards, ranked, prompt)
     table = left_out = None
     if there and measures:
-        table, _, left_out = measure_study(there, list(words) or None, embedding=embedding)
+        table, _, left_out = measure_study(there, list(words) or None, embed=embed)
     about: dict[str, Any] = {"model": model.name, "weights": base_fingerprint(model)}
     about |= {"words": list(words), "examples": len(given)}
     return Described(about, cards, maps, driving, table, left_out, small_pictures(model, shown))

@@ -18,11 +18,20 @@ from torch import Tensor
 from vlmscope.data import Examples, listed
 from vlmscope.errors import ExampleError, ModelError
 from vlmscope.models.inputs import Inputs
-from vlmscope.neurons.captions import Caption, Variant, caption_pictures, given_caption, nouns, packed, wide
+from vlmscope.neurons.captions import (
+    Caption,
+    Variant,
+    caption_pictures,
+    given_caption,
+    nouns,
+    packed,
+    spacy_pipeline,
+)
 from vlmscope.neurons.results import Found
 from vlmscope.neurons.weight_edit import base_fingerprint
 from vlmscope.runs.forward import forward
 from vlmscope.runs.model import Model
+from vlmscope.runs.network import upcast
 from vlmscope.sites import Point
 
 Neuron = tuple[int, int]
@@ -55,7 +64,7 @@ def contributions(
     caption: Caption, numbers: Sequence[int], weight: Float[Tensor, "layers neurons"]
 ) -> Float[Tensor, "numbers layers*neurons"]:
     """What each neuron contributes to a token, of this `weight`, at the tokens of a caption so numbered."""
-    active = wide(caption.activations[list(numbers)])
+    active = upcast(caption.activations[list(numbers)])
     return (active * weight.to(active)).flatten(1)
 
 
@@ -205,6 +214,8 @@ def find(
     [['cross', 1], ['cross', 2], ['cross', 3]]
     """
     given = listed(examples)
+    if tagger is not None:
+        spacy_pipeline(tagger)  # one that is not there is refused before a picture is captioned
     captions: Iterable[Caption] = caption_pictures(model, given, prompt, variant=variant)
     if caption is not None:
         captions = (given_caption(model, e, caption, prompt=prompt, variant=variant) for e in given)

@@ -8,16 +8,17 @@ projection is found in one of two ways (Pan et al., arXiv 2311.07470; the learne
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from vlmscope.data import Examples, listed
 from vlmscope.data.example import Example
-from vlmscope.errors import ExampleError, ModelError, VlmscopeError
+from vlmscope.errors import ExampleError, ModelError, VlmscopeError, choice
 from vlmscope.models.inputs import Inputs
 from vlmscope.neurons.captions import (
     LENGTH,
@@ -34,7 +35,6 @@ from vlmscope.neurons.results import Found
 from vlmscope.neurons.solvers import (
     MARGIN,
     SURE,
-    Deltas,
     Task,
     Wanted,
     closed,
@@ -127,8 +127,8 @@ def edit(
     margin = check_margin(solver, margin)
     if target is not None and source.casefold() == target.casefold():
         raise ExampleError(f"'{source}' is already '{target}'; give another target")
-    given = neurons if isinstance(neurons, Sequence) else None
-    most = top_share(model) if neurons is None else len(neurons) if isinstance(neurons, Sequence) else neurons
+    given = list(neurons) if isinstance(neurons, Sequence) else None
+    most = top_share(model) if neurons is None else neurons if isinstance(neurons, int) else len(neurons)
     if not 1 <= most <= count_neurons(model):
         raise ModelError(f"{most} neurons cannot be chosen; expected 1 to {count_neurons(model)}")
     has, other = _split(model, listed(examples), source, prompt, found, seed, falsely=falsely)
@@ -140,31 +140,49 @@ def edit(
     with frozen(model):
         task, asked = _task(model, turns, made_on, rest, locality, seed)
         if given is not None:
-            ranked = list(given)
+            ranked = given
         elif concept:
             ranked = named(model, steepest(task, most))
         else:
             ranked = strongest(model, [caption for _, caption in made_on], source, most)
         checks = [check for pair in checked for check in _checks(model, turns, *pair, has=True)]
         checks += [check for pair in others for check in _checks(model, turns, *pair, has=False)]
-        best, tried = (-1.0, no_deltas(model, [])), []
-        for count in _counts(most) if checked else [most]:
-            own = replace(task, deltas=no_deltas(model, ranked[:count]))
+
+        def solve(own: Task) -> None:
             if solver == "closed":
                 closed(own, margin)
             else:
                 learned(own, rng(seed, "edit", source, target))
-            changes, stays = _held(model, _columns(own.deltas), checks)
-            tried.append(f"{count}: {changes:.2f} of changes, {stays:.2f} of the rest")
-            if min(changes, stays) > best[0]:
-                best = min(changes, stays), own.deltas
-            if best[0] >= HOLDS:
-                break
+
+        columns, tried = _fewest(task, ranked, _counts(most) if checked else [most], solve, checks)
     about = {"from": source, "to": target or "", "solver": solver, "pictures": str(len(made_on))}
     about |= {"asked": asked, "model": model.name}
     about |= {"tried": "; ".join(tried)} if checked else {}
     about |= {"where": "falsely"} if falsely else {}
-    return WeightEdit(_columns(best[1]), base_fingerprint(model), about, model.edits)
+    return WeightEdit(columns, base_fingerprint(model), about, model.edits)
+
+
+def _fewest(
+    task: Task,
+    ranked: Sequence[Neuron],
+    counts: Sequence[int],
+    solve: Callable[[Task], None],
+    checks: Sequence[_Check],
+) -> tuple[Columns, list[str]]:
+    """What is added to the fewest columns with which the edit holds, or else to as many as come nearest; and
+    what was tried."""
+    best, columns, tried = -1.0, dict[int, tuple[Tensor, Tensor]](), []
+    for count in counts:
+        own = replace(task, deltas=no_deltas(task.model, ranked[:count]))
+        solve(own)
+        found = {layer: (at.cpu(), delta.detach().cpu().clone()) for layer, (at, delta) in own.deltas.items()}
+        changes, stays = _held(task.model, found, checks)
+        tried.append(f"{count}: {changes:.2f} of changes, {stays:.2f} of the rest")
+        if min(changes, stays) > best:
+            best, columns = min(changes, stays), found
+        if best >= HOLDS:
+            break
+    return columns, tried
 
 
 def random_columns(model: Model, edit: WeightEdit, seed: int = 0) -> list[Neuron]:
@@ -186,10 +204,6 @@ def random_columns(model: Model, edit: WeightEdit, seed: int = 0) -> list[Neuron
 def _counts(most: int) -> list[int]:
     """1, 2, 4 … and the most."""
     return [*(2**n for n in range(most.bit_length()) if 2**n < most), most]
-
-
-def _columns(deltas: Deltas) -> Columns:
-    return {layer: (at.cpu(), delta.detach().cpu().clone()) for layer, (at, delta) in deltas.items()}
 
 
 def _held_out(pairs: Sequence[Captioned]) -> tuple[list[Captioned], list[Captioned]]:
@@ -214,8 +228,7 @@ def check_margin(solver: str, margin: float | None) -> float:
     >>> check_margin("closed", None)
     4.0
     """
-    if solver not in get_args(Solver):
-        raise VlmscopeError(f"unknown solver '{solver}'; expected {' or '.join(get_args(Solver))}")
+    choice(solver, "solver", get_args(Solver))
     if solver != "closed" and margin is not None:
         raise VlmscopeError(
             "a margin is of the closed solver; the learned one goes on until each new word has a probability "

@@ -102,15 +102,15 @@ def measure(
     Raises `DataError` if no word can be measured: each has to be a single token for the model, and shown by
     some pictures and not by others.
     """
+    embed = None if embedding is None else embedder(embedding)
     there = study(model, examples, prompt, top=top, pictures=pictures, found=found, seed=seed)
-    return measure_study(there, words, causal=causal, embedding=embedding)
+    return measure_study(there, words, causal=causal, embed=embed)
 
 
 def measure_study(
-    there: Study, words: Sequence[str] | None, *, causal: bool = True, embedding: str | Path | None = None
+    there: Study, words: Sequence[str] | None, *, causal: bool = True, embed: Embed | None = None
 ) -> Measured:
     """The measures of `measure`, over pictures that are captioned."""
-    embed = None if embedding is None else embedder(embedding)
     every, why = find_words(there, words)
     rows: list[dict[str, Any]] = []
     chosen: list[tuple[Any, ...]] = []

@@ -12,7 +12,7 @@ from typing import Any, ClassVar, TypeVar
 import pandas as pd
 from PIL import Image
 
-from vlmscope import files, stored
+from vlmscope import stored
 from vlmscope.data.example import Example
 from vlmscope.data.images import open_image, small_png
 from vlmscope.errors import StoreError
@@ -20,7 +20,6 @@ from vlmscope.stored import formats
 
 R = TypeVar("R", bound="Result")
 
-ABOUT = "neurons.json"
 FILES = {"neurons": "neurons.parquet", "maps": "maps.parquet", "effects": "perturb.csv"}
 """Where a table is kept that is not in the CSV file of its name."""
 
@@ -45,13 +44,13 @@ class Result:
             content["pictures.csv"] = pd.DataFrame({"example": list(pictures), "file": names})
             for name, picture in zip(names, pictures.values(), strict=True):
                 content[f"pictures/{name}"] = small_png(picture)
-        files.save(folder, ABOUT, {"what": self.what, **self.about}, content)
+        formats.NEURONS[self.what].save(folder, {"what": self.what, **self.about}, content)
         return Path(folder)
 
     @classmethod
     def claim(cls, folder: str | os.PathLike[str]) -> None:
         """Refuse, before anything is computed, a folder that `save` could not write (`StoreError`)."""
-        files.claim(folder, ABOUT, cls.what, [*_files(cls).values(), "pictures.csv", "pictures/0000.png"])
+        formats.NEURONS[cls.what].claim(folder, "pictures/0000.png")
 
 
 @dataclass(frozen=True, eq=False)
@@ -118,7 +117,7 @@ def read(folder: str | os.PathLike[str], kind: type[R] = Result) -> R:  # type: 
     Raises `StoreError` if the folder is of something else than `kind`, or a file cannot be read.
     """
     place, kinds = Path(folder), {one.what: one for one in (Found, Described, Perturbed, Assessed)}
-    what, about, values, pictures = stored.read_one(place, formats.NEURONS)
+    what, about, values, pictures = stored.read_one(place, *formats.NEURONS.values())
     there: Any = kinds[what]
     if not issubclass(there, kind):
         raise StoreError(

@@ -6,7 +6,6 @@ edit of what neurons say is a change of these columns and of nothing else.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -18,12 +17,10 @@ from typing import Any
 
 import torch
 from jaxtyping import Float, Int
-from safetensors import SafetensorError
-from safetensors.torch import load, save
 from torch import Tensor
 
 from vlmscope import files
-from vlmscope.errors import ModelError, StoreError, VlmscopeError, line, whole
+from vlmscope.errors import ModelError, line, whole
 from vlmscope.runs.hooks import Hooks
 from vlmscope.runs.model import Model
 from vlmscope.stored import tensors as stored_tensors
@@ -31,8 +28,6 @@ from vlmscope.stored import tensors as stored_tensors
 Columns = Mapping[int, tuple[Int[Tensor, "_chosen"], Float[Tensor, "width _chosen"]]]
 """By layer, neurons and what is added to the column of each."""
 EXPECTED = "a file of `vlmscope neurons edit`"
-LARGEST = 2**32
-"""Bytes of the largest file that is read."""
 _SHA256, _NEURONS = re.compile("[0-9a-f]{64}"), re.compile(r"layer\.(0|[1-9][0-9]{0,5})\.neurons")
 
 
@@ -78,7 +73,7 @@ class WeightEdit:
     @property
     def digest(self) -> str:
         """SHA-256 over all that the edit is, as hexadecimal digits: what `on` names it by."""
-        return _digest(self._tensors(), self.model, self._about(), self.on)
+        return stored_tensors.digest(self._tensors(), [self.model, self._about(), *self.on])
 
     def _tensors(self) -> dict[str, Tensor]:
         tensors = {}
@@ -121,10 +116,9 @@ class WeightEdit:
 
         Raises `StoreError` if that cannot be, or another file than an edit is there.
         """
-        metadata = {"format": "pt", "vlmscope": "edit", "model": self.model, "about": self._about()}
-        metadata |= {"on": " ".join(self.on), "sha256": self.digest}
         self.claim(Path(path))
-        files.write(Path(path), stored_tensors.in_order(save(self._tensors(), metadata)))
+        words = {"model": self.model, "about": self._about(), "on": " ".join(self.on)}
+        files.write(Path(path), stored_tensors.content("edit", self._tensors(), words, self.digest))
 
     @classmethod
     def claim(cls, path: Path) -> None:
@@ -136,40 +130,24 @@ class WeightEdit:
     @classmethod
     def load(cls, path: str | Path) -> WeightEdit:
         """Read what `save` wrote; raises `StoreError` if the file is another or has been changed."""
-        content = files.read(path, EXPECTED, StoreError, LARGEST)
-        try:
-            tensors = load(content)
-            metadata = stored_tensors.metadata(content)
-            if metadata.get("vlmscope") != "edit":
-                raise StoreError(f"{path}: not an edit; expected {EXPECTED}")
-            about = json.loads(metadata["about"])
-            if not isinstance(about, dict):
-                raise ValueError("about is no object")
-            model, on = metadata["model"], tuple(metadata["on"].split())
-            texts = [*about, *dict(about).values()]
-            if not all(map(_SHA256.fullmatch, (model, *on))) or not all(isinstance(x, str) for x in texts):
-                raise ValueError("its metadata are not those of an edit")
-            layers = sorted(int(found[1]) for found in map(_NEURONS.fullmatch, tensors) if found)
-            columns = {n: (tensors[f"layer.{n}.neurons"], tensors[f"layer.{n}.added"]) for n in layers}
-            if not columns or len(tensors) != 2 * len(columns):
-                raise ValueError("its tensors are not those of an edit")
-            made = cls(columns, model, about, on)
-        # The file may be anything: what it lacks or has too much shows in one of these.
-        except StoreError:
-            raise
-        except (SafetensorError, RecursionError, ValueError, LookupError, TypeError, VlmscopeError) as error:
-            raise StoreError(f"{path}: cannot be read as an edit ({error}); expected {EXPECTED}") from error
-        if metadata.get("sha256") != _digest(tensors, model, metadata["about"], on):
-            raise StoreError(f"{path}: has been changed since it was written; make the edit again")
-        return made
+        return stored_tensors.read(path, "edit", "an edit", EXPECTED, _made)
 
 
-def _digest(tensors: Mapping[str, Tensor], model: str, about: str, on: tuple[str, ...]) -> str:
-    digest = hashlib.sha256("\n".join([model, about, *on]).encode())
-    for name, tensor in sorted(tensors.items()):
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.contiguous().flatten().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
+def _made(tensors: dict[str, Tensor], words: dict[str, str]) -> tuple[WeightEdit, str]:
+    """The edit of a file, and the digest of all that it is."""
+    about = json.loads(words["about"])
+    if not isinstance(about, dict):
+        raise ValueError("about is no object")
+    model, on = words["model"], tuple(words["on"].split())
+    texts = [*about, *dict(about).values()]
+    if not all(map(_SHA256.fullmatch, (model, *on))) or not all(isinstance(x, str) for x in texts):
+        raise ValueError("its metadata are not those of an edit")
+    layers = sorted(int(found[1]) for found in map(_NEURONS.fullmatch, tensors) if found)
+    columns = {n: (tensors[f"layer.{n}.neurons"], tensors[f"layer.{n}.added"]) for n in layers}
+    if not columns or len(tensors) != 2 * len(columns):
+        raise ValueError("its tensors are not those of an edit")
+    made = WeightEdit(columns, model, about, on)
+    return made, stored_tensors.digest(tensors, [model, words["about"], *on])
 
 
 def base_fingerprint(model: Model) -> str:

@@ -31,8 +31,7 @@ import pandas as pd
 
 from vlmscope import files
 from vlmscope.checkpoint import load, pieces
-from vlmscope.data import BUILT_IN, SIZE, examples
-from vlmscope.data.drawn import draw
+from vlmscope.data import BUILT_IN, examples
 from vlmscope.data.example import Example
 from vlmscope.data.hub import HUB
 from vlmscope.data.questions.replacement import replace_words
@@ -66,7 +65,6 @@ from vlmscope.studies.workers.worker import Alone
 Say = Callable[[str], None]
 
 MODULES = ("resid", "attn", "cross", "mlp")
-SELECTION = formats.SELECTION.shape["format"]
 ORDER = ("image", "noise", "text")
 """By which corruption of a set it is asked what heads do."""
 SIZES, DRAWS = (0.1, 0.5, 1.0), 19
@@ -106,7 +104,8 @@ def run(
         say("\n".join(f"  {line}" for line in [*knows(base).lines(), made.check_line()]))
         useful += [] if base["excluded"].all() else [made.path]
     [chosen] = team.each([(_Pipeline.selection, sweeps)])
-    files.save(folder, "selection.json", {"format": SELECTION}, {"selection.csv": chosen})
+    form = formats.SELECTION
+    form.save(folder, {"format": form.name}, {"selection.csv": chosen})
     say(lines_of(chosen))
     if not useful:
         first = read_run(folder / "runs" / "-".join(sweeps[0])).baselines().iloc[0]
@@ -155,7 +154,7 @@ def _check_folder(spec: Spec, folder: Path) -> None:
             raise StoreError(
                 f"{folder}: not empty, and not a folder of notice (no notice.toml); choose another --out"
             )
-    files.claim(folder, "selection.json", SELECTION, ["selection.csv"])
+    formats.SELECTION.claim(folder)
     circuits.Found.claim(folder / "circuits")
     claim_report(folder / "report.html")
     if not file.exists():
@@ -169,9 +168,9 @@ def _check_folder(spec: Spec, folder: Path) -> None:
         )
 
 
-def _check_places(spec: Spec, model: Model, sites: Sequence[str]) -> None:
-    """Refuse sites and a position that are not there, before anything is written."""
-    few = [_read(spec, d, 6 if d in BUILT_IN else spec.limit) for d in spec.data]
+def _check_places(spec: Spec, few: Sequence[Sequence[Example]], model: Model, sites: Sequence[str]) -> None:
+    """Refuse sites and a position that are not there in some examples of each set, before anything is
+    written."""
     given = list(itertools.chain(*few))
     if not set(spec.data) & set(BUILT_IN):  # of which only a few are looked at here, and all have pairs
         sets = zip(spec.data, few, strict=True)
@@ -248,7 +247,7 @@ class _Pipeline:
             if data in BUILT_IN:
                 file = self.folder / "data" / f"{data}.csv"
                 if not file.exists():
-                    write_csv(file, draw(data, spec.limit or SIZE, seed=spec.seed))
+                    write_csv(file, _read(spec, data, spec.limit))
                 found = read_csv(file)
             else:
                 found = _read(spec, data, spec.limit)
@@ -259,7 +258,8 @@ class _Pipeline:
     def prepare(self) -> tuple[list[Sweep], list[str]]:
         """Check all places, keep the specification and the examples; the sweeps, and lines to show."""
         spec, lines = self.spec, []
-        _check_places(spec, self.model, sites_of(spec, self.model))
+        few = [_read(spec, d, 6 if d in BUILT_IN else spec.limit) for d in spec.data]
+        _check_places(spec, few, self.model, sites_of(spec, self.model))
         if not (self.folder / "notice.toml").exists():
             with files.storing(self.folder):
                 self.folder.mkdir(parents=True, exist_ok=True)

@@ -35,6 +35,15 @@ def check_network(network: Network) -> None:
         )
 
 
+def check_gradient(metric: Tensor) -> None:
+    """Raises `VlmscopeError` for a metric that has none."""
+    if not metric.requires_grad:
+        raise VlmscopeError(
+            "the metric has no gradient: it is no function of the logits that torch can take back; take "
+            "ld, p, logprob or kl"
+        )
+
+
 class Index:
     """Where each site's number is among sums over positions, `(places, units)`, of each point."""
 
@@ -147,11 +156,7 @@ class Backward:
 
         Raises `VlmscopeError` for a metric that has none.
         """
-        if not metric.requires_grad:
-            raise VlmscopeError(
-                "the metric has no gradient: it is no function of the logits that torch can take back; take "
-                "ld, p, logprob or kl"
-            )
+        check_gradient(metric)
         (self._first,) = torch.autograd.grad(metric, self.logits)
         return bool(self._first.any())
 

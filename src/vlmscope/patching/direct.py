@@ -26,12 +26,11 @@ from vlmscope.runs.access import unpadded
 from vlmscope.runs.forward import Run, forward
 from vlmscope.runs.hooks import Plain, eager
 from vlmscope.runs.network import Network, has
+from vlmscope.runs.norms import scaling
 from vlmscope.sites import Point, Site
 
 WRITERS = ("attn", "cross", "mlp", "deepstack")
 """What blocks add to the stream."""
-LARGE = 2.0**15
-"""Of inputs this large a norm's ε is nothing."""
 
 Vector = Float[Tensor, "width"]
 Array = NDArray[np.float64]
@@ -83,12 +82,8 @@ def linear(norm: nn.Module, x: Vector, dtype: torch.dtype) -> Linear:
     def of(value: Tensor) -> Tensor:
         return norm(value.to(dtype)[None, None])[0, 0].double().to(x.device)
 
-    ones = torch.ones_like(x)
-    signs = ones.clone()
-    signs[::2] = -1.0  # mean zero, mean square one
-    bias, out = of(torch.zeros_like(x)), of(x)
-    gain = (of(LARGE * signs) - of(-LARGE * signs)) / (2 * signs)
-    if torch.allclose(of(LARGE * ones), bias):
+    (gain, bias, is_centred), out = scaling(of, x), of(x)
+    if is_centred:
         around = x - x.mean()
         scale = (gain * around).norm() / (out - bias).norm()
         return Linear(gain / scale, bias, True)

@@ -15,14 +15,14 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from vlmscope.errors import VlmscopeError, shown
+from vlmscope.errors import choice
 from vlmscope.models.inputs import Pair
-from vlmscope.patching.graph import Graph, Group, Writes, wide
+from vlmscope.patching.graph import Graph, Writes
 from vlmscope.patching.scores import Metric, Score, score, unpatched
 from vlmscope.runs.access import hook
 from vlmscope.runs.forward import Run, editing, forward
 from vlmscope.runs.hooks import Hooks
-from vlmscope.runs.network import Network
+from vlmscope.runs.network import Network, upcast
 from vlmscope.runs.readers import Anew, read_anew, watch
 from vlmscope.sites import Point
 
@@ -81,11 +81,10 @@ def circuits(
     >>> edges = Graph(model, pair.clean).edges
     >>> some = [edge for edge in edges if edge.source != "image"]
     >>> whole, blind, none = (float(one.ld) for one in circuits(model, pair, [edges, some, []]))
-    >>> whole > 0 > none, abs(blind - whole) > abs(blind - none)
+    >>> whole > 0 > blind, abs(blind - whole) > abs(blind - none)
     (True, True)
     """
-    if run not in ("clean", "corrupt"):
-        raise VlmscopeError(f"unknown run {shown(run)}; expected clean or corrupt")
+    choice(run, "run", ("clean", "corrupt"))
     graph = Graph(network, pair.clean, tower)
     own, other = (written(graph, pair, which) for which in (run, "corrupt" if run == "clean" else "clean"))
     ends = (own, other) if run == "clean" else (other, own)
@@ -103,13 +102,13 @@ def _run(
     network = graph.network
     inputs, edits = (pair.clean, ()) if which == "clean" else (pair.corrupt, pair.edits)
     apart = torch.zeros_like(other.stream)  # this run less the other, writer by writer, as they are computed
-    shift = 1 if graph.across else 0
     with network.alone(), editing(network, inputs, edits), Hooks() as hooks:
         values: dict[Point, Tensor] = {}
         for some in graph.written:
             if graph.has_across(some):
                 continue
-            rows = slice(some.first - shift, some.first - shift + len(some.names))
+            first = some.first - graph.apart
+            rows = slice(first, first + len(some.names))
 
             def note(x: Tensor, some: Writes = some, rows: slice = rows) -> Tensor:
                 values[some.point._replace(part="")] = x
@@ -120,14 +119,15 @@ def _run(
                 hook(hooks, network, some.point, inputs, partial(_note, values, some.point))
             hook(hooks, network, some.point._replace(part=""), inputs, note)
         for group in graph.groups:
-            outside = ~inside[
-                group.sees.start : group.sees.stop, group.first : group.first + len(group.names)
-            ]
-            change = partial(
-                _across if group.reads.is_across else _stream, outside, other, apart, group, shift
-            )
-            if outside.any():
-                read_anew(hooks, network, inputs, group.reads, change)
+            sees = slice(group.sees.start, group.sees.stop)
+            outside = ~inside[sees, group.first : group.first + len(group.names)]
+            if not outside.any():
+                continue
+            if group.reads.is_across:
+                change = partial(_across, outside, other)
+            else:
+                change = partial(_stream, outside, apart[sees.start - graph.apart : sees.stop - graph.apart])
+            read_anew(hooks, network, inputs, group.reads, change)
         return forward(network, inputs, positions=len(pair.answers)).logits
 
 
@@ -137,29 +137,16 @@ def _note(values: dict[Point, Tensor], point: Point, x: Tensor) -> Tensor:
 
 
 def _stream(
-    outside: Bool[Tensor, "writers readers"],
-    other: Written,
-    apart: Tensor,
-    group: Group,
-    shift: int,
-    x: Tensor,
+    outside: Bool[Tensor, "writers readers"], apart: Float[Tensor, "writers pos width"], x: Tensor
 ) -> Iterator[Anew]:
     """The stream without what other edges than the circuit's would have to carry of the other run."""
     units = outside.any(0).nonzero()[:, 0].tolist()
-    seen = apart[group.sees.start - shift : group.sees.stop - shift]
-    lacking = torch.einsum("un,upd->npd", outside[:, units].to(seen), seen)
+    lacking = torch.einsum("un,upd->npd", outside[:, units].to(apart), apart)
     for unit, less in zip(units, lacking, strict=True):
-        yield Anew(unit, slice(None), (wide(x) - less.to(x.device)).to(x))
+        yield Anew(unit, slice(None), (upcast(x) - less.to(x.device)).to(x))
 
 
-def _across(
-    outside: Bool[Tensor, "writers readers"],
-    other: Written,
-    apart: Tensor,
-    group: Group,
-    shift: int,
-    x: Tensor,
-) -> Iterator[Anew]:
+def _across(outside: Bool[Tensor, "writers readers"], other: Written, x: Tensor) -> Iterator[Anew]:
     """What the other run's cross-attention reads, for the heads that the circuit does not connect with it."""
     assert other.across is not None
     for unit in outside[0].nonzero()[:, 0].tolist():

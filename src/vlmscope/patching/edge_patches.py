@@ -7,7 +7,7 @@ reader's block on, in which that reader alone reads something else. Nothing belo
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -15,7 +15,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -24,13 +23,13 @@ from vlmscope.patching.backward import Runs
 from vlmscope.patching.edge_circuits import Written, keep, written
 from vlmscope.patching.engine import batches, remember
 from vlmscope.patching.flows import Cell, Flow, Job, Row, Rows
-from vlmscope.patching.graph import Graph, Group, wide
+from vlmscope.patching.graph import Graph
 from vlmscope.patching.scores import Metric, score
 from vlmscope.patching.suffix import Suffix
 from vlmscope.patching.trace import Images, trace
 from vlmscope.runs.forward import editing, forward
 from vlmscope.runs.hooks import Hooks
-from vlmscope.runs.network import Network
+from vlmscope.runs.network import Network, upcast
 from vlmscope.runs.readers import Anew, Reads, read_anew, watch
 from vlmscope.sites import Point, Site
 
@@ -73,7 +72,7 @@ class EdgeRow(Row):
 
     reads: Reads
     unit: int
-    more: Float[Tensor, "pos width"]
+    more: Tensor
 
 
 class _EdgeFlow(Flow):
@@ -103,7 +102,7 @@ class _EdgeFlow(Flow):
     def changed(self, some: Sequence[tuple[int, EdgeRow]], x: Tensor) -> Iterable[Anew]:
         for i, row in some:
             there = x[self.where(i)]
-            yield Anew(row.unit, self.where(i), (wide(there) + self.more(row, i).to(x.device)).to(x))
+            yield Anew(row.unit, self.where(i), (upcast(there) + self.more(row, i).to(x.device)).to(x))
 
     def more(self, row: EdgeRow, number: int) -> Tensor:
         return row.more[self.begins[number] :]
@@ -138,51 +137,56 @@ def moved(
 ) -> NDArray[np.float64]:
     """The same, of what two runs wrote."""
     network, (inputs, edits) = runs.network, runs.base
-    (writers, readers), apart = graph.places(edges), source.stream - base.stream
-    changes = network.changes(inputs, edits)
     flow = FLOWS.get(network.flow(graph.tower, inputs))
+    changes = network.changes(inputs, edits)
     if not by_rows or any(callable(change.op) or change.op in CUTS for change in changes):
         flow = None
-    found, shift = np.zeros(len(writers)), 1 if graph.across else 0
-    rows, single, ends = list[EdgeRow](), list[tuple[int, Group, int, Tensor]](), list[tuple[int, Tensor]]()
-    for number, (writer, reader) in enumerate(zip(writers, readers, strict=True)):
-        group = next(one for one in graph.groups if 0 <= reader - one.first < len(one.names))
-        unit, reads = reader - group.first, group.reads
-        if reads.is_across:
-            assert source.across is not None and base.across is not None
-            more = source.across - base.across
-        else:
-            more = apart[writer - shift]
-        if not more.any():
-            continue
-        if by_rows and reads.kind == "end" and graph.tower == network.speaker:
-            ends.append((number, more[-runs.count :]))
-        elif flow is None or reads.is_across:
-            single.append((number, group, unit, more))
-        else:
-            at = tuple(more.any(-1).nonzero()[:, 0].tolist())
-            site = Site(graph.tower, reads.layer, "attn", positions=at)
-            stage = reads.layer + (reads.kind == "end")
-            rows.append(EdgeRow(number, (site,), (), stage, reads, unit, more))
-    value = runs.value(base.logits, base.logits, source.logits)
+    places = graph.places(edges)
+    found, value = np.zeros(len(places[0])), runs.value(base.logits, base.logits, source.logits)
 
     def take(numbers: Sequence[int], logits: Tensor) -> None:
         ends = runs.baselines(base.logits, source.logits)
         found[list(numbers)] = (score(logits, ends, runs.metric).value - value).cpu().numpy()
 
+    rows, ends, single = list[EdgeRow](), list[EdgeRow](), list[EdgeRow]()
+    for row in _rows(graph, base, source, *places):
+        if by_rows and row.reads.kind == "end" and graph.tower == network.speaker:
+            ends.append(row)
+        else:
+            (single if flow is None or row.reads.is_across else rows).append(row)
     if rows or ends:
         job, end = _job(runs, graph)
         for start in range(0, len(ends), AT_ONCE):
             some = ends[start : start + AT_ONCE]
-            more = torch.stack([more for _, more in some])
-            take([number for number, _ in some], _finished(job, graph.tower, end, more))
+            more = torch.stack([row.more[-runs.count :] for row in some])
+            take([row.number for row in some], _finished(job, graph.tower, end, more))
         if rows and flow is not None:
             rows.sort(key=lambda row: row.stage)
             for numbers, logits in batches(flow, job, graph.tower, rows):
                 take(numbers, logits)
-    for number, group, unit, more in single:
-        take([number], _plain(runs, group, unit, more)[None])
+    for row in single:
+        take([row.number], _plain(runs, row)[None])
     return found
+
+
+def _rows(
+    graph: Graph, base: Written, source: Written, writers: Sequence[int], readers: Sequence[int]
+) -> Iterator[EdgeRow]:
+    """What each edge changes of what its reader reads, where it changes anything."""
+    apart = source.stream - base.stream
+    for number, (writer, reader) in enumerate(zip(writers, readers, strict=True)):
+        group = next(one for one in graph.groups if 0 <= reader - one.first < len(one.names))
+        reads = group.reads
+        if reads.is_across:
+            assert source.across is not None and base.across is not None
+            more = source.across - base.across
+        else:
+            more = apart[writer - graph.apart]
+        if more.any():
+            at = () if reads.is_across else tuple(more.any(-1).nonzero()[:, 0].tolist())
+            site = Site(graph.tower, reads.layer, "attn", positions=at)
+            stage = reads.layer + (reads.kind == "end")
+            yield EdgeRow(number, (site,), (), stage, reads, reader - group.first, more)
 
 
 def _job(runs: Runs, graph: Graph) -> tuple[Job, Tensor]:
@@ -203,19 +207,19 @@ def _job(runs: Runs, graph: Graph) -> tuple[Job, Tensor]:
 def _finished(job: Job, tower: str, end: Tensor, more: Tensor) -> Tensor:
     """The logits where this much more stands at the end of the tower that says the words."""
     family, there = job.network.family, end[:, -more.shape[1] :]
-    hidden = (wide(there) + more.to(there.device)).to(there)
+    hidden = (upcast(there) + more.to(there.device)).to(there)
     with job.network.alone(), editing(job.network, job.inputs, job.edits):
         output = family.leave(job.network.hf, tower, hidden)
         return family.finish(job.network.hf, job.inputs, tower, output, job.positions)
 
 
-def _plain(runs: Runs, group: Group, unit: int, more: Tensor) -> Tensor:
+def _plain(runs: Runs, row: EdgeRow) -> Tensor:
     """The logits of a plain forward in which one reader reads this much more."""
     network, (inputs, edits) = runs.network, runs.base
 
     def change(x: Tensor) -> Iterable[Anew]:
-        yield Anew(unit, slice(None), (wide(x) + more.reshape(x.shape).to(x.device)).to(x))
+        yield Anew(row.unit, slice(None), (upcast(x) + row.more.reshape(x.shape).to(x.device)).to(x))
 
     with network.alone(), Hooks() as hooks:
-        read_anew(hooks, network, inputs, group.reads, change)
+        read_anew(hooks, network, inputs, row.reads, change)
         return forward(network, inputs, edits, positions=runs.count).logits

@@ -24,16 +24,15 @@ from jaxtyping import Float
 from numpy.typing import NDArray
 from torch import Tensor
 
-from vlmscope.errors import VlmscopeError
 from vlmscope.models.inputs import Edit, Pair
-from vlmscope.patching.backward import Runs, frozen
+from vlmscope.patching.backward import Runs, check_gradient, frozen
 from vlmscope.patching.edge_circuits import Written, written, written_of
 from vlmscope.patching.gradients import STEPS, is_before, lines_of
-from vlmscope.patching.graph import Graph, Group, wide
+from vlmscope.patching.graph import Graph, Group
 from vlmscope.patching.scores import Metric, Score, unpatched
 from vlmscope.runs.forward import forward, read
 from vlmscope.runs.hooks import Hooks
-from vlmscope.runs.network import Network
+from vlmscope.runs.network import Network, upcast
 from vlmscope.runs.readers import norm_of, projection, watch
 from vlmscope.sites import Point
 
@@ -117,7 +116,6 @@ def through_readers(
     readers, base = _gradients(runs, graph, base, source.logits, edits)
     found = np.zeros((len(graph.writers), len(graph.readers)))
     apart = source.stream - base.stream
-    shift = 1 if graph.across else 0
     size = max(1, CHUNK // (apart[:, 0].nbytes + 1))
     for group, reader in zip(graph.groups, readers, strict=True):
         if reader is None:
@@ -128,12 +126,12 @@ def through_readers(
         )
         if group.reads.is_across:
             assert source.across is not None and base.across is not None
-            moved = wide(source.across - base.across).flatten(0, -2)[None]
+            moved = upcast(source.across - base.across).flatten(0, -2)[None]
         else:
-            moved = apart[rows.start - shift : rows.stop - shift]
+            moved = apart[rows.start - graph.apart : rows.stop - graph.apart]
         for start in range(0, moved.shape[1], size):
             at = slice(start, start + size)
-            back = wide(_back(graph, group, reader, at)).to(moved.device)
+            back = upcast(_back(graph, group, reader, at)).to(moved.device)
             found[rows, columns] += (moved[:, at].flatten(1) @ back.flatten(1).T).double().cpu().numpy()
     return found, base
 
@@ -169,11 +167,7 @@ def _gradients(
         seen = zip(graph.groups, streams, strict=True)
         base = written_of(graph, run, next((x[0] for group, x in seen if group.reads.is_across), None))
     value = runs.value(run.logits, base.logits, source)
-    if not value.requires_grad:
-        raise VlmscopeError(
-            "the metric has no gradient: it is no function of the logits that torch can take back; take "
-            "ld, p, logprob or kl"
-        )
+    check_gradient(value)
     each = [tensor[0] for tensor in tensors]
     gradients = torch.autograd.grad(value, each, allow_unused=True)
     pairs = zip(streams, gradients, strict=True)

@@ -222,8 +222,8 @@ def lines_of(network: Network) -> tuple[list[Site], list[Site]]:
     """The inputs of the language model, and those of every tower."""
     text, image = network.text_towers[0], network.family.image
     words = Site(text, 0, "resid_pre")
-    added = [Site(text, n, "deepstack", position="image") for n in network.shapes[text].having("deepstack")]
-    behind = [words, *added, *([] if image is None else [network.image_site])]
+    first, *added = network.image_sites
+    behind = [words, *added, *([] if image is None else [first])]
     own = replace(words, position="text") if image is None else words
     others = [Site(tower, 0, "resid_pre") for tower in network.family.towers if tower != text]
     return behind, [own, *others]

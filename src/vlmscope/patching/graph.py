@@ -20,7 +20,7 @@ from torch import Tensor
 
 from vlmscope.errors import ModelError, VlmscopeError, shown
 from vlmscope.models.inputs import Inputs
-from vlmscope.runs.network import SUBLAYERS, Network, has
+from vlmscope.runs.network import SUBLAYERS, Network, has, upcast
 from vlmscope.runs.readers import Reads, norm_of, projection
 from vlmscope.sites import Point
 
@@ -72,6 +72,8 @@ class Graph:
         self.across = (
             shape.reads if "cross" in shape.kinds and len(idle) < len(shape.having("cross")) else None
         )
+        self.apart = 1 if self.across else 0
+        """How many of the first writers are not on the stream."""
         self.groups: list[Group] = []
         self.written: list[Writes] = []
         start = 0
@@ -177,7 +179,7 @@ class Graph:
         """What writers on the stream wrote, in float32 at least; of heads the shares in
         what was added."""
         network, point = self.network, some.point
-        added = wide(values[point._replace(part="")])
+        added = upcast(values[point._replace(part="")])
         if point.kind == "resid_pre":
             found = added.new_zeros(len(some.names), len(self.inputs.layout[self.tower].tokens), 1)
             for one, name in zip(found, some.names, strict=True):
@@ -187,7 +189,7 @@ class Graph:
             return added
         block = network.blocks(self.tower)[point.layer]
         module: Any = block.get_submodule(getattr(network.family.towers[self.tower], point.kind))
-        active = wide(values[point][0])
+        active = upcast(values[point][0])
         weight = network.matrix(module).to(active)
         heads = torch.einsum(
             "phw,dhw->hpd",
@@ -198,11 +200,6 @@ class Graph:
             return heads
         whole = heads.sum(0) if module.bias is None else heads.sum(0) + module.bias.to(heads)
         return heads * torch.where(whole == 0, 0.0, added[0] / whole)
-
-
-def wide(x: Tensor) -> Tensor:
-    """In float32 at least."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def _has_more(network: Network, tower: str, point: Point) -> bool:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from vlmscope.errors import VlmscopeError
 from vlmscope.models.inputs import Pair
+from vlmscope.runs.network import upcast
 from vlmscope.sites import Site
 
 _NOISE = re.compile(r"[^\w\s]|\b(a|an|the)\b")
@@ -80,8 +81,7 @@ def score(
     (0.787, 2.0)
     """
     check_metric(metric)
-    if logits.dtype.itemsize < 4:
-        logits = logits.float()
+    logits = upcast(logits)
     total = logits.logsumexp(-1).double()
     at = torch.arange(logits.shape[1], device=logits.device)
     answers = logits[:, at, torch.tensor(base.answers, device=logits.device)].double()

@@ -12,7 +12,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from vlmscope.errors import ExampleError, SiteError, VlmscopeError, shown
+from vlmscope.errors import ExampleError, SiteError, choice, shown
 from vlmscope.layout import slots
 from vlmscope.models.inputs import Inputs
 from vlmscope.runs.forward import forward, read
@@ -26,8 +26,7 @@ the same slot, or the clean run of another example."""
 
 def check_source(source: str) -> None:
     """Raises `VlmscopeError` for a source that there is not."""
-    if source not in get_args(Source):
-        raise VlmscopeError(f"unknown patch '{source}'; expected one of {', '.join(get_args(Source))}")
+    choice(source, "patch", get_args(Source))
 
 
 def crossed(

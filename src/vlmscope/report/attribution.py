@@ -13,7 +13,7 @@ from vlmscope.report.gallery import Gallery, Section, Shown, render
 from vlmscope.report.ranking import strongest
 from vlmscope.report.run import cells_by_kind, on_pictures, patching
 from vlmscope.report.words import KINDS, TOWERS, ends, short_number, upper_first
-from vlmscope.studies.agreement import agreement, lines
+from vlmscope.studies.agreement import UNSIGNED, agreement, lines
 from vlmscope.studies.known import knows
 from vlmscope.studies.run_folder import OF_ATTRIBUTE, SPEC, Run
 from vlmscope.studies.tables import is_head, is_single, means
@@ -41,9 +41,8 @@ def section(run: Run, title: str, gallery: Gallery) -> Section:
     stored.fits(run.spec, needed, run.path / "run.json", "attribute again into another --out")
     base, table, word = run.baselines(), run.attributions(), run.spec.get("word")
     known, excluded = knows(base), base["excluded"].astype(bool)
-    examples = run.pictures()
-    pictures = {e["id"]: e["clean_image"] for e in examples if e.get("clean_image") and "id" in e}
-    signed = method != "atp-star"
+    pictures = image_maps.clean_pictures(run.pictures())
+    signed = method != UNSIGNED
     found = agreement(table, run.spec["verify"], signed=signed) if run.spec.get("verify") else {}
     shown: list[tuple[str, Shown]] = []
     if found:

@@ -10,7 +10,7 @@ import io
 import textwrap
 from collections.abc import Iterable, Sequence
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -129,6 +129,31 @@ def draw_bar(
         if first <= tick <= last:
             y = box.y0 + length * (tick - first) / (last - first)
             owner.text(box.x1 + 0.06, y, f"{tick:g}".replace("-", "−"), fontsize=8, **style)
+
+
+def add_legend(axes: Sequence[Axes], columns: int) -> None:
+    """The names of all lines in these axes, each once, below them."""
+    handles: dict[str, Any] = {}
+    for spot in axes:
+        for handle, name in zip(*spot.get_legend_handles_labels(), strict=True):
+            handles.setdefault(name, handle)
+    style: dict[str, Any] = {"fontsize": 8, "loc": "lower center", "ncols": columns, "frameon": False}
+    figure_of(axes[0]).legend(handles.values(), handles.keys(), **style)
+
+
+def set_frame(axes: Axes, across: Literal["x", "y"] | None = None) -> None:
+    """Small numbers, a frame at the left and below alone, and lines `across` from the marks of an axis."""
+    axes.tick_params(labelsize=8)
+    axes.spines[["top", "right"]].set_visible(False)
+    if across is not None:
+        axes.grid(axis=across, color="#e5e5e5")
+        axes.set_axisbelow(True)
+
+
+def set_layers(axes: Axes) -> None:
+    """Layers across: whole numbers, of a single layer, too."""
+    axes.set_xlabel("layer", fontsize=9, color=DARK)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
 
 
 # --- text ------------------------------------------------------------------------------------

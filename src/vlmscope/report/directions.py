@@ -5,14 +5,12 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import pandas as pd
 from matplotlib.axes import Axes
-from matplotlib.ticker import MaxNLocator
 
 from vlmscope import stored
-from vlmscope.report.canvas import DARK, Margins, figure_of, grid, set_title
+from vlmscope.report.canvas import DARK, Margins, add_legend, grid, set_frame, set_layers, set_title
 from vlmscope.report.gallery import Gallery, Section, render
 from vlmscope.report.words import KINDS, TOWERS, ends, percent, short_number, upper_first
 from vlmscope.stored import formats
@@ -63,7 +61,7 @@ def probed(folder: Path, gallery: Gallery) -> Section:
     about, tables = stored.read(folder, formats.PROBE)
     table = tables["probes"]
     right = [
-        ("chance", "the most frequent label", None, None, GREY),
+        ("chance", "majority class", None, None, GREY),
         ("shuffled", "shuffled labels", None, None, DARK),
         ("accuracy", "probe", "low", "high", BLUE),
     ]
@@ -72,7 +70,7 @@ def probed(folder: Path, gallery: Gallery) -> Section:
     moved = [("effect", "patch of the site", "effect_low", "effect_high", BLUE)]
     groups = table.groupby(["tower", "kind", "position"], sort=False)
     panels = {_place(rows): rows for _, rows in groups}
-    drawn = by_layer(panels, [("labelled rightly", right), ("effect of a patch (logits)", moved)])
+    drawn = by_layer(panels, [("accuracy", right), ("effect of a patch (logits)", moved)])
     best = table.loc[table["accuracy"].idxmax()]
     shown = gallery.show("probes", drawn, table, "probes", best=best, rows=table)
     columns = "site n accuracy chance shuffled p_value held_out effect".split()
@@ -96,7 +94,7 @@ def by_layer(
     across = min(3, len(panels)) if len(rows) == 1 else len(panels)
     columns = min(2, across)  # one panel is not wider than a line of the legend
     entries = {line[1] for _, lines in rows for line in lines}
-    margins = Margins(0.75, 0.55 + 0.15 * -(-len(entries) // columns), 0.15, 0.55, across=0.55, down=0.85)
+    margins = Margins(0.75, 0.6 + 0.18 * -(-len(entries) // columns), 0.15, 0.55, across=0.55, down=0.85)
     axes = grid(ax, len(panels) * len(rows), across, (3.2, 2.0), margins)
     drawn = [(table, title, label, lines) for label, lines in rows for title, table in panels.items()]
     for n, (spot, (table, title, label, lines)) in enumerate(zip(axes, drawn, strict=True)):
@@ -108,18 +106,9 @@ def by_layer(
         spot.axhline(0.0, color="#cccccc", lw=0.8, zorder=0)
         if n < len(panels):
             set_title(spot, textwrap.fill(title, 46), 8.5)
-        spot.set_xlabel("layer", fontsize=8.5)
         if n % across == 0:
             spot.set_ylabel(label, fontsize=8.5)
-        spot.xaxis.set_major_locator(MaxNLocator(integer=True))
-        spot.tick_params(labelsize=8)
-        spot.spines[["top", "right"]].set_visible(False)
-    handles: dict[str, Any] = {}
-    for spot in axes:
-        for handle, name in zip(*spot.get_legend_handles_labels(), strict=True):
-            handles.setdefault(name, handle)
-    figure = figure_of(axes[0])
-    figure.legend(
-        handles.values(), handles.keys(), fontsize=8, loc="lower center", ncols=columns, frameon=False
-    )
+        set_layers(spot)
+        set_frame(spot)
+    add_legend(axes, columns)
     return axes

@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
 from vlmscope import stored
-from vlmscope.report.canvas import DARK, Margins, figure_of, grid, set_title
+from vlmscope.report.canvas import DARK, Margins, add_legend, grid, set_frame, set_title
 from vlmscope.report.gallery import Gallery, Section, render
 from vlmscope.report.graph import DRAWN, graph
 from vlmscope.report.words import ends, percent, short_number
@@ -83,7 +83,8 @@ def carried_by_size(
         spot.fill_between(
             x, rows["low"].astype(float), rows["high"].astype(float), color=BLUE, alpha=0.2, lw=0
         )
-        spot.plot(x, rows["f"], "-o", color=BLUE, ms=3.5, lw=1.6, label="the best parts, with 95 % interval")
+        label = "the best parts" + (", with 95 % interval" if rows["low"].notna().any() else "")
+        spot.plot(x, rows["f"], "-o", color=BLUE, ms=3.5, lw=1.6, label=label)
         if reported and reported["f"] is not None and ranking == "signed":
             place = (reported["fraction"], reported["f"])
             spot.plot(*place, "o", ms=9, mfc="none", mec=DARK, mew=1.2, label="the circuit that is reported")
@@ -94,12 +95,9 @@ def carried_by_size(
         spot.yaxis.set_major_formatter(FuncFormatter(lambda share, _: f"{100 * share:.0f} %"))
         set_title(spot, TITLES.get(ranking, ranking), 9)
         spot.set_xlabel("parts that are kept", fontsize=8.5)
-        spot.tick_params(labelsize=8)
-        spot.spines[["top", "right"]].set_visible(False)
+        set_frame(spot)
     axes[0].set_ylabel("share of the behaviour (f)", fontsize=8.5)
-    handles, names = axes[0].get_legend_handles_labels()
-    figure = figure_of(axes[0])
-    figure.legend(handles, names, fontsize=8, loc="lower center", ncols=len(rankings), frameon=False)
+    add_legend(axes, len(rankings))
     return axes
 
 

@@ -16,9 +16,20 @@ from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize
-from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
+from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
-from vlmscope.report.canvas import BAR, DARK, Margins, add_bar, figure_of, grid, set_title, text_width
+from vlmscope.report.canvas import (
+    BAR,
+    DARK,
+    Margins,
+    add_bar,
+    add_legend,
+    grid,
+    set_frame,
+    set_layers,
+    set_title,
+    text_width,
+)
 from vlmscope.report.faithfulness import carried_by_size
 from vlmscope.report.flows import flow
 from vlmscope.report.heat_maps import panels
@@ -98,9 +109,11 @@ def universal(heads: pd.DataFrame, *, most: int = 30, gap: float = 0.0, ax: Axes
     order = order[order["count"] > 0].sort_values(["count", "size"], ascending=False).head(most)[::-1]
     runs = list(rows["run"].unique())
     table = rows.pivot_table(index="name", columns="run", values="mean").reindex(order.index)[runs]
+    table = table.rename_axis(index="", columns="")
+    table.attrs["n"] = rows.groupby("run")["n"].max().to_dict()
     important = rows[rows["important"] & rows["name"].isin(order.index)]
     marks = {"": list(zip(important["name"], important["run"], strict=True))}
-    (axes,) = panels({"": table.rename_axis(index="", columns="")}, marks=marks, gap=gap, ax=ax)
+    (axes,) = panels({"": table}, marks=marks, gap=gap, ax=ax)
     confirmed = important[important["confirmed"].isin([True])]
     across, up = table.columns.get_indexer(confirmed["run"]), table.index.get_indexer(confirmed["name"])
     axes.scatter(across + 0.5, up + 0.5, s=75, facecolors="none", edgecolors=DARK, linewidths=1.0)
@@ -128,13 +141,9 @@ def measures(table: pd.DataFrame, names: Sequence[str], *, ax: Iterable[Axes] | 
         set_title(spot, name, 9.5)
         spot.set_ylim(-0.6, len(words) - 0.4)
         shown = words if n == 0 or ax is not None else [""] * len(words)
-        spot.set_yticks(range(len(words)), shown, fontsize=8.5)
-        spot.tick_params(axis="x", labelsize=8)
-        spot.grid(axis="x", color="#e5e5e5")
-        spot.set_axisbelow(True)
-        spot.spines[["top", "right"]].set_visible(False)
-    handles = axes[0].get_legend_handles_labels()
-    figure_of(axes[0]).legend(*handles, fontsize=8, loc="lower center", ncols=3, frameon=False)
+        spot.set_yticks(range(len(words)), shown)
+        set_frame(spot, "x")
+    add_legend(axes, 3)
     return axes
 
 
@@ -156,14 +165,11 @@ def edit(table: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     spot.plot(rows["value"], at, "o", color="#1f3f66", ms=4.5, label="edited")
     spot.plot(rows["before"], at, "|", color="#333333", ms=9, mew=1.6, label="before")
     spot.plot(rows["random"], at, "x", color="#B07020", ms=5, label="random columns")
-    spot.set_yticks(at, rows["measure"], fontsize=8.5)
+    spot.set_yticks(at, rows["measure"])
     spot.set_ylim(-0.6, len(rows) - 0.4)
     spot.set_xlim(-0.03, 1.03)
-    spot.tick_params(axis="x", labelsize=8)
-    spot.grid(axis="x", color="#e5e5e5")
-    spot.set_axisbelow(True)
-    spot.spines[["top", "right"]].set_visible(False)
-    figure_of(spot).legend(fontsize=8, loc="lower center", ncols=3, frameon=False)
+    set_frame(spot, "x")
+    add_legend([spot], 3)
     return spot
 
 
@@ -191,8 +197,7 @@ def scores_and_effects(
         set_title(spot, f"{kind}\nrank correlation {'unknown' if known is None else f'{known:.2f}'}", 9.5)
         spot.set_xlabel("score", fontsize=9)
         spot.set_ylabel("exact patch", fontsize=9)
-        spot.tick_params(labelsize=8)
-        spot.spines[["top", "right"]].set_visible(False)
+        set_frame(spot)
     add_bar(axes, scale, "layer")
     return axes
 
@@ -214,27 +219,25 @@ def words_over_layers(cells: pd.DataFrame, *, ax: Iterable[Axes] | None = None) 
         above, below = axes[n], axes[len(places) + n]
         above.axhline(0.5, color="#999999", lw=1, ls=":")
         for what, rows in cells[cells["place"] == place].groupby("what", sort=False):
-            style = {"color": colours[str(what)], "lw": 1.6}
+            style: dict[str, Any] = {"color": colours[str(what)], "lw": 1.6, "marker": "o", "ms": 2.5}
             above.plot(rows["layer"], rows["beaten"], label=str(what), **style)
             above.fill_between(
                 rows["layer"], rows["low"], rows["high"], color=style["color"], alpha=0.15, lw=0
             )
             below.plot(rows["layer"], rows["p"], **style)
-            below.plot(rows["layer"], rows["null_p"], ls="--", color=style["color"], lw=1)
+            below.plot(rows["layer"], rows["null_p"], "--x", color=style["color"], lw=1, ms=3)
         set_title(above, place, 9.5)
         above.set_ylim(-0.02, 1.02)
         below.set_yscale("log")
         below.yaxis.set_major_locator(LogLocator(numticks=5))
         below.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         below.yaxis.set_minor_locator(NullLocator())
-        below.set_xlabel("layer", fontsize=9)
         for spot, label in ((above, "others beaten"), (below, "P(word)")):
             spot.set_ylabel(label if n == 0 else "", fontsize=9)
-            spot.tick_params(labelsize=8)
-            spot.xaxis.set_major_locator(MaxNLocator(integer=True))
-            spot.spines[["top", "right"]].set_visible(False)
-    handles = axes[0].get_legend_handles_labels()
-    figure_of(axes[0]).legend(*handles, fontsize=8.5, loc="lower center", ncols=6, frameon=False)
+            set_layers(spot)
+            set_frame(spot)
+        above.set_xlabel("")  # that of the panel below
+    add_legend(axes, 6)
     return axes
 
 

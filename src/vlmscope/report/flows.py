@@ -6,9 +6,17 @@ from collections.abc import Iterable, Iterator
 
 import pandas as pd
 from matplotlib.axes import Axes
-from matplotlib.ticker import MaxNLocator
 
-from vlmscope.report.canvas import DARK, Margins, figure_of, grid, set_title, text_width
+from vlmscope.report.canvas import (
+    DARK,
+    Margins,
+    add_legend,
+    grid,
+    set_frame,
+    set_layers,
+    set_title,
+    text_width,
+)
 from vlmscope.report.gallery import Gallery, Shown
 from vlmscope.report.words import KINDS, TOWERS, upper_first
 from vlmscope.studies.tables import flow_table, is_edge
@@ -45,17 +53,11 @@ def flow(effects: pd.DataFrame, *, ax: Iterable[Axes] | None = None) -> list[Axe
             spot.fill_between(line["layer"], line["low"], line["high"], color=colour, alpha=0.15, lw=0)
             spot.plot(line["layer"], line["mean"], color=colour, lw=1.6, marker="o", ms=3, label=name)
         spot.axhline(0.0, color=DARK, lw=0.6)
-        spot.xaxis.set_major_locator(MaxNLocator(integer=True))
-        spot.set_xlabel("layer", fontsize=9, color=DARK)
+        set_layers(spot)
         spot.set_ylabel(VALUES[value], fontsize=9, color=DARK)
-        spot.tick_params(labelsize=8)
-        spot.grid(axis="y", color="#e5e5e5")
-        spot.set_axisbelow(True)
-        spot.spines[["top", "right"]].set_visible(False)
+        set_frame(spot, "y")
     set_title(axes[0], _title(effects))
-    columns = 2 if max(map(text_width, names)) < 3.5 else 1
-    handles = axes[0].get_legend_handles_labels()
-    figure_of(axes[0]).legend(*handles, fontsize=8, loc="lower center", ncols=columns, frameon=False)
+    add_legend(axes, 2 if max(map(text_width, names)) < 3.5 else 1)
     return axes
 
 

@@ -90,7 +90,7 @@ def _attention(folder: Path, tables: Mapping[str, pd.DataFrame], gallery: Galler
     if maps.empty or not os.path.lexists(folder / "patches"):
         return None
     run = read_run(folder / "patches", folder)
-    pictures = {e["id"]: e["clean_image"] for e in run.pictures() if e.get("clean_image") and "id" in e}
+    pictures = image_maps.clean_pictures(run.pictures())
     # How far each head moves LD: patched in where that was done, else knocked out.
     size = tables["measures"].pivot_table(index="site", columns="measure", values="value").abs()
     moved = [size[name] for name in ("effect", "mean") if name in size]

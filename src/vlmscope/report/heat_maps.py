@@ -27,6 +27,7 @@ from vlmscope.report.canvas import (
     add_bar,
     centred,
     drawable,
+    figure_of,
     grid,
     set_title,
     text_width,
@@ -42,7 +43,7 @@ VALUES = {
     "p_restored": "change in P(answer)",
     "p_patched": "P(answer) after the patch",
     "score": "score (logits)",
-    "restored": "share of P(answer) restored (0: corrupted, 1: clean)",
+    "restored": "share of P(answer) restored (1: clean)",
 }
 """The columns that can be drawn, with what stands at the colour bar."""
 
@@ -56,6 +57,8 @@ CHANGED = {
     "score": "score",
 }
 """What the columns that patches are ranked by are called in captions."""
+PALE = 0.05
+"""The share of full colour below which a cell looks white."""
 IN_LOGITS = ("logit_diff", "ld_change", "score")
 LEAST = {"effect": FLOOR, "p_restored": 0.02, "p_change": 0.02, "restored": 1.0}
 """Where a colour scale may end at all, whatever the gap: shares, probabilities; 0.05 for all others."""
@@ -127,11 +130,12 @@ def panels(
 
 def _outside(table: pd.DataFrame, names: Sequence[str], width: float) -> tuple[float, float]:
     """What the labels of a table take at its left and below, in inches."""
-    angle = radians(_angle(names))
+    angle = radians(_angle(names, width))
     widths = [text_width(name) for name in names]
     starts = [wide * cos(angle) - (n + 0.5) * width / len(names) for n, wide in enumerate(widths)]
-    left = max(text_width(str(label)) + 0.35 for label in ["", *table.index])
-    return max([left, *starts]) if angle else left, 0.45 + (max(widths) * sin(angle) if angle else 0.0)
+    beside, under = (0.2 + 0.2 * bool(axis.name) for axis in (table.index, table.columns))
+    left = max(text_width(str(label)) + beside for label in ["", *table.index])
+    return max([left, *starts]) if angle else left, under + (max(widths) * sin(angle) if angle else 0.05)
 
 
 def heat_map(
@@ -179,7 +183,8 @@ def label_columns(axes: Axes, names: Sequence[str], is_bold: Sequence[bool]) -> 
     bold = {n for n, each in enumerate(is_bold) if each}
     others = {n for n in range(0, len(names), step) if not any(abs(n - k) < near for k in bold)}
     shown = sorted(bold | others)
-    angle, labels = _angle(names), [names[n] for n in shown]
+    width = axes.bbox.width / figure_of(axes).dpi
+    angle, labels = _angle(names, width), [names[n] for n in shown]
     style: dict[str, Any] = {"parse_math": False, "fontsize": 8, "color": DARK}
     if angle:
         style |= {"rotation": angle, "rotation_mode": "anchor", "ha": "right"}
@@ -195,20 +200,20 @@ def spread(items: list[int], count: int) -> list[int]:
     return [items[n] for n in dict.fromkeys(places)]
 
 
-def _angle(names: Sequence[str]) -> int:
-    """How names are turned: short ones not at all, many by 90 degrees."""
-    is_flat = max(map(len, names), default=0) <= 2 and len(names) <= 32
+def _angle(names: Sequence[str], width: float) -> int:
+    """How the names of columns of so many inches are turned: not at all if they fit, many by 90 degrees."""
+    is_flat = max(map(text_width, names), default=0.0) + 0.08 <= width / max(1, len(names))
     return 0 if is_flat else 90 if len(names) > 24 else 45
 
 
 def _outline_strongest(
     axes: Axes, cells: np.ma.MaskedArray[tuple[int, int], np.dtype[np.float64]], scale: ScalarMappable
 ) -> None:
-    """Outline the three strongest cells; write the value where a cell is wide enough."""
+    """Outline the three strongest cells that have a colour; write the value where a cell is wide enough."""
     size = np.abs(cells.filled(0.0))
     for flat in np.argsort(-size, axis=None, kind="stable")[:3]:
         row, column = divmod(int(flat), cells.shape[1])
-        if size[row, column] == 0.0:
+        if size[row, column] < PALE * scale.get_clim()[1]:
             continue
         axes.add_patch(Rectangle((column, row), 1, 1, fill=False, edgecolor="black", lw=1.4))
         if cells.shape[1] <= 16:

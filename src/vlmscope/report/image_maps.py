@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
@@ -36,6 +36,11 @@ class Tile(NamedTuple):
     scale: ScalarMappable | None = None
     outline: Cells | None = None
     words: Mapping[tuple[int, int], str] | None = None
+
+
+def clean_pictures(examples: Iterable[Mapping[str, Any]]) -> dict[str, bytes]:
+    """The clean pictures of the examples that a run keeps to look at, by their ids."""
+    return {e["id"]: e["clean_image"] for e in examples if e.get("clean_image") and "id" in e}
 
 
 def is_patch(rows: pd.DataFrame) -> pd.Series[bool]:

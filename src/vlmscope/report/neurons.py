@@ -21,10 +21,12 @@ ROWS = 6
 
 
 def section(folder: Path, gallery: Gallery) -> Section:
-    what, about, tables, pictures = stored.read_one(folder, formats.NEURONS)
+    what, about, tables, pictures = stored.read_one(folder, *formats.NEURONS.values())
     mapped = set(tables["maps"]["example"]) if "maps" in tables else set()
     if lacking := mapped - set(pictures):
-        raise StoreError(f"{folder}: no picture of an example in it ({min(lacking)}); {formats.WAY_OUT}")
+        raise StoreError(
+            f"{folder}: no picture of an example in it ({min(lacking)}); {formats.NEURONS[what].way_out}"
+        )
     sections = {
         "find": ("Neurons that contribute to words", _find),
         "describe": ("Neurons, one by one", _describe),
@@ -61,7 +63,7 @@ def _describe(tables: Tables, pictures: Pictures, gallery: Gallery) -> dict[str,
         "lost": [
             (row.word, round(row.value * row.n), row.n, row.null, row.p_value) for row in lost.itertuples()
         ],
-        "carried": [row.word for row in lost.itertuples() if row.q_value <= LEVEL],
+        "carried": [row.word for row in lost.itertuples() if row.value > row.null and row.q_value <= LEVEL],
         "left_out": tables.get("left_out"),
     }
 

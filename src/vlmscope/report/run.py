@@ -40,7 +40,7 @@ def report(run: Run, title: str, gallery: Gallery) -> Reported:
     gap = (base["ld_clean"] - base["ld_corrupt"]).mean()
     gap = 0.0 if pd.isna(gap) else abs(float(gap))
     examples = run.pictures()
-    pictures = {e["id"]: e["clean_image"] for e in examples if e.get("clean_image") and "id" in e}
+    pictures = image_maps.clean_pictures(examples)
     cells: dict[tuple[str, bool], Cells] = {}
     shown: list[tuple[str, Shown]] = []
     value = change_of(effects)

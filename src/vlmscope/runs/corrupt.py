@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from vlmscope.data.example import Example
-from vlmscope.errors import ExampleError, VlmscopeError, number, shown, whole
+from vlmscope.errors import ExampleError, VlmscopeError, choice, number, shown, whole
 from vlmscope.models.inputs import Edit, Inputs, Pair
 from vlmscope.runs.forward import forward
 from vlmscope.runs.model import Model
@@ -35,8 +35,8 @@ class Noise:
     - `add`: x + ε, ε ~ N(0, (scale·σ)²), σ the standard deviation of x; 3 in ROME.
     - `factor`: x·scale, no randomness; 0.7691 in a later notebook of the BLIP tracing authors.
 
-    `at` is what the language model reads of the image (`image`: `Model.image_site`, and what Qwen3-VL adds to
-    its image tokens behind its first blocks), or the embeddings of the text's tokens alone (`text`).
+    `at` is what the language model reads of the image (`image`: `Model.image_sites`), or the embeddings of
+    the text's tokens alone (`text`).
     """
 
     form: Literal["multiply", "add", "factor"] = "multiply"
@@ -45,8 +45,7 @@ class Noise:
     draws: int = 10
 
     def __post_init__(self) -> None:
-        if self.form not in list(FORMS):
-            raise VlmscopeError(f"unknown noise {shown(self.form)}; expected one of {', '.join(FORMS)}")
+        choice(self.form, "noise", FORMS)
         if self.at not in ("image", "text"):
             raise VlmscopeError(f"noise at {shown(self.at)} is unknown; expected image or text")
         draws = whole(self.draws, "the number of draws of noise", 1, MOST_DRAWS)
@@ -126,11 +125,9 @@ def noisy(model: Model, at: str) -> tuple[Site, ...]:
     >>> [str(site) for site in noisy(load("toy-llava"), "image")]
     ['decoder.0.resid_pre@image']
     """
-    text = model.text_towers[0]
     if at == "text":
-        return (Site(text, 0, "resid_pre", position="text"),)
-    added = [Site(text, n, "deepstack", position="image") for n in model.shapes[text].having("deepstack")]
-    return (model.image_site, *added)
+        return (Site(model.text_towers[0], 0, "resid_pre", position="text"),)
+    return model.image_sites
 
 
 def _draw(shape: tuple[int, int], seed: str, number: int) -> Tensor:

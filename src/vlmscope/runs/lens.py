@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from vlmscope.errors import SiteError, shown
 from vlmscope.models.inputs import Inputs
 from vlmscope.runs.hooks import Hooks
-from vlmscope.runs.network import Network
+from vlmscope.runs.network import Network, upcast
 from vlmscope.sites import Site
 
 KINDS = ("resid_pre", "resid_mid", "resid")
@@ -85,8 +85,7 @@ def words(
     parts = []
     with network.alone():
         for some in states.chunk(blocks):
-            logits = say(network, inputs, some)
-            logits = logits.float() if logits.dtype.itemsize < 4 else logits
+            logits = upcast(say(network, inputs, some))
             tops, best = logits.topk(min(top, logits.shape[-1]))
             own = logits[:, list(given)]
             ranks = [1 + (logits > own[:, n, None]).sum(-1) for n in range(ranked)]

@@ -13,7 +13,7 @@ from transformers.utils import logging
 from vlmscope import files
 from vlmscope.data.example import Box, Picture
 from vlmscope.data.images import open_image
-from vlmscope.errors import StoreError
+from vlmscope.errors import StoreError, VlmscopeError, shown
 from vlmscope.models.inputs import Edit, Inputs, Logits
 from vlmscope.runs import forward as running
 from vlmscope.runs import prepare as preparing
@@ -158,3 +158,9 @@ class Model(Network):
                     f"{names} do not add up to what block {layer} of {tower} does, so something stands "
                     "between them and the residual stream; name it (docs/add-a-family.md, `behind`)"
                 )
+
+
+def check_model(model: object) -> None:
+    """Raises `VlmscopeError` for what is no model."""
+    if not isinstance(model, Model):
+        raise VlmscopeError(f"the model is {shown(model)}; expected a Model, as vlmscope.load gives it")

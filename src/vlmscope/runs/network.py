@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, suppress
 from pathlib import Path
@@ -18,8 +17,10 @@ from vlmscope.errors import ModelError, SiteError, shown
 from vlmscope.models.families import family_of
 from vlmscope.models.inputs import Change, Edit, Inputs
 from vlmscope.runs.hooks import attending
+from vlmscope.runs.norms import scaling
 from vlmscope.runs.turns import alone
 from vlmscope.sites import Pattern, Point, Shape, Site, Sites, expand, parse, place
+from vlmscope.stored.tensors import digest
 
 SUBLAYERS = ("attn", "cross", "mlp")
 
@@ -87,6 +88,13 @@ class Network:
             return Site(tower, self.shapes[tower].layers - 1, "output")
         return Site(self.text_towers[0], 0, "resid_pre", position="image")
 
+    @property
+    def image_sites(self) -> tuple[Site, ...]:
+        """`image_site`, and what is added to the image's tokens behind the first blocks (DeepStack)."""
+        text = self.text_towers[0]
+        added = self.shapes[text].having("deepstack")
+        return (self.image_site, *(Site(text, n, "deepstack", position="image") for n in added))
+
     def attended(self, tower: str, kind: str) -> str:
         """The tower whose positions `attn` or `cross` of a tower attends to."""
         return tower if kind == "attn" else self.family.towers[tower].reads or tower
@@ -151,7 +159,7 @@ class Network:
             from bitsandbytes.functional import dequantize_4bit
 
             weight = dequantize_4bit(weight, state)
-        return weight.detach().float() if weight.dtype.itemsize < 4 else weight.detach()
+        return upcast(weight.detach())
 
     def unembedding(
         self, tokens: Sequence[int] | slice, *, gain: bool = False
@@ -161,8 +169,7 @@ class Network:
         Raises `ModelError` for a gain where more than a norm is between the last block and the logits.
         """
         head: Any = self.module(self.family.head)
-        rows = head.weight.detach()[tokens]
-        rows = rows.float() if rows.dtype.itemsize < 4 else rows
+        rows = upcast(head.weight.detach()[tokens])
         return rows * self._gain().to(rows) if gain else rows
 
     @torch.inference_mode()
@@ -173,22 +180,16 @@ class Network:
                 f"{self.name}: more than a norm is between the last block and the logits of "
                 f"{self.family.name}, so there is no gain; leave it out"
             )
-        norm, width = self.module(self.family.norm), self.shapes[self.speaker].width
-        signs = torch.ones(1, 1, width, dtype=self.dtype, device=self.device)
-        signs[..., ::2] = -1.0  # mean zero, mean square one
-        return ((norm(signs) - norm(-signs)) / (2 * signs))[0, 0]
+        like = torch.zeros(self.shapes[self.speaker].width, dtype=self.dtype, device=self.device)
+        return scaling(self.module(self.family.norm), like).gain
 
     def fingerprint(self) -> str:
         """SHA-256 over the names, types and bytes of all weights, as hexadecimal digits; computed anew only
         when a weight has been written to or replaced."""
-        weights = sorted(self.hf.state_dict().items())
-        state = [(name, tensor.data_ptr(), tensor._version) for name, tensor in weights]
+        weights = self.hf.state_dict()
+        state = [(name, tensor.data_ptr(), tensor._version) for name, tensor in sorted(weights.items())]
         if self._fingerprint is None or self._fingerprint[0] != state:
-            digest = hashlib.sha256()
-            for name, tensor in weights:
-                digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-                digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-            self._fingerprint = state, digest.hexdigest()
+            self._fingerprint = state, digest(weights)
         return self._fingerprint[1]
 
     def token(self, number: int) -> str:
@@ -215,13 +216,16 @@ class Network:
 
     def placed(self, sites: Sites, inputs: Inputs) -> list[Site]:
         """All sites that expressions name in one run; what has its numbers of positions stays as it is."""
+        return [place for site in self.named(sites) for place in self.places(site, inputs)]
+
+    def named(self, sites: Sites) -> list[Site]:
+        """All sites that expressions name, in any run; what is a site already stays as it is."""
         several = [sites] if isinstance(sites, (str, Pattern, Site)) else sites
-        each = (
-            place
+        return [
+            found
             for site in several
-            for place in ([site] if isinstance(site, Site) else expand(parse(site), self.shapes))
-        )
-        return [place for site in each for place in self.places(site, inputs)]
+            for found in ([site] if isinstance(site, Site) else expand(parse(site), self.shapes))
+        ]
 
     def changes(self, inputs: Inputs, edits: Iterable[Edit]) -> list[Change]:
         """What edits are in one run, layer by layer."""
@@ -237,6 +241,11 @@ class Network:
             f"{self.name}: the table of family {self.family.name} does not fit this model under "
             f"transformers {transformers.__version__}: {what}"
         )
+
+
+def upcast(x: Tensor) -> Tensor:
+    """In float32 at least."""
+    return x.float() if x.dtype.itemsize < 4 else x
 
 
 def free_memory(device: torch.device) -> int:
@@ -272,26 +281,13 @@ def shape_of(network: Network, tower: str) -> Shape:
     heads: dict[str, int] = {}
     width = 0
     for kind in SUBLAYERS:
-        path = getattr(table, kind)
-        found = {n: b.get_submodule(path) for n, b in enumerate(blocks) if path and has(b, path)}
-        missing = frozenset(range(len(blocks))) - set(found)
-        if (
-            kind == "mlp"
-            and missing
-            and any(name.endswith("experts") for b in blocks for name, _ in b.named_modules())
-        ):
-            raise ModelError(
-                f"{network.name}: the feed-forward blocks of its {tower} tower are made of experts, which "
-                "cannot be split into neurons; models with plain or gated blocks are supported"
-            )
-        if path and (not found or (missing and table.cross is None)):
-            raise network.misfit(f"no module '{path}' in block {min(missing)} of {tower}")
+        found = _projections(network, tower, kind)
         if not found:
             continue
+        if missing := frozenset(range(len(blocks))) - set(found):
+            lacks[kind] = missing
         first: Any = next(iter(found.values()))
         widths[kind], width = int(first.in_features), int(first.out_features)
-        if missing:
-            lacks[kind] = missing
         if kind == "mlp":
             continue
         heads[kind] = _entry(config, table.heads)
@@ -311,6 +307,23 @@ def shape_of(network: Network, tower: str) -> Shape:
         out = {} if wide == width else {"output": wide}
     groups = getattr(config, "num_key_value_heads", None)
     return Shape(len(blocks), tuple(kinds), heads, widths["mlp"], width, lacks, out, groups, table.reads)
+
+
+def _projections(network: Network, tower: str, kind: str) -> dict[int, nn.Module]:
+    """The output projections of a sublayer by block; raises `ModelError` where they have to be there."""
+    table, blocks = network.family.towers[tower], network.blocks(tower)
+    path = getattr(table, kind)
+    found = {n: b.get_submodule(path) for n, b in enumerate(blocks) if path and has(b, path)}
+    missing = set(range(len(blocks))) - set(found)
+    names = (name for block in blocks for name, _ in block.named_modules())
+    if kind == "mlp" and missing and any(name.endswith("experts") for name in names):
+        raise ModelError(
+            f"{network.name}: the feed-forward blocks of its {tower} tower are made of experts, which "
+            "cannot be split into neurons; models with plain or gated blocks are supported"
+        )
+    if path and (not found or (missing and table.cross is None)):
+        raise network.misfit(f"no module '{path}' in block {min(missing)} of {tower}")
+    return found
 
 
 def _entry(config: Any, name: str) -> Any:

@@ -24,12 +24,11 @@ from vlmscope.models.inputs import Inputs
 from vlmscope.runs.access import hook
 from vlmscope.runs.hooks import Hooks, through
 from vlmscope.runs.network import Network
+from vlmscope.runs.norms import scaling
 from vlmscope.sites import Point
 
 ACTIVATIONS = tuple({each[0] if isinstance(each, tuple) else each for each in ACT2CLS.values()})
 """The classes of what transformers puts between two linear modules."""
-LARGE = 2.0**15
-"""Of inputs this large a norm's ε is nothing."""
 
 
 @contextmanager
@@ -94,13 +93,7 @@ def _halved(last: list[Tensor], x: Tensor) -> Tensor:
 
 def _linear(norm: nn.Module, x: Tensor, out: Tensor) -> Tensor:
     """A norm with what it divides by held: read off its own outputs."""
-    with torch.no_grad():
-        ones = torch.ones_like(x[(0,) * (x.ndim - 1)])
-        signs = ones.clone()
-        signs[::2] = -1.0  # mean zero, mean square one
-        bias = norm.forward(torch.zeros_like(ones))
-        gain = (norm.forward(LARGE * signs) - norm.forward(-LARGE * signs)) / (2 * signs)
-        is_centred = torch.allclose(norm.forward(LARGE * ones), bias)
+    gain, bias, is_centred = scaling(norm.forward, x[(0,) * (x.ndim - 1)])
     around = x - x.mean(-1, keepdim=True) if is_centred else x
     scaled = gain * around
     with torch.no_grad():

@@ -12,6 +12,7 @@ import hashlib
 import io
 import json
 import math
+import os
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -65,7 +66,23 @@ class Format(NamedTuple):
     manifest: str
     shape: Mapping[Any, Any]
     tables: Mapping[str, Table]
-    way_out: str
+    way_out: str = "write that folder anew with the command that made it"
+
+    @property
+    def name(self) -> str:
+        """What the manifest says that the folder is."""
+        return str(self.shape.get("format") or self.shape["what"])
+
+    def claim(self, folder: str | os.PathLike[str], *others: str) -> Mapping[str, Any]:
+        """Refuse, before anything is computed, a folder that these tables and other files could not be
+        written to (`StoreError`); gives the manifest that is there, empty where there is none."""
+        return files.claim(folder, self.manifest, self.name, [*self.tables, *others])
+
+    def save(
+        self, folder: str | os.PathLike[str], about: Mapping[str, Any], content: Mapping[str, Any]
+    ) -> None:
+        """Write tables and what else belongs to them and, last, the manifest, as `files.save` does."""
+        files.save(folder, self.manifest, about, content)
 
 
 Tables = dict[str, pd.DataFrame]
@@ -78,19 +95,19 @@ def read(folder: Path, form: Format) -> tuple[dict[str, Any], Tables]:
     return about, tables
 
 
-def read_one(folder: Path, forms: Mapping[str, Format]) -> tuple[str, dict[str, Any], Tables, Pictures]:
-    """As `read`, of the format that `what` in the manifest names; and which that is, and the PNG files that
+def read_one(folder: Path, *forms: Format) -> tuple[str, dict[str, Any], Tables, Pictures]:
+    """As `read`, of that format that `what` in the manifest names; and which that is, and the PNG files that
     the table `pictures` lists, by the example that each is of."""
-    first = next(iter(forms.values()))
+    first, names = forms[0], tuple(form.name for form in forms)
     about = manifest(folder / first.manifest, {"what": str}, first.way_out, folder)
-    fits(about, {"what": tuple(forms)}, folder / first.manifest, first.way_out)
-    form = forms[about["what"]]
+    fits(about, {"what": names}, folder / first.manifest, first.way_out)
+    form = forms[names.index(about["what"])]
     about, tables, listed = _read(folder, form)
     pictures = {}
     for row in tables.pop("pictures", pd.DataFrame()).itertuples():
         name = f"pictures/{Path(row.file).name}"
         pictures[row.example] = picture(folder / name, form.way_out, folder, listed.get(name, ""))
-    return form.shape["what"], about, tables, pictures
+    return form.name, about, tables, pictures
 
 
 def _read(folder: Path, form: Format) -> tuple[dict[str, Any], Tables, dict[str, str]]:

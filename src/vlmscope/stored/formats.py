@@ -5,7 +5,6 @@ from __future__ import annotations
 
 from vlmscope.stored import Format, Table
 
-WAY_OUT = "write that folder anew with the command that made it"
 _HEAD = "tower:tower layer:grid kind:kind head:grid position:text"
 _KEY = "tower layer kind head position"
 
@@ -51,7 +50,6 @@ CIRCUITS = Format(
             may_be_empty=True,
         ),
     },
-    WAY_OUT,
 )
 
 HEADS = Format(
@@ -87,7 +85,6 @@ HEADS = Format(
             may_be_empty=True,
         ),
     },
-    WAY_OUT,
 )
 
 TRACING = Format(
@@ -112,7 +109,6 @@ TRACING = Format(
             "tower kind window layer length at",
         )
     },
-    WAY_OUT,
 )
 
 STEER = Format(
@@ -149,7 +145,6 @@ STEER = Format(
             "strength:float set:text example:text prompt:text before:text after:text random:text changed:bool"
         ),
     },
-    WAY_OUT,
 )
 
 PROBE = Format(
@@ -175,7 +170,6 @@ PROBE = Format(
             "site",
         )
     },
-    WAY_OUT,
 )
 
 _ENDS = dict.fromkeys(("value", "low", "high"), (float, None))
@@ -226,7 +220,6 @@ FAITHFULNESS = Format(
             "part",
         ),
     },
-    WAY_OUT,
 )
 
 SELECTION = Format(
@@ -248,94 +241,84 @@ _INTERVAL = "value:float? low:float? high:float? n:int"
 _ABOUT = {"model": str, "weights?": (str, None), "examples?": int, "on?": [str]}
 
 _STATE = "site:text tower:tower layer:grid position:place token:text slot:text"
-LENS = {
-    "lens": Format(
-        "lens.json",
-        {
-            "what": "lens",
-            "model": str,
-            "weights": (str, None),
-            "data": str,
-            "examples": int,
-            "sites": [str],
-            "top": int,
-            "words": [str],
-            "dtype": str,
-        },
-        {
-            "lens.parquet": Table(
-                f"example:text {_STATE} rank:int predicted:text token_id:int logit:number p:number",
-                "example site rank",
-            ),
-            "words.parquet": Table(
-                f"example:text word:text what:text {_STATE} token_id:int rank:int logit:number p:number "
-                "null_p:number beaten:share? nulls:int",
-                "example word site",
-                may_be_empty=True,
-            ),
-            **_PICTURES,
-        },
-        WAY_OUT,
-    )
-}
-"""What `lens` wrote, in the form of `NEURONS`."""
+LENS = Format(
+    "lens.json",
+    {
+        "what": "lens",
+        "model": str,
+        "weights": (str, None),
+        "data": str,
+        "examples": int,
+        "sites": [str],
+        "top": int,
+        "words": [str],
+        "dtype": str,
+    },
+    {
+        "lens.parquet": Table(
+            f"example:text {_STATE} rank:int predicted:text token_id:int logit:number p:number",
+            "example site rank",
+        ),
+        "words.parquet": Table(
+            f"example:text word:text what:text {_STATE} token_id:int rank:int logit:number p:number "
+            "null_p:number beaten:share? nulls:int",
+            "example word site",
+            may_be_empty=True,
+        ),
+        **_PICTURES,
+    },
+)
 
-EXPLAIN = {
-    "explain": Format(
-        "explain.json",
-        {
-            "what": "explain",
-            "model": str,
-            "weights": str,
-            "family": str,
-            "dtype": str,
-            "prompt": str,
-            "answer": str,
-            "reference": str,
-            "direction": str,
-            "at": ("features", "pixels"),
-            "rounding": float,
-            "grid": [int],
-            "cells": int,
-            "alone": int,
-            "patches": int,
-            "further": int,
-            "edge": str,
-            "window": int,
-            "region": ([float], None),
-            "view": [float],
-            "lacking": [str],
-        },
-        {
-            "words.csv": Table(
-                "word:int text:text start:int end:int tokens:int logprob:float without:float "
-                "spearman_knockout:float? spearman_gradient:float? spearman_attention:float? sinks:share? "
-                "left:share region:float? region_knockout:float?",
-                "word",
-            ),
-            "cells.csv": Table(
-                "word:int row:grid column:grid rows:int columns:int exact:float knockout:float? "
-                "gradient:float? attention:share?",
-                "word row column",
-                may_be_empty=True,
-            ),
-            "layers.csv": Table(
-                "word:int tower:tower kind:kind layer:grid knockout:float", "word layer", may_be_empty=True
-            ),
-            "heads.csv": Table(
-                "word:int tower:tower kind:kind layer:grid head:grid knockout:float direct:float?",
-                "word layer head",
-                may_be_empty=True,
-            ),
-            "neurons.csv": Table(
-                "word:int layer:grid neuron:int score:float tokens:text", "word layer neuron"
-            ),
-            **_PICTURES,
-        },
-        WAY_OUT,
-    )
-}
-"""What `explain` wrote, in the form of `NEURONS`."""
+EXPLAIN = Format(
+    "explain.json",
+    {
+        "what": "explain",
+        "model": str,
+        "weights": str,
+        "family": str,
+        "dtype": str,
+        "prompt": str,
+        "answer": str,
+        "reference": str,
+        "direction": str,
+        "at": ("features", "pixels"),
+        "rounding": float,
+        "grid": [int],
+        "cells": int,
+        "alone": int,
+        "patches": int,
+        "further": int,
+        "edge": str,
+        "window": int,
+        "region": ([float], None),
+        "view": [float],
+        "lacking": [str],
+    },
+    {
+        "words.csv": Table(
+            "word:int text:text start:int end:int tokens:int logprob:float without:float "
+            "spearman_knockout:float? spearman_gradient:float? spearman_attention:float? sinks:share? "
+            "left:share region:float? region_knockout:float?",
+            "word",
+        ),
+        "cells.csv": Table(
+            "word:int row:grid column:grid rows:int columns:int exact:float knockout:float? "
+            "gradient:float? attention:share?",
+            "word row column",
+            may_be_empty=True,
+        ),
+        "layers.csv": Table(
+            "word:int tower:tower kind:kind layer:grid knockout:float", "word layer", may_be_empty=True
+        ),
+        "heads.csv": Table(
+            "word:int tower:tower kind:kind layer:grid head:grid knockout:float direct:float?",
+            "word layer head",
+            may_be_empty=True,
+        ),
+        "neurons.csv": Table("word:int layer:grid neuron:int score:float tokens:text", "word layer neuron"),
+        **_PICTURES,
+    },
+)
 
 NEURONS = {
     "find": Format(
@@ -360,7 +343,6 @@ NEURONS = {
                 "layer:grid neuron:int listed:int mean_score:float tokens:text", "layer neuron"
             ),
         },
-        WAY_OUT,
     ),
     "describe": Format(
         "neurons.json",
@@ -377,7 +359,6 @@ NEURONS = {
             "left_out.csv": Table("word:text measure:text why:text", is_optional=True, may_be_empty=True),
             **_PICTURES,
         },
-        WAY_OUT,
     ),
     "perturb": Format(
         "neurons.json",
@@ -388,7 +369,6 @@ NEURONS = {
                 "ci_high:float? lost:share? n:int"
             )
         },
-        WAY_OUT,
     ),
     "edit": Format(
         "neurons.json",
@@ -417,7 +397,6 @@ NEURONS = {
             ),
             **_PICTURES,
         },
-        WAY_OUT,
     ),
 }
 """What `neurons` wrote, by the `what` of its manifest."""

@@ -8,7 +8,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from vlmscope.sites import KINDS, TOWERS
-from vlmscope.stored import GRID, LONGEST
+from vlmscope.stored import GRID, LONGEST, PLACES
 
 _UNIT = re.compile(r"b|[hqkvpn](\d{1,7}|\[[\d,]{1,9999}\])", re.ASCII)
 _SITE = re.compile(r"[a-z]+\.\d{1,3}(/\d{1,3})?\.[a-z_]+[.@]", re.ASCII)
@@ -31,13 +31,13 @@ def check_places(effects: pa.Table) -> None:
     for unit in effects["unit"].unique().to_pylist():
         if unit is not None and not _UNIT.fullmatch(unit):
             raise ValueError(f"unknown unit {unit}")
-    for name, limit in (("layer", GRID), ("position", 2**24)):
+    for name, limit in (("layer", GRID), ("position", PLACES)):
         ends = pc.min_max(effects[name])
         if ends["min"].is_valid and not 0 <= ends["min"].as_py() <= ends["max"].as_py() < limit:
-            raise ValueError(f"{name} {ends['min']} to {ends['max']}")
+            raise ValueError(f"{name} {ends['min']} to {ends['max']}, which is not from 0 to {limit - 1}")
     named = {name for name in ("site", "source_site") if name in effects.column_names}
     for site in [site for name in named for site in effects[name].unique().to_pylist()]:
         if len(site) > LONGEST or not _SITE.match(site):
             raise ValueError(f"unknown site {site}")
     if len(max(effects["slot"].unique().to_pylist(), key=len, default="")) > 1000:
-        raise ValueError("a slot of a long name")
+        raise ValueError("a slot of more than 1,000 characters")

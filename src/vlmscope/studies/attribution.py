@@ -7,7 +7,6 @@ a patch of each site would do (`patching.gradients`), and patch some of them to 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
 from dataclasses import fields
 from functools import partial
 from typing import Any, get_args
@@ -16,25 +15,32 @@ import pandas as pd
 
 from vlmscope import files
 from vlmscope.data import Examples, listed
-from vlmscope.data.rows import readable
-from vlmscope.errors import SEED, ExampleError, SiteError, VlmscopeError, shown, whole
+from vlmscope.data.lazy import readable
+from vlmscope.errors import SEED, VlmscopeError, choice, whole
 from vlmscope.patching import gradients as estimates
 from vlmscope.patching.backward import check_network
 from vlmscope.patching.direct import check_place
 from vlmscope.patching.scores import Metric
 from vlmscope.runs import corrupt as corruptions
 from vlmscope.runs.corrupt import Noise
-from vlmscope.runs.model import Model
+from vlmscope.runs.model import Model, check_model
 from vlmscope.runs.prepare import option_of
 from vlmscope.sites import Sites, expand, parse
-from vlmscope.studies.agreement import agreement
+from vlmscope.studies.agreement import UNSIGNED, agreement
 from vlmscope.studies.direct import check_sums, writers_of, written
-from vlmscope.studies.gradients import check_exact, estimated
-from vlmscope.studies.known import warn_of_excluded
-from vlmscope.studies.rows import run_jobs
-from vlmscope.studies.run_folder import ATTRIBUTIONS, Run, typed
-from vlmscope.studies.sweep import Direction, Study, into_folder
-from vlmscope.studies.task import Attribution, Method, Shard, Task, all_jobs, check_examples, spec_of, task_of
+from vlmscope.studies.gradients import check_effects, estimated
+from vlmscope.studies.run_folder import ATTRIBUTIONS, Run
+from vlmscope.studies.sweep import Direction, Study, table_of
+from vlmscope.studies.task import (
+    Attribution,
+    Method,
+    Shard,
+    Task,
+    check_any,
+    check_examples,
+    spec_of,
+    task_of,
+)
 
 METHODS = get_args(Method)
 AGREEMENT = "agreement.json"
@@ -99,22 +105,11 @@ def attribute(
     >>> int(table["exact"].notna().sum()), table.attrs["agreement"]["decoder.attn.h"]["spearman"] > 0.5
     (16, True)
     """
-    options = {"direction": direction, "metric": metric, "seed": seed, "shard": shard}
-    own = {"method": method, "verify": verify, "steps": steps, "word": word}
-    task = _task_of(model, examples, sites, corrupt, own, options)
-    if out is not None:
-        run = into_folder(_study_of(task, data), out)
-        warn_of_excluded(run.baselines())
-        table, found = run.attributions(), run.check
-    else:
-        results = list(run_jobs(task, all_jobs(task), work=_work_of(task)))
-        base = pd.concat([result.baseline for result in results], ignore_index=True)
-        warn_of_excluded(base)
-        table = typed(pd.concat([result.rows for result in results], ignore_index=True), ATTRIBUTIONS)
-        found = _check(task, base, table)
-    table.attrs["check"] = found
+    options: dict[str, Any] = {"method": method, "verify": verify, "steps": steps, "word": word}
+    options |= {"direction": direction, "metric": metric, "seed": seed, "data": data, "shard": shard}
+    table = table_of(attributed(model, examples, sites, corrupt, **options), out)
     if verify:
-        table.attrs["agreement"] = agreement_of(table, own)
+        table.attrs["agreement"] = agreement(table, verify, signed=method != UNSIGNED)
     return table
 
 
@@ -131,21 +126,17 @@ def attributed(
     direction: Direction = "denoise",
     metric: str | Metric = "ld",
     seed: int = 0,
-    shard: Shard | None = None,
     data: str = "examples",
+    shard: Shard | None = None,
 ) -> Study:
     """What `attribute`, with the same arguments, puts into a folder."""
-    options = {"direction": direction, "metric": metric, "seed": seed, "shard": shard}
     own = {"method": method, "verify": verify, "steps": steps, "word": word}
-    return _study_of(_task_of(model, examples, sites, corrupt, own, options), data)
-
-
-def _study_of(task: Attribution, data: str) -> Study:
-    return Study(task, _spec_of(task, data), _work_of(task), partial(_check_run, task))
-
-
-def _work_of(task: Attribution) -> Any:
-    return written if task.method == "direct" else estimated
+    options = {"direction": direction, "metric": metric, "seed": seed, "shard": shard}
+    task = _task_of(model, examples, sites, corrupt, own, options)
+    way: Any = (written, check_sums) if method == "direct" else (estimated, check_effects)
+    work, check = way
+    specify = partial(_spec_of, task, data)
+    return Study(task, ATTRIBUTIONS, work, partial(check, task), specify, write_beside)
 
 
 def _task_of(
@@ -158,8 +149,7 @@ def _task_of(
 ) -> Attribution:
     """Checked against the model and the data before anything runs."""
     method = own["method"]
-    if method not in METHODS:
-        raise VlmscopeError(f"unknown method {shown(method)}; expected {', '.join(METHODS)}")
+    choice(method, "method", METHODS)
     own["verify"] = whole(own["verify"], "the number of sites to verify", most=MOST)
     if own["steps"] is not None and method != "ig":
         raise VlmscopeError(f"{method} has no steps, only ig has; leave them out")
@@ -195,8 +185,7 @@ def _direct_task(
     own: dict[str, Any],
     options: dict[str, Any],
 ) -> Attribution:
-    if not isinstance(model, Model):
-        raise VlmscopeError(f"the model is {shown(model)}; expected a Model, as vlmscope.load gives it")
+    check_model(model)
     if own["verify"] or options["direction"] != "denoise" or options["metric"] != "ld":
         raise VlmscopeError(
             "the method direct is exact and of the logits: it has nothing to verify, no direction and no "
@@ -213,17 +202,7 @@ def _direct_task(
     expanded = expand(parse(task.sites), model.shapes)
     for site in expanded:
         check_place(model, site)
-    wrong: SiteError | None = None
-    for example in readable(task.examples):
-        try:
-            writers_of(model, expanded, task.pairs(example)[0].clean)
-            return task  # another example that lacks them is left out of the run
-        except ExampleError:
-            continue
-        except SiteError as error:
-            wrong = wrong or error
-    if wrong is not None:
-        raise wrong
+    check_any(task.examples, lambda example: writers_of(model, expanded, task.pairs(example)[0].clean))
     return task
 
 
@@ -241,17 +220,8 @@ def _spec_of(task: Attribution, data: str) -> dict[str, Any]:
     return {name: value for name, value in spec_of(task, data).items() if name not in of_patches} | more
 
 
-def _check_run(task: Attribution, run: Run) -> dict[str, Any] | None:
-    table = run.attributions()
-    if task.verify:
-        files.write_json(run.path / AGREEMENT, agreement_of(table, run.spec))
-    return _check(task, run.baselines(), table)
-
-
-def agreement_of(table: pd.DataFrame, spec: Mapping[str, Any]) -> dict[str, Any]:
-    """How well the scores of a run that is verified agree with patches (`studies.agreement`)."""
-    return agreement(table, spec["verify"], signed=spec["method"] != "atp-star")
-
-
-def _check(task: Attribution, base: pd.DataFrame, table: pd.DataFrame) -> dict[str, Any] | None:
-    return check_sums(task, base) if task.method == "direct" else check_exact(task, base, table)
+def write_beside(run: Run) -> None:
+    """Write how well the scores agree with patches (`studies.agreement`), where some are verified."""
+    if verify := run.spec.get("verify"):
+        found = agreement(run.attributions(), verify, signed=run.spec["method"] != UNSIGNED)
+        files.write_json(run.path / AGREEMENT, found)

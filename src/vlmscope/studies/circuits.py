@@ -21,7 +21,7 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 from scipy import stats
 
-from vlmscope import files, stored
+from vlmscope import stored
 from vlmscope.errors import DataError, StoreError, VlmscopeError, plain
 from vlmscope.stats import FEWEST, LEVEL, Scores, interval, p_values, q_values, shuffled
 from vlmscope.stored import formats
@@ -36,9 +36,6 @@ HEADS = (
 """The columns of the table of heads."""
 OVERLAP = "run other tower kind heads important important_other both expected p_value".split()
 
-FORMAT = "vlmscope-circuits-1"
-MANIFEST = "circuits.json"
-NAMES = "heads.parquet heads.csv universal.csv overlap.csv sites.txt universal-sites.txt".split()
 SHARE = 0.01
 """A head that moves no more than this share of the gap between the clean and the corrupt run is not
 important, however surely."""
@@ -77,12 +74,12 @@ class Found:
             "sites.txt": "".join(f"{site}\n" for site in expressions(important)),
             "universal-sites.txt": "".join(f"{site}\n" for site in expressions(everywhere)),
         }
-        files.save(folder, MANIFEST, self.about, content)
+        formats.CIRCUITS.save(folder, self.about, content)
 
     @staticmethod
     def claim(folder: str | os.PathLike[str]) -> None:
         """Refuse, before anything is computed, a folder that `save` could not write (`StoreError`)."""
-        files.claim(folder, MANIFEST, FORMAT, NAMES)
+        formats.CIRCUITS.claim(folder, "heads.csv", "sites.txt", "universal-sites.txt")
 
 
 def find(
@@ -116,7 +113,7 @@ def find(
     baselines = {name: one.baselines() for name, one in named.items()}
     groups = _sharing(named)
     about = {
-        "format": FORMAT,
+        "format": formats.CIRCUITS.name,
         "runs": list(map(str, paths)),
         "seed": seed,
         "level": LEVEL,

@@ -13,11 +13,11 @@ from vlmscope.errors import SiteError, shown
 from vlmscope.layout import slots
 from vlmscope.models.inputs import Inputs, Pair
 from vlmscope.patching.direct import Direct, direct
-from vlmscope.patching.scores import agrees, unpatched
+from vlmscope.patching.scores import unpatched
 from vlmscope.runs.model import Model
 from vlmscope.sites import Site, expand, parse, place
-from vlmscope.studies.recheck import CHECKED, drawn_examples, verdict
-from vlmscope.studies.rows import result_of, words_of
+from vlmscope.studies.recheck import CHECKED, RowsOf, drawn_examples, verdict
+from vlmscope.studies.rows import answer_of, result_of, words_of
 from vlmscope.studies.run_writer import Todo
 from vlmscope.studies.task import Result, Task
 
@@ -75,10 +75,6 @@ def written(task: Task, job: Todo, sites: Sequence[Site], step: Callable[[int, f
         for name, value in _base(pair, clean, corrupt or clean).items():
             base[name] = base.get(name, 0.0) + value / len(pairs)
         step(len(writers), number / len(pairs))
-    answered: dict[str, Any] = {}
-    if not job.done:
-        predicted = model.answer(pairs[0].clean)
-        answered = {"predicted": predicted, "correct": agrees(predicted, example.answer)}
     rows = [
         {"example": example.id, "corruption": task.kind, **writer.words, "score": score / len(pairs)}
         for writer, score in zip(writers, totals, strict=True)
@@ -88,7 +84,7 @@ def written(task: Task, job: Todo, sites: Sequence[Site], step: Callable[[int, f
         row = _bias(model, pairs[0].clean, layer, kind)
         rows.append({"example": example.id, "corruption": task.kind, **row, "score": score / len(pairs)})
     rows = [{**row, "exact": None} for row in rows]
-    return result_of(task, job, rows, pairs[0], {**base, **answered})
+    return result_of(task, job, rows, pairs[0], {**base, **answer_of(task, job, example, pairs[0])})
 
 
 def _inner(part: Site) -> bool:
@@ -122,7 +118,7 @@ def _bias(model: Model, inputs: Inputs, layer: int, kind: str) -> dict[str, Any]
     return words_of(site, there, slots(there)) | {"site": name, "unit": "b"}
 
 
-def check_sums(task: Task, base: pd.DataFrame) -> dict[str, Any] | None:
+def check_sums(task: Task, base: pd.DataFrame, _: RowsOf) -> dict[str, Any] | None:
     """Of some examples, whether all writers and biases sum to what the model itself gives."""
     drawn, largest, size = drawn_examples(task, CHECKED, base), 0.0, 1.0
     for example in drawn.values():

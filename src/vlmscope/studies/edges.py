@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from vlmscope import files
 from vlmscope.data import Examples
 from vlmscope.data.example import Example
-from vlmscope.errors import VlmscopeError, shown, whole
+from vlmscope.errors import VlmscopeError, choice, whole
 from vlmscope.models.inputs import Pair
 from vlmscope.patching import engine
 from vlmscope.patching.backward import check_network
@@ -24,20 +24,19 @@ from vlmscope.patching.edge_patches import exact
 from vlmscope.patching.edges import METHODS, Method, score_edges
 from vlmscope.patching.gradients import STEPS
 from vlmscope.patching.graph import Edge, Graph, check_tower
-from vlmscope.patching.scores import Metric, agrees
+from vlmscope.patching.scores import Metric, Score
 from vlmscope.runs.corrupt import Noise
 from vlmscope.runs.model import Model
 from vlmscope.sites import Site
-from vlmscope.stats import rng
 from vlmscope.studies.agreement import agreement
 from vlmscope.studies.edge_tables import by_reader, over_examples
-from vlmscope.studies.known import warn_of_excluded
-from vlmscope.studies.recheck import CHECKED, drawn_examples, verdict
-from vlmscope.studies.rows import result_of, run_jobs
-from vlmscope.studies.run_folder import EDGES, Run, parquet_of, typed
+from vlmscope.studies.gradients import to_verify
+from vlmscope.studies.recheck import RowsOf, check_exact
+from vlmscope.studies.rows import add_scores, answer_of, result_of
+from vlmscope.studies.run_folder import EDGES, Run, parquet_of
 from vlmscope.studies.run_writer import Todo
-from vlmscope.studies.sweep import Direction, Study, into_folder
-from vlmscope.studies.task import Result, Shard, Task, all_jobs, spec_of, task_of
+from vlmscope.studies.sweep import Direction, Study, table_of
+from vlmscope.studies.task import Result, Shard, Task, spec_of, task_of
 
 Array = NDArray[np.float64]
 MOST = 100_000
@@ -100,21 +99,11 @@ def edges(
     >>> list(table.columns), bool((table["target"] == "logits").any())
     (['source', 'target', 'score', 'exact', 'low', 'high'], True)
     """
-    own = {"method": method, "verify": verify, "steps": steps, "tower": tower}
-    options = {"direction": direction, "metric": metric, "seed": seed, "shard": shard}
-    task = _task_of(model, examples, corrupt, own, options)
-    if out is not None:
-        run = into_folder(_study_of(task, data), out)
-        warn_of_excluded(run.baselines())
-        each, found = run.edges(), run.check
-    else:
-        results = list(run_jobs(task, all_jobs(task), work=_scored))
-        base = pd.concat([result.baseline for result in results], ignore_index=True)
-        warn_of_excluded(base)
-        each = typed(pd.concat([result.rows for result in results], ignore_index=True), EDGES)
-        found = _check(task, base, each)
+    options: dict[str, Any] = {"method": method, "verify": verify, "steps": steps, "tower": tower}
+    options |= {"direction": direction, "metric": metric, "seed": seed, "data": data, "shard": shard}
+    each = table_of(edged(model, examples, corrupt, **options), out)
     table = over_examples(each)
-    table.attrs["check"] = found
+    table.attrs["check"] = each.attrs["check"]
     if verify:
         table.attrs["agreement"] = agreement(by_reader(each), verify)
     return table
@@ -129,27 +118,19 @@ def edged(
     steps: int | None = None,
     verify: int = 0,
     tower: str | None = None,
-    direction: Direction = "denoise",
-    metric: str | Metric = "ld",
-    seed: int = 0,
-    shard: Shard | None = None,
     data: str = "examples",
+    **options: Any,
 ) -> Study:
     """What `edges`, with the same arguments, puts into a folder."""
     own = {"method": method, "verify": verify, "steps": steps, "tower": tower}
-    options = {"direction": direction, "metric": metric, "seed": seed, "shard": shard}
-    return _study_of(_task_of(model, examples, corrupt, own, options), data)
-
-
-def _study_of(task: EdgeTask, data: str) -> Study:
-    return Study(task, _spec_of(task, data), _scored, partial(_check_run, task))
+    task = _task_of(model, examples, corrupt, own, options)
+    return Study(task, EDGES, _scored, partial(_check, task), partial(_spec_of, task, data), write_beside)
 
 
 def _task_of(
     model: Model, examples: Examples, corrupt: str | Noise, own: dict[str, Any], options: dict[str, Any]
 ) -> EdgeTask:
-    if own["method"] not in METHODS:
-        raise VlmscopeError(f"unknown method {shown(own['method'])}; expected {', '.join(METHODS)}")
+    choice(own["method"], "method", METHODS)
     own["verify"] = whole(own["verify"], "the number of edges to verify", most=MOST)
     if own["method"] == "exact" and own["verify"]:
         raise VlmscopeError("the method exact patches every edge and has nothing to verify; leave it out")
@@ -186,53 +167,39 @@ def _scored(task: Task, job: Todo, _: Sequence[Site], step: Callable[[int, float
     graph = Graph(model, pairs[0].clean, task.tower)
     totals, base = np.zeros(len(graph.edges)), defaultdict[str, float](float)
     for number, pair in enumerate(pairs):
-        scores, runs = _of_pair(task, pair)
+        scores, clean, corrupt = _of_pair(task, pair)
         totals += scores / len(pairs)
-        for run, found in runs.items():
-            for name in ("p", "ld", "value"):
-                base[f"{name}_{run}"] += getattr(found, name).item() / len(pairs)
+        add_scores(base, clean, corrupt, len(pairs))
         step(len(totals), (number + 1) / len(pairs) / (2 if task.verify else 1))
     known: dict[int, float] = dict(enumerate(totals)) if task.method == "exact" else {}
     if task.verify:
-        some = _some(task, example, graph.edges, totals)
+        some = to_verify([*map(_kind, graph.edges)], totals, task.verify, task.seed, example.id)
         known = dict(zip(some, _exact(task, pairs, [graph.edges[n] for n in some]), strict=True))
-    predicted = model.answer(pairs[0].clean)
-    answered = {"predicted": predicted, "correct": agrees(predicted, example.answer)}
     common = {"example": example.id, "corruption": task.kind}
     rows = [
         {**common, "source": edge.source, "target": edge.target, "score": score, "exact": known.get(number)}
         for number, (edge, score) in enumerate(zip(graph.edges, totals.tolist(), strict=True))
     ]
-    return result_of(task, job, rows, pairs[0], {**base, **answered})
+    return result_of(task, job, rows, pairs[0], {**base, **answer_of(task, job, example, pairs[0])})
 
 
-def _of_pair(task: EdgeTask, pair: Pair) -> tuple[Array, dict[str, Any]]:
+def _of_pair(task: EdgeTask, pair: Pair) -> tuple[Array, Score, Score]:
     """The scores of all edges, and those of the two runs."""
     options: dict[str, Any] = {"metric": task.metric, "tower": task.tower}
     if task.method == "exact":
         plain = engine.patch(task.model, pair, [], task.direction, metric=task.metric)
         every = Graph(task.model, pair.clean, task.tower).edges
         scores = exact(task.model, pair, every, task.direction, **options)
-        return scores, {"clean": plain.clean, "corrupt": plain.corrupt}
+        return scores, plain.clean, plain.corrupt
     options |= {"steps": task.steps} if task.steps else {}
     found = score_edges(task.model, pair, task.direction, method=task.method, **options)
-    return found.scores, {"clean": found.clean, "corrupt": found.corrupt}
+    return found.scores, found.clean, found.corrupt
 
 
-def _some(task: EdgeTask, example: Example, edges: Sequence[Edge], scores: Array) -> list[int]:
-    """Of the edges into each kind of reader the numbers of the best, and of as many others, drawn at
-    random."""
-    kinds = defaultdict(list)
-    for number, edge in enumerate(edges):
-        _, _, reads, unit = [*edge.target.split("."), "", "", ""][:4]
-        kinds[reads, unit[:1]].append(number)
-    found: list[int] = []
-    for (kind, part), numbers in kinds.items():
-        order = np.argsort(-np.abs(scores[numbers]), kind="stable")
-        best, rest = order[: task.verify], np.sort(order[task.verify :])
-        drawn = rng(task.seed, "verify", example.id, kind, part).permutation(rest)[: task.verify]
-        found += [numbers[n] for n in [*best, *drawn]]
-    return found
+def _kind(edge: Edge) -> tuple[str, str]:
+    """The kind of what reads, and its part."""
+    _, _, reads, unit = [*edge.target.split("."), "", "", ""][:4]
+    return reads, unit[:1]
 
 
 def _exact(
@@ -244,11 +211,6 @@ def _exact(
     return np.mean(found, axis=0)
 
 
-def _check_run(task: EdgeTask, run: Run) -> dict[str, Any] | None:
-    write_beside(run)
-    return _check(task, run.baselines(), run.edges())
-
-
 def write_beside(run: Run) -> None:
     """Write what is made of the whole table: means over examples, and how far they can be trusted."""
     each, verify = run.edges(), run.spec["verify"]
@@ -257,17 +219,11 @@ def write_beside(run: Run) -> None:
         files.write_json(run.path / "agreement.json", agreement(by_reader(each), verify))
 
 
-def _check(task: EdgeTask, base: pd.DataFrame, each: pd.DataFrame) -> dict[str, Any] | None:
+def _check(task: EdgeTask, base: pd.DataFrame, rows_of: RowsOf) -> dict[str, Any] | None:
     """Recompute some random exact edges by plain forwards; None if there are none."""
-    drawn = drawn_examples(task, CHECKED, base)
-    rows = each[each["exact"].notna() & each["example"].isin(drawn)]
-    if rows.empty:
-        return None
-    rows = rows.iloc[rng(task.seed, "check", "rows").permutation(len(rows))[:CHECKED]]
-    largest = 0.0
-    for name, some in rows.groupby("example", sort=False):
+
+    def recompute(example: Example, some: pd.DataFrame) -> Array:
         wanted = list(zip(some["source"], some["target"], strict=True))
-        again = _exact(task, task.pairs(drawn[str(name)]), wanted, by_rows=False)
-        largest = max(largest, float(np.abs(again - some["exact"].to_numpy()).max()))
-    said = f"{len(rows)} exact edges were recomputed by plain forwards and differ"
-    return verdict(task, len(rows), largest, base[["value_clean", "value_corrupt"]], said)
+        return _exact(task, task.pairs(example), wanted, by_rows=False)
+
+    return check_exact(task, base, rows_of, "edges", recompute)

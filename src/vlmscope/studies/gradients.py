@@ -16,12 +16,11 @@ from vlmscope.layout import slots
 from vlmscope.models.inputs import Pair
 from vlmscope.patching import engine, reference
 from vlmscope.patching.gradients import estimate
-from vlmscope.patching.scores import agrees
 from vlmscope.patching.trace import Images
 from vlmscope.sites import Site
 from vlmscope.stats import rng
-from vlmscope.studies.recheck import CHECKED, drawn_examples, verdict
-from vlmscope.studies.rows import result_of, words_of
+from vlmscope.studies.recheck import RowsOf, check_exact
+from vlmscope.studies.rows import add_scores, answer_of, result_of, words_of
 from vlmscope.studies.run_writer import Todo
 from vlmscope.studies.task import Attribution, Result
 
@@ -42,18 +41,13 @@ def estimated(
     for number, pair in enumerate(pairs):
         found = estimate(model, pair, placed, task.direction, metric=task.metric, **how)
         totals += found.scores / len(pairs)
-        for run, scores in (("clean", found.clean), ("corrupt", found.corrupt)):
-            for name in ("p", "ld", "value"):
-                base[f"{name}_{run}"] += getattr(scores, name).item() / len(pairs)
+        add_scores(base, found.clean, found.corrupt, len(pairs))
         step(len(placed), (number + 1) / len(pairs) / (2 if task.verify else 1))
     exact: dict[int, float] = {}
     if task.verify:
-        some = _some(task, example, placed, totals)
+        kinds = [(site.tower, site.kind, site.part) for site in placed]
+        some = to_verify(kinds, totals, task.verify, task.seed, example.id)
         exact = dict(zip(some, _exact(task, pairs, [placed[n] for n in some]), strict=True))
-    answered: dict[str, Any] = {}
-    if not job.done:
-        predicted = model.answer(pairs[0].clean)
-        answered = {"predicted": predicted, "correct": agrees(predicted, example.answer)}
     names = {tower: slots(there) for tower, there in layout.items()}
     common = {"example": example.id, "corruption": task.kind}
     rows = [
@@ -65,19 +59,21 @@ def estimated(
         }
         for number, (site, score) in enumerate(zip(placed, totals.tolist(), strict=True))
     ]
-    return result_of(task, job, rows, pairs[0], {**base, **answered})
+    return result_of(task, job, rows, pairs[0], {**base, **answer_of(task, job, example, pairs[0])})
 
 
-def _some(task: Attribution, example: Example, placed: Sequence[Site], scores: Array) -> list[int]:
-    """Of each kind of site the numbers of the best, and of as many others, drawn at random."""
-    kinds = defaultdict(list)
-    for number, site in enumerate(placed):
-        kinds[site.tower, site.kind, site.part].append(number)
+def to_verify(
+    kinds: Sequence[tuple[str, ...]], scores: Array, many: int, seed: int, example: str
+) -> list[int]:
+    """Of each kind the numbers of the `many` best scores, and of as many others, drawn at random."""
+    by_kind = defaultdict(list)
+    for number, kind in enumerate(kinds):
+        by_kind[kind].append(number)
     found: list[int] = []
-    for kind, numbers in kinds.items():
+    for kind, numbers in by_kind.items():
         order = np.argsort(-np.abs(scores[numbers]), kind="stable")
-        best, rest = order[: task.verify], np.sort(order[task.verify :])
-        drawn = rng(task.seed, "verify", example.id, *kind).permutation(rest)[: task.verify]
+        best, rest = order[:many], np.sort(order[many:])
+        drawn = rng(seed, "verify", example, *kind).permutation(rest)[:many]
         found += [numbers[n] for n in [*best, *drawn]]
     return found
 
@@ -96,19 +92,11 @@ def _exact(
     return found
 
 
-def check_exact(task: Attribution, base: pd.DataFrame, table: pd.DataFrame) -> dict[str, Any] | None:
+def check_effects(task: Attribution, base: pd.DataFrame, rows_of: RowsOf) -> dict[str, Any] | None:
     """Recompute some random exact effects by plain forwards; None if there are none."""
-    rows = table[table["exact"].notna()]
-    drawn = drawn_examples(task, CHECKED, base)
-    rows = rows[rows["example"].isin(drawn)]
-    if rows.empty:
-        return None
-    rows = rows.iloc[rng(task.seed, "check", "rows").permutation(len(rows))[:CHECKED]]
-    largest = 0.0
-    for name, some in rows.groupby("example", sort=False):
-        pairs = task.pairs(drawn[str(name)])
-        sites = task.model.placed(some["site"].tolist(), pairs[0].clean)
-        again = _exact(task, pairs, sites, reference)
-        largest = max(largest, float(np.abs(again - some["exact"].to_numpy()).max()))
-    said = f"{len(rows)} exact effects were recomputed by plain forwards and differ"
-    return verdict(task, len(rows), largest, base[["value_clean", "value_corrupt"]], said)
+
+    def recompute(example: Example, some: pd.DataFrame) -> Array:
+        pairs = task.pairs(example)
+        return _exact(task, pairs, task.model.placed(some["site"].tolist(), pairs[0].clean), reference)
+
+    return check_exact(task, base, rows_of, "effects", recompute)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import io
 import os
 import re
 import time
@@ -16,7 +15,6 @@ from typing import Any, get_args
 
 import numpy as np
 import pandas as pd
-from filelock import FileLock, Timeout
 from PIL import Image
 
 from vlmscope import files
@@ -24,6 +22,7 @@ from vlmscope.checkpoint.others import Inpainter
 from vlmscope.data import Examples, fills, listed
 from vlmscope.data.example import Example, Picture, fingerprint
 from vlmscope.data.fills import Fill
+from vlmscope.data.images import png
 from vlmscope.data.table import write_csv
 from vlmscope.errors import SEED, DataError, ExampleError, StoreError, VlmscopeError, nearest, shown, whole
 from vlmscope.patching.scores import agrees
@@ -31,6 +30,7 @@ from vlmscope.progress import progress
 from vlmscope.runs.model import Model
 from vlmscope.stats import rng
 from vlmscope.stored import fits
+from vlmscope.studies.run_writer import hold
 
 FORMAT = "vlmscope-inpaint-1"
 EVERY = 10.0
@@ -240,15 +240,7 @@ class _Folder:
         """Hold the files for this process; the system lets go when the process ends, however."""
         with files.storing(self.pictures):
             self.pictures.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(self.pictures / ".lock", timeout=0, fallback_to_soft=False)
-        try:
-            lock.acquire()
-        except Timeout:
-            raise StoreError(
-                f"{self.file}: another process is writing it; wait for it or choose another --out"
-            ) from None
-        except (OSError, NotImplementedError):
-            pass  # a network file system without locks: better to run than to refuse
+        lock = hold(self.pictures, str(self.file))
         try:
             yield
         except BaseException:
@@ -281,7 +273,7 @@ class _Folder:
             self._write()  # says that the pictures are ours, before the first
             self.since = -EVERY
         if row["kept"] and picture is not None:
-            content = _png(picture)
+            content = png(picture)
             files.write(self._picture(number), content)
             row["sha256"] = hashlib.sha256(content).hexdigest()
         self.rows[row["example"]] = row
@@ -325,9 +317,3 @@ def _made(how: _How, given: Sequence[Example], folder: _Folder | None = None) ->
         why = "; ".join(f"{reason} ({number:,})" for reason, number in found.dropped().items())
         raise DataError(f"none of {len(given)} pairs is left: {why or 'there are no examples'}")
     return found
-
-
-def _png(picture: Image.Image) -> bytes:
-    file = io.BytesIO()
-    picture.save(file, format="PNG")
-    return file.getvalue()

@@ -7,18 +7,19 @@ al. 2024, arXiv 2411.18620).
 from __future__ import annotations
 
 import os
+from typing import Any
 
 import pandas as pd
 
 from vlmscope.data import Examples
-from vlmscope.errors import SiteError, VlmscopeError, shown
+from vlmscope.errors import SiteError, choice, shown
 from vlmscope.models.inputs import CUTS, Cut
 from vlmscope.patching.scores import Metric
 from vlmscope.runs.model import Model
 from vlmscope.sites import Sites, parse
 from vlmscope.studies.recheck import CHECKED
 from vlmscope.studies.sweep import Engine, Study, study_of, table_of
-from vlmscope.studies.task import Shard, Task, task_of
+from vlmscope.studies.task import Shard, task_of
 
 
 def knockout(
@@ -51,7 +52,8 @@ def knockout(
     >>> len(table), bool((table["p_change"] < 0).any())
     (16, True)
     """
-    return table_of(_task(model, examples, sites, how, engine, metric, shard), out, data, check)
+    options: dict[str, Any] = {"engine": engine, "metric": metric, "shard": shard}
+    return table_of(knocked_out(model, examples, sites, how, data=data, check=check, **options), out)
 
 
 def knocked_out(
@@ -60,31 +62,16 @@ def knocked_out(
     sites: Sites,
     how: Cut = "block",
     *,
-    engine: Engine = "fast",
-    metric: str | Metric = "ld",
     data: str = "examples",
     check: int = CHECKED,
-    shard: Shard | None = None,
+    **options: Any,
 ) -> Study:
     """What `knockout`, with the same arguments, puts into a folder."""
-    return study_of(_task(model, examples, sites, how, engine, metric, shard), data, check)
-
-
-def _task(
-    model: Model,
-    examples: Examples,
-    sites: Sites,
-    how: Cut,
-    engine: Engine,
-    metric: str | Metric,
-    shard: Shard | None,
-) -> Task:
-    if how not in CUTS:
-        raise VlmscopeError(f"unknown knock-out {shown(how)}; expected {' or '.join(CUTS)}")
+    choice(how, "knock-out", CUTS)
     patterns = parse(sites)
     if plain := next((one for one in patterns if not one.source), None):
         raise SiteError(
             f"bad site {shown(plain)}: no edge of attention; expected such as decoder.*/9.attn@last<image, "
             "or ablate activations: vlmscope sweep --patch zero"
         )
-    return task_of(model, examples, patterns, None, engine=engine, metric=metric, patch=how, shard=shard)
+    return study_of(task_of(model, examples, patterns, None, patch=how, **options), data, check)

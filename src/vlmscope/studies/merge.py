@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from itertools import zip_longest
 from typing import NamedTuple
 
-from vlmscope import files, stored
+from vlmscope import stored
 from vlmscope.errors import StoreError, VlmscopeError, shown
 from vlmscope.studies.run_folder import (
     BASELINES,
@@ -172,14 +172,11 @@ def _copy(run: Run, writer: Writer) -> None:
 def _write_beside(run: Run) -> None:
     """What else is made of the whole table."""
     if "screen" in run.spec:
-        from vlmscope.studies.screen import SCREEN, missed
-
-        files.write_json(run.path / SCREEN, missed(run))
-    if table_in(run.spec) == "edges":
+        from vlmscope.studies.screen import write_beside
+    elif table_in(run.spec) == "edges":
         from vlmscope.studies.edges import write_beside
-
-        write_beside(run)
-    elif run.spec.get("verify"):
-        from vlmscope.studies.attribution import AGREEMENT, agreement_of
-
-        files.write_json(run.path / AGREEMENT, agreement_of(run.attributions(), run.spec))
+    elif table_in(run.spec) == "attributions":
+        from vlmscope.studies.attribution import write_beside
+    else:
+        return
+    write_beside(run)

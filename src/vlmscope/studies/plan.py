@@ -138,10 +138,11 @@ def plan(study: Callable[..., Study], given: Given, options: Mapping[str, Any], 
     Raises what the study raises, and `DataError` if none of the first examples can be run.
     """
     shards = whole(shards, "the number of shards", 1)
+    examples = given.examples()
     start = time.perf_counter()
     model = given.load()
     loading = time.perf_counter() - start
-    made = study(model, given.examples(), shard=(1, shards), **options)
+    made = study(model, examples, shard=(1, shards), **options)
     task = made.task
     each = estimate(task)
     if not each.patches:

@@ -21,7 +21,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from vlmscope import files, stored
+from vlmscope import stored
 from vlmscope.data import Examples, listed
 from vlmscope.data.example import Example
 from vlmscope.errors import SEED, DataError, number, shown, whole
@@ -32,12 +32,10 @@ from vlmscope.sites import Sites
 from vlmscope.stats import rng, share_interval, shuffled
 from vlmscope.stored import formats
 from vlmscope.studies.sets import FEWEST, values_of
-from vlmscope.studies.steering.effects import cases_of, directed_places, means
+from vlmscope.studies.steering.effects import cases_of, directed_places, mean_states
 from vlmscope.studies.sweep import sweep
-from vlmscope.studies.tables import change_of
-from vlmscope.studies.tables import means as averages
+from vlmscope.studies.tables import change_of, means
 
-MANIFEST, FORMAT = "probe.json", "vlmscope-probe-1"
 FOLDS = 5
 SHUFFLES = 20
 """How often labels are put in a random order."""
@@ -61,12 +59,12 @@ class Probed:
 
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Write `probes.csv` and, last, `probe.json`; raises `StoreError`."""
-        files.save(folder, MANIFEST, self.about, {"probes.csv": self.table})
+        formats.PROBE.save(folder, self.about, {"probes.csv": self.table})
 
     @classmethod
     def claim(cls, folder: str | os.PathLike[str]) -> None:
         """Refuse, before anything is computed, a folder that `save` could not write (`StoreError`)."""
-        files.claim(folder, MANIFEST, FORMAT, ["probes.csv"])
+        formats.PROBE.claim(folder)
 
 
 def read(folder: str | os.PathLike[str]) -> Probed:
@@ -122,28 +120,19 @@ def probe(
         model, [one for one in given if one.id in kept], [str(site) for site in places], corrupt, seed
     )
     order = [labels, *(rng(seed, "shuffle", n).permutation(labels) for n in range(shuffles))]
-    features, rows = means(model, places, cases), []
+    features, rows = mean_states(model, places, cases), []
     with progress(len(places), what="probes") as step:
         for n, site in enumerate(places):
-            right = _right(features[site], order, folds, ridge)
-            own, nulls = right[0], right[1:].mean(1)
-            low, high = share_interval(own)
-            unseen = None if objects is None else _right(features[site], [labels], objects, ridge)[0]
-            ends = (np.nan, np.nan) if unseen is None else share_interval(unseen)
             place = (str(site), site.tower, site.layer, site.kind, site.position, len(labels))
-            p = (1 + (nulls >= own.mean()).sum()) / (1 + shuffles)
-            rows.append(
-                (*place, own.mean(), low, high, max(Counter(labels.tolist()).values()) / len(labels))
-                + (nulls.mean(), nulls.max(), p, np.nan if unseen is None else unseen.mean(), *ends)
-                + effects[str(site)]
-            )
+            told = _told(features[site], order, folds, objects, ridge)
+            rows.append((*place, *told, *effects[str(site)]))
             step(0, n + 1)
     columns = (
         "site tower layer kind position n accuracy low high chance shuffled shuffled_most p_value held_out "
         "held_out_low held_out_high effect effect_low effect_high"
     )
     about = {
-        "format": FORMAT,
+        "format": formats.PROBE.name,
         "model": model.name,
         "weights": model.fingerprint(),
         "data": data,
@@ -156,6 +145,26 @@ def probe(
         "seed": seed,
     }
     return Probed(pd.DataFrame(rows, columns=columns.split()), about)
+
+
+def _told(
+    x: Float[Tensor, "examples width"],
+    labels: Sequence[np.ndarray[Any, Any]],
+    folds: np.ndarray[Any, Any],
+    objects: np.ndarray[Any, Any] | None,
+    ridge: float,
+) -> tuple[float, ...]:
+    """What probes of one site tell: of the first of the labellings, the others being its null, and on objects
+    that were not seen."""
+    right = _right(x, labels, folds, ridge)
+    own, nulls = right[0], right[1:].mean(1)
+    chance = max(Counter(labels[0].tolist()).values()) / len(x)
+    p = (1 + (nulls >= own.mean()).sum()) / len(labels)
+    found = (own.mean(), *share_interval(own), chance, nulls.mean(), nulls.max(), p)
+    if objects is None:
+        return (*found, np.nan, np.nan, np.nan)
+    unseen = _right(x, labels[:1], objects, ridge)[0]
+    return (*found, unseen.mean(), *share_interval(unseen))
 
 
 def _labelled(given: Sequence[Example], label: str) -> tuple[list[Example], np.ndarray[Any, Any]]:
@@ -269,7 +278,7 @@ def _effects(
     """The mean effect of a patch of each site, and the ends of its interval."""
     patch: Any = "mean" if corrupt is None else "clean"
     table = sweep(model, list(given), sites, corrupt, patch=patch, seed=seed)
-    found = averages(table, ["site"], change_of(table), intervals=True).set_index("site")
+    found = means(table, ["site"], change_of(table), intervals=True).set_index("site")
     rows = found.reindex(sites)[["mean", "low", "high"]]
     return {
         str(site): (row.mean, row.low, row.high) for site, row in zip(sites, rows.itertuples(), strict=True)

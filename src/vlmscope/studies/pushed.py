@@ -128,7 +128,7 @@ def card(name: str, run: Run) -> str:
     What the data and the model are called stands in a block of code, where nothing is markup.
     """
     spec, table, base = run.spec, table_in(run.spec), run.baselines()
-    rows = len(run._rows(table, None))
+    rows = len(run.rows())
     corrupt = spec.get("corrupt", {})
     sites = spec.get("sites") or []
     more = [f"and {len(sites) - SITES} more"] if len(sites) > SITES else []
@@ -175,7 +175,7 @@ To read it:
 import vlmscope
 
 run = vlmscope.open("hf://{name}")
-run.{"measured" if table == "measured" else table}(), run.baselines()
+run.{table}(), run.baselines()
 ```
 
 or, as a folder for the command line:

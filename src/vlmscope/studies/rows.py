@@ -18,7 +18,7 @@ from vlmscope.layout import Layout, slots
 from vlmscope.models.inputs import Pair
 from vlmscope.patching import engine as fast
 from vlmscope.patching import reference
-from vlmscope.patching.scores import Patched, agrees, effect, least_gap
+from vlmscope.patching.scores import Patched, Score, agrees, effect, least_gap
 from vlmscope.patching.trace import Images
 from vlmscope.progress import progress
 from vlmscope.sites import Site, Sites, expand, parse
@@ -64,15 +64,27 @@ def patched(task: Task, job: Todo, unplaced: Sequence[Site], step: Callable[[int
     """What patching the sites of one example gives."""
     example = task.examples[job.number]
     pairs = task.pairs(example)
-    answered: dict[str, Any] = {}
-    if not job.done:
-        predicted = task.model.answer(pairs[0].clean)
-        answered = {"predicted": predicted, "correct": agrees(predicted, example.answer)}
-        if task.select and (reason := _unfit(task, example, pairs[0], predicted)):
-            return _excluded(task, job, reason=reason, **answered)
+    answered = answer_of(task, job, example, pairs[0])
+    if answered and task.select and (reason := _unfit(task, example, pairs[0], answered["predicted"])):
+        return _excluded(task, job, reason=reason, **answered)
     way = reference.patch if task.engine == "reference" else partial(fast.patch, images=Images())
     rows, base = patch_example(task, example, pairs, unplaced, way, step)
     return result_of(task, job, rows, pairs[0], {**base, **answered})
+
+
+def answer_of(task: Task, job: Todo, example: Example, pair: Pair) -> dict[str, Any]:
+    """What the model answers, unless the folder has it."""
+    if job.done:
+        return {}
+    predicted = task.model.answer(pair.clean)
+    return {"predicted": predicted, "correct": agrees(predicted, example.answer)}
+
+
+def add_scores(base: dict[str, float], clean: Score, corrupt: Score, pairs: int) -> None:
+    """Add what the two runs of one of so many pairs gave to their means."""
+    for run, scores in (("clean", clean), ("corrupt", corrupt)):
+        for name in ("p", "ld", "value"):
+            base[f"{name}_{run}"] += getattr(scores, name).item() / pairs
 
 
 def result_of(
@@ -113,9 +125,7 @@ def patch_example(
         options = {"sources": sources, "values": values, "metric": task.metric}
         found = way(task.model, pair, placed, task.direction, **options)
         least = max(least, least_gap(task.model.precision, found.size))
-        for run, scores in (("clean", found.clean), ("corrupt", found.corrupt)):
-            for name in ("p", "ld", "value"):
-                base[f"{name}_{run}"] += getattr(scores, name).item() / len(pairs)
+        add_scores(base, found.clean, found.corrupt, len(pairs))
         for numbers, scores in found.chunks:
             each = torch.stack([scores.p, scores.ld, scores.value], 1)
             totals[numbers] += each.cpu().numpy() / len(pairs)

@@ -179,6 +179,10 @@ class Run:
         """The table of circuits (columns as in `MEASURED`) of a run of `faithfulness`; as `effects`."""
         return self._rows("measured", None)
 
+    def rows(self, where: pc.Expression | None = None) -> pd.DataFrame:
+        """The one of these tables that this run holds."""
+        return self._rows(table_in(self.spec), where)
+
     def digests(self) -> dict[str, str]:
         """The fingerprints of the examples that were run, by their ids."""
         pieces = pieces_of(self.path, "baselines", BASELINES)

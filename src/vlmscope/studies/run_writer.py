@@ -74,7 +74,7 @@ def open_run(
     manifest = folder / "run.json"
     with storing(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        lock = _lock(folder)
+        lock = hold(folder, str(folder))
     try:
         content = {"format": FORMAT, "spec": spec, "description": dict(description or {}), "check": None}
         if manifest.exists():
@@ -410,14 +410,15 @@ def remove_leftovers(folder: Path) -> None:
                 path.unlink()
 
 
-def _lock(folder: Path) -> FileLock:
-    """Hold the folder for this process; the system lets go when the process ends, however."""
+def hold(folder: Path, what: str) -> FileLock:
+    """Hold a folder for this process, in which `what` is written; the system lets go when the process ends,
+    however. Raises `StoreError` where another one holds it."""
     lock = FileLock(folder / ".lock", timeout=0, fallback_to_soft=False)
     try:
         lock.acquire()
     except Timeout:
         raise StoreError(
-            f"{folder}: another process is writing to this run; wait for it or choose another --out"
+            f"{what}: another process is writing it; wait for it or choose another --out"
         ) from None
     except (OSError, NotImplementedError):
         pass  # a network file system without locks: better to run than to refuse

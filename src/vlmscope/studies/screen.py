@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import os
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import replace
-from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -22,7 +21,6 @@ from vlmscope.data import Examples
 from vlmscope.errors import ExampleError, SiteError, StoreError, whole
 from vlmscope.patching.backward import check_network
 from vlmscope.patching.gradients import check_place, everywhere
-from vlmscope.patching.scores import Metric
 from vlmscope.progress import progress
 from vlmscope.runs.corrupt import Noise
 from vlmscope.runs.model import Model
@@ -30,9 +28,9 @@ from vlmscope.sites import Point, Site, Sites, expand, parse
 from vlmscope.stats import rng, share_bound
 from vlmscope.studies.recheck import CHECKED
 from vlmscope.studies.run_folder import Run, read_run
-from vlmscope.studies.sweep import Direction, Study, into_folder, study_of
+from vlmscope.studies.sweep import Study, study_of
 from vlmscope.studies.tables import by_example, change_of
-from vlmscope.studies.task import Shard, Task, spec_of, task_of
+from vlmscope.studies.task import Task, spec_of, task_of
 
 SCREEN = "screen.json"
 TOP = 500
@@ -50,43 +48,6 @@ class Group(NamedTuple):
     position: str
 
 
-def screen_to(
-    out: str | os.PathLike[str],
-    model: Model,
-    examples: Examples,
-    sites: Sites,
-    corrupt: str | Noise = "image",
-    *,
-    top: int = TOP,
-    direction: Direction = "denoise",
-    metric: str | Metric = "ld",
-    seed: int = 0,
-    data: str = "examples",
-    check: int = CHECKED,
-    shard: Shard | None = None,
-) -> Run:
-    """Sweep the `top` sites with the largest mean |score| of `attribute(…, method="atp")`, and as many
-    others, at most 100, drawn at random, into a run folder.
-
-    Sites are those that all examples have that can be run; a position of a pattern (`*`, `image*`) is the
-    same site in two examples where its number is. `screen.json` says what was missed (`missed`). The folder
-    goes on where it stopped, as a sweep's; other examples are another ranking. A `shard` ranks by all
-    examples and sweeps its own.
-
-    Raises what `sweep_to` and `attribute` raise.
-
-    >>> import tempfile, vlmscope
-    >>> model, examples = vlmscope.load("toy-blip"), vlmscope.examples("states", limit=2)
-    >>> with tempfile.TemporaryDirectory() as folder:
-    ...     run = screen_to(folder, model, examples, "encoder.*.cross.h*@answer", top=4)
-    ...     run.effects()["site"].nunique(), missed(run)["sites"]
-    (8, 12)
-    """
-    options: dict[str, Any] = {"direction": direction, "metric": metric, "seed": seed, "shard": shard}
-    study = screened(model, examples, sites, corrupt, out=out, top=top, data=data, check=check, **options)
-    return into_folder(study, out)
-
-
 def screened(
     model: Model,
     examples: Examples,
@@ -99,8 +60,25 @@ def screened(
     check: int = CHECKED,
     **options: Any,
 ) -> Study:
-    """What `screen_to`, with the same arguments, puts into a folder; all are ranked here, unless it holds the
-    ranking."""
+    """A sweep of the `top` sites with the largest mean |score| of `attribute(…, method="atp")`, and of as
+    many others, at most 100, drawn at random; ranked here, unless the folder `out` holds the ranking.
+
+    Sites are those that all examples have that can be run; a position of a pattern (`*`, `image*`) is the
+    same site in two examples where its number is. `screen.json` says what was missed (`missed`). The folder
+    goes on where it stopped, as a sweep's; other examples are another ranking. A shard ranks by all examples
+    and sweeps its own. The other arguments are those of `sweep`.
+
+    Raises what `sweep` and `attribute` raise.
+
+    >>> import tempfile, vlmscope
+    >>> from vlmscope.studies.sweep import into_folder
+    >>> model, examples = vlmscope.load("toy-blip"), vlmscope.examples("states", limit=2)
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     study = screened(model, examples, "encoder.*.cross.h*@answer", out=folder, top=4)
+    ...     run = into_folder(study, folder)
+    ...     run.effects()["site"].nunique(), missed(run)["sites"]
+    (8, 12)
+    """
     top = whole(top, "the number of sites to sweep", 1)
     task = task_of(model, examples, sites, corrupt, **options)
     check_network(model)
@@ -109,13 +87,12 @@ def screened(
     asked = {"method": "atp", "top": top, "of": task.sites, "data_hash": spec_of(task, data)["data_hash"]}
     best, drawn, many = _known(out, asked) or _ranked(task, top)
     own = {**asked, "best": best, "drawn": drawn, "sites": many}
-    study = study_of(replace(task, sites=[*best, *drawn]), data, check, {"screen": own})
-    return study._replace(check=partial(_check, study.check))
+    return study_of(replace(task, sites=[*best, *drawn]), data, check, {"screen": own}, write_beside)
 
 
-def _check(check: Callable[[Run], dict[str, Any] | None], run: Run) -> dict[str, Any] | None:
+def write_beside(run: Run) -> None:
+    """Write what was missed."""
     files.write_json(run.path / SCREEN, missed(run))
-    return check(run)
 
 
 def _known(out: str | os.PathLike[str], asked: Mapping[str, Any]) -> tuple[list[str], list[str], int] | None:

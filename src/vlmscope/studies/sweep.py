@@ -5,12 +5,14 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from functools import partial
+from dataclasses import dataclass
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
 import pyarrow.compute as pc
 
 from vlmscope.data import Examples
@@ -23,7 +25,7 @@ from vlmscope.runs.model import Model
 from vlmscope.sites import Pattern, Site, Sites
 from vlmscope.stats import rng
 from vlmscope.studies.known import warn_of_excluded
-from vlmscope.studies.recheck import CHECKED, drawn_examples, verdict
+from vlmscope.studies.recheck import CHECKED, RowsOf, drawn_examples, verdict
 from vlmscope.studies.rows import Work, patch_example, patched, run_jobs
 from vlmscope.studies.run_folder import BASELINES, CROSSED, EFFECTS, Run, read_run, typed
 from vlmscope.studies.run_writer import Todo, add_pictures, open_run
@@ -92,57 +94,9 @@ def sweep(
     >>> len(table), table.columns[0], table.attrs["check"]["rows"]
     (12, 'example', 5)
     """
-    options = {"direction": direction, "engine": engine, "metric": metric, "patch": patch, "seed": seed}
-    task = task_of(model, examples, sites, corrupt, source, shard=shard, **options)
-    return table_of(task, out, data, check)
-
-
-def table_of(task: Task, out: str | os.PathLike[str] | None, data: str, check: int) -> pd.DataFrame:
-    """The table of a task, by way of a run folder where one is named."""
-    check = whole(check, "the number of rows to check")
-    if out is not None:
-        run = into_folder(study_of(task, data, check), out)
-        warn_of_excluded(run.baselines())
-        table, found = run.effects(), run.check
-    else:
-        results = list(run_jobs(task, all_jobs(task)))
-        base = pd.concat([result.baseline for result in results], ignore_index=True)
-        warn_of_excluded(base)
-        columns = EFFECTS if task.source is None else CROSSED
-        table = typed(pd.concat([result.rows for result in results], ignore_index=True), columns)
-        found = _check(task, check, base, lambda names: table[table["example"].isin(names)])
-    table.attrs["check"] = found
-    return table
-
-
-def sweep_to(
-    out: str | os.PathLike[str],
-    model: Model,
-    examples: Examples,
-    sites: Sites,
-    corrupt: str | Noise | None = "image",
-    *,
-    direction: Direction = "denoise",
-    engine: Engine = "fast",
-    metric: str | Metric = "ld",
-    patch: Source = "clean",
-    source: str | Pattern | Site | None = None,
-    seed: int = 0,
-    data: str = "examples",
-    select: bool = False,
-    check: int = CHECKED,
-    shard: Shard | None = None,
-) -> Run:
-    """`sweep` into a run folder, without holding the table in memory; goes on where it stopped.
-
-    With `select`, only examples are patched that the model answers rightly (by its own generation,
-    compared by `scores.agrees`) and whose answer follows the corruption: it becomes the foil when
-    the image is the foil's, and is no longer the answer when the text or noise is what corrupts.
-    The others stay in `baselines` as excluded, with what the model answered.
-    """
     options: dict[str, Any] = {"direction": direction, "engine": engine, "metric": metric, "patch": patch}
-    options |= {"source": source, "seed": seed, "select": select, "check": check, "shard": shard}
-    return into_folder(swept(model, examples, sites, corrupt, data=data, **options), out)
+    options |= {"source": source, "seed": seed, "data": data, "check": check, "shard": shard}
+    return table_of(swept(model, examples, sites, corrupt, **options), out)
 
 
 def swept(
@@ -156,7 +110,13 @@ def swept(
     check: int = CHECKED,
     **options: Any,
 ) -> Study:
-    """What `sweep_to`, with the same arguments, puts into a folder; raises what it raises."""
+    """What `sweep`, with the same arguments, puts into a folder; raises what it raises.
+
+    With `select`, only examples are patched that the model answers rightly (by its own generation,
+    compared by `scores.agrees`) and whose answer follows the corruption: it becomes the foil when
+    the image is the foil's, and is no longer the answer when the text or noise is what corrupts.
+    The others stay in `baselines` as excluded, with what the model answered.
+    """
     return study_of(task_of(model, examples, sites, corrupt, source, **options), data, check)
 
 
@@ -174,26 +134,95 @@ def baselines(
     >>> table["correct"].tolist()
     [True, True]
     """
-    task = task_of(model, examples, [], corrupt, seed=seed)
-    tables = [result.baseline for result in run_jobs(task, all_jobs(task))]
-    return typed(pd.concat(tables, ignore_index=True), BASELINES)
+    base, _ = in_memory(task_of(model, examples, [], corrupt, seed=seed), patched)
+    return typed(base, BASELINES)
 
 
-class Study(NamedTuple):
-    """What a run folder is to hold: of which task, its specification, who computes an example, and what looks
-    at the folder behind the last one (and may write what else is made of the whole table)."""
+class Ran(NamedTuple):
+    """What a study has found: a row an example, a row a patch (or what it is about), and what its check says
+    of these."""
+
+    base: pd.DataFrame
+    rows: pd.DataFrame
+    check: dict[str, Any] | None
+
+
+@dataclass(frozen=True)
+class Study:
+    """What is to be computed: of which task, the columns of its rows, who computes an example, and what looks
+    at all of it: `check` at random rows (it is given the table of examples, and what reads the rows of some).
+
+    For a folder: what makes its specification, and what writes what else is made of the whole table.
+    """
 
     task: Task
-    spec: dict[str, Any]
+    columns: pa.Schema
     work: Work
-    check: Callable[[Run], dict[str, Any] | None]
+    check: Callable[[pd.DataFrame, RowsOf], dict[str, Any] | None]
+    specify: Callable[[], dict[str, Any]]
+    write_beside: Callable[[Run], None] = lambda run: None
+
+    @cached_property
+    def spec(self) -> dict[str, Any]:
+        """What has to be the same where a folder goes on."""
+        return self.specify()
+
+    def finish(self, run: Run) -> dict[str, Any] | None:
+        """What comes behind the last example of a folder: what its check finds."""
+        self.write_beside(run)
+        return self.check(run.baselines(), lambda ids: run.rows(pc.field("example").isin([*ids])))
 
 
-def study_of(task: Task, data: str, check: int, more: Mapping[str, Any] | None = None) -> Study:
+def study_of(
+    task: Task,
+    data: str,
+    check: int,
+    more: Mapping[str, Any] | None = None,
+    write_beside: Callable[[Run], None] = lambda run: None,
+) -> Study:
     """Patches, of which some random rows are recomputed; `more` is what else has to be the same where a
     folder goes on."""
+    columns = EFFECTS if task.source is None else CROSSED
     check = whole(check, "the number of rows to check")
-    return Study(task, spec_of(task, data) | dict(more or {}), patched, partial(_check_run, task, check))
+    return Study(
+        task,
+        columns,
+        patched,
+        partial(_check, task, check),
+        lambda: spec_of(task, data) | dict(more or {}),
+        write_beside,
+    )
+
+
+def table_of(study: Study, out: str | os.PathLike[str] | None) -> pd.DataFrame:
+    """The rows of a study, by way of a run folder where one is named."""
+    base, table, check = run_study(study, out)
+    warn_of_excluded(base)
+    table.attrs["check"] = check
+    return table
+
+
+def run_study(study: Study, out: str | os.PathLike[str] | None) -> Ran:
+    """Compute a study, into a run folder where one is named."""
+    if out is not None:
+        return in_folder(into_folder(study, out))
+    base, rows = in_memory(study.task, study.work)
+    table = typed(rows, study.columns)
+    return Ran(base, table, study.check(base, lambda ids: table[table["example"].isin(ids)]))
+
+
+def in_folder(run: Run) -> Ran:
+    """What a run folder holds."""
+    return Ran(run.baselines(), run.rows(), run.check)
+
+
+def in_memory(task: Task, work: Work, quiet: bool = False) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """The table of examples, and that of their rows."""
+    results = list(run_jobs(task, all_jobs(task), quiet=quiet, work=work))
+    return (
+        pd.concat([result.baseline for result in results], ignore_index=True),
+        pd.concat([result.rows for result in results], ignore_index=True),
+    )
 
 
 def into_folder(study: Study, out: str | os.PathLike[str]) -> Run:
@@ -206,7 +235,7 @@ def into_folder(study: Study, out: str | os.PathLike[str]) -> Run:
             writer.add(result.job.number, result.rows, result.baseline, result.job.sites)
         writer.flush()
         if jobs or not writer.is_checked:
-            found = study.check(read_run(out))
+            found = study.finish(read_run(out))
             if found is not None:
                 writer.keep_check(found)
         writer.finish()
@@ -229,19 +258,12 @@ def show(out: str | os.PathLike[str], task: Task, job: Todo) -> None:
         add_pictures(Path(out), number, shown)
 
 
-def _check_run(task: Task, count: int, run: Run) -> dict[str, Any] | None:
-    """`_check` of a folder, of which it reads little."""
-    return _check(task, count, run.baselines(), lambda ids: run.effects(pc.field("example").isin(ids)))
-
-
-def _check(
-    task: Task, count: int, base: pd.DataFrame, effects_of: Callable[[list[str]], pd.DataFrame]
-) -> dict[str, Any] | None:
+def _check(task: Task, count: int, base: pd.DataFrame, rows_of: RowsOf) -> dict[str, Any] | None:
     """Recompute random rows, spread over kinds and examples, by plain forwards; None if there are none."""
     if count < 1 or task.engine == "reference" or not (drawn := drawn_examples(task, count, base)):
         return None
     draw = rng(task.seed, "check", "rows")
-    rows = effects_of([*drawn])
+    rows = rows_of(drawn)
     if task.source is None:
         rows = rows.assign(source_site=rows["site"])
     rows = rows[np.isfinite(rows["value"])].drop_duplicates(["example", "site", "source_site"])

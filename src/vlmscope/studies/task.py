@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
@@ -15,8 +15,18 @@ from torch import Tensor
 
 from vlmscope.data import Examples, listed
 from vlmscope.data.example import Example, fingerprint
-from vlmscope.data.rows import Digests, Rows, ids_of, readable, roles_of
-from vlmscope.errors import SEED, DataError, ExampleError, SiteError, VlmscopeError, nearest, shown, whole
+from vlmscope.data.lazy import Digests, Lazy, ids_of, readable, roles_of
+from vlmscope.errors import (
+    SEED,
+    DataError,
+    ExampleError,
+    SiteError,
+    VlmscopeError,
+    choice,
+    nearest,
+    shown,
+    whole,
+)
 from vlmscope.layout import grid
 from vlmscope.models.inputs import CUTS, Cut, Inputs, Pair
 from vlmscope.patching import gradients as estimates
@@ -24,7 +34,7 @@ from vlmscope.patching.scores import Metric, check_metric
 from vlmscope.patching.sources import Means, Source, check_source, check_widths, crossed, resampled, zeros
 from vlmscope.runs import corrupt as corruptions
 from vlmscope.runs.corrupt import Corruption, Noise
-from vlmscope.runs.model import Model
+from vlmscope.runs.model import Model, check_model
 from vlmscope.runs.prepare import option_of
 from vlmscope.sites import Pattern, Point, Site, Sites, expand, parse, place, points_of
 from vlmscope.stats import rng
@@ -66,8 +76,8 @@ class Task:
 
     @cached_property
     def digests(self) -> Sequence[str]:
-        """The fingerprint of each example; of rows they are made as they are asked for."""
-        if isinstance(self.examples, Rows):
+        """The fingerprint of each example; of lazy ones it is made when it is asked for."""
+        if isinstance(self.examples, Lazy):
             return Digests(self.examples)
         return [fingerprint([example]) for example in self.examples]
 
@@ -111,14 +121,7 @@ class Task:
         """The patches of one example at sites, each with the place that its value comes from."""
         if source is None:
             return [(site, site) for site in self.model.placed(sites, inputs)]
-        several = [sites] if isinstance(sites, (str, Pattern, Site)) else sites
-        there = [
-            one for site in several for one in ([site] if isinstance(site, Site) else self._expand(site))
-        ]
-        return crossed(self.model, there, self._expand(source), inputs)
-
-    def _expand(self, sites: Sites) -> list[Site]:
-        return expand(parse(sites), self.model.shapes)
+        return crossed(self.model, self.model.named(sites), self.model.named(source), inputs)
 
     def values(
         self, example: Example, pair: Pair, sites: Sequence[Site]
@@ -178,8 +181,7 @@ def task_of(
     **options: Any,
 ) -> Task:
     """Checked against the model and the data before anything runs; `options` are the other fields."""
-    if not isinstance(model, Model):
-        raise VlmscopeError(f"the model is {shown(model)}; expected a Model, as vlmscope.load gives it")
+    check_model(model)
     corruption = None if corrupt is None else corruptions.parse(corrupt)
     task = Task(model, listed(examples), [str(site) for site in parse(sites)], corruption, **options)
     if source is not None:
@@ -188,10 +190,8 @@ def task_of(
                 f"values come from {len(given)} expressions; expected one, such as decoder.*.resid@5"
             )
         task = replace(task, source=str(given[0]))
-    if task.direction not in ("denoise", "noise"):
-        raise VlmscopeError(f"unknown direction {shown(task.direction)}; expected denoise or noise")
-    if task.engine not in ("fast", "reference"):
-        raise VlmscopeError(f"unknown engine {shown(task.engine)}; expected fast or reference")
+    choice(task.direction, "direction", ("denoise", "noise"))
+    choice(task.engine, "engine", ("fast", "reference"))
     whole(task.seed, "the seed", most=SEED)
     check_metric(task.metric)
     if not task.are_edges:
@@ -268,13 +268,23 @@ def check_sites(
                 f"bad site {shown(site)}: no example has a role {shown(unknown[0])}; the roles of this data: "
                 f"{', '.join(roles) or 'none'}; name one of these{nearest(unknown[0], roles)}"
             )
+
+    def find(example: Example) -> None:
+        clean = model.prepare(replace(example, corrupt_image=None, corrupt_prompt=None)).clean
+        for one in expanded:
+            place(one, clean.layout)
+
+    check_any(examples, find)
+
+
+def check_any(examples: Sequence[Example], find: Callable[[Example], object]) -> None:
+    """Raises the `SiteError` of the first example, where `find` raises one for all that can be run: others
+    that lack a place are left out of the run."""
     wrong: SiteError | None = None
     for example in readable(examples):
         try:
-            clean = model.prepare(replace(example, corrupt_image=None, corrupt_prompt=None)).clean
-            for one in expanded:
-                place(one, clean.layout)
-            return  # another example that lacks them is left out of the run
+            find(example)
+            return
         except ExampleError:
             continue
         except SiteError as error:
@@ -288,7 +298,7 @@ def all_jobs(task: Task) -> list[Todo]:
 
 
 def spec_of(task: Task, data: str) -> dict[str, Any]:
-    if isinstance(task.examples, Rows):
+    if isinstance(task.examples, Lazy):
         data_hash = task.examples.hash
     else:
         data_hash = hashlib.sha256(" ".join(task.digests).encode()).hexdigest()

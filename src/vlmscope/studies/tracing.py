@@ -17,8 +17,8 @@ from typing import Any
 import pandas as pd
 import pyarrow.compute as pc
 
-from vlmscope import files, stored
-from vlmscope.data import Examples, listed
+from vlmscope import stored
+from vlmscope.data import Examples
 from vlmscope.errors import DataError, VlmscopeError
 from vlmscope.runs.corrupt import Noise
 from vlmscope.runs.model import Model
@@ -26,12 +26,11 @@ from vlmscope.sites import Pattern
 from vlmscope.stats import rng
 from vlmscope.stored import formats
 from vlmscope.studies.run_folder import Run
-from vlmscope.studies.sweep import Study, into_folder, swept
+from vlmscope.studies.sweep import Study, swept
 from vlmscope.studies.tables import is_role, means, slot_order
 from vlmscope.studies.task import Shard
 
-FORMAT = "vlmscope-tracing-1"
-MANIFEST = "tracing.json"
+CSV = "tracing.csv"
 KINDS = ("resid", "attn", "cross", "mlp")
 WINDOWS = (1, 3, 5)
 MIN_P, MIN_LD = 0.05, 0.5
@@ -54,8 +53,8 @@ class Traced:
 
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Write `tracing.parquet`, `tracing.csv` and, last, `tracing.json`."""
-        tables = {"tracing.parquet": self.table, "tracing.csv": self.table}
-        files.save(folder, MANIFEST, self.about, tables)
+        tables = {"tracing.parquet": self.table, CSV: self.table}
+        formats.TRACING.save(folder, self.about, tables)
 
 
 def read(folder: str | os.PathLike[str]) -> Traced:
@@ -64,47 +63,12 @@ def read(folder: str | os.PathLike[str]) -> Traced:
     return Traced(tables["tracing"], about)
 
 
-def trace(
-    out: str | os.PathLike[str],
-    model: Model,
-    examples: Examples,
-    *,
-    noise: Noise | None = None,
-    windows: Sequence[int] = WINDOWS,
-    kinds: Sequence[str] | None = None,
-    by: str = "slot",
-    seed: int = 0,
-    data: str = "examples",
-) -> Traced:
-    """Causal tracing of the text towers, into the folder `out`; goes on where it stopped.
-
-    `noise.draws` repeats, a run folder each (`repeats/00` …), of all `kinds` of `KINDS` that the model has,
-    or of some. Of the table (`tracing.parquet` and CSV), a row is a tower, kind, window, layer and token:
-    `restored`, the mean over examples of the mean over an example's repeats of the share of P(answer), over
-    `n` examples, with the 95 % interval `low`, `high`; `spread`, the standard deviation over repeats of the
-    mean over examples; `restored_ld`, `spread_ld`, the same for the logit difference. `at` is the token's
-    slot (`by="slot"`), or its position in questions of one length in tokens (`by="length"`); `token` is what
-    stands there in all of them.
-
-    An example whose clean and corrupted runs are nearer than 0.05 in P(answer), or 0.5 in LD, is
-    left out of that repeat; `tracing.json` counts them. Raises `DataError` if none is left.
-    """
-    given = listed(examples)
-
-    def fill(place: Path, study: Callable[..., Study], options: dict[str, Any]) -> tuple[Run, int]:
-        made = study(model, given, **options)
-        return into_folder(made, place), len(made.task.numbers)
-
-    options: dict[str, Any] = {"windows": windows, "kinds": kinds, "by": by, "seed": seed, "data": data}
-    return trace_by(fill, out, noise=noise, **options)
-
-
 Fill = Callable[[Path, Callable[..., Study], dict[str, Any]], tuple[Run, int]]
 """`fill(place, study, options)`: a run folder of what `study(model, examples, **options)` says, and how many
 examples it was asked for; that of a team of workers does it in several processes."""
 
 
-def trace_by(
+def trace(
     fill: Fill,
     out: str | os.PathLike[str],
     *,
@@ -116,12 +80,24 @@ def trace_by(
     data: str = "examples",
     shard: Shard | None = None,
 ) -> Traced:
-    """`trace`, with the runs of the repeats by `fill`; of a shard, the repeats are that of their runs."""
+    """Causal tracing of the text towers, into the folder `out`; goes on where it stopped.
+
+    `noise.draws` repeats, a run folder each (`repeats/00` …) by `fill`, of all `kinds` of `KINDS` that the
+    model has, or of some; of a shard, they are that of these runs. Of the table (`tracing.parquet` and CSV),
+    a row is a tower, kind, window, layer and token: `restored`, the mean over examples of the mean over an
+    example's repeats of the share of P(answer), over `n` examples, with the 95 % interval `low`, `high`;
+    `spread`, the standard deviation over repeats of the mean over examples; `restored_ld`, `spread_ld`, the
+    same for the logit difference. `at` is the token's slot (`by="slot"`), or its position in questions of
+    one length in tokens (`by="length"`); `token` is what stands there in all of them.
+
+    An example whose clean and corrupted runs are nearer than 0.05 in P(answer), or 0.5 in LD, is
+    left out of that repeat; `tracing.json` counts them. Raises `DataError` if none is left.
+    """
     noise = noise or Noise()
     if by not in ("slot", "length"):
         raise VlmscopeError(f"tokens cannot be averaged by '{by}'; expected slot or length")
     folder = Path(out)
-    files.claim(folder, MANIFEST, FORMAT, ["tracing.parquet", "tracing.csv"])
+    formats.TRACING.claim(folder, CSV)
     runs, asked = [], 0
     for n in range(noise.draws):
         options = {"noise": replace(noise, draws=1), "windows": windows, "kinds": kinds}
@@ -131,7 +107,7 @@ def trace_by(
     table, left = _average(runs, by)
     sites = map(Pattern.parse, runs[0].spec["sites"])
     about = {
-        "format": FORMAT,
+        "format": formats.TRACING.name,
         "model": runs[0].spec["model"],
         "data": data,
         "noise": asdict(noise),

@@ -18,10 +18,9 @@ from pathlib import Path
 
 from vlmscope.data.example import Example, find_roles
 from vlmscope.data.published.layout import by_stem, header_of
-from vlmscope.data.published.sampling import MISSING, SIZE, Source
+from vlmscope.data.published.sampling import SIZE, Source
 from vlmscope.data.questions.replacement import aligned
 from vlmscope.data.table import read_table
-from vlmscope.errors import DataError
 
 COLUMNS = ("Image_IDs", "Questions_Answers")
 PLACES = ("images/val", "val", "images", "")
@@ -69,13 +68,9 @@ def load(source: Source) -> list[Example]:
     """The examples of the tables; why questions were dropped is counted in `source`."""
     rows = read_rows(source)
     files = by_stem(source.root / place for place in PLACES)
-    kept = [row for row in rows if row.image in files]
-    if rows and not kept:
-        raise DataError(
-            f"{source.root}: none of the images of the table; expected CLEVR's, such as "
-            f"images/val/{rows[0].image}.png; unpack CLEVR_v1.0 there"
-        )
-    source.drop(MISSING, len(rows) - len(kept))
+    kept: list[Row] = source.with_images(
+        rows, files, "CLEVR's, such as images/val/{}.png; unpack CLEVR_v1.0 there"
+    )
     answered: dict[tuple[str, str], list[Path]] = {}
     for row in kept:
         answered.setdefault((row.question, row.answer), []).append(files[row.image])

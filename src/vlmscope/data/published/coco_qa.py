@@ -14,10 +14,9 @@ from pathlib import Path
 
 from vlmscope.data.example import Example, find_roles
 from vlmscope.data.published.layout import by_stem
-from vlmscope.data.published.sampling import MISSING, Source
+from vlmscope.data.published.sampling import Source
 from vlmscope.data.questions.synonyms import near
 from vlmscope.data.table import read_table
-from vlmscope.errors import DataError
 
 KINDS = {"color": "color", "colour": "color", "count": "count", "number": "count", "location": "location"}
 COLUMNS = ("train_image_id", "question", "answer")
@@ -43,13 +42,9 @@ class Row:
 def load(source: Source) -> list[Example]:
     """The examples of the tables; why rows were dropped is counted in `source`."""
     rows, files = read_rows(source), find_images(source.root)
-    kept = [row for row in rows if row.image in files]
-    if rows and not kept:
-        raise DataError(
-            f"{source.root}: none of the {len(rows)} images of the tables; expected COCO's, such as "
-            f"train2017/{rows[0].image:012d}.jpg; unpack train2017 there"
-        )
-    source.drop(MISSING, len(rows) - len(kept))
+    kept: list[Row] = source.with_images(
+        rows, files, "COCO's, such as train2017/{:012d}.jpg; unpack train2017 there"
+    )
     by_question: dict[tuple[str, str], list[Row]] = {}
     for row in kept:
         by_question.setdefault((row.kind, row.question), []).append(row)

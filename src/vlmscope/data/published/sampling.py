@@ -53,6 +53,16 @@ class Source:
             way_out = f"it looks like {other}: ask for {other}, or give {self.name}'s folder"
         return DataError(f"{self.root}: no {expected}; {way_out}")
 
+    def with_images(self, rows: Sequence[Any], files: Mapping[Any, Path], such: str) -> list[Any]:
+        """The rows whose `image` is among the files; raises `DataError` where none is, which says where it is
+        expected (`such`)."""
+        kept = [row for row in rows if row.image in files]
+        if rows and not kept:
+            where = such.format(rows[0].image)
+            raise DataError(f"{self.root}: none of the images of the tables; expected {where}")
+        self.drop(MISSING, len(rows) - len(kept))
+        return kept
+
     def is_readable(self, path: Path) -> bool:
         """Whether an image can be read: each is opened once, when it is first asked for, and counted."""
         if path not in self._known:

@@ -28,18 +28,11 @@ from vlmscope.data.example import Span
 from vlmscope.errors import ExampleError
 from vlmscope.layout import Layout
 from vlmscope.models.inputs import Inputs
-from vlmscope.models.towers import CLIP_NORMS, Family, Tower, one_picture
-
-
-def _side(value: int | Sequence[int]) -> tuple[int, int]:
-    return (value, value) if isinstance(value, int) else (value[0], value[1])
+from vlmscope.models.towers import CLIP, Family, Tower, one_picture, patches, sides
 
 
 def _vision_layout(hf: PreTrainedModel, pixels: Tensor) -> Layout:
-    height, width = _side(hf.config.vision_config.patch_size)
-    rows, columns = pixels.shape[-2] // height, pixels.shape[-1] // width
-    cells = {1 + r * columns + c: (r, c) for r in range(rows) for c in range(columns)}
-    return Layout(("[CLS]", *(f"{r},{c}" for r, c in cells.values())), cells=cells)
+    return patches(pixels, hf.config.vision_config.patch_size, class_token=True)
 
 
 def _text_layout(encoding: BatchEncoding, roles: Mapping[str, Span]) -> Layout:
@@ -96,7 +89,7 @@ def encode(
 
 def blank(hf: BlipForQuestionAnswering) -> Inputs:
     """A picture of one patch and a prompt of two tokens."""
-    pixels = torch.zeros(1, 3, *_side(hf.config.vision_config.patch_size))
+    pixels = torch.zeros(1, 3, *sides(hf.config.vision_config.patch_size))
     ids = torch.zeros(1, 2, dtype=torch.long)
     tensors = {
         "pixel_values": pixels,
@@ -183,14 +176,8 @@ VQA = Family(
     model=BlipForQuestionAnswering,
     processor=BlipProcessor,
     towers={
-        "vision": Tower(
-            blocks="vision_model.encoder.layers",
-            config="vision_config",
-            attn="self_attn.projection",
-            mlp="mlp.fc2",
-            output="vision_model",
-            attention={"attn": "self_attn"},
-            norms=CLIP_NORMS,
+        "vision": replace(
+            CLIP, blocks="vision_model.encoder.layers", attn="self_attn.projection", output="vision_model"
         ),
         "encoder": _text("text_encoder.encoder.layer", reads="vision"),
         "decoder": _text("text_decoder.bert.encoder.layer", reads="encoder"),
@@ -238,7 +225,7 @@ def encode_caption(
 
 def blank_caption(hf: BlipForConditionalGeneration) -> Inputs:
     """A picture of one patch and a prompt of two tokens."""
-    pixels = torch.zeros(1, 3, *_side(hf.config.vision_config.patch_size))
+    pixels = torch.zeros(1, 3, *sides(hf.config.vision_config.patch_size))
     ids = torch.zeros(1, 2, dtype=torch.long)
     tensors = {"pixel_values": pixels, "input_ids": ids, "attention_mask": torch.ones_like(ids)}
     return Inputs(tensors, {"vision": _vision_layout(hf, pixels), "decoder": Layout(("", ""), (0, 1))})

@@ -24,17 +24,9 @@ from vlmscope.errors import ExampleError
 from vlmscope.layout import Layout
 from vlmscope.models.families import causal, chat
 from vlmscope.models.inputs import Inputs
-from vlmscope.models.towers import CLIP_NORMS, Family, Tower, one_picture
+from vlmscope.models.towers import CLIP, Family, Tower, one_picture, patches
 
-VISION = Tower(
-    blocks="vision_model.encoder.layers",
-    config="vision_config",
-    attn="self_attn.projection",
-    mlp="mlp.fc2",
-    attention={"attn": "self_attn"},
-    norms=CLIP_NORMS,
-    flow="plain",
-)
+VISION = replace(CLIP, blocks="vision_model.encoder.layers", attn="self_attn.projection", flow="plain")
 QFORMER = Tower(
     blocks="qformer.encoder.layer",
     config="qformer_config",
@@ -94,10 +86,7 @@ def written(processor: Any, prompt: str, images: int = 1) -> tuple[str, int]:
 
 def vision_layout(hf: Any, tensors: Mapping[str, Tensor]) -> Layout:
     """Patches in rows, behind the class token."""
-    size = hf.config.vision_config.patch_size
-    rows, columns = (n // size for n in tensors["pixel_values"].shape[-2:])
-    cells = {1 + r * columns + c: (r, c) for r in range(rows) for c in range(columns)}
-    return Layout(("[CLS]", *(f"{r},{c}" for r, c in cells.values())), cells=cells)
+    return patches(tensors["pixel_values"], hf.config.vision_config.patch_size, class_token=True)
 
 
 def _queries(hf: Any) -> Layout:

@@ -15,28 +15,12 @@ from transformers import Gemma3ForConditionalGeneration, PaliGemmaForConditional
 
 from vlmscope.layout import Layout
 from vlmscope.models.families import causal, chat
-from vlmscope.models.towers import CLIP_NORMS, Tower
-
-SIGLIP = Tower(
-    blocks="model.vision_tower.encoder.layers",
-    config="vision_config",
-    attn="self_attn.out_proj",
-    mlp="mlp.fc2",
-    attention={"attn": "self_attn"},
-    norms=CLIP_NORMS,
-)
+from vlmscope.models.towers import CLIP, patches
 
 
 def vision_layout(hf: Any, tensors: Mapping[str, Tensor]) -> Layout:
-    """Patches in rows, without a class token; further pictures behind the first, without cells."""
-    size = hf.config.vision_config.patch_size
-    many = len(tensors["pixel_values"])
-    rows, columns = (n // size for n in tensors["pixel_values"].shape[-2:])
-    cells = {r * columns + c: (r, c) for r in range(rows) for c in range(columns)}
-    tokens = [f"{r},{c}" for r, c in cells.values()]
-    further = [f"{n}:{token}" for n in range(1, many) for token in tokens]
-    images = tuple(range(many * len(tokens))) if many > 1 else ()
-    return Layout((*tokens, *further), cells=cells, image=images, sequences=many)
+    """Patches in rows, without a class token."""
+    return patches(tensors["pixel_values"], hf.config.vision_config.patch_size, class_token=False)
 
 
 def written(processor: Any, prompt: str, images: int = 1) -> tuple[str, int]:
@@ -65,7 +49,7 @@ def options(processor: Any, prompt: str, answer: str, images: int = 1) -> list[i
 GEMMA3 = causal.family(
     "Gemma 3",
     Gemma3ForConditionalGeneration,
-    vision=SIGLIP,
+    vision=CLIP,
     decoder=causal.llama(),
     cells=causal.square,
     layout=vision_layout,
@@ -74,7 +58,7 @@ PALIGEMMA = replace(
     causal.family(
         "PaliGemma",
         PaliGemmaForConditionalGeneration,
-        vision=SIGLIP,
+        vision=CLIP,
         decoder=causal.llama(),
         cells=causal.square,
         layout=vision_layout,

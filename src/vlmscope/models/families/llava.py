@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from functools import partial
+from dataclasses import replace
 from typing import Any
 
 import torch
 from jaxtyping import Float
 from PIL import Image
 from torch import Tensor
-from transformers import AutoProcessor, LlavaForConditionalGeneration, LlavaNextForConditionalGeneration
+from transformers import LlavaForConditionalGeneration, LlavaNextForConditionalGeneration
 from transformers.models.llava_next.modeling_llava_next import (
     get_anyres_image_grid_shape,
     image_size_to_num_patches,
@@ -20,9 +20,9 @@ from transformers.models.llava_next.modeling_llava_next import (
 from vlmscope.data.example import Box
 from vlmscope.errors import ExampleError, ModelError
 from vlmscope.layout import Layout
-from vlmscope.models.families import causal, chat
+from vlmscope.models.families import causal
 from vlmscope.models.inputs import Inputs
-from vlmscope.models.towers import CLIP_NORMS, Family, Tower
+from vlmscope.models.towers import CLIP, patches
 
 
 def used(config: Any) -> int:
@@ -50,30 +50,8 @@ def class_token(hf: Any) -> bool:
 
 
 def vision_layout(hf: Any, tensors: Mapping[str, Tensor]) -> Layout:
-    """Patches in rows, behind the class token; further pictures behind the first, without cells."""
-    size = hf.config.vision_config.patch_size
-    many = len(tensors["pixel_values"])
-    rows, columns = (n // size for n in tensors["pixel_values"].shape[-2:])
-    names = ["[CLS]"] * class_token(hf)
-    first = len(names)
-    cells = {first + r * columns + c: (r, c) for r in range(rows) for c in range(columns)}
-    tokens = [*names, *(f"{r},{c}" for r, c in cells.values())]
-    further = [f"{n}:{token}" for n in range(1, many) for token in tokens]
-    every = range(many * len(tokens))
-    images = tuple(n for n in every if n % len(tokens) >= first) if many > 1 else ()
-    return Layout((*tokens, *further), cells=cells, image=images, sequences=many)
-
-
-def blank(hf: LlavaForConditionalGeneration) -> Inputs:
-    """An empty picture and two tokens of text."""
-    vision = hf.config.vision_config
-    pixels = torch.zeros(1, 3, vision.image_size, vision.image_size)
-    many = (vision.image_size // vision.patch_size) ** 2
-    many += class_token(hf) - (hf.config.vision_feature_select_strategy == "default")
-    ids = torch.tensor([[0, *[hf.config.image_token_id] * many, 0]])
-    tensors = {"pixel_values": pixels, "input_ids": ids, "attention_mask": torch.ones_like(ids)}
-    layout = Layout(("",) * ids.shape[1], (0, ids.shape[1] - 1))
-    return Inputs(tensors, {"vision": vision_layout(hf, tensors), "decoder": layout})
+    """Patches in rows, behind the class token if there is one."""
+    return patches(tensors["pixel_values"], hf.config.vision_config.patch_size, class_token(hf))
 
 
 def leave(
@@ -152,41 +130,26 @@ def view(processor: Any, image: Image.Image) -> Box:
     return left, top, left + across, top + down
 
 
-LLAVA = Family(
-    name="LLaVA",
-    architecture="LlavaForConditionalGeneration",
-    model=LlavaForConditionalGeneration,
-    processor=AutoProcessor,
-    towers={
-        "vision": Tower(
-            blocks="model.vision_tower.encoder.layers",
-            config="vision_config",
-            attn="self_attn.out_proj",
-            mlp="mlp.fc2",
-            depth=used,
-            joined=several,
-            attention={"attn": "self_attn"},
-            norms=CLIP_NORMS,
-        ),
-        "decoder": causal.llama(),
-    },
-    logits="",
-    encode=partial(causal.encode, causal.square, vision_layout),
-    blank=blank,
+VISION = replace(CLIP, depth=used, joined=several)
+LLAVA = replace(
+    causal.family(
+        "LLaVA",
+        LlavaForConditionalGeneration,
+        vision=VISION,
+        decoder=causal.llama(),
+        cells=causal.square,
+        layout=vision_layout,
+    ),
+    towers={"vision": VISION, "decoder": causal.llama()},  # patches in the vision tower are rows, too
     leave=leave,
     finish=finish,
-    generate=causal.generate,
-    cache=lambda: None,
-    options=chat.options,
-    keywords=causal.KEYWORDS,
     view=view,
-    norm="model.language_model.norm",
 )
 
 NEXT = causal.family(
     "LLaVA-NeXT",
     LlavaNextForConditionalGeneration,
-    vision=LLAVA.towers["vision"],
+    vision=VISION,
     decoder=causal.llama(),
     cells=tiled,
     layout=causal.tiles(lambda config: config.vision_config.patch_size, class_token=class_token, count=tiles),

@@ -35,7 +35,7 @@ from vlmscope.errors import ExampleError
 from vlmscope.layout import Layout
 from vlmscope.models.families import causal, chat
 from vlmscope.models.inputs import Inputs
-from vlmscope.models.towers import Family, Tower, behind, one_picture
+from vlmscope.models.towers import Family, Tower, behind, one_picture, patches
 
 MARK = "<|image|>"
 IMAGE = -200
@@ -121,12 +121,8 @@ def _pixels(hf: Any, processor: Any, image: Image.Image) -> Tensor:
 
 
 def _patches(hf: Any, pixels: Tensor) -> Layout:
-    """Patches in rows, behind the class token if there is one."""
     embeddings = hf.model.vision_model.embeddings
-    rows, columns = (n // embeddings.patch_size for n in pixels.shape[-2:])
-    names = ["[CLS]"] * (embeddings.cls_token is not None)
-    cells = {len(names) + r * columns + c: (r, c) for r in range(rows) for c in range(columns)}
-    return Layout((*names, *(f"{r},{c}" for r, c in cells.values())), cells=cells)
+    return patches(pixels, embeddings.patch_size, embeddings.cls_token is not None)
 
 
 def leave(hf: Any, tower: str, hidden: Float[Tensor, "rows pos width"]) -> Float[Tensor, "rows pos width"]:

@@ -17,8 +17,7 @@ from transformers import (
 from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import get_optimal_tiled_canvas
 
 from vlmscope.models.families import causal, llava
-from vlmscope.models.families.gemma import SIGLIP
-from vlmscope.models.towers import Tower
+from vlmscope.models.towers import CLIP, Tower
 
 
 def _patch(config: Any) -> int:
@@ -73,28 +72,25 @@ def tiles_or_nothing(
 ONEVISION = causal.family(
     "LLaVA-OneVision",
     LlavaOnevisionForConditionalGeneration,
-    vision=replace(SIGLIP, depth=llava.used),
+    vision=replace(CLIP, depth=llava.used),
     decoder=causal.llama(),
     cells=tiles_or_nothing,
     layout=causal.tiles(_patch, count=_tiles),
 )
-IDEFICS3 = causal.family(
-    "Idefics3",
-    Idefics3ForConditionalGeneration,
-    vision=replace(SIGLIP, blocks="model.vision_model.encoder.layers"),
-    decoder=causal.llama("model.text_model.layers"),
-    cells=causal.put_back(_merged, _split),
-    layout=causal.tiles(_patch),
-    norm="model.text_model.norm",
-)
-SMOLVLM = causal.family(
-    "SmolVLM",
-    SmolVLMForConditionalGeneration,
-    vision=replace(SIGLIP, blocks="model.vision_model.encoder.layers"),
-    decoder=causal.llama("model.text_model.layers"),
-    cells=causal.put_back(_merged, _split),
-    layout=causal.tiles(_patch),
-    norm="model.text_model.norm",
+IDEFICS3, SMOLVLM = (
+    causal.family(
+        name,
+        architecture,
+        vision=replace(CLIP, blocks="model.vision_model.encoder.layers"),
+        decoder=causal.llama("model.text_model.layers"),
+        cells=causal.put_back(_merged, _split),
+        layout=causal.tiles(_patch),
+        norm="model.text_model.norm",
+    )
+    for name, architecture in (
+        ("Idefics3", Idefics3ForConditionalGeneration),
+        ("SmolVLM", SmolVLMForConditionalGeneration),
+    )
 )
 INTERNVL = causal.family(
     "InternVL",

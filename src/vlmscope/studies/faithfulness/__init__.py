@@ -18,12 +18,11 @@ from vlmscope.patching.scores import Metric
 from vlmscope.runs.corrupt import Noise
 from vlmscope.runs.model import Model
 from vlmscope.studies.faithfulness.curve import FRACTIONS, Ratio
-from vlmscope.studies.faithfulness.measure import read_all, run_all
 from vlmscope.studies.faithfulness.plan import Chosen, Outside, Plan, plan_of
 from vlmscope.studies.faithfulness.result import Faithful as Faithful
 from vlmscope.studies.faithfulness.result import read as read
 from vlmscope.studies.run_folder import read_run
-from vlmscope.studies.sweep import Study, into_folder
+from vlmscope.studies.sweep import Study, in_folder, run_study
 from vlmscope.studies.workers.orders import Given
 from vlmscope.studies.workers.team import Team
 from vlmscope.studies.workers.worker import Alone
@@ -93,11 +92,9 @@ def faithfulness(
     options: dict[str, Any] = {"outside": outside, "metric": metric, "ratio": ratio, "fractions": fractions}
     asked = plan_of(model, examples, scores, corrupt, **options, draws=draws, seed=seed, data=data)
     chosen = asked.chosen(out)
-    if out is None:
-        return asked.found(chosen, run_all(asked.measured(chosen)))
-    study = asked.study(chosen)
-    found = asked.found(chosen, read_all(asked.measured(chosen), into_folder(study, out)))
-    found.save(out)
+    found = asked.found(chosen, run_study(asked.study(chosen), out))
+    if out is not None:
+        found.save(out)
     return found
 
 
@@ -120,13 +117,14 @@ class Asked:
 
     @cached_property
     def plan(self) -> Plan:
-        return plan_of(self.model, self.given.examples(), **self.options)
+        examples = self.given.examples()
+        return plan_of(self.model, examples, **self.options)
 
     def chosen(self, out: Path) -> Chosen:
         return self.plan.chosen(out)
 
     def found(self, chosen: Chosen, run: Path) -> Faithful:
-        return self.plan.found(chosen, read_all(self.plan.measured(chosen), read_run(run)))
+        return self.plan.found(chosen, in_folder(read_run(run)))
 
 
 def faithful_by(team: Alone | Team, out: Path) -> Faithful:

@@ -6,26 +6,25 @@ from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import pandas as pd
 
 from vlmscope.data.example import Example
 from vlmscope.patching import reference
-from vlmscope.patching.scores import agrees
 from vlmscope.patching.trace import Images
 from vlmscope.sites import Site
 from vlmscope.stats import rng
 from vlmscope.studies.faithfulness.curve import NONE, random_like, sizes
 from vlmscope.studies.faithfulness.parts import Edges, Nodes, Parts
 from vlmscope.studies.known import warn_of_excluded
-from vlmscope.studies.recheck import drawn_examples, verdict
-from vlmscope.studies.rows import result_of, run_jobs
-from vlmscope.studies.run_folder import MEASURED, Run, typed
+from vlmscope.studies.recheck import RowsOf, drawn_examples, verdict
+from vlmscope.studies.rows import add_scores, answer_of, result_of
+from vlmscope.studies.run_folder import MEASURED
 from vlmscope.studies.run_writer import Todo
-from vlmscope.studies.sweep import Study
-from vlmscope.studies.task import Result, Task, all_jobs, spec_of
+from vlmscope.studies.sweep import Study, in_memory
+from vlmscope.studies.task import Result, Task, spec_of
 
 RECOMPUTED = 3
 """Examples in which plain forwards recompute a circuit."""
@@ -76,44 +75,18 @@ def around(chosen: frozenset[int], curve: Circuits, parts: Parts, draws: int, se
 
 
 def study_of(task: Measured, data: str, more: Mapping[str, Any]) -> Study:
-    """The runs of the circuits, for a run folder; `more` is what else has to be the same where it goes on."""
-    return Study(task, spec_of(task, data) | dict(more), measured, partial(_check_run, task))
-
-
-class Values(NamedTuple):
-    """The metric of each circuit, examples × circuits, the baselines of these examples, and what plain
-    forwards say of some."""
-
-    values: pd.DataFrame
-    base: pd.DataFrame
-    check: dict[str, Any] | None
-
-
-def run_all(task: Measured) -> Values:
-    """All runs of a task, which are not kept."""
-    results = list(run_jobs(task, all_jobs(task), work=measured))
-    base = pd.concat([result.baseline for result in results], ignore_index=True)
-    warn_of_excluded(base)
-    rows = typed(pd.concat([result.rows for result in results], ignore_index=True), MEASURED)
-    return Values(*_table(task, base, rows), _check(task, base, rows))
-
-
-def read_all(task: Measured, run: Run) -> Values:
-    """Those that a run folder holds."""
-    base = run.baselines()
-    warn_of_excluded(base)
-    return Values(*_table(task, base, run.measured()), run.check)
+    """The runs of the circuits; `more` is what else has to be the same where a folder goes on."""
+    return Study(task, MEASURED, measured, partial(_check, task), lambda: spec_of(task, data) | dict(more))
 
 
 def run_unkept(task: Measured) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """The same of a few circuits, which nothing is kept of."""
-    results = list(run_jobs(task, all_jobs(task), quiet=True, work=measured))
-    base = pd.concat([result.baseline for result in results], ignore_index=True)
+    """`values_of` a few circuits, which nothing is kept of."""
+    return values_of(task, *in_memory(task, measured, quiet=True))
+
+
+def values_of(task: Measured, base: pd.DataFrame, rows: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """The metric of each circuit, examples × circuits, and the baselines of these examples."""
     warn_of_excluded(base)
-    return _table(task, base, pd.concat([result.rows for result in results], ignore_index=True))
-
-
-def _table(task: Measured, base: pd.DataFrame, rows: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
     base = base[~base["excluded"].astype(bool) & base["example"].isin(task.ids)].reset_index(drop=True)
     table = rows.pivot_table("value", "example", "circuit", sort=False).reindex(base["example"])
     columns = {name: table[of] for name, of in _names(task.circuits).items()}
@@ -129,20 +102,16 @@ def _names(circuits: Circuits) -> dict[str, str]:
 def measured(task: Task, job: Todo, sites: Sequence[Site], step: Callable[[int, float], None]) -> Result:
     """The rows of one example: means over its pairs."""
     assert isinstance(task, Measured)
-    model, example = task.model, task.examples[job.number]
+    example = task.examples[job.number]
     pairs = task.pairs(example)
     names = list(dict.fromkeys(_names(task.circuits).values()))
     totals, base = _runs(task, example, [task.circuits[name] for name in names], step)
-    answered = {}
-    if not job.done:
-        predicted = model.answer(pairs[0].clean)
-        answered = {"predicted": predicted, "correct": agrees(predicted, example.answer)}
     common = {"example": example.id, "corruption": task.kind}
     rows = [
         {**common, "circuit": name, "p": p, "ld": ld, "value": value}
         for name, (p, ld, value) in zip(names, totals.tolist(), strict=True)
     ]
-    return result_of(task, job, rows, pairs[0], {**base, **answered})
+    return result_of(task, job, rows, pairs[0], {**base, **answer_of(task, job, example, pairs[0])})
 
 
 def _runs(
@@ -158,22 +127,17 @@ def _runs(
     for number, pair in enumerate(pairs):
         clean, corrupt, found = task.parts.run(task, example, pair, circuits, images, **options)
         totals += found.numpy() / len(pairs)
-        for run, scores in (("clean", clean), ("corrupt", corrupt)):
-            for name in ("p", "ld", "value"):
-                base[f"{name}_{run}"] += getattr(scores, name).item() / len(pairs)
+        add_scores(base, clean, corrupt, len(pairs))
         step(len(circuits), (number + 1) / len(pairs))
     return totals, dict(base)
 
 
-def _check_run(task: Measured, run: Run) -> dict[str, Any] | None:
-    return _check(task, run.baselines(), run.measured())
-
-
-def _check(task: Measured, base: pd.DataFrame, rows: pd.DataFrame) -> dict[str, Any] | None:
+def _check(task: Measured, base: pd.DataFrame, rows_of: RowsOf) -> dict[str, Any] | None:
     """One circuit of some examples against plain forwards: the chosen one of nodes, with the edits; of edges
     the one that has none, which is the corrupt run."""
     of_edges, drawn = isinstance(task.parts, Edges), drawn_examples(task, RECOMPUTED, base)
     of = NONE if of_edges else "chosen"
+    rows = rows_of(task.ids)
     found = rows[rows["circuit"] == _names(task.circuits)[of]].set_index("example")["value"]
     corrupt, largest = base.set_index("example")["value_corrupt"], 0.0
     for name, example in drawn.items():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
@@ -14,33 +14,34 @@ import numpy as np
 import pandas as pd
 
 from vlmscope.data import Examples, listed
-from vlmscope.errors import SEED, ModelError, StoreError, VlmscopeError, number, shown, whole
+from vlmscope.errors import SEED, ModelError, StoreError, VlmscopeError, choice, number, whole
 from vlmscope.patching.scores import Metric
 from vlmscope.runs import corrupt as corruptions
 from vlmscope.runs.corrupt import Noise
-from vlmscope.runs.model import Model
+from vlmscope.runs.model import Model, check_model
+from vlmscope.stored import formats
 from vlmscope.studies.circuits import assess
 from vlmscope.studies.faithfulness import mib
 from vlmscope.studies.faithfulness.curve import FRACTIONS, Ratio, Shares
 from vlmscope.studies.faithfulness.measure import (
     Circuits,
     Measured,
-    Values,
     around,
     measured_of,
     on_curve,
     run_unkept,
     study_of,
+    values_of,
 )
 from vlmscope.studies.faithfulness.parts import Edges, Parts, parts_of
-from vlmscope.studies.faithfulness.result import FORMAT, Faithful
+from vlmscope.studies.faithfulness.result import Faithful
 from vlmscope.studies.faithfulness.scores import Scores, Split, split
 from vlmscope.studies.faithfulness.scores import read as read_scores
 from vlmscope.studies.faithfulness.summary import areas, null, parts_table, reported, table_of
 from vlmscope.studies.faithfulness.words import lines
 from vlmscope.studies.known import knows
 from vlmscope.studies.run_folder import read_run
-from vlmscope.studies.sweep import Study
+from vlmscope.studies.sweep import Ran, Study
 from vlmscope.studies.task import Shard, Task, task_of
 
 Outside = Literal["corrupt", "mean", "zero"]
@@ -70,8 +71,8 @@ def plan_of(
     shard: Shard | None = None,
 ) -> Plan:
     """What `faithfulness` is asked for, checked against the model and the data before anything runs."""
-    _check_choice("outside", outside, Outside)
-    _check_choice("ratio", ratio, Ratio)
+    choice(outside, "outside", get_args(Outside))
+    choice(ratio, "ratio", get_args(Ratio))
     draws, seed = whole(draws, "the number of random circuits", 1, 1000), whole(seed, "the seed", most=SEED)
     fractions = _fractions(fractions)
     if corrupt is None and outside == "corrupt":
@@ -79,8 +80,7 @@ def plan_of(
             "without a corruption there is no other run; name one (--corrupt image, text or noise), or take "
             "--outside mean or zero"
         )
-    if not isinstance(model, Model):
-        raise VlmscopeError(f"the model is {shown(model)}; expected a Model, as vlmscope.load gives it")
+    check_model(model)
     given, corruption = listed(examples), None if corrupt is None else corruptions.parse(corrupt)
     kind = "noise" if isinstance(corruption, Noise) else corruption or "none"
     ranked = read_scores(scores, model, kind, data)
@@ -147,9 +147,30 @@ class Plan:
                 own = read_run(out).spec.get("circuits") or {}
                 if own.get("digest") == self.digest:
                     return frozenset(numbers[name] for name in own["chosen"]), own["fraction"]
-        return _chosen(
-            self.ranked, self.parted, self.parts, self.order, self.fractions, self.choosing, self.ratio
-        )
+        found: Collection[str] | None = self.ranked.circuit
+        if found is None and self.ranked.least is not None:
+            found = _important(self.ranked.table.loc[self.parted.rows], self.ranked.least)
+        return (frozenset(numbers[name] for name in found), None) if found else self._sized()
+
+    def _sized(self) -> Chosen:
+        """The smallest circuit of the signed ranking that carries enough, or else the one that carries
+        most."""
+        many = len(self.parts.names)
+        curve = on_curve({"signed": self.order["signed"]}, self.fractions)
+        some = {name: circuit for name, circuit in curve.items() if 0 < len(circuit) < many}
+        if not some:
+            return frozenset(range(many)), 1.0
+        sized, choosing = dict(zip(curve, self.fractions, strict=True)), self.choosing
+        if choosing is None:  # none of the examples that rank is at hand
+            best = next((one for one in some if sized[one] >= UNCHOSEN), [*some][-1])
+        else:
+            values, base = run_unkept(measured_of(choosing, self.parts, {"none": frozenset(), **some}))
+            sign = -1.0 if choosing.metric == "kl" else 1.0
+            shares = Shares(sign * values, sign * base["value_clean"], self.ratio)
+            carried = {name: np.nan_to_num(shares.of(name), nan=-np.inf) for name in some}
+            most = max(carried, key=carried.__getitem__)
+            best = next((name for name, f in carried.items() if f >= ENOUGH), most)
+        return self.parts.pruned(some[best]), sized[best]
 
     @property
     def curve(self) -> Circuits:
@@ -164,17 +185,17 @@ class Plan:
         own = {"digest": self.digest, "chosen": names, "fraction": chosen[1]}
         return study_of(self.measured(chosen), self.data, {"circuits": own})
 
-    def found(self, chosen: Chosen, ran: Values) -> Faithful:
+    def found(self, chosen: Chosen, ran: Ran) -> Faithful:
         """What the runs say."""
         circuit, fraction = chosen
-        values, base, check = ran
         task, model, parts, curve = self.measured(chosen), self.task.model, self.parts, self.curve
+        values, base = values_of(task, ran.base, ran.rows)
         sign = -1.0 if task.metric == "kl" else 1.0
         shares = Shares(sign * values, sign * base["value_clean"], self.ratio, task.seed)
         table = table_of(shares, self.order, self.fractions, curve, task.circuits)
         named = self.means.iloc[sorted(circuit)]
         summary = {
-            "format": FORMAT,
+            "format": formats.FAITHFULNESS.name,
             "model": model.name,
             "weights": model.fingerprint(),
             "data": self.data,
@@ -188,17 +209,12 @@ class Plan:
             **areas(shares, self.order, self.fractions, curve),
             "circuit": reported(shares, circuit, fraction, task.circuits, knows(base).severity),
             "kinds": dict(Counter(parts.nouns[n] for n in sorted(circuit))),
-            "check": check,
+            "check": ran.check,
             "seed": task.seed,
         }
-        summary["lines"] = lines(summary)
+        summary["lines"] = [*lines(summary)]
         rows = parts_table(shares, named, parts, circuit)
         return Faithful(table, rows, summary, _importances(model, parts, self.means, named))
-
-
-def _check_choice(what: str, value: str, choices: Any) -> None:
-    if value not in get_args(choices):
-        raise VlmscopeError(f"unknown {what} {shown(value)}; expected {', '.join(get_args(choices))}")
 
 
 def _fractions(given: Sequence[float]) -> list[float]:
@@ -235,39 +251,6 @@ def _order(means: pd.Series[float], signed: bool) -> dict[str, list[int]]:
     sizes = np.abs(values)
     both = {"signed": values if signed else sizes, "absolute": sizes}
     return {name: np.argsort(-score, kind="stable").tolist() for name, score in both.items()}
-
-
-def _chosen(
-    ranked: Scores,
-    parted: Split,
-    parts: Parts,
-    order: Mapping[str, Sequence[int]],
-    fractions: Sequence[float],
-    choosing: Task | None,
-    ratio: Ratio,
-) -> tuple[frozenset[int], float | None]:
-    """The circuit that is reported, and the fraction that it is of the signed ranking, if it is one."""
-    numbers = {name: number for number, name in enumerate(parts.names)}
-    if ranked.circuit is not None:
-        return frozenset(numbers[name] for name in ranked.circuit), None
-    if ranked.least is not None:
-        found = _important(ranked.table.loc[parted.rows], ranked.least)
-        if found:
-            return frozenset(numbers[name] for name in found), None
-    curve = on_curve({"signed": order["signed"]}, fractions)
-    some = {name: circuit for name, circuit in curve.items() if 0 < len(circuit) < len(numbers)}
-    if not some:
-        return frozenset(range(len(numbers))), 1.0
-    sized = dict(zip(curve, fractions, strict=True))
-    if choosing is None:  # none of the examples that rank is at hand
-        name = next((one for one in some if sized[one] >= UNCHOSEN), [*some][-1])
-        return parts.pruned(some[name]), sized[name]
-    values, base = run_unkept(measured_of(choosing, parts, {"none": frozenset(), **some}))
-    sign = -1.0 if choosing.metric == "kl" else 1.0
-    shares = Shares(sign * values, sign * base["value_clean"], ratio)
-    carried = {name: np.nan_to_num(shares.of(name), nan=-np.inf) for name in some}
-    best = next((name for name, f in carried.items() if f >= ENOUGH), max(carried, key=carried.__getitem__))
-    return parts.pruned(some[best]), sized[best]
 
 
 def _important(table: pd.DataFrame, least: float) -> list[str]:

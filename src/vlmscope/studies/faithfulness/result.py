@@ -14,9 +14,7 @@ from vlmscope.errors import StoreError
 from vlmscope.stored import formats
 from vlmscope.studies.faithfulness.words import lines
 
-FORMAT = "vlmscope-faithfulness-1"
-MANIFEST = "summary.json"
-NAMES = ("faithfulness.parquet", "circuit.csv", "importances.json")
+IMPORTANCES = "importances.json"
 
 
 @dataclass(frozen=True)
@@ -36,23 +34,23 @@ class Faithful:
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Write `faithfulness.parquet`, `circuit.csv`, `importances.json` and, last, `summary.json`."""
         content: dict[str, Any] = {"faithfulness.parquet": self.table, "circuit.csv": self.circuit}
-        content |= {"importances.json": self.importances} if self.importances else {}
-        files.save(folder, MANIFEST, self.summary, content)
+        content |= {IMPORTANCES: self.importances} if self.importances else {}
+        formats.FAITHFULNESS.save(folder, self.summary, content)
 
     @staticmethod
     def claim(folder: str | os.PathLike[str]) -> None:
         """Refuse, before anything is computed, a folder that `save` could not write (`StoreError`)."""
-        files.claim(folder, MANIFEST, FORMAT, NAMES)
+        formats.FAITHFULNESS.claim(folder, IMPORTANCES)
 
     def lines(self) -> list[str]:
         """What was found, in words; the last line is of the circuit."""
-        return lines(self.summary)
+        return [*lines(self.summary)]
 
 
 def read(folder: str | os.PathLike[str]) -> Faithful:
     """What `Faithful.save` has written; raises `StoreError` where that is not all there."""
     path = Path(folder)
     about, tables = stored.read(path, formats.FAITHFULNESS)
-    file = path / "importances.json"
+    file = path / IMPORTANCES
     text = files.read(file, "a file of importances", StoreError, within=path) if file.exists() else None
     return Faithful(tables["faithfulness"], tables["circuit"], about, None if text is None else text.decode())

@@ -20,7 +20,9 @@ from vlmscope.errors import DataError, StoreError, plain, shown
 from vlmscope.patching.graph import Edge, check_tower
 from vlmscope.runs.network import Network
 from vlmscope.stats import FEWEST
+from vlmscope.stored import formats
 from vlmscope.studies import circuits
+from vlmscope.studies.agreement import UNSIGNED
 from vlmscope.studies.faithfulness import mib
 from vlmscope.studies.faithfulness.parts import KINDS, Edges, named
 from vlmscope.studies.run_folder import Run, read_run, table_in
@@ -69,7 +71,7 @@ def read(source: str | os.PathLike[str], model: Network, corruption: str, data: 
     if not path.is_dir():
         scores, kept, of = mib.read(path, model)
         return Scores("importances", pd.DataFrame([scores], index=["all"]), circuit=kept, edges=of)
-    if (path / circuits.MANIFEST).exists():
+    if (path / formats.CIRCUITS.manifest).exists():
         run, position = _run_of(path, corruption, data)
         _check(run, model, corruption)
         grids = circuits.head_scores(run, position)
@@ -90,11 +92,11 @@ def read(source: str | os.PathLike[str], model: Network, corruption: str, data: 
         return _of_edges(run, model, sign)
     if table_in(run.spec) == "attributions":
         method, rows = run.spec["method"], run.attributions()
-        scores = by_part(rows.assign(score=sign * rows["score"]), "score", path)
-        return _of_run(run, f"attributions ({method})", scores, signed=method != "atp-star")
+        scores = by_part(rows.assign(score=sign * rows["score"]), path)
+        return _of_run(run, f"attributions ({method})", scores, signed=method != UNSIGNED)
     rows = run.effects()
     value = change_of(rows)
-    return _of_run(run, "effects", by_part(rows.assign(score=sign * rows[value]), "score", path))
+    return _of_run(run, "effects", by_part(rows.assign(score=sign * rows[value]), path))
 
 
 def _of_edges(run: Run, model: Network, sign: float) -> Scores:
@@ -162,7 +164,7 @@ def _run_of(folder: Path, corruption: str, data: str) -> tuple[Run, str | None]:
     return named[0], at.pop() if len(at) == 1 else None
 
 
-def by_part(rows: pd.DataFrame, value: str, path: Path) -> pd.DataFrame:
+def by_part(rows: pd.DataFrame, path: Path) -> pd.DataFrame:
     """Scores by example and part: sums over positions, or what a patch of all positions at once has.
 
     Left out are the stream itself, edges, windows and sums, queries, keys, values and patterns; and a
@@ -171,7 +173,7 @@ def by_part(rows: pd.DataFrame, value: str, path: Path) -> pd.DataFrame:
     >>> row = {"example": "a", "tower": "decoder", "layer": 0, "kind": "attn", "unit": "h1", "score": 1.5}
     >>> places = [{"site": f"decoder.0.attn.h1@{n}", "slot": str(n), "position": n} for n in range(2)]
     >>> table = pd.DataFrame([row | place for place in places])
-    >>> by_part(table, "score", Path("run")).to_dict()
+    >>> by_part(table, Path("run")).to_dict()
     {'decoder.0.attn.h1': {'a': 3.0}}
     """
     unit = rows["unit"].astype("string")
@@ -192,7 +194,7 @@ def by_part(rows: pd.DataFrame, value: str, path: Path) -> pd.DataFrame:
     rank = np.where(rows["slot"] == "all", 0, np.where(rows["several"], 2, 1))
     rows = rows[rank == pd.Series(rank, rows.index).groupby(rows["part"]).transform("min")]
     rows = rows.drop_duplicates(["example", "part", "position", "slot"])
-    found = rows.pivot_table(value, "example", "part", aggfunc="sum", sort=False)
+    found = rows.pivot_table("score", "example", "part", aggfunc="sum", sort=False)
     return found.dropna(axis=1, how="all").rename_axis(index=None, columns=None)
 
 

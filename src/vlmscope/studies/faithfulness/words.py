@@ -8,12 +8,8 @@ from typing import Any
 from vlmscope.stats import LEVEL
 
 
-def lines(summary: Mapping[str, Any]) -> list[str]:
+def lines(summary: Mapping[str, Any]) -> Iterator[str]:
     """What was found, in words; the last line is of the circuit."""
-    return list(_lines(summary))
-
-
-def _lines(summary: Mapping[str, Any]) -> Iterator[str]:
     own, cpr, cmd = (summary[name] for name in ("circuit", "cpr", "cmd"))
     yield f"CPR {_with(cpr, '{:.2f}')}, CMD {_with(cmd, '{:.2f}')}"
     gap, runs = summary["gap"]["value"], summary["gap_of_runs"]

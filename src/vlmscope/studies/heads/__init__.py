@@ -43,7 +43,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from vlmscope import files, stored
+from vlmscope import stored
 from vlmscope.data import Examples, listed
 from vlmscope.data.example import fingerprint
 from vlmscope.data.masks import covered
@@ -60,13 +60,9 @@ from vlmscope.studies.heads.study import Study, study_of
 from vlmscope.studies.known import knows
 from vlmscope.studies.run_folder import Run, read_run
 from vlmscope.studies.run_writer import claim
-from vlmscope.studies.sweep import SHOWN, sweep_to
+from vlmscope.studies.sweep import SHOWN, into_folder, swept
 
 __all__ = ["LABELS", "ON_ALL", "ON_MASKS", "READ", "Functions", "covered", "functions", "read", "write"]
-
-FORMAT = "vlmscope-heads-2"
-MANIFEST = "heads.json"
-CSV = ("functions", "measures", "together")
 
 
 @dataclass(frozen=True)
@@ -86,8 +82,8 @@ class Functions:
 
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Write `functions.csv`, `measures.csv`, `together.csv`, `maps.parquet` and, last, `heads.json`."""
-        tables = {f"{name}.csv": getattr(self, name) for name in CSV}
-        files.save(folder, MANIFEST, self.about, tables | {"maps.parquet": self.maps})
+        tables = {name: getattr(self, Path(name).stem) for name in formats.HEADS.tables}
+        formats.HEADS.save(folder, self.about, tables)
 
 
 def functions(
@@ -193,7 +189,7 @@ def write(
     folder, examples = Path(out), listed(examples)
     study = study_of(model, sites, corrupt, seed)
     here = _about(study, examples, corrupt, held_out, data)
-    there = files.claim(folder, MANIFEST, FORMAT, [*(f"{name}.csv" for name in CSV), "maps.parquet"])
+    there = formats.HEADS.claim(folder)
     if odd := [key for key in here if there and there.get(key) != here[key]]:
         raise StoreError(
             f"{folder}: holds what heads do by another call ({', '.join(odd)} differ); choose another --out, "
@@ -209,7 +205,7 @@ def write(
     shown = [e for e in examples if e.id in names and e.corrupt_image is not None]
     patches = replace(model.image_site, position="image*")
     if shown and model.layouts()[patches.tower].cells:
-        sweep_to(folder / "patches", model, shown, str(patches), data=data)
+        into_folder(swept(model, shown, str(patches), data=data), folder / "patches")
     found.save(folder)
     return found
 
@@ -238,7 +234,7 @@ def _about(
     data: str,
 ) -> dict[str, Any]:
     return {
-        "format": FORMAT,
+        "format": formats.HEADS.name,
         "model": study.model.name,
         "weights": study.model.fingerprint(),
         "data": data,

@@ -20,7 +20,7 @@ import torch
 from scipy import stats
 from torch import Tensor
 
-from vlmscope import files, stored
+from vlmscope import stored
 from vlmscope.data import Examples, listed
 from vlmscope.errors import SEED, DataError, VlmscopeError, number, whole
 from vlmscope.progress import progress
@@ -34,16 +34,16 @@ from vlmscope.studies.steering.effects import (
     Case,
     Chosen,
     Effects,
+    asked,
     cases_of,
     changes,
     directed_places,
-    means,
+    mean_states,
     plain_scores,
     random_like,
 )
 
-MANIFEST, FORMAT = "steer.json", "vlmscope-steer-1"
-DIRECTION, TABLES = "direction.safetensors", ("layers", "measures", "captions")
+DIRECTION = "direction.safetensors"
 RANDOM = 10
 """How many random directions a direction is compared with."""
 SAID = 20
@@ -72,20 +72,20 @@ class Steered:
 
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Write the tables, `direction.safetensors` and, last, `steer.json`; raises `StoreError`."""
-        tables = {f"{name}.csv": getattr(self, name) for name in TABLES}
-        files.save(folder, MANIFEST, self.about, {**tables, DIRECTION: self.direction.bytes()})
+        tables = {name: getattr(self, Path(name).stem) for name in formats.STEER.tables}
+        formats.STEER.save(folder, self.about, {**tables, DIRECTION: self.direction.bytes()})
 
     @classmethod
     def claim(cls, folder: str | os.PathLike[str]) -> None:
         """Refuse, before anything is computed, a folder that `save` could not write (`StoreError`)."""
-        files.claim(folder, MANIFEST, FORMAT, [*(f"{name}.csv" for name in TABLES), DIRECTION])
+        formats.STEER.claim(folder, DIRECTION)
 
 
 def read(folder: str | os.PathLike[str]) -> Steered:
     """What `Steered.save` has written; raises `StoreError` where that is not all there."""
     about, tables = stored.read(Path(folder), formats.STEER)
     direction = Direction.load(Path(folder) / DIRECTION, Path(folder))
-    return Steered(direction, about=about, **{name: tables[name] for name in TABLES})
+    return Steered(direction, about=about, **tables)
 
 
 def steer(
@@ -143,7 +143,11 @@ def steer(
     names, halves = ("built with", "built without", "with", "without"), sets.halves(seed)
     parts = [some for half in halves for some in half]
     cases = {name: cases_of(model, some, word, name) for name, some in zip(names, parts, strict=True)}
-    aside = [case.example for case in cases["with"]] if others is None else listed(others)
+    lacking, aside = ([case.example for case in cases[name]] for name in ("without", "with"))
+    told = {
+        "without": asked(model, lacking[:said], "without"),
+        "others": asked(model, aside if others is None else listed(others), "others"),
+    }
     vectors = _difference(model, places, cases["built with"], cases["built without"])
     about = {"sets": _described(without, label, corrupt, data), "word": word or "", "data": data}
     if at == "words":  # positions that name no word are refused before anything else is computed
@@ -154,22 +158,16 @@ def steer(
     alone, how = {site: [v] for site, v in vectors.items()}, (strengths, keep_norm, metric)
     first = changes(model, cases["built without"], alone, *how, "building").mean(0)[..., 0]
     layers = _layers(changes(model, cases["without"], drawn, *how, "layers"), first, places, strengths)
-    rows, captions = [], []
-    with progress(len(strengths), what="strengths") as step:
-        for n, strength in enumerate(strengths):
-            site = places[int(first[:, n].argmax())]
-            used = Chosen(model, site, strength, keep_norm, at, drawn[site])
-            swept = layers[(layers["site"] == str(site)) & (layers["strength"] == strength)].iloc[0]
-            rows.append(used.row("effect", "without", *swept[["effect", "low", "high", "null", "n"]]))
-            rows.append(used.divergence(aside))
-            for name, some in (("without", [case.example for case in cases["without"]]), ("others", aside)):
-                captions.append(used.answers(some[:said], name))
-                rows += used.shares(captions[-1], name, word)
-            step(0, n + 1)
+    chosen = [places[int(n)] for n in first.argmax(0)]
+    uses = [
+        Chosen(model, site, strength, keep_norm, at, drawn[site])
+        for site, strength in zip(chosen, strengths, strict=True)
+    ]
+    measures, captions = _measures(uses, layers, told, said, word)
     gap = [plain_scores(model, cases[name], metric).mean() for name in ("with", "without")]
     best = places[int(first.max(1).argmax())]
     content = {
-        "format": FORMAT,
+        "format": formats.STEER.name,
         "model": model.name,
         "weights": model.fingerprint(),
         **about,
@@ -183,14 +181,35 @@ def steer(
         "seed": seed,
     }
     direction = _direction(model, vectors, best, about)
-    return Steered(direction, layers, pd.DataFrame(rows), pd.concat(captions, ignore_index=True), content)
+    return Steered(direction, layers, measures, captions, content)
+
+
+def _measures(
+    uses: Sequence[Chosen],
+    layers: pd.DataFrame,
+    told: Mapping[str, Sequence[Case]],
+    said: int,
+    word: str | None,
+) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """The table of measures of the chosen sites, and the answers that some of them count."""
+    rows, captions = [], []
+    with progress(len(uses), what="strengths") as step:
+        for n, used in enumerate(uses, start=1):
+            own = layers[(layers["site"] == str(used.site)) & (layers["strength"] == used.strength)].iloc[0]
+            rows.append(used.row("effect", "without", *own[["effect", "low", "high", "null", "n"]]))
+            rows.append(used.divergence(told["others"]))
+            for name, some in told.items():
+                captions.append(used.answers(some[:said], name))
+                rows += used.shares(captions[-1], name, word)
+            step(0, n)
+    return pd.DataFrame(rows), pd.concat(captions, ignore_index=True)
 
 
 def _difference(
     model: Model, places: Sequence[Site], having: Sequence[Case], lacking: Sequence[Case]
 ) -> dict[Site, Tensor]:
     """The mean with less the mean without, at each place; raises `DataError` where nothing differs."""
-    two = [means(model, places, cases) for cases in (having, lacking)]
+    two = [mean_states(model, places, cases) for cases in (having, lacking)]
     vectors = {site: two[0][site].mean(0) - two[1][site].mean(0) for site in places}
     if same := next((site for site, vector in vectors.items() if not vector.any()), None):
         raise DataError(

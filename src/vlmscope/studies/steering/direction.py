@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 from collections.abc import Mapping
@@ -12,20 +11,16 @@ from pathlib import Path
 
 import torch
 from jaxtyping import Float
-from safetensors import SafetensorError
-from safetensors.torch import load, save
 from torch import Tensor
 
 from vlmscope import files
-from vlmscope.errors import ModelError, SiteError, StoreError, VlmscopeError, nearest, shown
+from vlmscope.errors import ModelError, SiteError, VlmscopeError, nearest, shown
 from vlmscope.models.inputs import Edit, Inputs
 from vlmscope.runs.model import Model
 from vlmscope.sites import Pattern
 from vlmscope.stored import tensors as stored_tensors
 
 EXPECTED = "a file of `vlmscope steer`"
-LARGEST = 2**32
-"""Bytes of the largest file that is read."""
 WORDS = ("readout", "last", "all", "text")
 """Positions that name each word which is said, too."""
 AT = ("read", "words")
@@ -120,9 +115,9 @@ class Direction:
         """The content of its file."""
         about = json.dumps(dict(self.about), sort_keys=True)
         tensors = {site: vector.cpu().contiguous() for site, vector in self.vectors.items()}
-        digest = _digest(tensors, self.model, self.best, about)
-        metadata = {"format": "pt", "vlmscope": "direction", "model": self.model, "best": self.best}
-        return stored_tensors.in_order(save(tensors, metadata | {"about": about, "sha256": digest}))
+        digest = stored_tensors.digest(tensors, [self.model, self.best, about])
+        words = {"model": self.model, "best": self.best, "about": about}
+        return stored_tensors.content("direction", tensors, words, digest)
 
     @classmethod
     def claim(cls, path: Path) -> None:
@@ -135,38 +130,21 @@ class Direction:
     def load(cls, path: str | Path, within: Path | None = None) -> Direction:
         """Read what `save` wrote; raises `StoreError` if the file is another or has been changed, or a link
         leads to it out of the folder `within`."""
-        content = files.read(path, EXPECTED, StoreError, LARGEST, within=within)
-        try:
-            tensors = load(content)
-            metadata = stored_tensors.metadata(content)
-            if metadata.get("vlmscope") != "direction":
-                raise StoreError(f"{path}: not a direction; expected {EXPECTED}")
-            about, model, best = json.loads(metadata["about"]), metadata["model"], metadata["best"]
-            if not (_SHA256.fullmatch(model) and all(isinstance(x, str) for x in [*about, *about.values()])):
-                raise ValueError("its metadata are not those of a direction")
-            if best not in tensors or any(
-                str(Pattern.parse(site)) != site or vector.ndim != 1 or not vector.isfinite().all()
-                for site, vector in tensors.items()
-            ):
-                raise ValueError("its tensors are not those of a direction")
-        # The file may be anything: what it lacks or has too much shows in one of these.
-        except StoreError:
-            raise
-        except (
-            SafetensorError,
-            RecursionError,
-            ValueError,
-            LookupError,
-            TypeError,
-            AttributeError,
-            VlmscopeError,
-        ) as error:
-            raise StoreError(
-                f"{path}: cannot be read as a direction ({error}); expected {EXPECTED}"
-            ) from error
-        if metadata.get("sha256") != _digest(tensors, model, best, metadata["about"]):
-            raise StoreError(f"{path}: has been changed since it was written; build the direction again")
-        return cls(tensors, model, best, about)
+        return stored_tensors.read(path, "direction", "a direction", EXPECTED, _made, within)
+
+
+def _made(tensors: dict[str, Tensor], words: dict[str, str]) -> tuple[Direction, str]:
+    """The direction of a file, and the digest of all that it is."""
+    about, model, best = json.loads(words["about"]), words["model"], words["best"]
+    if not (_SHA256.fullmatch(model) and all(isinstance(x, str) for x in [*about, *about.values()])):
+        raise ValueError("its metadata are not those of a direction")
+    if best not in tensors or any(
+        str(Pattern.parse(site)) != site or vector.ndim != 1 or not vector.isfinite().all()
+        for site, vector in tensors.items()
+    ):
+        raise ValueError("its tensors are not those of a direction")
+    digest = stored_tensors.digest(tensors, [model, best, words["about"]])
+    return Direction(tensors, model, best, about), digest
 
 
 def moved(
@@ -189,11 +167,3 @@ def check_at(at: str) -> None:
     """Raises `VlmscopeError` for a way to add that there is not."""
     if at not in AT:
         raise VlmscopeError(f"a direction is added at {shown(at)}; expected {' or '.join(AT)}")
-
-
-def _digest(tensors: Mapping[str, Tensor], model: str, best: str, about: str) -> str:
-    digest = hashlib.sha256("\n".join([model, best, about]).encode())
-    for name, tensor in sorted(tensors.items()):
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.contiguous().flatten().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()

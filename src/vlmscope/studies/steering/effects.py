@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -14,14 +14,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from vlmscope.data.example import Example, find_roles
-from vlmscope.errors import DataError, ExampleError, SiteError, VlmscopeError, shown
+from vlmscope.errors import DataError, ExampleError, SiteError, shown
 from vlmscope.models.inputs import Inputs, Pair
 from vlmscope.patching import engine
 from vlmscope.patching.scores import Baselines, score
 from vlmscope.patching.trace import Images
 from vlmscope.progress import progress
 from vlmscope.runs.forward import forward, read
-from vlmscope.runs.model import Model
+from vlmscope.runs.model import Model, check_model
 from vlmscope.runs.prepare import encode
 from vlmscope.sites import Site, Sites, expand, parse
 from vlmscope.stats import interval, rng, share_interval
@@ -46,8 +46,7 @@ class Case(NamedTuple):
 
 def directed_places(model: Model, sites: Sites) -> list[Site]:
     """The places that a direction can be at: of a whole kind, in one layer; raises `SiteError` for others."""
-    if not isinstance(model, Model):
-        raise VlmscopeError(f"the model is {shown(model)}; expected a Model, as vlmscope.load gives it")
+    check_model(model)
     found = expand(parse(sites), model.shapes)
     for site in found:
         if len(site.parts) > 1 or site.part or site.source:
@@ -63,21 +62,40 @@ def cases_of(model: Model, examples: Sequence[Example], word: str | None, name: 
 
     Those that cannot are left out with a warning; raises `DataError` where too few are left.
     """
-    found, reasons = [], []
-    for example in examples:
+
+    def pair(example: Example) -> Pair:
         alone = replace(example, corrupt_image=None, corrupt_prompt=None)
         if word is not None:
             alone = replace(alone, answer=word, foil="", roles=dict(example.roles))
+        return model.prepare(alone, word is not None)
+
+    return _runnable(examples, pair, name)
+
+
+def asked(model: Model, examples: Sequence[Example], name: str) -> list[Case]:
+    """As `cases_of`, each with what the model is asked, and nothing behind the prompt."""
+
+    def pair(example: Example) -> Pair:
+        images = [example.clean_image, *example.more_images]
+        inputs = encode(model, images, example.clean_prompt, example.roles)
+        return Pair(inputs, inputs, 0, None)
+
+    return _runnable(examples, pair, name)
+
+
+def _runnable(examples: Sequence[Example], pair: Callable[[Example], Pair], name: str) -> list[Case]:
+    found, reasons = [], []
+    for example in examples:
         try:
-            found.append(Case(example, model.prepare(alone, word is not None)))
+            found.append(Case(example, pair(example)))
         except ExampleError as error:
             reasons.append(f"'{example.id}': {error}")
-    if len(found) < FEWEST // 2:
+    if len(found) < max(1, min(FEWEST // 2, len(examples))):
         why = f"; {reasons[0]}" if reasons else ""
         raise DataError(f"too few examples ({name}) can be run: {len(found)} of {len(examples)}{why}")
     if reasons:
         text = f"{len(reasons)} of {len(examples)} examples ({name}) are left out; {reasons[0]}"
-        warnings.warn(text, stacklevel=3)
+        warnings.warn(text, stacklevel=4)
     return found
 
 
@@ -99,7 +117,7 @@ def states(model: Model, sites: Sequence[Site], inputs: Inputs) -> dict[Site, Te
     return {site: read(model, values[site.point], there) for site, there in placed.items()}
 
 
-def means(model: Model, sites: Sequence[Site], cases: Sequence[Case]) -> dict[Site, Tensor]:
+def mean_states(model: Model, sites: Sequence[Site], cases: Sequence[Case]) -> dict[Site, Tensor]:
     """One vector an example and site, the mean over the site's positions: `(examples, width)`, float64."""
     each = [states(model, sites, case.pair.clean) for case in cases]
     return {site: torch.stack([one[site].double().mean(0).cpu() for one in each]) for site in sites}
@@ -191,10 +209,8 @@ class Chosen:
         place = {"strength": self.strength, "site": str(self.site), "measure": measure, "set": of}
         return place | {"value": value, "low": low, "high": high, "null": null, "n": int(n)}
 
-    def divergence(self, examples: Sequence[Example]) -> dict[str, Any]:
+    def divergence(self, cases: Sequence[Case]) -> dict[str, Any]:
         """How far the next word's distribution moves, KL(before ‖ after) in nats."""
-        pairs = [Pair(inputs, inputs, 0, None) for inputs in map(self.inputs, examples)]
-        cases = [Case(*one) for one in zip(examples, pairs, strict=True)]
         vectors = {self.site: self.vectors}
         found = changes(self.model, cases, vectors, [self.strength], self.keep_norm, "kl", "divergence")[
             :, 0, 0
@@ -202,16 +218,11 @@ class Chosen:
         (low,), (high,) = interval(found[:, :1])
         return self.row("kl", "others", found[:, 0].mean(), low, high, found[:, 1:].mean(), len(found))
 
-    def inputs(self, example: Example) -> Inputs:
-        """What the model is given for an example, with nothing behind the prompt."""
-        images = [example.clean_image, *example.more_images]
-        return encode(self.model, images, example.clean_prompt, example.roles)
-
-    def answers(self, examples: Sequence[Example], of: str) -> pd.DataFrame:
+    def answers(self, cases: Sequence[Case], of: str) -> pd.DataFrame:
         """What the model answers before, with the direction, and with a random one."""
         rows = []
-        for example in examples:
-            inputs = self.inputs(example)
+        for example, pair in cases:
+            inputs = pair.clean
             said = [self.model.answer(inputs)]
             for vector in self.vectors[:2]:
                 direction = Direction({str(self.site): vector}, self.model.fingerprint(), str(self.site))

@@ -56,8 +56,8 @@ class About(NamedTuple):
 
 
 class Done(NamedTuple):
-    """What a worker hands over: parts, files beside those of the folder, and how many patches an example
-    took; with its first example, of which study it is."""
+    """What a worker hands over: parts, files beside those of the folder, and how many patches the
+    examples took; with the first ones, of which study they are."""
 
     parts: list[Part]
     patches: int = 0

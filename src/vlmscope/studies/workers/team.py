@@ -7,7 +7,9 @@ import warnings
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from math import inf
 from pathlib import Path
+from time import perf_counter
 from typing import Any, NamedTuple
 
 from vlmscope.errors import VlmscopeError, line
@@ -18,15 +20,19 @@ from vlmscope.studies.workers.orders import About, Answer, Given, Order
 
 DEATHS = 3
 """Workers that die on an example until it is left out, and that die before they begin until the run ends."""
+AT_ONCE = 0.5
+"""Seconds of work that a worker is given at once: each call costs it, and this process, some milliseconds."""
 REASON = f"{DEATHS} workers died on it; take fewer of them if they lack memory, or run it alone"
 
 
 class Piece(NamedTuple):
-    """What a worker is to do: a method of it, and with what; its number, of an example or a call."""
+    """What a worker is to do: a method of it, and with what; its number, of an example or a call. Pieces that
+    differ by their `job` may be given at once."""
 
     method: str
     number: int = 0
     given: tuple[Any, ...] = ()
+    job: Todo | None = None
 
 
 HAND_OVER = Piece("hand_over")
@@ -34,13 +40,14 @@ HAND_OVER = Piece("hand_over")
 
 @dataclass
 class _Hand:
-    """A worker as the driver sees it: what it does now, what it has not handed over, and of which order it
-    was asked last to make a study."""
+    """A worker as the driver sees it: what it does now and since when, what it has not handed over, and
+    of which order it was asked last to make a study."""
 
     actor: Any
-    piece: Piece | None = None
+    pieces: list[Piece] = field(default_factory=list)
     made: list[Piece] = field(default_factory=list)
     order: Order | None = None
+    since: float = 0.0
 
 
 class Team:
@@ -57,9 +64,11 @@ class Team:
         self.idle: list[_Hand] = []
         self.queue = deque[Piece]()
         self.deaths: Counter[int] = Counter()
+        self.seconds = inf  # that a job takes
         self.failed = 0
         for actor in first:
             self.begin(actor)
+        self.many = len(self.busy)
 
     def fill(
         self, out: str | os.PathLike[str], study: Callable[..., Any], options: dict[str, Any]
@@ -96,7 +105,7 @@ class Team:
         pieces = [Piece("call", number, tuple(call)) for number, call in enumerate(calls)]
         found: dict[int, Any] = {}
         following = 0
-        for _, piece, value in self.done(pieces):
+        for _, [piece], value in self.done(pieces):
             found[piece.number] = value
             while following in found:
                 yield found.pop(following)
@@ -120,31 +129,31 @@ class Team:
 
     def compute(self, writer: Writer, order: Order, about: About, jobs: Sequence[Todo]) -> None:
         """Until all examples are committed."""
-        pieces = [Piece("compute", job.number, (order, writer.sites, job)) for job in jobs]
+        pieces = [Piece("compute", job.number, (order, writer.sites), job) for job in jobs]
         total = len(about.numbers)
         with progress(total, total - len(jobs)) as step:
-            for hand, piece, done in self.done(pieces):
+            for hand, some, done in self.done(pieces):
                 if done.about is not None:
                     _check_same(about, done.about)
-                if piece is not HAND_OVER:
-                    hand.made.append(piece)
+                hand.made += [piece for piece in some if piece is not HAND_OVER]
                 for part in done.parts:
                     writer.take(part)
                     hand.made.clear()
-                left = len(self.queue) + sum(
-                    other.piece not in (None, HAND_OVER) for other in self.busy.values()
-                )
+                at_hand = [piece for other in self.busy.values() for piece in other.pieces]
+                left = len(self.queue) + sum(piece is not HAND_OVER for piece in at_hand)
                 step(done.patches, total - left)
 
-    def done(self, pieces: Iterable[Piece]) -> Iterator[tuple[_Hand, Piece, Any]]:
+    def done(self, pieces: Iterable[Piece]) -> Iterator[tuple[_Hand, list[Piece], Any]]:
         """What is said of pieces of work, as it comes, until nothing waits to be handed over."""
-        self.queue, self.deaths = deque(pieces), Counter()
+        self.queue, self.deaths, self.seconds = deque(pieces), Counter(), inf
         self.wake()
-        while self.queue or any(hand.piece or hand.made for hand in self.busy.values()):
+        while self.queue or any(hand.pieces or hand.made for hand in self.busy.values()):
             hand, found = self.one()
-            piece, hand.piece = hand.piece, None
-            if piece is not None:  # and it has not just begun
-                yield hand, piece, found
+            some, hand.pieces = hand.pieces, []
+            if some:  # and it has not just begun
+                if some[0].job is not None:
+                    self.seconds = (perf_counter() - hand.since) / len(some)
+                yield hand, some, found
             self.give(hand)
 
     def one(self) -> tuple[_Hand, Any]:
@@ -157,7 +166,7 @@ class Team:
             except self.ray.exceptions.RayError as error:
                 self.lost(hand, error)
                 continue
-            if hand.piece or hand.order:
+            if hand.pieces or hand.order:
                 self.failed = 0
             for text in answer.warned:
                 warnings.warn(text, stacklevel=2)
@@ -178,17 +187,25 @@ class Team:
             raise RuntimeError(f"in a worker, {line(str(error.cause), 300)}") from error
 
     def give(self, hand: _Hand) -> None:
-        """Give a worker the next piece; where there is none, it hands over what it has."""
-        if self.queue:
-            piece = hand.piece = self.queue.popleft()
-            refused = piece.method == "compute" and self.deaths[piece.number] >= DEATHS
-            more = [REASON] if refused else []
-            self.busy[hand.actor.do.remote(piece.method, *piece.given, *more)] = hand
-        elif hand.made:
-            hand.piece = HAND_OVER
-            self.busy[hand.actor.do.remote("hand_over")] = hand
-        else:
+        """Give a worker the next pieces; where there are none, it hands over what it has."""
+        if not self.queue and not hand.made:
             self.idle.append(hand)
+            return
+        hand.pieces, hand.since = self.next() if self.queue else [HAND_OVER], perf_counter()
+        first = hand.pieces[0]
+        jobs = [] if first.job is None else [[piece.job for piece in hand.pieces]]
+        more = [REASON] if jobs and self.deaths[first.number] >= DEATHS else []
+        self.busy[hand.actor.do.remote(first.method, *first.given, *jobs, *more)] = hand
+
+    def next(self) -> list[Piece]:
+        """The next piece, or several jobs: so many that all are busy to the end; one where a worker died."""
+        some = [self.queue.popleft()]
+        if some[0].job is None or self.deaths[some[0].number]:
+            return some
+        many = min(AT_ONCE / self.seconds, len(self.queue) / (2 * self.many))
+        while len(some) < many and not self.deaths[self.queue[0].number]:
+            some.append(self.queue.popleft())
+        return some
 
     def wake(self) -> None:
         while self.queue and self.idle:
@@ -199,21 +216,21 @@ class Team:
 
     def lost(self, hand: _Hand, error: Exception) -> None:
         """A worker has died: what it did not hand over waits again, and another one takes its place."""
-        piece = hand.piece
-        where = (
-            f" at example number {piece.number} of the data" if piece and piece.method == "compute" else ""
-        )
+        pieces = hand.pieces
+        numbers = [str(piece.number) for piece in pieces if piece.job]
+        one_of = "example number" if len(numbers) == 1 else "one of the examples number"
+        where = f" at {one_of} {', '.join(numbers)} of the data" if numbers else ""
         warnings.warn(f"a worker died{where}; another one takes its place", stacklevel=2)
         self.queue.extendleft(reversed(hand.made))
-        if piece is None:
+        if not pieces:
             self.failed += 1
             if self.failed >= DEATHS:
                 raise self.given_up("before they could begin", error)
-        elif piece is not HAND_OVER:
-            self.deaths[piece.number] += 1
-            if piece.method != "compute" and self.deaths[piece.number] >= DEATHS:
+        elif pieces != [HAND_OVER]:
+            self.deaths.update(piece.number for piece in pieces)
+            if not numbers and self.deaths[pieces[0].number] >= DEATHS:
                 raise self.given_up("of the same", error)
-            self.queue.append(piece)
+            self.queue.extend(pieces)
         self.wake()
         self.begin(self.start())
 

@@ -40,7 +40,8 @@ class Alone:
         self, out: str | os.PathLike[str], study: Callable[..., Study], options: dict[str, Any]
     ) -> tuple[Run, int]:
         """As `Team.fill`."""
-        made = study(self.model, self.examples, **options)
+        examples = self.examples  # a file that is not there is refused before a model is loaded
+        made = study(self.model, examples, **options)
         return into_folder(made, out), len(made.task.numbers)
 
     def each(self, calls: Iterable[tuple[Any, ...]]) -> Iterator[Any]:
@@ -88,8 +89,8 @@ class Worker(Alone):
             self.make(order)
         check_examples(order.out, self.study.task.digests)
 
-    def compute(self, order: Order, sites: list[str], job: Todo, reason: str | None = None) -> Done:
-        """The rows of an example, or that it is left out for a reason; parts, when it is time.
+    def compute(self, order: Order, sites: list[str], jobs: list[Todo], reason: str | None = None) -> Done:
+        """The rows of some examples, or that they are left out for a reason; parts, when it is time.
 
         `sites` are the site expressions of the folder.
         """
@@ -100,10 +101,10 @@ class Worker(Alone):
             about, self.waiting = self.about, self.joined(order, sites)
         work = self.study.work if reason is None else _refused(reason)
         patches = 0
-        for result in run_jobs(self.study.task, [job], quiet=True, work=work):
-            show(order.out, self.study.task, job)
-            self.waiting.add(job.number, result.rows, result.baseline, job.sites)
-            patches = len(result.rows)
+        for result in run_jobs(self.study.task, jobs, quiet=True, work=work):
+            show(order.out, self.study.task, result.job)
+            self.waiting.add(result.job.number, result.rows, result.baseline, result.job.sites)
+            patches += len(result.rows)
         done = self.hand_over() if self.waiting.is_due() else Done([])
         return done._replace(patches=patches, about=about)
 
@@ -136,7 +137,7 @@ class Worker(Alone):
         """What the study's check finds of the folder."""
         if self.order != order:
             self.make(order)
-        return self.study.check(read_run(order.out))
+        return self.study.finish(read_run(order.out))
 
     def call(self, function: Callable[..., Any], *given: Any) -> Any:
         """What a function of what was given to all says."""
