@@ -81,7 +81,7 @@ def circuits(
     >>> edges = Graph(model, pair.clean).edges
     >>> some = [edge for edge in edges if edge.source != "image"]
     >>> whole, blind, none = (float(one.ld) for one in circuits(model, pair, [edges, some, []]))
-    >>> whole > 0 > none, abs(blind - whole) > abs(blind - none)
+    >>> whole > 0 > blind, abs(blind - whole) > abs(blind - none)
     (True, True)
     """
     choice(run, "run", ("clean", "corrupt"))
