@@ -29,6 +29,7 @@ That goes into the result that is there (`words`). The last line is JSON.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import platform
 import random
@@ -105,13 +106,19 @@ def shuffled(image: Image.Image, rng: random.Random) -> Image.Image:
     return made
 
 
-def untrained(name: str) -> Any:
-    """A toy's model with random weights of the same size."""
-    model = vlmscope.load(name)
-    torch.manual_seed(0)
-    for weight in model.hf.parameters():
-        if weight.ndim > 1:
-            torch.nn.init.normal_(weight, std=float(weight.detach().std()))
+def untrained(name: str, example: Any) -> Any:
+    """A toy's model with random weights of the same size, of the first seed with which it says a word."""
+    for seed in itertools.count():
+        model = vlmscope.load(name)
+        torch.manual_seed(seed)
+        for weight in model.hf.parameters():
+            if weight.ndim > 1:
+                torch.nn.init.normal_(weight, std=float(weight.detach().std()))
+        try:
+            say(model, example.clean_image, "blur", example.clean_prompt, [], 8)
+        except vlmscope.VlmscopeError:
+            continue
+        break
     return model
 
 
@@ -148,9 +155,10 @@ def curves(model: Any, example: Any, orders: dict[str, Any]) -> dict[str, tuple[
 
 
 def measure(name: str, data: str, count: int) -> dict[str, Any]:
-    model, random_model = vlmscope.load(name), untrained(name)
+    model = vlmscope.load(name)
     examples = [one for one in vlmscope.examples(data, limit=2 * count, seed=5) if object_of(one)]
     examples = [one for one in examples if model.answer(model.prepare(one).clean) == one.answer][:count]
+    random_model = untrained(name, examples[0])
     masks = [masks_of(one) for one in examples]
     hits: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
     areas: dict[str, list[tuple[float, float]]] = defaultdict(list)
@@ -248,7 +256,7 @@ def markdown(result: dict[str, Any]) -> list[str]:
     first, second = ([["map", *kinds]] for _ in range(2))
     for key in MAPS:
         some = [result[kind][key] for kind in kinds]
-        first.append([key, *(" · ".join(f"{_share(one, x):.0%}" for x in NULLS) for one in some)])
+        first.append([key, *(" · ".join(_share(one, x) for x in NULLS) for one in some)])
     for key in (*MAPS, "random order"):
         some = [result[kind][key] for kind in kinds]
         second.append([key, *(f"{one['deletion']:.2f} · {one['insertion']:.2f}" for one in some)])
@@ -272,10 +280,12 @@ WAYS, DIRECTIONS = ("features", "pixels"), {"noise": "needs", "denoise": "is eno
 NULLS = ("some", "null", "shuffled", "random")
 
 
-def _share(one: dict[str, Any], kind: str) -> float:
+def _share(one: dict[str, Any], kind: str) -> str:
     """A share, of which those of maps have an interval, too; of models that said no word there is none."""
-    found = one.get(kind, np.nan)
-    return float(found["share"] if isinstance(found, dict) else found)
+    found = one.get(kind)
+    if found is None:
+        return "–"
+    return f"{found['share'] if isinstance(found, dict) else found:.0%}"
 
 
 def _table(rows: list[list[str]]) -> str:

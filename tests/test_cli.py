@@ -968,6 +968,8 @@ def test_a_direction_on_the_command_line(run, tmp_path):
         "generate --image a.png --prompt red --patch decoder.0.resid@last --other no.png",
         "generate --image a.png --prompt red --steer no.safetensors",
         "models toy-blip --example no.csv:0",
+        "notice --data states no.csv",
+        "notice --spec no.toml",
         "neurons find --image no.png --prompt red",
         "neurons describe --data no.csv",
         "neurons describe --data states --found no",
@@ -981,7 +983,8 @@ def test_a_direction_on_the_command_line(run, tmp_path):
 def test_a_file_that_is_not_there_is_said_before_a_model_is_loaded(run, tmp_path, monkeypatch, words):
     picture(0, 48).save(tmp_path / "a.png")
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("vlmscope.checkpoint.load", lambda *_, **__: pytest.fail("loaded"))
+    for module in ("checkpoint", "notice"):
+        monkeypatch.setattr(f"vlmscope.{module}.load", lambda *_, **__: pytest.fail("loaded"))
     ends = {"explain": ".html", "data": ".csv", "neurons edit": ".safetensors"}
     end = next((end for start, end in ends.items() if words.startswith(start)), "")
     given = [] if "models" in words else ["--model", "toy-blip", "--out", f"out{end}"]

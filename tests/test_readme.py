@@ -56,7 +56,7 @@ def test_the_python_of_the_page_on_attribution_runs(tmp_path, monkeypatch, capsy
     page = (Path(__file__).parent.parent / "docs" / "attribution.md").read_text("utf-8")
     (block,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
     exec(compile(block, "attribution.md", "exec"), {})
-    assert "decoder.mlp.n: good. Rank correlation with exact patches 0.9" in capsys.readouterr().out
+    assert "decoder.mlp.n: good. Rank correlation with exact patches 1.00" in capsys.readouterr().out
     assert (tmp_path / "runs" / "atp.html").exists()
 
 

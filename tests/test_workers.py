@@ -156,7 +156,7 @@ class Known:
                 self.results[job.number] = study.work(task, job, *rest)
             return self.results[job.number]
 
-        return study._replace(work=work)
+        return replace(study, work=work)
 
 
 @pytest.mark.filterwarnings("ignore:a worker died")
@@ -472,7 +472,7 @@ class Deadly:
                 os.kill(os.getpid(), signal.SIGKILL)
             return study.work(task, job, *rest)
 
-        return study._replace(work=work)
+        return replace(study, work=work)
 
 
 @pytest.mark.ray
@@ -560,7 +560,7 @@ class Slow:
             time.sleep(0.5)
             return study.work(*given)
 
-        return study._replace(work=work)
+        return replace(study, work=work)
 
 
 @pytest.mark.ray

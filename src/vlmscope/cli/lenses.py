@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 from vlmscope.cli import terminal
 from vlmscope.cli.neurons import Shown
-from vlmscope.cli.options import Asked, Corrupt, Direction, Filled, Given, Metric, Share, Study
+from vlmscope.cli.options import Corrupt, Direction, Filled, Given, Metric, OnePicture, Share, StudyOptions
 from vlmscope.errors import VlmscopeError, written
 
 
@@ -50,7 +50,7 @@ def lens(
 
 
 def explain(
-    given: Asked,
+    given: OnePicture,
     out: Path,
     word: list[str] | None = None,
     region: str | None = None,
@@ -101,10 +101,10 @@ def explain(
 
 
 @dataclass(kw_only=True)
-class Scores(Study):
+class Scores(StudyOptions):
     """The options of attributions."""
 
-    makes: ClassVar[str] = "studies.attribution:attributed"
+    makes = "studies.attribution:attributed"
     sites: list[str]
     corrupt: Corrupt | None = None
     method: Literal["direct", "atp", "atp-star", "relp", "ig"] = "direct"
@@ -123,7 +123,7 @@ def attribute(given: Given, scores: Scores, share: Filled) -> None:
     """
     from vlmscope.report import claim_report, write_report
     from vlmscope.report.ranking import strongest
-    from vlmscope.studies.agreement import agreement, lines
+    from vlmscope.studies.agreement import UNSIGNED, agreement, lines
 
     claim_report(share.out / "report.html")
     run, _ = share.fill(given, scores)
@@ -136,14 +136,14 @@ def attribute(given: Given, scores: Scores, share: Filled) -> None:
     print(terminal.table(best))
     print(run.check_line(), write_report(run.path, run.path / "report.html"), sep="\n")
     if scores.verify:
-        print(*lines(agreement(table, scores.verify, signed=scores.method != "atp-star")), sep="\n")
+        print(*lines(agreement(table, scores.verify, signed=scores.method != UNSIGNED)), sep="\n")
 
 
 @dataclass(kw_only=True)
-class Edges(Study):
+class Edges(StudyOptions):
     """The options of scores of edges."""
 
-    makes: ClassVar[str] = "studies.edges:edged"
+    makes = "studies.edges:edged"
     corrupt: Corrupt
     method: Literal["eap", "eap-ig", "exact"] = "eap"
     steps: int | None = None

@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from vlmscope.cli import lenses, machine, neurons, steering, sweeps, terminal
-from vlmscope.cli.options import Asked, Corrupt, DType, Given, Group, Noise, Share, Workers, command
+from vlmscope.cli.options import Corrupt, DType, Given, Group, Noise, OnePicture, Share, Workers, command
 from vlmscope.errors import VlmscopeError, shown
 
 app = typer.Typer(
@@ -282,7 +282,7 @@ def inpaint(
 
 @command(app)
 def generate(
-    given: Asked,
+    given: OnePicture,
     edit: list[str] | None = None,
     patch: list[str] | None = None,
     other: Path | None = None,

@@ -44,7 +44,7 @@ class OneModel:
 
 
 @dataclass(kw_only=True)
-class Asked(OneModel):
+class OnePicture(OneModel):
     """The options of a command with a model that is asked about one picture."""
 
     image: Path
@@ -114,7 +114,7 @@ class Share(Workers):
 
 
 @dataclass(kw_only=True)
-class Study:
+class StudyOptions:
     """The options that are those of a function of `studies`, which says what a run folder is to hold."""
 
     makes: ClassVar[str]
@@ -132,7 +132,7 @@ class Filled(Share):
 
     push: str | None = None
 
-    def fill(self, given: Given, asked: Study) -> tuple[Any, int]:
+    def fill(self, given: Given, asked: StudyOptions) -> tuple[Any, int]:
         """Put a study into the folder: the run, and how many examples it was asked for."""
         from vlmscope.studies import pushed
         from vlmscope.studies.known import warn_of_excluded

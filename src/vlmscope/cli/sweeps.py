@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
-from vlmscope.cli.options import Corrupt, Direction, Engine, Filled, Given, Metric, Noise, Study, typed
+from vlmscope.cli.options import Corrupt, Direction, Engine, Filled, Given, Metric, Noise, StudyOptions, typed
 from vlmscope.errors import VlmscopeError
 
 
 @dataclass(kw_only=True)
-class Patches(Study):
+class Patches(StudyOptions):
     """The options of a sweep that say what is patched, and how."""
 
     sites: list[str]
@@ -122,10 +122,10 @@ def merge(runs: list[Path], /, out: Path, push: str | None = None) -> None:
 
 
 @dataclass(kw_only=True)
-class Cuts(Study):
+class Cuts(StudyOptions):
     """The options of a knock-out."""
 
-    makes: ClassVar[str] = "studies.knockout:knocked_out"
+    makes = "studies.knockout:knocked_out"
     sites: list[str]
     how: Literal["block", "zero"] = "block"
     metric: Metric = "ld"

@@ -133,7 +133,8 @@ def explain(
     >>> from PIL import ImageDraw
     >>> picture = Image.new("RGB", (48, 48), "white")
     >>> ImageDraw.Draw(picture).rectangle((4, 4, 20, 20), "red")
-    >>> found = explain(vlmscope.load("toy-llava"), picture, "describe this picture.", ["red"])
+    >>> asked = (vlmscope.load("toy-llava"), picture, "describe this picture.", ["red"])
+    >>> found = explain(*asked, reference="mean", direction="denoise")
     >>> best = found.cells.loc[found.cells["exact"].idxmax()]
     >>> int(best["row"]) < 3, int(best["column"]) < 3
     (True, True)

@@ -168,9 +168,9 @@ def _check_folder(spec: Spec, folder: Path) -> None:
         )
 
 
-def _check_places(spec: Spec, model: Model, sites: Sequence[str]) -> None:
-    """Refuse sites and a position that are not there, before anything is written."""
-    few = [_read(spec, d, 6 if d in BUILT_IN else spec.limit) for d in spec.data]
+def _check_places(spec: Spec, few: Sequence[Sequence[Example]], model: Model, sites: Sequence[str]) -> None:
+    """Refuse sites and a position that are not there in some examples of each set, before anything is
+    written."""
     given = list(itertools.chain(*few))
     if not set(spec.data) & set(BUILT_IN):  # of which only a few are looked at here, and all have pairs
         sets = zip(spec.data, few, strict=True)
@@ -258,7 +258,8 @@ class _Pipeline:
     def prepare(self) -> tuple[list[Sweep], list[str]]:
         """Check all places, keep the specification and the examples; the sweeps, and lines to show."""
         spec, lines = self.spec, []
-        _check_places(spec, self.model, sites_of(spec, self.model))
+        few = [_read(spec, d, 6 if d in BUILT_IN else spec.limit) for d in spec.data]
+        _check_places(spec, few, self.model, sites_of(spec, self.model))
         if not (self.folder / "notice.toml").exists():
             with files.storing(self.folder):
                 self.folder.mkdir(parents=True, exist_ok=True)

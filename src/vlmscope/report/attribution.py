@@ -13,7 +13,7 @@ from vlmscope.report.gallery import Gallery, Section, Shown, render
 from vlmscope.report.ranking import strongest
 from vlmscope.report.run import cells_by_kind, on_pictures, patching
 from vlmscope.report.words import KINDS, TOWERS, ends, short_number, upper_first
-from vlmscope.studies.agreement import agreement, lines
+from vlmscope.studies.agreement import UNSIGNED, agreement, lines
 from vlmscope.studies.known import knows
 from vlmscope.studies.run_folder import OF_ATTRIBUTE, SPEC, Run
 from vlmscope.studies.tables import is_head, is_single, means
@@ -42,7 +42,7 @@ def section(run: Run, title: str, gallery: Gallery) -> Section:
     base, table, word = run.baselines(), run.attributions(), run.spec.get("word")
     known, excluded = knows(base), base["excluded"].astype(bool)
     pictures = image_maps.clean_pictures(run.pictures())
-    signed = method != "atp-star"
+    signed = method != UNSIGNED
     found = agreement(table, run.spec["verify"], signed=signed) if run.spec.get("verify") else {}
     shown: list[tuple[str, Shown]] = []
     if found:

@@ -22,6 +22,8 @@ GOOD, FAIR = 0.9, 0.7
 """Rank correlations with exact patches from which a ranking is called good, or fair; below, it is poor."""
 OFF = 0.5
 """A layer is poor where the scores are off by more than this share of the effects."""
+UNSIGNED = "atp-star"
+"""The method whose scores have no sign."""
 FEWEST = 3
 """Of fewer sites there is no correlation."""
 

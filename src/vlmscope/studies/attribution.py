@@ -26,7 +26,7 @@ from vlmscope.runs.corrupt import Noise
 from vlmscope.runs.model import Model, check_model
 from vlmscope.runs.prepare import option_of
 from vlmscope.sites import Sites, expand, parse
-from vlmscope.studies.agreement import agreement
+from vlmscope.studies.agreement import UNSIGNED, agreement
 from vlmscope.studies.direct import check_sums, writers_of, written
 from vlmscope.studies.gradients import check_effects, estimated
 from vlmscope.studies.run_folder import ATTRIBUTIONS, Run
@@ -43,8 +43,6 @@ from vlmscope.studies.task import (
 )
 
 METHODS = get_args(Method)
-UNSIGNED = "atp-star"
-"""The method whose scores have no sign."""
 AGREEMENT = "agreement.json"
 MOST = 100_000
 """Sites of a kind and example that are verified, at most."""

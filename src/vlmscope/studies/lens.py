@@ -41,6 +41,8 @@ NULLS = 100
 """How many other words stand beside one that is asked about."""
 SHOWN = 4
 """How many pictures are kept to be drawn over."""
+Tables = tuple[pd.DataFrame, pd.DataFrame]
+"""What states say, and how some words do."""
 LENS = "example site tower layer position token slot rank predicted token_id logit p".split()
 WORDS = (
     "example word what site tower layer position token slot token_id rank logit p null_p beaten nulls".split()
@@ -135,26 +137,7 @@ def lens(
         )
     vocabulary = Vocabulary(model)
     said_by = partial(reading.best_words, screen=reading.Screen.of(model)) if only_top else None
-    parts: list[tuple[pd.DataFrame, pd.DataFrame]] = []
-    pictures: dict[str, Image.Image] = {}
-    left: list[VlmscopeError] = []
-    with progress(len(given)) as step:
-        for number, example in enumerate(given):
-            try:
-                parts.append(_read(model, example, expanded, asked, top, vocabulary, said_by))
-            except (ExampleError, SiteError) as error:
-                if len(given) == 1:
-                    raise
-                left.append(error)
-            else:
-                if len(pictures) < SHOWN:
-                    pictures[example.id] = model.cropped(example.clean_image)
-            step(len(parts), number + 1)
-    if not parts:
-        raise DataError(f"none of {len(left)} examples could be run: {left[0]}")
-    if left:
-        text = f"{len(left)} of {len(given)} examples were left out: {left[0]}"
-        warnings.warn(text, stacklevel=2)
+    ran, parts = _each(given, lambda one: _read(model, one, expanded, asked, top, vocabulary, said_by))
     about = {
         "what": formats.LENS.name,
         "model": model.name,
@@ -167,7 +150,28 @@ def lens(
         "dtype": model.precision,
     }
     said, told = (pd.concat(tables, ignore_index=True) for tables in zip(*parts, strict=True))
-    return Lens(about, said, told, pictures)
+    return Lens(about, said, told, {one.id: model.cropped(one.clean_image) for one in ran[:SHOWN]})
+
+
+def _each(given: Sequence[Example], read: Callable[[Example], Tables]) -> tuple[list[Example], list[Tables]]:
+    """The examples that can be run, and what is read of each; others are left out with a warning."""
+    ran, parts, left = list[Example](), list[Tables](), list[VlmscopeError]()
+    with progress(len(given)) as step:
+        for number, example in enumerate(given, start=1):
+            try:
+                parts.append(read(example))
+                ran.append(example)
+            except (ExampleError, SiteError) as error:
+                if len(given) == 1:
+                    raise
+                left.append(error)
+            step(len(parts), number)
+    if not parts:
+        raise DataError(f"none of {len(left)} examples could be run: {left[0]}")
+    if left:
+        text = f"{len(left)} of {len(given)} examples were left out: {left[0]}"
+        warnings.warn(text, stacklevel=3)
+    return ran, parts
 
 
 def _read(
@@ -178,7 +182,7 @@ def _read(
     top: int,
     vocabulary: Vocabulary,
     best_words: Callable[..., reading.Words] | None,
-) -> tuple[pd.DataFrame, pd.DataFrame]:
+) -> Tables:
     """The two tables of one example; the second is empty where `best_words` says only the best."""
     inputs, tokens = _asked(model, example, words)
     tokens = {} if best_words else tokens

@@ -22,6 +22,7 @@ from vlmscope.runs.network import Network
 from vlmscope.stats import FEWEST
 from vlmscope.stored import formats
 from vlmscope.studies import circuits
+from vlmscope.studies.agreement import UNSIGNED
 from vlmscope.studies.faithfulness import mib
 from vlmscope.studies.faithfulness.parts import KINDS, Edges, named
 from vlmscope.studies.run_folder import Run, read_run, table_in
@@ -92,7 +93,7 @@ def read(source: str | os.PathLike[str], model: Network, corruption: str, data: 
     if table_in(run.spec) == "attributions":
         method, rows = run.spec["method"], run.attributions()
         scores = by_part(rows.assign(score=sign * rows["score"]), path)
-        return _of_run(run, f"attributions ({method})", scores, signed=method != "atp-star")
+        return _of_run(run, f"attributions ({method})", scores, signed=method != UNSIGNED)
     rows = run.effects()
     value = change_of(rows)
     return _of_run(run, "effects", by_part(rows.assign(score=sign * rows[value]), path))
