@@ -26,7 +26,7 @@ from PIL import Image
 from scipy import stats
 
 import vlmscope
-from vlmscope.data import fills
+from vlmscope.data import BUILT_IN, fills
 from vlmscope.data.images import open_image
 from vlmscope.patching.scores import agrees
 from vlmscope.studies.inpainting import inpaint
@@ -36,7 +36,7 @@ SITES = {
     + [f"decoder.*.{kind}.h*@readout" for kind in ("attn", "cross")],
     "toy-llava": ["decoder.*.attn.h*@readout", "decoder.*.attn.h*@answer"],
 }
-SETS, FILLS = ("states", "scenes", "faces"), ("mean", "blur", "shuffle")
+SETS, FILLS = BUILT_IN, ("mean", "blur", "shuffle")
 
 
 def share(hits: Any) -> dict[str, Any]:

@@ -40,7 +40,7 @@ from llava import build, pair_of
 
 from vlmscope import neurons
 from vlmscope.checkpoint import load
-from vlmscope.data import TOY_SETS, examples
+from vlmscope.data import examples
 from vlmscope.data.example import Example
 from vlmscope.models.inputs import Inputs
 from vlmscope.neurons.captions import generate_caption
@@ -138,7 +138,7 @@ def cost(pictures: int, pairs: int) -> dict[str, Any]:
 
 
 def held_out(limit: int, seed: int) -> list[Example]:
-    found = [e for name in TOY_SETS for e in examples(name, limit=limit, seed=seed)]
+    found = [e for name in ("states", "scenes", "faces") for e in examples(name, limit=limit, seed=seed)]
     random.Random(seed).shuffle(found)
     return found
 

@@ -38,9 +38,6 @@ WORDS = (
     "yellow dark or ? . person feeling happy sad what color un ##happy ##ly"
 ).split()
 
-TOY_SETS = ("states", "scenes", "faces")
-"""The built-in sets that `toy-llava` was trained on; `toy-blip` was on all."""
-
 
 def blip_processor(size: int = 12) -> BlipProcessor:
     vocab = {word: i for i, word in enumerate(WORDS)}

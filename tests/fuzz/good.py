@@ -55,9 +55,9 @@ LINES = {
     "neurons find": "--model toy-llava --image a.png --prompt what? --caption 'a red star' --word red "
     "--out out",
     "neurons describe": f"{LLAVA} --neuron 1.2 --no-measures --out out",
-    "neurons perturb": "--model toy-llava --data states --limit 40 --word red --found found --out out",
-    "neurons edit": "--model toy-llava --data states --limit 6 --prompt what? --from red --to blue "
-    "--neurons 5 --solver closed --on edit.safetensors --out out.safetensors",
+    "neurons perturb": "--model toy-llava --data states --limit 50 --word red --found found --out out",
+    "neurons edit": "--model toy-llava --data states --limit 6 --prompt 'describe this picture.' --from red "
+    "--to blue --neurons 5 --solver closed --on edit.safetensors --out out.safetensors",
     "neurons edits": "edit.safetensors",
 }
 
@@ -131,7 +131,7 @@ def _made(top: Path) -> Path:
     for number, name in enumerate(("first", "second"), 1):
         sweep(blip, two, "encoder.1.cross.h0@answer", out=folder / name, shard=(number, 2))
     toy = load("toy-llava")
-    neurons.find(toy, examples("states", limit=40), ["red"], prompt="describe this picture.").save(
+    neurons.find(toy, examples("states", limit=50), ["red"], prompt="describe this picture.").save(
         folder / "found"
     )
     columns = {2: (torch.tensor([1, 5]), torch.ones(96, 2) / 100)}
