@@ -31,8 +31,8 @@ HEAVY = ("torch", "transformers")
 
 PUBLIC = """Direction Edit Example Inputs Model Noise Pair Pattern Site VlmscopeError WeightEdit __version__
     attribute baselines compare edges edited examples explain faithfulness flow_table head_table inpaint
-    knockout lens load merge open probe push read_csv read_run steer sweep token_table write_csv
-    write_report""".split()
+    knockout lens load merge open probe push read_csv read_run steer sweep token_table trace
+    write_csv write_report""".split()
 
 
 def read_layers(title: str) -> dict[str, int]:

@@ -10,7 +10,7 @@ from html import unescape
 
 import pandas as pd
 import pytest
-from models import alone, blip, example, picture, sweep_to
+from models import blip, example, picture, sweep_to
 
 from vlmscope.checkpoint import load
 from vlmscope.data import examples
@@ -134,9 +134,7 @@ def everything(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tracing, "MIN_P", -1.0)
         patch.setattr(tracing, "MIN_LD", -1e9)
-        tracing.trace(
-            alone(model, examples[:3]).fill, folder / "t", noise=noise, kinds=("cross",), data=HOSTILE
-        )
+        tracing.trace(model, examples[:3], folder / "t", noise=noise, kinds=("cross",), data=HOSTILE)
     return [folder / "c", folder / "h", folder / "t", run.path]
 
 

@@ -33,10 +33,6 @@ def all_examples_count(monkeypatch):
     monkeypatch.setattr(tracing, "MIN_LD", -1e9)
 
 
-def trace(model, given, out, **options):
-    return tracing.trace(alone(model, given).fill, out, **options)
-
-
 def several():
     prompts = ["is this circle red or blue ?", "is this dark circle red or blue ?"]
     return [replace(example(prompts[n % 2]), id=f"e{n}", clean_image=picture(n)) for n in range(4)]
@@ -45,7 +41,7 @@ def several():
 @pytest.fixture
 def traced(tmp_path):
     model = blip(layers=4)
-    found = trace(model, several(), tmp_path / "t", noise=NOISE, kinds=("resid", "cross"))
+    found = vlmscope.trace(model, several(), tmp_path / "t", noise=NOISE, kinds=("resid", "cross"))
     return model, found.table, tmp_path / "t"
 
 
@@ -81,13 +77,13 @@ def test_shards_put_together_repeat_by_repeat_are_the_whole(traced, tmp_path):
     fill = alone(model, several()).fill
     options = {"noise": NOISE, "kinds": ("resid", "cross")}
     for which in (1, 2):
-        found = tracing.trace(fill, tmp_path / str(which), shard=(which, 2), **options)
+        found = tracing.trace_by(fill, tmp_path / str(which), shard=(which, 2), **options)
         assert found.about["examples"] == 2
     for name in ("00", "01", "02"):
         shards = [tmp_path / str(which) / "repeats" / name for which in (1, 2)]
         vlmscope.merge(shards, tmp_path / "merged" / "repeats" / name)
     before = {file: file.read_bytes() for file in (tmp_path / "merged").rglob("part-*")}
-    again = trace(model, several(), tmp_path / "merged", **options)
+    again = vlmscope.trace(model, several(), tmp_path / "merged", **options)
     pd.testing.assert_frame_equal(again.table, table, check_exact=True)
     assert again.about == tracing.read(whole).about
     assert before == {file: file.read_bytes() for file in (tmp_path / "merged").rglob("part-*")}
@@ -105,7 +101,7 @@ def test_it_goes_on_where_it_stopped(traced, monkeypatch):
     model, table, folder = traced
     monkeypatch.setattr(model, "run", None)
     monkeypatch.setattr("vlmscope.patching.engine.patch", None)
-    again = trace(model, several(), folder, noise=NOISE, kinds=("resid", "cross"))
+    again = vlmscope.trace(model, several(), folder, noise=NOISE, kinds=("resid", "cross"))
     pd.testing.assert_frame_equal(again.table, table)
     found = vlmscope.open(folder)
     pd.testing.assert_frame_equal(found.table, table)
@@ -114,7 +110,7 @@ def test_it_goes_on_where_it_stopped(traced, monkeypatch):
 
 def test_by_length(traced):
     model, by_slot, folder = traced
-    table = trace(model, several(), folder, noise=NOISE, kinds=("resid", "cross"), by="length").table
+    table = vlmscope.trace(model, several(), folder, noise=NOISE, kinds=("resid", "cross"), by="length").table
     encoder = table[table["tower"] == "encoder"]
     assert sorted(encoder["length"].unique()) == [9, 10]
     labels = encoder.query("length == 9").drop_duplicates("at").sort_values("order")["at"]
@@ -170,7 +166,7 @@ def test_all_comes_back_at_the_read_out_position(tmp_path):
     model = load("toy-llava", device="cpu")
     given = examples("states", limit=6)
     of = {
-        by: trace(
+        by: vlmscope.trace(
             model, given, tmp_path / "t", noise=replace(NOISE, draws=2), windows=(1,), kinds=("resid",), by=by
         ).table
         for by in ("slot", "length")
@@ -190,7 +186,7 @@ def test_all_comes_back_at_the_read_out_position(tmp_path):
 def test_what_is_left_out_is_counted(tmp_path, monkeypatch):
     monkeypatch.setattr(tracing, "MIN_P", 0.0)
     model = blip(seed=4)
-    table = trace(model, several(), tmp_path / "t", noise=NOISE, kinds=("resid",)).table
+    table = vlmscope.trace(model, several(), tmp_path / "t", noise=NOISE, kinds=("resid",)).table
     about = json.loads((tmp_path / "t" / "tracing.json").read_text())
     falls = [
         (lambda b: int((b["p_clean"] <= b["p_corrupt"]).sum()))(read_run(p).baselines())
@@ -200,7 +196,7 @@ def test_what_is_left_out_is_counted(tmp_path, monkeypatch):
     assert table["n"].max() < 4
     monkeypatch.setattr(tracing, "MIN_P", 2.0)
     with pytest.raises(DataError, match="the noise hardly changes"):
-        trace(model, several(), tmp_path / "t", noise=NOISE, kinds=("resid",))
+        vlmscope.trace(model, several(), tmp_path / "t", noise=NOISE, kinds=("resid",))
 
 
 def test_the_tables_of_the_figures(traced):
@@ -235,7 +231,7 @@ def test_the_tables_of_the_figures(traced):
 )
 def test_what_cannot_be_traced(tmp_path, options, message):
     with pytest.raises(VlmscopeError, match=message):
-        trace(blip(), several(), tmp_path / "t", noise=NOISE, **options)
+        vlmscope.trace(blip(), several(), tmp_path / "t", noise=NOISE, **options)
 
 
 def test_no_repeat_is_one_of_another_seed():

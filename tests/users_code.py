@@ -56,6 +56,7 @@ def lenses(model: vlmscope.Model, examples: Sequence[vlmscope.Example], folder: 
     assert_type(vlmscope.attribute(model, examples, "decoder.*.mlp@readout"), pd.DataFrame)
     assert_type(vlmscope.edges(model, examples, "image"), pd.DataFrame)
     assert_type(vlmscope.faithfulness(model, examples, folder / "run").table, pd.DataFrame)
+    print(vlmscope.trace(model, examples, folder / "traced", windows=[1, 3]).table)
     print(vlmscope.inpaint(model, examples, folder / "made.csv", fill="blur"))
     print(vlmscope.lens(model, examples, "decoder.*.resid@readout").words)
     assert_type(vlmscope.edges(model, examples, "image"), pd.DataFrame)

@@ -39,6 +39,7 @@ _NAMES = {
     "studies.steering.direction": "Direction",
     "studies.sweep": "baselines sweep",
     "studies.tables": "compare flow_table head_table token_table",
+    "studies.tracing": "trace",
 }
 _HOME = {name: module for module, names in _NAMES.items() for name in names.split()}
 __all__ = ["__version__", *_HOME]
@@ -81,6 +82,7 @@ if TYPE_CHECKING:  # what a type checker sees
     from vlmscope.studies.tables import flow_table as flow_table
     from vlmscope.studies.tables import head_table as head_table
     from vlmscope.studies.tables import token_table as token_table
+    from vlmscope.studies.tracing import trace as trace
 else:
 
     def __getattr__(name: str) -> Any:

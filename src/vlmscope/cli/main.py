@@ -127,9 +127,9 @@ def tracing(
     out, shard = share.out, share.numbers
     claim_report(out / "report.html")
     with share.team(given.model, given.device) as team:
-        from vlmscope.studies.tracing import WINDOWS, trace
+        from vlmscope.studies.tracing import WINDOWS, trace_by
 
-        traced = trace(
+        traced = trace_by(
             team(given).fill,
             out,
             noise=corrupt.Noise(noise, "image", noise_scale, repeats),

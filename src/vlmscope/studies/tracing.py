@@ -18,7 +18,7 @@ import pandas as pd
 import pyarrow.compute as pc
 
 from vlmscope import stored
-from vlmscope.data import Examples
+from vlmscope.data import Examples, listed
 from vlmscope.errors import DataError, VlmscopeError
 from vlmscope.runs.corrupt import Noise
 from vlmscope.runs.model import Model
@@ -26,7 +26,7 @@ from vlmscope.sites import Pattern
 from vlmscope.stats import rng
 from vlmscope.stored import formats
 from vlmscope.studies.run_folder import Run
-from vlmscope.studies.sweep import Study, swept
+from vlmscope.studies.sweep import Study, into_folder, swept
 from vlmscope.studies.tables import is_role, means, slot_order
 from vlmscope.studies.task import Shard
 
@@ -69,6 +69,51 @@ examples it was asked for; that of a team of workers does it in several processe
 
 
 def trace(
+    model: Model,
+    examples: Examples,
+    out: str | os.PathLike[str],
+    *,
+    noise: Noise | None = None,
+    windows: Sequence[int] = WINDOWS,
+    kinds: Sequence[str] | None = None,
+    by: str = "slot",
+    seed: int = 0,
+    data: str = "examples",
+) -> Traced:
+    """Causal tracing of the text towers (Palit et al. 2023), into the folder `out`; goes on where it stopped.
+
+    Clean states of `kinds` (of `KINDS`, by default all that the model has), in windows of so many layers, are
+    restored at each token of a run with `noise` on the image, in `noise.draws` repeats, each in a run folder
+    of its own (`repeats/00` …).
+
+    Of the table (`tracing.parquet` and CSV), a row is a tower, kind, window, layer and token: `restored`, the
+    mean over examples of the mean over an example's repeats of the share of P(answer), over `n` examples,
+    with the 95 % interval `low`, `high`; `spread`, the standard deviation over repeats of the mean over
+    examples; `restored_ld`, `spread_ld`, the same for the logit difference. `at` is the token's slot
+    (`by="slot"`), or its position in questions of one length in tokens (`by="length"`); `token` is what
+    stands there in all of them.
+
+    An example whose clean and corrupted runs are nearer than 0.05 in P(answer), or 0.5 in LD, is left out of
+    that repeat; `tracing.json` counts them. Raises `DataError` if none is left.
+
+    >>> import tempfile, vlmscope
+    >>> model, examples = vlmscope.load("toy-blip"), vlmscope.examples("states", limit=4)
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     noise = vlmscope.Noise(draws=2)
+    ...     found = vlmscope.trace(model, examples, folder, noise=noise, windows=[1], kinds=["resid"])
+    ...     found.table["tower"].unique().tolist(), int(found.table["repeats"].max())
+    (['encoder', 'decoder'], 2)
+    """
+    given = listed(examples)
+
+    def fill(place: Path, study: Callable[..., Study], options: dict[str, Any]) -> tuple[Run, int]:
+        made = study(model, given, **options)
+        return into_folder(made, place), len(made.task.numbers)
+
+    return trace_by(fill, out, noise=noise, windows=windows, kinds=kinds, by=by, seed=seed, data=data)
+
+
+def trace_by(
     fill: Fill,
     out: str | os.PathLike[str],
     *,
@@ -80,19 +125,7 @@ def trace(
     data: str = "examples",
     shard: Shard | None = None,
 ) -> Traced:
-    """Causal tracing of the text towers, into the folder `out`; goes on where it stopped.
-
-    `noise.draws` repeats, a run folder each (`repeats/00` …) by `fill`, of all `kinds` of `KINDS` that the
-    model has, or of some; of a shard, they are that of these runs. Of the table (`tracing.parquet` and CSV),
-    a row is a tower, kind, window, layer and token: `restored`, the mean over examples of the mean over an
-    example's repeats of the share of P(answer), over `n` examples, with the 95 % interval `low`, `high`;
-    `spread`, the standard deviation over repeats of the mean over examples; `restored_ld`, `spread_ld`, the
-    same for the logit difference. `at` is the token's slot (`by="slot"`), or its position in questions of
-    one length in tokens (`by="length"`); `token` is what stands there in all of them.
-
-    An example whose clean and corrupted runs are nearer than 0.05 in P(answer), or 0.5 in LD, is
-    left out of that repeat; `tracing.json` counts them. Raises `DataError` if none is left.
-    """
+    """`trace`, with the runs of the repeats by `fill`; of a shard, the repeats are that of their runs."""
     noise = noise or Noise()
     if by not in ("slot", "length"):
         raise VlmscopeError(f"tokens cannot be averaged by '{by}'; expected slot or length")
