@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -9,6 +10,7 @@ import numpy as np
 import pandas as pd
 
 from vlmscope.stats import LEVEL
+from vlmscope.stored import formats
 from vlmscope.studies.faithfulness.curve import Shares, area
 from vlmscope.studies.faithfulness.measure import Circuits
 from vlmscope.studies.faithfulness.parts import Parts
@@ -96,10 +98,34 @@ def _is_small(shares: Shares, chosen: frozenset[int]) -> bool:
 
 def _drop(shares: Shares, number: int) -> tuple[float, float, float]:
     """What f of the chosen circuit loses without one part, with its interval."""
-    value = shares.of("chosen") - shares.of(f"less {number}")
-    both = shares.drawn(["chosen", f"less {number}"])
+    return _more(shares, "chosen", f"less {number}")
+
+
+def _more(shares: Shares, one: str, other: str) -> tuple[float, float, float]:
+    """By how much f of a circuit exceeds that of another, with its interval."""
+    value, both = shares.of(one) - shares.of(other), shares.drawn([one, other])
     ends = shares.interval(value, both[:, 0] - both[:, 1]) if shares.sure else (np.nan, np.nan)
     return value, *ends
+
+
+def kinds_of(parts: Parts, circuit: frozenset[int]) -> dict[str, int]:
+    """How many parts of a circuit there are, by what they are."""
+    nouns = parts.nouns
+    return dict(Counter(nouns[number] for number in sorted(circuit)))
+
+
+def with_groups(shares: Shares, parts: Parts) -> list[dict[str, Any]]:
+    """What the circuit carries together with all parts of a tower (or kind), and what these carry alone."""
+    found = []
+    for name, group in parts.groups.items():
+        numbers = (
+            *shares.with_ends(f"with {name}"),
+            *_more(shares, f"with {name}", "chosen")[:2],
+            shares.of(f"only {name}"),
+        )
+        values = dict(zip(formats.GROUP, map(null, numbers), strict=True))
+        found.append({"group": name, "kinds": kinds_of(parts, group), **values})
+    return found
 
 
 def parts_table(
