@@ -53,7 +53,7 @@ PICTURES = 16
 
 
 @dataclass(frozen=True, eq=False)
-class Study:
+class Captioned:
     """A model and the pictures that it has captioned, in an order that their ids decide.
 
     Neurons are chosen on the `first` of them; `top` of them are a word's. The costly measures run on no more
@@ -153,7 +153,7 @@ def _reach(weight: Tensor, highest: Array, lowest: Array) -> Array:
     return np.where(flat >= 0, highest * flat, lowest * flat)
 
 
-def study(
+def captioned(
     model: Model,
     examples: Examples,
     prompt: str | None = None,
@@ -162,7 +162,7 @@ def study(
     pictures: int = PICTURES,
     found: Found | None = None,
     seed: int = 0,
-) -> Study:
+) -> Captioned:
     """Caption pictures, and see how each neuron fires."""
     given = listed(examples)
     # A large model's neurons are many: no more than one caption's are held in float32.
@@ -181,7 +181,7 @@ def study(
     first = np.arange(len(given)) < len(given) // 2
     means = torch.tensor(mean / max(1, len(made)), dtype=torch.float32)
     choices = (prompt, top, pictures, seed, shows, first)
-    return Study(model, given, made, *choices, highest, lowest, size, means)
+    return Captioned(model, given, made, *choices, highest, lowest, size, means)
 
 
 @dataclass(frozen=True, eq=False)
@@ -192,7 +192,7 @@ class Word:
     is where the caption says the word, or `reach` where it does not.
     """
 
-    study: Study
+    study: Captioned
     word: str
     token: int
     shown: Labels
@@ -292,7 +292,7 @@ class Word:
         return found
 
 
-def find_words(study: Study, words: Sequence[str] | None) -> tuple[list[Word], dict[str, str]]:
+def find_words(study: Captioned, words: Sequence[str] | None) -> tuple[list[Word], dict[str, str]]:
     """The words that can be measured, by default of all that pictures show; and why others cannot be.
 
     Raises `DataError` if there is none.

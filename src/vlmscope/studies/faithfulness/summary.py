@@ -15,7 +15,7 @@ from vlmscope.studies.faithfulness.curve import Shares, area
 from vlmscope.studies.faithfulness.measure import Circuits
 from vlmscope.studies.faithfulness.parts import Parts
 
-COLUMNS = "ranking fraction kept f low high random random_low random_high".split()
+COLUMNS, PARTS = (formats.FAITHFULNESS.tables[name].names for name in ("faithfulness.parquet", "circuit.csv"))
 
 
 def null(value: float) -> float | None:
@@ -135,7 +135,5 @@ def parts_table(
     for number, score in zip(sorted(chosen), named, strict=True):
         drop = _drop(shares, number) if _is_small(shares, chosen) else (np.nan,) * 3
         rows.append((names[number], *places[number], score, *drop))
-    columns = "part tower layer kind unit score drop low high".split()
-    return pd.DataFrame(rows, columns=columns).sort_values(
-        "score", key=abs, ascending=False, ignore_index=True
-    )
+    found = pd.DataFrame(rows, columns=PARTS)
+    return found.sort_values("score", key=abs, ascending=False, ignore_index=True)
