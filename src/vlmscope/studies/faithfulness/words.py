@@ -61,7 +61,7 @@ def _lacking(own: Mapping[str, Any], groups: Sequence[Mapping[str, Any]]) -> str
     if better:
         best = max(better, key=itemgetter("f"))
         where = best["group"] if "." in best["group"] else f"the {best['group']}"
-        text = f"; what it lacks is in {where}: with the {_counted(best['kinds'])} there it carries "
+        text = f"; what the circuit lacks is in {where}: with the {_counted(best['kinds'])} there it carries "
         text += _with({**best, "value": best["f"]})
         return text + (f", these alone {_percent(best['alone'])}" if best["alone"] != best["f"] else "")
     if own["low"] is None or own["low"] <= 0:

@@ -18,6 +18,7 @@ from vlmscope.patching.scores import logit_difference
 from vlmscope.progress import progress
 from vlmscope.sites import Site
 from vlmscope.stats import FEWEST, interval, p_values, q_values, rng
+from vlmscope.stored import formats
 from vlmscope.studies.heads.asked import Array, AskedHeads, Key
 from vlmscope.studies.heads.observe import Attention, Observed, of_heads
 
@@ -321,7 +322,7 @@ def together(asked: AskedHeads, observed: Sequence[Observed], use: NDArray[np.bo
             names = dict.fromkeys(str(site) for heads in each for site in heads)
             rows.append((name, how, " ".join(names), len(found), *np.mean(found, axis=0)))
             step(0, number + 1)
-    return pd.DataFrame(rows, columns=["set", "knockout", "heads", "n", "accuracy", "ld"])
+    return pd.DataFrame(rows, columns=formats.HEADS.tables["together.csv"].names)
 
 
 def _value(asked: AskedHeads, site: Site, values: Mapping[Key, Tensor] | None) -> Tensor:
