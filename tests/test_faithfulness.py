@@ -296,7 +296,8 @@ def test_what_a_circuit_lacks_in_words():
     much |= {"more": 0.61, "more_low": 0.5, "alone": 0.04}
     perhaps = much | {"group": "decoder", "f": 0.7, "more_low": -0.1}
     lacking = room.words._lacking
-    said = "; what the circuit lacks is in the encoder: with the 24 heads and 6 MLPs there it carries 62 % [50, 70]"
+    said = "; what the circuit lacks is in the encoder: with the 24 heads and 6 MLPs there it carries 62 %"
+    said += " [50, 70]"
     assert lacking(own, [perhaps, much]) == f"{said}, these alone 4 %"
     assert lacking(own, [much | {"alone": 0.62}]) == said
     within = much | {"group": "decoder.mlp", "kinds": {"MLP": 1}}
