@@ -34,6 +34,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import pandas as pd
 import torch
 from blip import Memory
 from llava import build, pair_of
@@ -43,7 +44,8 @@ from vlmscope.checkpoint import load
 from vlmscope.data import examples
 from vlmscope.data.example import Example
 from vlmscope.models.inputs import Inputs
-from vlmscope.neurons.captions import generate_caption
+from vlmscope.neurons.captions import generate_caption, whole_word
+from vlmscope.neurons.contributions import strongest
 from vlmscope.runs.model import Model
 
 ASK, OTHERWISE = "describe this picture.", "what does this picture show?"
@@ -134,6 +136,13 @@ def cost(pictures: int, pairs: int) -> dict[str, Any]:
     }
 
 
+def captioned(model: Model, given: list[Example], *prompts: str) -> neurons.Found:
+    """What is said about pictures, asked for in several ways, to be handed on."""
+    each = [neurons.find(model, given, prompt=prompt) for prompt in prompts]
+    held = {asked: caption for one in each for asked, caption in one.held.items()}
+    return replace(each[0], captions=pd.concat([one.captions for one in each]), held=held)
+
+
 # -- concepts ------------------------------------------------------------------------------------
 
 
@@ -196,25 +205,28 @@ def concept(pictures: int, pairs: int) -> dict[str, Any]:
 def edits(pictures: int, pairs: int) -> dict[str, Any]:
     model = load("toy-llava", device="cpu")
     made_on, others = held_out(pictures, 0), held_out(max(20, pictures // 2), 77)
+    found, said = captioned(model, made_on, ASK), captioned(model, others, ASK, OTHERWISE)
     before = {name: value.clone() for name, value in model.hf.state_dict().items()}
     many = int(0.03 * 4 * model.shapes["decoder"].neurons)
     rows, done = [], []
 
     def measured(edit: neurons.WeightEdit, **more: Any) -> dict[str, Any]:
         random_ones = neurons.random_columns(model, edit)
-        null = neurons.edit(model, made_on, source, target, prompt=ASK, neurons=random_ones, **more)
-        card = neurons.describe_edit(model, edit, others, null=null, prompts=[ASK, OTHERWISE], names=())
+        more |= {"prompt": ASK, "found": found}
+        null = neurons.edit(model, made_on, source, target, neurons=random_ones, **more)
+        asked: dict[str, Any] = {"prompts": [ASK, OTHERWISE], "names": (), "found": said}
+        card = neurons.describe_edit(model, edit, others, null=null, **asked)
         table = card.measures.set_index("measure")[["value", "before", "random", "n"]]
         row = {"columns": len(edit.neurons), "size": edit.size, "is_of": card.about["is_of"]}
         return row | {"tried": edit.about.get("tried"), "measures": table.to_dict("index")}
 
     for source, target in PAIRS[:pairs]:
         start = time.perf_counter()
-        edit = neurons.edit(model, made_on, source, target, prompt=ASK, neurons=many)
+        edit = neurons.edit(model, made_on, source, target, prompt=ASK, neurons=many, found=found)
         seconds = time.perf_counter() - start
-        columns = neurons.find(model, made_on, [source], prompt=ASK, top=0).neurons
-        best = columns.groupby(["layer", "neuron"])["score"].mean().nlargest(many).index.tolist()
-        wide = neurons.edit(model, made_on, source, target, prompt=ASK, neurons=best)
+        says = [caption for caption in found.held.values() if whole_word(source).search(caption.text)]
+        best = strongest(model, says, source, many)
+        wide = neurons.edit(model, made_on, source, target, prompt=ASK, neurons=best, found=found)
         rows.append({"from": source, "to": target, "seconds": seconds})
         rows[-1] |= {"fewest": measured(edit), "3 %": measured(wide)}
         rows[-1]["undone"] = all(
@@ -224,7 +236,7 @@ def edits(pictures: int, pairs: int) -> dict[str, Any]:
         print(json.dumps(rows[-1]), flush=True)
     source, target = PAIRS[1]
     more: dict[str, Any] = {"concept": True, "wordings": [OTHERWISE]}
-    whole = neurons.edit(model, made_on, source, target, prompt=ASK, neurons=many, **more)
+    whole = neurons.edit(model, made_on, source, target, prompt=ASK, neurons=many, found=found, **more)
     result = {"pairs": rows, "concept": {"from": source, "to": target, **measured(whole, **more)}}
     print(json.dumps(result["concept"]), flush=True)
     stack: list[neurons.WeightEdit] = []
@@ -232,7 +244,7 @@ def edits(pictures: int, pairs: int) -> dict[str, Any]:
         with neurons.edited(model, *stack):
             stack.append(one if not stack else neurons.edit(model, made_on, source, target, prompt=ASK))
     source, target = PAIRS[0]
-    after = neurons.assess(model, stack, others, source, target, prompts=[ASK])[0].set_index("measure")
+    after = neurons.assess(model, stack, others, source, target, prompts=[ASK], found=said)[0]
 
     def mean(size: str, measure: str, column: str) -> float:
         return statistics.mean(row[size]["measures"][measure][column] for row in rows)
@@ -241,7 +253,7 @@ def edits(pictures: int, pairs: int) -> dict[str, Any]:
         for measure in ("generality", "locality", "blind prompts changed"):
             result[f"{size}: {measure}"] = [mean(size, measure, column) for column in ("value", "random")]
     result["fewest columns"] = [row["fewest"]["columns"] for row in rows]
-    result["first_after_all"] = float(after.loc["generality", "value"])
+    result["first_after_all"] = float(after.set_index("measure").loc["generality", "value"])
     return result | {"undone": all(row["undone"] for row in rows)}
 
 
@@ -262,16 +274,17 @@ def falsely(pictures: int, pairs: int) -> dict[str, Any]:
     seen = examples("states", limit=pictures, seed=3)
     mixed = [x for n, one in enumerate(seen) for x in ([half_hidden(one)] if n % 2 else [one])]
     half = len(mixed) // 2
-    said = [model.answer(model.inputs(one.clean_image, ASK)) for one in mixed[:half]]
-    table = neurons.falsely_named(said, [one.shows for one in mixed[:half]], SHAPES)
+    found, before = captioned(model, mixed[:half], ASK), captioned(model, mixed[half:], ASK)
+    table = neurons.falsely_named(found.captions["caption"], [one.shows for one in mixed[:half]], SHAPES)
     word, result = table["object"][0], {"pictures": len(mixed), "named": table.to_dict("records")}
     for target in (None, "shape"):
-        more: dict[str, Any] = {"prompt": ASK, "falsely": True}
+        more: dict[str, Any] = {"prompt": ASK, "falsely": True, "found": found}
         edit = neurons.edit(model, mixed[:half], word, target, **more)
         null = neurons.edit(
             model, mixed[:half], word, target, neurons=neurons.random_columns(model, edit), **more
         )
-        card = neurons.describe_edit(model, edit, mixed[half:], null=null, prompts=[ASK], names=SHAPES)
+        asked: dict[str, Any] = {"prompts": [ASK], "names": SHAPES, "found": before}
+        card = neurons.describe_edit(model, edit, mixed[half:], null=null, **asked)
         result[f"{word} to {target or 'anything else'}"] = {
             "columns": len(edit.neurons),
             "tried": edit.about["tried"],
@@ -291,11 +304,13 @@ UNSAID = ("heart", "purple", "angry")
 def unsaid(pictures: int, pairs: int) -> dict[str, Any]:
     model, result = load("toy-llava", device="cpu"), {}
     made_on, others = held_out(pictures, 0), held_out(max(20, pictures // 2), 77)
+    more: dict[str, Any] = {"prompt": ASK, "found": captioned(model, made_on, ASK)}
+    said = captioned(model, others, ASK, OTHERWISE)
     for word in UNSAID:
-        edit = neurons.edit(model, made_on, word, None, prompt=ASK)
-        columns = neurons.random_columns(model, edit)
-        null = neurons.edit(model, made_on, word, None, prompt=ASK, neurons=columns)
-        card = neurons.describe_edit(model, edit, others, null=null, prompts=[ASK, OTHERWISE], names=())
+        edit = neurons.edit(model, made_on, word, None, **more)
+        null = neurons.edit(model, made_on, word, None, neurons=neurons.random_columns(model, edit), **more)
+        asked: dict[str, Any] = {"prompts": [ASK, OTHERWISE], "names": (), "found": said}
+        card = neurons.describe_edit(model, edit, others, null=null, **asked)
         table = card.measures.set_index("measure")[["value", "before", "random", "n"]]
         result[word] = {"columns": len(edit.neurons), "measures": table.to_dict("index")}
         print(json.dumps({word: result[word]}), flush=True)

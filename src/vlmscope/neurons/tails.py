@@ -43,6 +43,7 @@ class Tails:
     room: int = ROOM
     _entrances: dict[Inputs, Tensor] = field(default_factory=dict)
     _calls: dict[Inputs, Calls] = field(default_factory=dict)
+    _ways: list[Calls] = field(default_factory=list)
 
     def logits(
         self, runs: Sequence[tuple[Inputs, int]], deltas: Deltas | None = None
@@ -80,19 +81,17 @@ class Tails:
         model, tower, calls = self.model, self.model.speaker, Calls()
         if inputs in self._calls:
             return self._calls[inputs]
-        if (
-            model.flow(tower, inputs) != "plain"
-            and not model.family.towers[tower].deepstack
-            and self.room > 0
-        ):
+        is_apart = model.flow(tower, inputs) == "plain" or model.family.towers[tower].deepstack is not None
+        if not is_apart and self.room > 0:
             with model.alone(), Hooks() as hooks:
                 for layer in range(self.first, model.shapes[tower].layers):
                     keep = partial(self._keep, inputs, calls, layer)
                     hooks.on_call(model.blocks(tower)[layer], keep)
                 forward(model, inputs, grad=True)  # what is kept takes part in graphs
-            known = next((other for other in self._calls.values() if other and _same(other, calls)), None)
-            new = [*self._entrances.get(inputs, ()), *_tensors(() if known else calls)]
+            known = next((way for way in self._ways if _same(way, calls)), None)
+            new = [*_tensors(self._entrances.get(inputs)), *_tensors(() if known else calls)]
             self.room -= sum(x.nbytes for x in {id(x): x for x in new}.values())
+            self._ways += [calls] if calls and not known else []
             calls = known or calls
         self._calls[inputs] = calls
         return calls
