@@ -18,7 +18,7 @@
 - *unsaid*: words that are not to be said, as sensitive ones are not, suppressed on pictures that show what
   they name: how often they still are, beside the same edits of random columns, and what else has changed.
 
-The last line is JSON.
+The last line is JSON; `markdown` makes the tables of docs/neurons.md of it.
 """
 
 from __future__ import annotations
@@ -48,6 +48,7 @@ from vlmscope.neurons.captions import generate_caption, whole_word
 from vlmscope.neurons.contributions import strongest
 from vlmscope.runs.model import Model
 
+SIZES = ("fewest", "3 %")
 ASK, OTHERWISE = "describe this picture.", "what does this picture show?"
 LENGTH, ROUNDS = 20, 3
 SHAPES = ("circle", "square", "triangle", "star", "heart", "cross")
@@ -167,16 +168,17 @@ def concept(pictures: int, pairs: int) -> dict[str, Any]:
     words: dict[str, dict[str, Any]] = {}
     for word in names:
         row: dict[str, Any] = {}
-        for name in ("auc", "auc, image", "p drop, zero", "lost, zero"):
+        for name in ("auc", "auc, image", "sensitivity", "p drop, zero", "lost, zero"):
             if (name, word) in table.index:
-                columns = ["value", "ci_low", "ci_high", "null", "null_95", "p_value", "n"]
+                columns = ["value", "ci_low", "ci_high", "null", "null_95", "p_value", "q_value", "n"]
                 row[name] = table.loc[(name, word), columns].astype(float).to_dict()
         for number in (1, 2, 3) if word in with_drop else ():
             own = rounds.loc[(word, number, "top")]
             row[f"round {number}"] = {"drop_p": float(own["drop_p"]), "lost": float(own["lost"])}
         words[word] = row
     lost = {word: words[word]["lost, zero"] for word in with_drop}
-    aucs = {name: [words[word][name] for word in names] for name in ("auc", "auc, image")}
+    beside = ("auc", "auc, image", "sensitivity")
+    against = {name: [words[word][name] for word in names] for name in beside}
     return {
         "pictures": len(given),
         "seconds": time.perf_counter() - start,
@@ -184,17 +186,17 @@ def concept(pictures: int, pairs: int) -> dict[str, Any]:
         "of_words": len(names),
         "not_measured": measured.left_out.to_dict("records"),
         "some_caption_loses_it": sum(one["value"] > 0 for one in lost.values()),
-        "carried": sorted(word for word, one in lost.items() if one["p_value"] <= 0.05),
+        "carried": sorted(word for word, one in lost.items() if one["q_value"] <= 0.05),
         "lose_it_without_those_that_take_over": sum(words[word]["round 3"]["lost"] > 0 for word in with_drop),
         "drop_below_0.02": sum(words[word]["p drop, zero"]["value"] < 0.02 for word in with_drop),
         **{
             f"{name}: {what}": [min(one[what] for one in rows), max(one[what] for one in rows)]
-            for name, rows in aucs.items()
+            for name, rows in against.items()
             for what in ("value", "null", "null_95")
         },
         **{
-            f"{name}: beats random neurons": sum(one["p_value"] <= 0.05 for one in rows)
-            for name, rows in aucs.items()
+            f"{name}: beats its null": sum(one["q_value"] <= 0.05 for one in rows)
+            for name, rows in against.items()
         },
     }
 
@@ -204,7 +206,7 @@ def concept(pictures: int, pairs: int) -> dict[str, Any]:
 
 def edits(pictures: int, pairs: int) -> dict[str, Any]:
     model = load("toy-llava", device="cpu")
-    made_on, others = held_out(pictures, 0), held_out(max(20, pictures // 2), 77)
+    made_on, others = held_out(pictures, 0), held_out(pictures // 2, 77)
     found, said = captioned(model, made_on, ASK), captioned(model, others, ASK, OTHERWISE)
     before = {name: value.clone() for name, value in model.hf.state_dict().items()}
     many = int(0.03 * 4 * model.shapes["decoder"].neurons)
@@ -249,7 +251,7 @@ def edits(pictures: int, pairs: int) -> dict[str, Any]:
     def mean(size: str, measure: str, column: str) -> float:
         return statistics.mean(row[size]["measures"][measure][column] for row in rows)
 
-    for size in ("fewest", "3 %"):
+    for size in SIZES:
         for measure in ("generality", "locality", "blind prompts changed"):
             result[f"{size}: {measure}"] = [mean(size, measure, column) for column in ("value", "random")]
     result["fewest columns"] = [row["fewest"]["columns"] for row in rows]
@@ -275,7 +277,8 @@ def falsely(pictures: int, pairs: int) -> dict[str, Any]:
     mixed = [x for n, one in enumerate(seen) for x in ([half_hidden(one)] if n % 2 else [one])]
     half = len(mixed) // 2
     found, before = captioned(model, mixed[:half], ASK), captioned(model, mixed[half:], ASK)
-    table = neurons.falsely_named(found.captions["caption"], [one.shows for one in mixed[:half]], SHAPES)
+    said = found.captions["caption"].tolist()
+    table = neurons.falsely_named(said, [one.shows for one in mixed[:half]], SHAPES)
     word, result = table["object"][0], {"pictures": len(mixed), "named": table.to_dict("records")}
     for target in (None, "shape"):
         more: dict[str, Any] = {"prompt": ASK, "falsely": True, "found": found}
@@ -303,7 +306,7 @@ UNSAID = ("heart", "purple", "angry")
 
 def unsaid(pictures: int, pairs: int) -> dict[str, Any]:
     model, result = load("toy-llava", device="cpu"), {}
-    made_on, others = held_out(pictures, 0), held_out(max(20, pictures // 2), 77)
+    made_on, others = held_out(pictures, 0), held_out(pictures // 2, 77)
     more: dict[str, Any] = {"prompt": ASK, "found": captioned(model, made_on, ASK)}
     said = captioned(model, others, ASK, OTHERWISE)
     for word in UNSAID:
@@ -315,6 +318,69 @@ def unsaid(pictures: int, pairs: int) -> dict[str, Any]:
         result[word] = {"columns": len(edit.neurons), "measures": table.to_dict("index")}
         print(json.dumps({word: result[word]}), flush=True)
     return result
+
+
+# -- tables --------------------------------------------------------------------------------------
+
+
+def markdown(result: dict[str, Any]) -> list[str]:
+    """The tables of `docs/neurons.md`."""
+    words = ["| word | AUC | random | AUC, image | random | P falls by | captions lost | in three rounds |"]
+    words.append("|---" * 8 + "|")
+    for word, one in result["concepts"]["words"].items():
+        cells = [word]
+        for name in ("auc", "auc, image"):
+            cells += [f"{one[name]['value']:.2f}", f"{one[name]['null']:.2f} ({one[name]['null_95']:.2f})"]
+        drop, lost = one["p drop, zero"], one["lost, zero"]
+        rounds = [f"{one[f'round {number}']['lost']:.2f}" for number in (1, 2, 3)]
+        cells += [f"{drop['value']:.2f}", f"{lost['value']:.2f} of {lost['n']:.0f}", ", ".join(rounds)]
+        words.append(f"| {' | '.join(cells)} |")
+
+    pairs = ["| edit | columns | generality | locality | yes, there is | blind prompts changed | it is of |"]
+    pairs.append("|---" * 7 + "|")
+    every = [
+        (f"{one['from']} → {one['to']}", one, one[size]) for one in result["edits"]["pairs"] for size in SIZES
+    ]
+    whole = result["edits"]["concept"]
+    for name, one, made in [*every, (f"{whole['from']} → {whole['to']}, concept", whole, whole)]:
+        measures = made["measures"]
+        there = (measures[f"there is {one[end]}"] for end in ("from", "to"))
+        cells = [name, str(made["columns"]), *(_beside(measures[m]) for m in ("generality", "locality"))]
+        cells.append("; ".join(f"{x['before']:.2f} to {x['value']:.2f}" for x in there))
+        pairs.append(f"| {' | '.join([*cells, _beside(measures['blind prompts changed']), made['is_of']])} |")
+
+    false = ["| edit | columns | named falsely, and no longer | locality | CHAIR | POPE, accuracy |"]
+    false.append("|---" * 6 + "|")
+    for name, made in result["hallucination"].items():
+        if " to " in name:
+            cells = [
+                name,
+                str(made["columns"]),
+                *(_beside(made["measures"][m]) for m in ("generality", "locality")),
+            ]
+            for m in ("chair_i", "yes or no: accuracy"):
+                one = made["objects"][m]
+                cells.append(f"{one['before']:.2f} to {one['after']:.2f} ({one['random']:.2f})")
+            false.append(f"| {' | '.join(cells)} |")
+
+    gone = ["| word | columns | said before | after | locality | blind prompts changed |", "|---" * 6 + "|"]
+    for word, made in result["unsaid"].items():
+        if isinstance(made, dict):
+            measures, says = made["measures"], made["measures"][f"says {word}"]
+            cells = [
+                word,
+                str(made["columns"]),
+                f"{says['before']:.2f}",
+                f"{says['value']:.2f} ({says['random']:.2f})",
+            ]
+            cells += [_beside(measures[m]) for m in ("locality", "blind prompts changed")]
+            gone.append(f"| {' | '.join(cells)} |")
+    return ["\n".join(lines) for lines in (words, pairs, false, gone)]
+
+
+def _beside(one: dict[str, float]) -> str:
+    """A measure, and that of random columns."""
+    return f"{one['value']:.2f} ({one['random']:.2f}) of {one['n']}"
 
 
 def main() -> None:
@@ -329,13 +395,13 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     result: dict[str, Any] = {
         "benchmark": "neurons",
-        "machine": f"{platform.machine()}, {arguments.threads} threads, CPU",
+        "machine": f"{platform.machine()}, CPU",
         "torch": torch.__version__,
     }
     if arguments.out and arguments.out.exists():
         result |= {k: v for k, v in json.loads(arguments.out.read_text()).items() if k in run}
     for part in arguments.part or list(run):
-        result[part] = run[part](arguments.pictures, arguments.pairs)
+        result[part] = run[part](arguments.pictures, arguments.pairs) | {"threads": arguments.threads}
         short = {k: v for k, v in result[part].items() if k not in ("words", "pairs", "concept")}
         print(f"{part}: {json.dumps(short)}", flush=True)
         if arguments.out:

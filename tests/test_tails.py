@@ -9,7 +9,6 @@ import torch
 from families import FAMILIES
 from models import blip, example, llava, picture
 
-from vlmscope.neurons import ablated
 from vlmscope.neurons.captions import inputs_of
 from vlmscope.neurons.solvers import no_deltas
 from vlmscope.neurons.tails import Tails, adding
