@@ -28,7 +28,7 @@ def benchmark(monkeypatch):
     monkeypatch.syspath_prepend(FOLDER)
     found = importlib.import_module("neurons")
     monkeypatch.setattr(found, "held_out", half_red)
-    monkeypatch.setattr(found, "PAIRS", (("red", "blue"), ("red", "blue")))
+    monkeypatch.setattr(found, "PAIRS", (("red", "blue"), ("red", "blue"), ("circle", "star")))
     monkeypatch.setattr(found, "UNSAID", ("red",))
     monkeypatch.setattr(solvers, "STEPS", 30)
     monkeypatch.setattr(solvers, "LEAST", 30)
@@ -42,11 +42,11 @@ def benchmark(monkeypatch):
 
 
 def test_concepts(benchmark):
-    found = benchmark.concept(20, 1)
+    found = benchmark.concept(20, [])
     assert found["of_words"] == len(found["words"]) and "red" in found["words"]
     aucs = [one["auc"] for one in found["words"].values()]
     assert {one["n"] for one in aucs} == {10}, "half of the pictures"
-    assert 0.6 < np.mean([one["null"] for one in aucs]), "the best of random neurons tells words apart, too"
+    assert np.mean([one["null"] for one in aucs]) > 0.6, "the best of random neurons tells words apart, too"
     assert np.mean([one["null"] for one in aucs]) < np.mean([one["value"] for one in aucs])
     lost = {word: one["lost, zero"]["value"] for word, one in found["words"].items() if "lost, zero" in one}
     assert found["some_caption_loses_it"] == sum(value > 0 for value in lost.values())
@@ -58,22 +58,30 @@ def test_concepts(benchmark):
 
 
 def test_edits(benchmark):
-    found = benchmark.edits(12, 1)
-    (pair,) = found["pairs"]
-    assert found["undone"] and found["first_after_all"] == 1
+    (pair,) = benchmark.edits(12, [0]).values()
+    assert pair["undone"]
     assert (pair["fewest"]["columns"], pair["3 %"]["columns"]) == (1, 30)
     for size in benchmark.SIZES:
         rows = pair[size]["measures"]
-        assert rows["generality"]["value"] == 1 and rows["generality"]["before"] == 0
+        assert (rows["generality"]["value"], rows["generality"]["before"]) == (1, 0)
         assert rows["says red"]["value"] < rows["says red"]["before"]
         assert all(0 <= rows[name]["random"] <= 1 for name in ("generality", "locality"))
     assert pair["fewest"]["measures"]["generality"]["random"] == 0, "one column at random changes no word"
-    assert pair["fewest"]["measures"]["locality"]["value"] >= 0.8
-    assert found["concept"]["is_of"] in ("word", "in part", "concept", "unknown")
+    assert pair["fewest"]["measures"]["locality"]["value"] >= 2 / 3
+
+
+def test_edits_of_concepts_and_one_on_another(benchmark):
+    found = benchmark.concept_edit(8, [])
+    assert (found["from"], found["to"], found["columns"]) == ("red", "blue", 1)
+    assert found["measures"]["there is red"]["before"] > 0
+    assert {"which of the two", "locality, yes or no"} <= set(found["measures"])
+    found = benchmark.stack(8, [0, 2])
+    assert (found["edits"], found["columns"]) == (2, 2)
+    assert found["alone"] == found["after all"] == 1
 
 
 def test_objects_that_are_named_falsely(benchmark):
-    found = benchmark.falsely(24, 1)
+    found = benchmark.falsely(24, [])
     model, seen = load("toy-llava", device="cpu"), examples("states", limit=24, seed=3)
     mixed = [benchmark.half_hidden(one) if n % 2 else one for n, one in enumerate(seen)]
     said = [model.answer(model.inputs(one.clean_image, benchmark.ASK)) for one in mixed]
@@ -96,7 +104,7 @@ def test_half_of_an_object_is_hidden(benchmark):
 
 
 def test_words_that_are_not_to_be_said(benchmark):
-    rows = benchmark.unsaid(12, 1)["red"]["measures"]
+    rows = benchmark.unsaid(12, [])["red"]["measures"]
     assert rows["says red"]["before"] > 0 and rows["says red"]["value"] == 0
     assert rows["says red"]["random"] == rows["says red"]["before"]
     assert rows["locality"]["value"] >= 0.8
