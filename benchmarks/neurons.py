@@ -52,6 +52,7 @@ from vlmscope.neurons.contributions import count_neurons, strongest
 from vlmscope.runs.model import Model
 
 SIZES = ("fewest", "3 %")
+COUNTED = ("AUC beats its null", "AUC, image", "sensitivity", "some caption lost", "carried")
 ASK, OTHERWISE = "describe this picture.", "what does this picture show?"
 LENGTH, ROUNDS = 20, 3
 SHAPES = ("circle", "square", "triangle", "star", "heart", "cross")
@@ -276,6 +277,9 @@ def stack(pictures: int, pairs: Sequence[int]) -> dict[str, Any]:
 # -- hallucination -------------------------------------------------------------------------------
 
 
+INSTEAD = (None, "shape")
+
+
 def half_hidden(one: Example) -> Example:
     """The lower half of each object painted over with the ground."""
     picture = one.clean_image.copy()
@@ -294,7 +298,7 @@ def falsely(pictures: int, pairs: Sequence[int]) -> dict[str, Any]:
     said = found.captions["caption"].tolist()
     table = neurons.falsely_named(said, [one.shows for one in mixed[:half]], SHAPES)
     word, result = table["object"][0], {"pictures": len(mixed), "named": table.to_dict("records")}
-    for target in (None, "shape"):
+    for target in INSTEAD:
         more: dict[str, Any] = {"prompt": ASK, "falsely": True, "found": found}
         edit = neurons.edit(model, mixed[:half], word, target, **more)
         null = neurons.edit(
@@ -342,6 +346,11 @@ def markdown(result: dict[str, Any]) -> list[str]:
         cells += [f"{drop['value']:.2f}", f"{lost['value']:.2f} of {lost['n']:.0f}", ", ".join(rounds)]
         words.append(f"| {' | '.join(cells)} |")
 
+    found = result["concepts"]
+    beaten = (found[f"{name}: beats its null"] for name in ("auc", "auc, image", "sensitivity"))
+    counts = (*beaten, found["some_caption_loses_it"], len(found["carried"]))
+    beside = ", ".join(f"{name} {n}" for name, n in zip(COUNTED, counts, strict=True))
+
     pairs = ["| edit | columns | generality | locality | yes, there is | blind prompts changed | it is of |"]
     pairs.append("|---" * 7 + "|")
     rows = {name: one for name, one in result["edits"].items() if isinstance(one, dict)}
@@ -380,7 +389,8 @@ def markdown(result: dict[str, Any]) -> list[str]:
             for m in ("generality, other wording", "locality", "blind prompts changed"):
                 cells.append(_beside(measures[m]))
             gone.append(f"| {' | '.join(cells)} | {measures['length']['value']:.2f} |")
-    return ["\n".join(lines) for lines in (words, pairs, false, gone)]
+    tables = ["\n".join(lines) for lines in (words, pairs, false, gone)]
+    return [*tables, f"Of {found['of_words']} words: {beside}."]
 
 
 def _beside(one: dict[str, float]) -> str:

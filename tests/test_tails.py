@@ -4,16 +4,22 @@ from __future__ import annotations
 
 import os
 
+import numpy as np
 import pytest
 import torch
 from families import FAMILIES
 from models import blip, example, llava, picture
 
-from vlmscope.neurons.captions import inputs_of
+from vlmscope.checkpoint import load
+from vlmscope.data import examples
+from vlmscope.neurons import words
+from vlmscope.neurons.captions import LENGTH, inputs_of
+from vlmscope.neurons.contributions import token_weights
 from vlmscope.neurons.solvers import no_deltas
-from vlmscope.neurons.tails import Tails, adding
+from vlmscope.neurons.tails import ROOM, Tails, adding
+from vlmscope.neurons.words import Word, study
 from vlmscope.patching.backward import frozen
-from vlmscope.runs.forward import forward
+from vlmscope.runs.forward import forward, generate
 
 if os.environ.get("VLMSCOPE_TORCHVISION"):  # see test_video_families.py
     from video_families import FAMILIES as MADE
@@ -56,3 +62,54 @@ def test_runs_go_on_from_a_layer(name):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
         assert (one - before).abs().max() > 1e-2
     torch.testing.assert_close(gradients, whole, rtol=1e-3, atol=1e-4)
+
+
+def test_runs_for_which_there_is_no_room_are_whole():
+    model = llava()
+    given, deltas = runs(model), some_deltas(model, 1)
+    small, large = Tails(model, 1, room=1), Tails(model, 1)
+    found = small.logits(given, deltas)
+    assert len(small._entrances) == 1 and len(large._ways) == 0
+    for one, other in zip(found, large.logits(given, deltas), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
+    assert len(large._ways) == 1, "both are rows of one batch"
+    assert 0 < large.room < ROOM
+
+
+def test_runs_that_are_called_otherwise_are_no_rows_of_one_batch():
+    """Another number of positions; another picture that cross-attention reads."""
+    model = llava()
+    (one, count), _ = runs(model)
+    short = model.inputs(picture(0), "what is this ?")
+    tails = Tails(model, 0)
+    found = tails.logits([(one, count), (short, 1)])
+    assert len(tails._ways) == 2
+    torch.testing.assert_close(found[1][-1], model.run(short).float(), rtol=1e-4, atol=1e-4)
+    tails = Tails(FAMILIES["mllama"](), 0)
+    tails.logits(runs(tails.model))
+    assert len(tails._ways) == 2
+
+
+def test_words_without_neurons(monkeypatch):
+    """Batches of captions give what plain runs give; what is said as before is not generated anew."""
+    model = load("toy-llava", device="cpu")
+    there = study(model, examples("states", limit=8), "describe this picture.")
+    said = [caption.ids for caption in there.captions]
+    token = max((ids[1] for ids in said), key=lambda token: sum(token in ids for ids in said))
+    numbers = [n for n, ids in enumerate(said) if token in ids]
+    weight = token_weights(model, [token])[0]
+    word = Word(there, "it", token, np.ones(8, bool), weight, *there.contributions(token, weight))
+    made = []
+    monkeypatch.setattr(words, "generate", lambda *given, **more: made.append(1) or generate(*given, **more))
+    for count, how in ((1, "zero"), (400, "zero"), (400, "sigma 3")):
+        gone = word.strongest(slice(None), count)
+        chance, lost = [], []
+        for n in numbers:
+            with there.without(gone, how, n):
+                chance.append(float(model.run(word.fed(n)).log_softmax(-1)[token]))
+                ids = generate(model, there.captions[n].inputs, most=LENGTH)
+            lost.append(token not in ids)
+        made.clear()
+        assert word.lost(numbers, gone, how) == lost
+        assert sum(lost) <= len(made) <= len(numbers) and bool(made) == (count > 1)
+        np.testing.assert_allclose(word.log_probabilities(numbers, gone, how), chance, rtol=1e-4, atol=1e-4)
