@@ -52,7 +52,14 @@ from vlmscope.neurons.contributions import count_neurons, strongest
 from vlmscope.runs.model import Model
 
 SIZES = ("fewest", "3 %")
-COUNTED = ("AUC beats its null", "AUC, image", "sensitivity", "some caption lost", "carried")
+COUNTED = (
+    "AUC beats its null",
+    "AUC, image",
+    "sensitivity",
+    "some caption lost",
+    "in three rounds",
+    "carried",
+)
 ASK, OTHERWISE = "describe this picture.", "what does this picture show?"
 LENGTH, ROUNDS = 20, 3
 SHAPES = ("circle", "square", "triangle", "star", "heart", "cross")
@@ -177,8 +184,9 @@ def concept(pictures: int, pairs: Sequence[int]) -> dict[str, Any]:
                 columns = ["value", "ci_low", "ci_high", "null", "null_95", "p_value", "q_value", "n"]
                 row[name] = table.loc[(name, word), columns].astype(float).to_dict()
         for number in (1, 2, 3) if word in with_drop else ():
-            own = rounds.loc[(word, number, "top")]
+            own, other = (rounds.loc[(word, number, one)] for one in ("top", "random"))
             row[f"round {number}"] = {"drop_p": float(own["drop_p"]), "lost": float(own["lost"])}
+            row[f"round {number}"] |= {"random": float(other["lost"]), "n": int(own["n"])}
         words[word] = row
     lost = {word: words[word]["lost, zero"] for word in with_drop}
     beside = ("auc", "auc, image", "sensitivity")
@@ -342,26 +350,31 @@ def markdown(result: dict[str, Any]) -> list[str]:
         for name in ("auc", "auc, image"):
             cells += [f"{one[name]['value']:.2f}", f"{one[name]['null']:.2f} ({one[name]['null_95']:.2f})"]
         drop, lost = one["p drop, zero"], one["lost, zero"]
-        rounds = [f"{one[f'round {number}']['lost']:.2f}" for number in (1, 2, 3)]
+        rounds = [f"{one[f'round {n}']['lost']:.2f} ({one[f'round {n}']['random']:.2f})" for n in (1, 2, 3)]
         cells += [f"{drop['value']:.2f}", f"{lost['value']:.2f} of {lost['n']:.0f}", ", ".join(rounds)]
         words.append(f"| {' | '.join(cells)} |")
 
     found = result["concepts"]
     beaten = (found[f"{name}: beats its null"] for name in ("auc", "auc, image", "sensitivity"))
-    counts = (*beaten, found["some_caption_loses_it"], len(found["carried"]))
+    lost = found["some_caption_loses_it"], found["lose_it_without_those_that_take_over"]
+    counts = (*beaten, *lost, len(found["carried"]))
     beside = ", ".join(f"{name} {n}" for name, n in zip(COUNTED, counts, strict=True))
 
-    pairs = ["| edit | columns | generality | locality | yes, there is | blind prompts changed | it is of |"]
-    pairs.append("|---" * 7 + "|")
+    pairs = [
+        "| edit | columns | generality | locality | yes or no | blind prompts changed | there is | it is of |"
+    ]
+    pairs.append("|---" * 8 + "|")
     rows = {name: one for name, one in result["edits"].items() if isinstance(one, dict)}
     every = [(name, one, one[size]) for name, one in rows.items() for size in SIZES]
-    whole = result["concept edit"]
-    for name, one, made in [*every, (f"{whole['from']} → {whole['to']}, concept", whole, whole)]:
+    if whole := result.get("concept edit"):
+        every.append((f"{whole['from']} → {whole['to']}, concept", whole, whole))
+    for name, one, made in every:
         measures = made["measures"]
         there = (measures[f"there is {one[end]}"] for end in ("from", "to"))
-        cells = [name, str(made["columns"]), *(_beside(measures[m]) for m in ("generality", "locality"))]
+        kinds = ("generality", "locality", "locality, yes or no", "blind prompts changed")
+        cells = [name, str(made["columns"]), *(_beside(measures[m]) for m in kinds)]
         cells.append("; ".join(f"{x['before']:.2f} to {x['value']:.2f}" for x in there))
-        pairs.append(f"| {' | '.join([*cells, _beside(measures['blind prompts changed']), made['is_of']])} |")
+        pairs.append(f"| {' | '.join([*cells, made['is_of']])} |")
 
     false = ["| edit | columns | named falsely, and no longer | locality | CHAIR | POPE, accuracy |"]
     false.append("|---" * 6 + "|")
