@@ -76,12 +76,14 @@ def test_edits(benchmark):
     assert pair["fewest"]["measures"]["generality"]["random"] == 0, "one column at random changes no word"
 
 
+@pytest.mark.slow
 def test_one_edit_on_another(benchmark):
     found = benchmark.stack(4, [0, 2])
     assert (found["edits"], found["columns"]) == (2, 2)
     assert (found["alone"], found["after all"]) == (1, 0), "red is called blue, and then green"
 
 
+@pytest.mark.slow
 def test_an_edit_of_a_concept(benchmark, few_steps):
     found = benchmark.concept_edit(4, [])
     assert (found["from"], found["to"], found["columns"]) == ("red", "green", 1)
