@@ -366,8 +366,8 @@ def markdown(result: dict[str, Any]) -> list[str]:
     pairs.append("|---" * 8 + "|")
     rows = {name: one for name, one in result["edits"].items() if isinstance(one, dict)}
     every = [(name, one, one[size]) for name, one in rows.items() for size in SIZES]
-    if whole := result.get("concept edit"):
-        every.append((f"{whole['from']} → {whole['to']}, concept", whole, whole))
+    whole = result["concept edit"]
+    every.append((f"{whole['from']} → {whole['to']}, concept", whole, whole))
     for name, one, made in every:
         measures = made["measures"]
         there = (measures[f"there is {one[end]}"] for end in ("from", "to"))
