@@ -17,7 +17,7 @@ from vlmscope.neurons.captions import LENGTH, inputs_of
 from vlmscope.neurons.contributions import token_weights
 from vlmscope.neurons.solvers import no_deltas
 from vlmscope.neurons.tails import ROOM, Tails, adding
-from vlmscope.neurons.words import Word, study
+from vlmscope.neurons.words import Word, recorded
 from vlmscope.patching.backward import frozen
 from vlmscope.runs.forward import forward, generate
 
@@ -93,7 +93,7 @@ def test_runs_that_are_called_otherwise_are_no_rows_of_one_batch():
 def test_words_without_neurons(monkeypatch):
     """Batches of captions give what plain runs give; what is said as before is not generated anew."""
     model = load("toy-llava", device="cpu")
-    there = study(model, examples("states", limit=8), "describe this picture.")
+    there = recorded(model, examples("states", limit=8), "describe this picture.")
     said = [caption.ids for caption in there.captions]
     token = max((ids[1] for ids in said), key=lambda token: sum(token in ids for ids in said))
     numbers = [n for n, ids in enumerate(said) if token in ids]
