@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -50,11 +49,16 @@ class Tails:
     ) -> list[Float[Tensor, "positions vocabulary"]]:
         """The logits of the last so many positions of each run, with `deltas` added to the columns of neurons
         from the first block on, and whatever else is changed there at present."""
-        found, batches = dict[int, Tensor](), defaultdict[int, list[int]](list)
+        found, batches = dict[int, Tensor](), list[tuple[Calls, list[int]]]()
         for number, (inputs, _) in enumerate(runs):
-            batches[id(self._called(inputs))].append(number)
+            calls = self._called(inputs)
+            some = next((numbers for way, numbers in batches if way is calls), None)
+            if some is None:
+                batches.append((calls, [number]))
+            else:
+                some.append(number)
         with self.model.alone(), adding(self.model, deltas or {}):
-            for numbers in batches.values():
+            for _, numbers in batches:
                 for start in range(0, len(numbers), ROWS):
                     some = numbers[start : start + ROWS]
                     rows = self._rows([runs[n][0] for n in some], max(runs[n][1] for n in some))
@@ -90,7 +94,7 @@ class Tails:
                 forward(model, inputs, grad=True)  # what is kept takes part in graphs
             known = next((way for way in self._ways if _same(way, calls)), None)
             new = [*_tensors(self._entrances.get(inputs)), *_tensors(() if known else calls)]
-            self.room -= sum(x.nbytes for x in {id(x): x for x in new}.values())
+            self.room -= sum(x.nbytes for x in {*new})
             self._ways += [calls] if calls and not known else []
             calls = known or calls
         self._calls[inputs] = calls
