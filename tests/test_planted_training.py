@@ -92,6 +92,27 @@ def test_a_few_steps_learn_and_an_untrained_model_is_not_accepted(form, roles):
     assert not found.accepted and set(found.agree) == roles
 
 
+@pytest.mark.parametrize(
+    ("given", "starts"),
+    [([(0.98, 0.0), (1.0, 0.02), (0.99, 0.01)], 3), ([(1.0, 0.0)], 1), ([(0.5, 0.0)] * 3, 3)],
+)
+def test_what_is_not_accepted_is_begun_anew(monkeypatch, given, starts):
+    """From other weights, for the same circuit; three times at most."""
+    train, begun = training.train, []
+
+    def one_step(form, seed, start):
+        begun.append(train(form, seed, start, steps=1))
+        return begun[-1]
+
+    left = [training.Accepted(1.0, {"reader": agree}, leak, 1.0) for agree, leak in given]
+    last = left[-1]
+    monkeypatch.setattr(training, "train", one_step)
+    monkeypatch.setattr(training, "assess", lambda made: left.pop(0))
+    assert training.until_accepted("D", 0) == (begun[-1], last, starts)
+    assert len({one.model.hf.lm_head.weight.sum().item() for one in begun}) == starts == len(begun)
+    assert all(one.roles == begun[0].roles for one in begun)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("form", "CD")
 def test_a_circuit_can_be_trained(form):

@@ -47,6 +47,8 @@ ALL = 0.7
 AGREE, LEAK = 0.99, 0.01
 """What a model is accepted by: the share of exchanges that are answered right; the largest share of the gap
 that a head outside of the circuit moves."""
+STARTS = 3
+"""So often a model is begun, until one is accepted."""
 HELD_OUT = 7_000_000
 """Seeds of the examples by which a model is accepted."""
 
@@ -175,16 +177,17 @@ class Exchange:
             return logits(self.hf, ran.inputs | same)
 
 
-def train(form: str, seed: int, steps: int | None = None, say: bool = False) -> Planted:
-    """A model with a trained circuit: the same for the same seed on one kind of machine."""
-    made = Planted(random_model(form, NOISE, seed), Recipe(form, seed), circuit(form, seed), {})
-    steps = steps or STEPS
+def train(form: str, seed: int, start: int = 0, steps: int = STEPS, say: bool = False) -> Planted:
+    """A model with a trained circuit: the same for the same seed and start on one kind of machine. A start of
+    another number has other weights and examples to begin with, and the same circuit."""
+    own = seed + 1_000 * start
+    made = Planted(random_model(form, NOISE, own), Recipe(form, seed), circuit(form, seed), {})
     hf = made.model.hf
     nouns, colors = (torch.tensor([token(made.model, word) for word in some]) for some in (KINDS, COLORS))
-    every = drawn(made, scenes(steps * PICTURES, 20_000 + seed))
-    exchange, draw = Exchange(made), random.Random(seed)
+    every = drawn(made, scenes(steps * PICTURES, 20_000 + own))
+    exchange, draw = Exchange(made), random.Random(own)
     outside = [part for part in exchange.every if part not in made.roles]
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(own)
     heard: list[Tensor] = []
     hf.train()
     optimizer = torch.optim.AdamW(hf.parameters(), lr=RATE, weight_decay=0.01)
@@ -259,3 +262,13 @@ def assess(made: Planted, many: int = 512) -> Accepted:
         max(abs(runs.share([part])) for part in outside),
         runs.gap,
     )
+
+
+def until_accepted(form: str, seed: int) -> tuple[Planted, Accepted, int]:
+    """The first start that is accepted, or the last one; how well it does; and how many there were."""
+    for start in range(STARTS):
+        made = train(form, seed, start)
+        found = assess(made)
+        if found.accepted:
+            break
+    return made, found, start + 1
