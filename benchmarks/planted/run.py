@@ -48,7 +48,7 @@ from planting import Recipe, plant, scale
 from rows import Rows, summarized
 from scores import macro_f1, share, summary
 from tables import NOT_CELLS, tables
-from training import assess, train
+from training import until_accepted
 from truth import save
 
 import vlmscope
@@ -173,9 +173,8 @@ def run_tool(quick: bool, seeds: int, rows: Rows, keep: Keep) -> None:
 
 def trained(form: str, seed: int) -> dict[str, Any]:
     """A model in which a circuit was trained. One that is not accepted is counted, and not scored."""
-    model = train(form, seed)
-    found = assess(model)
-    told = {"form": form, "seed": seed, "accepted": found.accepted} | found._asdict()
+    model, found, starts = until_accepted(form, seed)
+    told = {"form": form, "seed": seed, "starts": starts, "accepted": found.accepted} | found._asdict()
     if not found.accepted:
         return {"model": told}
     given = scenes(EXAMPLES, FRESH + seed)
