@@ -3,8 +3,8 @@
     python tests/fuzz/run.py [--seed N] [--cases N] [--only CATEGORY ...] [--jobs N]
 
 Each category is a process of its own, so that what befalls one ends no other; all are forked from one in
-which everything is imported. The last lines say of how many wrong inputs how many were not answered as promised
-(`frame.judge`): in words, and as JSON.
+which everything is imported. The last lines say of how many wrong inputs how many were not answered as
+promised (`frame.judge`): in words, and as JSON.
 """
 
 from __future__ import annotations
