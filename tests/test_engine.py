@@ -185,7 +185,7 @@ def test_engine_equals_reference_on_the_toy(name):
 def test_small_batches_give_the_same(monkeypatch):
     model = blip()
     pair = model.prepare(example())
-    sites = placed(model, pair, SITES)
+    sites = some(model, pair, SITES, 4, "")
     whole = dict(_rows(engine.patch(model, pair, sites)))
     monkeypatch.setattr(engine, "BUDGET", 1)
     single = dict(_rows(engine.patch(model, pair, sites)))
