@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import json
 import os
@@ -22,6 +23,7 @@ from vlmscope.cli.options import LOOKS
 from vlmscope.errors import StoreError
 from vlmscope.neurons import solvers
 from vlmscope.notice import Spec
+from vlmscope.studies import workers
 from vlmscope.studies.run_folder import EFFECTS
 
 SWEEP = ["sweep", "--model", "toy-blip", "--data", "faces", "--limit", "2", "--corrupt", "image"]
@@ -873,6 +875,27 @@ def test_estimates_of_patches(run, tmp_path):
     assert set(json.loads((tmp_path / "run" / "agreement.json").read_text())) == {"decoder.attn.h"}
     refused(run("attribute", *given[:-2], *sites, "--out", tmp_path / "x"), "takes two runs")
     assert not (tmp_path / "x").exists()
+
+
+def test_what_is_wrong_with_the_data_is_said_before_workers_load_a_model(run, tmp_path, monkeypatch):
+    @contextlib.contextmanager
+    def started(**options):
+        assert options["workers"] == 2
+        yield lambda given: pytest.fail("workers are given what they would load")
+
+    monkeypatch.setattr(workers, "started", started)
+    words = [
+        "--model",
+        "toy-blip",
+        "--data",
+        tmp_path / "gone.csv",
+        "--workers",
+        2,
+        "--out",
+        tmp_path / "run",
+    ]
+    refused(run("sweep", *words, "--corrupt", "image", "--sites", "encoder.*.resid@answer"), "gone.csv")
+    refused(run("tracing", *words), "gone.csv")
 
 
 def test_circuits_that_are_enough(run, tmp_path):

@@ -20,7 +20,7 @@ from vlmscope.errors import DataError, ModelError
 from vlmscope.models.inputs import Edit
 from vlmscope.neurons import ablated, measure, measures, perturb, perturbed
 from vlmscope.neurons.contributions import token_weights
-from vlmscope.neurons.words import Study, Word, study
+from vlmscope.neurons.words import Recorded, Word, recorded
 from vlmscope.runs.model import Model
 
 ASK = "describe this picture."
@@ -99,7 +99,7 @@ def test_noise_on_columns_is_the_pictures_own(toy):
     given = held_out(3, 21)[:6]
 
     def noise(examples, name, seed=0):
-        there = study(toy, examples, ASK, seed=seed)
+        there = recorded(toy, examples, ASK, seed=seed)
         number = [one.id for one in there.examples].index(name)
         weight = toy.down(there.layers[0]).weight.detach()
         before = weight.clone()
@@ -148,7 +148,7 @@ def given_word(reach, shown, chosen) -> Word:
     pictures, count = reach.shape
     none = np.zeros((3, pictures, count), np.float32)
     first = np.arange(pictures) < pictures // 2
-    there = Study(llava(), [], [], None, len(chosen), 4, 0, [], first, *none, torch.zeros(count))
+    there = Recorded(llava(), [], [], None, len(chosen), 4, 0, [], first, *none, torch.zeros(count))
     vars(there)["over_image"] = None
     word = Word(there, "red", 1, shown, torch.zeros(3, 33), reach, reach)
     vars(word)["chosen"] = {"contribution": np.asarray(chosen)}
@@ -191,7 +191,7 @@ def test_what_neurons_see_and_what_they_say():
 def test_the_ends_of_neurons_over_the_image(toy):
     """The highest and lowest activation at the image's tokens, against what the model is seen to compute."""
     given = examples("states", limit=2)
-    there = study(toy, given, ASK)
+    there = recorded(toy, given, ASK)
     for number, one in enumerate(there.examples):
         found = toy.capture(toy.inputs(one.clean_image, ASK), ["decoder.*.mlp.n[5,77]@image"])
         for layer in (0, 3):
@@ -207,7 +207,7 @@ def test_the_ends_of_neurons_over_the_image(toy):
 
 def test_what_takes_over(toy):
     """The neurons that contribute most while others are set to zero, by plain hooks and the weights."""
-    there = study(toy, examples("states", limit=24), ASK)
+    there = recorded(toy, examples("states", limit=24), ASK)
     shown = np.array(["plain" in labels for labels in there.shows], bool)
     token = toy.family.options(toy.processor, "a", "plain")[0]
     (weight,) = token_weights(toy, [token])
@@ -332,7 +332,7 @@ def test_patches_are_shuffled_where_they_are_tokens_of_the_language_model(name, 
     """Neither Mllama's one image token nor the queries of a Q-Former stand for patches."""
     model = FAMILIES[name]()
     given = [example(clean_image=picture(n), id=str(n)) for n in range(8)]
-    there = study(model, given, "is this circle red ?", top=12)
+    there = recorded(model, given, "is this circle red ?", top=12)
     said = [set(caption.ids) for caption in there.captions]
     token = max(set().union(*said), key=lambda t: sum(t in ids for ids in said))
     every = np.ones(len(given), bool)

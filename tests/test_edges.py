@@ -186,12 +186,12 @@ def test_circuits_of_all_and_no_edges_are_the_runs(name, in_float64):
 def differences(model, pair, edges):
     """What plain forwards say: the reader's input plus what the writer wrote in one run less in the other."""
     graph = Graph(model, pair.clean)
-    runs = {name: edge_circuits.written(graph, pair, name) for name in ("clean", "corrupt")}
-    apart = runs["clean"].stream - runs["corrupt"].stream
+    clean, corrupted = (edge_circuits.written(graph, run, 1) for run in pair.runs)
+    apart = clean.stream - corrupted.stream
     (base, _), found = plain(model, pair.corrupt, "logits", lambda x: x), []
     for writer, reader in edges:
         number = graph.writers.index(writer) - bool(graph.across)
-        more = apart[number] if number >= 0 else runs["clean"].across - runs["corrupt"].across
+        more = apart[number] if number >= 0 else clean.across - corrupted.across
         logits, _ = plain(model, pair.corrupt, reader, lambda x, more=more: x + more.reshape(x.shape))
         change = (logits - base).detach()
         found.append(float(change[pair.answer] - change[pair.foil]))
@@ -229,7 +229,7 @@ def test_edges_are_the_limits_of_exact_ones(name, in_float64):
     found = score_edges(model, pair)
     graph, runs = found.graph, Runs(model, pair, "denoise", "ld")
     edges = some_edges(graph, 2)
-    base, source = (edge_circuits.written(graph, pair, name) for name in ("corrupt", "clean"))
+    source, base = (edge_circuits.written(graph, run, 1) for run in pair.runs)
     ends = []
     for step in (1e-5, -1e-5):
         across = None if base.across is None else base.across + step * (source.across - base.across)
@@ -278,7 +278,7 @@ def test_eap_ig_is_the_mean_over_plain_points(name, in_float64):
         edits = [Edit(s, "set", ends[0][s] + share * (ends[1][s] - ends[0][s])) for s in sites]
         graph = Graph(model, pair.clean)
         runs = Runs(model, pair, "denoise", "ld")
-        base, source = (edge_circuits.written(graph, pair, which) for which in ("corrupt", "clean"))
+        source, base = (edge_circuits.written(graph, run, 1) for run in pair.runs)
         total = total + through_readers(runs, graph, base, source, edits)[0] / steps
     found = score_edges(model, pair, method="eap-ig", steps=steps)
     np.testing.assert_allclose(table(found), total, rtol=1e-9, atol=1e-12)

@@ -168,8 +168,8 @@ def test_refuses_rows_of_another_length(table: Callable[..., Path]) -> None:
         HEADER, '"a\nb"' + ROW.removeprefix("a.png"), "a.png,b.png,Is it a, or b?,,a,b", "a.png,b.png"
     )
     expected = (
-        r"my\.csv: line 4 has 7 cells where the header has 6 \(put a cell with a comma .*\); "
-        "line 5 has 2 cells"
+        r"my\.csv: line 4: 7 cells where the header has 6 \(put a cell with a comma .*\); "
+        "line 5: 2 cells"
     )
     with pytest.raises(DataError, match=expected):
         read_csv(path)

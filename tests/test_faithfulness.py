@@ -200,6 +200,13 @@ def test_shares_of_held_out_examples(model, scored, whole):
     less = [n for n in chosen if name_of(parts[n]) != first["part"]]
     drop = f - (by_hand(model, parted.measured, parts, less) - none) / (full - none)
     assert first["drop"] == pytest.approx(drop, rel=1e-9)
+    heads, mlps = found.summary["groups"]
+    assert heads["group"] == "decoder.attn" and heads["kinds"] == {"head": 12} and mlps["kinds"] == {"MLP": 3}
+    these = [n for n in range(15) if parts[n].kind == "mlp"]
+    for name, circuit in (("alone", these), ("f", {*these, *chosen})):
+        wanted = (by_hand(model, parted.measured, parts, circuit) - none) / (full - none)
+        assert mlps[name] == pytest.approx(wanted, rel=1e-9)
+    assert mlps["more"] == pytest.approx(mlps["f"] - f, rel=1e-9) and mlps["more_low"] is None
     assert found.summary["check"]["rows"] == 3 and found.summary["check"]["largest"] < 1e-9
     assert found.summary["ranked_on"] == found.summary["measured"] == 4
 
@@ -255,6 +262,7 @@ def test_words(whole):
         "corrupt": "image",
         "measured": 60,
         "kinds": {"head": 12},
+        "groups": [],
         "known": {"severity": "fine", "sentences": []},
         "circuit": {
             "f": 0.874,
@@ -273,12 +281,40 @@ def test_words(whole):
         "CPR 0.50 [0.40, 0.60], CMD 0.50",
         "the 144 parts that have scores carry 50 % of the gap between the two runs: what else carries it has "
         "no score, and computes freely",
-        "9 of the 12 parts are needed: without each of these alone it carries less (an interval each, not "
-        "corrected for their number)",
-        "all parts but these carry 0 %",
+        "the circuit needs 9 of its 12 parts: without each of these alone it carries less (an interval each, "
+        "not corrected for their number)",
+        "without the circuit, the other 132 parts carry 0 %",
         "these 12 heads carry 87 % [82, 91] of the behaviour on 60 held-out pictures, random circuits of "
         "that size 4 %",
     ]
+
+
+def test_what_a_circuit_lacks_in_words():
+    """The group that surely adds most, and what it carries alone; of a circuit within it that is no more."""
+    own = {"f": 0.01, "low": -0.02, "high": 0.03}
+    much = {"group": "encoder", "kinds": {"head": 24, "MLP": 6}, "f": 0.62, "low": 0.5, "high": 0.7}
+    much |= {"more": 0.61, "more_low": 0.5, "alone": 0.04}
+    perhaps = much | {"group": "decoder", "f": 0.7, "more_low": -0.1}
+    lacking = room.words._lacking
+    said = "; what the circuit lacks is in the encoder: with the 24 heads and 6 MLPs there it carries 62 %"
+    said += " [50, 70]"
+    assert lacking(own, [perhaps, much]) == f"{said}, these alone 4 %"
+    assert lacking(own, [much | {"alone": 0.62}]) == said
+    within = much | {"group": "decoder.mlp", "kinds": {"MLP": 1}}
+    assert "is in decoder.mlp: with the 1 MLP there it" in lacking(own, [within])
+    few = {"low": None, "high": None}
+    assert "in the decoder: " in lacking(own | few, [perhaps | few, much | few])  # nothing has an interval
+    link = "; a circuit carries nothing unless every link from the input to the answer is in it"
+    assert lacking(own, [perhaps]) == lacking(own, []) == link
+    assert lacking(own | {"f": 0.2, "low": 0.1}, []) == lacking(own | {"f": 0.5}, [much]) == ""
+
+
+def test_groups_are_towers_or_the_kinds_of_the_only_one():
+    parts = parts_of(["encoder.0.cross.h1", "decoder.1.mlp", "decoder.0.attn.h0"], blip().shapes)
+    assert parts.groups == {"encoder": {0}, "decoder": {1, 2}}
+    parts = parts_of(["decoder.1.mlp", "decoder.0.attn.h0"], blip().shapes)
+    assert parts.groups == {"decoder.attn": {0}, "decoder.mlp": {1}}
+    assert parts_of(["decoder.0.attn.h0", "decoder.0.attn.h1"], blip().shapes).groups == {}
 
 
 @pytest.mark.parametrize("outside", ["mean", "zero"])

@@ -210,7 +210,7 @@ def test_no_column_of_pictures_becomes_a_group(table: Callable[..., Path], name:
 
 def test_a_published_table_is_read_as_it_is_or_not(table: Callable[..., Path]) -> None:
     """A comma too many would move what stands behind it, a column that is there twice hides the first."""
-    with pytest.raises(DataError, match="line 2 has 5 cells where the header has 4"):
+    with pytest.raises(DataError, match="line 2: 5 cells where the header has 4"):
         read_table(table(HEADER, "a.png,red, or blue?,red,blue"), ["clean_prompt"])
     with pytest.raises(DataError, match="two columns 'clean_prompt'"):
         read_table(table(f"{HEADER},clean_prompt", f"{ROW},x"), ["clean_prompt"])

@@ -201,7 +201,7 @@ def faithfulness(given: Given, circuits: Circuits, share: Share) -> None:
     if not circuits.scores.exists():  # what is in it is read where the model is known
         raise VlmscopeError(f"{circuits.scores}: no such file or folder; --scores names what ranks the parts")
     common = {"seed": given.seed, "data": given.data, "shard": share.numbers}
-    with share.team(given.model, given.device) as team:
+    with share.team(given) as team:
         from vlmscope.studies.faithfulness import Asked, faithful_by
 
         found = faithful_by(team(Asked(given, {**vars(circuits), **common})), share.out)

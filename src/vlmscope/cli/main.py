@@ -99,7 +99,7 @@ def notice(out: Path, changes: Changes, share: Workers, spec: Path | None = None
     if share.workers is None and share.ray is None:
         machine.set_up(whole.model)
     say = partial(print, file=sys.stdout)  # that of now: what Ray prints is kept from it
-    with share.team(whole.model, whole.device) as team:
+    with share.team(whole) as team:
         run(whole, out, say, team)
 
 
@@ -126,7 +126,7 @@ def tracing(
 
     out, shard = share.out, share.numbers
     claim_report(out / "report.html")
-    with share.team(given.model, given.device) as team:
+    with share.team(given) as team:
         from vlmscope.studies.tracing import WINDOWS, trace_by
 
         traced = trace_by(

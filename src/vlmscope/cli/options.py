@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import tomllib
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import contextmanager
 from dataclasses import MISSING, dataclass, fields, is_dataclass
 from functools import partial
 from inspect import Parameter, Signature, signature
@@ -82,16 +82,23 @@ class Workers:
     workers: int | None = None
     ray: str | None = None
 
-    def team(self, model: str, device: str | None) -> AbstractContextManager[Callable[[Any], Any]]:
-        """Those who do it: gives a function of what each is given, which gives a `Team`, or this process
-        `Alone`. What is imported within is imported while they start."""
-        from vlmscope.studies.workers import started
+    @contextmanager
+    def team(self, given: Any) -> Iterator[Callable[[Any], Any]]:
+        """Those who do it, with the model and device of `given`: gives a function of what each is given,
+        which gives a `Team`, or this process `Alone`. What is imported within is imported while they start,
+        and what is wrong with the data is said then, not when they have loaded the model."""
+        from vlmscope.studies import workers
 
         if self.workers is None and self.ray is None:
-            return nullcontext(_alone)
-        threads = machine.threads(model, self.workers or 1) if self.ray is None else 1
+            yield _alone
+            return
+        threads = machine.threads(given.model, self.workers or 1) if self.ray is None else 1
         set_up = partial(machine.set_up_worker, threads)
-        return started(workers=self.workers, address=self.ray, device=device, set_up=set_up)
+        options = {"workers": self.workers, "address": self.ray, "device": given.device}
+        with workers.started(**options, set_up=set_up) as team:
+            if isinstance(given, Given):
+                given.examples()
+            yield team
 
 
 def _alone(given: Any) -> Any:
@@ -144,7 +151,7 @@ class Filled(Share):
             pushed.ready(self.push)
         claim(self.out)
         common = {"seed": given.seed, "data": given.data, "shard": self.numbers}
-        with self.team(given.model, given.device) as team:
+        with self.team(given) as team:
             make, options = asked.study(self.out)
             run, many = team(given).fill(self.out, make, {**options, **common})
         if self.push is not None:

@@ -21,7 +21,7 @@ from vlmscope import files
 from vlmscope.data.example import Example
 from vlmscope.data.images import png
 from vlmscope.data.rows import Arrow, Parquet, Rows
-from vlmscope.data.table import BOX, MASK, MORE, SHOWN, example_of
+from vlmscope.data.table import BOX, MASK, MORE, checked, example_of
 from vlmscope.errors import DataError, ExampleError, VlmscopeError, line, nearest, shown
 
 HUB = "hf://"
@@ -104,23 +104,12 @@ def read(given: Any, columns: Columns = None, limit: int | None = None) -> Seque
 
 
 def _checked(name: str, rows: Iterable[tuple[int, Callable[[], Example]]]) -> Iterator[Example]:
-    """The examples of all rows; raises `DataError` in the end for those that make none."""
-    problems: list[str] = []
-    first: dict[str, int] = {}
-    for number, make in rows:
-        try:
-            example = make()
-            earlier = first.setdefault(example.id, number)
-            if earlier != number:
-                raise ValueError(f"the id {shown(example.id)} is row {earlier}'s (map another column to id)")
-            yield example
-        except (ValueError, ExampleError) as problem:
-            problems.append(f"row {number}: {problem}")
-    if problems:
-        more = f"; and {len(problems) - SHOWN} more" if len(problems) > SHOWN else ""
-        raise DataError(f"{name}: {'; '.join(problems[:SHOWN])}{more}")
-    if not first:
+    """The examples of all rows, of which there has to be one."""
+    several = checked(name, rows, "row", "map another column to id")
+    if (first := next(several, None)) is None:
         raise DataError(f"{name}: has no rows; name another split")
+    yield first
+    yield from several
 
 
 def _example(

@@ -87,28 +87,38 @@ def read_csv(path: Path | str) -> list[Example]:
                 f"{path}: no picture or object is called {shown(name)}; further pictures are {MORE}_2, "
                 f"{MORE}_3 and so on, masks {MASK}_NAME, boxes {BOX}_NAME: rename the column"
             )
-    examples: list[Example] = []
-    problems: list[str] = []
-    first_line: dict[str, int] = {}
-    for line, cells in lines:
+
+    def make(number: int, cells: Sequence[str]) -> Example:
         if len(cells) != len(names):
-            problems.append(_other_length(line, cells, names))
-            continue
-        row = {"id": str(len(examples))} | dict(zip(names, cells, strict=True))
-        try:
-            example = example_of(path.parent, row)
-            earlier = first_line.setdefault(example.id, line)
-            if earlier != line:
-                raise ValueError(f"the id {shown(example.id)} is line {earlier}'s (make it new)")
-            examples.append(example)
-        except (ValueError, ExampleError) as problem:
-            problems.append(f"line {line}: {problem}")
-    if problems:
-        more = f"; and {len(problems) - SHOWN} more" if len(problems) > SHOWN else ""
-        raise DataError(f"{path}: {'; '.join(problems[:SHOWN])}{more}")
+            raise ValueError(_other_length(cells, names))
+        return example_of(path.parent, {"id": str(number)} | dict(zip(names, cells, strict=True)))
+
+    rows = ((line, partial(make, number, cells)) for number, (line, cells) in enumerate(lines))
+    examples = list(checked(f"{path}", rows, "line", "make it new"))
     if not examples:
         raise DataError(f"{path}: a header and no examples; expected a row for each example")
     return examples
+
+
+def checked(
+    name: str, rows: Iterable[tuple[int, Callable[[], Example]]], row: str, way_out: str
+) -> Iterator[Example]:
+    """The examples of all rows; raises `DataError` in the end for those that make none, or have an id of
+    another one."""
+    problems: list[str] = []
+    first: dict[str, int] = {}
+    for number, make in rows:
+        try:
+            example = make()
+            earlier = first.setdefault(example.id, number)
+            if earlier != number:
+                raise ValueError(f"the id {shown(example.id)} is {row} {earlier}'s ({way_out})")
+            yield example
+        except (ValueError, ExampleError) as problem:
+            problems.append(f"{row} {number}: {problem}")
+    if problems:
+        more = f"; and {len(problems) - SHOWN} more" if len(problems) > SHOWN else ""
+        raise DataError(f"{name}: {'; '.join(problems[:SHOWN])}{more}")
 
 
 def write_csv(path: Path | str, examples: Iterable[Example]) -> None:
@@ -168,7 +178,7 @@ def read_table(
     rows: list[dict[str, str]] = []
     for line, cells in lines:
         if len(cells) != len(names):
-            raise DataError(f"{path}: {_other_length(line, cells, names)}")
+            raise DataError(f"{path}: line {line}: {_other_length(cells, names)}")
         rows.append({name: cell.strip() for name, cell in zip(names, cells, strict=True)})
     if not rows:
         raise DataError(f"{path}: a header and no rows; expected some below it")
@@ -226,9 +236,9 @@ def _check_columns(path: Path, names: Sequence[str], needed: Sequence[str], way_
     raise DataError(f"{path}: no column {', '.join(lacks)}; the file has {named}{commas}; {way_out}")
 
 
-def _other_length(line: int, cells: Sequence[str], names: Sequence[str]) -> str:
+def _other_length(cells: Sequence[str], names: Sequence[str]) -> str:
     return (
-        f"line {line} has {len(cells)} cells where the header has {len(names)} "
+        f"{len(cells)} cells where the header has {len(names)} "
         "(put a cell with a comma or a line break in double quotes)"
     )
 

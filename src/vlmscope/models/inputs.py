@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Real
 from typing import Literal, NamedTuple, get_args
@@ -149,10 +149,16 @@ class Pair:
     def __post_init__(self) -> None:
         object.__setattr__(self, "answers", self.answers or (self.answer,))
 
+    @property
+    def runs(self) -> tuple[Runnable, Runnable]:
+        """Inputs and edits of the clean run, and of the corrupt one."""
+        return (self.clean, ()), (self.corrupt, self.edits)
+
     def __repr__(self) -> str:
         corrupt = "the same inputs" if self.corrupt is self.clean else repr(self.corrupt)
         scored = f"answer {self.answers}, foil {self.foil}"
         return f"Pair(clean {self.clean!r}, corrupt {corrupt}, {scored}, {len(self.edits)} edits)"
 
 
+Runnable = tuple[Inputs, Sequence[Edit]]
 Logits = Float[Tensor, "vocabulary"]

@@ -20,6 +20,7 @@ from vlmscope.neurons.turns import QUESTION, is_there, options, took
 from vlmscope.neurons.weight_edit import WeightEdit, edited
 from vlmscope.runs.model import Model
 from vlmscope.stats import interval, share_interval
+from vlmscope.stored import formats
 
 Asked = list[tuple[Example, str | None]]
 """Pictures and what is asked about them, if not each example's own prompt."""
@@ -123,7 +124,7 @@ def _measures(values: Values, before: Values, random: Values) -> pd.DataFrame:
             low, high = share_interval(each) if each.dtype == bool else interval(each[:, None])[:, 0]
             others = [np.mean(x[name]) if len(x.get(name, ())) else np.nan for x in (before, random)]
             rows.append((name, each.mean(), low, high, len(each), *others))
-    return pd.DataFrame(rows, columns=["measure", "value", "low", "high", "n", "before", "random"])
+    return pd.DataFrame(rows, columns=formats.NEURONS["edit"].tables["measures.csv"].names)
 
 
 def _questions(

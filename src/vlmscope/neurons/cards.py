@@ -20,7 +20,7 @@ from vlmscope.neurons.contributions import Neuron, count_neurons, over_image, st
 from vlmscope.neurons.measures import measure_study
 from vlmscope.neurons.results import Described, Found
 from vlmscope.neurons.weight_edit import base_fingerprint
-from vlmscope.neurons.words import FEW, study
+from vlmscope.neurons.words import FEW, recorded
 from vlmscope.progress import progress
 from vlmscope.runs.model import Model
 
@@ -68,7 +68,7 @@ def describe(
         raise VlmscopeError("nothing to describe; name words or neurons (layer.number)")
     measures = measures and len(given) >= 4 * FEW
     embed = None if embedding is None else embedder(embedding)
-    there = study(model, given, prompt, found=found, seed=seed) if words or measures else None
+    there = recorded(model, given, prompt, found=found, seed=seed) if words or measures else None
     ranked: dict[str, list[Neuron]] = {}
     for word in words:
         has = (

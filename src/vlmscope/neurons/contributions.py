@@ -33,6 +33,7 @@ from vlmscope.runs.forward import forward
 from vlmscope.runs.model import Model
 from vlmscope.runs.network import upcast
 from vlmscope.sites import Point
+from vlmscope.stored import formats
 
 Neuron = tuple[int, int]
 """A neuron of the tower that says the words: layer and number."""
@@ -45,7 +46,7 @@ LISTED = 200
 """How many neurons have their top tokens listed."""
 ROOM = 2**31
 """Of how many bytes of neurons' activations the captions are held in memory, to be handed on."""
-COLUMNS = "example word token token_id position layer neuron activation weight score rank".split()
+COLUMNS = formats.NEURONS["find"].tables["neurons.parquet"].names
 
 
 def token_weights(

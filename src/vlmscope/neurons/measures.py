@@ -25,15 +25,16 @@ from vlmscope.models.inputs import Edit
 from vlmscope.neurons.captions import forced_caption
 from vlmscope.neurons.contributions import contributions, count_neurons, named, token_weights, top_tokens
 from vlmscope.neurons.results import Found
-from vlmscope.neurons.words import PICTURES, Array, Labels, Neurons, Study, Word, best, find_words, study
+from vlmscope.neurons.words import PICTURES, Array, Labels, Neurons, Recorded, Word, best, recorded
 from vlmscope.progress import progress
 from vlmscope.runs.forward import editing
 from vlmscope.runs.model import Model
 from vlmscope.stats import interval, p_values, q_values, rng, share_interval
+from vlmscope.stored import formats
 
 Embed = Callable[[Sequence[str]], Tensor]
 Rows = Iterator[dict[str, Any]]
-COLUMNS = "word method measure value ci_low ci_high null null_95 p_value n".split()
+*COLUMNS, _ = formats.NEURONS["describe"].tables["measures.csv"].names
 ENDS = (0.025, 0.975)
 """The quantiles that an interval goes from and to."""
 WORDS = 10
@@ -103,15 +104,15 @@ def measure(
     some pictures and not by others.
     """
     embed = None if embedding is None else embedder(embedding)
-    there = study(model, examples, prompt, top=top, pictures=pictures, found=found, seed=seed)
+    there = recorded(model, examples, prompt, top=top, pictures=pictures, found=found, seed=seed)
     return measure_study(there, words, causal=causal, embed=embed)
 
 
 def measure_study(
-    there: Study, words: Sequence[str] | None, *, causal: bool = True, embed: Embed | None = None
+    there: Recorded, words: Sequence[str] | None, *, causal: bool = True, embed: Embed | None = None
 ) -> Measured:
     """The measures of `measure`, over pictures that are captioned."""
-    every, why = find_words(there, words)
+    every, why = there.find(words)
     rows: list[dict[str, Any]] = []
     chosen: list[tuple[Any, ...]] = []
     left_out = [(word, "", reason) for word, reason in why.items()]
@@ -294,7 +295,7 @@ def overlaps(word: Word, others: Sequence[Word]) -> Rows:
         yield row | {"measure": "overlap, others", "value": float(np.mean(across))}
 
 
-def _control_excess(study: Study, which: Neurons, labels: Labels) -> Iterator[float]:
+def _control_excess(study: Recorded, which: Neurons, labels: Labels) -> Iterator[float]:
     """How many more top neurons pictures with labels share than all do, for tokens of the vocabulary."""
     vocabulary = len(study.model.unembedding(slice(None)))
     drawn = rng(study.seed, "tokens").choice(vocabulary, min(CONTROLS, vocabulary), replace=False)
@@ -304,7 +305,7 @@ def _control_excess(study: Study, which: Neurons, labels: Labels) -> Iterator[fl
         yield mean_of_pairs(shared, labels) - mean_of_pairs(shared)
 
 
-def _tops(study: Study, contribution: Array) -> list[set[int]]:
+def _tops(study: Recorded, contribution: Array) -> list[set[int]]:
     """The top neurons of each picture."""
     return [set(np.argpartition(-row, study.top - 1)[: study.top].tolist()) for row in contribution]
 

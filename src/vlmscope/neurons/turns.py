@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from vlmscope.data.example import Example
+from vlmscope.data.questions.english import article
 from vlmscope.errors import VlmscopeError, shown
 from vlmscope.neurons.captions import whole_word
 
@@ -35,13 +36,13 @@ def is_there(name: str, question: str = QUESTION) -> str:
 
     Raises `VlmscopeError` where the question has no place for it.
 
-    >>> is_there("circle"), is_there("orange")
-    ('does this picture show a circle?', 'does this picture show an orange?')
+    >>> is_there("circle"), is_there("hour glass", "is there {}?"), is_there("people", "is there {}?")
+    ('does this picture show a circle?', 'is there an hour glass?', 'is there people?')
     """
     before, place, after = question.partition("{}")
     if not place or "{}" in after:
         raise VlmscopeError(f"the question {shown(question)} needs one {{}}, where the object stands")
-    return f"{before}{'an' if name[:1].lower() in tuple('aeiou') else 'a'} {name}{after}"
+    return f"{before}{f'{article(name)} {name}'.strip()}{after}"
 
 
 def options(example: Example, source: str, target: str) -> list[str]:

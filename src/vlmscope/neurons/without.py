@@ -14,7 +14,7 @@ from vlmscope.errors import DataError
 from vlmscope.neurons.contributions import count_neurons
 from vlmscope.neurons.results import Found, Perturbed
 from vlmscope.neurons.weight_edit import base_fingerprint
-from vlmscope.neurons.words import PICTURES, Word, find_words, study
+from vlmscope.neurons.words import PICTURES, Word, recorded
 from vlmscope.progress import progress
 from vlmscope.runs.model import Model
 from vlmscope.stats import interval
@@ -49,8 +49,8 @@ def perturb(
     every = count_neurons(model)
     if wrong := [k for k in tops if not 1 <= k <= every]:
         raise DataError(f"the top {wrong[0]} of {every} neurons; expected 1 to {every}")
-    there = study(model, examples, prompt, pictures=pictures, found=found, seed=seed)
-    measurable, why = find_words(there, words)
+    there = recorded(model, examples, prompt, pictures=pictures, found=found, seed=seed)
+    measurable, why = there.find(words)
     if why:
         raise DataError(f"{next(iter(why.values()))}; leave it out, or give more pictures")
     ways = ["zero", "mean", *(f"sigma {sigma:g}" for sigma in sigmas)]

@@ -53,7 +53,7 @@ PICTURES = 16
 
 
 @dataclass(frozen=True, eq=False)
-class Study:
+class Recorded:
     """A model and the pictures that it has captioned, in an order that their ids decide.
 
     Neurons are chosen on the `first` of them; `top` of them are a word's. The costly measures run on no more
@@ -92,6 +92,35 @@ class Study:
             if at := [n for n, other in enumerate(caption.ids) if other == token]:
                 found[number] = contributions(caption, at, weight).float().mean(0).numpy()
         return reach, found
+
+    def find(self, words: Sequence[str] | None) -> tuple[list[Word], dict[str, str]]:
+        """The words that can be measured, by default of all that pictures show; and why others cannot be.
+
+        Raises `DataError` if there is none.
+        """
+        model = self.model
+        asked = sorted({w for shown in self.shows for w in shown}) if words is None else words
+        found, why = [], {}
+        for word in dict.fromkeys(asked):
+            ids = model.family.options(model.processor, "a", word)[:-1]
+            shown = np.array([word.casefold() in labels for labels in self.shows], bool)
+            halves = (shown[self.first], shown[~self.first])
+            if len(ids) != 1 or ids[0] == model.processor.tokenizer.unk_token_id:
+                why[word] = f"'{word}' is {'unknown' if len(ids) == 1 else f'{len(ids)} tokens'}"
+            elif min(min(half.sum(), (~half).sum()) for half in halves) < FEW:
+                why[word] = (
+                    f"'{word}' is shown by {shown.sum()} of {len(shown)} pictures; of each half {FEW} have "
+                    "to show it, and as many not"
+                )
+            else:
+                (weight,) = token_weights(model, ids)
+                found.append(Word(self, word, ids[0], shown, weight, *self.contributions(ids[0], weight)))
+        if not found:
+            raise DataError(
+                f"no word can be measured: {'; '.join([*why.values()][:5]) or 'nothing is shown'}; "
+                f"expected a single token that at least {2 * FEW} pictures show and as many do not"
+            )
+        return found, why
 
     @cached_property
     def over_image(self) -> Array | None:
@@ -153,7 +182,7 @@ def _reach(weight: Tensor, highest: Array, lowest: Array) -> Array:
     return np.where(flat >= 0, highest * flat, lowest * flat)
 
 
-def study(
+def recorded(
     model: Model,
     examples: Examples,
     prompt: str | None = None,
@@ -162,7 +191,7 @@ def study(
     pictures: int = PICTURES,
     found: Found | None = None,
     seed: int = 0,
-) -> Study:
+) -> Recorded:
     """Caption pictures, and see how each neuron fires."""
     given = listed(examples)
     # A large model's neurons are many: no more than one caption's are held in float32.
@@ -181,7 +210,7 @@ def study(
     first = np.arange(len(given)) < len(given) // 2
     means = torch.tensor(mean / max(1, len(made)), dtype=torch.float32)
     choices = (prompt, top, pictures, seed, shows, first)
-    return Study(model, given, made, *choices, highest, lowest, size, means)
+    return Recorded(model, given, made, *choices, highest, lowest, size, means)
 
 
 @dataclass(frozen=True, eq=False)
@@ -192,7 +221,7 @@ class Word:
     is where the caption says the word, or `reach` where it does not.
     """
 
-    study: Study
+    study: Recorded
     word: str
     token: int
     shown: Labels
@@ -290,36 +319,6 @@ class Word:
                 labels[half] = generator.permutation(labels[half])
             found.append((self.strongest(self.study.first & labels), labels))
         return found
-
-
-def find_words(study: Study, words: Sequence[str] | None) -> tuple[list[Word], dict[str, str]]:
-    """The words that can be measured, by default of all that pictures show; and why others cannot be.
-
-    Raises `DataError` if there is none.
-    """
-    model = study.model
-    asked = sorted({w for shown in study.shows for w in shown}) if words is None else words
-    found, why = [], {}
-    for word in dict.fromkeys(asked):
-        ids = model.family.options(model.processor, "a", word)[:-1]
-        shown = np.array([word.casefold() in labels for labels in study.shows], bool)
-        halves = (shown[study.first], shown[~study.first])
-        if len(ids) != 1 or ids[0] == model.processor.tokenizer.unk_token_id:
-            why[word] = f"'{word}' is {'unknown' if len(ids) == 1 else f'{len(ids)} tokens'}"
-        elif min(min(half.sum(), (~half).sum()) for half in halves) < FEW:
-            why[word] = (
-                f"'{word}' is shown by {shown.sum()} of {len(shown)} pictures; of each half {FEW} have to "
-                "show it, and as many not"
-            )
-        else:
-            (weight,) = token_weights(model, ids)
-            found.append(Word(study, word, ids[0], shown, weight, *study.contributions(ids[0], weight)))
-    if not found:
-        raise DataError(
-            f"no word can be measured: {'; '.join([*why.values()][:5]) or 'nothing is shown'}; "
-            f"expected a single token that at least {2 * FEW} pictures show and as many do not"
-        )
-    return found, why
 
 
 def best(values: Array, count: int) -> Neurons:

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from vlmscope.errors import ModelError, VlmscopeError
-from vlmscope.models.inputs import Edit, Inputs, Pair
+from vlmscope.models.inputs import Edit, Pair
 from vlmscope.patching.scores import Baselines, Metric, score
 from vlmscope.runs.forward import forward
 from vlmscope.runs.network import QUANTIZED, Network
@@ -97,10 +97,9 @@ class Runs:
 
     def __init__(self, network: Network, pair: Pair, direction: str, metric: str | Metric) -> None:
         check_network(network)
-        runs: list[tuple[Inputs, Sequence[Edit]]] = [(pair.clean, ()), (pair.corrupt, pair.edits)]
         self.network, self.pair, self.metric, self.count = network, pair, metric, len(pair.answers)
         self.is_clean = direction == "noise"
-        self.base, self.source = runs if self.is_clean else runs[::-1]
+        self.base, self.source = pair.runs if self.is_clean else pair.runs[::-1]
 
     def both(self, base: Tensor, source: Tensor) -> tuple[Tensor, Tensor]:
         """What the clean run gave, and the corrupt one."""

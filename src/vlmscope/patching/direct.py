@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -24,7 +23,7 @@ from vlmscope.errors import ModelError, SiteError, shown
 from vlmscope.models.inputs import Edit, Inputs
 from vlmscope.runs.access import unpadded
 from vlmscope.runs.forward import Run, forward
-from vlmscope.runs.hooks import Plain, eager
+from vlmscope.runs.hooks import Plain, eager, paid_by
 from vlmscope.runs.network import Network, has
 from vlmscope.runs.norms import scaling
 from vlmscope.sites import Point, Site
@@ -109,6 +108,9 @@ class Direct:
     bias: float
     at: int
     peers: list[Direct] = field(default_factory=list, repr=False)
+    _each: dict[Key, Array] = field(default_factory=dict, init=False, repr=False)
+    _backs: dict[Key, tuple[Vector, float]] = field(default_factory=dict, init=False, repr=False)
+    _shares: dict[str, dict[int, Array]] = field(default_factory=dict, init=False, repr=False)
 
     def written(self, layer: int, kind: str, part: str = "") -> Vector | None:
         """What stands at a point, at the last position; None in a layer that the run passes over."""
@@ -144,14 +146,6 @@ class Direct:
             self._each[key] = each.double().cpu().numpy()
         return self._each[key]
 
-    @cached_property
-    def _each(self) -> dict[Key, Array]:
-        return {}
-
-    @cached_property
-    def _backs(self) -> dict[Key, tuple[Vector, float]]:
-        return {}
-
     @torch.inference_mode()
     def back(self, key: Key) -> tuple[Vector, float]:
         """What the heads (neurons) of a layer side by side are multiplied by, and what the biases between
@@ -171,11 +165,10 @@ class Direct:
         biased = weight.new_zeros(weight.shape[0]) if module.bias is None else module.bias.to(weight)
         out = weight @ active + biased
         direction, bias = self.direction, 0.0
+        norm, whole = self._behind(block, kind, out)
         if kind in table.factor and table.factor[kind](block) is not None:
-            whole = self._behind(block, kind, out)[1]
             times = float(added @ whole / (whole @ whole)) if whole.any() else 0.0
             direction = direction * times
-        norm, _ = self._behind(block, kind, out)
         if norm is not None:
             direction, bias = norm.back(direction)
         return direction @ weight, bias + float(direction @ biased)
@@ -188,10 +181,6 @@ class Direct:
         module = block.get_submodule(behind[kind])
         norm = linear(module, out, self.network.dtype)
         return norm, module(out.to(self.network.dtype)[None, None])[0, 0].to(out)
-
-    @cached_property
-    def _shares(self) -> dict[str, dict[int, Array]]:
-        return {}
 
     def _read(self, kind: str) -> None:
         """Keep by layer how much each head brings of each position that it reads, `(heads, positions)`; for
@@ -214,7 +203,8 @@ class Direct:
             values = v.transpose(0, 1).flatten(1, 2).double()  # heads, all keys, width
             values = values.repeat_interleave(q.shape[1] // len(values), 0)
             for one in every:
-                paid = _paid(plain, module, q, k, mask, one.at, **kw).double()
+                tile, row = divmod(one.at, q.shape[2])
+                paid = paid_by(plain, module, q, k, mask, tile, [row], **kw).paid[:, 0].double()
                 back = one.back((layer, kind))[0].to(values).unflatten(0, (len(paid), -1))
                 shares = paid * torch.einsum("hkw,hw->hk", values, back)
                 if layout is not None and shares.shape[1] < len(layout.tokens):
@@ -304,19 +294,3 @@ def _at(
     place = len(inputs.layout[tower].tokens) + at
     read = (run.logits[at], run.values, value, direction, bias + shift, place)
     return Direct(network, inputs, tuple(edits), *read, [] if peers is None else peers)
-
-
-def _paid(
-    plain: Plain, module: Any, q: Tensor, k: Tensor, mask: Any, at: int, **kw: Any
-) -> Float[Tensor, "heads keys"]:
-    """What one query pays, with all digits of the module's own kernel: the values are unit vectors."""
-    tiles, _, queries, _ = q.shape
-    keys, (tile, row) = k.shape[2], divmod(at, queries)
-    visible = plain.mask(module, mask, queries, keys, q.device, **kw)
-    if visible is not None:
-        visible = (visible[tile : tile + 1] if len(visible) == tiles else visible[:1])[:, :, [row]]
-        if visible.dtype == torch.bool and plain.function is eager(module):  # which adds its mask
-            visible = q.new_zeros(visible.shape).masked_fill(~visible, torch.finfo(q.dtype).min)
-    units = torch.eye(keys, dtype=k.dtype, device=k.device).expand(1, k.shape[1], -1, -1)
-    out, _ = plain(module, q[tile : tile + 1, :, [row]], k[tile : tile + 1], units, visible, **kw)
-    return out[0, 0]

@@ -16,11 +16,11 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from vlmscope.errors import choice
-from vlmscope.models.inputs import Pair
+from vlmscope.models.inputs import Pair, Runnable
 from vlmscope.patching.graph import Graph, Writes
 from vlmscope.patching.scores import Metric, Score, score, unpatched
 from vlmscope.runs.access import hook
-from vlmscope.runs.forward import Run, editing, forward
+from vlmscope.runs.forward import Run, editing, forward, keep_value
 from vlmscope.runs.hooks import Hooks
 from vlmscope.runs.network import Network, upcast
 from vlmscope.runs.readers import Anew, read_anew, watch
@@ -35,15 +35,15 @@ class Written(NamedTuple):
     across: Tensor | None
 
 
-def written(graph: Graph, pair: Pair, which: str) -> Written:
-    """One plain run, `clean` or `corrupt`; what cross-attention reads is apart, and counts as none here."""
-    inputs, edits = (pair.clean, ()) if which == "clean" else (pair.corrupt, pair.edits)
-    across: list[Tensor] = []
+def written(graph: Graph, run: Runnable, count: int) -> Written:
+    """One plain run, to its last so many logits; what cross-attention reads is apart, and counts as none
+    here."""
+    (inputs, edits), across = run, list[Tensor]()
     with graph.network.alone(), Hooks() as hooks:
         if graph.across:
             watch(hooks, graph.network, inputs, graph.reads_across, partial(keep, across))
-        run = forward(graph.network, inputs, edits, graph.points, len(pair.answers))
-    return written_of(graph, run, across[0] if across else None)
+        found = forward(graph.network, inputs, edits, graph.points, count)
+    return written_of(graph, found, across[0] if across else None)
 
 
 @torch.no_grad()
@@ -85,22 +85,21 @@ def circuits(
     (True, True)
     """
     choice(run, "run", ("clean", "corrupt"))
-    graph = Graph(network, pair.clean, tower)
-    own, other = (written(graph, pair, which) for which in (run, "corrupt" if run == "clean" else "clean"))
-    ends = (own, other) if run == "clean" else (other, own)
-    base, _, _, _ = unpatched(ends[0].logits, ends[1].logits, pair, metric)
+    graph, count = Graph(network, pair.clean, tower), len(pair.answers)
+    clean, corrupt = (written(graph, one, count) for one in pair.runs)
+    base, _, _, _ = unpatched(clean.logits, corrupt.logits, pair, metric)
+    own, other = (pair.runs[0], corrupt) if run == "clean" else (pair.runs[1], clean)
     for edges in some:
         inside = torch.zeros(len(graph.writers), len(graph.readers), dtype=torch.bool)
         inside[graph.places(edges)] = True
-        logits = _run(graph, pair, run, other, inside)
+        logits = _run(graph, own, count, other, inside)
         yield Score(*(x[0] for x in score(logits[None], base, metric)))
 
 
 def _run(
-    graph: Graph, pair: Pair, which: str, other: Written, inside: Bool[Tensor, "writers readers"]
+    graph: Graph, run: Runnable, count: int, other: Written, inside: Bool[Tensor, "writers readers"]
 ) -> Tensor:
-    network = graph.network
-    inputs, edits = (pair.clean, ()) if which == "clean" else (pair.corrupt, pair.edits)
+    network, (inputs, edits) = graph.network, run
     apart = torch.zeros_like(other.stream)  # this run less the other, writer by writer, as they are computed
     with network.alone(), editing(network, inputs, edits), Hooks() as hooks:
         values: dict[Point, Tensor] = {}
@@ -116,7 +115,7 @@ def _run(
                 return x
 
             if some.point.part:
-                hook(hooks, network, some.point, inputs, partial(_note, values, some.point))
+                hook(hooks, network, some.point, inputs, partial(keep_value, values, some.point, True))
             hook(hooks, network, some.point._replace(part=""), inputs, note)
         for group in graph.groups:
             sees = slice(group.sees.start, group.sees.stop)
@@ -128,12 +127,7 @@ def _run(
             else:
                 change = partial(_stream, outside, apart[sees.start - graph.apart : sees.stop - graph.apart])
             read_anew(hooks, network, inputs, group.reads, change)
-        return forward(network, inputs, positions=len(pair.answers)).logits
-
-
-def _note(values: dict[Point, Tensor], point: Point, x: Tensor) -> Tensor:
-    values[point] = x
-    return x
+        return forward(network, inputs, positions=count).logits
 
 
 def _stream(

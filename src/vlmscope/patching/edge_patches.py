@@ -61,8 +61,7 @@ def exact(
     (2,)
     """
     runs, graph = Runs(network, pair, direction, metric), Graph(network, pair.clean, tower)
-    names = ("clean", "corrupt") if runs.is_clean else ("corrupt", "clean")
-    base, source = (written(graph, pair, name) for name in names)
+    base, source = (written(graph, run, runs.count) for run in (runs.base, runs.source))
     return moved(runs, graph, base, source, edges, by_rows=by_rows)
 
 

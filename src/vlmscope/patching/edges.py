@@ -74,11 +74,10 @@ def score_edges(
     (True, Edge(source='embed', target='decoder.0.attn.q0'))
     """
     runs, graph = Runs(network, pair, direction, metric), Graph(network, pair.clean, tower)
-    names = ("clean", "corrupt") if runs.is_clean else ("corrupt", "clean")
-    source, base = written(graph, pair, names[1]), None
+    source, base = written(graph, runs.source, runs.count), None
     whole, points = np.zeros((len(graph.writers), len(graph.readers))), [list[Edit]()]
     if method == "eap-ig":  # else the run whose gradients are taken is the base run itself
-        base, points = written(graph, pair, names[0]), list(_along(runs, graph, steps))
+        base, points = written(graph, runs.base, runs.count), list(_along(runs, graph, steps))
     for edits in points:
         found, base = through_readers(runs, graph, base, source, edits)
         whole += found / len(points)

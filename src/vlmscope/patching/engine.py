@@ -56,9 +56,7 @@ def patch(
     sites, count = network.placed(sites, pair.clean), len(pair.answers)
     origins = [origins_of(*one) for one in zip(sites, sources or sites, strict=True)]
     images = Images() if images is None else images
-    plain = [(pair.clean, ()), (pair.corrupt, pair.edits)]
-    if pair.clean is pair.corrupt and not pair.edits:
-        plain = plain[:1]
+    plain = pair.runs[: 1 if pair.clean is pair.corrupt and not pair.edits else 2]
     base_at = 0 if direction == "noise" else len(plain) - 1
     cut = values if isinstance(values, str) else None
     points, memory, traces = _points(network, pair, sites, cut is not None), dict[str, Any](), []

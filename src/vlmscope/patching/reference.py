@@ -40,8 +40,7 @@ def patch(
     they go to.
     """
     sites = network.placed(sites, pair.clean)
-    runs = [(pair.clean, ()), (pair.corrupt, pair.edits)]
-    count = len(pair.answers)
+    runs, count = pair.runs, len(pair.answers)
     sources = sources or sites
     points = points_of(sources) if values is None else ()
     plain = [forward(network, inputs, edits, points, count) for inputs, edits in runs]

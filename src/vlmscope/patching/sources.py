@@ -7,12 +7,12 @@ Positions of two examples correspond by their slots (`layout.slots`).
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Sequence
-from typing import Literal, get_args
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from vlmscope.errors import ExampleError, SiteError, choice, shown
+from vlmscope.errors import ExampleError, SiteError, shown
 from vlmscope.layout import slots
 from vlmscope.models.inputs import Inputs
 from vlmscope.runs.forward import forward, read
@@ -22,11 +22,6 @@ from vlmscope.sites import Point, Site
 Source = Literal["clean", "zero", "mean", "resample"]
 """`clean`: the other run of the pair. The others ablate: zeros, the mean over the examples' clean runs at
 the same slot, or the clean run of another example."""
-
-
-def check_source(source: str) -> None:
-    """Raises `VlmscopeError` for a source that there is not."""
-    choice(source, "patch", get_args(Source))
 
 
 def crossed(

@@ -27,7 +27,7 @@ from vlmscope.patching.flows import Cell, Flow, Job, Row
 from vlmscope.runs.access import edges_of, hook
 from vlmscope.runs.edges import Edges
 from vlmscope.runs.forward import edited
-from vlmscope.runs.hooks import Hooks, Plain
+from vlmscope.runs.hooks import Hooks, Plain, seeing
 from vlmscope.runs.network import Network
 from vlmscope.sites import Point, Site
 
@@ -233,11 +233,8 @@ def _allowed(
     dense = plain.mask(module, mask, q.shape[2], length, k.device, **kw)
     if dense is None:
         return torch.ones(length, length, dtype=torch.bool, device=k.device)
-    seen, only = dense, True
-    if dense.dtype != torch.bool:
-        seen = dense > torch.finfo(dense.dtype).min / 2
-        only = bool((dense.masked_fill(~seen, 0.0) == 0).all())
-    if seen.shape[1] != 1 or not only:
+    seen = seeing(dense)
+    if seen.shape[1] != 1 or (dense.dtype != torch.bool and dense.masked_fill(~seen, 0.0).any()):
         raise ModelError(
             f"the attention '{plain.name}' of {type(module).__name__} has a mask that differs by head or "
             "adds to the scores; expected one that says which position sees which; the engine 'reference' "

@@ -312,14 +312,14 @@ def _of_rows(kw: Mapping[str, Any], rows: Sequence[int]) -> dict[str, Any]:
     return dict(kw) if bias is None else {**kw, "position_bias": bias[:, :, rows]}
 
 
-class _Patterns(NamedTuple):
+class Paid(NamedTuple):
     """What some queries of a tile pay, and which of them are to be computed anew."""
 
     paid: Float[Tensor, "heads rows keys"]
     changed: Bool[Tensor, "heads rows"]
 
 
-def _paid(
+def paid_by(
     plain: Plain,
     module: Any,
     q: Tensor,
@@ -327,11 +327,11 @@ def _paid(
     mask: Any,
     tile: int,
     rows: Sequence[int],
-    edges: Sequence[Edges],
+    edges: Sequence[Edges] = (),
     **kw: Any,
-) -> _Patterns:
-    """By the module's own kernel, with all its digits and in float32 at least: it gives the patterns
-    themselves where the values are unit vectors."""
+) -> Paid:
+    """What queries pay, by the module's own kernel, with all its digits and in float32 at least: it gives the
+    patterns themselves where the values are unit vectors."""
     tiles, heads, queries, _ = q.shape
     keys, this, wide = k.shape[2], slice(tile, tile + 1), torch.promote_types(q.dtype, torch.float32)
     mine = q[this, :, rows].to(wide), k[this].to(wide)
@@ -341,7 +341,7 @@ def _paid(
         mask = mask if mask.dtype == torch.bool else mask.to(wide)
     at = [tile * queries + row for row in rows]
     lost = gone(edges, at, heads, keys, tile * keys, q.device)
-    seen = torch.ones_like(lost.block) if mask is None else _seen(mask)[0].expand_as(lost.block)
+    seen = torch.ones_like(lost.block) if mask is None else seeing(mask)[0].expand_as(lost.block)
     if lost.block.any():
         blocked = lost.block[None]
         mask = ~blocked if mask is None else mask & ~blocked if mask.dtype == torch.bool else mask
@@ -354,7 +354,7 @@ def _paid(
     out, _ = kernel(module, *mine, units, mask, **_of_rows(kw, rows))
     nothing = (lost.block & seen).any(-1) & ~(seen & ~lost.block).any(-1)
     paid = out[0].transpose(0, 1).masked_fill(nothing[..., None] | lost.zero, 0.0)
-    return _Patterns(paid, ((lost.block | lost.zero) & seen).any(-1))
+    return Paid(paid, ((lost.block | lost.zero) & seen).any(-1))
 
 
 def doubled(
@@ -374,11 +374,11 @@ def doubled(
     if (bias := kw.get("position_bias")) is not None:
         kw = {**kw, "position_bias": torch.cat([bias, bias], -1)}
     both = torch.cat([k, beside], 2)
-    rows = [_paid(plain, module, q, both, mask, tile, range(queries), (), **kw).paid for tile in range(tiles)]
+    rows = [paid_by(plain, module, q, both, mask, tile, range(queries), **kw).paid for tile in range(tiles)]
     return tuple(torch.stack(rows).split(keys, -1))  # type: ignore[return-value]
 
 
-def _seen(mask: Tensor) -> Tensor:
+def seeing(mask: Tensor) -> Tensor:
     """Where a dense mask shows a key."""
     return mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
 
@@ -392,7 +392,7 @@ def _cut(
     for position in sorted({position for edge in edges for position in edge.targets}):
         by_tile[position // queries].append(position % queries)
     for tile, rows in by_tile.items():
-        paid, changed = _paid(plain, module, q, k, mask, tile, rows, edges, **kw)
+        paid, changed = paid_by(plain, module, q, k, mask, tile, rows, edges, **kw)
         if changed.any():
             values = v[tile].to(paid).repeat_interleave(q.shape[1] // v.shape[1], 0)
             mixed = (paid @ values).transpose(0, 1).to(out)
@@ -419,7 +419,7 @@ def _pay(
     changed = paid.new_zeros(heads, tiles * queries, dtype=torch.bool)
     for tile in range(tiles):
         rows, columns = (slice(tile * n, (tile + 1) * n) for n in (queries, keys))
-        found = _paid(plain, module, q, k, mask, tile, range(queries), edges, **kw)
+        found = paid_by(plain, module, q, k, mask, tile, range(queries), edges, **kw)
         paid[:, rows, columns], changed[:, rows] = found.paid.to(paid), found.changed
     new = paid
     for function in functions:

@@ -192,6 +192,11 @@ class Network:
             self._fingerprint = state, digest(weights)
         return self._fingerprint[1]
 
+    @property
+    def mark(self) -> str:
+        """What stands for an image in a prompt; empty where nothing does."""
+        return str(getattr(self.processor, "image_token", None) or "")
+
     def token(self, number: int) -> str:
         """A token of the model's tokenizer as it is written there, such as `▁red`."""
         return str(self.processor.tokenizer.convert_ids_to_tokens(number))

@@ -56,7 +56,7 @@ def encode(
 
 def _question(network: Network, prompt: str) -> dict[str, Span]:
     """Where the words of a prompt stand: behind its images, or else before them."""
-    mark = str(getattr(network.processor, "image_token", None) or "")
+    mark = network.mark
     end = prompt.rfind(mark) + len(mark) if mark and mark in prompt else 0
     if end and not prompt[end:].strip():
         return {_QUESTION: (0, prompt.find(mark))} if prompt[: prompt.find(mark)].strip() else {}
@@ -103,8 +103,7 @@ def check_words(network: Network, what: str, text: str) -> None:
     check_text(what, text)
     if text and not any(unicodedata.category(c)[0] in "LNPS" for c in text):
         raise ExampleError(f"{what} {shown(text)} has nothing to read in it; write words")
-    tokenizer, config = network.processor.tokenizer, network.hf.config
-    mark = str(getattr(network.processor, "image_token", None) or "")
+    tokenizer, config, mark = network.processor.tokenizer, network.hf.config, network.mark
     image = getattr(config, "image_token_id", None)
     special = {getattr(network.processor, "video_token", None)}
     special |= {tokenizer.convert_ids_to_tokens(image)} if image is not None else {None}
@@ -194,9 +193,8 @@ def _options(network: Network, example: Example, images: int) -> tuple[list[int]
 
 def _words(network: Network, prompt: str) -> dict[str, Span]:
     """The words of a prompt as roles, which `_aligned` takes out again; the image's mark is none."""
-    mark = str(getattr(network.processor, "image_token", ""))
     words = enumerate(re.finditer(r"\S+", prompt))
-    return {f"{_WORD}{n}": m.span() for n, m in words if not mark or mark not in m[0]}
+    return {f"{_WORD}{n}": m.span() for n, m in words if not network.mark or network.mark not in m[0]}
 
 
 def _aligned(clean: Inputs, corrupt: Inputs, words: Sequence[str], others: Sequence[str]) -> Inputs:

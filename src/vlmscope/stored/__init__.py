@@ -59,6 +59,11 @@ class Table(NamedTuple):
     is_optional: bool = False
     may_be_empty: bool = False
 
+    @property
+    def names(self) -> list[str]:
+        """What the columns are called."""
+        return [column.partition(":")[0] for column in self.columns.split()]
+
 
 class Format(NamedTuple):
     """What a folder holds: a manifest with its shape (`fits`), and tables by the name of their file."""

@@ -174,6 +174,8 @@ PROBE = Format(
 
 _ENDS = dict.fromkeys(("value", "low", "high"), (float, None))
 _CIRCUIT = "fraction f low high without without_low without_high random random_high p_value".split()
+GROUP = "f low high more more_low alone".split()
+"""Of a circuit with all of a group: its f, what that exceeds the circuit's by, and f of the group alone."""
 FAITHFULNESS = Format(
     "summary.json",
     {
@@ -203,6 +205,7 @@ FAITHFULNESS = Format(
             "needed": (int, None),
         },
         "kinds": {str: int},
+        "groups": [{"group": str, "kinds": {str: int}, **dict.fromkeys(GROUP, (float, None))}],
         "known": {"severity": str, "sentences": [str]},
         "check": ({"rows": int, "largest": float}, None),
         "lines": [str],

@@ -29,13 +29,8 @@ from vlmscope.studies.known import knows
 from vlmscope.studies.run_folder import Run, read_run
 from vlmscope.studies.tables import at_slot, by_example, is_head
 
-HEADS = (
-    "run data corruption tower layer kind head position n mean mean_abs ci_low ci_high mean_held_out "
-    "p_value q_value important_published important confirmed"
-).split()
-"""The columns of the table of heads."""
-OVERLAP = "run other tower kind heads important important_other both expected p_value".split()
-
+HEADS, OVERLAP = (formats.CIRCUITS.tables[name].names for name in ("heads.parquet", "overlap.csv"))
+"""The columns of the table of heads, and of that of pairs of runs."""
 SHARE = 0.01
 """A head that moves no more than this share of the gap between the clean and the corrupt run is not
 important, however surely."""
@@ -347,7 +342,7 @@ def overlap(heads: pd.DataFrame, groups: Mapping[str, int] | None = None) -> pd.
         for pair in itertools.combinations(important.columns, 2):
             both = important[list(pair)]
             rows.append([*pair, tower, kind, len(both), *both.sum(), *_against_chance(both, groups)])
-    found = pd.DataFrame(rows, columns=OVERLAP).astype({"expected": float, "p_value": float})
+    found = pd.DataFrame(rows, columns=OVERLAP[:-1]).astype({"expected": float, "p_value": float})
     return found.assign(q_value=q_values(found["p_value"]))
 
 

@@ -43,10 +43,7 @@ SHOWN = 4
 """How many pictures are kept to be drawn over."""
 Tables = tuple[pd.DataFrame, pd.DataFrame]
 """What states say, and how some words do."""
-LENS = "example site tower layer position token slot rank predicted token_id logit p".split()
-WORDS = (
-    "example word what site tower layer position token slot token_id rank logit p null_p beaten nulls".split()
-)
+LENS, WORDS = (formats.LENS.tables[name].names for name in ("lens.parquet", "words.parquet"))
 
 
 @dataclass(frozen=True, eq=False)

@@ -127,10 +127,6 @@ def probe(
             told = _told(features[site], order, folds, objects, ridge)
             rows.append((*place, *told, *effects[str(site)]))
             step(0, n + 1)
-    columns = (
-        "site tower layer kind position n accuracy low high chance shuffled shuffled_most p_value held_out "
-        "held_out_low held_out_high effect effect_low effect_high"
-    )
     about = {
         "format": formats.PROBE.name,
         "model": model.name,
@@ -144,7 +140,7 @@ def probe(
         "ridge": ridge,
         "seed": seed,
     }
-    return Probed(pd.DataFrame(rows, columns=columns.split()), about)
+    return Probed(pd.DataFrame(rows, columns=formats.PROBE.tables["probes.csv"].names), about)
 
 
 def _told(

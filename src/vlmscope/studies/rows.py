@@ -100,7 +100,9 @@ def result_of(
         "foil_token": None if pair.foil is None else task.model.token(pair.foil),
         "excluded": False,
     }
-    return Result(job, pd.DataFrame(rows), _frame([] if job.done else [baseline], BASELINES.names))
+    return Result(
+        job, pd.DataFrame(rows), pd.DataFrame([] if job.done else [baseline], columns=BASELINES.names)
+    )
 
 
 def patch_example(
@@ -191,8 +193,4 @@ def _unfit(task: Task, example: Example, pair: Pair, predicted: str) -> str | No
 
 def _excluded(task: Task, job: Todo, **fields: Any) -> Result:
     baseline = {"example": task.ids[job.number], "corruption": task.kind, "excluded": True, **fields}
-    return Result(job, pd.DataFrame(), _frame([baseline], BASELINES.names))
-
-
-def _frame(rows: list[dict[str, Any]], columns: Sequence[str]) -> pd.DataFrame:
-    return pd.DataFrame(rows, columns=list(columns))
+    return Result(job, pd.DataFrame(), pd.DataFrame([baseline], columns=BASELINES.names))

@@ -8,7 +8,7 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from importlib.metadata import PackageNotFoundError, version
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import pandas as pd
 from torch import Tensor
@@ -31,7 +31,7 @@ from vlmscope.layout import grid
 from vlmscope.models.inputs import CUTS, Cut, Inputs, Pair
 from vlmscope.patching import gradients as estimates
 from vlmscope.patching.scores import Metric, check_metric
-from vlmscope.patching.sources import Means, Source, check_source, check_widths, crossed, resampled, zeros
+from vlmscope.patching.sources import Means, Source, check_widths, crossed, resampled, zeros
 from vlmscope.runs import corrupt as corruptions
 from vlmscope.runs.corrupt import Corruption, Noise
 from vlmscope.runs.model import Model, check_model
@@ -195,7 +195,7 @@ def task_of(
     whole(task.seed, "the seed", most=SEED)
     check_metric(task.metric)
     if not task.are_edges:
-        check_source(task.patch)
+        choice(task.patch, "patch", get_args(Source))
     own = corrupt is None and task.patch == "clean"
     if (own and source is None) or (corrupt is None and task.select):
         raise VlmscopeError(

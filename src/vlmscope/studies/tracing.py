@@ -36,11 +36,6 @@ WINDOWS = (1, 3, 5)
 MIN_P, MIN_LD = 0.05, 0.5
 """Where ceiling and floor are nearer than this, an example says nothing in that repeat."""
 
-TABLE = (
-    "tower kind window layer length at order is_role token n repeats restored low high spread restored_ld "
-    "spread_ld"
-).split()
-"""The columns of the table."""
 _KEYS = ["window", "layer", "length", "at"]
 
 
@@ -213,7 +208,7 @@ def _average(runs: Sequence[Run], by: str) -> tuple[pd.DataFrame, list[int]]:
         found = found.reset_index().merge(_columns(rows, by), on=["length", "at"])
         parts.append(found.assign(tower=tower, kind=kind, at=found["label"]))
     left = [run.ran() - len(gaps) for run, gaps in zip(runs, usable, strict=True)]
-    return pd.concat(parts, ignore_index=True)[TABLE], left
+    return pd.concat(parts, ignore_index=True)[formats.TRACING.tables["tracing.parquet"].names], left
 
 
 def _usable(run: Run) -> pd.DataFrame:

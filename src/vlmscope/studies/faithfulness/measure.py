@@ -60,7 +60,8 @@ def on_curve(order: Mapping[str, Sequence[int]], fractions: Sequence[float]) -> 
 
 
 def around(chosen: frozenset[int], curve: Circuits, parts: Parts, draws: int, seed: int) -> Circuits:
-    """What stands beside circuits: none, all but the chosen one, random ones, and it without each part."""
+    """What stands beside circuits: none, all but the chosen one, random ones, it without each part, and with
+    all parts of a group, beside these alone."""
     found: Circuits = {NONE: frozenset(), "chosen": chosen, **curve}
     alike = parts.alike
     found["without"] = frozenset(range(len(alike))) - chosen
@@ -71,6 +72,8 @@ def around(chosen: frozenset[int], curve: Circuits, parts: Parts, draws: int, se
                 found[f"random {n} like {name}"] = drawn
     if 0 < len(chosen) <= SMALL:
         found |= {f"less {number}": chosen - {number} for number in sorted(chosen)}
+    for name, group in parts.groups.items():
+        found |= {f"with {name}": chosen | group, f"only {name}": group}
     return found
 
 

@@ -59,6 +59,15 @@ class Nodes:
     def places(self) -> list[Place]:
         return [(site.tower, site.layer, site.kind, site.unit or "") for site in self.sites]
 
+    @property
+    def groups(self) -> dict[str, frozenset[int]]:
+        """The parts of each tower, or of each kind in the only one; none where these are all parts."""
+        several = len({site.tower for site in self.sites}) > 1
+        groups = defaultdict[str, set[int]](set)
+        for number, site in enumerate(self.sites):
+            groups[site.tower if several else f"{site.tower}.{site.kind}"].add(number)
+        return {name: frozenset(some) for name, some in groups.items()} if len(groups) > 1 else {}
+
     def pruned(self, circuit: frozenset[int]) -> frozenset[int]:
         """All of it: in a stream each node has a way to the logits."""
         return circuit
@@ -116,6 +125,11 @@ class Edges:
             tower, layer, kind, *unit = some[0].target.split(".")
             found.append((tower, int(layer), kind, unit[0] if unit else ""))
         return found
+
+    @property
+    def groups(self) -> dict[str, frozenset[int]]:
+        """None: all edges of a tower are a way."""
+        return {}
 
     def pruned(self, circuit: frozenset[int]) -> frozenset[int]:
         """Without the edges that are on no way from what enters the tower to its end: these carry what they

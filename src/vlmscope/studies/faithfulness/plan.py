@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections import Counter
 from collections.abc import Collection, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -37,7 +36,15 @@ from vlmscope.studies.faithfulness.parts import Edges, Parts, parts_of
 from vlmscope.studies.faithfulness.result import Faithful
 from vlmscope.studies.faithfulness.scores import Scores, Split, split
 from vlmscope.studies.faithfulness.scores import read as read_scores
-from vlmscope.studies.faithfulness.summary import areas, null, parts_table, reported, table_of
+from vlmscope.studies.faithfulness.summary import (
+    areas,
+    kinds_of,
+    null,
+    parts_table,
+    reported,
+    table_of,
+    with_groups,
+)
 from vlmscope.studies.faithfulness.words import lines
 from vlmscope.studies.known import knows
 from vlmscope.studies.run_folder import read_run
@@ -136,6 +143,7 @@ class Plan:
             self.parted.rows,
             ids,
             self.ratio,
+            [*self.parts.groups],
         ]
         return hashlib.sha256(repr(words).encode()).hexdigest()
 
@@ -208,7 +216,8 @@ class Plan:
             **_of_runs(shares, base, sign),
             **areas(shares, self.order, self.fractions, curve),
             "circuit": reported(shares, circuit, fraction, task.circuits, knows(base).severity),
-            "kinds": dict(Counter(parts.nouns[n] for n in sorted(circuit))),
+            "kinds": kinds_of(parts, circuit),
+            "groups": with_groups(shares, parts),
             "check": ran.check,
             "seed": task.seed,
         }

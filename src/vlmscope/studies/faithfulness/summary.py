@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -9,11 +10,12 @@ import numpy as np
 import pandas as pd
 
 from vlmscope.stats import LEVEL
+from vlmscope.stored import formats
 from vlmscope.studies.faithfulness.curve import Shares, area
 from vlmscope.studies.faithfulness.measure import Circuits
 from vlmscope.studies.faithfulness.parts import Parts
 
-COLUMNS = "ranking fraction kept f low high random random_low random_high".split()
+COLUMNS, PARTS = (formats.FAITHFULNESS.tables[name].names for name in ("faithfulness.parquet", "circuit.csv"))
 
 
 def null(value: float) -> float | None:
@@ -96,10 +98,34 @@ def _is_small(shares: Shares, chosen: frozenset[int]) -> bool:
 
 def _drop(shares: Shares, number: int) -> tuple[float, float, float]:
     """What f of the chosen circuit loses without one part, with its interval."""
-    value = shares.of("chosen") - shares.of(f"less {number}")
-    both = shares.drawn(["chosen", f"less {number}"])
+    return _more(shares, "chosen", f"less {number}")
+
+
+def _more(shares: Shares, one: str, other: str) -> tuple[float, float, float]:
+    """By how much f of a circuit exceeds that of another, with its interval."""
+    value, both = shares.of(one) - shares.of(other), shares.drawn([one, other])
     ends = shares.interval(value, both[:, 0] - both[:, 1]) if shares.sure else (np.nan, np.nan)
     return value, *ends
+
+
+def kinds_of(parts: Parts, circuit: frozenset[int]) -> dict[str, int]:
+    """How many parts of a circuit there are, by what they are."""
+    nouns = parts.nouns
+    return dict(Counter(nouns[number] for number in sorted(circuit)))
+
+
+def with_groups(shares: Shares, parts: Parts) -> list[dict[str, Any]]:
+    """What the circuit carries together with all parts of a tower (or kind), and what these carry alone."""
+    found = []
+    for name, group in parts.groups.items():
+        numbers = (
+            *shares.with_ends(f"with {name}"),
+            *_more(shares, f"with {name}", "chosen")[:2],
+            shares.of(f"only {name}"),
+        )
+        values = dict(zip(formats.GROUP, map(null, numbers), strict=True))
+        found.append({"group": name, "kinds": kinds_of(parts, group), **values})
+    return found
 
 
 def parts_table(
@@ -109,7 +135,5 @@ def parts_table(
     for number, score in zip(sorted(chosen), named, strict=True):
         drop = _drop(shares, number) if _is_small(shares, chosen) else (np.nan,) * 3
         rows.append((names[number], *places[number], score, *drop))
-    columns = "part tower layer kind unit score drop low high".split()
-    return pd.DataFrame(rows, columns=columns).sort_values(
-        "score", key=abs, ascending=False, ignore_index=True
-    )
+    found = pd.DataFrame(rows, columns=PARTS)
+    return found.sort_values("score", key=abs, ascending=False, ignore_index=True)

@@ -53,10 +53,10 @@ from vlmscope.runs.model import Model
 from vlmscope.sites import Sites
 from vlmscope.stats import FEWEST, shuffled
 from vlmscope.stored import formats
+from vlmscope.studies.heads.asked import AskedHeads, asked_heads
 from vlmscope.studies.heads.labels import LABELS, Label, doubts, label
 from vlmscope.studies.heads.measures import ON_ALL, ON_MASKS, READ, attention_maps, measures_of, together
 from vlmscope.studies.heads.observe import Effects, Observed, observe, of_heads
-from vlmscope.studies.heads.study import Study, study_of
 from vlmscope.studies.known import knows
 from vlmscope.studies.run_folder import Run, read_run
 from vlmscope.studies.run_writer import claim
@@ -133,38 +133,38 @@ def functions(
     True
     """
     examples = listed(examples)
-    study = study_of(model, sites, corrupt, seed)
-    asked, given = study, observe(study, examples, effects if corrupt is not None else None)
+    asked = asked_heads(model, sites, corrupt, seed)
+    every, given = asked, observe(asked, examples, effects if corrupt is not None else None)
     # In an order that the ids decide, so that no number depends on the one in which they came.
     observed = [given[n] for n in shuffled(seed, [one.id for one in given])]
-    use = np.ones((len(observed), len(study.heads)), dtype=bool)
+    use = np.ones((len(observed), len(asked.heads)), dtype=bool)
     if held_out is not None:
-        ids = [set(held_out.get(str(site), ())) for site in study.heads]
+        ids = [set(held_out.get(str(site), ())) for site in asked.heads]
         use = np.array([[one.id in some for some in ids] for one in observed])
         kept = np.flatnonzero(use.sum(0) >= 2)
         if len(kept) < len(ids):
-            left = [str(site) for number, site in enumerate(study.heads) if number not in kept]
+            left = [str(site) for number, site in enumerate(asked.heads) if number not in kept]
             text = f"{len(left)} of {len(ids)} heads have fewer than two held-out examples ({left[0]})"
             if not len(kept):
                 raise DataError(f"{text}, so what they do is not measured; take more examples")
             warnings.warn(f"{text} and are left out", stacklevel=2)
-        (study, observed), use = of_heads(study, observed, kept.tolist()), use[:, kept]
+        (asked, observed), use = of_heads(asked, observed, kept.tolist()), use[:, kept]
     if (few := use.sum(0).min()) < FEWEST:
         text = f"the fewest examples of a head are {few}; fewer than {FEWEST} can hardly show anything"
         warnings.warn(text, stacklevel=2)
     gap = abs(float(np.mean([one.ld_clean - (one.ld_corrupt or 0.0) for one in observed])))
-    measures, by_id = measures_of(study, observed, use, gap), {one.id: one for one in observed}
-    fields = [(s.tower, s.layer, s.kind, s.units[0], s.position, str(s)) for s in study.heads]
+    measures, by_id = measures_of(asked, observed, use, gap), {one.id: one for one in observed}
+    fields = [(s.tower, s.layer, s.kind, s.units[0], s.position, str(s)) for s in asked.heads]
     names = pd.DataFrame(fields, columns=["tower", "layer", "kind", "head", "position", "site"])
     rows = [{r.measure: r for r in some.itertuples()} for _, some in measures.groupby("number")]
-    doubt = _doubt(study, observed, effects)
+    doubt = _doubt(asked, observed, effects)
     labels = pd.DataFrame([label(row, gap, doubt) for row in rows], columns=Label._fields)
     return Functions(
         pd.concat([names, labels], axis=1).assign(n=use.sum(0), gap=gap),
         names.join(measures.set_index("number"), how="right").reset_index(drop=True),
-        together(study, observed, use),
-        attention_maps(study, [by_id[one.id] for one in given[:SHOWN]]),
-        _about(asked, examples, corrupt, held_out, data) | {"doubt": doubt},
+        together(asked, observed, use),
+        attention_maps(asked, [by_id[one.id] for one in given[:SHOWN]]),
+        _about(every, examples, corrupt, held_out, data) | {"doubt": doubt},
     )
 
 
@@ -187,8 +187,8 @@ def write(
     one that holds another call's, or what is none, is refused (`StoreError`) before anything is computed.
     """
     folder, examples = Path(out), listed(examples)
-    study = study_of(model, sites, corrupt, seed)
-    here = _about(study, examples, corrupt, held_out, data)
+    asked = asked_heads(model, sites, corrupt, seed)
+    here = _about(asked, examples, corrupt, held_out, data)
     there = formats.HEADS.claim(folder)
     if odd := [key for key in here if there and there.get(key) != here[key]]:
         raise StoreError(
@@ -216,18 +216,18 @@ def read(folder: str | os.PathLike[str]) -> Functions:
     return Functions(**tables, about=about)
 
 
-def _doubt(study: Study, observed: Sequence[Observed], effects: Effects | None) -> str | None:
+def _doubt(asked: AskedHeads, observed: Sequence[Observed], effects: Effects | None) -> str | None:
     """Why the model does not know the task, if so; a run that chose its examples says it of all of them."""
-    if isinstance(effects, Run | str | os.PathLike) and study.corruption is not None:
+    if isinstance(effects, Run | str | os.PathLike) and asked.corruption is not None:
         known = knows((effects if isinstance(effects, Run) else read_run(effects)).baselines())
         if known.severity == "unknown":
             return known.sentences[1].partition(": ")[2]
-    corrupt = [one.ld_corrupt or 0.0 for one in observed] if study.corruption == "image" else None
+    corrupt = [one.ld_corrupt or 0.0 for one in observed] if asked.corruption == "image" else None
     return doubts([one.ld_clean for one in observed], corrupt)
 
 
 def _about(
-    study: Study,
+    asked: AskedHeads,
     examples: Sequence[Any],
     corrupt: str | Noise | None,
     held_out: Mapping[str, Collection[str]] | None,
@@ -235,12 +235,12 @@ def _about(
 ) -> dict[str, Any]:
     return {
         "format": formats.HEADS.name,
-        "model": study.model.name,
-        "weights": study.model.fingerprint(),
+        "model": asked.model.name,
+        "weights": asked.model.fingerprint(),
         "data": data,
         "data_hash": fingerprint(examples),
-        "sites": [str(site) for site in study.heads],
+        "sites": [str(site) for site in asked.heads],
         "corrupt": None if corrupt is None else str(corrupt),
         "held_out": None if held_out is None else {site: len(ids) for site, ids in held_out.items()},
-        "seed": study.seed,
+        "seed": asked.seed,
     }

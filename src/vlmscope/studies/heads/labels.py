@@ -60,16 +60,7 @@ WORDS = {
     "mean": "knocked out, LD",
 }
 """The measures that labels are read off, and what evidence calls them."""
-SIGNED = (
-    "effect",
-    "mean",
-    "by_attention",
-    "by_values",
-    "from_image",
-    "from_options",
-    "from_others",
-    "direct",
-)
+SIGNED = "effect mean by_attention by_values from_image from_options from_others direct".split()
 Rows = Mapping[str, Any]
 """A row of the table of measures for each measure of a head."""
 

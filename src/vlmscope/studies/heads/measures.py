@@ -18,8 +18,9 @@ from vlmscope.patching.scores import logit_difference
 from vlmscope.progress import progress
 from vlmscope.sites import Site
 from vlmscope.stats import FEWEST, interval, p_values, q_values, rng
+from vlmscope.stored import formats
+from vlmscope.studies.heads.asked import Array, AskedHeads, Key
 from vlmscope.studies.heads.observe import Attention, Observed, of_heads
-from vlmscope.studies.heads.study import Array, Key, Study
 
 MOST = 400
 """Over how many examples attention is compared with shuffled masks, at most."""
@@ -65,7 +66,7 @@ READ = {
 
 
 def measures_of(
-    study: Study, observed: Sequence[Observed], use: NDArray[np.bool_], gap: float
+    asked: AskedHeads, observed: Sequence[Observed], use: NDArray[np.bool_], gap: float
 ) -> pd.DataFrame:
     """A row a head (its `number`) and measure, a head after the other, with q-values over heads.
 
@@ -73,7 +74,7 @@ def measures_of(
     """
     tables = []
     for which, heads in _alike(use.T):
-        some = of_heads(study, [one for one, used in zip(observed, which, strict=True) if used], heads)
+        some = of_heads(asked, [one for one, used in zip(observed, which, strict=True) if used], heads)
         found = [*_attention_measures(*some), *_change_measures(*some, SHARE * gap), *_read_measures(*some)]
         tables.append(
             pd.concat(found).assign(number=lambda x, heads=heads: x["number"].map(dict(enumerate(heads))))
@@ -90,9 +91,9 @@ def _alike(rows: NDArray[np.bool_]) -> Iterator[tuple[NDArray[np.bool_], list[in
     yield from ((rows[numbers[0]], numbers) for numbers in same.values() if rows[numbers[0]].any())
 
 
-def _attention_measures(study: Study, observed: Sequence[Observed]) -> Iterator[pd.DataFrame]:
+def _attention_measures(asked: AskedHeads, observed: Sequence[Observed]) -> Iterator[pd.DataFrame]:
     """The measures of all heads that look at the image, a table for each kind and measure (`_measured`)."""
-    for key in study.keys:
+    for key in asked.keys:
         looking = [one for one in observed if key in one.attention][:MOST]
         if not looking:
             continue
@@ -103,9 +104,9 @@ def _attention_measures(study: Study, observed: Sequence[Observed]) -> Iterator[
         for column, name in enumerate(ON_ALL):
             own, null = heads[..., column], average[..., column]
             p = _p(own - null)
-            yield _measured(study.numbers(key), name, own, null.mean(), p)
+            yield _measured(asked.numbers(key), name, own, null.mean(), p)
         for which in ("object", "foil"):
-            yield from _on_masks(study, key, [one for one in looking if which in one.masks], which)
+            yield from _on_masks(asked, key, [one for one in looking if which in one.masks], which)
 
 
 def _measured(heads: Sequence[int], name: str, scores: Array, null: Array | float, p: Array) -> pd.DataFrame:
@@ -122,7 +123,9 @@ def _p(scores: Array, least: float = 0.0) -> Array:
     return np.where(same & beyond & (len(scores) >= FEWEST), 2.0 ** (1 - len(scores)), p)
 
 
-def _on_masks(study: Study, key: Key, observed: Sequence[Observed], which: str) -> Iterator[pd.DataFrame]:
+def _on_masks(
+    asked: AskedHeads, key: Key, observed: Sequence[Observed], which: str
+) -> Iterator[pd.DataFrame]:
     """Attention against masks, and against the masks of other examples as the null."""
     masks = [one.masks[which] for one in observed]
     if len(masks) < 2 or len({mask.size for mask in masks}) > 1:
@@ -130,7 +133,7 @@ def _on_masks(study: Study, key: Key, observed: Sequence[Observed], which: str) 
     objects = np.stack(masks).astype(float)
     overlaps = [_overlap(one.attention[key], objects) for one in observed]
     order = np.arange(len(observed))
-    draw = rng(study.seed, "masks", which)
+    draw = rng(asked.seed, "masks", which)
     others = np.array([draw.permutation(order) for _ in range(SHUFFLES)])
     for name in ON_MASKS:
         values = np.stack([overlap[name] for overlap in overlaps])  # (examples, heads, masks)
@@ -138,7 +141,7 @@ def _on_masks(study: Study, key: Key, observed: Sequence[Observed], which: str) 
         null = np.stack([values[order, head, others].mean(1) for head in range(values.shape[1])], axis=1)
         p = (1 + (null >= own.mean(0) - 1e-12).sum(0)) / (1 + SHUFFLES)
         name = name if which == "object" else f"{name}_foil"
-        yield _measured(study.numbers(key), name, own, null.mean(0), p)
+        yield _measured(asked.numbers(key), name, own, null.mean(0), p)
 
 
 def _spread(one: Observed, attention: Attention, maps: Array) -> Array:
@@ -187,16 +190,16 @@ def _overlap(attention: Attention, objects: Array) -> dict[str, Array]:
     }
 
 
-def attention_maps(study: Study, observed: Sequence[Observed]) -> pd.DataFrame:
+def attention_maps(asked: AskedHeads, observed: Sequence[Observed]) -> pd.DataFrame:
     """The attention of each head to each patch of some examples, for the figures."""
     parts = []
     for one in observed:
-        for number, site in enumerate(study.heads):
+        for number, site in enumerate(asked.heads):
             key = (site.tower, site.kind)
             if (attention := one.attention.get(key)) is None:
                 continue
             inside = attention.cells >= 0
-            cells, paid = attention.cells[inside], attention.maps[study.numbers(key).index(number)][inside]
+            cells, paid = attention.cells[inside], attention.maps[asked.numbers(key).index(number)][inside]
             mask = one.masks.get("object")
             rows, columns = attention.grid
             table = {
@@ -214,23 +217,23 @@ def attention_maps(study: Study, observed: Sequence[Observed]) -> pd.DataFrame:
     return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame({"example": []})
 
 
-def _change_measures(study: Study, observed: Sequence[Observed], least: float) -> Iterator[pd.DataFrame]:
+def _change_measures(asked: AskedHeads, observed: Sequence[Observed], least: float) -> Iterator[pd.DataFrame]:
     """The change of LD without each head (`zero`, `mean`, `resample`), and with it patched in (`effect`)."""
-    changes = _knock_out(study, observed)
+    changes = _knock_out(asked, observed)
     effects = [one.effect for one in observed if one.effect is not None]
     if effects:
         changes["effect"] = np.stack(effects)
     for name, scores in changes.items():
-        yield _measured(range(len(study.heads)), name, scores, least, _p(scores, least))
+        yield _measured(range(len(asked.heads)), name, scores, least, _p(scores, least))
 
 
-def _read_measures(study: Study, observed: Sequence[Observed]) -> Iterator[pd.DataFrame]:
+def _read_measures(asked: AskedHeads, observed: Sequence[Observed]) -> Iterator[pd.DataFrame]:
     """The measures of what heads read (`READ`), each of the examples and heads that have it."""
     for name in READ:
         if name == "copies":
             yield from _copies(observed)
             continue
-        nowhere = np.full(len(study.heads), np.nan)
+        nowhere = np.full(len(asked.heads), np.nan)
         every = np.stack([one.reading.scores.get(name, nowhere) for one in observed])
         for which, heads in _alike(~np.isnan(every).T):
             some = [one for one, there in zip(observed, which, strict=True) if there]
@@ -268,19 +271,19 @@ def _mean_activations(observed: Sequence[Observed]) -> dict[Key, Tensor]:
     return {key: torch.stack([one.activations[key] for one in observed]).mean(0) for key in keys}
 
 
-def _knock_out(study: Study, observed: Sequence[Observed]) -> dict[str, Array]:
+def _knock_out(asked: AskedHeads, observed: Sequence[Observed]) -> dict[str, Array]:
     """LD without each head, less LD: `(examples, heads)` for each way of knocking it out."""
     count = len(observed)
-    other = (np.arange(count) + rng(study.seed, "resample").integers(1, count)) % count
+    other = (np.arange(count) + rng(asked.seed, "resample").integers(1, count)) % count
     means = _mean_activations(observed)
     ways = ("zero", "mean", "resample")
-    found = np.zeros((len(ways), count, len(study.heads)))
+    found = np.zeros((len(ways), count, len(asked.heads)))
     with progress(count, what="knock-outs") as step:
         for number, one in enumerate(observed):
             values = (None, means, observed[other[number]].activations)
-            instead = [_value(study, site, given) for given in values for site in one.placed]
+            instead = [_value(asked, site, given) for given in values for site in one.placed]
             alone = replace(one.pair, corrupt=one.pair.clean, edits=())
-            patched = engine.patch(study.model, alone, one.placed * len(ways), "noise", values=instead)
+            patched = engine.patch(asked.model, alone, one.placed * len(ways), "noise", values=instead)
             changes = np.zeros(len(instead))
             for numbers, scores in patched.chunks:
                 changes[numbers] = scores.ld.cpu().numpy() - one.ld_clean
@@ -289,7 +292,7 @@ def _knock_out(study: Study, observed: Sequence[Observed]) -> dict[str, Array]:
     return dict(zip(ways, found, strict=True))
 
 
-def together(study: Study, observed: Sequence[Observed], use: NDArray[np.bool_]) -> pd.DataFrame:
+def together(asked: AskedHeads, observed: Sequence[Observed], use: NDArray[np.bool_]) -> pd.DataFrame:
     """Accuracy and LD with no head, these heads, and random ones of the same layers knocked out.
 
     Each example runs without those heads that are measured on it (`use`). Where a layer has too few other
@@ -298,7 +301,7 @@ def together(study: Study, observed: Sequence[Observed], use: NDArray[np.bool_])
     means = _mean_activations(observed)
     parts = [
         (
-            replace(study, heads=[study.heads[n] for n in np.flatnonzero(which)]),
+            replace(asked, heads=[asked.heads[n] for n in np.flatnonzero(which)]),
             [observed[n] for n in examples],
         )
         for which, examples in _alike(use)
@@ -313,28 +316,28 @@ def together(study: Study, observed: Sequence[Observed], use: NDArray[np.bool_])
         for number, (name, how, each) in enumerate(sets):
             values, found = None if how == "zero" else means, []
             for heads, (_, some) in zip(each, parts, strict=True):
-                edits = [Edit(site, "set", _value(study, site, values)) for site in heads]
-                runs = [(one.pair, study.model.run(one.pair.clean, edits)) for one in some]
+                edits = [Edit(site, "set", _value(asked, site, values)) for site in heads]
+                runs = [(one.pair, asked.model.run(one.pair.clean, edits)) for one in some]
                 found += [(int(x.argmax()) == pair.answer, logit_difference(x, pair)) for pair, x in runs]
             names = dict.fromkeys(str(site) for heads in each for site in heads)
             rows.append((name, how, " ".join(names), len(found), *np.mean(found, axis=0)))
             step(0, number + 1)
-    return pd.DataFrame(rows, columns=["set", "knockout", "heads", "n", "accuracy", "ld"])
+    return pd.DataFrame(rows, columns=formats.HEADS.tables["together.csv"].names)
 
 
-def _value(study: Study, site: Site, values: Mapping[Key, Tensor] | None) -> Tensor:
+def _value(asked: AskedHeads, site: Site, values: Mapping[Key, Tensor] | None) -> Tensor:
     """What stands in a head's place: zero, or its activation among those of its kind."""
-    return torch.zeros(1) if values is None else values[site.tower, site.kind][study.place(site)][None]
+    return torch.zeros(1) if values is None else values[site.tower, site.kind][asked.place(site)][None]
 
 
-def _random_heads(study: Study, number: int) -> list[Site]:
+def _random_heads(asked: AskedHeads, number: int) -> list[Site]:
     """As many other heads of the same layers; fewer where a layer has too few."""
-    taken = {(s.tower, s.kind, s.layer, s.units[0]) for s in study.heads}
+    taken = {(s.tower, s.kind, s.layer, s.units[0]) for s in asked.heads}
     drawn: list[Site] = []
-    for tower, kind, layer in dict.fromkeys((s.tower, s.kind, s.layer) for s in study.heads):
-        here = [s for s in study.heads if (s.tower, s.kind, s.layer) == (tower, kind, layer)]
-        every = range(study.model.shapes[tower].heads[kind])
+    for tower, kind, layer in dict.fromkeys((s.tower, s.kind, s.layer) for s in asked.heads):
+        here = [s for s in asked.heads if (s.tower, s.kind, s.layer) == (tower, kind, layer)]
+        every = range(asked.model.shapes[tower].heads[kind])
         free = [head for head in every if (tower, kind, layer, head) not in taken]
-        rng(study.seed, "random heads", number, tower, kind, layer).shuffle(free)
+        rng(asked.seed, "random heads", number, tower, kind, layer).shuffle(free)
         drawn += [replace(site, units=(head,)) for site, head in zip(here, free, strict=False)]
     return drawn

@@ -31,8 +31,8 @@ from vlmscope.runs.forward import forward
 from vlmscope.runs.model import Model
 from vlmscope.sites import Point, Site, place
 from vlmscope.stats import shuffled
+from vlmscope.studies.heads.asked import Array, AskedHeads, Key
 from vlmscope.studies.heads.reading import Reading, inner_points, read
-from vlmscope.studies.heads.study import Array, Key, Study
 from vlmscope.studies.run_folder import Run, read_run
 from vlmscope.studies.tables import is_head
 
@@ -85,15 +85,15 @@ class Observed:
     masks: dict[str, NDArray[np.bool_]]
 
 
-def observe(study: Study, examples: Sequence[Example], effects: Effects | None) -> list[Observed]:
+def observe(asked: AskedHeads, examples: Sequence[Example], effects: Effects | None) -> list[Observed]:
     """Run every example; those that cannot be run are left out with a warning."""
-    known = {} if effects is None else _known(study, effects)
+    known = {} if effects is None else _known(asked, effects)
     found, left = [], []
-    split = {examples[n].id for n in shuffled(study.seed, [one.id for one in examples], "split")[:SPLIT]}
+    split = {examples[n].id for n in shuffled(asked.seed, [one.id for one in examples], "split")[:SPLIT]}
     with progress(len(examples)) as step:
         for number, example in enumerate(examples):
             try:
-                found.append(_observe(study, example, known, example.id in split))
+                found.append(_observe(asked, example, known, example.id in split))
             except (ExampleError, SiteError) as error:
                 left.append(f"'{example.id}': {error}")
             step(0, number + 1)
@@ -107,11 +107,11 @@ def observe(study: Study, examples: Sequence[Example], effects: Effects | None) 
 
 
 def of_heads(
-    study: Study, observed: Sequence[Observed], heads: Sequence[int]
-) -> tuple[Study, list[Observed]]:
-    """The study of some of its heads, by their numbers, and what the runs gave of these."""
-    some = replace(study, heads=[study.heads[number] for number in heads])
-    rows = {key: [study.numbers(key).index(n) for n in heads if n in study.numbers(key)] for key in some.keys}
+    asked: AskedHeads, observed: Sequence[Observed], heads: Sequence[int]
+) -> tuple[AskedHeads, list[Observed]]:
+    """Some of the heads, by their numbers, and what the runs gave of these."""
+    some = replace(asked, heads=[asked.heads[number] for number in heads])
+    rows = {key: [asked.numbers(key).index(n) for n in heads if n in asked.numbers(key)] for key in some.keys}
     found = [
         replace(
             one,
@@ -129,38 +129,38 @@ def of_heads(
     return some, found
 
 
-def _observe(study: Study, example: Example, known: Known, split: bool) -> Observed:
-    model = study.model
-    if study.corruption is None:
+def _observe(asked: AskedHeads, example: Example, known: Known, split: bool) -> Observed:
+    model = asked.model
+    if asked.corruption is None:
         pairs = [model.prepare(replace(example, corrupt_image=None, corrupt_prompt=None))]
     else:
-        pairs = corruptions.pairs(model, example, study.corruption, study.seed)
+        pairs = corruptions.pairs(model, example, asked.corruption, asked.seed)
     pair = pairs[0]
-    placed = [found for site in study.heads for found in place(site, pair.clean.layout)]
+    placed = [found for site in asked.heads for found in place(site, pair.clean.layout)]
     outputs = {
         (tower, kind): [Point(tower, n, kind, "h") for n in model.shapes[tower].having(kind)]
-        for tower, kind in study.keys
+        for tower, kind in asked.keys
     }
-    norms = {key: _norms_at(model, key) for key in study.keys}
+    norms = {key: _norms_at(model, key) for key in asked.keys}
     points = {*norms.values(), *(point for some in outputs.values() for point in some)}
-    if split := split and study.corruption is not None:
+    if split := split and asked.corruption is not None:
         try:
-            run = forward(model, pair.clean, keep=points | inner_points(study))
+            run = forward(model, pair.clean, keep=points | inner_points(asked))
         except ModelError:  # this model does not show what is within its attention
             split = False
     if not split:
         run = forward(model, pair.clean, keep=points)
     logits, activations, attention, paid = run.logits[-1], {}, {}, {}
-    for key in study.keys:
-        at = list(placed[study.numbers(key)[0]].positions)
+    for key in asked.keys:
+        at = list(placed[asked.numbers(key)[0]].positions)
         heads = model.shapes[key[0]].heads[key[1]]
         rows = [run.values[point][0, at].mean(0).unflatten(-1, (heads, -1)) for point in outputs[key]]
         activations[key] = torch.stack(rows).cpu()
         if key[1] in model.family.towers[key[0]].attention:  # else it cannot be read
             paid[key] = model.attention(pair.clean, *key, at)
         if key in paid and pair.clean.layout[model.attended(*key)].cells:
-            attention[key] = _attention(study, example, pair, key, paid[key], run.values[norms[key]])
-    ld_corrupt, effect = _effects(study, example, pairs, placed, known)
+            attention[key] = _attention(asked, example, pair, key, paid[key], run.values[norms[key]])
+    ld_corrupt, effect = _effects(asked, example, pairs, placed, known)
     sizes = [one.grid for one in attention.values()]
     return Observed(
         id=example.id,
@@ -172,7 +172,7 @@ def _observe(study: Study, example: Example, known: Known, split: bool) -> Obser
         effect=effect,
         activations=activations,
         attention=attention,
-        reading=read(study, pairs, placed, paid, run.values if split else None, effect),
+        reading=read(asked, pairs, placed, paid, run.values if split else None, effect),
         masks=_masks(model, example, sizes[0]) if sizes else {},
     )
 
@@ -186,17 +186,17 @@ def _norms_at(model: Model, key: Key) -> Point:
 
 
 def _attention(
-    study: Study, example: Example, pair: Pair, key: Key, paid: Tensor, residual: Tensor
+    asked: AskedHeads, example: Example, pair: Pair, key: Key, paid: Tensor, residual: Tensor
 ) -> Attention:
-    layout = pair.clean.layout[study.model.attended(*key)]
+    layout = pair.clean.layout[asked.model.attended(*key)]
     maps = paid.mean(2).double().cpu().numpy()
     rows, columns = grid(layout)
     cells = np.full(maps.shape[-1], -1)
     for position, (row, column) in layout.cells.items():
         cells[position] = row * columns + column
-    chosen = np.stack([maps[study.place(study.heads[number])] for number in study.numbers(key)])
+    chosen = np.stack([maps[asked.place(asked.heads[number])] for number in asked.numbers(key)])
     norms = residual[0].float().norm(dim=-1).double().cpu().numpy()
-    plain = ~_salient(study.model, example, (rows, columns)).ravel()[cells] | (cells < 0)
+    plain = ~_salient(asked.model, example, (rows, columns)).ravel()[cells] | (cells < 0)
     return Attention(chosen, maps.mean((0, 1)), cells, norms, (rows, columns), plain)
 
 
@@ -219,20 +219,20 @@ def _masks(model: Model, example: Example, size: tuple[int, int]) -> dict[str, N
 
 
 def _effects(
-    study: Study, example: Example, pairs: Sequence[Pair], placed: Sequence[Site], known: Known
+    asked: AskedHeads, example: Example, pairs: Sequence[Pair], placed: Sequence[Site], known: Known
 ) -> tuple[float | None, Array | None]:
     """LD of the corrupt run, and the change of it by each head: what is known, or else by patching."""
-    if study.corruption is None:
+    if asked.corruption is None:
         return None, None
     where = [site.positions[0] if len(site.positions) == 1 else site.position for site in placed]
     places = [(example.id, s.tower, s.kind, s.layer, s.unit, at) for s, at in zip(placed, where, strict=True)]
     found = [known.get(place) for place in places]
     if None not in found:
-        lds = [logit_difference(study.model.run(pair.corrupt, pair.edits), pair) for pair in pairs]
+        lds = [logit_difference(asked.model.run(pair.corrupt, pair.edits), pair) for pair in pairs]
         return float(np.mean(lds)), np.array(found, dtype=float)
     ld_corrupt, effect = 0.0, np.zeros(len(placed))
     for pair in pairs:  # of each draw of noise
-        patched = engine.patch(study.model, pair, placed)
+        patched = engine.patch(asked.model, pair, placed)
         base = float(patched.corrupt.ld)
         ld_corrupt += base / len(pairs)
         for numbers, scores in patched.chunks:
@@ -240,27 +240,27 @@ def _effects(
     return ld_corrupt, effect
 
 
-def _known(study: Study, effects: Effects) -> Known:
+def _known(asked: AskedHeads, effects: Effects) -> Known:
     """`logit_diff` of every head that a sweep has patched; raises `VlmscopeError` for another run's."""
     if isinstance(effects, pd.DataFrame):
         rows = effects
     else:
         run = effects if isinstance(effects, Run) else read_run(effects)
         wanted: dict[str, object] = {
-            "weights": study.model.fingerprint(),
+            "weights": asked.model.fingerprint(),
             "direction": "denoise",
             "patch": "clean",
             "from": None,
         }
-        if isinstance(study.corruption, Noise):
-            wanted |= {"seed": study.seed, "corrupt": {"kind": "noise", **asdict(study.corruption)}}
+        if isinstance(asked.corruption, Noise):
+            wanted |= {"seed": asked.seed, "corrupt": {"kind": "noise", **asdict(asked.corruption)}}
         if odd := [name for name, value in wanted.items() if run.spec.get(name) != value]:
             raise VlmscopeError(
                 f"{run.path}: its effects are not those of these heads ({', '.join(odd)} differ); give a run "
                 "of this model that patches clean activations, or none"
             )
         rows = run.effects(pc.match_substring_regex(pc.field("unit"), "^h[0-9]+$"))
-    kind = "noise" if isinstance(study.corruption, Noise) else study.corruption
+    kind = "noise" if isinstance(asked.corruption, Noise) else asked.corruption
     if odd := [c for c in rows["corruption"].unique() if c != kind]:
         raise VlmscopeError(
             f"effects with the corruption '{odd[0]}' are not those of '{kind}'; give that run"

@@ -23,7 +23,7 @@ from vlmscope.patching import engine
 from vlmscope.patching.scores import Baselines
 from vlmscope.runs.forward import forward
 from vlmscope.sites import KINDS, Point, Site
-from vlmscope.studies.heads.study import Array, Key, Study
+from vlmscope.studies.heads.asked import Array, AskedHeads, Key
 
 GROUPS = ("image", "options", "others")
 """What is attended to: the image, the words of the answer and the foil, all other words."""
@@ -79,13 +79,13 @@ def groups(layout: Layout) -> dict[str, NDArray[np.bool_]]:
     return found
 
 
-def inner_points(study: Study) -> set[Point]:
+def inner_points(asked: AskedHeads) -> set[Point]:
     """What a run has to keep for `read`: queries, keys and values of the heads' layers."""
-    return {Point(s.tower, s.layer, s.kind, part) for s in study.heads for part in ("q", "k", "v")}
+    return {Point(s.tower, s.layer, s.kind, part) for s in asked.heads for part in ("q", "k", "v")}
 
 
 def read(
-    study: Study,
+    asked: AskedHeads,
     pairs: Sequence[Pair],
     placed: Sequence[Site],
     paid: Mapping[Key, Tensor],
@@ -99,12 +99,12 @@ def read(
     at `inner_points` and at the heads' outputs, None where heads are not to be split; `effect` what the heads
     do when they are patched whole.
     """
-    found = _Reader(study, pairs[0], placed)
+    found = _Reader(asked, pairs[0], placed)
     for key, maps in paid.items():
         found.attention(key, maps)
     if effect is None or clean is None:
         return found.reading
-    draws = [_Reader(study, pair, placed) for pair in pairs]
+    draws = [_Reader(asked, pair, placed) for pair in pairs]
     for draw in draws:
         draw.split(paid, clean, effect)
     parts = draws[0].reading.scores
@@ -115,8 +115,8 @@ def read(
 class _Reader:
     """Fills a `Reading`."""
 
-    def __init__(self, study: Study, pair: Pair, placed: Sequence[Site]) -> None:
-        self.study, self.pair, self.placed = study, pair, placed
+    def __init__(self, asked: AskedHeads, pair: Pair, placed: Sequence[Site]) -> None:
+        self.asked, self.pair, self.placed = asked, pair, placed
         self.reading = Reading({}, {}, np.full((len(placed), 2), -1))
 
     def put(self, name: str, heads: Sequence[int], values: ArrayLike, null: bool = False) -> None:
@@ -124,19 +124,19 @@ class _Reader:
         into.setdefault(name, np.full(len(self.placed), np.nan))[list(heads)] = values
 
     def layout(self, key: Key) -> Layout:
-        return self.pair.clean.layout[self.study.model.attended(*key)]
+        return self.pair.clean.layout[self.asked.model.attended(*key)]
 
     def own(self, key: Key, maps: Tensor) -> Tensor:
         """The attention of the heads that are asked about: `(heads, at, keys)`."""
         return (
-            torch.stack([maps[self.study.place(self.placed[n])] for n in self.study.numbers(key)])
+            torch.stack([maps[self.asked.place(self.placed[n])] for n in self.asked.numbers(key)])
             .double()
             .cpu()
         )
 
     def attention(self, key: Key, maps: Tensor) -> None:
         """How much is on the image, the options, the other words, and on the first token of a text."""
-        numbers, layout = self.study.numbers(key), self.layout(key)
+        numbers, layout = self.asked.numbers(key), self.layout(key)
         own, visible = self.own(key, maps).mean(1).numpy(), (maps.amax((0, 1, 2)) > 0).cpu().numpy()
         there = {f"on_{name}": which for name, which in groups(layout).items()}
         if layout.text:
@@ -148,7 +148,7 @@ class _Reader:
     # -- patches of parts --------------------------------------------------------------------
 
     def split(self, paid: Mapping[Key, Tensor], clean: Kept, effect: Array) -> None:
-        model, inside = self.study.model, inner_points(self.study)
+        model, inside = self.asked.model, inner_points(self.asked)
         speaker, shape = model.speaker, model.shapes[model.speaker]
         later = {Point(speaker, n, k) for k in ("attn", "cross", "mlp") for n in shape.having(k)}
         heads = {point._replace(part="h") for point in inside}
@@ -160,7 +160,7 @@ class _Reader:
 
     def _parts(self, key: Key, maps: Tensor, clean: Kept, base: Kept, effect: Array) -> Iterator[Part]:
         """What the heads of a kind would write by each part of what they read."""
-        study, pair, numbers = self.study, self.pair, self.study.numbers(key)
+        asked, pair, numbers = self.asked, self.pair, self.asked.numbers(key)
         sites, at = [self.placed[n] for n in numbers], list(self.placed[numbers[0]].positions)
         layout, own = self.layout(key), self.own(key, maps)
         values, values_corrupt = (self._values(key, sites, run) for run in (clean, base))
@@ -169,11 +169,11 @@ class _Reader:
         written = torch.stack([self._unit(site, clean[site.point][0, at]) for site in sites])
         if (own @ values - written).abs().max() > TOLERANCE * written.abs().max():
             return
-        corrupt = self.own(key, study.model.attention(pair.corrupt, *key, at, pair.edits))
+        corrupt = self.own(key, asked.model.attention(pair.corrupt, *key, at, pair.edits))
         parts = {"by_attention": own @ values_corrupt, "by_values": corrupt @ values}
         for name, part in (("by_queries", "q"), ("by_keys", "k")):
             edits = self._inside(key, part, at, clean, base)
-            parts[name] = self.own(key, study.model.attention(pair.corrupt, *key, at, edits)) @ values_corrupt
+            parts[name] = self.own(key, asked.model.attention(pair.corrupt, *key, at, edits)) @ values_corrupt
         for name, which in groups(layout).items():
             there = torch.from_numpy(which)
             if there.all():
@@ -182,7 +182,7 @@ class _Reader:
                 parts[f"from_{name}"] = (own * there) @ values + (corrupt * ~there) @ values_corrupt
         options = [list(layout.roles.get(role, ())) for role in OPTIONS]
         if all(options):
-            if study.corruption == "image":
+            if asked.corruption == "image":
                 answer, foil = ((own - corrupt)[..., where].sum(-1).mean(1) for where in options)
                 self.put("switch", numbers, (answer - foil).numpy() / 2)
             if pair.foil is not None:
@@ -202,7 +202,7 @@ class _Reader:
         # What made the run corrupt is in its inputs, or else the clean run is needed to make it.
         pair = self.pair if self.pair.edits else replace(self.pair, clean=self.pair.corrupt)
         sites, values = [self.placed[part.head] for part in parts], [part.value for part in parts]
-        patched = engine.patch(self.study.model, pair, sites, values=values, metric=keep)
+        patched = engine.patch(self.asked.model, pair, sites, values=values, metric=keep)
         same = kept[-1][0]  # the metric is given the runs without a patch, too
         kept.clear()
         raised: dict[tuple[str, int], Tensor] = {}
@@ -221,12 +221,12 @@ class _Reader:
 
     def _unit(self, site: Site, x: Tensor) -> Tensor:
         """A head's part of what heads write side by side."""
-        heads = self.study.model.shapes[site.tower].heads[site.kind]
+        heads = self.asked.model.shapes[site.tower].heads[site.kind]
         return x.unflatten(-1, (heads, -1))[:, site.units[0]].double().cpu()
 
     def _values(self, key: Key, sites: Sequence[Site], run: Kept) -> Tensor:
         """What each head reads at each key: `(heads, keys, width)`; some share it."""
-        shape = self.study.model.shapes[key[0]]
+        shape = self.asked.model.shapes[key[0]]
         many = shape.units(key[1], "v") or 1
         share = shape.heads[key[1]] // many
         each = [run[site.point._replace(part="v")][0].unflatten(-1, (many, -1)) for site in sites]
@@ -236,7 +236,7 @@ class _Reader:
     def _inside(self, key: Key, part: str, at: Sequence[int], clean: Kept, base: Kept) -> list[Edit]:
         """Edits that give a kind's queries or keys the clean run's values, and hold what the heads write, so
         that each layer is patched alone."""
-        shape = self.study.model.shapes[key[0]]
+        shape = self.asked.model.shapes[key[0]]
         edits = list(self.pair.edits)
         for layer in sorted({site.layer for site in self.placed if (site.tower, site.kind) == key}):
             point = Point(*key[:1], layer, key[1], part)
@@ -253,7 +253,7 @@ class _Reader:
     def _direct(self, values: Kept) -> None:
         """What heads do at the read-out position when all that comes behind them there stays as it was;
         nothing goes from other places to the logits directly."""
-        model, layout = self.study.model, self.pair.clean.layout
+        model, layout = self.asked.model, self.pair.clean.layout
         speaker, readout = model.speaker, layout[model.speaker].readout
         self.put("direct", range(len(self.placed)), 0.0)
         if readout is None:

@@ -251,10 +251,7 @@ def _layers(
             place = (str(site), site.tower, site.layer, site.kind, site.position, strength, len(own))
             ends = (own.mean(), low, high, null, null - reach, null + reach)
             rows.append((*place, *ends, 2 * stats.t.sf(abs(t), random - 1), p == int(first[:, s].argmax())))
-    columns = (
-        "site tower layer kind position strength n effect low high null null_low null_high p_value chosen"
-    )
-    table = pd.DataFrame(rows, columns=columns.split())
+    table = pd.DataFrame(rows, columns=formats.STEER.tables["layers.csv"].names[:-2])
     table["q_value"] = q_values(table["p_value"])
     table["works"] = (table["low"] > 0) & (table["effect"] > table["null"]) & (table["q_value"] < LEVEL)
     return table

@@ -25,6 +25,7 @@ from vlmscope.runs.model import Model, check_model
 from vlmscope.runs.prepare import encode
 from vlmscope.sites import Site, Sites, expand, parse
 from vlmscope.stats import interval, rng, share_interval
+from vlmscope.stored import formats
 from vlmscope.studies.sets import FEWEST
 from vlmscope.studies.steering.direction import Direction, moved
 
@@ -231,8 +232,7 @@ class Chosen:
                 )
                 said.append(self.model.answer(inputs, edits))
             rows.append((self.strength, of, example.id, example.clean_prompt, *said, said[0] != said[1]))
-        columns = "strength set example prompt before after random changed".split()
-        return pd.DataFrame(rows, columns=columns)
+        return pd.DataFrame(rows, columns=formats.STEER.tables["captions.csv"].names)
 
     def shares(self, said: pd.DataFrame, of: str, word: str | None) -> list[dict[str, Any]]:
         """How many answers change, and how many say the word."""

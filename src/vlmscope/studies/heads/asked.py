@@ -19,7 +19,7 @@ Key = tuple[str, str]
 
 
 @dataclass(frozen=True)
-class Study:
+class AskedHeads:
     """Which heads are asked about, in which model, and what the corrupt run has changed, if there is one."""
 
     model: Model
@@ -41,7 +41,7 @@ class Study:
         return layers.index(site.layer), site.units[0]
 
 
-def study_of(model: Model, sites: Sites, corrupt: str | Noise | None, seed: int) -> Study:
+def asked_heads(model: Model, sites: Sites, corrupt: str | Noise | None, seed: int) -> AskedHeads:
     """Checked: heads of single layers, each kind at one position."""
     heads = expand(parse(sites), model.shapes)
     places: dict[Key, str] = {}
@@ -60,4 +60,4 @@ def study_of(model: Model, sites: Sites, corrupt: str | Noise | None, seed: int)
                 f"bad site '{site}': other {site.tower} {site.kind} heads are read at '{at}'; "
                 "one position a kind"
             )
-    return Study(model, heads, None if corrupt is None else corruptions.parse(corrupt), seed)
+    return AskedHeads(model, heads, None if corrupt is None else corruptions.parse(corrupt), seed)
