@@ -27,7 +27,7 @@ def article(noun: str) -> str:
     >>> [article(noun) for noun in ("horse", "hour", "umbrella", "university", "SUV", "people", "grass")]
     ['a', 'an', 'an', 'a', 'an', '', '']
     """
-    if is_plural(noun) or noun.lower().split()[-1] in _NO_ARTICLE:
+    if is_plural(noun) or _last(noun) in _NO_ARTICLE:
         return ""
     if re.match(r"[AEFHILMNORSX](?![a-z])|[AEFHILMNORSX][A-Z]", noun):
         return "an"
@@ -39,6 +39,11 @@ def article(noun: str) -> str:
     return "an" if low[:1] in set("aeiou") else "a"
 
 
+def _last(noun: str) -> str:
+    """The last of its words, which a token of a model need not have."""
+    return noun.lower().strip().rpartition(" ")[2]
+
+
 @lru_cache(maxsize=4096)
 def is_plural(noun: str) -> bool:
     """Whether a noun, or the last word of several, is a plural.
@@ -46,7 +51,7 @@ def is_plural(noun: str) -> bool:
     >>> [is_plural(noun) for noun in ("women", "tall trees", "bus", "glasses", "sheep")]
     [True, True, False, True, False]
     """
-    word = noun.lower().split()[-1]
+    word = _last(noun)
     if word in _NOUNS["plural"]:
         return True
     if word in _NO_ARTICLE | _NOUNS["singular"] or word.endswith("ss"):
