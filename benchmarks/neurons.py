@@ -1,7 +1,7 @@
 """Neurons: what finding them costs, what happens to words without them, and how well edits take.
 
-    python benchmarks/neurons.py [--part cost|concepts|edits|hallucination|unsaid] [--pictures 210]
-        [--pairs 10] [--threads 2] [--out FILE.json]
+    python benchmarks/neurons.py [--part cost] [--part edits] ... [--pictures 210] [--pairs 0 1 ...]
+        [--threads 2] [--out FILE.json]
 
 - *cost*: on LLaVA-1.5's layout (as `benchmarks/llava.py`, random weights, float32) one generation of 20
   tokens alone, with the neurons of all its words found on the way, and gradient × activation of the same
@@ -11,14 +11,16 @@
   random neurons with the true labels; the drop of its probability without 1 % of the neurons and how many
   captions lose it, without random ones, and without those that take over, too.
 - *edits*: pairs of words on toy-llava with the fewest columns that hold and with 3 % of the columns, beside
-  the same edits of random columns, by free generation on pictures that the edits were not made on; an edit of
-  the concept; undone bit for bit; then all of them one after the other.
+  the same edits of random columns, by free generation on pictures that the edits were not made on; undone bit
+  for bit. What `--out` has of other pairs stays.
+- *concept edit*: the same for an edit of the concept of the second pair.
+- *stack*: each pair's edit made on those before it; whether the first still holds.
 - *hallucination*: pictures whose objects are half hidden, the object that is named falsely most often, its
   word suppressed there: CHAIR and POPE before and after, and what else has changed.
 - *unsaid*: words that are not to be said, as sensitive ones are not, suppressed on pictures that show what
   they name: how often they still are, beside the same edits of random columns, and what else has changed.
 
-The last line is JSON.
+The last line is JSON; `markdown` makes the tables of docs/neurons.md of it.
 """
 
 from __future__ import annotations
@@ -29,11 +31,13 @@ import platform
 import random
 import statistics
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import pandas as pd
 import torch
 from blip import Memory
 from llava import build, pair_of
@@ -43,9 +47,19 @@ from vlmscope.checkpoint import load
 from vlmscope.data import examples
 from vlmscope.data.example import Example
 from vlmscope.models.inputs import Inputs
-from vlmscope.neurons.captions import generate_caption
+from vlmscope.neurons.captions import generate_caption, whole_word
+from vlmscope.neurons.contributions import count_neurons, strongest
 from vlmscope.runs.model import Model
 
+SIZES = ("fewest", "3 %")
+COUNTED = (
+    "AUC beats its null",
+    "AUC, image",
+    "sensitivity",
+    "some caption lost",
+    "in three rounds",
+    "carried",
+)
 ASK, OTHERWISE = "describe this picture.", "what does this picture show?"
 LENGTH, ROUNDS = 20, 3
 SHAPES = ("circle", "square", "triangle", "star", "heart", "cross")
@@ -83,7 +97,7 @@ def gradients(model: Model, inputs: Inputs, ids: tuple[int, ...], layers: int) -
         one.remove()
 
 
-def cost(pictures: int, pairs: int) -> dict[str, Any]:
+def cost(pictures: int, pairs: Sequence[int]) -> dict[str, Any]:
     model = build(False, "cpu")
     words = lambda ids, **_: " ".join(f"w{n}" for n in ids)  # noqa: E731
     model.processor = SimpleNamespace(tokenizer=SimpleNamespace(decode=words, unk_token_id=None))
@@ -134,6 +148,13 @@ def cost(pictures: int, pairs: int) -> dict[str, Any]:
     }
 
 
+def captioned(model: Model, given: list[Example], *prompts: str) -> neurons.Found:
+    """What is said about pictures, asked for in several ways, to be handed on."""
+    each = [neurons.find(model, given, prompt=prompt) for prompt in prompts]
+    held = {asked: caption for one in each for asked, caption in one.held.items()}
+    return replace(each[0], captions=pd.concat([one.captions for one in each]), held=held)
+
+
 # -- concepts ------------------------------------------------------------------------------------
 
 
@@ -143,7 +164,7 @@ def held_out(limit: int, seed: int) -> list[Example]:
     return found
 
 
-def concept(pictures: int, pairs: int) -> dict[str, Any]:
+def concept(pictures: int, pairs: Sequence[int]) -> dict[str, Any]:
     model = load("toy-llava", device="cpu")
     start = time.perf_counter()
     given = held_out(pictures, 31)
@@ -158,16 +179,18 @@ def concept(pictures: int, pairs: int) -> dict[str, Any]:
     words: dict[str, dict[str, Any]] = {}
     for word in names:
         row: dict[str, Any] = {}
-        for name in ("auc", "auc, image", "p drop, zero", "lost, zero"):
+        for name in ("auc", "auc, image", "sensitivity", "p drop, zero", "lost, zero"):
             if (name, word) in table.index:
-                columns = ["value", "ci_low", "ci_high", "null", "null_95", "p_value", "n"]
+                columns = ["value", "ci_low", "ci_high", "null", "null_95", "p_value", "q_value", "n"]
                 row[name] = table.loc[(name, word), columns].astype(float).to_dict()
         for number in (1, 2, 3) if word in with_drop else ():
-            own = rounds.loc[(word, number, "top")]
+            own, other = (rounds.loc[(word, number, one)] for one in ("top", "random"))
             row[f"round {number}"] = {"drop_p": float(own["drop_p"]), "lost": float(own["lost"])}
+            row[f"round {number}"] |= {"random": float(other["lost"]), "n": int(own["n"])}
         words[word] = row
     lost = {word: words[word]["lost, zero"] for word in with_drop}
-    aucs = {name: [words[word][name] for word in names] for name in ("auc", "auc, image")}
+    beside = ("auc", "auc, image", "sensitivity")
+    against = {name: [words[word][name] for word in names] for name in beside}
     return {
         "pictures": len(given),
         "seconds": time.perf_counter() - start,
@@ -175,17 +198,17 @@ def concept(pictures: int, pairs: int) -> dict[str, Any]:
         "of_words": len(names),
         "not_measured": measured.left_out.to_dict("records"),
         "some_caption_loses_it": sum(one["value"] > 0 for one in lost.values()),
-        "carried": sorted(word for word, one in lost.items() if one["p_value"] <= 0.05),
+        "carried": sorted(word for word, one in lost.items() if one["q_value"] <= 0.05),
         "lose_it_without_those_that_take_over": sum(words[word]["round 3"]["lost"] > 0 for word in with_drop),
         "drop_below_0.02": sum(words[word]["p drop, zero"]["value"] < 0.02 for word in with_drop),
         **{
             f"{name}: {what}": [min(one[what] for one in rows), max(one[what] for one in rows)]
-            for name, rows in aucs.items()
+            for name, rows in against.items()
             for what in ("value", "null", "null_95")
         },
         **{
-            f"{name}: beats random neurons": sum(one["p_value"] <= 0.05 for one in rows)
-            for name, rows in aucs.items()
+            f"{name}: beats its null": sum(one["q_value"] <= 0.05 for one in rows)
+            for name, rows in against.items()
         },
     }
 
@@ -193,59 +216,76 @@ def concept(pictures: int, pairs: int) -> dict[str, Any]:
 # -- edits ---------------------------------------------------------------------------------------
 
 
-def edits(pictures: int, pairs: int) -> dict[str, Any]:
-    model = load("toy-llava", device="cpu")
-    made_on, others = held_out(pictures, 0), held_out(max(20, pictures // 2), 77)
-    before = {name: value.clone() for name, value in model.hf.state_dict().items()}
-    many = int(0.03 * 4 * model.shapes["decoder"].neurons)
-    rows, done = [], []
+class Edits:
+    """Pictures that edits of toy-llava are made on, others that they are measured on, and what is said."""
 
-    def measured(edit: neurons.WeightEdit, **more: Any) -> dict[str, Any]:
-        random_ones = neurons.random_columns(model, edit)
-        null = neurons.edit(model, made_on, source, target, prompt=ASK, neurons=random_ones, **more)
-        card = neurons.describe_edit(model, edit, others, null=null, prompts=[ASK, OTHERWISE], names=())
+    def __init__(self, pictures: int) -> None:
+        self.model = load("toy-llava", device="cpu")
+        self.made_on, self.others = held_out(pictures, 0), held_out(pictures // 2, 77)
+        self.found = captioned(self.model, self.made_on, ASK)
+        self.said = captioned(self.model, self.others, ASK, OTHERWISE)
+        self.many = int(0.03 * count_neurons(self.model))
+
+    def edit(self, source: str, target: str | None, columns: Any = None, **more: Any) -> neurons.WeightEdit:
+        more = {"prompt": ASK, "found": self.found, "neurons": columns, **more}
+        return neurons.edit(self.model, self.made_on, source, target, **more)
+
+    def measured(self, edit: neurons.WeightEdit, **more: Any) -> dict[str, Any]:
+        """The card of an edit, beside one of random columns that was made with `more`."""
+        source, target = edit.about["from"], edit.about["to"] or None
+        null = self.edit(source, target, neurons.random_columns(self.model, edit), **more)
+        asked: dict[str, Any] = {"prompts": [ASK, OTHERWISE], "names": (), "found": self.said}
+        card = neurons.describe_edit(self.model, edit, self.others, null=null, **asked)
         table = card.measures.set_index("measure")[["value", "before", "random", "n"]]
         row = {"columns": len(edit.neurons), "size": edit.size, "is_of": card.about["is_of"]}
         return row | {"tried": edit.about.get("tried"), "measures": table.to_dict("index")}
 
-    for source, target in PAIRS[:pairs]:
+
+def edits(pictures: int, pairs: Sequence[int]) -> dict[str, Any]:
+    there, rows = Edits(pictures), {}
+    before = {name: value.clone() for name, value in there.model.hf.state_dict().items()}
+    for source, target in (PAIRS[n] for n in pairs):
         start = time.perf_counter()
-        edit = neurons.edit(model, made_on, source, target, prompt=ASK, neurons=many)
+        edit = there.edit(source, target, there.many)
         seconds = time.perf_counter() - start
-        columns = neurons.find(model, made_on, [source], prompt=ASK, top=0).neurons
-        best = columns.groupby(["layer", "neuron"])["score"].mean().nlargest(many).index.tolist()
-        wide = neurons.edit(model, made_on, source, target, prompt=ASK, neurons=best)
-        rows.append({"from": source, "to": target, "seconds": seconds})
-        rows[-1] |= {"fewest": measured(edit), "3 %": measured(wide)}
-        rows[-1]["undone"] = all(
-            torch.equal(value, before[name]) for name, value in model.hf.state_dict().items()
-        )
-        done.append(edit)
-        print(json.dumps(rows[-1]), flush=True)
-    source, target = PAIRS[1]
+        says = [one for one in there.found.held.values() if whole_word(source).search(one.text)]
+        wide = there.edit(source, target, strongest(there.model, says, source, there.many))
+        row = {"from": source, "to": target, "seconds": seconds}
+        row |= {"fewest": there.measured(edit), "3 %": there.measured(wide)}
+        after = there.model.hf.state_dict()
+        row["undone"] = all(torch.equal(value, before[name]) for name, value in after.items())
+        rows[f"{source} → {target}"] = row
+        print(json.dumps(row), flush=True)
+    return rows
+
+
+def concept_edit(pictures: int, pairs: Sequence[int]) -> dict[str, Any]:
+    there, (source, target) = Edits(pictures), PAIRS[1]
     more: dict[str, Any] = {"concept": True, "wordings": [OTHERWISE]}
-    whole = neurons.edit(model, made_on, source, target, prompt=ASK, neurons=many, **more)
-    result = {"pairs": rows, "concept": {"from": source, "to": target, **measured(whole, **more)}}
-    print(json.dumps(result["concept"]), flush=True)
-    stack: list[neurons.WeightEdit] = []
-    for (source, target), one in zip(PAIRS, done, strict=False):
-        with neurons.edited(model, *stack):
-            stack.append(one if not stack else neurons.edit(model, made_on, source, target, prompt=ASK))
-    source, target = PAIRS[0]
-    after = neurons.assess(model, stack, others, source, target, prompts=[ASK])[0].set_index("measure")
+    whole = there.edit(source, target, there.many, **more)
+    return {"from": source, "to": target, **there.measured(whole, **more)}
 
-    def mean(size: str, measure: str, column: str) -> float:
-        return statistics.mean(row[size]["measures"][measure][column] for row in rows)
 
-    for size in ("fewest", "3 %"):
-        for measure in ("generality", "locality", "blind prompts changed"):
-            result[f"{size}: {measure}"] = [mean(size, measure, column) for column in ("value", "random")]
-    result["fewest columns"] = [row["fewest"]["columns"] for row in rows]
-    result["first_after_all"] = float(after.loc["generality", "value"])
-    return result | {"undone": all(row["undone"] for row in rows)}
+def stack(pictures: int, pairs: Sequence[int]) -> dict[str, Any]:
+    there, made = Edits(pictures), list[neurons.WeightEdit]()
+    for n in pairs:
+        with neurons.edited(there.model, *made):
+            made.append(there.edit(*PAIRS[n]))
+    source, target = PAIRS[pairs[0]]
+    asked: dict[str, Any] = {"prompts": [ASK], "found": there.said}
+    alone, every = (
+        neurons.assess(there.model, some, there.others, source, target, **asked)[0].set_index("measure")
+        for some in (made[:1], made)
+    )
+    row = {"edits": len(made), "columns": sum(len(one.neurons) for one in made)}
+    both = {"alone": float(alone.loc["generality", "value"]), "n": int(alone.loc["generality", "n"])}
+    return row | both | {"after all": float(every.loc["generality", "value"])}
 
 
 # -- hallucination -------------------------------------------------------------------------------
+
+
+INSTEAD = (None, "shape")
 
 
 def half_hidden(one: Example) -> Example:
@@ -257,21 +297,23 @@ def half_hidden(one: Example) -> Example:
     return replace(one, id=f"{one.id}-hidden", clean_image=picture)
 
 
-def falsely(pictures: int, pairs: int) -> dict[str, Any]:
+def falsely(pictures: int, pairs: Sequence[int]) -> dict[str, Any]:
     model = load("toy-llava", device="cpu")
     seen = examples("states", limit=pictures, seed=3)
     mixed = [x for n, one in enumerate(seen) for x in ([half_hidden(one)] if n % 2 else [one])]
     half = len(mixed) // 2
-    said = [model.answer(model.inputs(one.clean_image, ASK)) for one in mixed[:half]]
+    found, before = captioned(model, mixed[:half], ASK), captioned(model, mixed[half:], ASK)
+    said = found.captions["caption"].tolist()
     table = neurons.falsely_named(said, [one.shows for one in mixed[:half]], SHAPES)
     word, result = table["object"][0], {"pictures": len(mixed), "named": table.to_dict("records")}
-    for target in (None, "shape"):
-        more: dict[str, Any] = {"prompt": ASK, "falsely": True}
+    for target in INSTEAD:
+        more: dict[str, Any] = {"prompt": ASK, "falsely": True, "found": found}
         edit = neurons.edit(model, mixed[:half], word, target, **more)
         null = neurons.edit(
             model, mixed[:half], word, target, neurons=neurons.random_columns(model, edit), **more
         )
-        card = neurons.describe_edit(model, edit, mixed[half:], null=null, prompts=[ASK], names=SHAPES)
+        asked: dict[str, Any] = {"prompts": [ASK], "names": SHAPES, "found": before}
+        card = neurons.describe_edit(model, edit, mixed[half:], null=null, **asked)
         result[f"{word} to {target or 'anything else'}"] = {
             "columns": len(edit.neurons),
             "tried": edit.about["tried"],
@@ -288,40 +330,109 @@ def falsely(pictures: int, pairs: int) -> dict[str, Any]:
 UNSAID = ("heart", "purple", "angry")
 
 
-def unsaid(pictures: int, pairs: int) -> dict[str, Any]:
-    model, result = load("toy-llava", device="cpu"), {}
-    made_on, others = held_out(pictures, 0), held_out(max(20, pictures // 2), 77)
+def unsaid(pictures: int, pairs: Sequence[int]) -> dict[str, Any]:
+    there, rows = Edits(pictures), {}
     for word in UNSAID:
-        edit = neurons.edit(model, made_on, word, None, prompt=ASK)
-        columns = neurons.random_columns(model, edit)
-        null = neurons.edit(model, made_on, word, None, prompt=ASK, neurons=columns)
-        card = neurons.describe_edit(model, edit, others, null=null, prompts=[ASK, OTHERWISE], names=())
-        table = card.measures.set_index("measure")[["value", "before", "random", "n"]]
-        result[word] = {"columns": len(edit.neurons), "measures": table.to_dict("index")}
-        print(json.dumps({word: result[word]}), flush=True)
-    return result
+        rows[word] = there.measured(there.edit(word, None))
+        print(json.dumps({word: rows[word]}), flush=True)
+    return rows
+
+
+# -- tables --------------------------------------------------------------------------------------
+
+
+def markdown(result: dict[str, Any]) -> list[str]:
+    """The tables of `docs/neurons.md`."""
+    words = ["| word | AUC | random | AUC, image | random | P falls by | captions lost | in three rounds |"]
+    words.append("|---" * 8 + "|")
+    for word, one in result["concepts"]["words"].items():
+        cells = [word]
+        for name in ("auc", "auc, image"):
+            cells += [f"{one[name]['value']:.2f}", f"{one[name]['null']:.2f} ({one[name]['null_95']:.2f})"]
+        drop, lost = one["p drop, zero"], one["lost, zero"]
+        rounds = [f"{one[f'round {n}']['lost']:.2f} ({one[f'round {n}']['random']:.2f})" for n in (1, 2, 3)]
+        cells += [f"{drop['value']:.2f}", f"{lost['value']:.2f} of {lost['n']:.0f}", ", ".join(rounds)]
+        words.append(f"| {' | '.join(cells)} |")
+
+    found = result["concepts"]
+    beaten = (found[f"{name}: beats its null"] for name in ("auc", "auc, image", "sensitivity"))
+    lost = found["some_caption_loses_it"], found["lose_it_without_those_that_take_over"]
+    counts = (*beaten, *lost, len(found["carried"]))
+    beside = ", ".join(f"{name} {n}" for name, n in zip(COUNTED, counts, strict=True))
+
+    pairs = [
+        "| edit | columns | generality | locality | yes or no | blind prompts changed | there is | it is of |"
+    ]
+    pairs.append("|---" * 8 + "|")
+    rows = {name: one for name, one in result["edits"].items() if isinstance(one, dict)}
+    every = [(name, one, one[size]) for name, one in rows.items() for size in SIZES]
+    whole = result["concept edit"]
+    every.append((f"{whole['from']} → {whole['to']}, concept", whole, whole))
+    for name, one, made in every:
+        measures = made["measures"]
+        there = (measures[f"there is {one[end]}"] for end in ("from", "to"))
+        kinds = ("generality", "locality", "locality, yes or no", "blind prompts changed")
+        cells = [name, str(made["columns"]), *(_beside(measures[m]) for m in kinds)]
+        cells.append("; ".join(f"{x['before']:.2f} to {x['value']:.2f}" for x in there))
+        pairs.append(f"| {' | '.join([*cells, made['is_of']])} |")
+
+    false = ["| edit | columns | named falsely, and no longer | locality | CHAIR | POPE, accuracy |"]
+    false.append("|---" * 6 + "|")
+    for name, made in result["hallucination"].items():
+        if " to " in name:
+            cells = [
+                name,
+                str(made["columns"]),
+                *(_beside(made["measures"][m]) for m in ("generality", "locality")),
+            ]
+            for m in ("chair_i", "yes or no: accuracy"):
+                one = made["objects"][m]
+                cells.append(f"{one['before']:.2f} to {one['after']:.2f} ({one['random']:.2f})")
+            false.append(f"| {' | '.join(cells)} |")
+
+    gone = [
+        "| word | columns | said | after | gone, other wording | locality | blind prompts changed | length |"
+    ]
+    gone.append("|---" * 8 + "|")
+    for word, made in result["unsaid"].items():
+        if isinstance(made, dict):
+            measures, says = made["measures"], made["measures"][f"says {word}"]
+            cells = [word, str(made["columns"]), f"{says['before']:.2f}"]
+            cells.append(f"{says['value']:.2f} ({says['random']:.2f}) of {says['n']}")
+            for m in ("generality, other wording", "locality", "blind prompts changed"):
+                cells.append(_beside(measures[m]))
+            gone.append(f"| {' | '.join(cells)} | {measures['length']['value']:.2f} |")
+    tables = ["\n".join(lines) for lines in (words, pairs, false, gone)]
+    return [*tables, f"Of {found['of_words']} words: {beside}."]
+
+
+def _beside(one: dict[str, float]) -> str:
+    """A measure, and that of random columns."""
+    return f"{one['value']:.2f} ({one['random']:.2f}) of {one['n']}"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    run = {"cost": cost, "concepts": concept, "edits": edits, "hallucination": falsely, "unsaid": unsaid}
+    run = {"cost": cost, "concepts": concept, "edits": edits, "concept edit": concept_edit, "stack": stack}
+    run |= {"hallucination": falsely, "unsaid": unsaid}
     parser.add_argument("--part", choices=list(run), action="append")
     parser.add_argument("--pictures", type=int, default=210, help="of each set")
-    parser.add_argument("--pairs", type=int, default=len(PAIRS))
+    parser.add_argument("--pairs", type=int, nargs="+", default=range(len(PAIRS)), help="which, from 0 on")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     result: dict[str, Any] = {
         "benchmark": "neurons",
-        "machine": f"{platform.machine()}, {arguments.threads} threads, CPU",
+        "machine": f"{platform.machine()}, CPU",
         "torch": torch.__version__,
     }
     if arguments.out and arguments.out.exists():
         result |= {k: v for k, v in json.loads(arguments.out.read_text()).items() if k in run}
     for part in arguments.part or list(run):
-        result[part] = run[part](arguments.pictures, arguments.pairs)
-        short = {k: v for k, v in result[part].items() if k not in ("words", "pairs", "concept")}
+        found = run[part](arguments.pictures, arguments.pairs) | {"threads": arguments.threads}
+        result[part] = {**result.get(part, {}), **found} if part == "edits" else found
+        short = {k: v for k, v in result[part].items() if k not in ("words", "measures")}
         print(f"{part}: {json.dumps(short)}", flush=True)
         if arguments.out:
             arguments.out.write_text(json.dumps(result, indent=2) + "\n")

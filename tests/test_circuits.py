@@ -289,11 +289,11 @@ def test_universal_heads_are_important_everywhere():
 
 
 def test_runs_that_do_not_go_together(runs, tmp_path):
-    other = sweep_to(tmp_path / "o", blip(layers=3, heads=4, width=16, seed=1), several(24), SITES)
+    other = sweep_to(tmp_path / "o", blip(layers=3, heads=4, width=16, seed=1), several(10), SITES)
     with pytest.raises(VlmscopeError, match="runs of different models .* --across-models"):
         circuits.find([runs[0], other.path])
     assert len(circuits.find([runs[0], other.path], across_models=True).heads) == 72
-    small = sweep_to(tmp_path / "s", blip(layers=2, heads=2), several(24), SITES)
+    small = sweep_to(tmp_path / "s", blip(layers=2, heads=2), several(10), SITES)
     with pytest.raises(VlmscopeError, match="do not have the same layers and heads"):
         circuits.find([runs[0], small.path], across_models=True)
     with pytest.raises(VlmscopeError, match="given twice"):

@@ -81,12 +81,11 @@ def test_a_crossed_patch_is_capture_and_run(name, how):
     ]
     check_widths(model, patches, pair.clean)
     sites, sources = map(list, zip(*patches, strict=True))
-    wanted = []
+    wanted, values = [], model.capture(pair.clean, [part for source in sources for part in source.parts])
     for site, source in patches:
         origins = source.parts if len(source.parts) > 1 else source.parts * len(site.parts)
         edits = [
-            Edit(part, "set", model.capture(pair.clean, [origin]).popitem()[1])
-            for part, origin in zip(site.parts, origins, strict=True)
+            Edit(part, "set", values[str(origin)]) for part, origin in zip(site.parts, origins, strict=True)
         ]
         logits = model.run(pair.corrupt, edits)
         wanted.append(float(logits[pair.answer] - logits[pair.foil]))

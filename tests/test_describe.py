@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import re
-import subprocess
-import sys
 from dataclasses import replace
 
 import pytest
 from families import FAMILIES
 from models import example, picture
+from test_cli import refused, run  # noqa: F401 - a fixture
 
 import vlmscope
 from vlmscope import describe
@@ -74,10 +73,5 @@ def test_tokens_of_a_tower_that_reads_none():
         (["--example", "states:0"], "name the model first"),
     ],
 )
-def test_examples_that_are_not_there(given, says):
-    done = subprocess.run(
-        [sys.executable, "-m", "vlmscope", "models", *given], capture_output=True, text=True
-    )
-    assert done.returncode == 1
-    assert done.stderr.startswith("error: ") and says in done.stderr
-    assert done.stderr.count("\n") == 1
+def test_examples_that_are_not_there(run, given, says):  # noqa: F811
+    refused(run("models", *given), says)

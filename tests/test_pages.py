@@ -25,7 +25,7 @@ from vlmscope.studies.run_folder import read_run
 
 sys.path[:0] = [str(Path(__file__).parent / "fuzz"), str(Path(__file__).parent / "fuzz" / "wrong")]
 
-from folders import good_folders, list_anew  # noqa: E402
+from folders import list_anew  # noqa: E402
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 CODE = "document.title='pwned';document.body.id='pwned'"
@@ -80,11 +80,6 @@ def poison(folder: Path) -> None:
     for file in folder.rglob("*"):
         if file.is_file() and file.suffix != ".json":
             list_anew(file)
-
-
-@pytest.fixture(scope="module")
-def good(tmp_path_factory) -> Path:
-    return good_folders(tmp_path_factory.mktemp("good"))
 
 
 @pytest.fixture(scope="module")

@@ -121,10 +121,16 @@ def test_the_python_of_the_page_on_information_flow_runs(tmp_path, monkeypatch, 
 
 @pytest.mark.parametrize(
     ("page", "benchmark"),
-    [("information-flow", "information_flow"), ("explain", "pointing"), ("data", "inpainting")],
+    [
+        ("information-flow", "information_flow"),
+        ("explain", "pointing"),
+        ("data", "inpainting"),
+        ("neurons", "neurons"),
+    ],
 )
-def test_the_tables_of_a_page_are_those_that_were_measured(page, benchmark):
+def test_the_tables_of_a_page_are_those_that_were_measured(page, benchmark, monkeypatch):
     root = Path(__file__).parent.parent
+    monkeypatch.syspath_prepend(root / "benchmarks")
     page = (root / "docs" / f"{page}.md").read_text("utf-8")
     file = root / "benchmarks" / "results" / f"{benchmark.replace('_', '-')}-cpu.json"
     spec = importlib.util.spec_from_file_location(benchmark, root / "benchmarks" / f"{benchmark}.py")

@@ -29,12 +29,7 @@ from vlmscope.studies.run_folder import read_run
 
 sys.path[:0] = [str(Path(__file__).parent / "fuzz"), str(Path(__file__).parent / "fuzz" / "wrong")]
 
-from folders import good_folders, list_anew  # noqa: E402
-
-
-@pytest.fixture(scope="module")
-def good(tmp_path_factory) -> Path:
-    return good_folders(tmp_path_factory.mktemp("good"))
+from folders import list_anew  # noqa: E402
 
 
 @pytest.fixture

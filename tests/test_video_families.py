@@ -19,6 +19,7 @@ OF_FAMILIES = (
     "test_direct.py::test_heads_split_over_what_they_read",
     "test_edges.py::test_edges_sum_to_attribution_patching_of_writers",
     "test_edges.py::test_exact_edges_are_plain_forwards[qwen3-vl]",
+    "test_tails.py::test_runs_go_on_from_a_layer",
 )
 
 

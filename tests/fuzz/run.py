@@ -2,8 +2,9 @@
 
     python tests/fuzz/run.py [--seed N] [--cases N] [--only CATEGORY ...] [--jobs N]
 
-Each category is a process of its own, so that what befalls one ends no other. The last lines say of how many
-wrong inputs how many were not answered as promised (`frame.judge`): in words, and as JSON.
+Each category is a process of its own, so that what befalls one ends no other; all are forked from one in
+which everything is imported. The last lines say of how many wrong inputs how many were not answered as
+promised (`frame.judge`): in words, and as JSON.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import argparse
 import importlib
 import itertools
 import json
+import multiprocessing
 import os
 import random
 import shutil
@@ -19,6 +21,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import NamedTuple
 
@@ -44,11 +47,6 @@ class Wrong(NamedTuple):
 
 def fuzz(category: str, seed: int, count: int) -> list[Wrong]:
     """Judge so many cases of a category; the wrong answers."""
-    os.environ["HF_HUB_OFFLINE"] = "1"  # read when the hub is imported
-    os.environ["OMP_NUM_THREADS"] = "1"  # a fork has none of its parent's threads, and torch falls over that
-    # Everything is imported before the first fork, so that a case costs its command alone.
-    for name in IMPORTED:
-        importlib.import_module(f"vlmscope.{name}")
     wrong = []
     with tempfile.TemporaryDirectory() as top:
         scratch = Path(top, "scratch")
@@ -77,19 +75,41 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=1, help="categories at once")
     given = parser.parse_args()
     frame.SECONDS = given.seconds
-    if len(given.only) == 1:
-        every: dict[str, int | None] = {given.only[0]: said(given.only[0], given.seed, given.cases)}
-    else:
-        numbers = f"--seed {given.seed} --cases {given.cases} --seconds {given.seconds}".split()
-        parts = [[*numbers, "--only", category] for category in given.only]
-        done = frame.apart(__file__, parts, given.jobs)
-        every = {name: one and one[name] for name, one in zip(given.only, done, strict=True)}
+    os.environ["HF_HUB_OFFLINE"] = "1"  # read when the hub is imported
+    os.environ["OMP_NUM_THREADS"] = "1"  # a fork has none of its parent's threads, and torch falls over that
+    # Everything is imported before the first fork, so that a case costs its command alone.
+    for name in (*(f"vlmscope.{name}" for name in IMPORTED), *given.only):
+        importlib.import_module(name)
+    every = apart(given.only, given.jobs, given.seed, given.cases)
     words = [f"{name} {'not finished' if many is None else many}" for name, many in every.items()]
     if len(every) > 1:
         print(f"wrong of {given.cases} cases each: {', '.join(words)}")
     cases, wrong = given.cases * len(every), sum(filter(None, every.values()))
     print(json.dumps({"seed": given.seed, "cases": cases, "wrong": wrong} | every))
     sys.exit(any(many != 0 for many in every.values()))
+
+
+def apart(categories: list[str], jobs: int, seed: int, cases: int) -> dict[str, int | None]:
+    """How many of each category were answered wrongly; None if its process did not get to its end."""
+    fork = multiprocessing.get_context("fork")
+    left, running, every = list(categories), dict[Connection, str](), dict[str, int | None]()
+    while left or running:
+        while left and len(running) < jobs:
+            here, there = fork.Pipe(duplex=False)
+            running[here] = left.pop(0)
+            fork.Process(target=tell, args=(there, running[here], seed, cases)).start()
+            there.close()
+        for here in wait(list(running)):
+            name = running.pop(here)
+            try:
+                every[name] = here.recv()
+            except EOFError:
+                every[name] = None
+    return {name: every[name] for name in categories}
+
+
+def tell(there: Connection, category: str, seed: int, cases: int) -> None:
+    there.send(said(category, seed, cases))
 
 
 def said(category: str, seed: int, cases: int) -> int:

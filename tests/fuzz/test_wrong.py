@@ -33,11 +33,16 @@ def folders(tmp_path_factory):
     return good.folders(tmp_path_factory.mktemp("fuzz"))
 
 
+@pytest.fixture(scope="module")
+def toy():
+    return load("toy-blip"), examples("states", limit=1)
+
+
 @pytest.mark.parametrize("number", range(len(sites.FIRST)))
-def test_an_expression_that_is_no_site(number):
+def test_an_expression_that_is_no_site(toy, number):
     start = time.monotonic()
     with pytest.raises(SiteError):
-        check_sites(load("toy-blip"), examples("states", limit=1), sites.FIRST[number])
+        check_sites(*toy, sites.FIRST[number])
     assert time.monotonic() - start < 5
 
 

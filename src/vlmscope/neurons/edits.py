@@ -32,22 +32,12 @@ from vlmscope.neurons.captions import (
 )
 from vlmscope.neurons.contributions import Neuron, count_neurons, named, strongest, top_share
 from vlmscope.neurons.results import Found
-from vlmscope.neurons.solvers import (
-    MARGIN,
-    SURE,
-    Task,
-    Wanted,
-    closed,
-    last_logits,
-    learned,
-    no_deltas,
-    steepest,
-)
+from vlmscope.neurons.solvers import MARGIN, SURE, Task, Wanted, closed, learned, no_deltas, steepest
 from vlmscope.neurons.turns import QUESTION, Turn, of_concept, took
 from vlmscope.neurons.weight_edit import Columns, WeightEdit, base_fingerprint, changed
 from vlmscope.neurons.words import random_places
 from vlmscope.patching.backward import frozen
-from vlmscope.runs.forward import generate
+from vlmscope.runs.forward import forward, generate
 from vlmscope.runs.model import Model
 from vlmscope.stats import rng, shuffled
 
@@ -364,7 +354,7 @@ def _changed(model: Model, example: Example, caption: Caption, turn: Turn) -> Wa
 
 @torch.no_grad()
 def _kept(model: Model, fed: Inputs, ids: Sequence[int]) -> Wanted:
-    return Wanted(fed, ids, last_logits(model, fed, len(ids), {}))
+    return Wanted(fed, ids, forward(model, fed, positions=len(ids)).logits.float())
 
 
 def _without_picture(model: Model, prompt: str, source: str) -> Wanted | None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -16,14 +16,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from vlmscope.models.inputs import Inputs
+from vlmscope.neurons.tails import Deltas, Tails
 from vlmscope.progress import progress
 from vlmscope.runs.forward import forward
-from vlmscope.runs.hooks import Hooks
 from vlmscope.runs.model import Model
 from vlmscope.sites import Point
-
-Deltas = dict[int, tuple[Tensor, Tensor]]
-"""By layer, neurons and what is added to the column of each: what a solver changes in place."""
 
 ROUNDS = 16
 NEAR = 1.0
@@ -74,9 +71,13 @@ class Task:
     def parameters(self) -> list[Tensor]:
         return [delta.requires_grad_(True) for _, delta in self.deltas.values()]
 
-    def logits(self, caption: Wanted) -> Float[Tensor, "tokens vocabulary"]:
-        """The logits that predict a caption's tokens, with the deltas added to the columns."""
-        return last_logits(self.model, caption.fed, len(caption.ids), self.deltas)
+    @cached_property
+    def _tails(self) -> Tails:
+        return Tails(self.model, min(self.deltas))
+
+    def logits(self, captions: Sequence[Wanted]) -> list[Float[Tensor, "tokens vocabulary"]]:
+        """The logits that predict each caption's tokens, with the deltas added to the columns."""
+        return self._tails.logits([(caption.fed, len(caption.ids)) for caption in captions], self.deltas)
 
 
 def no_deltas(model: Model, neurons: Sequence[tuple[int, int]]) -> Deltas:
@@ -98,29 +99,10 @@ def steepest(task: Task, count: int) -> list[int]:
     own = replace(task, deltas=no_deltas(task.model, every))
     parameters = own.parameters
     for caption in own.changed:
-        found = own.logits(caption).log_softmax(-1)
-        next(_losses(caption, found, 0.0)).backward()
+        (found,) = own.logits([caption])
+        next(_losses(caption, found.log_softmax(-1), 0.0)).backward()
     lengths = [torch.zeros(shape.neurons) if x.grad is None else x.grad.norm(dim=0).cpu() for x in parameters]
     return torch.cat(lengths).topk(count).indices.tolist()
-
-
-def last_logits(model: Model, fed: Inputs, count: int, deltas: Deltas) -> Tensor:
-    """The logits of the last positions, with `deltas` added to the columns."""
-    active: dict[int, Tensor] = {}
-
-    def enter(layer: int, at: Tensor, x: Tensor) -> Tensor:
-        active[layer] = x[..., at.to(x.device)]
-        return x
-
-    def leave(layer: int, delta: Tensor, x: Tensor) -> Tensor:
-        return x + active[layer] @ delta.T.to(x)
-
-    with model.alone(), Hooks() as hooks:
-        for layer, (at, delta) in deltas.items():
-            hooks.on_hidden(model.down(layer), partial(enter, layer, at), before=True)
-            hooks.on_hidden(model.down(layer), partial(leave, layer, delta))
-        logits = forward(model, fed, positions=None, grad=torch.is_grad_enabled()).logits
-    return logits[-count:].float()
 
 
 # -- in closed form ------------------------------------------------------------------------------
@@ -163,7 +145,7 @@ def _constraints(task: Task, margin: float, metric: Sequence[Tensor]) -> tuple[l
 
 def _margins(task: Task, caption: Wanted, margin: float) -> Iterator[tuple[Tensor, float, float]]:
     """For each position: by how much its token leads, how much more is needed, and what that weighs."""
-    logits = task.logits(caption)
+    (logits,) = task.logits([caption])
     for n, token in enumerate(caption.ids):
         if caption.avoid and n > caption.new[0]:
             return  # behind a word that is to go anything may be said
@@ -238,8 +220,10 @@ def learned(task: Task, generator: np.random.Generator) -> None:
             drawn = generator.permutation(len(task.changed))[: BATCH[0]].tolist()
             rest = generator.permutation(len(task.kept))[: BATCH[1]].tolist()
             loss = 1e-3 * torch.stack([delta.square().sum() for delta in parameters]).sum()
-            for n, caption in [*((n, task.changed[n]) for n in drawn), *((-1, task.kept[n]) for n in rest)]:
-                found = task.logits(caption).log_softmax(-1)
+            some = [*((n, task.changed[n]) for n in drawn), *((-1, task.kept[n]) for n in rest)]
+            every = task.logits([caption for _, caption in some])
+            for (n, caption), logits in zip(some, every, strict=True):
+                found = logits.log_softmax(-1)
                 loss = sum(_losses(caption, found, task.locality), loss)
                 if caption.new:
                     sure[n] = _sureness(caption, found)
@@ -251,8 +235,10 @@ def learned(task: Task, generator: np.random.Generator) -> None:
             if number + 1 >= LEAST and seems:
                 # What was computed of the others is some steps old, so all are looked at again.
                 with torch.no_grad():
-                    if all(_sureness(w, task.logits(w).log_softmax(-1)) >= SURE for w in task.changed):
-                        return
+                    every = task.logits(task.changed)
+                pairs = zip(task.changed, every, strict=True)
+                if all(_sureness(caption, found.log_softmax(-1)) >= SURE for caption, found in pairs):
+                    return
 
 
 def _losses(caption: Wanted, found: Tensor, locality: float) -> Iterator[Tensor]:

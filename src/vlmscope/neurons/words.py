@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from jaxtyping import Float
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -34,6 +35,7 @@ from vlmscope.neurons.captions import (
 )
 from vlmscope.neurons.contributions import contributions, count_neurons, token_weights, top_share
 from vlmscope.neurons.results import Found
+from vlmscope.neurons.tails import Tails
 from vlmscope.neurons.weight_edit import ablated, perturbed
 from vlmscope.progress import progress
 from vlmscope.runs.forward import forward, generate
@@ -134,6 +136,22 @@ class Recorded:
                 found.append(ends.flatten(1).numpy())
                 step(0, number)
         return np.stack(found, 1)
+
+    @cached_property
+    def _told(self) -> dict[int, Inputs]:
+        return {}
+
+    def told(self, number: int) -> Inputs:
+        """A picture with its caption."""
+        if number not in self._told:
+            behind = self.captions[number].ids[:-1]
+            self._told[number] = inputs_of(self.model, self.examples[number], self.prompt, behind)
+        return self._told[number]
+
+    @cached_property
+    def tails(self) -> Tails:
+        """Runs from the first layer with neurons on, for what is asked many times about the same pictures."""
+        return Tails(self.model, self.layers[0])
 
     def random(self, chosen: Neurons, generator: np.random.Generator) -> Neurons:
         """As many other neurons of the same layers (see `random_places`)."""
@@ -292,23 +310,36 @@ class Word:
         return best(total, count)
 
     def log_probabilities(
-        self, fed: Mapping[int, Inputs], neurons: Neurons | None = None, how: str = "zero"
+        self, pictures: Iterable[int], neurons: Neurons | None = None, how: str = "zero"
     ) -> Array:
         """The log-probability of a word where each picture's caption says it, `without` neurons."""
-        found = []
-        for number, inputs in fed.items():
-            with self.study.without(np.array([], int) if neurons is None else neurons, how, number):
-                found.append(float(self.study.model.run(inputs).float().log_softmax(-1)[self.token]))
-        return np.array(found)
+        found = self._without(pictures, np.array([], int) if neurons is None else neurons, how)
+        return np.array([float(logits[-1].log_softmax(-1)[self.token]) for _, logits in found])
 
     def lost(self, pictures: Iterable[int], neurons: Neurons, how: str) -> list[bool]:
         """Whether each picture's caption, generated anew `without` neurons, lacks the word."""
         found = []
-        for number in pictures:
+        for number, logits in self._without(pictures, neurons, how):
+            caption = self.study.captions[number]
+            if tuple(logits.argmax(-1).tolist()) == caption.ids[: len(logits)]:
+                found.append(False)  # word for word as before, as far as to this one
+                continue
             with self.study.without(neurons, how, number):
-                ids = generate(self.study.model, self.study.captions[number].inputs, most=LENGTH)
+                ids = generate(self.study.model, caption.inputs, most=LENGTH)
                 found.append(self.token not in ids)
         return found
+
+    def _without(
+        self, pictures: Iterable[int], neurons: Neurons, how: str
+    ) -> Iterator[tuple[int, Float[Tensor, "tokens vocabulary"]]]:
+        """For each picture the logits that predict its caption as far as to the word, `without` neurons."""
+        study, numbers = self.study, list(pictures)
+        # Noise is a picture's own.
+        for some in [[n] for n in numbers] if how.startswith("sigma") else [numbers]:
+            with study.without(neurons, how, *some[:1]), torch.no_grad():
+                every = study.tails.logits([(study.told(n), len(study.captions[n].ids)) for n in some])
+            for number, logits in zip(some, every, strict=True):
+                yield number, logits[: study.captions[number].ids.index(self.token) + 1]
 
     def by_chance(self, draws: int, measure: str) -> list[tuple[Neurons, Labels]]:
         """The null of a measure: neurons chosen by labels that are shuffled within each half."""
