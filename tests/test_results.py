@@ -21,10 +21,9 @@ from PIL import Image
 import vlmscope
 from vlmscope import stored
 from vlmscope.errors import StoreError
-from vlmscope.neurons import contributions, measures
 from vlmscope.report import page, write_report
 from vlmscope.stored import Table, formats
-from vlmscope.studies import circuits, lens, run_folder, tracing
+from vlmscope.studies import circuits, run_folder
 from vlmscope.studies.run_folder import read_run
 
 sys.path[:0] = [str(Path(__file__).parent / "fuzz"), str(Path(__file__).parent / "fuzz" / "wrong")]
@@ -188,25 +187,11 @@ def test_a_folder_whose_name_is_not_utf_8_is_good(run, tmp_path):
     assert circuits.read(tmp_path / "c").heads["run"].unique().tolist() == ["run-\\udc80"]
 
 
-def names_of(table: Table) -> list[str]:
-    return [column.partition(":")[0] for column in table.columns.split()]
-
-
 def test_a_kind_of_folder_is_named_once():
     """In `stored.formats`, or where all of it is written and read; a second copy could differ."""
     sources = [file.read_text("utf-8") for file in Path(vlmscope.__file__).parent.rglob("*.py")]
     names = Counter(name for text in sources for name in re.findall(r'"(vlmscope-[a-z]+-[0-9]+)"', text))
     assert "vlmscope-steer-1" in names and set(names.values()) == {1}, names
-
-
-def test_the_formats_have_the_columns_that_are_written():
-    assert names_of(formats.CIRCUITS.tables["heads.parquet"]) == list(circuits.HEADS)
-    assert names_of(formats.CIRCUITS.tables["overlap.csv"]) == [*circuits.OVERLAP, "q_value"]
-    assert names_of(formats.TRACING.tables["tracing.parquet"]) == list(tracing.TABLE)
-    assert names_of(formats.LENS.tables["lens.parquet"]) == lens.LENS
-    assert names_of(formats.LENS.tables["words.parquet"]) == lens.WORDS
-    assert names_of(formats.NEURONS["find"].tables["neurons.parquet"]) == list(contributions.COLUMNS)
-    assert names_of(formats.NEURONS["describe"].tables["measures.csv"]) == [*measures.COLUMNS, "q_value"]
 
 
 @pytest.mark.parametrize(
