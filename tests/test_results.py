@@ -22,7 +22,7 @@ import vlmscope
 from vlmscope import stored
 from vlmscope.errors import StoreError
 from vlmscope.report import page, write_report
-from vlmscope.stored import Table, formats
+from vlmscope.stored import Table
 from vlmscope.studies import circuits, run_folder
 from vlmscope.studies.run_folder import read_run
 
