@@ -138,6 +138,23 @@ def everything(tmp_path_factory):
     return [folder / "c", folder / "h", folder / "t", run.path]
 
 
+def test_heads_have_their_effects_and_evidence(everything, tmp_path):
+    """Against the tables: the effect with its interval in the row of its head, and each statement once."""
+    found = heads.read(everything[1])
+    page = unescape(write_report(everything[1:2], tmp_path / "report.html").read_text("utf-8"))
+    rows = {row.site: row for row in found.measures[found.measures["measure"] == "effect"].itertuples()}
+    assert len(rows) == len(found.functions) > 4
+    for head in found.functions.itertuples():
+        (shown,) = re.findall(
+            rf"<tr>\s*<td[^>]*><code>{re.escape(head.site)}</code>.*?</tr>", page, re.DOTALL
+        )
+        effect = rows[head.site]
+        before, said = re.findall(r"<td>([^<]*)</td>", shown)[-1], re.findall(r"<li>(.*?)</li>", shown)
+        numbers = [float(n) for n in re.findall(r"[+-]\d+\.\d\d", before.replace("\N{MINUS SIGN}", "-"))]
+        wanted = [n for n in (effect.value, effect.low, effect.high) if not pd.isna(n)]
+        assert numbers == pytest.approx(wanted, abs=0.006) and said == head.evidence.split("; "), shown
+
+
 def test_circuits_heads_and_tracing_are_reported(everything, tmp_path):
     page = write_report(everything, tmp_path / "report.html").read_text("utf-8")
     for text in (

@@ -76,12 +76,22 @@ def section(folder: Path, gallery: Gallery) -> Section:
         these=accuracy["these heads"].iloc[0],
         random=accuracy["random heads"],
         doubt=about["doubt"],
-        heads=heads[["site", "label", "measure", "value", "null", "q_value", "evidence"]].rename(
-            columns={"site": "head", "measure": "by", "q_value": "q"}
-        ),
+        heads=_labelled(heads, tables["measures"]),
         figures=[("Where they look, and what the patches do", attention)] if attention else [],
     )
     return Section(f"What heads do: {Path(str(about['data'])).name}", text)
+
+
+def _labelled(heads: pd.DataFrame, measures: pd.DataFrame) -> pd.DataFrame:
+    """What the page has of each head: its label with what it rests on, and how far it moves LD."""
+    moved = {}
+    for row in measures[measures["measure"] == "effect"].itertuples():
+        ends = "" if pd.isna(row.low) else f" [{row.low:+z.2f}, {row.high:+z.2f}]"
+        moved[row.site] = f"{row.value:+z.2f}{ends}".replace("-", "\N{MINUS SIGN}")
+    shown = heads.assign(**{"patched in, LD": heads["site"].map(moved)} if moved else {})
+    names = {"site": "head", "measure": "by", "q_value": "q"}
+    columns = ["site", "label", "measure", "value", "null", "q_value", *shown.columns[len(heads.columns) :]]
+    return shown[[*columns, "evidence"]].rename(columns=names)
 
 
 def _attention(folder: Path, tables: Mapping[str, pd.DataFrame], gallery: Gallery) -> Shown | None:

@@ -218,6 +218,6 @@ def _sees(found: Rows) -> bool:
 
 def _words(name: str, row: Any) -> str:
     sign = "+" if name in SIGNED else ""
-    ends = "" if np.isnan(row.low) else f" [{row.low:{sign}.2f}, {row.high:{sign}.2f}]"
+    ends = "" if np.isnan(row.low) else f" [{row.low:{sign}z.2f}, {row.high:{sign}z.2f}]"
     q = "" if np.isnan(_q(row)) else f", q {_q(row):.2g}"
-    return f"{WORDS[name]} {row.value:{sign}.2f}{ends} (null {row.null:.2f}{q})"
+    return f"{WORDS[name]} {row.value:{sign}z.2f}{ends} (null {row.null:z.2f}{q})"
