@@ -287,6 +287,11 @@ def test_words(whole):
         "these 12 heads carry 87 % [82, 91] of the behaviour on 60 held-out pictures, random circuits of "
         "that size 4 %",
     ]
+    summary["circuit"]["needed"] = 0
+    assert (
+        "without any one of its 12 parts the circuit does not surely carry less (an interval each, not "
+        "corrected for their number)"
+    ) in [*room.words.lines(summary)]
 
 
 def test_what_a_circuit_lacks_in_words():

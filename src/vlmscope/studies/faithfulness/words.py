@@ -26,10 +26,12 @@ def lines(summary: Mapping[str, Any]) -> Iterator[str]:
     if summary["gap"]["low"] is not None and summary["gap"]["low"] <= 0:
         yield "the gap that is to be carried is not surely above zero, so shares of it have no interval"
     if own["needed"] is not None and own["low"] is not None and own["low"] > 0 and own["kept"] > 1:
-        yield (
-            f"the circuit needs {own['needed'] or 'none'} of its {own['kept']} parts: without each of these "
-            "alone it carries less (an interval each, not corrected for their number)"
+        why, kept = "(an interval each, not corrected for their number)", own["kept"]
+        some = (
+            f"the circuit needs {own['needed']} of its {kept} parts: without each of these alone it carries"
         )
+        none = f"without any one of its {kept} parts the circuit does not surely carry less"
+        yield f"{f'{some} less' if own['needed'] else none} {why}"
     if own["without"] is not None and summary["parts"] > own["kept"]:
         ends = {"value": own["without"], "low": own["without_low"], "high": own["without_high"]}
         yield f"without the circuit, the other {summary['parts'] - own['kept']:,} parts carry {_with(ends)}"
