@@ -386,6 +386,16 @@ def test_a_slow_name_server_takes_no_more_than_the_limit(
     stop.set()
 
 
+def test_waiting_for_other_pictures_to_be_decoded_takes_no_time_of_the_networks(
+    server: Server, tmp_path: Path
+) -> None:
+    broken = iter([PHOTO[:-100], PHOTO])
+    url = server.add("/a", lambda handler: send(handler, next(broken)))
+    download._ONE_AT_A_TIME.acquire()
+    threading.Timer(0.6, download._ONE_AT_A_TIME.release).start()
+    assert get(url, tmp_path / "a", total=0.5, retries=1) is None
+
+
 def test_retries_and_redirects_take_no_more_than_the_limit(server: Server, tmp_path: Path) -> None:
     def slow(handler: BaseHTTPRequestHandler) -> None:
         server.stop.wait(0.2)

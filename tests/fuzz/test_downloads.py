@@ -18,7 +18,7 @@ from bad_server import TLS, WAYS, BadServer
 from vlmscope.data.published import download, web
 from vlmscope.data.published.web import Clock, Limits, get
 
-LIMITS = Limits(timeout=1.0, total=2.0, retries=1, backoff=0.01, allowed=frozenset({"127.0.0.1"}))
+LIMITS = Limits(timeout=1.0, total=3.0, retries=1, backoff=0.01, allowed=frozenset({"127.0.0.1"}))
 
 
 @pytest.fixture(scope="module")

@@ -161,7 +161,7 @@ def _try(url: str, path: Path, limits: Limits, stop: threading.Event) -> str | N
         pause = limits.backoff * 2**attempt * random.uniform(0.5, 1.5)
         try:
             body, kind = get(url, clock)
-            with _ONE_AT_A_TIME:
+            with clock.held(), _ONE_AT_A_TIME:
                 suffix = _check_image(body, kind, clock)
             _keep(body, path.with_name(path.name + suffix))
             return None
@@ -208,8 +208,6 @@ class _Timed(io.BytesIO):
 
 def _check_image(body: bytes, kind: str, clock: Clock) -> str:
     """The suffix of what arrived; refuses what is no image that decodes to its end."""
-    if not body:
-        raise Failure("an empty answer")
     file = _Timed(body, clock)
     try:
         with warnings.catch_warnings(action="ignore"):

@@ -82,6 +82,15 @@ class Clock:
         """Seconds, less than 0 where it is late."""
         return self.end - time.monotonic()
 
+    @contextlib.contextmanager
+    def held(self) -> Iterator[None]:
+        """What happens meanwhile is not the network's, and takes none of its time."""
+        begun = time.monotonic()
+        try:
+            yield
+        finally:
+            self.end += time.monotonic() - begun
+
     def turn(self) -> float:
         """How long the next wait may take, in seconds."""
         if self.stop.is_set():
@@ -183,6 +192,8 @@ def _body(answer: http.client.HTTPResponse, most: int) -> bytes:
         raise Failure(f"too large: more than {most:,} bytes")
     if answer.length:
         raise Failure("the connection broke (cut off)")
+    if not body:
+        raise Failure("an empty answer")
     return bytes(body)
 
 
