@@ -11,7 +11,7 @@ from random import Random
 
 import pytest
 from PIL import Image
-from pretend_ray import Pretended
+from pretend_workers import Pretended
 from test_shards import equal
 
 import vlmscope
@@ -21,7 +21,6 @@ from vlmscope.data.drawn import Drawn
 from vlmscope.data.example import Example, fingerprint
 from vlmscope.errors import ExampleError
 from vlmscope.studies.sweep import swept
-from vlmscope.studies.workers.team import Team
 
 SITES = ["encoder.0.cross.h*@answer"]
 LOOKED_AT, WINDOW = 2, 3
@@ -145,8 +144,7 @@ def test_a_worker_draws_only_what_it_computes(made: Counter[int], tmp_path: Path
     """And what a hash reads. The table is that of one process, and of the examples as a list."""
     given = Kept(model="toy-blip", data="faces", limit=COUNT)
     options = {"sites": SITES, "corrupt": "image", "data": "examples", "check": 0}
-    ray = Pretended(Random(0))
-    crew = Team(ray, ray.start, [ray.start() for _ in range(2)], given)
+    crew = Pretended(Random(0)).team(2, given)
     run, _ = crew.fill(tmp_path / "two", swept, options)
     assert all(actor.worker.count for actor in ray.actors.values()), "both have written parts"
     once = dict.fromkeys(range(LOOKED_AT, COUNT), 1)

@@ -16,7 +16,7 @@ import pandas as pd
 import pytest
 from families import FAMILIES
 from models import blip, example, picture, sweep_to
-from pretend_ray import Pretended
+from pretend_workers import Pretended
 
 import vlmscope
 from vlmscope import notice
@@ -28,7 +28,6 @@ from vlmscope.studies.plan import estimate
 from vlmscope.studies.run_folder import read_run
 from vlmscope.studies.sweep import sweep
 from vlmscope.studies.task import task_of
-from vlmscope.studies.workers.team import Team
 
 SMALL = Spec("toy-blip", ("states", "faces"), limit=14, function_examples=6, edges=True, device="cpu")
 pytestmark = pytest.mark.filterwarnings("ignore:.*fewer than 10 can hardly show anything")
@@ -167,8 +166,7 @@ def test_two_workers_end_with_the_same_tables(done, tmp_path):
         return found
 
     def by(given):
-        ray = Pretended(draw, dies)
-        teams.append(Team(ray, ray.start, [ray.start(), ray.start()], given))
+        teams.append(Pretended(draw, dies).team(2, given))
         return teams[-1]
 
     lines: list[str] = []

@@ -21,7 +21,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from models import blip, picture
-from pretend_ray import Pretended
+from pretend_workers import Pretended
 from test_shards import equal
 
 import vlmscope
@@ -31,7 +31,6 @@ from vlmscope.data.lazy import LOOKED_AT
 from vlmscope.data.rows import WINDOW, Parquet, Rows
 from vlmscope.errors import DataError, ExampleError, StoreError
 from vlmscope.studies.sweep import swept
-from vlmscope.studies.workers.team import Team
 
 PROMPT = "is this red or blue?"
 SITES = ["encoder.0.resid@answer"]
@@ -210,15 +209,13 @@ def test_other_examples_are_refused(tmp_path: Path) -> None:
     more = saved(tmp_path / "more", MANY + 1, clean_image=[*images, png(1)])
     with pytest.raises(StoreError, match=f"holds other examples: number {MANY - 3} is not the same"):
         vlmscope.sweep(model, vlmscope.examples(more), SITES, out=tmp_path / "run")
-    ray = Pretended(Random(0))
-    crew = Team(ray, ray.start, [ray.start() for _ in range(2)], Loaded(more))
+    crew = Pretended(Random(0)).team(2, Loaded(more))
     options = {"sites": SITES, "corrupt": "image", "data": "examples", "check": 0}
     with pytest.raises(StoreError, match=f"holds other examples: number {MANY - 3} is not the same"):
         crew.fill(tmp_path / "run", swept, options)
     assert json.loads((tmp_path / "run" / "run.json").read_text()) == before
     longer = saved(tmp_path / "longer", MANY + 1)
-    ray = Pretended(Random(0))
-    crew = Team(ray, ray.start, [ray.start() for _ in range(2)], Loaded(longer))
+    crew = Pretended(Random(0)).team(2, Loaded(longer))
     run, asked = crew.fill(tmp_path / "run", swept, options)
     assert asked == len(run.baselines()) == MANY + 1
 

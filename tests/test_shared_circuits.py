@@ -10,12 +10,11 @@ from typing import Any
 import pandas as pd
 import pytest
 from models import llava
-from pretend_ray import Pretended
+from pretend_workers import Pretended
 from test_faithfulness import HEADS, others
 
 import vlmscope
 from vlmscope.studies.faithfulness import Asked, Faithful, faithful_by, measure
-from vlmscope.studies.workers.team import Team
 from vlmscope.studies.workers.worker import Alone
 
 COUNT = 8
@@ -64,8 +63,7 @@ def test_a_team_finds_what_one_process_finds(
         died[moment] = died.get(moment, 0) + 1
         return (moment, died[moment]) in (("before call", 1), ("after compute", 3), ("after call", 2))
 
-    ray = Pretended(Random(3), dies)
-    crew = Team(ray, ray.start, [ray.start() for _ in range(2)], Asked(Given(), whole[2]))
+    crew = Pretended(Random(3), dies).team(2, Asked(Given(), whole[2]))
     found = faithful_by(crew, tmp_path / "run")
     same(found, tmp_path / "run", whole)
     assert found.summary == whole[0].summary

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import itertools
 import os
 import signal
@@ -16,12 +15,13 @@ import warnings
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import cache, partial
 from pathlib import Path
 from random import Random
 from typing import Any
 
 import pytest
-from pretend_ray import DiesError, Pretended
+from pretend_workers import KilledError, Pretended
 from test_shards import equal
 
 import vlmscope
@@ -32,9 +32,9 @@ from vlmscope.studies import run_writer, workers
 from vlmscope.studies.run_folder import Run
 from vlmscope.studies.run_writer import Todo, open_run
 from vlmscope.studies.sweep import Study, swept
-from vlmscope.studies.workers import cluster, team
+from vlmscope.studies.workers import cluster, local, team
 from vlmscope.studies.workers.orders import Done, Named, Order
-from vlmscope.studies.workers.team import DEATHS, REASON, Team
+from vlmscope.studies.workers.team import DEATHS, REASON, DiedError
 from vlmscope.studies.workers.worker import Worker
 
 SITES = ["encoder.*.cross.h*@answer", "encoder.0.resid@*"]
@@ -48,7 +48,7 @@ class Kept(Given):
         return loaded(self.model)
 
 
-loaded = functools.cache(vlmscope.load)
+loaded = cache(vlmscope.load)
 GIVEN = Kept(model="toy-blip", data="states", limit=COUNT)
 OPTIONS = {"sites": SITES, "corrupt": "image", "data": "states"}
 COMMAND = (
@@ -179,26 +179,25 @@ def test_a_run_survives_fifty_deaths(
     def written(file: Path, content: Any, ends: Path | None = None) -> None:
         if file.suffix == ".tmp" and dies("within hand_over"):
             file.write_bytes(content[: len(content) // 2])
-            raise DiesError
+            raise KilledError
         write(file, content, ends)
 
     def taken(writer: Any, part: Any) -> None:
         if dies("driver before a part"):
-            raise DiesError
+            raise KilledError
         take(writer, part)
         if dies("driver after a part"):
-            raise DiesError
+            raise KilledError
 
     monkeypatch.setattr(files, "write", written)
     monkeypatch.setattr(run_writer.Writer, "take", taken)
     study = Known({})
     for _ in range(100):
-        ray = Pretended(random, dies)
         try:
-            crew = Team(ray, ray.start, [ray.start() for _ in range(3)], GIVEN)
+            crew = Pretended(random, dies).team(3, GIVEN)
             run, asked = crew.fill(tmp_path / "run", study, OPTIONS)
             break
-        except DiesError:
+        except KilledError:
             continue
     equal(run, whole)
     assert run.check == whole.check and asked == COUNT and not left_behind(run.path)
@@ -218,12 +217,11 @@ def test_quick_examples_are_given_several_at_once(tmp_path: Path, monkeypatch: p
         calls.append([job.number for job in jobs])
         if kills in calls[-1] and not reason:
             deaths.append(len(jobs))
-            raise DiesError
+            raise KilledError
         return compute(self, order, sites, jobs, *reason)
 
     monkeypatch.setattr(Worker, "compute", noted)
-    ray = Pretended(Random(0))
-    crew = Team(ray, ray.start, [ray.start()], given)
+    crew = Pretended(Random(0)).team(1, given)
     with pytest.warns(UserWarning, match="a worker died at one of the examples number .*3.* of the data"):
         run, _ = crew.fill(tmp_path / "run", known, options)
     assert deaths[0] > 1 and deaths[1:] == [1] * (DEATHS - 1)
@@ -244,8 +242,7 @@ def test_a_team_does_calls_and_several_folders(whole: Run, tmp_path: Path) -> No
         died.extend([moment] * found)
         return found
 
-    ray = Pretended(Random(0), dies)
-    crew = Team(ray, ray.start, [ray.start() for _ in range(2)], GIVEN)
+    crew = Pretended(Random(0), dies).team(2, GIVEN)
     with pytest.warns(UserWarning, match="a worker died|twice as much") as caught:
         found = list(crew.each([(Kept.examples,), (doubled, 3), (doubled, 4)]))
     died_at = "a worker died; another one takes its place"
@@ -269,24 +266,21 @@ def doubled(given: Any, number: int) -> int:
 
 
 def test_a_worker_that_lacks_a_package(tmp_path: Path) -> None:
-    ray = Pretended(Random(0))
-    crew = Team(ray, ray.start, [ray.start()], GIVEN)
+    crew = Pretended(Random(0)).team(1, GIVEN)
     with pytest.raises(VlmscopeError, match="cannot import what it needs .No module named 'vlmscope.nowhere"):
         crew.fill(tmp_path / "run", Named("nowhere:nothing"), OPTIONS)
 
 
 @pytest.mark.filterwarnings("ignore:a worker died")
 def test_a_call_on_which_three_workers_die() -> None:
-    ray = Pretended(Random(0), lambda moment: moment == "before call")
-    crew = Team(ray, ray.start, [ray.start() for _ in range(2)], GIVEN)
+    crew = Pretended(Random(0), lambda moment: moment == "before call").team(2, GIVEN)
     with pytest.raises(VlmscopeError, match="3 workers died of the same .the actor died.; take fewer"):
         list(crew.each([(doubled, 1)]))
 
 
 def test_workers_that_would_compute_another_run(tmp_path: Path) -> None:
     """The second one has another seed."""
-    ray = Pretended(Random(1))
-    crew = Team(ray, ray.start, [ray.start() for _ in range(2)], GIVEN)
+    crew = Pretended(Random(1)).team(2, GIVEN)
     with pytest.raises(VlmscopeError, match="would compute another run .*: seed is . there, . here"):
         crew.fill(tmp_path / "run", Fickle(itertools.count(1)), OPTIONS)
 
@@ -320,9 +314,9 @@ class FakeRay:
 def test_ray_that_is_not_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(
-        VlmscopeError, match=r"need ray, which cannot be imported .*; pip install 'vlmscope\[ray"
+        VlmscopeError, match=r"needs ray, which cannot be imported .*; pip install 'vlmscope\[ray"
     ):
-        spread(tmp_path / "run", GIVEN, swept, OPTIONS, workers=2)
+        spread(tmp_path / "run", GIVEN, swept, OPTIONS, address="auto")
     assert not (tmp_path / "run").exists()
 
 
@@ -371,12 +365,6 @@ def test_a_ray_of_another_version_or_none(
     monkeypatch.setitem(sys.modules, "ray", FakeRay(said))
     with pytest.raises(VlmscopeError, match=words):
         spread(tmp_path, GIVEN, swept, OPTIONS, address="auto")
-
-
-def test_a_ray_that_does_not_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "ray", FakeRay(Exception("The current node timed out during startup.")))
-    with pytest.raises(VlmscopeError, match="does not start on this machine .The current .*less busy"):
-        spread(tmp_path, GIVEN, swept, OPTIONS, workers=2)
 
 
 def test_workers_that_are_none(tmp_path: Path) -> None:
@@ -439,20 +427,10 @@ def test_gpus_are_shared_out_evenly() -> None:
     assert cluster.shares(Cluster(), 6, None) == (6, 0.3333)
     assert cluster.shares(Cluster(), None, "cpu") == (8, 0.0)
     with pytest.raises(VlmscopeError, match="--device cuda:1 names one GPU, and workers are given theirs"):
-        cluster.shares(Cluster(), 2, "cuda:1")
+        workers.started(workers=2, device="cuda:1")
 
 
-# --- with Ray --------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def ray(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    """Ray's processes, which find this module."""
-    found = pytest.importorskip("ray")
-    paths = [str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(paths))
-    yield found
-    found.shutdown()
+# --- processes of this machine ---------------------------------------------------------------------------
 
 
 @dataclass
@@ -475,60 +453,143 @@ class Deadly:
         return replace(study, work=work)
 
 
-@pytest.mark.ray
-@pytest.mark.filterwarnings("ignore::ResourceWarning")
-def test_two_workers_write_what_one_process_writes(ray: Any, whole: Run, tmp_path: Path) -> None:
-    run, asked = spread(tmp_path / "run", GIVEN, swept, OPTIONS, workers=2)
-    equal(run, whole)
-    assert run.check == whole.check and asked == COUNT and not left_behind(run.path)
-    before = {file: file.stat().st_mtime_ns for file in run.path.glob("*/part-*")}
-    more = replace(GIVEN, limit=COUNT + 3)
-    grown, _ = spread(tmp_path / "run", more, swept, OPTIONS, workers=3)
-    assert len(grown.baselines()) == COUNT + 3
-    assert before.items() <= {file: file.stat().st_mtime_ns for file in run.path.glob("*/part-*")}.items()
+def test_two_workers_write_what_one_process_writes(whole: Run, tmp_path: Path) -> None:
+    """Though one of them is killed as it computes, and another example, which is left out, kills all."""
+    names, flag = [example.id for example in GIVEN.examples()], str(tmp_path / "died")
+    died = "a worker died at example number 3 of the data; another one takes its place"
+    with workers.started(workers=2) as team_of:
+        crew = team_of(GIVEN)
+        with pytest.warns(UserWarning, match=died):
+            run, asked = crew.fill(tmp_path / "run", Deadly(names[3], flag), OPTIONS)
+        assert Path(flag).exists() and asked == COUNT and not left_behind(run.path)
+        equal(run, whole)
+        assert run.check == whole.check
+        with pytest.warns(UserWarning, match="a worker died at example number 1") as caught:
+            other, _ = crew.fill(tmp_path / "other", Deadly(names[1]), OPTIONS)
+        assert len(caught) == DEATHS
+        with pytest.raises(SiteError, match="no example has a role 'no'"):
+            crew.fill(tmp_path / "no", swept, {**OPTIONS, "sites": ["encoder.0.resid@no"]})
+        assert not (tmp_path / "no").exists()
+    base = other.baselines().set_index("example")
+    assert base["excluded"].sum() == 1 and base.loc[names[1], "reason"] == REASON
+    wanted = whole.effects().query("example != @names[1]").reset_index(drop=True)
+    assert other.effects().equals(wanted)
+
+
+def test_what_travels_between_processes() -> None:
+    """What a call gives, and what it raises, also where neither can be sent; no process is left."""
+    crew = local.Local(quiet, has_gpu=False)
+    try:
+        actor = crew.start()
+        crew.answer(crew.wait([crew.ask(actor, "begin", GIVEN)]))
+        assert crew.answer(crew.ask(actor, "call", doubled, 21)).value == 42
+        with pytest.raises(RuntimeError, match="Unsendable: 7 and 8"):
+            crew.answer(crew.ask(actor, "call", unsendable))
+        with pytest.raises((RuntimeError, TypeError, AttributeError), match="pickle"):
+            crew.answer(crew.ask(actor, "call", generator))
+        assert crew.answer(crew.ask(actor, "call", doubled, 2)).value == 4, "it goes on"
+        other = crew.start()
+        assert (actor.number, other.number) == (0, 1)
+        os.kill(actor.process.pid, signal.SIGKILL)
+        with pytest.raises(DiedError, match="its process ended with signal 9"):
+            crew.answer(crew.ask(actor, "call", doubled, 2))
+        assert crew.start().number == 0, "that of the dead one"
+    finally:
+        crew.end()
+    assert all(actor.process.poll() is not None for actor in crew.actors)
+
+
+def quiet() -> None:
+    """Nothing to set up; what a worker prints is nobody's."""
+    print("not to be seen")
+
+
+class Unsendable(Exception):  # noqa: N818
+    def __init__(self, one: int, two: int) -> None:
+        super().__init__(f"{one} and {two}")
+
+
+def unsendable(given: Any) -> None:
+    raise Unsendable(7, 8)
+
+
+def generator(given: Any) -> Any:
+    return (n for n in range(3))
+
+
+@pytest.mark.filterwarnings("ignore:a worker died")
+def test_workers_that_die_before_they_begin(tmp_path: Path) -> None:
+    words = (
+        "3 workers died before they could begin .its process ended with exit status 1.; take fewer of them"
+    )
+    with pytest.raises(VlmscopeError, match=words):
+        spread(tmp_path / "run", GIVEN, swept, OPTIONS, workers=2, set_up=partial(os._exit, 1))
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """What the command writes that is killed below."""
+    out = tmp_path_factory.mktemp("undisturbed") / "run"
+    driver = started(out)
+    _, err = driver.communicate(timeout=300)
+    assert driver.returncode == 0, err
+    return vlmscope.read_run(out)
+
+
+def started(out: Path, *words: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-m", "vlmscope", *COMMAND.split(), "--limit", "24", *words, "--out", str(out)],
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
+def test_a_driver_that_is_killed_or_interrupted_goes_on(undisturbed: Run, tmp_path: Path, how: int) -> None:
+    """With two workers, then with one process: one table."""
+    driver = started(tmp_path / "run", "--workers", "2")
+    end = time.monotonic() + 120
+    begun = tmp_path / "run" / "baselines" / "part-000001.parquet"
+    while time.monotonic() < end and not begun.exists() and driver.poll() is None:
+        time.sleep(0.05)
+    driver.send_signal(how)
+    _, err = driver.communicate(timeout=60)
+    if how == signal.SIGINT:
+        assert driver.returncode == 130 and err == "interrupted; run the same command again to go on\n"
+    assert 0 < len(vlmscope.read_run(tmp_path / "run").baselines()) < 24, err
+    again = started(tmp_path / "run")
+    _, err = again.communicate(timeout=300)
+    assert again.returncode == 0, err
+    equal(vlmscope.read_run(tmp_path / "run"), undisturbed)
+    assert not left_behind(tmp_path / "run")
+
+
+# --- with Ray --------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def ray(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """Ray's processes, which find this module."""
+    found = pytest.importorskip("ray")
+    paths = [str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(paths))
+    yield found
+    found.shutdown()
 
 
 @pytest.mark.ray
 @pytest.mark.filterwarnings("ignore::ResourceWarning")
-def test_a_worker_that_dies_loses_nothing(ray: Any, whole: Run, tmp_path: Path) -> None:
-    name, flag = GIVEN.examples()[3].id, str(tmp_path / "died")
+def test_two_workers_of_a_cluster_write_what_one_process_writes(ray: Any, whole: Run, tmp_path: Path) -> None:
+    names, flag = [example.id for example in GIVEN.examples()], str(tmp_path / "died")
+    ray.init(address="local", num_cpus=2, log_to_driver=False, include_dashboard=False)
     with pytest.warns(UserWarning, match="a worker died at example number 3 of the data; another one takes"):
-        run, _ = spread(tmp_path / "run", GIVEN, Deadly(name, flag), OPTIONS, workers=2)
-    assert Path(flag).exists() and not left_behind(run.path)
+        run, asked = spread(tmp_path / "run", GIVEN, Deadly(names[3], flag), OPTIONS, address="auto")
+    assert Path(flag).exists() and asked == COUNT and not left_behind(run.path)
     equal(run, whole)
-
-
-@pytest.mark.ray
-@pytest.mark.filterwarnings("ignore::ResourceWarning")
-def test_an_example_that_kills_is_left_out(ray: Any, whole: Run, tmp_path: Path) -> None:
-    name = GIVEN.examples()[1].id
-    with pytest.warns(UserWarning, match="a worker died at example number 1") as caught:
-        run, _ = spread(tmp_path / "run", GIVEN, Deadly(name), OPTIONS, workers=2)
-    assert len(caught) == DEATHS
-    base = run.baselines().set_index("example")
-    assert base["excluded"].sum() == 1 and base.loc[name, "reason"] == REASON
-    wanted = whole.effects().query("example != @name").reset_index(drop=True)
-    assert run.effects().equals(wanted)
-
-
-@pytest.mark.ray
-@pytest.mark.filterwarnings("ignore::ResourceWarning")
-def test_what_a_worker_refuses_is_one_error(ray: Any, tmp_path: Path) -> None:
     with pytest.raises(SiteError, match="no example has a role 'no'"):
-        spread(tmp_path / "run", GIVEN, swept, {**OPTIONS, "sites": ["encoder.0.resid@no"]}, workers=1)
-    assert not (tmp_path / "run").exists()
-
-
-@pytest.mark.ray
-@pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore:a worker died")
-def test_workers_that_die_before_they_begin(ray: Any, tmp_path: Path) -> None:
+        spread(tmp_path / "no", GIVEN, swept, {**OPTIONS, "sites": ["encoder.0.resid@no"]}, address="auto")
     with pytest.raises(VlmscopeError, match="3 workers died before they could begin .*; take fewer of them"):
-        spread(tmp_path / "run", GIVEN, Stillborn(), OPTIONS, workers=2)
-
-
-class Stillborn:
-    def __call__(self, *_: Any, **__: Any) -> Study:
-        os._exit(1)
+        spread(tmp_path / "no", GIVEN, swept, OPTIONS, address="auto", set_up=partial(os._exit, 1))
 
 
 class Watch(threading.Thread):
@@ -572,7 +633,7 @@ def test_a_node_that_goes_down_loses_nothing(ray: Any, tmp_path: Path) -> None:
     given, flags = replace(GIVEN, limit=40), tmp_path / "flags"
     flags.mkdir()
     vlmscope.sweep(given.load(), given.examples(), SITES, out=tmp_path / "whole", data="states")
-    node = {"num_cpus": 1, "object_store_memory": cluster.STORE}
+    node = {"num_cpus": 1, "object_store_memory": 80 * 2**20}
     both = Cluster(initialize_head=True, head_node_args=node)
     try:
         watch = Watch(both, both.add_node(**node), flags)
@@ -583,33 +644,3 @@ def test_a_node_that_goes_down_loses_nothing(ray: Any, tmp_path: Path) -> None:
         ray.shutdown()
         both.shutdown()
     equal(run, vlmscope.read_run(tmp_path / "whole"))
-
-
-def started(out: Path, *words: str) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [sys.executable, "-m", "vlmscope", *COMMAND.split(), "--limit", "40", *words, "--out", str(out)],
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-
-
-@pytest.mark.ray
-@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
-def test_a_driver_that_is_killed_or_interrupted_goes_on(ray: Any, tmp_path: Path, how: int) -> None:
-    """With two workers, then with one process: one table."""
-    driver = started(tmp_path / "run", "--workers", "2")
-    end = time.monotonic() + 120
-    begun = tmp_path / "run" / "baselines" / "part-000001.parquet"
-    while time.monotonic() < end and not begun.exists() and driver.poll() is None:
-        time.sleep(0.05)
-    driver.send_signal(how)
-    _, err = driver.communicate(timeout=60)
-    if how == signal.SIGINT:
-        assert driver.returncode == 130 and err == "interrupted; run the same command again to go on\n"
-    assert 0 < len(vlmscope.read_run(tmp_path / "run").baselines()) < 40, err
-    for name in ("run", "whole"):
-        again = started(tmp_path / name)
-        _, err = again.communicate(timeout=300)
-        assert again.returncode == 0, err
-    equal(vlmscope.read_run(tmp_path / "run"), vlmscope.read_run(tmp_path / "whole"))
-    assert not left_behind(tmp_path / "run")

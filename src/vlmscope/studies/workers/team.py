@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from math import inf
 from pathlib import Path
 from time import perf_counter
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 from vlmscope.errors import VlmscopeError, line
 from vlmscope.progress import progress
@@ -23,6 +23,26 @@ DEATHS = 3
 AT_ONCE = 0.5
 """Seconds of work that a worker is given at once: each call costs it, and this process, some milliseconds."""
 REASON = f"{DEATHS} workers died on it; take fewer of them if they lack memory, or run it alone"
+
+
+class DiedError(Exception):
+    """A worker has died."""
+
+
+class Crew(Protocol):
+    """Processes with a `Worker` each: of this machine (`local`), or Ray's (`cluster`)."""
+
+    def start(self) -> Any:
+        """One more of them, which begins at once to import what it needs."""
+
+    def ask(self, actor: Any, method: str, *given: Any) -> Any:
+        """Call a method of a worker that waits for nothing: what the call is known by."""
+
+    def wait(self, asked: Sequence[Any]) -> Any:
+        """One of the calls that are done, as soon as there is one."""
+
+    def answer(self, asked: Any) -> Answer:
+        """What a call gave; raises what it raised, or `DiedError`."""
 
 
 class Piece(NamedTuple):
@@ -53,13 +73,13 @@ class _Hand:
 class Team:
     """Gives out what there is to do, commits what comes back, and replaces workers that die.
 
-    `first` are the workers that are there, and `start` gives others in their place; `given` is given to all.
-    Its methods raise what the workers raise, and `VlmscopeError` where workers die before they begin, or over
-    one call again and again.
+    `first` are the workers that are there, the crew starts others in their place; `given` is given to all.
+    Its methods raise what the workers raise, and `VlmscopeError` where workers die before they begin, or
+    over one call again and again.
     """
 
-    def __init__(self, ray: Any, start: Callable[[], Any], first: Iterable[Any], given: Given) -> None:
-        self.ray, self.start, self.given = ray, start, given
+    def __init__(self, crew: Crew, first: Iterable[Any], given: Given) -> None:
+        self.crew, self.given = crew, given
         self.busy: dict[Any, _Hand] = {}
         self.idle: list[_Hand] = []
         self.queue = deque[Piece]()
@@ -125,7 +145,7 @@ class Team:
 
     def make(self, hand: _Hand, order: Order) -> None:
         hand.order = order
-        self.busy[hand.actor.do.remote("make", order)] = hand
+        self.busy[self.crew.ask(hand.actor, "make", order)] = hand
 
     def compute(self, writer: Writer, order: Order, about: About, jobs: Sequence[Todo]) -> None:
         """Until all examples are committed."""
@@ -159,11 +179,11 @@ class Team:
     def one(self) -> tuple[_Hand, Any]:
         """A worker that has done what it was given, and what it says; those that died are replaced."""
         while True:
-            [ref], _ = self.ray.wait([*self.busy])
-            hand = self.busy.pop(ref)
+            asked = self.crew.wait([*self.busy])
+            hand = self.busy.pop(asked)
             try:
-                answer = self.got(ref)
-            except self.ray.exceptions.RayError as error:
+                answer = self.got(asked)
+            except DiedError as error:
                 self.lost(hand, error)
                 continue
             if hand.pieces or hand.order:
@@ -172,19 +192,19 @@ class Team:
                 warnings.warn(text, stacklevel=2)
             return hand, answer.value
 
-    def got(self, ref: Any) -> Answer:
+    def got(self, asked: Any) -> Answer:
         """A result; what a worker has raised is raised here."""
         try:
-            return self.ray.get(ref)  # type: ignore[no-any-return]
-        except self.ray.exceptions.RayTaskError as error:
-            if isinstance(error.cause, VlmscopeError | MemoryError):
-                raise error.cause from None
-            if isinstance(error.cause, ImportError):
-                raise VlmscopeError(
-                    f"a worker cannot import what it needs ({line(str(error.cause), 200)}); install the same "
-                    "packages on all machines"
-                ) from error
-            raise RuntimeError(f"in a worker, {line(str(error.cause), 300)}") from error
+            return self.crew.answer(asked)
+        except (DiedError, VlmscopeError, MemoryError):
+            raise
+        except ImportError as error:
+            raise VlmscopeError(
+                f"a worker cannot import what it needs ({line(str(error), 200)}); install the same "
+                "packages on all machines"
+            ) from error
+        except Exception as error:
+            raise RuntimeError(f"in a worker, {line(str(error), 300)}") from error
 
     def give(self, hand: _Hand) -> None:
         """Give a worker the next pieces; where there are none, it hands over what it has."""
@@ -195,7 +215,7 @@ class Team:
         first = hand.pieces[0]
         jobs = [] if first.job is None else [[piece.job for piece in hand.pieces]]
         more = [REASON] if jobs and self.deaths[first.number] >= DEATHS else []
-        self.busy[hand.actor.do.remote(first.method, *first.given, *jobs, *more)] = hand
+        self.busy[self.crew.ask(hand.actor, first.method, *first.given, *jobs, *more)] = hand
 
     def next(self) -> list[Piece]:
         """The next piece, or several jobs: so many that all are busy to the end; one where a worker died."""
@@ -212,7 +232,7 @@ class Team:
             self.give(self.idle.pop())
 
     def begin(self, actor: Any) -> None:
-        self.busy[actor.do.remote("begin", self.given)] = _Hand(actor)
+        self.busy[self.crew.ask(actor, "begin", self.given)] = _Hand(actor)
 
     def lost(self, hand: _Hand, error: Exception) -> None:
         """A worker has died: what it did not hand over waits again, and another one takes its place."""
@@ -232,7 +252,7 @@ class Team:
                 raise self.given_up("of the same", error)
             self.queue.extend(pieces)
         self.wake()
-        self.begin(self.start())
+        self.begin(self.crew.start())
 
     def given_up(self, what: str, error: Exception) -> VlmscopeError:
         return VlmscopeError(

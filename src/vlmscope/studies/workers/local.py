@@ -1,0 +1,148 @@
+"""Workers that are processes of this machine."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from functools import partial
+from multiprocessing import connection
+from multiprocessing.connection import Connection
+from queue import SimpleQueue
+from subprocess import DEVNULL, Popen
+from threading import Thread
+from typing import Any
+
+from vlmscope.studies.workers.orders import Answer
+from vlmscope.studies.workers.process import Process
+from vlmscope.studies.workers.team import DiedError, Team
+
+
+@contextmanager
+def started(
+    workers: int, device: str | None, set_up: Callable[[], object]
+) -> Iterator[Callable[[Any], Team]]:
+    """As `workers.started`, on this machine."""
+    crew = Local(set_up, device != "cpu")
+    try:
+        yield partial(Team, crew, [crew.start() for _ in range(workers)])
+    finally:
+        crew.end()
+
+
+@dataclass(eq=False)
+class Actor:
+    """One process, the line to it, and its number among those that live; it is asked one thing at a time."""
+
+    process: Popen[bytes]
+    line: Connection
+    number: int
+
+
+class Local:
+    """Starts processes, and asks them; each calls `set_up` first, and takes one of the machine's GPUs in
+    turn if `has_gpu`."""
+
+    def __init__(self, set_up: Callable[[], object], has_gpu: bool) -> None:
+        self.set_up, self.has_gpu, self.actors = set_up, has_gpu, list[Actor]()
+
+    def start(self) -> Actor:
+        self.actors = [actor for actor in self.actors if actor.process.poll() is None]
+        taken = {actor.number for actor in self.actors}
+        number = next(n for n in range(len(taken) + 1) if n not in taken)
+        line, other = connection.Pipe()
+        code = f"from vlmscope.studies.workers.local import serve; serve({other.fileno()})"
+        process = Popen(
+            [sys.executable, "-P", "-c", code],
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+            pass_fds=[other.fileno()],
+            start_new_session=True,  # Ctrl-C is the driver's, which ends it
+            stdin=DEVNULL,
+            stdout=DEVNULL,  # the command's own; errors travel
+            stderr=DEVNULL,
+        )
+        other.close()  # so that the line ends where the process does
+        actor = Actor(process, line, number)
+        self.actors.append(actor)
+        with suppress(OSError):  # it is dead, as its answer says
+            line.send((self.set_up, number if self.has_gpu else None))
+        return actor
+
+    def ask(self, actor: Actor, method: str, *given: Any) -> Actor:
+        with suppress(OSError):
+            actor.line.send((method, given))
+        return actor
+
+    def wait(self, asked: Sequence[Actor]) -> Actor:
+        ready = connection.wait([actor.line for actor in asked])
+        return next(actor for actor in asked if actor.line in ready)
+
+    def answer(self, asked: Actor) -> Answer:
+        try:
+            answer = asked.line.recv()
+        except (EOFError, OSError) as error:
+            code = asked.process.wait()
+            how = f"signal {-code}" if code < 0 else f"exit status {code}"
+            raise DiedError(f"its process ended with {how}") from error
+        if isinstance(answer, Exception):
+            raise answer
+        return answer  # type: ignore[no-any-return]
+
+    def end(self) -> None:
+        for actor in self.actors:
+            actor.process.kill()
+        for actor in self.actors:
+            actor.process.wait()
+            actor.line.close()
+
+
+# -- in the process ------------------------------------------------------------------------------
+
+
+def serve(number: int) -> None:
+    """What a process does, with the line that has this number, until the driver has ended."""
+    line, calls = Connection(number), SimpleQueue[Any]()
+    Thread(target=_listen, args=(line, calls), daemon=True).start()
+    set_up, gpu = _opened(calls)
+    process = Process(set_up)
+    with suppress(Exception):
+        process.warm_up()
+        if gpu is not None:
+            _take_gpu(gpu)
+    while True:
+        try:
+            method, given = _opened(calls)
+            line.send(process.do(method, *given))
+        except Exception as error:
+            line.send(_sendable(error))
+
+
+def _listen(line: Connection, calls: SimpleQueue[bytes]) -> None:
+    """Take what is asked, and end with the driver, also where that was killed and could not say so."""
+    with suppress(EOFError, OSError):
+        while True:
+            calls.put(line.recv_bytes())
+    os._exit(1)
+
+
+def _opened(calls: SimpleQueue[bytes]) -> Any:
+    return pickle.loads(calls.get())  # noqa: S301 - the driver's own
+
+
+def _take_gpu(number: int) -> None:
+    import torch
+
+    if torch.cuda.is_available():
+        torch.cuda.set_device(number % torch.cuda.device_count())
+
+
+def _sendable(error: Exception) -> Exception:
+    """An error, or one that says the same, where it cannot travel."""
+    try:
+        pickle.loads(pickle.dumps(error))  # noqa: S301 - our own
+    except Exception:
+        return RuntimeError(f"{type(error).__name__}: {error}")
+    return error
