@@ -30,7 +30,7 @@ from blip import base_model, photographs
 from scipy.stats import spearmanr
 
 from vlmscope.data import BUILT_IN
-from vlmscope.notice import default_sites
+from vlmscope.notice.pipeline import default_sites
 from vlmscope.studies import circuits
 from vlmscope.studies.plan import estimate
 from vlmscope.studies.run_folder import read_run, table_in

@@ -18,7 +18,7 @@ READERS = {
     "tracing.json": "studies.tracing:read",
     "lens.json": "studies.lens:read",
     "explain.json": "explanation:read",
-    "notice.toml": "notice:read",
+    "notice.toml": "notice.written:read",
     "neurons.json": "neurons.results:read",
     "steer.json": "studies.steering:read",
     "probe.json": "studies.probes:read",

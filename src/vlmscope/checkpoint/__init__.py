@@ -20,18 +20,13 @@ from vlmscope import models, runs
 from vlmscope.checkpoint.folder import check_folder, config_of, device_of, kind_of, one_line, place_of
 from vlmscope.checkpoint.folder import toys as toys
 from vlmscope.errors import ModelError, line, shown
+from vlmscope.models.dtypes import DTYPES, QUANTIZED
 from vlmscope.models.families import family_of
 from vlmscope.models.towers import Family
 from vlmscope.runs import forward
 from vlmscope.runs.model import Model
-from vlmscope.runs.network import QUANTIZED, free_memory
+from vlmscope.runs.network import free_memory
 
-DTYPES = {
-    "float64": torch.float64,
-    "float32": torch.float32,
-    "bfloat16": torch.bfloat16,
-    "float16": torch.float16,
-}
 BLOCK = 64
 """How many weights of `4bit` have a factor in common."""
 
@@ -43,7 +38,7 @@ def load(name: str | Path, *, dtype: str | torch.dtype = "float32", device: str 
     processor), or a Hugging Face id; only the last may use the network. Weights are read from
     safetensors only, and no code that comes with a checkpoint is run. `device` is the GPU where
     there is one, by default; `auto` spreads the model over all GPUs (with accelerate). `dtype` is one
-    of `DTYPES`, or `4bit` for quantized weights (with bitsandbytes: `pip install vlmscope[4bit]`).
+    of `DTYPES`: `4bit` is for quantized weights (with bitsandbytes: `pip install vlmscope[4bit]`).
 
     Raises `ModelError` in one line if that cannot be done.
 
@@ -52,9 +47,8 @@ def load(name: str | Path, *, dtype: str | torch.dtype = "float32", device: str 
     {'attn': 4, 'cross': 4}
     """
     dtype = str(dtype).removeprefix("torch.")
-    if dtype not in (*DTYPES, QUANTIZED):
-        known = ", ".join((*DTYPES, QUANTIZED))
-        raise ModelError(f"unknown dtype {shown(dtype)}; expected one of {known}")
+    if dtype not in DTYPES:
+        raise ModelError(f"unknown dtype {shown(dtype)}; expected one of {', '.join(DTYPES)}")
     spread = device == "auto"
     place = device_of(None if spread else device)
     for package in ["accelerate"] * spread + ["accelerate", "bitsandbytes"] * (dtype == QUANTIZED):
@@ -97,7 +91,7 @@ def _weights(
         where = {"device_map": {"": place}, **where, "quantization_config": how}
     hf, info = made.from_pretrained(
         path,
-        dtype=DTYPES.get(dtype, torch.bfloat16),
+        dtype=torch.bfloat16 if dtype == QUANTIZED else getattr(torch, dtype),
         use_safetensors=True,
         output_loading_info=True,
         ignore_mismatched_sizes=True,  # they are refused below, in one line
@@ -185,7 +179,7 @@ def _check_memory(family: Family, path: str | Path, dtype: str, place: torch.dev
             f"{path} has layers with {odd[0]} inputs, and a CPU computes in 4bit only where "
             f"these are a multiple of {BLOCK}; take a GPU, or --dtype bfloat16"
         )
-    bits = 4.5 if dtype == QUANTIZED else torch.finfo(DTYPES[dtype]).bits
+    bits = 4.5 if dtype == QUANTIZED else torch.finfo(getattr(torch, dtype)).bits
     need, free = weights * bits / 8, free_memory(place)
     if need > free:
         raise ModelError(

@@ -12,8 +12,9 @@ from typing import Annotated, Any, Literal
 import typer
 
 from vlmscope.cli import lenses, machine, neurons, steering, sweeps, terminal
-from vlmscope.cli.options import Corrupt, DType, Given, Group, Noise, OnePicture, Share, Workers, command
+from vlmscope.cli.options import Corrupt, Given, Group, Noise, OneModel, OnePicture, Share, Workers, command
 from vlmscope.errors import VlmscopeError, shown
+from vlmscope.models.dtypes import DType
 
 app = typer.Typer(
     name="vlmscope",
@@ -50,12 +51,15 @@ def _options(
 
 @command(app)
 def demo(out: Path = Path("vlmscope-demo"), limit: int = 20) -> None:
-    """Run `notice` on the toy and the sets that ship with it."""
-    from vlmscope.data import BUILT_IN
-    from vlmscope.notice import Spec, run
+    """Run `notice` on the toy and the sets that ship with it, on at most four idle cores."""
+    several, toy = min(4, machine.cores()), OneModel(model="toy-blip", device="cpu")
+    if several == 1:
+        machine.set_up(toy.model)
+    with Workers(workers=several if several > 1 else None).team(toy) as team:
+        from vlmscope.data import BUILT_IN
+        from vlmscope.notice import Spec, run
 
-    machine.set_up("toy-blip")
-    run(Spec("toy-blip", BUILT_IN, limit=limit, device="cpu"), out, print)
+        run(Spec(toy.model, BUILT_IN, limit=limit, device=toy.device), out, print, team)
 
 
 command(app)(sweeps.sweep)

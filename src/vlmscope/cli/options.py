@@ -17,10 +17,10 @@ from typer.core import TyperCommand, TyperGroup
 
 from vlmscope.cli import machine
 from vlmscope.errors import LARGEST, MOST, VlmscopeError, nearest, number, shown, whole, written
+from vlmscope.models.dtypes import DType
 
 Corrupt = Literal["image", "text", "noise"]
 Direction = Literal["denoise", "noise"]
-DType = Literal["float64", "float32", "bfloat16", "float16", "4bit"]
 Engine = Literal["fast", "reference"]
 Metric = Literal["ld", "p", "logprob", "kl"]
 Noise = Literal["multiply", "add", "factor"]
@@ -90,7 +90,7 @@ class Workers:
         from vlmscope.studies import workers
 
         if self.workers is None and self.ray is None:
-            yield _alone
+            yield workers.alone
             return
         threads = machine.threads(given.model, self.workers or 1) if self.ray is None else 1
         set_up = partial(machine.set_up_worker, threads)
@@ -99,12 +99,6 @@ class Workers:
             if isinstance(given, Given):
                 given.examples()
             yield team
-
-
-def _alone(given: Any) -> Any:
-    from vlmscope.studies.workers.worker import Alone
-
-    return Alone(given)
 
 
 @dataclass(kw_only=True)

@@ -12,12 +12,11 @@ from typing import Any
 import tomli_w
 
 from vlmscope import files
-from vlmscope.checkpoint import DTYPES
 from vlmscope.data import is_file
 from vlmscope.data.hub import HUB
 from vlmscope.errors import MOST, SEED, VlmscopeError, nearest, shown, whole
 from vlmscope.files import is_plain_name
-from vlmscope.runs.network import QUANTIZED
+from vlmscope.models.dtypes import DTYPES
 from vlmscope.sites import parse
 
 LARGEST_SPEC = 2**20
@@ -71,9 +70,10 @@ class Spec:
             raise VlmscopeError(f"notice: columns are of {HUB} sets, and none is named; leave them out")
         if len({*self.corrupt}) < len(self.corrupt):
             raise VlmscopeError("notice: a corruption is named twice; name each once")
-        if self.dtype not in (*DTYPES, QUANTIZED):
-            known = ", ".join((*DTYPES, QUANTIZED))
-            raise VlmscopeError(f"notice: unknown dtype {shown(self.dtype)}; expected one of {known}")
+        if self.dtype not in DTYPES:
+            raise VlmscopeError(
+                f"notice: unknown dtype {shown(self.dtype)}; expected one of {', '.join(DTYPES)}"
+            )
         parse(self.sites)
 
     @classmethod

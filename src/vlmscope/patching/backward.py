@@ -15,10 +15,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from vlmscope.errors import ModelError, VlmscopeError
+from vlmscope.models.dtypes import QUANTIZED
 from vlmscope.models.inputs import Edit, Pair
 from vlmscope.patching.scores import Baselines, Metric, score
 from vlmscope.runs.forward import forward
-from vlmscope.runs.network import QUANTIZED, Network
+from vlmscope.runs.network import Network
 from vlmscope.sites import Point, Site
 
 Array = NDArray[np.floating[Any]]

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from vlmscope.errors import ModelError, SiteError, shown
+from vlmscope.models.dtypes import QUANTIZED
 from vlmscope.models.families import family_of
 from vlmscope.models.inputs import Change, Edit, Inputs
 from vlmscope.runs.hooks import attending
@@ -23,9 +24,6 @@ from vlmscope.sites import Pattern, Point, Shape, Site, Sites, expand, parse, pl
 from vlmscope.stored.tensors import digest
 
 SUBLAYERS = ("attn", "cross", "mlp")
-
-QUANTIZED = "4bit"
-"""Weights of 4 bits (NF4, by bitsandbytes), which compute in bfloat16."""
 
 
 class Network:

@@ -12,11 +12,22 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from vlmscope.errors import VlmscopeError, whole
 from vlmscope.studies.workers import cluster, local
+from vlmscope.studies.workers.orders import Given
 from vlmscope.studies.workers.team import Team
+
+if TYPE_CHECKING:
+    from vlmscope.studies.workers.worker import Alone
+
+
+def alone(given: Given) -> Alone:
+    """Nobody but this process, which imports what a worker does when it is asked."""
+    from vlmscope.studies.workers.worker import Alone
+
+    return Alone(given)
 
 
 def _as_it_is() -> None:
