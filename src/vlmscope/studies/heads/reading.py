@@ -21,7 +21,7 @@ from torch import Tensor
 from vlmscope.layout import Layout
 from vlmscope.models.inputs import Edit, Pair
 from vlmscope.patching import engine
-from vlmscope.patching.scores import Baselines
+from vlmscope.patching.scores import Baselines, logit_difference
 from vlmscope.patching.trace import Images, given, trace
 from vlmscope.runs.forward import forward, paying
 from vlmscope.sites import KINDS, Point, Site
@@ -59,17 +59,19 @@ class Reading:
 
     `nulls` has what attention that is spread evenly would pay. `raised` are the tokens that rise and fall
     most where the head reads the answer's word instead of the foil's, −1 where it can read neither.
+    `ld_corrupt` is LD of the corrupt run, if heads were split there.
     """
 
     scores: dict[str, Array]
     nulls: dict[str, Array]
     raised: NDArray[np.intp]
+    ld_corrupt: float | None = None
 
     def of(self, heads: Sequence[int]) -> Reading:
         """That of some of the heads, by their numbers."""
         rows = list(heads)
         scores, nulls = ({k: v[rows] for k, v in each.items()} for each in (self.scores, self.nulls))
-        return Reading(scores, nulls, self.raised[rows])
+        return replace(self, scores=scores, nulls=nulls, raised=self.raised[rows])
 
 
 def groups(layout: Layout) -> dict[str, NDArray[np.bool_]]:
@@ -114,11 +116,11 @@ def read(
     if effect is None or clean is None:
         return found.reading
     draws, images = [_Reader(asked, pair, placed) for pair in pairs], Images()
-    for draw in draws:
-        draw.split(paid, clean, effect, images)
+    ld = float(np.mean([draw.split(paid, clean, effect, images) for draw in draws]))
     parts = draws[0].reading.scores
     means = {name: np.mean([draw.reading.scores[name] for draw in draws], axis=0) for name in parts}
-    return replace(found.reading, scores=found.reading.scores | means, raised=draws[0].reading.raised)
+    scores = found.reading.scores | means
+    return replace(found.reading, scores=scores, raised=draws[0].reading.raised, ld_corrupt=ld)
 
 
 class _Reader:
@@ -160,14 +162,16 @@ class _Reader:
 
     # -- patches of parts --------------------------------------------------------------------
 
-    def split(self, paid: Mapping[Key, Tensor], clean: Kept, effect: Array, images: Images) -> None:
+    def split(self, paid: Mapping[Key, Tensor], clean: Kept, effect: Array, images: Images) -> float:
+        """Fill in what parts of what heads read do; gives LD of the corrupt run."""
         model, pair, inside = self.asked.model, self.pair, inner_points(self.asked)
         speaker, shape = model.speaker, model.shapes[model.speaker]
         later = {Point(speaker, n, k) for k in ("attn", "cross", "mlp") for n in shape.having(k)}
         heads = {point._replace(part="h") for point in inside}
         at = {key: self.at(key) for key in paid}
         with paying(model, pair.corrupt, at) as corrupt:
-            base = trace(model, pair.corrupt, pair.edits, inside | heads | later, images, 1).values
+            run = trace(model, pair.corrupt, pair.edits, inside | heads | later, images, 1)
+        base = run.values
         sums = {key: (self._sum(key, paid, clean), self._sum(key, corrupt, base)) for key in paid}
         whole = [key for key, both in sums.items() if self._is_whole(key, *both, clean)]
         inner: dict[str, Mapping[Key, Tensor]] = {}
@@ -181,6 +185,7 @@ class _Reader:
             mixed = {name: self.own(key, maps[key]) for name, maps in inner.items()}
             parts += self._parts(key, *sums[key], mixed, effect)
         self._patch(parts, base, {p: clean[p] for p in heads} | {p: base[p] for p in later}, images)
+        return logit_difference(run.logits[-1], pair)
 
     def _sum(self, key: Key, paid: Mapping[Key, Tensor], run: Kept) -> Sum:
         sites = [self.placed[n] for n in self.asked.numbers(key)]
