@@ -56,11 +56,11 @@ def run_circuits(
     >>> bool(found[0, 1] == clean.ld), bool((found[1, 1] - corrupt.ld).abs() < 1e-3)  # all parts, none
     (True, True)
     """
-    patches = {number: outside(parts, circuit) for number, circuit in enumerate(circuits)}
+    placed = network.placed(parts, pair.clean)
+    patches = {number: outside(placed, circuit) for number, circuit in enumerate(circuits)}
     made = {number: site for number, site in patches.items() if site is not None}
-    sites = [place for site in made.values() for place in network.places(site, pair.clean)]
     options = {"values": values, "metric": metric, **({"images": images} if way is engine else {})}
-    found = way.patch(network, pair, sites, "noise", **options)
+    found = way.patch(network, pair, list(made.values()), "noise", **options)
     scores = torch.empty(len(circuits), 3, dtype=torch.float64)
     scores[:] = torch.stack([found.clean.p, found.clean.ld, found.clean.value])  # with nothing outside
     for numbers, some in found.chunks:
@@ -76,9 +76,12 @@ def outside(parts: Sequence[Site], circuit: Circuit) -> Site | None:
     >>> str(outside(parts, [1]))
     'decoder.0.attn.h[0,2]@all + decoder.1.mlp@all'
     """
-    units: dict[Point, list[int]] = defaultdict(list)
+    together: dict[Point, list[Site]] = defaultdict(list)
     for number, part in enumerate(parts):
         if number not in circuit:
-            units[part.point] += part.units
-    sites = [Site(*point, tuple(sorted(some))) for point, some in units.items()]
+            together[part.point].append(part)
+    sites = [
+        replace(some[0], units=tuple(sorted(unit for part in some for unit in part.units)))
+        for some in together.values()
+    ]
     return replace(sites[0], also=tuple(sites[1:])) if sites else None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -16,7 +16,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from vlmscope.errors import ModelError, SiteError, VlmscopeError
-from vlmscope.layout import grid, said
+from vlmscope.layout import Layout, grid, said
 from vlmscope.models.inputs import Change, Edit, Inputs, Op, Value
 from vlmscope.runs.access import cut, edges_of, hook, unpadded
 from vlmscope.runs.edges import Edges
@@ -286,7 +286,6 @@ def copied(network: Network, source: Inputs, inputs: Inputs, sites: Sites) -> li
     return [Edit(site, "set", values[str(site)]) for site in placed]
 
 
-@torch.inference_mode()
 def attention(
     network: Network,
     inputs: Inputs,
@@ -303,25 +302,55 @@ def attention(
     `SiteError` for a position or a tower that there is not, `ModelError` where the model does not tell what
     is paid, or where its kernel reads its mask in a form of its own.
     """
-    at = _positions(network, inputs, tower, kind, at)
-    modules = network.attention_modules(tower, kind)
-    rows: list[Tensor] = []
+    with paying(network, inputs, {(tower, kind): at}) as paid:
+        forward(network, inputs, edits)
+    return paid[tower, kind]
 
-    def pay(plain: Plain, module: Any, q: Tensor, k: Tensor, v: Tensor, mask: Any, **kw: Any) -> Any:
-        rows.append(patterns(plain, module, q, k, v, mask, at, **kw).float())
-        return plain(module, q, k, v, mask, **kw)
 
-    with network.alone():
-        if eager(modules[0]) is None:  # their second output is what they paid
-            with Hooks() as hooks:
+@contextmanager
+def paying(
+    network: Network, inputs: Inputs, where: Mapping[tuple[str, str], Sequence[int] | str]
+) -> Iterator[dict[tuple[str, str], Float[Tensor, "layers heads at keys"]]]:
+    """What the one run of `inputs` within this context pays, as `attention` gives it, by tower and kind; it
+    is there behind the context. `where` has the positions of each."""
+    places = {key: _positions(network, inputs, *key, at) for key, at in where.items()}
+    rows: dict[tuple[str, str], list[Tensor]] = {key: [] for key in places}
+    paid: dict[tuple[str, str], Tensor] = {}
+    with network.alone(), Hooks() as hooks:
+        for key, at in places.items():
+            modules = network.attention_modules(*key)
+            if eager(modules[0]) is None:  # their second output is what they paid
                 for module in modules:
-                    hooks.on_output(module, lambda out: rows.append(out[1][0][:, list(at)].float()))
-                forward(network, inputs, edits)
-        else:
-            with network.attending(tower, pay, kind):
-                forward(network, inputs, edits)
-    paid = torch.stack([row.to(network.device) for row in rows])
-    layout = inputs.layout[network.attended(tower, kind)]
+                    hooks.on_output(module, partial(_keep_paid, rows[key], at))
+            else:
+                hooks.enter_context(network.attending(key[0], partial(_pay, rows[key], at), key[1]))
+        yield paid
+    for key, found in rows.items():
+        layout = inputs.layout[network.attended(*key)]
+        paid[key] = _of_tokens(torch.stack([row.to(network.device) for row in found]), layout)
+
+
+def _keep_paid(rows: list[Tensor], at: Sequence[int], out: Any) -> None:
+    rows.append(out[1][0][:, list(at)].float())
+
+
+def _pay(
+    rows: list[Tensor],
+    at: Sequence[int],
+    plain: Plain,
+    module: Any,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Any,
+    **kw: Any,
+) -> Any:
+    rows.append(patterns(plain, module, q, k, v, mask, at, **kw).float())
+    return plain(module, q, k, v, mask, **kw)
+
+
+def _of_tokens(paid: Tensor, layout: Layout) -> Tensor:
+    """A column a token of what is attended to."""
     if paid.shape[-1] < len(layout.tokens):
         every = paid.new_zeros(*paid.shape[:-1], len(layout.tokens))
         every[..., unpadded(layout)] = paid

@@ -12,6 +12,7 @@ import numpy as np
 import pandas as pd
 
 from vlmscope.data.example import Example
+from vlmscope.models.inputs import Pair
 from vlmscope.patching import reference
 from vlmscope.patching.trace import Images
 from vlmscope.sites import Site
@@ -108,7 +109,7 @@ def measured(task: Task, job: Todo, sites: Sequence[Site], step: Callable[[int, 
     example = task.examples[job.number]
     pairs = task.pairs(example)
     names = list(dict.fromkeys(_names(task.circuits).values()))
-    totals, base = _runs(task, example, [task.circuits[name] for name in names], step)
+    totals, base = _runs(task, example, pairs, [task.circuits[name] for name in names], step)
     common = {"example": example.id, "corruption": task.kind}
     rows = [
         {**common, "circuit": name, "p": p, "ld": ld, "value": value}
@@ -120,12 +121,13 @@ def measured(task: Task, job: Todo, sites: Sequence[Site], step: Callable[[int, 
 def _runs(
     task: Measured,
     example: Example,
+    pairs: Sequence[Pair],
     circuits: Sequence[frozenset[int]],
     step: Callable[[int, float], None] = lambda many, part: None,
     **options: Any,
 ) -> tuple[np.ndarray[Any, Any], dict[str, float]]:
     """P(answer), LD and the metric of circuits in one example, and of the runs without patches."""
-    pairs, images = task.pairs(example), Images()
+    images = Images()
     totals, base = np.zeros((len(circuits), 3)), defaultdict[str, float](float)
     for number, pair in enumerate(pairs):
         clean, corrupt, found = task.parts.run(task, example, pair, circuits, images, **options)
@@ -147,7 +149,7 @@ def _check(task: Measured, base: pd.DataFrame, rows_of: RowsOf) -> dict[str, Any
         if of_edges:
             again = corrupt[name]
         else:
-            again = _runs(task, example, [task.circuits[of]], way=reference)[0][0, 2]
+            again = _runs(task, example, task.pairs(example), [task.circuits[of]], way=reference)[0][0, 2]
         largest = max(largest, abs(float(again) - found[name]))
     said = f"a circuit was recomputed by plain forwards in {len(drawn)} examples and differs"
     return verdict(task, len(drawn), largest, rows["value"], said) if drawn else None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import TypeAlias
 
@@ -24,10 +24,11 @@ from vlmscope.layout import grid
 from vlmscope.models.inputs import Pair
 from vlmscope.patching import engine
 from vlmscope.patching.scores import logit_difference
+from vlmscope.patching.trace import Images
 from vlmscope.progress import progress
 from vlmscope.runs import corrupt as corruptions
+from vlmscope.runs import forward as running
 from vlmscope.runs.corrupt import Noise
-from vlmscope.runs.forward import forward
 from vlmscope.runs.model import Model
 from vlmscope.sites import Point, Site, place
 from vlmscope.stats import shuffled
@@ -143,24 +144,34 @@ def _observe(asked: AskedHeads, example: Example, known: Known, split: bool) -> 
     }
     norms = {key: _norms_at(model, key) for key in asked.keys}
     points = {*norms.values(), *(point for some in outputs.values() for point in some)}
+    at = {key: list(placed[asked.numbers(key)[0]].positions) for key in asked.keys}
+    # Some families do not tell what is paid.
+    told = {key: at[key] for key in asked.keys if key[1] in model.family.towers[key[0]].attention}
+
+    def clean(keep: Collection[Point]) -> tuple[running.Run, dict[Key, Tensor]]:
+        with running.paying(model, pair.clean, told) as paid:
+            return running.forward(model, pair.clean, keep=keep), paid
+
     if split := split and asked.corruption is not None:
         try:
-            run = forward(model, pair.clean, keep=points | inner_points(asked))
+            run, paid = clean(points | inner_points(asked))
         except ModelError:  # this model does not show what is within its attention
             split = False
     if not split:
-        run = forward(model, pair.clean, keep=points)
-    logits, activations, attention, paid = run.logits[-1], {}, {}, {}
+        run, paid = clean(points)
+    logits, activations, attention = run.logits[-1], {}, {}
     for key in asked.keys:
-        at = list(placed[asked.numbers(key)[0]].positions)
         heads = model.shapes[key[0]].heads[key[1]]
-        rows = [run.values[point][0, at].mean(0).unflatten(-1, (heads, -1)) for point in outputs[key]]
+        rows = [run.values[point][0, at[key]].mean(0).unflatten(-1, (heads, -1)) for point in outputs[key]]
         activations[key] = torch.stack(rows).cpu()
-        if key[1] in model.family.towers[key[0]].attention:  # else it cannot be read
-            paid[key] = model.attention(pair.clean, *key, at)
         if key in paid and pair.clean.layout[model.attended(*key)].cells:
             attention[key] = _attention(asked, example, pair, key, paid[key], run.values[norms[key]])
-    ld_corrupt, effect = _effects(asked, example, pairs, placed, known)
+    effect = _effects(asked, example, pairs, placed, known)
+    reading = read(asked, pairs, placed, paid, run.values if split else None, effect)
+    ld_corrupt = reading.ld_corrupt
+    if ld_corrupt is None and asked.corruption is not None:
+        lds = [logit_difference(model.run(one.corrupt, one.edits), one) for one in pairs]
+        ld_corrupt = float(np.mean(lds))
     sizes = [one.grid for one in attention.values()]
     return Observed(
         id=example.id,
@@ -172,7 +183,7 @@ def _observe(asked: AskedHeads, example: Example, known: Known, split: bool) -> 
         effect=effect,
         activations=activations,
         attention=attention,
-        reading=read(asked, pairs, placed, paid, run.values if split else None, effect),
+        reading=reading,
         masks=_masks(model, example, sizes[0]) if sizes else {},
     )
 
@@ -220,24 +231,22 @@ def _masks(model: Model, example: Example, size: tuple[int, int]) -> dict[str, N
 
 def _effects(
     asked: AskedHeads, example: Example, pairs: Sequence[Pair], placed: Sequence[Site], known: Known
-) -> tuple[float | None, Array | None]:
-    """LD of the corrupt run, and the change of it by each head: what is known, or else by patching."""
+) -> Array | None:
+    """The change of LD of the corrupt run by each head: what is known, or else by patching."""
     if asked.corruption is None:
-        return None, None
+        return None
     where = [site.positions[0] if len(site.positions) == 1 else site.position for site in placed]
     places = [(example.id, s.tower, s.kind, s.layer, s.unit, at) for s, at in zip(placed, where, strict=True)]
     found = [known.get(place) for place in places]
     if None not in found:
-        lds = [logit_difference(asked.model.run(pair.corrupt, pair.edits), pair) for pair in pairs]
-        return float(np.mean(lds)), np.array(found, dtype=float)
-    ld_corrupt, effect = 0.0, np.zeros(len(placed))
+        return np.array(found, dtype=float)
+    effect, images = np.zeros(len(placed)), Images()
     for pair in pairs:  # of each draw of noise
-        patched = engine.patch(asked.model, pair, placed)
+        patched = engine.patch(asked.model, pair, placed, images=images)
         base = float(patched.corrupt.ld)
-        ld_corrupt += base / len(pairs)
         for numbers, scores in patched.chunks:
             effect[numbers] += (scores.ld.cpu().numpy() - base) / len(pairs)
-    return ld_corrupt, effect
+    return effect
 
 
 def _known(asked: AskedHeads, effects: Effects) -> Known:

@@ -14,14 +14,16 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from jaxtyping import Float
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
 from vlmscope.layout import Layout
 from vlmscope.models.inputs import Edit, Pair
 from vlmscope.patching import engine
-from vlmscope.patching.scores import Baselines
-from vlmscope.runs.forward import forward
+from vlmscope.patching.scores import Baselines, logit_difference
+from vlmscope.patching.trace import Images, given, trace
+from vlmscope.runs.forward import forward, paying
 from vlmscope.sites import KINDS, Point, Site
 from vlmscope.studies.heads.asked import Array, AskedHeads, Key
 
@@ -34,6 +36,13 @@ what is farther has other parts, and is not split."""
 OPTIONS = ("answer", "foil")
 Kept = Mapping[Point, Tensor]
 """What a run left at points."""
+
+
+class Sum(NamedTuple):
+    """What the heads of a kind write in a run: the sum of what they pay times what they read."""
+
+    paid: Float[Tensor, "heads at keys"]
+    values: Float[Tensor, "heads keys width"]
 
 
 class Part(NamedTuple):
@@ -50,17 +59,19 @@ class Reading:
 
     `nulls` has what attention that is spread evenly would pay. `raised` are the tokens that rise and fall
     most where the head reads the answer's word instead of the foil's, −1 where it can read neither.
+    `ld_corrupt` is LD of the corrupt run, if heads were split there.
     """
 
     scores: dict[str, Array]
     nulls: dict[str, Array]
     raised: NDArray[np.intp]
+    ld_corrupt: float | None = None
 
     def of(self, heads: Sequence[int]) -> Reading:
         """That of some of the heads, by their numbers."""
         rows = list(heads)
         scores, nulls = ({k: v[rows] for k, v in each.items()} for each in (self.scores, self.nulls))
-        return Reading(scores, nulls, self.raised[rows])
+        return replace(self, scores=scores, nulls=nulls, raised=self.raised[rows])
 
 
 def groups(layout: Layout) -> dict[str, NDArray[np.bool_]]:
@@ -104,12 +115,12 @@ def read(
         found.attention(key, maps)
     if effect is None or clean is None:
         return found.reading
-    draws = [_Reader(asked, pair, placed) for pair in pairs]
-    for draw in draws:
-        draw.split(paid, clean, effect)
+    draws, images = [_Reader(asked, pair, placed) for pair in pairs], Images()
+    ld = float(np.mean([draw.split(paid, clean, effect, images) for draw in draws]))
     parts = draws[0].reading.scores
     means = {name: np.mean([draw.reading.scores[name] for draw in draws], axis=0) for name in parts}
-    return replace(found.reading, scores=found.reading.scores | means, raised=draws[0].reading.raised)
+    scores = found.reading.scores | means
+    return replace(found.reading, scores=scores, raised=draws[0].reading.raised, ld_corrupt=ld)
 
 
 class _Reader:
@@ -125,6 +136,10 @@ class _Reader:
 
     def layout(self, key: Key) -> Layout:
         return self.pair.clean.layout[self.asked.model.attended(*key)]
+
+    def at(self, key: Key) -> list[int]:
+        """Where the heads of a kind are asked about."""
+        return list(self.placed[self.asked.numbers(key)[0]].positions)
 
     def own(self, key: Key, maps: Tensor) -> Tensor:
         """The attention of the heads that are asked about: `(heads, at, keys)`."""
@@ -147,33 +162,53 @@ class _Reader:
 
     # -- patches of parts --------------------------------------------------------------------
 
-    def split(self, paid: Mapping[Key, Tensor], clean: Kept, effect: Array) -> None:
-        model, inside = self.asked.model, inner_points(self.asked)
+    def split(self, paid: Mapping[Key, Tensor], clean: Kept, effect: Array, images: Images) -> float:
+        """Fill in what parts of what heads read do; gives LD of the corrupt run."""
+        model, pair, inside = self.asked.model, self.pair, inner_points(self.asked)
         speaker, shape = model.speaker, model.shapes[model.speaker]
         later = {Point(speaker, n, k) for k in ("attn", "cross", "mlp") for n in shape.having(k)}
         heads = {point._replace(part="h") for point in inside}
-        base = forward(model, self.pair.corrupt, self.pair.edits, keep=inside | heads | later).values
-        parts = [part for key, maps in paid.items() for part in self._parts(key, maps, clean, base, effect)]
-        if parts:
-            self._patch(parts)
-        self._direct({p: clean[p] for p in heads} | {p: base[p] for p in later})
+        at = {key: self.at(key) for key in paid}
+        with paying(model, pair.corrupt, at) as corrupt:
+            run = trace(model, pair.corrupt, pair.edits, inside | heads | later, images, 1)
+        base = run.values
+        sums = {key: (self._sum(key, paid, clean), self._sum(key, corrupt, base)) for key in paid}
+        whole = [key for key, both in sums.items() if self._is_whole(key, *both, clean)]
+        inner: dict[str, Mapping[Key, Tensor]] = {}
+        for name, part in (("by_queries", "q"), ("by_keys", "k")) if whole else ():
+            # Of all kinds at once: no layer changes what another one reads.
+            edits = [edit for key in whole for edit in self._inside(key, part, clean, base)]
+            with paying(model, pair.corrupt, {key: at[key] for key in whole}) as inner[name]:
+                forward(model, pair.corrupt, [*pair.edits, *edits])
+        parts: list[Part] = []
+        for key in whole:
+            mixed = {name: self.own(key, maps[key]) for name, maps in inner.items()}
+            parts += self._parts(key, *sums[key], mixed, effect)
+        self._patch(parts, base, {p: clean[p] for p in heads} | {p: base[p] for p in later}, images)
+        return logit_difference(run.logits[-1], pair)
 
-    def _parts(self, key: Key, maps: Tensor, clean: Kept, base: Kept, effect: Array) -> Iterator[Part]:
-        """What the heads of a kind would write by each part of what they read."""
-        asked, pair, numbers = self.asked, self.pair, self.asked.numbers(key)
-        sites, at = [self.placed[n] for n in numbers], list(self.placed[numbers[0]].positions)
-        layout, own = self.layout(key), self.own(key, maps)
-        values, values_corrupt = (self._values(key, sites, run) for run in (clean, base))
-        if values.shape[1] != own.shape[2] or values.shape != values_corrupt.shape:
-            return  # a kernel that pads what it reads
-        written = torch.stack([self._unit(site, clean[site.point][0, at]) for site in sites])
-        if (own @ values - written).abs().max() > TOLERANCE * written.abs().max():
-            return
-        corrupt = self.own(key, asked.model.attention(pair.corrupt, *key, at, pair.edits))
+    def _sum(self, key: Key, paid: Mapping[Key, Tensor], run: Kept) -> Sum:
+        sites = [self.placed[n] for n in self.asked.numbers(key)]
+        return Sum(self.own(key, paid[key]), self._values(key, sites, run))
+
+    def _is_whole(self, key: Key, clean: Sum, base: Sum, run: Kept) -> bool:
+        """Whether what the heads of a kind write is what they pay times what they read."""
+        own, values = clean
+        if values.shape[1] != own.shape[2] or values.shape != base.values.shape:
+            return False  # a kernel that pads what it reads
+        sites = [self.placed[n] for n in self.asked.numbers(key)]
+        written = torch.stack([self._unit(site, run[site.point][0, self.at(key)]) for site in sites])
+        return bool((own @ values - written).abs().max() <= TOLERANCE * written.abs().max())
+
+    def _parts(
+        self, key: Key, clean: Sum, base: Sum, mixed: Mapping[str, Tensor], effect: Array
+    ) -> Iterator[Part]:
+        """What the heads of a kind would write by each part of what they read; `mixed` is what they pay with
+        the clean run's queries or keys alone."""
+        asked, pair, numbers, layout = self.asked, self.pair, self.asked.numbers(key), self.layout(key)
+        (own, values), (corrupt, values_corrupt) = clean, base
         parts = {"by_attention": own @ values_corrupt, "by_values": corrupt @ values}
-        for name, part in (("by_queries", "q"), ("by_keys", "k")):
-            edits = self._inside(key, part, at, clean, base)
-            parts[name] = self.own(key, asked.model.attention(pair.corrupt, *key, at, edits)) @ values_corrupt
+        parts |= {name: maps @ values_corrupt for name, maps in mixed.items()}
         for name, which in groups(layout).items():
             there = torch.from_numpy(which)
             if there.all():
@@ -191,8 +226,9 @@ class _Reader:
         for name, found in parts.items():
             yield from (Part(name, *each) for each in zip(numbers, found, strict=True))
 
-    def _patch(self, parts: Sequence[Part]) -> None:
-        """Patch all parts, each alone, into the corrupt run."""
+    def _patch(self, parts: Sequence[Part], base: Kept, values: Kept, images: Images) -> None:
+        """Patch all parts, each alone, into the corrupt run, and the heads with all that comes behind them as
+        it is in `values`."""
         kept: list[Tensor] = []
 
         def keep(logits: Tensor, base: Baselines) -> Tensor:
@@ -201,23 +237,38 @@ class _Reader:
 
         # What made the run corrupt is in its inputs, or else the clean run is needed to make it.
         pair = self.pair if self.pair.edits else replace(self.pair, clean=self.pair.corrupt)
-        sites, values = [self.placed[part.head] for part in parts], [part.value for part in parts]
-        patched = engine.patch(self.asked.model, pair, sites, values=values, metric=keep)
+        sites, direct = [self.placed[part.head] for part in parts], self._direct(values)
+        more, origins = given(self.asked.model, base, sites, [part.value for part in parts])
+        source = {p: torch.cat([x, more[p]], 1) if p in more else x for p, x in values.items()}
+        shifted = [
+            replace(one, positions=tuple(n + values[one.point].shape[1] for n in one.positions))
+            for (one,) in origins
+        ]
+        patched = engine.patch(
+            self.asked.model,
+            pair,
+            [*sites, *direct.values()],
+            sources=[*shifted, *direct.values()],
+            values=source,
+            metric=keep,
+            images=images,
+        )
         same = kept[-1][0]  # the metric is given the runs without a patch, too
         kept.clear()
+        what = [*parts, *(Part("direct", number, same) for number in direct)]
         raised: dict[tuple[str, int], Tensor] = {}
         for rows, scores in patched.chunks:
             logits = kept.pop() if kept else same.expand(len(rows), -1)
             for part, change, row in zip(
-                [parts[n] for n in rows], scores.ld - patched.corrupt.ld, logits, strict=True
+                [what[n] for n in rows], scores.ld - patched.corrupt.ld, logits, strict=True
             ):
                 if part.name in OPTIONS:
                     raised[part.name, part.head] = row
                 else:
                     self.put(part.name, [part.head], float(change))
         for head in {head for _, head in raised}:
-            more = raised[OPTIONS[0], head] - raised[OPTIONS[1], head]
-            self.reading.raised[head] = int(more.argmax()), int(more.argmin())
+            gap = raised[OPTIONS[0], head] - raised[OPTIONS[1], head]
+            self.reading.raised[head] = int(gap.argmax()), int(gap.argmin())
 
     def _unit(self, site: Site, x: Tensor) -> Tensor:
         """A head's part of what heads write side by side."""
@@ -233,42 +284,33 @@ class _Reader:
         rows = [x[:, site.units[0] // share] for x, site in zip(each, sites, strict=True)]
         return torch.stack(rows).double().cpu()
 
-    def _inside(self, key: Key, part: str, at: Sequence[int], clean: Kept, base: Kept) -> list[Edit]:
+    def _inside(self, key: Key, part: str, clean: Kept, base: Kept) -> Iterator[Edit]:
         """Edits that give a kind's queries or keys the clean run's values, and hold what the heads write, so
         that each layer is patched alone."""
         shape = self.asked.model.shapes[key[0]]
-        edits = list(self.pair.edits)
         for layer in sorted({site.layer for site in self.placed if (site.tower, site.kind) == key}):
             point = Point(*key[:1], layer, key[1], part)
-            where = list(at) if part == "q" else range(clean[point].shape[1])
+            where = self.at(key) if part == "q" else range(clean[point].shape[1])
             for here, source, positions in (
                 (point, clean, where),
                 (point._replace(part="h"), base, range(base[point._replace(part="h")].shape[1])),
             ):
                 units = tuple(range(shape.units(key[1], here.part) or 1))
                 site = Site(*here, units, positions=tuple(positions))
-                edits.append(Edit(site, "set", source[here][0, list(positions)]))
-        return edits
+                yield Edit(site, "set", source[here][0, list(positions)])
 
-    def _direct(self, values: Kept) -> None:
-        """What heads do at the read-out position when all that comes behind them there stays as it was;
-        nothing goes from other places to the logits directly."""
+    def _direct(self, values: Kept) -> dict[int, Site]:
+        """The heads that can act at the read-out position themselves, by their numbers, each with all that
+        comes behind it there; nothing goes from other places to the logits directly."""
         model, layout = self.asked.model, self.pair.clean.layout
         speaker, readout = model.speaker, layout[model.speaker].readout
         self.put("direct", range(len(self.placed)), 0.0)
-        if readout is None:
-            return
         points = sorted((p for p in values if not p.part), key=lambda p: (p.layer, KINDS.index(p.kind)))
-
-        def behind(site: Site) -> tuple[Site, ...]:
-            own = (site.layer, KINDS.index(site.kind))
-            after = [p for p in points if (p.layer, KINDS.index(p.kind)) > own]
-            return tuple(Site(*p, position="readout", positions=(readout,)) for p in after)
-
-        numbers = [n for n, s in enumerate(self.placed) if s.tower == speaker and readout in s.positions]
-        if not numbers:
-            return
-        sites = [replace(self.placed[n], also=behind(self.placed[n])) for n in numbers]
-        patched = engine.patch(model, self.pair, sites, values=values)
-        for rows, scores in patched.chunks:
-            self.put("direct", [numbers[row] for row in rows], (scores.ld - patched.corrupt.ld).cpu().numpy())
+        found = {}
+        for number, site in enumerate(self.placed):
+            if readout is not None and site.tower == speaker and readout in site.positions:
+                own = (site.layer, KINDS.index(site.kind))
+                after = [p for p in points if (p.layer, KINDS.index(p.kind)) > own]
+                also = tuple(Site(*p, position="readout", positions=(readout,)) for p in after)
+                found[number] = replace(site, also=also)
+        return found
