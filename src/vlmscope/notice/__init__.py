@@ -106,7 +106,9 @@ def run(
     for place, told in team.each(calls):  # one beside the other
         say(told)
         folders += [] if place is None else [place]
-    report = write_report(folders, folder / "report.html")
+    report = write_report(
+        folders, folder / "report.html", do=lambda calls: team.each((_Given.call, *call) for call in calls)
+    )
     say(f"The report: {report}")
     return report
 
@@ -130,6 +132,9 @@ class _Given:
 
     def examples(self) -> Any:
         return self.pipeline.examples()
+
+    def call(self, function: Callable[..., Any], *given: Any) -> Any:
+        return function(*given)
 
     def do(self, part: str, *some: Any) -> Any:
         return getattr(self.pipeline, part)(*some)

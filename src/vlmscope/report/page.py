@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 
@@ -51,17 +52,24 @@ PATCHED = ("circuits", "heads", "tracing", "explain")
 """Those that say what patches do."""
 
 
+def _in_turn(calls: Iterable[tuple[Any, ...]]) -> Iterator[Any]:
+    for function, *given in calls:
+        yield function(*given)
+
+
 def write_report(
     parts: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
     out: str | os.PathLike[str],
     *,
     formats: Sequence[str] = (),
+    do: Callable[[Iterable[tuple[Any, ...]]], Iterable[Any]] = _in_turn,
 ) -> Path:
     """Write the report of a folder, or of several, to `out`, and its figures and data to `<stem>-figures/`.
 
     A folder is a run, or what `circuits`, `faithfulness`, `heads`, `tracing`, `lens`, `notice`, `neurons`,
     `steer` or `probe` wrote, or an `Explanation` has saved. Each figure is saved as PNG, and in the further
-    `formats` that are named (`svg`, `pdf`). An earlier report is replaced, with its figures, when all is
+    `formats` that are named (`svg`, `pdf`). `do` gives what calls `(function, *given)` give, in their order, which
+    other processes may make. An earlier report is replaced, with its figures, when all is
     drawn. Raises `StoreError`, before anything is written, if a folder is none of these or damaged, or if
     `out` is no `.html`, or something else is there than such a report.
     """
@@ -75,9 +83,7 @@ def write_report(
     several = [parts] if isinstance(parts, str | os.PathLike) else parts
     folders = [folder for part in several for folder in _unfold(Path(part))]
     gallery = Gallery(figures.name, "", tuple(dict.fromkeys(formats)))
-    # A dollar sign in a name is no formula.
-    with matplotlib.rc_context({"text.parse_math": False, "text.usetex": False}):
-        page = _page(folders, gallery)
+    page = _page(folders, gallery, do)
     # What a file name lacks of UTF-8 is shown as an escape.
     content = {out.name: page.encode("utf-8", "backslashreplace")}
     content |= {f"{figures.name}/{name}": drawn for name, drawn in gallery.files.items()}
@@ -121,26 +127,43 @@ def _what(part: Path) -> str:
     return next((what for what in SECTIONS if os.path.lexists(part / f"{what}.json")), "run")
 
 
-def _page(folders: Sequence[tuple[str, Path]], gallery: Gallery) -> str:
+def _drawn(section: Callable[..., Any], given: Sequence[Any], gallery: Gallery) -> tuple[Any, Gallery]:
+    """What a part of the page is, by its function, and the gallery with its figures."""
+    # A dollar sign in a name is no formula.
+    with matplotlib.rc_context({"text.parse_math": False, "text.usetex": False}):
+        return section(*given, gallery), gallery
+
+
+def _page(
+    folders: Sequence[tuple[str, Path]],
+    gallery: Gallery,
+    do: Callable[[Iterable[tuple[Any, ...]]], Iterable[Any]],
+) -> str:
     runs = [read_run(path) for what, path in folders if what == "run"]
     for each in runs:
         each.pictures()  # what is damaged is said before anything is drawn
     others = [folder for folder in folders if folder[0] != "run"]
     others.sort(key=lambda folder: folder[0] != "circuits")
-    sections = [
-        SECTIONS[what](path, replace(gallery, prefix=f"part{number}"))
+    calls: list[tuple[Any, ...]] = [
+        (_drawn, SECTIONS[what], [path], replace(gallery, prefix=f"part{number}", files={}))
         for number, (what, path) in enumerate(others)
     ]
-    reported = []
     for number, (each, name) in enumerate(zip(runs, _names(runs), strict=True)):
-        place = replace(gallery, prefix=f"run{number}")
         own = {"attributions": attribution.section, "edges": edges.section}.get(table_in(each.spec))
-        if own is not None:
-            sections.append(own(each, name.removesuffix(", "), place))
-        else:
-            reported.append(run.report(each, name, place))
+        given = [each, name if own is None else name.removesuffix(", ")]
+        calls.append((_drawn, own or run.report, given, replace(gallery, prefix=f"run{number}", files={})))
+    drawn = []
+    for made, place in do(calls):
+        drawn.append(made)
+        gallery.files.update(place.files)
+    sections = [made for made in drawn if not isinstance(made, run.Reported)]
+    reported = [made for made in drawn if isinstance(made, run.Reported)]
     if len(reported) > 1 and not any(what == "circuits" for what, _ in others):
-        sections += run.together(reported, replace(gallery, prefix="all"))
+        [(several, place)] = do(
+            [(_drawn, run.together, [reported], replace(gallery, prefix="all", files={}))]
+        )
+        sections += several
+        gallery.files.update(place.files)
     sections += [each.section for each in reported]
     titles = _unique([section.title for section in sections], ["" for _ in sections])
     return render(
