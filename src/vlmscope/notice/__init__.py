@@ -69,7 +69,8 @@ def run(
     [(sweeps, lines)] = team.each([(_Given.do, "prepare")])
     for text in lines:
         say(text)
-    [text] = team.each([(_Given.do, "estimate", sweeps)])
+    costs = list(team.each([(_Given.do, "cost", *key) for key in sweeps]))
+    [text] = team.each([(_Given.do, "estimate", costs)])
     say(text)
     useful = []
     for name, corrupt in sweeps:

@@ -90,35 +90,33 @@ class Pipeline:
                 lines.append(f"{name}: {len(found)} examples; corrupt prompts: {words}")
         return _sweeps(spec, self.examples(), lines.append), lines
 
-    def estimate(self, sweeps: Sequence[Sweep]) -> str:
-        """What the sweeps will take, before they start; raise `StoreError` if the disk is too small."""
-        lines, seconds, size, spec = ["Estimated from one example of each:"], 0.0, 0, self.spec
-        for name, corrupt in sweeps:
-            path, all_of_it = self.folder / "runs" / f"{name}-{corrupt}", self.sets[name][0]
-            done = len(read_run(path).baselines()) if (path / "run.json").exists() else 0
-            left = all_of_it[done:]
-            each = (0.0, 0, 0)
-            if left:
-                made = swept_of(self.model, {name: left}, spec=spec, name=name, corrupt=corrupt)
-                each = estimate(made.task)[:3]
-            took, takes, patches = each
-            seconds, size = seconds + took, size + takes
-            many = len(all_of_it)
-            what = f"{len(left)} of {many} examples left" if done else f"{many} examples"
-            lines.append(
-                f"  {f'{name}, {corrupt}':<24}{what:<28}{patches:>7,} patches each"
-                f"{time_of(took):>16}{size_of(takes):>10}"
-            )
-        lines.append(
-            f"  {'all sweeps, at most, in one process':<68}{time_of(seconds):>16}{size_of(size):>10}"
+    def cost(self, name: str, corrupt: str) -> tuple[str, float, int]:
+        """What a sweep will take: a line to show, seconds and bytes."""
+        path, all_of_it = self.folder / "runs" / f"{name}-{corrupt}", self.sets[name][0]
+        done = len(read_run(path).baselines()) if (path / "run.json").exists() else 0
+        left, seconds, size, patches = all_of_it[done:], 0.0, 0, 0
+        if left:
+            made = swept_of(self.model, {name: left}, spec=self.spec, name=name, corrupt=corrupt)
+            seconds, size, patches = estimate(made.task)[:3]
+        many = len(all_of_it)
+        what = f"{len(left)} of {many} examples left" if done else f"{many} examples"
+        line = (
+            f"  {f'{name}, {corrupt}':<24}{what:<28}{patches:>7,} patches each"
+            f"{time_of(seconds):>16}{size_of(size):>10}"
         )
-        free = shutil.disk_usage(self.folder).free
+        return line, seconds, size
+
+    def estimate(self, costs: Sequence[tuple[str, float, int]]) -> str:
+        """What all sweeps will take, before they start; raise `StoreError` if the disk is too small."""
+        lines, seconds, sizes = zip(*costs, strict=True)
+        size, free = sum(sizes), shutil.disk_usage(self.folder).free
         if size > free:
             raise StoreError(
                 f"{self.folder}: the results may take {size_of(size)}, and {size_of(free)} are free; "
                 "free some space or choose another --out"
             )
-        return "\n".join(lines)
+        whole = f"  {'all sweeps, at most, in one process':<68}{time_of(sum(seconds)):>16}{size_of(size):>10}"
+        return "\n".join(["Estimated from one example of each:", *lines, whole])
 
     def selection(self, sweeps: Sequence[Sweep]) -> pd.DataFrame:
         runs = {key: read_run(self.folder / "runs" / "-".join(key)) for key in sweeps}

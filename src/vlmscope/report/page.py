@@ -68,8 +68,8 @@ def write_report(
 
     A folder is a run, or what `circuits`, `faithfulness`, `heads`, `tracing`, `lens`, `notice`, `neurons`,
     `steer` or `probe` wrote, or an `Explanation` has saved. Each figure is saved as PNG, and in the further
-    `formats` that are named (`svg`, `pdf`). `do` gives what calls `(function, *given)` give, in their order, which
-    other processes may make. An earlier report is replaced, with its figures, when all is
+    `formats` that are named (`svg`, `pdf`). `do` gives what calls `(function, *given)` give, in their order,
+    which other processes may make. An earlier report is replaced, with its figures, when all is
     drawn. Raises `StoreError`, before anything is written, if a folder is none of these or damaged, or if
     `out` is no `.html`, or something else is there than such a report.
     """
