@@ -706,7 +706,7 @@ LLAVA_ON = "--model toy-llava --data states --limit 2 --prompt what? --out"
 def test_a_report_that_is_not_ours_is_said_before_anything_is_loaded(
     run, tmp_path, monkeypatch, command, place, there
 ):
-    for room in ("checkpoint", "notice"):
+    for room in ("checkpoint", "notice.pipeline"):
         monkeypatch.setattr(f"vlmscope.{room}.load", None)
     folder = tmp_path / "out" / place
     mine = folder / there
@@ -1006,7 +1006,7 @@ def test_a_direction_on_the_command_line(run, tmp_path):
 def test_a_file_that_is_not_there_is_said_before_a_model_is_loaded(run, tmp_path, monkeypatch, words):
     picture(0, 48).save(tmp_path / "a.png")
     monkeypatch.chdir(tmp_path)
-    for module in ("checkpoint", "notice"):
+    for module in ("checkpoint", "notice.pipeline"):
         monkeypatch.setattr(f"vlmscope.{module}.load", lambda *_, **__: pytest.fail("loaded"))
     ends = {"explain": ".html", "data": ".csv", "neurons edit": ".safetensors"}
     end = next((end for start, end in ends.items() if words.startswith(start)), "")

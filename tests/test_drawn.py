@@ -144,9 +144,10 @@ def test_a_worker_draws_only_what_it_computes(made: Counter[int], tmp_path: Path
     """And what a hash reads. The table is that of one process, and of the examples as a list."""
     given = Kept(model="toy-blip", data="faces", limit=COUNT)
     options = {"sites": SITES, "corrupt": "image", "data": "examples", "check": 0}
-    crew = Pretended(Random(0)).team(2, given)
+    pretended = Pretended(Random(0))
+    crew = pretended.team(2, given)
     run, _ = crew.fill(tmp_path / "two", swept, options)
-    assert all(actor.worker.count for actor in ray.actors.values()), "both have written parts"
+    assert all(actor.worker.count for actor in pretended.actors.values()), "both have written parts"
     once = dict.fromkeys(range(LOOKED_AT, COUNT), 1)
     assert {number: many for number, many in made.items() if number >= LOOKED_AT} == once
     made.clear()

@@ -22,7 +22,8 @@ import vlmscope
 from vlmscope import notice
 from vlmscope.checkpoint import load
 from vlmscope.errors import DataError, StoreError, VlmscopeError
-from vlmscope.notice import Spec
+from vlmscope.notice import Spec, pipeline
+from vlmscope.notice.kept import selection
 from vlmscope.studies import circuits
 from vlmscope.studies.plan import estimate
 from vlmscope.studies.run_folder import read_run
@@ -189,7 +190,7 @@ def test_circuits_of_the_whole_folder(done):
 
 def test_done_again_it_only_reads(done, tmp_path, monkeypatch):
     folder = shutil.copytree(done[0], tmp_path / "out")
-    monkeypatch.setattr(notice.heads, "functions", None)
+    monkeypatch.setattr(pipeline.heads, "functions", None)
     monkeypatch.setattr("vlmscope.patching.engine.patch", None)
     notice.run(SMALL, folder)
 
@@ -215,7 +216,7 @@ def test_a_used_folder_is_refused_before_anything_is_computed(tmp_path, monkeypa
     if name.startswith("own"):
         SMALL.save(folder / "notice.toml")
     there = {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()}
-    monkeypatch.setattr(notice, "load", None)
+    monkeypatch.setattr(pipeline, "load", None)
     with pytest.raises(StoreError, match=message):
         notice.run(SMALL, folder)
     assert {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()} == there
@@ -259,9 +260,7 @@ def test_only_right_answers_that_follow_are_kept(tmp_path):
     assert "not 'purple'" in base.loc["wrong", "reason"] and not base.loc["wrong", "correct"]
     assert "with the corrupt image" in base.loc["still", "reason"] and base.loc["still", "correct"]
     assert "no such file" in base.loc["gone", "reason"] and pd.isna(base.loc["gone", "correct"])
-    table = notice.selection({("s", "image"): run.baselines()}, {"s": everything}).set_index(
-        ["group", "value"]
-    )
+    table = selection({("s", "image"): run.baselines()}, {"s": everything}).set_index(["group", "value"])
     row = table.loc[("all", "all")]
     dropped = row[["dropped_wrong", "dropped_not_following", "dropped_not_run"]].tolist()
     assert row["n"] == 9 and row["kept"] == len(kept) and sum(dropped) == 9 - len(kept)
@@ -286,7 +285,7 @@ def test_nothing_kept_is_said(tmp_path):
 def test_corruptions_that_the_data_cannot_have_are_left_out(tmp_path):
     lines: list[str] = []
     sets = {"one": [replace(example(), corrupt_image=None)]}
-    found = list(notice._sweeps(Spec("m", ("one.csv",)), sets, lines.append))
+    found = list(pipeline._sweeps(Spec("m", ("one.csv",)), sets, lines.append))
     assert found == [("one", "text")] and "no example has a corrupt image" in lines[0]
 
 
@@ -299,7 +298,7 @@ def test_the_estimate_is_near(done):
     from vlmscope.data import examples
 
     given = examples("faces", limit=8)
-    one = estimate(task_of(model, given, notice.default_sites(model), "image"))
+    one = estimate(task_of(model, given, pipeline.default_sites(model), "image"))
     effects = read_run(done[0] / "runs" / "faces-image").effects()
     assert one.patches == len(effects[effects["example"] == effects["example"][0]])
     size = sum(p.stat().st_size for p in (done[0] / "runs" / "faces-image" / "effects").iterdir())
@@ -372,5 +371,5 @@ def test_no_such_specification(tmp_path):
 def test_default_sites_are_where_text_is(name):
     """A Q-Former's positions are queries, so its sites would leave out every example."""
     model = FAMILIES[name]()
-    table = sweep(model, [example()], notice.default_sites(model), corrupt="text")
+    table = sweep(model, [example()], pipeline.default_sites(model), corrupt="text")
     assert set(table["tower"]) == set(model.text_towers)

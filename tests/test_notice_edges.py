@@ -10,7 +10,7 @@ import pytest
 import vlmscope
 from vlmscope import notice
 from vlmscope.errors import StoreError
-from vlmscope.notice import Spec
+from vlmscope.notice import Spec, pipeline
 from vlmscope.patching.edge_circuits import circuits
 from vlmscope.patching.graph import Edge
 from vlmscope.runs import corrupt
@@ -32,8 +32,8 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*fewer than 10 can hardly show 
 def done(tmp_path_factory):
     folder, lines = tmp_path_factory.mktemp("notice") / "out", []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(notice, "EDGES", (0.1, 1.0))
-        patch.setattr(notice, "DRAWS", 2)
+        patch.setattr(pipeline, "EDGES", (0.1, 1.0))
+        patch.setattr(pipeline, "DRAWS", 2)
         notice.run(SPEC, folder, lines.append)
     return folder, lines
 
@@ -73,8 +73,8 @@ def test_the_page_draws_the_circuit(done):
 
 
 def test_done_again_it_only_reads(done, monkeypatch):
-    monkeypatch.setattr(notice, "EDGES", (0.1, 1.0))
-    monkeypatch.setattr(notice, "DRAWS", 2)
+    monkeypatch.setattr(pipeline, "EDGES", (0.1, 1.0))
+    monkeypatch.setattr(pipeline, "DRAWS", 2)
     monkeypatch.setattr("vlmscope.studies.edges.score_edges", None)
     monkeypatch.setattr("vlmscope.patching.edge_circuits.circuits", None)
     lines: list[str] = []
@@ -94,6 +94,6 @@ def test_without_edges_there_are_none(done, tmp_path):
 
 
 def test_too_few_examples_for_halves(done, monkeypatch):
-    monkeypatch.setattr(notice._Pipeline, "kept", lambda *_: [])
-    found = notice._Pipeline(SPEC, done[0]).mechanism(*KEY)
+    monkeypatch.setattr(pipeline.Pipeline, "kept", lambda *_: [])
+    found = pipeline.Pipeline(SPEC, done[0]).mechanism(*KEY)
     assert found == (None, "states, image: too few examples for halves, so no circuit of edges is measured")
