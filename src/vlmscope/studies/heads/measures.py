@@ -72,10 +72,12 @@ def measures_of(
 
     `use` says of which examples each head is measured: `(examples, heads)`; `gap` is LD(clean) − LD(corrupt).
     """
-    tables = []
+    tables, changes = [], _knock_out(asked, observed, use)
     for which, heads in _alike(use.T):
         some = of_heads(asked, [one for one, used in zip(observed, which, strict=True) if used], heads)
-        found = [*_attention_measures(*some), *_change_measures(*some, SHARE * gap), *_read_measures(*some)]
+        without = {name: scores[which][:, heads] for name, scores in changes.items()}
+        moved = _change_measures(*some, without, SHARE * gap)
+        found = [*_attention_measures(*some), *moved, *_read_measures(*some)]
         tables.append(
             pd.concat(found).assign(number=lambda x, heads=heads: x["number"].map(dict(enumerate(heads))))
         )
@@ -217,13 +219,12 @@ def attention_maps(asked: AskedHeads, observed: Sequence[Observed]) -> pd.DataFr
     return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame({"example": []})
 
 
-def _change_measures(asked: AskedHeads, observed: Sequence[Observed], least: float) -> Iterator[pd.DataFrame]:
+def _change_measures(
+    asked: AskedHeads, observed: Sequence[Observed], without: Mapping[str, Array], least: float
+) -> Iterator[pd.DataFrame]:
     """The change of LD without each head (`zero`, `mean`, `resample`), and with it patched in (`effect`)."""
-    changes = _knock_out(asked, observed)
     effects = [one.effect for one in observed if one.effect is not None]
-    if effects:
-        changes["effect"] = np.stack(effects)
-    for name, scores in changes.items():
+    for name, scores in {**without, **({"effect": np.stack(effects)} if effects else {})}.items():
         yield _measured(range(len(asked.heads)), name, scores, least, _p(scores, least))
 
 
@@ -271,23 +272,32 @@ def _mean_activations(observed: Sequence[Observed]) -> dict[Key, Tensor]:
     return {key: torch.stack([one.activations[key] for one in observed]).mean(0) for key in keys}
 
 
-def _knock_out(asked: AskedHeads, observed: Sequence[Observed]) -> dict[str, Array]:
-    """LD without each head, less LD: `(examples, heads)` for each way of knocking it out."""
-    count = len(observed)
-    other = (np.arange(count) + rng(asked.seed, "resample").integers(1, count)) % count
-    means = _mean_activations(observed)
+def _knock_out(asked: AskedHeads, observed: Sequence[Observed], use: NDArray[np.bool_]) -> dict[str, Array]:
+    """LD without each head, less LD: `(examples, heads)` for each way of knocking it out, over the examples
+    that the head is measured on (`use`); null elsewhere."""
     ways = ("zero", "mean", "resample")
-    found = np.zeros((len(ways), count, len(asked.heads)))
-    with progress(count, what="knock-outs") as step:
+    found = np.full((len(ways), *use.shape), np.nan)
+    groups = []
+    for which, heads in _alike(use.T):
+        some = [one for one, used in zip(observed, which, strict=True) if used]
+        shift = rng(asked.seed, "resample").integers(1, len(some))
+        others = [one.activations for one in (*some[shift:], *some[:shift])]
+        groups.append((heads, iter(others), which, _mean_activations(some)))
+    with progress(len(observed), what="knock-outs") as step:
         for number, one in enumerate(observed):
-            values = (None, means, observed[other[number]].activations)
-            instead = [_value(asked, site, given) for given in values for site in one.placed]
+            cuts = [
+                (way, head, _value(asked, one.placed[head], given))
+                for heads, others, which, means in groups
+                if which[number]
+                for way, given in enumerate((None, means, next(others)))
+                for head in heads
+            ]
             alone = replace(one.pair, corrupt=one.pair.clean, edits=())
-            patched = engine.patch(asked.model, alone, one.placed * len(ways), "noise", values=instead)
-            changes = np.zeros(len(instead))
+            sites, values = [one.placed[head] for _, head, _ in cuts], [value for *_, value in cuts]
+            patched = engine.patch(asked.model, alone, sites, "noise", values=values)
             for numbers, scores in patched.chunks:
-                changes[numbers] = scores.ld.cpu().numpy() - one.ld_clean
-            found[:, number] = changes.reshape(len(ways), -1)
+                way, head, _ = zip(*(cuts[n] for n in numbers), strict=True)
+                found[way, number, head] = scores.ld.cpu().numpy() - one.ld_clean
             step(0, number + 1)
     return dict(zip(ways, found, strict=True))
 
