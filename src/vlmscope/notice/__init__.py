@@ -18,7 +18,7 @@ Killed at any moment, the same call goes on where it stopped and ends with the s
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -34,7 +34,7 @@ from vlmscope.studies import circuits
 from vlmscope.studies.known import knows
 from vlmscope.studies.run_folder import read_run
 from vlmscope.studies.workers import alone
-from vlmscope.studies.workers.orders import Given, Named
+from vlmscope.studies.workers.orders import Calls, Given, Named
 from vlmscope.studies.workers.team import Team
 
 if TYPE_CHECKING:
@@ -66,6 +66,10 @@ def run(
     folder = Path(out)
     _check_folder(spec, folder)
     team = by(_Given(spec, folder))
+
+    def do(calls: Calls) -> Iterator[Any]:
+        return team.each((_Given.call, *call) for call in calls)
+
     [(sweeps, lines)] = team.each([(_Given.do, "prepare")])
     for text in lines:
         say(text)
@@ -90,7 +94,7 @@ def run(
             f"no example of any set is kept ('{first['example']}': {first['reason']}); "
             "the model must answer some rightly (or set select = false)"
         )
-    found = circuits.find(useful, position=spec.position, seed=spec.seed)
+    found = circuits.find(useful, position=spec.position, seed=spec.seed, do=do)
     [no_edges] = team.each([(_Given.do, "no_edges")]) if spec.edges else [""]  # "": not asked for
     if no_edges:
         found.about["no_edges"] = no_edges
@@ -107,9 +111,7 @@ def run(
     for place, told in team.each(calls):  # one beside the other
         say(told)
         folders += [] if place is None else [place]
-    report = write_report(
-        folders, folder / "report.html", do=lambda calls: team.each((_Given.call, *call) for call in calls)
-    )
+    report = write_report(folders, folder / "report.html", do=do)
     say(f"The report: {report}")
     return report
 

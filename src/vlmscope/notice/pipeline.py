@@ -43,12 +43,15 @@ EDGES, STEPS, OF_EDGES = (0.01, 0.03, 0.1, 0.3, 1.0), 5, 40
 """Of circuits of edges, as shares of these; points of the line that scores them; on how many examples."""
 
 
-@dataclass(frozen=True)
+@dataclass
 class Pipeline:
     """What the parts of the pipeline are made from; each process that does some of them has its own."""
 
     spec: Spec
     folder: Path
+
+    is_warm: bool = False
+    """Whether this process has run the model."""
 
     @cached_property
     def model(self) -> Model:
@@ -97,7 +100,8 @@ class Pipeline:
         left, seconds, size, patches = all_of_it[done:], 0.0, 0, 0
         if left:
             made = swept_of(self.model, {name: left}, spec=self.spec, name=name, corrupt=corrupt)
-            seconds, size, patches = estimate(made.task)[:3]
+            seconds, size, patches = estimate(made.task, self.is_warm)[:3]
+            self.is_warm = True
         many = len(all_of_it)
         what = f"{len(left)} of {many} examples left" if done else f"{many} examples"
         line = (

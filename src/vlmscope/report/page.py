@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,7 @@ from vlmscope.report import (
 )
 from vlmscope.report.gallery import Gallery, render
 from vlmscope.studies.run_folder import Run, read_run, table_in
+from vlmscope.studies.workers.orders import Do, in_turn
 
 FORMATS = ("svg", "pdf")
 """What figures can be saved as beside PNG."""
@@ -52,17 +53,12 @@ PATCHED = ("circuits", "heads", "tracing", "explain")
 """Those that say what patches do."""
 
 
-def _in_turn(calls: Iterable[tuple[Any, ...]]) -> Iterator[Any]:
-    for function, *given in calls:
-        yield function(*given)
-
-
 def write_report(
     parts: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
     out: str | os.PathLike[str],
     *,
     formats: Sequence[str] = (),
-    do: Callable[[Iterable[tuple[Any, ...]]], Iterable[Any]] = _in_turn,
+    do: Do = in_turn,
 ) -> Path:
     """Write the report of a folder, or of several, to `out`, and its figures and data to `<stem>-figures/`.
 
@@ -134,11 +130,7 @@ def _drawn(section: Callable[..., Any], given: Sequence[Any], gallery: Gallery) 
         return section(*given, gallery), gallery
 
 
-def _page(
-    folders: Sequence[tuple[str, Path]],
-    gallery: Gallery,
-    do: Callable[[Iterable[tuple[Any, ...]]], Iterable[Any]],
-) -> str:
+def _page(folders: Sequence[tuple[str, Path]], gallery: Gallery, do: Do) -> str:
     runs = [read_run(path) for what, path in folders if what == "run"]
     for each in runs:
         each.pictures()  # what is damaged is said before anything is drawn

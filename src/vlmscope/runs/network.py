@@ -66,7 +66,8 @@ class Network:
 
     def free_memory(self) -> int:
         """Bytes of free memory on the fullest device of the model."""
-        return min(free_memory(device) for device in {p.device for p in self.hf.parameters()})
+        spread = getattr(self.hf, "hf_device_map", {}).values()  # accelerate's; "disk" is where it looks last
+        return min(map(free_memory, {torch.device(one) for one in spread if one != "disk"} or {self.device}))
 
     def alone(self) -> AbstractContextManager[None]:
         """Within this context no other thread runs the model (`turns.alone`)."""

@@ -12,6 +12,7 @@ import os
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from vlmscope.stored import formats
 from vlmscope.studies.known import knows
 from vlmscope.studies.run_folder import Run, read_run
 from vlmscope.studies.tables import at_slot, by_example, is_head
+from vlmscope.studies.workers.orders import Do, in_turn
 
 HEADS, OVERLAP = (formats.CIRCUITS.tables[name].names for name in ("heads.parquet", "overlap.csv"))
 """The columns of the table of heads, and of that of pairs of runs."""
@@ -83,12 +85,14 @@ def find(
     position: str | None = None,
     across_models: bool = False,
     seed: int = 0,
+    do: Do = in_turn,
 ) -> Found:
     """The important heads of each run (`heads_of`) and the universal ones over all (`universal`, `overlap`).
 
     A folder of `notice` stands for all its runs. `position` is the slot at which heads are read out: a
     role, `answer`, `readout` or `last`. By default it is the read-out position of a decoder, and the
-    answer's token in any other tower (`tables.at_slot`).
+    answer's token in any other tower (`tables.at_slot`). `do` makes what is of one
+    run each, elsewhere maybe.
 
     Raises `StoreError` if a folder is no run or has no heads at that position, and `VlmscopeError`
     if the runs are of different models (with `across_models`, of different head grids) or patch
@@ -103,8 +107,8 @@ def find(
     names = [plain(path.resolve().name) for path in paths]  # or whole paths where two names are the same
     wholes = (plain(str(path)) for path in paths)
     named = dict(zip(names if len(set(names)) == len(names) else wholes, opened, strict=True))
-    parts = [heads_of(one, name, position=position, seed=seed) for name, one in named.items()]
-    heads = pd.concat(parts, ignore_index=True)
+    of_run = partial(heads_of, position=position, seed=seed)
+    heads = pd.concat(do((of_run, one, name) for name, one in named.items()), ignore_index=True)
     baselines = {name: one.baselines() for name, one in named.items()}
     groups = _sharing(named)
     about = {

@@ -35,8 +35,9 @@ class Estimate(NamedTuple):
     tried: int
 
 
-def estimate(task: Task) -> Estimate:
-    """What the examples will take, from running one or two of them (the first one warms up).
+def estimate(task: Task, is_warm: bool = False) -> Estimate:
+    """What the examples will take, from running one or two of them: the first one warms up, unless the model
+    `is_warm`.
 
     An upper bound where `select` leaves some out, and of the bytes (parts compress better than a
     single example).
@@ -49,7 +50,7 @@ def estimate(task: Task) -> Estimate:
         if not result.rows.empty:
             size = bytes_of(result.rows) * many
             found.append(Estimate(seconds * many, size, len(result.rows), tried))
-            if len(found) > 2 or seconds > 10.0:  # a long one has warmed up by itself
+            if len(found) > 2 - is_warm or seconds > 10.0:  # a long one has warmed up by itself
                 break
     return found[-1]
 
