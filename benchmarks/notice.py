@@ -7,7 +7,7 @@ its own, with `--limit` examples and with a quarter of them (memory should be th
 from its tables: the rank correlation of the heads' effects between halves of the examples, and how
 far accuracy drops without the important heads and without random ones. With `--base` the estimate for
 1,500 examples on a model of BLIP-base's shape is set against two examples computed. With `--workers` the
-same runs with so many, too (Ray has to be installed), and all tables have to be equal, bit for bit. The last
+same runs with so many, too, and all tables have to be equal, bit for bit. The last
 line is JSON.
 """
 

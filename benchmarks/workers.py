@@ -3,8 +3,8 @@
     python benchmarks/workers.py [--limit 200] [--few 40] [--rounds 1] [--out benchmarks/results/NAME.json]
 
 Sweeps all heads and modules of toy-blip's encoder at all tokens, as a person would: `vlmscope sweep`, then
-the same with `--workers 2` (Ray has to be installed), with one thread a process. `whole` counts everything,
-with the start of Ray and the models' loading; `steady` what is computed between the first part and the last
+the same with `--workers 2`, with one thread a process. `whole` counts everything,
+with the models' loading; `steady` what is computed between the first part and the last
 one, in examples a second. Checks that the tables are equal bit for bit. On a machine that does something
 else, too, the ratio says little: `load` is how many others wanted a core when each command began.
 
@@ -37,8 +37,8 @@ COMMAND += "encoder.*.attn.h*@* encoder.*.cross.h*@* encoder.*.resid@* encoder.*
 
 
 LOADS = "import vlmscope; vlmscope.load('toy-blip'); print(open('/proc/self/status').read())"
-WORKER = b"ray::Process"
-"""What Ray calls the process of a worker."""
+WORKER = b"vlmscope.studies.workers.local"
+"""What the command of a worker's process names."""
 
 
 def peak(status: str) -> int:
@@ -54,7 +54,7 @@ def peaks(driver: int) -> dict[int, int]:
             pid, status = int(folder.name), (folder / "status").read_text()
             parents[pid] = int(status.split("PPid:")[1].split()[0])
             found[pid] = peak(status)
-            if (folder / "cmdline").read_bytes().startswith(WORKER):
+            if WORKER in (folder / "cmdline").read_bytes():
                 workers.append(pid)
     return {pid: found[pid] for pid in [driver, *workers] if driver in _above(pid, parents) and pid in found}
 

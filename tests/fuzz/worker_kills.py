@@ -1,4 +1,4 @@
-"""Workers and drivers of Ray, killed at random moments, and what has to be there afterwards.
+"""Workers and drivers, killed at random moments, and what has to be there afterwards.
 
     python tests/fuzz/worker_kills.py [--kills 200] [--seed N] [--limit 120] [--seconds N]
 
@@ -9,8 +9,7 @@ files only. Each run has at most 12 kills, none after two thirds of its examples
 workers die is left out); then it is left alone, and its table, its baselines and its check have to be those
 of an undisturbed process, bit for bit, and nothing else may be in its folder.
 
-One Ray serves most runs (`--ray`), so that a kill costs a worker and no cluster; some start their own
-(`--workers`). After `--seconds` no other run is begun. The last line is JSON.
+After `--seconds` no other run is begun. The last line is JSON.
 """
 
 from __future__ import annotations
@@ -31,7 +30,6 @@ from random import Random
 
 from vlmscope.errors import VlmscopeError
 from vlmscope.studies.run_folder import Run, read_run
-from vlmscope.studies.workers.cluster import connected
 
 COMMAND = "sweep --model toy-blip --data states --corrupt image --sites".split()
 COMMAND += "encoder.*.cross.h*@* encoder.*.resid@*".split()
@@ -39,10 +37,10 @@ PATIENCE = 900.0
 """Seconds after which a command hangs."""
 MOST = 12
 """Kills of one run."""
-LIVES, DRIVER_LIVES, DRIVERS, OWN = (2.0, 10.0), (1.0, 20.0), 0.3, 0.15
-"""Seconds that workers and drivers live; which share of drivers is killed, and of runs starts its own Ray."""
-WORKER = "ray::Process"
-"""What Ray calls the process of a worker."""
+LIVES, DRIVER_LIVES, DRIVERS = (2.0, 10.0), (1.0, 20.0), 0.3
+"""Seconds that workers and drivers live; which share of drivers is killed."""
+WORKER = b"vlmscope.studies.workers.local"
+"""What the command of a worker's process names."""
 
 
 def start(out: Path, limit: int, *words: str) -> subprocess.Popen[bytes]:
@@ -65,7 +63,7 @@ def workers_of(first: int) -> list[int]:
         above = pid
         while above > 1 and above != first:
             above = parents.get(above, 0)
-        if above == first and name.startswith(WORKER.encode()):
+        if above == first and WORKER in name:
             found.append(pid)
     return found
 
@@ -79,14 +77,13 @@ def read(out: Path) -> Run | None:
     return run
 
 
-def one_run(random: Random, folder: Path, limit: int, whole: Run, left: int, address: str) -> Counter[str]:
+def one_run(random: Random, folder: Path, limit: int, whole: Run, left: int) -> Counter[str]:
     """A run that is killed at most so many times."""
     out, kills = folder / "run", Counter[str]()
-    wanted, own = min(left, random.randint(MOST // 2, MOST)), random.random() < OWN
+    wanted = min(left, random.randint(MOST // 2, MOST))
     while True:
         alone = bool(kills["driver"]) and random.random() < 0.3
-        several = [] if alone else ["--workers", "2", *([] if own else ["--ray", address])]
-        driver, begun = start(out, limit, *several), time.monotonic()
+        driver, begun = start(out, limit, *([] if alone else ["--workers", "2"])), time.monotonic()
         dies = random.random() < DRIVERS or alone
         ends = {driver.pid: begun + random.uniform(*DRIVER_LIVES) if dies else float("inf")}
         while driver.poll() is None:
@@ -127,15 +124,14 @@ def main() -> None:
     random, kills, runs, wrong = Random(given.seed), Counter[str](), 0, 0
     begun = time.monotonic()
     end = begun + given.seconds
-    with tempfile.TemporaryDirectory() as top, connected(2, None) as ray:
-        address = ray.get_runtime_context().gcs_address
+    with tempfile.TemporaryDirectory() as top:
         assert start(Path(top) / "whole", given.limit).wait() == 0, (Path(top) / "err.txt").read_text()
         whole = read_run(Path(top) / "whole")
         while kills.total() < given.kills and time.monotonic() < end:
             folder = Path(top) / "one"
             folder.mkdir()
             try:
-                kills += one_run(random, folder, given.limit, whole, given.kills - kills.total(), address)
+                kills += one_run(random, folder, given.limit, whole, given.kills - kills.total())
             except (AssertionError, VlmscopeError) as error:
                 wrong += 1
                 print(f"run {runs}: {error}", flush=True)
