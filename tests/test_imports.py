@@ -25,8 +25,10 @@ FILES = sorted(SOURCE.rglob("*.py"))
 TOP = ("__init__", "__main__")
 """Above the picture: what a user imports or starts, which may use everything below."""
 
-LIGHT = ("cli", "data", "report", "stats", "layout", "sites")
-LIGHT += tuple(f"studies.{name}" for name in ("run_folder", "run_writer", "tables", "known", "workers"))
+LIGHT = ("cli", "data", "report", "notice", "stats", "layout", "sites")
+LIGHT += tuple(
+    f"studies.{name}" for name in ("run_folder", "run_writer", "tables", "known", "circuits", "workers")
+)
 HEAVY = ("torch", "transformers")
 
 PUBLIC = """Direction Edit Example Inputs Model Noise Pair Pattern Site VlmscopeError WeightEdit __version__

@@ -51,7 +51,10 @@ def _options(
 
 @command(app)
 def demo(out: Path = Path("vlmscope-demo"), limit: int = 20) -> None:
-    """Run `notice` on the toy and the sets that ship with it, on at most four idle cores."""
+    """Run `notice` on the toy and the sets that ship with it.
+
+    It uses up to four idle cores.
+    """
     several, toy = min(4, machine.cores()), OneModel(model="toy-blip", device="cpu")
     if several == 1:
         machine.set_up(toy.model)

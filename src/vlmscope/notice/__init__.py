@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vlmscope import files
+from vlmscope.calls import Calls
 from vlmscope.errors import DataError, StoreError
 from vlmscope.notice.kept import lines_of
 from vlmscope.notice.spec import Spec as Spec
@@ -34,7 +35,7 @@ from vlmscope.studies import circuits
 from vlmscope.studies.known import knows
 from vlmscope.studies.run_folder import read_run
 from vlmscope.studies.workers import alone
-from vlmscope.studies.workers.orders import Calls, Given, Named
+from vlmscope.studies.workers.orders import Given, Named
 from vlmscope.studies.workers.team import Team
 
 if TYPE_CHECKING:

@@ -16,6 +16,7 @@ from typing import Any
 import matplotlib
 
 from vlmscope import __version__, files, stored
+from vlmscope.calls import Do, in_turn
 from vlmscope.errors import StoreError
 from vlmscope.report import (
     attribution,
@@ -31,7 +32,6 @@ from vlmscope.report import (
 )
 from vlmscope.report.gallery import Gallery, render
 from vlmscope.studies.run_folder import Run, read_run, table_in
-from vlmscope.studies.workers.orders import Do, in_turn
 
 FORMATS = ("svg", "pdf")
 """What figures can be saved as beside PNG."""

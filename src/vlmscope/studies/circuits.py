@@ -23,13 +23,13 @@ from numpy.typing import NDArray
 from scipy import stats
 
 from vlmscope import stored
+from vlmscope.calls import Do, in_turn
 from vlmscope.errors import DataError, StoreError, VlmscopeError, plain
 from vlmscope.stats import FEWEST, LEVEL, Scores, interval, p_values, q_values, shuffled
 from vlmscope.stored import formats
 from vlmscope.studies.known import knows
 from vlmscope.studies.run_folder import Run, read_run
 from vlmscope.studies.tables import at_slot, by_example, is_head
-from vlmscope.studies.workers.orders import Do, in_turn
 
 HEADS, OVERLAP = (formats.CIRCUITS.tables[name].names for name in ("heads.parquet", "overlap.csv"))
 """The columns of the table of heads, and of that of pairs of runs."""

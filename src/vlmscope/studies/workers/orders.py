@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -23,18 +23,6 @@ class Named:
     def __call__(self, *given: Any, **options: Any) -> Any:
         module, _, name = self.name.partition(":")
         return getattr(import_module(f"vlmscope.{module}"), name)(*given, **options)
-
-
-Calls = Iterable[tuple[Any, ...]]
-"""Calls `(function, *given)` that do not need each other."""
-Do = Callable[[Calls], Iterable[Any]]
-"""What gives that of calls, in their order; other processes may make them."""
-
-
-def in_turn(calls: Calls) -> Iterator[Any]:
-    """What calls give, made by this process."""
-    for function, *given in calls:
-        yield function(*given)
 
 
 class Given(Protocol):
