@@ -541,6 +541,8 @@ def started(out: Path, *words: str) -> subprocess.Popen[str]:
         [sys.executable, "-m", "vlmscope", *COMMAND.split(), "--limit", "24", *words, "--out", str(out)],
         stderr=subprocess.PIPE,
         text=True,
+        # Where the tests run in a script's background, Ctrl-C is ignored, and by all that they start.
+        preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
     )
 
 
