@@ -580,7 +580,7 @@ def ray(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
 
 
 @pytest.mark.ray
-@pytest.mark.filterwarnings("ignore::ResourceWarning")
+@pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore:a worker died")
 def test_two_workers_of_a_cluster_write_what_one_process_writes(ray: Any, whole: Run, tmp_path: Path) -> None:
     names, flag = [example.id for example in GIVEN.examples()], str(tmp_path / "died")
     ray.init(address="local", num_cpus=2, log_to_driver=False, include_dashboard=False)
