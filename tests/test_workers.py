@@ -18,6 +18,7 @@ from dataclasses import dataclass, replace
 from functools import cache, partial
 from pathlib import Path
 from random import Random
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -370,6 +371,12 @@ def test_a_ray_of_another_version_or_none(
 def test_workers_that_are_none(tmp_path: Path) -> None:
     with pytest.raises(VlmscopeError, match="the number of workers is '0'; expected a whole number from 1"):
         spread(tmp_path, GIVEN, swept, OPTIONS, workers=0)
+
+
+def test_processes_that_cannot_be_started(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(local, "os", SimpleNamespace(name="nt"))
+    with pytest.raises(VlmscopeError, match="not started on Windows; share with --shard"):
+        spread(tmp_path, GIVEN, swept, OPTIONS, workers=2)
 
 
 class Full:

@@ -55,7 +55,8 @@ def demo(out: Path = Path("vlmscope-demo"), limit: int = 20) -> None:
 
     It uses up to four idle cores.
     """
-    several, toy = min(4, machine.cores()), OneModel(model="toy-blip", device="cpu")
+    toy = OneModel(model="toy-blip", device="cpu")
+    several = 1 if os.name == "nt" else min(4, machine.cores())
     if several == 1:
         machine.set_up(toy.model)
     with Workers(workers=several if several > 1 else None).team(toy) as team:

@@ -16,6 +16,7 @@ from subprocess import DEVNULL, Popen
 from threading import Thread
 from typing import Any
 
+from vlmscope.errors import VlmscopeError
 from vlmscope.studies.workers.orders import Answer
 from vlmscope.studies.workers.process import Process
 from vlmscope.studies.workers.team import DiedError, Team
@@ -26,6 +27,8 @@ def started(
     workers: int, device: str | None, set_up: Callable[[], object]
 ) -> Iterator[Callable[[Any], Team]]:
     """As `workers.started`, on this machine."""
+    if os.name == "nt":
+        raise VlmscopeError("processes of one machine are not started on Windows; share with --shard instead")
     crew = Local(set_up, device != "cpu")
     try:
         yield partial(Team, crew, [crew.start() for _ in range(workers)])
@@ -85,6 +88,7 @@ class Local:
             answer = asked.line.recv()
         except (EOFError, OSError) as error:
             code = asked.process.wait()
+            asked.line.close()
             how = f"signal {-code}" if code < 0 else f"exit status {code}"
             raise DiedError(f"its process ended with {how}") from error
         if isinstance(answer, Exception):
