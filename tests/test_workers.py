@@ -22,6 +22,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from pretend_workers import KilledError, Pretended
 from test_shards import equal
 
@@ -522,6 +523,18 @@ def unsendable(given: Any) -> None:
 
 def generator(given: Any) -> Any:
     return (n for n in range(3))
+
+
+def test_processes_take_gpus_in_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As torch counts them; there need be none."""
+    taken: list[int] = []
+    monkeypatch.setattr(torch.cuda, "set_device", taken.append)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    for available in (False, True):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda available=available: available)
+        for number in (0, 1, 2, None):
+            local._ready(quiet, number)
+    assert taken == [0, 1, 0]
 
 
 @pytest.mark.filterwarnings("ignore:a worker died")

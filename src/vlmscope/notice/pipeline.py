@@ -49,7 +49,6 @@ class Pipeline:
 
     spec: Spec
     folder: Path
-
     is_warm: bool = False
     """Whether this process has run the model."""
 

@@ -111,11 +111,9 @@ def serve(number: int) -> None:
     line, calls = Connection(number), SimpleQueue[Any]()
     Thread(target=_listen, args=(line, calls), daemon=True).start()
     set_up, gpu = _opened(calls)
-    process = Process(set_up)
+    process = Process(partial(_ready, set_up, gpu))
     with suppress(Exception):
         process.warm_up()
-        if gpu is not None:
-            _take_gpu(gpu)
     while True:
         try:
             method, given = _opened(calls)
@@ -136,11 +134,15 @@ def _opened(calls: SimpleQueue[bytes]) -> Any:
     return pickle.loads(calls.get())  # noqa: S301 - the driver's own
 
 
-def _take_gpu(number: int) -> None:
+def _ready(set_up: Callable[[], object], gpu: int | None) -> None:
+    """Set a process up, on one of the GPUs there are, in turn."""
+    set_up()
+    if gpu is None:
+        return
     import torch
 
     if torch.cuda.is_available():
-        torch.cuda.set_device(number % torch.cuda.device_count())
+        torch.cuda.set_device(gpu % torch.cuda.device_count())
 
 
 def _sendable(error: Exception) -> Exception:
