@@ -316,7 +316,7 @@ def test_experts_are_no_neurons():
 
 
 def test_free_memory_is_asked_of_each_device_that_a_model_is_spread_over(monkeypatch):
-    model = load("toy-blip")
+    model = blip()
     free = {"cpu": 7, "cuda:0": 5, "cuda:1": 3}
     monkeypatch.setattr("vlmscope.runs.network.free_memory", lambda device: free[str(device)])
     assert model.free_memory() == 7

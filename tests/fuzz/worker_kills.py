@@ -37,7 +37,7 @@ PATIENCE = 900.0
 """Seconds after which a command hangs."""
 MOST = 12
 """Kills of one run."""
-LIVES, DRIVER_LIVES, DRIVERS = (2.0, 10.0), (1.0, 20.0), 0.3
+LIVES, DRIVER_LIVES, DRIVERS = (2.0, 10.0), (1.0, 12.0), 0.4
 """Seconds that workers and drivers live; which share of drivers is killed."""
 WORKER = b"vlmscope.studies.workers.local"
 """What the command of a worker's process names."""
