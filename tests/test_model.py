@@ -320,5 +320,5 @@ def test_free_memory_is_asked_of_each_device_that_a_model_is_spread_over(monkeyp
     free = {"cpu": 7, "cuda:0": 5, "cuda:1": 3}
     monkeypatch.setattr("vlmscope.runs.network.free_memory", lambda device: free[str(device)])
     assert model.free_memory() == 7
-    model.hf.hf_device_map = {"vision": 0, "text": "cuda:1", "head": "disk"}
+    model.hf.hf_device_map = {"vision": "cuda:0", "text": "cuda:1", "head": "disk"}
     assert model.free_memory() == 3
