@@ -10,7 +10,8 @@ from dataclasses import dataclass, field
 from random import Random
 from typing import Any
 
-from vlmscope.studies.workers.team import DiedError, Team
+from vlmscope.studies.workers.orders import DiedError
+from vlmscope.studies.workers.team import Team
 from vlmscope.studies.workers.worker import Worker
 
 

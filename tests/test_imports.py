@@ -29,7 +29,7 @@ LIGHT = ("cli", "data", "report", "notice", "stats", "layout", "sites")
 LIGHT += tuple(
     f"studies.{name}" for name in ("run_folder", "run_writer", "tables", "known", "circuits", "workers")
 )
-HEAVY = ("torch", "transformers")
+HEAVY = ("torch", "transformers", "scipy.stats")
 
 PUBLIC = """Direction Edit Example Inputs Model Noise Pair Pattern Site VlmscopeError WeightEdit __version__
     attribute baselines compare edges edited examples explain faithfulness flow_table head_table inpaint

@@ -203,3 +203,17 @@ def test_the_interval_of_a_share_is_that_of_clopper_and_pearson(n):
         found = stats.share_interval([True] * yes + [False] * (n - yes))
         wanted = scipy_stats.binomtest(yes, n).proportion_ci(0.95, method="exact")
         assert found == pytest.approx([wanted.low, wanted.high], abs=1e-9)
+
+
+def test_ranks_and_rates_are_those_of_scipy():
+    """`scipy.stats` takes half a second to import, so that no command does."""
+    generator = np.random.default_rng(0)
+    for n in (1, 2, 7, 200):
+        p = generator.random(n) ** 4
+        p[generator.random(n) < 0.2] = p[0]
+        assert np.array_equal(stats.q_values(p), scipy_stats.false_discovery_control(p))
+        values = generator.integers(0, 5, (n, 3)) / 3
+        assert np.array_equal(stats.ranks(values), scipy_stats.rankdata(values, axis=0))
+    broken = stats.ranks([[1.0, 2.0], [np.nan, 1.0]])
+    assert np.array_equal(broken, [[np.nan, 2.0], [np.nan, 1.0]], equal_nan=True)
+    assert stats.q_values([np.nan]).shape == (1,) and stats.q_values([]).shape == (0,)

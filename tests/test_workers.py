@@ -35,8 +35,8 @@ from vlmscope.studies.run_folder import Run
 from vlmscope.studies.run_writer import Todo, open_run
 from vlmscope.studies.sweep import Study, swept
 from vlmscope.studies.workers import cluster, local, team
-from vlmscope.studies.workers.orders import Done, Named, Order
-from vlmscope.studies.workers.team import DEATHS, REASON, DiedError
+from vlmscope.studies.workers.orders import DiedError, Done, Named, Order
+from vlmscope.studies.workers.team import DEATHS, REASON
 from vlmscope.studies.workers.worker import Worker
 
 SITES = ["encoder.*.cross.h*@answer", "encoder.0.resid@*"]

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pandas as pd
 import torch
-from scipy import stats
+from scipy import special
 from torch import Tensor
 
 from vlmscope.checkpoint.others import embedder
@@ -29,7 +29,7 @@ from vlmscope.neurons.words import PICTURES, Array, Labels, Neurons, Recorded, W
 from vlmscope.progress import progress
 from vlmscope.runs.forward import editing
 from vlmscope.runs.model import Model
-from vlmscope.stats import interval, p_values, q_values, rng, share_interval
+from vlmscope.stats import interval, p_values, q_values, ranks, rng, share_interval
 from vlmscope.stored import formats
 
 Embed = Callable[[Sequence[str]], Tensor]
@@ -246,8 +246,8 @@ def auc(values: Array, labels: Labels) -> Array:
     0.875
     """
     count = labels.sum()
-    ranks = stats.rankdata(values, axis=0)[labels].sum(0)
-    return np.asarray((ranks - count * (count + 1) / 2) / (count * (len(labels) - count)))
+    sums = ranks(values)[labels].sum(0)
+    return np.asarray((sums - count * (count + 1) / 2) / (count * (len(labels) - count)))
 
 
 def selectivity(values: Array, labels: Labels) -> float:
@@ -387,4 +387,4 @@ def more_often(one: Labels, other: Labels) -> float:
     (0.03125, 1.0)
     """
     only, apart = int((one & ~other).sum()), int((one != other).sum())
-    return float(stats.binomtest(only, apart, alternative="greater").pvalue) if apart else 1.0
+    return float(special.bdtrc(only - 1, apart, 0.5)) if apart else 1.0

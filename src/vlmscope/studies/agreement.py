@@ -12,9 +12,8 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-import scipy
 
-from vlmscope.stats import share_bound
+from vlmscope.stats import ranks, share_bound
 
 KEYS = ["tower", "kind", "part"]
 RECALLS = (1, 3, 5, 10, 20, 50, 100, 200, 500)
@@ -107,8 +106,7 @@ def _correlations(score: np.ndarray[Any, Any], exact: np.ndarray[Any, Any]) -> t
     score, exact = score[changes], exact[changes]
     if len(score) < FEWEST or np.ptp(score) == 0 or np.ptp(exact) == 0:
         return np.nan, np.nan
-    ranks = scipy.stats.rankdata(score), scipy.stats.rankdata(exact)
-    return float(np.corrcoef(*ranks)[0, 1]), float(np.corrcoef(score, exact)[0, 1])
+    return float(np.corrcoef(ranks(score), ranks(exact))[0, 1]), float(np.corrcoef(score, exact)[0, 1])
 
 
 def _mean(values: list[float]) -> float | None:

@@ -13,6 +13,7 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from math import comb
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,6 @@ import numpy as np
 import pandas as pd
 import pyarrow.compute as pc
 from numpy.typing import NDArray
-from scipy import stats
 
 from vlmscope import stored
 from vlmscope.calls import Do, in_turn
@@ -406,11 +406,12 @@ def in_common(total: int, sizes: Sequence[int]) -> Scores:
     >>> in_common(4, [2, 2]).round(4).tolist()
     [0.1667, 0.6667, 0.1667]
     """
-    counts = np.arange(sizes[0] + 1)
-    spread = (counts == sizes[0]).astype(float)
+    counts = range(sizes[0] + 1)
+    spread = np.array([float(n == sizes[0]) for n in counts])
     for size in sizes[1:]:
-        parts = [p * stats.hypergeom.pmf(counts, total, n, size) for n, p in enumerate(spread) if p]
-        spread = np.sum(parts, axis=0)
+        all_of_them = comb(total, size)
+        ways = [[comb(n, k) * comb(total - n, size - k) if k <= size else 0 for k in counts] for n in counts]
+        spread = spread @ [[many / all_of_them for many in row] for row in ways]
     return spread
 
 

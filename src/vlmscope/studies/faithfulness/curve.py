@@ -14,7 +14,6 @@ from typing import Literal
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
-from scipy.integrate import trapezoid
 
 from vlmscope.stats import FEWEST, LEVEL, rng
 
@@ -105,7 +104,7 @@ def area(fractions: Sequence[float], f: Array) -> Array:
     >>> float(area(FRACTIONS, np.ones((1, 10)))[0])
     0.999
     """
-    return np.asarray(trapezoid(f, np.asarray(fractions), axis=-1)).round(15)
+    return np.asarray(np.trapezoid(f, np.asarray(fractions), axis=-1)).round(15)
 
 
 def sizes(fractions: Sequence[float], many: int) -> list[int]:

@@ -9,7 +9,6 @@ import numpy as np
 import pandas as pd
 import torch
 from numpy.typing import NDArray
-from scipy import stats
 from torch import Tensor
 
 from vlmscope.models.inputs import Edit
@@ -17,7 +16,7 @@ from vlmscope.patching import engine
 from vlmscope.patching.scores import logit_difference
 from vlmscope.progress import progress
 from vlmscope.sites import Site
-from vlmscope.stats import FEWEST, interval, p_values, q_values, rng
+from vlmscope.stats import FEWEST, interval, p_values, q_values, ranks, rng
 from vlmscope.stored import formats
 from vlmscope.studies.heads.asked import Array, AskedHeads, Key
 from vlmscope.studies.heads.observe import Attention, Observed, of_heads
@@ -163,7 +162,7 @@ def _spread(one: Observed, attention: Attention, maps: Array) -> Array:
     reach = 3 * 1.4826 * np.median(np.abs(norms - middle))
     outlying = ((norms > middle + max(reach, 1e-6 * middle)) & dull) | ~inside
     share = maps / np.maximum(maps.sum(1, keepdims=True), 1e-300)
-    rank = (stats.rankdata(norms) - 0.5) / len(norms)
+    rank = (ranks(norms) - 0.5) / len(norms)
     entropy = -(share * np.log(np.clip(share, 1e-300, None))).sum(1) / np.log(len(norms))
     return np.stack([(share * outlying).sum(1), (share * rank).sum(1), entropy], axis=1)
 
@@ -175,8 +174,8 @@ def _overlap(attention: Attention, objects: Array) -> dict[str, Array]:
     maps = attention.maps[:, inside]
     above = maps - attention.average[inside]
     size, patches = objects.sum(1), maps.shape[1]
-    ranks = stats.rankdata(above, axis=1) @ objects.T
-    auc = (ranks - size * (size + 1) / 2) / (size * np.clip(patches - size, 1, None))
+    sums = ranks(above.T).T @ objects.T
+    auc = (sums - size * (size + 1) / 2) / (size * np.clip(patches - size, 1, None))
 
     def iou(chosen: NDArray[np.bool_]) -> Array:
         both = chosen.astype(float) @ objects.T

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
-from scipy import stats
+from scipy import special
 from torch import Tensor
 
 from vlmscope import stored
@@ -246,11 +246,13 @@ def _layers(
             own, nulls = effects[:, p, s, 0], effects[:, p, s, 1:].mean(0)
             (low,), (high,) = interval(own[:, None])
             null, spread = nulls.mean(), nulls.std(ddof=1) * np.sqrt(1 + 1 / random)
-            reach = spread * stats.t.ppf(1 - LEVEL / 2, random - 1)
+            reach = spread * special.stdtrit(random - 1, 1 - LEVEL / 2)
             t = (own.mean() - null) / spread if spread > 0 else np.nan
             place = (str(site), site.tower, site.layer, site.kind, site.position, strength, len(own))
             ends = (own.mean(), low, high, null, null - reach, null + reach)
-            rows.append((*place, *ends, 2 * stats.t.sf(abs(t), random - 1), p == int(first[:, s].argmax())))
+            rows.append(
+                (*place, *ends, 2 * special.stdtr(random - 1, -abs(t)), p == int(first[:, s].argmax()))
+            )
     table = pd.DataFrame(rows, columns=formats.STEER.tables["layers.csv"].names[:-2])
     table["q_value"] = q_values(table["p_value"])
     table["works"] = (table["low"] > 0) & (table["effect"] > table["null"]) & (table["q_value"] < LEVEL)

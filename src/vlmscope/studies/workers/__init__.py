@@ -15,11 +15,11 @@ from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
 from vlmscope.errors import VlmscopeError, whole
-from vlmscope.studies.workers import cluster, local
+from vlmscope.studies.workers import local
 from vlmscope.studies.workers.orders import Given
-from vlmscope.studies.workers.team import Team
 
 if TYPE_CHECKING:
+    from vlmscope.studies.workers.team import Team
     from vlmscope.studies.workers.worker import Alone
 
 
@@ -60,4 +60,6 @@ def started(
         )
     if address is None:
         return local.started(workers or os.cpu_count() or 1, device, set_up)
+    from vlmscope.studies.workers import cluster
+
     return cluster.started(workers, address, device, set_up)

@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from vlmscope.errors import VlmscopeError, line, shown
-from vlmscope.studies.workers.orders import Answer
+from vlmscope.studies.workers.orders import Answer, DiedError
 from vlmscope.studies.workers.process import Process
-from vlmscope.studies.workers.team import DiedError, Team
+from vlmscope.studies.workers.team import Team
 
 PATIENCE = 10.0
 """Seconds for a cluster to answer; and to start a worker, until a line says what is waited for."""

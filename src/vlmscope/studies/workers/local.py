@@ -14,12 +14,14 @@ from multiprocessing.connection import Connection
 from queue import SimpleQueue
 from subprocess import DEVNULL, Popen
 from threading import Thread
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from vlmscope.errors import VlmscopeError
-from vlmscope.studies.workers.orders import Answer
+from vlmscope.studies.workers.orders import Answer, DiedError
 from vlmscope.studies.workers.process import Process
-from vlmscope.studies.workers.team import DiedError, Team
+
+if TYPE_CHECKING:
+    from vlmscope.studies.workers.team import Team
 
 
 @contextmanager
@@ -31,7 +33,10 @@ def started(
         raise VlmscopeError("processes of one machine are not started on Windows; share with --shard instead")
     crew = Local(set_up, device != "cpu")
     try:
-        yield partial(Team, crew, [crew.start() for _ in range(workers)])
+        first = [crew.start() for _ in range(workers)]
+        from vlmscope.studies.workers.team import Team  # what it needs is imported beside them
+
+        yield partial(Team, crew, first)
     finally:
         crew.end()
 

@@ -1,4 +1,7 @@
-"""What travels between the process that holds the folders and its workers. The former needs no torch."""
+"""What travels between the process that holds the folders and its workers.
+
+Nothing large is imported here, so that workers are started before anything is.
+"""
 
 from __future__ import annotations
 
@@ -8,10 +11,13 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
-from vlmscope.studies.run_writer import Part
-
 if TYPE_CHECKING:
     from vlmscope.runs.model import Model
+    from vlmscope.studies.run_writer import Part
+
+
+class DiedError(Exception):
+    """A worker has died."""
 
 
 @dataclass(frozen=True)

@@ -16,17 +16,13 @@ from vlmscope.errors import VlmscopeError, line
 from vlmscope.progress import progress
 from vlmscope.studies.run_folder import Run, read_run
 from vlmscope.studies.run_writer import Todo, Writer, claim, differing, open_run, remove_leftovers
-from vlmscope.studies.workers.orders import About, Answer, Given, Order
+from vlmscope.studies.workers.orders import About, Answer, DiedError, Given, Order
 
 DEATHS = 3
 """Workers that die on an example until it is left out, and that die before they begin until the run ends."""
 AT_ONCE = 0.5
 """Seconds of work that a worker is given at once: each call costs it, and this process, some milliseconds."""
 REASON = f"{DEATHS} workers died on it; take fewer of them if they lack memory, or run it alone"
-
-
-class DiedError(Exception):
-    """A worker has died."""
 
 
 class Crew(Protocol):
