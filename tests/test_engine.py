@@ -14,9 +14,10 @@ from vlmscope.errors import RoomError
 from vlmscope.models.inputs import Edit, Pair
 from vlmscope.patching import engine, reference
 from vlmscope.patching.flows import Rows
-from vlmscope.patching.trace import Images
+from vlmscope.patching.trace import Images, trace
 from vlmscope.runs import corrupt
 from vlmscope.runs.corrupt import Noise
+from vlmscope.runs.forward import forward
 from vlmscope.runs.model import Model
 from vlmscope.sites import Pattern, Site, expand, place
 
@@ -319,6 +320,20 @@ def test_one_image_is_encoded_once(monkeypatch):
 def ablate(model, pair, sites, values):
     """Values are written into the clean run, with nothing corrupt beside it."""
     return engine.patch(model, replace(pair, corrupt=pair.clean), sites, "noise", values=values)
+
+
+def test_an_edit_within_the_vision_tower_is_of_its_own_run():
+    """It is made anew where the picture is known, and what it gives stands for no other run."""
+    model, images = blip(), Images()
+    inputs = model.prepare(example()).clean
+    (site,) = placed(model, model.prepare(example()), ["vision.0.resid@all"])
+    edits = [Edit(site, "scale", 0.0)]
+    plain, edited = (forward(model, inputs, some).logits for some in ((), edits))
+    assert (plain - edited).abs().max() > 1e-3
+    for some, wanted in ((edits, edited), ((), plain), (edits, edited), ((), plain)):
+        found = trace(model, inputs, some, (), images, 1)
+        torch.testing.assert_close(found.logits, wanted, rtol=1e-12, atol=1e-12)
+    assert len(images) == 1
 
 
 def test_ablate_sets_what_it_is_given():

@@ -23,6 +23,7 @@ from vlmscope.studies.faithfulness import mib
 from vlmscope.studies.faithfulness.curve import FRACTIONS, Shares, area, random_like
 from vlmscope.studies.faithfulness.parts import name_of, parts_of
 from vlmscope.studies.faithfulness.scores import Scores, by_part, split
+from vlmscope.studies.run_folder import read_run
 
 HEADS = ["decoder.*.attn.h*@all", "decoder.*.mlp@all"]
 LAST = "decoder.2.attn.h*@all"
@@ -243,6 +244,27 @@ def test_a_folder_goes_on_and_is_read_back(model, scored, whole, tmp_path, monke
         vlmscope.faithfulness(model, given, tmp_path / "run", "image")
     with pytest.raises(StoreError, match="a run that holds measured, no effects"):
         vlmscope.read_run(tmp_path / "run").effects()
+
+
+def test_what_the_scores_have_heard_is_not_asked_again(model, scored, whole, monkeypatch):
+    """Of the same precision: that of another is another model's answer."""
+    asked = []
+
+    def answer(inputs, edits=()):
+        asked.append(inputs)
+        return "unheard"
+
+    monkeypatch.setattr(model, "answer", answer)
+    again = vlmscope.faithfulness(model, others(8), scored, "image", draws=2)
+    assert not asked
+    pd.testing.assert_frame_equal(again.table, whole.table)
+    vlmscope.faithfulness(model, others(19), scored, "image", draws=2)
+    assert len(asked) == 11, "the eight choose, and the others are measured"
+    run = read_run(scored)
+    other = replace(run, spec=run.spec | {"dtype": "float16"})
+    monkeypatch.setattr("vlmscope.studies.faithfulness.scores.read_run", lambda path: other)
+    vlmscope.faithfulness(model, others(8), scored, "image", draws=2)
+    assert len(asked) > 11
 
 
 def test_words(whole):

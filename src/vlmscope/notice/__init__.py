@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, Any
 
 from vlmscope import files
 from vlmscope.calls import Calls
+from vlmscope.data import BUILT_IN
 from vlmscope.errors import DataError, StoreError
 from vlmscope.notice.kept import lines_of
 from vlmscope.notice.spec import Spec as Spec
@@ -71,7 +72,10 @@ def run(
     def do(calls: Calls) -> Iterator[Any]:
         return team.each((_Given.call, *call) for call in calls)
 
-    [(sweeps, lines)] = team.each([(_Given.do, "prepare")])
+    [_] = team.each([(_Given.do, "check")])
+    for _ in team.each((_Given.do, "draw", data) for data in spec.data if data in BUILT_IN):
+        pass
+    [(sweeps, lines)] = team.each([(_Given.do, "sweeps")])
     for text in lines:
         say(text)
     costs = list(team.each([(_Given.do, "cost", *key) for key in sweeps]))

@@ -65,27 +65,33 @@ class Pipeline:
         came by them."""
         spec, sets = self.spec, {}
         for data in spec.data:
-            found: Sequence[Example]
-            if data in BUILT_IN:
-                file = self.folder / "data" / f"{data}.csv"
-                if not file.exists():
-                    write_csv(file, _read(spec, data, spec.limit))
-                found = read_csv(file)
-            else:
-                found = _read(spec, data, spec.limit)
+            found = read_csv(self._drawn(data)) if data in BUILT_IN else _read(spec, data, spec.limit)
             found, counts = _with_prompts(spec, self.model, found)
             sets[name_of(data)] = list(found), counts
         return sets
 
-    def prepare(self) -> tuple[list[Sweep], list[str]]:
-        """Check all places, keep the specification and the examples; the sweeps, and lines to show."""
-        spec, lines = self.spec, []
+    def _drawn(self, data: str) -> Path:
+        return self.folder / "data" / f"{data}.csv"
+
+    def check(self) -> None:
+        """Check all places, and keep the specification."""
+        spec = self.spec
         few = [_read(spec, d, 6 if d in BUILT_IN else spec.limit) for d in spec.data]
         _check_places(spec, few, self.model, sites_of(spec, self.model))
         if not (self.folder / "notice.toml").exists():
             with files.storing(self.folder):
                 self.folder.mkdir(parents=True, exist_ok=True)
             spec.save(self.folder / "notice.toml")
+
+    def draw(self, data: str) -> None:
+        """Keep the examples of a built-in set."""
+        file = self._drawn(data)
+        if not file.exists():
+            write_csv(file, _read(self.spec, data, self.spec.limit))
+
+    def sweeps(self) -> tuple[list[Sweep], list[str]]:
+        """The sweeps, and lines to show."""
+        spec, lines = self.spec, []
         for name, (found, counts) in self.sets.items():
             if counts:
                 words = ", ".join(f"{many} {what}" for what, many in counts.items() if many)

@@ -49,13 +49,14 @@ def trace(
     images: Images,
     positions: int,
 ) -> Trace:
-    """One plain run. A picture that is known is not encoded again, unless its tower is looked into (or has no
-    `output` to go on from, as LLaVA's)."""
+    """One plain run. A picture that is known is not encoded again, unless its tower is looked into or edited
+    (or has no `output` to go on from, as LLaVA's)."""
     first, family = next(iter(network.family.towers)), network.family
-    inside = any(p.tower == first and p.kind != "output" for p in points)
-    whole = family.towers[first].output and network.flow(first, inputs) != "plain"
+    changes = network.changes(inputs, edits)
+    is_edited = any(_inside(change.site.point, first) for change in changes)
+    whole = family.towers[first].output and network.flow(first, inputs) != "plain" and not is_edited
     pixels = inputs.tensors[family.pixels]
-    known = None if inside or not whole else images.get(pixels)
+    known = None if any(_inside(p, first) for p in points) or not whole else images.get(pixels)
     found = Trace()
     with network.alone(), _recording(network, inputs, found):
         if known is None:
@@ -64,7 +65,7 @@ def trace(
                 images.setdefault(pixels, found.outputs[first])
             return found
         found.outputs[first] = known
-        output = edited_output(network, known, first, network.changes(inputs, edits))
+        output = edited_output(network, known, first, changes)
         with editing(network, inputs, edits), Hooks() as hooks:
             for point in points:
                 if point.tower == first:
@@ -73,6 +74,10 @@ def trace(
                     hook(hooks, network, point, inputs, partial(keep_value, found.values, point, False))
             found.logits = family.finish(network.hf, inputs, first, output, positions)[0]
     return found
+
+
+def _inside(point: Point, tower: str) -> bool:
+    return point.tower == tower and point.kind != "output"
 
 
 @contextmanager

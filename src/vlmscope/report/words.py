@@ -22,7 +22,7 @@ TOWERS = {"vision": "vision tower", "qformer": "Q-Former", "encoder": "text enco
 
 def kinds_in(rows: pd.DataFrame) -> list[str]:
     """The kinds of sites in a table, in the order in which they are shown."""
-    held = set(rows["kind"])
+    held = rows["kind"].unique()
     return [kind for kind in KINDS if kind in held]
 
 

@@ -110,7 +110,7 @@ def find(
     of_run = partial(heads_of, position=position, seed=seed)
     heads = pd.concat(do((of_run, one, name) for name, one in named.items()), ignore_index=True)
     baselines = {name: one.baselines() for name, one in named.items()}
-    groups = _sharing(named)
+    groups = _sharing(named, baselines)
     about = {
         "format": formats.CIRCUITS.name,
         "runs": list(map(str, paths)),
@@ -377,12 +377,12 @@ def _against_chance(
     return both, float(np.arange(len(spread)) @ spread), p
 
 
-def _sharing(runs: Mapping[str, Run]) -> dict[str, int]:
+def _sharing(runs: Mapping[str, Run], baselines: Mapping[str, pd.DataFrame]) -> dict[str, int]:
     """A number for each run, the same for runs of one model that share examples, if only by a third run."""
     numbers: dict[str, int] = {}
     held: dict[str, set[tuple[object, ...]]] = {}
     for number, (name, run) in enumerate(runs.items()):
-        base, of = run.baselines(), (run.spec.get("weights"), run.spec.get("data"))
+        base, of = baselines[name], (run.spec.get("weights"), run.spec.get("data"))
         held[name] = {(*of, example) for example in base.loc[~base["excluded"], "example"]}
         sharing = {n for other, n in numbers.items() if held[other] & held[name]}
         numbers = {other: number if n in sharing else n for other, n in numbers.items()} | {name: number}

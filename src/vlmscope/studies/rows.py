@@ -76,7 +76,9 @@ def answer_of(task: Task, job: Todo, example: Example, pair: Pair) -> dict[str, 
     """What the model answers, unless the folder has it."""
     if job.done:
         return {}
-    predicted = task.model.answer(pair.clean)
+    predicted = task.answers.get(task.digests[job.number])
+    if predicted is None:
+        predicted = task.model.answer(pair.clean)
     return {"predicted": predicted, "correct": agrees(predicted, example.answer)}
 
 

@@ -310,7 +310,7 @@ def choose(
             f"the table holds values from {len(sources)} places, which are not averaged; keep one, as in "
             f"effects[effects['source_site'].str.startswith('{sources[0]}@')]"
         )
-    if tower is None and kind in set(rows["kind"]):
+    if tower is None and kind in rows["kind"].unique():
         rows = rows[rows["kind"] == kind]
     for column, name, known in (("tower", tower, TOWERS), ("kind", kind, HEAD_KINDS if heads else KINDS)):
         held = sorted(rows[column].unique(), key=lambda x: (*known, x).index(x))
@@ -341,7 +341,7 @@ def at_slot(rows: pd.DataFrame, slot: str = "readout") -> tuple[str, pd.DataFram
 
     Raises `DataError` where the rows hold no such slot.
     """
-    tower, held = str(rows["tower"].iloc[0]), set(rows["slot"])
+    tower, held = str(rows["tower"].iloc[0]), rows["slot"].unique()
     wanted = {"readout": ("readout", "answer", "last"), "last": ("readout", "last")}.get(slot, (slot,))
     for name in wanted[:1] if tower == "decoder" else wanted:
         at = "-1" if name == "last" else name
@@ -397,8 +397,9 @@ def slot_order(rows: pd.DataFrame) -> list[str]:
                 before = key
             keys[slot] = min(keys.get(slot, key), key)
     together = ("all", "text", "image")
-    others = sorted(set(places["slot"]) - set(keys), key=lambda slot: ((*together, slot).index(slot), slot))
-    return [*sorted(keys, key=lambda slot: keys[slot]), *others]
+    others = set(places["slot"].unique()) - set(keys)
+    last = sorted(others, key=lambda slot: ((*together, slot).index(slot), slot))
+    return [*sorted(keys, key=lambda slot: keys[slot]), *last]
 
 
 def _text_key(slot: str, ranks: dict[str, int]) -> tuple[int, ...] | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any, Literal, NamedTuple, get_args
@@ -52,7 +52,8 @@ PACKAGES = ("vlmscope", "torch", "transformers", "torchvision", "pillow")
 class Task:
     """All that decides what is in the table. `sites` and `source` are expressions; see `sweep`.
 
-    A shard runs every so many of the examples; what is of all of them (means, a screen) stays so.
+    A shard runs every so many of the examples; what is of all of them (means, a screen) stays so. `answers`
+    are what another run of the model has heard it answer, by the fingerprints of examples.
     """
 
     model: Model
@@ -67,6 +68,7 @@ class Task:
     patch: Source | Cut = "clean"
     source: str | None = None
     shard: Shard | None = None
+    answers: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def numbers(self) -> range:

@@ -104,6 +104,7 @@ def plan_of(
         "metric": metric,
         "patch": "clean" if outside == "corrupt" else outside,
         "seed": seed,
+        "answers": ranked.answers or {},
     }
     task = task_of(model, parted.measured, parts.expressions, corruption, **options, shard=shard)
     choosing = (

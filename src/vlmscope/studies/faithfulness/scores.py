@@ -38,7 +38,8 @@ class Scores(NamedTuple):
     `digests` are the fingerprints of the examples, by the rows' names, None where these are not known.
     `circuit` is one that is given as such. Scores without a sign have one ranking alone. `least` is the
     |mean| that a head of a circuit has to exceed, where `circuits` is what found them, else None. `edges` are
-    the parts, where these are edges.
+    the parts, where these are edges. `answers` are what the model has answered, by `digests`, where it was
+    asked.
     """
 
     what: str
@@ -49,6 +50,7 @@ class Scores(NamedTuple):
     signed: bool = True
     least: float | None = None
     edges: Edges | None = None
+    answers: Mapping[str, str] | None = None
 
 
 class Split(NamedTuple):
@@ -80,7 +82,7 @@ def read(source: str | os.PathLike[str], model: Network, corruption: str, data: 
             names = [f"{tower}.{layer}.{kind}.h{head}" for layer, head in scores.columns]
             tables.append(scores.set_axis(names, axis=1))
         least = circuits.SHARE * circuits.gap_of(run.baselines())
-        return _of_run(run, "circuits", pd.concat(tables, axis=1).dropna(), least=least)
+        return _of_run(run, model, "circuits", pd.concat(tables, axis=1).dropna(), least=least)
     run = read_run(path)
     _check(run, model, corruption)
     if table_in(run.spec) == "measured":
@@ -93,10 +95,10 @@ def read(source: str | os.PathLike[str], model: Network, corruption: str, data: 
     if table_in(run.spec) == "attributions":
         method, rows = run.spec["method"], run.attributions()
         scores = by_part(rows.assign(score=sign * rows["score"]), path)
-        return _of_run(run, f"attributions ({method})", scores, signed=method != UNSIGNED)
+        return _of_run(run, model, f"attributions ({method})", scores, signed=method != UNSIGNED)
     rows = run.effects()
     value = change_of(rows)
-    return _of_run(run, "effects", by_part(rows.assign(score=sign * rows[value]), path))
+    return _of_run(run, model, "effects", by_part(rows.assign(score=sign * rows[value]), path))
 
 
 def _of_edges(run: Run, model: Network, sign: float) -> Scores:
@@ -106,11 +108,12 @@ def _of_edges(run: Run, model: Network, sign: float) -> Scores:
     parts = Edges(tower, model.shapes[tower], {named(*edge): (Edge(*edge),) for edge in ends})
     table = (sign * rows.pivot_table("score", "example", ["source", "target"])).rename_axis(index=None)
     table = table.set_axis([named(*edge) for edge in table], axis=1)
-    return _of_run(run, f"edges ({run.spec['method']})", table, edges=parts)
+    return _of_run(run, model, f"edges ({run.spec['method']})", table, edges=parts)
 
 
 def _of_run(
     run: Run,
+    model: Network,
     what: str,
     table: pd.DataFrame,
     *,
@@ -119,7 +122,10 @@ def _of_run(
     edges: Edges | None = None,
 ) -> Scores:
     digests = {name: digest for name, digest in run.digests().items() if name in table.index}
-    return Scores(what, table, digests, str(run.spec.get("data")), None, signed, least, edges)
+    said = run.baselines().set_index("example")["predicted"].dropna()
+    is_same = run.spec.get("dtype") == model.precision  # the weights are
+    answers = {digests[name]: word for name, word in said.items() if name in digests} if is_same else None
+    return Scores(what, table, digests, str(run.spec.get("data")), None, signed, least, edges, answers)
 
 
 def _check(run: Run, model: Network, corruption: str) -> None:

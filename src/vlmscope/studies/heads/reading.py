@@ -23,7 +23,7 @@ from vlmscope.models.inputs import Edit, Pair
 from vlmscope.patching import engine
 from vlmscope.patching.scores import Baselines, logit_difference
 from vlmscope.patching.trace import Images, given, trace
-from vlmscope.runs.forward import forward, paying
+from vlmscope.runs.forward import paying
 from vlmscope.sites import KINDS, Point, Site
 from vlmscope.studies.heads.asked import Array, AskedHeads, Key
 
@@ -179,7 +179,7 @@ class _Reader:
             # Of all kinds at once: no layer changes what another one reads.
             edits = [edit for key in whole for edit in self._inside(key, part, clean, base)]
             with paying(model, pair.corrupt, {key: at[key] for key in whole}) as inner[name]:
-                forward(model, pair.corrupt, [*pair.edits, *edits])
+                trace(model, pair.corrupt, [*pair.edits, *edits], (), images, 1)
         parts: list[Part] = []
         for key in whole:
             mixed = {name: self.own(key, maps[key]) for name, maps in inner.items()}
