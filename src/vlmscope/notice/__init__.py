@@ -84,7 +84,7 @@ def run(
     useful = []
     for name, corrupt in sweeps:
         say(f"{name}, {corrupt} corrupted")
-        options = {"spec": spec, "name": name, "corrupt": corrupt}
+        options = {"spec": spec, "out": folder, "name": name, "corrupt": corrupt}
         made, _ = team.fill(folder / "runs" / f"{name}-{corrupt}", SWEPT, options)
         base = made.baselines()
         say("\n".join(f"  {line}" for line in [*knows(base).lines(), made.check_line()]))

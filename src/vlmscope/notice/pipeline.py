@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import re
 import shutil
+from collections import ChainMap
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -104,7 +105,9 @@ class Pipeline:
         done = len(read_run(path).baselines()) if (path / "run.json").exists() else 0
         left, seconds, size, patches = all_of_it[done:], 0.0, 0, 0
         if left:
-            made = swept_of(self.model, {name: left}, spec=self.spec, name=name, corrupt=corrupt)
+            made = swept_of(
+                self.model, {name: left}, spec=self.spec, out=self.folder, name=name, corrupt=corrupt
+            )
             seconds, size, patches = estimate(made.task, self.is_warm)[:3]
             self.is_warm = True
         many = len(all_of_it)
@@ -218,11 +221,14 @@ def sites_of(spec: Spec, model: Model) -> tuple[str, ...]:
 
 
 def swept_of(
-    model: Model, sets: Mapping[str, Sequence[Example]], *, spec: Spec, name: str, corrupt: str
+    model: Model, sets: Mapping[str, Sequence[Example]], *, spec: Spec, out: Path, name: str, corrupt: str
 ) -> Study:
-    """The sweep of a set with a corruption."""
-    sites = sites_of(spec, model)
-    return swept(model, sets[name], sites, corrupt, seed=spec.seed, data=name, select=spec.select)
+    """The sweep of a set with a corruption; what another sweep of it has heard is not asked again."""
+    paths = [out / "runs" / f"{name}-{other}" for other in spec.corrupt if other != corrupt]
+    runs = [read_run(path) for path in paths if (path / "run.json").exists()]
+    answers = ChainMap(*(run.answers(model.fingerprint(), model.precision) for run in runs))
+    options: dict[str, Any] = {"seed": spec.seed, "data": name, "select": spec.select, "answers": answers}
+    return swept(model, sets[name], sites_of(spec, model), corrupt, **options)
 
 
 def default_sites(model: Model) -> tuple[str, ...]:

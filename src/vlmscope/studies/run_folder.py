@@ -191,6 +191,14 @@ class Run:
             table["example"][0].as_py(): digest for digest, table in rows if not table["excluded"][0].as_py()
         }
 
+    def answers(self, weights: str, dtype: str) -> dict[str, str]:
+        """What a model answers, by the examples' fingerprints, if the run is of its weights and precision."""
+        if (self.spec.get("weights"), self.spec.get("dtype")) != (weights, dtype):
+            return {}
+        pieces = pieces_of(self.path, "baselines", BASELINES)
+        said = {held.digest: table["predicted"][0].as_py() for _, held, table in pieces if table.num_rows}
+        return {digest: word for digest, word in said.items() if digest and word is not None}
+
     def _rows(self, name: str, where: pc.Expression | None) -> pd.DataFrame:
         if name != (there := table_in(self.spec)):
             raise StoreError(f"{self.path}: a run that holds {there}, no {name}; name one that does")

@@ -104,7 +104,7 @@ def plan_of(
         "metric": metric,
         "patch": "clean" if outside == "corrupt" else outside,
         "seed": seed,
-        "answers": ranked.answers or {},
+        "answers": ranked.answers,
     }
     task = task_of(model, parted.measured, parts.expressions, corruption, **options, shard=shard)
     choosing = (

@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import NamedTuple
 
 import numpy as np
@@ -38,8 +39,7 @@ class Scores(NamedTuple):
     `digests` are the fingerprints of the examples, by the rows' names, None where these are not known.
     `circuit` is one that is given as such. Scores without a sign have one ranking alone. `least` is the
     |mean| that a head of a circuit has to exceed, where `circuits` is what found them, else None. `edges` are
-    the parts, where these are edges. `answers` are what the model has answered, by `digests`, where it was
-    asked.
+    the parts, where these are edges. `answers` are what the model answers, by `digests`, where it was asked.
     """
 
     what: str
@@ -50,7 +50,7 @@ class Scores(NamedTuple):
     signed: bool = True
     least: float | None = None
     edges: Edges | None = None
-    answers: Mapping[str, str] | None = None
+    answers: Mapping[str, str] = MappingProxyType({})
 
 
 class Split(NamedTuple):
@@ -122,9 +122,7 @@ def _of_run(
     edges: Edges | None = None,
 ) -> Scores:
     digests = {name: digest for name, digest in run.digests().items() if name in table.index}
-    said = run.baselines().set_index("example")["predicted"].dropna()
-    is_same = run.spec.get("dtype") == model.precision  # the weights are
-    answers = {digests[name]: word for name, word in said.items() if name in digests} if is_same else None
+    answers = run.answers(model.fingerprint(), model.precision)
     return Scores(what, table, digests, str(run.spec.get("data")), None, signed, least, edges, answers)
 
 
