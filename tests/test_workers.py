@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import itertools
 import os
 import signal
@@ -16,6 +17,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cache, partial
+from multiprocessing import connection
 from pathlib import Path
 from random import Random
 from types import SimpleNamespace
@@ -505,6 +507,78 @@ def test_what_travels_between_processes() -> None:
     finally:
         crew.end()
     assert all(actor.process.poll() is not None for actor in crew.actors)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="forks are of Linux alone")
+def test_processes_that_are_started_together_are_forks_of_one() -> None:
+    """Each dies alone; and when all is over none is left, even where what they are forks of was killed."""
+    for is_killed in (False, True):
+        crew = local.Local(quiet, has_gpu=False)
+        try:
+            actors = crew.start_together(3)
+            assert len({actor.process for actor in actors}) == 1
+            for actor in actors:
+                crew.answer(crew.ask(actor, "begin", GIVEN))
+            ids = [crew.answer(crew.ask(actor, "call", own_id)).value for actor in actors]
+            assert len({*ids, actors[0].process.pid}) == 4
+            os.kill(ids[1], signal.SIGKILL)
+            with pytest.raises(DiedError, match=r"its process ended$"):
+                crew.answer(crew.ask(actors[1], "call", doubled, 2))
+            other = crew.start()
+            assert other.process is not actors[0].process
+            if is_killed:
+                os.kill(actors[0].process.pid, signal.SIGKILL)
+                actors[0].process.wait()
+            assert crew.answer(crew.ask(actors[2], "call", doubled, 2)).value == 4
+        finally:
+            crew.end()
+        deadline = time.monotonic() + 10
+        while any(is_running(one) for one in ids):
+            assert time.monotonic() < deadline, "a fork is left"
+            time.sleep(0.01)
+
+
+def own_id(given: Any) -> int:
+    return os.getpid()
+
+
+def is_running(number: int) -> bool:
+    """Whether there is such a process, which has not ended."""
+    with contextlib.suppress(OSError):
+        return Path(f"/proc/{number}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    return False
+
+
+def test_with_gpus_each_process_is_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    started: list[int] = []
+    crew = local.Local(quiet, has_gpu=True)
+    monkeypatch.setattr(crew, "_start", lambda many: started.append(many) or [many])
+    assert crew.start_together(3) == [1, 1, 1] == started
+
+
+def test_a_machine_without_room_for_another_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The lines of forks that could not be made end."""
+    pipes = [connection.Pipe() for _ in range(2)]
+
+    class OverError(BaseException):
+        """Where the process ends."""
+
+    def refuse(*_: Any) -> Any:
+        raise BlockingIOError("Resource temporarily unavailable")
+
+    def over(*_: Any) -> Any:
+        raise OverError
+
+    monkeypatch.setattr(local.os, "fork", refuse)
+    monkeypatch.setattr(local.os, "wait", over)
+    with pytest.raises(OverError):
+        local._forked([os.dup(other.fileno()) for _, other in pipes])
+    gc.unfreeze()
+    for line, other in pipes:
+        other.close()
+        with pytest.raises(EOFError):
+            line.recv()
+        line.close()
 
 
 def quiet() -> None:

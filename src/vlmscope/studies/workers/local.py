@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import pickle
 import sys
@@ -9,9 +10,11 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
+from itertools import count, islice
 from multiprocessing import connection
 from multiprocessing.connection import Connection
 from queue import SimpleQueue
+from signal import SIGKILL
 from subprocess import DEVNULL, Popen
 from threading import Thread
 from typing import TYPE_CHECKING, Any
@@ -33,7 +36,7 @@ def started(
         raise VlmscopeError("processes of one machine are not started on Windows; share with --shard instead")
     crew = Local(set_up, device != "cpu")
     try:
-        first = [crew.start() for _ in range(workers)]
+        first = crew.start_together(workers)
         from vlmscope.studies.workers.team import Team  # what it needs is imported beside them
 
         yield partial(Team, crew, first)
@@ -43,11 +46,13 @@ def started(
 
 @dataclass(eq=False)
 class Actor:
-    """One process, the line to it, and its number among those that live; it is asked one thing at a time."""
+    """One process, the line to it, and its number among those that live; it is asked one thing at a time.
+    `process` is what was started: itself, or what it and others are forks of."""
 
     process: Popen[bytes]
     line: Connection
     number: int
+    is_fork: bool
 
 
 class Local:
@@ -57,27 +62,41 @@ class Local:
     def __init__(self, set_up: Callable[[], object], has_gpu: bool) -> None:
         self.set_up, self.has_gpu, self.actors = set_up, has_gpu, list[Actor]()
 
+    def start_together(self, many: int) -> list[Actor]:
+        """So many of them. Without GPUs they are forks of one process, which has imported what all need."""
+        # CUDA's driver and macOS' own libraries do not work in a fork.
+        if sys.platform == "linux" and not self.has_gpu:
+            return self._start(many)
+        return [self.start() for _ in range(many)]
+
     def start(self) -> Actor:
+        [actor] = self._start(1)
+        return actor
+
+    def _start(self, many: int) -> list[Actor]:
         self.actors = [actor for actor in self.actors if actor.process.poll() is None]
         taken = {actor.number for actor in self.actors}
-        number = next(n for n in range(len(taken) + 1) if n not in taken)
-        line, other = connection.Pipe()
-        code = f"from vlmscope.studies.workers.local import serve; serve({other.fileno()})"
+        free = islice((n for n in count() if n not in taken), many)
+        lines, others = zip(*(connection.Pipe() for _ in range(many)), strict=True)
+        ends = [other.fileno() for other in others]
+        code = f"from vlmscope.studies.workers.local import serve; serve(*{ends})"
         process = Popen(
             [sys.executable, "-P", "-c", code],
             env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
-            pass_fds=[other.fileno()],
+            pass_fds=ends,
             start_new_session=True,  # Ctrl-C is the driver's, which ends it
             stdin=DEVNULL,
             stdout=DEVNULL,  # the command's own; errors travel
             stderr=DEVNULL,
         )
-        other.close()  # so that the line ends where the process does
-        actor = Actor(process, line, number)
-        self.actors.append(actor)
-        with suppress(OSError):  # it is dead, as its answer says
-            line.send((self.set_up, number if self.has_gpu else None))
-        return actor
+        for other in others:
+            other.close()  # so that the line ends where the process does
+        found = [Actor(process, line, number, many > 1) for line, number in zip(lines, free, strict=True)]
+        self.actors += found
+        for actor in found:
+            with suppress(OSError):  # it is dead, as its answer says
+                actor.line.send((self.set_up, actor.number if self.has_gpu else None))
+        return found
 
     def ask(self, actor: Actor, method: str, *given: Any) -> Actor:
         with suppress(OSError):
@@ -92,8 +111,10 @@ class Local:
         try:
             answer = asked.line.recv()
         except (EOFError, OSError) as error:
-            code = asked.process.wait()
             asked.line.close()
+            if asked.is_fork:
+                raise DiedError("its process ended") from error
+            code = asked.process.wait()
             how = f"signal {-code}" if code < 0 else f"exit status {code}"
             raise DiedError(f"its process ended with {how}") from error
         if isinstance(answer, Exception):
@@ -101,18 +122,21 @@ class Local:
         return answer  # type: ignore[no-any-return]
 
     def end(self) -> None:
+        for process in {actor.process for actor in self.actors}:
+            if process.poll() is None:
+                os.killpg(process.pid, SIGKILL)  # with its forks
+            process.wait()
         for actor in self.actors:
-            actor.process.kill()
-        for actor in self.actors:
-            actor.process.wait()
-            actor.line.close()
+            actor.line.close()  # which ends the forks of one that was killed
 
 
 # -- in the process ------------------------------------------------------------------------------
 
 
-def serve(number: int) -> None:
-    """What a process does, with the line that has this number, until the driver has ended."""
+def serve(*numbers: int) -> None:
+    """What a process does, with the line that has this number, until the driver has ended; with the lines of
+    several, each of as many forks."""
+    number = numbers[0] if len(numbers) == 1 else _forked(numbers)
     line, calls = Connection(number), SimpleQueue[Any]()
     Thread(target=_listen, args=(line, calls), daemon=True).start()
     set_up, gpu = _opened(calls)
@@ -125,6 +149,26 @@ def serve(number: int) -> None:
             line.send(process.do(method, *given))
         except Exception as error:
             line.send(_sendable(error))
+
+
+def _forked(numbers: Sequence[int]) -> int:
+    """Import what is needed, and become as many forks; gives each its number. The process itself waits for
+    them to end: as long as it is there, no other processes can have the name of their group."""
+    with suppress(Exception):  # each says so again when it is asked
+        Process.imported()
+    gc.freeze()  # so that no fork copies what it only looks through
+    for number in numbers:
+        with suppress(OSError):  # there are too many processes: its line ends
+            if os.fork() == 0:
+                for other in {*numbers} - {number}:
+                    os.close(other)
+                return number
+    for number in numbers:
+        os.close(number)
+    with suppress(ChildProcessError):
+        while True:
+            os.wait()
+    os._exit(0)
 
 
 def _listen(line: Connection, calls: SimpleQueue[bytes]) -> None:

@@ -23,10 +23,16 @@ class Process:
 
     @cached_property
     def worker(self) -> Any:
+        worker = self.imported()
+        self.set_up()
+        return worker()
+
+    @staticmethod
+    def imported() -> Any:
+        """The class of a `Worker`."""
         gc.disable()  # nothing of what is imported is garbage, and to find none takes a sixth of the time
         try:
-            self.set_up()
             from vlmscope.studies.workers.worker import Worker
         finally:
             gc.enable()
-        return Worker()
+        return Worker
