@@ -556,6 +556,14 @@ def test_with_gpus_each_process_is_its_own(monkeypatch: pytest.MonkeyPatch) -> N
     assert crew.start_together(3) == [1, 1, 1] == started
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere nothing is forked")
+def test_a_gpu_that_may_be_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(local, "DEVICES", tmp_path)
+    assert not local.may_have_gpu()
+    (tmp_path / "nvidiactl").touch()
+    assert local.may_have_gpu()
+
+
 def test_a_machine_without_room_for_another_process(monkeypatch: pytest.MonkeyPatch) -> None:
     """The lines of forks that could not be made end."""
     pipes = [connection.Pipe() for _ in range(2)]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import os
 import pickle
+import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -13,8 +14,8 @@ from functools import partial
 from itertools import count, islice
 from multiprocessing import connection
 from multiprocessing.connection import Connection
+from pathlib import Path
 from queue import SimpleQueue
-from signal import SIGKILL
 from subprocess import DEVNULL, Popen
 from threading import Thread
 from typing import TYPE_CHECKING, Any
@@ -27,6 +28,11 @@ if TYPE_CHECKING:
     from vlmscope.studies.workers.team import Team
 
 
+DEVICES = Path("/dev")
+GPUS = ("nvidia*", "kfd", "dxg", "dri")
+"""What Linux calls the devices of NVIDIA, of AMD, of Windows around it, and of others."""
+
+
 @contextmanager
 def started(
     workers: int, device: str | None, set_up: Callable[[], object]
@@ -34,7 +40,7 @@ def started(
     """As `workers.started`, on this machine."""
     if os.name == "nt":
         raise VlmscopeError("processes of one machine are not started on Windows; share with --shard instead")
-    crew = Local(set_up, device != "cpu")
+    crew = Local(set_up, device != "cpu" and may_have_gpu())
     try:
         first = crew.start_together(workers)
         from vlmscope.studies.workers.team import Team  # what it needs is imported beside them
@@ -42,6 +48,11 @@ def started(
         yield partial(Team, crew, first)
     finally:
         crew.end()
+
+
+def may_have_gpu() -> bool:
+    """Whether the machine may have a GPU, as far as can be told without torch."""
+    return sys.platform != "linux" or any(any(DEVICES.glob(name)) for name in GPUS)
 
 
 @dataclass(eq=False)
@@ -124,7 +135,7 @@ class Local:
     def end(self) -> None:
         for process in {actor.process for actor in self.actors}:
             if process.poll() is None:
-                os.killpg(process.pid, SIGKILL)  # with its forks
+                os.killpg(process.pid, signal.SIGKILL)  # with its forks
             process.wait()
         for actor in self.actors:
             actor.line.close()  # which ends the forks of one that was killed
