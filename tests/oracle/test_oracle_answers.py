@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import anatomy
@@ -12,6 +13,12 @@ from test_oracle_prompts import example
 from transformers import LogitsProcessor, LogitsProcessorList
 
 import vlmscope
+from vlmscope.runs.corrupt import Noise
+from vlmscope.runs.forward import SPEECH
+from vlmscope.studies import rows
+from vlmscope.studies.rows import patched
+from vlmscope.studies.sweep import in_memory
+from vlmscope.studies.task import task_of
 
 OPTIONS = {
     "one token": ("red", "blue"),
@@ -117,6 +124,31 @@ def test_logits_are_those_of_generation(case, options):
     pair = case.model.prepare(example(answer=answer, foil=foil))
     want = generated(case, PROMPT, said)
     anatomy.close(case.model.run(pair.clean), want, "logits", 3e-7)  # it keeps them in float32
+
+
+def heard(case: Case, prompt: str) -> str:
+    """What Hugging Face's own generation says behind a prompt, greedily."""
+    tensors: dict[str, Any] = case.double(case.read([ONE], prompt))
+    greedy: dict[str, Any] = {"do_sample": False, "num_beams": 1, "max_new_tokens": SPEECH}
+    out = case.hf.generate(**tensors, **greedy, output_logits=True, return_dict_in_generate=True)
+    tokens = [int(logits[0].argmax()) for logits in out.logits]
+    return case.processor.tokenizer.decode(tokens, skip_special_tokens=True).strip()
+
+
+def test_what_the_model_says_is_behind_the_prompt_alone(case, monkeypatch):
+    """Not behind what answer and foil begin with, nor behind a whole answer, which are fed to be scored."""
+    corrupt = PROMPT.replace("circle", "square")
+    one = replace(example(answer="dark red", foil="dark blue"), corrupt_prompt=corrupt)
+    clean, other = heard(case, PROMPT), heard(case, corrupt)
+    monkeypatch.setattr(rows, "agrees", lambda predicted, answer: True)
+    for metric, corruption in (("ld", "text"), ("logprob", "text"), ("logprob", Noise(at="text", draws=1))):
+        task = task_of(case.model, [one], [], corruption, metric=metric, select=True)
+        base, _ = in_memory(task, patched)
+        assert base["predicted"].tolist() == [clean]
+        why = f"with the corrupt input ({task.kind}) the model still answers "
+        assert base["reason"].item().startswith(why)
+        if corruption == "text":
+            assert base["reason"].item() == f"{why}'{other}'"
 
 
 SEAMS = {

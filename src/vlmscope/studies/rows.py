@@ -5,17 +5,19 @@ from __future__ import annotations
 import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import torch
+from torch import Tensor
 
 from vlmscope.data.example import Example
 from vlmscope.errors import ExampleError, SiteError
 from vlmscope.layout import Layout, slots
-from vlmscope.models.inputs import Pair
+from vlmscope.models.inputs import Edit, Pair
 from vlmscope.patching import engine as fast
 from vlmscope.patching import reference
 from vlmscope.patching.scores import Patched, Score, agrees, effect, least_gap
@@ -78,8 +80,33 @@ def answer_of(task: Task, job: Todo, example: Example, pair: Pair) -> dict[str, 
         return {}
     predicted = task.answers.get(task.digests[job.number])
     if predicted is None:
-        predicted = task.model.answer(pair.clean)
+        predicted = _said(task, example, pair, 0)
     return {"predicted": predicted, "correct": agrees(predicted, example.answer)}
+
+
+def _said(task: Task, example: Example, pair: Pair, run: int) -> str:
+    """The model's own generation in the clean run (0) or the corrupt one (1): behind the prompt, with none of
+    the tokens of the answer that are fed where its later ones are scored."""
+    model, (inputs, edits) = task.model, pair.runs[run]
+    there = inputs.layout[model.speaker]
+    if there.fed:
+        kind, end = task.corruption if run else None, len(there.tokens) - there.fed
+        picture = example.corrupt_image if kind == "image" else example.clean_image
+        prompt = example.corrupt_prompt if kind == "text" else example.clean_prompt
+        inputs = model.inputs(picture, prompt or "", example.more_images)
+        edits = [_before(end, model.speaker, edit) for edit in edits]
+    return model.answer(inputs, edits)
+
+
+def _before(end: int, tower: str, edit: Edit) -> Edit:
+    """An edit without those of its positions that do not come before the end of the prompt in a tower."""
+    site, value = edit.site, edit.value
+    if not isinstance(site, Site) or site.tower != tower:
+        return edit
+    rows = [row for row, position in enumerate(site.positions) if position < end]
+    if isinstance(value, Tensor) and value.dim() > 1 and len(value) == len(site.positions):
+        value = value[rows]
+    return Edit(replace(site, positions=tuple(site.positions[row] for row in rows)), edit.op, value)
 
 
 def add_scores(base: dict[str, float], clean: Score, corrupt: Score, pairs: int) -> None:
@@ -185,7 +212,7 @@ def _unfit(task: Task, example: Example, pair: Pair, predicted: str) -> str | No
     """Why an example is not one to learn from, if so."""
     if not agrees(predicted, example.answer):
         return f"the model answers '{predicted}', not '{example.answer}'"
-    then = task.model.answer(pair.corrupt, pair.edits)
+    then = _said(task, example, pair, 1)
     if task.kind == "image" and example.foil and not agrees(then, example.foil):
         return f"with the corrupt image the model answers '{then}', not '{example.foil}'"
     if (task.kind != "image" or not example.foil) and agrees(then, example.answer):
