@@ -85,15 +85,15 @@ def answer_of(task: Task, job: Todo, example: Example, pair: Pair) -> dict[str, 
 
 
 def _said(task: Task, example: Example, pair: Pair, run: int) -> str:
-    """The model's own generation in the clean run (0) or the corrupt one (1): behind the prompt, with none of
-    the tokens of the answer that are fed where its later ones are scored."""
+    """The model's own generation in the clean run (0) or the corrupt one (1): behind the prompt alone, not
+    behind the tokens of the answer that are fed."""
     model, (inputs, edits) = task.model, pair.runs[run]
-    there = inputs.layout[model.speaker]
-    if there.fed:
-        kind, end = task.corruption if run else None, len(there.tokens) - there.fed
-        picture = example.corrupt_image if kind == "image" else example.clean_image
-        prompt = example.corrupt_prompt if kind == "text" else example.clean_prompt
-        inputs = model.inputs(picture, prompt or "", example.more_images)
+    kind = task.corruption if run else None
+    if fed := inputs.layout[model.speaker].fed:
+        end = len(inputs.layout[model.speaker].tokens) - fed
+        picture = (kind == "image" and example.corrupt_image) or example.clean_image
+        prompt = (kind == "text" and example.corrupt_prompt) or example.clean_prompt
+        inputs = model.inputs(picture, prompt, example.more_images)
         edits = [_before(end, model.speaker, edit) for edit in edits]
     return model.answer(inputs, edits)
 
