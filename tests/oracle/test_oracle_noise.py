@@ -7,7 +7,7 @@ blocks (DeepStack of Qwen3-VL).
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import anatomy
@@ -155,3 +155,14 @@ def test_noise_at_the_text_leaves_the_image(case, asked, form):
     words = len(case.processor.tokenizer(PROMPT, add_special_tokens=False)["input_ids"])
     changed = (noisy.text != clean.text).all(-1).sum().item()
     assert changed >= words, f"{changed} of {words} words are changed in every feature"
+
+
+def test_noise_at_the_text_leaves_what_is_fed_of_the_answer(case, asked):
+    """What both options begin with is no part of the prompt; a decoder reads it behind that."""
+    noise = vlmscope.Noise("multiply", at="text", draws=1)
+    counts = []
+    for answer, foil in (("red", "blue"), ("dark red", "dark blue")):
+        [(clean, noisy)] = both(case, replace(asked, answer=answer, foil=foil), noise)
+        changed = (noisy.text != clean.text).any(-1)
+        counts.append(int(changed.sum()))
+    assert counts[0] == counts[1] > 0

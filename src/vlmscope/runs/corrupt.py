@@ -105,7 +105,10 @@ def pairs(
 def _edits(model: Model, inputs: Inputs, noise: Noise, site: Site, seed: str) -> list[Edit]:
     """One edit a draw, of one site: drawn on the CPU in float32, so that every device and precision agree."""
     assert noise.scale is not None
-    (site,) = model.places(site, inputs)  # in numbers: what is said behind the prompt has no noise
+    (site,) = model.places(site, inputs)
+    layout = inputs.layout[site.tower]
+    end = len(layout.tokens) - layout.fed  # what is fed, or said, behind the prompt has no noise
+    site = replace(site, positions=tuple(position for position in site.positions if position < end))
     if noise.form == "factor":
         return [Edit(site, "scale", noise.scale)]
     at, there = list(site.positions), model.shapes[site.tower]

@@ -5,19 +5,17 @@ from __future__ import annotations
 import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import torch
-from torch import Tensor
 
 from vlmscope.data.example import Example
 from vlmscope.errors import ExampleError, SiteError
 from vlmscope.layout import Layout, slots
-from vlmscope.models.inputs import Edit, Pair
+from vlmscope.models.inputs import Pair
 from vlmscope.patching import engine as fast
 from vlmscope.patching import reference
 from vlmscope.patching.scores import Patched, Score, agrees, effect, least_gap
@@ -89,24 +87,11 @@ def _said(task: Task, example: Example, pair: Pair, run: int) -> str:
     behind the tokens of the answer that are fed."""
     model, (inputs, edits) = task.model, pair.runs[run]
     kind = task.corruption if run else None
-    if fed := inputs.layout[model.speaker].fed:
-        end = len(inputs.layout[model.speaker].tokens) - fed
+    if inputs.layout[model.speaker].fed:
         picture = (kind == "image" and example.corrupt_image) or example.clean_image
         prompt = (kind == "text" and example.corrupt_prompt) or example.clean_prompt
         inputs = model.inputs(picture, prompt, example.more_images)
-        edits = [_before(end, model.speaker, edit) for edit in edits]
     return model.answer(inputs, edits)
-
-
-def _before(end: int, tower: str, edit: Edit) -> Edit:
-    """An edit without those of its positions that do not come before the end of the prompt in a tower."""
-    site, value = edit.site, edit.value
-    if not isinstance(site, Site) or site.tower != tower:
-        return edit
-    rows = [row for row, position in enumerate(site.positions) if position < end]
-    if isinstance(value, Tensor) and value.dim() > 1 and len(value) == len(site.positions):
-        value = value[rows]
-    return Edit(replace(site, positions=tuple(site.positions[row] for row in rows)), edit.op, value)
 
 
 def add_scores(base: dict[str, float], clean: Score, corrupt: Score, pairs: int) -> None:
