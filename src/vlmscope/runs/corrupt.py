@@ -36,7 +36,7 @@ class Noise:
     - `factor`: x·scale, no randomness; 0.7691 in a later notebook of the BLIP tracing authors.
 
     `at` is what the language model reads of the image (`image`: `Model.image_sites`), or the embeddings of
-    the text's tokens alone (`text`).
+    the prompt's text (`text`); tokens of the answer that are fed have no noise.
     """
 
     form: Literal["multiply", "add", "factor"] = "multiply"
