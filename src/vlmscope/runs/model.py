@@ -72,8 +72,10 @@ class Model(Network):
         return running.forward(self, inputs, edits).logits[-1]
 
     def answer(self, inputs: Inputs, edits: Iterable[Edit] = ()) -> str:
-        """What the model answers: its own greedy generation, as text, behind all that the inputs hold. Those of
-        a pair hold what both options begin with, too; those of `Model.inputs` the prompt alone."""
+        """What the model answers: its own greedy generation, as text, behind all that the inputs hold.
+
+        Those of a pair hold what both options begin with, too; those of `inputs` the prompt alone.
+        """
         ids = running.generate(self, inputs, edits)
         return self.processor.tokenizer.decode(ids, skip_special_tokens=True).strip()
 
