@@ -525,10 +525,11 @@ def test_processes_that_are_started_together_are_forks_of_one() -> None:
             with pytest.raises(DiedError, match=r"its process ended$"):
                 crew.answer(crew.ask(actors[1], "call", doubled, 2))
             other = crew.start()
-            assert other.process is not actors[0].process
+            assert other.process is not actors[0].process and other.number == 1, "that of the dead one"
             if is_killed:
                 os.kill(actors[0].process.pid, signal.SIGKILL)
                 actors[0].process.wait()
+                assert crew.start().number == 3, "the third lives on"
             assert crew.answer(crew.ask(actors[2], "call", doubled, 2)).value == 4
         finally:
             crew.end()

@@ -65,6 +65,11 @@ class Actor:
     number: int
     is_fork: bool
 
+    @property
+    def may_live(self) -> bool:
+        """Whether it is not known to have ended; a fork also lives where what it is a fork of was killed."""
+        return not self.line.closed and (self.is_fork or self.process.poll() is None)
+
 
 class Local:
     """Starts processes, and asks them; each calls `set_up` first, and takes one of the machine's GPUs in
@@ -85,7 +90,7 @@ class Local:
         return actor
 
     def _start(self, many: int) -> list[Actor]:
-        self.actors = [actor for actor in self.actors if actor.process.poll() is None]
+        self.actors = [actor for actor in self.actors if actor.may_live]
         taken = {actor.number for actor in self.actors}
         free = islice((n for n in count() if n not in taken), many)
         lines, others = zip(*(connection.Pipe() for _ in range(many)), strict=True)
