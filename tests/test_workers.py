@@ -506,7 +506,7 @@ def test_what_travels_between_processes() -> None:
         assert crew.start().number == 0, "that of the dead one"
     finally:
         crew.end()
-    assert all(actor.process.poll() is not None for actor in crew.actors)
+    assert all(process.returncode is not None for process in crew.processes)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="forks are of Linux alone")

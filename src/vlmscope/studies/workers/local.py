@@ -76,7 +76,8 @@ class Local:
     turn if `has_gpu`."""
 
     def __init__(self, set_up: Callable[[], object], has_gpu: bool) -> None:
-        self.set_up, self.has_gpu, self.actors = set_up, has_gpu, list[Actor]()
+        self.set_up, self.has_gpu = set_up, has_gpu
+        self.actors, self.processes = list[Actor](), list[Popen[bytes]]()
 
     def start_together(self, many: int) -> list[Actor]:
         """So many of them. Without GPUs they are forks of one process, which has imported what all need."""
@@ -91,6 +92,7 @@ class Local:
 
     def _start(self, many: int) -> list[Actor]:
         self.actors = [actor for actor in self.actors if actor.may_live]
+        self.processes = [process for process in self.processes if process.poll() is None]
         taken = {actor.number for actor in self.actors}
         free = islice((n for n in count() if n not in taken), many)
         lines, others = zip(*(connection.Pipe() for _ in range(many)), strict=True)
@@ -109,6 +111,7 @@ class Local:
             other.close()  # so that the line ends where the process does
         found = [Actor(process, line, number, many > 1) for line, number in zip(lines, free, strict=True)]
         self.actors += found
+        self.processes.append(process)
         for actor in found:
             with suppress(OSError):  # it is dead, as its answer says
                 actor.line.send((self.set_up, actor.number if self.has_gpu else None))
@@ -138,7 +141,7 @@ class Local:
         return answer  # type: ignore[no-any-return]
 
     def end(self) -> None:
-        for process in {actor.process for actor in self.actors}:
+        for process in self.processes:
             if process.poll() is None:
                 os.killpg(process.pid, signal.SIGKILL)  # with its forks
             process.wait()
