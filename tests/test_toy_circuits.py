@@ -35,7 +35,10 @@ def test_important_heads_hold(name, tmp_path):
     assert 3 <= len(important) <= 16 and important["confirmed"].mean() > 0.6
     kept = set(run.baselines().query("not excluded")["example"])
     chosen = [e for e in given if e.id in kept][:60]
-    table = heads.functions(model, chosen, circuits.expressions(important)).together
+    # In some layers all four heads are important: of the strongest two there are as many others to compare.
+    strongest = important.sort_values("mean", key=abs, ascending=False)
+    strongest = strongest.groupby(["tower", "kind", "layer"]).head(2)
+    table = heads.functions(model, chosen, circuits.expressions(strongest)).together
     whole = table.loc[table["set"] == "none", "accuracy"].item()
     drops = whole - table.groupby(["set", "knockout"])["accuracy"].mean()
     assert drops["these heads", "mean"] >= 3 * max(drops["random heads", "mean"], 0.01)
