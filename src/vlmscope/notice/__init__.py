@@ -72,9 +72,8 @@ def run(
     def do(calls: Calls) -> Iterator[Any]:
         return team.each((_Given.call, *call) for call in calls)
 
-    [_] = team.each([(_Given.do, "check")])
-    for _ in team.each((_Given.do, "draw", data) for data in spec.data if data in BUILT_IN):
-        pass
+    list(team.each([(_Given.do, "check")]))
+    list(team.each((_Given.do, "draw", data) for data in spec.data if data in BUILT_IN))
     [(sweeps, lines)] = team.each([(_Given.do, "sweeps")])
     for text in lines:
         say(text)

@@ -91,8 +91,8 @@ def find(
 
     A folder of `notice` stands for all its runs. `position` is the slot at which heads are read out: a
     role, `answer`, `readout` or `last`. By default it is the read-out position of a decoder, and the
-    answer's token in any other tower (`tables.at_slot`). `do` calls what finds
-    the heads of each run (`calls.Do`).
+    answer's token in any other tower (`tables.at_slot`). `do` calls what finds the heads
+    of each run (`calls.Do`).
 
     Raises `StoreError` if a folder is no run or has no heads at that position, and `VlmscopeError`
     if the runs are of different models (with `across_models`, of different head grids) or patch
